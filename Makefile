@@ -1,0 +1,46 @@
+# Two commands: `make demo` and `make test`. Both make .venv and install what they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A passive OpenMP thread does not spin while its core is taken by another process.
+export OMP_WAIT_POLICY ?= PASSIVE
+export PYTHONWARNINGS ?=
+
+.PHONY: demo test slow check bench docs clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	# torch first and alone: a resolver that sees a range would take the CUDA build.
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/gspo demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+slow: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[gguf]'
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -q tests/test_floors.py tests/test_public_api.py tests/objective tests/batch
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/run_all.py
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) site .pytest_cache .ruff_cache .hypothesis

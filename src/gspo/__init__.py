@@ -1,0 +1,83 @@
+"""gspo: reinforcement learning of language models with sequence-level importance ratios.
+
+    import gspo as art
+
+Public names are resolved when they are first used, so that importing gspo loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+# A waiting OpenMP thread that spins costs a small model up to 27 x when a core is taken. Read by
+# the OpenMP runtime when torch is first imported; a value that the user has set stays.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+if TYPE_CHECKING:
+    from gspo import dev, errors, objective
+    from gspo.backend.base import Backend, TrainResult
+    from gspo.backend.fake import FakeBackend
+    from gspo.backend.local import LocalBackend
+    from gspo.config import TrainConfig
+    from gspo.errors import GspoError
+    from gspo.gather import gather_trajectories, gather_trajectory_groups, retry
+    from gspo.model import Model, TrainableModel
+    from gspo.serve.engine import Engine
+    from gspo.serve.fake_engine import FakeEngine
+    from gspo.trajectory import Trajectory, TrajectoryGroup
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Backend",
+    "Engine",
+    "FakeBackend",
+    "FakeEngine",
+    "GspoError",
+    "LocalBackend",
+    "Model",
+    "TrainConfig",
+    "TrainResult",
+    "TrainableModel",
+    "Trajectory",
+    "TrajectoryGroup",
+    "__version__",
+    "dev",
+    "errors",
+    "gather_trajectories",
+    "gather_trajectory_groups",
+    "objective",
+    "retry",
+]
+
+_HOMES = {
+    "Backend": "gspo.backend.base",
+    "Engine": "gspo.serve.engine",
+    "FakeBackend": "gspo.backend.fake",
+    "FakeEngine": "gspo.serve.fake_engine",
+    "GspoError": "gspo.errors",
+    "LocalBackend": "gspo.backend.local",
+    "Model": "gspo.model",
+    "TrainConfig": "gspo.config",
+    "TrainResult": "gspo.backend.base",
+    "TrainableModel": "gspo.model",
+    "Trajectory": "gspo.trajectory",
+    "TrajectoryGroup": "gspo.trajectory",
+    "gather_trajectories": "gspo.gather",
+    "gather_trajectory_groups": "gspo.gather",
+    "retry": "gspo.gather",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in ("dev", "errors", "objective"):
+        return importlib.import_module(f"gspo.{name}")
+    raise AttributeError(f"module 'gspo' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,1 @@
+"""Backends join an engine and a trainer, and own the run folder."""

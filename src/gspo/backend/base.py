@@ -1,0 +1,112 @@
+"""What a backend does for a model, and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from openai import AsyncOpenAI
+
+from gspo.config import TrainConfig
+from gspo.dev import InternalModelConfig
+from gspo.dev import TrainConfig as DevTrainConfig
+from gspo.trajectory import TrajectoryGroup
+
+
+class ModelLike(Protocol):
+    """What a backend needs to know of a model."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def project(self) -> str: ...
+    @property
+    def trainable(self) -> bool: ...
+    @property
+    def source(self) -> str | None: ...
+    @property
+    def internal_config(self) -> InternalModelConfig: ...
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What one call of `train` did.
+
+    Attributes:
+        step: the model's step after the call.
+        metrics: name -> value, as in metrics.jsonl.
+        checkpoint_path: folder of the step's weights, in Hugging Face layout; None where the
+            backend keeps none.
+        skipped: why no update was made, or None.
+    """
+
+    step: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    checkpoint_path: Path | None = None
+    skipped: str | None = None
+
+
+class Backend(Protocol):
+    """Where a model is sampled, trained and logged."""
+
+    async def register(self, model: ModelLike) -> None:
+        """Make the model ready; resumes its run where there is one."""
+        ...
+
+    def client(self, model: ModelLike) -> AsyncOpenAI:
+        """A client that samples from the model."""
+        ...
+
+    async def train(
+        self,
+        model: ModelLike,
+        trajectory_groups: Sequence[TrajectoryGroup],
+        config: TrainConfig | None = None,
+        _config: DevTrainConfig | None = None,
+        **options: Any,
+    ) -> TrainResult:
+        """Train on one rollout batch."""
+        ...
+
+    async def get_step(self, model: ModelLike) -> int:
+        """Calls of `train` so far, over the run's life."""
+        ...
+
+    async def log(
+        self,
+        model: ModelLike,
+        trajectory_groups: Sequence[TrajectoryGroup],
+        split: str,
+        metrics: Mapping[str, float] | None = None,
+        step: int | None = None,
+    ) -> None:
+        """Write trajectories and their mean metrics to the run."""
+        ...
+
+    async def delete_checkpoints(self, model: ModelLike, best_checkpoint_metric: str) -> None:
+        """Delete all checkpoints but the latest and the best."""
+        ...
+
+    async def close(self) -> None:
+        """Release what the backend holds."""
+        ...
+
+
+def train_options(
+    config: TrainConfig | None, _config: DevTrainConfig | None, options: Mapping[str, Any]
+) -> tuple[TrainConfig, DevTrainConfig]:
+    """Spread keyword options over the two configurations.
+
+    Raises:
+        ConfigError: an option that neither has.
+    """
+    config, _config = config or TrainConfig(), _config or DevTrainConfig()
+    public = {k: v for k, v in options.items() if k in TrainConfig.model_fields}
+    private = {k: v for k, v in options.items() if k not in public}
+    given = _config.model_dump(exclude_unset=True)
+    return (
+        TrainConfig(**{**config.model_dump(exclude_unset=True), **public}),
+        DevTrainConfig(**{**given, **private}),
+    )

@@ -1,0 +1,91 @@
+"""`FakeBackend`: a backend for users' tests. No model, no torch, no files; deterministic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from openai import AsyncOpenAI
+
+from gspo.backend.base import ModelLike, TrainResult, train_options
+from gspo.batch.sample import check_groups, trajectory_samples
+from gspo.compute import ComputeThread
+from gspo.config import TrainConfig
+from gspo.dev import TrainConfig as DevTrainConfig
+from gspo.serve.app import create_app
+from gspo.serve.batcher import Batcher
+from gspo.serve.fake_engine import FakeEngine
+from gspo.serve.server import in_process_client
+from gspo.trajectory import TrajectoryGroup
+
+
+class FakeBackend:
+    """Checks groups and options as the real backend does, and counts steps instead of training.
+
+    Args:
+        reply: see `FakeEngine`: the text of completion `index` of a prompt.
+
+    Attributes:
+        trained: the groups of each `train` call.
+        logged: (split, groups) of each `log` call.
+    """
+
+    def __init__(self, reply: Callable[[str, int], str] | None = None):
+        self.engine = FakeEngine(reply)
+        self.trained: list[list[TrajectoryGroup]] = []
+        self.logged: list[tuple[str, list[TrajectoryGroup]]] = []
+        self._names: list[str] = []
+        self._compute = ComputeThread()
+        app = create_app(Batcher(self.engine, self._compute), lambda: self._names)
+        self._client = in_process_client(app)
+
+    async def register(self, model: ModelLike) -> None:
+        if model.name not in self._names:
+            self._names.append(model.name)
+
+    def client(self, model: ModelLike) -> AsyncOpenAI:
+        return self._client
+
+    def base_url(self, model: ModelLike) -> str:
+        return str(self._client.base_url)
+
+    async def train(
+        self,
+        model: ModelLike,
+        trajectory_groups: Sequence[TrajectoryGroup],
+        config: TrainConfig | None = None,
+        _config: DevTrainConfig | None = None,
+        **options: Any,
+    ) -> TrainResult:
+        train_options(config, _config, options)
+        groups = list(trajectory_groups)
+        check_groups(groups)
+        for g, group in enumerate(groups):
+            for t, trajectory in enumerate(group):
+                trajectory_samples(trajectory, trajectory_id=t, group_id=g)
+        self.trained.append(groups)
+        self.engine.policy_version += 1
+        rewards = [trajectory.reward for group in groups for trajectory in group]
+        return TrainResult(len(self.trained), {"train/reward": sum(rewards) / len(rewards)})
+
+    async def get_step(self, model: ModelLike) -> int:
+        return len(self.trained)
+
+    async def log(
+        self,
+        model: ModelLike,
+        trajectory_groups: Sequence[TrajectoryGroup],
+        split: str,
+        metrics: Mapping[str, float] | None = None,
+        step: int | None = None,
+    ) -> None:
+        self.logged.append((split, list(trajectory_groups)))
+
+    async def delete_checkpoints(
+        self, model: ModelLike, best_checkpoint_metric: str = "val/reward"
+    ) -> None:
+        """Nothing is kept, so nothing is deleted."""
+
+    async def close(self) -> None:
+        await self._client.close()
+        self._compute.close()

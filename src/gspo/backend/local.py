@@ -1,0 +1,331 @@
+"""`LocalBackend`: engine and trainer in this process, on one copy of the weights."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from openai import AsyncOpenAI
+
+from gspo.backend.base import ModelLike, TrainResult, train_options
+from gspo.backend.run import Run
+from gspo.compute import ComputeThread
+from gspo.config import TrainConfig
+from gspo.dev import InternalModelConfig
+from gspo.dev import TrainConfig as DevTrainConfig
+from gspo.errors import RunError
+from gspo.policy.load import Policy, load_policy
+from gspo.policy.probe import choose_packing
+from gspo.serve.app import create_app
+from gspo.serve.batcher import Batcher
+from gspo.serve.server import PortServer, in_process_client
+from gspo.serve.torch_engine import TorchEngine
+from gspo.train.checkpoint import (
+    load_trainer_state,
+    save_checkpoint,
+    steps_saved,
+    verify_checkpoint,
+)
+from gspo.train.rollouts import RolloutBatch, prepare
+from gspo.train.settings import Settings, resolve
+from gspo.train.trainer import Trainer, TrainOutput
+from gspo.trajectory import TrajectoryGroup
+
+log = logging.getLogger("gspo")
+
+
+@dataclass
+class _Service:
+    """A registered trainable model."""
+
+    run: Run
+    base_model: str
+    engine: TorchEngine
+    trainer: Trainer
+    client: AsyncOpenAI
+    server: PortServer | None
+
+
+class LocalBackend:
+    """Samples and trains in this process.
+
+    Args:
+        path: folder of the runs, `<path>/<project>/<model name>/`.
+        port: also answer on 127.0.0.1:<port> (0: a free one), for programs that build their own
+            OpenAI client from `model.inference_base_url`. None: `model.openai_client()` reaches
+            the engine without a port.
+        keep_checkpoints: how many of the latest to keep; None: all.
+        seed: of requests that have none of their own.
+    """
+
+    def __init__(
+        self,
+        path: str | Path = ".art",
+        *,
+        port: int | None = None,
+        keep_checkpoints: int | None = None,
+        seed: int = 0,
+    ):
+        if keep_checkpoints is not None and keep_checkpoints < 1:
+            raise RunError(f"keep_checkpoints = {keep_checkpoints}: the latest is always kept")
+        self.path = Path(path)
+        self.port = port
+        self.keep_checkpoints = keep_checkpoints
+        self.seed = seed
+        self._compute = ComputeThread()
+        self._services: dict[tuple[str, str], _Service] = {}
+        self._logs: dict[tuple[str, str], Run] = {}
+
+    async def register(self, model: ModelLike) -> None:
+        """Make the model ready to sample and train; goes on from its last checkpoint.
+
+        Raises:
+            RunError: the run folder is read-only, in use, of a newer gspo or of another model.
+            ModelError: the base model cannot be loaded.
+            CheckpointError: the last checkpoint is damaged.
+        """
+        key = (model.project, model.name)
+        service = self._services.get(key)
+        if service is not None:
+            if service.base_model != model.source:
+                raise RunError(
+                    f"model {model.name!r} of project {model.project!r} is registered with "
+                    f"base_model {service.base_model!r}, not {model.source!r}: "
+                    "give one of the two another name"
+                )
+            return
+        if not model.trainable:
+            self._run(model)
+            return
+        assert model.source is not None
+        lora = model.internal_config.lora
+        identity = {"base_model": model.source, "lora": lora and lora.model_dump()}
+        run = Run(self.path, model.project, model.name, identity)
+        try:
+            async with self._compute.turn() as compute:
+                trainer = await compute.run(
+                    _load, run, model.source, model.internal_config
+                )
+        except BaseException:
+            run.close()
+            raise
+        self._services[key] = await self._start(run, model, trainer)
+
+    async def _start(self, run: Run, model: ModelLike, trainer: Trainer) -> _Service:
+        engine = TorchEngine(trainer.policy, seed=self._sampling_seed(trainer.step))
+        window = 0.0 if self.port is None else 0.005
+        app = create_app(Batcher(engine, self._compute, window=window), lambda: [model.name])
+        client = in_process_client(app)
+        await client.models.list()  # the client looks its platform up, once, in a thread
+        server = None
+        if self.port is not None:
+            server = PortServer(app, "127.0.0.1", self.port)
+            await server.start()
+        assert model.source is not None
+        return _Service(run, model.source, engine, trainer, client, server)
+
+    def client(self, model: ModelLike) -> AsyncOpenAI:
+        """A client that samples from the model without a port."""
+        return self._service(model).client
+
+    def base_url(self, model: ModelLike) -> str:
+        """Where the model is served: on its port, or a name that only `client` resolves."""
+        service = self._service(model)
+        return str(service.client.base_url) if service.server is None else service.server.url
+
+    def policy(self, model: ModelLike) -> Policy:
+        """The model itself, for tools that look inside."""
+        return self._service(model).trainer.policy
+
+    def run(self, model: ModelLike) -> Run:
+        """The model's run folder."""
+        return self._run(model)
+
+    async def get_step(self, model: ModelLike) -> int:
+        return self._service(model).trainer.step
+
+    async def train(
+        self,
+        model: ModelLike,
+        trajectory_groups: Sequence[TrajectoryGroup],
+        config: TrainConfig | None = None,
+        _config: DevTrainConfig | None = None,
+        **options: Any,
+    ) -> TrainResult:
+        """Train on one rollout batch, log it, and save a checkpoint.
+
+        `options` may name any field of `TrainConfig` or `dev.TrainConfig`.
+
+        Raises:
+            ConfigError: an unknown option, or a contradiction.
+            DataError: groups that cannot be trained on. Nothing was written then.
+            NumericsError: a gradient that is not finite.
+            RunError: the checkpoint could not be written.
+        """
+        service = self._service(model)
+        settings = resolve(*train_options(config, _config, options))
+        groups = list(trajectory_groups)
+        batch = prepare(
+            groups,
+            context=service.trainer.policy.context,
+            scale_rewards=settings.options.scale_rewards,
+            drop_too_long=settings.options.on_too_long == "drop",
+        )
+        async with self._compute.turn() as compute:
+            return await compute.run(self._train, service, groups, batch, settings)
+
+    def _train(
+        self,
+        service: _Service,
+        groups: list[TrajectoryGroup],
+        batch: RolloutBatch,
+        settings: Settings,
+    ) -> TrainResult:
+        """The blocking part of `train`."""
+        out: TrainOutput = service.trainer.train(batch, settings)
+        step = service.trainer.step
+        metrics = out.metrics.compute()
+        metrics |= {"train/exceptions": float(sum(len(group.exceptions) for group in groups))}
+        metrics |= {
+            f"train/{name}": value
+            for name, value in _means(groups).items()
+            if f"train/{name}" not in metrics
+        }
+        if metrics["time/train"] > 0:
+            rate = metrics.get("tokens/trained", 0.0) / metrics["time/train"]
+            metrics["throughput/trained_tokens_per_second"] = rate
+        if out.skipped is not None:
+            metrics["train/skipped"] = 1.0
+            log.warning("step %d of %s is skipped: %s", step, service.run.folder, out.skipped)
+        started = time.perf_counter()
+        # Metrics before the checkpoint: a resume drops the lines beyond the step it has.
+        service.run.log(step, metrics)
+        service.run.log_trajectories(groups, "train", step, _advantages(groups, batch))
+        path = save_checkpoint(service.run.checkpoints, service.trainer)
+        if self.keep_checkpoints is not None:
+            keep = steps_saved(service.run.checkpoints)[-self.keep_checkpoints :]
+            service.run.delete_checkpoints(set(keep))
+        saving = time.perf_counter() - started
+        service.run.log(step, {"time/checkpoint": saving})
+        service.engine.reseed(self._sampling_seed(step))
+        return TrainResult(step, {**metrics, "time/checkpoint": saving}, path, out.skipped)
+
+    async def log(
+        self,
+        model: ModelLike,
+        trajectory_groups: Sequence[TrajectoryGroup],
+        split: str,
+        metrics: Mapping[str, float] | None = None,
+        step: int | None = None,
+    ) -> None:
+        """Write trajectories/<split>/<step>.parquet and the means of their metrics."""
+        run = self._run(model)
+        if step is None:
+            step = await self.get_step(model) if model.trainable else 0
+        groups = list(trajectory_groups)
+        if groups:
+            await asyncio.to_thread(run.log_trajectories, groups, split, step)
+        values = {f"{split}/{name}": value for name, value in _means(groups).items()}
+        for name, value in (metrics or {}).items():
+            values[name if "/" in name else f"{split}/{name}"] = float(value)
+        run.log(step, values)
+
+    async def delete_checkpoints(
+        self, model: ModelLike, best_checkpoint_metric: str = "val/reward"
+    ) -> None:
+        """Delete all checkpoints but the latest and the one with the highest metric."""
+        run = self._service(model).run
+        saved = steps_saved(run.checkpoints)
+        scored = [r for r in run.metrics() if best_checkpoint_metric in r and r["step"] in saved]
+        keep = set(saved[-1:])
+        if scored:
+            keep.add(int(max(scored, key=lambda r: r[best_checkpoint_metric])["step"]))
+        await asyncio.to_thread(run.delete_checkpoints, keep)
+
+    async def close(self) -> None:
+        """Stop serving and let go of the run folders."""
+        for service in self._services.values():
+            if service.server is not None:
+                await service.server.stop()
+            await service.client.close()
+            service.run.close()
+        for run in self._logs.values():
+            run.close()
+        self._services.clear()
+        self._logs.clear()
+        self._compute.close()
+
+    def _sampling_seed(self, step: int) -> int:
+        """The stream of unseeded requests at a step: the same again after a resume."""
+        return self.seed * 1_000_003 + step
+
+    def _service(self, model: ModelLike) -> _Service:
+        service = self._services.get((model.project, model.name))
+        if service is None:
+            raise RunError(
+                f"model {model.name!r} is not registered: await model.register(backend) first"
+            )
+        return service
+
+    def _run(self, model: ModelLike) -> Run:
+        key = (model.project, model.name)
+        if model.trainable:
+            return self._service(model).run
+        if key not in self._logs:
+            self._logs[key] = Run(self.path, model.project, model.name, {"base_model": None})
+        return self._logs[key]
+
+
+def _load(run: Run, base_model: str, config: InternalModelConfig) -> Trainer:
+    """Weights, optimizer and step of the run's last checkpoint, or of the base model."""
+    saved = steps_saved(run.checkpoints)
+    checkpoint = None
+    if saved:
+        checkpoint = run.checkpoints / f"{saved[-1]:04d}"
+        verify_checkpoint(checkpoint)
+    policy = load_policy(base_model, config, checkpoint=checkpoint)
+    choose_packing(policy)
+
+    def load_reference() -> Policy:
+        frozen = load_policy(base_model, config)
+        frozen.packing = policy.packing
+        frozen.lm.requires_grad_(False)
+        return frozen
+
+    trainer = Trainer(policy, load_reference)
+    if checkpoint is not None:
+        load_trainer_state(checkpoint, trainer)
+        log.info("%s goes on from step %d", run.folder, trainer.step)
+    run.forget_after(trainer.step)
+    return trainer
+
+
+def _means(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
+    """Mean reward, its spread inside groups, and the mean of every metric that rollouts gave."""
+    values: dict[str, list[float]] = {}
+    for group in groups:
+        for trajectory in group:
+            for name, value in {"reward": trajectory.reward, **trajectory.metrics}.items():
+                values.setdefault(name, []).append(float(value))
+    means = {name: sum(items) / len(items) for name, items in values.items()}
+    failed = sum(len(group.exceptions) for group in groups)
+    if failed:
+        means["exceptions"] = float(failed)
+    return means
+
+
+def _advantages(
+    groups: Sequence[TrajectoryGroup], batch: RolloutBatch
+) -> list[list[float | None]]:
+    """A_i of each trajectory, None for one that was dropped."""
+    known = {samples[0].trajectory_id: samples[0].advantage for samples in batch.samples}
+    out, number = [], 0
+    for group in groups:
+        out.append([known.get(number + i) for i in range(len(group))])
+        number += len(group)
+    return out

@@ -1,0 +1,125 @@
+"""The command line: thin verbs over the library."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gspo.errors import GspoError
+
+if TYPE_CHECKING:
+    from gspo.lab.spec import Spec
+
+app = typer.Typer(
+    help="Sequence-level reinforcement learning (GSPO) for language models.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    add_completion=False,
+)
+
+PathOption = Annotated[str, typer.Option("--path", help="Folder of the runs.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print a JSON object as the last line.")]
+
+
+def main() -> None:
+    """Run the command line; errors of gspo's own are one line, without a traceback."""
+    try:
+        app()
+    except GspoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+@app.command()
+def demo(
+    path: PathOption = ".gspo",
+    steps: Annotated[int, typer.Option(min=1, help="Rollout batches.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of prompts and sampling.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Train the embedded Mixture-of-Experts model to sort digits, and show that it learned."""
+    from gspo.lab.demo import STEPS, demo_spec
+
+    _run(lambda: demo_spec(path, steps or STEPS, seed), as_json)
+
+
+@app.command()
+def train(
+    spec: Annotated[Path, typer.Argument(help="The run, as TOML.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value; dotted keys reach tables.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved run and its sizes, and stop.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train from a file. The same command goes on where a killed run stopped."""
+    from gspo.lab.spec import read_spec
+
+    resolved = read_spec(spec, overrides or [])
+    if dry_run:
+        _dry_run(resolved)
+    else:
+        _run(lambda: resolved, as_json)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="embedded:<task>, a folder or a hub id.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Loopback unless you say otherwise.")] = "127.0.0.1",
+    name: Annotated[str, typer.Option(help="The model's name in requests.")] = "",
+) -> None:
+    """Serve a model or a checkpoint with OpenAI's API."""
+    from gspo.lab.serving import serve_model
+
+    serve_model(model, host, port, name or model)
+
+
+def _run(make_spec: Callable[[], Spec], as_json: bool) -> None:
+    from gspo.lab import experiment
+    from gspo.lab.picture import draw_run, require_plotting
+    from gspo.lab.watch import LiveWatch
+
+    require_plotting()
+    with LiveWatch() as watch:
+        outcome = asyncio.run(experiment.run_experiment(make_spec(), watch))
+    picture = draw_run(outcome.run)
+    if outcome.before and outcome.after:
+        print(f"held-out reward before  {outcome.before}   (95 % interval)")
+        print(f"held-out reward after   {outcome.after}   over {outcome.prompts} prompts")
+    print(f"{outcome.steps} steps in {outcome.seconds:.0f} s; run in {outcome.run}")
+    print(f"picture: {picture}")
+    if as_json:
+        print(json.dumps(experiment.as_json(outcome) | {"picture": str(picture)}))
+
+
+def _dry_run(spec: Spec) -> None:
+    from gspo.lab.plan import make_plan
+
+    plan = make_plan(spec)
+    print(json.dumps(spec.model_dump(), indent=2))
+    low, high = plan.clip_range
+    limit = plan.longest_completion
+    longest = "the model's context" if limit is None else f"{limit} tokens"
+    print(
+        f"\n{plan.algorithm}, ratios clipped to [{low:.6g}, {high:.6g}]\n"
+        f"{plan.parameters:,} parameters\n"
+        f"{plan.sequences_per_step} sequences a step, {plan.sequences_per_update} an optimizer "
+        f"step, {plan.updates_per_step} optimizer steps a step\n"
+        f"completions of up to {longest}; packed rows of {plan.row_tokens} tokens\n"
+        f"about {plan.memory / 2**20:,.0f} MiB: weights {plan.memory_weights / 2**20:,.0f}, "
+        f"optimizer {plan.memory_optimizer / 2**20:,.0f}, activations up to "
+        f"{plan.memory_activations / 2**20:,.0f}, KV cache {plan.memory_kv_cache / 2**20:,.0f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

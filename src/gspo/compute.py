@@ -1,0 +1,38 @@
+"""The one thread that touches a model: loading, sampling and training never overlap."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class ComputeThread:
+    """Runs blocking work beside the event loop, one piece at a time, always in one thread.
+
+    One thread, because the number of OpenMP threads is a setting of the calling thread.
+    """
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gspo-compute")
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[ComputeThread]:
+        """Wait until nothing else computes."""
+        async with self._lock:
+            yield self
+
+    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Inside `turn()`: the function's result."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, lambda: function(*args, **kwargs))
+
+    def close(self) -> None:
+        """Let the thread end."""
+        self._executor.shutdown(wait=False)

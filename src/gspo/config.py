@@ -1,0 +1,20 @@
+"""`TrainConfig`: the two numbers that ART's public training configuration has."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from gspo.options import Options
+
+
+class TrainConfig(Options):
+    """What most users set for one call of `model.train`.
+
+    >>> TrainConfig(learning_rate=1e-5).learning_rate
+    1e-05
+    """
+
+    learning_rate: float = Field(default=5e-6, gt=0, allow_inf_nan=False)
+    """Peak learning rate of AdamW."""
+    kl_penalty_coef: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Weight of the k3 KL term against the frozen base model; 0 computes no reference."""

@@ -1,0 +1,139 @@
+"""Options for people who know the algorithm: `gspo.dev.TrainConfig` and the model's internals.
+
+The names are OpenPipe ART's where ART has the option; docs/art.md lists every difference.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from gspo.options import Options
+
+__all__ = ["InternalModelConfig", "LoraConfig", "TrainConfig"]
+
+Level = Literal["token", "sequence", "sequence_token", "average", "geometric_average"]
+Algorithm = Literal["gspo", "gspo_token", "grpo"]
+_NO_ROUTE = "routing replay is not part of this version."
+
+
+class TrainConfig(Options):
+    """How one call of `model.train` turns trajectory groups into optimizer steps.
+
+    `TrainConfig(importance_sampling_level="sequence")` alone is the paper's GSPO: sequence ratio,
+    clipped surrogate, mean over sequences, clip range 3e-4/4e-4, no KL, four minibatches.
+
+    Raises:
+        ConfigError: an unknown or misspelt option or value, or a combination with no meaning.
+    """
+
+    refused: ClassVar[dict[str, str]] = {
+        "advantage_balance": "it reweights the objective by the sign of the advantage; "
+        "scale your rewards instead.",
+        "allow_training_without_logprobs": "the ratio needs the sampling log-probs; roll out "
+        "through model.openai_client(), which always returns them.",
+        "kimi_k2_tau": "no objective here has this term; leave it out.",
+        "kl_ref_adapter_path": "the KL reference is the base model; leave it out.",
+        "mask_prob_ratio": "masking by ratio is another objective than the clip; leave it out.",
+        "max_negative_advantage_importance_sampling_weight": "the unbounded branch is bounded at "
+        "exp(gspo.objective.MAX_LOG_RATIO) only; leave it out.",
+        "moe_routing_replay_bundle": _NO_ROUTE,
+        "moe_routing_replay_path": _NO_ROUTE,
+        "moe_routing_replay_strict": _NO_ROUTE,
+        "num_trajectories_learning_rate_multiplier_power": "the loss is a mean over sequences; "
+        "set the learning rate.",
+        "plot_tensors": "read metrics.jsonl and the picture of the run instead.",
+        "scale_learning_rate_by_reward_std_dev": "advantages are already divided by the group's "
+        "standard deviation (scale_rewards).",
+        "truncated_importance_sampling": "corrections between engine and trainer are not part "
+        "of this version.",
+        "beta": "use kl_penalty_coef.",
+        "num_minibatches": "use minibatches.",
+    }
+
+    algorithm: Algorithm | None = None
+    """A named preset. None: the one that `importance_sampling_level` implies, else `gspo`."""
+    importance_sampling_level: Level | None = None
+    """Over what the importance ratio is taken. None: the preset's."""
+    epsilon: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    """Lower clip distance: ratios below 1 - epsilon are clipped. None: the preset's."""
+    epsilon_high: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Upper clip distance. None: `epsilon` where that was given, else the preset's."""
+    scale_rewards: bool = True
+    """Divide the group's centred rewards by their standard deviation (the paper's advantage)."""
+    kl_penalty_coef: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """As in `TrainConfig`, which it overrides where it is given."""
+    ppo: Literal[True] = True
+    """The clipped surrogate; ART's `ppo=False` is CISPO, which this version doesn't have."""
+    normalize_by_length: Literal[True] = True
+    """Every level here divides by the sequence's length; `False` is Dr. GRPO."""
+    precalculate_logprobs: Literal[False] = False
+    """The old log-probs are the engine's, as the paper proposes; recomputation is not here yet."""
+
+    minibatches: int = Field(default=4, ge=1)
+    """Optimizer steps per rollout batch and epoch. The clip acts from the second one on."""
+    epochs: int = Field(default=1, ge=1)
+    """Passes over the rollout batch."""
+    packed_sequence_length: int | None = Field(default=None, ge=1)
+    """Tokens of one packed row (one microbatch). None: what fits about 2 GiB of activations.
+    The result doesn't depend on it."""
+    logprob_calculation_chunk_size: int | None = Field(default=None, ge=1)
+    """Tokens whose logits exist at once. None: about 64 MiB of them."""
+    seed: int = 0
+    """Orders the groups into minibatches."""
+
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Gradient clipping by global norm; None: none."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Decay after the warmup, to `lr_final` of the peak at `lr_total_steps`."""
+    lr_warmup_steps: int = Field(default=0, ge=0)
+    """Calls of `train` over which the learning rate rises linearly from 0."""
+    lr_total_steps: int | None = Field(default=None, ge=1)
+    """Calls of `train` at which `cosine` or `linear` ends; needed by those two."""
+    lr_final: float = Field(default=0.0, ge=0, le=1)
+    """The schedule's last learning rate, as a share of the peak."""
+    on_too_long: Literal["error", "drop"] = "error"
+    """What to do with a trajectory longer than the model's context: name it, or drop and count it."""
+
+    @model_validator(mode="after")
+    def _schedule_has_an_end(self) -> TrainConfig:
+        if self.lr_schedule != "constant" and self.lr_total_steps is None:
+            raise ValueError(
+                f"lr_schedule={self.lr_schedule!r} needs lr_total_steps, the number of train calls"
+            )
+        if self.lr_total_steps is not None and self.lr_total_steps <= self.lr_warmup_steps:
+            raise ValueError("lr_total_steps must be larger than lr_warmup_steps")
+        return self
+
+
+class LoraConfig(Options):
+    """Low-rank adapters (peft). `target_modules="all-linear"` reaches the experts too."""
+
+    r: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0)
+    target_modules: str | list[str] = "all-linear"
+
+
+class InternalModelConfig(Options):
+    """How a `TrainableModel` is loaded.
+
+    >>> InternalModelConfig(lora=LoraConfig(r=4)).dtype
+    'float32'
+    """
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type. Weights and optimizer stay float32; `bfloat16` computes under autocast."""
+    lora: LoraConfig | None = None
+    """None: full fine-tuning."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward pass."""
+    max_context: int | None = Field(default=None, ge=2)
+    """Longest prompt + completion. None: the model's own limit."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads. None: one below 20M parameters, else all cores."""
+    device: str = "auto"
+    """`auto`: cuda where there is one, else cpu."""

@@ -1,0 +1,89 @@
+"""The one exception tree of gspo.
+
+    GspoError
+    ├── ConfigError            an option, a value or a combination that means nothing
+    ├── DataError              rollouts that cannot be trained on
+    │   ├── MissingLogprobsError   a Choice without token ids or log-probs
+    │   └── SampleTooLongError     a trajectory longer than the model's context
+    ├── ModelError             a base model that cannot be found or used
+    ├── RunError               a run folder in conflict, read-only or from a newer version
+    │   └── CheckpointError        a checkpoint that is incomplete or damaged
+    ├── ServeError             the server cannot start or cannot answer
+    │   └── RequestError           a request that the engine refuses (HTTP 400)
+    ├── NumericsError          a gradient or a probability that is not finite
+    └── MissingDependencyError an optional package is not installed
+
+Every message names the thing, its value and the remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class GspoError(Exception):
+    """Base of all errors that gspo raises on purpose."""
+
+
+class ConfigError(GspoError):
+    """An option, a value or a combination of options that means nothing."""
+
+
+class DataError(GspoError):
+    """Rollouts that cannot be trained on."""
+
+
+class MissingLogprobsError(DataError):
+    """A Choice without token ids or without the log-probs of its tokens."""
+
+
+class SampleTooLongError(DataError):
+    """A trajectory that is longer than the model's context."""
+
+
+class ModelError(GspoError):
+    """A base model that cannot be found or that gspo cannot compute exactly."""
+
+
+class RunError(GspoError):
+    """A run folder in conflict, read-only, full, or written by a newer version."""
+
+
+class CheckpointError(RunError):
+    """A checkpoint that is incomplete or damaged."""
+
+
+class ServeError(GspoError):
+    """The server cannot start or cannot answer."""
+
+
+class RequestError(ServeError):
+    """A request that the engine refuses; the server answers it with HTTP 400."""
+
+    def __init__(self, message: str, param: str | None = None):
+        super().__init__(message)
+        self.param = param
+
+
+class NumericsError(GspoError):
+    """A gradient or a probability that is not finite; nothing was updated."""
+
+
+class MissingDependencyError(GspoError):
+    """An optional package is not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str):
+        super().__init__(
+            f"{purpose} needs the package {package!r}: pip install 'gspo[{extra}]'"
+        )
+
+
+def suggestion(name: str, choices: Iterable[str]) -> str:
+    """' Did you mean 'x'?' for the nearest of `choices`, or '' where none is near.
+
+    >>> suggestion("sequnce", ["token", "sequence"])
+    " Did you mean 'sequence'?"
+    """
+    near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.55)
+    return f" Did you mean {near[0]!r}?" if near else ""

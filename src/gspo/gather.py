@@ -1,0 +1,163 @@
+"""Run rollouts: all at once, with a failure budget and a progress bar."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+from gspo.errors import DataError
+from gspo.progress import Gather, gathering
+from gspo.trajectory import Trajectory, TrajectoryGroup
+
+P = ParamSpec("P")
+T = TypeVar("T")
+AfterEach = Callable[[TrajectoryGroup], Awaitable[TrajectoryGroup | list[TrajectoryGroup] | None]]
+
+
+async def gather_trajectory_groups(
+    groups: Iterable[Awaitable[TrajectoryGroup] | TrajectoryGroup],
+    *,
+    pbar_desc: str | None = "gather",
+    max_exceptions: int | float = 0,
+    after_each: AfterEach | None = None,
+) -> list[TrajectoryGroup]:
+    """Run all groups concurrently and return them in the order given.
+
+    Args:
+        groups: `TrajectoryGroup`s of coroutines, or coroutines that return a group.
+        pbar_desc: label of the progress bar on a terminal; None shows none.
+        max_exceptions: rollouts that may fail; below 1, their share. One more raises its error,
+            after the others were cancelled.
+        after_each: awaited with each finished group; what it returns (a group, several, or None
+            to drop it) takes the group's place.
+
+    Raises:
+        DataError: nothing was given.
+    """
+    pending = list(groups)
+    if not pending:
+        raise DataError("gather_trajectory_groups got no groups: give at least one")
+    total = sum(g.size if isinstance(g, TrajectoryGroup) else 1 for g in pending)
+
+    async def one(group: Awaitable[TrajectoryGroup]) -> list[TrajectoryGroup]:
+        whole = await group
+        if not isinstance(whole, TrajectoryGroup):
+            raise DataError(f"a group's coroutine returned {type(whole).__name__}")
+        if after_each is None:
+            return [whole]
+        kept = await after_each(whole)
+        return [] if kept is None else kept if isinstance(kept, list) else [kept]
+
+    with _progress(pbar_desc, total) as update:
+        gather = Gather(total=total, max_exceptions=max_exceptions, update=update)
+        with gathering(gather):
+            parts = await _all_or_cancel([one(group) for group in pending])
+    return [group for part in parts for group in part]
+
+
+async def gather_trajectories(
+    trajectories: Iterable[Awaitable[Trajectory]],
+    *,
+    pbar_desc: str | None = "gather",
+    max_exceptions: int | float = 0,
+) -> list[Trajectory | BaseException]:
+    """Run rollouts concurrently; a tolerated failure stands as its exception, in its place."""
+    pending = list(trajectories)
+
+    async def one(rollout: Awaitable[Trajectory]) -> Trajectory | BaseException:
+        try:
+            trajectory = await rollout
+        except Exception as error:
+            gather.failed(error)
+            return error
+        gather.finished(trajectory.reward, trajectory.metrics)
+        return trajectory
+
+    with _progress(pbar_desc, len(pending)) as update:
+        gather = Gather(total=len(pending), max_exceptions=max_exceptions, update=update)
+        with gathering(gather):
+            return await _all_or_cancel([one(rollout) for rollout in pending])
+
+
+def retry(
+    max_attempts: int = 3,
+    delay: float = 1.0,
+    backoff_factor: float = 2.0,
+    exceptions: type[Exception] | tuple[type[Exception], ...] = Exception,
+    on_retry: Callable[[Exception, int], None] | None = None,
+) -> Callable[[Callable[P, Awaitable[T]]], Callable[P, Awaitable[T]]]:
+    """Decorate a coroutine function so that it is tried again after a failure.
+
+    Args:
+        max_attempts: calls in all.
+        delay: seconds before the second one.
+        backoff_factor: growth of the delay from one to the next.
+        exceptions: what is tried again; anything else raises at once.
+        on_retry: called with the error and the number of the failed attempt.
+    """
+    if max_attempts < 1:
+        raise DataError(f"retry(max_attempts={max_attempts}): must be at least 1")
+
+    def decorate(function: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
+        @functools.wraps(function)
+        async def again(*args: P.args, **kwargs: P.kwargs) -> T:
+            wait = delay
+            for attempt in range(1, max_attempts):
+                try:
+                    return await function(*args, **kwargs)
+                except exceptions as error:
+                    if on_retry is not None:
+                        on_retry(error, attempt)
+                    await asyncio.sleep(wait)
+                    wait *= backoff_factor
+            return await function(*args, **kwargs)
+
+        return again
+
+    return decorate
+
+
+async def _all_or_cancel(coroutines: list[Any]) -> list[Any]:
+    """Results in order; at the first error the rest is cancelled and awaited, then it raises."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+@contextmanager
+def _progress(description: str | None, total: int) -> Iterator[Callable[[Gather], None]]:
+    """A bar on a terminal, nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    console = Console(stderr=True)
+    if description is None or not console.is_terminal:
+        yield lambda gather: None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("reward {task.fields[reward]}  failed {task.fields[failed]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(description, total=total, reward="-", failed=0)
+
+        def update(gather: Gather) -> None:
+            reward = gather.mean("reward")
+            bar.update(
+                task,
+                completed=gather.done + gather.exceptions,
+                reward="-" if reward is None else f"{reward:.3f}",
+                failed=gather.exceptions,
+            )
+
+        yield update

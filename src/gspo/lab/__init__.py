@@ -1,0 +1,1 @@
+"""Whole experiments: the loop, its live view and its picture."""

@@ -1,0 +1,94 @@
+"""What a spec will do, told before anything is loaded or written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gspo.errors import ModelError
+from gspo.lab.rollout import load_rollout
+from gspo.lab.spec import Spec
+from gspo.policy.embedded import PREFIX, build_model, build_tokenizer
+from gspo.policy.load import resolve
+from gspo.serve.cache import slab_bytes
+from gspo.tasks import load_task
+from gspo.train.settings import resolve as resolve_settings
+from gspo.train.trainer import activation_bytes, row_budget
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of a run. Memory is an estimate, in bytes."""
+
+    algorithm: str
+    clip_range: tuple[float, float]
+    parameters: int
+    sequences_per_step: int
+    sequences_per_update: int
+    updates_per_step: int
+    longest_completion: int | None
+    row_tokens: int
+    memory_weights: int
+    memory_optimizer: int
+    memory_activations: int
+    memory_kv_cache: int
+
+    @property
+    def memory(self) -> int:
+        """All of it."""
+        sampling = self.memory_kv_cache
+        training = self.memory_activations + self.memory_weights  # gradients
+        return self.memory_weights + self.memory_optimizer + max(sampling, training)
+
+
+def make_plan(spec: Spec) -> Plan:
+    """Check every name that the spec gives, and work out its sizes.
+
+    Raises:
+        GspoError: a model, task, rollout or option that doesn't exist.
+    """
+    settings = resolve_settings(spec.train_config(), spec.train)
+    task = load_task(spec.task, spec.task_options) if spec.task else None
+    if spec.rollout:
+        load_rollout(spec.rollout)
+    config, parameters = _shape(spec.model)
+    text = config.get_text_config()
+    limit = spec.max_tokens or (task.max_tokens if task else None)
+    rows = min(512, spec.prompts * spec.completions)
+    sequences = spec.prompts * spec.completions
+    checkpointing = spec.load.activation_checkpointing
+    row = spec.train.packed_sequence_length or row_budget(text, checkpointing)
+    trained = parameters if spec.load.lora is None else parameters // 50
+    return Plan(
+        algorithm=settings.algorithm,
+        clip_range=(1 - settings.objective.epsilon_low, 1 + settings.objective.epsilon_high),
+        parameters=parameters,
+        sequences_per_step=sequences,
+        sequences_per_update=-(-sequences // spec.train.minibatches),
+        updates_per_step=spec.train.minibatches * spec.train.epochs,
+        longest_completion=limit,
+        row_tokens=row,
+        memory_weights=4 * parameters,
+        memory_optimizer=8 * trained,
+        memory_activations=row * activation_bytes(text, checkpointing),
+        memory_kv_cache=slab_bytes(rows, 2 * (limit or 256), text),
+    )
+
+
+def _shape(name: str) -> tuple[Any, int]:
+    """The model's config and its number of parameters, without its weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if name.startswith(PREFIX):
+        load_task(name.removeprefix(PREFIX))
+        model = build_model(build_tokenizer(), 0)
+    else:
+        try:
+            config = AutoConfig.from_pretrained(resolve(name))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"cannot load the config of {name!r}: {error}") from None
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    return model.config, sum(p.numel() for p in model.parameters())

@@ -1,0 +1,97 @@
+"""Rollouts of an experiment: the task's own, or the user's function."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from gspo.errors import ConfigError
+from gspo.lab.spec import Spec
+from gspo.model import TrainableModel
+from gspo.tasks import Problem, Split, Task, load_task
+from gspo.trajectory import Trajectory, TrajectoryGroup
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What a rollout function gets: which prompt it is, and the task's problem if there is one."""
+
+    split: Split
+    index: int
+    seed: int
+    problem: Problem | None
+
+
+Rollout = Callable[[TrainableModel, Scenario], Awaitable[Trajectory]]
+
+
+class Rollouts:
+    """Makes the groups of an experiment. Every group is a function of the spec and its index."""
+
+    def __init__(self, spec: Spec, model: TrainableModel):
+        self.spec = spec
+        self.model = model
+        self.task = load_task(spec.task, spec.task_options) if spec.task else None
+        self.rollout = load_rollout(spec.rollout) if spec.rollout else None
+
+    def scenario(self, split: Split, index: int) -> Scenario:
+        """Prompt `index` of a split."""
+        seed = self.spec.seed
+        problem = self.task.problem(split, index, seed) if self.task else None
+        return Scenario(split, index, seed, problem)
+
+    async def group(self, split: Split, index: int, size: int) -> TrajectoryGroup:
+        """`size` rollouts of one prompt."""
+        scenario = self.scenario(split, index)
+        if self.rollout is not None:
+            rollout = self.rollout
+            return await TrajectoryGroup(rollout(self.model, scenario) for _ in range(size))
+        assert self.task is not None and scenario.problem is not None
+        return await self._answers(self.task, scenario.problem, size)
+
+    async def _answers(self, task: Task, problem: Problem, size: int) -> TrajectoryGroup:
+        """One request for all completions: the prompt is computed once."""
+        messages = task.messages(problem)
+        response = await self.model.openai_client().chat.completions.create(
+            model=self.model.inference_name,
+            messages=messages,  # pyright: ignore[reportArgumentType]
+            n=size,
+            max_tokens=self.spec.max_tokens or task.max_tokens,
+            temperature=self.spec.temperature,
+        )
+        return TrajectoryGroup(
+            Trajectory(
+                messages_and_choices=[*messages, choice],
+                reward=task.score(problem, choice.message.content or ""),
+                metadata={"answer": problem.answer},
+            )
+            for choice in response.choices
+        )
+
+
+def load_rollout(name: str) -> Rollout:
+    """The function `module:function`, looked for in the working directory too.
+
+    Raises:
+        ConfigError: no such module or function, or not an async function of two arguments.
+    """
+    module_name, colon, function_name = name.partition(":")
+    if not colon:
+        raise ConfigError(f"rollout = {name!r}: write 'module:function'")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(f"rollout = {name!r}: cannot import {module_name}: {error}") from None
+    function = getattr(module, function_name, None)
+    if not inspect.iscoroutinefunction(function):
+        raise ConfigError(f"rollout = {name!r}: {module_name} has no async function of that name")
+    if len(inspect.signature(function).parameters) != 2:
+        raise ConfigError(f"rollout = {name!r} must take two arguments: (model, scenario)")
+    return function

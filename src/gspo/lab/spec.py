@@ -1,0 +1,124 @@
+"""What an experiment is: a TOML file, with every field overridable by key=value."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from gspo.config import TrainConfig
+from gspo.dev import InternalModelConfig
+from gspo.dev import TrainConfig as DevTrainConfig
+from gspo.errors import ConfigError, suggestion
+from gspo.options import Options
+
+
+class Spec(Options):
+    """One run: a model, a task or a rollout function, an objective, sizes and seeds.
+
+    >>> Spec(task="sort").model
+    'embedded:sort'
+    """
+
+    name: str = "run"
+    """Names the run folder `<path>/<project>/<name>`."""
+    project: str = "gspo"
+    path: str = ".gspo"
+    model: str = ""
+    """`embedded:<task>`, a folder, or a hub id. Default: the task's embedded model."""
+    task: str | None = None
+    """`sort`, `reverse`, `add` or `reasoning-gym:<dataset>`."""
+    task_options: dict[str, Any] = Field(default_factory=dict)
+    """Options of a reasoning-gym dataset."""
+    rollout: str | None = None
+    """`module:function`, an `async def rollout(model, scenario) -> Trajectory` of your own.
+    Without it, the task's prompt is answered in one turn and scored."""
+    steps: int = Field(default=60, ge=1)
+    """Calls of `train` over the run's life."""
+    prompts: int = Field(default=32, ge=1)
+    """Prompts per step."""
+    completions: int = Field(default=16, ge=2)
+    """Rollouts per prompt, G."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Longest completion. None: the task's own."""
+    temperature: float = Field(default=1.0, gt=0, le=100)
+    eval_prompts: int = Field(default=256, ge=0)
+    """Held-out prompts before and after; 0 evaluates nothing."""
+    eval_completions: int = Field(default=4, ge=1)
+    eval_every: int | None = Field(default=None, ge=1)
+    """Also evaluate every so many steps."""
+    seed: int = 0
+    """Of the prompts and of sampling."""
+    keep_checkpoints: int | None = Field(default=2, ge=1)
+    train: DevTrainConfig = Field(default_factory=DevTrainConfig)
+    """The fields of `dev.TrainConfig`: algorithm, epsilon, minibatches, schedule, ..."""
+    learning_rate: float = TrainConfig().learning_rate
+    load: InternalModelConfig = Field(default_factory=InternalModelConfig)
+    """The fields of `dev.InternalModelConfig`: dtype, lora, activation_checkpointing, ..."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _task_names_the_model(cls, data: Any) -> Any:
+        if isinstance(data, dict) and not data.get("model") and data.get("task"):
+            data = {**data, "model": f"embedded:{data['task']}"}
+        return data
+
+    @model_validator(mode="after")
+    def _has_prompts_and_a_model(self) -> Spec:
+        if self.task is None and self.rollout is None:
+            raise ValueError("give a task, or a rollout = 'module:function'")
+        if not self.model:
+            raise ValueError("give a model")
+        return self
+
+    def train_config(self) -> TrainConfig:
+        """The public half of the training options."""
+        return TrainConfig(learning_rate=self.learning_rate)
+
+
+def read_spec(path: Path, overrides: Iterable[str] = ()) -> Spec:
+    """A spec from a TOML file, with `key=value` overrides (dotted keys, TOML values).
+
+    Raises:
+        ConfigError: no such file, not TOML, or an unknown key or value.
+    """
+    try:
+        data = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+    return Spec(**override(data, overrides))
+
+
+def override(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """`data` with each `a.b=value` put in its place.
+
+    >>> override({"train": {"epochs": 1}}, ["train.epochs=2", "model=embedded:sort"])
+    {'train': {'epochs': 2}, 'model': 'embedded:sort'}
+    """
+    data = {key: dict(value) if isinstance(value, dict) else value for key, value in data.items()}
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {item!r}: write key=value")
+        *tables, last = key.strip().split(".")
+        if (tables or [last])[0] not in Spec.model_fields:
+            near = suggestion((tables or [last])[0], Spec.model_fields)
+            raise ConfigError(f"--set {item!r}: unknown key {key.strip()!r}.{near}")
+        place = data
+        for table in tables:
+            place = place.setdefault(table, {})
+        place[last] = _value(text.strip())
+    return data
+
+
+def _value(text: str) -> Any:
+    """A TOML value, or the text itself where it is none."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

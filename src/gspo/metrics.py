@@ -1,0 +1,80 @@
+"""Metrics that know how they are reduced, so that they are exact over any split of the work.
+
+>>> a, b = Metrics(), Metrics()
+>>> a.mean("reward", total=3.0, count=2)
+>>> b.mean("reward", total=0.0, count=1)
+>>> a.merge(b)
+>>> a.compute()
+{'reward': 1.0}
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+QUANTILES: Mapping[str, float] = {"p01": 0.01, "p50": 0.5, "p99": 0.99}
+
+
+@dataclass
+class Metrics:
+    """Sums, means by count, maxima and distributions, mergeable in any order."""
+
+    _sums: dict[str, float] = field(default_factory=dict)
+    _means: dict[str, tuple[float, float]] = field(default_factory=dict)
+    _maxima: dict[str, float] = field(default_factory=dict)
+    _values: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, name: str, value: float) -> None:
+        """Add to a metric that is reduced by its sum."""
+        self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def mean(self, name: str, total: float, count: float) -> None:
+        """Add `total` over `count` to a metric that is reduced to sum(total) / sum(count)."""
+        old_total, old_count = self._means.get(name, (0.0, 0.0))
+        self._means[name] = (old_total + total, old_count + count)
+
+    def maximum(self, name: str, value: float) -> None:
+        """Add to a metric that is reduced by its maximum."""
+        self._maxima[name] = max(self._maxima.get(name, -math.inf), value)
+
+    def distribution(self, name: str, values: Iterable[float]) -> None:
+        """Add values to a metric whose mean, quantiles and largest magnitude are reported."""
+        self._values.setdefault(name, []).extend(values)
+
+    def merge(self, other: Metrics) -> None:
+        """Take over everything that `other` holds."""
+        for name, value in other._sums.items():
+            self.add(name, value)
+        for name, (total, count) in other._means.items():
+            self.mean(name, total, count)
+        for name, value in other._maxima.items():
+            self.maximum(name, value)
+        for name, values in other._values.items():
+            self.distribution(name, values)
+
+    def compute(self) -> dict[str, float]:
+        """Name -> value, sorted by name. A mean over nothing is left out."""
+        out: dict[str, float] = dict(self._sums) | dict(self._maxima)
+        out |= {name: total / count for name, (total, count) in self._means.items() if count}
+        for name, values in self._values.items():
+            out |= {f"{name}_{key}": value for key, value in _summarise(values).items()}
+        return dict(sorted(out.items()))
+
+
+def _summarise(values: list[float]) -> dict[str, float]:
+    # fsum and sorting make the result independent of the order of microbatches.
+    if not values:
+        return {}
+    ordered = sorted(values)
+    out = {"mean": math.fsum(ordered) / len(ordered), "abs_max": max(-ordered[0], ordered[-1])}
+    return out | {key: _quantile(ordered, q) for key, q in QUANTILES.items()}
+
+
+def _quantile(ordered: list[float], q: float) -> float:
+    """Linear interpolation between closest ranks."""
+    at = q * (len(ordered) - 1)
+    low = math.floor(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)

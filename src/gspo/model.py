@@ -1,0 +1,202 @@
+"""`Model` and `TrainableModel`: a name, a backend, an OpenAI client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Generic, TypeVar
+
+from openai import AsyncOpenAI
+from pydantic import BaseModel, ConfigDict, PrivateAttr
+
+from gspo.backend.base import Backend, TrainResult
+from gspo.config import TrainConfig
+from gspo.dev import InternalModelConfig
+from gspo.dev import TrainConfig as DevTrainConfig
+from gspo.errors import ConfigError, RunError, suggestion
+from gspo.trajectory import Trajectory, TrajectoryGroup
+
+UserConfig = TypeVar("UserConfig", bound=BaseModel | None)
+
+
+class Model(BaseModel, Generic[UserConfig]):
+    """A model that can be asked and logged: a prompted one, to compare trained ones with.
+
+    Args:
+        name, project: name the run folder, `<backend path>/<project>/<name>/`.
+        config: anything of yours that rollouts need.
+        inference_base_url, inference_api_key: where the model is served.
+        inference_model_name: its name there, if not `name`.
+    """
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    name: str
+    project: str
+    config: UserConfig = None  # type: ignore[assignment]
+    inference_base_url: str | None = None
+    inference_api_key: str | None = None
+    inference_model_name: str | None = None
+
+    _backend: Any = PrivateAttr(default=None)
+    _client: AsyncOpenAI | None = PrivateAttr(default=None)
+
+    def __init__(self, **data: Any) -> None:
+        for key in data:
+            if key not in type(self).model_fields:
+                raise ConfigError(
+                    f"{type(self).__name__}: unknown argument {key!r}."
+                    f"{suggestion(key, type(self).model_fields)}"
+                )
+        super().__init__(**data)
+
+    @property
+    def trainable(self) -> bool:
+        """Whether `train` works."""
+        return False
+
+    @property
+    def inference_name(self) -> str:
+        """What to pass as `model=` to the OpenAI client."""
+        return self.inference_model_name or self.name
+
+    def get_inference_name(self) -> str:
+        """`inference_name`, as ART spells it."""
+        return self.inference_name
+
+    def backend(self) -> Backend:
+        """The backend that the model is registered with.
+
+        Raises:
+            RunError: it is not registered.
+        """
+        if self._backend is None:
+            raise RunError(
+                f"model {self.name!r} is not registered: await model.register(backend) first"
+            )
+        return self._backend
+
+    async def register(self, backend: Backend) -> None:
+        """Make the model known to a backend."""
+        await backend.register(self)  # pyright: ignore[reportArgumentType]
+        self._backend = backend
+
+    def openai_client(self) -> AsyncOpenAI:
+        """A client for the model's own server.
+
+        Raises:
+            ConfigError: no `inference_base_url` or `inference_api_key`.
+        """
+        if self._client is None:
+            if self.inference_base_url is None or self.inference_api_key is None:
+                raise ConfigError(
+                    f"model {self.name!r} needs inference_base_url and inference_api_key"
+                )
+            self._client = AsyncOpenAI(
+                base_url=self.inference_base_url, api_key=self.inference_api_key
+            )
+        return self._client
+
+    async def log(
+        self,
+        trajectories: Iterable[Trajectory | BaseException] | Iterable[TrajectoryGroup],
+        split: str = "val",
+        *,
+        metrics: Mapping[str, float] | None = None,
+        step: int | None = None,
+    ) -> None:
+        """Write trajectories, and the means of their metrics, to the run under `split`."""
+        items: list[Any] = list(trajectories)
+        grouped = all(isinstance(item, TrajectoryGroup) for item in items)
+        groups = items if grouped else [TrajectoryGroup(items)]
+        await self.backend().log(self, groups, split, metrics, step)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def source(self) -> str | None:
+        """The base model of a `TrainableModel`."""
+        return None
+
+    @property
+    def internal_config(self) -> InternalModelConfig:
+        """How the model is loaded."""
+        return InternalModelConfig()
+
+
+class TrainableModel(Model[UserConfig], Generic[UserConfig]):
+    """A model that a backend samples and trains.
+
+    Args:
+        name, project, config: as in `Model`.
+        base_model: `embedded:<task>`, a folder in Hugging Face layout, or a hub id.
+        _internal_config: precision, LoRA and context; see `dev.InternalModelConfig`.
+
+    Raises:
+        ConfigError: an unknown argument.
+    """
+
+    base_model: str
+
+    _internal: InternalModelConfig = PrivateAttr(default_factory=InternalModelConfig)
+
+    def __init__(
+        self, *, _internal_config: InternalModelConfig | None = None, **data: Any
+    ) -> None:
+        super().__init__(**data)
+        if _internal_config is not None:
+            self._internal = _internal_config
+
+    @property
+    def trainable(self) -> bool:
+        return True
+
+    @property
+    def source(self) -> str | None:
+        return self.base_model
+
+    @property
+    def internal_config(self) -> InternalModelConfig:
+        return self._internal
+
+    async def register(self, backend: Backend) -> None:
+        """Load the model, or go on from its run's last checkpoint."""
+        await super().register(backend)
+        self.inference_base_url = getattr(backend, "base_url", lambda model: None)(self)
+        self.inference_api_key = "gspo"
+
+    def openai_client(self) -> AsyncOpenAI:
+        """A client that samples from the current weights. Its choices carry token ids."""
+        return self.backend().client(self)
+
+    async def get_step(self) -> int:
+        """Calls of `train` so far, over the run's life."""
+        return await self.backend().get_step(self)
+
+    async def train(
+        self,
+        trajectory_groups: Iterable[TrajectoryGroup],
+        config: TrainConfig | None = None,
+        _config: DevTrainConfig | None = None,
+        verbose: bool = False,
+    ) -> TrainResult:
+        """Train on one rollout batch, log it, and save a checkpoint.
+
+        Args:
+            trajectory_groups: groups of at least two trajectories each.
+            config: learning rate and KL weight.
+            _config: everything else. `dev.TrainConfig(importance_sampling_level="sequence")` is
+                GSPO with the paper's clip range and four minibatches; it is the default too.
+            verbose: print the call's metrics.
+
+        Raises:
+            GspoError: see `LocalBackend.train`.
+        """
+        if isinstance(_config, dict):
+            _config = DevTrainConfig(**_config)  # ART's is a dict
+        result = await self.backend().train(self, list(trajectory_groups), config, _config)
+        if verbose:
+            for name, value in result.metrics.items():
+                print(f"{name} {value:.6g}")
+        return result
+
+    async def delete_checkpoints(self, best_checkpoint_metric: str = "val/reward") -> None:
+        """Delete all checkpoints but the latest and the one with the best metric."""
+        await self.backend().delete_checkpoints(self, best_checkpoint_metric)

@@ -1,0 +1,46 @@
+"""The objective by itself: tensors in, loss and statistics out. Imports torch and nothing of gspo.
+
+Any trainer can use it:
+
+    from gspo.objective import PRESETS, group_advantages, policy_loss
+
+    advantages = group_advantages(rewards, group_ids)                      # [S]
+    out = policy_loss(logprobs, old_logprobs, sequence_ids, advantages,    # [T], [T], [T], [S]
+                      PRESETS["gspo"].objective, total_sequences=N)
+    out.loss.backward()
+
+The loss, its gradient and its statistics are the same however the sequences are ordered, packed,
+padded or split into microbatches, as long as `total_sequences` is the whole step's.
+"""
+
+from .advantage import group_advantages
+from .kl import k3
+from .loss import LossOutput, policy_loss
+from .presets import LEVEL_DEFAULTS, PRESETS, Objective, Preset
+from .ratio import (
+    MAX_LOG_RATIO,
+    Level,
+    importance_ratio,
+    sequence_log_ratio,
+    token_log_ratio,
+)
+from .segments import Segments
+from .surrogate import clipped_surrogate
+
+__all__ = [
+    "LEVEL_DEFAULTS",
+    "MAX_LOG_RATIO",
+    "PRESETS",
+    "Level",
+    "LossOutput",
+    "Objective",
+    "Preset",
+    "Segments",
+    "clipped_surrogate",
+    "group_advantages",
+    "importance_ratio",
+    "k3",
+    "policy_loss",
+    "sequence_log_ratio",
+    "token_log_ratio",
+]

@@ -1,0 +1,195 @@
+"""The policy loss: log-probs in, loss and per-sequence statistics out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from .kl import k3
+from .presets import Objective
+from .ratio import MAX_LOG_RATIO, Level, importance_ratio, sequence_log_ratio, token_log_ratio
+from .segments import Segments
+from .surrogate import clipped_surrogate
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What `policy_loss` returns. Only `loss` carries gradient; S sequences.
+
+    Attributes:
+        loss: scalar, already divided by N: add it up over microbatches and ranks.
+        policy: the surrogate's part of `loss`, without the KL term.
+        kl: (1/N) Σ_i of the mean k3 per sequence; 0 without a reference.
+        log_ratio: l_i per sequence, unbounded.
+        lengths: L_i, sampled tokens per sequence.
+        loss_tokens: tokens of each sequence that are trained on.
+        clipped_tokens: of those, how many have zero gradient because of the clip.
+        extreme: sequences with a log-ratio (of the sequence, or of a token where the level looks
+            at tokens) beyond ±MAX_LOG_RATIO.
+    """
+
+    loss: Float[Tensor, ""]
+    policy: Float[Tensor, ""]
+    kl: Float[Tensor, ""]
+    log_ratio: Float[Tensor, " S"]
+    lengths: Float[Tensor, " S"]
+    loss_tokens: Float[Tensor, " S"]
+    clipped_tokens: Float[Tensor, " S"]
+    extreme: Bool[Tensor, " S"]
+
+
+def policy_loss(
+    logprobs: Float[Tensor, "*shape"],
+    old_logprobs: Float[Tensor, "*shape"],
+    sequence_ids: Int[Tensor, "*shape"],
+    advantages: Float[Tensor, " S"] | None,
+    objective: Objective,
+    *,
+    token_advantages: Float[Tensor, "*shape"] | None = None,
+    ratio_mask: Bool[Tensor, "*shape"] | None = None,
+    loss_mask: Bool[Tensor, "*shape"] | None = None,
+    total_sequences: int | None = None,
+    reference_logprobs: Float[Tensor, "*shape"] | None = None,
+) -> LossOutput:
+    """-(1/N) Σ_i of the clipped surrogate (GSPO, arXiv 2507.18071, equation 5), plus KL.
+
+    Args:
+        logprobs: float32 log-probs of the tokens under the policy that is trained; any shape
+            (packed [T], padded [B, T], ...). The only argument that gets a gradient.
+        old_logprobs: float32 log-probs under the policy that the ratio is taken against.
+        sequence_ids: sequence of each token in 0..S-1. Where a sequence's tokens lie doesn't
+            matter. Ids under a False `ratio_mask` are ignored.
+        advantages: one per sequence; None where `token_advantages` are given instead.
+        objective: level, clip range and KL weight.
+        token_advantages: one per token, for every level but `sequence`; S is then the largest
+            sequence id + 1.
+        ratio_mask: tokens that were sampled; they give L_i and l_i. Default: all.
+        loss_mask: tokens that are trained on. Dropping a token here changes neither l_i nor the
+            weight of the others. Default: `ratio_mask`.
+        total_sequences: N, the sequences of the whole optimizer step over all microbatches and
+            ranks, those with zero advantage included. Default: S.
+        reference_logprobs: needed exactly where `objective.kl_coef` is above 0.
+
+    Raises:
+        ValueError: shapes, dtypes or ids that don't fit together.
+
+    Published example (one sequence of three tokens, epsilon 0.2, advantages per token; s_i is
+    0.90856, and NeMo-RL's own test expects -0.6057):
+
+    >>> old = torch.tensor([-1.0, -1.0, -1.0])
+    >>> new = torch.tensor([-1.69315, -1.0, -0.59453])
+    >>> out = policy_loss(new, old, torch.zeros(3, dtype=torch.long), None,
+    ...     Objective("sequence_token", 0.2, 0.2), token_advantages=torch.tensor([1.0, -1.0, 2.0]))
+    >>> round(out.log_ratio.exp().item(), 5), round(out.loss.item(), 4)
+    (0.90856, -0.6057)
+    """
+    shape = logprobs.shape
+    ratio_mask = torch.ones_like(logprobs, dtype=torch.bool) if ratio_mask is None else ratio_mask
+    loss_mask = ratio_mask if loss_mask is None else loss_mask & ratio_mask
+    tokens = {"old_logprobs": old_logprobs, "sequence_ids": sequence_ids}
+    tokens |= {"ratio_mask": ratio_mask, "loss_mask": loss_mask}
+    if token_advantages is not None:
+        tokens["token_advantages"] = token_advantages
+    _check(logprobs, tokens, objective, advantages, reference_logprobs)
+
+    mask = ratio_mask.reshape(-1)
+    ids = torch.where(mask, sequence_ids.reshape(-1), 0)
+    highest = int(ids.max()) if ids.numel() else -1
+    count = highest + 1 if advantages is None else advantages.numel()
+    if highest >= count:
+        raise ValueError(f"sequence_ids reach {highest}, but there are {count} advantages")
+    segments = Segments(ids, count, mask, loss_mask.reshape(-1))
+    total = count if total_sequences is None else total_sequences
+    new = logprobs.reshape(-1)
+
+    d = token_log_ratio(new, old_logprobs.reshape(-1), mask)
+    per_token = None if token_advantages is None else token_advantages.reshape(-1)
+    per_sequence, clipped = _surrogate(d, segments, objective, advantages, per_token)
+    policy = -per_sequence.sum() / total
+    kl = torch.zeros_like(policy)
+    if reference_logprobs is not None:
+        estimate = k3(new, reference_logprobs.reshape(-1), segments.loss_mask)
+        kl = segments.mean(estimate).sum() / total
+    log_ratio = sequence_log_ratio(d.detach(), segments)
+    return LossOutput(
+        loss=policy + objective.kl_coef * kl,
+        policy=policy.detach(),
+        kl=kl.detach(),
+        log_ratio=log_ratio,
+        lengths=segments.lengths,
+        loss_tokens=segments.sum(segments.loss_mask.float()),
+        clipped_tokens=segments.sum((clipped & segments.loss_mask).float()),
+        extreme=_extreme(objective.level, d.detach(), log_ratio, segments),
+    )
+
+
+def _surrogate(
+    d: Float[Tensor, " T"],
+    segments: Segments,
+    objective: Objective,
+    advantages: Float[Tensor, " S"] | None,
+    token_advantages: Float[Tensor, " T"] | None,
+) -> tuple[Float[Tensor, " S"], Bool[Tensor, " T"]]:
+    """The surrogate of each sequence, and which of its tokens the clip silences."""
+    ratio = importance_ratio(objective.level, d, segments)
+    low, high = objective.epsilon_low, objective.epsilon_high
+    if objective.level == "sequence":
+        assert advantages is not None
+        value, clipped = clipped_surrogate(ratio, advantages.to(d.dtype), low, high)
+        return torch.where(segments.lengths > 0, value, 0.0), segments.spread(clipped)
+    if token_advantages is None:
+        assert advantages is not None
+        token_advantages = segments.spread(advantages)
+    # Padding may hold NaN advantages too.
+    weight = torch.where(segments.ratio_mask, token_advantages, 0.0).to(d.dtype)
+    value, clipped = clipped_surrogate(ratio, weight, low, high)
+    return segments.mean(torch.where(segments.loss_mask, value, 0.0)), clipped
+
+
+def _extreme(
+    level: Level, d: Float[Tensor, " T"], log_ratio: Float[Tensor, " S"], segments: Segments
+) -> Bool[Tensor, " S"]:
+    """Sequences for which an exponent that this level uses lies beyond the bound."""
+    sequence = log_ratio.abs() > MAX_LOG_RATIO
+    if level in ("sequence", "sequence_token"):
+        return sequence
+    exponent = (d + segments.spread(log_ratio)) / 2 if level == "geometric_average" else d
+    token = segments.sum((exponent.abs() > MAX_LOG_RATIO).float()) > 0
+    return token | sequence if level == "average" else token
+
+
+def _check(
+    logprobs: Tensor,
+    tokens: dict[str, Tensor],
+    objective: Objective,
+    advantages: Tensor | None,
+    reference: Tensor | None,
+) -> None:
+    for name, tensor in tokens.items():
+        if tensor.shape != logprobs.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, logprobs {tuple(logprobs.shape)}"
+            )
+    for name, tensor in (("logprobs", logprobs), ("old_logprobs", tokens["old_logprobs"])):
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{name} are {tensor.dtype}: half precision alone costs more than the clip range; "
+                "compute log-probs in float32"
+            )
+    if (advantages is None) == ("token_advantages" not in tokens):
+        raise ValueError("give either advantages, one per sequence, or token_advantages")
+    if advantages is not None and advantages.dim() != 1:
+        raise ValueError(f"advantages have shape {tuple(advantages.shape)}, not one per sequence")
+    if advantages is None and objective.level == "sequence":
+        raise ValueError(
+            "level 'sequence' has one advantage per sequence; "
+            "for one per token use 'sequence_token' (preset gspo_token)"
+        )
+    if (objective.kl_coef > 0) != (reference is not None):
+        raise ValueError(
+            f"kl_coef = {objective.kl_coef}, but reference_logprobs are "
+            f"{'missing' if reference is None else 'given'}"
+        )

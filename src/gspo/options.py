@@ -1,0 +1,65 @@
+"""Base of every set of options: typed, frozen, and strict with a helpful error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from gspo.errors import ConfigError, suggestion
+
+
+class Options(BaseModel):
+    """A frozen pydantic model that raises `ConfigError`, naming the nearest right name or value.
+
+    `refused` maps names that another library knows, and that have no meaning here, to the reason
+    and the remedy. They are never accepted and ignored.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    refused: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, **data: Any) -> None:
+        check_names(type(self), data)
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise ConfigError(_explain(type(self), error)) from None
+
+
+def check_names(cls: type[Options], data: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for the first name in `data` that `cls` doesn't have."""
+    title = _title(cls)
+    for name in data:
+        if name in cls.model_fields:
+            continue
+        if name in cls.refused:
+            raise ConfigError(f"{title}: {name!r} is not supported: {cls.refused[name]}")
+        known = ", ".join(sorted(cls.model_fields))
+        raise ConfigError(
+            f"{title}: unknown option {name!r}.{suggestion(name, cls.model_fields)} "
+            f"Known options: {known}."
+        )
+
+
+def _title(cls: type[Options]) -> str:
+    return f"dev.{cls.__name__}" if cls.__module__ == "gspo.dev" else cls.__name__
+
+
+def _explain(cls: type[Options], error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"]) or "the options"
+        value = problem.get("input")
+        message = problem["msg"].removeprefix("Value error, ")
+        near = ""
+        if problem["type"] == "literal_error" and isinstance(value, str):
+            expected = str(problem.get("ctx", {}).get("expected", ""))
+            near = suggestion(value, [part.strip("' ") for part in _split_choices(expected)])
+        lines.append(f"{_title(cls)}: {where} = {value!r}: {message}.{near}")
+    return "\n".join(lines)
+
+
+def _split_choices(expected: str) -> list[str]:
+    return expected.replace(" or ", ", ").split(",")

@@ -1,0 +1,65 @@
+"""PackedBatch -> TokenLogprobs: the trainer's forward pass."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gspo.batch.pack import PackedBatch
+from gspo.policy.attention import PACKED, make_buckets, packed
+from gspo.policy.load import Policy
+from gspo.policy.logprob import TokenLogprobs, token_logprobs
+
+
+def forward(policy: Policy, batch: PackedBatch, chunk: int | None = None) -> TokenLogprobs:
+    """Float32 log-probs of the batch's sampled tokens, at the temperatures they were sampled with.
+
+    Every row's samples see only themselves, whatever else shares the row.
+    """
+    device = policy.device
+    hidden = _hidden_states(policy, batch)
+    targets = batch.targets.to(device)
+    tokens = batch.tokens[0].to(device)
+    return token_logprobs(
+        hidden[targets - 1],  # a token is predicted from the position before it
+        policy.head,
+        tokens[targets],
+        batch.temperatures.to(device),
+        chunk,
+    )
+
+
+def _hidden_states(policy: Policy, batch: PackedBatch) -> Float[Tensor, "T D"]:
+    device = policy.device
+    tokens, positions = batch.tokens.to(device), batch.positions.to(device)
+    autocast: Any = nullcontext()
+    if policy.compute_dtype != torch.float32:
+        autocast = torch.autocast(device.type, dtype=policy.compute_dtype)
+    with autocast:
+        if policy.packing == "single":
+            return torch.cat(
+                [
+                    policy.backbone(
+                        input_ids=part, position_ids=at, use_cache=False
+                    ).last_hidden_state[0]
+                    for part, at in zip(
+                        tokens.split(batch.lengths, dim=1),
+                        positions.split(batch.lengths, dim=1),
+                        strict=True,
+                    )
+                ]
+            )
+        extra: dict[str, Any] = {}
+        implementation = policy.loaded_attention
+        if policy.packing == "buckets":
+            implementation = PACKED
+            extra["gspo_buckets"] = make_buckets(batch.lengths, device)
+        with packed(policy.lm, implementation):
+            # With "mask", transformers reads the samples' borders from the restarting positions.
+            return policy.backbone(
+                input_ids=tokens, position_ids=positions, use_cache=False, **extra
+            ).last_hidden_state[0]

@@ -1,0 +1,240 @@
+"""Load any Hugging Face causal LM, dense or MoE, into a `Policy` that is known to be exact."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from gspo.dev import InternalModelConfig, LoraConfig
+from gspo.errors import MissingDependencyError, ModelError, suggestion
+from gspo.policy.embedded import PREFIX, RECIPES, embedded_folder
+from gspo.policy.logprob import Head
+from gspo.policy.quiet import quiet
+
+log = logging.getLogger("gspo")
+
+Packing = Literal["buckets", "mask", "single"]
+SMALL = 20_000_000  # parameters below which a second thread slows a step down
+
+
+@dataclass
+class Policy:
+    """A model that can be sampled from and trained; engine and trainer share it.
+
+    Attributes:
+        lm: the causal LM (with adapters injected, where LoRA is used).
+        peft: the PeftModel around it, or None for full fine-tuning.
+        tokenizer: the model's own.
+        source: folder or id that the base weights came from.
+        compute_dtype: float32, or bfloat16 (autocast); weights are float32.
+        context: longest sample in tokens.
+        packing: how samples share a row: `buckets` (gspo's attention), `mask` (transformers'
+            block-diagonal mask) or `single` (one forward pass a sample), the first that is exact.
+        checkpointing: layers are recomputed in the backward pass.
+        version: policy version, counted up by every update.
+    """
+
+    lm: PreTrainedModel
+    peft: Any
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    compute_dtype: torch.dtype
+    context: int
+    packing: Packing = "buckets"
+    checkpointing: bool = False
+    version: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm.device
+
+    @property
+    def backbone(self) -> torch.nn.Module:
+        """The model below the vocabulary projection."""
+        return getattr(self.lm, self.lm.base_model_prefix)
+
+    @property
+    def head(self) -> Head:
+        """The vocabulary projection."""
+        module = self.lm.get_output_embeddings()
+        if not isinstance(module, torch.nn.Linear):
+            raise ModelError(
+                f"{self.source}: the output head is a {type(module).__name__}; gspo computes "
+                "log-probs from a plain linear head (with LoRA, leave lm_head out)"
+            )
+        config = self.lm.config.get_text_config()
+        return Head(module.weight, module.bias, getattr(config, "final_logit_softcapping", None))
+
+    @property
+    def loaded_attention(self) -> str:
+        """The attention implementation that the model was loaded with."""
+        return self.lm.config._attn_implementation or "sdpa"
+
+    @property
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """Trained parameters by name, in a fixed order."""
+        return {n: p for n, p in self.lm.named_parameters() if p.requires_grad}
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside the block the adapters are off: the base model (LoRA only)."""
+        assert self.peft is not None
+        with self.peft.disable_adapter():
+            yield
+
+
+def resolve(base_model: str) -> str:
+    """The folder or hub id to load from.
+
+    Raises:
+        ModelError: no such embedded model, and no such folder.
+    """
+    if base_model.startswith(PREFIX):
+        return str(embedded_folder(base_model))
+    if Path(base_model).is_dir():
+        if not (Path(base_model) / "config.json").exists():
+            raise ModelError(f"base_model {base_model!r}: the folder has no config.json")
+        return base_model
+    near = suggestion(base_model, [PREFIX + name for name in RECIPES])
+    if base_model.startswith((".", "/", "~")) or base_model.count("/") != 1:
+        raise ModelError(
+            f"unknown base_model {base_model!r}: it is not a folder.{near} Give a folder in "
+            "Hugging Face layout, a hub id such as 'Qwen/Qwen3-0.6B', or 'embedded:sort'."
+        )
+    return base_model
+
+
+def load_policy(
+    base_model: str, config: InternalModelConfig | None = None, *, checkpoint: Path | None = None
+) -> Policy:
+    """Load `base_model`, or the weights of a checkpoint of it.
+
+    Args:
+        base_model: `embedded:<task>`, a folder in Hugging Face layout, or a hub id.
+        config: precision, LoRA and context.
+        checkpoint: a folder written by `save_weights`, which then stands for the weights.
+
+    Raises:
+        ModelError: unknown model, unusable architecture, or a context beyond the model's.
+    """
+    config = config or InternalModelConfig()
+    source = resolve(base_model)
+    full = checkpoint if checkpoint is not None and config.lora is None else None
+    lm = _load_lm(str(full) if full else source, source, _device(config.device))
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    _no_dropout(lm)
+    torch.set_num_threads(config.threads or _threads(lm))
+    peft = None
+    if config.lora is not None:
+        peft = _add_lora(lm, config.lora, checkpoint)
+    if config.activation_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+        if peft is not None:
+            lm.enable_input_require_grads()
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    limit = _context(lm, base_model, config.max_context)
+    return Policy(
+        lm=lm.eval(),
+        peft=peft,
+        tokenizer=tokenizer,
+        source=source,
+        compute_dtype=dtype,
+        context=limit,
+        checkpointing=config.activation_checkpointing,
+    )
+
+
+def save_weights(policy: Policy, folder: Path) -> None:
+    """Weights and tokenizer in Hugging Face layout (with LoRA: the adapter in peft's)."""
+    with quiet():
+        if policy.peft is not None:
+            policy.peft.save_pretrained(folder)
+        else:
+            policy.lm.save_pretrained(folder)
+        policy.tokenizer.save_pretrained(folder)
+
+
+def _load_lm(path: str, source: str, device: torch.device) -> PreTrainedModel:
+    with quiet():
+        try:
+            config = AutoConfig.from_pretrained(path)
+            lm = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            offline = "" if Path(path).is_dir() else " (hub ids need the network or its cache)"
+            raise ModelError(f"cannot load base_model {source!r}{offline}: {error}") from error
+    if getattr(lm, "is_quantized", False):
+        raise ModelError(f"{source!r} holds quantized weights; dequantize it to train it")
+    return lm.to(device)  # pyright: ignore[reportArgumentType]
+
+
+def _add_lora(lm: PreTrainedModel, config: LoraConfig, checkpoint: Path | None) -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise MissingDependencyError("peft", "peft", "LoRA") from None
+    if checkpoint is not None:
+        return peft.PeftModel.from_pretrained(lm, checkpoint, is_trainable=True)
+    spec = peft.LoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
+        target_modules=config.target_modules,
+        target_parameters=_expert_parameters(lm, config),
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return peft.get_peft_model(lm, spec)
+
+
+def _expert_parameters(lm: PreTrainedModel, config: LoraConfig) -> list[str] | None:
+    """The experts' stacked 3-d weights, which are parameters and not linear modules."""
+    if config.target_modules != "all-linear":
+        return None
+    names = [
+        name
+        for name, parameter in lm.named_parameters()
+        if parameter.dim() == 3 and ".experts." in name
+    ]
+    return names or None
+
+
+def _no_dropout(lm: PreTrainedModel) -> None:
+    """The ratio compares a policy with itself: a random mask would be noise in it."""
+    for module in lm.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # pyright: ignore[reportArgumentType]
+
+
+def _context(lm: PreTrainedModel, base_model: str, wanted: int | None) -> int:
+    own = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    if wanted is not None and wanted > own:
+        raise ModelError(f"max_context = {wanted}, but {base_model!r} has a context of {own}")
+    return wanted or own
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _threads(lm: PreTrainedModel) -> int:
+    parameters = sum(p.numel() for p in lm.parameters())
+    return 1 if parameters < SMALL else os.cpu_count() or 1

@@ -1,0 +1,68 @@
+"""What a running gather counts, and the failure budget that it enforces."""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Gather:
+    """Counts of one gather. `max_exceptions` below 1 is a share of `total`.
+
+    >>> gather = Gather(total=4, max_exceptions=0.5)
+    >>> gather.failed(ValueError("no")); gather.finished(1.0, {})
+    >>> gather.exceptions, gather.mean("reward")
+    (1, 1.0)
+    """
+
+    total: int
+    max_exceptions: float = 0
+    update: Callable[[Gather], None] = lambda gather: None
+    done: int = 0
+    exceptions: int = 0
+    _totals: dict[str, float] = field(default_factory=dict)
+    _counts: dict[str, int] = field(default_factory=dict)
+
+    def finished(self, reward: float, metrics: Mapping[str, float | int | bool]) -> None:
+        """Count a rollout that ended."""
+        self.done += 1
+        for name, value in {"reward": reward, **metrics}.items():
+            self._totals[name] = self._totals.get(name, 0.0) + float(value)
+            self._counts[name] = self._counts.get(name, 0) + 1
+        self.update(self)
+
+    def failed(self, error: BaseException) -> None:
+        """Count a rollout that raised; raises `error` when the budget is spent."""
+        self.exceptions += 1
+        self.update(self)
+        allowed = self.max_exceptions
+        if 0 < allowed < 1:
+            allowed = allowed * self.total
+        if self.exceptions > allowed:
+            raise error
+
+    def mean(self, name: str) -> float | None:
+        """Mean of a metric over the rollouts so far."""
+        count = self._counts.get(name, 0)
+        return self._totals[name] / count if count else None
+
+
+_current: contextvars.ContextVar[Gather] = contextvars.ContextVar("gspo_gather")
+
+
+def current_gather() -> Gather:
+    """The gather around this coroutine; one that allows no failure where there is none."""
+    return _current.get(Gather(total=0))
+
+
+@contextmanager
+def gathering(gather: Gather) -> Iterator[Gather]:
+    """Make `gather` the current one for the coroutines started inside."""
+    token = _current.set(gather)
+    try:
+        yield gather
+    finally:
+        _current.reset(token)

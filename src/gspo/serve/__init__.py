@@ -1,0 +1,1 @@
+"""Sampling: engines, and the OpenAI-compatible app before them."""

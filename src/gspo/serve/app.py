@@ -1,0 +1,172 @@
+"""The OpenAI-compatible routes before an engine.
+
+Beside OpenAI's fields, every choice carries what training needs: `token_ids`,
+`prompt_token_ids`, `token_logprobs`, `temperature` and `policy_version`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+
+from gspo.errors import GspoError, RequestError
+from gspo.serve.batcher import Batcher
+from gspo.serve.engine import Completion, Engine
+from gspo.serve.engine import Request as EngineRequest
+from gspo.serve.schemas import ChatBody, CompletionBody
+
+ServedNames = Callable[[], list[str]]
+
+
+def create_app(batcher: Batcher, names: ServedNames) -> FastAPI:
+    """The app that answers for `batcher`'s engine.
+
+    Args:
+        batcher: where requests go.
+        names: the model names that requests may give.
+    """
+    app = FastAPI(title="gspo", docs_url=None, redoc_url=None)
+    numbers = itertools.count(1)
+    engine = batcher.engine
+
+    def checked(model: str) -> str:
+        if model not in names():
+            raise RequestError(f"no model {model!r} here; this server has {names()}", "model")
+        return model
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        entries = [{"id": n, "object": "model", "created": 0, "owned_by": "gspo"} for n in names()]
+        return {"object": "list", "data": entries}
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatBody) -> JSONResponse:
+        model = checked(body.model)
+        params = body.sampling(body.limit())
+        prompt = engine.encode_chat(body.text_messages())
+        done = await batcher.complete(EngineRequest(tuple(prompt), params))
+        choices = [_chat_choice(engine, i, prompt, c, body.logprobs) for i, c in enumerate(done)]
+        return _answer("chat.completion", f"chatcmpl-{next(numbers)}", model, choices, [prompt])
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionBody) -> JSONResponse:
+        model = checked(body.model)
+        params = body.sampling(body.max_tokens)
+        if body.logprobs is not None and body.logprobs > 0:
+            raise RequestError("logprobs: only 0, the chosen tokens', is supported", "logprobs")
+        prompts = [engine.encode(p) if isinstance(p, str) else p for p in body.prompts()]
+        answers = await asyncio.gather(
+            *(batcher.complete(EngineRequest(tuple(prompt), params)) for prompt in prompts)
+        )
+        pairs = [(p, c) for p, done in zip(prompts, answers, strict=True) for c in done]
+        with_logprobs = body.logprobs is not None
+        choices = [_text_choice(engine, i, p, c, with_logprobs) for i, (p, c) in enumerate(pairs)]
+        return _answer("text_completion", f"cmpl-{next(numbers)}", model, choices, prompts)
+
+    _install_error_handlers(app)
+    return app
+
+
+def _install_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(GspoError)
+    async def refuse(request: Request, error: GspoError) -> JSONResponse:
+        param = error.param if isinstance(error, RequestError) else None
+        return _error(str(error), param, 400 if isinstance(error, RequestError) else 500)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        return _error(f"{where}: {first['msg']}", where, 400)
+
+
+def _error(message: str, param: str | None, status: int) -> JSONResponse:
+    kind = "invalid_request_error" if status == 400 else "server_error"
+    detail = {"message": message, "type": kind, "param": param, "code": None}
+    return JSONResponse({"error": detail}, status_code=status)
+
+
+def _answer(
+    kind: str, number: str, model: str, choices: list[dict[str, Any]], prompts: list[list[int]]
+) -> JSONResponse:
+    prompt_tokens = sum(len(prompt) for prompt in prompts)
+    completion_tokens = sum(len(choice["token_ids"]) for choice in choices)
+    # Sent as it is: validating our own answer again would cost more than sampling it.
+    return JSONResponse(
+        {
+            "id": number,
+            "object": kind,
+            "created": int(time.time()),
+            "model": model,
+            "choices": choices,
+            "usage": {
+                "prompt_tokens": prompt_tokens,
+                "completion_tokens": completion_tokens,
+                "total_tokens": prompt_tokens + completion_tokens,
+            },
+        }
+    )
+
+
+def _training_fields(prompt: list[int], completion: Completion) -> dict[str, Any]:
+    return {
+        "token_ids": list(completion.token_ids),
+        "prompt_token_ids": prompt,
+        "token_logprobs": list(completion.logprobs),
+        "temperature": completion.temperature,
+        "policy_version": completion.policy_version,
+    }
+
+
+def _chat_choice(
+    engine: Engine, index: int, prompt: list[int], completion: Completion, logprobs: bool | None
+) -> dict[str, Any]:
+    return {
+        "index": index,
+        "message": {"role": "assistant", "content": completion.text},
+        "finish_reason": completion.finish_reason,
+        "logprobs": {"content": _token_entries(engine, completion)} if logprobs else None,
+        **_training_fields(prompt, completion),
+    }
+
+
+def _token_entries(engine: Engine, completion: Completion) -> list[dict[str, Any]]:
+    entries = []
+    for token, logprob in zip(completion.token_ids, completion.logprobs, strict=True):
+        text = engine.token_text(token)
+        entry = {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        entries.append({**entry, "top_logprobs": []})
+    return entries
+
+
+def _text_choice(
+    engine: Engine, index: int, prompt: list[int], completion: Completion, logprobs: bool
+) -> dict[str, Any]:
+    detail = None
+    if logprobs:
+        texts = [engine.token_text(token) for token in completion.token_ids]
+        offsets = [0, *itertools.accumulate(len(text) for text in texts)][:-1]
+        detail = {
+            "tokens": texts,
+            "token_logprobs": list(completion.logprobs),
+            "top_logprobs": None,
+            "text_offset": offsets,
+        }
+    return {
+        "index": index,
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "logprobs": detail,
+        **_training_fields(prompt, completion),
+    }

@@ -1,0 +1,95 @@
+"""A KV cache with its memory laid out once: no concatenation at each decoded token."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class SlabLayer(CacheLayerMixin):
+    """Keys and values of one layer in a slab of `capacity` positions.
+
+    Sliding-window layers keep all positions too; their mask does the sliding.
+    """
+
+    is_sliding = False
+
+    def __init__(self, capacity: int):
+        super().__init__()
+        self.capacity = capacity
+        self.length = 0
+        self._keys: Tensor
+        self._values: Tensor
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Lay out the slab once the shapes are known."""
+        rows, heads, _, _ = key_states.shape
+        self._keys = key_states.new_empty(rows, heads, self.capacity, key_states.shape[-1])
+        self._values = value_states.new_empty(rows, heads, self.capacity, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(
+        self,
+        key_states: Float[Tensor, "R K Q D"],
+        value_states: Float[Tensor, "R K Q E"],
+        *args: object,
+        **kwargs: object,
+    ) -> tuple[Float[Tensor, "R K L D"], Float[Tensor, "R K L E"]]:
+        """Append positions; returns all of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = self.length + key_states.shape[2]
+        self._keys[:, :, self.length : end] = key_states
+        self._values[:, :, self.length : end] = value_states
+        self.length = end
+        return self._keys[:, :, :end], self._values[:, :, :end]
+
+    def select(self, rows: Int[Tensor, " K"]) -> None:
+        """Keep these rows, in this order, repeated where an index repeats."""
+
+        def taken(slab: Tensor) -> Tensor:
+            out = slab.new_empty(len(rows), *slab.shape[1:])
+            out[:, :, : self.length] = slab[:, :, : self.length].index_select(0, rows)
+            return out
+
+        self._keys, self._values = taken(self._keys), taken(self._values)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(key length, offset) for a query of this length."""
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Positions filled so far."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """Positions that fit."""
+        return self.capacity
+
+    def get_max_cache_shape(self) -> int:
+        """Positions that fit, under the name that earlier transformers use."""
+        return self.capacity
+
+
+class SlabCache(Cache):
+    """One `SlabLayer` per attention layer."""
+
+    def __init__(self, layers: int, capacity: int):
+        self.slabs = [SlabLayer(capacity) for _ in range(layers)]
+        super().__init__(layers=list(self.slabs))
+
+    def select(self, rows: Int[Tensor, " K"]) -> None:
+        """Keep these rows in every layer."""
+        for slab in self.slabs:
+            slab.select(rows)
+
+
+def slab_bytes(rows: int, capacity: int, config: object) -> int:
+    """Memory of a float32 cache, from the model's text config."""
+    heads = getattr(config, "num_attention_heads", 1)
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads  # type: ignore[attr-defined]
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    layers = config.num_hidden_layers  # type: ignore[attr-defined]
+    return rows * capacity * layers * kv_heads * width * 2 * torch.float32.itemsize

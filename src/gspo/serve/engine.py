@@ -1,0 +1,127 @@
+"""What an engine is: token ids in, sampled token ids with their log-probs out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, runtime_checkable
+
+from gspo.errors import RequestError
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How completions are drawn.
+
+    Attributes:
+        n: completions of the prompt.
+        max_tokens: most tokens of one completion; None: up to the model's context.
+        temperature: of the distribution; 0 takes the likeliest token.
+        top_p: sample from the smallest set of tokens that holds this much probability.
+        stop: texts at whose first occurrence a completion ends; they are cut from the text, but
+            their tokens were sampled and stay in `token_ids`.
+        seed: completion i of a seeded request depends on (seed, i) alone, not on the batch.
+
+    Raises:
+        RequestError: a value out of range.
+    """
+
+    n: int = 1
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, fine, rule in (
+            ("n", self.n, 1 <= self.n <= 4096, "in 1..4096"),
+            ("max_tokens", self.max_tokens, (self.max_tokens or 1) >= 1, "at least 1"),
+            ("temperature", self.temperature, 0 <= self.temperature <= 100, "in [0, 100]"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]"),
+            ("stop", self.stop, all(self.stop), "texts that are not empty"),
+        ):
+            if not fine:
+                raise RequestError(f"{name} = {value!r}: must be {rule}", param=name)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt of at least one token, and how to continue it."""
+
+    prompt: tuple[int, ...]
+    params: SamplingParams = field(default_factory=SamplingParams)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled continuation of L tokens.
+
+    Attributes:
+        token_ids: every sampled token, the end token included.
+        logprobs: float32 log-prob of each one under softmax(logits / `temperature`), not
+            renormalised by top_p: what the trainer's ratio needs.
+        text: decoded, without special tokens and without the stop text.
+        finish_reason: `stop` at an end token or stop text, `length` at max_tokens or the context.
+        policy_version: version of the weights that sampled it.
+        temperature: that `logprobs` are at: the request's, or 1 for greedy decoding.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    finish_reason: FinishReason
+    policy_version: int
+    temperature: float
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Samples completions. Engines know nothing of HTTP, chats or training."""
+
+    @property
+    def context(self) -> int:
+        """Longest prompt + completion in tokens."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens added."""
+        ...
+
+    def encode_chat(self, messages: Sequence[dict]) -> list[int]:
+        """Token ids of a conversation that asks for the assistant's next turn."""
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        ...
+
+    def token_text(self, token_id: int) -> str:
+        """One token as it is written, special tokens too."""
+        ...
+
+    def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        """For each request its n completions. Blocking; callers run it in a thread."""
+        ...
+
+
+def check_fits(request: Request, context: int) -> int:
+    """Most tokens that each completion of the request may have.
+
+    Raises:
+        RequestError: an empty prompt, or one that leaves no room in the context.
+    """
+    length = len(request.prompt)
+    if length == 0:
+        raise RequestError("the prompt is empty: it needs at least one token", param="prompt")
+    room = context - length
+    wanted = request.params.max_tokens
+    if room < 1 or (wanted is not None and wanted > room):
+        raise RequestError(
+            f"the prompt has {length} tokens and max_tokens is {wanted}, "
+            f"but the model's context is {context}",
+            param="max_tokens",
+        )
+    return room if wanted is None else wanted

@@ -1,0 +1,114 @@
+"""OpenAI's request bodies, as far as they mean something here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from gspo.errors import RequestError, suggestion
+from gspo.serve.engine import SamplingParams
+
+_IGNORABLE = {"user", "store", "metadata", "service_tier", "prompt_cache_key", "safety_identifier"}
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "stream": (False,),
+    "stream_options": (None,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "top_logprobs": (0,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+}
+"""Parameters of OpenAI's API that this version doesn't have, and the values that ask for nothing.
+Any other value is refused by name: nothing is accepted and ignored."""
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    model: str
+    n: int = 1
+    temperature: float | None = None
+    top_p: float | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+
+    def sampling(self, max_tokens: int | None) -> SamplingParams:
+        """The engine's parameters.
+
+        Raises:
+            RequestError: an unknown parameter, or a value out of range.
+        """
+        self._refuse_unknown()
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return SamplingParams(
+            n=self.n,
+            max_tokens=max_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            stop=stop,
+            seed=self.seed,
+        )
+
+    def _refuse_unknown(self) -> None:
+        for name, value in (self.model_extra or {}).items():
+            if value is None or name in _IGNORABLE or value in _NEUTRAL.get(name, ()):
+                continue
+            if name in _NEUTRAL:
+                raise RequestError(f"{name} is not supported by this server yet", param=name)
+            known = [*type(self).model_fields, *_NEUTRAL]
+            raise RequestError(f"unknown parameter {name!r}.{suggestion(name, known)}", param=name)
+
+
+class ChatBody(_Body):
+    """POST /v1/chat/completions."""
+
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+
+    def limit(self) -> int | None:
+        """max_completion_tokens, under its new or its old name."""
+        return self.max_completion_tokens or self.max_tokens
+
+    def text_messages(self) -> list[dict[str, Any]]:
+        """The messages with their text parts joined.
+
+        Raises:
+            RequestError: a message without a role, or with parts that are not text.
+        """
+        return [_plain(message, i) for i, message in enumerate(self.messages)]
+
+
+class CompletionBody(_Body):
+    """POST /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int | None = 16
+    logprobs: int | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts one by one, as text or as token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]  # pyright: ignore[reportReturnType]
+        return list(self.prompt)  # pyright: ignore[reportReturnType]
+
+
+def _plain(message: dict[str, Any], index: int) -> dict[str, Any]:
+    if not isinstance(message.get("role"), str):
+        raise RequestError(f"messages[{index}] has no role", param="messages")
+    content = message.get("content")
+    if isinstance(content, list):
+        parts = [part.get("text") for part in content if part.get("type") == "text"]
+        if len(parts) != len(content):
+            raise RequestError(f"messages[{index}]: only text parts are supported", "messages")
+        content = "".join(parts)
+    return {**message, "content": content or ""}

@@ -1,0 +1,105 @@
+"""Reach the app without a port (`in_process_client`) or on one (`serve`)."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+from gspo.errors import ServeError
+
+BASE_URL = "http://gspo.local/v1"
+
+
+def in_process_client(app: FastAPI) -> AsyncOpenAI:
+    """An OpenAI client whose requests go straight into the app; no socket is opened."""
+    http = _http_library()
+    transport = http.ASGITransport(app=app)
+    return AsyncOpenAI(
+        base_url=BASE_URL,
+        api_key="gspo",
+        max_retries=0,
+        timeout=None,
+        http_client=DefaultAsyncHttpxClient(transport=transport),
+    )
+
+
+def _http_library() -> Any:
+    """httpx, or its successor httpx2 that openai 3 is built on: the client's own."""
+    for base in DefaultAsyncHttpxClient.__mro__:
+        root = base.__module__.partition(".")[0]
+        if root in ("httpx", "httpx2"):
+            return importlib.import_module(root)
+    raise ServeError("openai's HTTP client is built on neither httpx nor httpx2")
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket, taken before any model is loaded.
+
+    Raises:
+        ServeError: the port is in use, or the host is not this machine's.
+    """
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen()
+    except OSError as error:
+        listener.close()
+        raise ServeError(
+            f"cannot listen on {host}:{port}: {error.strerror}. "
+            "Choose another with --port, or --port 0 for a free one."
+        ) from None
+    return listener
+
+
+def serve(app: FastAPI, listener: socket.socket) -> None:
+    """Answer requests on `listener` until interrupted."""
+    uvicorn.Server(_config(app)).run(sockets=[listener])
+
+
+class PortServer:
+    """The app on a port, as a task of the running event loop.
+
+    Raises:
+        ServeError: the port is in use.
+    """
+
+    def __init__(self, app: FastAPI, host: str, port: int):
+        self._listener = bind(host, port)
+        self._server = _Embedded(_config(app))
+        self._task: asyncio.Task[None] | None = None
+        bound = self._listener.getsockname()
+        self.url = f"http://{bound[0]}:{bound[1]}/v1"
+
+    async def start(self) -> None:
+        """Return once requests are answered."""
+        self._task = asyncio.create_task(self._server.serve(sockets=[self._listener]))
+        while not self._server.started and not self._task.done():
+            await asyncio.sleep(0.01)
+
+    async def stop(self) -> None:
+        """Finish running requests and free the port."""
+        self._server.should_exit = True
+        if self._task is not None:
+            await self._task
+        self._listener.close()
+
+
+class _Embedded(uvicorn.Server):
+    """Leaves Ctrl-C to the program that it is embedded in."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _config(app: FastAPI) -> uvicorn.Config:
+    return uvicorn.Config(app, log_level="warning", lifespan="off")

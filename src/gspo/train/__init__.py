@@ -1,0 +1,1 @@
+"""From a rollout batch to new weights: minibatches, optimizer steps, checkpoints."""

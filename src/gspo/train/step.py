@@ -1,0 +1,93 @@
+"""One optimizer step: microbatches forward and backward, then one update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gspo.batch.pack import PackedBatch, pack
+from gspo.batch.sample import Sample
+from gspo.metrics import Metrics
+from gspo.objective import LossOutput, Objective, policy_loss
+from gspo.policy.attention import padded_share
+from gspo.policy.forward import forward
+from gspo.policy.load import Policy
+from gspo.policy.logprob import TokenLogprobs
+
+Reference = Callable[[PackedBatch], Float[Tensor, " M"]]
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """What one optimizer step is computed from.
+
+    Attributes:
+        samples: of the trajectories that need a forward pass.
+        total_sequences: N, those without one included.
+        budget: tokens of a packed row.
+        chunk: tokens whose logits exist at once.
+    """
+
+    samples: Sequence[Sample]
+    total_sequences: int
+    budget: int
+    chunk: int | None
+
+
+def accumulate(
+    policy: Policy,
+    work: StepInput,
+    objective: Objective,
+    metrics: Metrics,
+    reference: Reference | None = None,
+) -> None:
+    """Leave the gradient of the step's loss on the parameters, and its metrics in `metrics`.
+
+    N is known before the first backward pass, so neither depends on the split into rows.
+    """
+    metrics.mean("loss/policy", 0.0, 1)
+    metrics.mean("loss/kl", 0.0, 1)
+    for batch in pack(work.samples, work.budget):
+        scored = forward(policy, batch, work.chunk)
+        device = scored.logprobs.device
+        out = policy_loss(
+            scored.logprobs,
+            batch.old_logprobs.to(device),
+            batch.sequence_ids.to(device),
+            batch.advantages.to(device),
+            objective,
+            loss_mask=batch.loss_mask.to(device),
+            total_sequences=work.total_sequences,
+            reference_logprobs=None if reference is None else reference(batch),
+        )
+        out.loss.backward()
+        _record(metrics, batch, scored, out)
+
+
+def _record(
+    metrics: Metrics, batch: PackedBatch, scored: TokenLogprobs, out: LossOutput
+) -> None:
+    metrics.mean("loss/policy", out.policy.item(), 0)
+    metrics.mean("loss/kl", out.kl.item(), 0)
+    trained = batch.loss_mask.to(scored.entropy.device)
+    count = int(trained.sum())
+    metrics.mean("loss/entropy", scored.entropy[trained].double().sum().item(), count)
+    metrics.add("tokens/trained", count)
+    real, computed = padded_share(batch.lengths)
+    metrics.mean("tokens/packed_efficiency", real, computed)
+
+    share = (out.clipped_tokens / out.loss_tokens.clamp(min=1)).cpu().double()
+    advantages = batch.advantages
+    for name, chosen in (
+        ("ratio/clip_fraction", torch.ones_like(advantages, dtype=torch.bool)),
+        ("ratio/clip_fraction_positive", advantages > 0),
+        ("ratio/clip_fraction_negative", advantages < 0),
+    ):
+        metrics.mean(name, share[chosen].sum().item(), int(chosen.sum()))
+    metrics.mean("ratio/clip_fraction_tokens", out.clipped_tokens.sum().item(), count)
+    metrics.distribution("ratio/log", out.log_ratio.tolist())
+    metrics.add("ratio/extreme", int(out.extreme.sum()))

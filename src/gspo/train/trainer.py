@@ -1,0 +1,192 @@
+"""A rollout batch -> optimizer steps on the policy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gspo.batch.pack import PackedBatch
+from gspo.batch.sample import Sample
+from gspo.errors import NumericsError
+from gspo.metrics import Metrics
+from gspo.policy.forward import forward
+from gspo.policy.load import Policy
+from gspo.train.optimizer import Optimizer, learning_rate
+from gspo.train.rollouts import RolloutBatch, minibatches, without_advantage
+from gspo.train.settings import Settings
+from gspo.train.step import Reference, StepInput, accumulate
+
+ACTIVATION_BYTES = 2 * 2**30
+_LARGEST_ROW = 16_384
+
+
+@dataclass(frozen=True)
+class TrainOutput:
+    """What a call of `Trainer.train` did.
+
+    Attributes:
+        updates: optimizer steps taken.
+        skipped: why none was taken, or None.
+        metrics: of the whole call.
+    """
+
+    updates: int
+    skipped: str | None
+    metrics: Metrics
+
+
+class Trainer:
+    """Owns the optimizer of a policy. `step` counts calls of `train` over the run's life."""
+
+    def __init__(self, policy: Policy, load_reference: Callable[[], Policy] | None = None):
+        self.policy = policy
+        self.optimizer = Optimizer(policy.trainable)
+        self.step = 0
+        self._load_reference = load_reference
+        self._frozen: Policy | None = None
+
+    def train(self, batch: RolloutBatch, settings: Settings) -> TrainOutput:
+        """Take `minibatches` x `epochs` optimizer steps and count the policy version up.
+
+        A minibatch without any advantage is no step: AdamW's momentum alone must not move weights.
+
+        Raises:
+            NumericsError: a gradient that is not finite. The weights are those before that step.
+        """
+        started = time.perf_counter()
+        metrics = Metrics()
+        self._describe(metrics, batch)
+        plan = self._plan(batch, settings)
+        updates = 0
+        self.policy.lm.train(self.policy.checkpointing)  # layers recompute in train mode alone
+        for at, part in enumerate(plan):
+            updates += self._minibatch(part, settings, metrics, progress=at / len(plan))
+        self.policy.lm.eval()
+        self.step += 1
+        skipped = None
+        if updates == 0:
+            skipped = "every group has equal rewards: all advantages are 0"
+        else:
+            self.policy.version += 1
+        metrics.add("optim/updates", updates)
+        metrics.add("time/train", time.perf_counter() - started)
+        return TrainOutput(updates, skipped, metrics)
+
+    def _plan(
+        self, batch: RolloutBatch, settings: Settings
+    ) -> list[list[tuple[Sample, ...]]]:
+        """The minibatches of all epochs, in order."""
+        options = settings.options
+        return [
+            part
+            for epoch in range(options.epochs)
+            for part in minibatches(
+                batch, options.minibatches, seed=_mix(options.seed, self.step, epoch)
+            )
+        ]
+
+    def _minibatch(
+        self,
+        part: Sequence[tuple[Sample, ...]],
+        settings: Settings,
+        metrics: Metrics,
+        progress: float,
+    ) -> int:
+        """One optimizer step, or none where nothing in the minibatch has an advantage."""
+        options, objective = settings.options, settings.objective
+        wanted = [s for s in part if objective.kl_coef > 0 or not without_advantage(s)]
+        if all(without_advantage(samples) for samples in wanted):
+            metrics.add("optim/skipped", 1)
+            return 0
+        work = StepInput(
+            samples=[sample for samples in wanted for sample in samples],
+            total_sequences=len(part),
+            budget=options.packed_sequence_length or self._row_budget(),
+            chunk=options.logprob_calculation_chunk_size,
+        )
+        reference = self._reference() if objective.kl_coef > 0 else None
+        accumulate(self.policy, work, objective, metrics, reference)
+        rate = learning_rate(settings.learning_rate, options, self.step + progress)
+        try:
+            norm = self.optimizer.step(rate, options)
+        except FloatingPointError as error:
+            raise NumericsError(
+                f"train step {self.step}: {error}; the update was not made. "
+                "Lower the learning rate, or look at the batch's ratio/log_abs_max"
+            ) from None
+        metrics.mean("optim/grad_norm", norm, 1)
+        metrics.mean("optim/learning_rate", rate, 1)
+        return 1
+
+    def _row_budget(self) -> int:
+        config = self.policy.lm.config.get_text_config()
+        return row_budget(config, self.policy.checkpointing)
+
+    def _describe(self, metrics: Metrics, batch: RolloutBatch) -> None:
+        """What is known of the batch before any forward pass."""
+        for samples, reward in zip(batch.samples, batch.rewards, strict=True):
+            sampled = sum(sample.sampled for sample in samples)
+            metrics.mean("tokens/completion_mean", sampled, 1)
+            metrics.add("tokens/completion", sampled)
+            metrics.add("tokens/prompt", sum(len(s) for s in samples) - sampled)
+            metrics.mean("train/reward", reward, 1)
+            for sample in samples:
+                versions = sample.policy_versions[sample.ratio_mask]
+                age = self.policy.version - versions
+                metrics.mean("staleness/mean", float(age.sum()), len(age))
+                metrics.maximum("staleness/max", float(age.max()))
+        for group in set(batch.groups):
+            own = [r for r, g in zip(batch.rewards, batch.groups, strict=True) if g == group]
+            mean = sum(own) / len(own)
+            std = (sum((r - mean) ** 2 for r in own) / len(own)) ** 0.5
+            metrics.mean("train/reward_std", std, 1)
+        metrics.add("train/groups_zero_advantage", batch.flat_groups)
+        metrics.add("train/trajectories", len(batch.samples))
+        metrics.add("train/trajectories_too_long", batch.dropped)
+
+    def _reference(self) -> Reference:
+        """Log-probs of the frozen base model: LoRA's model without adapters, else a copy."""
+        if self.policy.peft is None and self._frozen is None:
+            assert self._load_reference is not None
+            self._frozen = self._load_reference()
+
+        def score(batch: PackedBatch) -> Float[Tensor, " M"]:
+            with torch.no_grad():
+                if self._frozen is not None:
+                    return forward(self._frozen, batch).logprobs
+                with self.policy.reference():
+                    return forward(self.policy, batch).logprobs
+
+        return score
+
+
+def row_budget(config: Any, checkpointing: bool) -> int:
+    """Tokens of a packed row whose activations fit `ACTIVATION_BYTES`.
+
+    Args:
+        config: the model's text config.
+        checkpointing: layers are recomputed in the backward pass.
+    """
+    fits = ACTIVATION_BYTES // activation_bytes(config, checkpointing)
+    return max(256, min(_LARGEST_ROW, fits))
+
+
+def activation_bytes(config: Any, checkpointing: bool) -> int:
+    """Rough float32 activations kept for the backward pass, per token."""
+    width, layers = 4 * config.hidden_size, config.num_hidden_layers
+    # Some 34 vectors of the hidden width per layer; with checkpointing, one layer's at a time.
+    return width * (layers + 34) if checkpointing else width * layers * 34
+
+
+def _mix(*numbers: int) -> int:
+    """One seed of several numbers."""
+    seed = 0
+    for number in numbers:
+        seed = (seed * 1_000_003 + number) % 2**63
+    return seed

@@ -1,0 +1,208 @@
+"""What a rollout returns: `Trajectory`, and the `TrajectoryGroup` of one prompt's rollouts."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Awaitable, Generator, Iterable, Iterator
+from typing import Any, TypeAlias, overload
+
+from openai.types.chat.chat_completion import Choice
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gspo.errors import DataError, suggestion
+from gspo.progress import current_gather
+
+Message: TypeAlias = dict[str, Any]
+MessagesAndChoices: TypeAlias = list[Message | Choice]
+MetadataValue: TypeAlias = float | int | str | bool | None
+
+
+class _Record(BaseModel):
+    """Mutable, as in ART; a misspelt field is an error."""
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    def __init__(self, **data: Any) -> None:
+        for name in data:
+            if name not in type(self).model_fields:
+                raise DataError(
+                    f"{type(self).__name__}: unknown field {name!r}."
+                    f"{suggestion(name, type(self).model_fields)} "
+                    f"Known fields: {', '.join(type(self).model_fields)}."
+                )
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise DataError(
+                f"{type(self).__name__}: {'.'.join(map(str, first['loc']))}: {first['msg']} "
+                f"(got {type(first.get('input')).__name__})"
+            ) from None
+
+
+class Trajectory(_Record):
+    """One rollout: messages as dicts, and the model's own turns as the `Choice` it returned.
+
+    Choices carry the sampled token ids and their log-probs; they are what is trained on. A plain
+    assistant dict is context, as a user or tool message is.
+
+    >>> t = Trajectory(messages_and_choices=[{"role": "user", "content": "hi"}], reward=1.0)
+    >>> t.messages()
+    [{'role': 'user', 'content': 'hi'}]
+    """
+
+    messages_and_choices: MessagesAndChoices = Field(default_factory=list)
+    tools: list[dict[str, Any]] | None = None
+    reward: float = 0.0
+    metrics: dict[str, float | int | bool] = Field(default_factory=dict)
+    metadata: dict[str, MetadataValue] = Field(default_factory=dict)
+    logs: list[str] = Field(default_factory=list)
+
+    def choices(self) -> list[Choice]:
+        """The model's own turns, in order."""
+        return [item for item in self.messages_and_choices if isinstance(item, Choice)]
+
+    def messages(self) -> list[Message]:
+        """All turns as plain messages, ready for the next `chat.completions.create`."""
+        return [
+            item.message.model_dump(exclude_none=True) if isinstance(item, Choice) else item
+            for item in self.messages_and_choices
+        ]
+
+    def __str__(self) -> str:
+        return f"Trajectory(reward={self.reward}, metrics={self.metrics})"
+
+
+class ExceptionRecord(_Record):
+    """A rollout that failed."""
+
+    type: str
+    message: str
+    traceback: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> ExceptionRecord:
+        """The record of `error`."""
+        trace = "".join(traceback.format_exception(error))
+        return cls(type=type(error).__name__, message=str(error), traceback=trace)
+
+
+class TrajectoryGroup(_Record):
+    """The rollouts of one prompt, whose rewards are compared with each other.
+
+    Given trajectories (and exceptions, which are kept apart), it is a group at once. Given
+    coroutines, it is awaitable and runs them concurrently:
+
+        group = await TrajectoryGroup(rollout(model, task) for _ in range(16))
+
+    A rollout that raises becomes an entry of `exceptions`; how many may fail is decided by
+    `gather_trajectory_groups(max_exceptions=)`, and awaited alone, the first one raises.
+    """
+
+    trajectories: list[Trajectory] = Field(default_factory=list)
+    exceptions: list[ExceptionRecord] = Field(default_factory=list)
+    metadata: dict[str, MetadataValue] = Field(default_factory=dict)
+
+    _pending: list[Awaitable[Trajectory]] = []
+
+    @overload
+    def __init__(
+        self,
+        trajectories: Iterable[Trajectory | BaseException],
+        *,
+        metadata: dict[str, MetadataValue] | None = None,
+        exceptions: Iterable[BaseException | ExceptionRecord] = (),
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        trajectories: Iterable[Awaitable[Trajectory]],
+        *,
+        metadata: dict[str, MetadataValue] | None = None,
+        exceptions: Iterable[BaseException | ExceptionRecord] = (),
+    ) -> None: ...
+
+    def __init__(
+        self,
+        trajectories: Iterable[Any] = (),
+        *,
+        metadata: dict[str, MetadataValue] | None = None,
+        exceptions: Iterable[BaseException | ExceptionRecord] = (),
+    ) -> None:
+        done, failed, pending = _sort_out(trajectories)
+        failed += [
+            e if isinstance(e, ExceptionRecord) else ExceptionRecord.of(e) for e in exceptions
+        ]
+        super().__init__(trajectories=done, exceptions=failed, metadata=metadata or {})
+        self._pending = pending
+
+    @property
+    def size(self) -> int:
+        """Rollouts that are done, failed or still to run."""
+        return len(self.trajectories) + len(self.exceptions) + len(self._pending)
+
+    def __await__(self) -> Generator[Any, None, TrajectoryGroup]:
+        return self._run().__await__()
+
+    async def _run(self) -> TrajectoryGroup:
+        import asyncio
+
+        gather = current_gather()
+        pending, self._pending = self._pending, []
+
+        async def one(rollout: Awaitable[Trajectory]) -> Trajectory | BaseException:
+            try:
+                trajectory = await rollout
+            except Exception as error:
+                gather.failed(error)
+                return error
+            if not isinstance(trajectory, Trajectory):
+                raise DataError(
+                    f"a rollout returned {type(trajectory).__name__}; it must return a Trajectory"
+                )
+            gather.finished(trajectory.reward, trajectory.metrics)
+            return trajectory
+
+        # In the order given, not in the order of completion: runs repeat exactly.
+        tasks = [asyncio.ensure_future(one(rollout)) for rollout in pending]
+        try:
+            results = await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+        for result in results:
+            if isinstance(result, Trajectory):
+                self.trajectories.append(result)
+            else:
+                self.exceptions.append(ExceptionRecord.of(result))
+        return self
+
+    def __iter__(self) -> Iterator[Trajectory]:  # type: ignore[override]  # as in ART
+        return iter(self.trajectories)
+
+    def __len__(self) -> int:
+        return len(self.trajectories)
+
+
+def _sort_out(
+    items: Iterable[Any],
+) -> tuple[list[Trajectory], list[ExceptionRecord], list[Awaitable[Trajectory]]]:
+    done: list[Trajectory] = []
+    failed: list[ExceptionRecord] = []
+    pending: list[Awaitable[Trajectory]] = []
+    for item in items:
+        if isinstance(item, Trajectory):
+            done.append(item)
+        elif isinstance(item, BaseException):
+            failed.append(ExceptionRecord.of(item))
+        elif isinstance(item, Awaitable):
+            pending.append(item)
+        else:
+            raise DataError(
+                f"TrajectoryGroup got a {type(item).__name__}; "
+                "it takes trajectories, exceptions and coroutines that return a Trajectory"
+            )
+    return done, failed, pending
