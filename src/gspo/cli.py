@@ -39,7 +39,7 @@ def main() -> None:
 @app.command()
 def demo(
     path: PathOption = ".gspo",
-    steps: Annotated[int, typer.Option(min=1, help="Rollout batches.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Rollout batches.")] = None,
     seed: Annotated[int, typer.Option(help="Of prompts and sampling.")] = 0,
     as_json: JsonOption = False,
 ) -> None:

@@ -5,6 +5,7 @@ The names are OpenPipe ART's where ART has the option; docs/art.md lists every d
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -28,7 +29,7 @@ class TrainConfig(Options):
         ConfigError: an unknown or misspelt option or value, or a combination with no meaning.
     """
 
-    refused: ClassVar[dict[str, str]] = {
+    refused: ClassVar[Mapping[str, str]] = {
         "advantage_balance": "it reweights the objective by the sign of the advantage; "
         "scale your rewards instead.",
         "allow_training_without_logprobs": "the ratio needs the sampling log-probs; roll out "
@@ -97,7 +98,7 @@ class TrainConfig(Options):
     lr_final: float = Field(default=0.0, ge=0, le=1)
     """The schedule's last learning rate, as a share of the peak."""
     on_too_long: Literal["error", "drop"] = "error"
-    """What to do with a trajectory longer than the model's context: name it, or drop and count it."""
+    """A trajectory longer than the context: an error that names it, or dropped and counted."""
 
     @model_validator(mode="after")
     def _schedule_has_an_end(self) -> TrainConfig:

@@ -74,9 +74,7 @@ class MissingDependencyError(GspoError):
     """An optional package is not installed."""
 
     def __init__(self, package: str, extra: str, purpose: str):
-        super().__init__(
-            f"{purpose} needs the package {package!r}: pip install 'gspo[{extra}]'"
-        )
+        super().__init__(f"{purpose} needs the package {package!r}: pip install 'gspo[{extra}]'")
 
 
 def suggestion(name: str, choices: Iterable[str]) -> str:

@@ -137,9 +137,7 @@ class TrainableModel(Model[UserConfig], Generic[UserConfig]):
 
     _internal: InternalModelConfig = PrivateAttr(default_factory=InternalModelConfig)
 
-    def __init__(
-        self, *, _internal_config: InternalModelConfig | None = None, **data: Any
-    ) -> None:
+    def __init__(self, *, _internal_config: InternalModelConfig | None = None, **data: Any) -> None:
         super().__init__(**data)
         if _internal_config is not None:
             self._internal = _internal_config

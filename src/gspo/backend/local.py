@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,41 +11,21 @@ from openai import AsyncOpenAI
 
 from gspo.backend.base import ModelLike, TrainResult, train_options
 from gspo.backend.run import Run
+from gspo.backend.service import Service, load_trainer, means
 from gspo.compute import ComputeThread
 from gspo.config import TrainConfig
-from gspo.dev import InternalModelConfig
 from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.errors import RunError
-from gspo.policy.load import Policy, load_policy
-from gspo.policy.probe import choose_packing
+from gspo.policy.load import Policy
 from gspo.serve.app import create_app
 from gspo.serve.batcher import Batcher
 from gspo.serve.server import PortServer, in_process_client
 from gspo.serve.torch_engine import TorchEngine
-from gspo.train.checkpoint import (
-    load_trainer_state,
-    save_checkpoint,
-    steps_saved,
-    verify_checkpoint,
-)
-from gspo.train.rollouts import RolloutBatch, prepare
-from gspo.train.settings import Settings, resolve
-from gspo.train.trainer import Trainer, TrainOutput
+from gspo.train.checkpoint import steps_saved
+from gspo.train.rollouts import prepare
+from gspo.train.settings import resolve
+from gspo.train.trainer import Trainer
 from gspo.trajectory import TrajectoryGroup
-
-log = logging.getLogger("gspo")
-
-
-@dataclass
-class _Service:
-    """A registered trainable model."""
-
-    run: Run
-    base_model: str
-    engine: TorchEngine
-    trainer: Trainer
-    client: AsyncOpenAI
-    server: PortServer | None
 
 
 class LocalBackend:
@@ -78,7 +55,7 @@ class LocalBackend:
         self.keep_checkpoints = keep_checkpoints
         self.seed = seed
         self._compute = ComputeThread()
-        self._services: dict[tuple[str, str], _Service] = {}
+        self._services: dict[tuple[str, str], Service] = {}
         self._logs: dict[tuple[str, str], Run] = {}
 
     async def register(self, model: ModelLike) -> None:
@@ -108,15 +85,13 @@ class LocalBackend:
         run = Run(self.path, model.project, model.name, identity)
         try:
             async with self._compute.turn() as compute:
-                trainer = await compute.run(
-                    _load, run, model.source, model.internal_config
-                )
+                trainer = await compute.run(load_trainer, run, model.source, model.internal_config)
         except BaseException:
             run.close()
             raise
         self._services[key] = await self._start(run, model, trainer)
 
-    async def _start(self, run: Run, model: ModelLike, trainer: Trainer) -> _Service:
+    async def _start(self, run: Run, model: ModelLike, trainer: Trainer) -> Service:
         engine = TorchEngine(trainer.policy, seed=self._sampling_seed(trainer.step))
         window = 0.0 if self.port is None else 0.005
         app = create_app(Batcher(engine, self._compute, window=window), lambda: [model.name])
@@ -127,7 +102,7 @@ class LocalBackend:
             server = PortServer(app, "127.0.0.1", self.port)
             await server.start()
         assert model.source is not None
-        return _Service(run, model.source, engine, trainer, client, server)
+        return Service(run, model.source, engine, trainer, client, server)
 
     def client(self, model: ModelLike) -> AsyncOpenAI:
         """A client that samples from the model without a port."""
@@ -177,43 +152,11 @@ class LocalBackend:
             drop_too_long=settings.options.on_too_long == "drop",
         )
         async with self._compute.turn() as compute:
-            return await compute.run(self._train, service, groups, batch, settings)
-
-    def _train(
-        self,
-        service: _Service,
-        groups: list[TrajectoryGroup],
-        batch: RolloutBatch,
-        settings: Settings,
-    ) -> TrainResult:
-        """The blocking part of `train`."""
-        out: TrainOutput = service.trainer.train(batch, settings)
-        step = service.trainer.step
-        metrics = out.metrics.compute()
-        metrics |= {"train/exceptions": float(sum(len(group.exceptions) for group in groups))}
-        metrics |= {
-            f"train/{name}": value
-            for name, value in _means(groups).items()
-            if f"train/{name}" not in metrics
-        }
-        if metrics["time/train"] > 0:
-            rate = metrics.get("tokens/trained", 0.0) / metrics["time/train"]
-            metrics["throughput/trained_tokens_per_second"] = rate
-        if out.skipped is not None:
-            metrics["train/skipped"] = 1.0
-            log.warning("step %d of %s is skipped: %s", step, service.run.folder, out.skipped)
-        started = time.perf_counter()
-        # Metrics before the checkpoint: a resume drops the lines beyond the step it has.
-        service.run.log(step, metrics)
-        service.run.log_trajectories(groups, "train", step, _advantages(groups, batch))
-        path = save_checkpoint(service.run.checkpoints, service.trainer)
-        if self.keep_checkpoints is not None:
-            keep = steps_saved(service.run.checkpoints)[-self.keep_checkpoints :]
-            service.run.delete_checkpoints(set(keep))
-        saving = time.perf_counter() - started
-        service.run.log(step, {"time/checkpoint": saving})
-        service.engine.reseed(self._sampling_seed(step))
-        return TrainResult(step, {**metrics, "time/checkpoint": saving}, path, out.skipped)
+            result = await compute.run(
+                service.train, groups, batch, settings, self.keep_checkpoints
+            )
+        service.engine.reseed(self._sampling_seed(result.step))
+        return result
 
     async def log(
         self,
@@ -230,7 +173,7 @@ class LocalBackend:
         groups = list(trajectory_groups)
         if groups:
             await asyncio.to_thread(run.log_trajectories, groups, split, step)
-        values = {f"{split}/{name}": value for name, value in _means(groups).items()}
+        values = {f"{split}/{name}": value for name, value in means(groups).items()}
         for name, value in (metrics or {}).items():
             values[name if "/" in name else f"{split}/{name}"] = float(value)
         run.log(step, values)
@@ -264,7 +207,7 @@ class LocalBackend:
         """The stream of unseeded requests at a step: the same again after a resume."""
         return self.seed * 1_000_003 + step
 
-    def _service(self, model: ModelLike) -> _Service:
+    def _service(self, model: ModelLike) -> Service:
         service = self._services.get((model.project, model.name))
         if service is None:
             raise RunError(
@@ -279,53 +222,3 @@ class LocalBackend:
         if key not in self._logs:
             self._logs[key] = Run(self.path, model.project, model.name, {"base_model": None})
         return self._logs[key]
-
-
-def _load(run: Run, base_model: str, config: InternalModelConfig) -> Trainer:
-    """Weights, optimizer and step of the run's last checkpoint, or of the base model."""
-    saved = steps_saved(run.checkpoints)
-    checkpoint = None
-    if saved:
-        checkpoint = run.checkpoints / f"{saved[-1]:04d}"
-        verify_checkpoint(checkpoint)
-    policy = load_policy(base_model, config, checkpoint=checkpoint)
-    choose_packing(policy)
-
-    def load_reference() -> Policy:
-        frozen = load_policy(base_model, config)
-        frozen.packing = policy.packing
-        frozen.lm.requires_grad_(False)
-        return frozen
-
-    trainer = Trainer(policy, load_reference)
-    if checkpoint is not None:
-        load_trainer_state(checkpoint, trainer)
-        log.info("%s goes on from step %d", run.folder, trainer.step)
-    run.forget_after(trainer.step)
-    return trainer
-
-
-def _means(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
-    """Mean reward, its spread inside groups, and the mean of every metric that rollouts gave."""
-    values: dict[str, list[float]] = {}
-    for group in groups:
-        for trajectory in group:
-            for name, value in {"reward": trajectory.reward, **trajectory.metrics}.items():
-                values.setdefault(name, []).append(float(value))
-    means = {name: sum(items) / len(items) for name, items in values.items()}
-    failed = sum(len(group.exceptions) for group in groups)
-    if failed:
-        means["exceptions"] = float(failed)
-    return means
-
-
-def _advantages(
-    groups: Sequence[TrajectoryGroup], batch: RolloutBatch
-) -> list[list[float | None]]:
-    """A_i of each trajectory, None for one that was dropped."""
-    known = {samples[0].trajectory_id: samples[0].advantage for samples in batch.samples}
-    out, number = [], 0
-    for group in groups:
-        out.append([known.get(number + i) for i in range(len(group))])
-        number += len(group)
-    return out

@@ -33,7 +33,7 @@ class Run:
 
     def __init__(self, path: Path, project: str, name: str, identity: Mapping[str, Any]):
         for label, part in (("project", project), ("name", name)):
-            if not part or part in (".", "..") or set(part) & set('/\\\0'):
+            if not part or part in (".", "..") or set(part) & set("/\\\0"):
                 raise RunError(f"model {label} {part!r} cannot be the name of a folder")
         self.folder = path / project / name
         self.checkpoints = self.folder / "checkpoints"
@@ -201,9 +201,7 @@ def _locked(path: Path) -> IO[str]:
 def _row(group: int, index: int, trajectory: Trajectory) -> dict[str, Any]:
     choices = trajectory.choices()
     messages = [
-        {**m.message.model_dump(exclude_none=True), "sampled": True}
-        if isinstance(m, Choice)
-        else m
+        {**m.message.model_dump(exclude_none=True), "sampled": True} if isinstance(m, Choice) else m
         for m in trajectory.messages_and_choices
     ]
     return {

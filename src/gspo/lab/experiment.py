@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Sequence
@@ -42,7 +43,7 @@ class Outcome:
 class Watch(Protocol):
     """Sees the experiment while it runs."""
 
-    def started(self, spec: Spec, step: int) -> None: ...
+    def started(self, spec: Spec, step: int, changed: list[str]) -> None: ...
     def stepped(self, step: int, metrics: dict[str, float]) -> None: ...
     def evaluated(self, step: int, estimate: Estimate) -> None: ...
 
@@ -57,7 +58,8 @@ async def run_experiment(spec: Spec, watch: Watch) -> Outcome:
     rollouts = Rollouts(spec, model)
     try:
         await model.register(backend)
-        watch.started(spec, await model.get_step())
+        folder = backend.run(model).folder
+        watch.started(spec, await model.get_step(), _remember(spec, folder))
         before = await _evaluate(spec, model, rollouts, watch, step=0)
 
         for step in range(await model.get_step(), spec.steps):
@@ -79,7 +81,7 @@ async def run_experiment(spec: Spec, watch: Watch) -> Outcome:
 
         after = await _evaluate(spec, model, rollouts, watch, step=await model.get_step())
         return Outcome(
-            run=backend.run(model).folder,
+            run=folder,
             steps=await model.get_step(),
             prompts=spec.eval_prompts,
             seconds=time.perf_counter() - started,
@@ -88,6 +90,15 @@ async def run_experiment(spec: Spec, watch: Watch) -> Outcome:
         )
     finally:
         await backend.close()
+
+
+def _remember(spec: Spec, folder: Path) -> list[str]:
+    """Write the resolved spec to the run; returns what differs from the one it went by before."""
+    path = folder / "spec.json"
+    new = spec.model_dump(mode="json")
+    old = json.loads(path.read_text()) if path.exists() else new
+    path.write_text(json.dumps(new, indent=1) + "\n")
+    return [f"{key}: {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
 
 
 async def _evaluate(

@@ -50,11 +50,13 @@ class LiveWatch:
         if self._bar is not None:
             self._bar.stop()
 
-    def started(self, spec: Spec, step: int) -> None:
+    def started(self, spec: Spec, step: int, changed: list[str]) -> None:
         self._total, self._first, self._began = spec.steps, step, time.perf_counter()
         where = f"{spec.path}/{spec.project}/{spec.name}"
         resumed = f", going on from step {step}" if step else ""
         self.console.print(f"training {spec.model} in {where}{resumed}", highlight=False)
+        for change in changed:
+            self.console.print(f"changed since the run began: {change}", highlight=False)
         if self._bar is not None:
             self._bar.add_task("", total=spec.steps, completed=step, text="")
 

@@ -86,7 +86,6 @@ def policy_loss(
     >>> round(out.log_ratio.exp().item(), 5), round(out.loss.item(), 4)
     (0.90856, -0.6057)
     """
-    shape = logprobs.shape
     ratio_mask = torch.ones_like(logprobs, dtype=torch.bool) if ratio_mask is None else ratio_mask
     loss_mask = ratio_mask if loss_mask is None else loss_mask & ratio_mask
     tokens = {"old_logprobs": old_logprobs, "sequence_ids": sequence_ids}

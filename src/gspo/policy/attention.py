@@ -1,13 +1,14 @@
 """Attention over packed samples, without a mask over the whole row.
 
-Registered with transformers' attention interface as `gspo_packed`. Samples of like length are
-attended together, padded inside attention alone, so that the cost is the sum of L^2 and not T^2.
+Registered with transformers' attention interface as `gspo_packed`, which is SDPA until a forward
+pass hands it `gspo_buckets`. Then samples of like length are attended together, padded inside
+attention alone, so that the cost is the sum of L^2 and not T^2. It stays on between passes: layers
+that are recomputed in the backward pass must attend as they did in the forward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 PACKED = "gspo_packed"
 _HARMLESS = frozenset({"is_causal", "position_ids", "use_cache", "cache_position"})
@@ -36,9 +39,7 @@ class Bucket:
     full: bool
 
 
-def make_buckets(
-    lengths: Sequence[int], device: torch.device, waste: float = 1.15
-) -> list[Bucket]:
+def make_buckets(lengths: Sequence[int], device: torch.device, waste: float = 1.15) -> list[Bucket]:
     """Group samples so that padding adds at most `waste` - 1 to any of them.
 
     >>> [b.index.shape for b in make_buckets([3, 10, 3], torch.device("cpu"))]
@@ -77,61 +78,43 @@ def padded_share(lengths: Sequence[int]) -> tuple[int, int]:
     return sum(lengths), sum(bucket.index.numel() for bucket in buckets)
 
 
-@contextmanager
-def packed(model: PreTrainedModel, implementation: str) -> Iterator[None]:
-    """Compute `model` with this attention implementation inside the block."""
-    config = model.config
-    before = config._attn_implementation
-    if before == implementation:
-        yield
-        return
-    model.set_attn_implementation(implementation)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
 def packed_attention(
     module: torch.nn.Module,
-    query: Float[Tensor, "1 H T D"],
-    key: Float[Tensor, "1 K T D"],
-    value: Float[Tensor, "1 K T E"],
+    query: Float[Tensor, "R H Q D"],
+    key: Float[Tensor, "R K L D"],
+    value: Float[Tensor, "R K L E"],
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     gspo_buckets: Sequence[Bucket] | None = None,
     **kwargs: Any,
-) -> tuple[Float[Tensor, "1 T H E"], None]:
-    """Causal attention inside each sample of the row.
+) -> tuple[Float[Tensor, "R Q H E"], None]:
+    """Causal attention inside each sample of the row; SDPA where no buckets are given.
+
+    With buckets, `attention_mask` is a placeholder that kept transformers from making a T x T one.
 
     Raises:
         NotImplementedError: the architecture asks for something that this doesn't compute (soft
             caps, attention sinks, biases); the caller then packs by mask instead.
     """
+    if gspo_buckets is None:
+        kwargs |= {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     unknown = [k for k, v in kwargs.items() if v is not None and k not in _HARMLESS]
-    if unknown or attention_mask is not None or gspo_buckets is None or query.shape[0] != 1:
-        raise NotImplementedError(f"gspo_packed attention with {unknown or 'a mask'}")
+    if unknown or dropout:
+        raise NotImplementedError(f"gspo_packed attention with {unknown or 'dropout'}")
     if not getattr(module, "is_causal", True):
         raise NotImplementedError("gspo_packed attention is causal")
-    grouped = query.shape[1] != key.shape[1]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
     out = q.new_zeros(q.shape[0], q.shape[1], v.shape[-1])
     for bucket in gspo_buckets:
-        width = bucket.index.shape[1]
-        mask = None
-        if sliding_window is not None and width > sliding_window:
-            at = torch.arange(width, device=q.device)
-            distance = at[:, None] - at[None, :]
-            mask = (distance >= 0) & (distance < sliding_window)
         part = functional.scaled_dot_product_attention(
             *(x[bucket.index].transpose(1, 2) for x in (q, k, v)),
-            attn_mask=mask,
+            attn_mask=(mask := _window(bucket, sliding_window)),
             is_causal=mask is None,
             scale=scaling,
-            dropout_p=dropout,
-            enable_gqa=grouped,
+            enable_gqa=q.shape[1] != k.shape[1],
         ).transpose(1, 2)  # [B, L, H, E]
         # Padding sits behind its sample, where a causal query never looks; its rows are left out.
         if bucket.full:
@@ -141,4 +124,20 @@ def packed_attention(
     return out[None], None
 
 
+def _window(bucket: Bucket, sliding_window: int | None) -> Bool[Tensor, "L L"] | None:
+    """A band where the window is shorter than the samples, else None: plainly causal."""
+    width = bucket.index.shape[1]
+    if sliding_window is None or width <= sliding_window:
+        return None
+    at = torch.arange(width, device=bucket.index.device)
+    distance = at[:, None] - at[None, :]
+    return (distance >= 0) & (distance < sliding_window)
+
+
+def no_mask(device: torch.device) -> Bool[Tensor, "1 1 1 1"]:
+    """A 4-d mask, which transformers takes as it is instead of making one."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
 AttentionInterface.register(PACKED, packed_attention)
+AttentionMaskInterface.register(PACKED, sdpa_mask)

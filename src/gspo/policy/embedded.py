@@ -58,9 +58,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gspo"
 
 
-def embedded_folder(
-    name: str, progress: Callable[[int, int, float], None] | None = None
-) -> Path:
+def embedded_folder(name: str, progress: Callable[[int, int, float], None] | None = None) -> Path:
     """The folder of `embedded:<task>`, built if it isn't there yet.
 
     Args:
@@ -146,8 +144,8 @@ def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3MoeForCau
 
     config = Qwen3MoeConfig(
         vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=SPECIAL.index("<|pad|>"),
+        eos_token_id=SPECIAL.index("<|end|>"),
         bos_token_id=None,
         **_CONFIG,
     )
@@ -217,7 +215,7 @@ def _examples(
         text = tokenizer.apply_chat_template(
             task.messages(problem), tokenize=False, add_generation_prompt=True
         )
-        prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+        prompt = tokenizer(str(text), add_special_tokens=False)["input_ids"]
         answer = tokenizer(problem.answer, add_special_tokens=False)["input_ids"]
         answer = [*answer, tokenizer.eos_token_id]
         rows.append((prompt + answer, [-100] * len(prompt) + answer))

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from gspo.batch.pack import PackedBatch
-from gspo.policy.attention import PACKED, make_buckets, packed
+from gspo.policy.attention import make_buckets, no_mask
 from gspo.policy.load import Policy
 from gspo.policy.logprob import TokenLogprobs, token_logprobs
 
@@ -54,12 +55,28 @@ def _hidden_states(policy: Policy, batch: PackedBatch) -> Float[Tensor, "T D"]:
                 ]
             )
         extra: dict[str, Any] = {}
-        implementation = policy.loaded_attention
         if policy.packing == "buckets":
-            implementation = PACKED
+            extra["attention_mask"] = no_mask(device)
             extra["gspo_buckets"] = make_buckets(batch.lengths, device)
-        with packed(policy.lm, implementation):
-            # With "mask", transformers reads the samples' borders from the restarting positions.
-            return policy.backbone(
-                input_ids=tokens, position_ids=positions, use_cache=False, **extra
-            ).last_hidden_state[0]
+        elif policy.packing == "mask_by_type":
+            extra["attention_mask"] = _masks_by_type(policy, tokens, positions)
+        # With "mask", transformers reads the samples' borders from the restarting positions.
+        return policy.backbone(
+            input_ids=tokens, position_ids=positions, use_cache=False, **extra
+        ).last_hidden_state[0]
+
+
+def _masks_by_type(policy: Policy, tokens: Tensor, positions: Tensor) -> dict[str, Any]:
+    """Block-diagonal masks by layer type, for models that don't look at the positions."""
+    config = policy.lm.config.get_text_config()
+    arguments: dict[str, Any] = {
+        "config": config,
+        "inputs_embeds": policy.lm.get_input_embeddings()(tokens).detach(),
+        "attention_mask": None,
+        "past_key_values": None,
+        "position_ids": positions,
+    }
+    masks = {"full_attention": create_causal_mask(**arguments)}
+    if getattr(config, "sliding_window", None) is not None:
+        masks["sliding_attention"] = create_sliding_window_causal_mask(**arguments)
+    return masks

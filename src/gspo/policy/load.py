@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,13 +22,14 @@ from transformers import (
 
 from gspo.dev import InternalModelConfig, LoraConfig
 from gspo.errors import MissingDependencyError, ModelError, suggestion
+from gspo.policy.attention import PACKED
 from gspo.policy.embedded import PREFIX, RECIPES, embedded_folder
 from gspo.policy.logprob import Head
 from gspo.policy.quiet import quiet
 
 log = logging.getLogger("gspo")
 
-Packing = Literal["buckets", "mask", "single"]
+Packing = Literal["buckets", "mask", "mask_by_type", "single"]
 SMALL = 20_000_000  # parameters below which a second thread slows a step down
 
 
@@ -42,8 +44,10 @@ class Policy:
         source: folder or id that the base weights came from.
         compute_dtype: float32, or bfloat16 (autocast); weights are float32.
         context: longest sample in tokens.
-        packing: how samples share a row: `buckets` (gspo's attention), `mask` (transformers'
-            block-diagonal mask) or `single` (one forward pass a sample), the first that is exact.
+        packing: how samples share a row, the first that is exact: `buckets` (gspo's attention),
+            `mask` (transformers' block-diagonal mask, which the model makes from the positions),
+            `mask_by_type` (the same, made for each layer type and handed in), or `single` (one
+            forward pass a sample).
         checkpointing: layers are recomputed in the backward pass.
         version: policy version, counted up by every update.
     """
@@ -78,11 +82,6 @@ class Policy:
             )
         config = self.lm.config.get_text_config()
         return Head(module.weight, module.bias, getattr(config, "final_logit_softcapping", None))
-
-    @property
-    def loaded_attention(self) -> str:
-        """The attention implementation that the model was loaded with."""
-        return self.lm.config._attn_implementation or "sdpa"
 
     @property
     def trainable(self) -> dict[str, torch.nn.Parameter]:
@@ -137,14 +136,14 @@ def load_policy(
     lm = _load_lm(str(full) if full else source, source, _device(config.device))
     tokenizer = AutoTokenizer.from_pretrained(source)
     _no_dropout(lm)
+    if lm.config._attn_implementation == "sdpa":
+        lm.set_attn_implementation(PACKED)
     torch.set_num_threads(config.threads or _threads(lm))
     peft = None
     if config.lora is not None:
         peft = _add_lora(lm, config.lora, checkpoint)
     if config.activation_checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
-        if peft is not None:
-            lm.enable_input_require_grads()
+        _recompute_layers(lm)
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     limit = _context(lm, base_model, config.max_context)
     return Policy(
@@ -187,7 +186,8 @@ def _add_lora(lm: PreTrainedModel, config: LoraConfig, checkpoint: Path | None) 
     except ImportError:
         raise MissingDependencyError("peft", "peft", "LoRA") from None
     if checkpoint is not None:
-        return peft.PeftModel.from_pretrained(lm, checkpoint, is_trainable=True)
+        with _without_false_alarms():
+            return peft.PeftModel.from_pretrained(lm, checkpoint, is_trainable=True)
     spec = peft.LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
@@ -196,9 +196,18 @@ def _add_lora(lm: PreTrainedModel, config: LoraConfig, checkpoint: Path | None) 
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _without_false_alarms():
         torch.manual_seed(0)
         return peft.get_peft_model(lm, spec)
+
+
+@contextmanager
+def _without_false_alarms() -> Iterator[None]:
+    """peft warns of rank patterns that it set itself, and uses a deprecated name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*did not match any targeted module.*")
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*")
+        yield
 
 
 def _expert_parameters(lm: PreTrainedModel, config: LoraConfig) -> list[str] | None:
@@ -211,6 +220,12 @@ def _expert_parameters(lm: PreTrainedModel, config: LoraConfig) -> list[str] | N
         if parameter.dim() == 3 and ".experts." in name
     ]
     return names or None
+
+
+def _recompute_layers(lm: PreTrainedModel) -> None:
+    name = "activation_checkpointing_enable"  # its name before transformers 5.2x follows
+    enable = getattr(lm, name, None) or lm.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _no_dropout(lm: PreTrainedModel) -> None:

@@ -79,13 +79,11 @@ class _ChunkedLogprobs(torch.autograd.Function):
             part = slice(at, at + chunk)
             logits = _logits(hidden[part], weight, bias, softcap)
             logits /= temperatures[part, None]
-            lse = logits.logsumexp(-1)
-            chosen = logits.gather(-1, targets[part, None]).squeeze(-1)
-            normaliser[part] = lse
-            logprobs[part] = chosen - lse
-            # H = lse - E[logit]
-            probabilities = (logits - lse[:, None]).exp_()
-            entropy[part] = lse - probabilities.mul_(logits).sum(-1)
+            normaliser[part] = logits.logsumexp(-1)
+            logits -= normaliser[part, None]
+            logprobs[part] = logits.gather(-1, targets[part, None]).squeeze(-1)
+            # Not lse - E[logit], which cancels; the clamp turns 0 * -inf into 0.
+            entropy[part] = -(logits.exp() * logits.clamp_(min=-1e4)).sum(-1)
         ctx.save_for_backward(hidden, weight, bias, targets, temperatures, normaliser)
         ctx.softcap, ctx.chunk = softcap, chunk
         ctx.mark_non_differentiable(entropy)

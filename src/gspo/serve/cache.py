@@ -9,8 +9,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 class SlabLayer(CacheLayerMixin):
-    """Keys and values of one layer in a slab of `capacity` positions.
+    """Keys and values of one layer in a slab that starts with `capacity` positions.
 
+    It doubles when it is full, so that a large max_tokens costs nothing until it is used.
     Sliding-window layers keep all positions too; their mask does the sliding.
     """
 
@@ -41,6 +42,8 @@ class SlabLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         end = self.length + key_states.shape[2]
+        if end > self.capacity:
+            self._grow(max(end, 2 * self.capacity))
         self._keys[:, :, self.length : end] = key_states
         self._values[:, :, self.length : end] = value_states
         self.length = end
@@ -56,6 +59,16 @@ class SlabLayer(CacheLayerMixin):
 
         self._keys, self._values = taken(self._keys), taken(self._values)
 
+    def _grow(self, capacity: int) -> None:
+        def grown(slab: Tensor) -> Tensor:
+            rows, heads, _, width = slab.shape
+            out = slab.new_empty(rows, heads, capacity, width)
+            out[:, :, : self.length] = slab[:, :, : self.length]
+            return out
+
+        self._keys, self._values = grown(self._keys), grown(self._values)
+        self.capacity = capacity
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(key length, offset) for a query of this length."""
         return self.length + query_length, 0
@@ -65,12 +78,12 @@ class SlabLayer(CacheLayerMixin):
         return self.length
 
     def get_max_length(self) -> int:
-        """Positions that fit."""
-        return self.capacity
+        """-1: there is no limit."""
+        return -1
 
     def get_max_cache_shape(self) -> int:
-        """Positions that fit, under the name that earlier transformers use."""
-        return self.capacity
+        """-1: no limit, under the name that earlier transformers use."""
+        return -1
 
 
 class SlabCache(Cache):

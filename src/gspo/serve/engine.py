@@ -36,9 +36,10 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        limit = 1 if self.max_tokens is None else self.max_tokens
         for name, value, fine, rule in (
             ("n", self.n, 1 <= self.n <= 4096, "in 1..4096"),
-            ("max_tokens", self.max_tokens, (self.max_tokens or 1) >= 1, "at least 1"),
+            ("max_tokens", self.max_tokens, limit >= 1, "at least 1"),
             ("temperature", self.temperature, 0 <= self.temperature <= 100, "in [0, 100]"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]"),
             ("stop", self.stop, all(self.stop), "texts that are not empty"),

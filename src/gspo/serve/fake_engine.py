@@ -61,9 +61,7 @@ class FakeEngine:
         seed = count if request.params.seed is None else request.params.seed
         return [self._one(request, prompt, i, seed, limit) for i in range(request.params.n)]
 
-    def _one(
-        self, request: Request, prompt: str, index: int, seed: int, limit: int
-    ) -> Completion:
+    def _one(self, request: Request, prompt: str, index: int, seed: int, limit: int) -> Completion:
         if self.reply is not None:
             text = self.reply(prompt, index)
         else:

@@ -75,7 +75,8 @@ class ChatBody(_Body):
 
     def limit(self) -> int | None:
         """max_completion_tokens, under its new or its old name."""
-        return self.max_completion_tokens or self.max_tokens
+        new = self.max_completion_tokens
+        return self.max_tokens if new is None else new
 
     def text_messages(self) -> list[dict[str, Any]]:
         """The messages with their text parts joined.

@@ -24,6 +24,8 @@ from gspo.serve.sampling import RowRandom, sample
 
 KV_BYTES = 2 * 2**30
 """Memory that one batch's KV cache may take; more rows than fit are decoded in turns."""
+_PLANNED = 1024  # a completion counts as no longer than this when memory is planned
+_FIRST_SLAB = 256
 
 
 @dataclass
@@ -112,12 +114,16 @@ class TorchEngine:
         config = self.policy.lm.config.get_text_config()
         start, prompt, limit = 0, 0, 0
         for i, row in enumerate(rows):
-            grown = max(prompt, len(requests[row.request].prompt)), max(limit, row.limit)
+            grown = (
+                max(prompt, len(requests[row.request].prompt)),
+                max(limit, min(row.limit, _PLANNED)),
+            )
             size = i - start + 1
             full = size > self.max_rows or slab_bytes(size, sum(grown), config) > KV_BYTES
             if full and i > start:
                 yield range(start, i)
-                start, grown = i, (len(requests[row.request].prompt), row.limit)
+                start = i
+                grown = len(requests[row.request].prompt), min(row.limit, _PLANNED)
             prompt, limit = grown
         if rows:
             yield range(start, len(rows))
@@ -143,7 +149,7 @@ class TorchEngine:
             if len(alive) < len(running):
                 keep = torch.tensor(alive, device=device)
                 running = [running[i] for i in alive]
-                tokens, settings = tokens[keep], tuple(s[keep] for s in settings)
+                tokens, settings = tokens[keep], (settings[0][keep], settings[1][keep])
                 random.keep(keep)
                 cache.select(keep)
                 mask = None if mask is None else mask[keep]
@@ -182,7 +188,8 @@ class TorchEngine:
         tokens, real = tokens.to(device), real.to(device)
         mask = None if bool(real.all()) else real
         layers = self.policy.lm.config.get_text_config().num_hidden_layers
-        cache = SlabCache(layers, width + max(row.limit for row in rows))
+        longest = max(row.limit for row in rows)
+        cache = SlabCache(layers, width + min(longest, _FIRST_SLAB))
         positions = (real.cumsum(-1) - 1).clamp_(min=0)
         hidden = self.policy.backbone(
             input_ids=tokens,

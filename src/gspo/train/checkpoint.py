@@ -1,10 +1,10 @@
 """Checkpoints: everything that the next step depends on, written beside and renamed into place.
 
-    <step>/                 Hugging Face layout: loads with from_pretrained
-        config.json, model.safetensors, tokenizer.json, ...   (LoRA: adapter_model.safetensors)
-        optimizer.safetensors   AdamW's moments by parameter name, and torch's RNG state
-        trainer.json            step, policy version
-        manifest.json           format, and size and SHA-256 of every other file; written last
+<step>/                 Hugging Face layout: loads with from_pretrained
+    config.json, model.safetensors, tokenizer.json, ...   (LoRA: adapter_model.safetensors)
+    optimizer.safetensors   AdamW's moments by parameter name, and torch's RNG state
+    trainer.json            step, policy version
+    manifest.json           format, and size and SHA-256 of every other file; written last
 """
 
 from __future__ import annotations

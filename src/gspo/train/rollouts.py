@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -93,10 +94,9 @@ def minibatches(batch: RolloutBatch, count: int, seed: int) -> list[list[tuple[S
     units = [samples for group in order for samples in by_group[group]]
     count = min(count, len(units))
     edges = [round(i * len(units) / count) for i in range(count + 1)] if count else [0]
-    return [units[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [units[a:b] for a, b in itertools.pairwise(edges)]
 
 
 def without_advantage(samples: Sequence[Sample]) -> bool:
     """True where a trajectory gives no policy gradient."""
     return samples[0].advantage == 0
-

@@ -27,9 +27,7 @@ class Settings:
     options: DevTrainConfig
 
 
-def resolve(
-    config: TrainConfig | None = None, options: DevTrainConfig | None = None
-) -> Settings:
+def resolve(config: TrainConfig | None = None, options: DevTrainConfig | None = None) -> Settings:
     """Settings of one call.
 
     Raises:

@@ -68,9 +68,7 @@ def accumulate(
         _record(metrics, batch, scored, out)
 
 
-def _record(
-    metrics: Metrics, batch: PackedBatch, scored: TokenLogprobs, out: LossOutput
-) -> None:
+def _record(metrics: Metrics, batch: PackedBatch, scored: TokenLogprobs, out: LossOutput) -> None:
     metrics.mean("loss/policy", out.policy.item(), 0)
     metrics.mean("loss/kl", out.kl.item(), 0)
     trained = batch.loss_mask.to(scored.entropy.device)

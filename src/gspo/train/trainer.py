@@ -78,9 +78,7 @@ class Trainer:
         metrics.add("time/train", time.perf_counter() - started)
         return TrainOutput(updates, skipped, metrics)
 
-    def _plan(
-        self, batch: RolloutBatch, settings: Settings
-    ) -> list[list[tuple[Sample, ...]]]:
+    def _plan(self, batch: RolloutBatch, settings: Settings) -> list[list[tuple[Sample, ...]]]:
         """The minibatches of all epochs, in order."""
         options = settings.options
         return [

@@ -1,0 +1,25 @@
+"""Set up before anything of gspo or torch is imported."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from hypothesis import HealthCheck, settings
+from jaxtyping import install_import_hook
+
+torch.set_num_threads(1)
+
+# The shapes in the signatures are checked here, and cost nothing outside the tests.
+install_import_hook(["gspo.objective", "gspo.batch", "gspo.policy"], "beartype.beartype")
+
+settings.register_profile(
+    "gspo",
+    deadline=None,
+    derandomize=True,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("gspo")

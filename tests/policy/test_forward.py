@@ -1,0 +1,175 @@
+"""The packed forward pass against the model's own: packed, unpacked, any split, any neighbour."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+from gspo.batch.pack import pack
+from gspo.policy import attention
+from gspo.policy.embedded import build_tokenizer
+from gspo.policy.forward import forward
+from gspo.policy.load import Policy
+from gspo.policy.probe import choose_packing
+from gspo.train.rollouts import prepare
+from support import embedded, random_groups
+
+
+def samples(policy: Policy, temperature: float = 1.0):
+    batch = prepare(random_groups(policy, temperature=temperature), context=policy.context)
+    return [sample for own in batch.samples for sample in own]
+
+
+def plain(policy: Policy, sample) -> torch.Tensor:
+    """Log-probs of one sample by the model's own forward, alone, from full logits."""
+    tokens = torch.from_numpy(sample.tokens)[None]
+    with torch.no_grad():
+        logits = policy.lm(input_ids=tokens).logits[0, :-1].float()
+    temperature = torch.from_numpy(sample.temperatures)[1:, None]
+    logp = (logits / temperature).log_softmax(-1).gather(-1, tokens[0, 1:, None]).squeeze(-1)
+    return logp[torch.from_numpy(sample.ratio_mask)[1:]]
+
+
+def scored(policy: Policy, items, budget: int) -> dict[int, torch.Tensor]:
+    """Log-probs by trajectory."""
+    out = {}
+    with torch.no_grad():
+        for row in pack(items, budget):
+            logprobs = forward(policy, row).logprobs
+            for s, trajectory in enumerate(row.trajectory_ids):
+                out[trajectory] = logprobs[row.sequence_ids == s]
+    return out
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    return embedded()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("packing", ["buckets", "mask", "single"])
+def test_packed_equals_the_models_own(policy: Policy, packing, temperature: float):
+    policy.packing = packing
+    items = samples(policy, temperature)
+    for budget in (1, 64, 10_000):
+        got = scored(policy, items, budget)
+        for sample in items:
+            expected = plain(policy, sample)
+            torch.testing.assert_close(got[sample.trajectory_id], expected, atol=2e-5, rtol=0)
+    policy.packing = "buckets"
+
+
+def tiny(model_class, config_class, **extra) -> Policy:
+    torch.manual_seed(0)
+    config = config_class(
+        vocab_size=101,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **extra,
+    )
+    lm = model_class(config).eval()
+    if lm.config._attn_implementation == "sdpa":
+        lm.set_attn_implementation(attention.PACKED)
+    # Weights large enough that a leak between samples would show.
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.3)
+    return Policy(lm, None, build_tokenizer(), model_class.__name__, torch.float32, 128)
+
+
+ARCHITECTURES = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {}, "buckets"),
+    "mixtral": (MixtralForCausalLM, MixtralConfig, {"num_local_experts": 4}, "buckets"),
+    "gemma3": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        {"sliding_window": 5, "final_logit_softcapping": 4.0},
+        "buckets",
+    ),
+    # Attention sinks: gspo's own attention refuses, transformers' masks take over.
+    "gpt_oss": (
+        GptOssForCausalLM,
+        GptOssConfig,
+        {"sliding_window": 6, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
+        "mask_by_type",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_each_architecture_is_packed_exactly(name: str):
+    model_class, config_class, extra, packing = ARCHITECTURES[name]
+    policy = tiny(model_class, config_class, **extra)
+    choose_packing(policy)
+    assert policy.packing == packing
+    items = samples(policy)
+    got = scored(policy, items, 10_000)
+    for sample in items:
+        expected = plain(policy, sample)
+        torch.testing.assert_close(got[sample.trajectory_id], expected, atol=5e-5, rtol=1e-5)
+
+
+def test_probe_refuses_a_head_that_it_does_not_know(policy: Policy):
+    broken = tiny(LlamaForCausalLM, LlamaConfig)
+    own = broken.lm.forward
+
+    def doubled(*args, **kwargs):
+        out = own(*args, **kwargs)
+        out.logits = out.logits * 2
+        return out
+
+    broken.lm.forward = doubled  # pyright: ignore[reportAttributeAccessIssue]
+    from gspo.errors import ModelError
+
+    with pytest.raises(ModelError, match="not supported"):
+        choose_packing(broken)
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    gradients = []
+    for checkpointing in (False, True):
+        policy = embedded(activation_checkpointing=checkpointing)
+        policy.lm.train(checkpointing)
+        for row in pack(samples(policy), 10_000):
+            forward(policy, row).logprobs.sum().backward()
+        gradients.append([p.grad.clone() for p in policy.trainable.values() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1])
+    for plainly, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plainly, recomputed, atol=1e-4, rtol=1e-4)
+
+
+def test_bfloat16_is_near_and_its_logprobs_float32(policy: Policy):
+    low = embedded(dtype="bfloat16")
+    items = samples(policy)
+    exact, rough = scored(policy, items, 10_000), scored(low, items, 10_000)
+    for key, value in exact.items():
+        assert rough[key].dtype == torch.float32
+        assert 0 < (rough[key] - value).abs().median() < 0.1
+
+
+def test_buckets_cover_each_token_once():
+    buckets = attention.make_buckets([5, 30, 6, 1, 29], torch.device("cpu"))
+    covered = torch.cat([b.index[b.real] for b in buckets]).sort().values
+    assert torch.equal(covered, torch.arange(71))
+    for bucket in buckets:
+        lengths = bucket.real.sum(-1)
+        assert lengths.max() <= 1.15 * lengths.min() + 1

@@ -1,0 +1,91 @@
+"""Loading: names, errors, LoRA, the embedded model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from gspo import dev
+from gspo.errors import ModelError
+from gspo.policy.embedded import embedded_folder
+from gspo.policy.load import load_policy, resolve, save_weights
+from support import embedded
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("embedded:srot", "Did you mean 'sort'"),
+        ("embeded:sort", "Did you mean 'embedded:sort'"),
+        ("./nowhere", "not a folder"),
+        ("gpt2", "not a folder"),
+    ],
+)
+def test_unknown_models_name_the_remedy(name: str, message: str):
+    with pytest.raises(ModelError, match=message):
+        resolve(name)
+
+
+def test_a_folder_without_config_is_refused(tmp_path: Path):
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        resolve(str(tmp_path))
+
+
+def test_a_folder_with_a_broken_config_is_refused(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nonsense"}))
+    with pytest.raises(ModelError, match="cannot load"):
+        load_policy(str(tmp_path))
+
+
+def test_context_cannot_exceed_the_models():
+    with pytest.raises(ModelError, match="context of 512"):
+        load_policy("embedded:sort", dev.InternalModelConfig(max_context=513))
+
+
+def test_embedded_model_is_an_ordinary_folder():
+    folder = embedded_folder("embedded:sort")
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        path.name for path in folder.iterdir()
+    }
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "qwen3_moe"
+    assert (config["num_local_experts"], config["num_experts_per_tok"]) == (8, 2)
+    policy = load_policy(str(folder))
+    assert 150_000 < sum(p.numel() for p in policy.lm.parameters()) < 300_000
+
+
+def test_embedded_tokenizer_has_one_token_a_character():
+    tokenizer = embedded().tokenizer
+    text = "<|user|>0123456789ab<|assistant|>"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(ids) == 14
+    assert tokenizer.decode(ids) == text
+
+
+def test_lora_trains_adapters_alone_and_reaches_the_experts():
+    policy = embedded(lora=dev.LoraConfig(r=2))
+    assert all("lora_" in name for name in policy.trainable)
+    assert any("experts" in name for name in policy.trainable)
+    assert any("q_proj" in name for name in policy.trainable)
+
+
+def test_lora_starts_as_the_base_model_and_round_trips(tmp_path: Path):
+    lora = dev.LoraConfig(r=2)
+    policy, base = embedded(lora=lora), embedded()
+    tokens = torch.arange(6, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(policy.lm(tokens).logits, base.lm(tokens).logits)
+        for parameter in policy.trainable.values():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        changed = policy.lm(tokens).logits
+        assert (changed - base.lm(tokens).logits).abs().max() > 1e-3
+        with policy.reference():
+            torch.testing.assert_close(policy.lm(tokens).logits, base.lm(tokens).logits)
+    save_weights(policy, tmp_path)
+    again = load_policy("embedded:sort", dev.InternalModelConfig(lora=lora), checkpoint=tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(again.lm(tokens).logits, changed)
+    assert set(again.trainable) == set(policy.trainable)

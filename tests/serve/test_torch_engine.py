@@ -1,0 +1,207 @@
+"""The embedded engine: its log-probs are the trainer's, and nothing depends on the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gspo import dev
+from gspo.batch.pack import pack
+from gspo.batch.sample import trajectory_samples
+from gspo.errors import RequestError
+from gspo.policy.forward import forward
+from gspo.policy.load import Policy
+from gspo.serve import torch_engine
+from gspo.serve.engine import Completion, Engine, Request, SamplingParams
+from gspo.serve.fake_engine import FakeEngine
+from gspo.serve.torch_engine import TorchEngine
+from support import choice, embedded, trajectory
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    return embedded()
+
+
+@pytest.fixture
+def engine(policy: Policy) -> TorchEngine:
+    return TorchEngine(policy)
+
+
+def chat(engine: TorchEngine, text: str) -> tuple[int, ...]:
+    return tuple(engine.encode_chat([{"role": "user", "content": text}]))
+
+
+def requests(engine: TorchEngine, **params) -> list[Request]:
+    texts = ["918273645546", "12", "0000", "987654321098"]
+    return [Request(chat(engine, t), SamplingParams(**params)) for t in texts]
+
+
+def test_both_engines_keep_the_protocol(engine: TorchEngine):
+    assert isinstance(engine, Engine)
+    assert isinstance(FakeEngine(), Engine)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("packing", ["buckets", "mask", "single"])
+@pytest.mark.parametrize("budget", [1, 10_000])
+def test_logprobs_are_the_trainers(policy: Policy, engine, temperature, packing, budget):
+    asked = requests(engine, n=5, max_tokens=40, temperature=temperature, seed=1)
+    policy.packing = packing
+    items = [
+        trajectory_samples(
+            trajectory(0.0, choice(c.token_ids, r.prompt, c.logprobs, temperature=c.temperature)),
+            trajectory_id=5 * i + j,
+        )[0]
+        for i, (r, done) in enumerate(zip(asked, engine.generate(asked), strict=True))
+        for j, c in enumerate(done)
+    ]
+    with torch.no_grad():
+        for row in pack(items, budget):
+            error = (forward(policy, row).logprobs - row.old_logprobs).abs().max()
+            assert error < 1e-4
+    policy.packing = "buckets"
+
+
+def test_a_completion_does_not_depend_on_its_batch(
+    policy: Policy, engine: TorchEngine, monkeypatch
+):
+    asked = requests(engine, n=3, max_tokens=30, seed=5)
+    together = engine.generate(asked)
+    alone = [engine.generate([request])[0] for request in asked]
+    monkeypatch.setattr(engine, "max_rows", 2)
+    in_turns = engine.generate(asked)
+    for a, b, c in zip(together, alone, in_turns, strict=True):
+        assert [x.token_ids for x in a] == [x.token_ids for x in b] == [x.token_ids for x in c]
+
+
+def test_seeded_requests_repeat_and_unseeded_ones_do_not(engine: TorchEngine):
+    request = Request(chat(engine, "12"), SamplingParams(n=4, max_tokens=20, temperature=2.0))
+    first, second = engine.generate([request]), engine.generate([request])
+    assert first != second
+    engine.reseed(0)
+    assert engine.generate([request]) == first
+
+
+def test_the_completions_of_a_prompt_differ(engine: TorchEngine):
+    params = SamplingParams(n=8, max_tokens=20, temperature=2.0, seed=3)
+    done = engine.generate([Request(chat(engine, "12"), params)])[0]
+    assert len({c.token_ids for c in done}) > 4
+
+
+def test_greedy_equals_the_models_own_argmax(policy: Policy, engine: TorchEngine):
+    prompt = chat(engine, "918273645546")
+    done = engine.generate([Request(prompt, SamplingParams(temperature=0, max_tokens=10))])[0][0]
+    tokens = list(prompt)
+    with torch.no_grad():
+        for token in done.token_ids:
+            logits = policy.lm(torch.tensor([tokens])).logits[0, -1]
+            assert int(logits.argmax()) == token
+            tokens.append(token)
+    assert done.temperature == 1.0
+
+
+def test_a_prompt_is_computed_once_for_its_completions(engine: TorchEngine, monkeypatch):
+    seen: list[tuple[int, ...]] = []
+    backbone = type(engine.policy.backbone)
+    own = backbone.forward
+
+    def counted(self, *args, **kwargs):
+        seen.append(tuple(kwargs["input_ids"].shape))
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(backbone, "forward", counted)
+    prompt = chat(engine, "918273645546")
+    engine.generate([Request(prompt, SamplingParams(n=16, max_tokens=4, seed=0))] * 2)
+    assert seen[0] == (1, len(prompt))
+    assert seen[1] == (32, 1)
+
+
+def test_finished_rows_leave_the_batch(engine: TorchEngine, monkeypatch):
+    rows: list[int] = []
+    own = engine._advance
+
+    def counted(tokens, cache, mask):
+        rows.append(len(tokens))
+        return own(tokens, cache, mask)
+
+    monkeypatch.setattr(engine, "_advance", counted)
+    prompt = chat(engine, "123456789012")
+    lengths = [2, 9, 5]
+    engine.generate([Request(prompt, SamplingParams(max_tokens=n, seed=n)) for n in lengths])
+    assert rows[0] == 3
+    assert rows == sorted(rows, reverse=True)
+    assert rows[-1] == 1
+
+
+def test_end_token_stops_and_is_part_of_the_completion(engine: TorchEngine):
+    done = engine.generate(
+        [Request(chat(engine, "918273645546"), SamplingParams(temperature=0, max_tokens=30))]
+    )[0][0]
+    assert done.finish_reason == "stop"
+    assert done.token_ids[-1] == engine.policy.tokenizer.eos_token_id
+    assert len(done.token_ids) == len(done.logprobs) == len(done.text) + 1
+
+
+def test_max_tokens_is_a_length_stop(engine: TorchEngine):
+    done = engine.generate([Request(chat(engine, "918273645546"), SamplingParams(max_tokens=3))])
+    assert done[0][0].finish_reason == "length"
+    assert len(done[0][0].token_ids) == 3
+
+
+def test_stop_text_is_cut_from_the_text_but_not_from_the_tokens(engine: TorchEngine):
+    params = SamplingParams(temperature=0, max_tokens=30)
+    prompt = chat(engine, "918273645546")
+    whole = engine.generate([Request(prompt, params)])[0][0]
+    stop = whole.text[3:5]
+    params = SamplingParams(temperature=0, max_tokens=30, stop=(stop,))
+    cut = engine.generate([Request(prompt, params)])[0][0]
+    at = whole.text.index(stop)
+    assert cut.text == whole.text[:at]
+    assert cut.finish_reason == "stop"
+    assert cut.token_ids == whole.token_ids[: at + 2]
+
+
+def test_what_does_not_fit_is_refused(engine: TorchEngine):
+    with pytest.raises(RequestError, match="context is 512"):
+        engine.generate([Request(tuple([9] * 500), SamplingParams(max_tokens=13))])
+    with pytest.raises(RequestError, match="empty"):
+        engine.generate([Request((), SamplingParams())])
+    full = engine.generate([Request(tuple([9] * 510), SamplingParams(seed=0))])[0][0]
+    assert len(full.token_ids) <= 2
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"n": 0},
+        {"max_tokens": 0},
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"stop": ("",)},
+    ],
+)
+def test_parameters_out_of_range_are_refused(params: dict):
+    with pytest.raises(RequestError, match=next(iter(params))):
+        SamplingParams(**params)
+
+
+def test_a_long_completion_outgrows_its_first_slab(policy: Policy, engine, monkeypatch):
+    asked = requests(engine, n=2, max_tokens=30, seed=2, temperature=3.0)
+    expected = engine.generate(asked)
+    monkeypatch.setattr(torch_engine, "_FIRST_SLAB", 3)
+    assert engine.generate(asked) == expected
+
+
+def test_lora_weights_are_sampled_from():
+    policy = embedded(lora=dev.LoraConfig(r=2))
+    engine = TorchEngine(policy)
+    request = Request(chat(engine, "918273645546"), SamplingParams(max_tokens=5, seed=0))
+    before = engine.generate([request])[0][0]
+    with torch.no_grad():
+        for parameter in policy.trainable.values():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    after: Completion = engine.generate([request])[0][0]
+    assert before.logprobs != after.logprobs

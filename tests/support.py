@@ -1,0 +1,62 @@
+"""What several tests build: choices, trajectories and samples without a model."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from openai.types.chat.chat_completion import Choice
+
+import gspo as art
+from gspo.policy.load import Policy, load_policy
+from gspo.policy.probe import choose_packing
+
+
+def choice(
+    tokens: Sequence[int],
+    prompt: Sequence[int] = (1, 2, 3),
+    logprobs: Sequence[float] | None = None,
+    **extra: Any,
+) -> Choice:
+    """A Choice as gspo's server returns it."""
+    fields = {
+        "index": 0,
+        "finish_reason": "stop",
+        "message": {"role": "assistant", "content": "x"},
+        "token_ids": list(tokens),
+        "prompt_token_ids": list(prompt),
+        "token_logprobs": [-1.0] * len(tokens) if logprobs is None else list(logprobs),
+        "temperature": 1.0,
+        "policy_version": 0,
+    }
+    return Choice.model_validate(fields | extra)
+
+
+def trajectory(reward: float = 0.0, *choices: Choice) -> art.Trajectory:
+    """A trajectory of the given turns."""
+    items: list[Any] = [{"role": "user", "content": "?"}, *(choices or (choice([4, 5]),))]
+    return art.Trajectory(messages_and_choices=items, reward=reward)
+
+
+def random_groups(
+    policy: Policy, *, groups: int = 3, size: int = 4, seed: int = 0, temperature: float = 1.0
+) -> list[art.TrajectoryGroup]:
+    """Groups of random tokens with random old log-probs: off-policy, lengths all different."""
+    rng = random.Random(seed)
+    vocabulary = policy.head.weight.shape[0]
+
+    def one() -> art.Trajectory:
+        prompt = [rng.randrange(6, vocabulary) for _ in range(rng.randint(1, 9))]
+        tokens = [rng.randrange(6, vocabulary) for _ in range(rng.randint(1, 20))]
+        logprobs = [-rng.uniform(0.1, 9.0) for _ in tokens]
+        return trajectory(rng.random(), choice(tokens, prompt, logprobs, temperature=temperature))
+
+    return [art.TrajectoryGroup([one() for _ in range(size)]) for _ in range(groups)]
+
+
+def embedded(name: str = "embedded:sort", **config: Any) -> Policy:
+    """An embedded model, ready for the trainer."""
+    policy = load_policy(name, art.dev.InternalModelConfig(**config))
+    choose_packing(policy)
+    return policy

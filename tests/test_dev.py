@@ -1,0 +1,127 @@
+"""Options: typed, strict, with the nearest right name in the error."""
+
+from __future__ import annotations
+
+import pytest
+
+from gspo import TrainConfig, dev
+from gspo.errors import ConfigError
+from gspo.train.settings import resolve
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"importance_sampling_levl": "sequence"}, "Did you mean 'importance_sampling_level'"),
+        ({"importance_sampling_level": "sequnce"}, "Did you mean 'sequence'"),
+        ({"algorithm": "gpso"}, "Did you mean 'gspo'"),
+        ({"epsilon": 0}, "epsilon = 0"),
+        ({"epsilon": 1.5}, "epsilon = 1.5"),
+        ({"epsilon": float("nan")}, "epsilon = nan"),
+        ({"minibatches": 0}, "minibatches = 0"),
+        ({"lr_schedule": "cosine"}, "needs lr_total_steps"),
+        ({"lr_warmup_steps": 9, "lr_total_steps": 9}, "must be larger"),
+        ({"mask_prob_ratio": True}, "'mask_prob_ratio' is not supported"),
+        ({"kimi_k2_tau": 0.1}, "'kimi_k2_tau' is not supported"),
+        ({"ppo": False}, "ppo = False"),
+        ({"precalculate_logprobs": True}, "precalculate_logprobs = True"),
+    ],
+)
+def test_wrong_options_name_themselves_and_the_remedy(options: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        dev.TrainConfig(**options)
+
+
+def test_every_option_of_art_is_honoured_or_refused_by_name():
+    # ART 0.5, src/art/dev/train.py
+    art = [
+        "advantage_balance",
+        "allow_training_without_logprobs",
+        "epsilon",
+        "normalize_by_length",
+        "epsilon_high",
+        "importance_sampling_level",
+        "kimi_k2_tau",
+        "kl_penalty_coef",
+        "kl_ref_adapter_path",
+        "logprob_calculation_chunk_size",
+        "mask_prob_ratio",
+        "max_negative_advantage_importance_sampling_weight",
+        "moe_routing_replay_bundle",
+        "moe_routing_replay_path",
+        "moe_routing_replay_strict",
+        "num_trajectories_learning_rate_multiplier_power",
+        "packed_sequence_length",
+        "plot_tensors",
+        "ppo",
+        "precalculate_logprobs",
+        "scale_learning_rate_by_reward_std_dev",
+        "scale_rewards",
+        "truncated_importance_sampling",
+    ]
+    for name in art:
+        honoured, refused = name in dev.TrainConfig.model_fields, name in dev.TrainConfig.refused
+        assert honoured != refused, name
+
+
+def test_options_are_frozen():
+    config = dev.TrainConfig()
+    with pytest.raises(Exception, match="frozen"):
+        config.epochs = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("inf")])
+def test_learning_rate_must_be_positive(rate: float):
+    with pytest.raises(ConfigError, match="learning_rate"):
+        TrainConfig(learning_rate=rate)
+
+
+class TestResolve:
+    def test_one_setting_is_the_papers_gspo(self):
+        settings = resolve(options=dev.TrainConfig(importance_sampling_level="sequence"))
+        assert settings.algorithm == "gspo"
+        objective = settings.objective
+        assert (objective.level, objective.epsilon_low, objective.epsilon_high) == (
+            "sequence",
+            3e-4,
+            4e-4,
+        )
+        assert objective.kl_coef == 0
+        assert settings.options.minibatches == 4
+
+    def test_no_setting_is_gspo_too(self):
+        assert resolve() == resolve(options=dev.TrainConfig(algorithm="gspo")) or (
+            resolve().objective == resolve(options=dev.TrainConfig(algorithm="gspo")).objective
+        )
+
+    @pytest.mark.parametrize(
+        ("level", "algorithm", "epsilon"),
+        [
+            ("token", "grpo", 0.2),
+            ("sequence_token", "gspo_token", 3e-4),
+            ("average", "level:average", 0.2),
+            ("geometric_average", "level:geometric_average", 0.2),
+        ],
+    )
+    def test_a_level_implies_its_preset(self, level: str, algorithm: str, epsilon: float):
+        settings = resolve(options=dev.TrainConfig(importance_sampling_level=level))  # pyright: ignore[reportArgumentType]
+        assert settings.algorithm == algorithm
+        assert settings.objective.epsilon_low == epsilon
+
+    def test_epsilon_alone_sets_both_sides_as_in_art(self):
+        objective = resolve(options=dev.TrainConfig(epsilon=0.01)).objective
+        assert (objective.epsilon_low, objective.epsilon_high) == (0.01, 0.01)
+
+    def test_epsilon_high_alone_keeps_the_lower_side(self):
+        objective = resolve(options=dev.TrainConfig(epsilon_high=0.01)).objective
+        assert (objective.epsilon_low, objective.epsilon_high) == (3e-4, 0.01)
+
+    def test_contradiction_says_what_to_use(self):
+        options = dev.TrainConfig(algorithm="grpo", importance_sampling_level="sequence")
+        with pytest.raises(ConfigError, match="use algorithm='gspo'"):
+            resolve(options=options)
+
+    def test_kl_coefficient_of_either_config(self):
+        assert resolve(TrainConfig(kl_penalty_coef=0.1)).objective.kl_coef == 0.1
+        both = resolve(TrainConfig(kl_penalty_coef=0.1), dev.TrainConfig(kl_penalty_coef=0.0))
+        assert both.objective.kl_coef == 0.0

@@ -1,0 +1,100 @@
+"""The house of DESIGN.md: a floor imports only floors below it, or its own folder."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "gspo"
+
+FLOORS = {
+    "__init__": 7,
+    "cli": 7,
+    "lab": 6,
+    "model": 5,
+    "backend": 4,
+    "train": 3,
+    "serve": 3,
+    "policy": 2,
+    "objective": 1,
+    "batch": 1,
+    "gather": 1,
+    "tasks": 1,
+    "config": 0,
+    "dev": 0,
+    "options": 0,
+    "trajectory": 0,
+    "progress": 0,
+    "metrics": 0,
+    "errors": 0,
+    "compute": 0,
+}
+FLAT = {0}
+"""Floors without walls: their files may import one another."""
+PUBLIC = {("lab", "__init__")}
+"""The loop reads as a user's program: `import gspo as art`."""
+
+
+def room(path: Path) -> str:
+    """The folder, or the file at the top, that a module belongs to."""
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return parts[0]
+
+
+def imported_rooms(path: Path, source: Path = SOURCE) -> set[str]:
+    """Rooms that a module imports anywhere: lazily and under TYPE_CHECKING too."""
+    rooms = set()
+    package = ("gspo", *path.relative_to(source).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) + 1 - node.level]) if node.level else ""
+            module = ".".join(part for part in (base, node.module or "") if part)
+            names = [
+                f"{module}.{alias.name}" if module == "gspo" else module for alias in node.names
+            ]
+        for name in names:
+            root, _, rest = name.partition(".")
+            if root == "gspo":
+                first = rest.partition(".")[0] or "__init__"
+                rooms.add(first if first in FLOORS else "__init__")
+    return rooms
+
+
+MODULES = sorted(SOURCE.rglob("*.py"))
+
+
+def test_every_room_has_a_floor():
+    assert {room(path) for path in MODULES} == set(FLOORS)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_go_down(path: Path):
+    own = room(path)
+    if own == "__init__":
+        return
+    for other in imported_rooms(path) - {own}:
+        below = FLOORS[other] < FLOORS[own]
+        beside = FLOORS[other] == FLOORS[own] and FLOORS[own] in FLAT
+        assert below or beside or (own, other) in PUBLIC, f"{own} imports {other}, which is above"
+
+
+def test_objective_imports_nothing_of_gspo():
+    for path in (SOURCE / "objective").glob("*.py"):
+        assert imported_rooms(path) <= {"objective"}
+
+
+def test_an_upward_import_would_be_seen(tmp_path: Path):
+    module = tmp_path / "train" / "bad.py"
+    module.parent.mkdir()
+    module.write_text("def f():\n    from gspo.backend.local import LocalBackend\n")
+    assert imported_rooms(module, tmp_path) == {"backend"}
+
+
+def test_files_stay_small():
+    for path in MODULES:
+        assert len(path.read_text().splitlines()) <= 310, path

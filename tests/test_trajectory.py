@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+import gspo as art
+from gspo.errors import DataError
+from support import choice, trajectory
+
+
+def test_messages_show_choices_as_assistant_turns():
+    t = trajectory(1.0, choice([4]))
+    assert t.messages() == [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": "x"},
+    ]
+    assert len(t.choices()) == 1
+
+
+def test_misspelt_field_is_refused_with_the_nearest():
+    with pytest.raises(DataError, match="Did you mean 'reward'"):
+        art.Trajectory(messages_and_choices=[], rewrd=1.0)  # pyright: ignore[reportCallIssue]
+
+
+def test_reward_must_be_a_number():
+    with pytest.raises(DataError, match="reward"):
+        art.Trajectory(messages_and_choices=[], reward="good")  # pyright: ignore[reportArgumentType]
+
+
+def test_group_of_trajectories_and_exceptions_is_ready_at_once():
+    group = art.TrajectoryGroup([trajectory(1.0), ValueError("no"), trajectory(0.0)])
+    assert [t.reward for t in group] == [1.0, 0.0]
+    assert [e.type for e in group.exceptions] == ["ValueError"]
+    assert "no" in group.exceptions[0].traceback
+    assert len(group) == 2
+
+
+async def test_group_of_coroutines_keeps_the_order_given():
+    async def rollout(reward: float) -> art.Trajectory:
+        await asyncio.sleep(0.01 * (1 - reward))
+        return trajectory(reward)
+
+    group = await art.TrajectoryGroup(rollout(r / 4) for r in range(4))
+    assert [t.reward for t in group] == [0.0, 0.25, 0.5, 0.75]
+
+
+async def test_awaited_alone_a_failing_rollout_raises():
+    async def rollout() -> art.Trajectory:
+        raise RuntimeError("tool broke")
+
+    with pytest.raises(RuntimeError, match="tool broke"):
+        await art.TrajectoryGroup(rollout() for _ in range(2))
+
+
+async def test_a_rollout_must_return_a_trajectory():
+    async def rollout():
+        return 3
+
+    with pytest.raises(DataError, match="returned int"):
+        await art.TrajectoryGroup([rollout()])  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def test_group_refuses_other_things():
+    with pytest.raises(DataError, match="got a int"):
+        art.TrajectoryGroup([3])  # pyright: ignore[reportArgumentType, reportCallIssue]
