@@ -7,8 +7,6 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from objective.cases import LEVELS, cases, in_order, near, run, shuffled
-from objective.naive import Case, naive
 from torch import Tensor
 
 from gspo.objective import (
@@ -19,6 +17,8 @@ from gspo.objective import (
     policy_loss,
     sequence_log_ratio,
 )
+from objective.cases import LEVELS, cases, in_order, near, run, shuffled
+from objective.naive import Case, naive
 
 GSPO = PRESETS["gspo"].objective
 SIGNS = [1.0, -1.0]
@@ -87,7 +87,7 @@ def test_on_policy_is_length_normalised_reinforce(level: Level, case: Case, tota
     lengths = np.maximum(out.lengths.numpy(), 1)
     reinforce = -(case.advantages / lengths)[case.ids] / total
     reinforce[~(case.sampled & case.trained)] = 0
-    near(gradient, reinforce, 1e-6 * abs(reinforce))
+    near(gradient, reinforce, 1e-5 * abs(reinforce))
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 
 from gspo.metrics import Metrics
 from gspo.objective import MAX_LOG_RATIO, Level, LossOutput, Objective
-from objective.cases import LEVELS, assert_matches, cases, in_order, near, only, padded, run, shuffled
+from objective.cases import (
+    LEVELS,
+    assert_matches,
+    cases,
+    in_order,
+    near,
+    only,
+    padded,
+    run,
+    shuffled,
+)
 from objective.naive import BOUND, Case, naive
 
 CLIPS = st.sampled_from([(3e-4, 4e-4), (0.2, 0.2), (0.1, 0.5), (1.0, 2.0)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from gspo.errors import RunError
 from gspo.policy.load import Policy
 from gspo.serve.app import create_app
 from gspo.serve.batcher import Batcher
-from gspo.serve.server import PortServer, in_process_client
+from gspo.serve.server import PortServer, bind, in_process_client
 from gspo.serve.torch_engine import TorchEngine
 from gspo.train.checkpoint import steps_saved
 from gspo.train.rollouts import prepare
@@ -62,6 +63,7 @@ class LocalBackend:
         """Make the model ready to sample and train; goes on from its last checkpoint.
 
         Raises:
+            ServeError: the port is in use.
             RunError: the run folder is read-only, in use, of a newer gspo or of another model.
             ModelError: the base model cannot be loaded.
             CheckpointError: the last checkpoint is damaged.
@@ -80,26 +82,34 @@ class LocalBackend:
             self._run(model)
             return
         assert model.source is not None
-        lora = model.internal_config.lora
-        identity = {"base_model": model.source, "lora": lora and lora.model_dump()}
-        run = Run(self.path, model.project, model.name, identity)
+        listener = None if self.port is None else bind("127.0.0.1", self.port)
+        run = None
         try:
+            lora = model.internal_config.lora
+            identity = {"base_model": model.source, "lora": lora and lora.model_dump()}
+            run = Run(self.path, model.project, model.name, identity)
             async with self._compute.turn() as compute:
-                trainer = await compute.run(load_trainer, run, model.source, model.internal_config)
+                config = model.internal_config
+                trainer = await compute.run(load_trainer, run, model.source, config)
+            self._services[key] = await self._start(run, model, trainer, listener)
         except BaseException:
-            run.close()
+            if run is not None:
+                run.close()
+            if listener is not None:
+                listener.close()
             raise
-        self._services[key] = await self._start(run, model, trainer)
 
-    async def _start(self, run: Run, model: ModelLike, trainer: Trainer) -> Service:
+    async def _start(
+        self, run: Run, model: ModelLike, trainer: Trainer, listener: socket.socket | None
+    ) -> Service:
         engine = TorchEngine(trainer.policy, seed=self._sampling_seed(trainer.step))
-        window = 0.0 if self.port is None else 0.005
+        window = 0.0 if listener is None else 0.005
         app = create_app(Batcher(engine, self._compute, window=window), lambda: [model.name])
         client = in_process_client(app)
         await client.models.list()  # the client looks its platform up, once, in a thread
         server = None
-        if self.port is not None:
-            server = PortServer(app, "127.0.0.1", self.port)
+        if listener is not None:
+            server = PortServer(app, listener)
             await server.start()
         assert model.source is not None
         return Service(run, model.source, engine, trainer, client, server)

@@ -10,7 +10,7 @@ import torch
 from gspo.errors import ModelError
 from gspo.lab.rollout import load_rollout
 from gspo.lab.spec import Spec
-from gspo.policy.embedded import PREFIX, build_model, build_tokenizer
+from gspo.policy.embedded import PREFIX, build_model, build_tokenizer, embedded_task
 from gspo.policy.load import resolve
 from gspo.serve.cache import slab_bytes
 from gspo.tasks import load_task
@@ -82,7 +82,7 @@ def _shape(name: str) -> tuple[Any, int]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if name.startswith(PREFIX):
-        load_task(name.removeprefix(PREFIX))
+        embedded_task(name)
         model = build_model(build_tokenizer(), 0)
     else:
         try:

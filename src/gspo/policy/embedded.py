@@ -58,6 +58,20 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gspo"
 
 
+def embedded_task(name: str) -> str:
+    """The task of `embedded:<task>`.
+
+    Raises:
+        ModelError: no such task.
+    """
+    task_name = name.removeprefix(PREFIX)
+    if task_name not in RECIPES:
+        near = suggestion(task_name, RECIPES)
+        known = ", ".join(PREFIX + task for task in task_names())
+        raise ModelError(f"unknown base_model {name!r}.{near} Embedded models: {known}.")
+    return task_name
+
+
 def embedded_folder(name: str, progress: Callable[[int, int, float], None] | None = None) -> Path:
     """The folder of `embedded:<task>`, built if it isn't there yet.
 
@@ -68,11 +82,7 @@ def embedded_folder(name: str, progress: Callable[[int, int, float], None] | Non
     Raises:
         ModelError: no such task.
     """
-    task_name = name.removeprefix(PREFIX)
-    if task_name not in RECIPES:
-        near = suggestion(task_name, RECIPES)
-        known = ", ".join(PREFIX + task for task in task_names())
-        raise ModelError(f"unknown base_model {name!r}.{near} Embedded models: {known}.")
+    task_name = embedded_task(name)
     recipe = RECIPES[task_name]
     key = json.dumps([asdict(recipe), _CONFIG, CHAT_TEMPLATE], sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:8]

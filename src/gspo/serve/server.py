@@ -66,14 +66,10 @@ def serve(app: FastAPI, listener: socket.socket) -> None:
 
 
 class PortServer:
-    """The app on a port, as a task of the running event loop.
+    """The app on a listening socket, as a task of the running event loop."""
 
-    Raises:
-        ServeError: the port is in use.
-    """
-
-    def __init__(self, app: FastAPI, host: str, port: int):
-        self._listener = bind(host, port)
+    def __init__(self, app: FastAPI, listener: socket.socket):
+        self._listener = listener
         self._server = _Embedded(_config(app))
         self._task: asyncio.Task[None] | None = None
         bound = self._listener.getsockname()

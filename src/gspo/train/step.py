@@ -30,12 +30,15 @@ class StepInput:
         total_sequences: N, those without one included.
         budget: tokens of a packed row.
         chunk: tokens whose logits exist at once.
+        on_policy: the weights are still those that sampled: any log-ratio is a mismatch between
+            engine and trainer.
     """
 
     samples: Sequence[Sample]
     total_sequences: int
     budget: int
     chunk: int | None
+    on_policy: bool = False
 
 
 def accumulate(
@@ -66,6 +69,8 @@ def accumulate(
         )
         out.loss.backward()
         _record(metrics, batch, scored, out)
+        if work.on_policy:
+            _record_mismatch(metrics, batch, scored)
 
 
 def _record(metrics: Metrics, batch: PackedBatch, scored: TokenLogprobs, out: LossOutput) -> None:
@@ -89,3 +94,10 @@ def _record(metrics: Metrics, batch: PackedBatch, scored: TokenLogprobs, out: Lo
     metrics.mean("ratio/clip_fraction_tokens", out.clipped_tokens.sum().item(), count)
     metrics.distribution("ratio/log", out.log_ratio.tolist())
     metrics.add("ratio/extreme", int(out.extreme.sum()))
+
+
+def _record_mismatch(metrics: Metrics, batch: PackedBatch, scored: TokenLogprobs) -> None:
+    """d_t on unchanged weights: what engine and trainer disagree by."""
+    d = scored.logprobs.detach().cpu().double() - batch.old_logprobs.double()
+    metrics.mean("mismatch/log_ratio_mean", d.sum().item(), d.numel())
+    metrics.maximum("mismatch/log_ratio_abs_max", d.abs().max().item())

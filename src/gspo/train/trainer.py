@@ -66,7 +66,9 @@ class Trainer:
         updates = 0
         self.policy.lm.train(self.policy.checkpointing)  # layers recompute in train mode alone
         for at, part in enumerate(plan):
-            updates += self._minibatch(part, settings, metrics, progress=at / len(plan))
+            updates += self._minibatch(
+                part, settings, metrics, progress=at / len(plan), first=updates == 0
+            )
         self.policy.lm.eval()
         self.step += 1
         skipped = None
@@ -94,7 +96,9 @@ class Trainer:
         part: Sequence[tuple[Sample, ...]],
         settings: Settings,
         metrics: Metrics,
+        *,
         progress: float,
+        first: bool,
     ) -> int:
         """One optimizer step, or none where nothing in the minibatch has an advantage."""
         options, objective = settings.options, settings.objective
@@ -107,6 +111,7 @@ class Trainer:
             total_sequences=len(part),
             budget=options.packed_sequence_length or self._row_budget(),
             chunk=options.logprob_calculation_chunk_size,
+            on_policy=first and self._fresh(wanted),
         )
         reference = self._reference() if objective.kl_coef > 0 else None
         accumulate(self.policy, work, objective, metrics, reference)
@@ -121,6 +126,11 @@ class Trainer:
         metrics.mean("optim/grad_norm", norm, 1)
         metrics.mean("optim/learning_rate", rate, 1)
         return 1
+
+    def _fresh(self, trajectories: Sequence[Sequence[Sample]]) -> bool:
+        """Whether the current weights sampled every token."""
+        versions = (s.policy_versions[s.ratio_mask] for own in trajectories for s in own)
+        return all((own == self.policy.version).all() for own in versions)
 
     def _row_budget(self) -> int:
         config = self.policy.lm.config.get_text_config()

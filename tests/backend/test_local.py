@@ -1,0 +1,256 @@
+"""The whole street with a real model: API, data errors, logging, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai import AsyncOpenAI, BadRequestError
+from openai.types.chat.chat_completion import Choice
+
+import gspo as art
+from gspo.errors import (
+    ConfigError,
+    DataError,
+    MissingLogprobsError,
+    RunError,
+    SampleTooLongError,
+    ServeError,
+)
+from support import choice, trajectory
+
+
+def make(name: str = "m", base_model: str = "embedded:sort") -> art.TrainableModel:
+    return art.TrainableModel(name=name, project="p", base_model=base_model)
+
+
+@pytest.fixture
+async def backend(tmp_path: Path):
+    backend = art.LocalBackend(tmp_path)
+    yield backend
+    await backend.close()
+
+
+@pytest.fixture
+async def model(backend: art.LocalBackend) -> art.TrainableModel:
+    model = make()
+    await model.register(backend)
+    return model
+
+
+async def rollout(model: art.TrainableModel, text: str) -> art.Trajectory:
+    messages = [{"role": "user", "content": text}]
+    response = await model.openai_client().chat.completions.create(
+        model=model.inference_name,
+        messages=messages,  # pyright: ignore[reportArgumentType]
+        max_tokens=16,
+    )
+    answer = response.choices[0]
+    expected = "".join(sorted(text))
+    right = sum(a == b for a, b in zip(answer.message.content or "", expected, strict=False))
+    return art.Trajectory(
+        messages_and_choices=[*messages, answer], reward=right / 12, metrics={"right": right}
+    )
+
+
+async def gather(model: art.TrainableModel, size: int = 4) -> list[art.TrajectoryGroup]:
+    return await art.gather_trajectory_groups(
+        art.TrajectoryGroup(rollout(model, text) for _ in range(size))
+        for text in ("918273645546", "302010405060", "111122223333")
+    )
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and p.name != ".lock"
+    }
+
+
+async def test_rollouts_train_and_are_logged(model: art.TrainableModel, tmp_path: Path):
+    groups = await gather(model)
+    choices = [c for g in groups for t in g for c in t.choices()]
+    assert all(isinstance(c, Choice) and c.token_ids for c in choices)  # pyright: ignore[reportAttributeAccessIssue]
+    result = await model.train(
+        groups,
+        config=art.TrainConfig(learning_rate=1e-4),
+        _config=art.dev.TrainConfig(importance_sampling_level="sequence"),
+    )
+    assert result.step == await model.get_step() == 1
+    assert result.metrics["mismatch/log_ratio_abs_max"] < 1e-4
+    run = tmp_path / "p" / "m"
+    line = json.loads((run / "metrics.jsonl").read_text())
+    assert line["step"] == 1
+    assert {"train/reward", "train/right", "loss/policy", "ratio/clip_fraction"} <= set(line)
+    assert (run / "trajectories" / "train" / "0001.parquet").exists()
+    assert result.checkpoint_path == run / "checkpoints" / "0001"
+    assert json.loads((run / "config.json").read_text())["base_model"] == "embedded:sort"
+
+    again = await gather(model)
+    assert {c.policy_version for g in again for t in g for c in t.choices()} == {1}  # pyright: ignore[reportAttributeAccessIssue]
+
+
+async def test_both_spellings_of_train_give_the_same_weights(tmp_path: Path):
+    weights = []
+    for name in ("model", "backend"):
+        backend = art.LocalBackend(tmp_path / name)
+        model = make()
+        await model.register(backend)
+        groups = await gather(model)
+        if name == "model":
+            config = art.dev.TrainConfig(epsilon=0.1, epsilon_high=0.2)
+            await model.train(groups, art.TrainConfig(learning_rate=1e-3), config)
+        else:
+            await backend.train(model, groups, learning_rate=1e-3, epsilon=0.1, epsilon_high=0.2)
+        path = tmp_path / name / "p" / "m" / "checkpoints" / "0001" / "model.safetensors"
+        weights.append(path.read_bytes())
+        await backend.close()
+    assert weights[0] == weights[1]
+
+
+async def test_misspelt_option_of_backend_train(model, backend: art.LocalBackend):
+    with pytest.raises(ConfigError, match="Did you mean 'epsilon_high'"):
+        await backend.train(model, [], epsilon_hig=0.2)
+
+
+BAD_GROUPS = {
+    "nothing": ([], DataError, "empty list"),
+    "one": ([art.TrajectoryGroup([trajectory()])], DataError, "needs at least 2"),
+    "nan": (
+        [art.TrajectoryGroup([trajectory(float("nan")), trajectory()])],
+        DataError,
+        "group 0, trajectory 0: reward is nan",
+    ),
+    "inf": (
+        [art.TrajectoryGroup([trajectory(), trajectory(float("inf"))])],
+        DataError,
+        "trajectory 1: reward is inf",
+    ),
+    "no choice": (
+        [art.TrajectoryGroup([art.Trajectory(messages_and_choices=[], reward=1.0), trajectory()])],
+        MissingLogprobsError,
+        "has no Choice",
+    ),
+    "no token ids": (
+        [art.TrajectoryGroup([trajectory(1, choice([4], token_ids=None)), trajectory()])],
+        MissingLogprobsError,
+        "no token_ids",
+    ),
+    "no log-probs": (
+        [art.TrajectoryGroup([trajectory(1, choice([4], token_logprobs=None)), trajectory()])],
+        MissingLogprobsError,
+        "no log-probs",
+    ),
+    "too long": (
+        [art.TrajectoryGroup([trajectory(1, choice([4] * 510)), trajectory()])],
+        SampleTooLongError,
+        "513 tokens, but the model's context is 512",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_GROUPS)
+async def test_bad_groups_are_refused_before_anything_is_written(model, tmp_path: Path, case: str):
+    groups, error, message = BAD_GROUPS[case]
+    before = files(tmp_path)
+    with pytest.raises(error, match=message):
+        await model.train(groups)
+    assert files(tmp_path) == before
+    assert await model.get_step() == 0
+
+
+async def test_equal_rewards_are_reported_as_skipped(model: art.TrainableModel, tmp_path: Path):
+    groups = [art.TrajectoryGroup([trajectory(1.0), trajectory(1.0)])]
+    result = await model.train(groups)
+    assert result.skipped is not None and "equal rewards" in result.skipped
+    line = json.loads((tmp_path / "p" / "m" / "metrics.jsonl").read_text())
+    assert line["train/skipped"] == 1
+    assert line["optim/updates"] == 0
+
+
+async def test_one_name_with_two_base_models(model, backend: art.LocalBackend):
+    with pytest.raises(RunError, match="another name"):
+        await make(base_model="embedded:reverse").register(backend)
+
+
+async def test_not_registered():
+    with pytest.raises(RunError, match=r"await model\.register\(backend\) first"):
+        await make().get_step()
+    with pytest.raises(RunError, match="not registered"):
+        make().openai_client()
+
+
+async def test_logging_a_split_and_deleting_checkpoints(model: art.TrainableModel, tmp_path: Path):
+    run = tmp_path / "p" / "m"
+    for reward in (0.2, 0.9, 0.3):
+        await model.train(await gather(model))
+        await model.log([art.TrajectoryGroup([trajectory(reward)])], split="val")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["val/reward"] for line in lines] == [0.2, 0.9, 0.3]
+    assert (run / "trajectories" / "val" / "0003.parquet").exists()
+    await model.delete_checkpoints()
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["0002", "0003"]
+
+
+async def test_a_prompted_model_is_logged_beside(backend: art.LocalBackend, tmp_path: Path):
+    other = art.Model(name="gpt", project="p", inference_base_url="http://x", inference_api_key="k")
+    await other.register(backend)
+    await other.log([trajectory(0.5)], split="val")
+    line = json.loads((tmp_path / "p" / "gpt" / "metrics.jsonl").read_text())
+    assert line["val/reward"] == 0.5
+
+
+async def test_requests_that_mean_nothing_are_refused_by_name(model: art.TrainableModel):
+    client = model.openai_client()
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"temperature": -1}, "temperature"),
+        ({"extra_body": {"temprature": 1}}, "Did you mean 'temperature'"),
+        ({"logit_bias": {"3": 1}}, "logit_bias is not supported"),
+        ({"max_tokens": 600}, "context is 512"),
+    )
+    for extra, message in cases:
+        with pytest.raises(BadRequestError, match=message):
+            await client.chat.completions.create(
+                model="m", messages=[{"role": "user", "content": "1"}], **extra
+            )
+    with pytest.raises(BadRequestError, match="no model 'other' here"):
+        await client.chat.completions.create(
+            model="other", messages=[{"role": "user", "content": "1"}]
+        )
+
+
+async def test_a_port_serves_clients_that_build_their_own(tmp_path: Path):
+    backend = art.LocalBackend(tmp_path, port=0)
+    model = make()
+    await model.register(backend)
+    client = AsyncOpenAI(base_url=model.inference_base_url, api_key=model.inference_api_key)
+    assert str(client.base_url).startswith("http://127.0.0.1:")
+    response = await client.chat.completions.create(
+        model="m", messages=[{"role": "user", "content": "12"}], n=2, max_tokens=4
+    )
+    assert len(response.choices) == 2
+    await client.close()
+    await backend.close()
+
+
+async def test_an_occupied_port_is_named(tmp_path: Path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        backend = art.LocalBackend(tmp_path, port=port)
+        with pytest.raises(ServeError, match=rf"127\.0\.0\.1:{port}"):
+            await make().register(backend)
+        await backend.close()
+
+
+async def test_keep_checkpoints(tmp_path: Path):
+    backend = art.LocalBackend(tmp_path, keep_checkpoints=1)
+    model = make()
+    await model.register(backend)
+    for _ in range(2):
+        await model.train(await gather(model))
+    assert [p.name for p in (tmp_path / "p" / "m" / "checkpoints").iterdir()] == ["0002"]
+    await backend.close()

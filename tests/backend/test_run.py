@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from gspo import TrajectoryGroup
+from gspo.backend.run import Run
+from gspo.errors import RunError
+from support import choice, trajectory
+
+IDENTITY = {"base_model": "embedded:sort"}
+
+
+@pytest.fixture
+def run(tmp_path: Path):
+    run = Run(tmp_path, "p", "m", IDENTITY)
+    yield run
+    run.close()
+
+
+def lines(run: Run) -> list[dict]:
+    return [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_one_line_a_step_however_often_it_is_logged(run: Run):
+    run.log(0, {"val/reward": 0.1})
+    run.log(1, {"a": 1.0})
+    run.log(1, {"b": 2.0})
+    run.log(0, {"c": 3.0})
+    assert lines(run) == [
+        {"step": 0, "val/reward": 0.1, "c": 3.0},
+        {"step": 1, "a": 1.0, "b": 2.0},
+    ]
+
+
+def test_a_torn_last_line_is_dropped(run: Run, tmp_path: Path):
+    run.log(1, {"a": 1.0})
+    run.close()
+    with (run.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "a"')
+    again = Run(tmp_path, "p", "m", IDENTITY)
+    again.log(2, {"a": 5.0})
+    assert lines(again) == [{"step": 1, "a": 1.0}, {"step": 2, "a": 5.0}]
+    again.close()
+
+
+def test_lines_beyond_the_checkpoint_are_forgotten(run: Run):
+    for step in range(4):
+        run.log(step, {"a": float(step)})
+    run.forget_after(2)
+    assert [line["step"] for line in lines(run)] == [0, 1, 2]
+
+
+def test_another_base_model_is_refused_before_anything_is_written(run: Run, tmp_path: Path):
+    run.log(1, {"a": 1.0})
+    run.close()
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*.json*")}
+    with pytest.raises(RunError, match=r"base_model 'embedded:sort', not 'embedded:add'.*another"):
+        Run(tmp_path, "p", "m", {"base_model": "embedded:add"})
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*.json*")} == before
+
+
+def test_a_newer_run_is_refused(run: Run, tmp_path: Path):
+    run.close()
+    path = run.folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    with pytest.raises(RunError, match="newer gspo"):
+        Run(tmp_path, "p", "m", IDENTITY)
+
+
+def test_a_damaged_config_is_named(run: Run, tmp_path: Path):
+    run.close()
+    (run.folder / "config.json").write_text("{")
+    with pytest.raises(RunError, match=r"config\.json is damaged"):
+        Run(tmp_path, "p", "m", IDENTITY)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path):
+    (tmp_path / "p").write_text("a file, where a folder is needed")
+    with pytest.raises(RunError, match=r"cannot write to the run folder.*LocalBackend\(path="):
+        Run(tmp_path, "p", "m", IDENTITY)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_named(tmp_path: Path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(RunError, match="cannot write"):
+        Run(tmp_path, "p", "m", IDENTITY)
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b"])
+def test_names_that_are_no_folder_names(tmp_path: Path, name: str):
+    with pytest.raises(RunError, match="name of a folder"):
+        Run(tmp_path, "p", name, IDENTITY)
+
+
+def test_a_run_has_one_process_at_a_time(run: Run, tmp_path: Path):
+    code = (
+        "import sys; from pathlib import Path; from gspo.backend.run import Run; "
+        "Run(Path(sys.argv[1]), 'p', 'm', {'base_model': 'embedded:sort'})"
+    )
+    other = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
+    )
+    assert f"in use by process {os.getpid()}" in other.stderr
+    run.close()
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+def test_trajectories_are_stored_with_tokens_and_advantages(run: Run):
+    group = TrajectoryGroup([trajectory(1.0, choice([4, 5])), trajectory(0.0)])
+    path = run.log_trajectories([group], "train", 3, [[1.0, -1.0]])
+    assert path == run.folder / "trajectories" / "train" / "0003.parquet"
+    rows = pq.read_table(path).to_pylist()
+    assert [row["reward"] for row in rows] == [1.0, 0.0]
+    assert [row["advantage"] for row in rows] == [1.0, -1.0]
+    assert rows[0]["token_ids"] == [[4, 5]]
+    assert rows[0]["logprobs"] == [[-1.0, -1.0]]
+    messages = json.loads(rows[0]["messages"])
+    assert messages[1] == {"role": "assistant", "content": "x", "sampled": True}

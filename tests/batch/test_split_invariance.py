@@ -1,0 +1,128 @@
+"""Loss, gradient and reduced metrics of a step are the same for every packing of its samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from batch.test_pack import make_sample
+from gspo.batch.pack import PackedBatch
+from gspo.batch.sample import Sample
+from gspo.metrics import Metrics
+from gspo.objective import Level, Objective
+from gspo.policy.logprob import TokenLogprobs
+from gspo.train import step
+
+TRAJECTORIES = 12
+TOTAL = 16
+EPSILON = 0.05
+BUDGETS = [1, 40, 90, 10_000]
+
+
+class Table:
+    """A policy whose log-probs are a table, by the token's (unique) number."""
+
+    def __init__(self, samples: list[Sample]):
+        tokens = np.concatenate([sample.tokens for sample in samples])
+        old = np.concatenate([sample.old_logprobs for sample in samples])
+        rng = np.random.default_rng(1)
+        self.row = {int(token): i for i, token in enumerate(tokens)}
+        size = np.abs(rng.normal(size=len(old))) * 0.2
+        shift = [(sample.trajectory_id % 5 - 2) * 0.1 for sample in samples for _ in sample.tokens]
+        self.weight = torch.tensor(old - size + np.array(shift), dtype=torch.float32)
+        self.weight[0] = 900.0  # not sampled: a prompt's first token
+        self.weight.requires_grad_()
+
+    def forward(self, _policy: Any, batch: PackedBatch, _chunk: int | None) -> TokenLogprobs:
+        tokens = batch.tokens[0, batch.targets].tolist()
+        logprobs = self.weight[torch.tensor([self.row[token] for token in tokens])]
+        return TokenLogprobs(logprobs=logprobs, entropy=-logprobs.detach())
+
+
+def samples_of_a_step() -> list[Sample]:
+    """Three samples a trajectory, of very different lengths; one trajectory has no loss."""
+    rng = np.random.default_rng(0)
+    out = []
+    for owner in range(TRAJECTORIES):
+        for _ in range(3):
+            sample = make_sample(owner, int(rng.integers(2, 4 + 3 * owner)), rng)
+            if owner == 3:
+                sample.loss_mask[:] = False
+            advantage = float(np.round(np.sin(owner), 2)) if owner != 5 else 0.0
+            out.append(dataclasses.replace(sample, advantage=advantage))
+    return out
+
+
+def of_a_step(
+    monkeypatch: pytest.MonkeyPatch, samples: list[Sample], level: Level, budget: int
+) -> tuple[Tensor, dict[str, float]]:
+    table, metrics = Table(samples_of_a_step()), Metrics()
+    monkeypatch.setattr(step, "forward", table.forward)
+    work = step.StepInput(samples, total_sequences=TOTAL, budget=budget, chunk=None)
+    policy: Any = None
+    step.accumulate(policy, work, Objective(level, EPSILON, EPSILON), metrics)
+    assert table.weight.grad is not None
+    found = metrics.compute()
+    del found["tokens/packed_efficiency"]  # the one that describes the packing
+    return table.weight.grad, found
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "sequence_token", "geometric_average"])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_any_budget_and_order_is_the_same_step(
+    monkeypatch: pytest.MonkeyPatch, level: Level, budget: int
+) -> None:
+    samples = samples_of_a_step()
+    gradient, metrics = of_a_step(monkeypatch, samples, level, budget=10_000)
+    order = np.random.default_rng(budget).permutation(len(samples))
+    other, other_metrics = of_a_step(monkeypatch, [samples[i] for i in order], level, budget)
+    torch.testing.assert_close(other, gradient, rtol=1e-5, atol=1e-9)
+    assert other_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-7)
+
+
+def test_the_metrics_are_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Level `sequence`: a loop over trajectories."""
+    samples = samples_of_a_step()
+    weight = Table(samples).weight.detach().double().numpy()
+    _, metrics = of_a_step(monkeypatch, samples, "sequence", budget=40)
+    log_ratios, clipped, advantages, policy = [], [], [], 0.0
+    masks = np.concatenate([sample.ratio_mask for sample in samples])
+    trained = np.concatenate([sample.loss_mask for sample in samples])
+    old = np.concatenate([sample.old_logprobs for sample in samples]).astype(float)
+    owners = np.concatenate([np.full(len(sample), sample.trajectory_id) for sample in samples])
+    for owner in range(TRAJECTORIES):
+        own = masks & (owners == owner)
+        advantage = next(s.advantage for s in samples if s.trajectory_id == owner)
+        log_ratio = (weight - old)[own].mean()
+        s = np.exp(log_ratio)
+        free, bound = s * advantage, np.clip(s, 1 - EPSILON, 1 + EPSILON) * advantage
+        policy -= min(free, bound) / TOTAL
+        log_ratios.append(log_ratio)
+        clipped.append(bound < free and owner != 3)
+        advantages.append(advantage)
+    hit, sign = np.array(clipped), np.sign(advantages)
+    tokens = [(trained & (owners == owner)).sum() for owner in range(TRAJECTORIES)]
+    assert hit.any()
+    assert not hit.all()
+    expected = {
+        "loss/policy": policy,
+        "loss/kl": 0.0,
+        "ratio/clip_fraction": hit.mean(),
+        "ratio/clip_fraction_positive": hit[sign > 0].mean(),
+        "ratio/clip_fraction_negative": hit[sign < 0].mean(),
+        "ratio/clip_fraction_tokens": np.dot(hit, tokens) / sum(tokens),
+        "ratio/extreme": 0,
+        "ratio/log_mean": np.mean(log_ratios),
+        "ratio/log_abs_max": np.abs(log_ratios).max(),
+        "ratio/log_p01": np.quantile(log_ratios, 0.01),
+        "ratio/log_p50": np.quantile(log_ratios, 0.5),
+        "ratio/log_p99": np.quantile(log_ratios, 0.99),
+        "loss/entropy": -weight[trained].mean(),
+        "tokens/trained": sum(tokens),
+    }
+    assert metrics == pytest.approx(expected, rel=1e-5, abs=1e-7)

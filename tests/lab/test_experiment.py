@@ -1,0 +1,141 @@
+"""Whole experiments: they learn, repeat exactly, and survive being killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gspo.lab.demo import demo_spec
+from gspo.lab.experiment import Estimate, as_json, bootstrap, run_experiment
+from gspo.lab.picture import draw_run
+from gspo.lab.spec import Spec
+
+
+class Silent:
+    """A watch that keeps what it saw."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.first = -1
+        self.changed: list[str] = []
+        self.estimates: list[Estimate] = []
+
+    def started(self, spec: Spec, step: int, changed: list[str]) -> None:
+        self.first, self.changed = step, changed
+
+    def stepped(self, step: int, metrics: dict[str, float]) -> None:
+        self.steps.append(step)
+
+    def evaluated(self, step: int, estimate: Estimate) -> None:
+        self.estimates.append(estimate)
+
+
+def small(path: Path, **fields) -> Spec:
+    sizes = {"steps": 3, "prompts": 4, "completions": 4, "eval_prompts": 8, "task": "sort"}
+    return Spec(path=str(path), learning_rate=1e-3, **(sizes | fields))
+
+
+def records(run: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in line.items() if not k.startswith(("time/", "throughput/"))}
+        for line in lines
+    ]
+
+
+def weights(run: Path, step: int) -> bytes:
+    return (run / "checkpoints" / f"{step:04d}" / "model.safetensors").read_bytes()
+
+
+async def test_the_demo_learns(tmp_path: Path):
+    outcome = await run_experiment(demo_spec(str(tmp_path)), Silent())
+    assert outcome.before is not None and outcome.after is not None
+    assert outcome.after.mean >= outcome.before.mean + 0.3
+    assert outcome.after.low > outcome.before.high
+    picture = draw_run(outcome.run)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert {"reward_before", "reward_after", "prompts", "steps", "seconds", "run"} <= set(
+        as_json(outcome)
+    )
+
+
+async def test_two_runs_with_one_seed_are_identical(tmp_path: Path):
+    runs = []
+    for name in ("a", "b"):
+        runs.append((await run_experiment(small(tmp_path / name), Silent())).run)
+    assert records(runs[0]) == records(runs[1])
+    assert len(records(runs[0])) == 4
+    assert weights(runs[0], 3) == weights(runs[1], 3)
+    other = (await run_experiment(small(tmp_path / "c", seed=1), Silent())).run
+    assert weights(other, 3) != weights(runs[0], 3)
+
+
+async def test_a_finished_run_is_not_trained_again_and_a_longer_one_goes_on(tmp_path: Path):
+    whole = (await run_experiment(small(tmp_path / "whole", steps=4), Silent())).run
+    await run_experiment(small(tmp_path / "parts", steps=2), Silent())
+    watch = Silent()
+    await run_experiment(small(tmp_path / "parts", steps=2), watch)
+    assert (watch.first, watch.steps) == (2, [])
+    outcome = await run_experiment(small(tmp_path / "parts", steps=4), watch)
+    assert watch.steps == [3, 4]
+    assert watch.changed == ["steps: 2 -> 4"]
+    assert weights(outcome.run, 4) == weights(whole, 4)
+
+
+def test_a_killed_run_ends_as_an_unbroken_one(tmp_path: Path):
+    spec = tmp_path / "run.toml"
+    spec.write_text(
+        'task = "sort"\nsteps = 6\nprompts = 8\ncompletions = 4\neval_prompts = 8\n'
+        "learning_rate = 1e-3\n"
+    )
+
+    def command(path: Path) -> list[str]:
+        return [sys.executable, "-m", "gspo.cli", "train", str(spec), "--set", f"path={path}"]
+
+    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
+    whole, broken = (tmp_path / name / "gspo" / "run" for name in ("whole", "broken"))
+    for target in (2, 4):
+        process = subprocess.Popen(command(tmp_path / "broken"), stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while not (broken / "checkpoints" / f"{target:04d}").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(command(tmp_path / "broken"), check=True, capture_output=True)
+    assert weights(broken, 6) == weights(whole, 6)
+    assert records(broken) == records(whole)
+
+
+async def test_rollouts_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "mine.py").write_text(
+        "import gspo as art\n"
+        "async def rollout(model, scenario):\n"
+        "    messages = [{'role': 'user', 'content': str(scenario.index)}]\n"
+        "    response = await model.openai_client().chat.completions.create(\n"
+        "        model=model.inference_name, messages=messages, max_tokens=4)\n"
+        "    choice = response.choices[0]\n"
+        "    reward = float(len(choice.message.content))\n"
+        "    return art.Trajectory(messages_and_choices=[*messages, choice], reward=reward)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    spec = small(tmp_path, task=None, rollout="mine:rollout", model="embedded:sort", steps=1)
+    outcome = await run_experiment(spec, Silent())
+    assert records(outcome.run)[1]["train/reward"] > 0
+
+
+def test_bootstrap_interval_is_near_the_normal_one():
+    values = [0.0] * 150 + [1.0] * 50
+    estimate = bootstrap(values)
+    half = 1.96 * (0.25 * 0.75 / 200) ** 0.5
+    assert estimate.mean == 0.25
+    assert estimate.low == pytest.approx(0.25 - half, abs=0.01)
+    assert estimate.high == pytest.approx(0.25 + half, abs=0.01)

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gspo.errors import ConfigError, ModelError
+from gspo.lab.plan import make_plan
+from gspo.lab.rollout import load_rollout
+from gspo.lab.spec import Spec, read_spec
+
+
+def test_toml_with_overrides(tmp_path: Path):
+    path = tmp_path / "run.toml"
+    path.write_text('task = "sort"\nsteps = 5\n[train]\nminibatches = 2\n')
+    spec = read_spec(path, ["steps=7", "train.epsilon=0.01", "load.dtype=bfloat16", "name=x"])
+    assert (spec.steps, spec.name, spec.model) == (7, "x", "embedded:sort")
+    assert (spec.train.minibatches, spec.train.epsilon) == (2, 0.01)
+    assert spec.load.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("task = 'sort'\nstep = 5", [], "Did you mean 'steps'"),
+        ("task = 'sort'\n[train]\nepsilonn = 5", [], "Did you mean 'epsilon'"),
+        ("task = 'sort'", ["stps=3"], "Did you mean 'steps'"),
+        ("task = 'sort'", ["steps"], "write key=value"),
+        ("task = 'sort'", ["steps=0"], "steps = 0"),
+        ("task = ", [], "is not TOML"),
+        ("steps = 1", [], "give a task"),
+        ("rollout = 'a:b'", [], "give a model"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, text: str, overrides: list[str], message: str):
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_spec(path, overrides)
+
+
+def test_a_missing_file_is_named(tmp_path: Path):
+    with pytest.raises(ConfigError, match="cannot read"):
+        read_spec(tmp_path / "none.toml")
+
+
+def test_plan_of_the_embedded_model():
+    plan = make_plan(Spec(task="add", prompts=8, completions=4))
+    assert plan.algorithm == "gspo"
+    assert plan.clip_range == (1 - 3e-4, 1 + 4e-4)
+    assert (plan.sequences_per_step, plan.sequences_per_update, plan.updates_per_step) == (32, 8, 4)
+    assert plan.longest_completion == 80
+    assert 150_000 < plan.parameters < 300_000
+    assert plan.memory > 16 * plan.parameters
+
+
+def test_plan_checks_every_name():
+    with pytest.raises(ConfigError, match="Did you mean 'sort'"):
+        make_plan(Spec(task="srot", model="embedded:sort"))
+    with pytest.raises(ModelError, match="unknown base_model"):
+        make_plan(Spec(task="sort", model="./nowhere"))
+    with pytest.raises(ModelError, match="Did you mean"):
+        make_plan(Spec(task="sort", model="embedded:sortt"))
+    with pytest.raises(ConfigError, match="cannot import nothing_here"):
+        make_plan(Spec(rollout="nothing_here:f", model="embedded:sort"))
+
+
+@pytest.mark.parametrize("name", ["os", "os:nothing", "os.path:join"])
+def test_rollout_must_name_an_async_function(name: str):
+    with pytest.raises(ConfigError, match="rollout = "):
+        load_rollout(name)

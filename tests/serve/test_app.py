@@ -1,0 +1,151 @@
+"""The OpenAI-compatible routes, before the fake engine."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from openai import APIStatusError, AsyncOpenAI, BadRequestError
+
+from gspo.compute import ComputeThread
+from gspo.serve.app import create_app
+from gspo.serve.batcher import Batcher
+from gspo.serve.engine import Request
+from gspo.serve.fake_engine import FakeEngine
+from gspo.serve.server import in_process_client
+
+HELLO: Any = [{"role": "user", "content": "hello"}]
+
+
+class Counted(FakeEngine):
+    """Remembers how requests were batched."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.batches: list[int] = []
+
+    def generate(self, requests):
+        self.batches.append(len(requests))
+        return super().generate(requests)
+
+
+@pytest.fixture
+def engine() -> Counted:
+    return Counted()
+
+
+@pytest.fixture
+async def client(engine: Counted):
+    compute = ComputeThread()
+    client = in_process_client(create_app(Batcher(engine, compute), lambda: ["m"]))
+    yield client
+    await client.close()
+    compute.close()
+
+
+async def test_chat_choices_carry_what_training_needs(client: AsyncOpenAI, engine: Counted):
+    response = await client.chat.completions.create(model="m", messages=HELLO, n=3, seed=1)
+    assert [c.index for c in response.choices] == [0, 1, 2]
+    for choice in response.choices:
+        extra: Any = choice
+        assert extra.prompt_token_ids == engine.encode_chat(HELLO)
+        assert engine.decode(extra.token_ids) == choice.message.content
+        assert len(extra.token_logprobs) == len(extra.token_ids)
+        assert (extra.temperature, extra.policy_version) == (1.0, 0)
+        assert choice.logprobs is None
+    assert response.usage is not None
+    assert response.usage.prompt_tokens == len(engine.encode_chat(HELLO))
+
+
+async def test_logprobs_in_openais_form_where_asked(client: AsyncOpenAI):
+    response = await client.chat.completions.create(model="m", messages=HELLO, logprobs=True)
+    choice: Any = response.choices[0]
+    assert [e.logprob for e in choice.logprobs.content] == choice.token_logprobs
+    assert "".join(e.token for e in choice.logprobs.content).rstrip("\0") == choice.message.content
+
+
+async def test_completions_take_text_and_token_ids(client: AsyncOpenAI, engine: Counted):
+    response = await client.completions.create(model="m", prompt=["ab", "cd"], n=2, logprobs=0)
+    prompts = [c.prompt_token_ids for c in response.choices]  # pyright: ignore[reportAttributeAccessIssue]
+    assert prompts == [[97, 98], [97, 98], [99, 100], [99, 100]]
+    logprobs = response.choices[0].logprobs
+    assert logprobs is not None and logprobs.tokens is not None
+    ids = await client.completions.create(model="m", prompt=[97, 98], seed=0)
+    text = await client.completions.create(model="m", prompt="ab", seed=0)
+    assert ids.choices[0].text == text.choices[0].text
+
+
+async def test_requests_that_arrive_together_are_one_batch(client: AsyncOpenAI, engine: Counted):
+    await client.models.list()
+    await asyncio.gather(
+        *(client.chat.completions.create(model="m", messages=HELLO) for _ in range(40))
+    )
+    assert engine.batches == [40]
+
+
+async def test_text_parts_are_joined(client: AsyncOpenAI, engine: Counted):
+    parts: Any = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    message: Any = [{"role": "user", "content": parts}]
+    response: Any = await client.chat.completions.create(model="m", messages=message)
+    assert response.choices[0].prompt_token_ids == engine.encode_chat(HELLO)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"stream": True}, "stream is not supported"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not supported"),
+        ({"top_logprobs": 3, "logprobs": True}, "top_logprobs is not supported"),
+        ({"n": 0}, "n = 0"),
+        ({"top_p": 2}, "top_p = 2"),
+        ({"max_tokens": 0}, "max_tokens = 0"),
+        ({"extra_body": {"max_token": 3}}, "Did you mean 'max_tokens'"),
+        ({"extra_body": {"n": "many"}}, "n: Input should be a valid integer"),
+        ({"max_tokens": 5000}, "context is 4096"),
+    ],
+)
+async def test_what_means_nothing_is_refused_by_name(client, extra: dict, message: str):
+    with pytest.raises(BadRequestError, match=message):
+        await client.chat.completions.create(model="m", messages=HELLO, **extra)
+
+
+async def test_neutral_values_are_taken(client: AsyncOpenAI):
+    await client.chat.completions.create(
+        model="m", messages=HELLO, stream=False, presence_penalty=0, user="me", logit_bias={}
+    )
+
+
+async def test_unknown_models_and_bad_messages(client: AsyncOpenAI):
+    with pytest.raises(BadRequestError, match="no model 'x' here"):
+        await client.chat.completions.create(model="x", messages=HELLO)
+    with pytest.raises(BadRequestError, match=r"messages\[0\] has no role"):
+        await client.chat.completions.create(model="m", messages=[{"content": "x"}])  # pyright: ignore[reportArgumentType]
+    image: Any = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+    with pytest.raises(BadRequestError, match="only text parts"):
+        await client.chat.completions.create(model="m", messages=image)
+
+
+async def test_an_engine_that_fails_answers_all_and_goes_on(engine: Counted):
+    compute = ComputeThread()
+    batcher = Batcher(engine, compute)
+    own = engine.generate
+
+    def broken(requests):
+        raise MemoryError("no room")
+
+    engine.generate = broken  # pyright: ignore[reportAttributeAccessIssue]
+    request = Request((1, 2))
+    results = await asyncio.gather(
+        batcher.complete(request), batcher.complete(request), return_exceptions=True
+    )
+    assert [type(result) for result in results] == [MemoryError, MemoryError]
+    engine.generate = own  # pyright: ignore[reportAttributeAccessIssue]
+    assert len(await batcher.complete(request)) == 1
+    compute.close()
+
+
+async def test_models_and_health(client: AsyncOpenAI):
+    assert [m.id for m in (await client.models.list()).data] == ["m"]
+    with pytest.raises(APIStatusError):
+        await client.models.retrieve("x")

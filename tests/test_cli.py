@@ -1,0 +1,110 @@
+"""The command line: its surface, its errors, and a served model."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from openai import OpenAI
+from typer.testing import CliRunner
+
+from gspo.cli import app
+
+
+def gspo(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gspo.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_surface_is_frozen():
+    import typer
+
+    root = typer.main.get_command(app)
+    commands = root.commands  # pyright: ignore[reportAttributeAccessIssue]
+    surface = {name: [p.name for p in c.params] for name, c in commands.items()}
+    assert surface == {
+        "demo": ["path", "steps", "seed", "as_json"],
+        "train": ["spec", "overrides", "dry_run", "as_json"],
+        "serve": ["model", "port", "host", "name"],
+    }
+
+
+def test_demo_json_is_the_last_line(tmp_path: Path):
+    done = gspo("demo", "--steps", "2", "--json", "--path", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    result = json.loads(lines[-1])
+    assert {"reward_before", "reward_after", "prompts", "steps", "seconds", "run"} <= set(result)
+    assert result["steps"] == 2
+    assert Path(result["picture"]).exists()
+    progress = [line for line in lines if line.startswith("step 2/2")]
+    assert re.search(r"reward .* clipped .* tokens/s .* left", progress[0])
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path):
+    spec = tmp_path / "run.toml"
+    spec.write_text('task = "sort"\nprompts = 8\ncompletions = 4\n')
+    done = gspo("train", str(spec), "--dry-run", "--set", f"path={tmp_path / 'runs'}")
+    assert done.returncode == 0, done.stderr
+    assert '"prompts": 8' in done.stdout
+    assert "32 sequences a step, 8 an optimizer step" in done.stdout
+    assert "MiB" in done.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "nowhere.toml"), "error: cannot read nowhere.toml"),
+        (("serve", "embedded:srot"), "Did you mean"),
+    ],
+)
+def test_errors_are_one_line_without_a_traceback(arguments: tuple[str, ...], message: str):
+    if arguments[0] == "serve":
+        arguments = (*arguments, "--port", "0")
+    done = gspo(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_occupied_port_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = gspo("serve", "embedded:sort", "--port", str(port))
+    assert done.returncode == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
+    assert "--port" in done.stderr
+
+
+def test_serve_answers_on_loopback():
+    command = [sys.executable, "-m", "gspo.cli", "serve", "embedded:sort", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        url = line.split(" on ")[1].strip()
+        assert url.startswith("http://127.0.0.1:")
+        with OpenAI(base_url=url, api_key="x") as client:
+            response = client.chat.completions.create(
+                model="embedded:sort",
+                messages=[{"role": "user", "content": "918273645546"}],
+                temperature=0,
+                n=2,
+            )
+        assert len(response.choices) == 2
+        assert response.choices[0].token_ids  # pyright: ignore[reportAttributeAccessIssue]
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=30)
+
+
+def test_help_lists_the_verbs():
+    result = CliRunner().invoke(app, ["--help"])
+    assert result.exit_code == 0
+    for verb in ("demo", "train", "serve"):
+        assert verb in result.output

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from gspo.dev import TrainConfig
+from gspo.errors import CheckpointError
+from gspo.train.optimizer import Optimizer, learning_rate
+
+
+def parameters() -> dict[str, torch.nn.Parameter]:
+    torch.manual_seed(0)
+    return {name: torch.nn.Parameter(torch.randn(3)) for name in ("a", "b.c", "b")}
+
+
+def drive(optimizer: Optimizer, own: dict[str, torch.nn.Parameter], options, steps: int) -> None:
+    for step in range(steps):
+        for i, parameter in enumerate(own.values()):
+            parameter.grad = torch.full((3,), 0.1 * (step + i))
+        optimizer.step(1e-2, options)
+
+
+def test_step_equals_torchs_adamw():
+    options = TrainConfig(weight_decay=0.1, adam_betas=(0.8, 0.9), max_grad_norm=None)
+    own, other = parameters(), parameters()
+    drive(Optimizer(own), own, options, 3)
+    adam = torch.optim.AdamW(other.values(), lr=1e-2, betas=(0.8, 0.9), weight_decay=0.1)
+    for step in range(3):
+        for i, parameter in enumerate(other.values()):
+            parameter.grad = torch.full((3,), 0.1 * (step + i))
+        adam.step()
+    for name in own:
+        assert torch.equal(own[name], other[name])
+
+
+def test_the_gradient_is_clipped_to_the_norm():
+    own = {"a": torch.nn.Parameter(torch.zeros(4))}
+    own["a"].grad = torch.full((4,), 3.0)
+    assert Optimizer(own).step(0.1, TrainConfig(max_grad_norm=1.0)) == pytest.approx(6.0)
+
+
+def test_a_gradient_that_is_not_finite_updates_nothing():
+    own = {"a": torch.nn.Parameter(torch.ones(2))}
+    own["a"].grad = torch.tensor([float("nan"), 1.0])
+    with pytest.raises(FloatingPointError, match="nan"):
+        Optimizer(own).step(0.1, TrainConfig())
+    assert own["a"].tolist() == [1.0, 1.0]
+    assert own["a"].grad is None
+
+
+def test_state_round_trips_exactly():
+    options = TrainConfig()
+    own, other = parameters(), parameters()
+    first = Optimizer(own)
+    drive(first, own, options, 2)
+    state = {k: v.clone() for k, v in first.state().items()}
+    with torch.no_grad():
+        for name, parameter in other.items():
+            parameter.copy_(own[name])
+    second = Optimizer(other)
+    second.load_state(state)
+    drive(first, own, options, 2)
+    drive(second, other, options, 2)
+    for name in own:
+        assert torch.equal(own[name], other[name])
+
+
+def test_state_of_another_model_is_refused():
+    with pytest.raises(CheckpointError, match=r"'z\.exp_avg'"):
+        Optimizer(parameters()).load_state({"z.exp_avg": torch.zeros(3)})
+
+
+def test_schedules():
+    cosine = TrainConfig(lr_schedule="cosine", lr_total_steps=10, lr_final=0.1)
+    assert learning_rate(2.0, cosine, 0.0) == 2.0
+    assert learning_rate(2.0, cosine, 5.0) == pytest.approx(2.0 * (0.1 + 0.9 / 2))
+    assert learning_rate(2.0, cosine, 99.0) == pytest.approx(0.2)
+    warmup = TrainConfig(lr_warmup_steps=4)
+    assert [learning_rate(1.0, warmup, at / 2) for at in (0, 1, 8, 100)] == [0, 0.125, 1, 1]
+    assert math.isclose(learning_rate(3e-4, TrainConfig(), 7), 3e-4)

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import pytest
+
+from gspo import TrajectoryGroup
+from gspo.errors import SampleTooLongError
+from gspo.train.rollouts import minibatches, prepare
+from support import choice, trajectory
+
+
+def groups(*rewards: tuple[float, ...]) -> list[TrajectoryGroup]:
+    return [TrajectoryGroup([trajectory(r) for r in own]) for own in rewards]
+
+
+def order(parts) -> list[int]:
+    return [samples[0].trajectory_id for part in parts for samples in part]
+
+
+def test_advantages_are_standardised_per_group():
+    batch = prepare(groups((1, 0), (5, 5), (0, 4)), context=99)
+    assert [s[0].advantage for s in batch.samples] == [1, -1, 0, 0, -1, 1]
+    assert batch.flat_groups == 1
+
+
+def test_unscaled_advantages_are_centred_only():
+    batch = prepare(groups((1, 0), (0, 4)), context=99, scale_rewards=False)
+    assert [s[0].advantage for s in batch.samples] == [0.5, -0.5, -2, 2]
+
+
+def test_minibatches_keep_groups_together_and_lose_nothing():
+    batch = prepare(groups(*[(0, 1, 2, 3)] * 8), context=99)
+    parts = minibatches(batch, 4, seed=1)
+    assert [len(part) for part in parts] == [8, 8, 8, 8]
+    for part in parts:
+        assert len({s[0].group_id for s in part}) == 2
+    assert sorted(order(parts)) == list(range(32))
+    assert order(parts) == order(minibatches(batch, 4, seed=1))
+    assert order(parts) != order(minibatches(batch, 4, seed=2))
+
+
+def test_fewer_trajectories_than_minibatches():
+    parts = minibatches(prepare(groups((0, 1)), context=99), 4, seed=0)
+    assert [len(part) for part in parts] == [1, 1]
+
+
+def test_too_long_is_named_or_dropped_by_choice():
+    batch = groups((0.0, 1.0))
+    batch[0].trajectories.append(trajectory(2.0, choice([5] * 50)))
+    with pytest.raises(SampleTooLongError, match=r"trajectory 2 has 53 tokens.*context is 20"):
+        prepare(batch, context=20)
+    kept = prepare(batch, context=20, drop_too_long=True)
+    assert (len(kept.samples), kept.dropped) == (2, 1)
+    # Its reward still was part of the group's mean.
+    assert kept.samples[1][0].advantage == pytest.approx(0.0)
