@@ -13,10 +13,11 @@ The loss, its gradient and its statistics are the same however the sequences are
 padded or split into microbatches, as long as `total_sequences` is the whole step's.
 """
 
-from .advantage import group_advantages
+from .advantage import advantages, group_advantages
+from .correction import BOUNDS, Correction, CorrectionKind
 from .kl import k3
 from .loss import LossOutput, policy_loss
-from .presets import LEVEL_DEFAULTS, PRESETS, Objective, Preset
+from .presets import CLIPPING, LEVEL_DEFAULTS, PRESETS, AdvantageKind, Objective, Preset
 from .ratio import (
     MAX_LOG_RATIO,
     Level,
@@ -28,14 +29,20 @@ from .segments import Segments
 from .surrogate import clipped_surrogate
 
 __all__ = [
+    "BOUNDS",
+    "CLIPPING",
     "LEVEL_DEFAULTS",
     "MAX_LOG_RATIO",
     "PRESETS",
+    "AdvantageKind",
+    "Correction",
+    "CorrectionKind",
     "Level",
     "LossOutput",
     "Objective",
     "Preset",
     "Segments",
+    "advantages",
     "clipped_surrogate",
     "group_advantages",
     "importance_ratio",

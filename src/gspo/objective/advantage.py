@@ -6,6 +6,35 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .presets import AdvantageKind
+
+
+def advantages(
+    kind: AdvantageKind, rewards: Float[Tensor, " S"], group_ids: Int[Tensor, " S"]
+) -> Float[Tensor, " S"]:
+    """A_i of a preset.
+
+    - `group_std`: (r - mean) / std over the group (GSPO, equation 6)
+    - `group_mean`: r - mean (Dr. GRPO)
+    - `leave_one_out`: r - mean of the others = (r - mean) G / (G - 1) (RLOO)
+    - `reward`: r itself (REINFORCE)
+
+    Raises:
+        ValueError: a reward is NaN or infinite.
+
+    >>> rewards, groups = torch.tensor([1.0, 0.0, 0.0]), torch.zeros(3, dtype=torch.long)
+    >>> advantages("leave_one_out", rewards, groups).tolist()
+    [1.0, -0.5, -0.5]
+    """
+    centred = group_advantages(rewards, group_ids, scale=kind == "group_std")
+    if kind == "reward":
+        return rewards.clone()
+    if kind == "leave_one_out":
+        _, dense, sizes = group_ids.unique(return_inverse=True, return_counts=True)
+        size = sizes[dense].to(rewards.dtype)
+        return centred * size / (size - 1).clamp(min=1)
+    return centred
+
 
 def group_advantages(
     rewards: Float[Tensor, " S"], group_ids: Int[Tensor, " S"], *, scale: bool = True

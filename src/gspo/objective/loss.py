@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .kl import k3
 from .presets import Objective
-from .ratio import MAX_LOG_RATIO, Level, importance_ratio, sequence_log_ratio, token_log_ratio
+from .ratio import MAX_LOG_RATIO, sequence_log_ratio, token_log_ratio
 from .segments import Segments
-from .surrogate import clipped_surrogate
+from .surrogates import SURROGATES, Terms
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ def policy_loss(
     ratio_mask: Bool[Tensor, "*shape"] | None = None,
     loss_mask: Bool[Tensor, "*shape"] | None = None,
     total_sequences: int | None = None,
+    total_tokens: int | None = None,
+    sampling_logprobs: Float[Tensor, "*shape"] | None = None,
     reference_logprobs: Float[Tensor, "*shape"] | None = None,
 ) -> LossOutput:
     """-(1/N) Σ_i of the clipped surrogate (GSPO, arXiv 2507.18071, equation 5), plus KL.
@@ -71,6 +73,10 @@ def policy_loss(
             weight of the others. Default: `ratio_mask`.
         total_sequences: N, the sequences of the whole optimizer step over all microbatches and
             ranks, those with zero advantage included. Default: S.
+        total_tokens: T, the trained tokens of the whole step, which `aggregate="token_mean"`
+            divides by. Default: those given.
+        sampling_logprobs: log-probs under mu, the engine that sampled; needed exactly where the
+            objective has a correction for pi_old / mu.
         reference_logprobs: needed exactly where `objective.kl_coef` is above 0.
 
     Raises:
@@ -90,9 +96,13 @@ def policy_loss(
     loss_mask = ratio_mask if loss_mask is None else loss_mask & ratio_mask
     tokens = {"old_logprobs": old_logprobs, "sequence_ids": sequence_ids}
     tokens |= {"ratio_mask": ratio_mask, "loss_mask": loss_mask}
-    if token_advantages is not None:
-        tokens["token_advantages"] = token_advantages
-    _check(logprobs, tokens, objective, advantages, reference_logprobs)
+    optional = {
+        "token_advantages": token_advantages,
+        "sampling_logprobs": sampling_logprobs,
+        "reference_logprobs": reference_logprobs,
+    }
+    tokens |= {name: tensor for name, tensor in optional.items() if tensor is not None}
+    _check(logprobs, tokens, objective, advantages)
 
     mask = ratio_mask.reshape(-1)
     ids = torch.where(mask, sequence_ids.reshape(-1), 0)
@@ -101,17 +111,24 @@ def policy_loss(
     if highest >= count:
         raise ValueError(f"sequence_ids reach {highest}, but there are {count} advantages")
     segments = Segments(ids, count, mask, loss_mask.reshape(-1))
-    total = count if total_sequences is None else total_sequences
-    new = logprobs.reshape(-1)
-
-    d = token_log_ratio(new, old_logprobs.reshape(-1), mask)
-    per_token = None if token_advantages is None else token_advantages.reshape(-1)
-    per_sequence, clipped = _surrogate(d, segments, objective, advantages, per_token)
+    sequences = count if total_sequences is None else total_sequences
+    total = sequences
+    flat = {name: tensor.reshape(-1) for name, tensor in tokens.items()}
+    new = torch.where(mask, logprobs.reshape(-1), 0.0)
+    terms = _terms(new, flat, segments, objective, advantages)
+    d = terms.d
+    per_sequence, clipped = SURROGATES[objective.surrogate](terms, objective)
+    per_sequence = per_sequence * _sequence_weights(terms, flat, objective)
+    if objective.aggregate != "sequence_mean":
+        per_sequence = per_sequence * segments.lengths.to(d.dtype)
+    if objective.aggregate == "token_mean":
+        total = int(segments.loss_mask.sum()) if total_tokens is None else total_tokens
+        total = max(total, 1)
     policy = -per_sequence.sum() / total
     kl = torch.zeros_like(policy)
     if reference_logprobs is not None:
         estimate = k3(new, reference_logprobs.reshape(-1), segments.loss_mask)
-        kl = segments.mean(estimate).sum() / total
+        kl = segments.mean(estimate).sum() / sequences
     log_ratio = sequence_log_ratio(d.detach(), segments)
     return LossOutput(
         loss=policy + objective.kl_coef * kl,
@@ -121,37 +138,53 @@ def policy_loss(
         lengths=segments.lengths,
         loss_tokens=segments.sum(segments.loss_mask.float()),
         clipped_tokens=segments.sum((clipped & segments.loss_mask).float()),
-        extreme=_extreme(objective.level, d.detach(), log_ratio, segments),
+        extreme=_extreme(objective, d.detach(), log_ratio, segments),
     )
 
 
-def _surrogate(
-    d: Float[Tensor, " T"],
+def _terms(
+    new: Float[Tensor, " T"],
+    flat: dict[str, Tensor],
     segments: Segments,
     objective: Objective,
     advantages: Float[Tensor, " S"] | None,
-    token_advantages: Float[Tensor, " T"] | None,
-) -> tuple[Float[Tensor, " S"], Bool[Tensor, " T"]]:
-    """The surrogate of each sequence, and which of its tokens the clip silences."""
-    ratio = importance_ratio(objective.level, d, segments)
-    low, high = objective.epsilon_low, objective.epsilon_high
-    if objective.level == "sequence":
-        assert advantages is not None
-        value, clipped = clipped_surrogate(ratio, advantages.to(d.dtype), low, high)
-        return torch.where(segments.lengths > 0, value, 0.0), segments.spread(clipped)
-    if token_advantages is None:
-        assert advantages is not None
-        token_advantages = segments.spread(advantages)
+) -> Terms:
+    """Everything masked, and the correction of each token where there is one."""
+    mask = segments.ratio_mask
+    old = torch.where(mask, flat["old_logprobs"], 0.0)
+    if advantages is not None:
+        advantages = advantages.to(new.dtype)
+        a = segments.spread(advantages)
+    else:
+        a = flat["token_advantages"].to(new.dtype)
     # Padding may hold NaN advantages too.
-    weight = torch.where(segments.ratio_mask, token_advantages, 0.0).to(d.dtype)
-    value, clipped = clipped_surrogate(ratio, weight, low, high)
-    return segments.mean(torch.where(segments.loss_mask, value, 0.0)), clipped
+    a = torch.where(mask, a, 0.0)
+    weights = None
+    correction = objective.correction
+    if correction is not None and correction.per_token:
+        c = token_log_ratio(flat["old_logprobs"], flat["sampling_logprobs"], mask)
+        weights = correction.weights(c, c, segments.mean(a), segments)
+    return Terms(new - old, new, old, a, advantages, segments, weights)
+
+
+def _sequence_weights(
+    terms: Terms, flat: dict[str, Tensor], objective: Objective
+) -> Float[Tensor, ...] | float:
+    """The correction of each sequence, 1 where there is none."""
+    correction = objective.correction
+    if correction is None or correction.per_token:
+        return 1.0
+    mask = terms.segments.ratio_mask
+    c = token_log_ratio(flat["old_logprobs"], flat["sampling_logprobs"], mask)
+    off = token_log_ratio(flat["sampling_logprobs"], terms.logprobs, mask)
+    return correction.weights(c, off, terms.segments.mean(terms.a), terms.segments)
 
 
 def _extreme(
-    level: Level, d: Float[Tensor, " T"], log_ratio: Float[Tensor, " S"], segments: Segments
+    objective: Objective, d: Float[Tensor, " T"], log_ratio: Float[Tensor, " S"], segments: Segments
 ) -> Bool[Tensor, " S"]:
-    """Sequences for which an exponent that this level uses lies beyond the bound."""
+    """Sequences for which an exponent that this objective uses lies beyond the bound."""
+    level = objective.level
     sequence = log_ratio.abs() > MAX_LOG_RATIO
     if level in ("sequence", "sequence_token"):
         return sequence
@@ -161,19 +194,16 @@ def _extreme(
 
 
 def _check(
-    logprobs: Tensor,
-    tokens: dict[str, Tensor],
-    objective: Objective,
-    advantages: Tensor | None,
-    reference: Tensor | None,
+    logprobs: Tensor, tokens: dict[str, Tensor], objective: Objective, advantages: Tensor | None
 ) -> None:
     for name, tensor in tokens.items():
         if tensor.shape != logprobs.shape:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}, logprobs {tuple(logprobs.shape)}"
             )
-    for name, tensor in (("logprobs", logprobs), ("old_logprobs", tokens["old_logprobs"])):
-        if tensor.dtype not in (torch.float32, torch.float64):
+    floats = {"logprobs": logprobs, **tokens}
+    for name, tensor in floats.items():
+        if name.endswith("logprobs") and tensor.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"{name} are {tensor.dtype}: half precision alone costs more than the clip range; "
                 "compute log-probs in float32"
@@ -182,13 +212,18 @@ def _check(
         raise ValueError("give either advantages, one per sequence, or token_advantages")
     if advantages is not None and advantages.dim() != 1:
         raise ValueError(f"advantages have shape {tuple(advantages.shape)}, not one per sequence")
-    if advantages is None and objective.level == "sequence":
+    whole = objective.level == "sequence" or objective.surrogate == "geometric"
+    if advantages is None and whole:
         raise ValueError(
-            "level 'sequence' has one advantage per sequence; "
+            "this objective (level 'sequence') has one advantage per sequence; "
             "for one per token use 'sequence_token' (preset gspo_token)"
         )
-    if (objective.kl_coef > 0) != (reference is not None):
-        raise ValueError(
-            f"kl_coef = {objective.kl_coef}, but reference_logprobs are "
-            f"{'missing' if reference is None else 'given'}"
-        )
+    for name, needed in (
+        ("reference_logprobs", objective.kl_coef > 0),
+        ("sampling_logprobs", objective.correction is not None),
+    ):
+        if needed != (name in tokens):
+            raise ValueError(
+                f"kl_coef = {objective.kl_coef}, correction = {objective.correction}, but {name} "
+                f"are {'missing' if needed else 'given'}"
+            )

@@ -1,11 +1,21 @@
-"""Named objectives. One name is one method; docs/objective.md derives them."""
+"""Named objectives. One name is one method; `gspo presets` lists them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
+from .correction import Correction
 from .ratio import Level
+
+Surrogate = Literal["clip", "geometric", "truncate", "gate", "gamma", "divergence", "likelihood"]
+Aggregate = Literal["sequence_mean", "sequence_sum", "token_mean"]
+AdvantageKind = Literal["group_std", "group_mean", "leave_one_out", "reward"]
+EpsilonScale = Literal["constant", "sqrt_length"]
+
+CLIPPING: frozenset[Surrogate] = frozenset({"clip", "geometric", "truncate", "divergence"})
+"""Surrogates that have a range; the others have no epsilon."""
 
 
 @dataclass(frozen=True)
@@ -14,8 +24,15 @@ class Objective:
 
     Attributes:
         level: over what the importance ratio is taken.
-        epsilon_low, epsilon_high: clip range [1 - epsilon_low, 1 + epsilon_high].
+        epsilon_low, epsilon_high: the range, in the surrogate's own units (see surrogates.py).
         kl_coef: weight of the k3 term against reference log-probs.
+        surrogate: what is done with ratio and advantage.
+        aggregate: `sequence_mean`: (1/N) Σ_i (1/L_i) Σ_t; `sequence_sum`: (1/N) Σ_i Σ_t;
+            `token_mean`: (1/T) Σ_i Σ_t with T the step's tokens.
+        epsilon_scale: `sqrt_length` divides epsilon by sqrt(L_i), so that the band on the summed
+            log-ratio grows as sqrt(L_i) (FSPO, arXiv 2509.09177).
+        correction: weight for pi_old / mu, where the two are kept apart.
+        constants: the surrogate's own numbers.
 
     >>> Objective("sequence", 3e-4, 4e-4) == PRESETS["gspo"].objective
     True
@@ -25,53 +42,155 @@ class Objective:
     epsilon_low: float
     epsilon_high: float
     kl_coef: float = 0.0
+    surrogate: Surrogate = "clip"
+    aggregate: Aggregate = "sequence_mean"
+    epsilon_scale: EpsilonScale = "constant"
+    correction: Correction | None = None
+    constants: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not 0 < self.epsilon_low <= 1:
-            raise ValueError(f"epsilon_low = {self.epsilon_low}: must be in (0, 1]")
-        if not self.epsilon_high > 0:
-            raise ValueError(f"epsilon_high = {self.epsilon_high}: must be above 0")
+        if self.surrogate in CLIPPING:
+            if not 0 < self.epsilon_low <= 1:
+                raise ValueError(f"epsilon_low = {self.epsilon_low}: must be in (0, 1]")
+            if not self.epsilon_high > 0:
+                raise ValueError(f"epsilon_high = {self.epsilon_high}: must be above 0")
         if not self.kl_coef >= 0:
             raise ValueError(f"kl_coef = {self.kl_coef}: must not be negative")
+        by_sequence = self.level in ("sequence", "sequence_token")
+        if self.epsilon_scale != "constant" and not by_sequence:
+            raise ValueError(f"epsilon_scale={self.epsilon_scale!r} needs a sequence-level ratio")
+        if self.correction is not None:
+            whole = self.level == "sequence" or self.surrogate == "geometric"
+            if whole and self.correction.per_token:
+                raise ValueError(
+                    f"correction {self.correction.kind!r} weights tokens, but this objective has "
+                    "one ratio per sequence: use a sequence_... correction"
+                )
 
     def with_epsilon(self, low: float, high: float) -> Objective:
-        """The same objective with another clip range."""
+        """The same objective with another range."""
         return replace(self, epsilon_low=low, epsilon_high=high)
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A named objective, its formula and where it comes from."""
+    """A named objective, its formula and where it comes from.
+
+    Attributes:
+        advantage: how A_i is made of the group's rewards.
+        counts_flat: sequences of groups with equal rewards count in N and T.
+    """
 
     name: str
     objective: Objective
     formula: str
     source: str
+    advantage: AdvantageKind = "group_std"
+    counts_flat: bool = True
 
 
-PRESETS: Mapping[str, Preset] = {
-    preset.name: preset
-    for preset in (
-        Preset(
-            "gspo",
-            Objective("sequence", 3e-4, 4e-4),
-            "-(1/N) Σ_i min(s_i A_i, clip(s_i) A_i),  s_i = exp((1/L_i) Σ_t d_t)",
-            "Zheng et al., GSPO, arXiv 2507.18071, equations 5 to 7; clip range of section 5.1",
+_ALL = (
+    Preset(
+        "gspo",
+        Objective("sequence", 3e-4, 4e-4),
+        "-(1/N) Σ_i min(s_i A_i, clip(s_i) A_i),  s_i = exp((1/L_i) Σ_t d_t)",
+        "Zheng et al., GSPO, arXiv 2507.18071, equations 5 to 7; clip range of section 5.1",
+    ),
+    Preset(
+        "gspo_token",
+        Objective("sequence_token", 3e-4, 4e-4),
+        "-(1/N) Σ_i (1/L_i) Σ_t min(s_it A_it, clip(s_it) A_it),  s_it = sg[s_i] π/sg[π]",
+        "Zheng et al., GSPO, arXiv 2507.18071, equations 13 and 14",
+    ),
+    Preset(
+        "grpo",
+        Objective("token", 0.2, 0.2),
+        "-(1/N) Σ_i (1/L_i) Σ_t min(w_t A_i, clip(w_t) A_i),  w_t = exp(d_t)",
+        "Shao et al., DeepSeekMath, arXiv 2402.03300, equation 3, without its KL term",
+    ),
+    Preset(
+        "dr_grpo",
+        Objective("token", 0.2, 0.2, aggregate="sequence_sum"),
+        "-(1/N) Σ_i Σ_t min(w_t A_i, clip(w_t) A_i),  A_i = r_i - mean(r)",
+        "Liu et al., Understanding R1-Zero-Like Training, arXiv 2503.20783, section 3.2 "
+        "(without its constant divisor, which only scales the loss)",
+        advantage="group_mean",
+    ),
+    Preset(
+        "dapo",
+        Objective("token", 0.2, 0.28, aggregate="token_mean"),
+        "-(1/T) Σ_i Σ_t min(w_t A_i, clip(w_t, 1 - 0.2, 1 + 0.28) A_i); flat groups left out",
+        "Yu et al., DAPO, arXiv 2503.14476, equations 8 to 13",
+        counts_flat=False,
+    ),
+    Preset(
+        "cispo",
+        Objective("token", 1.0, 4.0, surrogate="truncate", aggregate="token_mean"),
+        "-(1/T) Σ_i Σ_t sg[min(w_t, 1 + ε_high)] A_i log π(y_t)",
+        "MiniMax, MiniMax-M1, arXiv 2506.13585, equations 4 and 5, no lower bound",
+    ),
+    Preset(
+        "gmpo",
+        Objective("token", 0.4, 0.4, surrogate="geometric"),
+        "-(1/N) Σ_i A_i exp((1/L_i) Σ_t clip'(d_t, -0.4, 0.4)), clipped on the side of A",
+        "Zhao et al., GMPO, arXiv 2507.20673, equation 4; range (e^-0.4, e^0.4)",
+    ),
+    Preset(
+        "sapo",
+        Objective("token", 1.0, 1.0, surrogate="gate", constants={"tau_pos": 1.0, "tau_neg": 1.05}),
+        "-(1/N) Σ_i (1/L_i) Σ_t (4/τ) σ(τ (w_t - 1)) A_i,  τ = 1 for A > 0, 1.05 for A < 0",
+        "Gao et al., SAPO, arXiv 2511.20347, equations 5 and 6",
+    ),
+    Preset(
+        "luspo",
+        Objective("sequence", 2e-3, 2.5e-3, aggregate="sequence_sum"),
+        "-(1/N) Σ_i L_i min(s_i A_i, clip(s_i) A_i)",
+        "LUSPO, Length-Unbiased Sequence Policy Optimization, arXiv 2602.05261",
+    ),
+    Preset(
+        "vespo",
+        Objective(
+            "token",
+            1.0,
+            1.0,
+            surrogate="gamma",
+            aggregate="token_mean",
+            constants={"k_pos": 2.0, "lambda_pos": 3.0, "k_neg": 3.0, "lambda_neg": 2.0},
         ),
-        Preset(
-            "gspo_token",
-            Objective("sequence_token", 3e-4, 4e-4),
-            "-(1/N) Σ_i (1/L_i) Σ_t min(s_it A_it, clip(s_it) A_it),  s_it = sg[s_i] π/sg[π]",
-            "Zheng et al., GSPO, arXiv 2507.18071, equations 13 and 14",
+        "-(1/T) Σ_i sg[W_i^k exp(λ (1 - W_i))] A_i Σ_t log π(y_t),  W_i = exp(Σ_t d_t)",
+        "VESPO, Variational Sequence-Level Soft Policy Optimization, arXiv 2602.10693",
+    ),
+    Preset(
+        "dppo",
+        Objective(
+            "token",
+            0.2,
+            0.2,
+            surrogate="divergence",
+            aggregate="token_mean",
+            constants={"truncate": 20.0},
         ),
-        Preset(
-            "grpo",
-            Objective("token", 0.2, 0.2),
-            "-(1/N) Σ_i (1/L_i) Σ_t min(w_t A_i, clip(w_t) A_i),  w_t = exp(d_t)",
-            "Shao et al., DeepSeekMath, arXiv 2402.03300, equation 3, without its KL term",
-        ),
-    )
-}
+        "-(1/T) Σ_i Σ_t m_t sg[min(w_t, 20)] A_i log π(y_t); m_t = 0 where A > 0 and "
+        "π - π_old > 0.2, or A < 0 and π - π_old < -0.2",
+        "DPPO, Divergence PPO (binary total variation), arXiv 2602.04879",
+    ),
+    Preset(
+        "rloo",
+        Objective("token", 1.0, 1.0, surrogate="likelihood", aggregate="sequence_sum"),
+        "-(1/N) Σ_i (r_i - mean of the others) Σ_t log π(y_t)",
+        "Ahmadian et al., Back to Basics, arXiv 2402.14740, equation 8",
+        advantage="leave_one_out",
+    ),
+    Preset(
+        "reinforce",
+        Objective("token", 1.0, 1.0, surrogate="likelihood", aggregate="sequence_sum"),
+        "-(1/N) Σ_i r_i Σ_t log π(y_t)",
+        "Williams, REINFORCE, Machine Learning 8 (1992), theorem 1, baseline 0",
+        advantage="reward",
+    ),
+)
+
+PRESETS: Mapping[str, Preset] = {preset.name: preset for preset in _ALL}
 
 LEVEL_DEFAULTS: Mapping[Level, Objective] = {
     "sequence": PRESETS["gspo"].objective,

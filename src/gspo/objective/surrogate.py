@@ -10,8 +10,8 @@ from torch import Tensor
 def clipped_surrogate(
     ratio: Float[Tensor, " N"],
     advantage: Float[Tensor, " N"],
-    epsilon_low: float,
-    epsilon_high: float,
+    epsilon_low: float | Float[Tensor, " N"],
+    epsilon_high: float | Float[Tensor, " N"],
 ) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"]]:
     """min(w A, clip(w, 1 - eps_low, 1 + eps_high) A), and where the clip is what acts.
 
@@ -22,7 +22,8 @@ def clipped_surrogate(
     >>> [round(v, 2) for v in value.tolist()], clipped.tolist()
     ([1.2, -1.5, -0.8], [True, False, True])
     """
-    high, low = ratio.new_tensor(1.0 + epsilon_high), ratio.new_tensor(1.0 - epsilon_low)
+    one = torch.ones_like(ratio)
+    high, low = one + epsilon_high, one - epsilon_low
     above = (advantage > 0) & (ratio > high)
     below = (advantage < 0) & (ratio < low)
     clipped = above | below
