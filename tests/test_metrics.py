@@ -110,6 +110,16 @@ def test_merging_leaves_the_other_as_it_was() -> None:
     assert one.compute()["sum"] == 3.0
 
 
+def test_what_was_recorded_is_a_copy() -> None:
+    metrics, values = Metrics(), [1.0, 2.0]
+    metrics.distribution("x", values)
+    values.append(30.0)
+    metrics.distribution("y", (value for value in values))
+    for _ in range(2):
+        assert metrics.compute()["x_abs_max"] == 2.0
+        assert metrics.compute()["y_abs_max"] == 30.0
+
+
 def test_distributions_of_awkward_size_are_exact_in_any_order() -> None:
     values = [1e16, 1.0, -1e16, 1.0]
     metrics = Metrics()

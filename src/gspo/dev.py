@@ -53,6 +53,13 @@ class TrainConfig(Options):
         "num_minibatches": "use minibatches.",
     }
 
+    fixed: ClassVar[Mapping[str, str]] = {
+        "ppo": "ppo=False is ART's CISPO, which this version doesn't have",
+        "normalize_by_length": "False is Dr. GRPO, which this version doesn't have",
+        "precalculate_logprobs": "the old log-probs are the engine's, as the paper proposes; "
+        "recomputing them is not part of this version",
+    }
+
     algorithm: Algorithm | None = None
     """A named preset. None: the one that `importance_sampling_level` implies, else `gspo`."""
     importance_sampling_level: Level | None = None

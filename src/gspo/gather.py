@@ -73,6 +73,10 @@ async def gather_trajectories(
         except Exception as error:
             gather.failed(error)
             return error
+        if not isinstance(trajectory, Trajectory):
+            raise DataError(
+                f"a rollout returned {type(trajectory).__name__}; it must return a Trajectory"
+            )
         gather.finished(trajectory.reward, trajectory.metrics)
         return trajectory
 

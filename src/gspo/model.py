@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Generic, TypeVar
 
 from openai import AsyncOpenAI
-from pydantic import BaseModel, ConfigDict, PrivateAttr
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
 from gspo.backend.base import Backend, TrainResult
 from gspo.config import TrainConfig
@@ -47,7 +47,16 @@ class Model(BaseModel, Generic[UserConfig]):
                     f"{type(self).__name__}: unknown argument {key!r}."
                     f"{suggestion(key, type(self).model_fields)}"
                 )
-        super().__init__(**data)
+        for key, spec in type(self).model_fields.items():
+            if spec.is_required() and key not in data:
+                raise ConfigError(f"{type(self).__name__} needs {key}=...")
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ConfigError(
+                f"{type(self).__name__}: {first['loc'][0]} = {first['input']!r}: {first['msg']}"
+            ) from None
 
     @property
     def trainable(self) -> bool:
@@ -187,8 +196,6 @@ class TrainableModel(Model[UserConfig], Generic[UserConfig]):
         Raises:
             GspoError: see `LocalBackend.train`.
         """
-        if isinstance(_config, dict):
-            _config = DevTrainConfig(**_config)  # ART's is a dict
         result = await self.backend().train(self, list(trajectory_groups), config, _config)
         if verbose:
             for name, value in result.metrics.items():

@@ -19,6 +19,8 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     refused: ClassVar[Mapping[str, str]] = {}
+    fixed: ClassVar[Mapping[str, str]] = {}
+    """Why an option has one value alone; told to whoever gives another."""
 
     def __init__(self, **data: Any) -> None:
         check_names(type(self), data)
@@ -50,9 +52,13 @@ def _title(cls: type[Options]) -> str:
 def _explain(cls: type[Options], error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"]) or "the options"
+        where = ".".join(str(part) for part in problem["loc"])
         value = problem.get("input")
         message = problem["msg"].removeprefix("Value error, ")
+        if not where:
+            lines.append(f"{_title(cls)}: {message}.")
+            continue
+        message = cls.fixed.get(where, message)
         near = ""
         if problem["type"] == "literal_error" and isinstance(value, str):
             expected = str(problem.get("ctx", {}).get("expected", ""))

@@ -7,19 +7,24 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
+import torch
 from openai import AsyncOpenAI, BadRequestError
 from openai.types.chat.chat_completion import Choice
+from transformers import MambaConfig, MambaForCausalLM
 
 import gspo as art
 from gspo.errors import (
     ConfigError,
     DataError,
     MissingLogprobsError,
+    ModelError,
     RunError,
     SampleTooLongError,
     ServeError,
 )
+from gspo.policy.embedded import build_tokenizer
 from support import choice, trajectory
 
 
@@ -253,4 +258,38 @@ async def test_keep_checkpoints(tmp_path: Path):
     for _ in range(2):
         await model.train(await gather(model))
     assert [p.name for p in (tmp_path / "p" / "m" / "checkpoints").iterdir()] == ["0002"]
+    await backend.close()
+
+
+async def test_a_misspelt_base_model_does_not_claim_the_name(tmp_path: Path):
+    backend = art.LocalBackend(tmp_path)
+    with pytest.raises(ModelError, match="Did you mean 'sort'"):
+        await make(base_model="embedded:srot").register(backend)
+    await make().register(backend)
+    await backend.close()
+
+
+async def test_arts_log_after_backend_train_keeps_the_advantages(model, tmp_path: Path):
+    groups = await gather(model)
+    result = await model.backend().train(model, groups, _config={"minibatches": 2})
+    await model.log(groups, split="train", metrics=result.metrics, step=result.step)
+    path = tmp_path / "p" / "m" / "trajectories" / "train" / "0001.parquet"
+    assert all(row["advantage"] is not None for row in pq.read_table(path).to_pylist())
+
+
+async def test_all_too_long_says_so(model: art.TrainableModel):
+    long = [trajectory(r, choice([4] * 510)) for r in (0.0, 1.0)]
+    config = art.dev.TrainConfig(on_too_long="drop")
+    result = await model.train([art.TrajectoryGroup(long)], _config=config)
+    assert result.skipped is not None and "longer than the context" in result.skipped
+
+
+async def test_an_architecture_that_cannot_be_decoded_is_refused(tmp_path: Path):
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=103, hidden_size=16, state_size=4, num_hidden_layers=2)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
+    build_tokenizer().save_pretrained(tmp_path / "mamba")
+    backend = art.LocalBackend(tmp_path / "runs")
+    with pytest.raises(ModelError, match="MambaForCausalLM"):
+        await make(base_model=str(tmp_path / "mamba")).register(backend)
     await backend.close()

@@ -20,6 +20,7 @@ IDENTITY = {"base_model": "embedded:sort"}
 @pytest.fixture
 def run(tmp_path: Path):
     run = Run(tmp_path, "p", "m", IDENTITY)
+    run.claim()
     yield run
     run.close()
 

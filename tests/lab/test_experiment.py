@@ -139,3 +139,20 @@ def test_bootstrap_interval_is_near_the_normal_one():
     assert estimate.mean == 0.25
     assert estimate.low == pytest.approx(0.25 - half, abs=0.01)
     assert estimate.high == pytest.approx(0.25 + half, abs=0.01)
+
+
+async def test_the_demo_goes_on_where_it_stopped_and_else_starts_anew(tmp_path: Path):
+    path = str(tmp_path)
+    first = demo_spec(path, steps=2)
+    assert first.name == "sort-1"
+    small_first = first.model_copy(update={"prompts": 2, "completions": 4, "eval_prompts": 4})
+    await run_experiment(small_first, Silent())
+    assert demo_spec(path, steps=2).name == "sort-2"
+    assert demo_spec(path, steps=1).name == "sort-2"
+    half = tmp_path / "demo" / "sort-2"
+    (half / "checkpoints" / "0001").mkdir(parents=True)
+    (half / "spec.json").write_text(
+        json.dumps(demo_spec(path, 2).model_dump(mode="json") | {"name": "sort-2"})
+    )
+    assert demo_spec(path, steps=2).name == "sort-2"
+    assert demo_spec(path, steps=2, seed=1).name == "sort-3"

@@ -30,6 +30,8 @@ def test_toml_with_overrides(tmp_path: Path):
         ("task = ", [], "is not TOML"),
         ("steps = 1", [], "give a task"),
         ("rollout = 'a:b'", [], "give a model"),
+        ("task = 'reasoning-gym:gcd'", [], "give a model"),
+        ("task = 'sort'\nlearning_rate = -1", [], "learning_rate = -1"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, overrides: list[str], message: str):

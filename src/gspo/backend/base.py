@@ -102,6 +102,8 @@ def train_options(
     Raises:
         ConfigError: an option that neither has.
     """
+    if isinstance(_config, dict):
+        _config = DevTrainConfig(**_config)  # ART's is a dict
     config, _config = config or TrainConfig(), _config or DevTrainConfig()
     public = {k: v for k, v in options.items() if k in TrainConfig.model_fields}
     private = {k: v for k, v in options.items() if k not in public}

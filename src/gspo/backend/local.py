@@ -92,6 +92,7 @@ class LocalBackend:
                 config = model.internal_config
                 trainer = await compute.run(load_trainer, run, model.source, config)
             self._services[key] = await self._start(run, model, trainer, listener)
+            run.claim()
         except BaseException:
             if run is not None:
                 run.close()
@@ -103,6 +104,8 @@ class LocalBackend:
         self, run: Run, model: ModelLike, trainer: Trainer, listener: socket.socket | None
     ) -> Service:
         engine = TorchEngine(trainer.policy, seed=self._sampling_seed(trainer.step))
+        async with self._compute.turn() as compute:
+            await compute.run(engine.check)
         window = 0.0 if listener is None else 0.005
         app = create_app(Batcher(engine, self._compute, window=window), lambda: [model.name])
         client = in_process_client(app)
@@ -181,7 +184,9 @@ class LocalBackend:
         if step is None:
             step = await self.get_step(model) if model.trainable else 0
         groups = list(trajectory_groups)
-        if groups:
+        # The file of a trained batch has its advantages, which are not known here.
+        stored = run.folder / "trajectories" / split / f"{step:04d}.parquet"
+        if groups and not (split == "train" and stored.exists()):
             await asyncio.to_thread(run.log_trajectories, groups, split, step)
         values = {f"{split}/{name}": value for name, value in means(groups).items()}
         for name, value in (metrics or {}).items():
@@ -231,4 +236,5 @@ class LocalBackend:
             return self._service(model).run
         if key not in self._logs:
             self._logs[key] = Run(self.path, model.project, model.name, {"base_model": None})
+            self._logs[key].claim()
         return self._logs[key]

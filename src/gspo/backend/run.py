@@ -46,16 +46,22 @@ class Run:
                 "Choose another with LocalBackend(path=...)"
             ) from None
         try:
-            self._claim(dict(identity))
+            self._identity = dict(identity)
+            self._check()
         except BaseException:
             self.close()
             raise
         self._lines = _Lines(self.folder / "metrics.jsonl")
 
-    def _claim(self, identity: dict[str, Any]) -> None:
+    def claim(self) -> None:
+        """Write the identity, once it has proved usable: a misspelt model must not stay."""
         path = self.folder / "config.json"
         if not path.exists():
-            _write_whole(path, json.dumps({"format": FORMAT, **identity}, indent=1) + "\n")
+            _write_whole(path, json.dumps({"format": FORMAT, **self._identity}, indent=1) + "\n")
+
+    def _check(self) -> None:
+        path = self.folder / "config.json"
+        if not path.exists():
             return
         try:
             stored = json.loads(path.read_text())
@@ -67,7 +73,7 @@ class Run:
                 f"{self.folder} was written by a newer gspo (format {version}, this one reads "
                 f"{FORMAT}): upgrade gspo, or use another path"
             )
-        for key, value in identity.items():
+        for key, value in self._identity.items():
             if stored.get(key) != value:
                 raise RunError(
                     f"{self.folder} is a run with {key} {stored.get(key)!r}, not {value!r}: "
@@ -129,6 +135,7 @@ class _Lines:
 
     def __init__(self, path: Path):
         self._path = path
+        self._last = 0  # where the last line begins
         self._records = self._load()
 
     def _load(self) -> list[dict[str, float]]:
@@ -139,23 +146,35 @@ class _Lines:
                 records.append(json.loads(line))
             except ValueError:  # the line that a killed process was writing
                 break
-        if text and (len(records) != text.count("\n") or not text.endswith("\n")):
+        if text:
             self._rewrite(records)
         return records
 
     def put(self, step: int, metrics: Mapping[str, float]) -> None:
-        own = next((r for r in self._records if r["step"] == step), None)
-        if own is not None:
-            own.update(metrics)
+        last = self._records[-1] if self._records else None
+        if last is not None and last["step"] == step:
+            self._replace_last(last | dict(metrics))
+        elif last is None or last["step"] < step:
+            self._append({"step": step, **metrics})
+        else:
+            known = {record["step"]: record for record in self._records}
+            known[step] = {"step": step, **known.get(step, {}), **metrics}
+            self._records = [known[key] for key in sorted(known)]
             self._rewrite(self._records)
-            return
-        self._records.append({"step": step, **metrics})
-        if len(self._records) > 1 and self._records[-2]["step"] > step:
-            self._records.sort(key=lambda record: record["step"])
-            self._rewrite(self._records)
-            return
+
+    def _append(self, record: dict[str, float]) -> None:
+        self._records.append(record)
         with self._path.open("a") as file:
-            file.write(_line(self._records[-1]))
+            self._last = file.tell()
+            file.write(_line(record))
+
+    def _replace_last(self, record: dict[str, float]) -> None:
+        """In place: a long run's file is not written anew at each step."""
+        self._records[-1] = record
+        with self._path.open("r+") as file:
+            file.seek(self._last)
+            file.write(_line(record))
+            file.truncate()
 
     def truncate(self, step: int) -> None:
         kept = [record for record in self._records if record["step"] <= step]
@@ -167,7 +186,9 @@ class _Lines:
         return [dict(record) for record in self._records]
 
     def _rewrite(self, records: list[dict[str, float]]) -> None:
-        _write_whole(self._path, "".join(_line(record) for record in records))
+        lines = [_line(record) for record in records]
+        self._last = sum(len(line.encode()) for line in lines[:-1])
+        _write_whole(self._path, "".join(lines))
 
 
 def _line(record: Mapping[str, float]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from gspo.dev import TrainConfig
@@ -12,21 +13,29 @@ STEPS = 120
 
 def demo_spec(path: str, steps: int = STEPS, seed: int = 0) -> Spec:
     """GSPO as in the paper on the embedded model; the schedule is all that is tuned."""
-    return Spec(
-        name=_free_name(Path(path) / "demo", steps),
-        project="demo",
-        path=path,
-        task="sort",
-        steps=steps,
-        seed=seed,
-        learning_rate=3e-4,
-        train=TrainConfig(importance_sampling_level="sequence", lr_warmup_steps=5),
-    )
-
-
-def _free_name(folder: Path, steps: int) -> str:
-    """The first of sort-1, sort-2, ... that is not a finished run: a killed one goes on."""
     number = 1
-    while (folder / f"sort-{number}" / "checkpoints" / f"{steps:04d}").exists():
+    while True:
+        spec = Spec(
+            name=f"sort-{number}",
+            project="demo",
+            path=path,
+            task="sort",
+            steps=steps,
+            seed=seed,
+            learning_rate=3e-4,
+            train=TrainConfig(importance_sampling_level="sequence", lr_warmup_steps=5),
+        )
+        folder = Path(path) / "demo" / spec.name
+        if not folder.exists() or _unfinished(folder, spec):
+            return spec
         number += 1
-    return f"sort-{number}"
+
+
+def _unfinished(folder: Path, spec: Spec) -> bool:
+    """Whether the folder holds this very demo, stopped half-way: then it goes on."""
+    try:
+        stored = json.loads((folder / "spec.json").read_text())
+    except (OSError, ValueError):
+        return False
+    done = max((int(p.name) for p in (folder / "checkpoints").glob("[0-9]*")), default=0)
+    return stored == spec.model_dump(mode="json") and done < spec.steps

@@ -14,6 +14,7 @@ from gspo.dev import InternalModelConfig
 from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.errors import ConfigError, suggestion
 from gspo.options import Options
+from gspo.tasks import task_names
 
 
 class Spec(Options):
@@ -55,14 +56,14 @@ class Spec(Options):
     keep_checkpoints: int | None = Field(default=2, ge=1)
     train: DevTrainConfig = Field(default_factory=DevTrainConfig)
     """The fields of `dev.TrainConfig`: algorithm, epsilon, minibatches, schedule, ..."""
-    learning_rate: float = TrainConfig().learning_rate
+    learning_rate: float = Field(default=TrainConfig().learning_rate, gt=0, allow_inf_nan=False)
     load: InternalModelConfig = Field(default_factory=InternalModelConfig)
     """The fields of `dev.InternalModelConfig`: dtype, lora, activation_checkpointing, ..."""
 
     @model_validator(mode="before")
     @classmethod
     def _task_names_the_model(cls, data: Any) -> Any:
-        if isinstance(data, dict) and not data.get("model") and data.get("task"):
+        if isinstance(data, dict) and not data.get("model") and data.get("task") in task_names():
             data = {**data, "model": f"embedded:{data['task']}"}
         return data
 
@@ -71,7 +72,7 @@ class Spec(Options):
         if self.task is None and self.rollout is None:
             raise ValueError("give a task, or a rollout = 'module:function'")
         if not self.model:
-            raise ValueError("give a model")
+            raise ValueError("give a model: only the built-in tasks have one of their own")
         return self
 
     def train_config(self) -> TrainConfig:

@@ -16,6 +16,7 @@ def k3(
     The estimator "k3" of Schulman, "Approximating KL divergence" (2020), used by GRPO
     (arXiv 2402.03300, equation 4).
 
+    >>> import torch
     >>> mask = torch.tensor([True, True, False])
     >>> new, ref = torch.tensor([-1.0, -1.0, 0.0]), torch.tensor([-1.0, -2.0, 0.0])
     >>> [round(v, 4) for v in k3(new, ref, mask).tolist()]

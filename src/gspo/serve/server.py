@@ -55,7 +55,7 @@ def bind(host: str, port: int) -> socket.socket:
         listener.close()
         raise ServeError(
             f"cannot listen on {host}:{port}: {error.strerror}. "
-            "Choose another with --port, or --port 0 for a free one."
+            "Choose another port, or 0 for a free one."
         ) from None
     return listener
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gspo.errors import RequestError
+from gspo.errors import ModelError, RequestError
 from gspo.policy.load import Policy
 from gspo.policy.logprob import full_logits
 from gspo.serve.cache import SlabCache, slab_bytes
@@ -79,6 +79,39 @@ class TorchEngine:
 
     def token_text(self, token_id: int) -> str:
         return str(self.policy.tokenizer.decode([token_id], skip_special_tokens=False))
+
+    def check(self) -> None:
+        """Sample two tokens and score them with the model's plain forward pass.
+
+        Raises:
+            ModelError: the architecture's cache is not one that this engine can decode with.
+        """
+        prompt = tuple(range(1, 6))
+        try:
+            done = self.generate([Request(prompt, SamplingParams(max_tokens=2, seed=0, n=2))])[0]
+            tokens = torch.tensor([(*prompt, *c.token_ids) for c in done if len(c.token_ids) == 2])
+            gap = self._gap(tokens, done) if len(tokens) else 0.0
+        except (RuntimeError, AttributeError, TypeError, ValueError, LookupError) as error:
+            raise ModelError(
+                f"{self.policy.source}: the embedded engine cannot decode "
+                f"{type(self.policy.lm).__name__}: {error}"
+            ) from error
+        limit = 1e-2 if self.policy.compute_dtype == torch.float32 else 1.0
+        if not gap <= limit:
+            raise ModelError(
+                f"{self.policy.source}: decoding {type(self.policy.lm).__name__} with a cache is "
+                f"off by {gap:.3g} nats from its plain forward pass"
+            )
+
+    def _gap(self, tokens: Int[Tensor, "R T"], done: Sequence[Completion]) -> float:
+        """Largest difference to the log-probs of a forward pass without a cache."""
+        tokens = tokens.to(self.policy.device)
+        with torch.no_grad(), self._autocast():
+            logits = self.policy.lm(input_ids=tokens, use_cache=False).logits
+        expected = logits.float().log_softmax(-1)[:, -3:-1]
+        expected = expected.gather(-1, tokens[:, -2:, None]).squeeze(-1).cpu()
+        got = torch.tensor([c.logprobs for c in done if len(c.token_ids) == 2])
+        return (got - expected).abs().max().item()
 
     def reseed(self, seed: int) -> None:
         """Start the stream of unseeded requests anew, as a resumed run must."""

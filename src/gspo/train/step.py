@@ -69,6 +69,9 @@ def accumulate(
         )
         out.loss.backward()
         _record(metrics, batch, scored, out)
+        buckets = policy.packing == "buckets"
+        real, computed = padded_share(batch.lengths) if buckets else (1, 1)
+        metrics.mean("tokens/packed_efficiency", real, computed)
         if work.on_policy:
             _record_mismatch(metrics, batch, scored)
 
@@ -80,8 +83,6 @@ def _record(metrics: Metrics, batch: PackedBatch, scored: TokenLogprobs, out: Lo
     count = int(trained.sum())
     metrics.mean("loss/entropy", scored.entropy[trained].double().sum().item(), count)
     metrics.add("tokens/trained", count)
-    real, computed = padded_share(batch.lengths)
-    metrics.mean("tokens/packed_efficiency", real, computed)
 
     share = (out.clipped_tokens / out.loss_tokens.clamp(min=1)).cpu().double()
     advantages = batch.advantages

@@ -65,17 +65,20 @@ class Trainer:
         plan = self._plan(batch, settings)
         updates = 0
         self.policy.lm.train(self.policy.checkpointing)  # layers recompute in train mode alone
-        for at, part in enumerate(plan):
-            updates += self._minibatch(
-                part, settings, metrics, progress=at / len(plan), first=updates == 0
-            )
-        self.policy.lm.eval()
+        try:
+            for at, part in enumerate(plan):
+                updates += self._minibatch(
+                    part, settings, metrics, progress=at / len(plan), first=updates == 0
+                )
+        finally:
+            self.policy.lm.eval()
+            self.policy.version += updates > 0
         self.step += 1
         skipped = None
-        if updates == 0:
+        if not batch.samples:
+            skipped = f"all {batch.dropped} trajectories are longer than the context"
+        elif updates == 0:
             skipped = "every group has equal rewards: all advantages are 0"
-        else:
-            self.policy.version += 1
         metrics.add("optim/updates", updates)
         metrics.add("time/train", time.perf_counter() - started)
         return TrainOutput(updates, skipped, metrics)
