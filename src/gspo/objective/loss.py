@@ -93,7 +93,7 @@ def policy_loss(
     (0.90856, -0.6057)
     """
     ratio_mask = torch.ones_like(logprobs, dtype=torch.bool) if ratio_mask is None else ratio_mask
-    loss_mask = ratio_mask if loss_mask is None else loss_mask & ratio_mask
+    loss_mask = ratio_mask if loss_mask is None else loss_mask
     tokens = {"old_logprobs": old_logprobs, "sequence_ids": sequence_ids}
     tokens |= {"ratio_mask": ratio_mask, "loss_mask": loss_mask}
     optional = {
@@ -102,15 +102,17 @@ def policy_loss(
         "reference_logprobs": reference_logprobs,
     }
     tokens |= {name: tensor for name, tensor in optional.items() if tensor is not None}
-    _check(logprobs, tokens, objective, advantages)
+    _check(logprobs, tokens, objective, advantages, total_sequences)
 
     mask = ratio_mask.reshape(-1)
     ids = torch.where(mask, sequence_ids.reshape(-1), 0)
+    if ids.numel() and int(ids.min()) < 0:
+        raise ValueError(f"sequence_ids hold {int(ids.min())}: they count from 0")
     highest = int(ids.max()) if ids.numel() else -1
     count = highest + 1 if advantages is None else advantages.numel()
     if highest >= count:
         raise ValueError(f"sequence_ids reach {highest}, but there are {count} advantages")
-    segments = Segments(ids, count, mask, loss_mask.reshape(-1))
+    segments = Segments(ids, count, mask, loss_mask.reshape(-1) & mask)
     sequences = count if total_sequences is None else total_sequences
     total = sequences
     flat = {name: tensor.reshape(-1) for name, tensor in tokens.items()}
@@ -157,8 +159,8 @@ def _terms(
         a = segments.spread(advantages)
     else:
         a = flat["token_advantages"].to(new.dtype)
-    # Padding may hold NaN advantages too.
-    a = torch.where(mask, a, 0.0)
+    # Advantages of padding, and of tokens that are not trained on, may be NaN.
+    a = torch.where(segments.loss_mask, a, 0.0)
     weights = None
     correction = objective.correction
     if correction is not None and correction.per_token:
@@ -194,7 +196,11 @@ def _extreme(
 
 
 def _check(
-    logprobs: Tensor, tokens: dict[str, Tensor], objective: Objective, advantages: Tensor | None
+    logprobs: Tensor,
+    tokens: dict[str, Tensor],
+    objective: Objective,
+    advantages: Tensor | None,
+    total_sequences: int | None,
 ) -> None:
     for name, tensor in tokens.items():
         if tensor.shape != logprobs.shape:
@@ -227,3 +233,5 @@ def _check(
                 f"kl_coef = {objective.kl_coef}, correction = {objective.correction}, but {name} "
                 f"are {'missing' if needed else 'given'}"
             )
+    if total_sequences is not None and total_sequences < 1:
+        raise ValueError(f"total_sequences = {total_sequences}: must be at least 1")
