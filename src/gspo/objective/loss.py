@@ -87,20 +87,22 @@ def policy_loss(
     (0.90856, -0.6057)
     """
     ratio_mask = torch.ones_like(logprobs, dtype=torch.bool) if ratio_mask is None else ratio_mask
-    loss_mask = ratio_mask if loss_mask is None else loss_mask & ratio_mask
+    loss_mask = ratio_mask if loss_mask is None else loss_mask
     tokens = {"old_logprobs": old_logprobs, "sequence_ids": sequence_ids}
     tokens |= {"ratio_mask": ratio_mask, "loss_mask": loss_mask}
-    if token_advantages is not None:
-        tokens["token_advantages"] = token_advantages
-    _check(logprobs, tokens, objective, advantages, reference_logprobs)
+    optional = {"token_advantages": token_advantages, "reference_logprobs": reference_logprobs}
+    tokens |= {name: tensor for name, tensor in optional.items() if tensor is not None}
+    _check(logprobs, tokens, objective, advantages, total_sequences)
 
     mask = ratio_mask.reshape(-1)
     ids = torch.where(mask, sequence_ids.reshape(-1), 0)
+    if ids.numel() and int(ids.min()) < 0:
+        raise ValueError(f"sequence_ids hold {int(ids.min())}: they count from 0")
     highest = int(ids.max()) if ids.numel() else -1
     count = highest + 1 if advantages is None else advantages.numel()
     if highest >= count:
         raise ValueError(f"sequence_ids reach {highest}, but there are {count} advantages")
-    segments = Segments(ids, count, mask, loss_mask.reshape(-1))
+    segments = Segments(ids, count, mask, loss_mask.reshape(-1) & mask)
     total = count if total_sequences is None else total_sequences
     new = logprobs.reshape(-1)
 
@@ -142,8 +144,8 @@ def _surrogate(
     if token_advantages is None:
         assert advantages is not None
         token_advantages = segments.spread(advantages)
-    # Padding may hold NaN advantages too.
-    weight = torch.where(segments.ratio_mask, token_advantages, 0.0).to(d.dtype)
+    # Advantages of padding, and of tokens that are not trained on, may be NaN.
+    weight = torch.where(segments.loss_mask, token_advantages, 0.0).to(d.dtype)
     value, clipped = clipped_surrogate(ratio, weight, low, high)
     return segments.mean(torch.where(segments.loss_mask, value, 0.0)), clipped
 
@@ -165,15 +167,15 @@ def _check(
     tokens: dict[str, Tensor],
     objective: Objective,
     advantages: Tensor | None,
-    reference: Tensor | None,
+    total_sequences: int | None,
 ) -> None:
     for name, tensor in tokens.items():
         if tensor.shape != logprobs.shape:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}, logprobs {tuple(logprobs.shape)}"
             )
-    for name, tensor in (("logprobs", logprobs), ("old_logprobs", tokens["old_logprobs"])):
-        if tensor.dtype not in (torch.float32, torch.float64):
+    for name, tensor in {"logprobs": logprobs, **tokens}.items():
+        if name.endswith("logprobs") and tensor.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"{name} are {tensor.dtype}: half precision alone costs more than the clip range; "
                 "compute log-probs in float32"
@@ -187,8 +189,11 @@ def _check(
             "level 'sequence' has one advantage per sequence; "
             "for one per token use 'sequence_token' (preset gspo_token)"
         )
-    if (objective.kl_coef > 0) != (reference is not None):
+    given = "reference_logprobs" in tokens
+    if (objective.kl_coef > 0) != given:
         raise ValueError(
             f"kl_coef = {objective.kl_coef}, but reference_logprobs are "
-            f"{'missing' if reference is None else 'given'}"
+            f"{'given' if given else 'missing'}"
         )
+    if total_sequences is not None and total_sequences < 1:
+        raise ValueError(f"total_sequences = {total_sequences}: must be at least 1")
