@@ -71,6 +71,7 @@ def test_best_fit_leaves_at_most_one_row_half_empty(sizes: list[int], budget: in
     [
         ([], 8, []),
         ([6, 3, 5, 2], 8, [[0, 3], [1, 2]]),
+        ([2, 5, 6, 3], 8, [[0, 2], [1, 3]]),  # largest first
         ([9, 1, 1], 8, [[0], [1, 2]]),
         ([4, 4, 4], 8, [[0, 1], [2]]),
         ([8, 8], 8, [[0], [1]]),

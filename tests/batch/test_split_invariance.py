@@ -27,6 +27,8 @@ BUDGETS = [1, 40, 90, 10_000]
 class Table:
     """A policy whose log-probs are a table, by the token's (unique) number."""
 
+    packing = "buckets"
+
     def __init__(self, samples: list[Sample]):
         tokens = np.concatenate([sample.tokens for sample in samples])
         old = np.concatenate([sample.old_logprobs for sample in samples])
@@ -64,7 +66,7 @@ def of_a_step(
     table, metrics = Table(samples_of_a_step()), Metrics()
     monkeypatch.setattr(step, "forward", table.forward)
     work = step.StepInput(samples, total_sequences=TOTAL, budget=budget, chunk=None)
-    policy: Any = None
+    policy: Any = table
     step.accumulate(policy, work, Objective(level, EPSILON, EPSILON), metrics)
     assert table.weight.grad is not None
     found = metrics.compute()

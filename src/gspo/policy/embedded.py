@@ -46,7 +46,7 @@ class Recipe:
 
 RECIPES = {
     "sort": Recipe(steps=95, batch=64, learning_rate=6e-3),
-    "reverse": Recipe(steps=290, batch=64, learning_rate=3e-3),
+    "reverse": Recipe(steps=380, batch=64, learning_rate=3e-3),
     "add": Recipe(steps=620, batch=32, learning_rate=4e-3),
 }
 
