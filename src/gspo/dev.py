@@ -6,7 +6,7 @@ The names are OpenPipe ART's where ART has the option; docs/art.md lists every d
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,7 +15,30 @@ from gspo.options import Options
 __all__ = ["InternalModelConfig", "LoraConfig", "TrainConfig"]
 
 Level = Literal["token", "sequence", "sequence_token", "average", "geometric_average"]
-Algorithm = Literal["gspo", "gspo_token", "grpo"]
+Algorithm = Literal[
+    "gspo",
+    "gspo_token",
+    "grpo",
+    "dr_grpo",
+    "dapo",
+    "cispo",
+    "gmpo",
+    "sapo",
+    "luspo",
+    "vespo",
+    "dppo",
+    "rloo",
+    "reinforce",
+]
+CorrectionKind = Literal[
+    "token_truncate",
+    "token_mask",
+    "sequence_product_truncate",
+    "sequence_product_mask",
+    "sequence_geometric_truncate",
+    "sequence_geometric_mask",
+    "off_policy_sequence_mask",
+]
 _NO_ROUTE = "routing replay is not part of this version."
 
 
@@ -47,37 +70,59 @@ class TrainConfig(Options):
         "plot_tensors": "read metrics.jsonl and the picture of the run instead.",
         "scale_learning_rate_by_reward_std_dev": "advantages are already divided by the group's "
         "standard deviation (scale_rewards).",
-        "truncated_importance_sampling": "corrections between engine and trainer are not part "
-        "of this version.",
+        "truncated_importance_sampling": "use correction='token_truncate' with correction_high "
+        "and old_logprobs='trainer'.",
+        "num_iterations": "use epochs.",
         "beta": "use kl_penalty_coef.",
         "num_minibatches": "use minibatches.",
     }
 
     fixed: ClassVar[Mapping[str, str]] = {
-        "ppo": "ppo=False is ART's CISPO, which this version doesn't have",
-        "normalize_by_length": "False is Dr. GRPO, which this version doesn't have",
-        "precalculate_logprobs": "the old log-probs are the engine's, as the paper proposes; "
-        "recomputing them is not part of this version",
+        "ppo": "ppo=False is ART's CISPO: use algorithm='cispo'",
+        "normalize_by_length": "False is Dr. GRPO: use algorithm='dr_grpo'",
     }
 
     algorithm: Algorithm | None = None
     """A named preset. None: the one that `importance_sampling_level` implies, else `gspo`."""
     importance_sampling_level: Level | None = None
     """Over what the importance ratio is taken. None: the preset's."""
-    epsilon: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
-    """Lower clip distance: ratios below 1 - epsilon are clipped. None: the preset's."""
+    epsilon: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | Literal["auto"] | None = (
+        None
+    )
+    """Lower clip distance: ratios below 1 - epsilon are clipped. None: the preset's. "auto": steered
+    so that `epsilon_target` of the sequences are clipped, the preset's low to high ratio kept."""
+    epsilon_target: float = Field(default=0.15, gt=0, lt=1)
+    """Share of clipped sequences that `epsilon="auto"` steers to (the paper reports 0.15)."""
+    epsilon_scale: Literal["constant", "sqrt_length"] = "constant"
+    """`sqrt_length`: epsilon / sqrt(L_i), so that clip rates don't depend on length (FSPO,
+    arXiv 2509.09177)."""
     epsilon_high: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Upper clip distance. None: `epsilon` where that was given, else the preset's."""
-    scale_rewards: bool = True
-    """Divide the group's centred rewards by their standard deviation (the paper's advantage)."""
+    scale_rewards: bool | None = None
+    """Divide the group's centred rewards by their standard deviation. None: as the preset does."""
+    sequence_unit: Literal["trajectory", "turn"] = "trajectory"
+    """What a sequence is, in the ratio's length and in N: all sampled tokens of a trajectory, or
+    each assistant turn by itself."""
+    old_logprobs: Literal["rollout", "trainer"] = "rollout"
+    """The policy that ratios are taken against: the engine's own likelihoods, as the paper
+    proposes, or the trainer's at the start of the batch (one more forward pass)."""
+    correction: CorrectionKind | None = None
+    """Weights for trainer / engine where the two are kept apart (old_logprobs="trainer")."""
+    correction_low: float | None = Field(default=None, ge=0)
+    correction_high: float | None = Field(default=None, gt=0)
+    """Bounds of the correction. None: `gspo.objective.BOUNDS`."""
+    overlong_max_tokens: int | None = Field(default=None, ge=1)
+    """DAPO's soft overlong punishment: rewards fall linearly to -1 over the last
+    `overlong_cache` tokens before this many. None: none."""
+    overlong_cache: int | None = Field(default=None, ge=1)
     kl_penalty_coef: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """As in `TrainConfig`, which it overrides where it is given."""
     ppo: Literal[True] = True
-    """The clipped surrogate; ART's `ppo=False` is CISPO, which this version doesn't have."""
+    """The clipped surrogate; ART's `ppo=False` is `algorithm="cispo"`."""
     normalize_by_length: Literal[True] = True
     """Every level here divides by the sequence's length; `False` is Dr. GRPO."""
-    precalculate_logprobs: Literal[False] = False
-    """The old log-probs are the engine's, as the paper proposes; recomputation is not here yet."""
+    precalculate_logprobs: bool = False
+    """ART's name for `old_logprobs="trainer"`."""
 
     minibatches: int = Field(default=4, ge=1)
     """Optimizer steps per rollout batch and epoch. The clip acts from the second one on."""
@@ -106,6 +151,12 @@ class TrainConfig(Options):
     """The schedule's last learning rate, as a share of the peak."""
     on_too_long: Literal["error", "drop"] = "error"
     """A trajectory longer than the context: an error that names it, or dropped and counted."""
+
+    @model_validator(mode="after")
+    def _overlong_is_whole(self) -> TrainConfig:
+        if (self.overlong_max_tokens is None) != (self.overlong_cache is None):
+            raise ValueError("overlong_max_tokens and overlong_cache belong together")
+        return self
 
     @model_validator(mode="after")
     def _schedule_has_an_end(self) -> TrainConfig:

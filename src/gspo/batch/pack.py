@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,11 +26,11 @@ class PackedBatch:
         positions: [1, T] position of each token in its own sample, from 0.
         lengths: tokens of each sample, B numbers that add up to T.
         targets: [M] index in the row of each sampled token (never the first of its sample).
-        sequence_ids: [M] trajectory of each sampled token, in 0..S-1.
+        sequence_ids: [M] sequence (trajectory, or turn of one) of each sampled token, in 0..S-1.
         loss_mask: [M] sampled tokens that are trained on.
-        old_logprobs, temperatures: [M] float32.
+        old_logprobs, sampling_logprobs, temperatures: [M] float32.
         advantages: [S] float32.
-        trajectory_ids: the batch's number of each of the S trajectories.
+        trajectory_ids: the batch's number of the trajectory of each of the S sequences.
     """
 
     tokens: Int[Tensor, "1 T"]
@@ -39,6 +40,7 @@ class PackedBatch:
     sequence_ids: Int[Tensor, " M"]
     loss_mask: Bool[Tensor, " M"]
     old_logprobs: Float[Tensor, " M"]
+    sampling_logprobs: Float[Tensor, " M"]
     temperatures: Float[Tensor, " M"]
     advantages: Float[Tensor, " S"]
     trajectory_ids: tuple[int, ...]
@@ -71,22 +73,34 @@ def plan_rows(sizes: Sequence[int], budget: int) -> list[list[int]]:
     return sorted(sorted(row) for row in rows)
 
 
-def pack(samples: Sequence[Sample], budget: int) -> list[PackedBatch]:
+def pack(
+    samples: Sequence[Sample], budget: int, unit: Literal["trajectory", "turn"] = "trajectory"
+) -> list[PackedBatch]:
     """Pack samples into rows of about `budget` tokens, whole trajectories together."""
     by_trajectory: dict[int, list[Sample]] = {}
     for sample in samples:
         by_trajectory.setdefault(sample.trajectory_id, []).append(sample)
     units = list(by_trajectory.values())
     sizes = [sum(len(sample) for sample in unit) for unit in units]
-    return [_row([units[i] for i in row]) for row in plan_rows(sizes, budget)]
+    return [_row([units[i] for i in row], unit) for row in plan_rows(sizes, budget)]
 
 
-def _row(units: Sequence[Sequence[Sample]]) -> PackedBatch:
-    samples = [sample for unit in units for sample in unit]
+def _row(units: Sequence[Sequence[Sample]], unit: str) -> PackedBatch:
+    samples = [sample for own in units for sample in own]
     masks = np.concatenate([sample.ratio_mask for sample in samples])
-    sequence = np.concatenate(
-        [np.full(len(sample), s) for s, unit in enumerate(units) for sample in unit]
-    )
+    keys = np.concatenate(
+        [
+            np.stack(
+                [np.full(len(sample), u), sample.turn_ids if unit == "turn" else _zeros(sample)]
+            )
+            for u, own in enumerate(units)
+            for sample in own
+        ],
+        axis=1,
+    )[:, masks]
+    # Sorted by trajectory and turn: a turn's number is the same in whichever sample it lies.
+    present, sequence = np.unique(keys, axis=1, return_inverse=True)
+    owners = [units[u] for u in present[0]]
 
     def sampled(name: str) -> Tensor:
         return torch.from_numpy(np.concatenate([getattr(s, name) for s in samples])[masks])
@@ -96,10 +110,15 @@ def _row(units: Sequence[Sequence[Sample]]) -> PackedBatch:
         positions=torch.from_numpy(np.concatenate([np.arange(len(s)) for s in samples]))[None],
         lengths=tuple(len(sample) for sample in samples),
         targets=torch.from_numpy(np.flatnonzero(masks)),
-        sequence_ids=torch.from_numpy(sequence[masks]),
+        sequence_ids=torch.from_numpy(sequence.reshape(-1)),
         loss_mask=sampled("loss_mask"),
         old_logprobs=sampled("old_logprobs"),
+        sampling_logprobs=sampled("sampling_logprobs"),
         temperatures=sampled("temperatures"),
-        advantages=torch.tensor([unit[0].advantage for unit in units], dtype=torch.float32),
-        trajectory_ids=tuple(unit[0].trajectory_id for unit in units),
+        advantages=torch.tensor([own[0].advantage for own in owners], dtype=torch.float32),
+        trajectory_ids=tuple(own[0].trajectory_id for own in owners),
     )
+
+
+def _zeros(sample: Sample) -> np.ndarray:
+    return np.zeros(len(sample), dtype=np.int64)

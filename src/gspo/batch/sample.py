@@ -21,7 +21,9 @@ class Sample:
         tokens: prompt and completions, int64.
         ratio_mask: tokens that the policy sampled.
         loss_mask: tokens that are trained on, a subset.
-        old_logprobs: float32 log-probs of the sampled tokens when they were sampled; 0 elsewhere.
+        old_logprobs: float32 log-probs of the sampled tokens under pi_old, which ratios are taken
+            against: the engine's, unless the trainer computed its own; 0 elsewhere.
+        sampling_logprobs: float32 log-probs under mu, the engine that sampled; 0 elsewhere.
         temperatures: float32 temperature that `old_logprobs` were taken at.
         turn_ids: assistant turn of each sampled token, counted over the trajectory; -1 elsewhere.
         policy_versions: version of the weights that sampled each token; -1 elsewhere.
@@ -33,6 +35,7 @@ class Sample:
     ratio_mask: np.ndarray
     loss_mask: np.ndarray
     old_logprobs: np.ndarray
+    sampling_logprobs: np.ndarray
     temperatures: np.ndarray
     turn_ids: np.ndarray
     policy_versions: np.ndarray
@@ -160,6 +163,7 @@ class _Builder:
             ratio_mask=mask,
             loss_mask=mask.copy(),
             old_logprobs=logprobs,
+            sampling_logprobs=logprobs,
             temperatures=temperatures,
             turn_ids=turn_ids,
             policy_versions=versions,
@@ -204,3 +208,11 @@ def _turn(choice: Any, where: str) -> Turn:
         temperature=float(getattr(choice, "temperature", None) or 1.0),
         policy_version=int(getattr(choice, "policy_version", None) or 0),
     )
+
+
+def unit_count(samples: Sequence[Sample], unit: str) -> int:
+    """Sequences that a trajectory's samples hold: one, or one for each of its turns."""
+    if unit == "trajectory":
+        return 1
+    turns = {int(turn) for s in samples for turn in s.turn_ids[s.ratio_mask]}
+    return len(turns)

@@ -78,6 +78,7 @@ def _random_batch(policy: Policy) -> PackedBatch:
                 ratio_mask=mask,
                 loss_mask=mask,
                 old_logprobs=np.zeros(length, np.float32),
+                sampling_logprobs=np.zeros(length, np.float32),
                 temperatures=np.full(length, 0.7, np.float32),
                 turn_ids=np.zeros(length, np.int64),
                 policy_versions=np.zeros(length, np.int64),

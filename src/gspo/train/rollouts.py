@@ -11,8 +11,8 @@ import torch
 
 from gspo.batch.sample import Sample, check_groups, trajectory_samples
 from gspo.errors import SampleTooLongError
-from gspo.objective import group_advantages
-from gspo.trajectory import TrajectoryGroup
+from gspo.objective import AdvantageKind, advantages
+from gspo.trajectory import Trajectory, TrajectoryGroup
 
 
 @dataclass(frozen=True)
@@ -32,20 +32,27 @@ class RolloutBatch:
     dropped: int
 
     @property
+    def groups_with_signal(self) -> frozenset[int]:
+        """Groups in which some advantage is not 0."""
+        return frozenset(s[0].group_id for s in self.samples if s[0].advantage != 0)
+
+    @property
     def flat_groups(self) -> int:
         """Groups in which every advantage is 0."""
-        signal = {s[0].group_id for s in self.samples if s[0].advantage != 0}
-        return len(set(self.groups) - signal)
+        return len(set(self.groups) - self.groups_with_signal)
 
 
 def prepare(
     groups: Sequence[TrajectoryGroup],
     *,
     context: int,
-    scale_rewards: bool = True,
+    advantage: AdvantageKind = "group_std",
     drop_too_long: bool = False,
+    overlong: tuple[int, int] | None = None,
 ) -> RolloutBatch:
-    """Check the groups, tokenise nothing, and compute the advantages (GSPO, equation 6).
+    """Check the groups, tokenise nothing, and compute the advantages.
+
+    `overlong` is (max_tokens, cache) of DAPO's soft punishment, added to the rewards first.
 
     Advantages are computed over the whole group, before anything is dropped.
 
@@ -55,17 +62,23 @@ def prepare(
     check_groups(groups)
     flat = [(g, trajectory) for g, group in enumerate(groups) for trajectory in group]
     rewards = [float(trajectory.reward) for _, trajectory in flat]
-    advantages = group_advantages(
-        torch.tensor(rewards, dtype=torch.float64),
+    shaped = rewards
+    if overlong is not None:
+        shaped = [
+            reward + overlong_punishment(_sampled_tokens(trajectory), *overlong)
+            for reward, (_, trajectory) in zip(rewards, flat, strict=True)
+        ]
+    values = advantages(
+        advantage,
+        torch.tensor(shaped, dtype=torch.float64),
         torch.tensor([g for g, _ in flat]),
-        scale=scale_rewards,
     ).tolist()
     kept: list[tuple[tuple[Sample, ...], int, float]] = []
     dropped = 0
     for i, (g, trajectory) in enumerate(flat):
         try:
             samples = trajectory_samples(
-                trajectory, trajectory_id=i, group_id=g, advantage=advantages[i], max_tokens=context
+                trajectory, trajectory_id=i, group_id=g, advantage=values[i], max_tokens=context
             )
         except SampleTooLongError:
             if not drop_too_long:
@@ -100,3 +113,16 @@ def minibatches(batch: RolloutBatch, count: int, seed: int) -> list[list[tuple[S
 def without_advantage(samples: Sequence[Sample]) -> bool:
     """True where a trajectory gives no policy gradient."""
     return samples[0].advantage == 0
+
+
+def overlong_punishment(length: int, max_tokens: int, cache: int) -> float:
+    """0 up to max_tokens - cache, falling to -1 at max_tokens (DAPO, arXiv 2503.14476, eq. 13).
+
+    >>> [overlong_punishment(n, 100, 20) for n in (80, 90, 100, 150)]
+    [0.0, -0.5, -1.0, -1.0]
+    """
+    return -min(1.0, max(0.0, (length - (max_tokens - cache)) / cache))
+
+
+def _sampled_tokens(trajectory: Trajectory) -> int:
+    return sum(len(getattr(c, "token_ids", None) or ()) for c in trajectory.choices())

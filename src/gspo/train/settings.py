@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gspo.config import TrainConfig
 from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.errors import ConfigError
-from gspo.objective import LEVEL_DEFAULTS, PRESETS, Objective
+from gspo.objective import (
+    CLIPPING,
+    LEVEL_DEFAULTS,
+    PRESETS,
+    AdvantageKind,
+    Correction,
+    Objective,
+    Preset,
+)
 
 
 @dataclass(frozen=True)
@@ -17,12 +25,20 @@ class Settings:
     Attributes:
         algorithm: name of the preset, or `level:<level>` for a level that has none.
         objective: with the clip range and the KL weight that apply.
+        advantage: how A_i is made of the group's rewards.
+        counts_flat: groups with equal rewards count in N and T.
+        old_logprobs: `rollout` or `trainer`.
+        auto_epsilon: the clip range is steered; the objective's is where it starts.
         learning_rate: peak.
         options: everything else.
     """
 
     algorithm: str
     objective: Objective
+    advantage: AdvantageKind
+    counts_flat: bool
+    old_logprobs: str
+    auto_epsilon: bool
     learning_rate: float
     options: DevTrainConfig
 
@@ -31,39 +47,110 @@ def resolve(config: TrainConfig | None = None, options: DevTrainConfig | None = 
     """Settings of one call.
 
     Raises:
-        ConfigError: an algorithm and a level that contradict one another.
+        ConfigError: options that contradict one another.
 
     >>> resolve(options=DevTrainConfig(importance_sampling_level="sequence")).algorithm
     'gspo'
     """
     config, options = config or TrainConfig(), options or DevTrainConfig()
-    name, objective = _base(options)
-    low, high = objective.epsilon_low, objective.epsilon_high
-    if options.epsilon is not None:
-        low = high = options.epsilon
-    if options.epsilon_high is not None:
-        high = options.epsilon_high
+    preset = _preset(options)
+    _check_epsilon(preset, options)
     kl = config.kl_penalty_coef if options.kl_penalty_coef is None else options.kl_penalty_coef
+    low, high = _range(preset.objective, options)
+    old = "trainer" if options.precalculate_logprobs else options.old_logprobs
+    try:
+        objective = replace(
+            preset.objective,
+            epsilon_low=low,
+            epsilon_high=high,
+            kl_coef=kl,
+            epsilon_scale=options.epsilon_scale,
+            correction=_correction(options, old),
+        )
+    except ValueError as error:
+        raise ConfigError(f"dev.TrainConfig: {error}") from None
     return Settings(
-        algorithm=name,
-        objective=Objective(objective.level, low, high, kl),
+        algorithm=preset.name,
+        objective=objective,
+        advantage=_advantage(preset, options),
+        counts_flat=preset.counts_flat,
+        old_logprobs=old,
+        auto_epsilon=options.epsilon == "auto",
         learning_rate=config.learning_rate,
         options=options,
     )
 
 
-def _base(options: DevTrainConfig) -> tuple[str, Objective]:
+def _preset(options: DevTrainConfig) -> Preset:
     level = options.importance_sampling_level
     if options.algorithm is None and level is not None:
         objective = LEVEL_DEFAULTS[level]
-        named = [p.name for p in PRESETS.values() if p.objective == objective]
-        return (named[0] if named else f"level:{level}"), objective
+        named = [p for p in PRESETS.values() if p.objective == objective]
+        return named[0] if named else Preset(f"level:{level}", objective, "", "OpenPipe ART")
     preset = PRESETS[options.algorithm or "gspo"]
     if level is not None and level != preset.objective.level:
-        fits = [p.name for p in PRESETS.values() if p.objective.level == level]
+        fits = [name for name, p in PRESETS.items() if p.objective.level == level]
         remedy = f"use algorithm={fits[0]!r}" if fits else "leave algorithm out"
         raise ConfigError(
             f"algorithm={preset.name!r} has importance_sampling_level="
             f"{preset.objective.level!r}, not {level!r}: {remedy}, or drop one of the two"
         )
-    return preset.name, preset.objective
+    return preset
+
+
+def _range(objective: Objective, options: DevTrainConfig) -> tuple[float, float]:
+    low, high = objective.epsilon_low, objective.epsilon_high
+    if isinstance(options.epsilon, float | int):
+        low = high = float(options.epsilon)
+    if options.epsilon_high is not None:
+        high = options.epsilon_high
+    return low, high
+
+
+def _check_epsilon(preset: Preset, options: DevTrainConfig) -> None:
+    given = [n for n in ("epsilon", "epsilon_high") if getattr(options, n) is not None]
+    if given and preset.objective.surrogate not in CLIPPING:
+        raise ConfigError(f"algorithm={preset.name!r} has no clip range: leave {given[0]} out")
+    sequence = preset.objective.level in ("sequence", "sequence_token")
+    if sequence and options.epsilon_high is not None and options.epsilon_high > 1:
+        raise ConfigError(
+            f"epsilon_high = {options.epsilon_high}: a sequence's ratio is a geometric mean near "
+            "1; give at most 1 (the paper: 4e-4)"
+        )
+    if options.epsilon == "auto" and not sequence:
+        raise ConfigError(
+            f"epsilon='auto' steers a sequence-level clip range, which {preset.name!r} doesn't "
+            "have: use algorithm='gspo', or give a number"
+        )
+    if options.epsilon == "auto" and options.epsilon_high is not None:
+        raise ConfigError("epsilon='auto' sets both sides: leave epsilon_high out")
+    if options.epsilon_scale != "constant" and not sequence:
+        raise ConfigError(
+            f"epsilon_scale={options.epsilon_scale!r} needs a sequence-level ratio, which "
+            f"{preset.name!r} doesn't have"
+        )
+
+
+def _correction(options: DevTrainConfig, old: str) -> Correction | None:
+    bounds = (options.correction_low, options.correction_high)
+    if options.correction is None:
+        if bounds != (None, None):
+            raise ConfigError("correction_low and correction_high need a correction")
+        return None
+    if old == "rollout" and options.correction != "off_policy_sequence_mask":
+        raise ConfigError(
+            f"correction={options.correction!r} weights by trainer / engine, but with "
+            "old_logprobs='rollout' the ratio is already taken against the engine: "
+            "set old_logprobs='trainer'"
+        )
+    return Correction(options.correction, *bounds)
+
+
+def _advantage(preset: Preset, options: DevTrainConfig) -> AdvantageKind:
+    if options.scale_rewards is None or options.scale_rewards == (preset.advantage == "group_std"):
+        return preset.advantage
+    if preset.advantage in ("group_std", "group_mean"):
+        return "group_std" if options.scale_rewards else "group_mean"
+    raise ConfigError(
+        f"algorithm={preset.name!r} doesn't centre rewards by group: leave scale_rewards out"
+    )
