@@ -170,7 +170,7 @@ class _Builder:
 
 
 def _turn(choice: Any, where: str) -> Turn:
-    """Read gspo's fields of a Choice, or the ones that vLLM puts there."""
+    """Read gspo's fields of a Choice; log-probs may stand in OpenAI's own field instead."""
     tokens = getattr(choice, "token_ids", None)
     prompt = getattr(choice, "prompt_token_ids", None)
     logprobs = getattr(choice, "token_logprobs", None)
@@ -192,7 +192,7 @@ def _turn(choice: Any, where: str) -> Turn:
         )
     if len(tokens) != len(logprobs):
         raise MissingLogprobsError(f"{where}: {len(tokens)} token ids, {len(logprobs)} log-probs")
-    bad = next((i for i, value in enumerate(logprobs) if not -1e30 < value < 1e-3), None)
+    bad = next((i for i, value in enumerate(logprobs) if not -1e30 < value < 1e-5), None)
     if bad is not None:
         raise MissingLogprobsError(
             f"{where}: the log-prob of token {bad} is {logprobs[bad]}; it must be finite and <= 0"

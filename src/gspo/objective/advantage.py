@@ -29,12 +29,15 @@ def group_advantages(
     wide = rewards.double()
     _, dense = group_ids.unique(return_inverse=True)
     groups = int(dense.max()) + 1
-    size = torch.zeros(groups, dtype=wide.dtype).index_add(0, dense, torch.ones_like(wide))
+    size = torch.zeros(groups, dtype=wide.dtype, device=wide.device).index_add(
+        0, dense, torch.ones_like(wide)
+    )
     mean = torch.zeros_like(size).index_add(0, dense, wide) / size
     centred = wide - mean[dense]
     std = (torch.zeros_like(size).index_add(0, dense, centred.square()) / size).sqrt()
     magnitude = (std.square() + mean.square()).sqrt()
     # Equal rewards such as 0.1 + 0.2 and 0.3 differ by rounding: that is not a signal.
-    flat = (std <= 1e-9 * magnitude)[dense]
+    tolerance = max(1e-9, 4 * torch.finfo(rewards.dtype).eps)
+    flat = (std <= tolerance * magnitude)[dense]
     scaled = centred / std.clamp(min=torch.finfo(wide.dtype).tiny)[dense] if scale else centred
     return torch.where(flat, 0.0, scaled).to(rewards.dtype)
