@@ -39,6 +39,7 @@ CorrectionKind = Literal[
     "sequence_geometric_mask",
     "off_policy_sequence_mask",
 ]
+Epsilon = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 _NO_ROUTE = "routing replay is not part of this version."
 
 
@@ -86,11 +87,9 @@ class TrainConfig(Options):
     """A named preset. None: the one that `importance_sampling_level` implies, else `gspo`."""
     importance_sampling_level: Level | None = None
     """Over what the importance ratio is taken. None: the preset's."""
-    epsilon: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | Literal["auto"] | None = (
-        None
-    )
-    """Lower clip distance: ratios below 1 - epsilon are clipped. None: the preset's. "auto": steered
-    so that `epsilon_target` of the sequences are clipped, the preset's low to high ratio kept."""
+    epsilon: Epsilon | Literal["auto"] | None = None
+    """Lower clip distance: ratios below 1 - epsilon are clipped. None: the preset's. "auto" steers
+    both sides so that `epsilon_target` of the sequences are clipped, in the preset's proportion."""
     epsilon_target: float = Field(default=0.15, gt=0, lt=1)
     """Share of clipped sequences that `epsilon="auto"` steers to (the paper reports 0.15)."""
     epsilon_scale: Literal["constant", "sqrt_length"] = "constant"

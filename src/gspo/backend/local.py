@@ -161,7 +161,8 @@ class LocalBackend:
         batch = prepare(
             groups,
             context=service.trainer.policy.context,
-            scale_rewards=settings.options.scale_rewards,
+            advantage=settings.advantage,
+            overlong=settings.overlong,
             drop_too_long=settings.options.on_too_long == "drop",
         )
         async with self._compute.turn() as compute:

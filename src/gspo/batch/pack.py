@@ -88,19 +88,14 @@ def pack(
 def _row(units: Sequence[Sequence[Sample]], unit: str) -> PackedBatch:
     samples = [sample for own in units for sample in own]
     masks = np.concatenate([sample.ratio_mask for sample in samples])
-    keys = np.concatenate(
-        [
-            np.stack(
-                [np.full(len(sample), u), sample.turn_ids if unit == "turn" else _zeros(sample)]
-            )
-            for u, own in enumerate(units)
-            for sample in own
-        ],
-        axis=1,
-    )[:, masks]
-    # Sorted by trajectory and turn: a turn's number is the same in whichever sample it lies.
-    present, sequence = np.unique(keys, axis=1, return_inverse=True)
-    owners = [units[u] for u in present[0]]
+    # A turn's number is the same in whichever of its trajectory's samples it lies.
+    turns = np.concatenate([sample.turn_ids for sample in samples])[masks] * (unit == "turn")
+    owner = np.concatenate(
+        [np.full(sample.sampled, u) for u, own in enumerate(units) for sample in own]
+    )
+    stride = int(turns.max(initial=0)) + 1
+    present, sequence = np.unique(owner * stride + turns, return_inverse=True)
+    owners = [units[key // stride] for key in present]
 
     def sampled(name: str) -> Tensor:
         return torch.from_numpy(np.concatenate([getattr(s, name) for s in samples])[masks])
@@ -118,7 +113,3 @@ def _row(units: Sequence[Sequence[Sample]], unit: str) -> PackedBatch:
         advantages=torch.tensor([own[0].advantage for own in owners], dtype=torch.float32),
         trajectory_ids=tuple(own[0].trajectory_id for own in owners),
     )
-
-
-def _zeros(sample: Sample) -> np.ndarray:
-    return np.zeros(len(sample), dtype=np.int64)

@@ -214,6 +214,23 @@ def _check(
                 f"{name} are {tensor.dtype}: half precision alone costs more than the clip range; "
                 "compute log-probs in float32"
             )
+    _check_advantages(objective, tokens, advantages)
+    for name, needed in (
+        ("reference_logprobs", objective.kl_coef > 0),
+        ("sampling_logprobs", objective.correction is not None),
+    ):
+        if needed != (name in tokens):
+            raise ValueError(
+                f"{name} are {'missing' if needed else 'given'}, but kl_coef = "
+                f"{objective.kl_coef} and correction = {objective.correction}"
+            )
+    if total_sequences is not None and total_sequences < 1:
+        raise ValueError(f"total_sequences = {total_sequences}: must be at least 1")
+
+
+def _check_advantages(
+    objective: Objective, tokens: dict[str, Tensor], advantages: Tensor | None
+) -> None:
     if (advantages is None) == ("token_advantages" not in tokens):
         raise ValueError("give either advantages, one per sequence, or token_advantages")
     if advantages is not None and advantages.dim() != 1:
@@ -221,17 +238,6 @@ def _check(
     whole = objective.level == "sequence" or objective.surrogate == "geometric"
     if advantages is None and whole:
         raise ValueError(
-            "this objective (level 'sequence') has one advantage per sequence; "
+            "level 'sequence' has one advantage per sequence; "
             "for one per token use 'sequence_token' (preset gspo_token)"
         )
-    for name, needed in (
-        ("reference_logprobs", objective.kl_coef > 0),
-        ("sampling_logprobs", objective.correction is not None),
-    ):
-        if needed != (name in tokens):
-            raise ValueError(
-                f"kl_coef = {objective.kl_coef}, correction = {objective.correction}, but {name} "
-                f"are {'missing' if needed else 'given'}"
-            )
-    if total_sequences is not None and total_sequences < 1:
-        raise ValueError(f"total_sequences = {total_sequences}: must be at least 1")

@@ -138,7 +138,7 @@ _ALL = (
     Preset(
         "sapo",
         Objective("token", 1.0, 1.0, surrogate="gate", constants={"tau_pos": 1.0, "tau_neg": 1.05}),
-        "-(1/N) Σ_i (1/L_i) Σ_t (4/τ) σ(τ (w_t - 1)) A_i,  τ = 1 for A > 0, 1.05 for A < 0",
+        "-(1/N) Σ_i (1/L_i) Σ_t (4/τ) sigmoid(τ (w_t - 1)) A_i,  τ = 1 for A > 0, 1.05 for A < 0",
         "Gao et al., SAPO, arXiv 2511.20347, equations 5 and 6",
     ),
     Preset(

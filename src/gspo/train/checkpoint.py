@@ -3,7 +3,7 @@
 <step>/                 Hugging Face layout: loads with from_pretrained
     config.json, model.safetensors, tokenizer.json, ...   (LoRA: adapter_model.safetensors)
     optimizer.safetensors   AdamW's moments by parameter name, and torch's RNG state
-    trainer.json            step, policy version
+    trainer.json            step, policy version, steered epsilon
     manifest.json           format, and size and SHA-256 of every other file; written last
 """
 
@@ -78,6 +78,7 @@ def load_trainer_state(folder: Path, trainer: Trainer) -> None:
     state = json.loads((folder / "trainer.json").read_text())
     trainer.step = state["step"]
     trainer.policy.version = state["policy_version"]
+    trainer.epsilon.epsilon_low = state.get("epsilon_low")
 
 
 def verify_checkpoint(folder: Path) -> None:
@@ -111,7 +112,11 @@ def _write(folder: Path, trainer: Trainer) -> None:
     save_weights(policy, folder)
     tensors = {**trainer.optimizer.state(), _RNG: torch.get_rng_state()}
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "optimizer.safetensors")
-    state = {"step": trainer.step, "policy_version": policy.version}
+    state = {
+        "step": trainer.step,
+        "policy_version": policy.version,
+        "epsilon_low": trainer.epsilon.epsilon_low,
+    }
     (folder / "trainer.json").write_text(json.dumps(state))
     files = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _digest(path)}

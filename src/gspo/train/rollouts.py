@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -35,6 +35,16 @@ class RolloutBatch:
     def groups_with_signal(self) -> frozenset[int]:
         """Groups in which some advantage is not 0."""
         return frozenset(s[0].group_id for s in self.samples if s[0].advantage != 0)
+
+    def with_signal(self) -> RolloutBatch:
+        """Without the groups whose rewards are all equal."""
+        kept = [i for i, group in enumerate(self.groups) if group in self.groups_with_signal]
+        return replace(
+            self,
+            samples=tuple(self.samples[i] for i in kept),
+            groups=tuple(self.groups[i] for i in kept),
+            rewards=tuple(self.rewards[i] for i in kept),
+        )
 
     @property
     def flat_groups(self) -> int:

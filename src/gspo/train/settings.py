@@ -42,6 +42,14 @@ class Settings:
     learning_rate: float
     options: DevTrainConfig
 
+    @property
+    def overlong(self) -> tuple[int, int] | None:
+        """(max_tokens, cache) of the overlong punishment, or None."""
+        options = self.options
+        if options.overlong_max_tokens is None or options.overlong_cache is None:
+            return None
+        return options.overlong_max_tokens, options.overlong_cache
+
 
 def resolve(config: TrainConfig | None = None, options: DevTrainConfig | None = None) -> Settings:
     """Settings of one call.

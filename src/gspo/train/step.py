@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -12,11 +13,12 @@ from torch import Tensor
 from gspo.batch.pack import PackedBatch, pack
 from gspo.batch.sample import Sample
 from gspo.metrics import Metrics
-from gspo.objective import LossOutput, Objective, policy_loss
+from gspo.objective import LossOutput, Objective, Segments, policy_loss, sequence_log_ratio
 from gspo.policy.attention import padded_share
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy
 from gspo.policy.logprob import TokenLogprobs
+from gspo.train.calibration import Observed
 
 Reference = Callable[[PackedBatch], Float[Tensor, " M"]]
 
@@ -30,14 +32,18 @@ class StepInput:
         total_sequences: N, those without one included.
         budget: tokens of a packed row.
         chunk: tokens whose logits exist at once.
+        total_tokens: T, the trained tokens of those sequences.
+        unit: what a sequence is, `trajectory` or `turn`.
         on_policy: the weights are still those that sampled: any log-ratio is a mismatch between
             engine and trainer.
     """
 
     samples: Sequence[Sample]
     total_sequences: int
+    total_tokens: int
     budget: int
     chunk: int | None
+    unit: Literal["trajectory", "turn"] = "trajectory"
     on_policy: bool = False
 
 
@@ -47,14 +53,16 @@ def accumulate(
     objective: Objective,
     metrics: Metrics,
     reference: Reference | None = None,
-) -> None:
+) -> list[Observed]:
     """Leave the gradient of the step's loss on the parameters, and its metrics in `metrics`.
 
-    N is known before the first backward pass, so neither depends on the split into rows.
+    N and T are known before the first backward pass, so neither depends on the split into rows.
+    Returns what the step saw of its sequences.
     """
+    seen: list[Observed] = []
     metrics.mean("loss/policy", 0.0, 1)
     metrics.mean("loss/kl", 0.0, 1)
-    for batch in pack(work.samples, work.budget):
+    for batch in pack(work.samples, work.budget, work.unit):
         scored = forward(policy, batch, work.chunk)
         device = scored.logprobs.device
         out = policy_loss(
@@ -65,6 +73,10 @@ def accumulate(
             objective,
             loss_mask=batch.loss_mask.to(device),
             total_sequences=work.total_sequences,
+            total_tokens=work.total_tokens,
+            sampling_logprobs=None
+            if objective.correction is None
+            else batch.sampling_logprobs.to(device),
             reference_logprobs=None if reference is None else reference(batch),
         )
         out.loss.backward()
@@ -72,8 +84,13 @@ def accumulate(
         buckets = policy.packing == "buckets"
         real, computed = padded_share(batch.lengths) if buckets else (1, 1)
         metrics.mean("tokens/packed_efficiency", real, computed)
+        own = zip(
+            out.log_ratio.tolist(), batch.advantages.tolist(), out.lengths.tolist(), strict=True
+        )
+        seen.extend(Observed(*values) for values in own)
         if work.on_policy:
-            _record_mismatch(metrics, batch, scored)
+            _record_mismatch(metrics, batch, scored, objective)
+    return seen
 
 
 def _record(metrics: Metrics, batch: PackedBatch, scored: TokenLogprobs, out: LossOutput) -> None:
@@ -97,8 +114,28 @@ def _record(metrics: Metrics, batch: PackedBatch, scored: TokenLogprobs, out: Lo
     metrics.add("ratio/extreme", int(out.extreme.sum()))
 
 
-def _record_mismatch(metrics: Metrics, batch: PackedBatch, scored: TokenLogprobs) -> None:
-    """d_t on unchanged weights: what engine and trainer disagree by."""
-    d = scored.logprobs.detach().cpu().double() - batch.old_logprobs.double()
-    metrics.mean("mismatch/log_ratio_mean", d.sum().item(), d.numel())
+def _record_mismatch(
+    metrics: Metrics, batch: PackedBatch, scored: TokenLogprobs, objective: Objective
+) -> None:
+    """On unchanged weights: what engine and trainer disagree by, and what that alone would clip."""
+    d = scored.logprobs.detach().cpu() - batch.sampling_logprobs
+    metrics.mean("mismatch/log_ratio_mean", d.double().sum().item(), d.numel())
     metrics.maximum("mismatch/log_ratio_abs_max", d.abs().max().item())
+    every = torch.ones_like(d, dtype=torch.bool)
+    segments = Segments(batch.sequence_ids, len(batch.advantages), every, every)
+    noise = sequence_log_ratio(d, segments)
+    metrics.distribution("mismatch/sequence_log_ratio", noise.tolist())
+    if objective.level not in ("sequence", "sequence_token"):
+        return
+    scale = segments.lengths.rsqrt() if objective.epsilon_scale == "sqrt_length" else 1.0
+    ratio, one = noise.exp(), torch.ones_like(noise)
+    above = ratio > one + objective.epsilon_high * scale
+    below = ratio < one - objective.epsilon_low * scale
+    advantages = batch.advantages
+    clipped = (above & (advantages > 0)) | (below & (advantages < 0))
+    for name, chosen in (
+        ("mismatch/clip_fraction", advantages != 0),
+        ("mismatch/clip_fraction_positive", advantages > 0),
+        ("mismatch/clip_fraction_negative", advantages < 0),
+    ):
+        metrics.mean(name, int(clipped[chosen].sum()), int(chosen.sum()))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,15 +13,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gspo.batch.pack import PackedBatch
-from gspo.batch.sample import Sample
+from gspo.batch.sample import Sample, unit_count
 from gspo.errors import NumericsError
 from gspo.metrics import Metrics
+from gspo.objective import CLIPPING, Objective
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy
+from gspo.train.calibration import EpsilonController, Observed, noise_advice
 from gspo.train.optimizer import Optimizer, learning_rate
+from gspo.train.recompute import with_trainer_logprobs
 from gspo.train.rollouts import RolloutBatch, minibatches, without_advantage
 from gspo.train.settings import Settings
 from gspo.train.step import Reference, StepInput, accumulate
+
+log = logging.getLogger("gspo")
 
 ACTIVATION_BYTES = 2 * 2**30
 _LARGEST_ROW = 16_384
@@ -48,7 +54,9 @@ class Trainer:
         self.policy = policy
         self.optimizer = Optimizer(policy.trainable)
         self.step = 0
+        self.epsilon = EpsilonController()
         self._load_reference = load_reference
+        self._warned = False
         self._frozen: Policy | None = None
 
     def train(self, batch: RolloutBatch, settings: Settings) -> TrainOutput:
@@ -62,14 +70,25 @@ class Trainer:
         started = time.perf_counter()
         metrics = Metrics()
         self._describe(metrics, batch)
+        objective = settings.objective
+        if settings.auto_epsilon:
+            objective = self.epsilon.apply(objective)
         plan = self._plan(batch, settings)
+        seen: list[Observed] = []
         updates = 0
         self.policy.lm.train(self.policy.checkpointing)  # layers recompute in train mode alone
         try:
             for at, part in enumerate(plan):
-                updates += self._minibatch(
-                    part, settings, metrics, progress=at / len(plan), first=updates == 0
+                stepped = self._minibatch(
+                    part,
+                    settings,
+                    objective,
+                    metrics,
+                    progress=at / len(plan),
+                    first=updates == 0,
                 )
+                updates += stepped is not None
+                seen += stepped or []
         finally:
             self.policy.lm.eval()
             self.policy.version += updates > 0
@@ -79,13 +98,22 @@ class Trainer:
             skipped = f"all {batch.dropped} trajectories are longer than the context"
         elif updates == 0:
             skipped = "every group has equal rewards: all advantages are 0"
+        self._calibrate(metrics, objective, settings, seen)
         metrics.add("optim/updates", updates)
         metrics.add("time/train", time.perf_counter() - started)
         return TrainOutput(updates, skipped, metrics)
 
     def _plan(self, batch: RolloutBatch, settings: Settings) -> list[list[tuple[Sample, ...]]]:
-        """The minibatches of all epochs, in order."""
+        """The minibatches of all epochs, in order; pi_old is fixed before the first."""
         options = settings.options
+        if not settings.counts_flat:
+            batch = batch.with_signal()
+        if settings.old_logprobs == "trainer" and batch.samples:
+            budget = options.packed_sequence_length or self._row_budget()
+            samples = with_trainer_logprobs(
+                self.policy, batch.samples, budget, options.logprob_calculation_chunk_size
+            )
+            batch = replace(batch, samples=tuple(samples))
         return [
             part
             for epoch in range(options.epochs)
@@ -98,26 +126,29 @@ class Trainer:
         self,
         part: Sequence[tuple[Sample, ...]],
         settings: Settings,
+        objective: Objective,
         metrics: Metrics,
         *,
         progress: float,
         first: bool,
-    ) -> int:
-        """One optimizer step, or none where nothing in the minibatch has an advantage."""
-        options, objective = settings.options, settings.objective
+    ) -> list[Observed] | None:
+        """One optimizer step, or None where nothing in the minibatch has an advantage."""
+        options = settings.options
         wanted = [s for s in part if objective.kl_coef > 0 or not without_advantage(s)]
         if all(without_advantage(samples) for samples in wanted):
             metrics.add("optim/skipped", 1)
-            return 0
+            return None
         work = StepInput(
             samples=[sample for samples in wanted for sample in samples],
-            total_sequences=len(part),
+            total_sequences=sum(unit_count(samples, options.sequence_unit) for samples in part),
+            total_tokens=sum(int(s.loss_mask.sum()) for samples in part for s in samples),
+            unit=options.sequence_unit,
             budget=options.packed_sequence_length or self._row_budget(),
             chunk=options.logprob_calculation_chunk_size,
             on_policy=first and self._fresh(wanted),
         )
         reference = self._reference() if objective.kl_coef > 0 else None
-        accumulate(self.policy, work, objective, metrics, reference)
+        seen = accumulate(self.policy, work, objective, metrics, reference)
         rate = learning_rate(settings.learning_rate, options, self.step + progress)
         try:
             norm = self.optimizer.step(rate, options)
@@ -128,7 +159,24 @@ class Trainer:
             ) from None
         metrics.mean("optim/grad_norm", norm, 1)
         metrics.mean("optim/learning_rate", rate, 1)
-        return 1
+        return seen
+
+    def _calibrate(
+        self, metrics: Metrics, objective: Objective, settings: Settings, seen: list[Observed]
+    ) -> None:
+        """Steer the clip range where asked; say once where it doesn't fit the noise."""
+        target = settings.options.epsilon_target
+        if settings.auto_epsilon:
+            self.epsilon.observe(objective, seen, target)
+        if objective.surrogate in CLIPPING:
+            metrics.mean("ratio/epsilon_low", objective.epsilon_low, 1)
+            metrics.mean("ratio/epsilon_high", objective.epsilon_high, 1)
+        if self._warned or objective.level not in ("sequence", "sequence_token"):
+            return
+        advice = noise_advice(metrics.compute(), objective, target, seen)
+        if advice is not None and not settings.auto_epsilon:
+            self._warned = True
+            log.warning("train step %d: %s", self.step, advice)
 
     def _fresh(self, trajectories: Sequence[Sequence[Sample]]) -> bool:
         """Whether the current weights sampled every token."""

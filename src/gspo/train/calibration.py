@@ -1,0 +1,111 @@
+"""epsilon="auto": the clip range that clips a target share of the sequences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from gspo.objective import MAX_LOG_RATIO, Objective
+
+LOWEST, HIGHEST = 1e-6, 1.0
+RATE = 0.3
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A sequence of one optimizer step: l_i, A_i and L_i."""
+
+    log_ratio: float
+    advantage: float
+    length: float
+
+
+@dataclass
+class EpsilonController:
+    """Steers epsilon_low, from one call of `train` to the next; epsilon_high keeps its proportion.
+
+    Each sequence has a smallest epsilon that would leave it unclipped. The (1 - target) quantile
+    of those is the range that clips just the target share, whatever the range was: so the
+    controller converges from anywhere. It moves a share `RATE` of the way, in logarithms, and
+    stays in [LOWEST, HIGHEST].
+
+    Attributes:
+        epsilon_low: None before the first call: the preset's.
+    """
+
+    epsilon_low: float | None = None
+
+    def apply(self, objective: Objective) -> Objective:
+        """The objective with the present range."""
+        if self.epsilon_low is None:
+            return objective
+        scale = objective.epsilon_high / objective.epsilon_low
+        return objective.with_epsilon(self.epsilon_low, self.epsilon_low * scale)
+
+    def observe(self, objective: Objective, seen: Sequence[Observed], target: float) -> None:
+        """Learn from the sequences of one call, made under `objective`."""
+        needed = sorted(needed_epsilon(objective, one) for one in seen if one.advantage != 0)
+        if not needed:
+            return
+        wanted = _bounded(needed[min(int((1 - target) * len(needed)), len(needed) - 1)])
+        present = objective.epsilon_low
+        moved = math.log(present) + RATE * (math.log(wanted) - math.log(present))
+        self.epsilon_low = _bounded(math.exp(moved))
+
+
+def needed_epsilon(objective: Objective, one: Observed) -> float:
+    """The smallest epsilon_low at which the sequence is not clipped.
+
+    >>> gspo = Objective("sequence", 0.1, 0.2)
+    >>> round(needed_epsilon(gspo, Observed(math.log(1.3), 1.0, 9)), 3)
+    0.15
+    >>> needed_epsilon(gspo, Observed(math.log(1.3), -1.0, 9))
+    0.0
+    """
+    distance = math.expm1(min(one.log_ratio, MAX_LOG_RATIO))
+    if one.advantage > 0:
+        distance /= objective.epsilon_high / objective.epsilon_low
+    else:
+        distance = -distance
+    if objective.epsilon_scale == "sqrt_length":
+        distance *= math.sqrt(max(one.length, 1.0))
+    return max(distance, 0.0)
+
+
+def noise_advice(
+    metrics: Mapping[str, float], objective: Objective, target: float, seen: Sequence[Observed]
+) -> str | None:
+    """What to change where noise, and not learning, decides what is clipped; None if all is well.
+
+    Args:
+        metrics: of the call, with `mismatch/*` where the first minibatch was on-policy.
+        seen: the sequences of all its optimizer steps.
+    """
+    noise = metrics.get("mismatch/clip_fraction", 0.0)
+    if noise > target / 2:
+        return (
+            f"engine and trainer differ so much that noise alone clips {noise:.0%} of the "
+            f"sequences on unchanged weights (epsilon {objective.epsilon_low:.2g}): raise epsilon, "
+            "set epsilon='auto' or old_logprobs='trainer', or roll out in a finer dtype"
+        )
+    spread = _spread([one.log_ratio for one in seen])
+    if spread > 0 and not 0.3 <= objective.epsilon_low / spread <= 5:
+        how = "clips many of" if objective.epsilon_low < spread else "hardly ever clips"
+        return (
+            f"epsilon {objective.epsilon_low:.2g} is {objective.epsilon_low / spread:.2g} x the "
+            f"spread of the sequences' log-ratios ({spread:.2g}) and {how} them: set "
+            "epsilon='auto', or a number near that spread"
+        )
+    return None
+
+
+def _spread(values: Sequence[float]) -> float:
+    if len(values) < 2:
+        return 0.0
+    mean = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / len(values))
+
+
+def _bounded(epsilon: float) -> float:
+    return min(max(epsilon, LOWEST), HIGHEST)

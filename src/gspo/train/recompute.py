@@ -1,0 +1,39 @@
+"""pi_old of the trainer: log-probs at the start of the batch, before any update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from gspo.batch.pack import pack
+from gspo.batch.sample import Sample
+from gspo.policy.forward import forward
+from gspo.policy.load import Policy
+
+
+def with_trainer_logprobs(
+    policy: Policy, trajectories: Sequence[Sequence[Sample]], budget: int, chunk: int | None
+) -> list[tuple[Sample, ...]]:
+    """The same samples with `old_logprobs` under the policy as it is now.
+
+    Called once a rollout batch: computed from the weights under update, every ratio would be 1
+    and the clip would never act.
+    """
+    by_id = {samples[0].trajectory_id: samples for samples in trajectories}
+    found: dict[int, tuple[Sample, ...]] = {}
+    with torch.no_grad():
+        for row in pack([s for own in trajectories for s in own], budget):
+            logprobs = forward(policy, row, chunk).logprobs.cpu().numpy()
+            at = 0
+            for trajectory_id in row.trajectory_ids:
+                samples = []
+                for sample in by_id[trajectory_id]:
+                    old = np.zeros(len(sample), dtype=np.float32)
+                    old[sample.ratio_mask] = logprobs[at : at + sample.sampled]
+                    at += sample.sampled
+                    samples.append(replace(sample, old_logprobs=old))
+                found[trajectory_id] = tuple(samples)
+    return [found[samples[0].trajectory_id] for samples in trajectories]
