@@ -15,6 +15,7 @@ from openai import OpenAI
 from typer.testing import CliRunner
 
 from gspo.cli import app
+from gspo.objective import PRESETS
 
 
 def gspo(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -32,6 +33,7 @@ def test_surface_is_frozen():
         "demo": ["path", "steps", "seed", "as_json"],
         "train": ["spec", "overrides", "dry_run", "as_json"],
         "serve": ["model", "port", "host", "name"],
+        "presets": ["as_json"],
     }
 
 
@@ -108,3 +110,16 @@ def test_help_lists_the_verbs():
     assert result.exit_code == 0
     for verb in ("demo", "train", "serve"):
         assert verb in result.output
+
+
+def test_presets_are_listed_with_formula_defaults_and_source():
+    result = CliRunner().invoke(app, ["presets"])
+    assert result.exit_code == 0
+    for name, preset in PRESETS.items():
+        assert name in result.output
+        assert preset.formula in result.output
+    rows = json.loads(CliRunner().invoke(app, ["presets", "--json"]).output)
+    assert [row["name"] for row in rows] == list(PRESETS)
+    gspo_row = rows[0]
+    assert gspo_row["defaults"]["epsilon_high"] == 4e-4
+    assert "2507.18071" in gspo_row["source"]

@@ -17,14 +17,16 @@ from gspo.train.settings import resolve
         ({"algorithm": "gpso"}, "Did you mean 'gspo'"),
         ({"epsilon": 0}, "epsilon = 0"),
         ({"epsilon": 1.5}, "epsilon = 1.5"),
+        ({"epsilon": "aut"}, "Did you mean 'auto'"),
         ({"epsilon": float("nan")}, "epsilon = nan"),
         ({"minibatches": 0}, "minibatches = 0"),
         ({"lr_schedule": "cosine"}, "needs lr_total_steps"),
         ({"lr_warmup_steps": 9, "lr_total_steps": 9}, "must be larger"),
         ({"mask_prob_ratio": True}, "'mask_prob_ratio' is not supported"),
         ({"kimi_k2_tau": 0.1}, "'kimi_k2_tau' is not supported"),
-        ({"ppo": False}, "ppo = False"),
-        ({"precalculate_logprobs": True}, "precalculate_logprobs = True"),
+        ({"ppo": False}, "use algorithm='cispo'"),
+        ({"normalize_by_length": False}, "use algorithm='dr_grpo'"),
+        ({"overlong_cache": 5}, "belong together"),
     ],
 )
 def test_wrong_options_name_themselves_and_the_remedy(options: dict, message: str):

@@ -83,6 +83,17 @@ def serve(
     serve_model(model, host, port, name or model)
 
 
+@app.command()
+def presets(as_json: JsonOption = False) -> None:
+    """List the named methods: formula, defaults and source."""
+    from gspo.lab.listing import preset_rows, print_presets
+
+    if as_json:
+        print(json.dumps(preset_rows()))
+    else:
+        print_presets()
+
+
 def _run(make_spec: Callable[[], Spec], as_json: bool) -> None:
     from gspo.lab import experiment
     from gspo.lab.picture import draw_run, require_plotting

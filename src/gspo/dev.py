@@ -6,9 +6,9 @@ The names are OpenPipe ART's where ART has the option; docs/art.md lists every d
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from gspo.options import Options
 
@@ -39,7 +39,6 @@ CorrectionKind = Literal[
     "sequence_geometric_mask",
     "off_policy_sequence_mask",
 ]
-Epsilon = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 _NO_ROUTE = "routing replay is not part of this version."
 
 
@@ -87,7 +86,7 @@ class TrainConfig(Options):
     """A named preset. None: the one that `importance_sampling_level` implies, else `gspo`."""
     importance_sampling_level: Level | None = None
     """Over what the importance ratio is taken. None: the preset's."""
-    epsilon: Epsilon | Literal["auto"] | None = None
+    epsilon: float | Literal["auto"] | None = None
     """Lower clip distance: ratios below 1 - epsilon are clipped. None: the preset's. "auto" steers
     both sides so that `epsilon_target` of the sequences are clipped, in the preset's proportion."""
     epsilon_target: float = Field(default=0.15, gt=0, lt=1)
@@ -150,6 +149,13 @@ class TrainConfig(Options):
     """The schedule's last learning rate, as a share of the peak."""
     on_too_long: Literal["error", "drop"] = "error"
     """A trajectory longer than the context: an error that names it, or dropped and counted."""
+
+    @field_validator("epsilon")
+    @classmethod
+    def _epsilon_is_a_range(cls, epsilon: float | str | None) -> float | str | None:
+        if isinstance(epsilon, float) and not 0 < epsilon <= 1:
+            raise ValueError("must be above 0 and at most 1, or 'auto'")
+        return epsilon
 
     @model_validator(mode="after")
     def _overlong_is_whole(self) -> TrainConfig:

@@ -50,21 +50,21 @@ def _title(cls: type[Options]) -> str:
 
 
 def _explain(cls: type[Options], error: ValidationError) -> str:
-    lines = []
+    """One line a field; of a union's several complaints, the one with a suggestion."""
+    lines: dict[str, str] = {}
     for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
+        where = str(problem["loc"][0]) if problem["loc"] else ""
         value = problem.get("input")
         message = problem["msg"].removeprefix("Value error, ")
-        if not where:
-            lines.append(f"{_title(cls)}: {message}.")
-            continue
-        message = cls.fixed.get(where, message)
         near = ""
         if problem["type"] == "literal_error" and isinstance(value, str):
             expected = str(problem.get("ctx", {}).get("expected", ""))
             near = suggestion(value, [part.strip("' ") for part in _split_choices(expected)])
-        lines.append(f"{_title(cls)}: {where} = {value!r}: {message}.{near}")
-    return "\n".join(lines)
+        message = cls.fixed.get(where, message)
+        line = f"{where} = {value!r}: {message}" if where else message
+        if near or where not in lines:
+            lines[where] = f"{_title(cls)}: {line}.{near}"
+    return "\n".join(lines.values())
 
 
 def _split_choices(expected: str) -> list[str]:

@@ -26,6 +26,7 @@ def make_sample(trajectory_id: int, length: int, rng: np.random.Generator) -> Sa
         ratio_mask=mask,
         loss_mask=mask & (rng.random(length) < 0.7),
         old_logprobs=np.where(mask, -rng.random(length), 0).astype(np.float32),
+        sampling_logprobs=np.where(mask, -rng.random(length), 0).astype(np.float32),
         temperatures=np.where(mask, rng.random(length) + 0.5, 1).astype(np.float32),
         turn_ids=np.where(mask, 0, -1),
         policy_versions=np.where(mask, 0, -1),

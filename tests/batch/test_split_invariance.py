@@ -65,7 +65,8 @@ def of_a_step(
 ) -> tuple[Tensor, dict[str, float]]:
     table, metrics = Table(samples_of_a_step()), Metrics()
     monkeypatch.setattr(step, "forward", table.forward)
-    work = step.StepInput(samples, total_sequences=TOTAL, budget=budget, chunk=None)
+    tokens = sum(int(sample.loss_mask.sum()) for sample in samples)
+    work = step.StepInput(samples, TOTAL, tokens, budget, chunk=None)
     policy: Any = table
     step.accumulate(policy, work, Objective(level, EPSILON, EPSILON), metrics)
     assert table.weight.grad is not None

@@ -23,7 +23,7 @@ def test_advantages_are_standardised_per_group():
 
 
 def test_unscaled_advantages_are_centred_only():
-    batch = prepare(groups((1, 0), (0, 4)), context=99, scale_rewards=False)
+    batch = prepare(groups((1, 0), (0, 4)), context=99, advantage="group_mean")
     assert [s[0].advantage for s in batch.samples] == [0.5, -0.5, -2, 2]
 
 

@@ -13,6 +13,8 @@ from gspo.errors import NumericsError
 from gspo.metrics import Metrics
 from gspo.objective import PRESETS
 from gspo.policy.load import Policy, load_policy
+from gspo.serve.engine import Request, SamplingParams
+from gspo.serve.torch_engine import TorchEngine
 from gspo.train.rollouts import RolloutBatch, prepare
 from gspo.train.settings import resolve
 from gspo.train.step import StepInput, accumulate
@@ -55,7 +57,8 @@ def accumulated(policy: Policy, batch: RolloutBatch, budget: int, packing: str =
     metrics = Metrics()
     policy.packing = packing  # pyright: ignore[reportAttributeAccessIssue]
     samples = [s for own in batch.samples if own[0].advantage != 0 for s in own]
-    work = StepInput(samples, len(batch.samples), budget, chunk=17)
+    tokens = sum(int(s.loss_mask.sum()) for own in batch.samples for s in own)
+    work = StepInput(samples, len(batch.samples), tokens, budget, chunk=17)
     accumulate(policy, work, PRESETS["gspo"].objective.with_epsilon(0.3, 0.5), metrics)
     policy.packing = "buckets"
     return metrics.compute(), gradient(policy)
@@ -109,7 +112,7 @@ def test_flat_groups_cost_no_forward_but_count_in_n(policy: Policy, monkeypatch)
 
     own = step.pack
     monkeypatch.setattr(
-        step, "pack", lambda samples, budget: seen.append(len(samples)) or own(samples, budget)
+        step, "pack", lambda samples, *args: seen.append(len(samples)) or own(samples, *args)
     )
     trainer = Trainer(embedded())
     settings = resolve(options=dev.TrainConfig(minibatches=1))
@@ -225,7 +228,7 @@ def test_a_trajectory_in_two_samples_is_one_sequence():
     plain = trajectory(0.0, choice([25, 26], [9, 8]))
     batch = prepare([TrajectoryGroup([broken, plain])], context=512)
     assert [len(own) for own in batch.samples] == [2, 1]
-    settings = resolve(options=dev.TrainConfig(minibatches=1, epsilon=1.0, epsilon_high=100.0))
+    settings = resolve(options=dev.TrainConfig(minibatches=1, epsilon=1.0, epsilon_high=1.0))
     d = []
     with torch.no_grad():
         for sample in batch.samples[0]:
@@ -237,3 +240,104 @@ def test_a_trajectory_in_two_samples_is_one_sequence():
     out = Trainer(policy).train(batch, settings).metrics
     assert any(v == pytest.approx(expected, abs=1e-5) for v in out._values["ratio/log"])
     assert out.compute()["tokens/trained"] == 7
+
+
+def engine_groups(policy: Policy, size: int = 8) -> list[TrajectoryGroup]:
+    """Rollouts of the policy itself, rewards that differ inside each group."""
+    engine = TorchEngine(policy)
+    groups = []
+    for text in ("918273645546", "192837465501", "000111222333", "555666777888"):
+        prompt = tuple(engine.encode_chat([{"role": "user", "content": text}]))
+        done = engine.generate([Request(prompt, SamplingParams(n=size, max_tokens=16))])[0]
+        groups.append(
+            TrajectoryGroup(
+                trajectory(float(i), choice(c.token_ids, prompt, c.logprobs))
+                for i, c in enumerate(done)
+            )
+        )
+    return groups
+
+
+def test_trainer_logprobs_are_fixed_before_the_first_update():
+    """Recomputed per update, every ratio would be 1 and the clip would never act."""
+    policy = embedded()
+    batch = prepare(engine_groups(policy), context=512)
+    options = dev.TrainConfig(old_logprobs="trainer")
+    out = Trainer(policy).train(batch, resolve(TrainConfig(learning_rate=1e-3), options))
+    metrics = out.metrics.compute()
+    assert metrics["ratio/clip_fraction"] > 0.1
+    assert metrics["ratio/log_abs_max"] > 1e-3
+
+
+def test_trainer_logprobs_remove_a_mismatch_from_the_ratio():
+    """An engine that is off by 0.01 nat a token: seen as mismatch, not as a ratio."""
+    policy = embedded()
+    groups = engine_groups(policy)
+    for group in groups:
+        for t in group:
+            c = t.choices()[0]
+            c.token_logprobs = [v - 0.01 for v in c.token_logprobs]  # pyright: ignore[reportAttributeAccessIssue]
+    batch = prepare(groups, context=512)
+    once = {"minibatches": 1, "scale_rewards": True}
+    results = {}
+    for old in ("rollout", "trainer"):
+        options = dev.TrainConfig(old_logprobs=old, **once)  # pyright: ignore[reportArgumentType]
+        results[old] = Trainer(embedded()).train(batch, resolve(options=options)).metrics.compute()
+    assert results["rollout"]["ratio/clip_fraction_positive"] == 1
+    assert results["trainer"]["ratio/clip_fraction"] == 0
+    assert results["trainer"]["ratio/log_abs_max"] < 1e-5
+    for metrics in results.values():
+        assert metrics["mismatch/log_ratio_mean"] == pytest.approx(0.01, abs=1e-5)
+        assert metrics["mismatch/clip_fraction_positive"] == 1
+        assert metrics["mismatch/clip_fraction_negative"] == 0
+
+
+def test_noise_is_warned_of_once(caplog):
+    policy = embedded()
+    trainer = Trainer(policy)
+    batch = prepare(engine_groups(policy), context=512)
+    settings = resolve(TrainConfig(learning_rate=1e-3))
+    for _ in range(2):
+        trainer.train(batch, settings)
+    warnings = [r for r in caplog.records if "epsilon='auto'" in r.message]
+    assert len(warnings) == 1
+
+
+@pytest.mark.parametrize("algorithm", list(PRESETS))
+def test_every_preset_trains(algorithm: str):
+    policy = embedded()
+    before = {n: p.detach().clone() for n, p in policy.trainable.items()}
+    options = dev.TrainConfig(algorithm=algorithm)  # pyright: ignore[reportArgumentType]
+    settings = resolve(TrainConfig(learning_rate=1e-4), options)
+    batch = prepare(engine_groups(policy), context=512, advantage=settings.advantage)
+    out = Trainer(policy).train(batch, settings)
+    assert out.updates == 4
+    assert all(math.isfinite(v) for v in out.metrics.compute().values())
+    assert any(not torch.equal(p, before[n]) for n, p in policy.trainable.items())
+
+
+def test_auto_epsilon_moves_and_is_logged():
+    policy = embedded()
+    trainer = Trainer(policy)
+    settings = resolve(TrainConfig(learning_rate=1e-3), dev.TrainConfig(epsilon="auto"))
+    used = []
+    for _ in range(3):
+        batch = prepare(engine_groups(policy), context=512)
+        used.append(trainer.train(batch, settings).metrics.compute()["ratio/epsilon_low"])
+    assert used[0] == 3e-4
+    assert used[2] > used[1] > used[0]
+    assert trainer.epsilon.epsilon_low is not None
+
+
+def test_dapo_leaves_flat_groups_out_of_the_count():
+    policy = embedded()
+    groups = engine_groups(policy)
+    for t in groups[0]:
+        t.reward = 1.0
+    batch = prepare(groups, context=512)
+    options = dev.TrainConfig(algorithm="dapo", minibatches=1)
+    whole = Trainer(embedded()).train(batch, resolve(options=options)).metrics.compute()
+    without = prepare(groups[1:], context=512)
+    alone = Trainer(embedded()).train(without, resolve(options=options)).metrics.compute()
+    assert whole["loss/policy"] == pytest.approx(alone["loss/policy"], abs=1e-6)
+    assert whole["optim/grad_norm"] == pytest.approx(alone["optim/grad_norm"], rel=1e-4)

@@ -2,6 +2,9 @@
 
 Each returns the value v_i of each sequence, which the loss adds up, and which tokens the range
 silences (zero gradient). `a` is the advantage at each token, 0 outside the mask.
+
+>>> sorted(SURROGATES)
+['clip', 'divergence', 'gamma', 'gate', 'geometric', 'likelihood', 'truncate']
 """
 
 from __future__ import annotations
