@@ -64,13 +64,7 @@ async def run_experiment(spec: Spec, watch: Watch) -> Outcome:
 
         for step in range(await model.get_step(), spec.steps):
             began = time.perf_counter()
-            groups = await art.gather_trajectory_groups(
-                (
-                    rollouts.group("train", step * spec.prompts + i, spec.completions)
-                    for i in range(spec.prompts)
-                ),
-                pbar_desc=None,
-            )
+            groups = await rollouts.batch(step)
             rolled = time.perf_counter() - began
             result = await model.train(groups, spec.train_config(), spec.train)
             timing = _timing(result.metrics, rolled, time.perf_counter() - began)

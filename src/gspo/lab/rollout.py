@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gspo.errors import ConfigError
+from gspo.gather import gather_trajectory_groups
 from gspo.lab.spec import Spec
 from gspo.model import TrainableModel
 from gspo.tasks import Problem, Split, Task, load_task
@@ -26,6 +27,7 @@ class Scenario:
     problem: Problem | None
 
 
+_ROUNDS = 3
 Rollout = Callable[[TrainableModel, Scenario], Awaitable[Trajectory]]
 
 
@@ -52,6 +54,27 @@ class Rollouts:
             return await TrajectoryGroup(rollout(self.model, scenario) for _ in range(size))
         assert self.task is not None and scenario.problem is not None
         return await self._answers(self.task, scenario.problem, size)
+
+    async def batch(self, step: int) -> list[TrajectoryGroup]:
+        """The groups of one step; with dynamic sampling, those of fresh prompts for flat ones."""
+        spec = self.spec
+        rounds = _ROUNDS if spec.dynamic_sampling else 1
+        kept: list[TrajectoryGroup] = []
+        flat: list[TrajectoryGroup] = []
+        for extra in range(rounds):
+            missing = spec.prompts - len(kept)
+            first = (step * rounds + extra) * spec.prompts
+            groups = await gather_trajectory_groups(
+                (self.group("train", first + i, spec.completions) for i in range(missing)),
+                pbar_desc=None,
+            )
+            for group in groups:
+                signal = len({t.reward for t in group}) > 1
+                (kept if signal or not spec.dynamic_sampling else flat).append(group)
+            if len(kept) == spec.prompts:
+                break
+        # Too few with signal: the flat ones stay in the count, as they would without this.
+        return [*kept, *flat[: spec.prompts - len(kept)]]
 
     async def _answers(self, task: Task, problem: Problem, size: int) -> TrajectoryGroup:
         """One request for all completions: the prompt is computed once."""
