@@ -44,7 +44,7 @@ class Spec(Options):
     completions: int = Field(default=16, ge=2)
     """Rollouts per prompt, G."""
     dynamic_sampling: bool = False
-    """DAPO's: groups with equal rewards are replaced by fresh prompts, up to three times as many."""
+    """DAPO's: groups with equal rewards are replaced by fresh prompts, in up to three rounds."""
     max_tokens: int | None = Field(default=None, ge=1)
     """Longest completion. None: the task's own."""
     temperature: float = Field(default=1.0, gt=0, le=100)
