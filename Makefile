@@ -37,7 +37,7 @@ check: $(VENV)/.installed
 	$(BIN)/python -m pytest -q tests/test_floors.py tests/test_public_api.py tests/objective tests/batch
 
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/run_all.py
+	$(BIN)/python benchmarks/rollout.py
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Awaitable, Generator, Iterable, Iterator
-from typing import Any, TypeAlias, overload
+from typing import Any, TypeAlias, cast, overload
 
+from openai.types.chat import ChatCompletionMessageParam
 from openai.types.chat.chat_completion import Choice
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -62,12 +63,13 @@ class Trajectory(_Record):
         """The model's own turns, in order."""
         return [item for item in self.messages_and_choices if isinstance(item, Choice)]
 
-    def messages(self) -> list[Message]:
+    def messages(self) -> list[ChatCompletionMessageParam]:
         """All turns as plain messages, ready for the next `chat.completions.create`."""
-        return [
+        plain = [
             item.message.model_dump(exclude_none=True) if isinstance(item, Choice) else item
             for item in self.messages_and_choices
         ]
+        return cast(list[ChatCompletionMessageParam], plain)
 
     def __str__(self) -> str:
         return f"Trajectory(reward={self.reward}, metrics={self.metrics})"

@@ -50,7 +50,7 @@ def test_smollm2_trains_and_goes_on_by_the_same_command(tmp_path: Path) -> None:
     assert "step   2" in done.stdout and "step   1" not in done.stdout
     assert second["reward_before"] == first["reward_before"]
     assert 0 <= second["reward_after"][1] <= second["reward_after"][0] <= second["reward_after"][2]
-    assert 0 < second["mean_clip_fraction"] < 1
+    assert 0 <= second["mean_clip_fraction"] < 1
     assert Path(second["picture"]).is_file()
     assert len(list((tmp_path / "examples/smollm2/checkpoints").iterdir())) == 1
 

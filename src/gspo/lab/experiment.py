@@ -112,11 +112,21 @@ async def _evaluate(
         (rollouts.group("heldout", i, spec.eval_completions) for i in range(spec.eval_prompts)),
         pbar_desc=None,
     )
-    estimate = bootstrap([sum(t.reward for t in group) / len(group) for group in groups])
+    estimate = bootstrap(_by_prompt(rollouts, groups))
     interval = {"val/reward_low": estimate.low, "val/reward_high": estimate.high}
     await model.log(groups, "val", metrics=interval, step=step)
     watch.evaluated(step, estimate)
     return estimate
+
+
+def _by_prompt(rollouts: Rollouts, groups: Sequence[art.TrajectoryGroup]) -> list[float]:
+    """Mean reward of each distinct prompt: one that is drawn twice is no new evidence."""
+    rewards: dict[str, list[float]] = {}
+    for index, group in enumerate(groups):
+        problem = rollouts.scenario("heldout", index).problem
+        key = problem.prompt if problem else str(index)
+        rewards.setdefault(key, []).extend(t.reward for t in group)
+    return [sum(own) / len(own) for own in rewards.values()]
 
 
 def bootstrap(values: Sequence[float], draws: int = 2000) -> Estimate:

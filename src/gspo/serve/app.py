@@ -65,7 +65,9 @@ def create_app(batcher: Batcher, names: ServedNames) -> FastAPI:
         params = body.sampling(body.max_tokens)
         if body.logprobs is not None and body.logprobs > 0:
             raise RequestError("logprobs: only 0, the chosen tokens', is supported", "logprobs")
-        prompts = [engine.encode(p) if isinstance(p, str) else p for p in body.prompts()]
+        prompts = [
+            engine.encode(p, special=True) if isinstance(p, str) else p for p in body.prompts()
+        ]
         answers = await asyncio.gather(
             *(batcher.complete(EngineRequest(tuple(prompt), params)) for prompt in prompts)
         )

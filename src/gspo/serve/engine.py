@@ -87,8 +87,8 @@ class Engine(Protocol):
         """Longest prompt + completion in tokens."""
         ...
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without special tokens added."""
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of a text; `special` adds what the tokenizer puts around one (a BOS)."""
         ...
 
     def encode_chat(self, messages: Sequence[dict]) -> list[int]:

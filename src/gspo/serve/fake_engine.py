@@ -37,7 +37,7 @@ class FakeEngine:
         self.policy_version = 0
         self.requests: list[Request] = []
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
         return [ord(character) for character in text]
 
     def encode_chat(self, messages: Sequence[dict]) -> list[int]:

@@ -56,8 +56,8 @@ class TorchEngine:
     def context(self) -> int:
         return self.policy.context
 
-    def encode(self, text: str) -> list[int]:
-        return self.policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        return self.policy.tokenizer(text, add_special_tokens=special)["input_ids"]
 
     def encode_chat(self, messages: Sequence[dict]) -> list[int]:
         tokenizer = self.policy.tokenizer
