@@ -116,6 +116,7 @@ def _dry_run(spec: Spec) -> None:
         f"step, {plan.updates_per_step} optimizer steps a step\n"
         f"completions of up to {longest}; packed rows of {plan.row_tokens} tokens\n"
         f"about {plan.memory / 2**20:,.0f} MiB: weights {plan.memory_weights / 2**20:,.0f}, "
+        f"engine's copy {plan.memory_rollout_copy / 2**20:,.0f}, "
         f"optimizer {plan.memory_optimizer / 2**20:,.0f}, activations up to "
         f"{plan.memory_activations / 2**20:,.0f}, KV cache {plan.memory_kv_cache / 2**20:,.0f}"
     )
