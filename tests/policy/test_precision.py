@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -175,7 +175,12 @@ def test_lora_is_merged_before_it_is_rounded(dtype: dev.RolloutDtype, recompute:
 
 
 def test_transposed_experts_are_rounded_along_their_inputs():
-    sizes = {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8, "vocab_size": 50}
+    sizes: dict[str, Any] = {
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "head_dim": 8,
+        "vocab_size": 50,
+    }
     config = GptOssConfig(
         hidden_size=32,
         intermediate_size=48,
