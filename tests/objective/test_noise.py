@@ -43,7 +43,7 @@ def test_advice_names_what_to_change():
         advice(clip_noise(normal(1e-6), 3e-4, 4e-4)) == "noise is 0.0066x of the clip range: fine"
     )
     tight = advice(clip_noise(normal(1.2e-4), 3e-4, 4e-4), "float32")
-    assert "raise epsilon to 0.00047" in tight and "sample in" not in tight
+    assert "raise epsilon to 0.00048" in tight and "sample in" not in tight
     noisy = advice(clip_noise(normal(1e-2), 3e-4, 4e-4), "int4")
     assert "48% of positive-advantage and 49% of negative-advantage" in noisy
     assert "raise epsilon to at least 0.02" in noisy
