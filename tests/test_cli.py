@@ -34,6 +34,19 @@ def test_surface_is_frozen():
         "train": ["spec", "overrides", "dry_run", "as_json"],
         "serve": ["model", "port", "host", "name"],
         "presets": ["as_json"],
+        "audit": [
+            "model",
+            "rollout_dtype",
+            "task",
+            "prompts",
+            "completions",
+            "max_tokens",
+            "temperature",
+            "epsilon_low",
+            "epsilon_high",
+            "picture",
+            "as_json",
+        ],
     }
 
 
@@ -47,6 +60,20 @@ def test_demo_json_is_the_last_line(tmp_path: Path):
     assert Path(result["picture"]).exists()
     progress = [line for line in lines if line.startswith("step 2/2")]
     assert re.search(r"reward .* clipped .* tokens/s .* left", progress[0])
+
+
+def test_audit_prints_text_and_json_and_draws(tmp_path: Path):
+    picture = tmp_path / "audit.png"
+    arguments = ("--rollout-dtype", "int4", "--prompts", "8", "--epsilon-low", "0.01")
+    done = gspo("audit", "embedded:sort", *arguments, "--picture", str(picture), "--json")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("embedded:sort, sampled in int4")
+    assert any(line.startswith("verdict") and "noise is" in line for line in lines)
+    result = json.loads(lines[-1])
+    assert {"total", "buckets", "blocks", "verdict", "advice", "routing_agreement"} <= set(result)
+    assert (result["epsilon_low"], result["epsilon_high"]) == (0.01, 4e-4)
+    assert picture.exists()
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path):
@@ -65,6 +92,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path):
     [
         (("train", "nowhere.toml"), "error: cannot read nowhere.toml"),
         (("serve", "embedded:srot"), "Did you mean"),
+        (("audit", "embedded:sort", "--rollout-dtype", "int3"), "Did you mean 'int"),
+        (("audit", "Qwen/Qwen3-0.6B"), "name one with --task"),
     ],
 )
 def test_errors_are_one_line_without_a_traceback(arguments: tuple[str, ...], message: str):
@@ -108,7 +137,7 @@ def test_serve_answers_on_loopback():
 def test_help_lists_the_verbs():
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    for verb in ("demo", "train", "serve"):
+    for verb in ("demo", "train", "serve", "audit"):
         assert verb in result.output
 
 

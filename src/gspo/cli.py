@@ -94,6 +94,49 @@ def presets(as_json: JsonOption = False) -> None:
         print_presets()
 
 
+@app.command()
+def audit(
+    model: Annotated[str, typer.Argument(help="embedded:<task>, a folder or a hub id.")],
+    rollout_dtype: Annotated[
+        str, typer.Option(help="The engine's: float32, bfloat16, float16, int8 or int4.")
+    ] = "float32",
+    task: Annotated[str | None, typer.Option(help="Default: the embedded model's own.")] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts of the task.")] = 64,
+    completions: Annotated[int, typer.Option(min=1, help="Per prompt.")] = 8,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Default: the task's.")] = None,
+    temperature: Annotated[float, typer.Option(help="Above 0.")] = 1.0,
+    epsilon_low: Annotated[float | None, typer.Option(help="Default: GSPO's 3e-4.")] = None,
+    epsilon_high: Annotated[float | None, typer.Option(help="Default: GSPO's 4e-4.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Write a PNG here.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell whether the clip range is wider than the noise between engine and trainer."""
+    from gspo.lab.audit import AuditSpec, run_audit
+    from gspo.lab.audit_picture import draw_audit
+    from gspo.lab.audit_text import render
+    from gspo.lab.picture import require_plotting
+
+    spec = AuditSpec(
+        model=model,
+        rollout_dtype=rollout_dtype,  # pyright: ignore[reportArgumentType]  # it checks
+        task=task,
+        prompts=prompts,
+        completions=completions,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        epsilon_low=epsilon_low,
+        epsilon_high=epsilon_high,
+    )
+    if picture is not None:
+        require_plotting()
+    report, noise = run_audit(spec)
+    print(render(report), end="")
+    if picture is not None:
+        print(f"picture            {draw_audit(report, noise.log_ratios, picture)}")
+    if as_json:
+        print(json.dumps(report.as_json()))
+
+
 def _run(make_spec: Callable[[], Spec], as_json: bool) -> None:
     from gspo.lab import experiment
     from gspo.lab.picture import draw_run, require_plotting
@@ -127,6 +170,7 @@ def _dry_run(spec: Spec) -> None:
         f"step, {plan.updates_per_step} optimizer steps a step\n"
         f"completions of up to {longest}; packed rows of {plan.row_tokens} tokens\n"
         f"about {plan.memory / 2**20:,.0f} MiB: weights {plan.memory_weights / 2**20:,.0f}, "
+        f"engine's copy {plan.memory_rollout_copy / 2**20:,.0f}, "
         f"optimizer {plan.memory_optimizer / 2**20:,.0f}, activations up to "
         f"{plan.memory_activations / 2**20:,.0f}, KV cache {plan.memory_kv_cache / 2**20:,.0f}"
     )

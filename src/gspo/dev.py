@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from gspo.options import Options
 
-__all__ = ["InternalModelConfig", "LoraConfig", "TrainConfig"]
+__all__ = ["InternalModelConfig", "LoraConfig", "RolloutDtype", "TrainConfig"]
 
 Level = Literal["token", "sequence", "sequence_token", "average", "geometric_average"]
 Algorithm = Literal[
@@ -39,6 +39,7 @@ CorrectionKind = Literal[
     "sequence_geometric_mask",
     "off_policy_sequence_mask",
 ]
+RolloutDtype = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 _NO_ROUTE = "routing replay is not part of this version."
 
 
@@ -191,6 +192,9 @@ class InternalModelConfig(Options):
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type. Weights and optimizer stay float32; `bfloat16` computes under autocast."""
+    rollout_dtype: RolloutDtype | None = None
+    """Precision of the engine. None: it samples from the trainer's own weights; else from a copy
+    (LoRA merged), made anew after every update."""
     lora: LoraConfig | None = None
     """None: full fine-tuning."""
     activation_checkpointing: bool = False

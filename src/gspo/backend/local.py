@@ -1,4 +1,4 @@
-"""`LocalBackend`: engine and trainer in this process, on one copy of the weights."""
+"""`LocalBackend`: engine and trainer in this process, on one copy of the weights or on two."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from gspo.config import TrainConfig
 from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.errors import RunError
 from gspo.policy.load import Policy
+from gspo.policy.precision import rollout_copy
 from gspo.serve.app import create_app
 from gspo.serve.batcher import Batcher
 from gspo.serve.server import PortServer, bind, in_process_client
@@ -91,7 +92,11 @@ class LocalBackend:
             async with self._compute.turn() as compute:
                 config = model.internal_config
                 trainer = await compute.run(load_trainer, run, model.source, config)
-            self._services[key] = await self._start(run, model, trainer, listener)
+                policy = trainer.policy
+                if config.rollout_dtype is not None:
+                    policy = await compute.run(rollout_copy, policy, config.rollout_dtype)
+            engine = TorchEngine(policy, seed=self._sampling_seed(trainer.step))
+            self._services[key] = await self._start(run, model, engine, trainer, listener)
             run.claim()
         except BaseException:
             if run is not None:
@@ -101,9 +106,13 @@ class LocalBackend:
             raise
 
     async def _start(
-        self, run: Run, model: ModelLike, trainer: Trainer, listener: socket.socket | None
+        self,
+        run: Run,
+        model: ModelLike,
+        engine: TorchEngine,
+        trainer: Trainer,
+        listener: socket.socket | None,
     ) -> Service:
-        engine = TorchEngine(trainer.policy, seed=self._sampling_seed(trainer.step))
         async with self._compute.turn() as compute:
             await compute.run(engine.check)
         window = 0.0 if listener is None else 0.005

@@ -13,6 +13,7 @@ from gspo.backend.base import TrainResult
 from gspo.backend.run import Run
 from gspo.dev import InternalModelConfig
 from gspo.policy.load import Policy, load_policy
+from gspo.policy.precision import RolloutPolicy, refresh
 from gspo.policy.probe import choose_packing
 from gspo.serve.server import PortServer
 from gspo.serve.torch_engine import TorchEngine
@@ -33,7 +34,11 @@ log = logging.getLogger("gspo")
 
 @dataclass
 class Service:
-    """A registered trainable model. Engine and trainer share one copy of the weights."""
+    """A registered trainable model.
+
+    Engine and trainer share one copy of the weights, unless `rollout_dtype` gives the engine
+    its own.
+    """
 
     run: Run
     base_model: str
@@ -50,7 +55,11 @@ class Service:
         keep_checkpoints: int | None,
     ) -> TrainResult:
         """Update, log, save. Blocking; `groups` are those that `batch` was made of."""
-        out = self.trainer.train(batch, settings)
+        try:
+            out = self.trainer.train(batch, settings)
+        finally:
+            # Also after a NumericsError: earlier minibatches have moved the weights by then.
+            self._publish()
         step = self.trainer.step
         metrics = {f"train/{name}": value for name, value in means(groups).items()}
         metrics |= out.metrics.compute()
@@ -70,6 +79,11 @@ class Service:
         metrics["time/checkpoint"] = time.perf_counter() - started
         self.run.log(step, {"time/checkpoint": metrics["time/checkpoint"]})
         return TrainResult(step, metrics, path, out.skipped)
+
+    def _publish(self) -> None:
+        """Give the engine's copy, where it has one, the trainer's weights."""
+        if isinstance(self.engine.policy, RolloutPolicy):
+            refresh(self.engine.policy, self.trainer.policy)
 
 
 def load_trainer(run: Run, base_model: str, config: InternalModelConfig) -> Trainer:

@@ -45,6 +45,11 @@ class PackedBatch:
     advantages: Float[Tensor, " S"]
     trajectory_ids: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        for name in ("old_logprobs", "temperatures", "advantages"):
+            if (dtype := getattr(self, name).dtype) != torch.float32:
+                raise TypeError(f"{name} are {dtype}: l_i needs float32")
+
     @property
     def token_count(self) -> int:
         """T."""

@@ -43,6 +43,10 @@ class Sample:
     group_id: int
     advantage: float
 
+    def __post_init__(self) -> None:
+        if self.old_logprobs.dtype != np.float32:
+            raise TypeError(f"old_logprobs are {self.old_logprobs.dtype}: l_i needs float32")
+
     def __len__(self) -> int:
         return len(self.tokens)
 
@@ -180,6 +184,7 @@ def _turn(choice: Any, where: str) -> Turn:
     logprobs = getattr(choice, "token_logprobs", None)
     if logprobs is None and choice.logprobs is not None and choice.logprobs.content is not None:
         logprobs = [entry.logprob for entry in choice.logprobs.content]
+    _refuse_half(logprobs, where)
     missing = [
         name
         for name, value in (
@@ -216,3 +221,14 @@ def unit_count(samples: Sequence[Sample], unit: str) -> int:
         return 1
     turns = {int(turn) for s in samples for turn in s.turn_ids[s.ratio_mask]}
     return len(turns)
+
+
+def _refuse_half(logprobs: Any, where: str) -> None:
+    """Refuse log-probs that are numbers of 16 bits: what those lost, no upcast brings back."""
+    first = logprobs if hasattr(logprobs, "dtype") else next(iter(logprobs or ()), None)
+    dtype = getattr(first, "dtype", None)
+    if dtype is not None and dtype.itemsize < 4:
+        raise MissingLogprobsError(
+            f"{where}: its log-probs are {dtype}; their rounding alone is as wide as the clip "
+            "range of GSPO. Compute log_softmax in float32 and keep float32"
+        )

@@ -17,6 +17,9 @@ from gspo.tasks import load_task
 from gspo.train.settings import resolve as resolve_settings
 from gspo.train.trainer import activation_bytes, row_budget
 
+# Bytes a parameter of the engine's own copy; int8 and int4 are rounded float32 numbers.
+_COPY_BYTES = {None: 0, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 4, "int4": 4}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -31,6 +34,7 @@ class Plan:
     longest_completion: int | None
     row_tokens: int
     memory_weights: int
+    memory_rollout_copy: int
     memory_optimizer: int
     memory_activations: int
     memory_kv_cache: int
@@ -40,7 +44,8 @@ class Plan:
         """All of it."""
         sampling = self.memory_kv_cache
         training = self.memory_activations + self.memory_weights  # gradients
-        return self.memory_weights + self.memory_optimizer + max(sampling, training)
+        kept = self.memory_weights + self.memory_rollout_copy + self.memory_optimizer
+        return kept + max(sampling, training)
 
 
 def make_plan(spec: Spec) -> Plan:
@@ -71,6 +76,7 @@ def make_plan(spec: Spec) -> Plan:
         longest_completion=limit,
         row_tokens=row,
         memory_weights=4 * parameters,
+        memory_rollout_copy=_COPY_BYTES[spec.load.rollout_dtype] * parameters,
         memory_optimizer=8 * trained,
         memory_activations=row * activation_bytes(text, checkpointing),
         memory_kv_cache=slab_bytes(rows, 2 * (limit or 256), text),

@@ -37,6 +37,10 @@ class TokenLogprobs:
     logprobs: Float[Tensor, " M"]
     entropy: Float[Tensor, " M"]
 
+    def __post_init__(self) -> None:
+        if self.logprobs.dtype != torch.float32:
+            raise TypeError(f"log-probs are {self.logprobs.dtype}: l_i needs float32")
+
 
 def token_logprobs(
     hidden: Float[Tensor, "M D"],

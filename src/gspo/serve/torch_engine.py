@@ -96,7 +96,8 @@ class TorchEngine:
                 f"{self.policy.source}: the embedded engine cannot decode "
                 f"{type(self.policy.lm).__name__}: {error}"
             ) from error
-        limit = 1e-2 if self.policy.compute_dtype == torch.float32 else 1.0
+        exact = self.policy.compute_dtype == self.policy.lm.dtype == torch.float32
+        limit = 1e-2 if exact else 1.0
         if not gap <= limit:
             raise ModelError(
                 f"{self.policy.source}: decoding {type(self.policy.lm).__name__} with a cache is "
