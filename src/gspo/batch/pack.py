@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from gspo.batch.routes import pack_routes
 from gspo.batch.sample import Sample
 
 
@@ -30,6 +31,7 @@ class PackedBatch:
         old_logprobs, temperatures: [M] float32.
         advantages: [S] float32.
         trajectory_ids: the batch's number of each of the S trajectories.
+        routes: [T, N, K] experts of each token, -1 where unknown; None where no sample has any.
     """
 
     tokens: Int[Tensor, "1 T"]
@@ -42,6 +44,7 @@ class PackedBatch:
     temperatures: Float[Tensor, " M"]
     advantages: Float[Tensor, " S"]
     trajectory_ids: tuple[int, ...]
+    routes: Int[Tensor, "T N K"] | None = None
 
     @property
     def token_count(self) -> int:
@@ -102,4 +105,5 @@ def _row(units: Sequence[Sequence[Sample]]) -> PackedBatch:
         temperatures=sampled("temperatures"),
         advantages=torch.tensor([unit[0].advantage for unit in units], dtype=torch.float32),
         trajectory_ids=tuple(unit[0].trajectory_id for unit in units),
+        routes=pack_routes([s.routes for s in samples], [len(s) for s in samples]),
     )

@@ -53,6 +53,11 @@ class Rollouts:
         assert self.task is not None and scenario.problem is not None
         return await self._answers(self.task, scenario.problem, size)
 
+    def _needs_routes(self) -> bool:
+        """Whether training replays the engine's routes, or is to compare them with its own."""
+        options = self.spec.train
+        return options.routing_replay == "rollout" or options.measure_routing
+
     async def _answers(self, task: Task, problem: Problem, size: int) -> TrajectoryGroup:
         """One request for all completions: the prompt is computed once."""
         messages = task.messages(problem)
@@ -62,6 +67,7 @@ class Rollouts:
             n=size,
             max_tokens=self.spec.max_tokens or task.max_tokens,
             temperature=self.spec.temperature,
+            extra_body={"return_routes": True} if self._needs_routes() else None,
         )
         return TrajectoryGroup(
             Trajectory(

@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -83,7 +83,7 @@ class Routing:
     @contextmanager
     def observe(
         self,
-        routes: Int[Tensor, "T N K"] | None = None,
+        routes: Integer[Tensor, "T N K"] | None = None,
         *,
         balance: Float[Tensor, "N E"] | None = None,
         strict: bool = True,

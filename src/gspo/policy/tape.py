@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from gspo.errors import DataError, ModelError, NumericsError
@@ -35,7 +35,7 @@ class Tape:
         self,
         layers: int,
         experts: int,
-        routes: Int[Tensor, "T N K"] | None = None,
+        routes: Integer[Tensor, "T N K"] | None = None,
         weights: Float[Tensor, "N E"] | None = None,
     ):
         self.routes = routes
@@ -127,25 +127,27 @@ class Tape:
                 "a replay must be consumed whole"
             )
 
-    def own(self) -> Int[Tensor, "T N K"]:
+    def own(self) -> Integer[Tensor, "T N K"]:
         """What the routers preferred."""
         return _stacked(self._own)
 
-    def used(self) -> Int[Tensor, "T N K"]:
+    def used(self) -> Integer[Tensor, "T N K"]:
         """The experts that computed."""
         return _stacked(self._own if self.routes is None else self._used)
 
     def loads(self) -> Int[Tensor, "N E"]:
         """Tokens that each expert of each layer computed."""
         layers = self.used().long().unbind(1)
-        return torch.stack([chosen.flatten().bincount(minlength=self._experts) for chosen in layers])
+        return torch.stack(
+            [chosen.flatten().bincount(minlength=self._experts) for chosen in layers]
+        )
 
 
 def _stacked(layers: list[list[Tensor]]) -> Tensor:
     return torch.stack([torch.cat(parts) for parts in layers], dim=1)
 
 
-def changed_slots(a: Int[Tensor, "T N K"], b: Int[Tensor, "T N K"]) -> Int[Tensor, "T N"]:
+def changed_slots(a: Integer[Tensor, "T N K"], b: Integer[Tensor, "T N K"]) -> Int[Tensor, "T N"]:
     """How many of the experts in `a` are not among those in `b`, whatever their order.
 
     >>> changed_slots(torch.tensor([[[0, 3]]]), torch.tensor([[[3, 2]]]))
@@ -154,6 +156,6 @@ def changed_slots(a: Int[Tensor, "T N K"], b: Int[Tensor, "T N K"]) -> Int[Tenso
     return (a[..., :, None] != b[..., None, :]).all(-1).sum(-1)
 
 
-def as_array(routes: Int[Tensor, "T N K"], experts: int) -> np.ndarray:
+def as_array(routes: Integer[Tensor, "T N K"], experts: int) -> np.ndarray:
     """Routes as they are stored and sent: one byte a slot up to 256 experts."""
     return routes.to("cpu", route_dtype(experts)).numpy()

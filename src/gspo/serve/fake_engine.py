@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 
+from gspo.errors import RequestError
 from gspo.serve.engine import Completion, Request, check_fits
 
 END = 0
@@ -55,6 +56,11 @@ class FakeEngine:
 
     def _complete(self, request: Request) -> list[Completion]:
         limit = check_fits(request, self.context)
+        if request.params.routes:
+            raise RequestError(
+                "return_routes: FakeEngine has no experts, so it returns no routes",
+                param="return_routes",
+            )
         count = len(self.requests)
         self.requests.append(request)
         prompt = self.decode(request.prompt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from gspo.policy.attention import padded_share
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy
 from gspo.policy.logprob import TokenLogprobs
+from gspo.train.routing import StepRouting
 
 Reference = Callable[[PackedBatch], Float[Tensor, " M"]]
 
@@ -32,6 +34,7 @@ class StepInput:
         chunk: tokens whose logits exist at once.
         on_policy: the weights are still those that sampled: any log-ratio is a mismatch between
             engine and trainer.
+        routing: of an MoE model: replay, load balance and metrics.
     """
 
     samples: Sequence[Sample]
@@ -39,6 +42,7 @@ class StepInput:
     budget: int
     chunk: int | None
     on_policy: bool = False
+    routing: StepRouting | None = None
 
 
 def accumulate(
@@ -54,8 +58,12 @@ def accumulate(
     """
     metrics.mean("loss/policy", 0.0, 1)
     metrics.mean("loss/kl", 0.0, 1)
-    for batch in pack(work.samples, work.budget):
-        scored = forward(policy, batch, work.chunk)
+    rows, routing = pack(work.samples, work.budget), work.routing
+    if routing is not None:
+        routing.begin(rows)
+    for batch in rows:
+        with nullcontext() if routing is None else routing.observe(batch):
+            scored = forward(policy, batch, work.chunk)
         device = scored.logprobs.device
         out = policy_loss(
             scored.logprobs,
@@ -67,10 +75,13 @@ def accumulate(
             total_sequences=work.total_sequences,
             reference_logprobs=None if reference is None else reference(batch),
         )
-        out.loss.backward()
+        loss = out.loss if routing is None else out.loss + routing.balance_loss()
+        loss.backward()
         _record(metrics, batch, scored, out)
         if work.on_policy:
             _record_mismatch(metrics, batch, scored)
+    if routing is not None:
+        routing.end()
 
 
 def _record(metrics: Metrics, batch: PackedBatch, scored: TokenLogprobs, out: LossOutput) -> None:

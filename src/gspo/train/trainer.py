@@ -13,12 +13,14 @@ from torch import Tensor
 
 from gspo.batch.pack import PackedBatch
 from gspo.batch.sample import Sample
+from gspo.dev import TrainConfig
 from gspo.errors import NumericsError
 from gspo.metrics import Metrics
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy
 from gspo.train.optimizer import Optimizer, learning_rate
 from gspo.train.rollouts import RolloutBatch, minibatches, without_advantage
+from gspo.train.routing import BatchRouting, check_routing, with_routes
 from gspo.train.settings import Settings
 from gspo.train.step import Reference, StepInput, accumulate
 
@@ -57,19 +59,23 @@ class Trainer:
         A minibatch without any advantage is no step: AdamW's momentum alone must not move weights.
 
         Raises:
-            NumericsError: a gradient that is not finite. The weights are those before that step.
+            NumericsError: a gradient or a router logit that is not finite. The weights are those
+                before that step.
+            ConfigError, DataError: see `check_routing`.
         """
+        check_routing(self.policy, batch.samples, settings.options)
         started = time.perf_counter()
         metrics = Metrics()
         self._describe(metrics, batch)
-        plan = self._plan(batch, settings)
+        plan, routing = self._routed(self._plan(batch, settings), settings, metrics)
         updates = 0
         self.policy.lm.train(self.policy.checkpointing)  # layers recompute in train mode alone
         for at, part in enumerate(plan):
             updates += self._minibatch(
-                part, settings, metrics, progress=at / len(plan), first=updates == 0
+                part, settings, metrics, routing, progress=at / len(plan), first=updates == 0
             )
         self.policy.lm.eval()
+        routing.end()
         self.step += 1
         skipped = None
         if updates == 0:
@@ -91,30 +97,49 @@ class Trainer:
             )
         ]
 
+    def _routed(
+        self, plan: list[list[tuple[Sample, ...]]], settings: Settings, metrics: Metrics
+    ) -> tuple[list[list[tuple[Sample, ...]]], BatchRouting]:
+        """The plan with the routes to be replayed; recorded on one epoch, which has all samples."""
+        options = settings.options
+        routing = BatchRouting(self.policy, options, metrics, self._budget(options))
+        epoch = plan[: len(plan) // options.epochs]
+        routes = routing.start([_wanted(part, settings) for part in epoch])
+        return [[with_routes(own, routes) for own in part] for part in plan], routing
+
     def _minibatch(
         self,
         part: Sequence[tuple[Sample, ...]],
         settings: Settings,
         metrics: Metrics,
+        routing: BatchRouting,
         *,
         progress: float,
         first: bool,
     ) -> int:
         """One optimizer step, or none where nothing in the minibatch has an advantage."""
         options, objective = settings.options, settings.objective
-        wanted = [s for s in part if objective.kl_coef > 0 or not without_advantage(s)]
+        wanted = _wanted(part, settings)
         if all(without_advantage(samples) for samples in wanted):
             metrics.add("optim/skipped", 1)
             return 0
+        on_policy = first and self._fresh(wanted)
         work = StepInput(
             samples=[sample for samples in wanted for sample in samples],
             total_sequences=len(part),
-            budget=options.packed_sequence_length or self._row_budget(),
+            budget=self._budget(options),
             chunk=options.logprob_calculation_chunk_size,
-            on_policy=first and self._fresh(wanted),
+            on_policy=on_policy,
+            routing=routing.step(on_policy=on_policy),
         )
         reference = self._reference() if objective.kl_coef > 0 else None
-        accumulate(self.policy, work, objective, metrics, reference)
+        try:
+            accumulate(self.policy, work, objective, metrics, reference)
+        except NumericsError as error:
+            self.optimizer.clear()
+            raise NumericsError(
+                f"train step {self.step}: {error}; the update was not made"
+            ) from None
         rate = learning_rate(settings.learning_rate, options, self.step + progress)
         try:
             norm = self.optimizer.step(rate, options)
@@ -132,9 +157,9 @@ class Trainer:
         versions = (s.policy_versions[s.ratio_mask] for own in trajectories for s in own)
         return all((own == self.policy.version).all() for own in versions)
 
-    def _row_budget(self) -> int:
+    def _budget(self, options: TrainConfig) -> int:
         config = self.policy.lm.config.get_text_config()
-        return row_budget(config, self.policy.checkpointing)
+        return options.packed_sequence_length or row_budget(config, self.policy.checkpointing)
 
     def _describe(self, metrics: Metrics, batch: RolloutBatch) -> None:
         """What is known of the batch before any forward pass."""
@@ -172,6 +197,11 @@ class Trainer:
                     return forward(self.policy, batch).logprobs
 
         return score
+
+
+def _wanted(part: Sequence[tuple[Sample, ...]], settings: Settings) -> list[tuple[Sample, ...]]:
+    """The trajectories that need a forward pass: without an advantage, only the KL's do."""
+    return [s for s in part if settings.objective.kl_coef > 0 or not without_advantage(s)]
 
 
 def row_budget(config: Any, checkpointing: bool) -> int:
