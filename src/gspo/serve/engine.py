@@ -110,6 +110,10 @@ class Engine(Protocol):
         """One token as it is written, special tokens too."""
         ...
 
+    def check_routes(self) -> None:
+        """Raise a RequestError where `SamplingParams.routes` cannot be had of this engine."""
+        ...
+
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """For each request its n completions. Blocking; callers run it in a thread."""
         ...

@@ -83,6 +83,12 @@ class TorchEngine:
     def token_text(self, token_id: int) -> str:
         return str(self.policy.tokenizer.decode([token_id], skip_special_tokens=False))
 
+    def check_routes(self) -> None:
+        try:
+            self.policy.routing.require("return_routes")
+        except GspoError as error:
+            raise RequestError(str(error), param="return_routes") from None
+
     def reseed(self, seed: int) -> None:
         """Start the stream of unseeded requests anew, as a resumed run must."""
         self._seed, self._served = seed, 0
@@ -92,7 +98,7 @@ class TorchEngine:
         for r, request in enumerate(requests):
             limit = check_fits(request, self.context)
             if request.params.routes:
-                self._require_routes()
+                self.check_routes()
             seed = request.params.seed
             for index in range(request.params.n):
                 rows.append(_Row(r, index, request.params, limit))
@@ -241,12 +247,6 @@ class TorchEngine:
             temperature=row.params.temperature or 1.0,
             routes=np.concatenate(row.routes) if row.routes else None,
         )
-
-    def _require_routes(self) -> None:
-        try:
-            self.policy.routing.require("return_routes")
-        except GspoError as error:
-            raise RequestError(str(error), param="return_routes") from None
 
 
 def _settings(
