@@ -51,12 +51,14 @@ def trained(
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Weights and metrics after one call of `train` on a fresh model."""
     policy = policy or moe()
-    out = Trainer(policy).train(batch, resolve(TrainConfig(learning_rate=rate), _dev(**options)))
+    out = Trainer(policy).train(
+        batch, resolve(TrainConfig(learning_rate=rate), options_of(**options))
+    )
     weights = {n: p.detach().clone() for n, p in policy.trainable.items()}
     return weights, out.metrics.compute()
 
 
-def _dev(**options: Any) -> dev.TrainConfig:
+def options_of(**options: Any) -> dev.TrainConfig:
     return dev.TrainConfig(**({"minibatches": 3, "epsilon": 0.5} | options))
 
 
@@ -72,7 +74,7 @@ def stepped(
         budget,
         chunk=None,
         on_policy=True,
-        routing=StepRouting(policy, _dev(**options), metrics, on_policy=True),
+        routing=StepRouting(policy, options_of(**options), metrics, on_policy=True),
     )
     accumulate(policy, work, PRESETS["gspo"].objective.with_epsilon(0.3, 0.5), metrics)
     gradient = {n: p.grad for n, p in policy.trainable.items() if p.grad is not None}
@@ -181,95 +183,6 @@ def test_checkpointing_replays_the_same_step(packing: Any):
     assert_same(plain, recomputed)
 
 
-def naive_balance(policy: Policy, batch: RolloutBatch) -> float:
-    """Switch Transformer, equations 4 to 6, one sample at a time, in float64."""
-    probabilities: list[list[Tensor]] = [[] for _ in policy.routing.routers]
-    hooks = [
-        router.register_forward_hook(
-            lambda _m, _a, out, i=i: probabilities[i].append(out[0].double().softmax(-1))  # pyright: ignore[reportArgumentType]
-        )
-        for i, router in enumerate(policy.routing.routers)
-    ]
-    for sample in (s for own in batch.samples if own[0].advantage != 0 for s in own):
-        with torch.no_grad():
-            policy.lm(input_ids=torch.from_numpy(sample.tokens)[None])
-    for hook in hooks:
-        hook.remove()
-    total = 0.0
-    for parts in probabilities:
-        p = torch.cat(parts)
-        chosen = torch.zeros_like(p).scatter_(1, p.topk(2).indices, 1.0)
-        total += p.shape[1] * float((chosen.mean(0) / 2 * p.mean(0)).sum())
-    return total / len(probabilities)
-
-
-def test_the_load_balancing_loss_is_the_papers():
-    policy = moe()
-    batch = batch_of(policy)
-    _, metrics = stepped(policy, batch, 40, router_aux_loss_coef=0.1)
-    assert metrics["loss/router_aux"] == pytest.approx(naive_balance(policy, batch), rel=1e-5)
-    assert metrics["loss/router_aux"] > 1
-    _, without = stepped(policy, batch, 40)
-    assert "loss/router_aux" not in without
-    assert metrics["loss/policy"] == pytest.approx(without["loss/policy"], abs=1e-9)
-
-
-def test_the_load_balancing_loss_balances():
-    policy = moe()
-    batch = batch_of(policy)
-    trainer = Trainer(policy)
-    settings = resolve(
-        TrainConfig(learning_rate=1e-2), _dev(router_aux_loss_coef=10.0, minibatches=1)
-    )
-    first = trainer.train(batch, settings).metrics.compute()
-    for _ in range(14):
-        trainer.train(batch, settings)
-    last = trainer.train(batch, settings).metrics.compute()
-    assert last["loss/router_aux"] < first["loss/router_aux"]
-    assert last["moe/load_cv"] < 0.8 * first["moe/load_cv"]
-
-
-def test_load_cv_is_the_spread_of_the_loads():
-    policy = moe()
-    batch = batch_of(policy)
-    _, metrics = stepped(policy, batch, 40)
-    wanted = [own for own in batch.samples if own[0].advantage != 0]
-    routes = np.concatenate(recorded_routes(policy, wanted, 10_000))
-    spreads = []
-    for layer in range(routes.shape[1]):
-        loads = np.bincount(routes[:, layer].ravel(), minlength=8)
-        spreads.append(loads.std() / loads.mean())
-    assert metrics["moe/load_cv"] == pytest.approx(np.mean(spreads))
-
-
-def test_experts_changed_compares_before_and_after_the_whole_call():
-    policy = moe()
-    batch = batch_of(policy)
-    before = recorded_routes(policy, batch.samples, 10_000)
-    _, metrics = trained(batch, policy, measure_routing=True)
-    after = recorded_routes(policy, batch.samples, 10_000)
-    slots, tokens, layers = [], [], [[], [], []]
-    for old, new in zip(np.concatenate(before), np.concatenate(after), strict=True):
-        changed = [len(set(a) - set(b)) for a, b in zip(old, new, strict=True)]
-        slots.append(sum(changed) / 6)
-        tokens.append(any(changed))
-        for layer, count in zip(layers, changed, strict=True):
-            layer.append(count / 2)
-    assert 0 < metrics["moe/experts_changed"] < 1
-    assert metrics["moe/experts_changed"] == pytest.approx(np.mean(slots))
-    assert metrics["moe/tokens_changed"] == pytest.approx(np.mean(tokens))
-    for i, layer in enumerate(layers):
-        assert metrics[f"moe/experts_changed_layer_{i}"] == pytest.approx(np.mean(layer))
-
-
-def test_no_update_changes_no_expert_and_it_is_off_by_default():
-    _, metrics = trained(batch_of(moe()), rate=1e-12, measure_routing=True)
-    assert metrics["moe/experts_changed"] == metrics["moe/tokens_changed"] == 0
-    _, quiet = trained(batch_of(moe()))
-    assert not any(name.startswith(("moe/experts", "moe/tokens")) for name in quiet)
-    assert "moe/load_cv" in quiet
-
-
 def test_several_epochs_and_samples_of_one_trajectory_find_their_routes():
     policy = moe()
     batch = batch_of(policy)
@@ -366,7 +279,7 @@ def test_the_reference_of_the_kl_routes_for_itself():
     policy = embedded(lora=dev.LoraConfig(r=2))
     batch = routed(policy, batch_of(policy), shift=1)
     settings = resolve(
-        TrainConfig(kl_penalty_coef=0.1), _dev(routing_replay="rollout", minibatches=1)
+        TrainConfig(kl_penalty_coef=0.1), options_of(routing_replay="rollout", minibatches=1)
     )
     replayed = Trainer(policy).train(batch, settings).metrics.compute()
     assert replayed["loss/kl"] > 1e-3
