@@ -40,7 +40,7 @@ CorrectionKind = Literal[
     "off_policy_sequence_mask",
 ]
 RolloutDtype = Literal["float32", "bfloat16", "float16", "int8", "int4"]
-_NO_ROUTE = "routing replay is not part of this version."
+_NO_BUNDLE = "routes travel with the rollouts: use routing_replay='old_policy' or 'rollout'."
 
 
 class TrainConfig(Options):
@@ -63,9 +63,9 @@ class TrainConfig(Options):
         "mask_prob_ratio": "masking by ratio is another objective than the clip; leave it out.",
         "max_negative_advantage_importance_sampling_weight": "the unbounded branch is bounded at "
         "exp(gspo.objective.MAX_LOG_RATIO) only; leave it out.",
-        "moe_routing_replay_bundle": _NO_ROUTE,
-        "moe_routing_replay_path": _NO_ROUTE,
-        "moe_routing_replay_strict": _NO_ROUTE,
+        "moe_routing_replay_bundle": _NO_BUNDLE,
+        "moe_routing_replay_path": _NO_BUNDLE,
+        "moe_routing_replay_strict": _NO_BUNDLE,
         "num_trajectories_learning_rate_multiplier_power": "the loss is a mean over sequences; "
         "set the learning rate.",
         "plot_tensors": "read metrics.jsonl and the picture of the run instead.",
@@ -134,6 +134,16 @@ class TrainConfig(Options):
     """Tokens whose logits exist at once. None: about 64 MiB of them."""
     seed: int = 0
     """Orders the groups into minibatches."""
+
+    routing_replay: Literal["none", "old_policy", "rollout"] = "none"
+    """Whose choice of experts an MoE model trains with: its own; the trainer's before the first
+    update of the batch (R2); the engine's (R3, rollouts need `extra_body={"return_routes": True}`).
+    Gate values stay live."""
+    router_aux_loss_coef: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Weight of the load-balancing loss (Switch Transformer, eq. 4-6), which is 1 when experts are
+    evenly loaded. Costs a forward pass more."""
+    measure_routing: bool = False
+    """Log `moe/experts_changed` over the call of `train`. Costs two forward passes."""
 
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Gradient clipping by global norm; None: none."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import (
@@ -71,20 +73,20 @@ def test_packed_equals_the_models_own(policy: Policy, packing, temperature: floa
 
 def tiny(model_class, config_class, **extra) -> Policy:
     torch.manual_seed(0)
-    config = config_class(
-        vocab_size=101,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=128,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        **extra,
-    )
+    usual: dict[str, Any] = {
+        "vocab_size": 101,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = config_class(**(usual | extra))
     lm = model_class(config).eval()
     if lm.config._attn_implementation == "sdpa":
         lm.set_attn_implementation(attention.PACKED)

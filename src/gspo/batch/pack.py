@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from gspo.batch.routes import pack_routes
 from gspo.batch.sample import Sample
 
 
@@ -31,6 +32,7 @@ class PackedBatch:
         old_logprobs, sampling_logprobs, temperatures: [M] float32.
         advantages: [S] float32.
         trajectory_ids: the batch's number of the trajectory of each of the S sequences.
+        routes: [T, N, K] experts of each token, -1 where unknown; None where no sample has any.
     """
 
     tokens: Int[Tensor, "1 T"]
@@ -44,9 +46,10 @@ class PackedBatch:
     temperatures: Float[Tensor, " M"]
     advantages: Float[Tensor, " S"]
     trajectory_ids: tuple[int, ...]
+    routes: Int[Tensor, "T N K"] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("old_logprobs", "temperatures", "advantages"):
+        for name in ("old_logprobs", "sampling_logprobs", "temperatures", "advantages"):
             if (dtype := getattr(self, name).dtype) != torch.float32:
                 raise TypeError(f"{name} are {dtype}: l_i needs float32")
 
@@ -117,4 +120,5 @@ def _row(units: Sequence[Sequence[Sample]], unit: str) -> PackedBatch:
         temperatures=sampled("temperatures"),
         advantages=torch.tensor([own[0].advantage for own in owners], dtype=torch.float32),
         trajectory_ids=tuple(own[0].trajectory_id for own in owners),
+        routes=pack_routes([s.routes for s in samples], [len(s) for s in samples]),
     )

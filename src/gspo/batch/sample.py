@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from gspo.batch.routes import decode_routes, joined
 from gspo.errors import DataError, MissingLogprobsError, SampleTooLongError
 from gspo.trajectory import Trajectory, TrajectoryGroup
 
@@ -29,6 +30,8 @@ class Sample:
         policy_versions: version of the weights that sampled each token; -1 elsewhere.
         trajectory_id, group_id: position of the trajectory and of its group in the batch.
         advantage: A_i of the trajectory.
+        routes: [R, layers, k] experts that computed the first R tokens, or None. The last sampled
+            token never went through the engine, so R is L - 1 there.
     """
 
     tokens: np.ndarray
@@ -42,6 +45,7 @@ class Sample:
     trajectory_id: int
     group_id: int
     advantage: float
+    routes: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.old_logprobs.dtype != np.float32:
@@ -65,6 +69,7 @@ class Turn:
     logprobs: list[float]
     temperature: float
     policy_version: int
+    routes: np.ndarray | None = None
 
 
 def check_groups(groups: Sequence[TrajectoryGroup]) -> None:
@@ -140,6 +145,7 @@ class _Builder:
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.spans: list[tuple[int, int, Turn]] = []
+        self.routes: np.ndarray | None = None
 
     def extends(self, prompt: list[int]) -> bool:
         return prompt[: len(self.tokens)] == self.tokens
@@ -147,6 +153,7 @@ class _Builder:
     def add(self, turn: Turn, index: int) -> None:
         self.tokens = [*turn.prompt, *turn.tokens]
         self.spans.append((index, len(turn.prompt), turn))
+        self.routes = joined(self.routes, turn.routes)
 
     def build(self, trajectory_id: int, group_id: int, advantage: float) -> Sample:
         length = len(self.tokens)
@@ -174,6 +181,7 @@ class _Builder:
             trajectory_id=trajectory_id,
             group_id=group_id,
             advantage=advantage,
+            routes=self.routes,
         )
 
 
@@ -212,6 +220,9 @@ def _turn(choice: Any, where: str) -> Turn:
         logprobs=list(logprobs),
         temperature=float(getattr(choice, "temperature", None) or 1.0),
         policy_version=int(getattr(choice, "policy_version", None) or 0),
+        routes=decode_routes(
+            getattr(choice, "routed_experts", None), len(prompt) + len(tokens) - 1, where
+        ),
     )
 
 

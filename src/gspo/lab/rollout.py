@@ -52,8 +52,8 @@ class Rollouts:
         if self.rollout is not None:
             rollout = self.rollout
             return await TrajectoryGroup(rollout(self.model, scenario) for _ in range(size))
-        assert self.task is not None and scenario.problem is not None
-        return await self._answers(self.task, scenario.problem, size)
+        assert self.task is not None
+        return await self._answers(self.task, scenario, size)
 
     async def batch(self, step: int) -> list[TrajectoryGroup]:
         """The groups of one step; with dynamic sampling, those of fresh prompts for flat ones."""
@@ -76,8 +76,15 @@ class Rollouts:
         # Too few with signal: the flat ones stay in the count, as they would without this.
         return [*kept, *flat[: spec.prompts - len(kept)]]
 
-    async def _answers(self, task: Task, problem: Problem, size: int) -> TrajectoryGroup:
+    def _needs_routes(self, split: Split) -> bool:
+        """Whether training replays the engine's routes, or is to compare them with its own."""
+        options = self.spec.train
+        return split == "train" and (options.routing_replay == "rollout" or options.measure_routing)
+
+    async def _answers(self, task: Task, scenario: Scenario, size: int) -> TrajectoryGroup:
         """One request for all completions: the prompt is computed once."""
+        problem = scenario.problem
+        assert problem is not None
         messages = task.messages(problem)
         response = await self.model.openai_client().chat.completions.create(
             model=self.model.inference_name,
@@ -85,6 +92,7 @@ class Rollouts:
             n=size,
             max_tokens=self.spec.max_tokens or task.max_tokens,
             temperature=self.spec.temperature,
+            extra_body={"return_routes": True} if self._needs_routes(scenario.split) else None,
         )
         return TrajectoryGroup(
             Trajectory(

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from gspo.policy.attention import PACKED
 from gspo.policy.embedded import PREFIX, RECIPES, embedded_folder
 from gspo.policy.logprob import Head
 from gspo.policy.quiet import quiet
+from gspo.policy.routing import Routing
 
 log = logging.getLogger("gspo")
 
@@ -50,6 +51,7 @@ class Policy:
             forward pass a sample).
         checkpointing: layers are recomputed in the backward pass.
         version: policy version, counted up by every update.
+        routing: the routers of an MoE model.
     """
 
     lm: PreTrainedModel
@@ -61,6 +63,10 @@ class Policy:
     packing: Packing = "buckets"
     checkpointing: bool = False
     version: int = 0
+    routing: Routing = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.routing = Routing(self.lm, self.source)
 
     @property
     def device(self) -> torch.device:
@@ -142,11 +148,9 @@ def load_policy(
     peft = None
     if config.lora is not None:
         peft = _add_lora(lm, config.lora, checkpoint)
-    if config.activation_checkpointing:
-        _recompute_layers(lm)
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     limit = _context(lm, base_model, config.max_context)
-    return Policy(
+    policy = Policy(
         lm=lm.eval(),
         peft=peft,
         tokenizer=tokenizer,
@@ -155,6 +159,9 @@ def load_policy(
         context=limit,
         checkpointing=config.activation_checkpointing,
     )
+    if policy.checkpointing:
+        recompute_layers(policy)
+    return policy
 
 
 def save_weights(policy: Policy, folder: Path) -> None:
@@ -222,10 +229,12 @@ def _expert_parameters(lm: PreTrainedModel, config: LoraConfig) -> list[str] | N
     return names or None
 
 
-def _recompute_layers(lm: PreTrainedModel) -> None:
+def recompute_layers(policy: Policy) -> None:
+    """Activation checkpointing, by which a replayed route is replayed in the backward pass too."""
+    lm = policy.lm
     name = "activation_checkpointing_enable"  # its name before transformers 5.2x follows
     enable = getattr(lm, name, None) or lm.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    enable({"use_reentrant": False, "context_fn": policy.routing.recompute})
 
 
 def _no_dropout(lm: PreTrainedModel) -> None:

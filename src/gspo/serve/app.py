@@ -1,7 +1,8 @@
 """The OpenAI-compatible routes before an engine.
 
 Beside OpenAI's fields, every choice carries what training needs: `token_ids`,
-`prompt_token_ids`, `token_logprobs`, `temperature` and `policy_version`.
+`prompt_token_ids`, `token_logprobs`, `temperature` and `policy_version`; with
+`return_routes: true`, an MoE engine's `routed_experts` too.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
+from gspo.batch.routes import encode_routes
 from gspo.errors import GspoError, RequestError
 from gspo.serve.batcher import Batcher
 from gspo.serve.engine import Completion, Engine
@@ -122,13 +124,16 @@ def _answer(
 
 
 def _training_fields(prompt: list[int], completion: Completion) -> dict[str, Any]:
-    return {
+    fields = {
         "token_ids": list(completion.token_ids),
         "prompt_token_ids": prompt,
         "token_logprobs": list(completion.logprobs),
         "temperature": completion.temperature,
         "policy_version": completion.policy_version,
     }
+    if completion.routes is not None:
+        fields["routed_experts"] = encode_routes(completion.routes)
+    return fields
 
 
 def _chat_choice(

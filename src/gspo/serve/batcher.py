@@ -42,9 +42,11 @@ class Batcher:
         """The request's n completions.
 
         Raises:
-            RequestError: it doesn't fit the context.
+            RequestError: it doesn't fit the context, or asks for routes that there aren't.
         """
         check_fits(request, self.engine.context)  # before it can spoil a batch
+        if request.params.routes:
+            self.engine.check_routes()
         answer: asyncio.Future[list[Completion]] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Waiting(request, answer))
         if self._worker is None or self._worker.done():

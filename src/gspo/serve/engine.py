@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
+import numpy as np
+
 from gspo.errors import RequestError
 
 FinishReason = Literal["stop", "length"]
@@ -23,6 +25,7 @@ class SamplingParams:
         stop: texts at whose first occurrence a completion ends; they are cut from the text, but
             their tokens were sampled and stay in `token_ids`.
         seed: completion i of a seeded request depends on (seed, i) alone, not on the batch.
+        routes: return the experts that each token went through (MoE models only).
 
     Raises:
         RequestError: a value out of range.
@@ -34,6 +37,7 @@ class SamplingParams:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    routes: bool = False
 
     def __post_init__(self) -> None:
         limit = 1 if self.max_tokens is None else self.max_tokens
@@ -68,6 +72,8 @@ class Completion:
         finish_reason: `stop` at an end token or stop text, `length` at max_tokens or the context.
         policy_version: version of the weights that sampled it.
         temperature: that `logprobs` are at: the request's, or 1 for greedy decoding.
+        routes: where asked, [R, layers, k] experts of the prompt's and the completion's tokens but
+            the last, which was never fed; R = prompt + L - 1. One byte a slot up to 256 experts.
     """
 
     token_ids: tuple[int, ...]
@@ -76,6 +82,7 @@ class Completion:
     finish_reason: FinishReason
     policy_version: int
     temperature: float
+    routes: np.ndarray | None = field(default=None, compare=False)
 
 
 @runtime_checkable
@@ -101,6 +108,10 @@ class Engine(Protocol):
 
     def token_text(self, token_id: int) -> str:
         """One token as it is written, special tokens too."""
+        ...
+
+    def check_routes(self) -> None:
+        """Raise a RequestError where `SamplingParams.routes` cannot be had of this engine."""
         ...
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 
+from gspo.errors import RequestError
 from gspo.serve.engine import Completion, Request, check_fits
 
 END = 0
@@ -50,11 +51,17 @@ class FakeEngine:
     def token_text(self, token_id: int) -> str:
         return chr(token_id)
 
+    def check_routes(self) -> None:
+        message = "return_routes: FakeEngine has no experts, so it returns no routes"
+        raise RequestError(message, param="return_routes")
+
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         return [self._complete(request) for request in requests]
 
     def _complete(self, request: Request) -> list[Completion]:
         limit = check_fits(request, self.context)
+        if request.params.routes:
+            self.check_routes()
         count = len(self.requests)
         self.requests.append(request)
         prompt = self.decode(request.prompt)

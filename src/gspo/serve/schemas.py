@@ -37,6 +37,7 @@ class _Body(BaseModel):
     top_p: float | None = None
     stop: str | list[str] | None = None
     seed: int | None = None
+    return_routes: bool = False
 
     def sampling(self, max_tokens: int | None) -> SamplingParams:
         """The engine's parameters.
@@ -53,6 +54,7 @@ class _Body(BaseModel):
             top_p=1.0 if self.top_p is None else self.top_p,
             stop=stop,
             seed=self.seed,
+            routes=self.return_routes,
         )
 
     def _refuse_unknown(self) -> None:

@@ -11,15 +11,17 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gspo.errors import ModelError, RequestError
+from gspo.errors import GspoError, ModelError, RequestError
 from gspo.policy.load import Policy
 from gspo.policy.logprob import full_logits
 from gspo.serve.cache import SlabCache, slab_bytes
 from gspo.serve.engine import Completion, FinishReason, Request, SamplingParams, check_fits
+from gspo.serve.route_watch import RouteWatch
 from gspo.serve.sampling import RowRandom, sample
 
 KV_BYTES = 2 * 2**30
@@ -40,6 +42,7 @@ class _Row:
     logprobs: list[float] = field(default_factory=list)
     finish: FinishReason | None = None
     text: str | None = None
+    routes: list[np.ndarray] = field(default_factory=list)
 
 
 class TorchEngine:
@@ -114,6 +117,12 @@ class TorchEngine:
         got = torch.tensor([c.logprobs for c in done if len(c.token_ids) == 2])
         return (got - expected).abs().max().item()
 
+    def check_routes(self) -> None:
+        try:
+            self.policy.routing.require("return_routes")
+        except GspoError as error:
+            raise RequestError(str(error), param="return_routes") from None
+
     def reseed(self, seed: int) -> None:
         """Start the stream of unseeded requests anew, as a resumed run must."""
         self._seed, self._served = seed, 0
@@ -122,6 +131,8 @@ class TorchEngine:
         rows, keys = [], []
         for r, request in enumerate(requests):
             limit = check_fits(request, self.context)
+            if request.params.routes:
+                self.check_routes()
             seed = request.params.seed
             for index in range(request.params.n):
                 rows.append(_Row(r, index, request.params, limit))
@@ -167,7 +178,8 @@ class TorchEngine:
     ) -> None:
         """Fill in `rows`. Only rows that still run are computed."""
         device = self.policy.device
-        cache, logits, mask = self._prefill(requests, rows)
+        watch = RouteWatch(self.policy, rows)
+        cache, logits, mask = self._prefill(requests, rows, watch)
         random = RowRandom(keys, device)
         running = rows
         settings = _settings(running, device)
@@ -187,7 +199,8 @@ class TorchEngine:
                 random.keep(keep)
                 cache.select(keep)
                 mask = None if mask is None else mask[keep]
-            logits, mask = self._advance(tokens, cache, mask)
+            with watch.decoding(running):
+                logits, mask = self._advance(tokens, cache, mask)
 
     def _append(self, row: _Row, token: int, logprob: float) -> None:
         row.tokens.append(token)
@@ -206,7 +219,7 @@ class TorchEngine:
         return text[: min(found)] if found else None
 
     def _prefill(
-        self, requests: Sequence[Request], rows: list[_Row]
+        self, requests: Sequence[Request], rows: list[_Row], watch: RouteWatch
     ) -> tuple[SlabCache, Float[Tensor, "R V"], Tensor | None]:
         """Compute each distinct prompt once, then spread its cache over its rows."""
         device = self.policy.device
@@ -225,13 +238,14 @@ class TorchEngine:
         longest = max(row.limit for row in rows)
         cache = SlabCache(layers, width + min(longest, _FIRST_SLAB))
         positions = (real.cumsum(-1) - 1).clamp_(min=0)
-        hidden = self.policy.backbone(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
+        with watch.prefill(rows, of_row, real):
+            hidden = self.policy.backbone(
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state[:, -1]
         logits = full_logits(hidden, self.policy.head)
         spread = torch.tensor(of_row, device=device)
         cache.select(spread)
@@ -265,6 +279,7 @@ class TorchEngine:
             finish_reason=row.finish,
             policy_version=self.policy.version,
             temperature=row.params.temperature or 1.0,
+            routes=np.concatenate(row.routes) if row.routes else None,
         )
 
 

@@ -15,9 +15,15 @@ from gspo.policy.load import Policy
 
 
 def with_trainer_logprobs(
-    policy: Policy, trajectories: Sequence[Sequence[Sample]], budget: int, chunk: int | None
+    policy: Policy,
+    trajectories: Sequence[Sequence[Sample]],
+    budget: int,
+    chunk: int | None,
+    *,
+    replay: bool = False,
 ) -> list[tuple[Sample, ...]]:
-    """The same samples with `old_logprobs` under the policy as it is now.
+    """The same samples with `old_logprobs` under the policy as it is now, over the routes that
+    will be replayed in training where `replay` is set.
 
     Called once a rollout batch: computed from the weights under update, every ratio would be 1
     and the clip would never act.
@@ -26,7 +32,8 @@ def with_trainer_logprobs(
     found: dict[int, tuple[Sample, ...]] = {}
     with torch.no_grad():
         for row in pack([s for own in trajectories for s in own], budget):
-            logprobs = forward(policy, row, chunk).logprobs.cpu().numpy()
+            with policy.routing.observe(row.routes if replay else None):
+                logprobs = forward(policy, row, chunk).logprobs.cpu().numpy()
             at = 0
             for trajectory_id in row.trajectory_ids:
                 samples = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +20,7 @@ from gspo.policy.forward import forward
 from gspo.policy.load import Policy
 from gspo.policy.logprob import TokenLogprobs
 from gspo.train.calibration import Observed
+from gspo.train.routing import StepRouting
 
 Reference = Callable[[PackedBatch], Float[Tensor, " M"]]
 
@@ -36,6 +38,7 @@ class StepInput:
         unit: what a sequence is, `trajectory` or `turn`.
         on_policy: the weights are still those that sampled: any log-ratio is a mismatch between
             engine and trainer.
+        routing: of an MoE model: replay, load balance and metrics.
     """
 
     samples: Sequence[Sample]
@@ -45,6 +48,7 @@ class StepInput:
     chunk: int | None
     unit: Literal["trajectory", "turn"] = "trajectory"
     on_policy: bool = False
+    routing: StepRouting | None = None
 
 
 def accumulate(
@@ -62,8 +66,12 @@ def accumulate(
     seen: list[Observed] = []
     metrics.mean("loss/policy", 0.0, 1)
     metrics.mean("loss/kl", 0.0, 1)
-    for batch in pack(work.samples, work.budget, work.unit):
-        scored = forward(policy, batch, work.chunk)
+    rows, routing = pack(work.samples, work.budget, work.unit), work.routing
+    if routing is not None:
+        routing.begin(rows)
+    for batch in rows:
+        with nullcontext() if routing is None else routing.observe(batch):
+            scored = forward(policy, batch, work.chunk)
         device = scored.logprobs.device
         out = policy_loss(
             scored.logprobs,
@@ -79,7 +87,8 @@ def accumulate(
             else batch.sampling_logprobs.to(device),
             reference_logprobs=None if reference is None else reference(batch),
         )
-        out.loss.backward()
+        loss = out.loss if routing is None else out.loss + routing.balance_loss()
+        loss.backward()
         _record(metrics, batch, scored, out)
         buckets = policy.packing == "buckets"
         real, computed = padded_share(batch.lengths) if buckets else (1, 1)
@@ -90,6 +99,8 @@ def accumulate(
         seen.extend(Observed(*values) for values in own)
         if work.on_policy:
             _record_mismatch(metrics, batch, scored, objective)
+    if routing is not None:
+        routing.end()
     return seen
 
 

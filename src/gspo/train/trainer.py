@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gspo.batch.pack import PackedBatch
 from gspo.batch.sample import Sample, unit_count
+from gspo.dev import TrainConfig
 from gspo.errors import NumericsError
 from gspo.metrics import Metrics
 from gspo.objective import CLIPPING, Objective
@@ -23,6 +24,7 @@ from gspo.train.calibration import EpsilonController, Observed, noise_advice
 from gspo.train.optimizer import Optimizer, learning_rate
 from gspo.train.recompute import with_trainer_logprobs
 from gspo.train.rollouts import RolloutBatch, minibatches, without_advantage
+from gspo.train.routing import BatchRouting, check_routing, with_routes
 from gspo.train.settings import Settings
 from gspo.train.step import Reference, StepInput, accumulate
 
@@ -65,15 +67,19 @@ class Trainer:
         A minibatch without any advantage is no step: AdamW's momentum alone must not move weights.
 
         Raises:
-            NumericsError: a gradient that is not finite. The weights are those before that step.
+            NumericsError: a gradient or a router logit that is not finite. The weights are those
+                before that step.
+            ConfigError, DataError: see `check_routing`.
         """
+        check_routing(self.policy, batch.samples, settings.options)
         started = time.perf_counter()
         metrics = Metrics()
         self._describe(metrics, batch)
         objective = settings.objective
         if settings.auto_epsilon:
             objective = self.epsilon.apply(objective)
-        plan = self._plan(batch, settings)
+        plan, routing = self._routed(self._plan(batch, settings), settings, metrics)
+        plan = self._against_trainer(plan, settings)
         seen: list[Observed] = []
         updates = 0
         self.policy.lm.train(self.policy.checkpointing)  # layers recompute in train mode alone
@@ -84,6 +90,7 @@ class Trainer:
                     settings,
                     objective,
                     metrics,
+                    routing,
                     progress=at / len(plan),
                     first=updates == 0,
                 )
@@ -92,6 +99,7 @@ class Trainer:
         finally:
             self.policy.lm.eval()
             self.policy.version += updates > 0
+        routing.end()
         self.step += 1
         skipped = None
         if not batch.samples:
@@ -104,16 +112,10 @@ class Trainer:
         return TrainOutput(updates, skipped, metrics)
 
     def _plan(self, batch: RolloutBatch, settings: Settings) -> list[list[tuple[Sample, ...]]]:
-        """The minibatches of all epochs, in order; pi_old is fixed before the first."""
+        """The minibatches of all epochs, in order."""
         options = settings.options
         if not settings.counts_flat:
             batch = batch.with_signal()
-        if settings.old_logprobs == "trainer" and batch.samples:
-            budget = options.packed_sequence_length or self._row_budget()
-            samples = with_trainer_logprobs(
-                self.policy, batch.samples, budget, options.logprob_calculation_chunk_size
-            )
-            batch = replace(batch, samples=tuple(samples))
         return [
             part
             for epoch in range(options.epochs)
@@ -122,33 +124,70 @@ class Trainer:
             )
         ]
 
+    def _routed(
+        self, plan: list[list[tuple[Sample, ...]]], settings: Settings, metrics: Metrics
+    ) -> tuple[list[list[tuple[Sample, ...]]], BatchRouting]:
+        """The plan with the routes to be replayed; recorded on one epoch, which has all samples."""
+        options = settings.options
+        routing = BatchRouting(self.policy, options, metrics, self._budget(options))
+        epoch = plan[: len(plan) // options.epochs]
+        routes = routing.start([_wanted(part, settings) for part in epoch])
+        return [[with_routes(own, routes) for own in part] for part in plan], routing
+
+    def _against_trainer(
+        self, plan: list[list[tuple[Sample, ...]]], settings: Settings
+    ) -> list[list[tuple[Sample, ...]]]:
+        """The plan with pi_old as the trainer's, where asked: fixed before the first update."""
+        options = settings.options
+        if settings.old_logprobs != "trainer":
+            return plan
+        epoch = [own for part in plan[: len(plan) // options.epochs] for own in part]
+        scored = with_trainer_logprobs(
+            self.policy,
+            epoch,
+            self._budget(options),
+            options.logprob_calculation_chunk_size,
+            replay=options.routing_replay != "none",
+        )
+        found = {own[0].trajectory_id: own for own in scored}
+        return [[found[own[0].trajectory_id] for own in part] for part in plan]
+
     def _minibatch(
         self,
         part: Sequence[tuple[Sample, ...]],
         settings: Settings,
         objective: Objective,
         metrics: Metrics,
+        routing: BatchRouting,
         *,
         progress: float,
         first: bool,
     ) -> list[Observed] | None:
         """One optimizer step, or None where nothing in the minibatch has an advantage."""
         options = settings.options
-        wanted = [s for s in part if objective.kl_coef > 0 or not without_advantage(s)]
+        wanted = _wanted(part, settings)
         if all(without_advantage(samples) for samples in wanted):
             metrics.add("optim/skipped", 1)
             return None
+        on_policy = first and self._fresh(wanted)
         work = StepInput(
             samples=[sample for samples in wanted for sample in samples],
             total_sequences=sum(unit_count(samples, options.sequence_unit) for samples in part),
             total_tokens=sum(int(s.loss_mask.sum()) for samples in part for s in samples),
             unit=options.sequence_unit,
-            budget=options.packed_sequence_length or self._row_budget(),
+            budget=self._budget(options),
             chunk=options.logprob_calculation_chunk_size,
-            on_policy=first and self._fresh(wanted),
+            on_policy=on_policy,
+            routing=routing.step(on_policy=on_policy),
         )
         reference = self._reference() if objective.kl_coef > 0 else None
-        seen = accumulate(self.policy, work, objective, metrics, reference)
+        try:
+            seen = accumulate(self.policy, work, objective, metrics, reference)
+        except NumericsError as error:
+            self.optimizer.clear()
+            raise NumericsError(
+                f"train step {self.step}: {error}; the update was not made"
+            ) from None
         rate = learning_rate(settings.learning_rate, options, self.step + progress)
         try:
             norm = self.optimizer.step(rate, options)
@@ -183,9 +222,9 @@ class Trainer:
         versions = (s.policy_versions[s.ratio_mask] for own in trajectories for s in own)
         return all((own == self.policy.version).all() for own in versions)
 
-    def _row_budget(self) -> int:
+    def _budget(self, options: TrainConfig) -> int:
         config = self.policy.lm.config.get_text_config()
-        return row_budget(config, self.policy.checkpointing)
+        return options.packed_sequence_length or row_budget(config, self.policy.checkpointing)
 
     def _describe(self, metrics: Metrics, batch: RolloutBatch) -> None:
         """What is known of the batch before any forward pass."""
@@ -223,6 +262,11 @@ class Trainer:
                     return forward(self.policy, batch).logprobs
 
         return score
+
+
+def _wanted(part: Sequence[tuple[Sample, ...]], settings: Settings) -> list[tuple[Sample, ...]]:
+    """The trajectories that need a forward pass: without an advantage, only the KL's do."""
+    return [s for s in part if settings.objective.kl_coef > 0 or not without_advantage(s)]
 
 
 def row_budget(config: Any, checkpointing: bool) -> int:
