@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -61,6 +61,7 @@ def rollout_copy(policy: Policy, dtype: RolloutDtype) -> RolloutPolicy:
         parameter.grad = None
         # Parameters alone: buffers such as the rotary frequencies stay float32 in engines too.
         parameter.data = parameter.data.to(_CAST.get(dtype, torch.float32))
+    shared = {f.name: getattr(policy, f.name) for f in fields(policy) if f.init}
     own = {
         "lm": lm.eval(),
         "peft": None,
@@ -68,7 +69,7 @@ def rollout_copy(policy: Policy, dtype: RolloutDtype) -> RolloutPolicy:
         "checkpointing": False,
         "rollout_dtype": dtype,
     }
-    out = RolloutPolicy(**(vars(policy) | own))
+    out = RolloutPolicy(**(shared | own))
     refresh(out, policy)
     return out
 
