@@ -48,8 +48,9 @@ class Sample:
     routes: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        if self.old_logprobs.dtype != np.float32:
-            raise TypeError(f"old_logprobs are {self.old_logprobs.dtype}: l_i needs float32")
+        for name in ("old_logprobs", "sampling_logprobs"):
+            if (dtype := getattr(self, name).dtype) != np.float32:
+                raise TypeError(f"{name} are {dtype}: l_i needs float32")
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -6,7 +6,7 @@ and compare l_i with the clip range. The path from engine to l_i is the one of t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from gspo.batch.sample import Sample, trajectory_samples
 from gspo.dev import RolloutDtype
 from gspo.errors import ConfigError
 from gspo.lab.audit_report import AuditReport, make_report
+from gspo.metrics import Metrics
 from gspo.objective import Segments, sequence_log_ratio, token_log_ratio
 from gspo.options import Options
 from gspo.policy.embedded import PREFIX, embedded_task
@@ -28,6 +29,7 @@ from gspo.policy.probe import choose_packing
 from gspo.serve.engine import Completion, Request, SamplingParams
 from gspo.serve.torch_engine import TorchEngine
 from gspo.tasks import Task, load_task
+from gspo.train.routing import record_agreement
 from gspo.train.settings import resolve
 from gspo.train.trainer import row_budget
 from gspo.trajectory import Trajectory
@@ -88,10 +90,13 @@ class Noise:
     Attributes:
         d: of each sequence, d_t of its sampled tokens; float64 of float32 values.
         log_ratios: [S] l_i as the trainer computes it.
+        routing_agreement: share of the experts' slots that engine and trainer choose alike; None
+            for a dense model.
     """
 
     d: tuple[np.ndarray, ...]
     log_ratios: np.ndarray
+    routing_agreement: float | None = None
 
     @property
     def lengths(self) -> np.ndarray:
@@ -113,7 +118,11 @@ def run_audit(spec: AuditSpec) -> tuple[AuditReport, Noise]:
     noise = measure(policy, _samples(policy, requests, engine.generate(requests)))
     setting = spec.model_dump(exclude={"epsilon_low", "epsilon_high", "max_tokens", "seed"})
     report = make_report(
-        noise.d, noise.log_ratios, spec.clip_range(), **setting | {"task": task.name}
+        noise.d,
+        noise.log_ratios,
+        spec.clip_range(),
+        routing_agreement=noise.routing_agreement,
+        **setting | {"task": task.name},
     )
     return report, noise
 
@@ -125,13 +134,21 @@ def measure(policy: Policy, samples: list[Sample]) -> Noise:
     d: dict[int, np.ndarray] = {}
     log_ratios: dict[int, float] = {}
     budget = row_budget(policy.lm.config.get_text_config(), policy.checkpointing)
+    metrics = Metrics()
     for batch in pack(samples, budget):
-        ratios, means = _log_ratios(policy, batch)
+        with policy.routing.observe(strict=False) as tape:
+            ratios, means = _log_ratios(policy, batch)
+        if tape.seen and batch.routes is not None:
+            record_agreement(metrics, batch.routes, tape.own().cpu())
         for row, number in enumerate(batch.trajectory_ids):
             d[number] = ratios[batch.sequence_ids == row].double().numpy()
             log_ratios[number] = means[row].item()
     order = sorted(d)
-    return Noise(tuple(d[i] for i in order), np.array([log_ratios[i] for i in order]))
+    return Noise(
+        tuple(d[i] for i in order),
+        np.array([log_ratios[i] for i in order]),
+        metrics.compute().get("moe/routing_agreement"),
+    )
 
 
 def _log_ratios(policy: Policy, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,6 +164,7 @@ def _requests(spec: AuditSpec, task: Task, engine: TorchEngine) -> list[Request]
         n=spec.completions,
         max_tokens=spec.max_tokens or task.max_tokens,
         temperature=spec.temperature,
+        routes=bool(engine.policy.routing.routers),
     )
     problems = (task.problem("heldout", index, spec.seed) for index in range(spec.prompts))
     return [Request(tuple(engine.encode_chat(task.messages(p))), params) for p in problems]
@@ -158,7 +176,10 @@ def _samples(policy: Policy, requests: list[Request], done: list[list[Completion
     for request, completions in zip(requests, done, strict=True):
         for own in completions:
             trajectory = Trajectory(messages_and_choices=[_choice(request, own)])
-            out += trajectory_samples(trajectory, trajectory_id=len(out), max_tokens=policy.context)
+            sample = trajectory_samples(
+                trajectory, trajectory_id=len(out), max_tokens=policy.context
+            )[0]
+            out.append(replace(sample, routes=own.routes))
     return out
 
 

@@ -91,7 +91,6 @@ class AuditReport:
     blocks: tuple[Block, ...]
     verdict: Verdict
     advice: str
-    # SEAM: filled by lab/audit.py once Completion carries the engine's routes.
     routing_agreement: float | None = None
 
     def as_json(self) -> dict[str, Any]:
