@@ -97,15 +97,19 @@ def main() -> None:
 
 def _print(rows: list[dict[str, Any]]) -> None:
     def mean(name: str) -> float:
-        return sum(row[name] or 0.0 for row in rows) / len(rows)
+        return sum(row[name] for row in rows) / len(rows)
 
+    noise = "-, its range is per token"
+    if rows[0]["noise_clip_fraction"] is not None:
+        noise = (
+            f"{mean('noise_clip_fraction'):.0%} (A>0 {mean('noise_clip_positive'):.0%}, "
+            f"A<0 {mean('noise_clip_negative'):.0%})"
+        )
     after = "/".join(f"{row['after']:.2f}" for row in rows)
     print(
         f"{rows[0]['rollout_dtype']:8} {rows[0]['arm']:16} before {mean('before'):.2f}  "
         f"after {after}  clipped {mean('clip_fraction'):.0%}  "
-        f"by noise alone {mean('noise_clip_fraction'):.0%} "
-        f"(A>0 {mean('noise_clip_positive'):.0%}, A<0 {mean('noise_clip_negative'):.0%})  "
-        f"epsilon at the end {mean('epsilon_last'):.2g}"
+        f"by noise alone {noise}  epsilon at the end {mean('epsilon_last'):.2g}"
     )
 
 
