@@ -1,4 +1,4 @@
-"""epsilon="auto" finds the range, sqrt_length makes it fit every length; contradictions end here."""
+"""epsilon="auto" finds the range, sqrt_length fits it to every length; contradictions end here."""
 
 from __future__ import annotations
 
@@ -246,13 +246,15 @@ def test_contradictions_are_refused_with_the_remedy(options: dict, message: str)
 
 def test_what_is_allowed() -> None:
     for name in PRESETS:
-        assert resolve(options=dev.TrainConfig(algorithm=name)).objective == PRESETS[name].objective  # type: ignore[arg-type]
+        alone: dict[str, Any] = {"algorithm": name}
+        assert resolve(options=dev.TrainConfig(**alone)).objective == PRESETS[name].objective
     for name in SEQUENCE:
         options: dict[str, Any] = {"algorithm": name, "epsilon": "auto"}
         options["epsilon_scale"] = "sqrt_length"
         assert resolve(options=dev.TrainConfig(**options)).auto_epsilon
-    for given in ({"old_logprobs": "trainer"}, {"precalculate_logprobs": True}):
-        settings = resolve(options=dev.TrainConfig(**CORRECTED, **given))
+    trainers: list[dict[str, Any]] = [{"old_logprobs": "trainer"}, {"precalculate_logprobs": True}]
+    for how in trainers:
+        settings = resolve(options=dev.TrainConfig(**CORRECTED, **how))
         assert settings.old_logprobs == "trainer"
         assert settings.objective.correction is not None
     assert resolve().old_logprobs == "rollout"

@@ -179,7 +179,10 @@ def _sequence_weights(
     mask = terms.segments.ratio_mask
     c = token_log_ratio(flat["old_logprobs"], flat["sampling_logprobs"], mask)
     off = token_log_ratio(flat["sampling_logprobs"], terms.logprobs, mask)
-    return correction.weights(c, off, terms.segments.mean(terms.a), terms.segments)
+    advantages = terms.advantages
+    if advantages is None:
+        advantages = terms.segments.mean(terms.a)
+    return correction.weights(c, off, advantages, terms.segments)
 
 
 def _extreme(

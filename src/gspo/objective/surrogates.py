@@ -73,7 +73,7 @@ def _range(
     low, high = objective.epsilon_low, objective.epsilon_high
     if objective.epsilon_scale == "constant":
         return low, high
-    scale = terms.segments.lengths.clamp(min=1).rsqrt().to(terms.d.dtype)
+    scale = terms.segments.lengths.to(terms.d.dtype).clamp(min=1).rsqrt()
     if objective.level != "sequence":
         scale = terms.segments.spread(scale)
     return low * scale, high * scale
@@ -82,9 +82,11 @@ def _range(
 def geometric(terms: Terms, objective: Objective) -> Result:
     """GMPO: A_i exp(mean_t of d_t, clipped in log space on the side that A_i pushes to)."""
     assert terms.advantages is not None
-    above = (terms.a > 0) & (terms.d > objective.epsilon_high)
-    below = (terms.a < 0) & (terms.d < -objective.epsilon_low)
-    bound = torch.where(above, objective.epsilon_high, -objective.epsilon_low).to(terms.d.dtype)
+    # Every sampled token is in the mean, trained on or not, and clipped alike.
+    side = terms.segments.spread(terms.advantages)
+    above = (side > 0) & (terms.d > objective.epsilon_high)
+    below = (side < 0) & (terms.d < -objective.epsilon_low)
+    bound = _either(above, objective.epsilon_high, -objective.epsilon_low, terms.d)
     clipped = above | below
     kept = torch.where(clipped, bound, terms.d)
     kept = torch.where(terms.segments.loss_mask, kept, kept.detach())
@@ -104,7 +106,7 @@ def truncate(terms: Terms, objective: Objective) -> Result:
 def gate(terms: Terms, objective: Objective) -> Result:
     """SAPO: (4 / tau) sigmoid(tau (w - 1)) A, whose gradient gate is 1 at w = 1."""
     constants = objective.constants
-    tau = torch.where(terms.a > 0, constants["tau_pos"], constants["tau_neg"]).to(terms.d.dtype)
+    tau = _either(terms.a > 0, constants["tau_pos"], constants["tau_neg"], terms.d)
     value = torch.sigmoid(tau * (bounded_exp(terms.d) - 1)) * 4 / tau
     return terms.mean(value * terms.a), torch.zeros_like(terms.a, dtype=torch.bool)
 
@@ -113,10 +115,8 @@ def gamma(terms: Terms, objective: Objective) -> Result:
     """VESPO: sg[W^k exp(lambda (1 - W))] A log pi, W the product of the sequence's ratios."""
     positive = terms.a >= 0
     k, rate = (
-        torch.where(
-            positive, objective.constants[f"{name}_pos"], objective.constants[f"{name}_neg"]
-        )
-        for name in ("k", "lambda")
+        _either(positive, objective.constants[f"{n}_pos"], objective.constants[f"{n}_neg"], terms.d)
+        for n in ("k", "lambda")
     )
     log_w = terms.segments.spread(terms.segments.sum(terms.d.detach()))
     log_w = log_w.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -137,6 +137,13 @@ def divergence(terms: Terms, objective: Objective) -> Result:
 def likelihood(terms: Terms, objective: Objective) -> Result:
     """REINFORCE: A log pi, without any ratio."""
     return terms.mean(terms.a * terms.logprobs), torch.zeros_like(terms.a, dtype=torch.bool)
+
+
+def _either(
+    condition: Bool[Tensor, " T"], yes: float, no: float, like: Float[Tensor, " T"]
+) -> Float[Tensor, " T"]:
+    """One of two numbers per token, in the dtype of `like`: where() of numbers is float32."""
+    return torch.where(condition, like.new_tensor(yes), like.new_tensor(no))
 
 
 SURROGATES: Mapping[Surrogate, Callable[[Terms, Objective], Result]] = {
