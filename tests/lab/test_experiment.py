@@ -55,6 +55,7 @@ def weights(run: Path, step: int) -> bytes:
     return (run / "checkpoints" / f"{step:04d}" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.timeout(1200)  # a minute on an idle core, more beside other work
 async def test_the_demo_learns(tmp_path: Path):
     outcome = await run_experiment(demo_spec(str(tmp_path)), Silent())
     assert outcome.before is not None and outcome.after is not None
