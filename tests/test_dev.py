@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
 from gspo import TrainConfig, dev
 from gspo.errors import ConfigError
+from gspo.objective import BOUNDS, PRESETS, CorrectionKind
 from gspo.train.settings import resolve
 
 
@@ -127,3 +130,9 @@ class TestResolve:
         assert resolve(TrainConfig(kl_penalty_coef=0.1)).objective.kl_coef == 0.1
         both = resolve(TrainConfig(kl_penalty_coef=0.1), dev.TrainConfig(kl_penalty_coef=0.0))
         assert both.objective.kl_coef == 0.0
+
+
+def test_the_options_name_what_the_objective_has():
+    """dev.py lies below objective/ and repeats its names; they must not drift apart."""
+    assert get_args(dev.Algorithm) == tuple(PRESETS)
+    assert get_args(dev.CorrectionKind) == get_args(CorrectionKind) == tuple(BOUNDS)

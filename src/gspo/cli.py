@@ -160,11 +160,14 @@ def _dry_run(spec: Spec) -> None:
 
     plan = make_plan(spec)
     print(json.dumps(spec.model_dump(), indent=2))
-    low, high = plan.clip_range
+    ratios = "no ratios are clipped"
+    if plan.clip_range is not None:
+        ratios = "ratios clipped to [{:.6g}, {:.6g}]".format(*plan.clip_range)
+        ratios += ", to begin with" if spec.train.epsilon == "auto" else ""
     limit = plan.longest_completion
     longest = "the model's context" if limit is None else f"{limit} tokens"
     print(
-        f"\n{plan.algorithm}, ratios clipped to [{low:.6g}, {high:.6g}]\n"
+        f"\n{plan.algorithm}, {ratios}\n"
         f"{plan.parameters:,} parameters\n"
         f"{plan.sequences_per_step} sequences a step, {plan.sequences_per_update} an optimizer "
         f"step, {plan.updates_per_step} optimizer steps a step\n"

@@ -117,9 +117,9 @@ class TrainConfig(Options):
     kl_penalty_coef: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """As in `TrainConfig`, which it overrides where it is given."""
     ppo: Literal[True] = True
-    """The clipped surrogate; ART's `ppo=False` is `algorithm="cispo"`."""
+    """ART's switch between the clipped surrogate and CISPO; here the algorithm says it."""
     normalize_by_length: Literal[True] = True
-    """Every level here divides by the sequence's length; `False` is Dr. GRPO."""
+    """ART's switch to Dr. GRPO; here the algorithm says it."""
     precalculate_logprobs: bool = False
     """ART's name for `old_logprobs="trainer"`."""
 
@@ -172,6 +172,8 @@ class TrainConfig(Options):
     def _overlong_is_whole(self) -> TrainConfig:
         if (self.overlong_max_tokens is None) != (self.overlong_cache is None):
             raise ValueError("overlong_max_tokens and overlong_cache belong together")
+        if self.overlong_cache and self.overlong_cache > (self.overlong_max_tokens or 0):
+            raise ValueError("overlong_cache must not be larger than overlong_max_tokens")
         return self
 
     @model_validator(mode="after")

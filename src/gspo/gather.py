@@ -6,10 +6,10 @@ import asyncio
 import functools
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from gspo.errors import DataError
-from gspo.progress import Gather, gathering
+from gspo.progress import Gather, all_or_cancel, gathering
 from gspo.trajectory import Trajectory, TrajectoryGroup
 
 P = ParamSpec("P")
@@ -54,7 +54,7 @@ async def gather_trajectory_groups(
     with _progress(pbar_desc, total) as update:
         gather = Gather(total=total, max_exceptions=max_exceptions, update=update)
         with gathering(gather):
-            parts = await _all_or_cancel([one(group) for group in pending])
+            parts = await all_or_cancel([one(group) for group in pending])
     return [group for part in parts for group in part]
 
 
@@ -83,7 +83,7 @@ async def gather_trajectories(
     with _progress(pbar_desc, len(pending)) as update:
         gather = Gather(total=len(pending), max_exceptions=max_exceptions, update=update)
         with gathering(gather):
-            return await _all_or_cancel([one(rollout) for rollout in pending])
+            return await all_or_cancel([one(rollout) for rollout in pending])
 
 
 def retry(
@@ -122,18 +122,6 @@ def retry(
         return again
 
     return decorate
-
-
-async def _all_or_cancel(coroutines: list[Any]) -> list[Any]:
-    """Results in order; at the first error the rest is cancelled and awaited, then it raises."""
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
-    try:
-        return list(await asyncio.gather(*tasks))
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
 
 
 @contextmanager

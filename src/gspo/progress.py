@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -66,3 +68,15 @@ def gathering(gather: Gather) -> Iterator[Gather]:
         yield gather
     finally:
         _current.reset(token)
+
+
+async def all_or_cancel(coroutines: list[Any]) -> list[Any]:
+    """Results in order; at the first error the rest is cancelled and awaited, then it raises."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise

@@ -11,7 +11,7 @@ from openai.types.chat.chat_completion import Choice
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gspo.errors import DataError, suggestion
-from gspo.progress import current_gather
+from gspo.progress import all_or_cancel, current_gather
 
 Message: TypeAlias = dict[str, Any]
 MessagesAndChoices: TypeAlias = list[Message | Choice]
@@ -148,8 +148,6 @@ class TrajectoryGroup(_Record):
         return self._run().__await__()
 
     async def _run(self) -> TrajectoryGroup:
-        import asyncio
-
         gather = current_gather()
         pending, self._pending = self._pending, []
 
@@ -167,14 +165,7 @@ class TrajectoryGroup(_Record):
             return trajectory
 
         # In the order given, not in the order of completion: runs repeat exactly.
-        tasks = [asyncio.ensure_future(one(rollout)) for rollout in pending]
-        try:
-            results = await asyncio.gather(*tasks)
-        except BaseException:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            raise
+        results = await all_or_cancel([one(rollout) for rollout in pending])
         for result in results:
             if isinstance(result, Trajectory):
                 self.trajectories.append(result)

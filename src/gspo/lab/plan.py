@@ -14,6 +14,7 @@ from gspo.policy.embedded import PREFIX, build_model, build_tokenizer, embedded_
 from gspo.policy.load import resolve
 from gspo.serve.cache import slab_bytes
 from gspo.tasks import load_task
+from gspo.train.settings import Settings
 from gspo.train.settings import resolve as resolve_settings
 from gspo.train.trainer import activation_bytes, row_budget
 
@@ -26,7 +27,7 @@ class Plan:
     """Sizes of a run. Memory is an estimate, in bytes."""
 
     algorithm: str
-    clip_range: tuple[float, float]
+    clip_range: tuple[float, float] | None
     parameters: int
     sequences_per_step: int
     sequences_per_update: int
@@ -68,7 +69,7 @@ def make_plan(spec: Spec) -> Plan:
     trained = parameters if spec.load.lora is None else parameters // 50
     return Plan(
         algorithm=settings.algorithm,
-        clip_range=(1 - settings.objective.epsilon_low, 1 + settings.objective.epsilon_high),
+        clip_range=_clip_range(settings),
         parameters=parameters,
         sequences_per_step=sequences,
         sequences_per_update=-(-sequences // spec.train.minibatches),
@@ -81,6 +82,14 @@ def make_plan(spec: Spec) -> Plan:
         memory_activations=row * activation_bytes(text, checkpointing),
         memory_kv_cache=slab_bytes(rows, 2 * (limit or 256), text),
     )
+
+
+def _clip_range(settings: Settings) -> tuple[float, float] | None:
+    """Where ratios are clipped; None where the method clips no ratios."""
+    objective = settings.objective
+    if objective.surrogate != "clip":
+        return None
+    return 1 - objective.epsilon_low, 1 + objective.epsilon_high
 
 
 def _shape(name: str) -> tuple[Any, int]:

@@ -14,6 +14,8 @@ from gspo.gather import gather_trajectory_groups
 from gspo.lab.spec import Spec
 from gspo.model import TrainableModel
 from gspo.tasks import Problem, Split, Task, load_task
+from gspo.train.rollouts import shaped_reward
+from gspo.train.settings import resolve
 from gspo.trajectory import Trajectory, TrajectoryGroup
 
 
@@ -59,6 +61,7 @@ class Rollouts:
         """The groups of one step; with dynamic sampling, those of fresh prompts for flat ones."""
         spec = self.spec
         rounds = _ROUNDS if spec.dynamic_sampling else 1
+        settings = resolve(options=spec.train)
         kept: list[TrajectoryGroup] = []
         flat: list[TrajectoryGroup] = []
         for extra in range(rounds):
@@ -69,7 +72,7 @@ class Rollouts:
                 pbar_desc=None,
             )
             for group in groups:
-                signal = len({t.reward for t in group}) > 1
+                signal = len({shaped_reward(t, settings.overlong) for t in group}) > 1
                 (kept if signal or not spec.dynamic_sampling else flat).append(group)
             if len(kept) == spec.prompts:
                 break

@@ -73,6 +73,11 @@ class Spec(Options):
     def _has_prompts_and_a_model(self) -> Spec:
         if self.task is None and self.rollout is None:
             raise ValueError("give a task, or a rollout = 'module:function'")
+        if self.dynamic_sampling and self.train.algorithm == "reinforce":
+            raise ValueError(
+                "dynamic_sampling drops groups with equal rewards, which algorithm='reinforce' "
+                "learns from: leave one of the two out"
+            )
         if not self.model:
             raise ValueError("give a model: only the built-in tasks have one of their own")
         return self

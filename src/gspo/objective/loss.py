@@ -191,6 +191,12 @@ def _extreme(
     """Sequences for which an exponent that this objective uses lies beyond the bound."""
     level = objective.level
     sequence = log_ratio.abs() > MAX_LOG_RATIO
+    if objective.surrogate == "likelihood":
+        return torch.zeros_like(sequence)
+    if objective.surrogate == "gamma":
+        return segments.sum(d).abs() > MAX_LOG_RATIO
+    if objective.surrogate == "geometric":
+        return sequence
     if level in ("sequence", "sequence_token"):
         return sequence
     exponent = (d + segments.spread(log_ratio)) / 2 if level == "geometric_average" else d

@@ -127,7 +127,8 @@ _ALL = (
         "cispo",
         Objective("token", 1.0, 4.0, surrogate="truncate", aggregate="token_mean"),
         "-(1/T) Σ_i Σ_t sg[min(w_t, 1 + ε_high)] A_i log π(y_t)",
-        "MiniMax, MiniMax-M1, arXiv 2506.13585, equations 4 and 5, no lower bound",
+        "MiniMax, MiniMax-M1, arXiv 2506.13585, equations 4 and 5, no lower bound; the upper bound "
+        "of 5 is ScaleRL's, arXiv 2510.13786",
     ),
     Preset(
         "gmpo",
@@ -172,7 +173,8 @@ _ALL = (
         ),
         "-(1/T) Σ_i Σ_t m_t sg[min(w_t, 20)] A_i log π(y_t); m_t = 0 where A > 0 and "
         "π - π_old > 0.2, or A < 0 and π - π_old < -0.2",
-        "DPPO, Divergence PPO (binary total variation), arXiv 2602.04879",
+        "DPPO, Divergence PPO (binary total variation), arXiv 2602.04879; the truncation at 20 is "
+        "verl's default",
     ),
     Preset(
         "rloo",

@@ -28,7 +28,7 @@ class EpsilonController:
     Each sequence has a smallest epsilon that would leave it unclipped. The (1 - target) quantile
     of those is the range that clips just the target share, whatever the range was: so the
     controller converges from anywhere. It moves a share `RATE` of the way, in logarithms, and
-    stays in [LOWEST, HIGHEST].
+    keeps both sides of the range in [LOWEST, HIGHEST].
 
     Attributes:
         epsilon_low: None before the first call: the preset's.
@@ -45,13 +45,16 @@ class EpsilonController:
 
     def observe(self, objective: Objective, seen: Sequence[Observed], target: float) -> None:
         """Learn from the sequences of one call, made under `objective`."""
-        needed = sorted(needed_epsilon(objective, one) for one in seen if one.advantage != 0)
-        if not needed:
+        told = [one for one in seen if one.advantage != 0 and not math.isnan(one.log_ratio)]
+        needed = sorted(needed_epsilon(objective, one) for one in told)
+        wanted = needed[min(int((1 - target) * len(needed)), len(needed) - 1)] if needed else 0.0
+        if wanted == 0:  # nothing moved at all: no reason to close the range
             return
-        wanted = _bounded(needed[min(int((1 - target) * len(needed)), len(needed) - 1)])
+        scale = objective.epsilon_high / objective.epsilon_low
+        wanted = _bounded(wanted, scale)
         present = objective.epsilon_low
         moved = math.log(present) + RATE * (math.log(wanted) - math.log(present))
-        self.epsilon_low = _bounded(math.exp(moved))
+        self.epsilon_low = _bounded(math.exp(moved), scale)
 
 
 def needed_epsilon(objective: Objective, one: Observed) -> float:
@@ -89,7 +92,10 @@ def noise_advice(
             f"sequences on unchanged weights (epsilon {objective.epsilon_low:.2g}): raise epsilon, "
             "set epsilon='auto' or old_logprobs='trainer', or roll out in a finer dtype"
         )
-    spread = _spread([one.log_ratio for one in seen])
+    by_length = objective.epsilon_scale == "sqrt_length"
+    spread = _spread(
+        [one.log_ratio * (math.sqrt(one.length) if by_length else 1.0) for one in seen]
+    )
     if spread > 0 and not 0.3 <= objective.epsilon_low / spread <= 5:
         how = "clips many of" if objective.epsilon_low < spread else "hardly ever clips"
         return (
@@ -107,5 +113,6 @@ def _spread(values: Sequence[float]) -> float:
     return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / len(values))
 
 
-def _bounded(epsilon: float) -> float:
-    return min(max(epsilon, LOWEST), HIGHEST)
+def _bounded(epsilon: float, scale: float) -> float:
+    """epsilon_low such that both sides of the range lie within the bounds."""
+    return min(max(epsilon, LOWEST), HIGHEST / max(1.0, scale))

@@ -72,12 +72,7 @@ def prepare(
     check_groups(groups)
     flat = [(g, trajectory) for g, group in enumerate(groups) for trajectory in group]
     rewards = [float(trajectory.reward) for _, trajectory in flat]
-    shaped = rewards
-    if overlong is not None:
-        shaped = [
-            reward + overlong_punishment(_sampled_tokens(trajectory), *overlong)
-            for reward, (_, trajectory) in zip(rewards, flat, strict=True)
-        ]
+    shaped = [shaped_reward(trajectory, overlong) for _, trajectory in flat]
     values = advantages(
         advantage,
         torch.tensor(shaped, dtype=torch.float64),
@@ -134,5 +129,10 @@ def overlong_punishment(length: int, max_tokens: int, cache: int) -> float:
     return -min(1.0, max(0.0, (length - (max_tokens - cache)) / cache))
 
 
-def _sampled_tokens(trajectory: Trajectory) -> int:
-    return sum(len(getattr(c, "token_ids", None) or ()) for c in trajectory.choices())
+def shaped_reward(trajectory: Trajectory, overlong: tuple[int, int] | None) -> float:
+    """The reward that advantages are made of: with the punishment of (max_tokens, cache)."""
+    reward = float(trajectory.reward)
+    if overlong is None:
+        return reward
+    length = sum(len(getattr(c, "token_ids", None) or ()) for c in trajectory.choices())
+    return reward + overlong_punishment(length, *overlong)

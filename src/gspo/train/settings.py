@@ -8,6 +8,7 @@ from gspo.config import TrainConfig
 from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.errors import ConfigError
 from gspo.objective import (
+    BOUNDS,
     CLIPPING,
     LEVEL_DEFAULTS,
     PRESETS,
@@ -65,7 +66,7 @@ def resolve(config: TrainConfig | None = None, options: DevTrainConfig | None = 
     _check_epsilon(preset, options)
     kl = config.kl_penalty_coef if options.kl_penalty_coef is None else options.kl_penalty_coef
     low, high = _range(preset.objective, options)
-    old = "trainer" if options.precalculate_logprobs else options.old_logprobs
+    old = _old_logprobs(options)
     try:
         objective = replace(
             preset.objective,
@@ -130,6 +131,10 @@ def _check_epsilon(preset: Preset, options: DevTrainConfig) -> None:
             f"epsilon='auto' steers a sequence-level clip range, which {preset.name!r} doesn't "
             "have: use algorithm='gspo', or give a number"
         )
+    if options.epsilon is not None and preset.objective.surrogate == "truncate":
+        raise ConfigError(
+            f"algorithm={preset.name!r} bounds its weights from above alone: use epsilon_high"
+        )
     if options.epsilon == "auto" and options.epsilon_high is not None:
         raise ConfigError("epsilon='auto' sets both sides: leave epsilon_high out")
     if options.epsilon_scale != "constant" and not sequence:
@@ -137,6 +142,17 @@ def _check_epsilon(preset: Preset, options: DevTrainConfig) -> None:
             f"epsilon_scale={options.epsilon_scale!r} needs a sequence-level ratio, which "
             f"{preset.name!r} doesn't have"
         )
+
+
+def _old_logprobs(options: DevTrainConfig) -> str:
+    if not options.precalculate_logprobs:
+        return options.old_logprobs
+    if "old_logprobs" in options.model_fields_set and options.old_logprobs == "rollout":
+        raise ConfigError(
+            "precalculate_logprobs=True means old_logprobs='trainer', not 'rollout': "
+            "give one of the two"
+        )
+    return "trainer"
 
 
 def _correction(options: DevTrainConfig, old: str) -> Correction | None:
@@ -151,11 +167,15 @@ def _correction(options: DevTrainConfig, old: str) -> Correction | None:
             "old_logprobs='rollout' the ratio is already taken against the engine: "
             "set old_logprobs='trainer'"
         )
+    if options.correction_low is not None and BOUNDS[options.correction][0] == 0:
+        raise ConfigError(
+            f"correction={options.correction!r} has no lower bound: leave correction_low out"
+        )
     return Correction(options.correction, *bounds)
 
 
 def _advantage(preset: Preset, options: DevTrainConfig) -> AdvantageKind:
-    if options.scale_rewards is None or options.scale_rewards == (preset.advantage == "group_std"):
+    if options.scale_rewards is None:
         return preset.advantage
     if preset.advantage in ("group_std", "group_mean"):
         return "group_std" if options.scale_rewards else "group_mean"

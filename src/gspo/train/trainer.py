@@ -212,7 +212,10 @@ class Trainer:
             metrics.mean("ratio/epsilon_high", objective.epsilon_high, 1)
         if self._warned or objective.level not in ("sequence", "sequence_token"):
             return
-        advice = noise_advice(metrics.compute(), objective, target, seen)
+        known = metrics.compute()
+        if settings.old_logprobs == "trainer":  # the ratio is not taken against the engine
+            known.pop("mismatch/clip_fraction", None)
+        advice = noise_advice(known, objective, target, seen)
         if advice is not None and not settings.auto_epsilon:
             self._warned = True
             log.warning("train step %d: %s", self.step, advice)
