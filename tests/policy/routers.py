@@ -62,6 +62,14 @@ MOE: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     ),
 }
 
+# Not every release puts each architecture behind the common router interface: transformers 5.17
+# trains DeepSeek-V3, and gspo sees no routers in it there.
+MOE = {
+    name: entry
+    for name, entry in MOE.items()
+    if "router_logits" in (getattr(entry[0], "_can_record_outputs", None) or {})
+}
+
 
 def moe(name: str = "qwen3_moe", **extra: Any) -> Policy:
     """A tiny model of this architecture, ready for the trainer."""

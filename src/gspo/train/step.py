@@ -14,7 +14,14 @@ from torch import Tensor
 from gspo.batch.pack import PackedBatch, pack
 from gspo.batch.sample import Sample
 from gspo.metrics import Metrics
-from gspo.objective import LossOutput, Objective, Segments, policy_loss, sequence_log_ratio
+from gspo.objective import (
+    LossOutput,
+    Objective,
+    Segments,
+    clipped_surrogate,
+    policy_loss,
+    sequence_log_ratio,
+)
 from gspo.policy.attention import padded_share
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy
@@ -138,12 +145,12 @@ def _record_mismatch(
     metrics.distribution("mismatch/sequence_log_ratio", noise.tolist())
     if objective.level not in ("sequence", "sequence_token"):
         return
-    scale = segments.lengths.rsqrt() if objective.epsilon_scale == "sqrt_length" else 1.0
-    ratio, one = noise.exp(), torch.ones_like(noise)
-    above = ratio > one + objective.epsilon_high * scale
-    below = ratio < one - objective.epsilon_low * scale
+    by_length = objective.epsilon_scale == "sqrt_length"
+    scale = segments.lengths.rsqrt() if by_length else torch.ones_like(noise)
     advantages = batch.advantages
-    clipped = (above & (advantages > 0)) | (below & (advantages < 0))
+    _, clipped = clipped_surrogate(
+        noise.exp(), advantages, objective.epsilon_low * scale, objective.epsilon_high * scale
+    )
     for name, chosen in (
         ("mismatch/clip_fraction", advantages != 0),
         ("mismatch/clip_fraction_positive", advantages > 0),
