@@ -24,6 +24,8 @@ from gspo.train.settings import resolve
         ({"epsilon": float("nan")}, "epsilon = nan"),
         ({"minibatches": 0}, "minibatches = 0"),
         ({"lr_schedule": "cosine"}, "needs lr_total_steps"),
+        ({"lr_total_steps": 9}, "lr_total_steps means nothing with lr_schedule='constant'"),
+        ({"lr_final": 0.1}, "lr_final means nothing"),
         ({"lr_warmup_steps": 9, "lr_total_steps": 9}, "must be larger"),
         ({"mask_prob_ratio": True}, "'mask_prob_ratio' is not supported"),
         ({"kimi_k2_tau": 0.1}, "'kimi_k2_tau' is not supported"),
@@ -95,9 +97,8 @@ class TestResolve:
         assert settings.options.minibatches == 4
 
     def test_no_setting_is_gspo_too(self):
-        assert resolve() == resolve(options=dev.TrainConfig(algorithm="gspo")) or (
-            resolve().objective == resolve(options=dev.TrainConfig(algorithm="gspo")).objective
-        )
+        named = resolve(options=dev.TrainConfig(algorithm="gspo"))
+        assert (resolve().algorithm, resolve().objective) == ("gspo", named.objective)
 
     @pytest.mark.parametrize(
         ("level", "algorithm", "epsilon"),

@@ -184,6 +184,12 @@ class TrainConfig(Options):
             )
         if self.lr_total_steps is not None and self.lr_total_steps <= self.lr_warmup_steps:
             raise ValueError("lr_total_steps must be larger than lr_warmup_steps")
+        unread = {"lr_total_steps", "lr_final"} & self.model_fields_set
+        if self.lr_schedule == "constant" and unread:
+            raise ValueError(
+                f"{sorted(unread)[0]} means nothing with lr_schedule='constant': "
+                "use 'cosine' or 'linear', or leave it out"
+            )
         return self
 
 

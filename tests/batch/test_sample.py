@@ -96,7 +96,7 @@ def test_log_probs_in_the_form_of_vllm() -> None:
     sample = one(vllm)
     assert sample.old_logprobs.tolist() == [0, -0.25, -0.5]
     assert sample.temperatures.tolist() == [1, 1, 1]
-    assert sample.policy_versions.tolist() == [-1, 0, 0]
+    assert sample.policy_versions.tolist() == [-1, -1, -1]  # vLLM does not tell
 
 
 @pytest.mark.parametrize(

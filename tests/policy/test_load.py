@@ -45,6 +45,13 @@ def test_context_cannot_exceed_the_models():
         load_policy("embedded:sort", dev.InternalModelConfig(max_context=513))
 
 
+@pytest.mark.parametrize(("device", "message"), [("cuda", "no CUDA"), ("gpu", "device = 'gpu'")])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_device_that_is_not_there_is_named(device: str, message: str):
+    with pytest.raises(ModelError, match=message):
+        load_policy("embedded:sort", dev.InternalModelConfig(device=device))
+
+
 def test_embedded_model_is_an_ordinary_folder():
     folder = embedded_folder("embedded:sort")
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {

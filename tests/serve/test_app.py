@@ -97,6 +97,7 @@ async def test_text_parts_are_joined(client: AsyncOpenAI, engine: Counted):
         ({"stream": True}, "stream is not supported"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not supported"),
         ({"top_logprobs": 3, "logprobs": True}, "top_logprobs is not supported"),
+        ({"store": True}, "store is not supported"),
         ({"n": 0}, "n = 0"),
         ({"top_p": 2}, "top_p = 2"),
         ({"max_tokens": 0}, "max_tokens = 0"),

@@ -21,6 +21,7 @@ from gspo.policy.load import Policy
 from gspo.policy.precision import rollout_copy
 from gspo.serve.app import create_app
 from gspo.serve.batcher import Batcher
+from gspo.serve.selfcheck import check_engine
 from gspo.serve.server import PortServer, bind, in_process_client
 from gspo.serve.torch_engine import TorchEngine
 from gspo.train.checkpoint import steps_saved
@@ -114,7 +115,7 @@ class LocalBackend:
         listener: socket.socket | None,
     ) -> Service:
         async with self._compute.turn() as compute:
-            await compute.run(engine.check)
+            await compute.run(check_engine, engine)
         window = 0.0 if listener is None else 0.005
         app = create_app(Batcher(engine, self._compute, window=window), lambda: [model.name])
         client = in_process_client(app)

@@ -59,10 +59,11 @@ class Service:
             out = self.trainer.train(batch, settings)
         finally:
             # Also after a NumericsError: earlier minibatches have moved the weights by then.
-            self._publish()
+            published = self._publish()
         step = self.trainer.step
         metrics = {f"train/{name}": value for name, value in means(groups).items()}
         metrics |= out.metrics.compute()
+        metrics["time/publish"] = published
         if metrics["time/train"] > 0:
             rate = metrics.get("tokens/trained", 0.0) / metrics["time/train"]
             metrics["throughput/trained_tokens_per_second"] = rate
@@ -80,10 +81,12 @@ class Service:
         self.run.log(step, {"time/checkpoint": metrics["time/checkpoint"]})
         return TrainResult(step, metrics, path, out.skipped)
 
-    def _publish(self) -> None:
-        """Give the engine's copy, where it has one, the trainer's weights."""
+    def _publish(self) -> float:
+        """Give the engine's copy, where it has one, the trainer's weights; seconds it took."""
+        started = time.perf_counter()
         if isinstance(self.engine.policy, RolloutPolicy):
             refresh(self.engine.policy, self.trainer.policy)
+        return time.perf_counter() - started
 
 
 def load_trainer(run: Run, base_model: str, config: InternalModelConfig) -> Trainer:

@@ -27,7 +27,8 @@ class Sample:
         sampling_logprobs: float32 log-probs under mu, the engine that sampled; 0 elsewhere.
         temperatures: float32 temperature that `old_logprobs` were taken at.
         turn_ids: assistant turn of each sampled token, counted over the trajectory; -1 elsewhere.
-        policy_versions: version of the weights that sampled each token; -1 elsewhere.
+        policy_versions: version of the weights that sampled each token; -1 elsewhere, and where
+            the engine didn't tell.
         trajectory_id, group_id: position of the trajectory and of its group in the batch.
         advantage: A_i of the trajectory.
         routes: [R, layers, k] experts that computed the first R tokens, or None. The last sampled
@@ -215,12 +216,13 @@ def _turn(choice: Any, where: str) -> Turn:
         raise MissingLogprobsError(
             f"{where}: the log-prob of token {bad} is {logprobs[bad]}; it must be finite and <= 0"
         )
+    version = getattr(choice, "policy_version", None)
     return Turn(
         prompt=list(prompt),
         tokens=list(tokens),
         logprobs=list(logprobs),
         temperature=float(getattr(choice, "temperature", None) or 1.0),
-        policy_version=int(getattr(choice, "policy_version", None) or 0),
+        policy_version=-1 if version is None else int(version),
         routes=decode_routes(
             getattr(choice, "routed_experts", None), len(prompt) + len(tokens) - 1, where
         ),

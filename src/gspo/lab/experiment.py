@@ -24,6 +24,10 @@ class Estimate:
     low: float
     high: float
 
+    def parts(self) -> dict[str, float]:
+        """The three numbers by the ending of their metric's name."""
+        return {"": self.mean, "_low": self.low, "_high": self.high}
+
     def __str__(self) -> str:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
@@ -113,8 +117,9 @@ async def _evaluate(
         pbar_desc=None,
     )
     estimate = bootstrap(_by_prompt(rollouts, groups))
-    interval = {"val/reward_low": estimate.low, "val/reward_high": estimate.high}
-    await model.log(groups, "val", metrics=interval, step=step)
+    # By distinct prompt, also in the log: a resumed run reads its start from there.
+    found = {f"val/reward{end}": value for end, value in estimate.parts().items()}
+    await model.log(groups, "val", metrics=found, step=step)
     watch.evaluated(step, estimate)
     return estimate
 

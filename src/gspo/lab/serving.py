@@ -9,6 +9,7 @@ from gspo.policy.load import load_policy
 from gspo.policy.probe import choose_packing
 from gspo.serve.app import create_app
 from gspo.serve.batcher import Batcher
+from gspo.serve.selfcheck import check_engine
 from gspo.serve.server import bind, serve
 from gspo.serve.torch_engine import TorchEngine
 
@@ -28,7 +29,7 @@ def serve_model(model: str, host: str, port: int, name: str) -> None:
     policy = load_policy(model)
     choose_packing(policy)
     engine = TorchEngine(policy)
-    engine.check()
+    check_engine(engine)
     app = create_app(Batcher(engine, ComputeThread(), window=WINDOW), lambda: [name])
     bound = listener.getsockname()
     print(f"serving {name} on http://{bound[0]}:{bound[1]}/v1", flush=True)

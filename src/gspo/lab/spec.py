@@ -73,6 +73,14 @@ class Spec(Options):
     def _has_prompts_and_a_model(self) -> Spec:
         if self.task is None and self.rollout is None:
             raise ValueError("give a task, or a rollout = 'module:function'")
+        if self.task is None and self.task_options:
+            raise ValueError("task_options are given, but no task")
+        own = {"max_tokens", "temperature"} & self.model_fields_set
+        if self.rollout is not None and own:
+            raise ValueError(
+                f"{sorted(own)[0]} is decided by your rollout function: leave it out, "
+                "and pass it to chat.completions.create there"
+            )
         if self.dynamic_sampling and self.train.algorithm == "reinforce":
             raise ValueError(
                 "dynamic_sampling drops groups with equal rewards, which algorithm='reinforce' "

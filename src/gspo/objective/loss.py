@@ -20,15 +20,16 @@ class LossOutput:
     """What `policy_loss` returns. Only `loss` carries gradient; S sequences.
 
     Attributes:
-        loss: scalar, already divided by N: add it up over microbatches and ranks.
+        loss: scalar, already divided by the step's N (or T): add it up over microbatches and
+            ranks.
         policy: the surrogate's part of `loss`, without the KL term.
         kl: (1/N) Σ_i of the mean k3 per sequence; 0 without a reference.
         log_ratio: l_i per sequence, unbounded.
         lengths: L_i, sampled tokens per sequence.
         loss_tokens: tokens of each sequence that are trained on.
         clipped_tokens: of those, how many have zero gradient because of the clip.
-        extreme: sequences with a log-ratio (of the sequence, or of a token where the level looks
-            at tokens) beyond ±MAX_LOG_RATIO.
+        extreme: sequences in which an exponent that the objective uses (l_i, a token's d_t, or
+            their sum) lies beyond ±MAX_LOG_RATIO.
     """
 
     loss: Float[Tensor, ""]
@@ -104,28 +105,21 @@ def policy_loss(
     tokens |= {name: tensor for name, tensor in optional.items() if tensor is not None}
     _check(logprobs, tokens, objective, advantages, total_sequences)
 
-    mask = ratio_mask.reshape(-1)
-    ids = torch.where(mask, sequence_ids.reshape(-1), 0)
-    if ids.numel() and int(ids.min()) < 0:
-        raise ValueError(f"sequence_ids hold {int(ids.min())}: they count from 0")
-    highest = int(ids.max()) if ids.numel() else -1
-    count = highest + 1 if advantages is None else advantages.numel()
-    if highest >= count:
-        raise ValueError(f"sequence_ids reach {highest}, but there are {count} advantages")
-    segments = Segments(ids, count, mask, loss_mask.reshape(-1) & mask)
-    sequences = count if total_sequences is None else total_sequences
-    total = sequences
+    segments = _segments(sequence_ids, ratio_mask, loss_mask, advantages)
+    mask = segments.ratio_mask
+    sequences = segments.count if total_sequences is None else total_sequences
     flat = {name: tensor.reshape(-1) for name, tensor in tokens.items()}
     new = torch.where(mask, logprobs.reshape(-1), 0.0)
     terms = _terms(new, flat, segments, objective, advantages)
     d = terms.d
     per_sequence, clipped = SURROGATES[objective.surrogate](terms, objective)
     per_sequence = per_sequence * _sequence_weights(terms, flat, objective)
+    total = sequences
     if objective.aggregate != "sequence_mean":
         per_sequence = per_sequence * segments.lengths.to(d.dtype)
     if objective.aggregate == "token_mean":
-        total = int(segments.loss_mask.sum()) if total_tokens is None else total_tokens
-        total = max(total, 1)
+        given = int(segments.loss_mask.sum())
+        total = max(given if total_tokens is None else total_tokens, 1)
     policy = -per_sequence.sum() / total
     kl = torch.zeros_like(policy)
     if reference_logprobs is not None:
@@ -142,6 +136,21 @@ def policy_loss(
         clipped_tokens=segments.sum((clipped & segments.loss_mask).float()),
         extreme=_extreme(objective, d.detach(), log_ratio, segments),
     )
+
+
+def _segments(
+    sequence_ids: Tensor, ratio_mask: Tensor, loss_mask: Tensor, advantages: Tensor | None
+) -> Segments:
+    """The sequences; ids of tokens that were not sampled don't count."""
+    mask = ratio_mask.reshape(-1)
+    ids = torch.where(mask, sequence_ids.reshape(-1), 0)
+    lowest, highest = (int(ids.min()), int(ids.max())) if ids.numel() else (0, -1)
+    if lowest < 0:
+        raise ValueError(f"sequence_ids hold {lowest}: they count from 0")
+    count = highest + 1 if advantages is None else advantages.numel()
+    if highest >= count:
+        raise ValueError(f"sequence_ids reach {highest}, but there are {count} advantages")
+    return Segments(ids, count, mask, loss_mask.reshape(-1) & mask)
 
 
 def _terms(

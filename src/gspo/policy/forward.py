@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from gspo.batch.pack import PackedBatch
 from gspo.policy.attention import make_buckets, no_mask
-from gspo.policy.load import Policy
+from gspo.policy.load import Policy, autocast
 from gspo.policy.logprob import TokenLogprobs, token_logprobs
 
 
@@ -37,10 +36,7 @@ def forward(policy: Policy, batch: PackedBatch, chunk: int | None = None) -> Tok
 def _hidden_states(policy: Policy, batch: PackedBatch) -> Float[Tensor, "T D"]:
     device = policy.device
     tokens, positions = batch.tokens.to(device), batch.positions.to(device)
-    autocast: Any = nullcontext()
-    if policy.compute_dtype != torch.float32:
-        autocast = torch.autocast(device.type, dtype=policy.compute_dtype)
-    with autocast:
+    with autocast(policy):
         if policy.packing == "single":
             return torch.cat(
                 [

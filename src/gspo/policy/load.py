@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -100,6 +100,13 @@ class Policy:
         assert self.peft is not None
         with self.peft.disable_adapter():
             yield
+
+
+def autocast(policy: Policy) -> AbstractContextManager[object]:
+    """Where the policy computes in half precision: that; else nothing."""
+    if policy.compute_dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(policy.device.type, dtype=policy.compute_dtype)
 
 
 def resolve(base_model: str) -> str:
@@ -256,7 +263,12 @@ def _context(lm: PreTrainedModel, base_model: str, wanted: int | None) -> int:
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(f"device = {name!r}, but torch sees no CUDA device: use 'auto' or 'cpu'")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f"device = {name!r}: {error}") from None
 
 
 def _threads(lm: PreTrainedModel) -> int:

@@ -34,30 +34,34 @@ class RouteWatch:
         self, rows: Sequence[Row], prompt_of: Sequence[int], real: Bool[Tensor, "P W"]
     ) -> Iterator[None]:
         """Around the prompts' pass: each row gets its prompt's routes, without the padding."""
-        if not self._on:
+        with self._observed() as seen:
             yield
-            return
-        routing = self._policy.routing
-        with routing.observe() as tape:
-            yield
-        routes = as_array(tape.own(), routing.experts)
-        prompts, width = real.shape
-        routes = routes.reshape(prompts, width, *routes.shape[1:])
-        kept = real.cpu().numpy()
-        for row, prompt in zip(rows, prompt_of, strict=True):
-            if row.params.routes:
-                row.routes.append(routes[prompt][kept[prompt]])
+        for routes in seen:
+            prompts, width = real.shape
+            routes = routes.reshape(prompts, width, *routes.shape[1:])
+            kept = real.cpu().numpy()
+            for row, prompt in zip(rows, prompt_of, strict=True):
+                if row.params.routes:
+                    row.routes.append(routes[prompt][kept[prompt]])
 
     @contextmanager
     def decoding(self, rows: Sequence[Row]) -> Iterator[None]:
         """Around the pass of one token in each of these rows."""
-        if not self._on:
+        with self._observed() as seen:
             yield
+        for routes in seen:
+            for i, row in enumerate(rows):
+                if row.params.routes:
+                    row.routes.append(routes[i : i + 1])
+
+    @contextmanager
+    def _observed(self) -> Iterator[list[np.ndarray]]:
+        """Holds the routes of the pass inside once it is over; stays empty where none are asked."""
+        seen: list[np.ndarray] = []
+        if not self._on:
+            yield seen
             return
         routing = self._policy.routing
         with routing.observe() as tape:
-            yield
-        routes = as_array(tape.own(), routing.experts)
-        for i, row in enumerate(rows):
-            if row.params.routes:
-                row.routes.append(routes[i : i + 1])
+            yield seen
+        seen.append(as_array(tape.own(), routing.experts))

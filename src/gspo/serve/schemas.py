@@ -9,9 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from gspo.errors import RequestError, suggestion
 from gspo.serve.engine import SamplingParams
 
-_IGNORABLE = {"user", "store", "metadata", "service_tier", "prompt_cache_key", "safety_identifier"}
+_IGNORABLE = {"user", "metadata", "service_tier", "prompt_cache_key", "safety_identifier"}
+"""Labels for the provider's own books: they ask for nothing that changes an answer."""
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
+    "store": (False,),
     "stream_options": (None,),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),

@@ -7,17 +7,15 @@ the same cache position. A finished row leaves the batch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gspo.errors import GspoError, ModelError, RequestError
-from gspo.policy.load import Policy
+from gspo.errors import GspoError, RequestError
+from gspo.policy.load import Policy, autocast
 from gspo.policy.logprob import full_logits
 from gspo.serve.cache import SlabCache, slab_bytes
 from gspo.serve.engine import Completion, FinishReason, Request, SamplingParams, check_fits
@@ -83,40 +81,6 @@ class TorchEngine:
     def token_text(self, token_id: int) -> str:
         return str(self.policy.tokenizer.decode([token_id], skip_special_tokens=False))
 
-    def check(self) -> None:
-        """Sample two tokens and score them with the model's plain forward pass.
-
-        Raises:
-            ModelError: the architecture's cache is not one that this engine can decode with.
-        """
-        prompt = tuple(range(1, 6))
-        try:
-            done = self.generate([Request(prompt, SamplingParams(max_tokens=2, seed=0, n=2))])[0]
-            tokens = torch.tensor([(*prompt, *c.token_ids) for c in done if len(c.token_ids) == 2])
-            gap = self._gap(tokens, done) if len(tokens) else 0.0
-        except (RuntimeError, AttributeError, TypeError, ValueError, LookupError) as error:
-            raise ModelError(
-                f"{self.policy.source}: the embedded engine cannot decode "
-                f"{type(self.policy.lm).__name__}: {error}"
-            ) from error
-        exact = self.policy.compute_dtype == self.policy.lm.dtype == torch.float32
-        limit = 1e-2 if exact else 1.0
-        if not gap <= limit:
-            raise ModelError(
-                f"{self.policy.source}: decoding {type(self.policy.lm).__name__} with a cache is "
-                f"off by {gap:.3g} nats from its plain forward pass"
-            )
-
-    def _gap(self, tokens: Int[Tensor, "R T"], done: Sequence[Completion]) -> float:
-        """Largest difference to the log-probs of a forward pass without a cache."""
-        tokens = tokens.to(self.policy.device)
-        with torch.no_grad(), self._autocast():
-            logits = self.policy.lm(input_ids=tokens, use_cache=False).logits
-        expected = logits.float().log_softmax(-1)[:, -3:-1]
-        expected = expected.gather(-1, tokens[:, -2:, None]).squeeze(-1).cpu()
-        got = torch.tensor([c.logprobs for c in done if len(c.token_ids) == 2])
-        return (got - expected).abs().max().item()
-
     def check_routes(self) -> None:
         try:
             self.policy.routing.require("return_routes")
@@ -140,19 +104,13 @@ class TorchEngine:
                 keys.append((seed, index) if seed is not None else (self._seed, -1 - self._served))
                 self._served += seed is None
         self.policy.lm.eval()
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), autocast(self.policy):
             for part in self._parts(requests, rows):
                 self._decode(requests, [rows[i] for i in part], [keys[i] for i in part])
         out: list[list[Completion]] = [[] for _ in requests]
         for row in rows:
             out[row.request].append(self._completion(row))
         return out
-
-    def _autocast(self) -> Any:
-        policy = self.policy
-        if policy.compute_dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(policy.device.type, dtype=policy.compute_dtype)
 
     def _parts(self, requests: Sequence[Request], rows: Sequence[_Row]) -> Iterator[range]:
         """Batches of consecutive rows that respect `max_rows` and `KV_BYTES`."""

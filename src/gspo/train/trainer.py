@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -231,22 +232,22 @@ class Trainer:
 
     def _describe(self, metrics: Metrics, batch: RolloutBatch) -> None:
         """What is known of the batch before any forward pass."""
-        for samples, reward in zip(batch.samples, batch.rewards, strict=True):
+        by_group: dict[int, list[float]] = {}
+        for samples, group, reward in zip(batch.samples, batch.groups, batch.rewards, strict=True):
+            by_group.setdefault(group, []).append(reward)
             sampled = sum(sample.sampled for sample in samples)
             metrics.mean("tokens/completion_mean", sampled, 1)
             metrics.add("tokens/completion", sampled)
             metrics.add("tokens/prompt", sum(len(s) for s in samples) - sampled)
             metrics.mean("train/reward", reward, 1)
             for sample in samples:
-                versions = sample.policy_versions[sample.ratio_mask]
-                age = self.policy.version - versions
-                metrics.mean("staleness/mean", float(age.sum()), len(age))
-                metrics.maximum("staleness/max", float(age.max()))
-        for group in set(batch.groups):
-            own = [r for r, g in zip(batch.rewards, batch.groups, strict=True) if g == group]
-            mean = sum(own) / len(own)
-            std = (sum((r - mean) ** 2 for r in own) / len(own)) ** 0.5
-            metrics.mean("train/reward_std", std, 1)
+                versions = sample.policy_versions[sample.policy_versions >= 0]
+                if len(versions):
+                    age = self.policy.version - versions
+                    metrics.mean("staleness/mean", float(age.sum()), len(age))
+                    metrics.maximum("staleness/max", float(age.max()))
+        for own in by_group.values():
+            metrics.mean("train/reward_std", statistics.pstdev(own), 1)
         metrics.add("train/groups_zero_advantage", batch.flat_groups)
         metrics.add("train/trajectories", len(batch.samples))
         metrics.add("train/trajectories_too_long", batch.dropped)
