@@ -11,7 +11,7 @@ from gspo.batch.sample import trajectory_samples
 from gspo.errors import RequestError
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy
-from gspo.serve import torch_engine
+from gspo.serve import kv
 from gspo.serve.engine import Completion, Engine, Request, SamplingParams
 from gspo.serve.fake_engine import FakeEngine
 from gspo.serve.torch_engine import TorchEngine
@@ -117,21 +117,73 @@ def test_a_prompt_is_computed_once_for_its_completions(engine: TorchEngine, monk
     assert seen[1] == (32, 1)
 
 
-def test_finished_rows_leave_the_batch(engine: TorchEngine, monkeypatch):
-    rows: list[int] = []
-    own = engine._advance
+@pytest.fixture
+def fed(engine: TorchEngine, monkeypatch) -> list[int]:
+    """Rows of each decoding pass."""
+    seen: list[int] = []
+    for kind in (kv.SharedPrompts, kv.CopiedPrompts):
 
-    def counted(tokens, cache, mask):
-        rows.append(len(tokens))
-        return own(tokens, cache, mask)
+        def counted(self, tokens, own=kind.advance):
+            seen.append(len(tokens))
+            return own(self, tokens)
 
-    monkeypatch.setattr(engine, "_advance", counted)
-    prompt = chat(engine, "123456789012")
-    lengths = [2, 9, 5]
-    engine.generate([Request(prompt, SamplingParams(max_tokens=n, seed=n)) for n in lengths])
-    assert rows[0] == 3
-    assert rows == sorted(rows, reverse=True)
-    assert rows[-1] == 1
+        monkeypatch.setattr(kind, "advance", counted)
+    return seen
+
+
+def lasting(engine: TorchEngine, lengths: list[int], **params) -> list[Request]:
+    """One request for each length, at different prompts, which no end token ends before."""
+    engine._ends.zero_()
+    texts = ["918273645546", "12", "0000", "987654321098"]
+    return [
+        Request(chat(engine, texts[i % 4]), SamplingParams(max_tokens=n, seed=i, **params))
+        for i, n in enumerate(lengths)
+    ]
+
+
+@pytest.mark.parametrize("packing", ["buckets", "mask"])
+def test_finished_rows_leave_the_batch(policy: Policy, engine: TorchEngine, fed, packing):
+    policy.packing = packing
+    done = engine.generate(lasting(engine, [2, 9, 5]))
+    policy.packing = "buckets"
+    assert fed == [3, 2, 2, 2, 1, 1, 1, 1]
+    assert [len(own[0].token_ids) for own in done] == [2, 9, 5]
+
+
+def test_a_few_finished_rows_are_carried_along(engine: TorchEngine, fed):
+    """Dropping a row copies the keys of all others."""
+    done = engine.generate(lasting(engine, [3] + [9] * 15))
+    assert fed == [16] * 8
+    assert [len(own[0].token_ids) for own in done] == [3] + [9] * 15
+
+
+def test_a_finished_rows_place_is_taken_at_once(engine: TorchEngine, fed, monkeypatch):
+    asked = lasting(engine, [2, 9, 5, 7, 30, 3, 4, 1, 12])
+    expected = engine.generate(asked)
+    fed.clear()
+    monkeypatch.setattr(engine, "max_rows", 3)
+    found = engine.generate(asked)
+    assert max(fed) == 3
+    assert len(fed) < 36  # in turns of three at a time: 8 + 29 + 11 passes, at least
+    for one, other in zip(expected, found, strict=True):
+        assert one[0].token_ids == other[0].token_ids
+        assert one[0].logprobs == pytest.approx(other[0].logprobs, abs=1e-5)
+
+
+def test_rows_that_join_see_their_own_prompt_alone(policy: Policy, engine, monkeypatch):
+    """Against the trainer's forward pass, through joins, drops and a slab that grows."""
+    monkeypatch.setattr(kv, "FIRST_COLUMNS", 2)
+    monkeypatch.setattr(engine, "max_rows", 4)
+    asked = lasting(engine, [6, 17, 3, 9, 25, 1, 8, 14, 2, 11], n=2)
+    done = engine.generate(asked)
+    for i, (request, own) in enumerate(zip(asked, done, strict=True)):
+        for c in own:
+            item = trajectory_samples(
+                trajectory(0.0, choice(c.token_ids, request.prompt, c.logprobs)), trajectory_id=i
+            )[0]
+            with torch.no_grad():
+                got = forward(policy, pack([item], 1)[0]).logprobs
+            torch.testing.assert_close(got, torch.tensor(c.logprobs), atol=1e-4, rtol=0)
 
 
 def test_end_token_stops_and_is_part_of_the_completion(engine: TorchEngine):
@@ -191,7 +243,7 @@ def test_parameters_out_of_range_are_refused(params: dict):
 def test_a_long_completion_outgrows_its_first_slab(policy: Policy, engine, monkeypatch):
     asked = requests(engine, n=2, max_tokens=30, seed=2, temperature=3.0)
     expected = engine.generate(asked)
-    monkeypatch.setattr(torch_engine, "_FIRST_SLAB", 3)
+    monkeypatch.setattr(kv, "FIRST_COLUMNS", 3)
     assert engine.generate(asked) == expected
 
 

@@ -20,6 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from gspo.policy.cascade import Cascade, cascade_attention
+
 PACKED = "gspo_packed"
 _HARMLESS = frozenset({"is_causal", "position_ids", "use_cache", "cache_position"})
 
@@ -88,17 +90,19 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     gspo_buckets: Sequence[Bucket] | None = None,
+    gspo_cascade: Cascade | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "R Q H E"], None]:
     """Causal attention inside each sample of the row; SDPA where no buckets are given.
 
-    With buckets, `attention_mask` is a placeholder that kept transformers from making a T x T one.
+    With buckets, or with the cascade of a decoding step, `attention_mask` is a placeholder that
+    kept transformers from making a mask of its own.
 
     Raises:
         NotImplementedError: the architecture asks for something that this doesn't compute (soft
             caps, attention sinks, biases); the caller then packs by mask instead.
     """
-    if gspo_buckets is None:
+    if gspo_buckets is None and gspo_cascade is None:
         kwargs |= {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     unknown = [k for k, v in kwargs.items() if v is not None and k not in _HARMLESS]
@@ -106,6 +110,11 @@ def packed_attention(
         raise NotImplementedError(f"gspo_packed attention with {unknown or 'dropout'}")
     if not getattr(module, "is_causal", True):
         raise NotImplementedError("gspo_packed attention is causal")
+    if gspo_cascade is not None:
+        return cascade_attention(
+            module, query, key, value, gspo_cascade, scaling, sliding_window
+        ), None
+    assert gspo_buckets is not None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
     out = q.new_zeros(q.shape[0], q.shape[1], v.shape[-1])
     for bucket in gspo_buckets:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 import numpy as np
 from jaxtyping import Bool
@@ -12,14 +11,7 @@ from torch import Tensor
 
 from gspo.policy.load import Policy
 from gspo.policy.tape import as_array
-from gspo.serve.engine import SamplingParams
-
-
-class Row(Protocol):
-    """A completion in the making."""
-
-    params: SamplingParams
-    routes: list[np.ndarray]
+from gspo.serve.decoding import Row
 
 
 class RouteWatch:
@@ -51,7 +43,7 @@ class RouteWatch:
             yield
         for routes in seen:
             for i, row in enumerate(rows):
-                if row.params.routes:
+                if row.params.routes and row.finish is None:
                     row.routes.append(routes[i : i + 1])
 
     @contextmanager

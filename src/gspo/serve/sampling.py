@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -18,19 +20,25 @@ class RowRandom:
     that it happens to be sampled in.
     """
 
-    def __init__(self, keys: list[tuple[int, int]], device: torch.device):
-        self._streams = [
-            np.random.Generator(np.random.Philox(key=_words(seed, index))) for seed, index in keys
-        ]
-        self._device = device
-        self._block = torch.empty(0)
+    def __init__(self, keys: Sequence[tuple[int, int]], device: torch.device):
+        self._streams: list[np.random.Philox] = []
+        self._block = torch.empty(_BLOCK, 0, device=device)
         self._at = _BLOCK
+        self.add(keys)
+
+    def add(self, keys: Sequence[tuple[int, int]]) -> None:
+        """More rows, whose first number comes with the next draw."""
+        new = [np.random.Philox(key=_words(seed, index)) for seed, index in keys]
+        self._streams += new
+        block = self._block.new_zeros(_BLOCK, len(new))
+        if new and self._at < _BLOCK:
+            block[self._at :] = self._numbers(new, _BLOCK - self._at)
+        self._block = torch.cat([self._block, block], dim=1)
 
     def draw(self) -> Float[Tensor, " R"]:
         """One number in [0, 1) for every row."""
         if self._at == _BLOCK:
-            block = np.stack([stream.random(_BLOCK) for stream in self._streams], axis=1)
-            self._block = torch.from_numpy(block.clip(max=_LARGEST)).float().to(self._device)
+            self._block = self._numbers(self._streams, _BLOCK)
             self._at = 0
         self._at += 1
         return self._block[self._at - 1]
@@ -39,6 +47,12 @@ class RowRandom:
         """Go on with these rows alone."""
         self._streams = [self._streams[i] for i in rows.tolist()]
         self._block = self._block[:, rows]
+
+    def _numbers(self, streams: list[np.random.Philox], count: int) -> Float[Tensor, "C R"]:
+        # Straight from the bits, as numpy's Generator does: making one a row takes longer.
+        raw = np.stack([stream.random_raw(count) for stream in streams], axis=1)
+        uniform = ((raw >> np.uint64(11)) * 2.0**-53).clip(max=_LARGEST)
+        return torch.from_numpy(uniform).float().to(self._block.device)
 
 
 def _words(*values: int) -> np.ndarray:

@@ -1,0 +1,145 @@
+"""Two ways to hold the keys and values of running rows, behind one small interface.
+
+`SharedPrompts` keeps one copy of each prompt and lets rows join while others run; it needs a model
+whose attention goes through gspo's (`Policy.packing == "buckets"`). `CopiedPrompts` gives every row
+its prompt's keys and works with any attention of transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from gspo.policy.attention import no_mask
+from gspo.policy.cascade import Cascade, CascadeCache
+from gspo.policy.load import Policy
+from gspo.serve.cache import SlabCache
+
+FIRST_COLUMNS = 256
+
+
+class KeyValues(Protocol):
+    """Keys and values of R running rows."""
+
+    def advance(self, tokens: Int[Tensor, " R"]) -> Float[Tensor, "R D"]:
+        """Feed one token to every row; last hidden states."""
+        ...
+
+    def keep(self, rows: np.ndarray) -> None:
+        """Go on with these rows alone."""
+        ...
+
+
+class SharedPrompts:
+    """One copy of each prompt; see `gspo.policy.cascade`."""
+
+    def __init__(self, policy: Policy, cascade: Cascade):
+        self._policy, self._cascade = policy, cascade
+
+    def advance(self, tokens: Int[Tensor, " R"]) -> Float[Tensor, "R D"]:
+        return self._policy.backbone(
+            input_ids=tokens[:, None],
+            attention_mask=no_mask(tokens.device),
+            position_ids=self._cascade.positions()[:, None],
+            past_key_values=self._cascade.cache,
+            use_cache=True,
+            gspo_cascade=self._cascade,
+        ).last_hidden_state[:, -1]
+
+    def keep(self, rows: np.ndarray) -> None:
+        self._cascade.keep(rows)
+
+    def join(self, other: SharedPrompts) -> None:
+        """Let another's rows run with these."""
+        self._cascade.join(other._cascade)
+
+
+class CopiedPrompts:
+    """Each row with its prompt, padded on the left, so that all write the same column."""
+
+    def __init__(self, policy: Policy, cache: SlabCache, real: Bool[Tensor, "R W"] | None):
+        self._policy, self._cache, self._real = policy, cache, real
+
+    def advance(self, tokens: Int[Tensor, " R"]) -> Float[Tensor, "R D"]:
+        real = self._real
+        if real is None:
+            positions = torch.full_like(tokens, self._cache.get_seq_length())
+        else:
+            positions = real.sum(-1)
+            self._real = real = torch.cat([real, real.new_ones(len(real), 1)], dim=1)
+        return self._policy.backbone(
+            input_ids=tokens[:, None],
+            attention_mask=real,
+            position_ids=positions[:, None],
+            past_key_values=self._cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]
+
+    def keep(self, rows: np.ndarray) -> None:
+        kept = torch.from_numpy(rows).to(self._policy.device)
+        self._cache.select(kept)
+        if self._real is not None:
+            self._real = self._real[kept]
+
+
+def padded(
+    prompts: Sequence[Sequence[int]], device: torch.device
+) -> tuple[Int[Tensor, "P W"], Bool[Tensor, "P W"]]:
+    """Token ids padded on the left, and where they are real.
+
+    >>> padded([[5, 6], [7]], torch.device("cpu"))[0].tolist()
+    [[5, 6], [0, 7]]
+    """
+    width = max(len(prompt) for prompt in prompts)
+    tokens = torch.zeros(len(prompts), width, dtype=torch.long)
+    real = torch.zeros(len(prompts), width, dtype=torch.bool)
+    for i, prompt in enumerate(prompts):
+        tokens[i, width - len(prompt) :] = torch.tensor(prompt)
+        real[i, width - len(prompt) :] = True
+    return tokens.to(device), real.to(device)
+
+
+def prefill(
+    policy: Policy,
+    tokens: Int[Tensor, "P W"],
+    real: Bool[Tensor, "P W"],
+    owner: np.ndarray,
+    longest: int,
+    *,
+    shared: bool,
+) -> tuple[KeyValues, Float[Tensor, "P D"]]:
+    """Compute each prompt once.
+
+    Args:
+        policy: the weights.
+        tokens, real: the prompts, padded on the left.
+        owner: [R] prompt of each row.
+        longest: tokens that a row may write.
+        shared: keep one copy of each prompt's keys.
+
+    Returns:
+        The rows' keys and values, and the last hidden state of each prompt.
+    """
+    layers = policy.lm.config.get_text_config().num_hidden_layers
+    capacity = min(longest, FIRST_COLUMNS)
+    mask = None if bool(real.all()) else real
+    cache: Any = CascadeCache(layers) if shared else SlabCache(layers, tokens.shape[1] + capacity)
+    hidden = policy.backbone(
+        input_ids=tokens,
+        attention_mask=mask,
+        position_ids=(real.cumsum(-1) - 1).clamp_(min=0),
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state[:, -1]
+    if shared:
+        cache.fan_out(len(owner), capacity)
+        sizes = np.bincount(owner, minlength=len(tokens))
+        return SharedPrompts(policy, Cascade(cache, owner, sizes, real)), hidden
+    spread = torch.from_numpy(owner).to(policy.device)
+    cache.select(spread)
+    return CopiedPrompts(policy, cache, None if mask is None else mask[spread]), hidden
