@@ -130,6 +130,9 @@ class TrainConfig(Options):
     packed_sequence_length: int | None = Field(default=None, ge=1)
     """Tokens of one packed row (one microbatch). None: what fits about 2 GiB of activations.
     The result doesn't depend on it."""
+    share_prefixes: bool = True
+    """Compute a prompt once for all its completions, and the common history of a trajectory's turns
+    once. The result doesn't depend on it. Models on which that is not exact do without."""
     logprob_calculation_chunk_size: int | None = Field(default=None, ge=1)
     """Tokens whose logits exist at once. None: about 64 MiB of them."""
     seed: int = 0

@@ -61,10 +61,33 @@ def test_every_item_is_in_one_row_within_the_budget(sizes: list[int], budget: in
     assert rows == plan_rows(sizes, budget)
 
 
+def best_fit(sizes: list[int], budget: int) -> list[int]:
+    """Loads of the rows, the slow way."""
+    loads: list[int] = []
+    for size in sorted(sizes, reverse=True):
+        fitting = [row for row, load in enumerate(loads) if load + size <= budget]
+        if fitting:
+            loads[max(fitting, key=lambda row: loads[row])] += size
+        else:
+            loads.append(size)
+    return loads
+
+
 @given(sizes=SIZES, budget=BUDGETS)
-def test_best_fit_leaves_at_most_one_row_half_empty(sizes: list[int], budget: int) -> None:
+def test_rows_are_as_few_as_best_fit_makes_and_never_fuller(sizes: list[int], budget: int) -> None:
     loads = [sum(sizes[item] for item in row) for row in plan_rows(sizes, budget)]
-    assert sum(2 * load <= budget for load in loads) <= 1
+    expected = best_fit(sizes, budget)
+    assert len(loads) == len(expected)
+    assert max(loads, default=0) <= max(expected, default=0)
+    assert 2 * sum(loads) > (len(loads) - 1) * budget or len(loads) < 2
+
+
+@given(sizes=SIZES)
+def test_rows_are_even_where_there_is_room(sizes: list[int]) -> None:
+    budget = 4 * max(sizes, default=1)
+    loads = [sum(sizes[item] for item in row) for row in plan_rows(sizes, budget)]
+    if sum(sizes) < (len(loads) - 0.5) * budget * 3 / 4:
+        assert max(loads, default=0) - min(loads, default=0) <= max(sizes, default=0)
 
 
 @pytest.mark.parametrize(
@@ -74,9 +97,11 @@ def test_best_fit_leaves_at_most_one_row_half_empty(sizes: list[int], budget: in
         ([6, 3, 5, 2], 8, [[0, 3], [1, 2]]),
         ([2, 5, 6, 3], 8, [[0, 2], [1, 3]]),  # largest first
         ([9, 1, 1], 8, [[0], [1, 2]]),
-        ([4, 4, 4], 8, [[0, 1], [2]]),
+        ([4, 4, 4], 8, [[0, 2], [1]]),
         ([8, 8], 8, [[0], [1]]),
-        ([5, 6, 2], 8, [[0], [1, 2]]),  # into the fullest row that has room
+        ([5, 6, 2], 8, [[0, 2], [1]]),  # evenly
+        ([3, 3, 2, 2, 2], 6, [[0, 1], [2, 3, 4]]),  # evenly, the last wouldn't fit: best-fit
+        ([5, 6, 2, 3], 9, [[0, 3], [1, 2]]),
     ],
 )
 def test_plans_by_hand(sizes: list[int], budget: int, rows: list[list[int]]) -> None:

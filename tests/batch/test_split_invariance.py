@@ -127,5 +127,7 @@ def test_the_metrics_are_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
         "ratio/log_p99": np.quantile(log_ratios, 0.99),
         "loss/entropy": -weight[trained].mean(),
         "tokens/trained": sum(tokens),
+        "tokens/computed": len(masks),
+        "tokens/shared_saving": 0.0,
     }
     assert metrics == pytest.approx(expected, rel=1e-5, abs=1e-7)

@@ -166,12 +166,3 @@ def test_bfloat16_is_near_and_its_logprobs_float32(policy: Policy):
     for key, value in exact.items():
         assert rough[key].dtype == torch.float32
         assert 0 < (rough[key] - value).abs().median() < 0.1
-
-
-def test_buckets_cover_each_token_once():
-    buckets = attention.make_buckets([5, 30, 6, 1, 29], torch.device("cpu"))
-    covered = torch.cat([b.index[b.real] for b in buckets]).sort().values
-    assert torch.equal(covered, torch.arange(71))
-    for bucket in buckets:
-        lengths = bucket.real.sum(-1)
-        assert lengths.max() <= 1.15 * lengths.min() + 1

@@ -112,7 +112,9 @@ def test_flat_groups_cost_no_forward_but_count_in_n(policy: Policy, monkeypatch)
 
     own = step.pack
     monkeypatch.setattr(
-        step, "pack", lambda samples, *args: seen.append(len(samples)) or own(samples, *args)
+        step,
+        "pack",
+        lambda samples, *args, **share: seen.append(len(samples)) or own(samples, *args, **share),
     )
     trainer = Trainer(embedded())
     settings = resolve(options=dev.TrainConfig(minibatches=1))

@@ -105,7 +105,7 @@ def load_trainer(run: Run, base_model: str, config: InternalModelConfig) -> Trai
 
     def load_reference() -> Policy:
         frozen = load_policy(base_model, config)
-        frozen.packing = policy.packing
+        frozen.packing, frozen.shares_prefixes = policy.packing, policy.shares_prefixes
         frozen.lm.requires_grad_(False)
         return frozen
 

@@ -1,9 +1,10 @@
-"""Samples -> packed rows: no padding, a token budget, and no trajectory torn apart."""
+"""Samples -> packed rows: no padding, a token budget, no trajectory torn apart, prompts once."""
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+import heapq
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,33 +13,43 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from gspo.batch.prefix import Layout, Prefixes
 from gspo.batch.routes import pack_routes
 from gspo.batch.sample import Sample
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One microbatch: B samples of S trajectories in one row of T tokens, M of them sampled.
+    """One microbatch: B samples of S trajectories in one row, M of their U tokens sampled.
 
-    All samples of a trajectory are in the same row, so that sums over a sequence meet.
+    All samples of a trajectory are in the same row, so that sums over a sequence meet. A prefix
+    that samples have in common may stand in the row once: then it has T < U tokens, and each sample
+    is a path through it. What is said of sampled tokens is said of each sample's own.
 
     Attributes:
-        tokens: [1, T] the samples one after the other.
-        positions: [1, T] position of each token in its own sample, from 0.
-        lengths: tokens of each sample, B numbers that add up to T.
-        targets: [M] index in the row of each sampled token (never the first of its sample).
+        tokens: [1, T] the row, depth first: each sample adds what no sample before it has.
+        positions: [1, T] position of each token in its samples, from 0.
+        lengths: tokens of each sample, B numbers that add up to U.
+        shared: of each sample, how many of its first tokens another sample put into the row.
+        index: [U] place in the row of every token of the samples, one sample after the other.
+        targets: [M] place in the row of each sampled token (never the first of its sample).
+        sources: [M] place in the row of the token before it, from which it is predicted.
         sequence_ids: [M] sequence (trajectory, or turn of one) of each sampled token, in 0..S-1.
         loss_mask: [M] sampled tokens that are trained on.
         old_logprobs, sampling_logprobs, temperatures: [M] float32.
         advantages: [S] float32.
         trajectory_ids: the batch's number of the trajectory of each of the S sequences.
-        routes: [T, N, K] experts of each token, -1 where unknown; None where no sample has any.
+        routes: [U, N, K] experts of each sample's tokens, -1 where unknown; None where no sample
+            has any.
     """
 
     tokens: Int[Tensor, "1 T"]
     positions: Int[Tensor, "1 T"]
     lengths: tuple[int, ...]
+    shared: tuple[int, ...]
+    index: Int[Tensor, " U"]
     targets: Int[Tensor, " M"]
+    sources: Int[Tensor, " M"]
     sequence_ids: Int[Tensor, " M"]
     loss_mask: Bool[Tensor, " M"]
     old_logprobs: Float[Tensor, " M"]
@@ -46,7 +57,7 @@ class PackedBatch:
     temperatures: Float[Tensor, " M"]
     advantages: Float[Tensor, " S"]
     trajectory_ids: tuple[int, ...]
-    routes: Int[Tensor, "T N K"] | None = None
+    routes: Int[Tensor, "U N K"] | None = None
 
     def __post_init__(self) -> None:
         for name in ("old_logprobs", "sampling_logprobs", "temperatures", "advantages"):
@@ -58,61 +69,177 @@ class PackedBatch:
         """T."""
         return self.tokens.shape[1]
 
+    @property
+    def sample_tokens(self) -> int:
+        """U: what T would be if nothing were shared."""
+        return self.index.shape[0]
+
+    @property
+    def copies(self) -> Int[Tensor, " T"]:
+        """How many samples each token of the row stands for."""
+        return self.index.bincount(minlength=self.token_count)
+
+    def row_routes(self) -> Int[Tensor, "T N K"] | None:
+        """`routes` of the row's tokens, as they are replayed.
+
+        Raises:
+            ValueError: samples that share a token have different routes of it (see `pack`).
+        """
+        if self.routes is None or self.token_count == self.sample_tokens:
+            return self.routes
+        out = self.routes.new_empty(self.token_count, *self.routes.shape[1:])
+        out[self.index] = self.routes
+        if not torch.equal(out[self.index], self.routes):
+            raise ValueError("a row that shares tokens of different routes: pack with routed=True")
+        return out
+
 
 def plan_rows(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Best-fit: which items share a row of at most `budget` tokens. A larger item gets its own.
+    """Which items share a row of at most `budget` tokens. A larger item gets its own.
 
-    Largest first, each into the fullest row that still has room; indices inside a row ascend.
+    Best-fit (largest first, each into the fullest row that still has room) says how many rows there
+    are; where the items also fit into that many when spread evenly, they are. Indices inside a row
+    ascend.
 
     >>> plan_rows([6, 3, 5, 2], budget=8)
     [[0, 3], [1, 2]]
     """
+    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+    rows = _best_fit(sizes, order, budget)
+    return sorted(sorted(row) for row in _spread(sizes, order, budget, len(rows)) or rows)
+
+
+def _best_fit(sizes: Sequence[int], order: Sequence[int], budget: int) -> list[list[int]]:
     rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, row), ascending
-    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        at = bisect.bisect_left(room, (sizes[item], -1))
-        if at < len(room):
-            free, row = room.pop(at)
+    free: list[int] = []  # distinct numbers of free tokens, ascending
+    having: dict[int, list[int]] = {}  # rows with that many
+    for item in order:
+        size = sizes[item]
+        at = bisect.bisect_left(free, size)
+        if at < len(free):
+            left = free[at]
+            row = having[left].pop()
+            if not having[left]:
+                del having[left], free[at]
         else:
-            free, row = max(budget, sizes[item]), len(rows)
+            left, row = max(budget, size), len(rows)
             rows.append([])
         rows[row].append(item)
-        bisect.insort(room, (free - sizes[item], row))
-    return sorted(sorted(row) for row in rows)
+        left -= size
+        if left not in having:
+            bisect.insort(free, left)
+        having.setdefault(left, []).append(row)
+    return rows
+
+
+def _spread(
+    sizes: Sequence[int], order: Sequence[int], budget: int, count: int
+) -> list[list[int]] | None:
+    """Largest first, each into the emptiest of `count` rows; None where one overflows."""
+    rows: list[list[int]] = [[] for _ in range(count)]
+    loads = [(0, row) for row in range(count)]
+    for item in order:
+        load, row = loads[0]
+        if load and load + sizes[item] > budget:
+            return None
+        rows[row].append(item)
+        heapq.heapreplace(loads, (load + sizes[item], row))
+    return rows
 
 
 def pack(
-    samples: Sequence[Sample], budget: int, unit: Literal["trajectory", "turn"] = "trajectory"
+    samples: Sequence[Sample],
+    budget: int,
+    unit: Literal["trajectory", "turn"] = "trajectory",
+    *,
+    share: bool = False,
+    routed: bool = False,
 ) -> list[PackedBatch]:
-    """Pack samples into rows of about `budget` tokens, whole trajectories together."""
-    by_trajectory: dict[int, list[Sample]] = {}
-    for sample in samples:
-        by_trajectory.setdefault(sample.trajectory_id, []).append(sample)
-    units = list(by_trajectory.values())
-    sizes = [sum(len(sample) for sample in unit) for unit in units]
-    return [_row([units[i] for i in row], unit) for row in plan_rows(sizes, budget)]
+    """Pack samples into rows of about `budget` tokens, whole trajectories together.
+
+    Args:
+        samples: in any order.
+        budget: tokens of a row. A trajectory that is larger has a row of its own.
+        unit: what a sequence is.
+        share: a prefix that samples of a row have in common stands in it once. Then whole groups
+            are kept together; one that is larger than the budget takes several rows.
+        routed: routes will be replayed: tokens are shared only where their routes are the same.
+    """
+    by_trajectory: dict[int, list[int]] = {}
+    for number, sample in enumerate(samples):
+        by_trajectory.setdefault(sample.trajectory_id, []).append(number)
+    own = list(by_trajectory.values())
+    prefixes = Prefixes(samples, routed) if share else None
+    if prefixes is None:
+        units = [([t], sum(len(samples[i]) for i in own[t])) for t in range(len(own))]
+    else:
+        units = list(_groups(samples, own, prefixes, budget))
+    out = []
+    for row in plan_rows([size for _, size in units], budget):
+        chosen = sorted(t for u in row for t in units[u][0])
+        members = [i for t in chosen for i in own[t]]
+        layout = None if prefixes is None else prefixes.layout(members)
+        out.append(_row([[samples[i] for i in own[t]] for t in chosen], unit, layout))
+    return out
 
 
-def _row(units: Sequence[Sequence[Sample]], unit: str) -> PackedBatch:
-    samples = [sample for own in units for sample in own]
+def _groups(
+    samples: Sequence[Sample], own: Sequence[Sequence[int]], prefixes: Prefixes, budget: int
+) -> Iterator[tuple[list[int], int]]:
+    """Trajectories that are packed together, and how many tokens they take: groups, or where one is
+    larger than the budget, parts of it in which those with most in common are neighbours."""
+    groups: dict[int, list[int]] = {}
+    for trajectory, members in enumerate(own):
+        groups.setdefault(samples[members[0]].group_id, []).append(trajectory)
+    for group in groups.values():
+        size = prefixes.layout([i for t in group for i in own[t]]).size
+        if size <= budget:
+            yield group, size
+            continue
+        part: list[int] = []
+        size, ranks = 0, []
+        for t in sorted(group, key=lambda t: prefixes.rank[own[t][0]]):
+            added = prefixes.grow(ranks, own[t])
+            if part and size + added > budget:
+                yield part, size
+                part, size, ranks = [], 0, []
+                added = prefixes.grow(ranks, own[t])
+            part.append(t)
+            size += added
+        yield part, size
+
+
+def _row(trajectories: Sequence[Sequence[Sample]], unit: str, layout: Layout | None) -> PackedBatch:
+    samples = [sample for own in trajectories for sample in own]
+    lengths = tuple(len(sample) for sample in samples)
+    if layout is None:
+        layout = Layout(np.arange(sum(lengths)), (0,) * len(lengths), sum(lengths))
     masks = np.concatenate([sample.ratio_mask for sample in samples])
+    sampled_at = np.flatnonzero(masks)
     # A turn's number is the same in whichever of its trajectory's samples it lies.
     turns = np.concatenate([sample.turn_ids for sample in samples])[masks] * (unit == "turn")
-    owner = np.concatenate(
-        [np.full(sample.sampled, u) for u, own in enumerate(units) for sample in own]
-    )
+    counts = [sum(len(sample) for sample in own) for own in trajectories]
+    owner = np.repeat(np.arange(len(counts)), counts)[masks]
     stride = int(turns.max(initial=0)) + 1
     present, sequence = np.unique(owner * stride + turns, return_inverse=True)
-    owners = [units[key // stride] for key in present]
+    owners = [trajectories[key // stride] for key in present]
+
+    def in_row(parts: Sequence[np.ndarray]) -> Tensor:
+        row = np.empty(layout.size, dtype=np.int64)
+        row[layout.index] = np.concatenate(parts)
+        return torch.from_numpy(row)[None]
 
     def sampled(name: str) -> Tensor:
         return torch.from_numpy(np.concatenate([getattr(s, name) for s in samples])[masks])
 
     return PackedBatch(
-        tokens=torch.from_numpy(np.concatenate([s.tokens for s in samples]))[None],
-        positions=torch.from_numpy(np.concatenate([np.arange(len(s)) for s in samples]))[None],
-        lengths=tuple(len(sample) for sample in samples),
-        targets=torch.from_numpy(np.flatnonzero(masks)),
+        tokens=in_row([sample.tokens for sample in samples]),
+        positions=in_row([np.arange(length) for length in lengths]),
+        lengths=lengths,
+        shared=layout.shared,
+        index=torch.from_numpy(layout.index),
+        targets=torch.from_numpy(layout.index[sampled_at]),
+        sources=torch.from_numpy(layout.index[sampled_at - 1]),
         sequence_ids=torch.from_numpy(sequence.reshape(-1)),
         loss_mask=sampled("loss_mask"),
         old_logprobs=sampled("old_logprobs"),
@@ -120,5 +247,5 @@ def _row(units: Sequence[Sequence[Sample]], unit: str) -> PackedBatch:
         temperatures=sampled("temperatures"),
         advantages=torch.tensor([own[0].advantage for own in owners], dtype=torch.float32),
         trajectory_ids=tuple(own[0].trajectory_id for own in owners),
-        routes=pack_routes([s.routes for s in samples], [len(s) for s in samples]),
+        routes=pack_routes([s.routes for s in samples], lengths),
     )

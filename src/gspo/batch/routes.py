@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,9 +68,33 @@ def joined(earlier: np.ndarray | None, later: np.ndarray | None) -> np.ndarray |
     return np.concatenate([earlier, later[len(earlier) :]])
 
 
+def route_shape(routes: Iterable[np.ndarray | None]) -> tuple[int, int] | None:
+    """(layers, k) of all routes that there are, or None without any.
+
+    Raises:
+        DataError: they are not all alike.
+    """
+    shapes = {own.shape[1:] for own in routes if own is not None}
+    if len(shapes) > 1:
+        raise DataError(f"samples with routes of different shapes: {sorted(shapes)}")
+    return shapes.pop() if shapes else None
+
+
+def padded_routes(routes: np.ndarray | None, length: int, shape: tuple[int, int]) -> np.ndarray:
+    """[length, layers, k], int16: a sample's routes, -1 where it has none.
+
+    >>> padded_routes(np.array([[[3]]], np.uint8), 2, (1, 1)).tolist()
+    [[[3]], [[-1]]]
+    """
+    out = np.full((length, *shape), -1, dtype=np.int16)
+    if routes is not None:
+        out[: len(routes)] = routes
+    return out
+
+
 def pack_routes(
     routes: Sequence[np.ndarray | None], lengths: Sequence[int]
-) -> Int[Tensor, "T N K"] | None:
+) -> Int[Tensor, "U N K"] | None:
     """The routes of samples one after the other, int16; -1 where a token has none.
 
     None where no sample has any.
@@ -78,15 +102,8 @@ def pack_routes(
     >>> pack_routes([np.array([[[3]]], np.uint8), None], [2, 1]).tolist()
     [[[3]], [[-1]], [[-1]]]
     """
-    shapes = {own.shape[1:] for own in routes if own is not None}
-    if not shapes:
+    shape = route_shape(routes)
+    if shape is None:
         return None
-    if len(shapes) > 1:
-        raise DataError(f"samples with routes of different shapes: {sorted(shapes)}")
-    out = np.full((sum(lengths), *shapes.pop()), -1, dtype=np.int16)
-    at = 0
-    for own, length in zip(routes, lengths, strict=True):
-        if own is not None:
-            out[at : at + len(own)] = own
-        at += length
-    return torch.from_numpy(out)
+    parts = [padded_routes(own, n, shape) for own, n in zip(routes, lengths, strict=True)]
+    return torch.from_numpy(np.concatenate(parts))

@@ -135,11 +135,11 @@ def measure(policy: Policy, samples: list[Sample]) -> Noise:
     log_ratios: dict[int, float] = {}
     budget = row_budget(policy.lm.config.get_text_config(), policy.checkpointing)
     metrics = Metrics()
-    for batch in pack(samples, budget):
+    for batch in pack(samples, budget, share=policy.shares_prefixes):
         with policy.routing.observe(strict=False) as tape:
             ratios, means = _log_ratios(policy, batch)
         if tape.seen and batch.routes is not None:
-            record_agreement(metrics, batch.routes, tape.own().cpu())
+            record_agreement(metrics, batch.routes, tape.own().cpu()[batch.index])
         for row, number in enumerate(batch.trajectory_ids):
             d[number] = ratios[batch.sequence_ids == row].double().numpy()
             log_ratios[number] = means[row].item()

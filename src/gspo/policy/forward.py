@@ -7,27 +7,26 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import create_causal_mask
 
 from gspo.batch.pack import PackedBatch
-from gspo.policy.attention import make_buckets, no_mask
-from gspo.policy.load import Policy, autocast
+from gspo.policy.attention import no_mask
+from gspo.policy.load import SHARING, Policy, autocast
 from gspo.policy.logprob import TokenLogprobs, token_logprobs
+from gspo.policy.prefix import RowAttention
 
 
 def forward(policy: Policy, batch: PackedBatch, chunk: int | None = None) -> TokenLogprobs:
     """Float32 log-probs of the batch's sampled tokens, at the temperatures they were sampled with.
 
-    Every row's samples see only themselves, whatever else shares the row.
+    Every sample sees only itself, whatever else is in the row.
     """
     device = policy.device
     hidden = _hidden_states(policy, batch)
-    targets = batch.targets.to(device)
-    tokens = batch.tokens[0].to(device)
     return token_logprobs(
-        hidden[targets - 1],  # a token is predicted from the position before it
+        hidden.index_select(0, batch.sources.to(device)),
         policy.head,
-        tokens[targets],
+        batch.tokens[0, batch.targets].to(device),
         batch.temperatures.to(device),
         chunk,
     )
@@ -36,6 +35,8 @@ def forward(policy: Policy, batch: PackedBatch, chunk: int | None = None) -> Tok
 def _hidden_states(policy: Policy, batch: PackedBatch) -> Float[Tensor, "T D"]:
     device = policy.device
     tokens, positions = batch.tokens.to(device), batch.positions.to(device)
+    if batch.token_count < batch.sample_tokens and policy.packing not in SHARING:
+        raise ValueError(f"a row with shared prefixes, and a model packed by {policy.packing!r}")
     with autocast(policy):
         if policy.packing == "single":
             return torch.cat(
@@ -53,26 +54,36 @@ def _hidden_states(policy: Policy, batch: PackedBatch) -> Float[Tensor, "T D"]:
         extra: dict[str, Any] = {}
         if policy.packing == "buckets":
             extra["attention_mask"] = no_mask(device)
-            extra["gspo_buckets"] = make_buckets(batch.lengths, device)
+            extra["gspo_row"] = RowAttention(batch, device)
         elif policy.packing == "mask_by_type":
-            extra["attention_mask"] = _masks_by_type(policy, tokens, positions)
+            extra["attention_mask"] = _masks_by_type(policy, batch)
         # With "mask", transformers reads the samples' borders from the restarting positions.
         return policy.backbone(
             input_ids=tokens, position_ids=positions, use_cache=False, **extra
         ).last_hidden_state[0]
 
 
-def _masks_by_type(policy: Policy, tokens: Tensor, positions: Tensor) -> dict[str, Any]:
-    """Block-diagonal masks by layer type, for models that don't look at the positions."""
+def _masks_by_type(policy: Policy, batch: PackedBatch) -> dict[str, Any]:
+    """Masks of the whole row by layer type, for models that don't look at the positions."""
     config = policy.lm.config.get_text_config()
+    device = policy.device
+    until = torch.from_numpy(RowAttention(batch).until).to(device)
+    positions = batch.positions[0].to(device)
+    window: Any = getattr(config, "sliding_window", None)
+
+    def seen(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return query < until[key]
+
+    def near(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query < until[key]) & (positions[query] < positions[key] + window)
+
     arguments: dict[str, Any] = {
         "config": config,
-        "inputs_embeds": policy.lm.get_input_embeddings()(tokens).detach(),
+        "inputs_embeds": policy.lm.get_input_embeddings()(batch.tokens.to(device)).detach(),
         "attention_mask": None,
         "past_key_values": None,
-        "position_ids": positions,
     }
-    masks = {"full_attention": create_causal_mask(**arguments)}
-    if getattr(config, "sliding_window", None) is not None:
-        masks["sliding_attention"] = create_sliding_window_causal_mask(**arguments)
+    masks = {"full_attention": create_causal_mask(**arguments, and_mask_function=seen)}
+    if window is not None:
+        masks["sliding_attention"] = create_causal_mask(**arguments, and_mask_function=near)
     return masks

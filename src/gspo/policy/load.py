@@ -31,6 +31,8 @@ from gspo.policy.routing import Routing
 log = logging.getLogger("gspo")
 
 Packing = Literal["buckets", "mask", "mask_by_type", "single"]
+SHARING: frozenset[Packing] = frozenset({"buckets", "mask_by_type"})
+"""Ways of packing by which samples of a row can share a prefix."""
 SMALL = 20_000_000  # parameters below which a second thread slows a step down
 
 
@@ -49,6 +51,7 @@ class Policy:
             `mask` (transformers' block-diagonal mask, which the model makes from the positions),
             `mask_by_type` (the same, made for each layer type and handed in), or `single` (one
             forward pass a sample).
+        shares_prefixes: samples of a row may share their prefixes: proved on the model itself.
         checkpointing: layers are recomputed in the backward pass.
         version: policy version, counted up by every update.
         routing: the routers of an MoE model.
@@ -61,6 +64,7 @@ class Policy:
     compute_dtype: torch.dtype
     context: int
     packing: Packing = "buckets"
+    shares_prefixes: bool = False
     checkpointing: bool = False
     version: int = 0
     routing: Routing = field(init=False, repr=False)

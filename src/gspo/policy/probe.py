@@ -1,13 +1,14 @@
 """Prove on the loaded model itself that the packed log-probs are the model's own.
 
-Architectures differ in what their attention and heads do. Instead of a list of names, a random
-text is scored both ways; the first way of packing that agrees is used.
+Architectures differ in what their attention and heads do. Instead of a list of names, random texts
+are scored both ways; the first way of packing that agrees is used, and prefixes are shared where
+that agrees too.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -19,41 +20,58 @@ from gspo.batch.pack import PackedBatch, pack
 from gspo.batch.sample import Sample
 from gspo.errors import ModelError
 from gspo.policy.forward import forward
-from gspo.policy.load import Packing, Policy
+from gspo.policy.load import SHARING, Packing, Policy
 
 log = logging.getLogger("gspo")
 
 _ORDER: tuple[Packing, ...] = ("buckets", "mask", "mask_by_type", "single")
-_LENGTHS = (9, 4, 7)
+_ALONE = (9, 4, 7)
+_COMMON, _PROMPTS, _COMPLETIONS = 16, (19, 18), (5, 8)
 TOLERANCE = 1e-3  # nats; a leak between samples or an unknown logit transform costs far more
 
 
 def choose_packing(policy: Policy) -> None:
-    """Set `policy.packing` to the fastest way that reproduces the model's own log-probs.
+    """Set `policy.packing` to the fastest way that reproduces the model's own log-probs, and
+    `policy.shares_prefixes` where it still does so when prefixes are computed once.
 
     Raises:
         ModelError: none does: the architecture transforms its logits in a way gspo doesn't know.
     """
-    batch, gap = _random_batch(policy), float("nan")
+    samples, gap = _random_samples(policy), float("nan")
+    (row,) = pack(samples, budget=10_000)
+    policy.shares_prefixes = False
     with torch.no_grad(), _in_float32(policy):
-        expected = _reference(policy, batch)
+        expected = _reference(policy, samples)
         for packing in _ORDER:
             policy.packing = packing
-            try:
-                got = forward(policy, batch).logprobs
-            except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-                log.info("%s: %s packing: %s", policy.source, packing, error)
-                continue
-            gap = (got - expected).abs().max().item()
+            gap = _gap(policy, row, expected, f"{packing} packing")
             if gap <= TOLERANCE:
-                if packing != "buckets":
-                    log.warning("%s: samples are packed by %r", policy.source, packing)
-                return
-            log.info("%s: %s packing is off by %.3g nats", policy.source, packing, gap)
-    raise ModelError(
-        f"{policy.source}: gspo's log-probs differ from the model's own by {gap:.3g} nats; "
-        f"the architecture {type(policy.lm).__name__} is not supported"
-    )
+                break
+        else:
+            raise ModelError(
+                f"{policy.source}: gspo's log-probs differ from the model's own by {gap:.3g} nats; "
+                f"the architecture {type(policy.lm).__name__} is not supported"
+            )
+        if policy.packing in SHARING:
+            (row,) = pack(samples, budget=10_000, share=True)
+            gap = _gap(policy, row, expected, "sharing prefixes")
+            policy.shares_prefixes = gap <= TOLERANCE
+    if policy.packing != "buckets":
+        log.warning("%s: samples are packed by %r", policy.source, policy.packing)
+    if not policy.shares_prefixes:
+        log.warning("%s: a prompt is computed once for each of its completions", policy.source)
+
+
+def _gap(policy: Policy, row: PackedBatch, expected: Tensor, what: str) -> float:
+    """The largest difference in nats; infinite where this way doesn't work at all."""
+    try:
+        gap = (forward(policy, row).logprobs - expected).abs().max().item()
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        log.info("%s: %s: %s", policy.source, what, error)
+        return float("inf")
+    if gap > TOLERANCE:
+        log.info("%s: %s is off by %.3g nats", policy.source, what, gap)
+    return gap
 
 
 @contextmanager
@@ -66,34 +84,45 @@ def _in_float32(policy: Policy) -> Iterator[None]:
         policy.compute_dtype = dtype
 
 
-def _random_batch(policy: Policy) -> PackedBatch:
+def _random_samples(policy: Policy) -> list[Sample]:
+    """Some that have nothing in common; and two prompts that start alike, with two completions."""
     rng = np.random.default_rng(0)
-    vocabulary = policy.head.weight.shape[0]
-    samples = []
-    for i, length in enumerate(_LENGTHS):
-        mask = np.arange(length) > 0
-        samples.append(
-            Sample(
-                tokens=rng.integers(0, vocabulary, length),
-                ratio_mask=mask,
-                loss_mask=mask,
-                old_logprobs=np.zeros(length, np.float32),
-                sampling_logprobs=np.zeros(length, np.float32),
-                temperatures=np.full(length, 0.7, np.float32),
-                turn_ids=np.zeros(length, np.int64),
-                policy_versions=np.zeros(length, np.int64),
-                trajectory_id=i,
-                group_id=0,
-                advantage=0.0,
-            )
-        )
-    return pack(samples, budget=sum(_LENGTHS))[0]
+
+    def text(length: int) -> np.ndarray:
+        return rng.integers(0, policy.head.weight.shape[0], length)
+
+    samples = [_sample(text(length), 1, i) for i, length in enumerate(_ALONE)]
+    common = text(_COMMON)
+    for length in _PROMPTS:
+        prompt = np.concatenate([common, text(length - _COMMON)])
+        for more in _COMPLETIONS:
+            samples.append(_sample(np.concatenate([prompt, text(more)]), length, len(samples)))
+    return samples
 
 
-def _reference(policy: Policy, batch: PackedBatch) -> Float[Tensor, " M"]:
+def _sample(tokens: np.ndarray, prompt: int, number: int) -> Sample:
+    mask = np.arange(len(tokens)) >= prompt
+    return Sample(
+        tokens=tokens,
+        ratio_mask=mask,
+        loss_mask=mask,
+        old_logprobs=np.zeros(len(tokens), np.float32),
+        sampling_logprobs=np.zeros(len(tokens), np.float32),
+        temperatures=np.full(len(tokens), 0.7, np.float32),
+        turn_ids=np.zeros(len(tokens), np.int64),
+        policy_versions=np.zeros(len(tokens), np.int64),
+        trajectory_id=number,
+        group_id=0,
+        advantage=0.0,
+    )
+
+
+def _reference(policy: Policy, samples: Sequence[Sample]) -> Float[Tensor, " M"]:
     """The plain way: one call of the whole model a sample, full logits, float32."""
     parts = []
-    for tokens in batch.tokens.to(policy.device).split(batch.lengths, dim=1):
+    for sample in samples:
+        tokens = torch.from_numpy(sample.tokens)[None].to(policy.device)
         logits = policy.lm(input_ids=tokens, use_cache=False).logits[0, :-1].float() / 0.7
-        parts.append(logits.log_softmax(-1).gather(-1, tokens[0, 1:, None]).squeeze(-1))
+        logprobs = logits.log_softmax(-1).gather(-1, tokens[0, 1:, None]).squeeze(-1)
+        parts.append(logprobs[torch.from_numpy(sample.ratio_mask[1:]).to(policy.device)])
     return torch.cat(parts)

@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -86,6 +86,7 @@ class Routing:
         routes: Integer[Tensor, "T N K"] | None = None,
         *,
         balance: Float[Tensor, "N E"] | None = None,
+        copies: Int[Tensor, " T"] | None = None,
         strict: bool = True,
     ) -> Iterator[Tape]:
         """Record every choice of experts inside the block, or replay `routes`.
@@ -93,6 +94,7 @@ class Routing:
         Args:
             routes: experts of each token and layer to replay; a negative row is left to the router.
             balance: weight of each expert's router probability in `tape.balance`.
+            copies: how often each token counts in the tape's sums; None: once.
             strict: refuse a router whose choice cannot be seen. Otherwise `tape.seen` says so.
 
         Raises:
@@ -100,7 +102,7 @@ class Routing:
             DataError: `routes` don't fit the model, or were not consumed whole.
             NumericsError: router logits that are not finite.
         """
-        tape = Tape(len(self.routers), self.experts, routes, balance)
+        tape = Tape(len(self.routers), self.experts, routes, balance, copies)
         before, self._tape = self._tape, tape
         try:
             yield tape

@@ -27,7 +27,7 @@ class Tape:
     Attributes:
         routes: [T, N, K] to be replayed, or None. Rows with a negative number are the router's own.
         balance: sum over layers and tokens of the weighted router probabilities, with gradient;
-            0 without weights.
+            0 without weights. A token counts as often as there are `copies` of it.
         seen: every router's choice could be seen.
     """
 
@@ -37,8 +37,10 @@ class Tape:
         experts: int,
         routes: Integer[Tensor, "T N K"] | None = None,
         weights: Float[Tensor, "N E"] | None = None,
+        copies: Int[Tensor, " T"] | None = None,
     ):
         self.routes = routes
+        self.copies = copies
         self.balance: Tensor | float = 0.0
         self.seen = layers > 0
         self._experts = experts
@@ -57,7 +59,7 @@ class Tape:
 
     def rewound(self) -> Tape:
         """For a layer that is recomputed: the same routes from here on, nothing recorded."""
-        tape = Tape(len(self._at), self._experts, self.routes, self._weights)
+        tape = Tape(len(self._at), self._experts, self.routes, self._weights, self.copies)
         tape._at = list(self._at)
         tape._again = True
         return tape
@@ -95,7 +97,14 @@ class Tape:
             # Also when recomputed: checkpoint wants the same tensors saved, in the same order.
             probabilities = logits.float().softmax(-1)
             weights = self._weights[layer].to(logits.device)
-            self.balance = self.balance + probabilities.sum(0) @ weights
+            self.balance = self.balance + self._counted(layer, probabilities) @ weights
+
+    def _counted(self, layer: int, values: Float[Tensor, "n E"]) -> Float[Tensor, " E"]:
+        """Sum over the tokens that the layer has just routed, each as often as it has copies."""
+        if self.copies is None:
+            return values.sum(0)
+        start = self._at[layer] - len(values)
+        return self.copies[start : self._at[layer]].to(values.device, values.dtype) @ values
 
     def check(self, model: str, strict: bool) -> None:
         """The forward pass is over: refuse what was left over, or could not be seen.
@@ -136,10 +145,15 @@ class Tape:
         return _stacked(self._own if self.routes is None else self._used)
 
     def loads(self) -> Int[Tensor, "N E"]:
-        """Tokens that each expert of each layer computed."""
-        layers = self.used().long().unbind(1)
+        """Tokens that each expert of each layer computed, each as often as it has copies."""
+        used = self.used().long()
+        copies = used.new_ones(len(used)) if self.copies is None else self.copies.to(used.device)
+        each = copies.repeat_interleave(used.shape[2])
         return torch.stack(
-            [chosen.flatten().bincount(minlength=self._experts) for chosen in layers]
+            [
+                each.new_zeros(self._experts).index_add_(0, chosen.flatten(), each)
+                for chosen in used.unbind(1)
+            ]
         )
 
 

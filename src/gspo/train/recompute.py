@@ -21,6 +21,7 @@ def with_trainer_logprobs(
     chunk: int | None,
     *,
     replay: bool = False,
+    share: bool = False,
 ) -> list[tuple[Sample, ...]]:
     """The same samples with `old_logprobs` under the policy as it is now, over the routes that
     will be replayed in training where `replay` is set.
@@ -31,8 +32,9 @@ def with_trainer_logprobs(
     by_id = {samples[0].trajectory_id: samples for samples in trajectories}
     found: dict[int, tuple[Sample, ...]] = {}
     with torch.no_grad():
-        for row in pack([s for own in trajectories for s in own], budget):
-            with policy.routing.observe(row.routes if replay else None):
+        flat = [s for own in trajectories for s in own]
+        for row in pack(flat, budget, share=share, routed=replay):
+            with policy.routing.observe(row.row_routes() if replay else None):
                 logprobs = forward(policy, row, chunk).logprobs.cpu().numpy()
             at = 0
             for trajectory_id in row.trajectory_ids:

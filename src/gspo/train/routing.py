@@ -74,6 +74,7 @@ class BatchRouting:
         self.options = options
         self.metrics = metrics
         self.budget = budget
+        self._share = shares(policy, options)
         self._parts: list[list[Trajectory]] = []
         self._before: list[Routes] = []
 
@@ -88,7 +89,7 @@ class BatchRouting:
         if not (replay or self.options.measure_routing):
             return {}
         self._parts = [list(part) for part in parts]
-        self._before = [recorded_routes(self.policy, part, self.budget) for part in self._parts]
+        self._before = [self._recorded(part) for part in self._parts]
         if not replay:
             return {}
         found = {}
@@ -109,9 +110,12 @@ class BatchRouting:
         if not self.options.measure_routing:
             return
         for part, before in zip(self._parts, self._before, strict=True):
-            after = recorded_routes(self.policy, part, self.budget)
+            after = self._recorded(part)
             for a, b in zip(before, after, strict=True):
                 self._changed(torch.from_numpy(a), torch.from_numpy(b))
+
+    def _recorded(self, part: Sequence[Trajectory]) -> Routes:
+        return recorded_routes(self.policy, part, self.budget, share=self._share)
 
     def _changed(self, before: Tensor, after: Tensor) -> None:
         tokens, layers, k = before.shape
@@ -137,9 +141,9 @@ class StepRouting:
         self.policy = policy
         self.metrics = metrics
         self.coefficient = options.router_aux_loss_coef
-        self._replay = options.routing_replay != "none"
+        self.replays = options.routing_replay != "none"
         self._compare = on_policy and options.routing_replay != "old_policy"
-        self._strict = self._replay or self.coefficient > 0 or options.measure_routing
+        self._strict = self.replays or self.coefficient > 0 or options.measure_routing
         self._weights: Tensor | None = None
         self._loads: Tensor | None = None
         self._balance: Tensor | float = 0.0
@@ -155,10 +159,11 @@ class StepRouting:
         loads = torch.zeros(0)
         with torch.no_grad():
             for row in rows:
-                with self.policy.routing.observe(self._routes(row)) as tape:
+                routing = self.policy.routing
+                with routing.observe(self._routes(row), copies=row.copies) as tape:
                     forward(self.policy, row)
                 loads = tape.loads() + (loads if len(loads) else 0)
-        tokens = sum(row.token_count for row in rows)
+        tokens = sum(row.sample_tokens for row in rows)
         share = loads.float() / loads.sum(-1, keepdim=True)
         self._weights = share * (self.policy.routing.experts / tokens / len(share))
 
@@ -166,7 +171,9 @@ class StepRouting:
     def observe(self, row: PackedBatch) -> Iterator[None]:
         """Around the forward pass of a row, which replays the row's routes where that is asked."""
         routing = self.policy.routing
-        with routing.observe(self._routes(row), balance=self._weights, strict=self._strict) as tape:
+        with routing.observe(
+            self._routes(row), balance=self._weights, copies=row.copies, strict=self._strict
+        ) as tape:
             yield
         self._balance = tape.balance
         if not tape.seen:
@@ -174,14 +181,14 @@ class StepRouting:
         loads = tape.loads()
         self._loads = loads if self._loads is None else self._loads + loads
         if self._compare and row.routes is not None:
-            record_agreement(self.metrics, row.routes, tape.own().cpu())
+            record_agreement(self.metrics, row.routes, tape.own().cpu()[row.index])
 
     def _routes(self, row: PackedBatch) -> Tensor | None:
-        if not self._replay:
+        if not self.replays:
             return None
-        if row.routes is None:
+        if (routes := row.row_routes()) is None:
             raise DataError("a packed row without routes in a step that replays them")
-        return row.routes
+        return routes
 
     def balance_loss(self) -> Tensor | float:
         """The last observed row's part of the load-balancing loss, and its metric."""
@@ -201,14 +208,21 @@ class StepRouting:
             self.metrics.mean("loss/router_aux", 0.0, 1)
 
 
-def recorded_routes(policy: Policy, trajectories: Sequence[Trajectory], budget: int) -> Routes:
+def shares(policy: Policy, options: TrainConfig) -> bool:
+    """Whether prefixes that samples have in common are computed once."""
+    return options.share_prefixes and policy.shares_prefixes
+
+
+def recorded_routes(
+    policy: Policy, trajectories: Sequence[Trajectory], budget: int, *, share: bool = False
+) -> Routes:
     """The router's own choice for every token: of each sample in order, [L, layers, k]."""
     by_trajectory = {own[0].trajectory_id: own for own in trajectories}
     found: dict[int, Routes] = {}
-    for row in pack([sample for own in trajectories for sample in own], budget):
+    for row in pack([sample for own in trajectories for sample in own], budget, share=share):
         with torch.no_grad(), policy.routing.observe() as tape:
             forward(policy, row)
-        whole = as_array(tape.own(), policy.routing.experts)
+        whole = as_array(tape.own(), policy.routing.experts)[row.index.numpy()]
         parts = np.split(whole, np.cumsum(row.lengths)[:-1])
         for trajectory in row.trajectory_ids:
             size = len(by_trajectory[trajectory])

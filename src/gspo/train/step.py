@@ -22,10 +22,10 @@ from gspo.objective import (
     policy_loss,
     sequence_log_ratio,
 )
-from gspo.policy.attention import padded_share
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy
 from gspo.policy.logprob import TokenLogprobs
+from gspo.policy.prefix import RowAttention
 from gspo.train.calibration import Observed
 from gspo.train.routing import StepRouting
 
@@ -43,6 +43,7 @@ class StepInput:
         chunk: tokens whose logits exist at once.
         total_tokens: T, the trained tokens of those sequences.
         unit: what a sequence is, `trajectory` or `turn`.
+        share: prefixes that samples have in common are computed once.
         on_policy: the weights are still those that sampled: any log-ratio is a mismatch between
             engine and trainer.
         routing: of an MoE model: replay, load balance and metrics.
@@ -54,6 +55,7 @@ class StepInput:
     budget: int
     chunk: int | None
     unit: Literal["trajectory", "turn"] = "trajectory"
+    share: bool = False
     on_policy: bool = False
     routing: StepRouting | None = None
 
@@ -73,7 +75,9 @@ def accumulate(
     seen: list[Observed] = []
     metrics.mean("loss/policy", 0.0, 1)
     metrics.mean("loss/kl", 0.0, 1)
-    rows, routing = pack(work.samples, work.budget, work.unit), work.routing
+    routing = work.routing
+    routed = routing is not None and routing.replays
+    rows = pack(work.samples, work.budget, work.unit, share=work.share, routed=routed)
     if routing is not None:
         routing.begin(rows)
     for batch in rows:
@@ -97,9 +101,7 @@ def accumulate(
         loss = out.loss if routing is None else out.loss + routing.balance_loss()
         loss.backward()
         _record(metrics, batch, scored, out)
-        buckets = policy.packing == "buckets"
-        real, computed = padded_share(batch.lengths) if buckets else (1, 1)
-        metrics.mean("tokens/packed_efficiency", real, computed)
+        _record_packing(metrics, policy, batch)
         own = zip(
             out.log_ratio.tolist(), batch.advantages.tolist(), out.lengths.tolist(), strict=True
         )
@@ -130,6 +132,14 @@ def _record(metrics: Metrics, batch: PackedBatch, scored: TokenLogprobs, out: Lo
     metrics.mean("ratio/clip_fraction_tokens", out.clipped_tokens.sum().item(), count)
     metrics.distribution("ratio/log", out.log_ratio.tolist())
     metrics.add("ratio/extreme", int(out.extreme.sum()))
+
+
+def _record_packing(metrics: Metrics, policy: Policy, batch: PackedBatch) -> None:
+    size = batch.token_count
+    padded = RowAttention(batch).padded if policy.packing == "buckets" else size
+    metrics.mean("tokens/packed_efficiency", size, padded)
+    metrics.add("tokens/computed", size)
+    metrics.mean("tokens/shared_saving", batch.sample_tokens - size, batch.sample_tokens)
 
 
 def _record_mismatch(

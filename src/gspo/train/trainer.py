@@ -25,7 +25,7 @@ from gspo.train.calibration import EpsilonController, Observed, noise_advice
 from gspo.train.optimizer import Optimizer, learning_rate
 from gspo.train.recompute import with_trainer_logprobs
 from gspo.train.rollouts import RolloutBatch, minibatches, without_advantage
-from gspo.train.routing import BatchRouting, check_routing, with_routes
+from gspo.train.routing import BatchRouting, check_routing, shares, with_routes
 from gspo.train.settings import Settings
 from gspo.train.step import Reference, StepInput, accumulate
 
@@ -149,6 +149,7 @@ class Trainer:
             self._budget(options),
             options.logprob_calculation_chunk_size,
             replay=options.routing_replay != "none",
+            share=shares(self.policy, options),
         )
         found = {own[0].trajectory_id: own for own in scored}
         return [[found[own[0].trajectory_id] for own in part] for part in plan]
@@ -176,6 +177,7 @@ class Trainer:
             total_sequences=sum(unit_count(samples, options.sequence_unit) for samples in part),
             total_tokens=sum(int(s.loss_mask.sum()) for samples in part for s in samples),
             unit=options.sequence_unit,
+            share=shares(self.policy, options),
             budget=self._budget(options),
             chunk=options.logprob_calculation_chunk_size,
             on_policy=on_policy,
