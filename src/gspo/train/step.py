@@ -26,8 +26,8 @@ from gspo.policy.attention import padded_share
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy
 from gspo.policy.logprob import TokenLogprobs
-from gspo.train.calibration import Observed
 from gspo.train.routing import StepRouting
+from gspo.train.trace import Trace, traces
 
 Reference = Callable[[PackedBatch], Float[Tensor, " M"]]
 
@@ -43,6 +43,7 @@ class StepInput:
         chunk: tokens whose logits exist at once.
         total_tokens: T, the trained tokens of those sequences.
         unit: what a sequence is, `trajectory` or `turn`.
+        update: the optimizer step of the call, from 0.
         on_policy: the weights are still those that sampled: any log-ratio is a mismatch between
             engine and trainer.
         routing: of an MoE model: replay, load balance and metrics.
@@ -54,6 +55,7 @@ class StepInput:
     budget: int
     chunk: int | None
     unit: Literal["trajectory", "turn"] = "trajectory"
+    update: int = 0
     on_policy: bool = False
     routing: StepRouting | None = None
 
@@ -64,13 +66,13 @@ def accumulate(
     objective: Objective,
     metrics: Metrics,
     reference: Reference | None = None,
-) -> list[Observed]:
+) -> list[Trace]:
     """Leave the gradient of the step's loss on the parameters, and its metrics in `metrics`.
 
     N and T are known before the first backward pass, so neither depends on the split into rows.
     Returns what the step saw of its sequences.
     """
-    seen: list[Observed] = []
+    seen: list[Trace] = []
     metrics.mean("loss/policy", 0.0, 1)
     metrics.mean("loss/kl", 0.0, 1)
     rows, routing = pack(work.samples, work.budget, work.unit), work.routing
@@ -100,10 +102,7 @@ def accumulate(
         buckets = policy.packing == "buckets"
         real, computed = padded_share(batch.lengths) if buckets else (1, 1)
         metrics.mean("tokens/packed_efficiency", real, computed)
-        own = zip(
-            out.log_ratio.tolist(), batch.advantages.tolist(), out.lengths.tolist(), strict=True
-        )
-        seen.extend(Observed(*values) for values in own)
+        seen += traces(batch, scored.logprobs, out, work.update)
         if work.on_policy:
             _record_mismatch(metrics, batch, scored, objective)
     if routing is not None:
