@@ -91,7 +91,12 @@ async def test_rollouts_train_and_are_logged(model: art.TrainableModel, tmp_path
     line = json.loads((run / "metrics.jsonl").read_text())
     assert line["step"] == 1
     assert {"train/reward", "train/right", "loss/policy", "ratio/clip_fraction"} <= set(line)
-    assert (run / "trajectories" / "train" / "0001.parquet").exists()
+    rows = pq.read_table(run / "trajectories" / "train" / "0001.parquet").to_pylist()
+    for row in rows:
+        assert (row["token_log_ratios"] is None) == (row["advantage"] == 0)
+        if row["token_log_ratios"] is not None:
+            assert [len(d) for d in row["token_log_ratios"]] == [len(t) for t in row["token_ids"]]
+    assert any(row["token_log_ratios"] for row in rows)
     assert result.checkpoint_path == run / "checkpoints" / "0001"
     assert json.loads((run / "config.json").read_text())["base_model"] == "embedded:sort"
 

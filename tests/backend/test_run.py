@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from gspo import TrajectoryGroup
-from gspo.backend.run import Run
+from gspo.backend.run import Run, in_use
 from gspo.errors import RunError
+from gspo.train.trace import Trace
 from support import choice, trajectory
 
 IDENTITY = {"base_model": "embedded:sort"}
@@ -125,3 +127,39 @@ def test_trajectories_are_stored_with_tokens_and_advantages(run: Run):
     assert rows[0]["logprobs"] == [[-1.0, -1.0]]
     messages = json.loads(rows[0]["messages"])
     assert messages[1] == {"role": "assistant", "content": "x", "sampled": True}
+
+
+def test_traces_are_stored_by_turn_and_null_where_there_is_none(run: Run):
+    two_turns = trajectory(1.0, choice([4, 5]), choice([6, 7, 8], [1, 2, 3, 4, 5, 9]))
+    groups = [TrajectoryGroup([trajectory(0.0)]), TrajectoryGroup([two_turns])]
+    d = np.array([0.5, -0.25, 0.125, 0.0, -1.0], dtype=np.float32)
+    trace = Trace(
+        log_ratio=-0.125,
+        advantage=1.0,
+        length=5.0,
+        trajectory_id=1,
+        update=2,
+        trained_tokens=5,
+        clipped_tokens=5,
+        token_log_ratios=d,
+    )
+    plain, traced = pq.read_table(
+        run.log_trajectories(groups, "train", 1, traces={1: [trace]})
+    ).to_pylist()
+    assert traced["token_log_ratios"] == [[0.5, -0.25], [0.125, 0.0, -1.0]]
+    assert traced["sequence_log_ratios"] == [-0.125]
+    assert (traced["update"], traced["clipped_tokens"], traced["trained_tokens"]) == (2, [5], [5])
+    for name in ("update", "sequence_log_ratios", "clipped_tokens", "token_log_ratios"):
+        assert plain[name] is None
+
+
+def test_whether_a_run_is_in_use_is_seen_from_outside(run: Run, tmp_path: Path):
+    assert in_use(run.folder)
+    run.close()
+    assert not in_use(run.folder)
+    assert not in_use(tmp_path / "nowhere")
+
+
+def test_the_versions_of_the_first_process_stay(run: Run):
+    stored = json.loads((run.folder / "config.json").read_text())
+    assert {"python", "torch", "transformers"} <= set(stored["versions"])

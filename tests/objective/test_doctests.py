@@ -22,6 +22,7 @@ MODULES = [
     ),
     "gspo.metrics",
     "gspo.errors",
+    "gspo.backend.versions",
     "gspo.batch.pack",
     "gspo.train.optimizer",
 ]

@@ -8,12 +8,17 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from openai.types.chat.chat_completion import Choice
 
+from gspo.backend.traces import trace_columns, trace_schema
+from gspo.backend.versions import versions
 from gspo.errors import RunError
 from gspo.trajectory import Trajectory, TrajectoryGroup
+
+if TYPE_CHECKING:
+    from gspo.train.trace import Trace
 
 FORMAT = 1
 
@@ -57,7 +62,8 @@ class Run:
         """Write the identity, once it has proved usable: a misspelt model must not stay."""
         path = self.folder / "config.json"
         if not path.exists():
-            _write_whole(path, json.dumps({"format": FORMAT, **self._identity}, indent=1) + "\n")
+            stored = {"format": FORMAT, **self._identity, "versions": versions()}
+            _write_whole(path, json.dumps(stored, indent=1) + "\n")
 
     def _check(self) -> None:
         path = self.folder / "config.json"
@@ -65,12 +71,12 @@ class Run:
             return
         try:
             stored = json.loads(path.read_text())
-            version = stored["format"]
+            written = stored["format"]
         except (ValueError, KeyError) as error:
             raise RunError(f"{path} is damaged ({error}): delete the run or mend it") from None
-        if version > FORMAT:
+        if written > FORMAT:
             raise RunError(
-                f"{self.folder} was written by a newer gspo (format {version}, this one reads "
+                f"{self.folder} was written by a newer gspo (format {written}, this one reads "
                 f"{FORMAT}): upgrade gspo, or use another path"
             )
         for key, value in self._identity.items():
@@ -98,18 +104,25 @@ class Run:
         split: str,
         step: int,
         advantages: Sequence[Sequence[float | None]] | None = None,
+        traces: Mapping[int, Sequence[Trace]] | None = None,
     ) -> Path:
-        """Write trajectories/<split>/<step>.parquet, one row a trajectory."""
+        """Write trajectories/<split>/<step>.parquet, one row a trajectory.
+
+        `traces` are by the trajectory's number in the batch, counted through all groups.
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         folder = self.folder / "trajectories" / split
         folder.mkdir(parents=True, exist_ok=True)
-        rows = [
+        rows: list[dict[str, Any]] = [
             _row(g, t, trajectory) | {"advantage": advantages[g][t] if advantages else None}
             for g, group in enumerate(groups)
             for t, trajectory in enumerate(group)
         ]
+        for number, row in enumerate(rows):
+            lengths = [len(turn) for turn in row["token_ids"]]
+            row.update(trace_columns((traces or {}).get(number, ()), lengths))
         path = folder / f"{step:04d}.parquet"
         building = path.with_suffix(f".{os.getpid()}.tmp")
         pq.write_table(pa.Table.from_pylist(rows, schema=_schema()), building)
@@ -219,6 +232,20 @@ def _locked(path: Path) -> IO[str]:
     return file
 
 
+def in_use(folder: Path) -> bool:
+    """Whether a process holds the run of a folder."""
+    try:
+        file = (folder / ".lock").open()
+    except OSError:
+        return False
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def _row(group: int, index: int, trajectory: Trajectory) -> dict[str, Any]:
     choices = trajectory.choices()
     messages = [
@@ -251,5 +278,6 @@ def _schema() -> Any:
             ("metadata", pa.string()),
             ("token_ids", pa.list_(pa.list_(pa.int32()))),
             ("logprobs", pa.list_(pa.list_(pa.float32()))),
+            *trace_schema(),
         ]
     )

@@ -73,7 +73,7 @@ class Service:
         started = time.perf_counter()
         # Logged before the checkpoint: a resume drops the lines beyond the step that it finds.
         self.run.log(step, metrics)
-        self.run.log_trajectories(groups, "train", step, _advantages(groups, batch))
+        self.run.log_trajectories(groups, "train", step, _advantages(groups, batch), out.traces)
         path = save_checkpoint(self.run.checkpoints, self.trainer)
         if keep_checkpoints is not None:
             self.run.delete_checkpoints(set(steps_saved(self.run.checkpoints)[-keep_checkpoints:]))

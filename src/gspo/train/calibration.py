@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gspo.objective import MAX_LOG_RATIO, Objective
@@ -76,37 +76,35 @@ def needed_epsilon(objective: Objective, one: Observed) -> float:
     return max(distance, 0.0)
 
 
-def noise_advice(
-    metrics: Mapping[str, float], objective: Objective, target: float, seen: Sequence[Observed]
-) -> str | None:
+def noise_advice(noise: float, spread: float, epsilon_low: float, target: float) -> str | None:
     """What to change where noise, and not learning, decides what is clipped; None if all is well.
 
     Args:
-        metrics: of the call, with `mismatch/*` where the first minibatch was on-policy.
-        seen: the sequences of all its optimizer steps.
+        noise: share of the sequences that would be clipped on unchanged weights.
+        spread: of the sequences' log-ratios, in the units of epsilon; 0: unknown.
+        epsilon_low: the range in force.
+        target: the share that is meant to be clipped.
     """
-    noise = metrics.get("mismatch/clip_fraction", 0.0)
     if noise > target / 2:
         return (
             f"engine and trainer differ so much that noise alone clips {noise:.0%} of the "
-            f"sequences on unchanged weights (epsilon {objective.epsilon_low:.2g}): raise epsilon, "
+            f"sequences on unchanged weights (epsilon {epsilon_low:.2g}): raise epsilon, "
             "set epsilon='auto' or old_logprobs='trainer', or roll out in a finer dtype"
         )
-    by_length = objective.epsilon_scale == "sqrt_length"
-    spread = _spread(
-        [one.log_ratio * (math.sqrt(one.length) if by_length else 1.0) for one in seen]
-    )
-    if spread > 0 and not 0.3 <= objective.epsilon_low / spread <= 5:
-        how = "clips many of" if objective.epsilon_low < spread else "hardly ever clips"
+    if spread > 0 and not 0.3 <= epsilon_low / spread <= 5:
+        how = "clips many of" if epsilon_low < spread else "hardly ever clips"
         return (
-            f"epsilon {objective.epsilon_low:.2g} is {objective.epsilon_low / spread:.2g} x the "
+            f"epsilon {epsilon_low:.2g} is {epsilon_low / spread:.2g} x the "
             f"spread of the sequences' log-ratios ({spread:.2g}) and {how} them: set "
             "epsilon='auto', or a number near that spread"
         )
     return None
 
 
-def _spread(values: Sequence[float]) -> float:
+def spread(objective: Objective, seen: Sequence[Observed]) -> float:
+    """Standard deviation of l_i in the units of epsilon; 0 for fewer than two sequences."""
+    by_length = objective.epsilon_scale == "sqrt_length"
+    values = [one.log_ratio * (math.sqrt(one.length) if by_length else 1.0) for one in seen]
     if len(values) < 2:
         return 0.0
     mean = math.fsum(values) / len(values)

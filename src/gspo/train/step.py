@@ -26,8 +26,8 @@ from gspo.policy.forward import forward
 from gspo.policy.load import Policy
 from gspo.policy.logprob import TokenLogprobs
 from gspo.policy.prefix import RowAttention
-from gspo.train.calibration import Observed
 from gspo.train.routing import StepRouting
+from gspo.train.trace import Trace, traces
 
 Reference = Callable[[PackedBatch], Float[Tensor, " M"]]
 
@@ -44,6 +44,7 @@ class StepInput:
         total_tokens: T, the trained tokens of those sequences.
         unit: what a sequence is, `trajectory` or `turn`.
         share: prefixes that samples have in common are computed once.
+        update: the optimizer step of the call, from 0.
         on_policy: the weights are still those that sampled: any log-ratio is a mismatch between
             engine and trainer.
         routing: of an MoE model: replay, load balance and metrics.
@@ -56,6 +57,7 @@ class StepInput:
     chunk: int | None
     unit: Literal["trajectory", "turn"] = "trajectory"
     share: bool = False
+    update: int = 0
     on_policy: bool = False
     routing: StepRouting | None = None
 
@@ -66,13 +68,13 @@ def accumulate(
     objective: Objective,
     metrics: Metrics,
     reference: Reference | None = None,
-) -> list[Observed]:
+) -> list[Trace]:
     """Leave the gradient of the step's loss on the parameters, and its metrics in `metrics`.
 
     N and T are known before the first backward pass, so neither depends on the split into rows.
     Returns what the step saw of its sequences.
     """
-    seen: list[Observed] = []
+    seen: list[Trace] = []
     metrics.mean("loss/policy", 0.0, 1)
     metrics.mean("loss/kl", 0.0, 1)
     routing = work.routing
@@ -102,10 +104,7 @@ def accumulate(
         loss.backward()
         _record(metrics, batch, scored, out)
         _record_packing(metrics, policy, batch)
-        own = zip(
-            out.log_ratio.tolist(), batch.advantages.tolist(), out.lengths.tolist(), strict=True
-        )
-        seen.extend(Observed(*values) for values in own)
+        seen += traces(batch, scored.logprobs, out, work.update)
         if work.on_policy:
             _record_mismatch(metrics, batch, scored, objective)
     if routing is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,14 @@ from gspo.metrics import Metrics
 from gspo.objective import CLIPPING, Objective
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy
-from gspo.train.calibration import EpsilonController, Observed, noise_advice
+from gspo.train.calibration import EpsilonController, noise_advice, spread
 from gspo.train.optimizer import Optimizer, learning_rate
 from gspo.train.recompute import with_trainer_logprobs
 from gspo.train.rollouts import RolloutBatch, minibatches, without_advantage
 from gspo.train.routing import BatchRouting, check_routing, shares, with_routes
 from gspo.train.settings import Settings
 from gspo.train.step import Reference, StepInput, accumulate
+from gspo.train.trace import Trace, by_trajectory
 
 log = logging.getLogger("gspo")
 
@@ -43,11 +44,13 @@ class TrainOutput:
         updates: optimizer steps taken.
         skipped: why none was taken, or None.
         metrics: of the whole call.
+        traces: of each trajectory that had a forward pass, its sequences in their last update.
     """
 
     updates: int
     skipped: str | None
     metrics: Metrics
+    traces: Mapping[int, Sequence[Trace]]
 
 
 class Trainer:
@@ -81,7 +84,7 @@ class Trainer:
             objective = self.epsilon.apply(objective)
         plan, routing = self._routed(self._plan(batch, settings), settings, metrics)
         plan = self._against_trainer(plan, settings)
-        seen: list[Observed] = []
+        seen: list[Trace] = []
         updates = 0
         self.policy.lm.train(self.policy.checkpointing)  # layers recompute in train mode alone
         try:
@@ -93,7 +96,7 @@ class Trainer:
                     metrics,
                     routing,
                     progress=at / len(plan),
-                    first=updates == 0,
+                    update=updates,
                 )
                 updates += stepped is not None
                 seen += stepped or []
@@ -110,7 +113,7 @@ class Trainer:
         self._calibrate(metrics, objective, settings, seen)
         metrics.add("optim/updates", updates)
         metrics.add("time/train", time.perf_counter() - started)
-        return TrainOutput(updates, skipped, metrics)
+        return TrainOutput(updates, skipped, metrics, by_trajectory(seen))
 
     def _plan(self, batch: RolloutBatch, settings: Settings) -> list[list[tuple[Sample, ...]]]:
         """The minibatches of all epochs, in order."""
@@ -163,15 +166,15 @@ class Trainer:
         routing: BatchRouting,
         *,
         progress: float,
-        first: bool,
-    ) -> list[Observed] | None:
+        update: int,
+    ) -> list[Trace] | None:
         """One optimizer step, or None where nothing in the minibatch has an advantage."""
         options = settings.options
         wanted = _wanted(part, settings)
         if all(without_advantage(samples) for samples in wanted):
             metrics.add("optim/skipped", 1)
             return None
-        on_policy = first and self._fresh(wanted)
+        on_policy = update == 0 and self._fresh(wanted)
         work = StepInput(
             samples=[sample for samples in wanted for sample in samples],
             total_sequences=sum(unit_count(samples, options.sequence_unit) for samples in part),
@@ -180,6 +183,7 @@ class Trainer:
             share=shares(self.policy, options),
             budget=self._budget(options),
             chunk=options.logprob_calculation_chunk_size,
+            update=update,
             on_policy=on_policy,
             routing=routing.step(on_policy=on_policy),
         )
@@ -204,7 +208,7 @@ class Trainer:
         return seen
 
     def _calibrate(
-        self, metrics: Metrics, objective: Objective, settings: Settings, seen: list[Observed]
+        self, metrics: Metrics, objective: Objective, settings: Settings, seen: list[Trace]
     ) -> None:
         """Steer the clip range where asked; say once where it doesn't fit the noise."""
         target = settings.options.epsilon_target
@@ -215,10 +219,10 @@ class Trainer:
             metrics.mean("ratio/epsilon_high", objective.epsilon_high, 1)
         if self._warned or objective.level not in ("sequence", "sequence_token"):
             return
-        known = metrics.compute()
+        noise = metrics.compute().get("mismatch/clip_fraction", 0.0)
         if settings.old_logprobs == "trainer":  # the ratio is not taken against the engine
-            known.pop("mismatch/clip_fraction", None)
-        advice = noise_advice(known, objective, target, seen)
+            noise = 0.0
+        advice = noise_advice(noise, spread(objective, seen), objective.epsilon_low, target)
         if advice is not None and not settings.auto_epsilon:
             self._warned = True
             log.warning("train step %d: %s", self.step, advice)

@@ -1,0 +1,72 @@
+"""What an optimizer step made of each sequence, token by token: for reports, not for training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from gspo.batch.pack import PackedBatch
+from gspo.objective import LossOutput
+from gspo.train.calibration import Observed
+
+
+@dataclass(frozen=True)
+class Trace(Observed):
+    """A sequence of one optimizer step.
+
+    Attributes:
+        trajectory_id: of the batch.
+        update: the optimizer step of the call, from 0.
+        trained_tokens, clipped_tokens: in the loss; of those, with zero gradient for the clip.
+        token_log_ratios: [L_i] float32 d_t, in the order of sampling.
+    """
+
+    trajectory_id: int
+    update: int
+    trained_tokens: int
+    clipped_tokens: int
+    token_log_ratios: np.ndarray
+
+
+def traces(batch: PackedBatch, logprobs: Tensor, out: LossOutput, update: int) -> list[Trace]:
+    """The S sequences of a packed row.
+
+    Args:
+        batch: the row.
+        logprobs: [M] of its sampled tokens under the policy of this step.
+        out: the loss of the row.
+        update: the optimizer step of the call.
+    """
+    d = (logprobs.detach().cpu() - batch.old_logprobs).numpy()
+    ids = batch.sequence_ids.numpy()
+    counts = np.bincount(ids, minlength=len(batch.advantages))
+    by_sequence = np.split(d[np.argsort(ids, kind="stable")], np.cumsum(counts)[:-1])
+    log_ratios, lengths = out.log_ratio.tolist(), out.lengths.tolist()
+    trained, clipped = out.loss_tokens.int().tolist(), out.clipped_tokens.int().tolist()
+    return [
+        Trace(
+            log_ratio=log_ratios[s],
+            advantage=advantage,
+            length=lengths[s],
+            trajectory_id=batch.trajectory_ids[s],
+            update=update,
+            trained_tokens=trained[s],
+            clipped_tokens=clipped[s],
+            token_log_ratios=by_sequence[s],
+        )
+        for s, advantage in enumerate(batch.advantages.tolist())
+    ]
+
+
+def by_trajectory(found: Iterable[Trace]) -> dict[int, list[Trace]]:
+    """The sequences of each trajectory in the order of its turns, of its last optimizer step."""
+    out: dict[int, list[Trace]] = {}
+    for trace in found:
+        known = out.setdefault(trace.trajectory_id, [])
+        if known and known[0].update < trace.update:
+            known.clear()
+        known.append(trace)
+    return out
