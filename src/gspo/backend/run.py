@@ -12,6 +12,8 @@ from typing import IO, Any
 
 from openai.types.chat.chat_completion import Choice
 
+from gspo.backend.replay import UpdateRecord, replay_columns, replay_schema
+from gspo.batch.sample import sampled_logprobs
 from gspo.errors import RunError
 from gspo.trajectory import Trajectory, TrajectoryGroup
 
@@ -98,8 +100,12 @@ class Run:
         split: str,
         step: int,
         advantages: Sequence[Sequence[float | None]] | None = None,
+        record: UpdateRecord | None = None,
     ) -> Path:
-        """Write trajectories/<split>/<step>.parquet, one row a trajectory."""
+        """Write trajectories/<split>/<step>.parquet, one row a trajectory.
+
+        `record` says how the batch was trained on.
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -112,7 +118,8 @@ class Run:
         ]
         path = folder / f"{step:04d}.parquet"
         building = path.with_suffix(f".{os.getpid()}.tmp")
-        pq.write_table(pa.Table.from_pylist(rows, schema=_schema()), building)
+        schema = _schema().with_metadata(record.metadata() if record else None)
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), building)
         os.replace(building, path)
         return path
 
@@ -233,7 +240,8 @@ def _row(group: int, index: int, trajectory: Trajectory) -> dict[str, Any]:
         "metrics": json.dumps(trajectory.metrics),
         "metadata": json.dumps(trajectory.metadata),
         "token_ids": [list(getattr(c, "token_ids", None) or []) for c in choices],
-        "logprobs": [list(getattr(c, "token_logprobs", None) or []) for c in choices],
+        "logprobs": [list(sampled_logprobs(c) or []) for c in choices],
+        **replay_columns(choices),
     }
 
 
@@ -251,5 +259,6 @@ def _schema() -> Any:
             ("metadata", pa.string()),
             ("token_ids", pa.list_(pa.list_(pa.int32()))),
             ("logprobs", pa.list_(pa.list_(pa.float32()))),
+            *replay_schema(),
         ]
     )
