@@ -25,8 +25,10 @@ def render(found: Inspection, *, matrix: bool = False) -> str:
     for term in found.left_out:
         console.print(f"left out, being the same for every method: {term}")
     for at in found.at:
+        console.print(f"\n{_weights(at)}", soft_wrap=True)
         console.print(_methods(at))
         if matrix or len(at.methods) <= FEW:
+            console.print(f"cosines of the gradients, weights {at.weights} the step")
             console.print(_matrix(at))
     assert isinstance(console.file, io.StringIO)
     lines = console.file.getvalue().splitlines()
@@ -47,12 +49,16 @@ def _own(found: Inspection) -> str:
     return f"{found.own} ({given or 'all options at their defaults'})"
 
 
+def _weights(at: AtWeights) -> str:
+    text = f"weights {at.weights} the step ({at.source})"
+    if at.log_ratio is None:
+        return text
+    spread = at.log_ratio
+    return f"{text}; l_i {_number(spread.p50)} [{_number(spread.p01)}, {_number(spread.p99)}]"
+
+
 def _methods(at: AtWeights) -> Table:
-    title = f"weights {at.weights} the step ({at.source})"
-    if at.log_ratio is not None:
-        spread = at.log_ratio
-        title += f": l_i {_number(spread.p50)} [{_number(spread.p01)}, {_number(spread.p99)}]"
-    table = _table(title)
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("method")
     for name in ("range", "loss", "gradient norm", "clipped", "clipped tokens", "cosine"):
         table.add_column(name, justify="right")
@@ -74,17 +80,13 @@ def _cells(method: Method) -> list[str]:
 
 
 def _matrix(at: AtWeights) -> Table:
-    table = _table(f"cosines of the gradients, weights {at.weights} the step")
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("")
     for method in at.methods:
         table.add_column(method.name, justify="right")
     for method, row in zip(at.methods, at.cosines, strict=True):
         table.add_row(method.name, *(_cosine(value) for value in row))
     return table
-
-
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="")
 
 
 def _cosine(value: float | None) -> str:

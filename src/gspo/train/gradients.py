@@ -167,7 +167,7 @@ def gram(gradients: Sequence[Sequence[Tensor]]) -> Float[Tensor, "P P"]:
         for at in range(0, flat[0].numel(), _SLICE):
             block = torch.stack([own[at : at + _SLICE] for own in flat]).double()
             total += (block @ block.t()).cpu()
-    return total
+    return (total + total.t()) / 2  # a product's two triangles may be rounded apart
 
 
 def cosines(products: Float[Tensor, "P P"]) -> list[list[float | None]]:
