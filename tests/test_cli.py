@@ -47,6 +47,7 @@ def test_surface_is_frozen():
             "picture",
             "as_json",
         ],
+        "inspect": ["run", "step", "weights", "presets", "matrix", "picture", "as_json"],
     }
 
 
@@ -76,6 +77,21 @@ def test_audit_prints_text_and_json_and_draws(tmp_path: Path):
     assert picture.exists()
 
 
+def test_inspect_prints_text_and_json_and_draws(tmp_path: Path):
+    assert gspo("demo", "--steps", "2", "--path", str(tmp_path)).returncode == 0
+    picture = tmp_path / "cosines.png"
+    arguments = ("--presets", "grpo, reinforce", "--picture", str(picture), "--json")
+    done = gspo("inspect", str(tmp_path / "demo" / "sort-1"), *arguments)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "step 2: 512 trajectories in 32 groups" in lines[0]
+    assert any(line.startswith("weights before the step (checkpoint 0001)") for line in lines)
+    result = json.loads(lines[-1])
+    assert [at["weights"] for at in result["at"]] == ["before", "after"]
+    assert [m["name"] for m in result["at"][1]["methods"]] == ["gspo", "grpo", "reinforce"]
+    assert picture.exists()
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path):
     spec = tmp_path / "run.toml"
     spec.write_text('task = "sort"\nprompts = 8\ncompletions = 4\n')
@@ -94,6 +110,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path):
         (("serve", "embedded:srot"), "Did you mean"),
         (("audit", "embedded:sort", "--rollout-dtype", "int3"), "Did you mean 'int"),
         (("audit", "Qwen/Qwen3-0.6B"), "name one with --task"),
+        (("inspect", "nowhere"), "nowhere is not the folder of a run"),
     ],
 )
 def test_errors_are_one_line_without_a_traceback(arguments: tuple[str, ...], message: str):
@@ -137,7 +154,7 @@ def test_serve_answers_on_loopback():
 def test_help_lists_the_verbs():
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    for verb in ("demo", "train", "serve", "audit"):
+    for verb in ("demo", "train", "serve", "audit", "inspect"):
         assert verb in result.output
 
 

@@ -137,6 +137,41 @@ def audit(
         print(json.dumps(report.as_json()))
 
 
+@app.command()
+def inspect(
+    run: Annotated[Path, typer.Argument(help="Folder of the run.")],
+    step: Annotated[int | None, typer.Option(min=1, help="Default: the last one.")] = None,
+    weights: Annotated[str, typer.Option(help="before or after the step, or both.")] = "both",
+    presets: Annotated[str | None, typer.Option(help="Some of them, as a,b,c.")] = None,
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="Also print the cosines of all pairs.")
+    ] = False,
+    picture: Annotated[Path | None, typer.Option(help="Write a PNG of the cosines here.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare every method's loss, gradient and clipping on a batch that a run has stored."""
+    from gspo.lab.inspection import InspectSpec, inspect_run
+    from gspo.lab.inspection_picture import draw_inspection
+    from gspo.lab.inspection_text import render
+    from gspo.lab.picture import require_plotting
+
+    names = None if presets is None else [name.strip() for name in presets.split(",")]
+    spec = InspectSpec(
+        run=run,
+        step=step,
+        weights=weights,  # pyright: ignore[reportArgumentType]  # it checks
+        presets=names,  # pyright: ignore[reportArgumentType]  # it checks
+    )
+    if picture is not None:
+        require_plotting()
+    found = inspect_run(spec)
+    print(render(found, matrix=matrix), end="")
+    if picture is not None:
+        print(f"picture: {draw_inspection(found, picture)}")
+    if as_json:
+        print(json.dumps(found.as_json()))
+
+
 def _run(make_spec: Callable[[], Spec], as_json: bool) -> None:
     from gspo.lab import experiment
     from gspo.lab.picture import draw_run, require_plotting

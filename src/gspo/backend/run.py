@@ -14,6 +14,8 @@ from openai.types.chat.chat_completion import Choice
 
 from gspo.backend.traces import trace_columns, trace_schema
 from gspo.backend.versions import versions
+from gspo.backend.replay import UpdateRecord, replay_columns, replay_schema
+from gspo.batch.sample import sampled_logprobs
 from gspo.errors import RunError
 from gspo.trajectory import Trajectory, TrajectoryGroup
 
@@ -105,10 +107,12 @@ class Run:
         step: int,
         advantages: Sequence[Sequence[float | None]] | None = None,
         traces: Mapping[int, Sequence[Trace]] | None = None,
+        record: UpdateRecord | None = None,
     ) -> Path:
         """Write trajectories/<split>/<step>.parquet, one row a trajectory.
 
-        `traces` are by the trajectory's number in the batch, counted through all groups.
+        `traces` are by the trajectory's number in the batch, counted through all groups; `record`
+        says how the batch was trained on.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -125,7 +129,8 @@ class Run:
             row.update(trace_columns((traces or {}).get(number, ()), lengths))
         path = folder / f"{step:04d}.parquet"
         building = path.with_suffix(f".{os.getpid()}.tmp")
-        pq.write_table(pa.Table.from_pylist(rows, schema=_schema()), building)
+        schema = _schema().with_metadata(record.metadata() if record else None)
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), building)
         os.replace(building, path)
         return path
 
@@ -260,7 +265,8 @@ def _row(group: int, index: int, trajectory: Trajectory) -> dict[str, Any]:
         "metrics": json.dumps(trajectory.metrics),
         "metadata": json.dumps(trajectory.metadata),
         "token_ids": [list(getattr(c, "token_ids", None) or []) for c in choices],
-        "logprobs": [list(getattr(c, "token_logprobs", None) or []) for c in choices],
+        "logprobs": [list(sampled_logprobs(c) or []) for c in choices],
+        **replay_columns(choices),
     }
 
 
@@ -279,5 +285,6 @@ def _schema() -> Any:
             ("token_ids", pa.list_(pa.list_(pa.int32()))),
             ("logprobs", pa.list_(pa.list_(pa.float32()))),
             *trace_schema(),
+            *replay_schema(),
         ]
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from openai import AsyncOpenAI
 
 from gspo.backend.base import TrainResult
+from gspo.backend.replay import UpdateRecord
 from gspo.backend.run import Run
 from gspo.dev import InternalModelConfig
 from gspo.policy.load import Policy, load_policy
@@ -55,6 +56,7 @@ class Service:
         keep_checkpoints: int | None,
     ) -> TrainResult:
         """Update, log, save. Blocking; `groups` are those that `batch` was made of."""
+        record = self._record(settings)
         try:
             out = self.trainer.train(batch, settings)
         finally:
@@ -73,13 +75,21 @@ class Service:
         started = time.perf_counter()
         # Logged before the checkpoint: a resume drops the lines beyond the step that it finds.
         self.run.log(step, metrics)
-        self.run.log_trajectories(groups, "train", step, _advantages(groups, batch), out.traces)
+        advantages = _advantages(groups, batch)
+        self.run.log_trajectories(groups, "train", step, advantages, out.traces, record)
         path = save_checkpoint(self.run.checkpoints, self.trainer)
         if keep_checkpoints is not None:
             self.run.delete_checkpoints(set(steps_saved(self.run.checkpoints)[-keep_checkpoints:]))
         metrics["time/checkpoint"] = time.perf_counter() - started
         self.run.log(step, {"time/checkpoint": metrics["time/checkpoint"]})
         return TrainResult(step, metrics, path, out.skipped)
+
+    def _record(self, settings: Settings) -> UpdateRecord:
+        policy = self.trainer.policy
+        dtype = str(policy.compute_dtype).removeprefix("torch.")
+        return UpdateRecord.of(
+            settings, version=policy.version, context=policy.context, dtype=dtype
+        )
 
     def _publish(self) -> float:
         """Give the engine's copy, where it has one, the trainer's weights; seconds it took."""

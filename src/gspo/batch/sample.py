@@ -188,12 +188,10 @@ class _Builder:
 
 
 def _turn(choice: Any, where: str) -> Turn:
-    """Read gspo's fields of a Choice; log-probs may stand in OpenAI's own field instead."""
+    """Read gspo's fields of a Choice."""
     tokens = getattr(choice, "token_ids", None)
     prompt = getattr(choice, "prompt_token_ids", None)
-    logprobs = getattr(choice, "token_logprobs", None)
-    if logprobs is None and choice.logprobs is not None and choice.logprobs.content is not None:
-        logprobs = [entry.logprob for entry in choice.logprobs.content]
+    logprobs = sampled_logprobs(choice)
     _refuse_half(logprobs, where)
     missing = [
         name
@@ -227,6 +225,14 @@ def _turn(choice: Any, where: str) -> Turn:
             getattr(choice, "routed_experts", None), len(prompt) + len(tokens) - 1, where
         ),
     )
+
+
+def sampled_logprobs(choice: Any) -> Any:
+    """Log-probs of a Choice's tokens: gspo's field, else OpenAI's own; None where it has none."""
+    logprobs = getattr(choice, "token_logprobs", None)
+    if logprobs is None and choice.logprobs is not None and choice.logprobs.content is not None:
+        logprobs = [entry.logprob for entry in choice.logprobs.content]
+    return logprobs
 
 
 def unit_count(samples: Sequence[Sample], unit: str) -> int:

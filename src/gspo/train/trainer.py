@@ -187,7 +187,7 @@ class Trainer:
             on_policy=on_policy,
             routing=routing.step(on_policy=on_policy),
         )
-        reference = self._reference() if objective.kl_coef > 0 else None
+        reference = self.reference() if objective.kl_coef > 0 else None
         try:
             seen = accumulate(self.policy, work, objective, metrics, reference)
         except NumericsError as error:
@@ -258,7 +258,7 @@ class Trainer:
         metrics.add("train/trajectories", len(batch.samples))
         metrics.add("train/trajectories_too_long", batch.dropped)
 
-    def _reference(self) -> Reference:
+    def reference(self) -> Reference:
         """Log-probs of the frozen base model: LoRA's model without adapters, else a copy."""
         if self.policy.peft is None and self._frozen is None:
             assert self._load_reference is not None

@@ -1,0 +1,138 @@
+"""A run's folder as `gspo inspect` reads it: stored batches, and the weights around a step."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from gspo.backend.replay import StoredBatch, UpdateRecord, read_batch
+from gspo.dev import InternalModelConfig, LoraConfig
+from gspo.errors import CheckpointError, RunError
+from gspo.policy.load import Policy, load_policy
+from gspo.policy.probe import choose_packing
+from gspo.train.checkpoint import checkpoint_name, steps_saved, verify_checkpoint
+from gspo.train.settings import Settings
+from gspo.train.step import Reference
+from gspo.train.trainer import Trainer
+
+Weights = Literal["before", "after"]
+
+
+@dataclass
+class Source:
+    """A run's folder, to be read."""
+
+    run: Path
+
+    def __post_init__(self) -> None:
+        path = self.run / "config.json"
+        try:
+            self.config: dict[str, Any] = json.loads(path.read_text())
+        except (OSError, ValueError):
+            raise RunError(
+                f"{self.run} is not the folder of a run: it has no readable config.json. "
+                "Give <path>/<project>/<name>, such as .gspo/demo/sort-1"
+            ) from None
+        self.batches = self.run / "trajectories" / "train"
+        self.checkpoints = self.run / "checkpoints"
+
+    def step(self, wanted: int | None) -> int:
+        """The step, or the last that has a stored batch."""
+        stored = self._stored()
+        if not stored:
+            raise RunError(f"{self.run} holds no rollout batch: it has not trained a step yet")
+        if wanted is not None and wanted not in stored:
+            raise RunError(f"{self.run} has no batch of step {wanted}: it has {ranges(stored)}")
+        return stored[-1] if wanted is None else wanted
+
+    def read(self, step: int) -> StoredBatch:
+        """The step's batch, and how it was trained on."""
+        return read_batch(self.batches / f"{checkpoint_name(step)}.parquet")
+
+    def _stored(self) -> list[int]:
+        return sorted(int(p.stem) for p in self.batches.glob("*.parquet") if p.stem.isdigit())
+
+    def own_settings(self, record: UpdateRecord, step: int) -> Settings:
+        """The settings of the step, with the clip range that was in force."""
+        settings = record.settings()
+        if not settings.auto_epsilon:
+            return settings
+        lines = (self.run / "metrics.jsonl").read_text().splitlines()
+        known = next((line for line in map(json.loads, lines) if line["step"] == step), {})
+        low, high = known.get("ratio/epsilon_low"), known.get("ratio/epsilon_high")
+        if low is None or high is None:
+            raise RunError(f"{self.run}/metrics.jsonl lacks the clip range of step {step}")
+        return replace(settings, objective=settings.objective.with_epsilon(low, high))
+
+    def check_weights(self, step: int, wanted: tuple[Weights, ...], *, needs_before: bool) -> None:
+        """Refuse weights that are gone, naming the steps that can be inspected."""
+        saved, stored = steps_saved(self.checkpoints), self._stored()
+        before = [s for s in stored if s == 1 or s - 1 in saved]
+        after = [s for s in stored if s in saved and (not needs_before or s in before)]
+        for name, there in (("before", before), ("after", after)):
+            if name in wanted and step not in there:
+                gone = step if name == "after" and step not in saved else step - 1
+                raise RunError(
+                    f"step {step} cannot be inspected with the weights {name} it: checkpoint "
+                    f"{gone} is not on disk (keep_checkpoints decides how many are kept). "
+                    f"There are: before: {ranges(before)}; after: {ranges(after)}. "
+                    "Choose with --step and --weights"
+                )
+
+    def weights_of(self, step: int, name: Weights) -> str:
+        """Where the weights come from, in words."""
+        at = step - (name == "before")
+        return f"checkpoint {checkpoint_name(at)}" if at else self.config["base_model"]
+
+    def load(self, step: int, name: Weights, record: UpdateRecord) -> Policy:
+        """The policy before or after a step."""
+        at = step - (name == "before")
+        checkpoint = self.checkpoints / checkpoint_name(at) if at else None
+        version = 0
+        if checkpoint is not None:
+            verify_checkpoint(checkpoint)
+            version = json.loads((checkpoint / "trainer.json").read_text())["policy_version"]
+        if name == "before" and version != record.policy_version:
+            raise CheckpointError(
+                f"step {step} started from policy version {record.policy_version}, but "
+                f"{self.weights_of(step, name)} is version {version}: a call of train that failed "
+                "came between. Inspect it with --weights after"
+            )
+        policy = load_policy(self.config["base_model"], self._load(record), checkpoint=checkpoint)
+        choose_packing(policy)
+        policy.version = version
+        return policy
+
+    def _load(self, record: UpdateRecord) -> InternalModelConfig:
+        lora = self.config.get("lora")
+        return InternalModelConfig(
+            dtype=record.dtype,  # pyright: ignore[reportArgumentType]  # it checks
+            lora=lora and LoraConfig(**lora),
+            max_context=record.context,
+        )
+
+    def reference(self, policy: Policy) -> Reference:
+        """Log-probs of the base model, which a KL term is taken against."""
+
+        def load() -> Policy:
+            frozen = load_policy(self.config["base_model"])
+            frozen.packing, frozen.compute_dtype = policy.packing, policy.compute_dtype
+            frozen.lm.requires_grad_(False)
+            return frozen
+
+        return Trainer(policy, load).reference()
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers in few characters.
+
+    >>> ranges([1, 4, 5, 6]), ranges([])
+    ('1, 4-6', 'none')
+    """
+    runs = itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
+    parts = [[number for _, number in own] for _, own in runs]
+    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts) or "none"

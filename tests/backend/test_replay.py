@@ -1,0 +1,185 @@
+"""Stored batches give back what was trained on, bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from openai.types.chat.chat_completion import Choice
+
+from gspo import LocalBackend, TrainableModel, TrajectoryGroup, dev
+from gspo.backend.replay import UpdateRecord, read_batch, replay_schema
+from gspo.backend.run import Run
+from gspo.batch.routes import encode_routes
+from gspo.batch.sample import Sample, trajectory_samples
+from gspo.config import TrainConfig
+from gspo.errors import RunError
+from gspo.train.settings import resolve
+from support import choice, trajectory
+
+SETTINGS = resolve(
+    TrainConfig(learning_rate=1e-4, kl_penalty_coef=0.5),
+    dev.TrainConfig(algorithm="dapo", epsilon_high=0.3, adam_betas=(0.8, 0.9)),
+)
+RECORD = UpdateRecord.of(SETTINGS, version=7, context=99, dtype="float32")
+
+
+@pytest.fixture
+def run(tmp_path: Path):
+    run = Run(tmp_path, "p", "m", {"base_model": "embedded:sort"})
+    yield run
+    run.close()
+
+
+def routes(*shape: int) -> dict[str, Any]:
+    rng = np.random.default_rng(len(shape))
+    return encode_routes(rng.integers(0, 8, shape).astype(np.uint8))
+
+
+def openai_choice(tokens: list[int], logprobs: list[float]) -> Choice:
+    """Log-probs in OpenAI's own field, and no version, as another engine returns them."""
+    content = [
+        {"token": str(t), "logprob": p, "bytes": None, "top_logprobs": []}
+        for t, p in zip(tokens, logprobs, strict=True)
+    ]
+    extra = {"token_logprobs": None, "policy_version": None, "logprobs": {"content": content}}
+    return Choice.model_validate(choice(tokens).model_dump() | extra)
+
+
+def groups() -> list[TrajectoryGroup]:
+    first = choice([4, 5], (1, 2), [-0.1, -1 / 3], temperature=0.7, finish_reason="length")
+    extends = choice([9], (1, 2, 4, 5, 8), [-2.7182817], temperature=1.3, policy_version=3)
+    breaks = choice([7, 7], (1, 8), [-0.25, -1e-7])
+    return [
+        TrajectoryGroup([trajectory(1.0, first, extends, breaks), trajectory(0.1)]),
+        TrajectoryGroup(
+            [
+                trajectory(1 / 3, choice([3], routed_experts=routes(3, 2, 2))),
+                trajectory(0.0, openai_choice([4, 6], [-0.5, -0.75])),
+            ]
+        ),
+    ]
+
+
+def samples(groups: list[TrajectoryGroup]) -> list[Sample]:
+    flat = [(g, t) for g, group in enumerate(groups) for t in group]
+    out = [
+        trajectory_samples(t, trajectory_id=i, group_id=g, advantage=t.reward)
+        for i, (g, t) in enumerate(flat)
+    ]
+    return [sample for own in out for sample in own]
+
+
+def assert_same(a: Sample, b: Sample) -> None:
+    for field in dataclasses.fields(Sample):
+        one, two = getattr(a, field.name), getattr(b, field.name)
+        assert type(one) is type(two), field.name
+        if isinstance(one, np.ndarray):
+            assert one.dtype == two.dtype, field.name
+            np.testing.assert_array_equal(one, two, err_msg=field.name)
+        else:
+            assert one == two, field.name
+
+
+def test_samples_come_back_bit_for_bit(run: Run):
+    path = run.log_trajectories(groups(), "train", 1, record=RECORD)
+    stored = read_batch(path)
+    before, after = samples(groups()), samples(stored.groups)
+    assert len(before) == len(after) == 5
+    assert any(sample.routes is not None for sample in before)
+    assert len({float(t) for s in before for t in s.temperatures}) == 3
+    for a, b in zip(before, after, strict=True):
+        assert_same(a, b)
+
+
+def test_messages_metrics_and_finish_reasons_come_back(run: Run):
+    before = groups()
+    before[0].trajectories[0].metrics["acc"] = 0.5
+    before[0].trajectories[0].metadata["answer"] = "12"
+    stored = read_batch(run.log_trajectories(before, "train", 1, record=RECORD))
+    for a, b in zip(before, stored.groups, strict=True):
+        for one, two in zip(a, b, strict=True):
+            assert one.messages() == two.messages()
+            assert (one.reward, one.metrics, one.metadata) == (
+                two.reward,
+                two.metrics,
+                two.metadata,
+            )
+            reasons = [[c.finish_reason for c in t.choices()] for t in (one, two)]
+            assert reasons[0] == reasons[1]
+
+
+def test_the_record_gives_the_settings_back(run: Run):
+    record = read_batch(run.log_trajectories(groups(), "train", 1, record=RECORD)).record
+    assert record == RECORD
+    assert record.settings() == SETTINGS
+    other = record.settings(algorithm="gspo", epsilon_high=None)
+    assert (other.algorithm, other.objective.epsilon_high) == ("gspo", 4e-4)
+    assert other.objective.kl_coef == 0.5
+    assert other.options.adam_betas == (0.8, 0.9)
+
+
+async def test_a_trained_batch_comes_back(tmp_path: Path):
+    backend = LocalBackend(tmp_path)
+    model = TrainableModel(name="m", project="p", base_model="embedded:sort")
+    await model.register(backend)
+
+    async def roll(text: str) -> Choice:
+        answer = await model.openai_client().chat.completions.create(
+            model=model.inference_name,
+            messages=[{"role": "user", "content": text}],
+            max_tokens=6,
+            temperature=0.9,
+            extra_body={"return_routes": True},
+        )
+        return answer.choices[0]
+
+    before = [
+        TrajectoryGroup([trajectory(r, await roll(text)) for r in (0.0, 1.0)])
+        for text in ("31", "2718")
+    ]
+    await model.train(before, _config=dev.TrainConfig(minibatches=1))
+    await backend.close()
+    stored = read_batch(tmp_path / "p/m/trajectories/train/0001.parquet")
+    assert stored.record.policy_version == 0
+    assert stored.record.options == {"minibatches": 1}
+    for a, b in zip(samples(before), samples(stored.groups), strict=True):
+        assert a.routes is not None
+        assert_same(a, b)
+
+
+def test_what_cannot_be_replayed_is_refused(run: Run, tmp_path: Path):
+    with pytest.raises(RunError, match=r"cannot read the rollout batch .*0009\.parquet"):
+        read_batch(run.folder / "trajectories" / "train" / "0009.parquet")
+    path = run.log_trajectories(groups(), "val", 1)
+    with pytest.raises(RunError, match="older gspo, or was only logged"):
+        read_batch(path)
+    path = run.log_trajectories(groups(), "train", 1, record=RECORD)
+    old = pq.read_table(path).drop_columns([name for name, _ in replay_schema()])
+    pq.write_table(old, path)
+    with pytest.raises(RunError, match="older gspo, or was only logged"):
+        read_batch(path)
+    path.write_bytes(b"PAR1 torn")
+    with pytest.raises(RunError, match="cannot read the rollout batch"):
+        read_batch(path)
+
+
+def test_a_message_that_lost_its_tokens_is_named(run: Run):
+    path = run.log_trajectories(groups(), "train", 1, record=RECORD)
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    rows[2]["messages"] = json.dumps([{"role": "user", "content": "?"}])
+    pq.write_table(type(table).from_pylist(rows, schema=table.schema), path)
+    with pytest.raises(RunError, match=r"group 1, trajectory 0 has 0 sampled messages"):
+        read_batch(path)
+
+
+def test_routes_that_no_training_would_take_are_stored_as_none(run: Run):
+    group = TrajectoryGroup([trajectory(0.0, choice([3], routed_experts="garbage"))])
+    path = run.log_trajectories([group], "val", 1)
+    assert pq.read_table(path).to_pylist()[0]["routes"] is None

@@ -1,0 +1,338 @@
+"""`gspo inspect`: its numbers are those that training logged, at whichever weights are on disk."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gspo import LocalBackend, TrainableModel, TrajectoryGroup, dev
+from gspo.config import TrainConfig
+from gspo.errors import CheckpointError, ConfigError, RunError
+from gspo.lab import inspection
+from gspo.lab.inspection import OWN, InspectSpec, inspect_run, make_methods
+from gspo.lab.inspection_picture import draw_inspection
+from gspo.lab.inspection_report import AtWeights, Inspection, Method
+from gspo.lab.inspection_source import Source, ranges
+from gspo.lab.inspection_text import render
+from gspo.objective import PRESETS
+from support import trajectory
+
+RATE = TrainConfig(learning_rate=1e-3)
+
+
+async def a_run(path: Path, *, steps: int = 2, load: dict[str, Any] | None = None, **options: Any):
+    """Steps of one minibatch on sampled digits; the first group's rewards are all equal."""
+    routes = options.pop("routes", False)
+    keep = options.pop("keep_checkpoints", None)
+    backend = LocalBackend(path, keep_checkpoints=keep)
+    config = dev.InternalModelConfig(**load or {})
+    model = TrainableModel(
+        name="m", project="p", base_model="embedded:sort", _internal_config=config
+    )
+    await model.register(backend)
+    rate = RATE.model_copy(update={"kl_penalty_coef": options.pop("kl", 0.0)})
+    given: dict[str, Any] = {"minibatches": 1, **options}
+    for step in range(steps):
+        groups = []
+        for number, text in enumerate(("918273", "20715", "5544")):
+            answer = await model.openai_client().chat.completions.create(
+                model=model.inference_name,
+                messages=[{"role": "user", "content": f"{text}{step}"}],
+                max_tokens=8,
+                n=4,
+                extra_body={"return_routes": True} if routes else None,
+            )
+            rewards = [(number > 0) * (i + step) % 4 / 3 for i in range(4)]
+            pairs = zip(rewards, answer.choices, strict=True)
+            groups.append(TrajectoryGroup([trajectory(r, c) for r, c in pairs]))
+        await model.train(groups, rate, dev.TrainConfig(**given))
+    await backend.close()
+    return path / "p" / "m"
+
+
+def logged(run: Path, step: int) -> dict[str, float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return next(line for line in lines if line["step"] == step)
+
+
+def own(at: AtWeights) -> Method:
+    return at.methods[0]
+
+
+def assert_as_logged(found: Inspection, metrics: dict[str, float]) -> None:
+    """At the weights before, the run's own method is what the one optimizer step computed."""
+    (before,) = found.at
+    method = own(before)
+    assert method.loss == pytest.approx(metrics["loss/policy"], rel=1e-4, abs=2e-7)
+    assert method.kl == pytest.approx(metrics["loss/kl"], rel=1e-4, abs=1e-7)
+    assert method.grad_norm == pytest.approx(metrics["optim/grad_norm"], rel=1e-4)
+    assert method.clip_fraction == pytest.approx(metrics["ratio/clip_fraction"])
+    assert method.clip_fraction_tokens == pytest.approx(metrics["ratio/clip_fraction_tokens"])
+    assert found.tokens == metrics["tokens/completion"]
+    assert found.flat_groups == metrics["train/groups_zero_advantage"] == 1
+    assert before.log_ratio is not None
+    assert before.log_ratio.mean == pytest.approx(metrics["ratio/log_mean"], rel=1e-3, abs=1e-7)
+
+
+def before(run: Path, step: int = 2, **options: Any) -> Inspection:
+    presets = options.pop("presets", ("gspo",))
+    return inspect_run(
+        InspectSpec(run=run, step=step, weights="before", presets=presets, **options)
+    )
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "gspo": {},
+    "grpo": {"algorithm": "grpo"},
+    "dapo": {"algorithm": "dapo"},
+    "rloo": {"algorithm": "rloo"},
+    "reinforce": {"algorithm": "reinforce"},
+    "kl": {"kl": 0.2},
+    "turn": {"sequence_unit": "turn", "importance_sampling_level": "sequence_token"},
+    "overlong": {"overlong_max_tokens": 8, "overlong_cache": 4, "epsilon": 0.1},
+    "trainer": {"old_logprobs": "trainer", "load": {"rollout_dtype": "int4"}},
+    "quantized": {"load": {"rollout_dtype": "int4"}},
+    "correction": {
+        "old_logprobs": "trainer",
+        "correction": "sequence_geometric_truncate",
+        "load": {"rollout_dtype": "int4"},
+    },
+    "replay": {"routing_replay": "rollout", "routes": True, "load": {"rollout_dtype": "int4"}},
+    "old_policy": {"routing_replay": "old_policy"},
+    "bfloat16": {"load": {"dtype": "bfloat16"}},
+    "recompute": {"load": {"activation_checkpointing": True}},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+async def test_before_the_step_it_is_what_training_logged(tmp_path: Path, name: str):
+    options = VARIANTS[name]
+    run = await a_run(tmp_path, **options)
+    assert_as_logged(before(run), logged(run, 2))
+    assert_as_logged(before(run, step=1), logged(run, 1))
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.2])
+async def test_with_lora_the_gradient_is_the_adapters(tmp_path: Path, kl: float):
+    run = await a_run(tmp_path, load={"lora": {"r": 2}}, kl=kl)
+    assert_as_logged(before(run), logged(run, 2))
+    assert_as_logged(before(run, step=1), logged(run, 1))
+
+
+async def test_a_steered_range_is_the_one_that_was_in_force(tmp_path: Path):
+    run = await a_run(tmp_path, steps=3, epsilon="auto", minibatches=2)
+    found = before(run, step=3)
+    metrics = logged(run, 3)
+    assert found.own == OWN
+    assert own(found.at[0]).epsilon == (metrics["ratio/epsilon_low"], metrics["ratio/epsilon_high"])
+    assert metrics["ratio/epsilon_low"] != 3e-4
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(RunError, match=r"metrics\.jsonl lacks the clip range of step 3"):
+        before(run, step=3)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three steps of two minibatches; nothing of it may be changed."""
+    return asyncio.run(a_run(tmp_path_factory.mktemp("run"), steps=3, minibatches=2))
+
+
+@pytest.fixture(scope="module")
+def whole(run: Path) -> Inspection:
+    return inspect_run(InspectSpec(run=run))
+
+
+def named(at: AtWeights) -> dict[str, Method]:
+    return {method.name: method for method in at.methods}
+
+
+def test_all_presets_at_both_weights(whole: Inspection):
+    assert (whole.step, whole.own, whole.trained) == (3, "gspo", 8)
+    assert [(at.weights, at.source) for at in whole.at] == [
+        ("before", "checkpoint 0002"),
+        ("after", "checkpoint 0003"),
+    ]
+    for at in whole.at:
+        methods = named(at)
+        assert set(methods) == set(PRESETS)
+        for name, method in methods.items():
+            objective = PRESETS[name].objective
+            if method.epsilon is not None:
+                assert method.epsilon == (objective.epsilon_low, objective.epsilon_high)
+            assert method.sequences == (8 if name == "dapo" else 12)
+            assert method.grad_norm > 0
+        assert methods["gspo"].cosine == pytest.approx(1.0, abs=1e-12)
+        assert methods["gspo_token"].cosine == pytest.approx(1.0, abs=1e-6)
+        size = len(at.methods)
+        matrix = torch.tensor(at.cosines)
+        torch.testing.assert_close(matrix, matrix.T)
+        torch.testing.assert_close(matrix.diag(), torch.ones(size))
+        row = [method.cosine for method in at.methods]
+        assert row == at.cosines[0]
+
+
+def test_the_clip_acts_after_the_step_and_not_before(whole: Inspection):
+    before, after = (named(at) for at in whole.at)
+    assert all(method.clip_fraction == 0 for method in before.values())
+    # At ratio 1 these differ by their weights of sequences alone; the clip tells them apart.
+    assert before["grpo"].cosine == pytest.approx(1.0, abs=1e-4)
+    assert after["gspo"].clip_fraction > 0.2 > after["gmpo"].clip_fraction
+    assert after["gspo"].clip_fraction > after["grpo"].clip_fraction
+    assert after["grpo"].cosine is not None and after["grpo"].cosine < 0.999
+    assert after["cispo"].clip_fraction == after["sapo"].clip_fraction == 0
+    assert [at.log_ratio is not None and at.log_ratio.std > 1e-4 for at in whole.at] == [
+        False,
+        True,
+    ]
+
+
+def test_the_run_is_only_read(run: Path, whole: Inspection):
+    files = {p: p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file()}
+    again = inspect_run(InspectSpec(run=run))
+    assert again == whole
+    assert {p: p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file()} == files
+
+
+def test_some_presets_keep_the_runs_own(run: Path):
+    found = inspect_run(InspectSpec(run=run, step=1, weights="before", presets=("dapo", "sapo")))
+    assert [method.name for method in found.at[0].methods] == ["gspo", "dapo", "sapo"]
+    assert found.at[0].source == "embedded:sort"
+
+
+def test_a_method_of_ones_own_stands_beside_the_presets(run: Path):
+    record = Source(run).read(1).record
+    other = dataclasses.replace(record, options={"algorithm": "grpo", "epsilon": 0.1})
+    methods = make_methods(other, other.settings())
+    assert list(methods) == [OWN, *PRESETS]
+    assert methods[OWN].objective.epsilon_high == 0.1
+    assert methods["grpo"].objective == PRESETS["grpo"].objective
+    assert methods["dr_grpo"].advantage == "group_mean"
+    plain = dataclasses.replace(record, options={"algorithm": "grpo", "epochs": 2})
+    assert next(iter(make_methods(plain, plain.settings()))) == "grpo"
+    kl = dataclasses.replace(record, kl_penalty_coef=0.3, options={"old_logprobs": "trainer"})
+    methods = make_methods(kl, kl.settings())
+    assert next(iter(methods)) == "gspo"
+    assert {(s.objective.kl_coef, s.old_logprobs) for s in methods.values()} == {(0.3, "trainer")}
+
+
+def test_text_json_and_picture(whole: Inspection, tmp_path: Path):
+    text = render(whole)
+    assert "12 trajectories in 3 groups (1 with equal rewards), 8 with an advantage" in text
+    assert "weights before the step (checkpoint 0002)" in text
+    assert "its method: gspo (minibatches=2)" in text
+    assert "cosines of the gradients" not in text
+    assert "cosines of the gradients" in render(whole, matrix=True)
+    fields = json.loads(json.dumps(whole.as_json(), allow_nan=False))
+    assert fields["at"][1]["methods"][0]["name"] == "gspo"
+    assert len(fields["at"][0]["cosines"]) == len(PRESETS)
+    path = draw_inspection(whole, tmp_path / "deep" / "a.png")
+    assert path.stat().st_size > 20_000
+
+
+async def test_a_step_without_any_gradient(tmp_path: Path):
+    source = await a_run(tmp_path, steps=1)
+    table = source / "trajectories" / "train" / "0001.parquet"
+    import pyarrow.parquet as pq
+
+    stored = pq.read_table(table)
+    rows = [row | {"reward": 0.5} for row in stored.to_pylist()]
+    pq.write_table(type(stored).from_pylist(rows, schema=stored.schema), table)
+    found = inspect_run(InspectSpec(run=source, presets=("gspo", "dapo")))
+    assert (found.flat_groups, found.trained) == (3, 0)
+    for at in found.at:
+        assert at.log_ratio is None
+        assert all((m.grad_norm, m.cosine) == (0.0, None) for m in at.methods)
+    text = render(found)
+    assert "0 with an advantage" in text and "cosines of the gradients" in text
+    json.dumps(found.as_json(), allow_nan=False)
+    draw_inspection(found, tmp_path / "a.png")
+
+
+async def test_the_balance_loss_is_said_to_be_left_out(tmp_path: Path):
+    run = await a_run(tmp_path, steps=1, router_aux_loss_coef=0.01)
+    found = before(run, step=1)
+    assert found.left_out == ("router_aux_loss_coef=0.01",)
+    assert "left out, being the same for every method: router_aux_loss_coef=0.01" in render(found)
+
+
+async def test_gone_checkpoints_are_named_with_what_is_there(tmp_path: Path):
+    run = await a_run(tmp_path, steps=5, keep_checkpoints=2)
+    there = r"before: 1, 5; after: 4-5\. Choose with --step"
+    with pytest.raises(RunError, match=rf"step 3 .* weights before it: checkpoint 2 .* {there}"):
+        inspect_run(InspectSpec(run=run, step=3))
+    with pytest.raises(RunError, match=rf"step 2 .* weights after it: checkpoint 2 .* {there}"):
+        inspect_run(InspectSpec(run=run, step=2, weights="after"))
+    with pytest.raises(RunError, match=rf"step 4 .* weights before it: checkpoint 3 .* {there}"):
+        inspect_run(InspectSpec(run=run, step=4))
+    found = inspect_run(InspectSpec(run=run, step=4, weights="after", presets=("gspo",)))
+    assert [at.weights for at in found.at] == ["after"]
+    with pytest.raises(RunError, match="has no batch of step 6: it has 1-5"):
+        inspect_run(InspectSpec(run=run, step=6))
+
+
+async def test_the_trainers_own_pi_old_needs_the_weights_before(tmp_path: Path):
+    run = await a_run(tmp_path, steps=3, keep_checkpoints=2, old_logprobs="trainer")
+    found = inspect_run(InspectSpec(run=run, step=3, presets=("gspo",)))
+    assert [at.log_ratio and at.log_ratio.std > 1e-5 for at in found.at] == [False, True]
+    with pytest.raises(RunError, match="weights after it: checkpoint 1 is not on disk"):
+        inspect_run(InspectSpec(run=run, step=2, weights="after"))
+
+
+async def test_weights_of_another_version_are_refused(tmp_path: Path):
+    """A call of train that failed half-way has moved the weights without a checkpoint."""
+    run = await a_run(tmp_path)
+    state = run / "checkpoints" / "0001" / "trainer.json"
+    fields = json.loads(state.read_text()) | {"policy_version": 3}
+    source = Source(run)
+    record = dataclasses.replace(source.read(2).record, policy_version=4)
+    with pytest.raises(
+        CheckpointError, match=r"policy version 4, but checkpoint 0001 is version 1"
+    ):
+        source.load(2, "before", record)
+    state.write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match=r"trainer\.json is damaged"):
+        source.load(2, "before", record)
+
+
+def test_what_is_no_run_is_named(tmp_path: Path, run: Path):
+    with pytest.raises(RunError, match=r"not the folder of a run.*<path>/<project>/<name>"):
+        inspect_run(InspectSpec(run=tmp_path))
+    shutil.copy(run / "config.json", tmp_path)
+    with pytest.raises(RunError, match="has not trained a step yet"):
+        inspect_run(InspectSpec(run=tmp_path))
+
+
+def test_gradients_that_do_not_fit_are_refused_before_the_work(run: Path, monkeypatch):
+    monkeypatch.setattr(inspection, "free_memory", lambda device: 3_000_000)
+    message = r"13 gradients of 1 MiB each don't fit the 3 MiB.*at most 3 methods with --presets"
+    with pytest.raises(ConfigError, match=message):
+        inspect_run(InspectSpec(run=run))
+    assert len(inspect_run(InspectSpec(run=run, presets=("gspo", "dapo"))).at) == 2
+    monkeypatch.undo()
+    free = inspection.free_memory(torch.device("cpu"))
+    assert free is None or 10**6 < free < 10**14
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": "bevore"}, "Did you mean 'before'"),
+        ({"presets": ("gspo", "cipso")}, "Did you mean 'cispo'"),
+        ({"step": 0}, "step = 0"),
+    ],
+)
+def test_mistakes_are_named(options: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        InspectSpec(run=Path("x"), **options)
+
+
+def test_ranges_are_short():
+    assert ranges([1, 2, 3, 7]) == "1-3, 7"
+    assert ranges([]) == "none"
