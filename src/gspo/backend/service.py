@@ -55,6 +55,7 @@ class Service:
         keep_checkpoints: int | None,
     ) -> TrainResult:
         """Update, log, save. Blocking; `groups` are those that `batch` was made of."""
+        self.run.trackers.configure("train", settings.as_config())
         try:
             out = self.trainer.train(batch, settings)
         finally:
