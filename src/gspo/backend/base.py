@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from openai import AsyncOpenAI
+from pydantic import BaseModel
 
 from gspo.config import TrainConfig
 from gspo.dev import InternalModelConfig
@@ -28,6 +29,8 @@ class ModelLike(Protocol):
     def source(self) -> str | None: ...
     @property
     def internal_config(self) -> InternalModelConfig: ...
+    @property
+    def config(self) -> BaseModel | None: ...
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from openai import AsyncOpenAI
 from gspo.backend.base import ModelLike, TrainResult, train_options
 from gspo.backend.run import Run
 from gspo.backend.service import Service, load_trainer, means
+from gspo.backend.trackers import TrackerName, check_loggers
 from gspo.compute import ComputeThread
 from gspo.config import TrainConfig
 from gspo.dev import TrainConfig as DevTrainConfig
@@ -41,6 +43,12 @@ class LocalBackend:
             the engine without a port.
         keep_checkpoints: how many of the latest to keep; None: all.
         seed: of requests that have none of their own.
+        logger: trackers that are shown what metrics.jsonl gets: "tensorboard", "trackio", "wandb".
+            One that fails is a warning, once.
+
+    Raises:
+        ConfigError: an unknown tracker.
+        MissingDependencyError: a tracker whose client is not installed.
     """
 
     def __init__(
@@ -50,6 +58,7 @@ class LocalBackend:
         port: int | None = None,
         keep_checkpoints: int | None = None,
         seed: int = 0,
+        logger: Sequence[TrackerName] = (),
     ):
         if keep_checkpoints is not None and keep_checkpoints < 1:
             raise RunError(f"keep_checkpoints = {keep_checkpoints}: the latest is always kept")
@@ -57,6 +66,7 @@ class LocalBackend:
         self.port = port
         self.keep_checkpoints = keep_checkpoints
         self.seed = seed
+        self.logger = check_loggers(logger)
         self._compute = ComputeThread()
         self._services: dict[tuple[str, str], Service] = {}
         self._logs: dict[tuple[str, str], Run] = {}
@@ -99,6 +109,7 @@ class LocalBackend:
             engine = TorchEngine(policy, seed=self._sampling_seed(trainer.step))
             self._services[key] = await self._start(run, model, engine, trainer, listener)
             run.claim()
+            await asyncio.to_thread(self._track, run, model, trainer.step)
         except BaseException:
             if run is not None:
                 run.close()
@@ -222,12 +233,21 @@ class LocalBackend:
             if service.server is not None:
                 await service.server.stop()
             await service.client.close()
-            service.run.close()
+            await asyncio.to_thread(service.run.close)  # a tracker may have to send what is left
         for run in self._logs.values():
-            run.close()
+            await asyncio.to_thread(run.close)
         self._services.clear()
         self._logs.clear()
         self._compute.close()
+
+    def _track(self, run: Run, model: ModelLike, step: int | None) -> None:
+        config: dict[str, Any] = {"project": model.project, "name": model.name}
+        if model.trainable:
+            load = model.internal_config.model_dump(mode="json")
+            config |= {"base_model": model.source, "load": load}
+        if model.config is not None:
+            config["config"] = json.loads(json.dumps(model.config.model_dump(), default=str))
+        run.track(self.logger, step, config)
 
     def _sampling_seed(self, step: int) -> int:
         """The stream of unseeded requests at a step: the same again after a resume."""
@@ -246,6 +266,8 @@ class LocalBackend:
         if model.trainable:
             return self._service(model).run
         if key not in self._logs:
-            self._logs[key] = Run(self.path, model.project, model.name, {"base_model": None})
-            self._logs[key].claim()
+            run = Run(self.path, model.project, model.name, {"base_model": None})
+            run.claim()
+            self._track(run, model, step=None)
+            self._logs[key] = run
         return self._logs[key]

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from gspo.backend.traces import trace_columns, trace_schema
 from gspo.backend.versions import versions
 from gspo.backend.replay import UpdateRecord, replay_columns, replay_schema
 from gspo.batch.sample import sampled_logprobs
+from gspo.backend.trackers import Config, Followed, TrackerName, Trackers
 from gspo.errors import RunError
 from gspo.trajectory import Trajectory, TrajectoryGroup
 
@@ -42,6 +43,7 @@ class Run:
         for label, part in (("project", project), ("name", name)):
             if not part or part in (".", "..") or set(part) & set("/\\\0"):
                 raise RunError(f"model {label} {part!r} cannot be the name of a folder")
+        self.project, self.name = project, name
         self.folder = path / project / name
         self.checkpoints = self.folder / "checkpoints"
         try:
@@ -56,9 +58,10 @@ class Run:
             self._identity = dict(identity)
             self._check()
         except BaseException:
-            self.close()
+            self._lock.close()
             raise
         self._lines = _Lines(self.folder / "metrics.jsonl")
+        self.trackers = Trackers()
 
     def claim(self) -> None:
         """Write the identity, once it has proved usable: a misspelt model must not stay."""
@@ -88,9 +91,15 @@ class Run:
                     "give the model another name, or delete that folder"
                 )
 
+    def track(self, names: Iterable[TrackerName], step: int | None, config: Config) -> None:
+        """Show trackers what is logged from now on; see `Followed` for `step`."""
+        followed = Followed(self.folder, self.project, self.name, step, bool(self._lines.read()))
+        self.trackers = Trackers(names, followed, config)
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of a step: one line a step, later calls add to its line."""
         self._lines.put(step, metrics)
+        self.trackers.log(step, metrics)
 
     def forget_after(self, step: int) -> None:
         """Drop what a killed process logged beyond the step that it saved."""
@@ -144,8 +153,11 @@ class Run:
                 shutil.rmtree(doomed)
 
     def close(self) -> None:
-        """Let another process have the folder."""
-        self._lock.close()
+        """End the trackers and let another process have the folder."""
+        try:
+            self.trackers.finish()
+        finally:
+            self._lock.close()
 
 
 class _Lines:

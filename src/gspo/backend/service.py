@@ -57,6 +57,7 @@ class Service:
     ) -> TrainResult:
         """Update, log, save. Blocking; `groups` are those that `batch` was made of."""
         record = self._record(settings)
+        self.run.trackers.configure("train", settings.as_config())
         try:
             out = self.trainer.train(batch, settings)
         finally:

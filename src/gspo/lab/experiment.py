@@ -55,9 +55,15 @@ class Watch(Protocol):
 async def run_experiment(spec: Spec, watch: Watch) -> Outcome:
     """Run `spec`, or go on where a killed run of the same folder stopped."""
     started = time.perf_counter()
-    backend = LocalBackend(spec.path, keep_checkpoints=spec.keep_checkpoints, seed=spec.seed)
+    backend = LocalBackend(
+        spec.path, keep_checkpoints=spec.keep_checkpoints, seed=spec.seed, logger=spec.logger
+    )
     model = art.TrainableModel(
-        name=spec.name, project=spec.project, base_model=spec.model, _internal_config=spec.load
+        name=spec.name,
+        project=spec.project,
+        base_model=spec.model,
+        config=spec,
+        _internal_config=spec.load,
     )
     rollouts = Rollouts(spec, model)
     try:

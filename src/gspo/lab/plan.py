@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from gspo.backend.trackers import check_loggers
 from gspo.errors import ModelError
 from gspo.lab.rollout import load_rollout
 from gspo.lab.spec import Spec
@@ -56,6 +57,7 @@ def make_plan(spec: Spec) -> Plan:
         GspoError: a model, task, rollout or option that doesn't exist.
     """
     settings = resolve_settings(spec.train_config(), spec.train)
+    check_loggers(spec.logger)
     task = load_task(spec.task, spec.task_options) if spec.task else None
     if spec.rollout:
         load_rollout(spec.rollout)

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from gspo.backend.trackers import TrackerName
 from gspo.config import TrainConfig
 from gspo.dev import InternalModelConfig
 from gspo.dev import TrainConfig as DevTrainConfig
@@ -56,6 +57,8 @@ class Spec(Options):
     seed: int = 0
     """Of the prompts and of sampling."""
     keep_checkpoints: int | None = Field(default=2, ge=1)
+    logger: list[TrackerName] = Field(default_factory=list)
+    """Trackers that are shown the metrics too: `tensorboard`, `trackio`, `wandb`."""
     train: DevTrainConfig = Field(default_factory=DevTrainConfig)
     """The fields of `dev.TrainConfig`: algorithm, epsilon, minibatches, schedule, ..."""
     learning_rate: float = Field(default=TrainConfig().learning_rate, gt=0, allow_inf_nan=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from gspo.config import TrainConfig
 from gspo.dev import TrainConfig as DevTrainConfig
@@ -50,6 +51,26 @@ class Settings:
         if options.overlong_max_tokens is None or options.overlong_cache is None:
             return None
         return options.overlong_max_tokens, options.overlong_cache
+
+    def as_config(self) -> dict[str, Any]:
+        """The options by their own names, with the values that apply.
+
+        >>> resolve().as_config()["epsilon_high"]
+        0.0004
+        """
+        objective = self.objective
+        clipped = objective.surrogate in CLIPPING
+        low = "auto" if self.auto_epsilon else objective.epsilon_low
+        return self.options.model_dump(mode="json") | {
+            "algorithm": self.algorithm,
+            "importance_sampling_level": objective.level,
+            "epsilon": low if clipped else None,
+            "epsilon_high": objective.epsilon_high if clipped else None,
+            "scale_rewards": {"group_std": True, "group_mean": False}.get(self.advantage),
+            "old_logprobs": self.old_logprobs,
+            "kl_penalty_coef": objective.kl_coef,
+            "learning_rate": self.learning_rate,
+        }
 
 
 def resolve(config: TrainConfig | None = None, options: DevTrainConfig | None = None) -> Settings:
