@@ -1,13 +1,15 @@
-"""Tasks with verifiable rewards, named `sort`, `reverse`, `add` or `reasoning-gym:<dataset>`."""
+"""Tasks with verifiable rewards: the built-in ones and `reasoning-gym:<dataset>`."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from gspo.errors import ConfigError, suggestion
 from gspo.tasks.base import Problem, Split, Task
 from gspo.tasks.digits import DIGIT_TASKS
+from gspo.tasks.lengths import LENGTH_TASKS
 
 __all__ = ["Problem", "Split", "Task", "load_task", "task_names"]
 
@@ -16,7 +18,7 @@ GYM = "reasoning-gym:"
 
 def task_names() -> list[str]:
     """The built-in tasks."""
-    return sorted(DIGIT_TASKS)
+    return sorted([*DIGIT_TASKS, *LENGTH_TASKS])
 
 
 def load_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
@@ -33,6 +35,8 @@ def load_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
         from gspo.tasks.gym import GymTask
 
         return GymTask(name.removeprefix(GYM), dict(options or {}))
+    if name in LENGTH_TASKS:
+        return _with_options(name, dict(options or {}))
     if name not in DIGIT_TASKS:
         known = [*task_names(), GYM + "<dataset>"]
         raise ConfigError(
@@ -41,3 +45,14 @@ def load_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
     if options:
         raise ConfigError(f"task {name!r} has no options, but got {sorted(options)}")
     return DIGIT_TASKS[name]()
+
+
+def _with_options(name: str, options: dict[str, Any]) -> Task:
+    known = [field.name for field in dataclasses.fields(LENGTH_TASKS[name])]
+    for option in options:
+        if option not in known:
+            raise ConfigError(
+                f"task {name!r} has no option {option!r}.{suggestion(option, known)} "
+                f"Known: {', '.join(known)}."
+            )
+    return LENGTH_TASKS[name](**options)
