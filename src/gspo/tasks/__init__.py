@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 from gspo.errors import ConfigError, suggestion
@@ -35,24 +36,20 @@ def load_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
         from gspo.tasks.gym import GymTask
 
         return GymTask(name.removeprefix(GYM), dict(options or {}))
-    if name in LENGTH_TASKS:
-        return _with_options(name, dict(options or {}))
-    if name not in DIGIT_TASKS:
+    tasks = {**DIGIT_TASKS, **LENGTH_TASKS}
+    if name not in tasks:
         known = [*task_names(), GYM + "<dataset>"]
         raise ConfigError(
             f"unknown task {name!r}.{suggestion(name, task_names())} Known: {', '.join(known)}."
         )
-    if options:
-        raise ConfigError(f"task {name!r} has no options, but got {sorted(options)}")
-    return DIGIT_TASKS[name]()
-
-
-def _with_options(name: str, options: dict[str, Any]) -> Task:
-    known = [field.name for field in dataclasses.fields(LENGTH_TASKS[name])]
-    for option in options:
+    given, make = dict(options or {}), tasks[name]
+    known = [field.name for field in dataclasses.fields(make)] if is_dataclass(make) else []
+    for option in given:
+        if not known:
+            raise ConfigError(f"task {name!r} has no options, but got {sorted(given)}")
         if option not in known:
             raise ConfigError(
                 f"task {name!r} has no option {option!r}.{suggestion(option, known)} "
                 f"Known: {', '.join(known)}."
             )
-    return LENGTH_TASKS[name](**options)
+    return make(**given)

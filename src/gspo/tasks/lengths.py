@@ -25,7 +25,7 @@ class Chain(Task):
     ('291417', '8959')
     """
 
-    length: int = 64
+    length: int = 100
     name: ClassVar[str] = "chain"
     ends: ClassVar[bool] = False
 

@@ -103,6 +103,12 @@ def read_compare_spec(path: Path, overrides: Iterable[str] = ()) -> CompareSpec:
     return CompareSpec(**override(data, overrides, CompareSpec.model_fields))
 
 
+def with_overrides(spec: CompareSpec, overrides: Iterable[str]) -> CompareSpec:
+    """The same comparison with `key=value` overrides."""
+    data = spec.model_dump(exclude_unset=True)
+    return CompareSpec(**override(data, overrides, CompareSpec.model_fields))
+
+
 def full_key(key: str, where: str) -> str:
     """The dotted key of a run's field; a bare one is looked up in the run, `train` and `load`.
 
