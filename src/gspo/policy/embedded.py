@@ -49,7 +49,7 @@ RECIPES = {
     "reverse": Recipe(steps=380, batch=64, learning_rate=3e-3),
     "add": Recipe(steps=620, batch=32, learning_rate=4e-3),
     "chain": Recipe(steps=300, batch=16, learning_rate=4e-3),
-    "climb": Recipe(steps=200, batch=32, learning_rate=4e-3),
+    "climb": Recipe(steps=400, batch=16, learning_rate=4e-3),
 }
 
 

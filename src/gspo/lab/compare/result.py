@@ -9,7 +9,7 @@ import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import lru_cache
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ def _cell(compare: CompareSpec, cell: Cell, state: State) -> dict[str, Any]:
     return out | (_measured(cell_folder(cell)) if done else {"curves": {}})
 
 
-@lru_cache(maxsize=None)
+@cache
 def _measured(run: Path) -> dict[str, Any]:
     """What a finished run shows. It no longer changes."""
     lines = (run / "metrics.jsonl").read_text().splitlines()

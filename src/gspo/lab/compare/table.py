@@ -6,6 +6,7 @@ import time
 from types import TracebackType
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
@@ -105,19 +106,18 @@ def print_result(content: dict[str, Any], console: Console | None = None) -> Non
     """The summary, the paired differences, and what failed or was refused."""
     console = console or Console(highlight=False)
     axes = list(dict.fromkeys(axis for row in content["summary"] for axis in row["stress"]))
-    table = Table(title=f"{content['name']}: means over seeds, 95 % intervals")
-    for name in ("arm", *axes, "seeds", "held-out reward", "AUC", "collapsed", "clipped"):
-        table.add_column(name)
-    for name in ("of tokens", "tokens", "seconds"):
-        table.add_column(name, justify="right")
+    table = Table(title=f"{content['name']}: means over seeds ± half of the 95 % interval", box=box.SIMPLE)
+    for name in ("arm", *axes):
+        table.add_column(name, min_width=4)
+    for name in ("seeds", "reward", "AUC", "collapsed", "clipped", "tokens", "s"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in content["summary"]:
         if row["seeds"]:
             table.add_row(
                 *(row["arm"], *(str(row["stress"][axis]) for axis in axes), str(row["seeds"])),
-                *(_interval(row["reward_after"]), _interval(row["auc"])),
-                *(_share(row["collapsed"], 0), _share(row["clip_fraction"], 1)),
-                *(_share(row["clip_fraction_tokens"], 2), f"{row['tokens']:,.0f}"),
-                f"{row['seconds']:.0f}",
+                *(_plus_minus(row["reward_after"]), _plus_minus(row["auc"])),
+                *(_share(row["collapsed"]), _share(row["clip_fraction"])),
+                *(f"{row['tokens'] / 1000:,.0f}k", f"{row['seconds']:.0f}"),
             )
     console.print(table)
     _print_paired(content["paired"], axes, console)
@@ -127,7 +127,7 @@ def print_result(content: dict[str, Any], console: Console | None = None) -> Non
 def _print_paired(pairs: list[dict[str, Any]], axes: list[str], console: Console) -> None:
     if not pairs:
         return
-    table = Table(title="differences, a - b, paired by seed")
+    table = Table(title="differences, a - b, paired by seed", box=box.SIMPLE)
     for name in ("a", "b", *axes, "metric", "n", "difference", "verdict"):
         table.add_column(name)
     for pair in pairs:
@@ -158,14 +158,14 @@ def _print_missing(cells: list[dict[str, Any]], console: Console) -> None:
             console.print(text, markup=False, soft_wrap=True)
 
 
-def _interval(value: dict[str, float | None]) -> str:
-    mean = value["mean"]
-    assert mean is not None
-    return str(Interval(mean, value["low"], value["high"]))
+def _plus_minus(value: dict[str, float]) -> str:
+    """Student's interval is symmetric."""
+    alone = f"{value['mean']:.3f}"
+    return alone if value["high"] is None else f"{alone} ± {value['high'] - value['mean']:.3f}"
 
 
-def _share(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}%}"
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
 
 
 def _duration(seconds: float) -> str:
