@@ -7,13 +7,15 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gspo.errors import GspoError
+from gspo.errors import ConfigError, GspoError
 
 if TYPE_CHECKING:
+    from gspo.lab.compare.session import GridPlan
+    from gspo.lab.compare.spec import CompareSpec
     from gspo.lab.spec import Spec
 
 app = typer.Typer(
@@ -170,6 +172,70 @@ def inspect(
         print(f"picture: {draw_inspection(found, picture)}")
     if as_json:
         print(json.dumps(found.as_json()))
+
+
+@app.command()
+def compare(
+    spec: Annotated[Path | None, typer.Argument(help="The comparison, as TOML.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="GSPO and GRPO, two seeds, built in.")
+    ] = False,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value; dotted keys reach tables.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the cells and a rough cost, and stop.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Cells at once. Default: one for each core.")
+    ] = None,
+    path: Annotated[
+        str | None, typer.Option("--path", help="Folder of the comparisons. Default: the spec's.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare methods under stressors, over seeds. The same command goes on where it stopped."""
+    from gspo.lab.compare.session import plan_comparison
+    from gspo.lab.compare.table import print_plan
+
+    resolved = _comparison(spec, quick, overrides or [], path)
+    plan = plan_comparison(resolved, workers)
+    if dry_run:
+        print_plan(plan)
+        return
+    content = _compare(resolved, plan, quick)
+    if as_json:
+        counts = {name: plan.count(name) for name in ("done", "failed", "refused")}
+        print(json.dumps({"folder": str(resolved.folder), **counts, "paired": content["paired"]}))
+    if plan.count("failed"):
+        raise SystemExit(1)
+
+
+def _comparison(
+    spec: Path | None, quick: bool, overrides: list[str], path: str | None
+) -> CompareSpec:
+    from gspo.lab.compare.quick import quick_spec
+    from gspo.lab.compare.spec import read_compare_spec, with_overrides
+
+    if quick == (spec is not None):
+        raise ConfigError("give a spec file, or --quick: gspo compare SPEC.toml")
+    placed = [*overrides, *([f"path={json.dumps(path)}"] if path else [])]
+    return with_overrides(quick_spec(), placed) if spec is None else read_compare_spec(spec, placed)
+
+
+def _compare(resolved: CompareSpec, plan: GridPlan, quick: bool) -> dict[str, Any]:
+    from gspo.lab.compare.quick import ADVICE
+    from gspo.lab.compare.session import run_comparison
+    from gspo.lab.compare.table import LiveGrid, print_result, summary_line
+
+    print(summary_line(plan))
+    with LiveGrid(plan) as watch:
+        path, content = run_comparison(resolved, plan, watch, quick=quick)
+    print_result(content)
+    print(f"data: {path}")
+    if quick:
+        print(ADVICE)
+    return content
 
 
 def _run(make_spec: Callable[[], Spec], as_json: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,9 @@ class Spec(Options):
     model: str = ""
     """`embedded:<task>`, a folder, or a hub id. Default: the task's embedded model."""
     task: str | None = None
-    """`sort`, `reverse`, `add` or `reasoning-gym:<dataset>`."""
+    """`sort`, `reverse`, `add`, `chain`, `climb` or `reasoning-gym:<dataset>`."""
     task_options: dict[str, Any] = Field(default_factory=dict)
-    """Options of a reasoning-gym dataset."""
+    """Options of `chain` and `climb`, or of a reasoning-gym dataset."""
     rollout: str | None = None
     """`module:function`, an `async def rollout(model, scenario) -> Trajectory` of your own.
     Without it, the task's prompt is answered in one turn and scored."""
@@ -113,8 +113,10 @@ def read_spec(path: Path, overrides: Iterable[str] = ()) -> Spec:
     return Spec(**override(data, overrides))
 
 
-def override(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """`data` with each `a.b=value` put in its place.
+def override(
+    data: dict[str, Any], overrides: Iterable[str], known: Collection[str] = Spec.model_fields
+) -> dict[str, Any]:
+    """`data` with each `a.b=value` put in its place; `known` are the first parts of keys.
 
     >>> override({"train": {"epochs": 1}}, ["train.epochs=2", "model=embedded:sort"])
     {'train': {'epochs': 2}, 'model': 'embedded:sort'}
@@ -125,8 +127,8 @@ def override(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
         if not equals:
             raise ConfigError(f"--set {item!r}: write key=value")
         *tables, last = key.strip().split(".")
-        if (tables or [last])[0] not in Spec.model_fields:
-            near = suggestion((tables or [last])[0], Spec.model_fields)
+        if (tables or [last])[0] not in known:
+            near = suggestion((tables or [last])[0], known)
             raise ConfigError(f"--set {item!r}: unknown key {key.strip()!r}.{near}")
         place = data
         for table in tables:

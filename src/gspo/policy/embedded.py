@@ -48,6 +48,8 @@ RECIPES = {
     "sort": Recipe(steps=95, batch=64, learning_rate=6e-3),
     "reverse": Recipe(steps=380, batch=64, learning_rate=3e-3),
     "add": Recipe(steps=620, batch=32, learning_rate=4e-3),
+    "chain": Recipe(steps=300, batch=16, learning_rate=4e-3),
+    "climb": Recipe(steps=400, batch=16, learning_rate=4e-3),
 }
 
 
@@ -227,7 +229,7 @@ def _examples(
         )
         prompt = tokenizer(str(text), add_special_tokens=False)["input_ids"]
         answer = tokenizer(problem.answer, add_special_tokens=False)["input_ids"]
-        answer = [*answer, tokenizer.eos_token_id]
+        answer = [*answer, tokenizer.eos_token_id] if task.ends else answer
         rows.append((prompt + answer, [-100] * len(prompt) + answer))
     width = max(len(tokens) for tokens, _ in rows)
     pad = tokenizer.pad_token_id

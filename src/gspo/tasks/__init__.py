@@ -1,13 +1,16 @@
-"""Tasks with verifiable rewards, named `sort`, `reverse`, `add` or `reasoning-gym:<dataset>`."""
+"""Tasks with verifiable rewards: the built-in ones and `reasoning-gym:<dataset>`."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 from gspo.errors import ConfigError, suggestion
 from gspo.tasks.base import Problem, Split, Task
 from gspo.tasks.digits import DIGIT_TASKS
+from gspo.tasks.lengths import LENGTH_TASKS
 
 __all__ = ["Problem", "Split", "Task", "load_task", "task_names"]
 
@@ -16,7 +19,7 @@ GYM = "reasoning-gym:"
 
 def task_names() -> list[str]:
     """The built-in tasks."""
-    return sorted(DIGIT_TASKS)
+    return sorted([*DIGIT_TASKS, *LENGTH_TASKS])
 
 
 def load_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
@@ -33,11 +36,20 @@ def load_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
         from gspo.tasks.gym import GymTask
 
         return GymTask(name.removeprefix(GYM), dict(options or {}))
-    if name not in DIGIT_TASKS:
+    tasks = {**DIGIT_TASKS, **LENGTH_TASKS}
+    if name not in tasks:
         known = [*task_names(), GYM + "<dataset>"]
         raise ConfigError(
             f"unknown task {name!r}.{suggestion(name, task_names())} Known: {', '.join(known)}."
         )
-    if options:
-        raise ConfigError(f"task {name!r} has no options, but got {sorted(options)}")
-    return DIGIT_TASKS[name]()
+    given, make = dict(options or {}), tasks[name]
+    known = [field.name for field in dataclasses.fields(make)] if is_dataclass(make) else []
+    for option in given:
+        if not known:
+            raise ConfigError(f"task {name!r} has no options, but got {sorted(given)}")
+        if option not in known:
+            raise ConfigError(
+                f"task {name!r} has no option {option!r}.{suggestion(option, known)} "
+                f"Known: {', '.join(known)}."
+            )
+    return make(**given)

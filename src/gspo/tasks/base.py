@@ -27,11 +27,13 @@ class Task(ABC):
         name: as given to `load_task`.
         max_tokens: default limit of a completion.
         system_prompt: None, or the system turn that goes before every prompt.
+        ends: a right answer ends by itself; else it is cut at `max_tokens`.
     """
 
     name: str
     max_tokens: int
     system_prompt: ClassVar[str | None] = None
+    ends: ClassVar[bool] = True
 
     @abstractmethod
     def draw(self, key: int) -> Problem:

@@ -130,6 +130,10 @@ def _record(metrics: Metrics, batch: PackedBatch, scored: TokenLogprobs, out: Lo
         metrics.mean(name, share[chosen].sum().item(), int(chosen.sum()))
     metrics.mean("ratio/clip_fraction_tokens", out.clipped_tokens.sum().item(), count)
     metrics.distribution("ratio/log", out.log_ratio.tolist())
+    # Mean squares: their roots are the spreads of l_i and d_t, which 1/sqrt(L) relates.
+    d = scored.logprobs.detach().cpu().double() - batch.old_logprobs
+    metrics.mean("ratio/log_square", out.log_ratio.double().square().sum().item(), len(advantages))
+    metrics.mean("ratio/token_log_square", d.square().sum().item(), d.numel())
     metrics.add("ratio/extreme", int(out.extreme.sum()))
 
 

@@ -1,0 +1,1 @@
+"""`gspo compare`: a grid of methods, stressors and seeds; each cell is an ordinary run."""

@@ -1,0 +1,172 @@
+"""A comparison on the terminal: the live view, the tables at its end, and the dry run."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from gspo.lab.compare.grid import Cell
+from gspo.lab.compare.run import State
+from gspo.lab.compare.session import GridPlan
+from gspo.lab.statistics import NO_DIFFERENCE, Interval
+
+
+class LiveGrid:
+    """A bar for the whole and one for each running cell; plain lines where there is no terminal."""
+
+    def __init__(self, plan: GridPlan, console: Console | None = None):
+        self.console = console or Console(highlight=False)
+        self._total = plan.count("pending")
+        self._done = 0
+        self._began: dict[str, float] = {}
+        self._rewards: dict[str, list[float]] = {}
+        self._bars: dict[str, TaskID] = {}
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> LiveGrid:
+        if self.console.is_terminal and self._total:
+            self._progress = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}", markup=False),
+                console=self.console,
+            )
+            self._progress.start()
+            self._bars[""] = self._progress.add_task("cells", total=self._total, text="")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def began(self, cell: Cell) -> None:
+        assert cell.spec is not None
+        self._began[cell.id] = time.perf_counter()
+        if self._progress is not None:
+            self._bars[cell.id] = self._progress.add_task(cell.id, total=cell.spec.steps, text="")
+
+    def stepped(self, cell: Cell, step: int, reward: float | None) -> None:
+        if reward is not None:
+            self._rewards.setdefault(cell.id, []).append(reward)
+        if self._progress is not None:
+            text = "" if reward is None else f"reward {reward:.3f}"
+            self._progress.update(self._bars[cell.id], completed=step, text=text)
+
+    def ended(self, cell: Cell, state: State) -> None:
+        self._done += 1
+        seconds = time.perf_counter() - self._began[cell.id]
+        seen = self._rewards.get(cell.id, [])
+        text = f"reward {seen[0]:.3f} -> {seen[-1]:.3f}" if seen else ""
+        if state.status == "failed":
+            text = f"failed: {state.error}"
+        line = f"{self._done}/{self._total}  {cell.id}  {text}  {seconds:.0f} s"
+        self.console.print(line, markup=False, soft_wrap=True)
+        if self._progress is not None:
+            self._progress.remove_task(self._bars.pop(cell.id))
+            self._progress.update(self._bars[""], completed=self._done)
+
+
+def print_plan(plan: GridPlan, console: Console | None = None) -> None:
+    """Every cell with its status, and what is left to do."""
+    console = console or Console(highlight=False)
+    for cell in plan.cells:
+        state = plan.states[cell.id]
+        run = "" if cell.spec is None else f"  {cell.spec.name}"
+        reason = f": {state.error}" if state.error else ""
+        line = f"{state.status:8} {cell.id}{run}{reason}"
+        console.print(line, markup=False, soft_wrap=True)
+    console.print(summary_line(plan), markup=False, soft_wrap=True)
+
+
+def summary_line(plan: GridPlan) -> str:
+    """How many cells there are, and roughly how long the rest will take."""
+    line = f"{len(plan.cells)} cells: {plan.count('done')} done, {plan.count('refused')} refused, "
+    line += f"{plan.count('pending')} to run, {plan.workers} at once"
+    if not plan.count("pending"):
+        return line
+    if plan.seconds is None:
+        return line + "; no estimate: no cell of this model has been timed yet"
+    source = "as fast as those done" if plan.measured else "a rough guess"
+    return line + f"; about {_duration(plan.seconds)} at most ({source})"
+
+
+def print_result(content: dict[str, Any], console: Console | None = None) -> None:
+    """The summary, the paired differences, and what failed or was refused."""
+    console = console or Console(highlight=False)
+    axes = list(dict.fromkeys(axis for row in content["summary"] for axis in row["stress"]))
+    table = Table(title=f"{content['name']}: means over seeds ± half of the 95 % interval", box=box.SIMPLE)
+    for name in ("arm", *axes):
+        table.add_column(name, min_width=4)
+    for name in ("seeds", "reward", "AUC", "collapsed", "clipped", "tokens", "s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in content["summary"]:
+        if row["seeds"]:
+            table.add_row(
+                *(row["arm"], *(str(row["stress"][axis]) for axis in axes), str(row["seeds"])),
+                *(_plus_minus(row["reward_after"]), _plus_minus(row["auc"])),
+                *(_share(row["collapsed"]), _share(row["clip_fraction"])),
+                *(f"{row['tokens'] / 1000:,.0f}k", f"{row['seconds']:.0f}"),
+            )
+    console.print(table)
+    _print_paired(content["paired"], axes, console)
+    _print_missing(content["cells"], console)
+
+
+def _print_paired(pairs: list[dict[str, Any]], axes: list[str], console: Console) -> None:
+    if not pairs:
+        return
+    table = Table(title="differences, a - b, paired by seed", box=box.SIMPLE)
+    for name in ("a", "b", *axes, "metric", "n", "difference", "verdict"):
+        table.add_column(name)
+    for pair in pairs:
+        interval = Interval(pair["difference"], pair["low"], pair["high"])
+        table.add_row(
+            *(pair["a"], pair["b"], *(str(pair["stress"][axis]) for axis in axes)),
+            *(pair["metric"], str(pair["n"]), str(interval), pair["verdict"]),
+        )
+    console.print(table)
+    judged = [pair for pair in pairs if pair["n"] > 1]
+    shown = sum(pair["verdict"] != NO_DIFFERENCE for pair in judged)
+    if judged:
+        console.print(
+            f"{shown} of {len(judged)} differences shown; with none at all, about one in twenty "
+            "would be by chance.",
+            markup=False,
+        )
+
+
+def _print_missing(cells: list[dict[str, Any]], console: Console) -> None:
+    for status in ("refused", "failed", "pending"):
+        reasons: dict[str, list[str]] = {}
+        for cell in cells:
+            if cell["status"] == status:
+                reasons.setdefault(cell["error"] or "", []).append(cell["id"])
+        for reason, ids in reasons.items():
+            text = f"{status}: {', '.join(ids)}" + (f": {reason}" if reason else "")
+            console.print(text, markup=False, soft_wrap=True)
+
+
+def _plus_minus(value: dict[str, float]) -> str:
+    """Student's interval is symmetric."""
+    alone = f"{value['mean']:.3f}"
+    return alone if value["high"] is None else f"{alone} ± {value['high'] - value['mean']:.3f}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

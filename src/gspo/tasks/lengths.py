@@ -1,0 +1,100 @@
+"""Tasks that set the length of an answer: `chain` exactly, `climb` only roughly."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from gspo.errors import ConfigError
+from gspo.tasks.base import Problem, Task
+
+LONGEST = 400
+"""Tokens of an answer that fit the embedded models' context."""
+
+
+@dataclass(frozen=True)
+class Chain(Task):
+    """Continue six digits by `length` more, each one above the digit six before it; 0 follows 9.
+
+    The answer has no end of its own: it is cut at `length` tokens. The reward is the share of it
+    that is right before the first mistake, since a mistake is carried on.
+
+    >>> Chain(length=4).draw(1).prompt, Chain(length=4).draw(1).answer
+    ('291417', '8959')
+    """
+
+    length: int = 100
+    name: ClassVar[str] = "chain"
+    ends: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check("chain", "length", self.length, 1, LONGEST)
+
+    @property
+    def max_tokens(self) -> int:
+        return self.length
+
+    def draw(self, key: int) -> Problem:
+        rng = random.Random(key)
+        digits = [rng.randrange(10) for _ in range(6)]
+        for _ in range(self.length):
+            digits.append((digits[-6] + 1) % 10)
+        text = "".join(map(str, digits))
+        return Problem(text[:6], text[6:])
+
+    def score(self, problem: Problem, completion: str) -> float:
+        right = 0
+        for written, wanted in zip(completion, problem.answer, strict=False):
+            if written != wanted:
+                break
+            right += 1
+        return right / self.length if len(completion) <= self.length else 0.0
+
+
+class Climb(Task):
+    """Count up to the next hundred in steps of 1 to 9; any such way is right.
+
+    So right answers to one prompt differ in length. The warm start sees hurried ways and slow ones,
+    of steps up to 9, 5 or 3: 35 to 90 tokens.
+
+    >>> Climb().draw(2).prompt, Climb().draw(2).answer
+    ('275>281', '278,281')
+    >>> [Climb().score(Problem("1393", ""), way) for way in ("1399,1400", "1400", "1403", "1399")]
+    [1.0, 1.0, 0.0, 0.0]
+    """
+
+    name = "climb"
+    max_tokens = 160
+
+    def draw(self, key: int) -> Problem:
+        rng = random.Random(key)
+        start = rng.randrange(10, 99) * 100 + rng.randint(50, 80)
+        top, pace = start - start % 100 + 100, rng.choice((3, 5, 9))
+        way, at = [], start
+        while at < top:
+            at = min(top, at + rng.randint(1, pace))
+            way.append(str(at))
+        return Problem(str(start), ",".join(way))
+
+    def score(self, problem: Problem, completion: str) -> float:
+        before = int(problem.prompt)
+        top = before - before % 100 + 100
+        for text in completion.split(","):
+            if not (len(text) == 4 and text.isascii() and text.isdigit()):
+                return 0.0
+            if not 1 <= int(text) - before <= 9:
+                return 0.0
+            before = int(text)
+        return float(before == top)
+
+
+def _check(task: str, option: str, value: object, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ConfigError(
+            f"task {task!r}: {option} = {value!r} must be an integer from {low} to {high}"
+        )
+
+
+LENGTH_TASKS: Mapping[str, type[Task]] = {task.name: task for task in (Chain, Climb)}
