@@ -24,7 +24,10 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 WORK = HERE / ".work"
 """Scratch, ignored by git: what was measured last here, jobs, logs."""
+KIND = "comparison"
 BUSY = 0.7
+CHILD, SAYS = "GSPO_BENCHMARK_CHILD", "> "
+"""Set in a process that `run.py` started; marks its lines of progress."""
 
 
 class Unavailable(Exception):
@@ -80,11 +83,12 @@ class Result:
         needed = [n for n, f in fields.items() if _required(f) and n not in row]
         if needed:
             raise ValueError(f"benchmark row {row.get('name', '?')!r} lacks {', '.join(needed)}")
-        known = {name: value for name, value in row.items() if name in fields}
+        known: dict[str, Any] = {k: value for k, value in row.items() if k in fields}
         extra = {name: value for name, value in row.items() if name not in fields}
         known["detail"] = {**known.get("detail", {}), **extra}
         low, high = known["spread"]
-        return cls(**known | {"spread": (float(low), float(high))})
+        known["spread"] = (float(low), float(high))
+        return cls(**known)
 
     @property
     def key(self) -> tuple[str, str]:
@@ -215,11 +219,10 @@ def stamp(**fields: Any) -> Result:
 
 
 def read(name: str, folder: Path = RESULTS) -> list[Result]:
-    """The stored rows of a benchmark; none where there is no file."""
+    """The stored rows of a benchmark; none where there is no file, or one of a study."""
     path = folder / f"{name}.json"
-    if not path.exists():
-        return []
-    return [Result.of(row) for row in json.loads(path.read_text())["rows"]]
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    return [Result.of(row) for row in stored["rows"]] if stored.get("kind") == KIND else []
 
 
 def write(rows: Sequence[Result], folder: Path = RESULTS) -> None:
@@ -228,15 +231,15 @@ def write(rows: Sequence[Result], folder: Path = RESULTS) -> None:
         fresh = {row.key: row for row in rows if row.name == name}
         kept = {row.key: row for row in read(name, folder)} | fresh
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"name": name, "rows": [r.as_dict() for r in kept.values()]}, indent=1)
+        stored = {"name": name, "kind": KIND, "rows": [r.as_dict() for r in kept.values()]}
         building = folder / f".{name}.{os.getpid()}"
-        building.write_text(text + "\n")
+        building.write_text(json.dumps(stored, indent=1) + "\n")
         os.replace(building, folder / f"{name}.json")
 
 
 def say(text: str) -> None:
-    """Progress, apart from the table."""
-    print(text, file=sys.stderr, flush=True)
+    """Progress, apart from the table; passed on by the process that started this one."""
+    print(SAYS + text if CHILD in os.environ else text, file=sys.stderr, flush=True)
 
 
 def child_env(threads: int) -> dict[str, str]:

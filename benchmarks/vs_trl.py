@@ -1,6 +1,6 @@
 """A training loop of GSPO: this package against TRL's GRPOTrainer, on equal work.
 
-    python benchmarks/vs_trl.py [a] [b] [c] [d] [e]
+    python benchmarks/run.py vs_trl          # or vs_trl:a ... vs_trl:e
 
 Each side runs in a fresh process of its own, in turns, with the same weights, prompts, forced
 completion lengths, threads and precision (float32). A rollout batch is sampled once and split into
@@ -22,11 +22,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import HERE, WORK, Pairs, run_child, say, stamp, warn_if_busy
+import run
+from harness import HERE, WORK, Pairs, run_child, say, stamp
 from trl_jobs import SHAPES, UPDATES, Shape, learning_job, make_job
 from venvs import python_of
 
-PARTS = tuple(SHAPES)
+PARTS = ("a", "b", "c", "d", "e")
 SIDES = HERE / "sides"
 LEARN_STEPS, LEARN_SEEDS, HELD_OUT = 30, (0, 1), 256
 
@@ -189,21 +190,20 @@ def _gap(a: list[list[float]], b: list[list[float]]) -> float:
 
 
 def _line(job: dict[str, Any], ours: dict, theirs: dict) -> str:
-    parts = []
-    for side, run in (("ours", ours), ("TRL", theirs)):
-        total, rolled, train = (_median(job, run, f"{k}_s") for k in ("total", "rollout", "train"))
-        parts.append(
-            f"{side} {total:.2f} s ({rolled:.2f} + {train:.2f}), {run['peak_rss_mb']:.0f} MB"
+    texts = []
+    for side, result in (("ours", ours), ("TRL", theirs)):
+        total, rollout, train = (
+            _median(job, result, key) for key in ("total_s", "rollout_s", "train_s")
         )
+        memory = f"{result['peak_rss_mb']:.0f} MB"
+        texts.append(f"{side} {total:.2f} s ({rollout:.2f} + {train:.2f}), {memory}")
     ratio = _median(job, theirs, "total_s") / _median(job, ours, "total_s")
-    return f"{'; '.join(parts)}; ratio {ratio:.2f}"
+    return f"{'; '.join(texts)}; ratio {ratio:.2f}"
 
 
 def main() -> None:
-    """Measure and print; `run.py` draws the table and stores."""
-    warn_if_busy()
-    for part in sys.argv[1:] or PARTS:
-        print(json.dumps(measure_part(part), indent=1), flush=True)
+    """As `run.py vs_trl:<shape>`."""
+    raise SystemExit(run.main([f"vs_trl:{part}" for part in sys.argv[1:] or PARTS]))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import asyncio
 import json
 import math
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -219,8 +218,12 @@ def fixed_samples(batch: Job) -> list[Any]:
 
 
 def peak_mb() -> float:
-    """Peak resident memory of this process so far, MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    """Peak resident memory of this process so far, MB (10^6 bytes).
+
+    VmHWM and not ru_maxrss, which starts at the peak of the process that started this one.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM"))
 
 
 def _threads() -> int:

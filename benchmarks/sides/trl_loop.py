@@ -10,7 +10,6 @@ checkpointing. What is left is `GRPOTrainer.train()` as a user calls it.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -250,8 +249,12 @@ def check(trainer: Any, batch: Job) -> dict[str, Any]:
 
 
 def peak_mb() -> float:
-    """Peak resident memory of this process so far, MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    """Peak resident memory of this process so far, MB (10^6 bytes).
+
+    VmHWM and not ru_maxrss, which starts at the peak of the process that started this one.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM"))
 
 
 if __name__ == "__main__":
