@@ -127,14 +127,13 @@ def plain_model() -> Any:
 def our_side(case: Case) -> Side:
     """The engine as the backend uses it; a prompt's completions are one request where they can."""
     engine = TorchEngine(load_policy("embedded:sort"))
-    engine._end_tokens = frozenset()  # forced lengths, as on the other side
     count = case.completions
     if case.uniform:
-        params = SamplingParams(n=count, max_tokens=case.lengths[0])
+        params = SamplingParams(n=count, max_tokens=case.lengths[0], ignore_eos=True)
         requests = [Request(prompt, params) for prompt in case.prompts]
     else:
         requests = [
-            Request(case.prompts[i // count], SamplingParams(max_tokens=length))
+            Request(case.prompts[i // count], SamplingParams(max_tokens=length, ignore_eos=True))
             for i, length in enumerate(case.lengths)
         ]
 

@@ -49,7 +49,7 @@ async def run(job: Job) -> dict[str, Any]:
         own = backend._service(model)
         checked = await compute(backend, check, own, job["check"]) if job["check"] else None
         if job["forced"]:
-            own.engine._end_tokens = frozenset()
+            own.engine._ends.zero_()
         peak_before = peak_mb()
         batches = [await one_batch(job, model, at) for at in range(job["batches"])]
         peak = peak_mb()

@@ -223,6 +223,7 @@ class InternalModelConfig(Options):
     max_context: int | None = Field(default=None, ge=2)
     """Longest prompt + completion. None: the model's own limit."""
     threads: int | None = Field(default=None, ge=1)
-    """CPU threads. None: one below 20M parameters, else all cores."""
+    """CPU cores to use. None: OMP_NUM_THREADS, else all. Below 20M parameters each core trains rows
+    of its own, and one of them samples."""
     device: str = "auto"
     """`auto`: cuda where there is one, else cpu."""

@@ -16,6 +16,7 @@ from gspo.batch.sample import Sample
 from gspo.metrics import Metrics
 from gspo.objective import Level, Objective
 from gspo.policy.logprob import TokenLogprobs
+from gspo.policy.workers import Workers
 from gspo.train import step
 
 TRAJECTORIES = 12
@@ -28,6 +29,7 @@ class Table:
     """A policy whose log-probs are a table, by the token's (unique) number."""
 
     packing = "buckets"
+    workers = Workers()
 
     def __init__(self, samples: list[Sample]):
         tokens = np.concatenate([sample.tokens for sample in samples])
@@ -125,6 +127,8 @@ def test_the_metrics_are_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
         "ratio/log_p01": np.quantile(log_ratios, 0.01),
         "ratio/log_p50": np.quantile(log_ratios, 0.5),
         "ratio/log_p99": np.quantile(log_ratios, 0.99),
+        "ratio/log_square": np.square(log_ratios).mean(),
+        "ratio/token_log_square": np.square((weight - old)[masks]).mean(),
         "loss/entropy": -weight[trained].mean(),
         "tokens/trained": sum(tokens),
         "tokens/computed": len(masks),

@@ -32,9 +32,11 @@ def test_decoding_is_the_plain_forward_pass(name: str, max_rows: int):
     choose_packing(policy)
     engine = TorchEngine(policy, max_rows=max_rows)
     check_engine(engine)
-    engine._ends.zero_()
     asked = [
-        Request(tuple(range(9, 9 + width)), SamplingParams(n=2, max_tokens=length, seed=width))
+        Request(
+            tuple(range(9, 9 + width)),
+            SamplingParams(n=2, max_tokens=length, seed=width, ignore_eos=True),
+        )
         for width, length in ((3, 12), (11, 4), (1, 9), (7, 17))
     ]
     for request, done in zip(asked, engine.generate(asked), strict=True):

@@ -133,10 +133,12 @@ def fed(engine: TorchEngine, monkeypatch) -> list[int]:
 
 def lasting(engine: TorchEngine, lengths: list[int], **params) -> list[Request]:
     """One request for each length, at different prompts, which no end token ends before."""
-    engine._ends.zero_()
     texts = ["918273645546", "12", "0000", "987654321098"]
     return [
-        Request(chat(engine, texts[i % 4]), SamplingParams(max_tokens=n, seed=i, **params))
+        Request(
+            chat(engine, texts[i % 4]),
+            SamplingParams(max_tokens=n, seed=i, ignore_eos=True, **params),
+        )
         for i, n in enumerate(lengths)
     ]
 
@@ -193,6 +195,18 @@ def test_end_token_stops_and_is_part_of_the_completion(engine: TorchEngine):
     assert done.finish_reason == "stop"
     assert done.token_ids[-1] == engine.policy.tokenizer.eos_token_id
     assert len(done.token_ids) == len(done.logprobs) == len(done.text) + 1
+
+
+def test_an_ignored_end_token_is_a_token_like_others(engine: TorchEngine):
+    params = {"temperature": 0, "max_tokens": 30}
+    prompt = chat(engine, "918273645546")
+    stops, goes_on = (
+        engine.generate([Request(prompt, SamplingParams(**params, ignore_eos=ignored))])[0][0]
+        for ignored in (False, True)
+    )
+    assert stops.finish_reason == "stop"
+    assert goes_on.finish_reason == "length"
+    assert goes_on.token_ids[: len(stops.token_ids)] == stops.token_ids
 
 
 def test_max_tokens_is_a_length_stop(engine: TorchEngine):

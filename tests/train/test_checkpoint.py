@@ -14,6 +14,7 @@ from gspo.config import TrainConfig
 from gspo.dev import InternalModelConfig
 from gspo.errors import CheckpointError, RunError
 from gspo.policy.load import load_policy
+from gspo.policy.probe import choose_packing
 from gspo.train import checkpoint
 from gspo.train.checkpoint import (
     load_trainer_state,
@@ -45,6 +46,7 @@ def test_a_resumed_trainer_ends_in_the_same_weights_bit_for_bit(tmp_path: Path, 
     verify_checkpoint(folder)
     config = InternalModelConfig(lora=lora)
     resumed = Trainer(load_policy("embedded:sort", config, checkpoint=folder))
+    choose_packing(resumed.policy)  # as a backend does
     load_trainer_state(folder, resumed)
     assert (resumed.step, resumed.policy.version) == (1, 1)
     for step in (1, 2):

@@ -12,11 +12,11 @@ from typing import IO, TYPE_CHECKING, Any
 
 from openai.types.chat.chat_completion import Choice
 
-from gspo.backend.traces import trace_columns, trace_schema
-from gspo.backend.versions import versions
 from gspo.backend.replay import UpdateRecord, replay_columns, replay_schema
-from gspo.batch.sample import sampled_logprobs
+from gspo.backend.traces import trace_columns, trace_schema
 from gspo.backend.trackers import Config, Followed, TrackerName, Trackers
+from gspo.backend.versions import versions
+from gspo.batch.sample import sampled_logprobs
 from gspo.errors import RunError
 from gspo.trajectory import Trajectory, TrajectoryGroup
 

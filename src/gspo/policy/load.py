@@ -27,13 +27,14 @@ from gspo.policy.embedded import PREFIX, RECIPES, embedded_folder
 from gspo.policy.logprob import Head
 from gspo.policy.quiet import quiet
 from gspo.policy.routing import Routing
+from gspo.policy.workers import Workers
 
 log = logging.getLogger("gspo")
 
 Packing = Literal["buckets", "mask", "mask_by_type", "single"]
 SHARING: frozenset[Packing] = frozenset({"buckets", "mask_by_type"})
 """Ways of packing by which samples of a row can share a prefix."""
-SMALL = 20_000_000  # parameters below which a second thread slows a step down
+SMALL = 20_000_000  # parameters below which threads inside an operation slow a step down
 
 
 @dataclass
@@ -54,6 +55,7 @@ class Policy:
         shares_prefixes: samples of a row may share their prefixes: proved on the model itself.
         checkpointing: layers are recomputed in the backward pass.
         version: policy version, counted up by every update.
+        workers: threads that train a row each.
         routing: the routers of an MoE model.
     """
 
@@ -67,6 +69,7 @@ class Policy:
     shares_prefixes: bool = False
     checkpointing: bool = False
     version: int = 0
+    workers: Workers = field(default_factory=Workers, repr=False)
     routing: Routing = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -155,7 +158,8 @@ def load_policy(
     _no_dropout(lm)
     if lm.config._attn_implementation == "sdpa":
         lm.set_attn_implementation(PACKED)
-    torch.set_num_threads(config.threads or _threads(lm))
+    threads, workers = _threads(lm, config.threads)
+    torch.set_num_threads(threads)
     peft = None
     if config.lora is not None:
         peft = _add_lora(lm, config.lora, checkpoint)
@@ -169,6 +173,7 @@ def load_policy(
         compute_dtype=dtype,
         context=limit,
         checkpointing=config.activation_checkpointing,
+        workers=Workers(workers),
     )
     if policy.checkpointing:
         recompute_layers(policy)
@@ -275,6 +280,8 @@ def _device(name: str) -> torch.device:
         raise ModelError(f"device = {name!r}: {error}") from None
 
 
-def _threads(lm: PreTrainedModel) -> int:
-    parameters = sum(p.numel() for p in lm.parameters())
-    return 1 if parameters < SMALL else os.cpu_count() or 1
+def _threads(lm: PreTrainedModel, wanted: int | None) -> tuple[int, int]:
+    """(OpenMP threads, workers) that together use `wanted` cores."""
+    cores = wanted or int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    small = lm.device.type == "cpu" and sum(p.numel() for p in lm.parameters()) < SMALL
+    return (1, cores) if small else (cores, 1)

@@ -16,8 +16,10 @@ may run after the block, and other forward passes in between.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -50,8 +52,7 @@ class Routing:
         self._counted = _count(text)
         own = _count(self.routers[0]) if self.routers else None
         self.experts = (own or self._counted or 0) if self.routers else 0
-        self._tape: Tape | None = None
-        self._open: list[tuple[ExitStack, Tape | None, _Choice | None]] = []
+        self._states: dict[int, _State] = {}
         for layer, router in enumerate(self.routers):
             router.register_forward_pre_hook(
                 functools.partial(self._before, layer), with_kwargs=True
@@ -60,6 +61,11 @@ class Routing:
             router.register_forward_hook(
                 functools.partial(self._after, layer), prepend=True, always_call=True
             )
+
+    @property
+    def _state(self) -> _State:
+        """Of this thread: rows are computed side by side."""
+        return self._states.setdefault(threading.get_ident(), _State())
 
     def require(self, what: str) -> None:
         """Refuse `what` where there is nothing to route.
@@ -103,11 +109,8 @@ class Routing:
             NumericsError: router logits that are not finite.
         """
         tape = Tape(len(self.routers), self.experts, routes, balance, copies)
-        before, self._tape = self._tape, tape
-        try:
+        with self._with(tape):
             yield tape
-        finally:
-            self._tape = before
         tape.check(f"{self._architecture} ({self._source})", strict or routes is not None)
 
     def recompute(self) -> tuple[Any, Any]:
@@ -115,21 +118,21 @@ class Routing:
 
         The rewound tape starts where this layer's tokens started and records nothing again.
         """
-        if self._tape is None:
-            return nullcontext(), self._with(None)
-        return nullcontext(), self._with(self._tape.rewound())
+        tape = self._state.tape
+        return nullcontext(), self._with(None if tape is None else tape.rewound())
 
     @contextmanager
     def _with(self, tape: Tape | None) -> Iterator[None]:
-        before, self._tape = self._tape, tape
+        state = self._state
+        before, state.tape = state.tape, tape
         try:
             yield
         finally:
-            self._tape = before
+            state.tape = before
 
     def _before(self, layer: int, router: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         hidden = args[0] if args else next(iter(kwargs.values()))
-        stack, tape, choice = ExitStack(), self._tape, None
+        stack, tape, choice = ExitStack(), self._state.tape, None
         kind = hidden.device.type
         weight = next(router.parameters(), None)
         if weight is None or weight.dtype == torch.float32:
@@ -140,17 +143,25 @@ class Routing:
             kwargs = {name: _lifted(value) for name, value in kwargs.items()}
         if tape is not None:
             choice = stack.enter_context(_Choice(tape, layer, _count(router) or self.experts))
-        self._open.append((stack, tape, choice))
+        self._state.open.append((stack, tape, choice))
         return args, kwargs
 
     def _after(self, layer: int, router: nn.Module, args: Any, output: Any) -> None:
-        stack, tape, choice = self._open.pop()
+        stack, tape, choice = self._state.open.pop()
         stack.close()
         # No output: the forward raised, or a recomputation stopped early because it had enough.
         if output is None or tape is None or choice is None:
             return
         logits = output[self._logits_at[layer]] if isinstance(output, tuple) else output
         tape.note(layer, choice.calls, logits)
+
+
+@dataclass
+class _State:
+    """What one thread is in: its tape, and the routers whose forward has begun."""
+
+    tape: Tape | None = None
+    open: list[tuple[ExitStack, Tape | None, _Choice | None]] = field(default_factory=list)
 
 
 class _Choice(TorchFunctionMode):

@@ -14,6 +14,7 @@ from gspo.serve.engine import FinishReason, SamplingParams
 from gspo.serve.sampling import RowRandom, sample
 
 _STOP: FinishReason = "stop"
+_SETTINGS = ("_temperature", "_top_p", "_limit", "_heeds")
 
 
 @dataclass
@@ -61,6 +62,7 @@ class Running:
         empty = torch.empty(0, device=self.device)
         self._temperature, self._top_p = empty, empty
         self._limit = self._count = empty.long()
+        self._heeds = empty.bool()
         self._tokens = torch.empty(0, 0, dtype=torch.int32, device=self.device)
         self._logprobs = torch.empty(0, 0, device=self.device)
         self.alive = 0
@@ -76,6 +78,7 @@ class Running:
         self._random.add([row.key for row in rows])
         self._temperature = more(self._temperature, [row.params.temperature for row in rows])
         self._top_p = more(self._top_p, [row.params.top_p for row in rows])
+        self._heeds = more(self._heeds, [not row.params.ignore_eos for row in rows])
         self._limit = more(self._limit, [row.limit for row in rows])
         self._count = more(self._count, [0] * len(rows))
         self._tokens = _taller(self._tokens, len(rows))
@@ -91,7 +94,7 @@ class Running:
         self._tokens.scatter_(1, at, tokens[:, None].to(torch.int32))
         self._logprobs.scatter_(1, at, logprobs[:, None])
         self._count += 1
-        stopped = self._ends[tokens]
+        stopped = self._ends[tokens] & self._heeds
         done = stopped | (self._count >= self._limit)
         if bool(done.any()) or any(row.params.stop for row in self.rows):
             self._finish(stopped.tolist(), done.tolist())
@@ -103,7 +106,7 @@ class Running:
         index = torch.tensor(kept, device=self.device, dtype=torch.long)
         self.rows = [self.rows[i] for i in kept]
         self._random.keep(index)
-        for name in ("_temperature", "_top_p", "_limit", "_count", "_tokens", "_logprobs"):
+        for name in (*_SETTINGS, "_count", "_tokens", "_logprobs"):
             setattr(self, name, getattr(self, name)[index])
         return np.array(kept, dtype=np.int64)
 

@@ -26,6 +26,7 @@ class SamplingParams:
             their tokens were sampled and stay in `token_ids`.
         seed: completion i of a seeded request depends on (seed, i) alone, not on the batch.
         routes: return the experts that each token went through (MoE models only).
+        ignore_eos: sample on after an end token, up to `max_tokens`: for measurements.
 
     Raises:
         RequestError: a value out of range.
@@ -38,6 +39,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     routes: bool = False
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         limit = 1 if self.max_tokens is None else self.max_tokens

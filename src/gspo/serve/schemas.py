@@ -40,6 +40,7 @@ class _Body(BaseModel):
     stop: str | list[str] | None = None
     seed: int | None = None
     return_routes: bool = False
+    ignore_eos: bool = False
 
     def sampling(self, max_tokens: int | None) -> SamplingParams:
         """The engine's parameters.
@@ -57,6 +58,7 @@ class _Body(BaseModel):
             stop=stop,
             seed=self.seed,
             routes=self.return_routes,
+            ignore_eos=self.ignore_eos,
         )
 
     def _refuse_unknown(self) -> None:

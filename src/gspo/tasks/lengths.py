@@ -26,7 +26,7 @@ class Chain(Task):
     """
 
     length: int = 100
-    name: ClassVar[str] = "chain"
+    name = "chain"
     ends: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

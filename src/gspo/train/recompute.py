@@ -8,10 +8,11 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from gspo.batch.pack import pack
+from gspo.batch.pack import PackedBatch
 from gspo.batch.sample import Sample
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy
+from gspo.train.rows import rows_of
 
 
 def with_trainer_logprobs(
@@ -31,18 +32,22 @@ def with_trainer_logprobs(
     """
     by_id = {samples[0].trajectory_id: samples for samples in trajectories}
     found: dict[int, tuple[Sample, ...]] = {}
-    with torch.no_grad():
-        flat = [s for own in trajectories for s in own]
-        for row in pack(flat, budget, share=share, routed=replay):
-            with policy.routing.observe(row.row_routes() if replay else None):
-                logprobs = forward(policy, row, chunk).logprobs.cpu().numpy()
-            at = 0
-            for trajectory_id in row.trajectory_ids:
-                samples = []
-                for sample in by_id[trajectory_id]:
-                    old = np.zeros(len(sample), dtype=np.float32)
-                    old[sample.ratio_mask] = logprobs[at : at + sample.sampled]
-                    at += sample.sampled
-                    samples.append(replace(sample, old_logprobs=old))
-                found[trajectory_id] = tuple(samples)
+    flat = [s for own in trajectories for s in own]
+    rows = rows_of(policy, flat, budget, share=share, routed=replay)
+
+    def score(row: PackedBatch) -> np.ndarray:
+        routes = row.row_routes() if replay else None
+        with torch.no_grad(), policy.routing.observe(routes):
+            return forward(policy, row, chunk).logprobs.cpu().numpy()
+
+    for row, logprobs in zip(rows, policy.workers.map(score, rows), strict=True):
+        at = 0
+        for trajectory_id in row.trajectory_ids:
+            samples = []
+            for sample in by_id[trajectory_id]:
+                old = np.zeros(len(sample), dtype=np.float32)
+                old[sample.ratio_mask] = logprobs[at : at + sample.sampled]
+                at += sample.sampled
+                samples.append(replace(sample, old_logprobs=old))
+            found[trajectory_id] = tuple(samples)
     return [found[samples[0].trajectory_id] for samples in trajectories]

@@ -15,14 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gspo.batch.pack import PackedBatch, pack
+from gspo.batch.pack import PackedBatch
 from gspo.batch.sample import Sample
 from gspo.dev import TrainConfig
 from gspo.errors import ConfigError, DataError
 from gspo.metrics import Metrics
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy
-from gspo.policy.tape import as_array, changed_slots
+from gspo.policy.tape import Tape, as_array, changed_slots
+from gspo.train.rows import rows_of
 
 Trajectory = tuple[Sample, ...]
 Routes = list[np.ndarray]
@@ -134,8 +135,16 @@ class BatchRouting:
                 record_agreement(self.metrics, engine, torch.from_numpy(routes[: len(engine)]))
 
 
+@dataclasses.dataclass
+class Watched:
+    """A row's forward pass: its tape, and its part of the load-balancing loss."""
+
+    tape: Tape | None = None
+    balance: Tensor | float = 0.0
+
+
 class StepRouting:
-    """What one optimizer step does with the routers: `begin`, then each row, then `end`."""
+    """What one optimizer step does with the routers: `begin`, each row, its record, then `end`."""
 
     def __init__(self, policy: Policy, options: TrainConfig, metrics: Metrics, on_policy: bool):
         self.policy = policy
@@ -146,7 +155,6 @@ class StepRouting:
         self._strict = self.replays or self.coefficient > 0 or options.measure_routing
         self._weights: Tensor | None = None
         self._loads: Tensor | None = None
-        self._balance: Tensor | float = 0.0
 
     def begin(self, rows: Sequence[PackedBatch]) -> None:
         """Count the loads of the whole step, which the load-balancing loss needs beforehand.
@@ -168,15 +176,21 @@ class StepRouting:
         self._weights = share * (self.policy.routing.experts / tokens / len(share))
 
     @contextmanager
-    def observe(self, row: PackedBatch) -> Iterator[None]:
+    def observe(self, row: PackedBatch) -> Iterator[Watched]:
         """Around the forward pass of a row, which replays the row's routes where that is asked."""
-        routing = self.policy.routing
+        routing, watched = self.policy.routing, Watched()
         with routing.observe(
             self._routes(row), balance=self._weights, copies=row.copies, strict=self._strict
-        ) as tape:
-            yield
-        self._balance = tape.balance
-        if not tape.seen:
+        ) as watched.tape:
+            yield watched
+        watched.balance = watched.tape.balance
+
+    def record(self, row: PackedBatch, watched: Watched) -> None:
+        """Metrics of an observed row."""
+        if isinstance(watched.balance, Tensor):
+            self.metrics.mean("loss/router_aux", watched.balance.item(), 0)
+        tape = watched.tape
+        if tape is None or not tape.seen:
             return
         loads = tape.loads()
         self._loads = loads if self._loads is None else self._loads + loads
@@ -189,14 +203,6 @@ class StepRouting:
         if (routes := row.row_routes()) is None:
             raise DataError("a packed row without routes in a step that replays them")
         return routes
-
-    def balance_loss(self) -> Tensor | float:
-        """The last observed row's part of the load-balancing loss, and its metric."""
-        balance, self._balance = self._balance, 0.0
-        if not isinstance(balance, Tensor):
-            return 0.0
-        self.metrics.mean("loss/router_aux", balance.item(), 0)
-        return self.coefficient * balance
 
     def end(self) -> None:
         """Metrics of the whole step, which don't add up over its rows."""
@@ -219,10 +225,14 @@ def recorded_routes(
     """The router's own choice for every token: of each sample in order, [L, layers, k]."""
     by_trajectory = {own[0].trajectory_id: own for own in trajectories}
     found: dict[int, Routes] = {}
-    for row in pack([sample for own in trajectories for sample in own], budget, share=share):
+    rows = rows_of(policy, [s for own in trajectories for s in own], budget, share=share)
+
+    def record(row: PackedBatch) -> np.ndarray:
         with torch.no_grad(), policy.routing.observe() as tape:
             forward(policy, row)
-        whole = as_array(tape.own(), policy.routing.experts)[row.index.numpy()]
+        return as_array(tape.own(), policy.routing.experts)[row.index.numpy()]
+
+    for row, whole in zip(rows, policy.workers.map(record, rows), strict=True):
         parts = np.split(whole, np.cumsum(row.lengths)[:-1])
         for trajectory in row.trajectory_ids:
             size = len(by_trajectory[trajectory])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gspo.batch.pack import PackedBatch, pack
+from gspo.batch.pack import PackedBatch
 from gspo.batch.sample import Sample
 from gspo.metrics import Metrics
 from gspo.objective import (
@@ -26,7 +27,9 @@ from gspo.policy.forward import forward
 from gspo.policy.load import Policy
 from gspo.policy.logprob import TokenLogprobs
 from gspo.policy.prefix import RowAttention
-from gspo.train.routing import StepRouting
+from gspo.policy.workers import Workers
+from gspo.train.routing import StepRouting, Watched
+from gspo.train.rows import rows_of
 from gspo.train.trace import Trace, traces
 
 Reference = Callable[[PackedBatch], Float[Tensor, " M"]]
@@ -79,37 +82,85 @@ def accumulate(
     metrics.mean("loss/kl", 0.0, 1)
     routing = work.routing
     routed = routing is not None and routing.replays
-    rows = pack(work.samples, work.budget, work.unit, share=work.share, routed=routed)
+    rows = rows_of(policy, work.samples, work.budget, work.unit, share=work.share, routed=routed)
     if routing is not None:
         routing.begin(rows)
-    for batch in rows:
-        with nullcontext() if routing is None else routing.observe(batch):
-            scored = forward(policy, batch, work.chunk)
-        device = scored.logprobs.device
-        out = policy_loss(
-            scored.logprobs,
-            batch.old_logprobs.to(device),
-            batch.sequence_ids.to(device),
-            batch.advantages.to(device),
-            objective,
-            loss_mask=batch.loss_mask.to(device),
-            total_sequences=work.total_sequences,
-            total_tokens=work.total_tokens,
-            sampling_logprobs=None
-            if objective.correction is None
-            else batch.sampling_logprobs.to(device),
-            reference_logprobs=None if reference is None else reference(batch),
-        )
-        loss = out.loss if routing is None else out.loss + routing.balance_loss()
-        loss.backward()
-        _record(metrics, batch, scored, out)
-        _record_packing(metrics, policy, batch)
-        seen += traces(batch, scored.logprobs, out, work.update)
-        if work.on_policy:
-            _record_mismatch(metrics, batch, scored, objective)
+    # A reference may be the policy itself with its adapters off, which is off for every thread.
+    workers = policy.workers if reference is None else Workers()
+    score = functools.partial(_score, policy, work, objective, reference, workers.count > 1)
+    for at in range(0, len(rows), workers.count):
+        for done in workers.map(score, rows[at : at + workers.count]):
+            if done.gradients:
+                _add_gradients(policy, done.gradients)
+            _record(metrics, done.batch, done.scored, done.out)
+            _record_packing(metrics, policy, done.batch)
+            seen += traces(done.batch, done.scored.logprobs, done.out, work.update)
+            if routing is not None and done.watched is not None:
+                routing.record(done.batch, done.watched)
+            if work.on_policy:
+                _record_mismatch(metrics, done.batch, done.scored, objective)
     if routing is not None:
         routing.end()
     return seen
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A row after its backward pass; `gradients` where they are not on the parameters yet."""
+
+    batch: PackedBatch
+    scored: TokenLogprobs
+    out: LossOutput
+    watched: Watched | None
+    gradients: tuple[Tensor | None, ...]
+
+
+def _score(
+    policy: Policy,
+    work: StepInput,
+    objective: Objective,
+    reference: Reference | None,
+    apart: bool,
+    batch: PackedBatch,
+) -> _Done:
+    """Forward and backward of one row; with `apart`, its gradient is returned, not accumulated, so
+    that rows side by side add up in their order."""
+    with nullcontext() if work.routing is None else work.routing.observe(batch) as watched:
+        scored = forward(policy, batch, work.chunk)
+    device = scored.logprobs.device
+    out = policy_loss(
+        scored.logprobs,
+        batch.old_logprobs.to(device),
+        batch.sequence_ids.to(device),
+        batch.advantages.to(device),
+        objective,
+        loss_mask=batch.loss_mask.to(device),
+        total_sequences=work.total_sequences,
+        total_tokens=work.total_tokens,
+        sampling_logprobs=None
+        if objective.correction is None
+        else batch.sampling_logprobs.to(device),
+        reference_logprobs=None if reference is None else reference(batch),
+    )
+    loss = out.loss
+    if work.routing is not None and watched is not None:
+        loss = loss + work.routing.coefficient * watched.balance
+    gradients: tuple[Tensor | None, ...] = ()
+    if apart:
+        gradients = torch.autograd.grad(loss, list(policy.trainable.values()), allow_unused=True)
+    else:
+        loss.backward()
+    return _Done(batch, scored, out, watched, gradients)
+
+
+def _add_gradients(policy: Policy, gradients: Sequence[Tensor | None]) -> None:
+    for parameter, gradient in zip(policy.trainable.values(), gradients, strict=True):
+        if gradient is None:
+            continue
+        if parameter.grad is None:
+            parameter.grad = gradient
+        else:
+            parameter.grad += gradient
 
 
 def _record(metrics: Metrics, batch: PackedBatch, scored: TokenLogprobs, out: LossOutput) -> None:

@@ -1,0 +1,89 @@
+"""Rows computed side by side add up to what they add up to one after the other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gspo import dev
+from gspo.errors import NumericsError
+from gspo.policy.load import Policy
+from gspo.policy.workers import Workers
+from gspo.train.rollouts import prepare
+from gspo.train.rows import rows_of
+from gspo.train.settings import resolve
+from gspo.train.trainer import Trainer
+from support import embedded, random_groups
+
+
+def trained(workers: int, options: dev.TrainConfig, **load) -> tuple[dict, dict[str, torch.Tensor]]:
+    policy = embedded(**load)
+    policy.workers = Workers(workers)
+    batch = prepare(random_groups(policy), context=512)
+    out = Trainer(policy, load_reference=embedded).train(batch, resolve(options=options))
+    metrics = out.metrics.compute()
+    metrics.pop("time/train")
+    return metrics, {name: p.detach().clone() for name, p in policy.trainable.items()}
+
+
+CASES = {
+    "plain": ({}, {}),
+    "lora": ({}, {"lora": dev.LoraConfig(r=2)}),
+    "recomputed layers": ({}, {"activation_checkpointing": True}),
+    "replay and balance": (
+        {"routing_replay": "old_policy", "router_aux_loss_coef": 0.01, "measure_routing": True},
+        {"activation_checkpointing": True},
+    ),
+    "old log-probs of the trainer": ({"old_logprobs": "trainer"}, {}),
+    "reference": ({"kl_penalty_coef": 0.1}, {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_workers_do_what_one_does(case: str):
+    """AdamW's first step is a sign: rounding could flip it where a gradient is nearly 0, so
+    SGD-like settings, with an epsilon that dwarfs the gradients, are compared."""
+    options, load = CASES[case]
+    settings = dev.TrainConfig(
+        **options, minibatches=2, packed_sequence_length=90, adam_epsilon=1e3
+    )
+    (alone, one), (together, two) = trained(1, settings, **load), trained(2, settings, **load)
+    assert together.keys() == alone.keys()
+    packing = {"tokens/packed_efficiency", "tokens/computed", "tokens/shared_saving"}
+    for name in alone.keys() - packing:
+        assert together[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-5), name
+    for name, parameter in one.items():
+        torch.testing.assert_close(two[name], parameter, rtol=1e-5, atol=1e-9)
+
+
+def test_two_workers_end_in_the_same_bits_every_time():
+    settings = dev.TrainConfig(minibatches=2, packed_sequence_length=90)
+    first, second = trained(2, settings)[1], trained(2, settings)[1]
+    for name, parameter in first.items():
+        assert torch.equal(parameter, second[name]), name
+
+
+def test_rows_are_even_among_the_workers():
+    policy: Policy = embedded()
+    samples = [s for own in prepare(random_groups(policy), context=512).samples for s in own] * 8
+    samples = [
+        type(s)(**{**s.__dict__, "trajectory_id": i, "group_id": i // 4})
+        for i, s in enumerate(samples)
+    ]
+    policy.workers = Workers(2)
+    sizes = [row.token_count for row in rows_of(policy, samples, 10_000)]
+    assert len(sizes) == 2
+    assert max(sizes) < 1.2 * min(sizes)
+    policy.workers = Workers(1)
+    assert len(rows_of(policy, samples, 10_000)) == 1
+
+
+def test_what_a_worker_raises_reaches_the_caller():
+    policy = embedded()
+    policy.workers = Workers(2)
+    with torch.no_grad():
+        next(iter(policy.trainable.values())).fill_(float("nan"))
+    batch = prepare(random_groups(policy), context=512)
+    settings = resolve(options=dev.TrainConfig(packed_sequence_length=60, minibatches=1))
+    with pytest.raises(NumericsError):
+        Trainer(policy).train(batch, settings)
