@@ -63,18 +63,15 @@ def token_logprobs(
         head: the projection; gradients reach `hidden` and, where it is trained, the head.
         targets: token ids.
         temperatures: above 0.
-        chunk: tokens whose logits exist at once. None: as many as fit the device's block.
+        chunk: tokens whose logits exist at once. None: what the device's block leaves room for.
         vocab_chunk: vocabulary entries whose logits exist at once. None: the device's block.
 
     Raises:
         DataError: a target that is no entry of the head's vocabulary.
     """
-    size, device = head.weight.shape[0], hidden.device.type
-    _check_targets(targets, size)
-    entries, logits = CPU_BLOCK if device == "cpu" else DEVICE_BLOCK
-    columns = min(size, vocab_chunk or entries)
-    plan = Plan(chunk or max(16, logits // columns), columns, head.softcap)
-    with torch.autocast(device, enabled=False):
+    _check_targets(targets, head.weight.shape[0])
+    plan = _plan(hidden, head, chunk, vocab_chunk)
+    with torch.autocast(hidden.device.type, enabled=False):
         logprobs, entropy = ChunkedLogprobs.apply(  # pyright: ignore[reportGeneralTypeIssues]
             hidden, head.weight, head.bias, targets, temperatures, plan, torch.is_grad_enabled()
         )
@@ -84,7 +81,17 @@ def token_logprobs(
 def full_logits(hidden: Float[Tensor, "R D"], head: Head) -> Float[Tensor, "R V"]:
     """Float32 logits of a few positions, as decoding needs them."""
     with torch.autocast(hidden.device.type, enabled=False):
-        return project(hidden, head.weight, head.bias, head.softcap)
+        if head.weight.dtype == torch.float32:
+            return project(hidden, head.weight, head.bias, head.softcap)
+        # A half-precision head is never copied whole to float32, which takes longer than the rest.
+        parts = _plan(hidden, head, None, None).vocabulary(head.weight, head.bias)
+        return torch.cat([project(hidden, w, b, head.softcap) for _, w, b in parts], dim=1)
+
+
+def _plan(hidden: Tensor, head: Head, chunk: int | None, vocab_chunk: int | None) -> Plan:
+    entries, logits = CPU_BLOCK if hidden.device.type == "cpu" else DEVICE_BLOCK
+    columns = min(head.weight.shape[0], vocab_chunk or entries)
+    return Plan(chunk or max(16, logits // columns), columns, head.softcap)
 
 
 def _check_targets(targets: Int[Tensor, " M"], size: int) -> None:

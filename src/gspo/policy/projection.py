@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gspo.policy.running_softmax import LN_2, RunningSoftmax
+from gspo.policy.running_softmax import LN_2, RunningSoftmax, log2_power_
 
 KEPT_BYTES = 256 * 2**20
 """Exponentials of a trained head that wait for the backward pass instead of being recomputed."""
@@ -67,8 +67,9 @@ class _Tokens(NamedTuple):
     hidden: Float[Tensor, "M D"]
     targets: Int[Tensor, " M"]
     scale: Float[Tensor, " M"]
-    """From a logit to a base-2 logit at the temperature."""
-    normaliser: Float[Tensor, " M"]
+    max: Float[Tensor, " M"]
+    total: Float[Tensor, " M"]
+    """As in `RunningSoftmax`."""
     slope: Float[Tensor, " M"]
     """d (capped logit / temperature) / d logit at the target."""
 
@@ -76,11 +77,11 @@ class _Tokens(NamedTuple):
 class _Forward(NamedTuple):
     softmax: RunningSoftmax
     picked: Float[Tensor, " M"]
-    """Base-2 logits of the targets."""
+    """Logits of the targets."""
     pulled: Float[Tensor, "M D"] | None
-    """Sum over the vocabulary of 2^(x - max) * cap's slope * weight, where asked for."""
+    """Sum over the vocabulary of power * cap's slope * weight, where asked for."""
     kept: list[Tensor]
-    """Per block: 2^(x - max) * cap's slope, and the max that it is relative to."""
+    """Per block: power * cap's slope, and the max that the powers are relative to."""
 
 
 def _forward(
@@ -88,14 +89,14 @@ def _forward(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    scale: Tensor,
+    temperatures: Tensor,
     plan: Plan,
     *,
     pull: bool,
     keep_bytes: int,
 ) -> _Forward:
     """One pass over the blocks. What is kept, is kept for all tokens of a part."""
-    softmax, picked, kept = RunningSoftmax(scale), torch.zeros_like(scale), []
+    softmax, picked, kept = RunningSoftmax(temperatures), torch.zeros_like(temperatures), []
     pulled = torch.zeros_like(hidden, dtype=torch.float32) if pull else None
     for part, w, b in plan.vocabulary(weight, bias):
         keep_bytes -= 4 * targets.shape[0] * w.shape[0]
@@ -103,7 +104,6 @@ def _forward(
             x = project(hidden[rows], w, b, plan.softcap)
             wanted = pull or keep_bytes >= 0
             slope = None if plan.softcap is None or not wanted else _cap_slope(x, plan.softcap)
-            x.mul_(scale[rows, None])
             _pick(x, targets[rows] - part.start, picked[rows])
             power, top, decay = softmax.add(rows, x, first=part.start == 0)
             if slope is not None:
@@ -132,32 +132,29 @@ class ChunkedLogprobs(torch.autograd.Function):
         ctx.frozen = grad_enabled and need_hidden and not trained
         ctx.plan, ctx.dtype = plan, hidden.dtype
         temperatures = temperatures.float()
-        scale = (temperatures * LN_2).reciprocal_()
         out = _forward(
             hidden,
             weight,
             bias,
             targets,
-            scale,
+            temperatures,
             plan,
             pull=ctx.frozen,
             keep_bytes=KEPT_BYTES if trained else -1,
         )
-        normaliser = out.softmax.normaliser()
-        slope = temperatures.reciprocal()
-        if plan.softcap is not None:
-            slope *= _cap_slope(out.picked / scale, plan.softcap)
-        if out.pulled is not None:
-            mean = out.pulled.div_((out.softmax.total * temperatures)[:, None])
-            ctx.save_for_backward(
-                weight.index_select(0, targets).float().mul_(slope[:, None]).sub_(mean)
-            )
-        elif trained:
-            tokens = _Tokens(hidden, targets, scale, normaliser, slope)
-            ctx.save_for_backward(weight, bias, *tokens, *out.kept)
-        entropy = out.softmax.entropy()
+        softmax = out.softmax
+        if trained or ctx.frozen:
+            slope = temperatures.reciprocal()
+            if plan.softcap is not None:
+                slope *= _cap_slope(out.picked, plan.softcap)
+            tokens = _Tokens(hidden, targets, softmax.scale, softmax.max, softmax.total, slope)
+            if out.pulled is None:
+                ctx.save_for_backward(weight, bias, *tokens, *out.kept)
+            else:
+                ctx.save_for_backward(_unit_gradient(weight, tokens, out.pulled))
+        entropy = softmax.entropy()
         ctx.mark_non_differentiable(entropy)
-        return (out.picked - normaliser) * LN_2, entropy
+        return softmax.logprobs(out.picked), entropy
 
     @staticmethod
     @once_differentiable
@@ -168,10 +165,18 @@ class ChunkedLogprobs(torch.autograd.Function):
                 found = (unit * grad[:, None]).to(ctx.dtype), None, None
             else:
                 weight, bias, *saved = ctx.saved_tensors
-                tokens, kept = _Tokens(*saved[:5]), saved[5:]
+                tokens, kept = _Tokens(*saved[:6]), saved[6:]
                 needs = ctx.needs_input_grad[:3]
                 found = _backward(weight, bias, tokens, grad, kept, ctx.plan, needs)
         return *found, None, None, None, None
+
+
+def _unit_gradient(
+    weight: Tensor, tokens: _Tokens, pulled: Float[Tensor, "M D"]
+) -> Float[Tensor, "M D"]:
+    """d log-prob / d hidden of each token: its target's weight less the mean of all weights."""
+    mean = pulled.mul_((LN_2 * tokens.scale / tokens.total)[:, None])
+    return weight.index_select(0, tokens.targets).float().mul_(tokens.slope[:, None]).sub_(mean)
 
 
 class _Gradients:
@@ -186,8 +191,8 @@ class _Gradients:
         needs: Sequence[bool],
     ):
         self.targets, self.hidden = tokens.targets, tokens.hidden.float()
-        # The target's logit pulls up by 1 - p, every other down by p.
-        self.up, self.down = tokens.slope * grad, -LN_2 * tokens.scale * grad
+        # Up by the target, down by every entry in proportion to its power.
+        self.up, self.down = tokens.slope * grad, -LN_2 * tokens.scale * grad / tokens.total
         self.d_hidden = self.d_weight = self.d_bias = None
         if needs[0]:
             self.d_hidden = weight.index_select(0, self.targets).float().mul_(self.up[:, None])
@@ -203,15 +208,15 @@ class _Gradients:
         w: Float[Tensor, "K D"],
         blocks: Iterable[tuple[slice, Float[Tensor, "C K"], Float[Tensor, " C"] | float]],
     ) -> None:
-        """A part of the vocabulary. Of each block: its tokens, 2^x * cap's slope, its factor."""
+        """A part of the vocabulary. Of each block: its tokens, power * cap's slope, a factor."""
         d_part = None
         if self.d_weight is not None:
             d_part = self.d_weight[part].float()  # a copy of a half-precision part
-            mine = ((self.targets >= part.start) & (self.targets < part.stop)).nonzero()[:, 0]
-            targets, hidden, up = (
-                own.index_select(0, mine) for own in (self.targets, self.hidden, self.up)
-            )
-            d_part.index_add_(0, targets - part.start, hidden.mul_(up[:, None]))
+            targets, hidden, up = self.targets, self.hidden, self.up
+            if d_part.shape[0] < self.d_weight.shape[0]:
+                mine = ((targets >= part.start) & (targets < part.stop)).nonzero()[:, 0]
+                targets, hidden, up = (x.index_select(0, mine) for x in (targets, hidden, up))
+            d_part.index_add_(0, targets - part.start, hidden * up[:, None])
         for rows, power, factor in blocks:
             pull = self.down[rows] * factor
             if self.d_hidden is not None:
@@ -242,18 +247,18 @@ def _backward(
     sums = _Gradients(weight, bias, tokens, grad, needs)
     pairs = iter(zip(kept[::2], kept[1::2], strict=True))
 
-    def powers(w: Tensor, b: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor | float]]:
+    def blocks_of(w: Tensor, b: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor | float]]:
         for block, rows in zip(blocks, places, strict=True):
             pair = next(pairs, None)
             if pair is None:
-                yield rows, _softmax(tokens, rows, w, b, plan.softcap), 1.0
+                yield rows, _powers(tokens, rows, w, b, plan.softcap), 1.0
                 continue
             if live is not None:
                 pair = [own[live[rows] - block.start] for own in pair]
-            yield rows, pair[0], (pair[1] - tokens.normaliser[rows]).exp2()
+            yield rows, pair[0], ((pair[1] - tokens.max[rows]) * tokens.scale[rows]).exp2()
 
     for part, w, b in plan.vocabulary(weight, bias):
-        sums.add(part, w, powers(w, b))
+        sums.add(part, w, blocks_of(w, b))
     d_hidden, d_bias = sums.d_hidden, sums.d_bias
     if d_hidden is not None:
         d_hidden = d_hidden.to(every.dtype)
@@ -268,14 +273,14 @@ def _places(live: Int[Tensor, " L"], blocks: list[slice]) -> list[slice]:
     return [slice(*pair) for pair in pairwise(torch.searchsorted(live, edges).tolist())]
 
 
-def _softmax(
+def _powers(
     tokens: _Tokens, rows: slice, w: Tensor, b: Tensor | None, softcap: float | None
 ) -> Float[Tensor, "C K"]:
-    """Probabilities, computed again, times the slope of the cap."""
+    """Powers of a block, computed again, times the slope of the cap."""
     x = project(tokens.hidden[rows], w, b, softcap)
     slope = None if softcap is None else _cap_slope(x, softcap)
-    x.mul_(tokens.scale[rows, None]).sub_(tokens.normaliser[rows, None]).exp2_()
-    return x if slope is None else x.mul_(slope)
+    power = log2_power_(x, tokens.max[rows], tokens.scale[rows]).exp2_()
+    return power if slope is None else power.mul_(slope)
 
 
 def _cap_slope(logits: Tensor, softcap: float) -> Tensor:

@@ -12,51 +12,64 @@ LN_2 = math.log(2)
 _LOWEST = -1e30  # finite: the difference of two lowest values is 0 and not NaN
 
 
+def log2_power_(
+    x: Float[Tensor, "C K"], top: Float[Tensor, " C"], scale: Float[Tensor, " C"]
+) -> Float[Tensor, "C K"]:
+    """(x - top) * scale in place: log2 of exp((x - top) / temperature).
+
+    The max goes first: a product would round what the logits of a row have in common.
+    """
+    return x.sub_(top[:, None]).mul_(scale[:, None])
+
+
 class RunningSoftmax:
-    """Normaliser and entropy of M rows of base-2 logits x = logit / ln 2.
+    """softmax(logits / temperature) of M rows, and its entropy.
 
-    Base 2, as in flash attention: torch's exp2 takes a third of the time of its exp on the CPU,
-    and exp up to thirty times as long where the result is near the smallest float.
+    Powers of 2, as in flash attention: torch's exp2 takes a third of the time of its exp on the
+    CPU, and exp up to thirty times as long where the result is near the smallest float.
 
-    `spread` is the sum of 2^(x - max) * (max - x). The entropy is log2(total) + spread / total:
+    `spread` is the sum of power * log2(1 / power). The entropy is log2(total) + spread / total:
     neither term is negative, so nothing cancels.
 
-    >>> softmax = RunningSoftmax(torch.zeros(1))
-    >>> for number, block in enumerate(([[0.0, 1.0]], [[1.0]])):  # probabilities 0.2, 0.4, 0.4
+    >>> softmax = RunningSoftmax(torch.ones(1))
+    >>> for number, block in enumerate(([[0.0, 0.0]], [[math.log(2)]])):
     ...     _ = softmax.add(slice(0, 1), torch.tensor(block), first=number == 0)
-    >>> round(softmax.normaliser().exp2().item(), 4)
-    5.0
+    >>> softmax.logprobs(torch.tensor([math.log(2)])).exp()
+    tensor([0.5000])
     """
 
-    def __init__(self, like: Float[Tensor, " M"]):
-        self.max, self.total, self.spread = like.new_zeros(3, *like.shape)
+    def __init__(self, temperatures: Float[Tensor, " M"]):
+        self.scale = (temperatures * LN_2).reciprocal_()
+        self.max, self.total, self.spread = self.scale.new_zeros(3, *self.scale.shape)
 
     def add(
         self, rows: slice, x: Float[Tensor, "C K"], *, first: bool
     ) -> tuple[Float[Tensor, "C K"], Float[Tensor, " C"], Float[Tensor, " C"] | None]:
-        """Take `x` in and overwrite it: 2^(x - max), the new max, the factor of older sums.
+        """Take in the next logits `x` of some rows.
 
-        `first`: these rows are new, and no older sums are there.
+        Returns:
+            Their powers, the max that these are relative to, the factor that older powers shrink
+            by. `x` is overwritten. `first`: no older ones are there.
         """
         top, total, spread = self.max[rows], self.total[rows], self.spread[rows]
         decay = None
         # A row whose entries are all banned so far would give -inf - -inf.
         new = x.amax(-1).clamp_(min=_LOWEST)
         if not first:
-            rise = torch.maximum(top, new, out=new) - top
+            rise = (torch.maximum(top, new, out=new) - top).mul_(self.scale[rows])
             decay = (-rise).exp2_()
             spread.addcmul_(total, rise).mul_(decay)
             total.mul_(decay)
         top.copy_(new)
-        power = x.sub_(new[:, None]).exp2()
+        power = log2_power_(x, new, self.scale[rows]).exp2()
         total.add_(power.sum(-1))
         # A banned entry's logit is -inf, and 0 * -inf would be NaN.
         spread.sub_(x.clamp_(min=-1e4).mul_(power).sum(-1))
         return power, new, decay
 
-    def normaliser(self) -> Float[Tensor, " M"]:
-        """log2 of the sum of 2^x."""
-        return self.max + self.total.log2()
+    def logprobs(self, logits: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
+        """Log-probs of one entry per row, in nats."""
+        return ((logits - self.max) * self.scale - self.total.log2()) * LN_2
 
     def entropy(self) -> Float[Tensor, " M"]:
         """In nats."""
