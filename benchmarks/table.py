@@ -30,7 +30,7 @@ def cells(row: Result) -> tuple[str, ...]:
         f"{row.ratio:.2f}",
         f"{low:.2f} to {high:.2f}" if row.repeats > 1 else "one pair",
         goal(row),
-        "" if row.ours_mb is None else f"{row.ours_mb:.0f} / {row.other_mb or 0:.0f}",
+        memory(row),
     )
 
 
@@ -39,6 +39,14 @@ def goal(row: Result) -> str:
     if row.goal is None:
         return ""
     return f"{row.goal:g}: {'met' if row.met else 'not met'}"
+
+
+def memory(row: Result) -> str:
+    """Peak memory of both sides, and which is higher."""
+    if row.ours_mb is None or row.other_mb is None:
+        return ""
+    verdict = "higher" if row.ours_mb > row.other_mb else "not higher"
+    return f"{row.ours_mb:.0f} / {row.other_mb:.0f}: {verdict}"
 
 
 def seconds(value: float) -> str:
@@ -50,11 +58,12 @@ def seconds(value: float) -> str:
     return f"{value * 1e3:.3g} ms" if value < 0.1 else f"{value:.3g} s"
 
 
-def show(rows: Sequence[Result], console: Console | None = None) -> None:
+def show(rows: Sequence[Result], console: Console | None = None, *, tiny: bool = False) -> None:
     """Print one table."""
-    table = Table(title="ratio = the other's seconds / ours, for the same work")
+    title = "tiny sizes: the figures mean nothing" if tiny else "ratio = the other's time / ours"
+    table = Table(title=title)
     for column in COLUMNS:
-        right = column in ("ours", "ratio", "peak MB")
+        right = column in ("ours", "ratio")
         table.add_column(column, justify="right" if right else "left", overflow="fold")
     for row in rows:
         color = {True: "green", False: "red", None: ""}[row.met]

@@ -54,10 +54,10 @@ class Shape:
 
 
 SHAPES = {
-    "a": Shape("short answers", 32, 14, 16, 13, goal=3, batches=5, repeats=5),
-    "b": Shape("long prompts", 8, 512, 8, 64, goal=5, batches=4, repeats=4),
-    "c": Shape("long answers", 8, 66, 16, 200, goal=3, batches=3, repeats=4),
-    "d": Shape("ragged answers", 8, 32, 16, (10, 400), goal=3, batches=3, repeats=3),
+    "a": Shape("short answers", 32, 14, 16, 13, goal=3, batches=4, repeats=4),
+    "b": Shape("long prompts", 8, 512, 8, 64, goal=5, batches=3, repeats=3),
+    "c": Shape("long answers", 8, 66, 16, 200, goal=3, batches=3, repeats=3),
+    "d": Shape("ragged answers", 8, 32, 16, (10, 400), goal=3, batches=2, repeats=3),
     # Minutes a batch: no warm-up, which would be a small part of it, and one pair.
     "e": Shape(
         "SmolLM2-135M", 8, 60, 8, 64, goal=2, batches=1, repeats=1, warmup=0, model="smollm2"

@@ -29,7 +29,7 @@ from venvs import python_of
 
 PARTS = ("a", "b", "c", "d", "e")
 SIDES = HERE / "sides"
-LEARN_STEPS, LEARN_SEEDS, HELD_OUT = 30, (0, 1), 256
+LEARN_STEPS, LEARN_SEEDS, HELD_OUT = 30, (0,), 256
 
 
 def measure(parts: Sequence[str] = PARTS, repeats: int | None = None) -> list[dict[str, Any]]:
@@ -96,12 +96,13 @@ def verify(shape: Shape, job: dict[str, Any], ours: dict, theirs: dict) -> None:
     sampled = sum(job["lengths"] or []) or shape.prompts * shape.completions * job["max_tokens"]
     prompted = shape.prompts * shape.prompt_tokens * shape.completions
     for side, result in (("ours", ours), ("TRL", theirs)):
-        assert result["threads"] == shape.threads, f"{side}: {result['threads']} threads"
         assert job["experts"] in (None, result["experts"]), f"{side}: {result['experts']}"
         assert len(result["batches"]) == job["batches"], f"{side}: {len(result['batches'])} batches"
         for batch in result["batches"]:
             got = batch["completion_tokens"], batch["prompt_tokens"]
             assert got == (sampled, prompted), f"{side}: {got}, not {sampled, prompted} tokens"
+            cores = batch["cpu_s"] / batch["total_s"]
+            assert cores < shape.threads + 0.2, f"{side}: {cores:.1f} cores, not {shape.threads}"
     for batch in ours["batches"]:
         assert batch["trained_tokens"] == sampled, "a group had equal rewards: work was saved"
         assert batch["updates"] == UPDATES

@@ -33,6 +33,8 @@ def main(job_path: str, result_path: str) -> None:
 
 async def run(job: Job) -> dict[str, Any]:
     """Register, check, and go round the loop."""
+    from forced import ignore_ends
+
     from gspo.backend import service
 
     # The one thing that is taken away: TRL runs with save_strategy="no".
@@ -48,17 +50,15 @@ async def run(job: Job) -> dict[str, Any]:
         await model.register(backend)
         own = backend._service(model)
         checked = await compute(backend, check, own, job["check"]) if job["check"] else None
-        if job["forced"]:
-            own.engine._ends.zero_()
+        extra = ignore_ends(own.engine) if job["forced"] else {}
         peak_before = peak_mb()
-        batches = [await one_batch(job, model, at) for at in range(job["batches"])]
+        batches = [await one_batch(job, model, at, extra) for at in range(job["batches"])]
         peak = peak_mb()
         if job["save"]:
             from gspo.policy.load import save_weights
 
             save_weights(own.trainer.policy, Path(job["save"]))
         experts = own.trainer.policy.lm.config._experts_implementation
-        threads = await compute(backend, _threads)
         await backend.close()
     return {
         "batches": batches,
@@ -66,18 +66,19 @@ async def run(job: Job) -> dict[str, Any]:
         "peak_rss_before_mb": peak_before,
         "check": checked,
         "experts": experts,
-        "threads": threads,
         "versions": _versions(),
     }
 
 
-async def one_batch(job: Job, model: art.TrainableModel, at: int) -> dict[str, float]:
+async def one_batch(
+    job: Job, model: art.TrainableModel, at: int, extra: dict[str, bool]
+) -> dict[str, float]:
     """One rollout batch and its optimizer steps."""
-    started = time.perf_counter()
+    started, busy = time.perf_counter(), time.process_time()
     size = job["prompts_per_batch"]
     first = at * size % len(job["prompts"])
     groups = await art.gather_trajectory_groups(
-        (group(job, model, p) for p in range(first, first + size)), pbar_desc=None
+        (group(job, model, p, extra) for p in range(first, first + size)), pbar_desc=None
     )
     rolled = time.perf_counter()
     result = await model.train(
@@ -90,7 +91,7 @@ async def one_batch(job: Job, model: art.TrainableModel, at: int) -> dict[str, f
             minibatches=job["updates"],
         ),
     )
-    done = time.perf_counter()
+    done, busy = time.perf_counter(), time.process_time() - busy
     written = result.metrics["time/checkpoint"]
     choices = [t.choices()[0] for g in groups for t in g]
     return {
@@ -98,6 +99,7 @@ async def one_batch(job: Job, model: art.TrainableModel, at: int) -> dict[str, f
         "train_s": done - rolled - written,
         "total_s": done - started - written,
         "written_s": written,
+        "cpu_s": busy,
         "prompt_tokens": sum(len(c.prompt_token_ids) for c in choices),  # pyright: ignore
         "completion_tokens": sum(len(c.token_ids) for c in choices),  # pyright: ignore
         "trained_tokens": result.metrics["tokens/trained"],
@@ -106,7 +108,9 @@ async def one_batch(job: Job, model: art.TrainableModel, at: int) -> dict[str, f
     }
 
 
-async def group(job: Job, model: art.TrainableModel, prompt: int) -> art.TrajectoryGroup:
+async def group(
+    job: Job, model: art.TrainableModel, prompt: int, extra: dict[str, bool]
+) -> art.TrajectoryGroup:
     """All completions of one prompt: one request, or one for each planned length."""
     count = job["completions"]
     lengths = job["lengths"] and job["lengths"][prompt * count : (prompt + 1) * count]
@@ -116,7 +120,11 @@ async def group(job: Job, model: art.TrainableModel, prompt: int) -> art.Traject
     answers = await asyncio.gather(
         *(
             client.chat.completions.create(
-                model=model.inference_name, messages=messages, n=n, max_tokens=limit
+                model=model.inference_name,
+                messages=messages,
+                n=n,
+                max_tokens=limit,
+                extra_body=extra or None,
             )
             for n, limit in asked
         )
@@ -224,12 +232,6 @@ def peak_mb() -> float:
     """
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM"))
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
 
 
 def _versions() -> dict[str, str]:

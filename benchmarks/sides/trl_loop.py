@@ -56,19 +56,19 @@ class Watch(TrainerCallback):
         self.updates = updates
         self.batches: list[dict[str, float]] = []
         self.open: dict[str, float] = {}
-        self._since = 0.0
+        self._since = self._busy = 0.0
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._since = time.perf_counter()
+        self._since, self._busy = time.perf_counter(), time.process_time()
 
     def on_step_end(self, args: Any, state: Any, *others: Any, **kwargs: Any) -> None:
         if state.global_step % self.updates:
             return
-        now = time.perf_counter()
-        total = now - self._since
+        now, busy = time.perf_counter(), time.process_time()
+        total, cpu = now - self._since, busy - self._busy
         train = total - self.open["rollout_s"]
-        self.batches.append({**self.open, "train_s": train, "total_s": total})
-        self.open, self._since = {}, now
+        self.batches.append({**self.open, "train_s": train, "total_s": total, "cpu_s": cpu})
+        self.open, self._since, self._busy = {}, now, busy
 
 
 def main(job_path: str, result_path: str) -> None:
@@ -86,7 +86,6 @@ def main(job_path: str, result_path: str) -> None:
         "peak_rss_before_mb": peak_before,
         "check": checked,
         "experts": trainer.model.config._experts_implementation,
-        "threads": torch.get_num_threads(),
         "versions": {
             "trl": trl.__version__,
             "torch": torch.__version__,
