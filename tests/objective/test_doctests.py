@@ -24,6 +24,10 @@ MODULES = [
     "gspo.errors",
     "gspo.batch.pack",
     "gspo.train.optimizer",
+    "gspo.tasks.lengths",
+    "gspo.lab.statistics",
+    "gspo.lab.compare.spec",
+    "gspo.lab.compare.result",
 ]
 
 
