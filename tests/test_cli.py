@@ -47,6 +47,7 @@ def test_surface_is_frozen():
             "picture",
             "as_json",
         ],
+        "compare": ["spec", "quick", "overrides", "dry_run", "workers", "path", "as_json"],
     }
 
 
@@ -137,7 +138,7 @@ def test_serve_answers_on_loopback():
 def test_help_lists_the_verbs():
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    for verb in ("demo", "train", "serve", "audit"):
+    for verb in ("demo", "train", "serve", "audit", "compare"):
         assert verb in result.output
 
 

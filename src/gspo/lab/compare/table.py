@@ -106,7 +106,9 @@ def print_result(content: dict[str, Any], console: Console | None = None) -> Non
     """The summary, the paired differences, and what failed or was refused."""
     console = console or Console(highlight=False)
     axes = list(dict.fromkeys(axis for row in content["summary"] for axis in row["stress"]))
-    table = Table(title=f"{content['name']}: means over seeds ± half of the 95 % interval", box=box.SIMPLE)
+    table = Table(
+        title=f"{content['name']}: means over seeds ± half of the 95 % interval", box=box.SIMPLE
+    )
     for name in ("arm", *axes):
         table.add_column(name, min_width=4)
     for name in ("seeds", "reward", "AUC", "collapsed", "clipped", "tokens", "s"):
