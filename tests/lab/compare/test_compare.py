@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
 
-from gspo.errors import RunError
+from gspo.cli import app
+from gspo.errors import ConfigError, RunError
 from gspo.lab.compare.grid import make_cells
 from gspo.lab.compare.quick import ADVICE, quick_spec
 from gspo.lab.compare.run import cell_folder
@@ -43,8 +46,8 @@ def command(spec: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "gspo.cli", "compare", str(spec), *arguments]
 
 
-def compare(spec: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(spec, *arguments), capture_output=True, text=True)
+def compare(spec: Path, *arguments: str) -> Result:
+    return CliRunner().invoke(app, ["compare", str(spec), *arguments])
 
 
 def content(spec: Path) -> dict[str, Any]:
@@ -66,8 +69,8 @@ def logs(spec: Path) -> dict[str, list[dict[str, float]]]:
 def test_a_comparison_runs_once_and_pairs_prompts_and_weights(tmp_path: Path):
     spec = write_spec(tmp_path)
     first = compare(spec, "--json")
-    assert first.returncode == 0, first.stderr
-    last = json.loads(first.stdout.splitlines()[-1])
+    assert first.exit_code == 0, first.output
+    last = json.loads(first.output.splitlines()[-1])
     assert (last["done"], last["failed"], last["refused"]) == (4, 0, 0)
     rows = content(spec)["cells"]
     assert {row["status"] for row in rows} == {"done"}
@@ -83,7 +86,7 @@ def test_a_comparison_runs_once_and_pairs_prompts_and_weights(tmp_path: Path):
     files = {cell.id: cell_folder(cell) for cell in make_cells(read_compare_spec(spec))}
     before = {id: (folder / "spec.json").stat().st_mtime_ns for id, folder in files.items()}
     again = compare(spec)
-    assert again.returncode == 0 and "4 done, 0 refused, 0 to run" in again.stdout
+    assert again.exit_code == 0 and "4 done, 0 refused, 0 to run" in again.output
     assert {id: (f / "spec.json").stat().st_mtime_ns for id, f in files.items()} == before
 
 
@@ -108,43 +111,43 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
-@pytest.mark.parametrize("victims", ["parent", "parent and workers"])
-def test_a_killed_comparison_repeats_no_finished_cell(tmp_path: Path, victims: str):
+@pytest.mark.timeout(900)  # seconds on idle cores, minutes beside other work
+def test_a_killed_comparison_repeats_no_finished_cell(tmp_path: Path):
     spec = write_spec(tmp_path, steps=12)
-    cells = make_cells(read_compare_spec(spec))
-    folders = [cell_folder(cell) for cell in cells]
-    process = subprocess.Popen(
-        command(spec, "--workers", "1"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    # The first cell is finished and the second one is at work.
-    wait_until(lambda: (folders[1] / "checkpoints" / "0003").exists(), process)
-    workers = children(process.pid)
-    assert len(workers) == 1
-    process.send_signal(signal.SIGKILL)
-    if victims == "parent and workers":
-        os.kill(workers[0], signal.SIGKILL)
-    process.wait()
-    finished = {p: p.stat().st_mtime_ns for p in folders[0].rglob("*") if p.is_file()}
+    folders = [cell_folder(cell) for cell in make_cells(read_compare_spec(spec))]
+    finished: dict[Path, int] = {}
+    for victims in ("parent", "parent and workers"):
+        at_work = 2 if finished else 1  # the cells before it are finished
+        process = subprocess.Popen(
+            command(spec, "--workers", "1"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        wait_until(lambda at=at_work: (folders[at] / "checkpoints" / "0003").exists(), process)
+        workers = children(process.pid)
+        assert len(workers) == 1
+        process.send_signal(signal.SIGKILL)
+        if victims == "parent and workers":
+            os.kill(workers[0], signal.SIGKILL)
+        process.wait()
+        assert files_of(folders[:1]).items() >= finished.items()
+        finished = files_of(folders[:at_work])
 
     resumed = compare(spec, "--workers", "2")
-    assert resumed.returncode == 0, resumed.stderr
-    assert "1 done, 0 refused, 3 to run" in resumed.stdout
-    assert {p: p.stat().st_mtime_ns for p in folders[0].rglob("*") if p.is_file()} == finished
-    assert not Path(f"/proc/{workers[0]}").exists()  # no orphan goes on
+    assert resumed.exit_code == 0, resumed.output
+    assert "2 done, 0 refused, 2 to run" in resumed.output
+    assert files_of(folders[:2]) == finished
+    assert not Path(f"/proc/{workers[0]}").exists()  # no orphan went on
 
     # Every cell ends as one that was never interrupted, whichever worker ran it.
-    broken = logs(spec)
     whole = tmp_path / "whole"
     whole.mkdir()
     unbroken = write_spec(whole, steps=12)
-    assert compare(unbroken, "--set", "seeds=[0]").returncode == 0
-    expected = logs_of_seed_0(unbroken)
-    assert {id: broken[id] for id in expected} == expected
+    assert compare(unbroken, "--workers", "2").exit_code == 0
+    assert logs(spec) == logs(unbroken)
 
 
-def logs_of_seed_0(spec: Path) -> dict[str, list[dict[str, float]]]:
-    spec.write_text(spec.read_text().replace("seeds = 2", "seeds = 1"))
-    return logs(spec)
+def files_of(folders: list[Path]) -> dict[Path, int]:
+    """When each file was written."""
+    return {p: p.stat().st_mtime_ns for f in folders for p in f.rglob("*") if p.is_file()}
 
 
 CRASHING = """
@@ -152,7 +155,7 @@ import os
 import gspo as art
 
 async def rollout(model, scenario):
-    if scenario.seed == 1 and scenario.split == "train":
+    if scenario.seed == {seed} and scenario.split == "train":
         {harm}
     messages = [{{"role": "user", "content": scenario.problem.prompt}}]
     response = await model.openai_client().chat.completions.create(
@@ -161,35 +164,38 @@ async def rollout(model, scenario):
     reward = float(len(choice.message.content or ""))
     return art.Trajectory(messages_and_choices=[*messages, choice], reward=reward)
 """
+HARMS = {
+    "raise RuntimeError('the tool is down')": "RuntimeError: the tool is down",
+    "os._exit(3)": "the worker process ended with exit code 3",
+    "os.kill(os.getpid(), 9)": "ended by SIGKILL (out of memory?)",
+}
 
 
-@pytest.mark.parametrize(
-    ("harm", "message"),
-    [
-        ("raise RuntimeError('the tool is down')", "RuntimeError: the tool is down"),
-        ("os._exit(3)", "the worker process ended with exit code 3"),
-        ("os.kill(os.getpid(), 9)", "ended by SIGKILL (out of memory?)"),
-    ],
-)
 def test_a_cell_that_crashes_is_told_and_stops_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str, message: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    (tmp_path / "mine.py").write_text(CRASHING.format(harm=harm))
+    arms = ""
+    for index, harm in enumerate([*HARMS, "pass"]):
+        (tmp_path / f"mine{index}.py").write_text(CRASHING.format(harm=harm, seed=0))
+        arms += f'[[arms]]\nlabel = "{index}"\nrollout = "mine{index}:rollout"\n'
     monkeypatch.chdir(tmp_path)
-    spec = write_spec(tmp_path, steps=1, more='rollout = "mine:rollout"\n')
-    result = compare(spec, "--json", "--workers", "1", "--set", "presets=['gspo']")
-    assert result.returncode == 1, result.stderr
-    rows = {row["id"]: row for row in content(spec)["cells"]}
-    assert rows["gspo seed=0"]["status"] == "done"
-    failed = rows["gspo seed=1"]
-    assert failed["status"] == "failed" and message in failed["error"]
-    assert message in result.stdout
-    last = json.loads(result.stdout.splitlines()[-1])
-    assert (last["done"], last["failed"]) == (1, 1)
+    spec = write_spec(tmp_path, steps=1, more=arms)
+    one = ("--workers", "1", "--set", "presets=[]", "--set", "seeds=1")
+    result = compare(spec, *one, "--json")
+    assert result.exit_code == 1, result.output
+    rows = content(spec)["cells"]
+    assert [row["status"] for row in rows] == ["failed", "failed", "failed", "done"]
+    for row, message in zip(rows, HARMS.values(), strict=False):
+        assert message in row["error"]
+        assert f"failed: {row['id']}: {row['error']}" in result.output
+    last = json.loads(result.output.splitlines()[-1])
+    assert (last["done"], last["failed"]) == (1, 3)
 
-    (tmp_path / "mine.py").write_text(CRASHING.format(harm="pass"))  # mended: only it runs again
-    again = compare(spec, "--set", "presets=['gspo']")
-    assert again.returncode == 0 and "1 done, 0 refused, 1 to run" in again.stdout
+    for index in range(len(HARMS)):  # mended: only those run again
+        (tmp_path / f"mine{index}.py").write_text(CRASHING.format(harm="pass", seed=0))
+    again = compare(spec, *one)
+    assert again.exit_code == 0, again.output
+    assert "1 done, 0 refused, 3 to run" in again.output
 
 
 def test_dry_run_lists_cells_and_cost_and_writes_nothing(tmp_path: Path):
@@ -197,8 +203,8 @@ def test_dry_run_lists_cells_and_cost_and_writes_nothing(tmp_path: Path):
     stress = "[stress]\nalgorithm = []\n".replace("algorithm = []", "epsilon_scale = ['constant']")
     spec = write_spec(tmp_path, more=arms + stress)
     result = compare(spec, "--dry-run", "--workers", "3")
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
     assert sum(line.startswith("pending") for line in lines) == 6
     assert lines[-1].startswith("6 cells: 0 done, 0 refused, 6 to run, 3 at once; about ")
     assert "a rough guess" in lines[-1]
@@ -209,14 +215,14 @@ def test_refused_cells_are_listed_with_their_reason(tmp_path: Path):
     stress = '[[stress.range]]\nlabel = "auto"\nepsilon = "auto"\n[[stress.range]]\nlabel = "own"\n'
     spec = write_spec(tmp_path, steps=1, more=stress)
     result = compare(spec, "--dry-run")
-    refused = [line for line in result.stdout.splitlines() if line.startswith("refused")]
+    refused = [line for line in result.output.splitlines() if line.startswith("refused")]
     assert len(refused) == 2
     assert "grpo range=auto seed=0: epsilon='auto' steers a sequence-level" in refused[0]
     run = compare(spec, "--set", "seeds=1")
-    assert run.returncode == 0, run.stderr
+    assert run.exit_code == 0, run.output
     row = next(row for row in content(spec)["cells"] if row["id"] == "grpo range=auto seed=0")
     assert (row["status"], row["run"], row["curves"]) == ("refused", None, {})
-    assert "refused: grpo range=auto seed=0" in run.stdout
+    assert "refused: grpo range=auto seed=0" in run.output
 
 
 def test_one_comparison_at_a_time_uses_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -250,7 +256,6 @@ def test_the_quick_one_is_two_presets_and_two_seeds_and_says_what_that_is_worth(
 
 @pytest.mark.parametrize("arguments", [(), ("--quick", "spec.toml")])
 def test_either_a_spec_or_quick(arguments: tuple[str, ...]):
-    line = [sys.executable, "-m", "gspo.cli", "compare", *arguments]
-    result = subprocess.run(line, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert "give a spec file, or --quick" in result.stderr
+    result = CliRunner().invoke(app, ["compare", *arguments])
+    assert isinstance(result.exception, ConfigError)
+    assert "give a spec file, or --quick" in str(result.exception)
