@@ -48,6 +48,7 @@ def test_surface_is_frozen():
             "as_json",
         ],
         "inspect": ["run", "step", "weights", "presets", "matrix", "picture", "as_json"],
+        "compare": ["spec", "quick", "overrides", "dry_run", "workers", "path", "as_json"],
     }
 
 
@@ -154,7 +155,7 @@ def test_serve_answers_on_loopback():
 def test_help_lists_the_verbs():
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    for verb in ("demo", "train", "serve", "audit", "inspect"):
+    for verb in ("demo", "train", "serve", "audit", "inspect", "compare"):
         assert verb in result.output
 
 

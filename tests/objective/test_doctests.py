@@ -25,6 +25,10 @@ MODULES = [
     "gspo.backend.versions",
     "gspo.batch.pack",
     "gspo.train.optimizer",
+    "gspo.tasks.lengths",
+    "gspo.lab.statistics",
+    "gspo.lab.compare.spec",
+    "gspo.lab.compare.result",
 ]
 
 

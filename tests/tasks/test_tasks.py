@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 
 from gspo.errors import ConfigError
-from gspo.tasks import load_task, task_names
+from gspo.tasks import Problem, load_task, task_names
 from gspo.tasks.digits import Add
+from gspo.tasks.lengths import Climb
 
 
 @pytest.mark.parametrize("name", task_names())
@@ -15,7 +16,7 @@ def test_the_reference_answer_scores_one_and_others_zero(name: str):
         assert task.score(problem, problem.answer) == 1.0
         assert task.score(problem, problem.answer + "0") == 0.0
         assert task.score(problem, "") == 0.0
-        assert len(problem.answer) < task.max_tokens
+        assert len(problem.answer) + task.ends <= task.max_tokens
 
 
 def test_splits_never_share_a_prompt():
@@ -49,6 +50,10 @@ def test_reasoning_gym_is_scored_by_its_own_scorer():
     [
         ("srot", {}, "Did you mean 'sort'"),
         ("sort", {"digits": 3}, "has no options"),
+        ("chain", {"lenght": 3}, "Did you mean 'length'"),
+        ("chain", {"length": 401}, "from 1 to 400"),
+        ("chain", {"length": True}, "from 1 to 400"),
+        ("climb", {"length": 3}, "has no options"),
         ("reasoning-gym:number_sortin", {}, "Did you mean 'number_sorting'"),
         ("reasoning-gym:products", {"max_digit": 1}, "Did you mean 'max_digits'"),
         ("reasoning-gym:products", {"min_terms": 9, "max_terms": 2}, "refuses"),
@@ -57,3 +62,30 @@ def test_reasoning_gym_is_scored_by_its_own_scorer():
 def test_mistakes_are_named(name: str, options: dict, message: str):
     with pytest.raises(ConfigError, match=message):
         load_task(name, options)
+
+
+def test_a_chain_counts_until_the_first_mistake():
+    task = load_task("chain", {"length": 10})
+    problem = task.problem("train", 0)
+    assert (len(problem.answer), task.max_tokens) == (10, 10)
+    for right in range(10):
+        wrong = "x" + problem.answer[right + 1 :]
+        assert task.score(problem, problem.answer[:right] + wrong) == right / 10
+    assert task.score(problem, problem.answer[:4]) == 0.4
+
+
+def test_a_long_chain_continues_a_short_one():
+    short, long = (load_task("chain", {"length": n}).problem("heldout", 3) for n in (16, 200))
+    assert short.prompt == long.prompt
+    assert long.answer.startswith(short.answer)
+
+
+def test_climbs_of_different_length_are_right():
+    task = Climb()
+    problem = Problem("1391", "")
+    for way in ("1401", "1391", "1396,1396,1400", "1396,1400,1400", "1399,1408", "1396,140", ""):
+        assert task.score(problem, way) == 0.0, way
+    for way in ("1396,1400", "1392,1393,1394,1400", "1395,1399,1400"):
+        assert task.score(problem, way) == 1.0, way
+    lengths = {len(task.problem("train", i).answer) for i in range(50)}
+    assert min(lengths) < 40 < 80 < max(lengths) < task.max_tokens

@@ -1,0 +1,165 @@
+"""What comparison.json says, from runs that are written by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gspo.lab.compare.grid import Cell, make_cells
+from gspo.lab.compare.result import area, collapsed, comparison, write_comparison
+from gspo.lab.compare.run import State, cell_folder, first_states, is_finished
+from gspo.lab.compare.spec import CompareSpec
+from gspo.lab.compare.table import print_result
+from gspo.lab.statistics import t_interval
+
+
+def write_run(cell: Cell, rewards: list[float], clip: float = 0.25) -> None:
+    """A finished run of two steps with these held-out rewards, the last of them at the end."""
+    folder = cell_folder(cell)
+    folder.mkdir(parents=True)
+    lines = []
+    for step, reward in enumerate(rewards):
+        line: dict[str, Any] = {"step": step, "val/reward": reward}
+        line |= {"val/reward_low": reward - 0.02, "val/reward_high": reward + 0.02}
+        if step:
+            line |= {"train/reward": reward - 0.1, "tokens/completion": 100, "time/step": 0.5}
+            line |= {"ratio/clip_fraction": clip}
+        lines.append(json.dumps(line))
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def small(path: Path, **fields: Any) -> CompareSpec:
+    base = {"task": "sort", "steps": 2}
+    return CompareSpec(
+        **{"path": str(path), "base": base, "presets": ["gspo", "grpo"], "seeds": 3, **fields}
+    )
+
+
+def done(cells: list[Cell]) -> dict[str, State]:
+    return {cell.id: State("done") for cell in cells}
+
+
+def test_cells_carry_curves_area_and_collapse(tmp_path: Path):
+    compare = small(tmp_path, presets=["gspo"], seeds=1)
+    (cell,) = make_cells(compare)
+    write_run(cell, [0.3, 0.8, 0.35])
+    row = comparison(compare, [cell], done([cell]))["cells"][0]
+    assert (row["reward_before"], row["reward_after"]) == (0.3, 0.35)
+    assert row["auc"] == pytest.approx((0.3 + 0.8) / 4 + (0.8 + 0.35) / 4)
+    assert row["collapsed"] is True
+    assert (row["seconds"], row["tokens"]) == (1.0, 200)
+    assert row["curves"]["val/reward"] == {"step": [0, 1, 2], "value": [0.3, 0.8, 0.35]}
+    assert (compare.folder / row["run"]).resolve() == cell_folder(cell).resolve()
+
+
+def test_without_evaluations_between_the_area_is_of_the_training_reward(tmp_path: Path):
+    compare = small(tmp_path, presets=["gspo"], seeds=1)
+    (cell,) = make_cells(compare)
+    write_run(cell, [0.3, 0.8, 0.5])
+    path = cell_folder(cell) / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[1] = {k: v for k, v in lines[1].items() if not k.startswith("val/")}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    row = comparison(compare, [cell], done([cell]))["cells"][0]
+    assert row["auc"] == pytest.approx((0.7 + 0.4) / 2)
+
+
+def test_summaries_and_pairs_are_by_seed(tmp_path: Path):
+    compare = small(tmp_path)
+    cells = make_cells(compare)
+    ends = {"gspo": [0.5, 0.6, 0.8], "grpo": [0.4, 0.45, 0.74]}
+    for cell in cells:
+        write_run(cell, [0.3, 0.4, ends[cell.arm][cell.seed]], clip=0.1 * (cell.seed + 1))
+    content = comparison(compare, cells, done(cells))
+    ours = content["summary"][0]
+    expected = t_interval(ends["gspo"])
+    assert ours["reward_after"] == {
+        "mean": expected.mean,
+        "low": expected.low,
+        "high": expected.high,
+    }
+    assert (ours["seeds"], ours["collapsed"]) == (3, 0.0)
+    assert ours["clip_fraction"] == pytest.approx(0.2)
+    assert ours["entropy"] is None
+    assert ours["curves"]["val/reward"]["step"] == [0, 1, 2]
+    assert ours["curves"]["val/reward"]["mean"][-1] == pytest.approx(1.9 / 3, abs=1e-5)
+    pair = content["paired"][0]
+    assert (pair["a"], pair["b"], pair["metric"], pair["n"]) == ("gspo", "grpo", "reward_after", 3)
+    # Differences 0.1, 0.15, 0.06: mean 0.10333, standard error 0.0451/sqrt(3), t 4.3027.
+    assert pair["difference"] == pytest.approx(0.31 / 3)
+    half = 4.302652729749462 * math.sqrt(0.00203333333) / math.sqrt(3)
+    assert pair["high"] - pair["difference"] == pytest.approx(half, rel=1e-4)
+    assert pair["verdict"] == "no difference shown"
+
+
+def test_missing_cells_leave_the_rest_comparable(tmp_path: Path, capsys: Any):
+    compare = small(tmp_path)
+    cells = make_cells(compare)
+    for cell in cells:
+        if cell.id != "grpo seed=1":
+            write_run(cell, [0.3, 0.4, 0.5 + 0.01 * cell.seed])
+    states = first_states(cells)
+    assert states["grpo seed=1"] == State("pending")
+    states["grpo seed=1"] = State("failed", "NumericsError: not finite")
+    content = comparison(compare, cells, states)
+    assert [row["seeds"] for row in content["summary"]] == [3, 2]
+    assert {pair["n"] for pair in content["paired"]} == {2}
+    print_result(content)
+    assert "failed: grpo seed=1: NumericsError: not finite" in capsys.readouterr().out
+
+
+def test_a_baseline_is_compared_with_each_arm_alone(tmp_path: Path):
+    compare = small(tmp_path, presets=["gspo", "grpo", "dapo"], baseline="grpo", seeds=2)
+    cells = make_cells(compare)
+    for cell in cells:
+        write_run(cell, [0.3, 0.4, 0.5])
+    paired = comparison(compare, cells, done(cells))["paired"]
+    assert {(pair["a"], pair["b"]) for pair in paired} == {("gspo", "grpo"), ("dapo", "grpo")}
+    free = compare.model_copy(update={"baseline": None})
+    assert len(comparison(free, cells, done(cells))["paired"]) == 2 * 3
+
+
+def test_the_file_is_json_without_nan(tmp_path: Path):
+    compare = small(tmp_path, seeds=1)
+    cells = make_cells(compare)
+    path = write_comparison(compare, comparison(compare, cells, first_states(cells), quick=True))
+    content = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert content["quick"] is True
+    assert [cell["status"] for cell in content["cells"]] == ["pending", "pending"]
+    assert content["paired"] == []
+
+
+@pytest.mark.parametrize(
+    ("rewards", "expected"),
+    [
+        ([0.3, 0.6, 0.31], False),  # above half of the maximum and above the start
+        ([0.3, 0.7, 0.34], True),  # below half of the maximum
+        ([0.3, 0.28], False),  # within the start's own interval
+        ([0.3, 0.25], True),  # below the start
+        ([0.3, 0.9, 0.1, 0.5], False),  # recovered
+    ],
+)
+def test_collapse_is_defined_once(rewards: list[float], expected: bool):
+    assert collapsed(rewards, start_low=0.26) is expected
+
+
+def test_area_doesnt_depend_on_how_often_it_was_measured():
+    assert area([0, 4, 8], [0.0, 0.5, 1.0]) == area([0, 1, 8], [0.0, 0.125, 1.0]) == 0.5
+    assert area([3], [0.7]) == 0.7
+
+
+def test_a_run_is_finished_when_its_last_step_is_evaluated(tmp_path: Path):
+    compare = small(tmp_path, presets=["gspo"], seeds=1)
+    (cell,) = make_cells(compare)
+    assert not is_finished(cell)
+    write_run(cell, [0.3, 0.4, 0.5])
+    assert is_finished(cell)
+    path = cell_folder(cell) / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    for torn in ("\n".join(lines[:2]), '{"step": 2, "train/reward": 0.1}', '{"step": 2, "va', ""):
+        path.write_text(torn)
+        assert not is_finished(cell)
