@@ -21,7 +21,7 @@ from gspo import dev
 from gspo.batch.pack import PackedBatch, pack
 from gspo.errors import ModelError
 from gspo.policy import flops
-from gspo.policy.flops import Flops, active_weights
+from gspo.policy.flops import Flops, active_weights, head_flops
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy, recompute_layers
 from gspo.train.rollouts import prepare
@@ -88,11 +88,11 @@ def test_forward_and_backward_are_what_torch_counts(name: str):
 
     with torch.no_grad():
         found = counted(lambda: forward(policy, row))
-    assert found == own.forward(every) + squares + own.head_forward(heads)
+    assert found == own.forward(every) + squares + head_flops(policy.head, heads)[0]
 
     loss = forward(policy, row).logprobs.sum()
     found = counted(loss.backward)
-    assert found == own.backward(every) + 2 * squares + own.head_backward(heads)
+    assert found == own.backward(every) + 2 * squares + head_flops(policy.head, heads)[1]
 
 
 def test_of_the_experts_only_the_chosen_count():
@@ -154,7 +154,8 @@ def test_recomputed_layers_are_counted_again():
     row, own = batch_of(policy), Flops.of(policy)
     squares = whole_squares(own, row) - own.attention(row.positions)
     found = counted(forward(policy, row).logprobs.sum().backward)
-    expected = own.backward(row.positions) + 3 * squares + own.head_backward(len(row.targets))
+    head = head_flops(policy.head, len(row.targets))[1]
+    expected = own.backward(row.positions) + 3 * squares + head
     # torch stops a layer's recomputation before its last product, whose result nobody needs.
     last = 3 * 2 * 32 * 48 * row.token_count
     assert found == expected - last
@@ -168,10 +169,10 @@ def test_with_lora_frozen_weights_have_no_gradient_of_their_own():
     squares = whole_squares(own, row) - own.attention(every)
     with torch.no_grad():
         found = counted(lambda: forward(policy, row))
-    assert found == own.forward(every) + squares + own.head_forward(heads)
-    assert own.trained < 0.1 * own.weights and not own.head_trained
+    assert found == own.forward(every) + squares + head_flops(policy.head, heads)[0]
+    assert own.trained < 0.1 * own.weights
     found = counted(forward(policy, row).logprobs.sum().backward)
-    expected = own.backward(every) + 2 * squares + own.head_backward(heads)
+    expected = own.backward(every) + 2 * squares + head_flops(policy.head, heads)[1]
     # Nobody needs the gradient of what goes into the first adapters.
     assert 0.8 * expected < found < expected
 

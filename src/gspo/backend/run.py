@@ -15,6 +15,7 @@ from openai.types.chat.chat_completion import Choice
 from gspo.backend.replay import UpdateRecord, replay_columns, replay_schema
 from gspo.batch.sample import sampled_logprobs
 from gspo.errors import RunError
+from gspo.timing import timed
 from gspo.trajectory import Trajectory, TrajectoryGroup
 
 FORMAT = 1
@@ -94,6 +95,7 @@ class Run:
         """All lines of metrics.jsonl."""
         return self._lines.read()
 
+    @timed("checkpoint")
     def log_trajectories(
         self,
         groups: Sequence[TrajectoryGroup],

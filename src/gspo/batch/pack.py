@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gspo.batch.routes import pack_routes
 from gspo.batch.sample import Sample
+from gspo.timing import timed
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def plan_rows(sizes: Sequence[int], budget: int) -> list[list[int]]:
     return sorted(sorted(row) for row in rows)
 
 
+@timed("packing")
 def pack(
     samples: Sequence[Sample], budget: int, unit: Literal["trajectory", "turn"] = "trajectory"
 ) -> list[PackedBatch]:

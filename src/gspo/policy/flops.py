@@ -28,6 +28,7 @@ from torch import Tensor
 
 from gspo.errors import ModelError
 from gspo.policy.load import Policy
+from gspo.policy.logprob import Head
 
 _PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 _LISTED = re.compile(r"\.experts\.\d+\.")
@@ -40,8 +41,6 @@ class Flops:
     Attributes:
         weights: numbers that one token is multiplied with below the vocabulary projection.
         trained: those of them that are trained.
-        head: numbers of the vocabulary projection, V x D.
-        head_trained: whether it is.
         pair: operations of one query and one key in one layer.
         windows: number of attention layers by their window; None: no window.
         recomputes: layers are computed again in the backward pass.
@@ -49,8 +48,6 @@ class Flops:
 
     weights: float
     trained: float
-    head: int
-    head_trained: bool
     pair: int
     windows: dict[int | None, int]
     recomputes: bool
@@ -64,12 +61,9 @@ class Flops:
         """
         config = policy.lm.config.get_text_config()
         found = active_weights(policy)
-        head = policy.head.weight
         return cls(
-            weights=sum(found.values()),
-            trained=sum(n for p, n in found.items() if p.requires_grad),
-            head=head.numel(),
-            head_trained=head.requires_grad,
+            weights=sum(found.values(), 0.0),
+            trained=sum((n for p, n in found.items() if p.requires_grad), 0.0),
             pair=2 * config.num_attention_heads * sum(_head_widths(config)),
             windows=_windows(config),
             recomputes=policy.checkpointing,
@@ -91,13 +85,11 @@ class Flops:
         again = self.forward(positions) if self.recomputes else 0.0
         return products + 2 * self.attention(positions) + again
 
-    def head_forward(self, rows: int) -> float:
-        """Log-probs of this many tokens from their hidden states."""
-        return 2.0 * self.head * rows
 
-    def head_backward(self, rows: int) -> float:
-        """Their backward pass."""
-        return 2.0 * self.head * rows * (3 if self.head_trained else 2)
+def head_flops(head: Head, rows: int) -> tuple[float, float]:
+    """Log-probs of this many tokens from their hidden states: forward and backward pass."""
+    product = 2.0 * head.weight.numel() * rows
+    return product, product * (3 if head.weight.requires_grad else 2)
 
 
 def active_weights(policy: Policy) -> dict[torch.nn.Parameter, float]:
@@ -125,7 +117,7 @@ def _experts_per_token(config: Any) -> int:
             return value
     raise ModelError(
         f"{type(config).__name__} doesn't say how many experts compute a token (looked for "
-        f"{', '.join(_PER_TOKEN)}): its operations cannot be counted"
+        f"{', '.join(_PER_TOKEN)}): its operations cannot be counted: train without --profile"
     )
 
 

@@ -13,8 +13,10 @@ from gspo.batch.pack import PackedBatch
 from gspo.policy.attention import make_buckets, no_mask
 from gspo.policy.load import Policy, autocast
 from gspo.policy.logprob import TokenLogprobs, token_logprobs
+from gspo.timing import timed
 
 
+@timed("forward")
 def forward(policy: Policy, batch: PackedBatch, chunk: int | None = None) -> TokenLogprobs:
     """Float32 log-probs of the batch's sampled tokens, at the temperatures they were sampled with.
 

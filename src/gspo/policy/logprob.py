@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from gspo.timing import timed
+
 CHUNK_BYTES = 64 * 2**20
 
 
@@ -42,6 +44,7 @@ class TokenLogprobs:
             raise TypeError(f"log-probs are {self.logprobs.dtype}: l_i needs float32")
 
 
+@timed("head")
 def token_logprobs(
     hidden: Float[Tensor, "M D"],
     head: Head,

@@ -21,6 +21,7 @@ from gspo.serve.cache import SlabCache, slab_bytes
 from gspo.serve.engine import Completion, FinishReason, Request, SamplingParams, check_fits
 from gspo.serve.route_watch import RouteWatch
 from gspo.serve.sampling import RowRandom, sample
+from gspo.timing import timed
 
 KV_BYTES = 2 * 2**30
 """Memory that one batch's KV cache may take; more rows than fit are decoded in turns."""
@@ -91,6 +92,7 @@ class TorchEngine:
         """Start the stream of unseeded requests anew, as a resumed run must."""
         self._seed, self._served = seed, 0
 
+    @timed("sampling")
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         rows, keys = [], []
         for r, request in enumerate(requests):

@@ -26,6 +26,7 @@ from gspo.policy.attention import padded_share
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy
 from gspo.policy.logprob import TokenLogprobs
+from gspo.timing import span
 from gspo.train.calibration import Observed
 from gspo.train.routing import StepRouting
 
@@ -95,7 +96,8 @@ def accumulate(
             reference_logprobs=None if reference is None else reference(batch),
         )
         loss = out.loss if routing is None else out.loss + routing.balance_loss()
-        loss.backward()
+        with span("backward"):
+            loss.backward()
         _record(metrics, batch, scored, out)
         buckets = policy.packing == "buckets"
         real, computed = padded_share(batch.lengths) if buckets else (1, 1)
