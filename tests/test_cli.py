@@ -30,8 +30,8 @@ def test_surface_is_frozen():
     commands = root.commands  # pyright: ignore[reportAttributeAccessIssue]
     surface = {name: [p.name for p in c.params] for name, c in commands.items()}
     assert surface == {
-        "demo": ["path", "steps", "seed", "as_json"],
-        "train": ["spec", "overrides", "dry_run", "as_json"],
+        "demo": ["path", "steps", "seed", "profile", "as_json"],
+        "train": ["spec", "overrides", "dry_run", "profile", "as_json"],
         "serve": ["model", "port", "host", "name"],
         "presets": ["as_json"],
         "audit": [
@@ -62,6 +62,22 @@ def test_demo_json_is_the_last_line(tmp_path: Path):
     assert Path(result["picture"]).exists()
     progress = [line for line in lines if line.startswith("step 2/2")]
     assert re.search(r"reward .* clipped .* tokens/s .* left", progress[0])
+
+
+def test_profile_prints_a_table_and_writes_it(tmp_path: Path):
+    done = gspo("demo", "--steps", "1", "--profile", "--json", "--path", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    result = json.loads(lines[-1])
+    stored = json.loads(Path(result["profile"]).read_text())
+    names = [phase["name"] for phase in stored["phases"]]
+    assert {"sampling", "forward", "head", "backward", "optimizer", "other"} <= set(names)
+    assert sum(p["seconds"] for p in stored["phases"]) == pytest.approx(stored["seconds"])
+    assert stored["peak"]["float32"] > 1e8
+    for name in (*names, "step"):
+        assert any(line.split()[:1] == [name] for line in lines), name
+    table = (tmp_path / "demo" / "sort-1" / "profile.txt").read_text()
+    assert table in done.stdout
 
 
 def test_audit_prints_text_and_json_and_draws(tmp_path: Path):
@@ -108,6 +124,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path):
     ("arguments", "message"),
     [
         (("train", "nowhere.toml"), "error: cannot read nowhere.toml"),
+        (("train", "x.toml", "--dry-run", "--profile"), "leave one out"),
         (("serve", "embedded:srot"), "Did you mean"),
         (("audit", "embedded:sort", "--rollout-dtype", "int3"), "Did you mean 'int"),
         (("audit", "Qwen/Qwen3-0.6B"), "name one with --task"),

@@ -30,6 +30,7 @@ FLOORS = {
     "metrics": 0,
     "errors": 0,
     "compute": 0,
+    "timing": 0,
 }
 FLAT = {0}
 """Floors without walls: their files may import one another."""

@@ -26,6 +26,9 @@ app = typer.Typer(
 )
 
 PathOption = Annotated[str, typer.Option("--path", help="Folder of the runs.")]
+ProfileOption = Annotated[
+    bool, typer.Option("--profile", help="Tell where the steps' time goes: <run>/profile.json.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print a JSON object as the last line.")]
 
 
@@ -43,12 +46,13 @@ def demo(
     path: PathOption = ".gspo",
     steps: Annotated[int | None, typer.Option(min=1, help="Rollout batches.")] = None,
     seed: Annotated[int, typer.Option(help="Of prompts and sampling.")] = 0,
+    profile: ProfileOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train the embedded Mixture-of-Experts model to sort digits, and show that it learned."""
     from gspo.lab.demo import STEPS, demo_spec
 
-    _run(lambda: demo_spec(path, steps or STEPS, seed), as_json)
+    _run(lambda: demo_spec(path, steps or STEPS, seed), as_json, profile)
 
 
 @app.command()
@@ -60,16 +64,19 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved run and its sizes, and stop.")
     ] = False,
+    profile: ProfileOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train from a file. The same command goes on where a killed run stopped."""
     from gspo.lab.spec import read_spec
 
+    if dry_run and profile:
+        raise ConfigError("--profile times the run that --dry-run doesn't make: leave one out")
     resolved = read_spec(spec, overrides or [])
     if dry_run:
         _dry_run(resolved)
     else:
-        _run(lambda: resolved, as_json)
+        _run(lambda: resolved, as_json, profile)
 
 
 @app.command()
@@ -238,22 +245,32 @@ def _compare(resolved: CompareSpec, plan: GridPlan, quick: bool) -> dict[str, An
     return content
 
 
-def _run(make_spec: Callable[[], Spec], as_json: bool) -> None:
+def _run(make_spec: Callable[[], Spec], as_json: bool, profiled: bool) -> None:
     from gspo.lab import experiment
     from gspo.lab.picture import draw_run, require_plotting
+    from gspo.lab.profile import Profile
+    from gspo.lab.profile_text import render
     from gspo.lab.watch import LiveWatch
+    from gspo.timing import timing
 
     require_plotting()
-    with LiveWatch() as watch:
-        outcome = asyncio.run(experiment.run_experiment(make_spec(), watch))
+    profile = Profile() if profiled else None
+    with LiveWatch() as watch, timing(profile and profile.clock):
+        outcome = asyncio.run(experiment.run_experiment(make_spec(), watch, profile))
     picture = draw_run(outcome.run)
     if outcome.before and outcome.after:
         print(f"held-out reward before  {outcome.before}   (95 % interval)")
         print(f"held-out reward after   {outcome.after}   over {outcome.prompts} prompts")
     print(f"{outcome.steps} steps in {outcome.seconds:.0f} s; run in {outcome.run}")
     print(f"picture: {picture}")
+    found = experiment.as_json(outcome) | {"picture": str(picture)}
+    if profile is not None:
+        report = profile.report()
+        text = render(report)
+        found["profile"] = str(report.write(outcome.run, text))
+        print(f"\n{text}profile: {found['profile']}")
     if as_json:
-        print(json.dumps(experiment.as_json(outcome) | {"picture": str(picture)}))
+        print(json.dumps(found))
 
 
 def _dry_run(spec: Spec) -> None:

@@ -28,7 +28,6 @@ def trained(workers: int, options: dev.TrainConfig, **load) -> tuple[dict, dict[
 
 CASES = {
     "plain": ({}, {}),
-    "lora": ({}, {"lora": dev.LoraConfig(r=2)}),
     "recomputed layers": ({}, {"activation_checkpointing": True}),
     "replay and balance": (
         {"routing_replay": "old_policy", "router_aux_loss_coef": 0.01, "measure_routing": True},
@@ -61,6 +60,13 @@ def test_two_workers_end_in_the_same_bits_every_time():
     first, second = trained(2, settings)[1], trained(2, settings)[1]
     for name, parameter in first.items():
         assert torch.equal(parameter, second[name]), name
+
+
+def test_adapters_are_trained_by_one_worker():
+    """peft swaps weights on the module while it computes."""
+    assert embedded(lora=dev.LoraConfig(r=2), threads=2).workers.count == 1
+    assert embedded(threads=2).workers.count == 2
+    assert embedded(threads=1).workers.count == 1
 
 
 def test_rows_are_even_among_the_workers():

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from openai import AsyncOpenAI
 
@@ -31,6 +31,8 @@ from gspo.train.rollouts import prepare
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
 from gspo.trajectory import TrajectoryGroup
+
+T = TypeVar("T")
 
 
 class LocalBackend:
@@ -150,6 +152,12 @@ class LocalBackend:
     def policy(self, model: ModelLike) -> Policy:
         """The model itself, for tools that look inside."""
         return self._service(model).trainer.policy
+
+    async def with_policies(self, model: ModelLike, function: Callable[[Policy, Policy], T]) -> T:
+        """`function(trainer's, engine's)` in the thread that computes, while nothing else does."""
+        service = self._service(model)
+        async with self._compute.turn() as compute:
+            return await compute.run(function, service.trainer.policy, service.engine.policy)
 
     def run(self, model: ModelLike) -> Run:
         """The model's run folder."""

@@ -18,6 +18,7 @@ from gspo.backend.trackers import Config, Followed, TrackerName, Trackers
 from gspo.backend.versions import versions
 from gspo.batch.sample import sampled_logprobs
 from gspo.errors import RunError
+from gspo.timing import timed
 from gspo.trajectory import Trajectory, TrajectoryGroup
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ class Run:
         """All lines of metrics.jsonl."""
         return self._lines.read()
 
+    @timed("checkpoint")
     def log_trajectories(
         self,
         groups: Sequence[TrajectoryGroup],

@@ -18,6 +18,7 @@ from gspo.policy.precision import RolloutPolicy, refresh
 from gspo.policy.probe import choose_packing
 from gspo.serve.server import PortServer
 from gspo.serve.torch_engine import TorchEngine
+from gspo.timing import timed
 from gspo.train.checkpoint import (
     checkpoint_name,
     load_trainer_state,
@@ -92,6 +93,7 @@ class Service:
             settings, version=policy.version, context=policy.context, dtype=dtype
         )
 
+    @timed("publish")
     def _publish(self) -> float:
         """Give the engine's copy, where it has one, the trainer's weights; seconds it took."""
         started = time.perf_counter()

@@ -16,6 +16,7 @@ from torch import Tensor
 from gspo.batch.prefix import Layout, Prefixes
 from gspo.batch.routes import pack_routes
 from gspo.batch.sample import Sample
+from gspo.timing import timed
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,7 @@ def _spread(
     return rows
 
 
+@timed("packing")
 def pack(
     samples: Sequence[Sample],
     budget: int,

@@ -12,8 +12,10 @@ from typing import Any, Protocol
 
 import gspo as art
 from gspo.backend.local import LocalBackend
+from gspo.lab.profile import Profile
 from gspo.lab.rollout import Rollouts
 from gspo.lab.spec import Spec
+from gspo.timing import span
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,11 @@ class Watch(Protocol):
     def evaluated(self, step: int, estimate: Estimate) -> None: ...
 
 
-async def run_experiment(spec: Spec, watch: Watch) -> Outcome:
-    """Run `spec`, or go on where a killed run of the same folder stopped."""
+async def run_experiment(spec: Spec, watch: Watch, profile: Profile | None = None) -> Outcome:
+    """Run `spec`, or go on where a killed run of the same folder stopped.
+
+    `profile` sees where the time of the steps goes; the caller holds its clock.
+    """
     started = time.perf_counter()
     backend = LocalBackend(
         spec.path, keep_checkpoints=spec.keep_checkpoints, seed=spec.seed, logger=spec.logger
@@ -69,15 +74,19 @@ async def run_experiment(spec: Spec, watch: Watch) -> Outcome:
     try:
         await model.register(backend)
         folder = backend.run(model).folder
+        if profile is not None:
+            await backend.with_policies(model, profile.attach)
         watch.started(spec, await model.get_step(), _remember(spec, folder))
         before = await _evaluate(spec, model, rollouts, watch, step=0)
 
         for step in range(await model.get_step(), spec.steps):
-            began = time.perf_counter()
-            groups = await rollouts.batch(step)
-            rolled = time.perf_counter() - began
-            result = await model.train(groups, spec.train_config(), spec.train)
-            timing = _timing(result.metrics, rolled, time.perf_counter() - began)
+            with span("step"):
+                began = time.perf_counter()
+                with span("rollout"):
+                    groups = await rollouts.batch(step)
+                rolled = time.perf_counter() - began
+                result = await model.train(groups, spec.train_config(), spec.train)
+                timing = _timing(result.metrics, rolled, time.perf_counter() - began)
             await model.log([], "train", metrics=timing, step=result.step)
             watch.stepped(result.step, result.metrics | timing)
             if spec.eval_every and result.step % spec.eval_every == 0:

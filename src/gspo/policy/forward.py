@@ -14,8 +14,10 @@ from gspo.policy.attention import no_mask
 from gspo.policy.load import SHARING, Policy, autocast
 from gspo.policy.logprob import TokenLogprobs, token_logprobs
 from gspo.policy.prefix import RowAttention
+from gspo.timing import timed
 
 
+@timed("forward")
 def forward(policy: Policy, batch: PackedBatch, chunk: int | None = None) -> TokenLogprobs:
     """Float32 log-probs of the batch's sampled tokens, at the temperatures they were sampled with.
 

@@ -173,7 +173,8 @@ def load_policy(
         compute_dtype=dtype,
         context=limit,
         checkpointing=config.activation_checkpointing,
-        workers=Workers(workers),
+        # peft swaps the experts' weights on the module while it computes, for every thread.
+        workers=Workers(1 if peft else workers),
     )
     if policy.checkpointing:
         recompute_layers(policy)

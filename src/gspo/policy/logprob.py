@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gspo.errors import DataError
 from gspo.policy.projection import ChunkedLogprobs, Plan, project
+from gspo.timing import timed
 
 CPU_BLOCK = (2048, 2**20)
 """Vocabulary entries, and logits, of one block: 4 MiB stay in the cache between two passes."""
@@ -48,6 +49,7 @@ class TokenLogprobs:
             raise TypeError(f"log-probs are {self.logprobs.dtype}: l_i needs float32")
 
 
+@timed("head")
 def token_logprobs(
     hidden: Float[Tensor, "M D"],
     head: Head,

@@ -13,12 +13,14 @@ from typing import TypeVar
 
 import torch
 
+from gspo.timing import measured
+
 A = TypeVar("A")
 B = TypeVar("B")
 
 
 class Workers:
-    """`count` threads; with one, the caller's own.
+    """`count` threads; with one, or under a clock (`gspo.timing`), the caller's own.
 
     >>> Workers(2).map(lambda x: x + 1, [1, 2, 3])
     [2, 3, 4]
@@ -34,7 +36,7 @@ class Workers:
         Raises:
             Exception: the first that an item raised, once all have ended.
         """
-        if self.count == 1 or len(items) == 1:
+        if self.count == 1 or len(items) == 1 or measured():
             return [function(item) for item in items]
         if self._pool is None:
             self._pool = ThreadPoolExecutor(

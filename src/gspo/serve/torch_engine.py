@@ -22,6 +22,7 @@ from gspo.serve.decoding import Row, Running
 from gspo.serve.engine import Completion, Request, check_fits
 from gspo.serve.kv import KeyValues, SharedPrompts, padded, prefill
 from gspo.serve.route_watch import RouteWatch
+from gspo.timing import timed
 
 KV_BYTES = 2 * 2**30
 """Memory that keys and values may take; rows beyond it wait for their turn."""
@@ -79,6 +80,7 @@ class TorchEngine:
         """Start the stream of unseeded requests anew, as a resumed run must."""
         self._seed, self._served = seed, 0
 
+    @timed("sampling")
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         rows = []
         for r, request in enumerate(requests):

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from gspo.errors import CheckpointError, RunError
 from gspo.policy.load import Policy, save_weights
+from gspo.timing import timed
 from gspo.train.trainer import Trainer
 
 FORMAT = 1
@@ -44,6 +45,7 @@ def steps_saved(folder: Path) -> list[int]:
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and p.is_dir())
 
 
+@timed("checkpoint")
 def save_checkpoint(folder: Path, trainer: Trainer) -> Path:
     """Write `folder/<step>`; it exists whole or not at all.
 

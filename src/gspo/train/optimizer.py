@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gspo.dev import TrainConfig
 from gspo.errors import CheckpointError
+from gspo.timing import timed
 
 
 def learning_rate(peak: float, options: TrainConfig, progress: float) -> float:
@@ -37,6 +38,7 @@ class Optimizer:
         self._parameters = list(parameters.values())
         self._adam = torch.optim.AdamW(self._parameters, lr=0.0)
 
+    @timed("optimizer")
     def step(self, rate: float, options: TrainConfig) -> float:
         """Clip the gradient, update, and clear it. Returns the norm before clipping.
 

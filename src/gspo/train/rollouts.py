@@ -12,6 +12,7 @@ import torch
 from gspo.batch.sample import Sample, check_groups, trajectory_samples
 from gspo.errors import SampleTooLongError
 from gspo.objective import AdvantageKind, advantages
+from gspo.timing import timed
 from gspo.trajectory import Trajectory, TrajectoryGroup
 
 
@@ -52,6 +53,7 @@ class RolloutBatch:
         return len(set(self.groups) - self.groups_with_signal)
 
 
+@timed("packing")
 def prepare(
     groups: Sequence[TrajectoryGroup],
     *,

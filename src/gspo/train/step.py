@@ -28,6 +28,7 @@ from gspo.policy.load import Policy
 from gspo.policy.logprob import TokenLogprobs
 from gspo.policy.prefix import RowAttention
 from gspo.policy.workers import Workers
+from gspo.timing import span
 from gspo.train.routing import StepRouting, Watched
 from gspo.train.rows import rows_of
 from gspo.train.trace import Trace, traces
@@ -146,10 +147,12 @@ def _score(
     if work.routing is not None and watched is not None:
         loss = loss + work.routing.coefficient * watched.balance
     gradients: tuple[Tensor | None, ...] = ()
-    if apart:
-        gradients = torch.autograd.grad(loss, list(policy.trainable.values()), allow_unused=True)
-    else:
-        loss.backward()
+    with span("backward"):
+        if apart:
+            parameters = list(policy.trainable.values())
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        else:
+            loss.backward()
     return _Done(batch, scored, out, watched, gradients)
 
 

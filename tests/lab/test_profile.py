@@ -1,0 +1,198 @@
+"""`--profile`: rows that add up, and operations that are those of the tokens computed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gspo.backend.replay import read_batch
+from gspo.lab.experiment import run_experiment
+from gspo.lab.profile import PHASES, Phase, Profile, ProfileReport, peak_flops
+from gspo.lab.profile_text import render
+from gspo.policy.flops import Flops, head_flops
+from gspo.policy.precision import rollout_copy
+from gspo.serve.engine import Request, SamplingParams
+from gspo.serve.torch_engine import TorchEngine
+from gspo.timing import span, timing
+from gspo.train.rollouts import prepare
+from lab.test_experiment import Silent, records, small
+from policy.test_forward import tiny
+from support import embedded
+
+
+@pytest.fixture(autouse=True)
+def quick_peak(monkeypatch: pytest.MonkeyPatch):
+    """A machine of one operation a nanosecond; bfloat16 is twice as fast."""
+    from gspo.lab import profile
+
+    monkeypatch.setattr(
+        profile, "peak_flops", lambda dtype, device: 2e9 if dtype == torch.bfloat16 else 1e9
+    )
+
+
+async def profiled(path: Path, **fields: Any) -> tuple[Path, ProfileReport]:
+    profile = Profile()
+    with timing(profile.clock):
+        outcome = await run_experiment(small(path, **fields), Silent(), profile)
+    return outcome.run, profile.report()
+
+
+def by_name(report: ProfileReport) -> dict[str, Phase]:
+    return {phase.name: phase for phase in report.phases}
+
+
+async def test_the_phases_add_up_to_the_steps(tmp_path: Path):
+    run, report = await profiled(tmp_path)
+    phases = by_name(report)
+    assert list(phases) == [*PHASES, "other"]
+    assert sum(p.seconds for p in report.phases) == pytest.approx(report.seconds, rel=1e-12)
+    assert sum(p.share for p in report.phases) == pytest.approx(1.0)
+    assert all(p.seconds > 0 for p in report.phases)
+    # Evaluations, before and after, are no part of a step.
+    assert report.steps == phases["sampling"].calls == phases["rollout"].calls == 3
+    assert phases["optimizer"].calls == phases["backward"].calls == phases["forward"].calls
+    assert phases["checkpoint"].calls == 6  # the batch and the weights
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    logged = {k: sum(line.get(k, 0.0) for line in lines) for k in ("time/step", "time/rollout")}
+    # Measured inside of the step, and around the rollout.
+    assert report.seconds >= logged["time/step"] > logged["time/rollout"]
+    assert logged["time/rollout"] >= phases["rollout"].seconds + phases["sampling"].seconds
+
+
+def needed(run: Path, steps: int) -> tuple[float, float, float, float]:
+    """Forward, head and both backward passes of the samples that were trained on."""
+    policy = embedded()
+    own = Flops.of(policy)
+    totals = torch.zeros(4, dtype=torch.float64)
+    for step in range(1, steps + 1):
+        groups = read_batch(run / f"trajectories/train/{step:04d}.parquet").groups
+        for samples in prepare(groups, context=policy.context).samples:
+            for sample in (s for s in samples if s.advantage != 0):
+                positions = torch.arange(len(sample))
+                head = head_flops(policy.head, sample.sampled)
+                totals += torch.tensor(
+                    [own.forward(positions), head[0], own.backward(positions), head[1]],
+                    dtype=torch.float64,
+                )
+    return tuple(totals.tolist())
+
+
+async def test_operations_are_those_of_the_samples_trained_on(tmp_path: Path):
+    run, report = await profiled(tmp_path, steps=2)
+    forward, head, backward, head_backward = needed(run, 2)
+    phases = by_name(report)
+    assert phases["forward"].flops == pytest.approx(forward, rel=1e-12)
+    assert phases["head"].flops == pytest.approx(head, rel=1e-12)
+    assert phases["backward"].flops == pytest.approx(backward + head_backward, rel=1e-12)
+    for name in ("forward", "head", "backward", "sampling"):
+        phase = phases[name]
+        assert phase.floor_seconds == pytest.approx(phase.flops / 1e9)
+        assert phase.of_peak == pytest.approx(phase.floor_seconds / phase.seconds)
+    for name in ("rollout", "packing", "optimizer", "publish", "checkpoint", "other"):
+        assert (phases[name].flops, phases[name].of_peak) == (0.0, None)
+
+
+async def test_a_kl_term_pays_for_the_reference_too(tmp_path: Path):
+    run, report = await profiled(
+        tmp_path, steps=1, train={"kl_penalty_coef": 0.1, "minibatches": 1}
+    )
+    policy = embedded()
+    own = Flops.of(policy)
+    groups = read_batch(run / "trajectories/train/0001.parquet").groups
+    samples = [s for t in prepare(groups, context=policy.context).samples for s in t]
+    forward = sum(own.forward(torch.arange(len(s))) for s in samples)
+    head = sum(head_flops(policy.head, s.sampled)[0] for s in samples)
+    phases = by_name(report)
+    assert phases["forward"].flops == pytest.approx(2 * forward, rel=1e-12)
+    assert phases["head"].flops == pytest.approx(2 * head, rel=1e-12)
+    backward = sum(own.backward(torch.arange(len(s))) for s in samples) + 3 * head
+    assert phases["backward"].flops == pytest.approx(backward, rel=1e-12)
+
+
+async def test_each_type_is_compared_with_its_own_peak(tmp_path: Path):
+    load = {"dtype": "bfloat16", "rollout_dtype": "bfloat16"}
+    _, report = await profiled(tmp_path, steps=1, load=load)
+    assert report.peak == {"bfloat16": 2e9, "float32": 1e9}
+    phases = by_name(report)
+    # The layers in bfloat16, the vocabulary projection in float32.
+    assert phases["forward"].floor_seconds == pytest.approx(phases["forward"].flops / 2e9)
+    assert phases["head"].floor_seconds == pytest.approx(phases["head"].flops / 1e9)
+    for name in ("sampling", "backward"):
+        flops = phases[name].flops
+        assert flops / 2e9 < phases[name].floor_seconds < flops / 1e9
+
+
+def test_sampling_counts_what_torch_counts():
+    """Prompts of one length, so that nothing is padded; torch counts a prompt's whole square."""
+    policy = tiny(LlamaForCausalLM, LlamaConfig)
+    policy.lm.set_attn_implementation("eager")
+    engine, profile = TorchEngine(policy), Profile()
+    profile.attach(policy, policy)
+    prompts = [(5, 6, 7, 8), (9, 10, 11, 12)]
+    params = SamplingParams(n=3, max_tokens=6)
+    requests = [Request(prompt, params) for prompt in prompts]
+    with FlopCounterMode(display=False) as mode, timing(profile.clock), span("step"):
+        engine.generate(requests)
+    found = mode.get_flop_counts()
+    rotary = sum(sum(v.values()) for name, v in found.items() if name.endswith("rotary_emb"))
+    own = Flops.of(policy)
+    squares = own.pair * 3 * sum(len(p) * (len(p) - 1) // 2 for p in prompts)
+    counted = by_name(profile.report())["sampling"].flops
+    assert counted + squares == sum(found["Global"].values()) - rotary
+
+
+async def test_a_profile_changes_nothing_but_its_own_files(tmp_path: Path):
+    plain = (await run_experiment(small(tmp_path / "a"), Silent())).run
+    timed, _ = await profiled(tmp_path / "b")
+    assert records(plain) == records(timed)
+    weights = "checkpoints/0003/model.safetensors"
+    assert (plain / weights).read_bytes() == (timed / weights).read_bytes()
+
+
+async def test_files_and_text(tmp_path: Path):
+    run, report = await profiled(tmp_path, steps=1)
+    text = render(report)
+    path = report.write(run, text)
+    assert json.loads(path.read_text()) == json.loads(json.dumps(report.as_json()))
+    assert (run / "profile.txt").read_text() == text
+    lines = text.splitlines()
+    assert "per step of 1" in lines[0] and "1.0 GFLOP/s in float32" in lines[0]
+    for name in (*PHASES, "other", "step"):
+        assert any(line.split()[:1] == [name] for line in lines), name
+    assert all(len(line) <= 100 for line in lines[1:])
+
+
+async def test_a_finished_run_has_nothing_to_profile(tmp_path: Path):
+    await profiled(tmp_path, steps=1)
+    _, report = await profiled(tmp_path, steps=1)
+    assert (report.steps, report.phases) == (0, ())
+    assert "nothing to profile" in render(report)
+    json.dumps(report.as_json())
+
+
+def test_engine_and_trainer_are_counted_once_each():
+    policy = embedded()
+    engine, profile = rollout_copy(policy, "bfloat16"), Profile()
+    profile.attach(policy, engine)
+    profile.attach(policy, engine)
+    tokens = torch.arange(6, 10)[None]
+    positions = torch.arange(4)[None]
+    with timing(profile.clock), span("step"), torch.no_grad():
+        policy.backbone(input_ids=tokens, position_ids=positions, use_cache=False)
+        with span("sampling"):
+            engine.backbone(input_ids=tokens, position_ids=positions, use_cache=False)
+    once = Flops.of(policy).forward(positions)
+    assert profile.clock.counts["forward", "float32"] == once
+    assert profile.clock.counts["sampling", "bfloat16"] == once
+    assert profile.clock.counts["backward", "float32"] == 0
+
+
+def test_the_peak_is_a_rate_of_products():
+    rate = peak_flops(torch.float32, torch.device("cpu"), seconds=0.0)
+    assert 1e7 < rate < 1e15
