@@ -1,14 +1,19 @@
-"""The live view: one bar on a terminal, plain lines elsewhere."""
+"""The live view: a panel on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
+import logging
+import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.live import Live
+from rich.text import Text
 
 from gspo.lab.experiment import Estimate
+from gspo.lab.panel import Progress
 from gspo.lab.spec import Spec
 
 _FIELDS = (
@@ -16,29 +21,27 @@ _FIELDS = (
     ("clipped", "ratio/clip_fraction", "{:.1%}"),
     ("tokens/s", "throughput/tokens_per_second", "{:,.0f}"),
 )
+_QUIET = 2.0
+"""Seconds between the lines of a log file."""
 
 
 class LiveWatch:
-    """Shows step, reward, clip fraction, tokens/s and time left. A context manager."""
+    """Shows step, reward, clip fraction, tokens/s and time left. A context manager.
 
-    def __init__(self, console: Console | None = None):
+    Args:
+        console: where to; a terminal gets a panel, and anything else a line now and then.
+        clock: seconds.
+    """
+
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
         self.console = console or Console()
-        self._bar: Progress | None = None
-        self._total = 0
-        self._first = 0
-        self._began = 0.0
+        self._clock = clock
+        self._progress: Progress | None = None
+        self._live: Live | None = None
         self._shown = 0.0
+        self._handler = _Above(self.console)
 
     def __enter__(self) -> LiveWatch:
-        if self.console.is_terminal:
-            self._bar = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=20),
-                TextColumn("{task.fields[text]}"),
-                console=self.console,
-            )
-            self._bar.start()
         return self
 
     def __exit__(
@@ -47,43 +50,78 @@ class LiveWatch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._stop()
 
     def started(self, spec: Spec, step: int, changed: list[str]) -> None:
-        self._total, self._first, self._began = spec.steps, step, time.perf_counter()
+        self._stop()  # of an earlier run under the same watch
         where = f"{spec.path}/{spec.project}/{spec.name}"
         resumed = f", going on from step {step}" if step else ""
-        self.console.print(f"training {spec.model} in {where}{resumed}", highlight=False)
+        self._print(f"training {spec.model} in {where}{resumed}")
         for change in changed:
-            self.console.print(f"changed since the run began: {change}", highlight=False)
-        if self._bar is not None:
-            self._bar.add_task("", total=spec.steps, completed=step, text="")
+            self._print(f"changed since the run began: {change}")
+        self._progress = Progress(spec.steps, step, self._clock)
+        self._shown = self._clock() - _QUIET
+        if self.console.is_terminal and not self.console.is_dumb_terminal:
+            self._start(self._progress)
 
     def stepped(self, step: int, metrics: dict[str, float]) -> None:
-        text = "  ".join(
-            f"{label} {form.format(metrics[key])}" for label, key, form in _FIELDS if key in metrics
-        )
-        if "train/skipped" in metrics:
-            text += "  skipped: all groups have equal rewards"
-        text += f"  left {self._left(step)}"
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=step, text=text)
+        progress = self._progress
+        assert progress is not None
+        progress.took(step, metrics)
+        if self._live is not None:
+            self._live.refresh()
             return
-        # A log file wants a line now and then, not one a step.
-        now = time.perf_counter()
-        if step == self._total or now - self._shown >= 2.0:
+        now = self._clock()
+        if step == progress.total or now - self._shown >= _QUIET:
             self._shown = now
-            self.console.print(
-                f"step {step}/{self._total}  {text}", highlight=False, soft_wrap=True
-            )
+            self._print(_line(progress, metrics))
 
     def evaluated(self, step: int, estimate: Estimate) -> None:
-        self.console.print(f"held-out reward at step {step}: {estimate}", highlight=False)
+        if self._live is None or self._progress is None:
+            self._print(f"held-out reward at step {step}: {estimate}")
+            return
+        interval = f"[{estimate.low:.3f}, {estimate.high:.3f}]"
+        self._progress.measured(step, estimate.mean, interval)
+        self._live.refresh()
 
-    def _left(self, step: int) -> str:
-        done = step - self._first
-        if done <= 0:
-            return "-"
-        seconds = (time.perf_counter() - self._began) / done * (self._total - step)
-        return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+    def _start(self, progress: Progress) -> None:
+        # What goes to a file must not end on the terminal.
+        shared = sys.stderr.isatty()
+        self._live = Live(progress, console=self.console, transient=True, redirect_stderr=shared)
+        if shared:
+            logging.getLogger("gspo").addHandler(self._handler)
+        self._live.start(refresh=True)
+
+    def _stop(self) -> None:
+        """Take the panel away and leave its summary."""
+        live, progress, self._live = self._live, self._progress, None
+        if live is None or progress is None:
+            return
+        live.stop()
+        logging.getLogger("gspo").removeHandler(self._handler)
+        if progress.step > progress.first:
+            self._print(progress.summary(self.console.width - 1, self.console.options.ascii_only))
+
+    def _print(self, text: str) -> None:
+        self.console.print(Text(text), soft_wrap=True)
+
+
+class _Above(logging.Handler):
+    """Warnings, printed above the panel: written to the terminal they would tear it."""
+
+    def __init__(self, console: Console):
+        super().__init__(logging.WARNING)
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        label = record.levelname.lower()
+        self.console.print(Text.assemble((f"{label}: ", "yellow"), record.getMessage()))
+
+
+def _line(progress: Progress, metrics: dict[str, float]) -> str:
+    """A step as one line."""
+    parts = [f"step {progress.step}/{progress.total}"]
+    parts += [f"{label} {form.format(metrics[k])}" for label, k, form in _FIELDS if k in metrics]
+    if "train/skipped" in metrics:
+        parts.append("skipped: all groups have equal rewards")
+    return "  ".join([*parts, f"left {progress.left()}"])
