@@ -96,6 +96,6 @@ def test_an_error_inside_a_router_leaves_no_mode_behind(policy: Policy):
     with pytest.raises(RuntimeError, match="broken router"), policy.routing.observe():
         forward(policy, row)
     router.forward = own
-    assert not policy.routing._open
+    assert not policy.routing._state.open
     assert torch.topk(torch.eye(8), 1).indices.flatten().tolist() == list(range(8))
     own_routes(policy, row)

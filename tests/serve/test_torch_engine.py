@@ -198,12 +198,9 @@ def test_end_token_stops_and_is_part_of_the_completion(engine: TorchEngine):
 
 
 def test_an_ignored_end_token_is_a_token_like_others(engine: TorchEngine):
-    params = {"temperature": 0, "max_tokens": 30}
     prompt = chat(engine, "918273645546")
-    stops, goes_on = (
-        engine.generate([Request(prompt, SamplingParams(**params, ignore_eos=ignored))])[0][0]
-        for ignored in (False, True)
-    )
+    params = [SamplingParams(temperature=0, max_tokens=30, ignore_eos=on) for on in (False, True)]
+    stops, goes_on = (own[0] for own in engine.generate([Request(prompt, p) for p in params]))
     assert stops.finish_reason == "stop"
     assert goes_on.finish_reason == "length"
     assert goes_on.token_ids[: len(stops.token_ids)] == stops.token_ids

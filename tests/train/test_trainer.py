@@ -110,11 +110,13 @@ def test_flat_groups_cost_no_forward_but_count_in_n(policy: Policy, monkeypatch)
     seen: list[int] = []
     from gspo.train import step
 
-    own = step.pack
+    own = step.rows_of
     monkeypatch.setattr(
         step,
-        "pack",
-        lambda samples, *args, **share: seen.append(len(samples)) or own(samples, *args, **share),
+        "rows_of",
+        lambda policy, samples, *args, **share: (
+            seen.append(len(samples)) or own(policy, samples, *args, **share)
+        ),
     )
     trainer = Trainer(embedded())
     settings = resolve(options=dev.TrainConfig(minibatches=1))

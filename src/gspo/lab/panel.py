@@ -68,7 +68,7 @@ class Progress:
 
     Attributes:
         total, first, step: steps in all, at the start of this process, and so far.
-        began, latest: when this process began and when its latest step ended, by `clock`.
+        began, latest: when its first step began and when its latest step ended, by `clock`.
         rewards, clipped: of the steps that this process took.
         tokens: a second, in the latest step.
         held_out: (step, reward and interval) of each evaluation.
@@ -101,6 +101,12 @@ class Progress:
             if name in metrics:
                 values.append(metrics[name])
 
+    def measured(self, step: int, reward: float, interval: str) -> None:
+        """Count an evaluation."""
+        self.held_out.append((step, reward, interval))
+        if self.step == self.first:  # the time that a step takes is counted from here
+            self.began = self.latest = self.clock()
+
     def left(self) -> str:
         """Time left, by the mean of the steps so far; '-' before the first."""
         done = self.step - self.first
@@ -113,16 +119,20 @@ class Progress:
         # One column stays free: some terminals wrap a full line.
         width = min(options.max_width - 1, _WIDEST)
         marks = _marks(options.ascii_only)
-        notes = [f"{self.left()} left", _range(self.rewards), self._speed()]
+        ended = self.step >= self.total
+        timing = f"took {clock_text(self.latest - self.began)}" if ended else f"{self.left()} left"
+        notes = [timing, _range(self.rewards), self._speed()]
         side = max(len(note) for note in notes)
-        room = max(4, width - 18 - 2 - side)
+        count = f"{self.step}/{self.total}"
+        number = max(8, len(count))
+        room = max(4, width - 8 - number - side - 3)
         bar = ProgressBar(self.total, self.step, width=room)
         table = Table.grid(padding=(0, 1))
         table.add_column(style="dim", width=8)
-        table.add_column(justify="right", width=8, no_wrap=True)
+        table.add_column(justify="right", width=number, no_wrap=True)
         table.add_column(width=room, no_wrap=True)
         table.add_column(justify="right", width=side, no_wrap=True, style="dim")
-        table.add_row("step", f"{self.step}/{self.total}", bar, notes[0])
+        table.add_row("step", count, bar, notes[0])
         chart = Text(spark(self.rewards[-room:], marks=marks), style="green")
         table.add_row("reward", _value(self.rewards, "{:.3f}"), chart, notes[1])
         chart = Text(spark(self.clipped[-room:], low=0, marks=marks), style="yellow")

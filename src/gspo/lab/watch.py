@@ -81,7 +81,7 @@ class LiveWatch:
             self._print(f"held-out reward at step {step}: {estimate}")
             return
         interval = f"[{estimate.low:.3f}, {estimate.high:.3f}]"
-        self._progress.held_out.append((step, estimate.mean, interval))
+        self._progress.measured(step, estimate.mean, interval)
         self._live.refresh()
 
     def _start(self, progress: Progress) -> None:
@@ -90,7 +90,7 @@ class LiveWatch:
         self._live = Live(progress, console=self.console, transient=True, redirect_stderr=shared)
         if shared:
             logging.getLogger("gspo").addHandler(self._handler)
-        self._live.start()
+        self._live.start(refresh=True)
 
     def _stop(self) -> None:
         """Take the panel away and leave its summary."""

@@ -30,7 +30,7 @@ def load_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
         MissingDependencyError: reasoning-gym is not installed.
 
     >>> load_task("sort").problem("train", 0).prompt
-    '807145917480'
+    '722499585097'
     """
     if name.startswith(GYM):
         from gspo.tasks.gym import GymTask

@@ -12,7 +12,7 @@ class Sort(Task):
     """Sort 12 digits.
 
     >>> Sort().draw(1).prompt, Sort().draw(1).answer
-    ('291417773628', '112234677789')
+    ('291417776317', '111234677779')
     """
 
     name = "sort"

@@ -128,7 +128,7 @@ def overlong_punishment(length: int, max_tokens: int, cache: int) -> float:
     >>> [overlong_punishment(n, 100, 20) for n in (80, 90, 100, 150)]
     [0.0, -0.5, -1.0, -1.0]
     """
-    return -min(1.0, max(0.0, (length - (max_tokens - cache)) / cache))
+    return min(0.0, max(-1.0, (max_tokens - cache - length) / cache))
 
 
 def shaped_reward(trajectory: Trajectory, overlong: tuple[int, int] | None) -> float:
