@@ -61,26 +61,29 @@ def packed_attention(
         ), None
     assert gspo_row is not None
     plan = gspo_row.within(sliding_window)
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
-    q, k, v = (
-        x.index_select(0, at) for x, at in ((q, plan.queries), (k, plan.keys), (v, plan.keys))
+    # Rows of memory are gathered, and halves of one tensor: many small ops cost more than they move.
+    q = query.squeeze(0).transpose(0, 1).contiguous().index_select(0, plan.queries)
+    kv = torch.cat([key, value], dim=-1).squeeze(0).transpose(0, 1).contiguous()
+    k, v = kv.index_select(0, plan.keys).split([key.shape[-1], value.shape[-1]], dim=-1)
+    parts = zip(
+        plan.pieces,
+        q.split([piece.blocks * piece.queries for piece in plan.pieces]),
+        k.split([piece.blocks * piece.keys for piece in plan.pieces]),
+        v.split([piece.blocks * piece.keys for piece in plan.pieces]),
+        strict=True,
     )
-    outputs, q_at, k_at = [], 0, 0
-    for piece in plan.pieces:
-        q_end = q_at + piece.blocks * piece.queries
-        k_end = k_at + piece.blocks * piece.keys
-        part = functional.scaled_dot_product_attention(
-            q[q_at:q_end].unflatten(0, (piece.blocks, -1)).transpose(1, 2),
-            k[k_at:k_end].unflatten(0, (piece.blocks, -1)).transpose(1, 2),
-            v[k_at:k_end].unflatten(0, (piece.blocks, -1)).transpose(1, 2),
+    outputs = [
+        functional.scaled_dot_product_attention(
+            *(x.unflatten(0, (piece.blocks, -1)).transpose(1, 2) for x in own),
             attn_mask=piece.mask,
             is_causal=piece.mask is None,
             scale=scaling,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        outputs.append(part.transpose(1, 2).flatten(0, 1))  # [B Q, H, E]
-        q_at, k_at = q_end, k_end
-    return torch.cat(outputs).index_select(0, plan.order)[None], None
+            enable_gqa=query.shape[1] != key.shape[1],
+        ).transpose(1, 2)
+        for piece, *own in parts
+    ]  # each [B, Q, H, E]
+    out = torch.cat([part.flatten(0, 1) for part in outputs])
+    return out.index_select(0, plan.order)[None], None
 
 
 def no_mask(device: torch.device) -> Bool[Tensor, "1 1 1 1"]:
