@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 export PYTHONWARNINGS ?=
 
-.PHONY: demo test slow check bench docs clean
+.PHONY: demo test slow check bench study docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +38,10 @@ check: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/rollout.py
+
+study: $(VENV)/.installed
+	$(BIN)/python docs/study/run.py
+	$(BIN)/python docs/study/figures.py
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
