@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 export PYTHONWARNINGS ?=
 
-.PHONY: demo test slow check bench bench-check bench-vllm bench-gpu docs clean
+.PHONY: demo test slow check bench bench-check bench-vllm bench-gpu study docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -54,6 +54,10 @@ bench-vllm: $(VENV)/.bench
 
 bench-gpu: $(VENV)/.bench
 	$(BIN)/python benchmarks/run.py --set gpu $(BENCH)
+
+study: $(VENV)/.installed
+	$(BIN)/python docs/study/run.py
+	$(BIN)/python docs/study/figures.py
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict

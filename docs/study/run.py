@@ -48,7 +48,7 @@ def main() -> None:
         print_result(content)
         failed += plan.count("failed")
         arguments.data.mkdir(exist_ok=True)
-        data = json.dumps(essence(content), indent=0)
+        data = json.dumps(essence(content), separators=(",", ":"))
         (arguments.data / f"{path.stem}.json").write_text(data + "\n")
     raise SystemExit(1 if failed else 0)
 

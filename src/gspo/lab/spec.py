@@ -34,7 +34,7 @@ class Spec(Options):
     task: str | None = None
     """`sort`, `reverse`, `add`, `chain`, `climb` or `reasoning-gym:<dataset>`."""
     task_options: dict[str, Any] = Field(default_factory=dict)
-    """Options of `chain` and `climb`, or of a reasoning-gym dataset."""
+    """Options of `chain`, or of a reasoning-gym dataset."""
     rollout: str | None = None
     """`module:function`, an `async def rollout(model, scenario) -> Trajectory` of your own.
     Without it, the task's prompt is answered in one turn and scored."""

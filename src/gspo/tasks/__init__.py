@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import is_dataclass
 from typing import Any
 
 from gspo.errors import ConfigError, suggestion
@@ -43,13 +41,12 @@ def load_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
             f"unknown task {name!r}.{suggestion(name, task_names())} Known: {', '.join(known)}."
         )
     given, make = dict(options or {}), tasks[name]
-    known = [field.name for field in dataclasses.fields(make)] if is_dataclass(make) else []
     for option in given:
-        if not known:
+        if not make.options:
             raise ConfigError(f"task {name!r} has no options, but got {sorted(given)}")
-        if option not in known:
+        if option not in make.options:
             raise ConfigError(
-                f"task {name!r} has no option {option!r}.{suggestion(option, known)} "
-                f"Known: {', '.join(known)}."
+                f"task {name!r} has no option {option!r}.{suggestion(option, make.options)} "
+                f"Known: {', '.join(make.options)}."
             )
     return make(**given)

@@ -27,12 +27,14 @@ class Task(ABC):
         name: as given to `load_task`.
         max_tokens: default limit of a completion.
         system_prompt: None, or the system turn that goes before every prompt.
+        options: what the constructor takes.
         ends: a right answer ends by itself; else it is cut at `max_tokens`.
     """
 
     name: str
     max_tokens: int
     system_prompt: ClassVar[str | None] = None
+    options: ClassVar[tuple[str, ...]] = ()
     ends: ClassVar[bool] = True
 
     @abstractmethod

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
 
 from gspo.errors import ConfigError
 from gspo.tasks.base import Problem, Task
@@ -14,7 +12,6 @@ LONGEST = 400
 """Tokens of an answer that fit the embedded models' context."""
 
 
-@dataclass(frozen=True)
 class Chain(Task):
     """Continue six digits by `length` more, each one above the digit six before it; 0 follows 9.
 
@@ -25,16 +22,16 @@ class Chain(Task):
     ('291417', '3025')
     """
 
-    length: int = 100
     name = "chain"
-    ends: ClassVar[bool] = False
+    ends = False
+    options = ("length",)
 
-    def __post_init__(self) -> None:
-        _check("chain", "length", self.length, 1, LONGEST)
-
-    @property
-    def max_tokens(self) -> int:
-        return self.length
+    def __init__(self, length: int = 100):
+        if not isinstance(length, int) or isinstance(length, bool) or not 1 <= length <= LONGEST:
+            raise ConfigError(
+                f"task 'chain': length = {length!r} must be an integer from 1 to {LONGEST}"
+            )
+        self.length = self.max_tokens = length
 
     def draw(self, key: int) -> Problem:
         rng = random.Random(key)
@@ -88,13 +85,6 @@ class Climb(Task):
                 return 0.0
             before = int(text)
         return float(before == top)
-
-
-def _check(task: str, option: str, value: object, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ConfigError(
-            f"task {task!r}: {option} = {value!r} must be an integer from {low} to {high}"
-        )
 
 
 LENGTH_TASKS: Mapping[str, type[Task]] = {task.name: task for task in (Chain, Climb)}

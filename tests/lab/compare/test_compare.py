@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from gspo.cli import app
 from gspo.errors import ConfigError, RunError
@@ -206,7 +205,7 @@ def test_dry_run_lists_cells_and_cost_and_writes_nothing(tmp_path: Path):
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
     assert sum(line.startswith("pending") for line in lines) == 6
-    assert lines[-1].startswith("6 cells: 0 done, 0 refused, 6 to run, 3 at once; about ")
+    assert lines[-1].startswith("6 cells: 0 done, 0 refused, 6 to run, 3 at once; roughly ")
     assert "a rough guess" in lines[-1]
     assert not (tmp_path / "runs").exists()
 
@@ -242,7 +241,8 @@ def test_one_comparison_at_a_time_uses_a_path(tmp_path: Path, monkeypatch: pytes
 
 class Unseen:
     def began(self, cell: Any) -> None: ...
-    def stepped(self, cell: Any, step: int, reward: float | None) -> None: ...
+    def stepped(self, cell: Any, step: int) -> None: ...
+    def evaluated(self, cell: Any, reward: float) -> None: ...
     def ended(self, cell: Any, state: Any) -> None: ...
 
 

@@ -15,21 +15,7 @@ from gspo.lab.compare.run import State, cell_folder, first_states, is_finished
 from gspo.lab.compare.spec import CompareSpec
 from gspo.lab.compare.table import print_result
 from gspo.lab.statistics import t_interval
-
-
-def write_run(cell: Cell, rewards: list[float], clip: float = 0.25) -> None:
-    """A finished run of two steps with these held-out rewards, the last of them at the end."""
-    folder = cell_folder(cell)
-    folder.mkdir(parents=True)
-    lines = []
-    for step, reward in enumerate(rewards):
-        line: dict[str, Any] = {"step": step, "val/reward": reward}
-        line |= {"val/reward_low": reward - 0.02, "val/reward_high": reward + 0.02}
-        if step:
-            line |= {"train/reward": reward - 0.1, "tokens/completion": 100, "time/step": 0.5}
-            line |= {"ratio/clip_fraction": clip}
-        lines.append(json.dumps(line))
-    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+from lab.compare.written import write_run
 
 
 def small(path: Path, **fields: Any) -> CompareSpec:
@@ -73,7 +59,11 @@ def test_summaries_and_pairs_are_by_seed(tmp_path: Path):
     cells = make_cells(compare)
     ends = {"gspo": [0.5, 0.6, 0.8], "grpo": [0.4, 0.45, 0.74]}
     for cell in cells:
-        write_run(cell, [0.3, 0.4, ends[cell.arm][cell.seed]], clip=0.1 * (cell.seed + 1))
+        write_run(
+            cell,
+            [0.3, 0.4, ends[cell.arm][cell.seed]],
+            {"ratio/clip_fraction": 0.1 * (cell.seed + 1)},
+        )
     content = comparison(compare, cells, done(cells))
     ours = content["summary"][0]
     expected = t_interval(ends["gspo"])

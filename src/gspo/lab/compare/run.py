@@ -37,7 +37,8 @@ class GridWatch(Protocol):
     """Sees the comparison while it runs."""
 
     def began(self, cell: Cell) -> None: ...
-    def stepped(self, cell: Cell, step: int, reward: float | None) -> None: ...
+    def stepped(self, cell: Cell, step: int) -> None: ...
+    def evaluated(self, cell: Cell, reward: float) -> None: ...
     def ended(self, cell: Cell, state: State) -> None: ...
 
 
@@ -137,7 +138,9 @@ class _Worker:
         while answer := await process.stdout.readline():
             event = json.loads(answer)
             if event["event"] == "step":
-                watch.stepped(cell, event["step"], event.get("reward"))
+                watch.stepped(cell, event["step"])
+            elif event["event"] == "evaluated":
+                watch.evaluated(cell, event["reward"])
             else:
                 return event.get("error")
         self._process = None

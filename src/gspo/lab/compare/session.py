@@ -22,6 +22,8 @@ from gspo.lab.compare.run import (
 from gspo.lab.compare.spec import CompareSpec
 from gspo.policy.embedded import PREFIX, embedded_folder
 
+START = 8.0
+"""Seconds until a worker has loaded its libraries and its model."""
 EMBEDDED_RATE = 10_000
 """Sampled tokens a second and core of an embedded model, training included: a rough guess that
 serves until a cell has been timed."""
@@ -32,7 +34,7 @@ class GridPlan:
     """What a comparison will do, told before it runs.
 
     Attributes:
-        seconds: of wall clock, roughly and at most; None where nothing is known of the model.
+        seconds: of wall clock, roughly; None where nothing is known of the model.
         measured: whether the estimate comes from finished cells of this comparison.
     """
 
@@ -59,7 +61,7 @@ def plan_comparison(compare: CompareSpec, workers: int | None = None) -> GridPla
     rate, measured = _rate(compare, cells, states)
     waiting = [cell for cell in cells if states[cell.id].status == "pending"]
     tokens = sum(cell.sequences * cell.longest for cell in waiting)
-    seconds = tokens / rate / max(1, min(workers, len(waiting))) if rate else None
+    seconds = START + tokens / rate / max(1, min(workers, len(waiting))) if rate else None
     return GridPlan(cells, states, workers, seconds, measured)
 
 
@@ -115,8 +117,11 @@ class _Keeper:
     def began(self, cell: Cell) -> None:
         self._watch.began(cell)
 
-    def stepped(self, cell: Cell, step: int, reward: float | None) -> None:
-        self._watch.stepped(cell, step, reward)
+    def stepped(self, cell: Cell, step: int) -> None:
+        self._watch.stepped(cell, step)
+
+    def evaluated(self, cell: Cell, reward: float) -> None:
+        self._watch.evaluated(cell, reward)
 
     def ended(self, cell: Cell, state: State) -> None:
         self._watch.ended(cell, state)

@@ -57,18 +57,21 @@ class LiveGrid:
         if self._progress is not None:
             self._bars[cell.id] = self._progress.add_task(cell.id, total=cell.spec.steps, text="")
 
-    def stepped(self, cell: Cell, step: int, reward: float | None) -> None:
-        if reward is not None:
-            self._rewards.setdefault(cell.id, []).append(reward)
+    def stepped(self, cell: Cell, step: int) -> None:
         if self._progress is not None:
-            text = "" if reward is None else f"reward {reward:.3f}"
-            self._progress.update(self._bars[cell.id], completed=step, text=text)
+            self._progress.update(self._bars[cell.id], completed=step)
+
+    def evaluated(self, cell: Cell, reward: float) -> None:
+        self._rewards.setdefault(cell.id, []).append(reward)
+        if self._progress is not None:
+            self._progress.update(self._bars[cell.id], text=f"held-out {reward:.3f}")
 
     def ended(self, cell: Cell, state: State) -> None:
         self._done += 1
         seconds = time.perf_counter() - self._began[cell.id]
         seen = self._rewards.get(cell.id, [])
-        text = f"reward {seen[0]:.3f} -> {seen[-1]:.3f}" if seen else ""
+        # A cell that goes on has its earlier evaluations in its log, not here.
+        text = f"held-out {' '.join(f'{reward:.2f}' for reward in seen)}"
         if state.status == "failed":
             text = f"failed: {state.error}"
         line = f"{self._done}/{self._total}  {cell.id}  {text}  {seconds:.0f} s"
@@ -99,7 +102,7 @@ def summary_line(plan: GridPlan) -> str:
     if plan.seconds is None:
         return line + "; no estimate: no cell of this model has been timed yet"
     source = "as fast as those done" if plan.measured else "a rough guess"
-    return line + f"; about {_duration(plan.seconds)} at most ({source})"
+    return line + f"; roughly {_duration(plan.seconds)} ({source})"
 
 
 def print_result(content: dict[str, Any], console: Console | None = None) -> None:

@@ -1,8 +1,8 @@
 """A worker process: runs the cells that it is sent, one after another.
 
 On its standard input, one resolved spec a line; on its standard output, one JSON object an event:
-`step`, `done` or `error`. The input's end is the parent's end, in whatever way it came: the worker
-then stops at once, and the run goes on from its last checkpoint another time.
+`step`, `evaluated`, `done` or `error`. The input's end is the parent's end, in whatever way it
+came: the worker then stops at once, and the run goes on from its last checkpoint another time.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ class _Reporter:
         self.send(event="step", step=step)
 
     def stepped(self, step: int, metrics: dict[str, float]) -> None:
-        self.send(event="step", step=step, reward=metrics.get("train/reward"))
+        self.send(event="step", step=step)
 
-    def evaluated(self, step: int, estimate: Estimate) -> None: ...
+    def evaluated(self, step: int, estimate: Estimate) -> None:
+        self.send(event="evaluated", step=step, reward=estimate.mean)
 
 
 def main() -> None:

@@ -1,0 +1,110 @@
+"""The study's scripts: from comparisons to data, tables and pictures."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from gspo.lab.compare.grid import make_cells
+from gspo.lab.compare.result import comparison
+from gspo.lab.compare.run import State
+from gspo.lab.compare.spec import read_compare_spec
+from lab.compare.written import write_run
+
+STUDY = Path(__file__).parents[3] / "docs" / "study"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(STUDY))
+
+    def load(name: str) -> ModuleType:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return importlib.import_module(name)
+
+    return load
+
+
+def study_data(run: ModuleType, part: str, folder: Path) -> dict[str, Any]:
+    """A part of the study with two seeds and made-up runs of two steps."""
+    changes = ["seeds=2", "base.steps=2", f"path={json.dumps(str(folder / 'runs'))}"]
+    spec = read_compare_spec(STUDY / f"{part}.toml", changes)
+    cells = make_cells(spec)
+    for index, cell in enumerate(cells):
+        metrics = {
+            "ratio/clip_fraction_tokens": 0.15 if "gspo" in cell.arm else 0.0015,
+            "tokens/completion_mean": 16.0,
+            "ratio/token_log_square": 0.04,
+            "ratio/log_square": 0.01,
+            "ratio/epsilon_low": 1e-3,
+            "moe/experts_changed": 0.05,
+            "moe/routing_agreement": 0.99,
+        }
+        write_run(cell, [0.3, 0.4, 0.5 + index / 1000], metrics)
+    return run.essence(comparison(spec, cells, {cell.id: State("done") for cell in cells}))
+
+
+@pytest.mark.parametrize("part", sorted(path.stem for path in STUDY.glob("*.toml")))
+def test_every_part_fills_its_tables_and_pictures(
+    part: str, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run, tables, figures = script("run"), script("tables"), script("figures")
+    data = json.loads(json.dumps(study_data(run, part, tmp_path)))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / f"{part}.json").write_text(json.dumps(data))
+    page = tmp_path / "study.md"
+    page.write_text((STUDY.parent / "study.md").read_text())
+    arguments = ["figures.py", "--data", str(tmp_path / "data"), "--page", str(page)]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--images", str(tmp_path / "img")])
+    figures.main()
+
+    own = {mark for mark, (name, _) in tables.TABLES.items() if name == part}
+    text = page.read_text()
+    for mark in tables.TABLES:
+        between = text.split(f"<!-- table:{mark} -->")[1].split("<!-- /table -->")[0]
+        assert between.strip().startswith("| ") is (mark in own)
+    drawn = {path.stem for path in (tmp_path / "img").iterdir()}
+    assert drawn == {name for name, (of, _) in figures.PICTURES.items() if of == part}
+    for name in drawn:
+        assert f"study/img/{name}.png" in text
+
+
+def test_numbers_are_those_of_the_cells(script: Any, tmp_path: Path):
+    run, tables = script("run"), script("tables")
+    data = study_data(run, "a-stability", tmp_path)
+    first = data["cells"][0]
+    assert first["val/reward"] == {
+        "step": [0, 1, 2],
+        "value": [0.3, 0.4, 0.5],
+        "tokens": [0, 100, 200],
+    }
+    assert first["ends"]["ratio/epsilon_low"] == 1e-3
+    head, paper, row, *_ = tables.clip_fractions(data)
+    assert head[-4:] == ["GSPO, sequences", "GSPO, tokens", "GRPO, tokens", "GSPO / GRPO, tokens"]
+    assert paper[-3:] == ["15 %", "0.13 %", "115"]
+    assert row == ["0.0001", "4", "25.0 %", "15.0 %", "0.15 %", "100"]
+    reward = tables.rewards(data)[1]
+    # Cells 0 and 12 are GSPO's, 1 and 13 GRPO's: means 0.506 and 0.507, differences of -0.001.
+    assert reward[2] == "2" and reward[3].startswith("0.506 ±")
+    assert reward[5] == "**-0.001 [-0.001, -0.001]**"
+
+    data = study_data(run, "e-length", tmp_path)
+    length, token, sequence = tables.spread(data, "gspo", {"length": "16"})
+    assert (length, round(token, 9), round(sequence, 9)) == (16, 0.2, 0.1)
+    assert tables.spreads(data)[1][-4:] == ["0.2", "0.1", "0.05", "2.00"]
+
+
+def test_a_page_keeps_what_has_no_data(script: Any):
+    tables = script("tables")
+    text = "<!-- table:a -->\nold\n<!-- /table --> and <!-- table:b -->kept<!-- /table -->"
+    once = tables.filled(text, {"a": "| x |"})
+    assert once == (
+        "<!-- table:a -->\n| x |\n<!-- /table --> and <!-- table:b -->kept<!-- /table -->"
+    )
+    assert tables.filled(once, {"a": "| x |"}) == once
