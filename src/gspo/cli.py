@@ -137,22 +137,46 @@ def audit(
         print(json.dumps(report.as_json()))
 
 
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folders of runs, or one folder of a comparison.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Default: <RUN>/report.html. Needed for several runs.")
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Keep it up to date until no run is alive.")
+    ] = False,
+) -> None:
+    """Write a run, or several side by side, as one HTML file that needs no network."""
+    from gspo.lab.report.command import make_report
+
+    path, keep_up = make_report(runs, out, watch)
+    print(f"report: {path}")
+    keep_up()
+
+
 def _run(make_spec: Callable[[], Spec], as_json: bool) -> None:
     from gspo.lab import experiment
     from gspo.lab.picture import draw_run, require_plotting
+    from gspo.lab.report.live import LiveReport
     from gspo.lab.watch import LiveWatch
 
     require_plotting()
-    with LiveWatch() as watch:
-        outcome = asyncio.run(experiment.run_experiment(make_spec(), watch))
+    with LiveWatch() as watch, LiveReport(watch) as live:
+        outcome = asyncio.run(experiment.run_experiment(make_spec(), live))
     picture = draw_run(outcome.run)
     if outcome.before and outcome.after:
         print(f"held-out reward before  {outcome.before}   (95 % interval)")
         print(f"held-out reward after   {outcome.after}   over {outcome.prompts} prompts")
     print(f"{outcome.steps} steps in {outcome.seconds:.0f} s; run in {outcome.run}")
     print(f"picture: {picture}")
+    if live.path:
+        print(f"report: {live.path}")
     if as_json:
-        print(json.dumps(experiment.as_json(outcome) | {"picture": str(picture)}))
+        files = {"picture": str(picture), "report": live.path and str(live.path)}
+        print(json.dumps(experiment.as_json(outcome) | files))
 
 
 def _dry_run(spec: Spec) -> None:
