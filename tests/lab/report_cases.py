@@ -138,8 +138,9 @@ def run_folder(path: Path, name: str = "m", *, steps: int = 4, text: str = "42")
 
 
 def _answer(text: str, reward: int) -> Any:
-    extra = {"message": {"role": "assistant", "content": text}}
-    return trajectory(float(reward), choice([7, 8, 9], logprobs=[-0.5, -1.0, -0.25], **extra))
+    message = {"role": "assistant", "content": text}
+    answer = choice([7, 8, 9], logprobs=[-0.5, -1.0, -0.25], message=message)
+    return trajectory(float(reward), answer)
 
 
 def _trace(number: int, step: int) -> Trace:

@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from gspo.lab.experiment import Estimate, Watch
 from gspo.lab.report.data import RunData, read_runs
 from gspo.lab.report.page import Live, write_page
 from gspo.lab.report.run_page import run_page
-from gspo.lab.spec import Spec
+
+if TYPE_CHECKING:
+    from gspo.lab.experiment import Estimate, Watch
+    from gspo.lab.spec import Spec
 
 log = logging.getLogger("gspo")
 

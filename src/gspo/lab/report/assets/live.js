@@ -5,12 +5,14 @@
   const note = document.getElementById("live-note");
   const button = document.getElementById("live-pause");
   const keeps = [...document.querySelectorAll("select[id], details[id]")];
+  const chosen = new Set();  /* pickers that somebody moved: the others show the latest */
   let paused = false;
 
   function save() {
     const kept = { y: scrollY, paused, parts: {} };
     for (const part of keeps) {
-      kept.parts[part.id] = part.tagName === "DETAILS" ? part.open : part.selectedIndex;
+      if (part.tagName === "DETAILS") kept.parts[part.id] = part.open;
+      else if (chosen.has(part.id)) kept.parts[part.id] = part.selectedIndex;
     }
     try { sessionStorage.setItem(key, JSON.stringify(kept)); } catch { /* private mode */ }
   }
@@ -42,6 +44,7 @@
     return lost;
   }
 
+  keeps.forEach((part) => part.addEventListener("change", () => chosen.add(part.id)));
   history.scrollRestoration = "manual";
   restore();
   addEventListener("pagehide", save);
