@@ -47,6 +47,7 @@ def test_surface_is_frozen():
             "picture",
             "as_json",
         ],
+        "report": ["runs", "out", "watch"],
     }
 
 
@@ -58,6 +59,7 @@ def test_demo_json_is_the_last_line(tmp_path: Path):
     assert {"reward_before", "reward_after", "prompts", "steps", "seconds", "run"} <= set(result)
     assert result["steps"] == 2
     assert Path(result["picture"]).exists()
+    assert Path(result["report"]).exists()
     progress = [line for line in lines if line.startswith("step 2/2")]
     assert re.search(r"reward .* clipped .* tokens/s .* left", progress[0])
 
@@ -137,7 +139,7 @@ def test_serve_answers_on_loopback():
 def test_help_lists_the_verbs():
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    for verb in ("demo", "train", "serve", "audit"):
+    for verb in ("demo", "train", "serve", "audit", "report"):
         assert verb in result.output
 
 
