@@ -49,6 +49,7 @@ def test_surface_is_frozen():
         ],
         "inspect": ["run", "step", "weights", "presets", "matrix", "picture", "as_json"],
         "compare": ["spec", "quick", "overrides", "dry_run", "workers", "path", "as_json"],
+        "report": ["runs", "out", "watch"],
     }
 
 
@@ -60,6 +61,7 @@ def test_demo_json_is_the_last_line(tmp_path: Path):
     assert {"reward_before", "reward_after", "prompts", "steps", "seconds", "run"} <= set(result)
     assert result["steps"] == 2
     assert Path(result["picture"]).exists()
+    assert Path(result["report"]).exists()
     progress = [line for line in lines if line.startswith("step 2/2")]
     assert re.search(r"reward .* clipped .* tokens/s .* left", progress[0])
 
@@ -172,7 +174,7 @@ def test_serve_answers_on_loopback():
 def test_help_lists_the_verbs():
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    for verb in ("demo", "train", "serve", "audit", "inspect", "compare"):
+    for verb in ("demo", "train", "serve", "audit", "inspect", "compare", "report"):
         assert verb in result.output
 
 

@@ -1,0 +1,175 @@
+"""The verbs that look at runs and compare them: audit, inspect, compare, report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gspo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gspo.lab.compare.session import GridPlan
+    from gspo.lab.compare.spec import CompareSpec
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print a JSON object as the last line.")]
+
+
+def audit(
+    model: Annotated[str, typer.Argument(help="embedded:<task>, a folder or a hub id.")],
+    rollout_dtype: Annotated[
+        str, typer.Option(help="The engine's: float32, bfloat16, float16, int8 or int4.")
+    ] = "float32",
+    task: Annotated[str | None, typer.Option(help="Default: the embedded model's own.")] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts of the task.")] = 64,
+    completions: Annotated[int, typer.Option(min=1, help="Per prompt.")] = 8,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Default: the task's.")] = None,
+    temperature: Annotated[float, typer.Option(help="Above 0.")] = 1.0,
+    epsilon_low: Annotated[float | None, typer.Option(help="Default: GSPO's 3e-4.")] = None,
+    epsilon_high: Annotated[float | None, typer.Option(help="Default: GSPO's 4e-4.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Write a PNG here.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell whether the clip range is wider than the noise between engine and trainer."""
+    from gspo.lab.audit import AuditSpec, run_audit
+    from gspo.lab.audit_picture import draw_audit
+    from gspo.lab.audit_text import render
+    from gspo.lab.picture import require_plotting
+
+    spec = AuditSpec(
+        model=model,
+        rollout_dtype=rollout_dtype,  # pyright: ignore[reportArgumentType]  # it checks
+        task=task,
+        prompts=prompts,
+        completions=completions,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        epsilon_low=epsilon_low,
+        epsilon_high=epsilon_high,
+    )
+    if picture is not None:
+        require_plotting()
+    report, noise = run_audit(spec)
+    print(render(report), end="")
+    if picture is not None:
+        print(f"picture            {draw_audit(report, noise.log_ratios, picture)}")
+    if as_json:
+        print(json.dumps(report.as_json()))
+
+
+def inspect(
+    run: Annotated[Path, typer.Argument(help="Folder of the run.")],
+    step: Annotated[int | None, typer.Option(min=1, help="Default: the last one.")] = None,
+    weights: Annotated[str, typer.Option(help="before or after the step, or both.")] = "both",
+    presets: Annotated[str | None, typer.Option(help="Some of them, as a,b,c.")] = None,
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="Also print the cosines of all pairs.")
+    ] = False,
+    picture: Annotated[Path | None, typer.Option(help="Write a PNG of the cosines here.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare every method's loss, gradient and clipping on a batch that a run has stored."""
+    from gspo.lab.inspection import InspectSpec, inspect_run
+    from gspo.lab.inspection_picture import draw_inspection
+    from gspo.lab.inspection_text import render
+    from gspo.lab.picture import require_plotting
+
+    names = None if presets is None else [name.strip() for name in presets.split(",")]
+    spec = InspectSpec(
+        run=run,
+        step=step,
+        weights=weights,  # pyright: ignore[reportArgumentType]  # it checks
+        presets=names,  # pyright: ignore[reportArgumentType]  # it checks
+    )
+    if picture is not None:
+        require_plotting()
+    found = inspect_run(spec)
+    print(render(found, matrix=matrix), end="")
+    if picture is not None:
+        print(f"picture: {draw_inspection(found, picture)}")
+    if as_json:
+        print(json.dumps(found.as_json()))
+
+
+def compare(
+    spec: Annotated[Path | None, typer.Argument(help="The comparison, as TOML.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="GSPO and GRPO, two seeds, built in.")
+    ] = False,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value; dotted keys reach tables.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the cells and a rough cost, and stop.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Cells at once. Default: one for each core.")
+    ] = None,
+    path: Annotated[
+        str | None, typer.Option("--path", help="Folder of the comparisons. Default: the spec's.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare methods under stressors, over seeds. The same command goes on where it stopped."""
+    from gspo.lab.compare.session import plan_comparison
+    from gspo.lab.compare.table import print_plan
+
+    resolved = _comparison(spec, quick, overrides or [], path)
+    plan = plan_comparison(resolved, workers)
+    if dry_run:
+        print_plan(plan)
+        return
+    content = _compare(resolved, plan, quick)
+    if as_json:
+        counts = {name: plan.count(name) for name in ("done", "failed", "refused")}
+        print(json.dumps({"folder": str(resolved.folder), **counts, "paired": content["paired"]}))
+    if plan.count("failed"):
+        raise SystemExit(1)
+
+
+def _comparison(
+    spec: Path | None, quick: bool, overrides: list[str], path: str | None
+) -> CompareSpec:
+    from gspo.lab.compare.quick import quick_spec
+    from gspo.lab.compare.spec import read_compare_spec, with_overrides
+
+    if quick == (spec is not None):
+        raise ConfigError("give a spec file, or --quick: gspo compare SPEC.toml")
+    placed = [*overrides, *([f"path={json.dumps(path)}"] if path else [])]
+    return with_overrides(quick_spec(), placed) if spec is None else read_compare_spec(spec, placed)
+
+
+def _compare(resolved: CompareSpec, plan: GridPlan, quick: bool) -> dict[str, Any]:
+    from gspo.lab.compare.quick import ADVICE
+    from gspo.lab.compare.session import run_comparison
+    from gspo.lab.compare.table import LiveGrid, print_result, summary_line
+
+    print(summary_line(plan))
+    with LiveGrid(plan) as watch:
+        path, content = run_comparison(resolved, plan, watch, quick=quick)
+    print_result(content)
+    print(f"data: {path}")
+    if quick:
+        print(ADVICE)
+    return content
+
+
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folders of runs, or one folder of a comparison.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Default: <RUN>/report.html. Needed for several runs.")
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Keep it up to date until no run is alive.")
+    ] = False,
+) -> None:
+    """Write a run, or several side by side, as one HTML file that needs no network."""
+    from gspo.lab.report.command import make_report
+
+    path, keep_up = make_report(runs, out, watch)
+    print(f"report: {path}")
+    keep_up()

@@ -1,0 +1,1 @@
+"""Runs and comparisons as one HTML file that needs no network."""
