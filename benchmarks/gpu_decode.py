@@ -19,7 +19,7 @@ from typing import Any
 import gpu
 import run
 from harness import stamp
-from sides.forced import ignore_ends
+from sides.forced import FORCED
 
 from gspo.policy.precision import rollout_copy
 from gspo.serve.engine import Request, SamplingParams
@@ -35,7 +35,7 @@ def measure(repeats: int | None = None, *, tiny: bool = False) -> list[dict[str,
     prompt, length = (4, 6) if tiny else (PROMPT, LENGTH)
     config = gpu.dense(tiny=tiny)
     engine = TorchEngine(rollout_copy(gpu.policy_of(config, on), "bfloat16"))
-    params = SamplingParams(n=COMPLETIONS, max_tokens=length, **ignore_ends(engine))
+    params = SamplingParams(n=COMPLETIONS, max_tokens=length, **FORCED)
     rng = random.Random(0)
     requests = [
         Request(tuple(rng.randrange(config.vocab_size) for _ in range(prompt)), params)

@@ -42,8 +42,8 @@ def _compare(committed: Result, measured: Result) -> list[str]:
     if measured.ratio < committed.ratio * (1 - allowed):
         lines.append(
             f"{measured.name}, {measured.what}: ratio {measured.ratio:.2f}, committed "
-            f"{committed.ratio:.2f}: {1 - measured.ratio / committed.ratio:.0%} lower, "
-            f"{allowed:.0%} allowed"
+            f"{committed.ratio:.2f}: {1 - measured.ratio / committed.ratio:.1%} lower, "
+            f"{allowed:.1%} allowed"
         )
     before, now = _memory(committed), _memory(measured)
     if before is not None and now is not None and now > before * (1 + MEMORY):

@@ -19,7 +19,7 @@ from typing import Any
 import run
 import torch
 from harness import Pairs, paired, stamp
-from sides.forced import ignore_ends
+from sides.forced import FORCED
 from transformers import (
     AutoModelForCausalLM,
     ContinuousBatchingConfig,
@@ -128,14 +128,13 @@ def plain_model() -> Any:
 def our_side(case: Case) -> Side:
     """The engine as the backend uses it; a prompt's completions are one request where they can."""
     engine = TorchEngine(load_policy("embedded:sort"))
-    forced = ignore_ends(engine)
     count = case.completions
     if case.uniform:
-        params = SamplingParams(n=count, max_tokens=case.lengths[0], **forced)
+        params = SamplingParams(n=count, max_tokens=case.lengths[0], **FORCED)
         requests = [Request(prompt, params) for prompt in case.prompts]
     else:
         requests = [
-            Request(case.prompts[i // count], SamplingParams(max_tokens=length, **forced))
+            Request(case.prompts[i // count], SamplingParams(max_tokens=length, **FORCED))
             for i, length in enumerate(case.lengths)
         ]
 

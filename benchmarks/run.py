@@ -149,6 +149,8 @@ def _watched(command: Sequence[str], log: Path) -> tuple[int, list[str]]:
         finally:
             stop.cancel()
             process.kill()
+            if process.stdout is not None:
+                process.stdout.close()
 
 
 def child(unit: Unit, options: dict[str, Any], out: Path) -> int:

@@ -69,7 +69,7 @@ def measure_part(part: str, repeats: int | None = None) -> dict[str, Any]:
 def build(part: str, folder: Path) -> None:
     """The model with weights from a seed, and a tokenizer (prompts are token ids)."""
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
     from gspo.policy.embedded import build_tokenizer
 
@@ -81,35 +81,17 @@ def build(part: str, folder: Path) -> None:
         "bos_token_id": None,
         "tie_word_embeddings": True,
     }
-    torch.manual_seed(0)
     if part == "moe":
-        config = Qwen3MoeConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            num_experts=8,
-            num_experts_per_tok=2,
-            moe_intermediate_size=128,
-            intermediate_size=256,
-            norm_topk_prob=True,
-            **common,
-        )
-        lm = Qwen3MoeForCausalLM(config)
+        common |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+        common |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+        common |= {"vocab_size": len(tokenizer), "hidden_size": 128, "num_hidden_layers": 4}
+        config = Qwen3MoeConfig(norm_topk_prob=True, **common)
     else:
-        config = Qwen3Config(
-            vocab_size=4096,
-            hidden_size=384,
-            num_hidden_layers=8,
-            num_attention_heads=6,
-            num_key_value_heads=2,
-            head_dim=64,
-            intermediate_size=1408,
-            **common,
-        )
-        lm = Qwen3ForCausalLM(config)
+        common |= {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}
+        common |= {"vocab_size": 4096, "hidden_size": 384, "num_hidden_layers": 8}
+        config = Qwen3Config(intermediate_size=1408, **common)
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

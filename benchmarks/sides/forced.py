@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
-from gspo.serve.engine import SamplingParams
-from gspo.serve.torch_engine import TorchEngine
+from typing import TypedDict
 
 
-def ignore_ends(engine: TorchEngine) -> dict[str, bool]:
-    """The sampling parameters that ask for it; an engine without any loses its end tokens."""
-    if "ignore_eos" in {field.name for field in fields(SamplingParams)}:
-        return {"ignore_eos": True}
-    engine._end_tokens = frozenset()
-    return {}
+class Forced(TypedDict):
+    """The sampling parameter that asks for it."""
+
+    ignore_eos: bool
+
+
+FORCED: Forced = {"ignore_eos": True}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 def main(job_path: str, result_path: str) -> None:
     """Run the job."""
-    from forced import ignore_ends
+    from forced import FORCED
 
     from gspo.dev import InternalModelConfig
     from gspo.policy.load import load_policy
@@ -24,7 +24,7 @@ def main(job_path: str, result_path: str) -> None:
     config = InternalModelConfig(threads=job["threads"], max_context=job["context"])
     engine = TorchEngine(load_policy(job["model"], config))
     params = SamplingParams(
-        n=job["completions"], max_tokens=job["max_tokens"], **ignore_ends(engine)
+        n=job["completions"], max_tokens=job["max_tokens"], **FORCED
     )
     rounds, first = [], []
     for prompts in job["rounds"]:

@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import gspo as art
 
@@ -33,13 +34,13 @@ def main(job_path: str, result_path: str) -> None:
 
 async def run(job: Job) -> dict[str, Any]:
     """Register, check, and go round the loop."""
-    from forced import ignore_ends
+    from forced import FORCED
 
     from gspo.backend import service
 
     # The one thing that is taken away: TRL runs with save_strategy="no".
-    service.save_checkpoint = lambda *_: Path(os.devnull)
-    with tempfile.TemporaryDirectory() as folder:
+    unsaved = mock.patch.object(service, "save_checkpoint", lambda *_: Path(os.devnull))
+    with tempfile.TemporaryDirectory() as folder, unsaved:
         backend = art.LocalBackend(folder, seed=job["seed"])
         model = art.TrainableModel(
             name="model",
@@ -50,7 +51,7 @@ async def run(job: Job) -> dict[str, Any]:
         await model.register(backend)
         own = backend._service(model)
         checked = await compute(backend, check, own, job["check"]) if job["check"] else None
-        extra = ignore_ends(own.engine) if job["forced"] else {}
+        extra = dict(FORCED) if job["forced"] else {}
         peak_before = peak_mb()
         batches = [await one_batch(job, model, at, extra) for at in range(job["batches"])]
         peak = peak_mb()
@@ -71,7 +72,7 @@ async def run(job: Job) -> dict[str, Any]:
 
 
 async def one_batch(
-    job: Job, model: art.TrainableModel, at: int, extra: dict[str, bool]
+    job: Job, model: art.TrainableModel, at: int, extra: dict[str, Any]
 ) -> dict[str, float]:
     """One rollout batch and its optimizer steps."""
     started, busy = time.perf_counter(), time.process_time()
@@ -109,7 +110,7 @@ async def one_batch(
 
 
 async def group(
-    job: Job, model: art.TrainableModel, prompt: int, extra: dict[str, bool]
+    job: Job, model: art.TrainableModel, prompt: int, extra: dict[str, Any]
 ) -> art.TrajectoryGroup:
     """All completions of one prompt: one request, or one for each planned length."""
     count = job["completions"]

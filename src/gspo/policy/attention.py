@@ -61,7 +61,7 @@ def packed_attention(
         ), None
     assert gspo_row is not None
     plan = gspo_row.within(sliding_window)
-    # Rows of memory are gathered, and halves of one tensor: many small ops cost more than they move.
+    # Rows of memory are gathered, and halves of one tensor: many small ops cost more.
     q = query.squeeze(0).transpose(0, 1).contiguous().index_select(0, plan.queries)
     kv = torch.cat([key, value], dim=-1).squeeze(0).transpose(0, 1).contiguous()
     k, v = kv.index_select(0, plan.keys).split([key.shape[-1], value.shape[-1]], dim=-1)
