@@ -12,6 +12,7 @@ from gspo.lab.experiment import bootstrap
 from gspo.lab.statistics import (
     FEW,
     NO_DIFFERENCE,
+    NO_INTERVAL,
     Interval,
     bootstrap_t_interval,
     paired_difference,
@@ -73,13 +74,22 @@ def test_pairing_shows_what_the_spread_of_seeds_would_hide():
 def test_one_seed_has_no_interval():
     alone = paired_difference([0.5], [0.2])
     assert (alone.mean, alone.low, alone.high) == (0.3, None, None)
-    assert verdict(alone, "a", "b") == "one seed shows nothing"
+    assert verdict(alone, "a", "b") == NO_INTERVAL
     assert str(alone) == "0.300"
+
+
+def test_equal_differences_are_no_evidence_of_exactness():
+    # Of 24 rollouts a reward is a multiple of 1/24, and two seeds may well differ alike.
+    alike = paired_difference([0.3, 0.2], [0.2, 0.1])
+    assert (alike.mean, alike.low, alike.high) == (0.1, None, None)
+    same = paired_difference([0.3, 0.2], [0.3, 0.2])
+    assert (same.mean, same.low, same.high) == (0.0, 0.0, 0.0)
+    assert verdict(same, "a", "b") == NO_DIFFERENCE
 
 
 def test_many_seeds_are_bootstrapped():
     rng = random.Random(3)
-    values = [rng.lognormvariate(0, 1) for _ in range(FEW)]
+    values = [round(rng.lognormvariate(0, 1), 3) for _ in range(FEW)]
     zeros = [0.0] * FEW
     assert paired_difference(values, zeros) == bootstrap_t_interval(values)
     assert paired_difference(values[1:], zeros[1:]) == t_interval(values[1:])

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 LEVEL = 0.95
 FEW = 10
 NO_DIFFERENCE = "no difference shown"
+NO_INTERVAL = "no interval, nothing shown"
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95 % interval. `low` and `high` are None of a single value."""
+    """A mean and its 95 % interval; `low` and `high` are None where nothing is known of it."""
 
     mean: float
     low: float | None
@@ -77,10 +78,16 @@ def bootstrap_t_interval(
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> Interval:
     """Mean of a - b over seeds, value by value, with an interval that fits their number.
 
+    Where every seed differs by the same, and not by 0, the spread is below what the rewards can
+    resolve: an interval without width would be a claim, so there is none.
+
     >>> print(paired_difference([0.6, 0.7], [0.5, 0.5]))
     0.150 [-0.485, 0.785]
     """
-    differences = [x - y for x, y in zip(a, b, strict=True)]
+    # Rounded: 0.3 - 0.2 and 0.2 - 0.1 are the same difference.
+    differences = [round(x - y, 12) for x, y in zip(a, b, strict=True)]
+    if len(set(differences)) == 1 and differences[0] != 0:
+        return Interval(differences[0], None, None)
     return t_interval(differences) if len(differences) < FEW else bootstrap_t_interval(differences)
 
 
@@ -91,7 +98,7 @@ def verdict(difference: Interval, a: str, b: str) -> str:
     'no difference shown'
     """
     if difference.low is None or difference.high is None:
-        return "one seed shows nothing"
+        return NO_INTERVAL
     if difference.low > 0:
         return f"{a} higher"
     return f"{b} higher" if difference.high < 0 else NO_DIFFERENCE

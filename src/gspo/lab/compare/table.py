@@ -14,7 +14,7 @@ from rich.table import Table
 from gspo.lab.compare.grid import Cell
 from gspo.lab.compare.run import State
 from gspo.lab.compare.session import GridPlan
-from gspo.lab.statistics import NO_DIFFERENCE, Interval
+from gspo.lab.statistics import NO_DIFFERENCE, NO_INTERVAL, Interval
 
 
 class LiveGrid:
@@ -142,7 +142,7 @@ def _print_paired(pairs: list[dict[str, Any]], axes: list[str], console: Console
             *(pair["metric"], str(pair["n"]), str(interval), pair["verdict"]),
         )
     console.print(table)
-    judged = [pair for pair in pairs if pair["n"] > 1]
+    judged = [pair for pair in pairs if pair["verdict"] != NO_INTERVAL]
     shown = sum(pair["verdict"] != NO_DIFFERENCE for pair in judged)
     if judged:
         console.print(
