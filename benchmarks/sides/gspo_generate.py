@@ -23,9 +23,7 @@ def main(job_path: str, result_path: str) -> None:
     job = json.loads(Path(job_path).read_text())
     config = InternalModelConfig(threads=job["threads"], max_context=job["context"])
     engine = TorchEngine(load_policy(job["model"], config))
-    params = SamplingParams(
-        n=job["completions"], max_tokens=job["max_tokens"], **FORCED
-    )
+    params = SamplingParams(n=job["completions"], max_tokens=job["max_tokens"], **FORCED)
     rounds, first = [], []
     for prompts in job["rounds"]:
         requests = [Request(tuple(prompt), params) for prompt in prompts]
