@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "gspo"
 
 FLOORS = {
     "__init__": 7,
-    "cli": 7,
+    "cli": 8,
     "cli_lab": 7,
     "lab": 6,
     "model": 5,

@@ -106,7 +106,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "replay": {"routing_replay": "rollout", "routes": True, "load": {"rollout_dtype": "int4"}},
     "old_policy": {"routing_replay": "old_policy"},
-    "bfloat16": {"load": {"dtype": "bfloat16"}},
+    "bfloat16": {"load": {"dtype": "bfloat16"}, "share_prefixes": False},
     "recompute": {"load": {"activation_checkpointing": True}},
 }
 

@@ -158,7 +158,7 @@ class Profile:
             if self.clock.inside("sampling"):
                 self.clock.count("sampling", kind, sizes.forward(positions))
                 # The engine projects the last position of each row, in float32.
-                head, _ = head_flops(policy.head, len(positions))
+                head, _ = head_flops(policy.head, len(positions), grad=False)
                 self.clock.count("sampling", "float32", head)
                 return
             self.clock.count("forward", kind, sizes.forward(positions))
@@ -174,7 +174,7 @@ class Profile:
         self._watch(policy)
 
     def _head(self, hidden: torch.Tensor, head: Head, *_: Any, **__: Any) -> None:
-        forward, backward = head_flops(head, len(hidden))
+        forward, backward = head_flops(head, len(hidden), grad=torch.is_grad_enabled())
         self.clock.count("head", "float32", forward)
         if torch.is_grad_enabled():
             self.clock.count("backward", "float32", backward)

@@ -86,10 +86,16 @@ class Flops:
         return products + 2 * self.attention(positions) + again
 
 
-def head_flops(head: Head, rows: int) -> tuple[float, float]:
-    """Log-probs of this many tokens from their hidden states: forward and backward pass."""
+def head_flops(head: Head, rows: int, *, grad: bool = True) -> tuple[float, float]:
+    """Log-probs of this many tokens from their hidden states: forward and backward pass.
+
+    A frozen head's input gradient is made in the forward pass; logits that are made again in the
+    backward pass for want of memory don't count, since they need not be.
+    """
     product = 2.0 * head.weight.numel() * rows
-    return product, product * (3 if head.weight.requires_grad else 2)
+    if not grad:
+        return product, 0.0
+    return (product, 2 * product) if head.weight.requires_grad else (2 * product, 0.0)
 
 
 def active_weights(policy: Policy) -> dict[torch.nn.Parameter, float]:

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gspo.errors import GspoError, RequestError
+from gspo.policy.attention import PACKED
 from gspo.policy.load import Policy, autocast
 from gspo.policy.logprob import full_logits
 from gspo.serve.cache import slab_bytes
@@ -36,7 +37,8 @@ class TorchEngine:
     def __init__(self, policy: Policy, *, seed: int = 0, max_rows: int = 512):
         self.policy = policy
         self.max_rows = max_rows
-        self.shared = policy.packing == "buckets"
+        own = policy.lm.config._attn_implementation == PACKED
+        self.shared = own and policy.packing == "buckets"
         """One copy of each prompt's keys; `check_engine` turns it off where that isn't exact."""
         self._seed = seed
         self._served = 0
