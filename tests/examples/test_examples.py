@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -35,6 +36,21 @@ def need(package: str, pip_install: str) -> None:
     """Skip where the model's package is not installed."""
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed: pip install {pip_install}")
+
+
+def test_the_conversation_is_one_sample_of_three_turns(tmp_path: Path) -> None:
+    sizes = ("steps=1", "prompts=2", "completions=2", "eval_prompts=2", f"path={tmp_path}")
+    sets = [part for size in sizes for part in ("--set", size)]
+    command = [sys.executable, "-m", "gspo.cli", "train", "multi_turn.toml", "--json", *sets]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=EXAMPLES, check=False)
+    assert totals(done)["steps"] == 1
+    rows = pq.read_table(tmp_path / "examples/multi-turn/trajectories/train/0001.parquet")
+    for row in rows.to_pylist():
+        roles = [message["role"] for message in json.loads(row["messages"])]
+        assert roles == ["user", "assistant", "tool"] * 3
+        assert len(row["token_ids"]) == 3
+        shares = json.loads(row["metrics"])
+        assert row["reward"] == pytest.approx(sum(shares.values()) / 3)
 
 
 @pytest.mark.slow

@@ -42,8 +42,13 @@ class FakeEngine:
         return [ord(character) for character in text]
 
     def encode_chat(self, messages: Sequence[dict]) -> list[int]:
-        turns = "".join(f"<{m['role']}>{m.get('content') or ''}\n" for m in messages)
-        return self.encode(turns + "<assistant>")
+        # A turn of the model ends as it did when it was sampled: the next prompt extends it.
+        parts = [
+            f"<{m['role']}>{m.get('content') or ''}"
+            + (chr(END) if m["role"] == "assistant" else "\n")
+            for m in messages
+        ]
+        return self.encode("".join(parts) + "<assistant>")
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return "".join(chr(token) for token in token_ids if token != END)

@@ -1,0 +1,157 @@
+"""What the pages of docs/ show is run: examples, programs with their output, TOML, option names."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import io
+import re
+import tomllib
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gspo
+import gspo as art
+from gspo.lab.compare.spec import CompareSpec
+from gspo.lab.spec import Spec
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+
+NOT_RUN = {
+    # page, number of the fence among the page's Python ones: why
+    ("art.md", 0): "the import alone",
+    ("art.md", 1): "a line of a program; tests/test_public_api.py runs the whole",
+    ("run.md", 0): "reads the run that `make demo` leaves",
+    ("run.md", 1): "needs two clients",
+    ("run.md", 2): "reads the run that `make demo` leaves",
+    ("coming-from.md", 0): "TRL's",
+}
+
+
+def fences(page: Path, language: str) -> list[tuple[str, str]]:
+    """(code, the block without a language that follows it at once, or '') of each fence."""
+    pattern = rf"^```{language}(?: [^\n]*)?\n(.*?)^```\n(?:\n```\n(.*?)^```)?"
+    return re.findall(pattern, page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def with_fences(language: str) -> list[Path]:
+    return [page for page in PAGES if fences(page, language)]
+
+
+@pytest.mark.parametrize("page", with_fences("pycon"), ids=lambda page: page.name)
+def test_examples_of_a_page_are_true(page: Path):
+    runner, parser = doctest.DocTestRunner(), doctest.DocTestParser()
+    scope: dict[str, Any] = {}
+    for number, (code, _) in enumerate(fences(page, "pycon")):
+        test = parser.get_doctest(code, scope, f"{page.name} {number}", str(page), 0)
+        runner.run(test, clear_globs=False)
+        scope |= test.globs
+    assert runner.summarize(verbose=False).failed == 0
+    assert runner.tries > 0
+
+
+def programs() -> Iterator[Any]:
+    for page in with_fences("python"):
+        for number, (code, shown) in enumerate(fences(page, "python")):
+            if (page.name, number) not in NOT_RUN:
+                yield pytest.param(code, shown, id=f"{page.name}-{number}")
+
+
+@pytest.mark.parametrize(("code", "shown"), list(programs()))
+def test_programs_run_and_print_what_is_shown(
+    code: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        exec(compile(code, "docs", "exec"), {"__name__": "__main__"})
+    if shown:
+        assert printed.getvalue() == shown
+
+
+@pytest.mark.parametrize(("name", "number"), sorted(NOT_RUN))
+def test_what_is_not_run_is_python(name: str, number: int):
+    code, _ = fences(DOCS / name, "python")[number]
+    compile(code, name, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+
+@pytest.mark.parametrize("page", with_fences("toml"), ids=lambda page: page.name)
+def test_toml_is_a_spec(page: Path):
+    for code, _ in fences(page, "toml"):
+        data = tomllib.loads(code)
+        if "base" in data:
+            CompareSpec(**data)
+            continue
+        if not {"task", "rollout"} & set(data):
+            data["task"] = "sort"
+        Spec(**data)
+
+
+def test_the_full_toml_example_has_every_field():
+    code, _ = fences(DOCS / "train-toml.md", "toml")[0]
+    shown = set(re.findall(r"^#? ?(?:\[load\.)?(\w+)\]? *(?:=|$)", code, re.MULTILINE))
+    fields = set(Spec.model_fields) | set(art.dev.TrainConfig.model_fields)
+    fields |= set(art.dev.InternalModelConfig.model_fields)
+    arts = {"ppo", "normalize_by_length", "precalculate_logprobs"}
+    assert fields - shown - {"train", "load", "task_options"} == arts
+
+
+def test_option_names_of_other_trainers_lead_to_ones_that_exist():
+    known = {f"train.{name}" for name in art.dev.TrainConfig.model_fields}
+    known |= {f"load.{name}" for name in art.dev.InternalModelConfig.model_fields}
+    known |= set(Spec.model_fields)
+    page = (DOCS / "coming-from.md").read_text()
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("| ")]
+    ours = [cell for row in rows if len(row) == 5 for cell in [row[2]]]
+    names = {
+        quoted.split(" = ")[0]
+        for cell in ours
+        for quoted in re.findall(r"`([^`]+)`", re.sub(r"\[[^\]]*\](?!\()", "", cell))
+    }
+    assert len(names) > 25
+    assert names - known == {"gspo"} or names <= known
+    values = re.findall(r"`train\.(\w+) = \"([^\"]+)\"`", page)
+    assert values
+    for name, value in values:
+        extra = {"old_logprobs": "trainer"} if name == "correction" else {}
+        art.dev.TrainConfig(**{**extra, name: value})  # pyright: ignore[reportArgumentType]
+
+
+def test_the_conversation_of_the_page_is_that_of_the_example():
+    shown, _ = fences(DOCS / "multi-turn.md", "python")[0]
+    example = (ROOT / "examples" / "multi_turn.py").read_text()
+    assert shown.split("\n\n\n")[-1].strip() == example.split("\n\n\n")[-1].strip()
+
+
+def test_the_tables_of_the_worked_example_are_its_output():
+    page = (DOCS / "objective.md").read_text()
+    section = page.split("## Three tokens, by hand")[1].split("\n## ")[0]
+    tokens = [line.split("|")[2:6] for line in section.splitlines() if re.match(r"\| \d", line)]
+    old, new, gap, ratio = ([float(row[i]) for row in tokens] for i in range(4))
+    assert f"old, new = torch.tensor({old}), torch.tensor({new})" in section
+    assert f"({gap}, {ratio})" in section
+    for preset in ("gspo", "grpo"):
+        line = next(x for x in section.splitlines() if x.startswith(f"| `{preset}`"))
+        cells = [[float(v) for v in cell.split(",")] for cell in line.split("|")[2:6]]
+        for advantage, at in ((1.0, 0), (-1.0, 2)):
+            shown = f'>>> row("{preset}", {advantage})\n({cells[at][0]}, {cells[at + 1]})'
+            assert shown in section
+
+
+def test_every_public_name_has_its_place_in_the_reference():
+    listed = set(re.findall(r"^::: (\S+)", (DOCS / "api.md").read_text(), re.MULTILINE))
+    modules = {"dev": gspo.dev, "objective": gspo.objective}
+    wanted = {
+        f"{gspo._HOMES[name]}.{name}"
+        for name in gspo.__all__
+        if name in gspo._HOMES and name != "GspoError"
+    }
+    wanted |= {f"gspo.{m}.{name}" for m, module in modules.items() for name in module.__all__}
+    assert wanted - listed == set()
+    assert "gspo.errors" in listed
