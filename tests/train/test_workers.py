@@ -71,7 +71,7 @@ def test_adapters_are_trained_by_one_worker():
 
 def test_rows_are_even_among_the_workers():
     policy: Policy = embedded()
-    samples = [s for own in prepare(random_groups(policy), context=512).samples for s in own] * 8
+    samples = [s for own in prepare(random_groups(policy), context=512).samples for s in own] * 16
     samples = [
         type(s)(**{**s.__dict__, "trajectory_id": i, "group_id": i // 4})
         for i, s in enumerate(samples)
@@ -81,6 +81,13 @@ def test_rows_are_even_among_the_workers():
     assert len(sizes) == 2
     assert max(sizes) < 1.2 * min(sizes)
     policy.workers = Workers(1)
+    assert len(rows_of(policy, samples, 10_000)) == 1
+
+
+def test_a_few_tokens_are_not_split_among_the_workers():
+    policy: Policy = embedded()
+    samples = [s for own in prepare(random_groups(policy), context=512).samples for s in own]
+    policy.workers = Workers(2)
     assert len(rows_of(policy, samples, 10_000)) == 1
 
 

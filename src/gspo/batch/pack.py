@@ -167,22 +167,41 @@ def pack(
             are kept together; one that is larger than the budget takes several rows.
         routed: routes will be replayed: tokens are shared only where their routes are the same.
     """
-    by_trajectory: dict[int, list[int]] = {}
-    for number, sample in enumerate(samples):
-        by_trajectory.setdefault(sample.trajectory_id, []).append(number)
-    own = list(by_trajectory.values())
-    prefixes = Prefixes(samples, routed) if share else None
-    if prefixes is None:
-        units = [([t], sum(len(samples[i]) for i in own[t])) for t in range(len(own))]
-    else:
-        units = list(_groups(samples, own, prefixes, budget))
-    out = []
-    for row in plan_rows([size for _, size in units], budget):
-        chosen = sorted(t for u in row for t in units[u][0])
-        members = [i for t in chosen for i in own[t]]
-        layout = None if prefixes is None else prefixes.layout(members)
-        out.append(_row([[samples[i] for i in own[t]] for t in chosen], unit, layout))
-    return out
+    packer = Packer(samples, share=share, routed=routed)
+    return [packer.row(members, unit) for members, _ in packer.plan(budget)]
+
+
+class Packer:
+    """What `pack` knows of the samples before a budget is given; see there."""
+
+    def __init__(self, samples: Sequence[Sample], *, share: bool = False, routed: bool = False):
+        self._samples = samples
+        self._prefixes = Prefixes(samples, routed) if share else None
+        by_trajectory: dict[int, list[int]] = {}
+        for number, sample in enumerate(samples):
+            by_trajectory.setdefault(sample.trajectory_id, []).append(number)
+        self._own = list(by_trajectory.values())
+
+    def plan(self, budget: int) -> list[tuple[list[int], int]]:
+        """Of each row: its trajectories, and its tokens, which may turn out fewer where what is
+        packed as several groups has a prefix in common."""
+        if self._prefixes is None:
+            units = [
+                ([t], sum(len(self._samples[i]) for i in own)) for t, own in enumerate(self._own)
+            ]
+        else:
+            units = list(_groups(self._samples, self._own, self._prefixes, budget))
+        return [
+            (sorted(t for u in row for t in units[u][0]), sum(units[u][1] for u in row))
+            for row in plan_rows([size for _, size in units], budget)
+        ]
+
+    def row(self, trajectories: Sequence[int], unit: Literal["trajectory", "turn"]) -> PackedBatch:
+        """The row of one entry of the plan."""
+        layout = None
+        if self._prefixes is not None:
+            layout = self._prefixes.layout([i for t in trajectories for i in self._own[t]])
+        return _row([[self._samples[i] for i in self._own[t]] for t in trajectories], unit, layout)
 
 
 def _groups(

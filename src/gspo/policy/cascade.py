@@ -121,7 +121,9 @@ def cascade_attention(
     """One new token a row against its prompt and its own keys; `key` and `value` are the own."""
     rows, heads, _, depth = query.shape
     groups, columns = key.shape[1:3]
+    # Queries are scaled instead of scores, of which there are many more.
     query = query.reshape(rows, groups, heads // groups, depth)
+    query = query * (depth**-0.5 if scaling is None else scaling)
     prompt_key, prompt_value = cascade.cache.prompt(module.layer_idx)  # pyright: ignore[reportArgumentType]
     width = prompt_key.shape[2]
     scores = torch.empty(
@@ -133,7 +135,6 @@ def cascade_attention(
         if cascade.padding is not None:
             found.masked_fill_(cascade.padding[part.prompts, None, None], -torch.inf)
         _put(scores[..., :width], found, part)
-    scores *= depth**-0.5 if scaling is None else scaling
     if cascade.starts is not None:
         before = torch.arange(columns, device=key.device) < cascade.starts[:, None]
         scores[..., width:].masked_fill_(before[:, None, None], -torch.inf)

@@ -137,7 +137,7 @@ class TorchEngine:
         allow beside those that run. A few alone wait for more, since their prompts cost a pass."""
         if not waiting or (running and not self.shared):
             return []
-        config = self.policy.lm.config.get_text_config()
+        token = slab_bytes(1, 1, self.policy.lm.config.get_text_config())
         busy = [row for row in running if row.finish is None]
         prompts = {requests[row.request].prompt for row in busy}
         limit = max((min(row.limit, _PLANNED) for row in busy), default=0)
@@ -149,7 +149,7 @@ class TorchEngine:
             limit, width = max(limit, min(row.limit, _PLANNED)), max(width, len(prompt))
             size = len(busy) + len(lot) + 1
             copies = len(prompts) if self.shared else size
-            planned = slab_bytes(size, limit, config) + slab_bytes(copies, width, config)
+            planned = token * (size * limit + copies * width)
             if size > 1 and (size > self.max_rows or planned > KV_BYTES):
                 break
             lot.append(row)

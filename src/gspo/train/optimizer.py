@@ -12,6 +12,9 @@ from gspo.dev import TrainConfig
 from gspo.errors import CheckpointError
 from gspo.timing import timed
 
+_FUSED = ("cpu", "cuda")
+"""Devices on which the update of all parameters is one kernel."""
+
 
 def learning_rate(peak: float, options: TrainConfig, progress: float) -> float:
     """The rate after `progress` calls of `train` (fractions: minibatches of the running one).
@@ -36,7 +39,8 @@ class Optimizer:
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter]):
         self._names = list(parameters)
         self._parameters = list(parameters.values())
-        self._adam = torch.optim.AdamW(self._parameters, lr=0.0)
+        fused = all(p.device.type in _FUSED for p in self._parameters)
+        self._adam = torch.optim.AdamW(self._parameters, lr=0.0, fused=fused)
 
     @timed("optimizer")
     def step(self, rate: float, options: TrainConfig) -> float:

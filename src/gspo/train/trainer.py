@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-import statistics
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -239,21 +240,23 @@ class Trainer:
     def _describe(self, metrics: Metrics, batch: RolloutBatch) -> None:
         """What is known of the batch before any forward pass."""
         by_group: dict[int, list[float]] = {}
-        for samples, group, reward in zip(batch.samples, batch.groups, batch.rewards, strict=True):
+        for group, reward in zip(batch.groups, batch.rewards, strict=True):
             by_group.setdefault(group, []).append(reward)
-            sampled = sum(sample.sampled for sample in samples)
-            metrics.mean("tokens/completion_mean", sampled, 1)
-            metrics.add("tokens/completion", sampled)
-            metrics.add("tokens/prompt", sum(len(s) for s in samples) - sampled)
-            metrics.mean("train/reward", reward, 1)
-            for sample in samples:
-                versions = sample.policy_versions[sample.policy_versions >= 0]
-                if len(versions):
-                    age = self.policy.version - versions
-                    metrics.mean("staleness/mean", float(age.sum()), len(age))
-                    metrics.maximum("staleness/max", float(age.max()))
         for own in by_group.values():
-            metrics.mean("train/reward_std", statistics.pstdev(own), 1)
+            metrics.mean("train/reward_std", float(np.std(own)), 1)
+        count = len(batch.samples)
+        metrics.mean("train/reward", math.fsum(batch.rewards), count)
+        every = [sample for samples in batch.samples for sample in samples]
+        if every:
+            versions = np.concatenate([sample.policy_versions for sample in every])
+            sampled = int(np.concatenate([sample.ratio_mask for sample in every]).sum())
+            metrics.mean("tokens/completion_mean", sampled, count)
+            metrics.add("tokens/completion", sampled)
+            metrics.add("tokens/prompt", len(versions) - sampled)
+            age = self.policy.version - versions[versions >= 0]
+            if len(age):
+                metrics.mean("staleness/mean", float(age.sum()), len(age))
+                metrics.maximum("staleness/max", float(age.max()))
         metrics.add("train/groups_zero_advantage", batch.flat_groups)
         metrics.add("train/trajectories", len(batch.samples))
         metrics.add("train/trajectories_too_long", batch.dropped)
