@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from gspo.lab.compare.grid import Cell, make_cells
 from gspo.lab.compare.result import area, collapsed, comparison, write_comparison
@@ -99,7 +101,24 @@ def test_missing_cells_leave_the_rest_comparable(tmp_path: Path, capsys: Any):
     assert [row["seeds"] for row in content["summary"]] == [3, 2]
     assert {pair["n"] for pair in content["paired"]} == {2}
     print_result(content)
-    assert "failed: grpo seed=1: NumericsError: not finite" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "failed: grpo seed=1: NumericsError: not finite" in printed
+    assert "AUC" in printed and "gspo" in printed
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_every_row_of_the_tables_says_what_it_is_of(tmp_path: Path, width: int):
+    stress = {"learning_rate": [0.0001, 0.001], "minibatches": [4, 12]}
+    compare = small(tmp_path, stress=stress)
+    cells = make_cells(compare)
+    for cell in cells:
+        write_run(cell, [0.3, 0.4, 0.5 + 0.01 * cell.seed])
+    out = io.StringIO()
+    print_result(comparison(compare, cells, done(cells)), Console(file=out, width=width))
+    rows = [line.split() for line in out.getvalue().splitlines() if line[:3] == "  g"]
+    summary, paired = rows[:8], rows[8:]
+    assert [row[:3] for row in summary[:2]] == [["gspo", "0.0001", "4"], ["grpo", "0.0001", "4"]]
+    assert all(row[2] in ("0.0001", "0.001") and row[3] in ("4", "12") for row in paired)
 
 
 def test_a_baseline_is_compared_with_each_arm_alone(tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -107,39 +108,60 @@ def summary_line(plan: GridPlan) -> str:
 
 def print_result(content: dict[str, Any], console: Console | None = None) -> None:
     """The summary, the paired differences, and what failed or was refused."""
-    console = console or Console(highlight=False)
+    console = console or _wide()
     axes = list(dict.fromkeys(axis for row in content["summary"] for axis in row["stress"]))
     table = Table(
         title=f"{content['name']}: means over seeds ± half of the 95 % interval", box=box.SIMPLE
     )
-    for name in ("arm", *axes):
-        table.add_column(name, min_width=4)
-    for name in ("seeds", "reward", "AUC", "collapsed", "clipped", "tokens", "s"):
+    arms = [row["arm"] for row in content["summary"]]
+    _add_columns(table, {"arm": arms, **_values(content["summary"], axes)})
+    shown = [name for name in _COLUMNS if console.width >= _ROOMY or name not in _EXTRA]
+    for name in shown:
         table.add_column(name, justify="right", no_wrap=True)
     for row in content["summary"]:
         if row["seeds"]:
-            table.add_row(
-                *(row["arm"], *(str(row["stress"][axis]) for axis in axes), str(row["seeds"])),
-                *(_plus_minus(row["reward_after"]), _plus_minus(row["auc"])),
-                *(_share(row["collapsed"]), _share(row["clip_fraction"])),
-                *(f"{row['tokens'] / 1000:,.0f}k", f"{row['seconds']:.0f}"),
-            )
+            where = (row["arm"], *(str(row["stress"][axis]) for axis in axes))
+            table.add_row(*where, *(_COLUMNS[name](row) for name in shown))
     console.print(table)
     _print_paired(content["paired"], axes, console)
     _print_missing(content["cells"], console)
+
+
+def _wide() -> Console:
+    """Of the terminal's width; where there is none, wide enough for every column."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=140)
+
+
+def _values(rows: list[dict[str, Any]], axes: list[str]) -> dict[str, list[str]]:
+    return {axis: [str(row["stress"][axis]) for row in rows] for axis in axes}
+
+
+def _add_columns(table: Table, columns: dict[str, list[str]]) -> None:
+    """Columns that say which row it is: on a narrow terminal they keep their values whole."""
+    for name, values in columns.items():
+        width = max(len(value) for value in values)
+        table.add_column(name, min_width=width, overflow="fold")
 
 
 def _print_paired(pairs: list[dict[str, Any]], axes: list[str], console: Console) -> None:
     if not pairs:
         return
     table = Table(title="differences, a - b, paired by seed", box=box.SIMPLE)
-    for name in ("a", "b", *axes, "metric", "n", "difference", "verdict"):
-        table.add_column(name)
+    sides = {side: [pair[side] for pair in pairs] for side in ("a", "b")}
+    _add_columns(table, sides | _values(pairs, axes))
+    for name in ("metric", "n", "difference", "verdict"):
+        table.add_column(name, no_wrap=name != "verdict", min_width=10 * (name == "verdict"))
     for pair in pairs:
         interval = Interval(pair["difference"], pair["low"], pair["high"])
         table.add_row(
             *(pair["a"], pair["b"], *(str(pair["stress"][axis]) for axis in axes)),
-            *(pair["metric"], str(pair["n"]), str(interval), pair["verdict"]),
+            *(
+                _METRICS.get(pair["metric"], pair["metric"]),
+                str(pair["n"]),
+                str(interval),
+                pair["verdict"],
+            ),
         )
     console.print(table)
     judged = [pair for pair in pairs if pair["verdict"] != NO_INTERVAL]
@@ -163,6 +185,10 @@ def _print_missing(cells: list[dict[str, Any]], console: Console) -> None:
             console.print(text, markup=False, soft_wrap=True)
 
 
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
 def _plus_minus(value: dict[str, float]) -> str:
     """Student's interval is symmetric."""
     alone = f"{value['mean']:.3f}"
@@ -173,5 +199,15 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "seeds": lambda row: str(row["seeds"]),
+    "reward": lambda row: _plus_minus(row["reward_after"]),
+    "AUC": lambda row: _plus_minus(row["auc"]),
+    "collapsed": lambda row: _share(row["collapsed"]),
+    "clipped": lambda row: _share(row["clip_fraction"]),
+    "tokens": lambda row: f"{row['tokens'] / 1000:,.0f}k",
+    "s": lambda row: f"{row['seconds']:.0f}",
+}
+_METRICS = {"reward_after": "reward", "auc": "AUC"}
+_EXTRA, _ROOMY = ("AUC", "tokens", "s"), 110
+"""Columns that a terminal of fewer characters does without; the report has them."""
