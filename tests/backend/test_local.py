@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import socket
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,19 @@ async def test_rollouts_train_and_are_logged(model: art.TrainableModel, tmp_path
 
     again = await gather(model)
     assert {c.policy_version for g in again for t in g for c in t.choices()} == {1}  # pyright: ignore[reportAttributeAccessIssue]
+
+
+async def test_a_closed_backend_lets_go_of_the_weights(tmp_path: Path):
+    backend = art.LocalBackend(tmp_path)
+    model = make()
+    await model.register(backend)
+    await model.train(await gather(model))
+    weights = weakref.ref(backend._service(model).trainer.policy)
+    assert weights() is not None
+    await backend.close()
+    del model
+    gc.collect()
+    assert weights() is None
 
 
 async def test_both_spellings_of_train_give_the_same_weights(tmp_path: Path):

@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
@@ -27,6 +28,30 @@ from gspo.serve.schemas import ChatBody, CompletionBody
 ServedNames = Callable[[], list[str]]
 
 
+routes = APIRouter()
+"""Functions of the module, not of an app: FastAPI caches what it knows of a route for good, and
+with a closure it would keep the weights."""
+
+
+@dataclass(frozen=True)
+class _Served:
+    """What an app answers with.
+
+    Attributes:
+        batcher: where requests go.
+        names: the model names that requests may give.
+        numbers: of the answers.
+    """
+
+    batcher: Batcher
+    names: ServedNames
+    numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+    def check(self, model: str) -> None:
+        if model not in self.names():
+            raise RequestError(f"no model {model!r} here; this server has {self.names()}", "model")
+
+
 def create_app(batcher: Batcher, names: ServedNames) -> FastAPI:
     """The app that answers for `batcher`'s engine.
 
@@ -35,51 +60,54 @@ def create_app(batcher: Batcher, names: ServedNames) -> FastAPI:
         names: the model names that requests may give.
     """
     app = FastAPI(title="gspo", docs_url=None, redoc_url=None)
-    numbers = itertools.count(1)
-    engine = batcher.engine
-
-    def checked(model: str) -> str:
-        if model not in names():
-            raise RequestError(f"no model {model!r} here; this server has {names()}", "model")
-        return model
-
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
-
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        entries = [{"id": n, "object": "model", "created": 0, "owned_by": "gspo"} for n in names()]
-        return {"object": "list", "data": entries}
-
-    @app.post("/v1/chat/completions")
-    async def chat(body: ChatBody) -> JSONResponse:
-        model = checked(body.model)
-        params = body.sampling(body.limit())
-        prompt = engine.encode_chat(body.text_messages())
-        done = await batcher.complete(EngineRequest(tuple(prompt), params))
-        choices = [_chat_choice(engine, i, prompt, c, body.logprobs) for i, c in enumerate(done)]
-        return _answer("chat.completion", f"chatcmpl-{next(numbers)}", model, choices, [prompt])
-
-    @app.post("/v1/completions")
-    async def completions(body: CompletionBody) -> JSONResponse:
-        model = checked(body.model)
-        params = body.sampling(body.max_tokens)
-        if body.logprobs is not None and body.logprobs > 0:
-            raise RequestError("logprobs: only 0, the chosen tokens', is supported", "logprobs")
-        prompts = [
-            engine.encode(p, special=True) if isinstance(p, str) else p for p in body.prompts()
-        ]
-        answers = await asyncio.gather(
-            *(batcher.complete(EngineRequest(tuple(prompt), params)) for prompt in prompts)
-        )
-        pairs = [(p, c) for p, done in zip(prompts, answers, strict=True) for c in done]
-        with_logprobs = body.logprobs is not None
-        choices = [_text_choice(engine, i, p, c, with_logprobs) for i, (p, c) in enumerate(pairs)]
-        return _answer("text_completion", f"cmpl-{next(numbers)}", model, choices, prompts)
-
+    app.state.served = _Served(batcher, names)
+    app.include_router(routes)
     _install_error_handlers(app)
     return app
+
+
+@routes.get("/health")
+async def health() -> dict[str, str]:
+    return {"status": "ok"}
+
+
+@routes.get("/v1/models")
+async def models(request: Request) -> dict[str, Any]:
+    names = request.app.state.served.names()
+    entries = [{"id": n, "object": "model", "created": 0, "owned_by": "gspo"} for n in names]
+    return {"object": "list", "data": entries}
+
+
+@routes.post("/v1/chat/completions")
+async def chat(request: Request, body: ChatBody) -> JSONResponse:
+    served: _Served = request.app.state.served
+    engine = served.batcher.engine
+    served.check(body.model)
+    params = body.sampling(body.limit())
+    prompt = engine.encode_chat(body.text_messages())
+    done = await served.batcher.complete(EngineRequest(tuple(prompt), params))
+    choices = [_chat_choice(engine, i, prompt, c, body.logprobs) for i, c in enumerate(done)]
+    number = f"chatcmpl-{next(served.numbers)}"
+    return _answer("chat.completion", number, body.model, choices, [prompt])
+
+
+@routes.post("/v1/completions")
+async def completions(request: Request, body: CompletionBody) -> JSONResponse:
+    served: _Served = request.app.state.served
+    batcher, engine = served.batcher, served.batcher.engine
+    served.check(body.model)
+    params = body.sampling(body.max_tokens)
+    if body.logprobs is not None and body.logprobs > 0:
+        raise RequestError("logprobs: only 0, the chosen tokens', is supported", "logprobs")
+    prompts = [engine.encode(p, special=True) if isinstance(p, str) else p for p in body.prompts()]
+    answers = await asyncio.gather(
+        *(batcher.complete(EngineRequest(tuple(prompt), params)) for prompt in prompts)
+    )
+    pairs = [(p, c) for p, done in zip(prompts, answers, strict=True) for c in done]
+    with_logprobs = body.logprobs is not None
+    choices = [_text_choice(engine, i, p, c, with_logprobs) for i, (p, c) in enumerate(pairs)]
+    number = f"cmpl-{next(served.numbers)}"
+    return _answer("text_completion", number, body.model, choices, prompts)
 
 
 def _install_error_handlers(app: FastAPI) -> None:
