@@ -45,16 +45,10 @@ def _compare(committed: Result, measured: Result) -> list[str]:
             f"{committed.ratio:.2f}: {1 - measured.ratio / committed.ratio:.1%} lower, "
             f"{allowed:.1%} allowed"
         )
-    before, now = _memory(committed), _memory(measured)
+    before, now = committed.memory_share, measured.memory_share
     if before is not None and now is not None and now > before * (1 + MEMORY):
         lines.append(
             f"{measured.name}, {measured.what}: peak memory {now:.2f} of the other's, committed "
             f"{before:.2f}: {now / before - 1:.0%} higher, {MEMORY:.0%} allowed"
         )
     return lines
-
-
-def _memory(row: Result) -> float | None:
-    if row.ours_mb is None or row.other_mb is None:
-        return None
-    return row.ours_mb / row.other_mb

@@ -49,7 +49,10 @@ class Result:
         spread: smallest and largest ratio of a pair.
         repeats: pairs.
         goal: the ratio that was aimed at, or None.
-        ours_mb, other_mb: peak resident memory of a process that did nothing else, or None.
+        ours_mb, other_mb: peak resident memory of a process that did nothing else, or None. Of the
+            log-probs, what the call added to it.
+        memory_goal: the share of the other's memory that was aimed at, or None.
+        unit: what `ours_s` and `other_s` count where that is not seconds.
         detail: whatever else was measured.
         machine, versions, command, date: where, with what, how and when.
     """
@@ -66,6 +69,8 @@ class Result:
     goal: float | None = None
     ours_mb: float | None = None
     other_mb: float | None = None
+    memory_goal: float | None = None
+    unit: str = "s"
     detail: Mapping[str, Any] = field(default_factory=dict)
     machine: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -99,6 +104,13 @@ class Result:
     def met(self) -> bool | None:
         """Whether the goal was reached; None without one."""
         return None if self.goal is None else self.ratio >= self.goal
+
+    @property
+    def memory_share(self) -> float | None:
+        """Our memory as a share of the other's; None where it was not measured."""
+        if self.ours_mb is None or not self.other_mb:
+            return None
+        return self.ours_mb / self.other_mb
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -25,8 +25,8 @@ def cells(row: Result) -> tuple[str, ...]:
     return (
         row.name,
         f"{row.what}: {row.shape}",
-        seconds(row.ours_s),
-        f"{seconds(row.other_s)} {row.other}",
+        amount(row.ours_s, row.unit),
+        f"{amount(row.other_s, row.unit)} {row.other}",
         f"{row.ratio:.2f}",
         f"{low:.2f} to {high:.2f}" if row.repeats > 1 else "one pair",
         goal(row),
@@ -42,11 +42,23 @@ def goal(row: Result) -> str:
 
 
 def memory(row: Result) -> str:
-    """Peak memory of both sides, and which is higher."""
-    if row.ours_mb is None or row.other_mb is None:
+    """Peak memory of both sides, and which is higher, or whether the aim at a share was met."""
+    share = row.memory_share
+    if share is None:
         return ""
-    verdict = "higher" if row.ours_mb > row.other_mb else "not higher"
+    verdict = "higher" if share > 1 else "not higher"
+    if row.memory_goal is not None:
+        verdict = f"at most {row.memory_goal:g}: {'met' if share <= row.memory_goal else 'not met'}"
     return f"{row.ours_mb:.0f} / {row.other_mb:.0f}: {verdict}"
+
+
+def amount(value: float, unit: str) -> str:
+    """Seconds, or a count of something else.
+
+    >>> amount(0.01234, "s"), amount(18352.0, "tokens")
+    ('12.3 ms', '18,352 tokens')
+    """
+    return seconds(value) if unit == "s" else f"{value:,.0f} {unit}"
 
 
 def seconds(value: float) -> str:

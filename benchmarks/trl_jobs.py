@@ -129,14 +129,14 @@ def _common(model: Path, folder: Path, seed: int) -> dict[str, Any]:
     }
 
 
-def long_embedded(folder: Path) -> Path:
+def long_embedded(folder: Path, context: int = CONTEXT) -> Path:
     """The warm-started sort model (2 layers, 8 experts, 0.2M parameters) with a longer context."""
     from gspo.policy.embedded import embedded_folder
 
     target = folder / "model"
     shutil.copytree(embedded_folder("embedded:sort"), target)
     config = json.loads((target / "config.json").read_text())
-    config["max_position_embeddings"] = CONTEXT
+    config["max_position_embeddings"] = context
     (target / "config.json").write_text(json.dumps(config))
     return target
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import gpu
 import gpu_decode
+import gpu_logprob
 import gpu_shared_prompt
 import gpu_train
 import pytest
@@ -79,9 +80,40 @@ def test_a_shared_prompt_runs_or_says_why_not() -> None:
             gpu_shared_prompt.measure(1, tiny=True)
 
 
+def test_logprobs_run_and_peers_are_left_out_with_a_sentence(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [Result.of(row) for row in gpu_logprob.measure(1, tiny=True)]
+    assert [row.what for row in rows] == [
+        "frozen head, full logits, autograd",
+        "trained head, full logits, autograd",
+    ]
+    assert rows[0].ours_mb is None
+    assert "d_weight" in rows[1].detail["gaps"]
+    said = capsys.readouterr().err
+    assert "frozen head, Liger: left out, its kernels need a CUDA device" in said
+    assert "trained head, cut-cross-entropy: left out" in said
+
+
+def test_a_peer_that_is_not_installed_is_named() -> None:
+    card = gpu.Card("a card", "cuda", 1e12, 1e10)
+    assert gpu_logprob._missing("no_such", card) == "not installed: pip install no-such"
+    assert gpu_logprob._missing("torch", card) is None
+
+
+def test_peers_whose_numbers_differ_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(given: gpu_logprob.Inputs) -> gpu_logprob.Outcome:
+        return gpu_logprob.logprob.ours(given._replace(coefficients=-given.coefficients))
+
+    monkeypatch.setattr(gpu_logprob, "PEERS", {"wrong": (wrong, None)})
+    with pytest.raises(AssertionError, match="d_hidden is off by 2"):
+        gpu_logprob.measure(1, tiny=True)
+
+
 def test_without_a_card_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    for measure in (gpu_train.measure, gpu_decode.measure, gpu_shared_prompt.measure):
+    benchmarks = (gpu_train, gpu_decode, gpu_shared_prompt, gpu_logprob)
+    for measure in (module.measure for module in benchmarks):
         with pytest.raises(Unavailable, match="needs a CUDA device"):
             measure()
 

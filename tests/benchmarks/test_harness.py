@@ -54,6 +54,11 @@ def test_goals_are_met_or_not(goal: float | None, met: bool | None) -> None:
     assert row(2.0, goal=goal).met is met
 
 
+def test_memory_is_compared_where_both_sides_were_measured() -> None:
+    assert row().memory_share is None
+    assert row(ours_mb=1.0, other_mb=4.0).memory_share == 0.25
+
+
 def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
     stamped = stamp(**row(detail={"tokens": 3}).as_dict() | {"machine": {}, "date": "today"})
     write([stamped], tmp_path)

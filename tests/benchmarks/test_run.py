@@ -45,6 +45,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch, outcomes: dict[str, Result | Exceptio
 def test_benchmarks_are_the_files_with_a_measure_function() -> None:
     found = {str(unit): unit.set for unit in run.discover()}
     assert {"rollout", "vs_trl:a", "vs_trl:e", "vs_vllm:moe", "gpu_train"} <= set(found)
+    assert {"logprob", "prefix", "packing", "gpu_logprob"} <= set(found)
     assert (found["rollout"], found["vs_vllm:moe"], found["gpu_train"]) == ("cpu", "vllm", "gpu")
     assert not {"harness", "guard", "figures", "precision"} & set(found)
 
@@ -168,3 +169,13 @@ def test_the_page_is_rewritten_between_its_marks(tmp_path: Path) -> None:
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "| 2.50 | 2.40 to 2.60 | 3: not met | 10 / 9: higher |" in text
     assert not table.update_page(page, tmp_path)
+
+
+def test_the_table_says_whether_memory_and_tokens_are_as_aimed_at() -> None:
+    met = row(ours_mb=600.0, other_mb=6500.0, memory_goal=0.1)
+    assert table.memory(met) == "600 / 6500: at most 0.1: met"
+    assert table.memory(row(ours_mb=700.0, other_mb=6500.0, memory_goal=0.1)).endswith("not met")
+    assert table.cells(row(2.0, ours_s=1000.0, other_s=2000.0, unit="tokens"))[2:4] == (
+        "1,000 tokens",
+        "2,000 tokens the peer",
+    )
