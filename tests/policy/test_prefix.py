@@ -157,7 +157,7 @@ def of_rows(policy: Policy, rows: list[PackedBatch]) -> tuple[Tensor, dict[str, 
     """Log-probs of every sampled token in order, and the gradient of their weighted sum."""
     logprobs = torch.cat([forward(policy, row).logprobs for row in rows])
     old = torch.cat([row.old_logprobs for row in rows])
-    (logprobs * old).sum().backward()
+    (logprobs * old.to(logprobs.device)).sum().backward()
     gradient = {n: p.grad for n, p in policy.trainable.items() if p.grad is not None}
     policy.lm.zero_grad(set_to_none=True)
     return logprobs.detach(), gradient

@@ -2,8 +2,9 @@
 
 Registered with transformers' attention interface as `gspo_packed`, which is SDPA until a forward
 pass hands it `gspo_row`. Then samples of like length are attended together, padded inside
-attention alone, so that the cost is the sum of L^2 and not T^2. It stays on between passes: layers
-that are recomputed in the backward pass must attend as they did in the forward pass.
+attention alone, so that the cost is the sum of L^2 and not T^2; on a GPU, where flex_attention
+skips what isn't seen, in one call (`policy/flex.py`). It stays on between passes: layers that are
+recomputed in the backward pass must attend as they did in the forward pass.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from gspo.policy.cascade import Cascade, cascade_attention
+from gspo.policy.flex import FlexRow
 from gspo.policy.prefix import RowAttention
 
 PACKED = "gspo_packed"
@@ -34,7 +36,7 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    gspo_row: RowAttention | None = None,
+    gspo_row: RowAttention | FlexRow | None = None,
     gspo_cascade: Cascade | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "R Q H E"], None]:
@@ -60,6 +62,8 @@ def packed_attention(
             module, query, key, value, gspo_cascade, scaling, sliding_window
         ), None
     assert gspo_row is not None
+    if isinstance(gspo_row, FlexRow):
+        return gspo_row.attend(query, key, value, scaling, sliding_window), None
     plan = gspo_row.within(sliding_window)
     # Rows of memory are gathered, and halves of one tensor: many small ops cost more.
     q = query.squeeze(0).transpose(0, 1).contiguous().index_select(0, plan.queries)

@@ -11,7 +11,8 @@ from transformers.masking_utils import create_causal_mask
 
 from gspo.batch.pack import PackedBatch
 from gspo.policy.attention import no_mask
-from gspo.policy.load import SHARING, Policy, autocast
+from gspo.policy.flex import FlexRow
+from gspo.policy.load import OWN, SHARING, Policy, autocast
 from gspo.policy.logprob import TokenLogprobs, token_logprobs
 from gspo.policy.prefix import RowAttention
 from gspo.timing import timed
@@ -54,9 +55,10 @@ def _hidden_states(policy: Policy, batch: PackedBatch) -> Float[Tensor, "T D"]:
                 ]
             )
         extra: dict[str, Any] = {}
-        if policy.packing == "buckets":
+        if policy.packing in OWN:
+            row = RowAttention(batch, device)
             extra["attention_mask"] = no_mask(device)
-            extra["gspo_row"] = RowAttention(batch, device)
+            extra["gspo_row"] = FlexRow(row) if policy.packing == "flex" else row
         elif policy.packing == "mask_by_type":
             extra["attention_mask"] = _masks_by_type(policy, batch)
         # With "mask", transformers reads the samples' borders from the restarting positions.

@@ -31,8 +31,10 @@ from gspo.policy.workers import Workers
 
 log = logging.getLogger("gspo")
 
-Packing = Literal["buckets", "mask", "mask_by_type", "single"]
-SHARING: frozenset[Packing] = frozenset({"buckets", "mask_by_type"})
+Packing = Literal["flex", "buckets", "mask", "mask_by_type", "single"]
+OWN: frozenset[Packing] = frozenset({"flex", "buckets"})
+"""Ways of packing that go through gspo's attention, where no T x T mask is made."""
+SHARING: frozenset[Packing] = frozenset({"flex", "buckets", "mask_by_type"})
 """Ways of packing by which samples of a row can share a prefix."""
 SMALL = 20_000_000  # parameters below which threads inside an operation slow a step down
 
@@ -48,10 +50,10 @@ class Policy:
         source: folder or id that the base weights came from.
         compute_dtype: float32, or bfloat16 (autocast); weights are float32.
         context: longest sample in tokens.
-        packing: how samples share a row, the first that is exact: `buckets` (gspo's attention),
-            `mask` (transformers' block-diagonal mask, which the model makes from the positions),
-            `mask_by_type` (the same, made for each layer type and handed in), or `single` (one
-            forward pass a sample).
+        packing: how samples share a row, the first that is exact: `flex` (gspo's attention on a
+            GPU) or `buckets` (on a CPU), `mask` (transformers' block-diagonal mask, which the model
+            makes from the positions), `mask_by_type` (the same, made for each layer type and handed
+            in), or `single` (one forward pass a sample).
         shares_prefixes: samples of a row may share their prefixes: proved on the model itself.
         checkpointing: layers are recomputed in the backward pass.
         version: policy version, counted up by every update.

@@ -83,7 +83,7 @@ class RowAttention:
         self.device = device or torch.device("cpu")
         self.size = batch.token_count
         self._index = batch.index.numpy()
-        self._positions = batch.positions[0].numpy()
+        self.positions = batch.positions[0].numpy()
         lengths, shared = np.array(batch.lengths), np.array(batch.shared)
         paths = np.cumsum(lengths) - lengths
         has = lengths > shared  # a sample that is another's prefix, or its equal, adds nothing
@@ -109,7 +109,7 @@ class RowAttention:
 
     def within(self, window: int | None) -> Attention:
         """For layers whose tokens see the last `window` positions, themselves included."""
-        if window is not None and window > int(self._positions.max()):
+        if window is not None and window > int(self.positions.max()):
             window = None
         if window not in self._known:
             self._known[window] = self._attention(window)
@@ -211,7 +211,7 @@ class RowAttention:
                 distance = (place[before:, None] - place[None, :])[None]
             else:
                 columns = np.concatenate([seen, rows], axis=1)
-                at = self._positions
+                at = self.positions
                 distance = at[rows][:, :, None] - at[columns][:, None, :]
             mask = mask & (distance < window)
         if len(mask) > 1 and (mask == mask[:1]).all():

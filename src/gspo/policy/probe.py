@@ -20,11 +20,12 @@ from gspo.batch.pack import PackedBatch, pack
 from gspo.batch.sample import Sample
 from gspo.errors import ModelError
 from gspo.policy.forward import forward
-from gspo.policy.load import SHARING, Packing, Policy
+from gspo.policy.load import OWN, SHARING, Packing, Policy
 
 log = logging.getLogger("gspo")
 
 _ORDER: tuple[Packing, ...] = ("buckets", "mask", "mask_by_type", "single")
+_REFUSALS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
 _ALONE = (9, 4, 7)
 _COMMON, _PROMPTS, _COMPLETIONS = 16, (19, 18), (5, 8)
 TOLERANCE = 1e-3  # nats; a leak between samples or an unknown logit transform costs far more
@@ -40,9 +41,10 @@ def choose_packing(policy: Policy) -> None:
     samples, gap = _random_samples(policy), float("nan")
     (row,) = pack(samples, budget=10_000)
     policy.shares_prefixes = False
+    ways = _ways(policy, row)
     with torch.no_grad(), _in_float32(policy):
         expected = _reference(policy, samples)
-        for packing in _ORDER:
+        for packing in ways:
             policy.packing = packing
             gap = _gap(policy, row, expected, f"{packing} packing")
             if gap <= TOLERANCE:
@@ -56,17 +58,36 @@ def choose_packing(policy: Policy) -> None:
             (row,) = pack(samples, budget=10_000, share=True)
             gap = _gap(policy, row, expected, "sharing prefixes")
             policy.shares_prefixes = gap <= TOLERANCE
-    if policy.packing != "buckets":
+    if policy.packing not in OWN:
         log.warning("%s: samples are packed by %r", policy.source, policy.packing)
     if not policy.shares_prefixes:
         log.warning("%s: a prompt is computed once for each of its completions", policy.source)
+
+
+def _ways(policy: Policy, row: PackedBatch) -> tuple[Packing, ...]:
+    """What to try: on a GPU, flex_attention first."""
+    on_gpu = policy.device.type == "cuda"
+    return ("flex", *_ORDER) if on_gpu and _flex_trains(policy, row) else _ORDER
+
+
+def _flex_trains(policy: Policy, row: PackedBatch) -> bool:
+    """Do its kernels compile here as training uses them: backward, in the policy's precision?"""
+    policy.packing = "flex"
+    try:
+        with torch.enable_grad():
+            total = forward(policy, row).logprobs.sum()
+            torch.autograd.grad(total, list(policy.trainable.values())[:1], allow_unused=True)
+    except _REFUSALS as error:
+        log.warning("%s: without flex_attention: %s", policy.source, error)
+        return False
+    return True
 
 
 def _gap(policy: Policy, row: PackedBatch, expected: Tensor, what: str) -> float:
     """The largest difference in nats; infinite where this way doesn't work at all."""
     try:
         gap = (forward(policy, row).logprobs - expected).abs().max().item()
-    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+    except _REFUSALS as error:
         log.info("%s: %s: %s", policy.source, what, error)
         return float("inf")
     if gap > TOLERANCE:

@@ -1,7 +1,7 @@
 """Two ways to hold the keys and values of running rows, behind one small interface.
 
 `SharedPrompts` keeps one copy of each prompt and lets rows join while others run; it needs a model
-whose attention goes through gspo's (`Policy.packing == "buckets"`). `CopiedPrompts` gives every row
+whose attention goes through gspo's (`Policy.packing` in `OWN`). `CopiedPrompts` gives every row
 its prompt's keys and works with any attention of transformers.
 """
 

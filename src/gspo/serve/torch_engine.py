@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gspo.errors import GspoError, RequestError
 from gspo.policy.attention import PACKED
-from gspo.policy.load import Policy, autocast
+from gspo.policy.load import OWN, Policy, autocast
 from gspo.policy.logprob import full_logits
 from gspo.serve.cache import slab_bytes
 from gspo.serve.decoding import Row, Running
@@ -38,7 +38,7 @@ class TorchEngine:
         self.policy = policy
         self.max_rows = max_rows
         own = policy.lm.config._attn_implementation == PACKED
-        self.shared = own and policy.packing == "buckets"
+        self.shared = own and policy.packing in OWN
         """One copy of each prompt's keys; `check_engine` turns it off where that isn't exact."""
         self._seed = seed
         self._served = 0
