@@ -176,6 +176,7 @@ class Packer:
 
     def __init__(self, samples: Sequence[Sample], *, share: bool = False, routed: bool = False):
         self._samples = samples
+        self._lengths = [len(sample.tokens) for sample in samples]
         self._prefixes = Prefixes(samples, routed) if share else None
         by_trajectory: dict[int, list[int]] = {}
         for number, sample in enumerate(samples):
@@ -186,9 +187,8 @@ class Packer:
         """Of each row: its trajectories, and its tokens, which may turn out fewer where what is
         packed as several groups has a prefix in common."""
         if self._prefixes is None:
-            units = [
-                ([t], sum(len(self._samples[i]) for i in own)) for t, own in enumerate(self._own)
-            ]
+            lengths = self._lengths
+            units = [([t], sum([lengths[i] for i in own])) for t, own in enumerate(self._own)]
         else:
             units = list(_groups(self._samples, self._own, self._prefixes, budget))
         return [
@@ -198,10 +198,15 @@ class Packer:
 
     def row(self, trajectories: Sequence[int], unit: Literal["trajectory", "turn"]) -> PackedBatch:
         """The row of one entry of the plan."""
-        layout = None
-        if self._prefixes is not None:
-            layout = self._prefixes.layout([i for t in trajectories for i in self._own[t]])
-        return _row([[self._samples[i] for i in self._own[t]] for t in trajectories], unit, layout)
+        own = [self._own[t] for t in trajectories]
+        members = [i for part in own for i in part]
+        lengths = [self._lengths[i] for i in members]
+        if self._prefixes is None:
+            layout = Layout(np.arange(sum(lengths)), (0,) * len(lengths), sum(lengths))
+        else:
+            layout = self._prefixes.layout(members)
+        parts = [len(part) for part in own]
+        return _row([self._samples[i] for i in members], lengths, parts, unit, layout)
 
 
 def _groups(
@@ -230,20 +235,24 @@ def _groups(
         yield part, size
 
 
-def _row(trajectories: Sequence[Sequence[Sample]], unit: str, layout: Layout | None) -> PackedBatch:
-    samples = [sample for own in trajectories for sample in own]
-    lengths = tuple(len(sample) for sample in samples)
-    if layout is None:
-        layout = Layout(np.arange(sum(lengths)), (0,) * len(lengths), sum(lengths))
+def _row(
+    samples: Sequence[Sample],
+    lengths: Sequence[int],
+    parts: Sequence[int],
+    unit: str,
+    layout: Layout,
+) -> PackedBatch:
+    """A row of samples, `parts` of them one trajectory after the other."""
     masks = np.concatenate([sample.ratio_mask for sample in samples])
     sampled_at = np.flatnonzero(masks)
     # A turn's number is the same in whichever of its trajectory's samples it lies.
     turns = np.concatenate([sample.turn_ids for sample in samples])[masks] * (unit == "turn")
-    counts = [sum(len(sample) for sample in own) for own in trajectories]
-    owner = np.repeat(np.arange(len(counts)), counts)[masks]
+    owner = np.repeat(np.repeat(np.arange(len(parts)), parts), lengths)[masks]
     stride = int(turns.max(initial=0)) + 1
     present, sequence = np.unique(owner * stride + turns, return_inverse=True)
-    owners = [trajectories[key // stride] for key in present]
+    first = np.cumsum(parts) - parts  # sample of each trajectory
+    owners = [samples[i] for i in first[present // stride].tolist()]
+    ends = np.cumsum(lengths)
 
     def in_row(parts: Sequence[np.ndarray]) -> Tensor:
         row = np.empty(layout.size, dtype=np.int64)
@@ -255,8 +264,8 @@ def _row(trajectories: Sequence[Sequence[Sample]], unit: str, layout: Layout | N
 
     return PackedBatch(
         tokens=in_row([sample.tokens for sample in samples]),
-        positions=in_row([np.arange(length) for length in lengths]),
-        lengths=lengths,
+        positions=in_row([np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)]),
+        lengths=tuple(lengths),
         shared=layout.shared,
         index=torch.from_numpy(layout.index),
         targets=torch.from_numpy(layout.index[sampled_at]),
@@ -266,7 +275,7 @@ def _row(trajectories: Sequence[Sequence[Sample]], unit: str, layout: Layout | N
         old_logprobs=sampled("old_logprobs"),
         sampling_logprobs=sampled("sampling_logprobs"),
         temperatures=sampled("temperatures"),
-        advantages=torch.tensor([own[0].advantage for own in owners], dtype=torch.float32),
-        trajectory_ids=tuple(own[0].trajectory_id for own in owners),
-        routes=pack_routes([s.routes for s in samples], lengths),
+        advantages=torch.tensor([sample.advantage for sample in owners], dtype=torch.float32),
+        trajectory_ids=tuple(sample.trajectory_id for sample in owners),
+        routes=pack_routes([s.routes for s in samples], tuple(lengths)),
     )
