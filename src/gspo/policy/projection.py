@@ -100,18 +100,22 @@ def _forward(
     pulled = torch.zeros_like(hidden, dtype=torch.float32) if pull else None
     for part, w, b in plan.vocabulary(weight, bias):
         keep_bytes -= 4 * targets.shape[0] * w.shape[0]
+        keep = not pull and keep_bytes >= 0
+        # In one piece: blocks that stay, between others that go, would leave holes in the heap.
+        powers = temperatures.new_empty(targets.shape[0], w.shape[0]) if keep else None
         for rows in plan.tokens(targets.shape[0]):
             x = project(hidden[rows], w, b, plan.softcap)
-            wanted = pull or keep_bytes >= 0
+            wanted = pull or keep
             slope = None if plan.softcap is None or not wanted else _cap_slope(x, plan.softcap)
             _pick(x, targets[rows] - part.start, picked[rows])
-            power, top, decay = softmax.add(rows, x, first=part.start == 0)
+            out = None if powers is None else powers[rows]
+            power, top, decay = softmax.add(rows, x, first=part.start == 0, out=out)
             if slope is not None:
                 power.mul_(slope)
             if pulled is not None:
                 older = pulled[rows] if decay is None else pulled[rows].mul_(decay[:, None])
                 older.addmm_(power, w)
-            elif wanted:
+            elif keep:
                 kept += power, top
     return _Forward(softmax, picked, pulled, kept)
 

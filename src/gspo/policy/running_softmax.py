@@ -43,13 +43,18 @@ class RunningSoftmax:
         self.max, self.total, self.spread = self.scale.new_zeros(3, *self.scale.shape)
 
     def add(
-        self, rows: slice, x: Float[Tensor, "C K"], *, first: bool
+        self,
+        rows: slice,
+        x: Float[Tensor, "C K"],
+        *,
+        first: bool,
+        out: Float[Tensor, "C K"] | None = None,
     ) -> tuple[Float[Tensor, "C K"], Float[Tensor, " C"], Float[Tensor, " C"] | None]:
         """Take in the next logits `x` of some rows.
 
         Returns:
             Their powers, the max that these are relative to, the factor that older powers shrink
-            by. `x` is overwritten. `first`: no older ones are there.
+            by. `x` is overwritten. `first`: no older ones are there. `out`: where the powers go.
         """
         top, total, spread = self.max[rows], self.total[rows], self.spread[rows]
         decay = None
@@ -61,7 +66,7 @@ class RunningSoftmax:
             spread.addcmul_(total, rise).mul_(decay)
             total.mul_(decay)
         top.copy_(new)
-        power = log2_power_(x, new, self.scale[rows]).exp2()
+        power = torch.exp2(log2_power_(x, new, self.scale[rows]), out=out)
         total.add_(power.sum(-1))
         # A banned entry's logit is -inf, and 0 * -inf would be NaN.
         spread.sub_(x.clamp_(min=-1e4).mul_(power).sum(-1))
