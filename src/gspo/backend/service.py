@@ -16,6 +16,7 @@ from gspo.dev import InternalModelConfig
 from gspo.policy.load import Policy, load_policy
 from gspo.policy.precision import RolloutPolicy, refresh
 from gspo.policy.probe import choose_packing
+from gspo.serve.batcher import Batcher
 from gspo.serve.server import PortServer
 from gspo.serve.torch_engine import TorchEngine
 from gspo.timing import timed
@@ -46,6 +47,7 @@ class Service:
     base_model: str
     engine: TorchEngine
     trainer: Trainer
+    batcher: Batcher
     client: AsyncOpenAI
     server: PortServer | None
 

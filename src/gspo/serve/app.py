@@ -29,8 +29,7 @@ ServedNames = Callable[[], list[str]]
 
 
 routes = APIRouter()
-"""Functions of the module, not of an app: FastAPI caches what it knows of a route for good, and
-with a closure it would keep the weights."""
+"""Functions of the module: FastAPI caches what it knows of them for good, closures too."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import asyncio
 from dataclasses import dataclass
 
 from gspo.compute import ComputeThread
+from gspo.errors import ServeError
 from gspo.serve.engine import Completion, Engine, Request, check_fits
 
 IDLE_TURNS = 16
@@ -32,11 +33,26 @@ class Batcher:
     """
 
     def __init__(self, engine: Engine, compute: ComputeThread, *, window: float = 0.0):
-        self.engine = engine
+        self._engine: Engine | None = engine
         self.window = window
         self._compute = compute
         self._waiting: list[_Waiting] = []
         self._worker: asyncio.Task[None] | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """What samples.
+
+        Raises:
+            ServeError: after `close`.
+        """
+        if self._engine is None:
+            raise ServeError("the backend that served this model is closed")
+        return self._engine
+
+    def close(self) -> None:
+        """Let go of the engine and its weights, whoever may still hold the routes to it."""
+        self._engine = None
 
     async def complete(self, request: Request) -> list[Completion]:
         """The request's n completions.
