@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 
 from gspo.errors import DataError
 from gspo.progress import Gather, all_or_cancel, gathering
-from gspo.trajectory import Trajectory, TrajectoryGroup
+from gspo.trajectory import Trajectory, TrajectoryGroup, settled
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -67,23 +67,10 @@ async def gather_trajectories(
     """Run rollouts concurrently; a tolerated failure stands as its exception, in its place."""
     pending = list(trajectories)
 
-    async def one(rollout: Awaitable[Trajectory]) -> Trajectory | BaseException:
-        try:
-            trajectory = await rollout
-        except Exception as error:
-            gather.failed(error)
-            return error
-        if not isinstance(trajectory, Trajectory):
-            raise DataError(
-                f"a rollout returned {type(trajectory).__name__}; it must return a Trajectory"
-            )
-        gather.finished(trajectory.reward, trajectory.metrics)
-        return trajectory
-
     with _progress(pbar_desc, len(pending)) as update:
         gather = Gather(total=len(pending), max_exceptions=max_exceptions, update=update)
         with gathering(gather):
-            return await all_or_cancel([one(rollout) for rollout in pending])
+            return await all_or_cancel([settled(rollout) for rollout in pending])
 
 
 def retry(

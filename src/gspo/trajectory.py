@@ -148,24 +148,10 @@ class TrajectoryGroup(_Record):
         return self._run().__await__()
 
     async def _run(self) -> TrajectoryGroup:
-        gather = current_gather()
         pending, self._pending = self._pending, []
 
-        async def one(rollout: Awaitable[Trajectory]) -> Trajectory | BaseException:
-            try:
-                trajectory = await rollout
-            except Exception as error:
-                gather.failed(error)
-                return error
-            if not isinstance(trajectory, Trajectory):
-                raise DataError(
-                    f"a rollout returned {type(trajectory).__name__}; it must return a Trajectory"
-                )
-            gather.finished(trajectory.reward, trajectory.metrics)
-            return trajectory
-
         # In the order given, not in the order of completion: runs repeat exactly.
-        results = await all_or_cancel([one(rollout) for rollout in pending])
+        results = await all_or_cancel([settled(rollout) for rollout in pending])
         for result in results:
             if isinstance(result, Trajectory):
                 self.trajectories.append(result)
@@ -178,6 +164,27 @@ class TrajectoryGroup(_Record):
 
     def __len__(self) -> int:
         return len(self.trajectories)
+
+
+async def settled(rollout: Awaitable[Trajectory]) -> Trajectory | BaseException:
+    """The rollout's trajectory, or what it failed with where the gather around it tolerates that.
+
+    Raises:
+        DataError: it returned something else.
+        Exception: its failure, beyond the gather's budget.
+    """
+    gather = current_gather()
+    try:
+        trajectory = await rollout
+    except Exception as error:
+        gather.failed(error)
+        return error
+    if not isinstance(trajectory, Trajectory):
+        raise DataError(
+            f"a rollout returned {type(trajectory).__name__}; it must return a Trajectory"
+        )
+    gather.finished(trajectory.reward, trajectory.metrics)
+    return trajectory
 
 
 def _sort_out(

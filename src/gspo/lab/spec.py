@@ -104,13 +104,21 @@ def read_spec(path: Path, overrides: Iterable[str] = ()) -> Spec:
     Raises:
         ConfigError: no such file, not TOML, or an unknown key or value.
     """
+    return Spec(**override(read_toml(path), overrides))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file says.
+
+    Raises:
+        ConfigError: no such file, or not TOML.
+    """
     try:
-        data = tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
-    return Spec(**override(data, overrides))
 
 
 def override(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from gspo.dev import Algorithm, InternalModelConfig
 from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.errors import ConfigError, suggestion
-from gspo.lab.spec import Spec, override
+from gspo.lab.spec import Spec, override, read_toml
 from gspo.options import Options, check_names
 
 _DECIDED = {
@@ -93,12 +92,7 @@ def read_compare_spec(path: Path, overrides: Iterable[str] = ()) -> CompareSpec:
     Raises:
         ConfigError: no such file, not TOML, or an unknown key or value.
     """
-    try:
-        data = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from None
+    data = read_toml(path)
     data.setdefault("name", path.stem)
     return CompareSpec(**override(data, overrides, CompareSpec.model_fields))
 
