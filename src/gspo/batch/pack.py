@@ -105,7 +105,7 @@ def plan_rows(sizes: Sequence[int], budget: int) -> list[list[int]]:
     >>> plan_rows([6, 3, 5, 2], budget=8)
     [[0, 3], [1, 2]]
     """
-    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
     rows = _best_fit(sizes, order, budget)
     return sorted(sorted(row) for row in _spread(sizes, order, budget, len(rows)) or rows)
 
@@ -178,19 +178,29 @@ class Packer:
         self._samples = samples
         self._lengths = [len(sample.tokens) for sample in samples]
         self._prefixes = Prefixes(samples, routed) if share else None
-        by_trajectory: dict[int, list[int]] = {}
-        for number, sample in enumerate(samples):
-            by_trajectory.setdefault(sample.trajectory_id, []).append(number)
-        self._own = list(by_trajectory.values())
+        # Arrays and not a list for each trajectory: of 10^5 lists Python's garbage collector would
+        # take more time than the packing.
+        numbers: dict[int, int] = {}
+        self._owner = np.array(
+            [numbers.setdefault(sample.trajectory_id, len(numbers)) for sample in samples],
+            dtype=np.int64,
+        )
+        self._order = np.argsort(self._owner, kind="stable")
+        self._ends = np.cumsum(np.bincount(self._owner, minlength=len(numbers)))
+
+    def _members(self, trajectory: int) -> list[int]:
+        """Its samples."""
+        start = self._ends[trajectory - 1] if trajectory else 0
+        return self._order[start : self._ends[trajectory]].tolist()
 
     def plan(self, budget: int) -> list[tuple[list[int], int]]:
         """Of each row: its trajectories, and its tokens, which may turn out fewer where what is
         packed as several groups has a prefix in common."""
         if self._prefixes is None:
-            lengths = self._lengths
-            units = [([t], sum([lengths[i] for i in own])) for t, own in enumerate(self._own)]
-        else:
-            units = list(_groups(self._samples, self._own, self._prefixes, budget))
+            sizes = np.bincount(self._owner, self._lengths).astype(np.int64).tolist()
+            return [(row, sum(sizes[t] for t in row)) for row in plan_rows(sizes, budget)]
+        own = [self._members(t) for t in range(len(self._ends))]
+        units = list(_groups(self._samples, own, self._prefixes, budget))
         return [
             (sorted(t for u in row for t in units[u][0]), sum(units[u][1] for u in row))
             for row in plan_rows([size for _, size in units], budget)
@@ -198,7 +208,7 @@ class Packer:
 
     def row(self, trajectories: Sequence[int], unit: Literal["trajectory", "turn"]) -> PackedBatch:
         """The row of one entry of the plan."""
-        own = [self._own[t] for t in trajectories]
+        own = [self._members(t) for t in trajectories]
         members = [i for part in own for i in part]
         lengths = [self._lengths[i] for i in members]
         if self._prefixes is None:
