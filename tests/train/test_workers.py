@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
+import gspo as art
 from gspo import dev
 from gspo.errors import NumericsError
 from gspo.policy.load import Policy
@@ -13,7 +16,7 @@ from gspo.train.rollouts import prepare
 from gspo.train.rows import rows_of
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
-from support import embedded, random_groups
+from support import choice, embedded, random_groups, trajectory
 
 
 def trained(workers: int, options: dev.TrainConfig, **load) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -82,6 +85,29 @@ def test_rows_are_even_among_the_workers():
     assert max(sizes) < 1.2 * min(sizes)
     policy.workers = Workers(1)
     assert len(rows_of(policy, samples, 10_000)) == 1
+
+
+def test_rows_are_not_cut_where_both_would_hold_the_same_prompt():
+    """Sixteen answers of 64 tokens behind a prompt of 1,024, for two workers: two rows of eight
+    each. Cut at half of the tokens, each answer would take a row and the prompt with it."""
+    policy: Policy = embedded()
+    rng = random.Random(0)
+
+    def tokens(count: int) -> list[int]:
+        return [rng.randrange(6, 100) for _ in range(count)]
+
+    prompt = tokens(1024)
+    group = [trajectory(i, choice(tokens(64), prompt, [-1.0] * 64)) for i in range(16)]
+    samples = [
+        sample
+        for own in prepare([art.TrajectoryGroup(group)], context=2048).samples
+        for sample in own
+    ]
+    policy.workers = Workers(2)
+    rows = rows_of(policy, samples, 10_000, share=True)
+    assert [row.token_count for row in rows] == [1024 + 8 * 64] * 2
+    unshared = rows_of(policy, samples, 10_000)
+    assert [row.token_count for row in unshared] == [8 * 1088] * 2
 
 
 def test_a_few_tokens_are_not_split_among_the_workers():

@@ -15,6 +15,7 @@ LEAST = 768
 """Tokens below which a row is not split for a second worker: threads that each call many small
 operations wait for one another (measured: two rows of 518 tokens take 1.2 x one of 1,036, two of
 996 take 0.64 x one of 1,992)."""
+_GROWTH = 1.2  # from one size of rows that is tried to the next
 
 
 @timed("packing")
@@ -30,10 +31,36 @@ def rows_of(
     """`pack`, with about as many tokens for each of the policy's workers."""
     packer = Packer(samples, share=share, routed=routed)
     plan = packer.plan(budget)
-    workers = policy.workers.count
-    turns = math.ceil(len(plan) / workers)
-    tokens = sum(size for _, size in plan)
-    if len(plan) < turns * workers and tokens >= LEAST * workers:
-        even = math.ceil(1.05 * tokens / (turns * workers))
-        plan = packer.plan(min(even, budget))
+    if policy.workers.count > 1:
+        plan = _evened(packer, plan, budget, policy.workers.count)
     return [packer.row(members, unit) for members, _ in plan]
+
+
+Plan = list[tuple[list[int], int]]
+
+
+def _evened(packer: Packer, plan: Plan, budget: int, workers: int) -> Plan:
+    """The plan, or one of smaller rows by which the workers end sooner.
+
+    Where prefixes are shared, rows that are cut in two both hold what they have in common: a group
+    of 16 x 64 tokens behind 1,024 makes a row of 2,048, or two of 1,536, or sixteen of 1,088.
+    """
+    tokens = sum(size for _, size in plan)
+    turns = math.ceil(len(plan) / workers)
+    if len(plan) == turns * workers or tokens < LEAST * workers:
+        return plan
+    best, largest = plan, max(size for _, size in plan)
+    limit = 1.05 * tokens / (turns * workers)
+    while limit < min(budget, largest):
+        best = min(best, packer.plan(math.ceil(limit)), key=lambda own: _span(own, workers))
+        limit *= _GROWTH
+    return sorted(best, key=lambda row: -row[1])
+
+
+def _span(plan: Plan, workers: int) -> int:
+    """Tokens one after the other, where each turn of the workers lasts as long as its largest row.
+
+    >>> _span([([0], 5), ([1], 2), ([2], 4)], workers=2)
+    7
+    """
+    return sum(sorted((size for _, size in plan), reverse=True)[::workers])
