@@ -29,8 +29,9 @@ $(VENV)/.docs: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/gspo demo
 
+# Two processes of one thread each; more threads than cores would wait for one another.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 slow: $(VENV)/.installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[gguf]'
