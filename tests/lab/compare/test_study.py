@@ -59,7 +59,8 @@ def test_every_part_fills_its_tables_and_pictures(
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / f"{part}.json").write_text(json.dumps(data))
     page = tmp_path / "study.md"
-    page.write_text((STUDY.parent / "study.md").read_text())
+    empty = dict.fromkeys(tables.TABLES, "")
+    page.write_text(tables.filled((STUDY.parent / "study.md").read_text(), empty))
     arguments = ["figures.py", "--data", str(tmp_path / "data"), "--page", str(page)]
     monkeypatch.setattr(sys, "argv", [*arguments, "--images", str(tmp_path / "img")])
     figures.main()
@@ -73,6 +74,16 @@ def test_every_part_fills_its_tables_and_pictures(
     assert drawn == {name for name, (of, _) in figures.PICTURES.items() if of == part}
     for name in drawn:
         assert f"study/img/{name}.png" in text
+
+
+def test_the_page_has_the_tables_of_the_committed_data(script: Any):
+    tables = script("tables")
+    known = {path.stem: json.loads(path.read_text()) for path in (STUDY / "data").glob("*.json")}
+    page = (STUDY.parent / "study.md").read_text()
+    made = {mark: tables.markdown(make(known[of])) for mark, (of, make) in tables.TABLES.items()}
+    assert tables.filled(page, made) == page
+    finished = [cell["status"] == "done" for data in known.values() for cell in data["cells"]]
+    assert all(finished) and len(finished) == 320
 
 
 def test_numbers_are_those_of_the_cells(script: Any, tmp_path: Path):
