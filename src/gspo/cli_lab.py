@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gspo.errors import ConfigError
+from gspo.errors import ConfigError, GspoError
 
 if TYPE_CHECKING:
     from gspo.lab.compare.session import GridPlan
@@ -121,10 +121,11 @@ def compare(
     if dry_run:
         print_plan(plan)
         return
-    content = _compare(resolved, plan, quick)
+    content, page = _compare(resolved, plan, quick)
     if as_json:
-        counts = {name: plan.count(name) for name in ("done", "failed", "refused")}
-        print(json.dumps({"folder": str(resolved.folder), **counts, "paired": content["paired"]}))
+        found: dict[str, Any] = {"folder": str(resolved.folder), "report": page and str(page)}
+        found |= {name: plan.count(name) for name in ("done", "failed", "refused")}
+        print(json.dumps(found | {"paired": content["paired"]}))
     if plan.count("failed"):
         raise SystemExit(1)
 
@@ -141,7 +142,10 @@ def _comparison(
     return with_overrides(quick_spec(), placed) if spec is None else read_compare_spec(spec, placed)
 
 
-def _compare(resolved: CompareSpec, plan: GridPlan, quick: bool) -> dict[str, Any]:
+def _compare(
+    resolved: CompareSpec, plan: GridPlan, quick: bool
+) -> tuple[dict[str, Any], Path | None]:
+    """What came out, and the page that shows it."""
     from gspo.lab.compare.quick import ADVICE
     from gspo.lab.compare.session import run_comparison
     from gspo.lab.compare.table import LiveGrid, print_result, summary_line
@@ -151,9 +155,24 @@ def _compare(resolved: CompareSpec, plan: GridPlan, quick: bool) -> dict[str, An
         path, content = run_comparison(resolved, plan, watch, quick=quick)
     print_result(content)
     print(f"data: {path}")
+    page = _comparison_page(resolved.folder)
+    if page is not None:
+        print(f"report: {page}")
     if quick:
         print(ADVICE)
-    return content
+    return content, page
+
+
+def _comparison_page(folder: Path) -> Path | None:
+    """The comparison's report.html; None, and why, where it cannot be written."""
+    from gspo.lab.report.command import make_report
+
+    try:
+        page, _ = make_report([folder], None, watch=False)
+    except GspoError as error:  # a comparison of hours is not lost by its picture
+        print(f"no report: {error}")
+        return None
+    return page
 
 
 def report(

@@ -70,6 +70,8 @@ def test_a_comparison_runs_once_and_pairs_prompts_and_weights(tmp_path: Path):
     first = compare(spec, "--json")
     assert first.exit_code == 0, first.output
     last = json.loads(first.output.splitlines()[-1])
+    assert "<html" in Path(last["report"]).read_text()[:200]
+    assert Path(last["report"]) == read_compare_spec(spec).folder / "report.html"
     assert (last["done"], last["failed"], last["refused"]) == (4, 0, 0)
     rows = content(spec)["cells"]
     assert {row["status"] for row in rows} == {"done"}
