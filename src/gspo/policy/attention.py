@@ -21,7 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from gspo.policy.cascade import Cascade, cascade_attention
 from gspo.policy.flex import FlexRow
-from gspo.policy.prefix import RowAttention
+from gspo.policy.prefix import Attention, RowAttention
 
 PACKED = "gspo_packed"
 _HARMLESS = frozenset({"is_causal", "position_ids", "use_cache", "cache_position"})
@@ -64,7 +64,17 @@ def packed_attention(
     assert gspo_row is not None
     if isinstance(gspo_row, FlexRow):
         return gspo_row.attend(query, key, value, scaling, sliding_window), None
-    plan = gspo_row.within(sliding_window)
+    return _by_pieces(query, key, value, gspo_row.within(sliding_window), scaling), None
+
+
+def _by_pieces(
+    query: Float[Tensor, "1 H T D"],
+    key: Float[Tensor, "1 K T D"],
+    value: Float[Tensor, "1 K T E"],
+    plan: Attention,
+    scaling: float | None,
+) -> Float[Tensor, "1 T H E"]:
+    """One call of SDPA for each piece of the plan."""
     # Rows of memory are gathered, and halves of one tensor: many small ops cost more.
     q = query.squeeze(0).transpose(0, 1).contiguous().index_select(0, plan.queries)
     kv = torch.cat([key, value], dim=-1).squeeze(0).transpose(0, 1).contiguous()
@@ -87,7 +97,7 @@ def packed_attention(
         for piece, *own in parts
     ]  # each [B, Q, H, E]
     out = torch.cat([part.flatten(0, 1) for part in outputs])
-    return out.index_select(0, plan.order)[None], None
+    return out.index_select(0, plan.order)[None]
 
 
 def no_mask(device: torch.device) -> Bool[Tensor, "1 1 1 1"]:

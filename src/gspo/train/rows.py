@@ -17,6 +17,9 @@ operations wait for one another (measured: two rows of 518 tokens take 1.2 x one
 996 take 0.64 x one of 1,992)."""
 _GROWTH = 1.2  # from one size of rows that is tried to the next
 
+Plan = list[tuple[list[int], int]]
+"""As `Packer.plan` gives it: of each row its trajectories and its tokens."""
+
 
 @timed("packing")
 def rows_of(
@@ -36,9 +39,6 @@ def rows_of(
     return [packer.row(members, unit) for members, _ in plan]
 
 
-Plan = list[tuple[list[int], int]]
-
-
 def _evened(packer: Packer, plan: Plan, budget: int, workers: int) -> Plan:
     """The plan, or one of smaller rows by which the workers end sooner.
 
@@ -53,6 +53,8 @@ def _evened(packer: Packer, plan: Plan, budget: int, workers: int) -> Plan:
     limit = 1.05 * tokens / (turns * workers)
     while limit < min(budget, largest):
         best = min(best, packer.plan(math.ceil(limit)), key=lambda own: _span(own, workers))
+        if _span(best, workers) * workers <= 1.05 * tokens:
+            break  # nothing is computed twice, and nobody waits
         limit *= _GROWTH
     return sorted(best, key=lambda row: -row[1])
 
