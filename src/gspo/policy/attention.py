@@ -15,12 +15,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from gspo.policy.cascade import Cascade, cascade_attention
 from gspo.policy.flex import FlexRow
+from gspo.policy.hf import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    sdpa_attention_forward,
+    sdpa_mask,
+)
 from gspo.policy.prefix import Attention, RowAttention
 
 PACKED = "gspo_packed"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+
+from gspo.policy.hf import Cache, CacheLayerMixin
 
 Pair = tuple[Tensor, Tensor]
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gspo.errors import ModelError, suggestion
-from gspo.policy.quiet import quiet
+from gspo.policy.hf import quiet
 from gspo.tasks import Task, load_task, task_names
 
 if TYPE_CHECKING:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers.masking_utils import create_causal_mask
 
 from gspo.batch.pack import PackedBatch
 from gspo.policy.attention import no_mask
 from gspo.policy.flex import FlexRow
+from gspo.policy.hf import causal_mask
 from gspo.policy.load import OWN, SHARING, Policy, autocast
 from gspo.policy.logprob import TokenLogprobs, token_logprobs
 from gspo.policy.prefix import RowAttention
@@ -81,13 +81,8 @@ def _masks_by_type(policy: Policy, batch: PackedBatch) -> dict[str, Any]:
     def near(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query < until[key]) & (positions[query] < positions[key] + window)
 
-    arguments: dict[str, Any] = {
-        "config": config,
-        "inputs_embeds": policy.lm.get_input_embeddings()(batch.tokens.to(device)).detach(),
-        "attention_mask": None,
-        "past_key_values": None,
-    }
-    masks = {"full_attention": create_causal_mask(**arguments, and_mask_function=seen)}
+    embeddings = policy.lm.get_input_embeddings()(batch.tokens.to(device)).detach()
+    masks = {"full_attention": causal_mask(config, embeddings, seen)}
     if window is not None:
-        masks["sliding_attention"] = create_causal_mask(**arguments, and_mask_function=near)
+        masks["sliding_attention"] = causal_mask(config, embeddings, near)
     return masks

@@ -24,8 +24,8 @@ from gspo.dev import InternalModelConfig, LoraConfig
 from gspo.errors import MissingDependencyError, ModelError, suggestion
 from gspo.policy.attention import PACKED
 from gspo.policy.embedded import PREFIX, RECIPES, embedded_folder
+from gspo.policy.hf import attention_implementation, enable_checkpointing, quiet
 from gspo.policy.logprob import Head
-from gspo.policy.quiet import quiet
 from gspo.policy.routing import Routing
 from gspo.policy.workers import Workers
 
@@ -158,7 +158,7 @@ def load_policy(
     lm = _load_lm(str(full) if full else source, source, _device(config.device))
     tokenizer = AutoTokenizer.from_pretrained(source)
     _no_dropout(lm)
-    if lm.config._attn_implementation == "sdpa":
+    if attention_implementation(lm) == "sdpa":
         lm.set_attn_implementation(PACKED)
     threads, workers = _threads(lm, config.threads)
     torch.set_num_threads(threads)
@@ -250,10 +250,7 @@ def _expert_parameters(lm: PreTrainedModel, config: LoraConfig) -> list[str] | N
 
 def recompute_layers(policy: Policy) -> None:
     """Activation checkpointing, by which a replayed route is replayed in the backward pass too."""
-    lm = policy.lm
-    name = "activation_checkpointing_enable"  # its name before transformers 5.2x follows
-    enable = getattr(lm, name, None) or lm.gradient_checkpointing_enable
-    enable({"use_reentrant": False, "context_fn": policy.routing.recompute})
+    enable_checkpointing(policy.lm, use_reentrant=False, context_fn=policy.routing.recompute)
 
 
 def _no_dropout(lm: PreTrainedModel) -> None:

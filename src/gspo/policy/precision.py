@@ -26,10 +26,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from gspo.dev import RolloutDtype
 from gspo.errors import ModelError
+from gspo.policy.hf import Conv1D
 from gspo.policy.load import Policy
 
 GROUP = 32

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gspo.errors import ConfigError, ModelError
+from gspo.policy.hf import router_classes
 from gspo.policy.tape import Tape
 
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -202,7 +203,7 @@ def find_routers(lm: nn.Module) -> list[tuple[nn.Module, int]]:
     """
     out: dict[nn.Module, int] = {}
     for model in lm.modules():
-        named = (getattr(model, "_can_record_outputs", None) or {}).get("router_logits")
+        named = router_classes(model)
         for spec in named if isinstance(named, list) else [named]:
             target = getattr(spec, "target_class", spec)
             if not isinstance(target, type):

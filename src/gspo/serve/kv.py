@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gspo.policy.attention import no_mask
 from gspo.policy.cascade import Cascade, CascadeCache
+from gspo.policy.hf import cache_argument
 from gspo.policy.load import Policy
 from gspo.serve.cache import SlabCache
 
@@ -46,9 +47,9 @@ class SharedPrompts:
             input_ids=tokens[:, None],
             attention_mask=no_mask(tokens.device),
             position_ids=self._cascade.positions()[:, None],
-            past_key_values=self._cascade.cache,
             use_cache=True,
             gspo_cascade=self._cascade,
+            **cache_argument(self._policy.backbone, self._cascade.cache),
         ).last_hidden_state[:, -1]
 
     def keep(self, rows: np.ndarray) -> None:
@@ -76,8 +77,8 @@ class CopiedPrompts:
             input_ids=tokens[:, None],
             attention_mask=real,
             position_ids=positions[:, None],
-            past_key_values=self._cache,
             use_cache=True,
+            **cache_argument(self._policy.backbone, self._cache),
         ).last_hidden_state[:, -1]
 
     def keep(self, rows: np.ndarray) -> None:
@@ -133,8 +134,8 @@ def prefill(
         input_ids=tokens,
         attention_mask=mask,
         position_ids=(real.cumsum(-1) - 1).clamp_(min=0),
-        past_key_values=cache,
         use_cache=True,
+        **cache_argument(policy.backbone, cache),
     ).last_hidden_state[:, -1]
     if shared:
         cache.fan_out(len(owner), capacity)

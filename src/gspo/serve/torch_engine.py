@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gspo.errors import GspoError, RequestError
 from gspo.policy.attention import PACKED
+from gspo.policy.hf import attention_implementation
 from gspo.policy.load import OWN, Policy, autocast
 from gspo.policy.logprob import full_logits
 from gspo.serve.cache import slab_bytes
@@ -37,7 +38,7 @@ class TorchEngine:
     def __init__(self, policy: Policy, *, seed: int = 0, max_rows: int = 512):
         self.policy = policy
         self.max_rows = max_rows
-        own = policy.lm.config._attn_implementation == PACKED
+        own = attention_implementation(policy.lm) == PACKED
         self.shared = own and policy.packing in OWN
         """One copy of each prompt's keys; `check_engine` turns it off where that isn't exact."""
         self._seed = seed
