@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -106,6 +108,7 @@ def test_a_prompt_is_computed_once_for_its_completions(engine: TorchEngine, monk
     backbone = type(engine.policy.backbone)
     own = backbone.forward
 
+    @functools.wraps(own)
     def counted(self, *args, **kwargs):
         seen.append(tuple(kwargs["input_ids"].shape))
         return own(self, *args, **kwargs)
