@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from jaxtyping import config, install_import_hook
+from library_warnings import Collector
 
 torch.set_num_threads(1)
 
@@ -33,3 +34,7 @@ def unhooked() -> Iterator[None]:
     config.update("jaxtyping_disable", True)
     yield
     config.update("jaxtyping_disable", False)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Collector())
