@@ -115,7 +115,8 @@ CASES = {
         learning_rate=3e-4,
     ),
     "auto_epsilon": Case(
-        train={"epsilon": "auto", "epsilon_target": 0.02, "epsilon_scale": "sqrt_length"}
+        train={"epsilon": "auto", "epsilon_target": 0.02, "epsilon_scale": "sqrt_length"},
+        learning_rate=1e-4,  # log-ratios of the size of the range: that is where it steers
     ),
     "schedule": Case(
         train={
