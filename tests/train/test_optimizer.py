@@ -45,7 +45,7 @@ def test_the_gradient_is_clipped_to_the_norm():
 
 @pytest.mark.parametrize(("limit", "scale"), [(1.0, 1 / 6), (12.0, 1.0), (None, 1.0)])
 def test_the_update_is_made_from_the_clipped_gradient(limit: float | None, scale: float):
-    """With a large adam_epsilon AdamW is nearly gradient descent: steps have the gradient's size."""
+    """With a large adam_epsilon AdamW is nearly gradient descent: a step has its size."""
     own = {"a": torch.nn.Parameter(torch.zeros(4, dtype=torch.float64))}
     own["a"].grad = torch.full((4,), 3.0, dtype=torch.float64)
     options = TrainConfig(max_grad_norm=limit, adam_epsilon=1e6)
