@@ -102,7 +102,7 @@ def test_no_ratio_moves_before_the_first_update(unit: str):
 
 @pytest.mark.parametrize("replay", ["none", "old_policy", "rollout"])
 def test_no_ratio_moves_before_the_first_update_with_replay(replay: str):
-    """The step and its pi_old go through the same experts, the engine's where those are replayed."""
+    """The step and its pi_old go through the same experts: the engine's if those are replayed."""
     policy = moe()
     batch = routed(policy, prepare(random_groups(policy), context=policy.context), shift=1)
     metrics = first_step(policy, batch, routing_replay=replay)
