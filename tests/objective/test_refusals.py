@@ -97,6 +97,20 @@ def test_an_unknown_name_is_refused_when_the_objective_is_made(name: str, choice
         Objective(**named)
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"surrogate": "gate"}, "'gate' has the constants tau_pos, tau_neg, but none were given"),
+        ({"constants": {"tau": 1.0}}, "'clip' has the constants none, but tau were given"),
+        ({"level": "sequence", "surrogate": "truncate"}, "'token', not 'sequence'"),
+    ],
+)
+def test_a_surrogate_is_given_what_it_reads(changed: dict[str, Any], message: str) -> None:
+    named: dict[str, Any] = {"level": "token", "epsilon_low": 0.2, "epsilon_high": 0.2}
+    with pytest.raises(ValueError, match=message):
+        Objective(**named | changed)
+
+
 @pytest.mark.parametrize("low", [0.0, -0.1, 1.01, math.nan, math.inf])
 def test_a_lower_clip_distance_outside_0_to_1_is_refused(low: float) -> None:
     with pytest.raises(ValueError, match="epsilon_low"):

@@ -15,6 +15,7 @@ from gspo.config import TrainConfig
 from gspo.errors import NumericsError
 from gspo.policy.load import Policy, load_policy
 from gspo.train import trainer as trainer_module
+from gspo.train.calibration import needed_epsilon
 from gspo.train.rollouts import RolloutBatch, prepare
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
@@ -183,6 +184,25 @@ def test_a_kl_term_alone_draws_the_policy_to_its_reference():
     batch = batch_of(policy, (0, 1, 2, 3))
     before, after = (trainer.train(batch, settings).metrics.compute()["loss/kl"] for _ in range(2))
     assert after < 0.9 * before
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_the_share_that_is_logged_is_the_share_that_auto_epsilon_steers(kl_coef: float):
+    policy = away(embedded())
+    trainer = Trainer(policy, lambda: load_policy("embedded:sort"))
+    settings = resolve(
+        TrainConfig(kl_penalty_coef=kl_coef), dev.TrainConfig(epsilon=0.8, epsilon_high=1.0)
+    )
+    out = trainer.train(batch_of(policy, (1, 2), groups=6), settings)
+    seen = [trace for traces in out.traces.values() for trace in traces]
+    signal = [trace for trace in seen if trace.advantage != 0]
+    assert (len(signal), len(seen)) == (16, 24 if kl_coef else 16)
+    needed = [needed_epsilon(settings.objective, trace) > 0.8 for trace in signal]
+    metrics = out.metrics.compute()
+    assert 0 < metrics["ratio/clip_fraction"] < 1
+    assert metrics["ratio/clip_fraction"] == sum(needed) / 16
+    assert metrics["ratio/clip_fraction"] == sum(t.clipped_tokens > 0 for t in signal) / 16
+    assert metrics["ratio/log_mean"] == pytest.approx(sum(t.log_ratio for t in signal) / 16)
 
 
 def test_without_a_kl_term_a_flat_minibatch_is_no_step():

@@ -24,6 +24,12 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "aggregate": get_args(Aggregate),
     "epsilon_scale": get_args(EpsilonScale),
 }
+_CONSTANTS: Mapping[str, tuple[str, ...]] = {
+    "gate": ("tau_pos", "tau_neg"),
+    "gamma": ("k_pos", "lambda_pos", "k_neg", "lambda_neg"),
+    "divergence": ("truncate",),
+}
+"""The numbers that a surrogate needs; the others have none."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ class Objective:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
+        self._check_surrogate()
         if self.surrogate in CLIPPING:
             if not 0 < self.epsilon_low <= 1:
                 raise ValueError(f"epsilon_low = {self.epsilon_low}: must be in (0, 1]")
@@ -80,6 +87,19 @@ class Objective:
                     f"correction {self.correction.kind!r} weights tokens, but this objective has "
                     "one ratio per sequence: use a sequence_... correction"
                 )
+
+    def _check_surrogate(self) -> None:
+        if self.surrogate != "clip" and self.level != "token":
+            raise ValueError(
+                f"surrogate {self.surrogate!r} is made of token ratios: level is 'token', not "
+                f"{self.level!r}"
+            )
+        needed = _CONSTANTS.get(self.surrogate, ())
+        if set(self.constants) != set(needed):
+            raise ValueError(
+                f"surrogate {self.surrogate!r} has the constants {', '.join(needed) or 'none'}, "
+                f"but {', '.join(self.constants) or 'none'} were given"
+            )
 
     def with_epsilon(self, low: float, high: float) -> Objective:
         """The same objective with another range."""
@@ -137,17 +157,17 @@ _ALL = (
         Objective("token", 0.2, 0.2, aggregate="sequence_sum"),
         "-(1/N) Σ_i Σ_t min(w_t A_i, clip(w_t) A_i),  A_i = r_i - mean(r)",
         "Liu et al., Understanding R1-Zero-Like Training, arXiv 2503.20783, section 3.2, without "
-        "its constant divisor: the gradient is larger by that number, so max_grad_norm = 1.0 cuts "
-        "nearly every step; raise it with the length, or set it to None",
+        "its constant divisor: the gradient is larger by that number, so that clipping it to a "
+        "norm of 1 cuts nearly every step",
         advantage="group_mean",
     ),
     Preset(
         "dapo",
         Objective("token", 0.2, 0.28, aggregate="token_mean"),
         "-(1/T) Σ_i Σ_t min(w_t A_i, clip(w_t, 1 - 0.2, 1 + 0.28) A_i); flat groups left out",
-        "Yu et al., DAPO, arXiv 2503.14476, equations 8 to 10 and 12. Equations 11 and 13 are "
-        "options: dynamic_sampling refills flat groups, overlong_max_tokens and overlong_cache "
-        "are the overlong punishment",
+        "Yu et al., DAPO, arXiv 2503.14476, equations 8 to 10 and 12. Dynamic sampling (equation "
+        "11: dynamic_sampling) and the overlong punishment (equation 13: overlong_max_tokens, "
+        "overlong_cache) are options, and off",
         counts_flat=False,
     ),
     Preset(
@@ -174,7 +194,7 @@ _ALL = (
         Objective("sequence", 2e-3, 2.5e-3, aggregate="sequence_sum"),
         "-(1/N) Σ_i L_i min(s_i A_i, clip(s_i) A_i)",
         "LUSPO, Length-Unbiased Sequence Policy Optimization, arXiv 2602.05261. Tokens are summed: "
-        "max_grad_norm = 1.0 cuts nearly every step",
+        "clipping the gradient to a norm of 1 cuts nearly every step",
     ),
     Preset(
         "vespo",
@@ -210,9 +230,9 @@ _ALL = (
         "rloo",
         Objective("token", 1.0, 1.0, surrogate="likelihood", aggregate="sequence_sum"),
         "-(1/N) Σ_i (r_i - mean of the others) Σ_t log π(y_t)",
-        "Ahmadian et al., Back to Basics, arXiv 2402.14740, equation 8. On-policy: one minibatch, "
-        "unless minibatches says otherwise. Tokens are summed: max_grad_norm = 1.0 cuts nearly "
-        "every step",
+        "Ahmadian et al., Back to Basics, arXiv 2402.14740, equation 8. On-policy: one optimizer "
+        "step per batch by default. Tokens are summed: clipping the gradient to a norm of 1 cuts "
+        "nearly every step",
         advantage="leave_one_out",
         minibatches=1,
     ),
@@ -221,8 +241,8 @@ _ALL = (
         Objective("token", 1.0, 1.0, surrogate="likelihood", aggregate="sequence_sum"),
         "-(1/N) Σ_i r_i Σ_t log π(y_t)",
         "Williams, REINFORCE, Machine Learning 8 (1992), theorem 1, baseline 0. On-policy: one "
-        "minibatch, unless minibatches says otherwise. Tokens are summed: max_grad_norm = 1.0 cuts "
-        "nearly every step",
+        "optimizer step per batch by default. Tokens are summed: clipping the gradient to a norm "
+        "of 1 cuts nearly every step",
         advantage="reward",
         minibatches=1,
     ),
