@@ -123,8 +123,9 @@ class TrainConfig(Options):
     precalculate_logprobs: bool = False
     """ART's name for `old_logprobs="trainer"`."""
 
-    minibatches: int = Field(default=4, ge=1)
-    """Optimizer steps per rollout batch and epoch. The clip acts from the second one on."""
+    minibatches: int | None = Field(default=None, ge=1)
+    """Optimizer steps per rollout batch and epoch. The clip acts from the second one on. None: 4,
+    or 1 for `rloo` and `reinforce`, which have no ratio to correct for a policy that has moved."""
     epochs: int = Field(default=1, ge=1)
     """Passes over the rollout batch."""
     packed_sequence_length: int | None = Field(default=None, ge=1)
@@ -150,18 +151,22 @@ class TrainConfig(Options):
     """Log `moe/experts_changed` over the call of `train`. Costs two forward passes."""
 
     max_grad_norm: float | None = Field(default=1.0, gt=0)
-    """Gradient clipping by global norm; None: none."""
+    """Gradient clipping by global norm; None: none. Presets that sum a sequence's tokens
+    (`dr_grpo`, `luspo`, `rloo`, `reinforce`) have gradients larger by about the length: at 1.0
+    nearly every step of theirs is cut to this norm."""
     weight_decay: float = Field(default=0.0, ge=0)
     adam_betas: tuple[float, float] = (0.9, 0.999)
     adam_epsilon: float = Field(default=1e-8, gt=0)
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
     """Decay after the warmup, to `lr_final` of the peak at `lr_total_steps`."""
     lr_warmup_steps: int = Field(default=0, ge=0)
-    """Calls of `train` over which the learning rate rises linearly from 0."""
+    """Calls of `train` over which the learning rate rises in equal steps, one per minibatch: the
+    first minibatch has one step and not 0, the last one of these calls has the peak."""
     lr_total_steps: int | None = Field(default=None, ge=1)
     """Calls of `train` at which `cosine` or `linear` ends; needed by those two."""
     lr_final: float = Field(default=0.0, ge=0, le=1)
-    """The schedule's last learning rate, as a share of the peak."""
+    """The schedule's end, as a share of the peak. It is reached after the last minibatch of
+    `lr_total_steps` calls, so no minibatch within them has a rate of 0; later calls stay at it."""
     on_too_long: Literal["error", "drop"] = "error"
     """A trajectory longer than the context: an error that names it, or dropped and counted."""
 

@@ -102,9 +102,16 @@ def noise_advice(noise: float, spread: float, epsilon_low: float, target: float)
 
 
 def spread(objective: Objective, seen: Sequence[Observed]) -> float:
-    """Standard deviation of l_i in the units of epsilon; 0 for fewer than two sequences."""
+    """Standard deviation of l_i in the units of epsilon; 0 for fewer than two sequences.
+
+    Only sequences with an advantage count: the others can't be clipped.
+    """
     by_length = objective.epsilon_scale == "sqrt_length"
-    values = [one.log_ratio * (math.sqrt(one.length) if by_length else 1.0) for one in seen]
+    values = [
+        one.log_ratio * (math.sqrt(one.length) if by_length else 1.0)
+        for one in seen
+        if one.advantage != 0
+    ]
     if len(values) < 2:
         return 0.0
     mean = math.fsum(values) / len(values)

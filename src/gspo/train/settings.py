@@ -30,6 +30,7 @@ class Settings:
         advantage: how A_i is made of the group's rewards.
         counts_flat: groups with equal rewards count in N and T.
         old_logprobs: `rollout` or `trainer`.
+        minibatches: optimizer steps per rollout batch and epoch.
         auto_epsilon: the clip range is steered; the objective's is where it starts.
         learning_rate: peak.
         options: everything else.
@@ -39,6 +40,7 @@ class Settings:
     objective: Objective
     advantage: AdvantageKind
     counts_flat: bool
+    minibatches: int
     old_logprobs: str
     auto_epsilon: bool
     learning_rate: float
@@ -68,6 +70,7 @@ class Settings:
             "epsilon_high": objective.epsilon_high if clipped else None,
             "scale_rewards": {"group_std": True, "group_mean": False}.get(self.advantage),
             "old_logprobs": self.old_logprobs,
+            "minibatches": self.minibatches,
             "kl_penalty_coef": objective.kl_coef,
             "learning_rate": self.learning_rate,
         }
@@ -104,6 +107,7 @@ def resolve(config: TrainConfig | None = None, options: DevTrainConfig | None = 
         objective=objective,
         advantage=_advantage(preset, options),
         counts_flat=preset.counts_flat,
+        minibatches=options.minibatches or preset.minibatches,
         old_logprobs=old,
         auto_epsilon=options.epsilon == "auto",
         learning_rate=config.learning_rate,

@@ -25,7 +25,7 @@ from gspo.policy.load import Policy
 from gspo.train.calibration import EpsilonController, noise_advice, spread
 from gspo.train.optimizer import Optimizer, learning_rate
 from gspo.train.recompute import with_trainer_logprobs
-from gspo.train.rollouts import RolloutBatch, minibatches, without_advantage
+from gspo.train.rollouts import RolloutBatch, minibatches, reward_std, without_advantage
 from gspo.train.routing import BatchRouting, check_routing, shares, with_routes
 from gspo.train.settings import Settings
 from gspo.train.step import Reference, StepInput, accumulate
@@ -69,11 +69,13 @@ class Trainer:
     def train(self, batch: RolloutBatch, settings: Settings) -> TrainOutput:
         """Take `minibatches` x `epochs` optimizer steps and count the policy version up.
 
-        A minibatch without any advantage is no step: AdamW's momentum alone must not move weights.
+        A minibatch without a gradient is no step: AdamW's momentum alone must not move weights.
+        That is one in which every advantage is 0, unless there is a KL term, which has a gradient
+        there too.
 
         Raises:
-            NumericsError: a gradient or a router logit that is not finite. The weights are those
-                before that step.
+            NumericsError: a loss, a gradient or a router logit that is not finite. The weights are
+                those before that step.
             ConfigError, DataError: see `check_routing`.
         """
         check_routing(self.policy, batch.samples, settings.options)
@@ -96,7 +98,12 @@ class Trainer:
                     objective,
                     metrics,
                     routing,
-                    progress=at / len(plan),
+                    rate=learning_rate(
+                        settings.learning_rate,
+                        settings.options,
+                        begin=self.step + at / len(plan),
+                        end=self.step + (at + 1) / len(plan),
+                    ),
                     update=updates,
                 )
                 updates += stepped is not None
@@ -121,13 +128,8 @@ class Trainer:
         options = settings.options
         if not settings.counts_flat:
             batch = batch.with_signal()
-        return [
-            part
-            for epoch in range(options.epochs)
-            for part in minibatches(
-                batch, options.minibatches, seed=_mix(options.seed, self.step, epoch)
-            )
-        ]
+        seeds = [_mix(options.seed, self.step, epoch) for epoch in range(options.epochs)]
+        return [part for seed in seeds for part in minibatches(batch, settings.minibatches, seed)]
 
     def _routed(
         self, plan: list[list[tuple[Sample, ...]]], settings: Settings, metrics: Metrics
@@ -166,13 +168,13 @@ class Trainer:
         metrics: Metrics,
         routing: BatchRouting,
         *,
-        progress: float,
+        rate: float,
         update: int,
     ) -> list[Trace] | None:
-        """One optimizer step, or None where nothing in the minibatch has an advantage."""
+        """One optimizer step, or None where nothing in the minibatch has a gradient."""
         options = settings.options
         wanted = _wanted(part, settings)
-        if all(without_advantage(samples) for samples in wanted):
+        if not wanted:
             metrics.add("optim/skipped", 1)
             return None
         on_policy = update == 0 and self._fresh(wanted)
@@ -196,7 +198,6 @@ class Trainer:
             raise NumericsError(
                 f"train step {self.step}: {error}; the update was not made"
             ) from None
-        rate = learning_rate(settings.learning_rate, options, self.step + progress)
         try:
             norm = self.optimizer.step(rate, options)
         except FloatingPointError as error:
@@ -243,7 +244,7 @@ class Trainer:
         for group, reward in zip(batch.groups, batch.rewards, strict=True):
             by_group.setdefault(group, []).append(reward)
         for own in by_group.values():
-            metrics.mean("train/reward_std", float(np.std(own)), 1)
+            metrics.mean("train/reward_std", reward_std(own), 1)
         count = len(batch.samples)
         metrics.mean("train/reward", math.fsum(batch.rewards), count)
         every = [sample for samples in batch.samples for sample in samples]
@@ -278,7 +279,7 @@ class Trainer:
 
 
 def _wanted(part: Sequence[tuple[Sample, ...]], settings: Settings) -> list[tuple[Sample, ...]]:
-    """The trajectories that need a forward pass: without an advantage, only the KL's do."""
+    """The trajectories that have a gradient: those with an advantage, or all with a KL term."""
     return [s for s in part if settings.objective.kl_coef > 0 or not without_advantage(s)]
 
 
