@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from pathlib import Path
 
+from gspo.byname import load_object
 from gspo.errors import ConfigError
 from gspo.gather import gather_trajectory_groups
 from gspo.lab.spec import Spec
@@ -113,19 +111,9 @@ def load_rollout(name: str) -> Rollout:
     Raises:
         ConfigError: no such module or function, or not an async function of two arguments.
     """
-    module_name, colon, function_name = name.partition(":")
-    if not colon:
-        raise ConfigError(f"rollout = {name!r}: write 'module:function'")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(f"rollout = {name!r}: cannot import {module_name}: {error}") from None
-    function = getattr(module, function_name, None)
+    function = load_object(name, "rollout")
     if not inspect.iscoroutinefunction(function):
-        raise ConfigError(f"rollout = {name!r}: {module_name} has no async function of that name")
+        raise ConfigError(f"rollout = {name!r} is not an async function")
     if len(inspect.signature(function).parameters) != 2:
         raise ConfigError(f"rollout = {name!r} must take two arguments: (model, scenario)")
     return function

@@ -23,7 +23,7 @@ def learning_rate(peak: float, options: TrainConfig, progress: float) -> float:
     >>> [learning_rate(1.0, options, at) for at in (0.0, 1.0, 2.0, 7.0, 12.0)]
     [0.0, 0.5, 1.0, 0.5, 0.0]
     """
-    warmup, total = options.lr_warmup_steps, options.lr_total_steps
+    warmup, total = options.lr_warmup_steps or 0, options.lr_total_steps
     if progress < warmup:
         return peak * progress / warmup
     if options.lr_schedule == "constant" or total is None:
