@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,14 @@ from gspo.errors import ConfigError
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The working directory, with a module; what is imported is forgotten again."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     before = set(sys.modules)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine_here.py").write_text("Thing = 3\nimport neighbour_here\n")
     (tmp_path / "neighbour_here.py").write_text("")
-    yield tmp_path  # pyright: ignore[reportReturnType]
+    yield tmp_path
     for name in set(sys.modules) - before:
         del sys.modules[name]
 
