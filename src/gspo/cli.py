@@ -139,7 +139,9 @@ def _run(make_spec: Callable[[], Spec], as_json: bool, profiled: bool) -> None:
     from gspo.lab.picture import draw_run, require_plotting
     from gspo.lab.profile import Profile
     from gspo.lab.profile_text import render
+    from gspo.lab.report.data import read_runs
     from gspo.lab.report.live import LiveReport
+    from gspo.lab.report.notices import notices
     from gspo.lab.watch import LiveWatch
     from gspo.timing import timing
 
@@ -155,6 +157,9 @@ def _run(make_spec: Callable[[], Spec], as_json: bool, profiled: bool) -> None:
     print(f"picture: {picture}")
     if live.path:
         print(f"report: {live.path}")
+    (run,) = read_runs([outcome.run])
+    for text in notices(run)["clip"]:
+        print(f"clip range: {text} More: docs/epsilon.md")
     files = {"picture": str(picture), "report": live.path and str(live.path)}
     found = experiment.as_json(outcome) | files
     if profile is not None:
