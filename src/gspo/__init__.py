@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from gspo.model import Model, TrainableModel
     from gspo.serve.engine import Engine
     from gspo.serve.fake_engine import FakeEngine
+    from gspo.train.algorithms import register_algorithm
     from gspo.trajectory import Trajectory, TrajectoryGroup
 
 __version__ = "0.1.0"
@@ -49,6 +50,7 @@ __all__ = [
     "gather_trajectories",
     "gather_trajectory_groups",
     "objective",
+    "register_algorithm",
     "retry",
 ]
 
@@ -67,6 +69,7 @@ _HOMES = {
     "TrajectoryGroup": "gspo.trajectory",
     "gather_trajectories": "gspo.gather",
     "gather_trajectory_groups": "gspo.gather",
+    "register_algorithm": "gspo.train.algorithms",
     "retry": "gspo.gather",
 }
 

@@ -5,11 +5,13 @@ The names are OpenPipe ART's where ART has the option; docs/art.md lists every d
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
+from gspo.errors import suggestion
 from gspo.options import Options
 
 __all__ = ["InternalModelConfig", "LoraConfig", "RolloutDtype", "TrainConfig"]
@@ -39,6 +41,8 @@ CorrectionKind = Literal[
     "sequence_geometric_mask",
     "off_policy_sequence_mask",
 ]
+OWN_ALGORITHMS: set[str] = set()
+"""Names that `gspo.register_algorithm` has added in this process."""
 RolloutDtype = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 _NO_BUNDLE = "routes travel with the rollouts: use routing_replay='old_policy' or 'rollout'."
 
@@ -83,8 +87,10 @@ class TrainConfig(Options):
         "normalize_by_length": "False is Dr. GRPO: use algorithm='dr_grpo'",
     }
 
-    algorithm: Algorithm | None = None
-    """A named preset. None: the one that `importance_sampling_level` implies, else `gspo`."""
+    algorithm: Any = None
+    """A named preset, or one of your own: a name given to `gspo.register_algorithm`, `module:name`,
+    or an `Objective` or `Preset` itself (kept as its fields). None: the preset that
+    `importance_sampling_level` implies, else `gspo`."""
     importance_sampling_level: Level | None = None
     """Over what the importance ratio is taken. None: the preset's."""
     epsilon: float | Literal["auto"] | None = None
@@ -159,9 +165,10 @@ class TrainConfig(Options):
     adam_epsilon: float = Field(default=1e-8, gt=0)
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
     """Decay after the warmup, to `lr_final` of the peak at `lr_total_steps`."""
-    lr_warmup_steps: int = Field(default=0, ge=0)
+    lr_warmup_steps: int | None = Field(default=None, ge=0)
     """Calls of `train` over which the learning rate rises in equal steps, one per minibatch: the
-    first minibatch has one step and not 0, the last one of these calls has the peak."""
+    first minibatch has one step and not 0, the last one of these calls has the peak. None: 5 where
+    `learning_rate` is left to gspo too, else 0."""
     lr_total_steps: int | None = Field(default=None, ge=1)
     """Calls of `train` at which `cosine` or `linear` ends; needed by those two."""
     lr_final: float = Field(default=0.0, ge=0, le=1)
@@ -169,6 +176,21 @@ class TrainConfig(Options):
     `lr_total_steps` calls, so no minibatch within them has a rate of 0; later calls stay at it."""
     on_too_long: Literal["error", "drop"] = "error"
     """A trajectory longer than the context: an error that names it, or dropped and counted."""
+
+    @field_validator("algorithm", mode="before")
+    @classmethod
+    def _algorithm_is_known(cls, value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return dataclasses.asdict(value)
+        known = [*get_args(Algorithm), *sorted(OWN_ALGORITHMS)]
+        if isinstance(value, str) and ":" not in value and value not in known:
+            raise ValueError(
+                f"there is no such method.{suggestion(value, known)} Known: {', '.join(known)}. "
+                "One of your own: gspo.register_algorithm, or 'module:name'"
+            )
+        if value is not None and not isinstance(value, str | Mapping):
+            raise ValueError("give a name, a gspo.objective.Objective or a gspo.objective.Preset")
+        return value
 
     @field_validator("epsilon")
     @classmethod
@@ -191,7 +213,7 @@ class TrainConfig(Options):
             raise ValueError(
                 f"lr_schedule={self.lr_schedule!r} needs lr_total_steps, the number of train calls"
             )
-        if self.lr_total_steps is not None and self.lr_total_steps <= self.lr_warmup_steps:
+        if self.lr_total_steps is not None and self.lr_total_steps <= (self.lr_warmup_steps or 0):
             raise ValueError("lr_total_steps must be larger than lr_warmup_steps")
         unread = {"lr_total_steps", "lr_final"} & self.model_fields_set
         if self.lr_schedule == "constant" and unread:

@@ -15,6 +15,7 @@ from gspo.policy.embedded import PREFIX, build_model, build_tokenizer, embedded_
 from gspo.policy.load import resolve
 from gspo.serve.cache import slab_bytes
 from gspo.tasks import load_task
+from gspo.train.defaults import default_learning_rate
 from gspo.train.settings import Settings
 from gspo.train.settings import resolve as resolve_settings
 from gspo.train.trainer import activation_bytes, row_budget
@@ -30,6 +31,8 @@ class Plan:
     algorithm: str
     clip_range: tuple[float, float] | None
     parameters: int
+    learning_rate: float
+    chat_template: bool
     sequences_per_step: int
     sequences_per_update: int
     updates_per_step: int
@@ -73,6 +76,9 @@ def make_plan(spec: Spec) -> Plan:
         algorithm=settings.algorithm,
         clip_range=_clip_range(settings),
         parameters=parameters,
+        learning_rate=spec.learning_rate
+        or default_learning_rate(parameters, spec.load.lora is not None),
+        chat_template=_has_template(spec.model),
         sequences_per_step=sequences,
         sequences_per_update=-(-sequences // settings.minibatches),
         updates_per_step=settings.minibatches * spec.train.epochs,
@@ -92,6 +98,18 @@ def _clip_range(settings: Settings) -> tuple[float, float] | None:
     if objective.surrogate != "clip":
         return None
     return 1 - objective.epsilon_low, 1 + objective.epsilon_high
+
+
+def _has_template(name: str) -> bool:
+    """Whether the model's tokenizer has a chat template."""
+    from transformers import AutoTokenizer
+
+    if name.startswith(PREFIX):
+        return True
+    try:
+        return AutoTokenizer.from_pretrained(resolve(name)).chat_template is not None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load the tokenizer of {name!r}: {error}") from None
 
 
 def _shape(name: str) -> tuple[Any, int]:

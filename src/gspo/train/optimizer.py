@@ -32,7 +32,7 @@ def learning_rate(peak: float, options: TrainConfig, begin: float, end: float) -
     >>> [learning_rate(1.0, options, call, call + 1) for call in range(7)]
     [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
     """
-    warmup, total = options.lr_warmup_steps, options.lr_total_steps
+    warmup, total = options.lr_warmup_steps or 0, options.lr_total_steps
     if begin < warmup:
         return peak * min(1.0, end / warmup)
     if options.lr_schedule == "constant" or total is None:

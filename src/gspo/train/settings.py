@@ -18,6 +18,7 @@ from gspo.objective import (
     Objective,
     Preset,
 )
+from gspo.train.algorithms import find_algorithm
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Settings:
         old_logprobs: `rollout` or `trainer`.
         minibatches: optimizer steps per rollout batch and epoch.
         auto_epsilon: the clip range is steered; the objective's is where it starts.
-        learning_rate: peak.
+        learning_rate: peak; None until the model is known (see defaults.py).
         options: everything else.
     """
 
@@ -43,7 +44,7 @@ class Settings:
     minibatches: int
     old_logprobs: str
     auto_epsilon: bool
-    learning_rate: float
+    learning_rate: float | None
     options: DevTrainConfig
 
     @property
@@ -121,7 +122,7 @@ def _preset(options: DevTrainConfig) -> Preset:
         objective = LEVEL_DEFAULTS[level]
         named = [p for p in PRESETS.values() if p.objective == objective]
         return named[0] if named else Preset(f"level:{level}", objective, "", "OpenPipe ART")
-    preset = PRESETS[options.algorithm or "gspo"]
+    preset = find_algorithm(options.algorithm or "gspo")
     if level is not None and level != preset.objective.level:
         fits = [name for name, p in PRESETS.items() if p.objective.level == level]
         remedy = f"use algorithm={fits[0]!r}" if fits else "leave algorithm out"

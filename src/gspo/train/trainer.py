@@ -22,7 +22,8 @@ from gspo.metrics import Metrics
 from gspo.objective import CLIPPING, Objective
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy
-from gspo.train.calibration import EpsilonController, noise_advice, spread
+from gspo.train.calibration import EpsilonController, is_noisy, noise_advice, spread
+from gspo.train.defaults import with_defaults
 from gspo.train.optimizer import Optimizer, learning_rate
 from gspo.train.recompute import with_trainer_logprobs
 from gspo.train.rollouts import RolloutBatch, minibatches, reward_std, without_advantage
@@ -63,7 +64,7 @@ class Trainer:
         self.step = 0
         self.epsilon = EpsilonController()
         self._load_reference = load_reference
-        self._warned = False
+        self._told: set[int] = set()
         self._frozen: Policy | None = None
 
     def train(self, batch: RolloutBatch, settings: Settings) -> TrainOutput:
@@ -78,6 +79,8 @@ class Trainer:
                 those before that step.
             ConfigError, DataError: see `check_routing`.
         """
+        settings = with_defaults(settings, self.policy)
+        assert settings.learning_rate is not None
         check_routing(self.policy, batch.samples, settings.options)
         started = time.perf_counter()
         metrics = Metrics()
@@ -212,22 +215,24 @@ class Trainer:
     def _calibrate(
         self, metrics: Metrics, objective: Objective, settings: Settings, seen: list[Trace]
     ) -> None:
-        """Steer the clip range where asked; say once where it doesn't fit the noise."""
+        """Steer the clip range where asked; say once where it doesn't fit: as a warning if it is
+        noise that clips, else as information (most short runs at the paper's range learn)."""
         target = settings.options.epsilon_target
         if settings.auto_epsilon:
             self.epsilon.observe(objective, seen, target)
         if objective.surrogate in CLIPPING:
             metrics.mean("ratio/epsilon_low", objective.epsilon_low, 1)
             metrics.mean("ratio/epsilon_high", objective.epsilon_high, 1)
-        if self._warned or objective.level not in ("sequence", "sequence_token"):
+        if settings.auto_epsilon or objective.level not in ("sequence", "sequence_token"):
             return
         noise = metrics.compute().get("mismatch/clip_fraction", 0.0)
         if settings.old_logprobs == "trainer":  # the ratio is not taken against the engine
             noise = 0.0
         advice = noise_advice(noise, spread(objective, seen), objective.epsilon_low, target)
-        if advice is not None and not settings.auto_epsilon:
-            self._warned = True
-            log.warning("train step %d: %s", self.step, advice)
+        level = logging.WARNING if is_noisy(noise, target) else logging.INFO
+        if advice is not None and level not in self._told:
+            self._told.add(level)
+            log.log(level, "train step %d: %s", self.step, advice)
 
     def _fresh(self, trajectories: Sequence[Sequence[Sample]]) -> bool:
         """Whether the current weights sampled every token."""
