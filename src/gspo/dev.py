@@ -5,8 +5,9 @@ The names are OpenPipe ART's where ART has the option; docs/art.md lists every d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -150,7 +151,7 @@ class TrainConfig(Options):
     """Log `moe/experts_changed` over the call of `train`. Costs two forward passes."""
 
     max_grad_norm: float | None = Field(default=1.0, gt=0)
-    """Gradient clipping by global norm; None: none."""
+    """Gradient clipping by global norm. None: no clipping; in a file, which has no None, "off"."""
     weight_decay: float = Field(default=0.0, ge=0)
     adam_betas: tuple[float, float] = (0.9, 0.999)
     adam_epsilon: float = Field(default=1e-8, gt=0)
@@ -164,6 +165,15 @@ class TrainConfig(Options):
     """The schedule's last learning rate, as a share of the peak."""
     on_too_long: Literal["error", "drop"] = "error"
     """A trajectory longer than the context: an error that names it, or dropped and counted."""
+
+    @field_validator("max_grad_norm", mode="before")
+    @classmethod
+    def _no_limit_has_a_name(cls, limit: Any) -> Any:
+        if limit == "off" or limit == math.inf:
+            return None
+        if isinstance(limit, str):
+            raise ValueError("must be a number above 0, or 'off' for no gradient clipping")
+        return limit
 
     @field_validator("epsilon")
     @classmethod
