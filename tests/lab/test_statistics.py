@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
 from statistics import fmean, stdev
 
 import pytest
+from intervals import LAWS, MEANS, SIZES, coverage, false_alarms
 
 from gspo.lab.statistics import (
     NO_DIFFERENCE,
@@ -122,44 +122,12 @@ def test_holm_keeps_order_and_never_exceeds_one():
     assert holm([0.5, 0.001, 0.9, 0.02]) == pytest.approx([1.0, 0.004, 1.0, 0.06])
 
 
-Law = Callable[[random.Random], float]
-
-
-def share_of(probability: float, draws: int = 1024) -> Law:
-    """A held-out reward that is a share of `draws`, by its normal approximation, cut at 0 and 1."""
-    error = math.sqrt(probability * (1 - probability) / draws)
-
-    def law(rng: random.Random) -> float:
-        value = rng.gauss(probability, error) + rng.gauss(0, 0.005)
-        return round(min(max(value, 0.0), 1.0) * draws) / draws
-
-    return law
-
-
-def mostly(usual: float, share: float, other: Law) -> Law:
-    return lambda rng: usual if rng.random() < share else other(rng)
-
-
-LAWS: dict[str, Law] = {
-    "normal": lambda rng: rng.gauss(0, 1),
-    "near 0.98": share_of(0.98),
-    "near 0.01": share_of(0.01),
-    "75 % at the ceiling": mostly(1.0, 0.75, lambda rng: 1 - rng.expovariate(20)),
-    "90 % at the ceiling": mostly(1.0, 0.9, lambda rng: 1 - rng.expovariate(20)),
-    "10 % collapse": lambda rng: rng.gauss(0.1 if rng.random() < 0.1 else 0.6, 0.03),
-}
-
-
-@pytest.mark.parametrize("size", [5, 9, 10, 15, 20])
+@pytest.mark.parametrize("seeds", SIZES)
 @pytest.mark.parametrize("law", LAWS)
-def test_arms_of_one_law_are_called_different_in_one_of_twenty_at_most(law: str, size: int):
-    rng = random.Random(size)
-    times, alarms = 600, 0
-    for _ in range(times):
-        a, b = ([LAWS[law](rng) for _ in range(size)] for _ in "ab")
-        alarms += verdict(paired_difference(a, b), "a", "b") not in (NO_DIFFERENCE, NO_INTERVAL)
+def test_arms_of_one_law_are_called_different_in_one_of_twenty_at_most(law: str, seeds: int):
+    times = 600
     # 5 %, and 3.5 standard errors of 600 draws. The bootstrap of before had 0.098 to 0.142.
-    assert alarms / times < 0.05 + 3.5 * math.sqrt(0.05 * 0.95 / times)
+    assert false_alarms(LAWS[law], seeds, times) < 0.05 + 3.5 * math.sqrt(0.05 * 0.95 / times)
 
 
 def ends(interval: Interval) -> tuple[float, float]:
@@ -189,28 +157,16 @@ def test_share_intervals_are_clopper_and_pearsons(count: int, trials: int):
     assert high == 1 if count == trials else 1 - at_least(count + 1, high) == pytest.approx(0.025)
 
 
-def sampled(rng: random.Random, mean: float, alike: float, prompts: int) -> list[list[float]]:
-    """Four right or wrong answers to each prompt; `alike`: how alike those of one prompt are."""
-    spread = 1 / alike - 1
-    of_prompts = [rng.betavariate(mean * spread, (1 - mean) * spread) for _ in range(prompts)]
-    return [[float(rng.random() < p) for _ in range(4)] for p in of_prompts]
-
-
-@pytest.mark.parametrize("mean", [0.3, 0.02, 0.005, 0.98])
+@pytest.mark.parametrize("mean", MEANS)
 @pytest.mark.parametrize("prompts", [4, 16, 64, 256])
 def test_held_out_intervals_hold_the_mean(mean: float, prompts: int):
-    rng = random.Random(prompts)
-    times, held, widths = 100, 0, []
-    for index in range(times):
-        found = reward_interval(sampled(rng, mean, (0.05, 0.5)[index % 2], prompts))
-        low, high = ends(found)
-        assert 0 <= low <= found.mean <= high <= 1 and low < high
-        held += low <= mean <= high
-        widths.append(high - low)
-    # Of 95 %, less 3 standard errors of 100 draws. The percentile bootstrap of before: 21 to 95 %.
-    assert held / times > 0.95 - 3 * math.sqrt(0.95 * 0.05 / times)
-    if (mean, prompts) == (0.3, 256):  # not by being wide: 0.072 and 0.12 in theory
-        assert 0.06 < fmean(widths) < 0.11
+    for alike in (0.05, 0.5):
+        share, width = coverage(mean, prompts, alike, times=60)
+        # 95 %, less 3 standard errors of 60 draws. The percentile bootstrap of before: from 21 %.
+        assert share > 0.95 - 3 * math.sqrt(0.95 * 0.05 / 60)
+        if (mean, prompts) == (0.3, 256):  # and not by being wide: 4 standard errors
+            error = math.sqrt(0.3 * 0.7 / 256 * (alike + (1 - alike) / 4))
+            assert 3.8 < width / error < 4.2
 
 
 def test_rewards_without_variety_leave_room_on_their_other_side():

@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import json
 import math
-import random
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+from intervals import false_collapses
 from rich.console import Console
 
 from gspo.lab.compare.grid import Cell, make_cells
@@ -18,7 +18,7 @@ from gspo.lab.compare.result import area, collapsed, comparison, write_compariso
 from gspo.lab.compare.run import State, cell_folder, first_states, is_finished
 from gspo.lab.compare.spec import CompareSpec
 from gspo.lab.compare.table import print_result
-from gspo.lab.statistics import Interval, reward_interval, share_interval, t_interval
+from gspo.lab.statistics import Interval, share_interval, t_interval
 from lab.compare.written import write_run
 
 
@@ -207,17 +207,9 @@ def test_an_evaluation_without_an_interval_is_as_noisy_as_the_others():
 def test_runs_in_which_nothing_changes_dont_collapse(
     mean: float, prompts: int, count: int, zero: float
 ):
-    rng = random.Random(prompts)
-    times, alarms = 50, 0
-    for _ in range(times):
-        of_prompts = [rng.betavariate(mean * 9, (1 - mean) * 9) for _ in range(prompts)]
-        runs = [
-            reward_interval([[zero + (rng.random() < p) for _ in range(4)] for p in of_prompts])
-            for _ in range(count)
-        ]
-        alarms += collapsed(runs)
     # 2 %, and 3 standard errors. By half of the maximum it was up to 34 %.
-    assert alarms / times <= 0.02 + 3 * math.sqrt(0.02 * 0.98 / times)
+    alarms = false_collapses(mean, prompts, count, 50, zero)
+    assert alarms <= 0.02 + 3 * math.sqrt(0.02 * 0.98 / 50)
 
 
 def test_area_doesnt_depend_on_how_often_it_was_measured():
