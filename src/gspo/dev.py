@@ -6,6 +6,7 @@ The names are OpenPipe ART's where ART has the option; docs/art.md lists every d
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args
 
@@ -157,9 +158,9 @@ class TrainConfig(Options):
     """Log `moe/experts_changed` over the call of `train`. Costs two forward passes."""
 
     max_grad_norm: float | None = Field(default=1.0, gt=0)
-    """Gradient clipping by global norm; None: none. Presets that sum a sequence's tokens
-    (`dr_grpo`, `luspo`, `rloo`, `reinforce`) have gradients larger by about the length: at 1.0
-    nearly every step of theirs is cut to this norm."""
+    """Gradient clipping by global norm. None: no clipping; in a file, which has no None, "off".
+    Presets that sum a sequence's tokens (`dr_grpo`, `luspo`, `rloo`, `reinforce`) have gradients
+    larger by about the length: at 1.0 nearly every step of theirs is cut to this norm."""
     weight_decay: float = Field(default=0.0, ge=0)
     adam_betas: tuple[float, float] = (0.9, 0.999)
     adam_epsilon: float = Field(default=1e-8, gt=0)
@@ -191,6 +192,15 @@ class TrainConfig(Options):
         if value is not None and not isinstance(value, str | Mapping):
             raise ValueError("give a name, a gspo.objective.Objective or a gspo.objective.Preset")
         return value
+
+    @field_validator("max_grad_norm", mode="before")
+    @classmethod
+    def _no_limit_has_a_name(cls, limit: Any) -> Any:
+        if limit == "off" or limit == math.inf:
+            return None
+        if isinstance(limit, str):
+            raise ValueError("must be a number above 0, or 'off' for no gradient clipping")
+        return limit
 
     @field_validator("epsilon")
     @classmethod
