@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 export PYTHONWARNINGS ?=
 
-.PHONY: demo test slow check bench bench-check bench-vllm bench-gpu study docs clean
+.PHONY: demo test slow check bench bench-check bench-vllm bench-gpu gpu-wheels study docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -53,8 +53,12 @@ bench-check: $(VENV)/.bench
 bench-vllm: $(VENV)/.bench
 	$(BIN)/python benchmarks/run.py vs_vllm $(BENCH)
 
-bench-gpu: $(VENV)/.bench
-	$(BIN)/python benchmarks/run.py --set gpu $(BENCH)
+bench-gpu: $(VENV)/.installed
+	$(BIN)/python benchmarks/gpu_suite.py $(BENCH)
+
+# What a GPU machine without a network lacks, as wheels in .whl/.
+gpu-wheels: $(VENV)/.installed
+	$(BIN)/python benchmarks/gpu_wheels.py
 
 study: $(VENV)/.installed
 	$(BIN)/python docs/study/run.py
