@@ -29,7 +29,8 @@ def prepare(wheels: Path = WHEELS, needed: Iterable[str] = NEEDED) -> list[str]:
     to an import. Returns the wheels that were used.
 
     Raises:
-        SystemExit: a needed package is neither installed nor among the wheels.
+        SystemExit: a needed package cannot be imported: it, or what it needs, is neither installed
+            nor among the wheels.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -39,10 +40,11 @@ def prepare(wheels: Path = WHEELS, needed: Iterable[str] = NEEDED) -> list[str]:
     for name in needed:
         try:
             importlib.import_module(name)
-        except ModuleNotFoundError as error:
+        except ImportError as error:
             raise SystemExit(
-                f"{name} cannot be imported: {error}, and it is not among the wheels in {wheels}. "
-                "On a machine with a network, run `make gpu-wheels`, and bring that folder"
+                f"{name} cannot be imported: {error}. Wheels that were used of {wheels}: "
+                f"{', '.join(used) or 'none'}. On a machine with a network, run `make gpu-wheels`, "
+                "and bring that folder"
             ) from error
     return used
 

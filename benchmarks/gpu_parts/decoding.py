@@ -1,10 +1,11 @@
 """Decoding: tokens/s of the engine, and where the time of one decoded token goes.
 
 Each run decodes 512 tokens (no end token ends one) behind prompts of 128, in groups of 8
-completions to a prompt. `tokens_per_s` is over the whole call of `generate`, the prefill included.
+completions to a prompt. `seconds` and `tokens_per_s` are of the whole call of `generate`.
 `step_s` is the time of one decoded position, from the middle of the run. `floor_s` is what the
 memory of the data sheet needs for what the rows that really ran have to read: the weights at each
-decoded position, each running prompt's keys and values once, and those of each row's own tokens.
+decoded position, each running prompt's keys and values once, and those of each row's own tokens;
+`of_floor` is the share that this is of `seconds`.
 
 `profile` counts a few positions of a short run of the same rows; `host_share` is the part of
 `step_s` in which no kernel runs.
@@ -84,6 +85,7 @@ def _run(bench: Bench, policy: Policy, rows: int, kv_bytes: int, what: str) -> N
             "decoded_positions": len(steps.rows),
             "rows_at_once": max(steps.rows),
             "floor_s": None if limit is None else floor / limit,
+            "of_floor": None if limit is None else floor / limit / times["median_s"],
         }
         with watched(policy) as steps:
             profiler = Profiled(bench.card)

@@ -50,7 +50,7 @@ class Profiled:
         events = [
             Event(event.name(), event.device_type().name == "CUDA", event.duration_ns() / 1e9)
             for event in results.events()
-            if not event.is_user_annotation()
+            if not event.is_user_annotation()  # such a span covers kernels that are there too
         ]
         return counted(events, on_gpu=self._on_gpu, per=per)
 

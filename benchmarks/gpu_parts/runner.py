@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch._dynamo import utils
 
 from gpu_parts.bench import Bench, Card, OutOfTime, free, numbers, short, time_limit
 
@@ -53,7 +54,7 @@ def run_all(
         seconds = min(part.seconds, total - (time.monotonic() - started))
         path = out / f"{part.name}.json"
         bench = Bench(card, path, {"part": part.name}, seconds=seconds, say=say, tiny=tiny)
-        began = time.monotonic()
+        began, before = time.monotonic(), compiled()
         status, error = "not run", lost or "the time of all parts was over"
         if lost is None and seconds > 0:
             say(f"{part.name}: at most {seconds:.0f} s")
@@ -66,6 +67,7 @@ def run_all(
             "error": error,
             "seconds": time.monotonic() - began,
             "budget_s": part.seconds,
+            "compiled": {name: own - before[name] for name, own in compiled().items()},
             "failed": [row["what"] for row in bench.rows if "error" in row],
             "wrong": [row["what"] for row in bench.rows if row.get("ok") is False],
         }
@@ -95,6 +97,13 @@ def run_part(part: Part, bench: Bench) -> tuple[str, str | None]:
             return "failed", short(error)
         finally:
             free()
+
+
+def compiled() -> dict[str, float]:
+    """What torch.compile has done so far: graphs, and the seconds of their forward passes. Those of
+    backward passes are in the first call that needs them."""
+    seconds = utils.compilation_time_metrics.get("_compile.compile_inner", [])
+    return {"graphs": utils.counters["stats"]["unique_graphs"], "seconds": sum(seconds)}
 
 
 @contextmanager

@@ -226,6 +226,16 @@ def test_precision_and_threads_are_put_back(tmp_path: Path) -> None:
     assert (torch.get_num_threads(), torch.is_grad_enabled()) == (threads, True)
 
 
+def test_compiled_graphs_are_counted_for_the_part_that_compiled_them(tmp_path: Path) -> None:
+    def compiles(bench: Bench) -> None:
+        torch._dynamo.reset()
+        torch.compile(lambda x: 2 * x, backend="eager")(torch.ones(3))
+
+    found = run(tmp_path, Fake("one", compiles), Fake("none", good))
+    assert [found[name]["compiled"]["graphs"] for name in found] == [1, 0]
+    assert found["one"]["compiled"]["seconds"] > 0 == found["none"]["compiled"]["seconds"]
+
+
 def test_no_part_begins_after_the_total_is_over(tmp_path: Path) -> None:
     found = run(tmp_path, Fake("long", slow), Fake("late", good), total=0.3)
     assert found["late"]["status"] == "not run" and "time of all parts" in found["late"]["error"]
