@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-AGAIN_S = 5.0
+AGAIN_S = 2.0
 """Seconds after which a part that swallowed the alarm hears it once more."""
 
 
