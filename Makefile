@@ -8,7 +8,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export PYTHONWARNINGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test slow check golden lock newest oldest bench bench-check bench-vllm bench-gpu study docs clean
+.PHONY: demo test slow check golden lock newest oldest bench bench-check bench-vllm bench-gpu
+.PHONY: gpu-wheels study docs clean
 
 # The build backend comes from the lock too: a build environment of pip's own would be unlocked.
 $(VENV)/.installed: pyproject.toml requirements.lock
@@ -69,8 +70,12 @@ bench-check: $(VENV)/.bench
 bench-vllm: $(VENV)/.bench
 	$(BIN)/python benchmarks/run.py vs_vllm $(BENCH)
 
-bench-gpu: $(VENV)/.bench
-	$(BIN)/python benchmarks/run.py --set gpu $(BENCH)
+bench-gpu: $(VENV)/.installed
+	$(BIN)/python benchmarks/gpu_suite.py $(BENCH)
+
+# What a GPU machine without a network lacks, as wheels in .whl/.
+gpu-wheels: $(VENV)/.installed
+	$(BIN)/python benchmarks/gpu_wheels.py
 
 study: $(VENV)/.installed
 	$(BIN)/python docs/study/run.py
