@@ -22,7 +22,7 @@ from gspo.policy.logprob import full_logits
 from gspo.serve.cache import slab_bytes
 from gspo.serve.decoding import Row, Running
 from gspo.serve.engine import Completion, Request, check_fits
-from gspo.serve.kv import KeyValues, SharedPrompts, padded, prefill
+from gspo.serve.kv import KeyValues, Layout, SharedPrompts, padded, prefill
 from gspo.serve.route_watch import RouteWatch
 from gspo.timing import timed
 
@@ -39,11 +39,16 @@ class TorchEngine:
         self.policy = policy
         self.max_rows = max_rows
         own = attention_implementation(policy.lm) == PACKED
-        self.shared = own and policy.packing in OWN
-        """One copy of each prompt's keys; `check_engine` turns it off where that isn't exact."""
+        self.layout: Layout = "shared" if own and policy.packing in OWN else "copied"
+        """How running rows are kept; `check_engine` goes on to the next where one isn't exact."""
         self._seed = seed
         self._served = 0
         self._ends = _end_tokens(policy)
+
+    @property
+    def shared(self) -> bool:
+        """One copy of each prompt's keys, and rows that may join while others run."""
+        return self.layout == "shared"
 
     @property
     def context(self) -> int:
@@ -144,6 +149,7 @@ class TorchEngine:
         limit = max((min(row.limit, _PLANNED) for row in busy), default=0)
         width = max((len(prompt) for prompt in prompts), default=0)
         lot: list[Row] = []
+        first = len(requests[waiting[0].request].prompt)
         for row in waiting:
             prompt = requests[row.request].prompt
             prompts.add(prompt)
@@ -152,6 +158,8 @@ class TorchEngine:
             copies = len(prompts) if self.shared else size
             planned = token * (size * limit + copies * width)
             if size > 1 and (size > self.max_rows or planned > KV_BYTES):
+                break
+            if self.layout == "equal_lengths" and lot and len(prompt) != first:
                 break
             lot.append(row)
         if busy and len(lot) < min(len(waiting), self.max_rows // 16):
@@ -170,7 +178,7 @@ class TorchEngine:
         longest = max(row.limit for row in rows)
         with watch.prefill(rows, owner, real):
             kv, hidden = prefill(
-                self.policy, tokens, real, np.array(owner), longest, shared=self.shared
+                self.policy, tokens, real, np.array(owner), longest, layout=self.layout
             )
         logits = full_logits(hidden, self.policy.head)
         return kv, logits[torch.tensor(owner, device=logits.device)]
@@ -194,6 +202,6 @@ def _end_tokens(policy: Policy) -> Bool[Tensor, " V"]:
     named = getattr(config, "eos_token_id", None)
     ids = set(named if isinstance(named, list) else [named])
     ids.add(policy.tokenizer.eos_token_id)
-    ends = torch.zeros(policy.head.weight.shape[0], dtype=torch.bool, device=policy.device)
-    ends[[i for i in ids if i is not None]] = True
+    ends = torch.zeros(policy.head.size, dtype=torch.bool, device=policy.device)
+    ends[[i for i in ids if i is not None and i < len(ends)]] = True
     return ends
