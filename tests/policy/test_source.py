@@ -10,7 +10,10 @@ import torch
 
 from gspo import dev
 from gspo.errors import ModelError
+from gspo.lab.plan import make_plan
+from gspo.lab.spec import Spec
 from gspo.policy import source
+from gspo.policy.embedded import build_tokenizer
 from gspo.policy.load import load_policy
 from models import folder, model
 
@@ -95,3 +98,15 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path):
     model("llama").save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="cannot load the tokenizer of base_model"):
         load_policy(str(tmp_path))
+
+
+def test_chat_without_a_template_is_refused_before_anything_runs(tmp_path: Path):
+    tokenizer = build_tokenizer()
+    source.check_chat_template(tokenizer, "x")
+    tokenizer.chat_template = None
+    model("llama").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"no chat template.*completions route"):
+        source.check_chat_template(tokenizer, "x")
+    with pytest.raises(ModelError, match="no chat template"):
+        make_plan(Spec(model=str(tmp_path), task="sort"))

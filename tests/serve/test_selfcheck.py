@@ -58,7 +58,9 @@ def test_every_token_is_the_plain_forward_pass(kind: str, tmp_path: Path):
 def test_a_state_inside_the_modules_is_refused_in_words(tmp_path: Path):
     policy = load_policy(folder(tmp_path, "recurrent_gemma"))
     choose_packing(policy)
-    with pytest.raises(ModelError, match="cannot sample from RecurrentGemma.*another server works"):
+    with pytest.raises(
+        ModelError, match=r"cannot sample from RecurrentGemma.*another server works"
+    ):
         check_engine(TorchEngine(policy))
 
 

@@ -15,6 +15,7 @@ from gspo.backend.local import LocalBackend
 from gspo.lab.profile import Profile
 from gspo.lab.rollout import Rollouts
 from gspo.lab.spec import Spec
+from gspo.policy.source import check_chat_template
 from gspo.timing import span
 
 
@@ -73,6 +74,8 @@ async def run_experiment(spec: Spec, watch: Watch, profile: Profile | None = Non
     rollouts = Rollouts(spec, model)
     try:
         await model.register(backend)
+        if spec.task:
+            check_chat_template(backend.policy(model).tokenizer, spec.model)
         folder = backend.run(model).folder
         if profile is not None:
             await backend.with_policies(model, profile.attach)

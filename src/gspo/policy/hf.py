@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -17,7 +18,12 @@ from typing import Any
 import torch
 from huggingface_hub import constants
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask, sdpa_mask
@@ -37,6 +43,7 @@ __all__ = [
     "backbone",
     "cache_argument",
     "causal_mask",
+    "decoder_kinds",
     "hub_address",
     "keep_long_rope",
     "output_embeddings",
@@ -165,6 +172,19 @@ def keep_long_rope(lm: PreTrainedModel) -> None:
         for name in [n for n in vars(module) if n.endswith("long_inv_freq")]:
             short = getattr(module, name.replace("long_inv_freq", "original_inv_freq"))
             short.copy_(getattr(module, name))
+
+
+def decoder_kinds(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """Steps by which a tokenizer makes text of tokens: "ByteLevel", "ByteFallback", ...
+
+    Empty for a tokenizer that is not built on the `tokenizers` package.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return frozenset()
+    decoder = json.loads(backend.to_str())["decoder"] or {}
+    steps = decoder.get("decoders", [decoder])
+    return frozenset(step["type"] for step in steps if "type" in step)
 
 
 @contextmanager

@@ -108,6 +108,20 @@ def read_model(path: str, source: str, *, trust_remote_code: bool = False) -> Pr
     return lm
 
 
+def check_chat_template(tokenizer: PreTrainedTokenizerBase, base_model: str) -> None:
+    """Refuse a base model that cannot answer a chat, before anything is asked of it.
+
+    Raises:
+        ModelError: its tokenizer has no chat template.
+    """
+    if tokenizer.chat_template is None:
+        raise ModelError(
+            f"base_model {base_model!r} has no chat template, which the chat route needs: sample "
+            "by the completions route (client.completions.create), or give the model a template "
+            "(tokenizer.chat_template = ...; tokenizer.save_pretrained(folder))"
+        )
+
+
 def check_no_pickles(path: str) -> None:
     """Refuse a folder whose only weights are pickles, which can run code when they are read.
 

@@ -137,11 +137,7 @@ def prefill(
     layers = policy.lm.config.get_text_config().num_hidden_layers
     capacity = min(longest, FIRST_COLUMNS)
     mask = None if bool(real.all()) else real
-    slabs: Any = None  # else the model makes its own cache
-    if layout == "shared":
-        slabs = CascadeCache(layers)
-    elif layout == "copied":
-        slabs = SlabCache(layers, tokens.shape[1] + capacity)
+    slabs = _slabs(layout, layers, tokens.shape[1] + capacity)
     given = {} if slabs is None else cache_argument(policy.backbone, slabs)
     output = policy.backbone(
         input_ids=tokens,
@@ -160,3 +156,10 @@ def prefill(
     select_rows(cache, spread)
     mask = None if mask is None else mask[spread]
     return CopiedPrompts(policy, cache, mask, tokens.shape[1]), hidden
+
+
+def _slabs(layout: Layout, layers: int, capacity: int) -> Any:
+    """An empty cache of gspo's own, or None where the model makes one for itself."""
+    if layout == "shared":
+        return CascadeCache(layers)
+    return SlabCache(layers, capacity) if layout == "copied" else None
