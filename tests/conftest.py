@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from jaxtyping import config, install_import_hook
+
 from library_warnings import Collector
 
 torch.set_num_threads(1)

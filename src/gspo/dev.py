@@ -259,9 +259,11 @@ class InternalModelConfig(Options):
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass."""
     max_context: int | None = Field(default=None, ge=2)
-    """Longest prompt + completion. None: the model's own limit."""
+    """Longest prompt + completion. None: the model's own limit, or where its RoPE changes."""
     threads: int | None = Field(default=None, ge=1)
     """CPU cores to use. None: OMP_NUM_THREADS, else all. Below 20M parameters each core trains rows
     of its own, and one of them samples."""
     device: str = "auto"
     """`auto`: cuda where there is one, else cpu."""
+    trust_remote_code: bool = False
+    """Run Python code of the model's folder, where its config asks for it. Read it first."""

@@ -85,11 +85,11 @@ class MissingDependencyError(GspoError):
         )
 
 
-def suggestion(name: str, choices: Iterable[str]) -> str:
-    """' Did you mean 'x'?' for the nearest of `choices`, or '' where none is near.
+def suggestion(name: str, choices: Iterable[str], cutoff: float = 0.55) -> str:
+    """' Did you mean 'x'?' for the nearest of `choices`, or '' where none is `cutoff` alike.
 
     >>> suggestion("sequnce", ["token", "sequence"])
     " Did you mean 'sequence'?"
     """
-    near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.55)
+    near = difflib.get_close_matches(name, list(choices), n=1, cutoff=cutoff)
     return f" Did you mean {near[0]!r}?" if near else ""

@@ -92,7 +92,7 @@ class Trainer:
         plan = self._against_trainer(plan, settings)
         seen: list[Trace] = []
         updates = 0
-        self.policy.lm.train(self.policy.checkpointing)  # layers recompute in train mode alone
+        self.policy.lm.eval()  # train mode is dropout and noise under any name: never wanted
         try:
             for at, part in enumerate(plan):
                 stepped = self._minibatch(
