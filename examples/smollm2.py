@@ -111,8 +111,8 @@ async def evaluate(
     for problem, group in zip(problems, groups, strict=True):
         rewards.setdefault(problem.prompt, []).extend(t.reward for t in group)
     found = bootstrap([fmean(of_prompt) for of_prompt in rewards.values()])
-    values = {"reward": found.mean, "reward_low": found.low, "reward_high": found.high}
-    await model.log(groups, "val", metrics=values, step=step)
+    values = {f"val/reward{end}": value for end, value in found.parts().items()}
+    await backend.record(model, groups, "val", values, step)
     print(f"step {step:3d}  held-out reward {found} of {len(rewards)} prompts", flush=True)
     return found
 

@@ -19,7 +19,9 @@ Every message names the thing, its value and the remedy.
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+from typing import Any
 
 
 class GspoError(Exception):
@@ -85,3 +87,16 @@ def suggestion(name: str, choices: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.55)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: short, whatever its size or its `__repr__`.
+
+    >>> shown(None), shown(["a"] * 100)[:20]
+    ('None (NoneType)', "['a', 'a', 'a', 'a',")
+    """
+    try:
+        text = reprlib.repr(value)
+    except Exception:  # a whole number of more than 4,300 digits has no text
+        text = "a value that cannot be shown"
+    return f"{text} ({type(value).__name__})"

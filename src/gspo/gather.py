@@ -131,7 +131,7 @@ def _progress(description: str | None, total: int) -> Iterator[Callable[[Gather]
         task = bar.add_task(description, total=total, reward="-", failed=0)
 
         def update(gather: Gather) -> None:
-            reward = gather.mean("reward")
+            reward = gather.mean_reward()
             bar.update(
                 task,
                 completed=gather.done + gather.exceptions,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import traceback
 from collections.abc import Awaitable, Generator, Iterable, Iterator
 from typing import Any, TypeAlias, cast, overload
@@ -10,12 +11,38 @@ from openai.types.chat import ChatCompletionMessageParam
 from openai.types.chat.chat_completion import Choice
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from gspo.errors import DataError, suggestion
+from gspo.errors import DataError, shown, suggestion
 from gspo.progress import all_or_cancel, current_gather
 
 Message: TypeAlias = dict[str, Any]
 MessagesAndChoices: TypeAlias = list[Message | Choice]
 MetadataValue: TypeAlias = float | int | str | bool | None
+
+
+NUMBER = "a number (int, float, bool, or a scalar of numpy or torch)"
+"""What `plain_number` takes, for errors."""
+
+
+def plain_number(value: Any) -> int | float | bool | None:
+    """`value` as a number of Python's own; None if it is none, or too large for a float.
+
+    >>> plain_number(True), plain_number("1"), plain_number(10**400)
+    (True, None, None)
+    """
+    if getattr(value, "shape", None) == ():  # a scalar of numpy or torch
+        try:
+            value = value.item()
+        except Exception:  # a tensor without data
+            return None
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, numbers.Real):
+        return None
+    try:
+        wide = float(value)
+    except OverflowError:
+        return None
+    return int(value) if isinstance(value, int) else wide
 
 
 class _Record(BaseModel):
@@ -170,7 +197,7 @@ async def settled(rollout: Awaitable[Trajectory]) -> Trajectory | BaseException:
     """The rollout's trajectory, or what it failed with where the gather around it tolerates that.
 
     Raises:
-        DataError: it returned something else.
+        DataError: it returned something else, or its reward is no number.
         Exception: its failure, beyond the gather's budget.
     """
     gather = current_gather()
@@ -183,7 +210,13 @@ async def settled(rollout: Awaitable[Trajectory]) -> Trajectory | BaseException:
         raise DataError(
             f"a rollout returned {type(trajectory).__name__}; it must return a Trajectory"
         )
-    gather.finished(trajectory.reward, trajectory.metrics)
+    reward = plain_number(trajectory.reward)
+    if reward is None:
+        raise DataError(
+            f"a rollout returned a Trajectory whose reward is {shown(trajectory.reward)}; "
+            f"it must be {NUMBER}"
+        )
+    gather.finished(float(reward))
     return trajectory
 
 

@@ -14,9 +14,11 @@ from typing import Any, TypeVar
 from openai import AsyncOpenAI
 
 from gspo.backend.base import ModelLike, TrainResult, train_options
+from gspo.backend.measured import check_split, check_step, line_of, means, user_metrics
 from gspo.backend.run import Run
-from gspo.backend.service import Service, load_trainer, means
+from gspo.backend.service import Service, load_trainer
 from gspo.backend.trackers import TrackerName, check_loggers
+from gspo.batch.check import plain_groups
 from gspo.compute import ComputeThread
 from gspo.config import TrainConfig
 from gspo.dev import TrainConfig as DevTrainConfig
@@ -28,8 +30,6 @@ from gspo.serve.batcher import Batcher
 from gspo.serve.selfcheck import check_engine
 from gspo.serve.server import PortServer, bind, in_process_client
 from gspo.serve.torch_engine import TorchEngine
-from gspo.train.checkpoint import steps_saved
-from gspo.train.rollouts import prepare
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
 from gspo.trajectory import TrajectoryGroup
@@ -113,12 +113,11 @@ class LocalBackend:
             lora = model.internal_config.lora
             identity = {"base_model": model.source, "lora": lora and lora.model_dump()}
             run = Run(self.path, model.project, model.name, identity)
-            async with self._compute.turn() as compute:
-                config = model.internal_config
-                trainer = await compute.run(load_trainer, run, model.source, config)
-                policy = trainer.policy
-                if config.rollout_dtype is not None:
-                    policy = await compute.run(rollout_copy, policy, config.rollout_dtype)
+            config = model.internal_config
+            trainer = await self._compute.run(load_trainer, run, model.source, config)
+            policy = trainer.policy
+            if config.rollout_dtype is not None:
+                policy = await self._compute.run(rollout_copy, policy, config.rollout_dtype)
             engine = TorchEngine(policy, seed=self._sampling_seed(trainer.step))
             self._services[key] = await self._start(run, model, engine, trainer, listener)
             run.claim()
@@ -138,8 +137,7 @@ class LocalBackend:
         trainer: Trainer,
         listener: socket.socket | None,
     ) -> Service:
-        async with self._compute.turn() as compute:
-            await compute.run(check_engine, engine)
+        await self._compute.run(check_engine, engine)
         window = 0.0 if listener is None else 0.005
         batcher = Batcher(engine, self._compute, window=window)
         app = create_app(batcher, lambda: [model.name])
@@ -168,8 +166,8 @@ class LocalBackend:
     async def with_policies(self, model: ModelLike, function: Callable[[Policy, Policy], T]) -> T:
         """`function(trainer's, engine's)` in the thread that computes, while nothing else does."""
         service = self._service(model)
-        async with self._compute.turn() as compute:
-            return await compute.run(function, service.trainer.policy, service.engine.policy)
+        policies = service.trainer.policy, service.engine.policy
+        return await self._compute.run(function, *policies)
 
     def run(self, model: ModelLike) -> Run:
         """The model's run folder."""
@@ -198,18 +196,10 @@ class LocalBackend:
         """
         service = self._service(model)
         settings = resolve(*train_options(config, _config, options))
-        groups = list(trajectory_groups)
-        batch = prepare(
-            groups,
-            context=service.trainer.policy.context,
-            advantage=settings.advantage,
-            overlong=settings.overlong,
-            drop_too_long=settings.options.on_too_long == "drop",
+        groups, batch = service.checked(trajectory_groups, settings)
+        result = await self._compute.run(
+            service.train, groups, batch, settings, self.keep_checkpoints
         )
-        async with self._compute.turn() as compute:
-            result = await compute.run(
-                service.train, groups, batch, settings, self.keep_checkpoints
-            )
         service.engine.reseed(self._sampling_seed(result.step))
         return result
 
@@ -221,31 +211,53 @@ class LocalBackend:
         metrics: Mapping[str, float] | None = None,
         step: int | None = None,
     ) -> None:
-        """Write trajectories/<split>/<step>.parquet and the means of their metrics."""
-        run = self._run(model)
+        """Write trajectories/<split>/<step>.parquet and the means of their metrics.
+
+        A metric whose name is one of gspo's stands at `<split>/user/<name>`, unless it is what
+        gspo has written there: `metrics=result.metrics` adds nothing.
+
+        Raises:
+            DataError: what `train` refuses too, but for groups of one; or a metric that is no
+                number.
+            ConfigError: a split that cannot name a folder, or a step below 0.
+        """
         if step is None:
             step = await self.get_step(model) if model.trainable else 0
-        groups = list(trajectory_groups)
-        # The file of a trained batch has its advantages, which are not known here.
+        line = line_of(check_step(step), self._run(model).metrics())
+        values = user_metrics(metrics or {}, check_split(split), line)
+        await self.record(model, trajectory_groups, split, values, step)
+
+    async def record(
+        self,
+        model: ModelLike,
+        trajectory_groups: Sequence[TrajectoryGroup],
+        split: str,
+        metrics: Mapping[str, float],
+        step: int,
+    ) -> None:
+        """Write as `log` does, each metric under the name that it is given with: for loops that
+        measure what gspo has names for, such as `time/rollout`."""
+        run = self._run(model)
+        groups = plain_groups(trajectory_groups)
+        values = means(groups, check_split(split))
         stored = run.folder / "trajectories" / split / f"{step:04d}.parquet"
-        if groups and not (split == "train" and stored.exists()):
+        if split == "train" and stored.exists():  # with advantages, which are not known here
+            line = line_of(step, run.metrics())
+            values = {name: value for name, value in values.items() if name not in line}
+        elif groups:
             await asyncio.to_thread(run.log_trajectories, groups, split, step)
-        values = {f"{split}/{name}": value for name, value in means(groups).items()}
-        for name, value in (metrics or {}).items():
-            values[name if "/" in name else f"{split}/{name}"] = float(value)
-        run.log(step, values)
+        run.log(step, values | dict(metrics))
 
     async def delete_checkpoints(
         self, model: ModelLike, best_checkpoint_metric: str = "val/reward"
     ) -> None:
-        """Delete all checkpoints but the latest and the one with the highest metric."""
-        run = self._service(model).run
-        saved = steps_saved(run.checkpoints)
-        scored = [r for r in run.metrics() if best_checkpoint_metric in r and r["step"] in saved]
-        keep = set(saved[-1:])
-        if scored:
-            keep.add(int(max(scored, key=lambda r: r[best_checkpoint_metric])["step"]))
-        await asyncio.to_thread(run.delete_checkpoints, keep)
+        """Delete all checkpoints but the latest and the one with the highest metric.
+
+        Raises:
+            ConfigError: a metric that was never logged. Nothing was deleted.
+        """
+        service = self._service(model)
+        await asyncio.to_thread(service.delete_all_but_best, best_checkpoint_metric)
 
     async def close(self) -> None:
         """Stop serving and let go of the run folders."""

@@ -46,7 +46,7 @@ def decode_routes(value: Any, tokens: int, where: str) -> np.ndarray | None:
         if dtype not in _DTYPES:
             raise ValueError(f"dtype {dtype!r} is not one of {_DTYPES}")
         routes = np.frombuffer(data, dtype=dtype).reshape(shape)
-    except (KeyError, TypeError, ValueError, binascii.Error) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, binascii.Error) as error:
         raise DataError(f"{where}: routed_experts is damaged ({error})") from None
     if routes.ndim != 3 or len(routes) != tokens:
         raise DataError(

@@ -134,7 +134,7 @@ async def _evaluate(
     estimate = bootstrap(_by_prompt(rollouts, groups))
     # By distinct prompt, also in the log: a resumed run reads its start from there.
     found = {f"val/reward{end}": value for end, value in estimate.parts().items()}
-    await model.log(groups, "val", metrics=found, step=step)
+    await model.backend().record(model, groups, "val", found, step)
     watch.evaluated(step, estimate)
     return estimate
 
