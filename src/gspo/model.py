@@ -9,6 +9,7 @@ from openai import AsyncOpenAI
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
 from gspo.backend.base import Backend, TrainResult
+from gspo.batch.check import listed
 from gspo.config import TrainConfig
 from gspo.dev import InternalModelConfig
 from gspo.dev import TrainConfig as DevTrainConfig
@@ -107,14 +108,25 @@ class Model(BaseModel, Generic[UserConfig]):
 
     async def log(
         self,
-        trajectories: Iterable[Trajectory | BaseException] | Iterable[TrajectoryGroup],
+        trajectories: Iterable[Trajectory | BaseException] | Iterable[TrajectoryGroup] = (),
         split: str = "val",
         *,
         metrics: Mapping[str, float] | None = None,
         step: int | None = None,
     ) -> None:
-        """Write trajectories, and the means of their metrics, to the run under `split`."""
-        items: list[Any] = list(trajectories)
+        """Write trajectories, and the means of their metrics, to the run under `split`.
+
+        Args:
+            trajectories: or groups of them; none, to log `metrics` alone.
+            split: such as `val`; names the folder of the trajectories, and begins the metrics.
+            metrics: name -> number. One that is named as one of gspo's stands at
+                `<split>/user/<name>`.
+            step: of the run; None: the model's.
+
+        Raises:
+            GspoError: see `LocalBackend.log`.
+        """
+        items = listed(trajectories)
         grouped = all(isinstance(item, TrajectoryGroup) for item in items)
         groups = items if grouped else [TrajectoryGroup(items)]
         await self.backend().log(self, groups, split, metrics, step)  # pyright: ignore[reportArgumentType]
@@ -196,7 +208,7 @@ class TrainableModel(Model[UserConfig], Generic[UserConfig]):
         Raises:
             GspoError: see `LocalBackend.train`.
         """
-        result = await self.backend().train(self, list(trajectory_groups), config, _config)
+        result = await self.backend().train(self, listed(trajectory_groups), config, _config)
         if verbose:
             for name, value in result.metrics.items():
                 print(f"{name} {value:.6g}")

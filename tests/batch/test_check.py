@@ -54,7 +54,7 @@ def test_nothing_left_at_all_tells_why() -> None:
         check_groups([failed(2), failed(3)])
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e200, -1e300])
 def test_a_reward_that_is_no_number_is_named(bad: float) -> None:
     with pytest.raises(DataError, match=r"group 1, trajectory 2: reward is"):
         check_groups([group(0.0, 1.0), group(0.0, 1.0, bad)])

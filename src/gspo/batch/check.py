@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,6 +11,9 @@ from openai.types.chat.chat_completion import Choice
 from gspo.batch.choice import read_fields
 from gspo.errors import DataError, shown
 from gspo.trajectory import NUMBER, Trajectory, TrajectoryGroup, plain_number
+
+_LARGEST_REWARD = 1e100
+"""The squares of larger ones leave float64, and with them the group's standard deviation."""
 
 
 def listed(groups: Any) -> list[Any]:
@@ -74,6 +76,9 @@ def plain_groups(groups: Any) -> list[TrajectoryGroup]:
 def _check_group(group: Any, where: str) -> None:
     if not isinstance(group, TrajectoryGroup):
         raise DataError(f"{where} is a {type(group).__name__}, not a TrajectoryGroup")
+    for name in ("trajectories", "exceptions"):
+        if not isinstance(values := getattr(group, name), list):
+            raise DataError(f"{where}: {name} is {shown(values)}; it must be a list")
     if group.size > len(group) + len(group.exceptions):
         raise DataError(
             f"{where} holds coroutines that have not run: "
@@ -86,9 +91,10 @@ def _check_group(group: Any, where: str) -> None:
 
 def _reward(trajectory: Trajectory, where: str) -> float:
     reward = plain_number(trajectory.reward)
-    if reward is None or not math.isfinite(reward):
+    if reward is None or not abs(reward) <= _LARGEST_REWARD:
         raise DataError(
-            f"{where}: reward is {shown(trajectory.reward)}; rewards must be finite numbers"
+            f"{where}: reward is {shown(trajectory.reward)}; rewards must be finite numbers, "
+            f"of {_LARGEST_REWARD:g} at most"
         )
     return float(reward)
 

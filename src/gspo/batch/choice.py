@@ -29,6 +29,7 @@ class ChoiceFields:
         logprobs: of the sampled tokens, at `temperature`.
         temperature: 1 if the Choice does not say.
         policy_version: of the weights that sampled; -1 if the Choice does not say.
+        routes: experts that computed the tokens; None if the Choice has none, or no tokens.
     """
 
     prompt: list[int] | None
@@ -36,6 +37,7 @@ class ChoiceFields:
     logprobs: list[float] | None
     temperature: float
     policy_version: int
+    routes: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def read_turn(choice: Any, where: str) -> Turn:
 
     Raises:
         MissingLogprobsError: it has no token ids or no log-probs, or not one for each token.
-        DataError: see `read_fields`; or its routes are damaged.
+        DataError: see `read_fields`.
     """
     fields = read_fields(choice, where)
     prompt, tokens, logprobs = fields.prompt, fields.tokens, fields.logprobs
@@ -68,10 +70,7 @@ def read_turn(choice: Any, where: str) -> Turn:
         )
     if len(tokens) != len(logprobs):
         raise MissingLogprobsError(f"{where}: {len(tokens)} token ids, {len(logprobs)} log-probs")
-    routes = decode_routes(
-        getattr(choice, "routed_experts", None), len(prompt) + len(tokens) - 1, where
-    )
-    return Turn(prompt, tokens, logprobs, fields.temperature, fields.policy_version, routes)
+    return Turn(prompt, tokens, logprobs, fields.temperature, fields.policy_version, fields.routes)
 
 
 def read_fields(choice: Any, where: str) -> ChoiceFields:
@@ -80,14 +79,20 @@ def read_fields(choice: Any, where: str) -> ChoiceFields:
     Raises:
         MissingLogprobsError: log-probs that are no numbers, not finite, above 0 or of 16 bits.
         DataError: token ids that are no whole numbers, or a temperature or policy version that
-            means nothing.
+            means nothing, or routes that are damaged.
     """
+    prompt = _token_ids(getattr(choice, "prompt_token_ids", None), f"{where}: prompt_token_ids")
+    tokens = _token_ids(getattr(choice, "token_ids", None), f"{where}: token_ids")
+    routes = getattr(choice, "routed_experts", None)
     return ChoiceFields(
-        prompt=_token_ids(getattr(choice, "prompt_token_ids", None), f"{where}: prompt_token_ids"),
-        tokens=_token_ids(getattr(choice, "token_ids", None), f"{where}: token_ids"),
+        prompt=prompt,
+        tokens=tokens,
         logprobs=_logprobs(sampled_logprobs(choice), where),
         temperature=_temperature(getattr(choice, "temperature", None), where),
         policy_version=_version(getattr(choice, "policy_version", None), where),
+        routes=decode_routes(routes, len(prompt) + len(tokens) - 1, where)
+        if prompt and tokens
+        else None,
     )
 
 
@@ -130,7 +135,7 @@ def _logprobs(values: Any, where: str) -> list[float] | None:
                 f"{where}: the log-prob of token {i} is {shown(value)}; "
                 "it must be a finite number and <= 0"
             )
-    return values
+    return [float(value) for value in values]
 
 
 def _temperature(value: Any, where: str) -> float:

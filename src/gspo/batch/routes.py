@@ -41,6 +41,8 @@ def decode_routes(value: Any, tokens: int, where: str) -> np.ndarray | None:
     if value is None:
         return None
     try:
+        if not isinstance(value, dict):
+            raise TypeError(f"a {type(value).__name__}, not a dict")
         shape, dtype = tuple(value["shape"]), value["dtype"]
         data = base64.b64decode(value["data"], validate=True)
         if dtype not in _DTYPES:
