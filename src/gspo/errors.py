@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -100,3 +100,26 @@ def shown(value: Any) -> str:
     except Exception:  # a whole number of more than 4,300 digits has no text
         text = "a value that cannot be shown"
     return f"{text} ({type(value).__name__})"
+
+
+def check_arguments(
+    title: str, given: Iterable[str], known: Sequence[str], refused: Mapping[str, str]
+) -> None:
+    """Refuse the first argument that a function doesn't have.
+
+    Args:
+        title: of the function.
+        given: names of arguments that it doesn't have; none: nothing happens.
+        known: names that it has.
+        refused: names that another library knows, to the reason and the remedy.
+
+    Raises:
+        ConfigError: with the reason, or the nearest right name.
+    """
+    for name in given:
+        if name in refused:
+            raise ConfigError(f"{title}: {name!r} is not supported: {refused[name]}")
+        raise ConfigError(
+            f"{title}: unknown argument {name!r}.{suggestion(name, known)} "
+            f"Known arguments: {', '.join(known)}."
+        )

@@ -9,6 +9,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from gspo.errors import ConfigError, shown
+
+
+def check_budget(max_exceptions: Any) -> None:
+    """Refuse a failure budget that means nothing.
+
+    Raises:
+        ConfigError: it is no number, or below 0.
+    """
+    number = isinstance(max_exceptions, int | float) and not isinstance(max_exceptions, bool)
+    if not number or not max_exceptions >= 0:
+        raise ConfigError(
+            f"max_exceptions = {shown(max_exceptions)}: give how many rollouts may fail, or below "
+            "1 their share, such as 0.1"
+        )
+
 
 @dataclass
 class Gather:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import numbers
 import traceback
 from collections.abc import Awaitable, Generator, Iterable, Iterator
@@ -197,12 +198,24 @@ async def settled(rollout: Awaitable[Trajectory]) -> Trajectory | BaseException:
     """The rollout's trajectory, or what it failed with where the gather around it tolerates that.
 
     Raises:
-        DataError: it returned something else, or its reward is no number.
+        DataError: it returned something else, its reward is no number, or it raised CancelledError
+            by itself beyond the gather's budget.
         Exception: its failure, beyond the gather's budget.
     """
     gather = current_gather()
     try:
         trajectory = await rollout
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        own = DataError(
+            "a rollout raised CancelledError, and nobody has cancelled it: catch what its own "
+            "timeout or task raises, or raise TimeoutError"
+        )
+        own.__cause__ = error
+        gather.failed(own)
+        return own
     except Exception as error:
         gather.failed(error)
         return error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import socket
@@ -259,6 +260,41 @@ async def test_a_port_serves_clients_that_build_their_own(tmp_path: Path):
     assert len(response.choices) == 2
     await client.close()
     await backend.close()
+
+
+def test_work_in_one_event_loop_after_another(tmp_path: Path):
+    """Two models that sample at once, and rollouts beside training, in several `asyncio.run`s."""
+    backend = art.LocalBackend(tmp_path, port=0)
+    models = [make("a"), make("b")]
+
+    async def register() -> None:
+        for model in models:
+            await model.register(backend)
+
+    async def sample() -> list[list[art.TrajectoryGroup]]:
+        return await asyncio.gather(*(gather(model, 2) for model in models))
+
+    async def train_and_sample(groups: list[list[art.TrajectoryGroup]]) -> None:
+        pairs = zip(models, groups, strict=True)
+        await asyncio.gather(sample(), *(model.train(own) for model, own in pairs))
+
+    async def ask_the_port() -> int:
+        model = models[0]
+        async with AsyncOpenAI(base_url=model.inference_base_url, api_key="x") as client:
+            response = await client.chat.completions.create(
+                model="a", messages=[{"role": "user", "content": "12"}], n=2, max_tokens=4
+            )
+        return len(response.choices)
+
+    def run(coroutine: Any) -> Any:
+        return asyncio.run(asyncio.wait_for(coroutine, 120))
+
+    run(register())
+    for _ in range(2):
+        run(train_and_sample(run(sample())))
+        assert run(ask_the_port()) == 2
+    assert [run(model.get_step()) for model in models] == [2, 2]
+    run(backend.close())
 
 
 async def test_an_occupied_port_is_named(tmp_path: Path):
