@@ -14,7 +14,7 @@ class TrainConfig(Options):
     1e-05
     """
 
-    learning_rate: float = Field(default=5e-6, gt=0, allow_inf_nan=False)
+    learning_rate: float = Field(default=5e-6, gt=0, le=1)
     """Peak learning rate of AdamW."""
-    kl_penalty_coef: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    kl_penalty_coef: float = Field(default=0.0, ge=0)
     """Weight of the k3 KL term against the frozen base model; 0 computes no reference."""

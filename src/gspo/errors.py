@@ -19,6 +19,7 @@ Every message names the thing, its value and the remedy.
 from __future__ import annotations
 
 import difflib
+import math
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -100,6 +101,18 @@ def shown(value: Any) -> str:
     except Exception:  # a whole number of more than 4,300 digits has no text
         text = "a value that cannot be shown"
     return f"{text} ({type(value).__name__})"
+
+
+def check_whole(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
+    """Refuse a value that is no whole number in [low, high]. `name` is the argument's.
+
+    Raises:
+        ConfigError: it names the argument, the value and the range.
+    """
+    if type(value) is not int or not low <= value <= high:
+        end = f" from {low} to {high}" if high < math.inf else f" from {low}"
+        limits = "" if low == -math.inf else end
+        raise ConfigError(f"{name} = {shown(value)}: must be a whole number{limits}")
 
 
 def check_arguments(

@@ -10,18 +10,21 @@ from typing import Any, TypeAlias, cast, overload
 
 from openai.types.chat import ChatCompletionMessageParam
 from openai.types.chat.chat_completion import Choice
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from gspo.errors import DataError, shown, suggestion
 from gspo.progress import all_or_cancel, current_gather
 
 Message: TypeAlias = dict[str, Any]
+Messages: TypeAlias = list[Message]
 MessagesAndChoices: TypeAlias = list[Message | Choice]
+Tools: TypeAlias = list[dict[str, Any]]
 MetadataValue: TypeAlias = float | int | str | bool | None
 
 
 NUMBER = "a number (int, float, bool, or a scalar of numpy or torch)"
 """What `plain_number` takes, for errors."""
+_KINDS = {"metrics": NUMBER, "metadata": f"a text, {NUMBER}, or None"}
 
 
 def plain_number(value: Any) -> int | float | bool | None:
@@ -62,11 +65,18 @@ class _Record(BaseModel):
         try:
             super().__init__(**data)
         except ValidationError as error:
-            first = error.errors()[0]
-            raise DataError(
-                f"{type(self).__name__}: {'.'.join(map(str, first['loc']))}: {first['msg']} "
-                f"(got {type(first.get('input')).__name__})"
-            ) from None
+            raise DataError(_explained(type(self).__name__, error)) from None
+
+
+def _explained(title: str, error: ValidationError) -> str:
+    """The first thing that is wrong with a record's fields."""
+    first = error.errors()[0]
+    names = first["loc"]
+    if len(names) > 1 and names[0] in _KINDS:  # pydantic names one of several kinds only
+        value = shown(first.get("input"))
+        return f"{title}: {names[0]}[{names[1]!r}] is {value}; it must be {_KINDS[str(names[0])]}"
+    got = type(first.get("input")).__name__
+    return f"{title}: {'.'.join(map(str, names))}: {first['msg']} (got {got})"
 
 
 class Trajectory(_Record):
@@ -81,11 +91,22 @@ class Trajectory(_Record):
     """
 
     messages_and_choices: MessagesAndChoices = Field(default_factory=list)
-    tools: list[dict[str, Any]] | None = None
+    tools: Tools | None = None
     reward: float = 0.0
     metrics: dict[str, float | int | bool] = Field(default_factory=dict)
     metadata: dict[str, MetadataValue] = Field(default_factory=dict)
     logs: list[str] = Field(default_factory=list)
+
+    @field_validator("metrics", "metadata", mode="before")
+    @classmethod
+    def _scalars_are_numbers(cls, values: Any) -> Any:
+        """Those of numpy and torch; what is no number stays as it is, to be judged by its type."""
+        if not isinstance(values, dict):
+            return values
+        plain = {name: plain_number(value) for name, value in values.items()}
+        return {
+            name: value if plain[name] is None else plain[name] for name, value in values.items()
+        }
 
     def choices(self) -> list[Choice]:
         """The model's own turns, in order."""

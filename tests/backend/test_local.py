@@ -348,3 +348,30 @@ async def test_an_architecture_that_cannot_be_decoded_is_refused(tmp_path: Path)
     with pytest.raises(ModelError, match="MambaForCausalLM"):
         await make(base_model=str(tmp_path / "mamba")).register(backend)
     await backend.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"in_process": True}, "'in_process' is not supported: .*leave it out"),
+        ({"keep_checkpoint": 1}, "Did you mean 'keep_checkpoints'"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints = 0 .*whole number from 1"),
+        ({"keep_checkpoints": True}, "keep_checkpoints = True"),
+        ({"port": 70000}, "port = 70000 .*from 0 to 65535"),
+        ({"port": "80"}, "port = '80'"),
+        ({"seed": 1.5}, r"seed = 1\.5 .*must be a whole number$"),
+    ],
+)
+def test_arguments_that_mean_nothing(options: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        art.LocalBackend(**options)
+
+
+async def test_a_backend_closes_itself_and_logs_a_dict_of_a_config(tmp_path: Path):
+    model = art.TrainableModel(
+        name="m", project="p", base_model="embedded:sort", config={"turns": 3, "path": tmp_path}
+    )
+    async with art.LocalBackend(tmp_path) as backend:
+        await model.register(backend)
+    async with art.LocalBackend(tmp_path) as backend:  # the run folder is free again
+        await model.register(backend)

@@ -8,6 +8,7 @@ from typing import Any
 from openai import AsyncOpenAI
 
 from gspo.backend.base import ModelLike, TrainResult, train_options
+from gspo.backend.measured import check_split, user_metrics
 from gspo.batch.check import check_groups, listed, plain_groups
 from gspo.batch.sample import trajectory_samples
 from gspo.compute import ComputeThread
@@ -39,6 +40,12 @@ class FakeBackend:
         self._compute = ComputeThread()
         app = create_app(Batcher(self.engine, self._compute), lambda: self._names)
         self._client = in_process_client(app)
+
+    async def __aenter__(self) -> FakeBackend:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
 
     async def register(self, model: ModelLike) -> None:
         if model.name not in self._names:
@@ -82,6 +89,7 @@ class FakeBackend:
     ) -> None:
         groups = listed(trajectory_groups)
         plain_groups(groups)
+        user_metrics(metrics or {}, check_split(split), {})
         self.logged.append((split, groups))
 
     async def delete_checkpoints(

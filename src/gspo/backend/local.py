@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import gc
-import json
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from openai import AsyncOpenAI
 
-from gspo.backend.base import ModelLike, TrainResult, train_options
-from gspo.backend.measured import check_split, check_step, line_of, means, user_metrics
+from gspo.backend.base import ModelLike, TrainResult, described, train_options
+from gspo.backend.measured import check_split, line_of, means, user_metrics
 from gspo.backend.run import Run
 from gspo.backend.service import Service, load_trainer
 from gspo.backend.trackers import TrackerName, check_loggers
@@ -22,7 +19,7 @@ from gspo.batch.check import plain_groups
 from gspo.compute import ComputeThread
 from gspo.config import TrainConfig
 from gspo.dev import TrainConfig as DevTrainConfig
-from gspo.errors import RunError
+from gspo.errors import RunError, check_arguments, check_whole
 from gspo.policy.load import Policy
 from gspo.policy.precision import rollout_copy
 from gspo.serve.app import create_app
@@ -36,13 +33,8 @@ from gspo.trajectory import TrajectoryGroup
 
 T = TypeVar("T")
 
-
-@cache
-def _spare_the_libraries() -> None:
-    """Keep Python's garbage collector from searching what torch and transformers made at import:
-    0.2 s each time, in the midst of training. Once a process, before the first model is loaded."""
-    gc.collect()
-    gc.freeze()
+_KNOWN = ("path", "port", "keep_checkpoints", "seed", "logger")
+_REFUSED = {"in_process": "everything is in this process; leave it out."}
 
 
 class LocalBackend:
@@ -53,13 +45,14 @@ class LocalBackend:
         port: also answer on 127.0.0.1:<port> (0: a free one), for programs that build their own
             OpenAI client from `model.inference_base_url`. None: `model.openai_client()` reaches
             the engine without a port.
-        keep_checkpoints: how many of the latest to keep; None: all.
+        keep_checkpoints: how many of the latest to keep, beside the one with the best `val/reward`
+            so far; None: all.
         seed: of requests that have none of their own.
         logger: trackers that are shown what metrics.jsonl gets: "tensorboard", "trackio", "wandb".
             One that fails is a warning, once.
 
     Raises:
-        ConfigError: an unknown tracker.
+        ConfigError: an unknown argument or tracker, or a value out of range.
         MissingDependencyError: a tracker whose client is not installed.
     """
 
@@ -71,9 +64,14 @@ class LocalBackend:
         keep_checkpoints: int | None = None,
         seed: int = 0,
         logger: Sequence[TrackerName] = (),
+        **unknown: Any,
     ):
-        if keep_checkpoints is not None and keep_checkpoints < 1:
-            raise RunError(f"keep_checkpoints = {keep_checkpoints}: the latest is always kept")
+        check_arguments("LocalBackend", unknown, _KNOWN, _REFUSED)
+        check_whole("seed", seed)
+        if port is not None:
+            check_whole("port", port, 0, 65535)
+        if keep_checkpoints is not None:
+            check_whole("keep_checkpoints", keep_checkpoints, 1)
         self.path = Path(path)
         self.port = port
         self.keep_checkpoints = keep_checkpoints
@@ -82,6 +80,12 @@ class LocalBackend:
         self._compute = ComputeThread()
         self._services: dict[tuple[str, str], Service] = {}
         self._logs: dict[tuple[str, str], Run] = {}
+
+    async def __aenter__(self) -> LocalBackend:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
 
     async def register(self, model: ModelLike) -> None:
         """Make the model ready to sample and train; goes on from its last checkpoint.
@@ -106,7 +110,6 @@ class LocalBackend:
             self._run(model)
             return
         assert model.source is not None
-        _spare_the_libraries()
         listener = None if self.port is None else bind("127.0.0.1", self.port)
         run = None
         try:
@@ -121,7 +124,7 @@ class LocalBackend:
             engine = TorchEngine(policy, seed=self._sampling_seed(trainer.step))
             self._services[key] = await self._start(run, model, engine, trainer, listener)
             run.claim()
-            await asyncio.to_thread(self._track, run, model, trainer.step)
+            await asyncio.to_thread(run.track, self.logger, trainer.step, described(model))
         except BaseException:
             if run is not None:
                 run.close()
@@ -190,9 +193,9 @@ class LocalBackend:
 
         Raises:
             ConfigError: an unknown option, or a contradiction.
-            DataError: groups that cannot be trained on. Nothing was written then.
+            DataError: groups that cannot be trained on or not be written. Nothing has changed.
             NumericsError: a gradient that is not finite.
-            RunError: the checkpoint could not be written.
+            RunError: the checkpoint could not be written; or it was, but the log could not.
         """
         service = self._service(model)
         settings = resolve(*train_options(config, _config, options))
@@ -223,7 +226,8 @@ class LocalBackend:
         """
         if step is None:
             step = await self.get_step(model) if model.trainable else 0
-        line = line_of(check_step(step), self._run(model).metrics())
+        check_whole("step", step, 0)
+        line = line_of(step, self._run(model).metrics())
         values = user_metrics(metrics or {}, check_split(split), line)
         await self.record(model, trajectory_groups, split, values, step)
 
@@ -273,15 +277,6 @@ class LocalBackend:
         self._logs.clear()
         self._compute.close()
 
-    def _track(self, run: Run, model: ModelLike, step: int | None) -> None:
-        config: dict[str, Any] = {"project": model.project, "name": model.name}
-        if model.trainable:
-            load = model.internal_config.model_dump(mode="json")
-            config |= {"base_model": model.source, "load": load}
-        if model.config is not None:
-            config["config"] = json.loads(json.dumps(model.config.model_dump(), default=str))
-        run.track(self.logger, step, config)
-
     def _sampling_seed(self, step: int) -> int:
         """The stream of unseeded requests at a step: the same again after a resume."""
         return self.seed * 1_000_003 + step
@@ -301,6 +296,6 @@ class LocalBackend:
         if key not in self._logs:
             run = Run(self.path, model.project, model.name, {"base_model": None})
             run.claim()
-            self._track(run, model, step=None)
+            run.track(self.logger, None, described(model))
             self._logs[key] = run
         return self._logs[key]

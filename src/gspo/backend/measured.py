@@ -85,17 +85,6 @@ def check_split(split: Any) -> str:
     return split
 
 
-def check_step(step: Any) -> int:
-    """The step that is logged.
-
-    Raises:
-        ConfigError: it is no whole number from 0.
-    """
-    if type(step) is not int or step < 0:
-        raise ConfigError(f"step = {shown(step)}: must be a whole number from 0")
-    return step
-
-
 def check_logged(metric: Any, lines: Sequence[Mapping[str, Any]]) -> None:
     """Refuse a metric that no line of metrics.jsonl has.
 
