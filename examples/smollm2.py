@@ -105,7 +105,7 @@ async def evaluate(
     problems = [TASK.problem("heldout", index) for index in range(prompts)]
     groups = await gather(model, problems, EVAL_SIZE)
     found = estimate_reward(groups)
-    await model.log(groups, "val", metrics=found.metrics(), step=step)
+    await backend.record(model, groups, "val", found.metrics(), step)
     print(f"step {step:3d}  held-out reward {found} of {found.prompts} prompts", flush=True)
     return found
 

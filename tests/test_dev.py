@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -37,6 +37,43 @@ from gspo.train.settings import resolve
 def test_wrong_options_name_themselves_and_the_remedy(options: dict, message: str):
     with pytest.raises(ConfigError, match=message):
         dev.TrainConfig(**options)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("options", "value", "message"),
+    [
+        (
+            dev.TrainConfig,
+            {"adam_betas": (5.0, -3.0)},
+            r"from 0 to below 1, such as \(0.9, 0.999\)",
+        ),
+        (dev.TrainConfig, {"adam_betas": (0.9, 1.0)}, "from 0 to below 1"),
+        (dev.TrainConfig, {"adam_betas": (NAN, 0.9)}, "finite"),
+        (dev.TrainConfig, {"weight_decay": INF}, "finite"),
+        (dev.TrainConfig, {"weight_decay": -1}, "greater than or equal to 0"),
+        (dev.TrainConfig, {"weight_decay": 1e9}, "less than or equal to 100"),
+        (dev.TrainConfig, {"adam_epsilon": INF}, "finite"),
+        (dev.TrainConfig, {"adam_epsilon": 0}, "greater than 0"),
+        (dev.TrainConfig, {"correction_high": NAN}, "finite"),
+        (dev.TrainConfig, {"max_grad_norm": INF}, "finite"),
+        (dev.TrainConfig, {"epochs": 10**30}, "less than or equal to 1000000000"),
+        (dev.TrainConfig, {"epochs": True}, "must be a number"),
+        (dev.InternalModelConfig, {"threads": 10**9}, "less than or equal to 4096"),
+        (dev.LoraConfig, {"r": 10**9}, "less than or equal to 4096"),
+        (dev.LoraConfig, {"alpha": INF}, "finite"),
+        (dev.LoraConfig, {"alpha": 1e30}, "less than or equal to 65536"),
+        (dev.LoraConfig, {"target_modules": []}, "at least 1 item"),
+        (TrainConfig, {"learning_rate": 1e308}, "less than or equal to 1"),
+        (TrainConfig, {"learning_rate": NAN}, "finite"),
+        (TrainConfig, {"kl_penalty_coef": INF}, "finite"),
+    ],
+)
+def test_values_that_mean_nothing_are_named(options: Any, value: dict, message: str):
+    with pytest.raises(ConfigError, match=rf"{next(iter(value))} = .*{message}"):
+        options(**value)
 
 
 def test_every_option_of_art_is_honoured_or_refused_by_name():

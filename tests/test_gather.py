@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
+import numpy as np
 import pytest
 
 import gspo as art
-from gspo.errors import DataError
+from gspo.errors import ConfigError, DataError
 from support import trajectory
 
 
@@ -102,3 +104,82 @@ async def test_retry_gives_up_and_lets_other_errors_through():
         await other()
     with pytest.raises(DataError, match="at least 1"):
         art.retry(max_attempts=0)
+
+
+async def cancels_itself() -> art.Trajectory:
+    raise asyncio.CancelledError
+
+
+async def test_a_rollouts_own_cancelled_error_counts_as_a_failure():
+    async def waits_for_a_cancelled_task() -> art.Trajectory:
+        task = asyncio.ensure_future(asyncio.sleep(60))
+        asyncio.get_running_loop().call_soon(task.cancel)
+        await task
+        return trajectory()
+
+    group = art.TrajectoryGroup([fine(), cancels_itself(), waits_for_a_cancelled_task()])
+    (done,) = await art.gather_trajectory_groups([group], max_exceptions=2)
+    assert [len(done), len(done.exceptions)] == [1, 2]
+    assert "nobody has cancelled it" in done.exceptions[0].message
+    with pytest.raises(DataError, match="nobody has cancelled it"):
+        await art.gather_trajectory_groups([art.TrajectoryGroup([fine(), cancels_itself()])])
+
+
+async def test_a_gather_that_is_cancelled_ends_whatever_its_budget():
+    started = asyncio.Event()
+
+    async def slow() -> art.Trajectory:
+        started.set()
+        await asyncio.sleep(60)
+        return trajectory()
+
+    work = art.gather_trajectory_groups([art.TrajectoryGroup([slow(), slow()])], max_exceptions=9)
+    task = asyncio.ensure_future(work)
+    await started.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+@pytest.mark.parametrize("budget", [float("nan"), True, "x", None, -1, -0.5])
+async def test_a_budget_that_means_nothing(budget: Any):
+    for call in (art.gather_trajectory_groups, art.gather_trajectories):
+        with pytest.raises(ConfigError, match=r"max_exceptions = .*how many rollouts may fail"):
+            await call([art.TrajectoryGroup([trajectory()])], max_exceptions=budget)
+
+
+async def test_arguments_that_are_not_there_are_named():
+    groups = [art.TrajectoryGroup([trajectory()])]
+    for options, message in (
+        ({"max_metrics": 3}, "'max_metrics' is not supported: .*leave it out"),
+        ({"pbar_total_completion_tokens": True}, "'pbar_total_completion_tokens' is not supported"),
+        ({"max_exception": 3}, "Did you mean 'max_exceptions'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            await art.gather_trajectory_groups(groups, **options)
+    with pytest.raises(ConfigError, match="unknown argument 'after_each'"):
+        await art.gather_trajectories([], after_each=None)
+
+
+@pytest.mark.parametrize("reward", [None, "1.5", 1j])
+async def test_a_reward_that_is_no_number_is_named_at_once(reward: Any):
+    async def rollout() -> art.Trajectory:
+        own = trajectory()
+        own.reward = reward
+        return own
+
+    with pytest.raises(DataError, match=r"a Trajectory whose reward is .*must be a number"):
+        await art.gather_trajectory_groups([art.TrajectoryGroup([rollout()])], max_exceptions=9)
+
+
+async def test_metrics_of_any_kind_do_not_stop_a_gather():
+    """They are refused by `train`, with their place; numpy's scalars are numbers."""
+
+    async def rollout() -> art.Trajectory:
+        own = trajectory()
+        own.reward = np.float32(0.5)  # pyright: ignore[reportAttributeAccessIssue]
+        own.metrics["acc"] = None  # pyright: ignore[reportArgumentType]
+        return own
+
+    (group,) = await art.gather_trajectory_groups([art.TrajectoryGroup([rollout()])])
+    assert group.trajectories[0].reward == 0.5

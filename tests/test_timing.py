@@ -105,10 +105,8 @@ async def test_the_compute_thread_has_the_callers_clock():
         inner(1)
 
     with timing(clock), span("step"):
-        async with compute.turn() as turn:
-            await turn.run(work)
-    async with compute.turn() as turn:
-        await turn.run(work)
+        await compute.run(work)
+    await compute.run(work)
     compute.close()
     await asyncio.sleep(0)
     assert clock.calls["inner"] == 1

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import gspo as art
 from gspo.errors import DataError
@@ -64,3 +67,38 @@ async def test_a_rollout_must_return_a_trajectory():
 def test_group_refuses_other_things():
     with pytest.raises(DataError, match="got a int"):
         art.TrajectoryGroup([3])  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"metadata": {"ids": [1]}},
+            r"metadata\['ids'\] is \[1\] \(list\); it must be a text",
+        ),
+        ({"metadata": {"x": object()}}, r"metadata\['x'\] is <object"),
+        ({"metrics": {"acc": None}}, r"metrics\['acc'\] is None \(NoneType\); it must be a number"),
+        ({"metrics": {"acc": "x"}}, r"metrics\['acc'\] is 'x'"),
+        ({"metrics": 5}, "metrics: Input should be a valid dictionary"),
+    ],
+)
+def test_a_value_of_another_kind_is_named(fields: dict[str, Any], message: str):
+    with pytest.raises(DataError, match=message):
+        art.Trajectory(messages_and_choices=[], **fields)
+
+
+def test_scalars_of_numpy_and_torch_are_numbers():
+    made = art.Trajectory(
+        messages_and_choices=[],
+        reward=np.float32(0.5),  # pyright: ignore[reportArgumentType]
+        metrics={"a": np.float32(0.5), "b": np.bool_(True), "c": torch.tensor(3)},  # pyright: ignore[reportArgumentType]
+        metadata={"id": np.int64(7), "x": "7", "none": None},  # pyright: ignore[reportArgumentType]
+    )
+    assert (made.reward, made.metrics) == (0.5, {"a": 0.5, "b": True, "c": 3})
+    assert made.metadata == {"id": 7, "x": "7", "none": None}
+
+
+def test_arts_names_of_types():
+    assert (
+        art.MessagesAndChoices.__origin__ is art.Messages.__origin__ is art.Tools.__origin__ is list
+    )

@@ -27,7 +27,13 @@ if TYPE_CHECKING:
     from gspo.serve.engine import Engine
     from gspo.serve.fake_engine import FakeEngine
     from gspo.train.algorithms import register_algorithm
-    from gspo.trajectory import Trajectory, TrajectoryGroup
+    from gspo.trajectory import (
+        Messages,
+        MessagesAndChoices,
+        Tools,
+        Trajectory,
+        TrajectoryGroup,
+    )
 
 __version__ = "0.1.0"
 
@@ -38,7 +44,10 @@ __all__ = [
     "FakeEngine",
     "GspoError",
     "LocalBackend",
+    "Messages",
+    "MessagesAndChoices",
     "Model",
+    "Tools",
     "TrainConfig",
     "TrainResult",
     "TrainableModel",
@@ -61,7 +70,10 @@ _HOMES = {
     "FakeEngine": "gspo.serve.fake_engine",
     "GspoError": "gspo.errors",
     "LocalBackend": "gspo.backend.local",
+    "Messages": "gspo.trajectory",
+    "MessagesAndChoices": "gspo.trajectory",
     "Model": "gspo.model",
+    "Tools": "gspo.trajectory",
     "TrainConfig": "gspo.config",
     "TrainResult": "gspo.backend.base",
     "TrainableModel": "gspo.model",

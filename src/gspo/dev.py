@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from gspo.errors import suggestion
-from gspo.options import Options
+from gspo.options import LARGEST_COUNT, Options
 
 __all__ = ["InternalModelConfig", "LoraConfig", "RolloutDtype", "TrainConfig"]
 
@@ -102,7 +102,7 @@ class TrainConfig(Options):
     epsilon_scale: Literal["constant", "sqrt_length"] = "constant"
     """`sqrt_length`: epsilon / sqrt(L_i), so that clip rates don't depend on length (FSPO,
     arXiv 2509.09177)."""
-    epsilon_high: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    epsilon_high: float | None = Field(default=None, gt=0)
     """Upper clip distance. None: `epsilon` where that was given, else the preset's."""
     scale_rewards: bool | None = None
     """Divide the group's centred rewards by their standard deviation. None: as the preset does."""
@@ -117,11 +117,11 @@ class TrainConfig(Options):
     correction_low: float | None = Field(default=None, ge=0)
     correction_high: float | None = Field(default=None, gt=0)
     """Bounds of the correction. None: `gspo.objective.BOUNDS`."""
-    overlong_max_tokens: int | None = Field(default=None, ge=1)
+    overlong_max_tokens: int | None = Field(default=None, ge=1, le=LARGEST_COUNT)
     """DAPO's soft overlong punishment: rewards fall linearly to -1 over the last
     `overlong_cache` tokens before this many. None: none."""
-    overlong_cache: int | None = Field(default=None, ge=1)
-    kl_penalty_coef: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    overlong_cache: int | None = Field(default=None, ge=1, le=LARGEST_COUNT)
+    kl_penalty_coef: float | None = Field(default=None, ge=0)
     """As in `TrainConfig`, which it overrides where it is given."""
     ppo: Literal[True] = True
     """ART's switch between the clipped surrogate and CISPO; here the algorithm says it."""
@@ -130,18 +130,18 @@ class TrainConfig(Options):
     precalculate_logprobs: bool = False
     """ART's name for `old_logprobs="trainer"`."""
 
-    minibatches: int | None = Field(default=None, ge=1)
+    minibatches: int | None = Field(default=None, ge=1, le=LARGEST_COUNT)
     """Optimizer steps per rollout batch and epoch. The clip acts from the second one on. None: 4,
     or 1 for `rloo` and `reinforce`, which have no ratio to correct for a policy that has moved."""
-    epochs: int = Field(default=1, ge=1)
+    epochs: int = Field(default=1, ge=1, le=LARGEST_COUNT)
     """Passes over the rollout batch."""
-    packed_sequence_length: int | None = Field(default=None, ge=1)
+    packed_sequence_length: int | None = Field(default=None, ge=1, le=LARGEST_COUNT)
     """Tokens of one packed row (one microbatch). None: what fits about 2 GiB of activations.
     The result doesn't depend on it."""
     share_prefixes: bool = True
     """Compute a prompt once for all its completions, and the common history of a trajectory's turns
     once. The result doesn't depend on it. Models on which that is not exact do without."""
-    logprob_calculation_chunk_size: int | None = Field(default=None, ge=1)
+    logprob_calculation_chunk_size: int | None = Field(default=None, ge=1, le=LARGEST_COUNT)
     """Tokens of one block of logits, whose other side is 2,048 vocabulary entries (a GPU: 8,192).
     None: 4 MiB (a GPU: 64 MiB) of logits."""
     seed: int = 0
@@ -151,7 +151,7 @@ class TrainConfig(Options):
     """Whose choice of experts an MoE model trains with: its own; the trainer's before the first
     update of the batch (R2); the engine's (R3, rollouts need `extra_body={"return_routes": True}`).
     Gate values stay live."""
-    router_aux_loss_coef: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    router_aux_loss_coef: float = Field(default=0.0, ge=0)
     """Weight of the load-balancing loss (Switch Transformer, eq. 4-6), which is 1 when experts are
     evenly loaded. Costs a forward pass more."""
     measure_routing: bool = False
@@ -161,16 +161,16 @@ class TrainConfig(Options):
     """Gradient clipping by global norm. None: no clipping; in a file, which has no None, "off".
     Presets that sum a sequence's tokens (`dr_grpo`, `luspo`, `rloo`, `reinforce`) have gradients
     larger by about the length: at 1.0 nearly every step of theirs is cut to this norm."""
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, le=100)
     adam_betas: tuple[float, float] = (0.9, 0.999)
-    adam_epsilon: float = Field(default=1e-8, gt=0)
+    adam_epsilon: float = Field(default=1e-8, gt=0, le=1)
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
     """Decay after the warmup, to `lr_final` of the peak at `lr_total_steps`."""
-    lr_warmup_steps: int | None = Field(default=None, ge=0)
+    lr_warmup_steps: int | None = Field(default=None, ge=0, le=LARGEST_COUNT)
     """Calls of `train` over which the learning rate rises in equal steps, one per minibatch: the
     first minibatch has one step and not 0, the last one of these calls has the peak. None: 5 where
     `learning_rate` is left to gspo too, else 0."""
-    lr_total_steps: int | None = Field(default=None, ge=1)
+    lr_total_steps: int | None = Field(default=None, ge=1, le=LARGEST_COUNT)
     """Calls of `train` at which `cosine` or `linear` ends; needed by those two."""
     lr_final: float = Field(default=0.0, ge=0, le=1)
     """The schedule's end, as a share of the peak. It is reached after the last minibatch of
@@ -209,6 +209,13 @@ class TrainConfig(Options):
             raise ValueError("must be above 0 and at most 1, or 'auto'")
         return epsilon
 
+    @field_validator("adam_betas")
+    @classmethod
+    def _betas_are_shares(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("must be two numbers from 0 to below 1, such as (0.9, 0.999)")
+        return betas
+
     @model_validator(mode="after")
     def _overlong_is_whole(self) -> TrainConfig:
         if (self.overlong_max_tokens is None) != (self.overlong_cache is None):
@@ -237,9 +244,9 @@ class TrainConfig(Options):
 class LoraConfig(Options):
     """Low-rank adapters (peft). `target_modules="all-linear"` reaches the experts too."""
 
-    r: int = Field(default=8, ge=1)
-    alpha: float = Field(default=16.0, gt=0)
-    target_modules: str | list[str] = "all-linear"
+    r: int = Field(default=8, ge=1, le=4096)
+    alpha: float = Field(default=16.0, gt=0, le=65536)
+    target_modules: str | list[str] = Field(default="all-linear", min_length=1)
 
 
 class InternalModelConfig(Options):
@@ -258,9 +265,9 @@ class InternalModelConfig(Options):
     """None: full fine-tuning."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass."""
-    max_context: int | None = Field(default=None, ge=2)
+    max_context: int | None = Field(default=None, ge=2, le=LARGEST_COUNT)
     """Longest prompt + completion. None: the model's own limit, or where its RoPE changes."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=4096)
     """CPU cores to use. None: OMP_NUM_THREADS, else all. Below 20M parameters each core trains rows
     of its own, and one of them samples."""
     device: str = "auto"

@@ -20,7 +20,10 @@ Every message names the thing, its value and the remedy.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import math
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 class GspoError(Exception):
@@ -93,3 +96,51 @@ def suggestion(name: str, choices: Iterable[str], cutoff: float = 0.55) -> str:
     """
     near = difflib.get_close_matches(name, list(choices), n=1, cutoff=cutoff)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: short, whatever its size or its `__repr__`.
+
+    >>> shown(None), shown(["a"] * 100)[:20]
+    ('None (NoneType)', "['a', 'a', 'a', 'a',")
+    """
+    try:
+        text = reprlib.repr(value)
+    except Exception:  # a whole number of more than 4,300 digits has no text
+        text = "a value that cannot be shown"
+    return f"{text} ({type(value).__name__})"
+
+
+def check_whole(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
+    """Refuse a value that is no whole number in [low, high]. `name` is the argument's.
+
+    Raises:
+        ConfigError: it names the argument, the value and the range.
+    """
+    if type(value) is not int or not low <= value <= high:
+        end = f" from {low} to {high}" if high < math.inf else f" from {low}"
+        limits = "" if low == -math.inf else end
+        raise ConfigError(f"{name} = {shown(value)}: must be a whole number{limits}")
+
+
+def check_arguments(
+    title: str, given: Iterable[str], known: Sequence[str], refused: Mapping[str, str]
+) -> None:
+    """Refuse the first argument that a function doesn't have.
+
+    Args:
+        title: of the function.
+        given: names of arguments that it doesn't have; none: nothing happens.
+        known: names that it has.
+        refused: names that another library knows, to the reason and the remedy.
+
+    Raises:
+        ConfigError: with the reason, or the nearest right name.
+    """
+    for name in given:
+        if name in refused:
+            raise ConfigError(f"{title}: {name!r} is not supported: {refused[name]}")
+        raise ConfigError(
+            f"{title}: unknown argument {name!r}.{suggestion(name, known)} "
+            f"Known arguments: {', '.join(known)}."
+        )

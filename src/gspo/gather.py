@@ -6,14 +6,19 @@ import asyncio
 import functools
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
-from gspo.errors import DataError
-from gspo.progress import Gather, all_or_cancel, gathering
+from gspo.errors import DataError, check_arguments
+from gspo.progress import Gather, all_or_cancel, check_budget, gathering
 from gspo.trajectory import Trajectory, TrajectoryGroup, settled
 
 P = ParamSpec("P")
 T = TypeVar("T")
+_KNOWN = ("pbar_desc", "max_exceptions", "after_each")
+_REFUSED = {
+    "pbar_total_completion_tokens": "the bar shows rewards and failures; leave it out.",
+    "max_metrics": "the bar shows the mean reward alone; leave it out.",
+}
 AfterEach = Callable[[TrajectoryGroup], Awaitable[TrajectoryGroup | list[TrajectoryGroup] | None]]
 
 
@@ -23,6 +28,7 @@ async def gather_trajectory_groups(
     pbar_desc: str | None = "gather",
     max_exceptions: int | float = 0,
     after_each: AfterEach | None = None,
+    **unknown: Any,
 ) -> list[TrajectoryGroup]:
     """Run all groups concurrently and return them in the order given.
 
@@ -36,7 +42,10 @@ async def gather_trajectory_groups(
 
     Raises:
         DataError: nothing was given.
+        ConfigError: an unknown argument, or a budget that is no number from 0.
     """
+    check_arguments("gather_trajectory_groups", unknown, _KNOWN, _REFUSED)
+    check_budget(max_exceptions)
     pending = list(groups)
     if not pending:
         raise DataError("gather_trajectory_groups got no groups: give at least one")
@@ -63,8 +72,15 @@ async def gather_trajectories(
     *,
     pbar_desc: str | None = "gather",
     max_exceptions: int | float = 0,
+    **unknown: Any,
 ) -> list[Trajectory | BaseException]:
-    """Run rollouts concurrently; a tolerated failure stands as its exception, in its place."""
+    """Run rollouts concurrently; a tolerated failure stands as its exception, in its place.
+
+    Raises:
+        ConfigError: an unknown argument, or a budget that is no number from 0.
+    """
+    check_arguments("gather_trajectories", unknown, _KNOWN[:2], _REFUSED)
+    check_budget(max_exceptions)
     pending = list(trajectories)
 
     with _progress(pbar_desc, len(pending)) as update:
@@ -131,7 +147,7 @@ def _progress(description: str | None, total: int) -> Iterator[Callable[[Gather]
         task = bar.add_task(description, total=total, reward="-", failed=0)
 
         def update(gather: Gather) -> None:
-            reward = gather.mean("reward")
+            reward = gather.mean_reward()
             bar.update(
                 task,
                 completed=gather.done + gather.exceptions,

@@ -14,7 +14,46 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+OF_A_SPLIT = frozenset(
+    {"reward", "reward_std", "exceptions", "skipped"}
+    | {"groups_zero_advantage", "trajectories", "trajectories_too_long"}
+)
+"""gspo's names below a split, such as `train/reward`."""
+OF_TRAINING = frozenset(
+    {"time/train", "time/publish", "time/checkpoint", "throughput/trained_tokens_per_second"}
+)
+"""gspo's names that a loop of the user's may add to, with `time/rollout` for instance."""
+FAMILIES = frozenset(
+    {"loss", "ratio", "mismatch", "moe", "optim", "tokens", "staleness", "publish"}
+)
+"""First parts of gspo's other names, such as `loss/policy`."""
+
 QUANTILES: Mapping[str, float] = {"p01": 0.01, "p50": 0.5, "p99": 0.99}
+
+
+def is_ours(name: str) -> bool:
+    """Whether gspo may write a metric of this name, with or without a split before it.
+
+    >>> is_ours("reward"), is_ours("loss/policy"), is_ours("right")
+    (True, True, False)
+    """
+    return name in OF_A_SPLIT | OF_TRAINING or name.partition("/")[0] in FAMILIES
+
+
+def user_metric(name: str, split: str) -> str:
+    """The name that a user's metric is written under, so that it replaces none of gspo's.
+
+    >>> user_metric("right", "val"), user_metric("reward", "val"), user_metric("loss/kl", "val")
+    ('val/right', 'val/user/reward', 'val/user/loss/kl')
+    >>> user_metric("costs/judge", "train"), user_metric("val/reward", "train")
+    ('costs/judge', 'val/user/reward')
+    """
+    first, slash, rest = name.partition("/")
+    if is_ours(name):
+        return f"{split}/user/{name}"
+    if slash and rest in OF_A_SPLIT:
+        return f"{first}/user/{rest}"
+    return name if slash else f"{split}/{name}"
 
 
 @dataclass

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar
 
 from openai import AsyncOpenAI
-from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, field_validator
 
 from gspo.backend.base import Backend, TrainResult
+from gspo.batch.check import listed
 from gspo.config import TrainConfig
 from gspo.dev import InternalModelConfig
 from gspo.dev import TrainConfig as DevTrainConfig
-from gspo.errors import ConfigError, RunError, suggestion
+from gspo.errors import ConfigError, RunError, check_arguments, shown
 from gspo.trajectory import Trajectory, TrajectoryGroup
 
-UserConfig = TypeVar("UserConfig", bound=BaseModel | None)
+UserConfig = TypeVar("UserConfig", bound=BaseModel | dict[str, Any] | None)
+
+_ELSEWHERE = {
+    "run_name": "the run is named by name=, in the folder <path>/<project>/<name>.",
+    "report_metrics": "ask the backend for trackers: LocalBackend(logger=['wandb']).",
+    "base_path": "the backend has the folder: LocalBackend(path=...).",
+    "entity": "set WANDB_ENTITY; LocalBackend(logger=['wandb']) hands it on.",
+}
+"""Arguments of ART's models, to what says the same here."""
+_CLIENTS = {
+    "_openai_client_config": "the server takes what a request says; the context is "
+    "InternalModelConfig(max_context=), and the port LocalBackend(port=)."
+}
+"""An argument of ART's `register`."""
 
 
 class Model(BaseModel, Generic[UserConfig]):
@@ -23,7 +37,7 @@ class Model(BaseModel, Generic[UserConfig]):
 
     Args:
         name, project: name the run folder, `<backend path>/<project>/<name>/`.
-        config: anything of yours that rollouts need.
+        config: anything of yours that rollouts need, as a pydantic model or a dict.
         inference_base_url, inference_api_key: where the model is served.
         inference_model_name: its name there, if not `name`.
     """
@@ -41,12 +55,9 @@ class Model(BaseModel, Generic[UserConfig]):
     _client: AsyncOpenAI | None = PrivateAttr(default=None)
 
     def __init__(self, **data: Any) -> None:
-        for key in data:
-            if key not in type(self).model_fields:
-                raise ConfigError(
-                    f"{type(self).__name__}: unknown argument {key!r}."
-                    f"{suggestion(key, type(self).model_fields)}"
-                )
+        known = [*type(self).model_fields]
+        unknown = [key for key in data if key not in known]
+        check_arguments(type(self).__name__, unknown, known, _ELSEWHERE)
         for key, spec in type(self).model_fields.items():
             if spec.is_required() and key not in data:
                 raise ConfigError(f"{type(self).__name__} needs {key}=...")
@@ -57,6 +68,13 @@ class Model(BaseModel, Generic[UserConfig]):
             raise ConfigError(
                 f"{type(self).__name__}: {first['loc'][0]} = {first['input']!r}: {first['msg']}"
             ) from None
+
+    @field_validator("config", mode="wrap")
+    @classmethod
+    def _dict_stays_a_dict(cls, value: Any, handler: Callable[[Any], Any]) -> Any:
+        """Where no class of config is named, there is none to make a dict into."""
+        named = cls.model_fields["config"].annotation is not UserConfig
+        return value if isinstance(value, dict) and not named else handler(value)
 
     @property
     def trainable(self) -> bool:
@@ -84,8 +102,13 @@ class Model(BaseModel, Generic[UserConfig]):
             )
         return self._backend
 
-    async def register(self, backend: Backend) -> None:
-        """Make the model known to a backend."""
+    async def register(self, backend: Backend, **unknown: Any) -> None:
+        """Make the model known to a backend.
+
+        Raises:
+            ConfigError: an argument that is not there.
+        """
+        check_arguments("register", unknown, ["backend"], _CLIENTS)
         await backend.register(self)  # pyright: ignore[reportArgumentType]
         self._backend = backend
 
@@ -107,14 +130,25 @@ class Model(BaseModel, Generic[UserConfig]):
 
     async def log(
         self,
-        trajectories: Iterable[Trajectory | BaseException] | Iterable[TrajectoryGroup],
+        trajectories: Iterable[Trajectory | BaseException] | Iterable[TrajectoryGroup] = (),
         split: str = "val",
         *,
         metrics: Mapping[str, float] | None = None,
         step: int | None = None,
     ) -> None:
-        """Write trajectories, and the means of their metrics, to the run under `split`."""
-        items: list[Any] = list(trajectories)
+        """Write trajectories, and the means of their metrics, to the run under `split`.
+
+        Args:
+            trajectories: or groups of them; none, to log `metrics` alone.
+            split: such as `val`; names the folder of the trajectories, and begins the metrics.
+            metrics: name -> number. One that is named as one of gspo's stands at
+                `<split>/user/<name>`.
+            step: of the run; None: the model's.
+
+        Raises:
+            GspoError: see `LocalBackend.log`.
+        """
+        items = listed(trajectories)
         grouped = all(isinstance(item, TrajectoryGroup) for item in items)
         groups = items if grouped else [TrajectoryGroup(items)]
         await self.backend().log(self, groups, split, metrics, step)  # pyright: ignore[reportArgumentType]
@@ -146,10 +180,15 @@ class TrainableModel(Model[UserConfig], Generic[UserConfig]):
 
     _internal: InternalModelConfig = PrivateAttr(default_factory=InternalModelConfig)
 
-    def __init__(self, *, _internal_config: InternalModelConfig | None = None, **data: Any) -> None:
+    def __init__(
+        self,
+        *,
+        _internal_config: InternalModelConfig | dict[str, Any] | None = None,
+        **data: Any,
+    ) -> None:
         super().__init__(**data)
         if _internal_config is not None:
-            self._internal = _internal_config
+            self._internal_config = _internal_config
 
     @property
     def trainable(self) -> bool:
@@ -163,9 +202,27 @@ class TrainableModel(Model[UserConfig], Generic[UserConfig]):
     def internal_config(self) -> InternalModelConfig:
         return self._internal
 
-    async def register(self, backend: Backend) -> None:
+    @property
+    def _internal_config(self) -> InternalModelConfig:
+        """`internal_config`, which may be set until the model is registered, as ART's users do."""
+        return self._internal
+
+    @_internal_config.setter
+    def _internal_config(self, value: InternalModelConfig | dict[str, Any]) -> None:
+        if self._backend is not None:
+            raise ConfigError(
+                f"model {self.name!r} is registered, so it is loaded already: "
+                "set _internal_config before register"
+            )
+        if isinstance(value, dict):
+            value = InternalModelConfig(**value)
+        if not isinstance(value, InternalModelConfig):
+            raise ConfigError(f"_internal_config is {shown(value)}; give a dev.InternalModelConfig")
+        self._internal = value
+
+    async def register(self, backend: Backend, **unknown: Any) -> None:
         """Load the model, or go on from its run's last checkpoint."""
-        await super().register(backend)
+        await super().register(backend, **unknown)
         self.inference_base_url = getattr(backend, "base_url", lambda model: None)(self)
         self.inference_api_key = "gspo"
 
@@ -196,7 +253,7 @@ class TrainableModel(Model[UserConfig], Generic[UserConfig]):
         Raises:
             GspoError: see `LocalBackend.train`.
         """
-        result = await self.backend().train(self, list(trajectory_groups), config, _config)
+        result = await self.backend().train(self, listed(trajectory_groups), config, _config)
         if verbose:
             for name, value in result.metrics.items():
                 print(f"{name} {value:.6g}")

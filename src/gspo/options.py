@@ -9,6 +9,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gspo.errors import ConfigError, suggestion
 
+_NUMBERS = (int, float, int | None, float | None)
+LARGEST_COUNT = 10**9
+"""No count of steps or tokens is larger: one that is, is a slip of the keyboard."""
+
 
 class Options(BaseModel):
     """A frozen pydantic model that raises `ConfigError`, naming the nearest right name or value.
@@ -17,13 +21,14 @@ class Options(BaseModel):
     and the remedy. They are never accepted and ignored.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     refused: ClassVar[Mapping[str, str]] = {}
     fixed: ClassVar[Mapping[str, str]] = {}
     """Why an option has one value alone; told to whoever gives another."""
 
     def __init__(self, **data: Any) -> None:
         check_names(type(self), data)
+        _refuse_switches(type(self), data)
         try:
             super().__init__(**data)
         except ValidationError as error:
@@ -43,6 +48,13 @@ def check_names(cls: type[Options], data: Mapping[str, Any]) -> None:
             f"{title}: unknown option {name!r}.{suggestion(name, cls.model_fields)} "
             f"Known options: {known}."
         )
+
+
+def _refuse_switches(cls: type[Options], data: Mapping[str, Any]) -> None:
+    """True and False are no numbers, though Python counts with them."""
+    for name, value in data.items():
+        if isinstance(value, bool) and cls.model_fields[name].annotation in _NUMBERS:
+            raise ConfigError(f"{_title(cls)}: {name} = {value}: must be a number.")
 
 
 def _title(cls: type[Options]) -> str:

@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+from gspo.errors import ConfigError, shown
+
+
+def check_budget(max_exceptions: Any) -> None:
+    """Refuse a failure budget that means nothing.
+
+    Raises:
+        ConfigError: it is no number, or below 0.
+    """
+    number = isinstance(max_exceptions, int | float) and not isinstance(max_exceptions, bool)
+    if not number or not max_exceptions >= 0:
+        raise ConfigError(
+            f"max_exceptions = {shown(max_exceptions)}: give how many rollouts may fail, or below "
+            "1 their share, such as 0.1"
+        )
 
 
 @dataclass
@@ -15,8 +31,8 @@ class Gather:
     """Counts of one gather. `max_exceptions` below 1 is a share of `total`.
 
     >>> gather = Gather(total=4, max_exceptions=0.5)
-    >>> gather.failed(ValueError("no")); gather.finished(1.0, {})
-    >>> gather.exceptions, gather.mean("reward")
+    >>> gather.failed(ValueError("no")); gather.finished(1.0)
+    >>> gather.exceptions, gather.mean_reward()
     (1, 1.0)
     """
 
@@ -25,15 +41,12 @@ class Gather:
     update: Callable[[Gather], None] = lambda gather: None
     done: int = 0
     exceptions: int = 0
-    _totals: dict[str, float] = field(default_factory=dict)
-    _counts: dict[str, int] = field(default_factory=dict)
+    _rewards: float = 0.0
 
-    def finished(self, reward: float, metrics: Mapping[str, float | int | bool]) -> None:
+    def finished(self, reward: float) -> None:
         """Count a rollout that ended."""
         self.done += 1
-        for name, value in {"reward": reward, **metrics}.items():
-            self._totals[name] = self._totals.get(name, 0.0) + float(value)
-            self._counts[name] = self._counts.get(name, 0) + 1
+        self._rewards += reward
         self.update(self)
 
     def failed(self, error: BaseException) -> None:
@@ -46,10 +59,9 @@ class Gather:
         if self.exceptions > allowed:
             raise error
 
-    def mean(self, name: str) -> float | None:
-        """Mean of a metric over the rollouts so far."""
-        count = self._counts.get(name, 0)
-        return self._totals[name] / count if count else None
+    def mean_reward(self) -> float | None:
+        """Mean reward of the rollouts so far."""
+        return self._rewards / self.done if self.done else None
 
 
 _current: contextvars.ContextVar[Gather] = contextvars.ContextVar("gspo_gather")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import numbers
 import traceback
 from collections.abc import Awaitable, Generator, Iterable, Iterator
 from typing import Any, TypeAlias, cast, overload
@@ -11,12 +13,41 @@ from openai.types.chat.chat_completion import Choice
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from gspo.choices import as_choice
-from gspo.errors import DataError, suggestion
+from gspo.errors import DataError, shown, suggestion
 from gspo.progress import all_or_cancel, current_gather
 
 Message: TypeAlias = dict[str, Any]
+Messages: TypeAlias = list[Message]
 MessagesAndChoices: TypeAlias = list[Message | Choice]
+Tools: TypeAlias = list[dict[str, Any]]
 MetadataValue: TypeAlias = float | int | str | bool | None
+
+
+NUMBER = "a number (int, float, bool, or a scalar of numpy or torch)"
+"""What `plain_number` takes, for errors."""
+_KINDS = {"metrics": NUMBER, "metadata": f"a text, {NUMBER}, or None"}
+
+
+def plain_number(value: Any) -> int | float | bool | None:
+    """`value` as a number of Python's own; None if it is none, or too large for a float.
+
+    >>> plain_number(True), plain_number("1"), plain_number(10**400)
+    (True, None, None)
+    """
+    if getattr(value, "shape", None) == ():  # a scalar of numpy or torch
+        try:
+            value = value.item()
+        except Exception:  # a tensor without data
+            return None
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, numbers.Real):
+        return None
+    try:
+        wide = float(value)
+    except OverflowError:
+        return None
+    return int(value) if isinstance(value, int) else wide
 
 
 class _Record(BaseModel):
@@ -35,11 +66,18 @@ class _Record(BaseModel):
         try:
             super().__init__(**data)
         except ValidationError as error:
-            first = error.errors()[0]
-            raise DataError(
-                f"{type(self).__name__}: {'.'.join(map(str, first['loc']))}: {first['msg']} "
-                f"(got {type(first.get('input')).__name__})"
-            ) from None
+            raise DataError(_explained(type(self).__name__, error)) from None
+
+
+def _explained(title: str, error: ValidationError) -> str:
+    """The first thing that is wrong with a record's fields."""
+    first = error.errors()[0]
+    names = first["loc"]
+    if len(names) > 1 and names[0] in _KINDS:  # pydantic names one of several kinds only
+        value = shown(first.get("input"))
+        return f"{title}: {names[0]}[{names[1]!r}] is {value}; it must be {_KINDS[str(names[0])]}"
+    got = type(first.get("input")).__name__
+    return f"{title}: {'.'.join(map(str, names))}: {first['msg']} (got {got})"
 
 
 class Trajectory(_Record):
@@ -55,7 +93,7 @@ class Trajectory(_Record):
     """
 
     messages_and_choices: MessagesAndChoices = Field(default_factory=list)
-    tools: list[dict[str, Any]] | None = None
+    tools: Tools | None = None
     reward: float = 0.0
     metrics: dict[str, float | int | bool] = Field(default_factory=dict)
     metadata: dict[str, MetadataValue] = Field(default_factory=dict)
@@ -69,6 +107,17 @@ class Trajectory(_Record):
     def turns(self) -> MessagesAndChoices:
         """All turns in order, each choice as a `Choice`: one that was appended later too."""
         return [as_choice(item) or item for item in self.messages_and_choices]
+
+    @field_validator("metrics", "metadata", mode="before")
+    @classmethod
+    def _scalars_are_numbers(cls, values: Any) -> Any:
+        """Those of numpy and torch; what is no number stays as it is, to be judged by its type."""
+        if not isinstance(values, dict):
+            return values
+        plain = {name: plain_number(value) for name, value in values.items()}
+        return {
+            name: value if plain[name] is None else plain[name] for name, value in values.items()
+        }
 
     def choices(self) -> list[Choice]:
         """The model's own turns, in order."""
@@ -181,12 +230,24 @@ async def settled(rollout: Awaitable[Trajectory]) -> Trajectory | BaseException:
     """The rollout's trajectory, or what it failed with where the gather around it tolerates that.
 
     Raises:
-        DataError: it returned something else.
+        DataError: it returned something else, its reward is no number, or it raised CancelledError
+            by itself beyond the gather's budget.
         Exception: its failure, beyond the gather's budget.
     """
     gather = current_gather()
     try:
         trajectory = await rollout
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        own = DataError(
+            "a rollout raised CancelledError, and nobody has cancelled it: catch what its own "
+            "timeout or task raises, or raise TimeoutError"
+        )
+        own.__cause__ = error
+        gather.failed(own)
+        return own
     except Exception as error:
         gather.failed(error)
         return error
@@ -194,7 +255,13 @@ async def settled(rollout: Awaitable[Trajectory]) -> Trajectory | BaseException:
         raise DataError(
             f"a rollout returned {type(trajectory).__name__}; it must return a Trajectory"
         )
-    gather.finished(trajectory.reward, trajectory.metrics)
+    reward = plain_number(trajectory.reward)
+    if reward is None:
+        raise DataError(
+            f"a rollout returned a Trajectory whose reward is {shown(trajectory.reward)}; "
+            f"it must be {NUMBER}"
+        )
+    gather.finished(float(reward))
     return trajectory
 
 

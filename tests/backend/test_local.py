@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import socket
@@ -261,6 +262,41 @@ async def test_a_port_serves_clients_that_build_their_own(tmp_path: Path):
     await backend.close()
 
 
+def test_work_in_one_event_loop_after_another(tmp_path: Path):
+    """Two models that sample at once, and rollouts beside training, in several `asyncio.run`s."""
+    backend = art.LocalBackend(tmp_path, port=0)
+    models = [make("a"), make("b")]
+
+    async def register() -> None:
+        for model in models:
+            await model.register(backend)
+
+    async def sample() -> list[list[art.TrajectoryGroup]]:
+        return await asyncio.gather(*(gather(model, 2) for model in models))
+
+    async def train_and_sample(groups: list[list[art.TrajectoryGroup]]) -> None:
+        pairs = zip(models, groups, strict=True)
+        await asyncio.gather(sample(), *(model.train(own) for model, own in pairs))
+
+    async def ask_the_port() -> int:
+        model = models[0]
+        async with AsyncOpenAI(base_url=model.inference_base_url, api_key="x") as client:
+            response = await client.chat.completions.create(
+                model="a", messages=[{"role": "user", "content": "12"}], n=2, max_tokens=4
+            )
+        return len(response.choices)
+
+    def run(coroutine: Any) -> Any:
+        return asyncio.run(asyncio.wait_for(coroutine, 120))
+
+    run(register())
+    for _ in range(2):
+        run(train_and_sample(run(sample())))
+        assert run(ask_the_port()) == 2
+    assert [run(model.get_step()) for model in models] == [2, 2]
+    run(backend.close())
+
+
 async def test_an_occupied_port_is_named(tmp_path: Path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -312,3 +348,30 @@ async def test_an_architecture_that_cannot_be_decoded_is_refused(tmp_path: Path)
     with pytest.raises(ModelError, match="MambaForCausalLM"):
         await make(base_model=str(tmp_path / "mamba")).register(backend)
     await backend.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"in_process": True}, "'in_process' is not supported: .*leave it out"),
+        ({"keep_checkpoint": 1}, "Did you mean 'keep_checkpoints'"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints = 0 .*whole number from 1"),
+        ({"keep_checkpoints": True}, "keep_checkpoints = True"),
+        ({"port": 70000}, "port = 70000 .*from 0 to 65535"),
+        ({"port": "80"}, "port = '80'"),
+        ({"seed": 1.5}, r"seed = 1\.5 .*must be a whole number$"),
+    ],
+)
+def test_arguments_that_mean_nothing(options: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        art.LocalBackend(**options)
+
+
+async def test_a_backend_closes_itself_and_logs_a_dict_of_a_config(tmp_path: Path):
+    model = art.TrainableModel(
+        name="m", project="p", base_model="embedded:sort", config={"turns": 3, "path": tmp_path}
+    )
+    async with art.LocalBackend(tmp_path) as backend:
+        await model.register(backend)
+    async with art.LocalBackend(tmp_path) as backend:  # the run folder is free again
+        await model.register(backend)

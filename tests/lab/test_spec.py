@@ -38,6 +38,12 @@ def test_toml_with_overrides(tmp_path: Path):
         ("task = 'sort'\nlearning_rate = -1", [], "learning_rate = -1"),
         ("task = 'sort'\ntrain.max_grad_norm = 'none'", [], "'off' for no gradient clipping"),
         ("task = 'sort'\ntrain.max_grad_norm = 0", [], "max_grad_norm = 0"),
+        ("task = 'sort'\nlearning_rate = 3.0", [], "learning_rate = 3.0: .* equal to 1"),
+        ("task = 'sort'", ["steps=1_000_000_000_000"], "steps = 10*: .* equal to 1000000000"),
+        ("task = 'sort'", ["temperature=nan"], "temperature = nan: .*finite"),
+        ("task = 'sort'", ["prompts=true"], "prompts = True: must be a number"),
+        ("task = 'sort'", ["load.threads=1000000000"], "threads = 1000000000"),
+        ("task = 'sort'", ["load.lora.alpha=inf"], "alpha = inf"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, overrides: list[str], message: str):

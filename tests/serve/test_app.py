@@ -11,7 +11,6 @@ from openai import APIStatusError, AsyncOpenAI, BadRequestError
 from gspo.compute import ComputeThread
 from gspo.serve.app import create_app
 from gspo.serve.batcher import Batcher
-from gspo.serve.engine import Request
 from gspo.serve.fake_engine import FakeEngine
 from gspo.serve.server import in_process_client
 
@@ -170,25 +169,6 @@ async def test_unknown_models_and_bad_messages(client: AsyncOpenAI):
     image: Any = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
     with pytest.raises(BadRequestError, match="only text parts"):
         await client.chat.completions.create(model="m", messages=image)
-
-
-async def test_an_engine_that_fails_answers_all_and_goes_on(engine: Counted):
-    compute = ComputeThread()
-    batcher = Batcher(engine, compute)
-    own = engine.generate
-
-    def broken(requests):
-        raise MemoryError("no room")
-
-    engine.generate = broken  # pyright: ignore[reportAttributeAccessIssue]
-    request = Request((1, 2))
-    results = await asyncio.gather(
-        batcher.complete(request), batcher.complete(request), return_exceptions=True
-    )
-    assert [type(result) for result in results] == [MemoryError, MemoryError]
-    engine.generate = own  # pyright: ignore[reportAttributeAccessIssue]
-    assert len(await batcher.complete(request)) == 1
-    compute.close()
 
 
 async def test_models_and_health(client: AsyncOpenAI):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from pydantic import BaseModel
 from gspo.config import TrainConfig
 from gspo.dev import InternalModelConfig
 from gspo.dev import TrainConfig as DevTrainConfig
+from gspo.errors import ConfigError, check_arguments, shown
 from gspo.trajectory import TrajectoryGroup
 
 
@@ -30,7 +32,7 @@ class ModelLike(Protocol):
     @property
     def internal_config(self) -> InternalModelConfig: ...
     @property
-    def config(self) -> BaseModel | None: ...
+    def config(self) -> BaseModel | dict[str, Any] | None: ...
 
 
 @dataclass(frozen=True)
@@ -97,17 +99,47 @@ class Backend(Protocol):
         ...
 
 
+def described(model: ModelLike) -> dict[str, Any]:
+    """What trackers are told of a model: its names, how it is loaded, and the user's config."""
+    config: dict[str, Any] = {"project": model.project, "name": model.name}
+    if model.trainable:
+        load = model.internal_config.model_dump(mode="json")
+        config |= {"base_model": model.source, "load": load}
+    if model.config is not None:
+        own = model.config if isinstance(model.config, dict) else model.config.model_dump()
+        config["config"] = json.loads(json.dumps(own, default=str))
+    return config
+
+
+_REFUSED = {
+    "loss_fn": "name the objective with algorithm= or importance_sampling_level=.",
+    "loss_fn_config": "the objective's constants are options of dev.TrainConfig, such as epsilon=.",
+    "save_checkpoint": "each call saves one; LocalBackend(keep_checkpoints=) says how many stay.",
+    "verbose": "call model.train(groups, verbose=True), or print the result's metrics.",
+}
+"""Arguments of ART's `backend.train` that are no options here."""
+
+
 def train_options(
     config: TrainConfig | None, _config: DevTrainConfig | None, options: Mapping[str, Any]
 ) -> tuple[TrainConfig, DevTrainConfig]:
     """Spread keyword options over the two configurations.
 
     Raises:
-        ConfigError: an option that neither has.
+        ConfigError: an option that neither has, or a configuration that is none.
     """
+    check_arguments("train", [name for name in options if name in _REFUSED], [], _REFUSED)
     if isinstance(_config, dict):
         _config = DevTrainConfig(**_config)  # ART's is a dict
-    config, _config = config or TrainConfig(), _config or DevTrainConfig()
+    config = TrainConfig() if config is None else config
+    _config = DevTrainConfig() if _config is None else _config
+    for title, value, kind in (
+        ("config", config, TrainConfig),
+        ("_config", _config, DevTrainConfig),
+    ):
+        if not isinstance(value, kind):
+            module = "dev." if kind is DevTrainConfig else ""
+            raise ConfigError(f"{title} is {shown(value)}; give a {module}TrainConfig")
     public = {k: v for k, v in options.items() if k in TrainConfig.model_fields}
     private = {k: v for k, v in options.items() if k not in public}
     given = _config.model_dump(exclude_unset=True)

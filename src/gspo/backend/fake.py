@@ -8,7 +8,9 @@ from typing import Any
 from openai import AsyncOpenAI
 
 from gspo.backend.base import ModelLike, TrainResult, train_options
-from gspo.batch.sample import check_groups, trajectory_samples
+from gspo.backend.measured import check_split, user_metrics
+from gspo.batch.check import check_groups, listed, plain_groups
+from gspo.batch.sample import trajectory_samples
 from gspo.compute import ComputeThread
 from gspo.config import TrainConfig
 from gspo.dev import TrainConfig as DevTrainConfig
@@ -39,6 +41,12 @@ class FakeBackend:
         app = create_app(Batcher(self.engine, self._compute), lambda: self._names)
         self._client = in_process_client(app)
 
+    async def __aenter__(self) -> FakeBackend:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
     async def register(self, model: ModelLike) -> None:
         if model.name not in self._names:
             self._names.append(model.name)
@@ -58,14 +66,14 @@ class FakeBackend:
         **options: Any,
     ) -> TrainResult:
         train_options(config, _config, options)
-        groups = list(trajectory_groups)
-        check_groups(groups)
+        groups = listed(trajectory_groups)
+        check_groups(plain_groups(groups))
         for g, group in enumerate(groups):
             for t, trajectory in enumerate(group):
                 trajectory_samples(trajectory, trajectory_id=t, group_id=g)
         self.trained.append(groups)
         self.engine.policy_version += 1
-        rewards = [trajectory.reward for group in groups for trajectory in group]
+        rewards = [float(trajectory.reward) for group in groups for trajectory in group]
         return TrainResult(len(self.trained), {"train/reward": sum(rewards) / len(rewards)})
 
     async def get_step(self, model: ModelLike) -> int:
@@ -79,7 +87,10 @@ class FakeBackend:
         metrics: Mapping[str, float] | None = None,
         step: int | None = None,
     ) -> None:
-        self.logged.append((split, list(trajectory_groups)))
+        groups = listed(trajectory_groups)
+        plain_groups(groups)
+        user_metrics(metrics or {}, check_split(split), {})
+        self.logged.append((split, groups))
 
     async def delete_checkpoints(
         self, model: ModelLike, best_checkpoint_metric: str = "val/reward"

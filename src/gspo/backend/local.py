@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import gc
-import json
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from openai import AsyncOpenAI
 
-from gspo.backend.base import ModelLike, TrainResult, train_options
+from gspo.backend.base import ModelLike, TrainResult, described, train_options
+from gspo.backend.measured import check_split, line_of, means, user_metrics
 from gspo.backend.run import Run
-from gspo.backend.service import Service, load_trainer, means
+from gspo.backend.service import Service, load_trainer
 from gspo.backend.trackers import TrackerName, check_loggers
+from gspo.batch.check import plain_groups
 from gspo.compute import ComputeThread
 from gspo.config import TrainConfig
 from gspo.dev import TrainConfig as DevTrainConfig
-from gspo.errors import RunError
+from gspo.errors import RunError, check_arguments, check_whole
 from gspo.policy.load import Policy
 from gspo.policy.precision import rollout_copy
 from gspo.serve.app import create_app
@@ -28,21 +27,14 @@ from gspo.serve.batcher import Batcher
 from gspo.serve.selfcheck import check_engine
 from gspo.serve.server import PortServer, bind, in_process_client
 from gspo.serve.torch_engine import TorchEngine
-from gspo.train.checkpoint import steps_saved
-from gspo.train.rollouts import prepare
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
 from gspo.trajectory import TrajectoryGroup
 
 T = TypeVar("T")
 
-
-@cache
-def _spare_the_libraries() -> None:
-    """Keep Python's garbage collector from searching what torch and transformers made at import:
-    0.2 s each time, in the midst of training. Once a process, before the first model is loaded."""
-    gc.collect()
-    gc.freeze()
+_KNOWN = ("path", "port", "keep_checkpoints", "seed", "logger")
+_REFUSED = {"in_process": "everything is in this process; leave it out."}
 
 
 class LocalBackend:
@@ -53,13 +45,14 @@ class LocalBackend:
         port: also answer on 127.0.0.1:<port> (0: a free one), for programs that build their own
             OpenAI client from `model.inference_base_url`. None: `model.openai_client()` reaches
             the engine without a port.
-        keep_checkpoints: how many of the latest to keep; None: all.
+        keep_checkpoints: how many of the latest to keep, beside the one with the best `val/reward`
+            so far; None: all.
         seed: of requests that have none of their own.
         logger: trackers that are shown what metrics.jsonl gets: "tensorboard", "trackio", "wandb".
             One that fails is a warning, once.
 
     Raises:
-        ConfigError: an unknown tracker.
+        ConfigError: an unknown argument or tracker, or a value out of range.
         MissingDependencyError: a tracker whose client is not installed.
     """
 
@@ -71,9 +64,14 @@ class LocalBackend:
         keep_checkpoints: int | None = None,
         seed: int = 0,
         logger: Sequence[TrackerName] = (),
+        **unknown: Any,
     ):
-        if keep_checkpoints is not None and keep_checkpoints < 1:
-            raise RunError(f"keep_checkpoints = {keep_checkpoints}: the latest is always kept")
+        check_arguments("LocalBackend", unknown, _KNOWN, _REFUSED)
+        check_whole("seed", seed)
+        if port is not None:
+            check_whole("port", port, 0, 65535)
+        if keep_checkpoints is not None:
+            check_whole("keep_checkpoints", keep_checkpoints, 1)
         self.path = Path(path)
         self.port = port
         self.keep_checkpoints = keep_checkpoints
@@ -82,6 +80,12 @@ class LocalBackend:
         self._compute = ComputeThread()
         self._services: dict[tuple[str, str], Service] = {}
         self._logs: dict[tuple[str, str], Run] = {}
+
+    async def __aenter__(self) -> LocalBackend:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
 
     async def register(self, model: ModelLike) -> None:
         """Make the model ready to sample and train; goes on from its last checkpoint.
@@ -106,23 +110,21 @@ class LocalBackend:
             self._run(model)
             return
         assert model.source is not None
-        _spare_the_libraries()
         listener = None if self.port is None else bind("127.0.0.1", self.port)
         run = None
         try:
             lora = model.internal_config.lora
             identity = {"base_model": model.source, "lora": lora and lora.model_dump()}
             run = Run(self.path, model.project, model.name, identity)
-            async with self._compute.turn() as compute:
-                config = model.internal_config
-                trainer = await compute.run(load_trainer, run, model.source, config)
-                policy = trainer.policy
-                if config.rollout_dtype is not None:
-                    policy = await compute.run(rollout_copy, policy, config.rollout_dtype)
+            config = model.internal_config
+            trainer = await self._compute.run(load_trainer, run, model.source, config)
+            policy = trainer.policy
+            if config.rollout_dtype is not None:
+                policy = await self._compute.run(rollout_copy, policy, config.rollout_dtype)
             engine = TorchEngine(policy, seed=self._sampling_seed(trainer.step))
             self._services[key] = await self._start(run, model, engine, trainer, listener)
             run.claim()
-            await asyncio.to_thread(self._track, run, model, trainer.step)
+            await asyncio.to_thread(run.track, self.logger, trainer.step, described(model))
         except BaseException:
             if run is not None:
                 run.close()
@@ -138,8 +140,7 @@ class LocalBackend:
         trainer: Trainer,
         listener: socket.socket | None,
     ) -> Service:
-        async with self._compute.turn() as compute:
-            await compute.run(check_engine, engine)
+        await self._compute.run(check_engine, engine)
         window = 0.0 if listener is None else 0.005
         batcher = Batcher(engine, self._compute, window=window)
         app = create_app(batcher, lambda: [model.name])
@@ -168,8 +169,8 @@ class LocalBackend:
     async def with_policies(self, model: ModelLike, function: Callable[[Policy, Policy], T]) -> T:
         """`function(trainer's, engine's)` in the thread that computes, while nothing else does."""
         service = self._service(model)
-        async with self._compute.turn() as compute:
-            return await compute.run(function, service.trainer.policy, service.engine.policy)
+        policies = service.trainer.policy, service.engine.policy
+        return await self._compute.run(function, *policies)
 
     def run(self, model: ModelLike) -> Run:
         """The model's run folder."""
@@ -192,24 +193,16 @@ class LocalBackend:
 
         Raises:
             ConfigError: an unknown option, or a contradiction.
-            DataError: groups that cannot be trained on. Nothing was written then.
+            DataError: groups that cannot be trained on or not be written. Nothing has changed.
             NumericsError: a gradient that is not finite.
-            RunError: the checkpoint could not be written.
+            RunError: the checkpoint could not be written; or it was, but the log could not.
         """
         service = self._service(model)
         settings = resolve(*train_options(config, _config, options))
-        groups = list(trajectory_groups)
-        batch = prepare(
-            groups,
-            context=service.trainer.policy.context,
-            advantage=settings.advantage,
-            overlong=settings.overlong,
-            drop_too_long=settings.options.on_too_long == "drop",
+        groups, batch = service.checked(trajectory_groups, settings)
+        result = await self._compute.run(
+            service.train, groups, batch, settings, self.keep_checkpoints
         )
-        async with self._compute.turn() as compute:
-            result = await compute.run(
-                service.train, groups, batch, settings, self.keep_checkpoints
-            )
         service.engine.reseed(self._sampling_seed(result.step))
         return result
 
@@ -221,31 +214,54 @@ class LocalBackend:
         metrics: Mapping[str, float] | None = None,
         step: int | None = None,
     ) -> None:
-        """Write trajectories/<split>/<step>.parquet and the means of their metrics."""
-        run = self._run(model)
+        """Write trajectories/<split>/<step>.parquet and the means of their metrics.
+
+        A metric whose name is one of gspo's stands at `<split>/user/<name>`, unless it is what
+        gspo has written there: `metrics=result.metrics` adds nothing.
+
+        Raises:
+            DataError: what `train` refuses too, but for groups of one; or a metric that is no
+                number.
+            ConfigError: a split that cannot name a folder, or a step below 0.
+        """
         if step is None:
             step = await self.get_step(model) if model.trainable else 0
-        groups = list(trajectory_groups)
-        # The file of a trained batch has its advantages, which are not known here.
+        check_whole("step", step, 0)
+        line = line_of(step, self._run(model).metrics())
+        values = user_metrics(metrics or {}, check_split(split), line)
+        await self.record(model, trajectory_groups, split, values, step)
+
+    async def record(
+        self,
+        model: ModelLike,
+        trajectory_groups: Sequence[TrajectoryGroup],
+        split: str,
+        metrics: Mapping[str, float],
+        step: int,
+    ) -> None:
+        """Write as `log` does, each metric under the name that it is given with: for loops that
+        measure what gspo has names for, such as `time/rollout`."""
+        run = self._run(model)
+        groups = plain_groups(trajectory_groups)
+        values = means(groups, check_split(split))
         stored = run.folder / "trajectories" / split / f"{step:04d}.parquet"
-        if groups and not (split == "train" and stored.exists()):
+        if split == "train" and stored.exists():  # with advantages, which are not known here
+            line = line_of(step, run.metrics())
+            values = {name: value for name, value in values.items() if name not in line}
+        elif groups:
             await asyncio.to_thread(run.log_trajectories, groups, split, step)
-        values = {f"{split}/{name}": value for name, value in means(groups).items()}
-        for name, value in (metrics or {}).items():
-            values[name if "/" in name else f"{split}/{name}"] = float(value)
-        run.log(step, values)
+        run.log(step, values | dict(metrics))
 
     async def delete_checkpoints(
         self, model: ModelLike, best_checkpoint_metric: str = "val/reward"
     ) -> None:
-        """Delete all checkpoints but the latest and the one with the highest metric."""
-        run = self._service(model).run
-        saved = steps_saved(run.checkpoints)
-        scored = [r for r in run.metrics() if best_checkpoint_metric in r and r["step"] in saved]
-        keep = set(saved[-1:])
-        if scored:
-            keep.add(int(max(scored, key=lambda r: r[best_checkpoint_metric])["step"]))
-        await asyncio.to_thread(run.delete_checkpoints, keep)
+        """Delete all checkpoints but the latest and the one with the highest metric.
+
+        Raises:
+            ConfigError: a metric that was never logged. Nothing was deleted.
+        """
+        service = self._service(model)
+        await asyncio.to_thread(service.delete_all_but_best, best_checkpoint_metric)
 
     async def close(self) -> None:
         """Stop serving and let go of the run folders."""
@@ -260,15 +276,6 @@ class LocalBackend:
         self._services.clear()
         self._logs.clear()
         self._compute.close()
-
-    def _track(self, run: Run, model: ModelLike, step: int | None) -> None:
-        config: dict[str, Any] = {"project": model.project, "name": model.name}
-        if model.trainable:
-            load = model.internal_config.model_dump(mode="json")
-            config |= {"base_model": model.source, "load": load}
-        if model.config is not None:
-            config["config"] = json.loads(json.dumps(model.config.model_dump(), default=str))
-        run.track(self.logger, step, config)
 
     def _sampling_seed(self, step: int) -> int:
         """The stream of unseeded requests at a step: the same again after a resume."""
@@ -289,6 +296,6 @@ class LocalBackend:
         if key not in self._logs:
             run = Run(self.path, model.project, model.name, {"base_model": None})
             run.claim()
-            self._track(run, model, step=None)
+            run.track(self.logger, None, described(model))
             self._logs[key] = run
         return self._logs[key]

@@ -131,7 +131,13 @@ def read_batch(path: Path) -> StoredBatch:
     for row in rows:
         groups.setdefault(row["group"], []).append(_trajectory(row, path))
     record = UpdateRecord(**json.loads(found))
-    return StoredBatch([TrajectoryGroup(own) for own in groups.values()], record)
+    return StoredBatch([_group(own) for own in groups.values()], record)
+
+
+def _group(trajectories: list[Trajectory]) -> TrajectoryGroup:
+    """A stored group. One of a single trajectory had failures, which are counted, not stored."""
+    failed = [RuntimeError("a rollout that was not stored")] if len(trajectories) == 1 else []
+    return TrajectoryGroup(trajectories, exceptions=failed)
 
 
 def _trajectory(row: dict[str, Any], path: Path) -> Trajectory:

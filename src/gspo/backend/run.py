@@ -16,7 +16,7 @@ from gspo.backend.replay import UpdateRecord, replay_columns, replay_schema
 from gspo.backend.traces import trace_columns, trace_schema
 from gspo.backend.trackers import Config, Followed, TrackerName, Trackers
 from gspo.backend.versions import versions
-from gspo.batch.sample import sampled_logprobs
+from gspo.batch.choice import sampled_logprobs
 from gspo.errors import RunError
 from gspo.timing import timed
 from gspo.trajectory import Trajectory, TrajectoryGroup

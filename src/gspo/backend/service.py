@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 from openai import AsyncOpenAI
 
 from gspo.backend.base import TrainResult
+from gspo.backend.measured import best_step, check_logged, means
 from gspo.backend.replay import UpdateRecord
 from gspo.backend.run import Run
+from gspo.batch.check import plain_groups
 from gspo.dev import InternalModelConfig
+from gspo.errors import RunError
 from gspo.policy.load import Policy, load_policy
 from gspo.policy.precision import RolloutPolicy, refresh
 from gspo.policy.probe import choose_packing
@@ -28,9 +34,9 @@ from gspo.train.checkpoint import (
     verify_checkpoint,
 )
 from gspo.train.defaults import with_defaults
-from gspo.train.rollouts import RolloutBatch
+from gspo.train.rollouts import RolloutBatch, prepare
 from gspo.train.settings import Settings
-from gspo.train.trainer import Trainer
+from gspo.train.trainer import Trainer, TrainOutput
 from gspo.trajectory import TrajectoryGroup
 
 log = logging.getLogger("gspo")
@@ -52,6 +58,26 @@ class Service:
     client: AsyncOpenAI
     server: PortServer | None
 
+    def checked(
+        self, trajectory_groups: Any, settings: Settings
+    ) -> tuple[list[TrajectoryGroup], RolloutBatch]:
+        """The groups with plain values, and the batch to be trained on.
+
+        Raises:
+            DataError: anything that could not be trained on, or not be written afterwards.
+        """
+        groups = plain_groups(trajectory_groups)
+        policy = self.trainer.policy
+        batch = prepare(
+            groups,
+            context=policy.context,
+            vocabulary=policy.head.weight.shape[0],
+            advantage=settings.advantage,
+            overlong=settings.overlong,
+            drop_too_long=settings.options.on_too_long == "drop",
+        )
+        return groups, batch
+
     def train(
         self,
         groups: Sequence[TrajectoryGroup],
@@ -69,7 +95,7 @@ class Service:
             # Also after a NumericsError: earlier minibatches have moved the weights by then.
             published = self._publish()
         step = self.trainer.step
-        metrics = {f"train/{name}": value for name, value in means(groups).items()}
+        metrics = means(groups, "train")
         metrics |= out.metrics.compute()
         metrics["time/publish"] = published
         if metrics["time/train"] > 0:
@@ -80,15 +106,58 @@ class Service:
             log.warning("step %d of %s is skipped: %s", step, self.run.folder, out.skipped)
         started = time.perf_counter()
         # Logged before the checkpoint: a resume drops the lines beyond the step that it finds.
-        self.run.log(step, metrics)
-        advantages = _advantages(groups, batch)
-        self.run.log_trajectories(groups, "train", step, advantages, out.traces, record)
+        unwritten = self._write(step, metrics, groups, batch, out, record)
         path = save_checkpoint(self.run.checkpoints, self.trainer)
+        if unwritten is not None:
+            raise RunError(
+                f"step {step} is trained and its checkpoint {path} is saved, but its metrics and "
+                f"trajectories could not be written to {self.run.folder}: {unwritten}. Mend that "
+                "and go on; training on this batch again would train on it twice"
+            ) from unwritten
         if keep_checkpoints is not None:
-            self.run.delete_checkpoints(set(steps_saved(self.run.checkpoints)[-keep_checkpoints:]))
+            self.run.delete_checkpoints(self._retained(keep_checkpoints))
         metrics["time/checkpoint"] = time.perf_counter() - started
         self.run.log(step, {"time/checkpoint": metrics["time/checkpoint"]})
         return TrainResult(step, metrics, path, out.skipped)
+
+    def _write(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        groups: Sequence[TrajectoryGroup],
+        batch: RolloutBatch,
+        out: TrainOutput,
+        record: UpdateRecord,
+    ) -> Exception | None:
+        """Log a step whose weights have moved already; what stopped it, since the checkpoint must
+        be saved whatever happens here."""
+        try:
+            self.run.log(step, metrics)
+            advantages = _advantages(groups, batch)
+            self.run.log_trajectories(groups, "train", step, advantages, out.traces, record)
+        except Exception as error:
+            return error
+        return None
+
+    def _retained(self, latest: int) -> set[int]:
+        """Steps whose checkpoints stay: the `latest` ones, and the best by val/reward so far."""
+        saved = steps_saved(self.run.checkpoints)
+        best = best_step(self.run.metrics(), "val/reward", saved)
+        return {*saved[-latest:], *([] if best is None else [best])}
+
+    def delete_all_but_best(self, metric: str) -> None:
+        """Delete all checkpoints but the latest and the one with the highest `metric`.
+
+        Raises:
+            ConfigError: a metric that was never logged. Nothing was deleted.
+        """
+        saved = steps_saved(self.run.checkpoints)
+        if len(saved) < 2:
+            return
+        lines = self.run.metrics()
+        check_logged(metric, lines)
+        best = best_step(lines, metric, saved)
+        self.run.delete_checkpoints({saved[-1], saved[-1] if best is None else best})
 
     def _record(self, settings: Settings) -> UpdateRecord:
         policy = self.trainer.policy
@@ -106,6 +175,14 @@ class Service:
         return time.perf_counter() - started
 
 
+@cache
+def _spare_the_libraries() -> None:
+    """Keep Python's garbage collector from searching what torch and transformers made at import:
+    0.2 s each time, in the midst of training. Once a process, before the first model is loaded."""
+    gc.collect()
+    gc.freeze()
+
+
 def load_trainer(run: Run, base_model: str, config: InternalModelConfig) -> Trainer:
     """Weights, optimizer and step of the run's last checkpoint, or of the base model.
 
@@ -113,6 +190,7 @@ def load_trainer(run: Run, base_model: str, config: InternalModelConfig) -> Trai
         ModelError: the base model cannot be loaded.
         CheckpointError: the checkpoint is damaged.
     """
+    _spare_the_libraries()
     saved = steps_saved(run.checkpoints)
     checkpoint = run.checkpoints / checkpoint_name(saved[-1]) if saved else None
     if checkpoint is not None:
@@ -132,19 +210,6 @@ def load_trainer(run: Run, base_model: str, config: InternalModelConfig) -> Trai
         log.info("%s goes on from step %d", run.folder, trainer.step)
     run.forget_after(trainer.step)
     return trainer
-
-
-def means(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
-    """Mean reward, the means of the metrics that rollouts gave, and how many failed."""
-    values: dict[str, list[float]] = {}
-    for group in groups:
-        for trajectory in group:
-            for name, value in {"reward": trajectory.reward, **trajectory.metrics}.items():
-                values.setdefault(name, []).append(float(value))
-    out = {name: sum(items) / len(items) for name, items in values.items()}
-    if groups:
-        out["exceptions"] = float(sum(len(group.exceptions) for group in groups))
-    return out
 
 
 def _advantages(groups: Sequence[TrajectoryGroup], batch: RolloutBatch) -> list[list[float | None]]:

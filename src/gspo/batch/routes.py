@@ -41,12 +41,14 @@ def decode_routes(value: Any, tokens: int, where: str) -> np.ndarray | None:
     if value is None:
         return None
     try:
+        if not isinstance(value, dict):
+            raise TypeError(f"a {type(value).__name__}, not a dict")
         shape, dtype = tuple(value["shape"]), value["dtype"]
         data = base64.b64decode(value["data"], validate=True)
         if dtype not in _DTYPES:
             raise ValueError(f"dtype {dtype!r} is not one of {_DTYPES}")
         routes = np.frombuffer(data, dtype=dtype).reshape(shape)
-    except (KeyError, TypeError, ValueError, binascii.Error) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, binascii.Error) as error:
         raise DataError(f"{where}: routed_experts is damaged ({error})") from None
     if routes.ndim != 3 or len(routes) != tokens:
         raise DataError(

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from gspo.batch.routes import decode_routes, joined
+from gspo.batch.choice import Turn, read_turn
+from gspo.batch.routes import joined
 from gspo.errors import DataError, MissingLogprobsError, SampleTooLongError
-from gspo.trajectory import Trajectory, TrajectoryGroup
+from gspo.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -62,47 +61,6 @@ class Sample:
         return int(self.ratio_mask.sum())
 
 
-@dataclass(frozen=True)
-class Turn:
-    """One Choice: what the engine saw, and what it sampled."""
-
-    prompt: list[int]
-    tokens: list[int]
-    logprobs: list[float]
-    temperature: float
-    policy_version: int
-    routes: np.ndarray | None = None
-
-
-def check_groups(groups: Sequence[TrajectoryGroup]) -> None:
-    """Refuse batches that cannot be trained on, before anything is written.
-
-    Raises:
-        DataError: no groups, a group of one trajectory, or a reward that is NaN or infinite.
-    """
-    if not groups:
-        raise DataError("train got an empty list of trajectory groups: give at least one")
-    for g, group in enumerate(groups):
-        if not isinstance(group, TrajectoryGroup):
-            raise DataError(f"group {g} is a {type(group).__name__}, not a TrajectoryGroup")
-        if group.size > len(group) + len(group.exceptions):
-            raise DataError(
-                f"group {g} holds coroutines that have not run: "
-                "await it, or pass it through gather_trajectory_groups"
-            )
-        if len(group) < 2:
-            raise DataError(
-                f"group {g} has {len(group)} trajectories ({len(group.exceptions)} failed): "
-                "an advantage compares rollouts of one prompt, so a group needs at least 2"
-            )
-        for t, trajectory in enumerate(group):
-            if not math.isfinite(trajectory.reward):
-                raise DataError(
-                    f"group {g}, trajectory {t}: reward is {trajectory.reward}; "
-                    "rewards must be finite numbers"
-                )
-
-
 def trajectory_samples(
     trajectory: Trajectory,
     *,
@@ -110,15 +68,27 @@ def trajectory_samples(
     group_id: int = 0,
     advantage: float = 0.0,
     max_tokens: int | None = None,
+    vocabulary: int | None = None,
+    where: str | None = None,
 ) -> list[Sample]:
     """The samples of one trajectory: one, or more where a prompt doesn't extend the last tokens.
 
+    Args:
+        trajectory: with at least one Choice.
+        trajectory_id, group_id, advantage: of the samples.
+        max_tokens: the model's context; None: any length.
+        vocabulary: rows of the model's head; None: any token id.
+        where: names the trajectory in errors; None: its two numbers do.
+
     Raises:
         MissingLogprobsError: no Choice, or one without token ids or log-probs.
+        DataError: a Choice whose fields mean nothing (see `read_fields`), or a token id outside
+            the vocabulary.
         SampleTooLongError: a sample is longer than `max_tokens`.
     """
-    where = f"group {group_id}, trajectory {trajectory_id}"
-    turns = [_turn(choice, f"{where}, choice {c}") for c, choice in enumerate(trajectory.choices())]
+    where = where or f"group {group_id}, trajectory {trajectory_id}"
+    choices = enumerate(trajectory.choices())
+    turns = [read_turn(choice, f"{where}, choice {c}") for c, choice in choices]
     if not turns:
         raise MissingLogprobsError(
             f"{where} has no Choice: append response.choices[0] to messages_and_choices, "
@@ -133,6 +103,11 @@ def trajectory_samples(
         builder.add(turn, index)
     samples.append(builder.build(trajectory_id, group_id, advantage))
     for sample in samples:
+        if vocabulary is not None and sample.tokens.max() >= vocabulary:
+            raise DataError(
+                f"{where} holds token id {sample.tokens.max()}, but the model's vocabulary has "
+                f"{vocabulary} entries: were these tokens sampled from another model?"
+            )
         if max_tokens is not None and len(sample) > max_tokens:
             raise SampleTooLongError(
                 f"{where} has {len(sample)} tokens, but the model's context is {max_tokens}: "
@@ -187,68 +162,9 @@ class _Builder:
         )
 
 
-def _turn(choice: Any, where: str) -> Turn:
-    """Read gspo's fields of a Choice."""
-    tokens = getattr(choice, "token_ids", None)
-    prompt = getattr(choice, "prompt_token_ids", None)
-    logprobs = sampled_logprobs(choice)
-    _refuse_half(logprobs, where)
-    missing = [
-        name
-        for name, value in (
-            ("token_ids", tokens),
-            ("prompt_token_ids", prompt),
-            ("log-probs", logprobs),
-        )
-        if not value
-    ]
-    if missing or not tokens or not prompt or not logprobs:
-        raise MissingLogprobsError(
-            f"{where} has no {' and no '.join(missing)}: roll out through model.openai_client() "
-            "of a registered TrainableModel, whose choices always carry them"
-        )
-    if len(tokens) != len(logprobs):
-        raise MissingLogprobsError(f"{where}: {len(tokens)} token ids, {len(logprobs)} log-probs")
-    bad = next((i for i, value in enumerate(logprobs) if not -1e30 < value < 1e-5), None)
-    if bad is not None:
-        raise MissingLogprobsError(
-            f"{where}: the log-prob of token {bad} is {logprobs[bad]}; it must be finite and <= 0"
-        )
-    version = getattr(choice, "policy_version", None)
-    return Turn(
-        prompt=list(prompt),
-        tokens=list(tokens),
-        logprobs=list(logprobs),
-        temperature=float(getattr(choice, "temperature", None) or 1.0),
-        policy_version=-1 if version is None else int(version),
-        routes=decode_routes(
-            getattr(choice, "routed_experts", None), len(prompt) + len(tokens) - 1, where
-        ),
-    )
-
-
-def sampled_logprobs(choice: Any) -> Any:
-    """Log-probs of a Choice's tokens: gspo's field, else OpenAI's own; None where it has none."""
-    logprobs = getattr(choice, "token_logprobs", None)
-    if logprobs is None and choice.logprobs is not None and choice.logprobs.content is not None:
-        logprobs = [entry.logprob for entry in choice.logprobs.content]
-    return logprobs
-
-
 def unit_count(samples: Sequence[Sample], unit: str) -> int:
     """Sequences that a trajectory's samples hold: one, or one for each of its turns."""
     if unit == "trajectory":
         return 1
     turns = {int(turn) for s in samples for turn in s.turn_ids[s.ratio_mask]}
     return len(turns)
-
-
-def _refuse_half(logprobs: Any, where: str) -> None:
-    """Refuse log-probs that are numbers of 16 bits: what those lost, no upcast brings back."""
-    first = logprobs if hasattr(logprobs, "dtype") else next(iter(logprobs or ()), None)
-    dtype = getattr(first, "dtype", None)
-    if dtype is not None and dtype.itemsize < 4:
-        raise MissingLogprobsError(
-            f"{where}: its log-probs are {dtype}; their rounding alone is as wide as the clip "
-            "range of GSPO. Compute log_softmax in float32 and keep float32"
-        )

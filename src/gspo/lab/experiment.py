@@ -145,7 +145,7 @@ async def _evaluate(
     )
     estimate = estimate_reward(groups)
     # A resumed run reads its start from the log.
-    await model.log(groups, "val", metrics=estimate.metrics(), step=step)
+    await model.backend().record(model, groups, "val", estimate.metrics(), step)
     watch.evaluated(step, estimate)
     return estimate
 

@@ -15,7 +15,7 @@ from gspo.config import TrainConfig
 from gspo.dev import InternalModelConfig
 from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.errors import ConfigError, suggestion
-from gspo.options import Options
+from gspo.options import LARGEST_COUNT, Options
 from gspo.tasks import task_names
 
 
@@ -40,30 +40,30 @@ class Spec(Options):
     rollout: str | None = None
     """`module:function`, an `async def rollout(model, scenario) -> Trajectory` of your own.
     Without it, the task's prompt is answered in one turn and scored."""
-    steps: int = Field(default=60, ge=1)
+    steps: int = Field(default=60, ge=1, le=LARGEST_COUNT)
     """Calls of `train` over the run's life."""
-    prompts: int = Field(default=32, ge=1)
+    prompts: int = Field(default=32, ge=1, le=LARGEST_COUNT)
     """Prompts per step."""
-    completions: int = Field(default=16, ge=2)
+    completions: int = Field(default=16, ge=2, le=LARGEST_COUNT)
     """Rollouts per prompt, G."""
     dynamic_sampling: bool = False
     """DAPO's: groups with equal rewards are replaced by fresh prompts, in up to three rounds."""
-    max_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1, le=LARGEST_COUNT)
     """Longest completion. None: the task's own."""
     temperature: float = Field(default=1.0, gt=0, le=100)
-    eval_prompts: int = Field(default=256, ge=0)
+    eval_prompts: int = Field(default=256, ge=0, le=LARGEST_COUNT)
     """Held-out prompts before and after; 0 evaluates nothing."""
-    eval_completions: int = Field(default=4, ge=1)
-    eval_every: int | None = Field(default=None, ge=1)
+    eval_completions: int = Field(default=4, ge=1, le=LARGEST_COUNT)
+    eval_every: int | None = Field(default=None, ge=1, le=LARGEST_COUNT)
     """Also evaluate every so many steps."""
     seed: int = 0
     """Of the prompts and of sampling."""
-    keep_checkpoints: int | None = Field(default=2, ge=1)
+    keep_checkpoints: int | None = Field(default=2, ge=1, le=LARGEST_COUNT)
     logger: list[TrackerName] = Field(default_factory=list)
     """Trackers that are shown the metrics too: `tensorboard`, `trackio`, `wandb`."""
     train: DevTrainConfig = Field(default_factory=DevTrainConfig)
     """The fields of `dev.TrainConfig`: algorithm, epsilon, minibatches, schedule, ..."""
-    learning_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    learning_rate: float | None = Field(default=None, gt=0, le=1)
     """Peak learning rate. None: by the model's size, with a warmup (docs/defaults.md)."""
     load: InternalModelConfig = Field(default_factory=InternalModelConfig)
     """The fields of `dev.InternalModelConfig`: dtype, lora, activation_checkpointing, ..."""

@@ -8,13 +8,18 @@ forms the same batches each time it runs.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+import logging
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from gspo.compute import ComputeThread
-from gspo.errors import ServeError
+from gspo.errors import GspoError, ServeError
 from gspo.serve.engine import Completion, Engine, Request, check_fits
 
 IDLE_TURNS = 16
+
+log = logging.getLogger("gspo")
 
 
 @dataclass
@@ -22,9 +27,35 @@ class _Waiting:
     request: Request
     answer: asyncio.Future[list[Completion]]
 
+    def fail(self, error: BaseException) -> None:
+        """Answer with the error, as one of gspo's."""
+        if self.answer.done():
+            return
+        if not isinstance(error, GspoError):
+            told = ServeError(f"sampling failed: {type(error).__name__}: {error}")
+            told.__cause__ = error
+            error = told
+        self.answer.set_exception(error)
+
+
+@dataclass
+class _Queue:
+    """What waits in one event loop, and the task of that loop that answers it."""
+
+    waiting: list[_Waiting] = field(default_factory=list)
+    worker: asyncio.Task[None] | None = None
+
+    def take(self) -> list[_Waiting]:
+        """All that waits. A client that has gone needs no answer."""
+        batch, self.waiting = self.waiting, []
+        return [waiting for waiting in batch if not waiting.answer.done()]
+
 
 class Batcher:
     """Collects concurrent requests for an engine and runs it on the compute thread.
+
+    Each event loop has a queue of its own, since futures and tasks belong to the loop that made
+    them: requests may come from one loop after another, and from the server's beside the user's.
 
     Args:
         engine: what samples.
@@ -36,8 +67,8 @@ class Batcher:
         self._engine: Engine | None = engine
         self.window = window
         self._compute = compute
-        self._waiting: list[_Waiting] = []
-        self._worker: asyncio.Task[None] | None = None
+        self._queues: dict[asyncio.AbstractEventLoop, _Queue] = {}
+        self._lock = threading.Lock()
 
     @property
     def engine(self) -> Engine:
@@ -59,43 +90,62 @@ class Batcher:
 
         Raises:
             RequestError: it doesn't fit the context, or asks for routes that there aren't.
+            ServeError: the engine failed, or its worker was cancelled.
         """
         check_fits(request, self.engine.context)  # before it can spoil a batch
         if request.params.routes:
             self.engine.check_routes()
-        answer: asyncio.Future[list[Completion]] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(request, answer))
-        if self._worker is None or self._worker.done():
-            self._worker = asyncio.create_task(self._work())
+        loop = asyncio.get_running_loop()
+        queue = self._queue(loop)
+        answer: asyncio.Future[list[Completion]] = loop.create_future()
+        queue.waiting.append(_Waiting(request, answer))
+        if queue.worker is None or queue.worker.done():
+            queue.worker = loop.create_task(self._work(queue))
         return await answer
 
-    async def _work(self) -> None:
-        while self._waiting:
-            await self._settle()
-            async with self._compute.turn() as compute:
-                batch, self._waiting = self._waiting, []
-                # A client that has gone needs no answer.
-                batch = [waiting for waiting in batch if not waiting.answer.cancelled()]
-                try:
-                    requests = [waiting.request for waiting in batch]
-                    done = await compute.run(self.engine.generate, requests)
-                except BaseException as error:
-                    for waiting in batch:
-                        if not waiting.answer.done():
-                            waiting.answer.set_exception(error)
-                    if not isinstance(error, Exception):
-                        raise
-                    continue
+    def _queue(self, loop: asyncio.AbstractEventLoop) -> _Queue:
+        with self._lock:
+            if loop not in self._queues:
+                alive = {k: v for k, v in self._queues.items() if not k.is_closed()}
+                self._queues = {**alive, loop: _Queue()}
+            return self._queues[loop]
+
+    async def _work(self, queue: _Queue) -> None:
+        """Answer batch after batch. Whatever ends this, reaches everybody who waits."""
+        try:
+            while queue.waiting:
+                await self._settle(queue)
+                await self._answer(queue.take())
+        except BaseException as error:
+            _fail(queue.take(), error)
+            if not isinstance(error, Exception):
+                raise
+
+    async def _answer(self, batch: list[_Waiting]) -> None:
+        try:
+            requests = [waiting.request for waiting in batch]
+            done = await self._compute.run(self.engine.generate, requests) if batch else []
             for waiting, completions in zip(batch, done, strict=True):
                 if not waiting.answer.done():
                     waiting.answer.set_result(completions)
+        except BaseException as error:
+            _fail(batch, error)
+            if not isinstance(error, Exception):
+                raise
 
-    async def _settle(self) -> None:
+    async def _settle(self, queue: _Queue) -> None:
         """Until no new request has come for a while."""
         if self.window:
             await asyncio.sleep(self.window)
-        quiet, seen = 0, len(self._waiting)
+        quiet, before = 0, len(queue.waiting)
         while quiet < IDLE_TURNS:
             await asyncio.sleep(0)
-            quiet = quiet + 1 if len(self._waiting) == seen else 0
-            seen = len(self._waiting)
+            quiet = quiet + 1 if len(queue.waiting) == before else 0
+            before = len(queue.waiting)
+
+
+def _fail(batch: Iterable[_Waiting], error: BaseException) -> None:
+    if not isinstance(error, GspoError | asyncio.CancelledError):
+        log.error("sampling failed", exc_info=error)  # over HTTP the traceback is lost
+    for waiting in batch:
+        waiting.fail(error)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import importlib
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+import time
 from typing import Any
 
 import uvicorn
@@ -16,6 +16,9 @@ from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from gspo.errors import ServeError
 
 BASE_URL = "http://gspo.local/v1"
+START_SECONDS = 60
+STOP_SECONDS = 30
+"""How long requests that run when the server is stopped may go on."""
 
 
 def in_process_client(app: FastAPI) -> AsyncOpenAI:
@@ -66,36 +69,47 @@ def serve(app: FastAPI, listener: socket.socket) -> None:
 
 
 class PortServer:
-    """The app on a listening socket, as a task of the running event loop."""
+    """The app on a listening socket, answered in a thread and an event loop of its own.
+
+    So it answers as long as the process lives, whatever becomes of the loop that started it.
+    """
 
     def __init__(self, app: FastAPI, listener: socket.socket):
         self._listener = listener
-        self._server = _Embedded(_config(app))
-        self._task: asyncio.Task[None] | None = None
+        config = _config(app, timeout_graceful_shutdown=STOP_SECONDS)
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(
+            target=self._server.run,
+            kwargs={"sockets": [listener]},
+            name="gspo-server",
+            daemon=True,
+        )
         bound = self._listener.getsockname()
         self.url = f"http://{bound[0]}:{bound[1]}/v1"
 
     async def start(self) -> None:
-        """Return once requests are answered."""
-        self._task = asyncio.create_task(self._server.serve(sockets=[self._listener]))
-        while not self._server.started and not self._task.done():
+        """Return once requests are answered.
+
+        Raises:
+            ServeError: the server ended, or did not start in time.
+        """
+        self._thread.start()
+        limit = time.monotonic() + START_SECONDS
+        while not self._server.started:
+            if not self._thread.is_alive() or time.monotonic() > limit:
+                await self.stop()
+                raise ServeError(
+                    f"the server on {self.url} did not start within {START_SECONDS} s: "
+                    "see what it has logged"
+                )
             await asyncio.sleep(0.01)
 
     async def stop(self) -> None:
-        """Finish running requests and free the port."""
+        """Finish running requests, for `STOP_SECONDS` at most, and free the port."""
         self._server.should_exit = True
-        if self._task is not None:
-            await self._task
+        await asyncio.to_thread(self._thread.join, STOP_SECONDS + 5)
         self._listener.close()
 
 
-class _Embedded(uvicorn.Server):
-    """Leaves Ctrl-C to the program that it is embedded in."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-def _config(app: FastAPI) -> uvicorn.Config:
-    return uvicorn.Config(app, log_level="warning", lifespan="off")
+def _config(app: FastAPI, **options: Any) -> uvicorn.Config:
+    return uvicorn.Config(app, log_level="warning", lifespan="off", **options)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from gspo.batch.sample import Sample, check_groups, trajectory_samples
+from gspo.batch.check import check_groups
+from gspo.batch.sample import Sample, trajectory_samples
 from gspo.errors import DataError, SampleTooLongError
 from gspo.objective import AdvantageKind, advantages
 from gspo.timing import timed
@@ -60,12 +61,14 @@ def prepare(
     groups: Sequence[TrajectoryGroup],
     *,
     context: int,
+    vocabulary: int | None = None,
     advantage: AdvantageKind = "group_std",
     drop_too_long: bool = False,
     overlong: tuple[int, int] | None = None,
 ) -> RolloutBatch:
     """Check the groups, tokenise nothing, and compute the advantages.
 
+    `context` and `vocabulary` are the model's, in tokens; None: any token id is taken.
     `overlong` is (max_tokens, cache) of DAPO's soft punishment, added to the rewards first.
 
     Advantages are computed over the whole group, before anything is dropped.
@@ -74,21 +77,27 @@ def prepare(
         DataError: see `check_groups` and `trajectory_samples`; an advantage beyond float32.
     """
     check_groups(groups)
-    flat = [(g, trajectory) for g, group in enumerate(groups) for trajectory in group]
-    rewards = [float(trajectory.reward) for _, trajectory in flat]
-    shaped = [shaped_reward(trajectory, overlong) for _, trajectory in flat]
+    flat = [(g, t, own) for g, group in enumerate(groups) for t, own in enumerate(group)]
+    rewards = [float(trajectory.reward) for _, _, trajectory in flat]
+    shaped = [shaped_reward(trajectory, overlong) for _, _, trajectory in flat]
     values = advantages(
         advantage,
         torch.tensor(shaped, dtype=torch.float64),
-        torch.tensor([g for g, _ in flat]),
+        torch.tensor([g for g, _, _ in flat]),
     ).tolist()
-    _check_advantages(values, [g for g, _ in flat])
+    _check_advantages(values, [g for g, _, _ in flat])
     kept: list[tuple[tuple[Sample, ...], int, float]] = []
     dropped = 0
-    for i, (g, trajectory) in enumerate(flat):
+    for i, (g, t, trajectory) in enumerate(flat):
         try:
             samples = trajectory_samples(
-                trajectory, trajectory_id=i, group_id=g, advantage=values[i], max_tokens=context
+                trajectory,
+                trajectory_id=i,
+                group_id=g,
+                advantage=values[i],
+                max_tokens=context,
+                vocabulary=vocabulary,
+                where=f"group {g}, trajectory {t}",
             )
         except SampleTooLongError:
             if not drop_too_long:

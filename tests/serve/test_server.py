@@ -1,0 +1,65 @@
+"""The port: it answers whatever event loop runs, and is freed when it is stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import Any
+
+import pytest
+from openai import AsyncOpenAI
+
+from gspo.compute import ComputeThread
+from gspo.errors import ServeError
+from gspo.serve import server as module
+from gspo.serve.app import create_app
+from gspo.serve.batcher import Batcher
+from gspo.serve.fake_engine import FakeEngine
+from gspo.serve.server import PortServer, bind, in_process_client
+
+HELLO: Any = [{"role": "user", "content": "hello"}]
+
+
+async def ask(client: AsyncOpenAI) -> int:
+    async with client:
+        request = client.chat.completions.create(model="m", messages=HELLO, n=2)
+        return len((await asyncio.wait_for(request, 30)).choices)
+
+
+def test_it_outlives_the_loop_that_started_it():
+    compute = ComputeThread()
+    app = create_app(Batcher(FakeEngine(), compute), lambda: ["m"])
+    server = PortServer(app, bind("127.0.0.1", 0))
+    port = int(server.url.split(":")[2].split("/")[0])
+    asyncio.run(server.start())
+    for _ in range(2):
+        assert asyncio.run(ask(AsyncOpenAI(base_url=server.url, api_key="x"))) == 2
+        assert asyncio.run(ask(in_process_client(app))) == 2
+    asyncio.run(server.stop())
+    bind("127.0.0.1", port).close()  # the port is free again
+    compute.close()
+
+
+async def test_a_server_that_does_not_start_is_named(monkeypatch: pytest.MonkeyPatch):
+    app = create_app(Batcher(FakeEngine(), ComputeThread()), lambda: ["m"])
+    server = PortServer(app, bind("127.0.0.1", 0))
+    monkeypatch.setattr(server._thread, "_target", lambda sockets: None)
+    with pytest.raises(ServeError, match=r"127\.0\.0\.1:\d+/v1 did not start"):
+        await asyncio.wait_for(server.start(), 20)
+
+
+async def test_a_client_that_holds_on_does_not_hold_up_the_stop(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "STOP_SECONDS", 1)
+    app = create_app(Batcher(FakeEngine(), ComputeThread()), lambda: ["m"])
+
+    @app.get("/slow")
+    async def slow() -> None:
+        await asyncio.sleep(60)
+
+    server = PortServer(app, bind("127.0.0.1", 0))
+    await server.start()
+    host, port = server.url.split("/")[2].split(":")
+    with socket.create_connection((host, int(port))) as held:
+        held.sendall(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
+        await asyncio.sleep(0.1)
+        await asyncio.wait_for(server.stop(), 20)

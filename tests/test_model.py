@@ -1,0 +1,108 @@
+"""`Model` and `TrainableModel`: what they take, and what they say of what they don't."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+import gspo as art
+from gspo.errors import ConfigError, DataError
+
+
+class Settings(BaseModel):
+    turns: int
+
+
+def make(**options: Any) -> art.TrainableModel:
+    return art.TrainableModel(name="m", project="p", base_model="embedded:sort", **options)
+
+
+async def test_the_internal_config_may_be_set_until_the_model_is_registered():
+    model = make()
+    model._internal_config = art.dev.InternalModelConfig(max_context=64)
+    assert model.internal_config.max_context == 64
+    model._internal_config = {"max_context": 32}  # pyright: ignore[reportAttributeAccessIssue]
+    assert model._internal_config.max_context == 32
+    assert make(_internal_config={"max_context": 16}).internal_config.max_context == 16
+    with pytest.raises(ConfigError, match=r"_internal_config is 5 .*InternalModelConfig"):
+        model._internal_config = 5  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ConfigError, match="Did you mean 'max_context'"):
+        model._internal_config = {"max_contxt": 32}  # pyright: ignore[reportAttributeAccessIssue]
+    async with art.FakeBackend() as backend:
+        await model.register(backend)
+        with pytest.raises(ConfigError, match="set _internal_config before register"):
+            model._internal_config = art.dev.InternalModelConfig()
+    assert model.internal_config.max_context == 32
+
+
+def test_the_users_config_is_a_model_or_a_dict():
+    for kind in (art.Model, art.TrainableModel):
+        more = {"base_model": "embedded:sort"} if kind is art.TrainableModel else {}
+        assert kind(name="m", project="p", config={"a": 1}, **more).config == {"a": 1}
+        settings = Settings(turns=2)
+        assert kind(name="m", project="p", config=settings, **more).config is settings
+        assert kind(name="m", project="p", **more).config is None
+    named = art.TrainableModel[Settings](
+        name="m",
+        project="p",
+        base_model="embedded:sort",
+        config={"turns": 3},  # pyright: ignore[reportArgumentType]
+    )
+    assert named.config == Settings(turns=3)
+
+    @dataclass
+    class Other:
+        a: int = 1
+
+    for other in (Other(), "x", 5):
+        with pytest.raises(ConfigError, match="config = "):
+            make(config=other)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"run_name": "x"}, "'run_name' is not supported: .*name="),
+        ({"report_metrics": ["wandb"]}, r"LocalBackend\(logger="),
+        ({"base_path": "x"}, r"LocalBackend\(path="),
+        ({"entity": "x"}, "WANDB_ENTITY"),
+        ({"projct": "x"}, "Did you mean 'project'"),
+    ],
+)
+def test_arguments_of_arts_models_are_told_where_they_are(options: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        make(**options)
+
+
+async def test_calls_with_arts_other_arguments_say_why_not():
+    model = make()
+    async with art.FakeBackend() as backend:
+        with pytest.raises(ConfigError, match=r"'_openai_client_config' is not .*max_context="):
+            await model.register(backend, _openai_client_config={})
+        with pytest.raises(ConfigError, match="unknown argument 'openai_client_config'"):
+            await model.register(backend, openai_client_config={})
+        await model.register(backend)
+        for name, message in (
+            ("loss_fn", "algorithm="),
+            ("save_checkpoint", "keep_checkpoints="),
+            ("verbose", r"model\.train\(groups, verbose=True\)"),
+        ):
+            with pytest.raises(ConfigError, match=f"'{name}' is not supported: .*{message}"):
+                await backend.train(model, [], **{name: True})
+        for wrong in (5, art.dev.TrainConfig()):
+            with pytest.raises(ConfigError, match=r"config is .*give a TrainConfig"):
+                await backend.train(model, [], wrong)  # pyright: ignore[reportArgumentType]
+        with pytest.raises(ConfigError, match=r"_config is .*give a dev\.TrainConfig"):
+            await backend.train(model, [], _config=art.TrainConfig())  # pyright: ignore[reportArgumentType]
+
+
+async def test_metrics_can_be_logged_alone():
+    model = make()
+    async with art.FakeBackend() as backend:
+        await model.register(backend)
+        await model.log(metrics={"x": 1.0})
+        with pytest.raises(DataError, match=r"metrics\['x'\] is None"):
+            await model.log(metrics={"x": None})  # pyright: ignore[reportArgumentType]
