@@ -240,3 +240,10 @@ async def test_the_run_of_the_readme_learns(seed: int, tmp_path: Path):
     outcome = await run_experiment(spec, Silent())
     assert outcome.before is not None and outcome.after is not None
     assert outcome.after.mean > outcome.before.mean + 0.02
+
+
+def test_nothing_tells_to_install_gspo_from_pypi():
+    """It is not there: who takes the name could send anything."""
+    places = [*PAGES, *(ROOT / "src").rglob("*.py"), *(ROOT / "examples").glob("*.py")]
+    for path in places:
+        assert not re.search(r"pip install ['\"]?gspo\b", path.read_text()), path
