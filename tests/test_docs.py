@@ -89,7 +89,11 @@ def programs() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("code", "shown"), list(programs()))
 def test_programs_run_and_print_what_is_shown(
-    code: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    code: str,
+    shown: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ):
     monkeypatch.chdir(tmp_path)
     printed = io.StringIO()
@@ -97,6 +101,7 @@ def test_programs_run_and_print_what_is_shown(
         exec(compile(code, "docs", "exec"), {"__name__": "__main__"})
     if shown:
         assert printed.getvalue() == shown
+    assert not [record for record in caplog.records if record.name == "gspo"], "a warning"
 
 
 @pytest.mark.parametrize(("name", "number"), sorted(NOT_RUN))
