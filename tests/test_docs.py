@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import ast
 import doctest
+import importlib.util
 import io
+import json
 import re
 import sys
 import tomllib
@@ -25,6 +27,7 @@ from gspo.lab.experiment import Estimate, run_experiment
 from gspo.lab.plan import make_plan
 from gspo.lab.spec import Spec, read_spec
 from gspo.objective import PRESETS
+from gspo.train.defaults import WARMUP, default_learning_rate
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -86,7 +89,11 @@ def programs() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("code", "shown"), list(programs()))
 def test_programs_run_and_print_what_is_shown(
-    code: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    code: str,
+    shown: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ):
     monkeypatch.chdir(tmp_path)
     printed = io.StringIO()
@@ -94,6 +101,7 @@ def test_programs_run_and_print_what_is_shown(
         exec(compile(code, "docs", "exec"), {"__name__": "__main__"})
     if shown:
         assert printed.getvalue() == shown
+    assert not [record for record in caplog.records if record.name == "gspo"], "a warning"
 
 
 @pytest.mark.parametrize(("name", "number"), sorted(NOT_RUN))
@@ -202,6 +210,32 @@ async def test_tasks_and_objectives_of_ones_own_train_from_outside_the_package(
     assert outcome.steps == 1
 
 
+def test_the_table_of_the_learning_rates_is_what_was_measured():
+    spec = importlib.util.spec_from_file_location("sweep", DOCS / "defaults" / "sweep.py")
+    assert spec is not None and spec.loader is not None
+    sweep = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sweep)
+    rows = json.loads(sweep.RESULTS.read_text())
+    assert sweep.table(rows) in (DOCS / "defaults.md").read_text()
+    sizes = {"moe": 229_184, "moe-lora": 229_184, "dense": 1_348_736, "dense-lora": 1_348_736}
+    for name, size in sizes.items():
+        rate = default_learning_rate(size, "lora" in name)
+        assert sweep.CHOSEN[name] == [(rate, WARMUP)]
+        chosen = [row for row in rows if (row["grid"], row["learning_rate"]) == (name, rate)]
+        assert len(chosen) == 3 and all(row["after"] > row["before"] for row in chosen)
+
+
+def test_the_table_of_the_defaults_is_the_rule():
+    page = (DOCS / "defaults.md").read_text()
+    row = r"^\| ([\d.]+)([MB])[^|]*\| ([\d.e-]+) \| ([\d.e-]+) \|$"
+    found = re.findall(row, page, re.MULTILINE)
+    assert len(found) == 7
+    for number, unit, full, lora in found:
+        size = 229_184 if number == "0.23" else float(number) * {"M": 1e6, "B": 1e9}[unit]
+        assert default_learning_rate(int(size), False) == float(full)
+        assert default_learning_rate(int(size), True) == float(lora)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 async def test_the_run_of_the_readme_learns(seed: int, tmp_path: Path):
@@ -211,3 +245,10 @@ async def test_the_run_of_the_readme_learns(seed: int, tmp_path: Path):
     outcome = await run_experiment(spec, Silent())
     assert outcome.before is not None and outcome.after is not None
     assert outcome.after.mean > outcome.before.mean + 0.02
+
+
+def test_nothing_tells_to_install_gspo_from_pypi():
+    """It is not there: who takes the name could send anything."""
+    places = [*PAGES, *(ROOT / "src").rglob("*.py"), *(ROOT / "examples").glob("*.py")]
+    for path in places:
+        assert not re.search(r"pip install ['\"]?gspo\b", path.read_text()), path

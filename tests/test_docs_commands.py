@@ -5,6 +5,7 @@ A command that no table knows makes the test fail.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shlex
@@ -137,3 +138,21 @@ def test_the_commands_run_and_warn_of_nothing(
     warnings = [r for r in caplog.records if r.name == "gspo" and r.levelno >= logging.WARNING]
     noisy = "int4" in command or "multi_turn" in command  # the page is about noise; a tiny batch
     assert noisy or not warnings
+
+
+def test_every_metric_of_a_run_is_in_the_table_of_its_page(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = place / ".gspo/gspo/sort-small"
+    if not run.exists():
+        monkeypatch.chdir(place)
+        gspo(shlex.join(["gspo", "train", "run.toml", *RUN["gspo train run.toml"]]))
+    section = (DOCS / "run.md").read_text().split("## metrics.jsonl")[1].split("## Trackers")[0]
+    known: set[str] = set()
+    for line in section.splitlines():
+        full = ""
+        for name in re.findall(r"`([\w/]+)`", line.split("|")[1] if "|" in line else line):
+            full = full.rpartition("_")[0] + name if name.startswith("_") else name
+            known.add(full)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert {name for line in lines for name in json.loads(line)} - known == set()

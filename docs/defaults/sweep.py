@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python docs/defaults/sweep.py             # what sweep.json lacks
     OMP_NUM_THREADS=1 python docs/defaults/sweep.py dense       # the cells of one model
+    python docs/defaults/sweep.py --table                       # the table of the page
 
 Each cell is a short run of the task `sort`; its held-out reward before and after goes to
 sweep.json at once, so that the command may be stopped and given again.
@@ -48,6 +49,21 @@ GRIDS: dict[str, tuple[str, bool, tuple[tuple[float, int], ...]]] = {
 }
 
 
+TITLES = {
+    "moe": "`embedded:sort` (MoE, 0.23M), full",
+    "moe-lora": "the same, LoRA",
+    "dense": "dense Qwen3 from a folder (1.3M), full",
+    "dense-lora": "the same, LoRA",
+}
+CHOSEN = {
+    "moe": [(1.5e-4, 5)],
+    "moe-lora": [(1.5e-3, 5)],
+    "dense": [(6.2e-5, 5)],
+    "dense-lora": [(6.2e-4, 5)],
+}
+"""What the defaults are: see src/gspo/train/defaults.py."""
+
+
 class Silent:
     """A watch that shows nothing."""
 
@@ -60,7 +76,12 @@ def main() -> None:
     """Run the cells that sweep.json lacks."""
     parser = argparse.ArgumentParser(description="Sweep the learning rate.")
     parser.add_argument("grids", nargs="*", help=f"of {', '.join(GRIDS)}; default: all")
-    names = parser.parse_args().grids or list(GRIDS)
+    parser.add_argument("--table", action="store_true", help="print what sweep.json has")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(table(json.loads(RESULTS.read_text())))
+        return
+    names = arguments.grids or list(GRIDS)
     logging.getLogger("gspo").setLevel(logging.ERROR)
     rows: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     for cell in cells(names):
@@ -70,6 +91,20 @@ def main() -> None:
         print(json.dumps(row), flush=True)
         rows.append(row)
         RESULTS.write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The table of docs/defaults.md: change of the held-out reward, one number a seed."""
+    lines = ["| model | learning rate | warmup | change |", "|---|---|---|---|"]
+    for name, (_, _, pairs) in GRIDS.items():
+        for rate, warmup in sorted(pairs):
+            key = {"grid": name, "learning_rate": rate, "warmup": warmup}
+            found = [row for row in rows if key.items() <= row.items()]
+            changes = ", ".join(f"{row['after'] - row['before']:+.3f}" for row in found)
+            cells = [TITLES[name], f"{rate:g}", str(warmup), changes]
+            cells = [f"**{cell}**" for cell in cells] if (rate, warmup) in CHOSEN[name] else cells
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def cells(names: list[str]) -> Iterator[dict[str, Any]]:

@@ -159,7 +159,7 @@ def _run(make_spec: Callable[[], Spec], as_json: bool, profiled: bool) -> None:
         print(f"report: {live.path}")
     (run,) = read_runs([outcome.run])
     for text in notices(run)["clip"]:
-        print(f"clip range: {text} More: docs/epsilon.md")
+        print(f"for information, the clip range: {text} See docs/epsilon.md")
     files = {"picture": str(picture), "report": live.path and str(live.path)}
     found = experiment.as_json(outcome) | files
     if profile is not None:

@@ -42,7 +42,7 @@ def records(folder: Path) -> list[dict[str, float]]:
 
 
 def tensorboard_of(folder: Path) -> Any:
-    pytest.importorskip("tensorboard", reason="pip install 'gspo[tensorboard]'")
+    pytest.importorskip("tensorboard", reason="pip install -e '.[tensorboard]'")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
@@ -61,7 +61,7 @@ def scalars(events: Any) -> dict[int, dict[str, float]]:
 
 
 async def test_tensorboard_has_every_number_of_metrics_jsonl(tmp_path: Path):
-    pytest.importorskip("tensorboard", reason="pip install 'gspo[tensorboard]'")
+    pytest.importorskip("tensorboard", reason="pip install -e '.[tensorboard]'")
     spec = Spec(path=str(tmp_path), learning_rate=1e-3, logger=["tensorboard"], **SIZES)
     run = (await run_experiment(spec, Silent())).run
     await run_experiment(spec.model_copy(update={"steps": 3}), Silent())
@@ -98,7 +98,7 @@ def test_tensorboard_forgets_what_a_killed_process_logged(tmp_path: Path):
 
 
 async def test_a_prompted_model_is_tracked_too(tmp_path: Path):
-    pytest.importorskip("tensorboard", reason="pip install 'gspo[tensorboard]'")
+    pytest.importorskip("tensorboard", reason="pip install -e '.[tensorboard]'")
     for reward in (1.0, 3.0):  # two processes, of which the second measures an earlier step
         backend = art.LocalBackend(tmp_path, logger=["tensorboard"])
         model = art.Model(name="m", project="p", config=Spec(task="sort"))
@@ -156,7 +156,7 @@ def wandb_records(path: Path) -> Iterator[Any]:
 
 
 def test_wandb_goes_on_with_its_run_and_is_offline_without_a_key(tmp_path: Path):
-    pytest.importorskip("wandb", reason="pip install 'gspo[wandb]'")
+    pytest.importorskip("wandb", reason="pip install -e '.[wandb]'")
     for step, value in ((0, 0.25), (1, 0.5)):
         arguments = (str(tmp_path), "wandb", str(step), str(value))
         isolated(SESSION, *arguments, HOME=str(tmp_path), NETRC=str(tmp_path / "none"))
@@ -192,7 +192,7 @@ def test_wandb_goes_on_with_its_run_and_is_offline_without_a_key(tmp_path: Path)
 
 
 def test_wandb_with_a_key_is_not_forced_offline(tmp_path: Path):
-    pytest.importorskip("wandb", reason="pip install 'gspo[wandb]'")
+    pytest.importorskip("wandb", reason="pip install -e '.[wandb]'")
     code = "import wandb; from gspo.backend.trackers import _wandb_mode; print(_wandb_mode(wandb))"
     home = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
     assert isolated(code, **home, WANDB_API_KEY="a" * 40).split() == ["None"]
@@ -208,7 +208,7 @@ print(json.dumps([runs, SQLiteStorage.get_run_config("p", "m"), SQLiteStorage.ge
 
 
 def test_trackio_goes_on_with_its_run(tmp_path: Path):
-    pytest.importorskip("trackio", reason="pip install 'gspo[trackio]'")
+    pytest.importorskip("trackio", reason="pip install -e '.[trackio]'")
     home = {"TRACKIO_DIR": str(tmp_path / "trackio"), "HOME": str(tmp_path)}
     for step, value in ((0, 0.25), (1, 0.5)):
         isolated(SESSION, str(tmp_path), "trackio", str(step), str(value), **home)
@@ -311,7 +311,7 @@ async def test_a_missing_client_is_said_before_any_work(
 ):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
     spec = Spec(path=str(tmp_path / "runs"), logger=["wandb"], **SIZES)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'gspo\[wandb\]'"):
+    with pytest.raises(MissingDependencyError, match=r"pip install -e '\.\[wandb\]'"):
         await run_experiment(spec, Silent())
     with pytest.raises(MissingDependencyError):
         make_plan(spec)
@@ -319,5 +319,5 @@ async def test_a_missing_client_is_said_before_any_work(
 
 
 def test_a_tracker_named_twice_is_one():
-    pytest.importorskip("tensorboard", reason="pip install 'gspo[tensorboard]'")
+    pytest.importorskip("tensorboard", reason="pip install -e '.[tensorboard]'")
     assert check_loggers(["tensorboard", "tensorboard"]) == ("tensorboard",)

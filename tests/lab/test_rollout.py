@@ -25,7 +25,7 @@ class Silent:
     def evaluated(self, step: int, estimate: Any) -> None: ...
 
 
-SIZES = {"steps": 1, "prompts": 2, "completions": 4, "eval_prompts": 0}
+SIZES: dict[str, Any] = {"steps": 1, "prompts": 2, "completions": 4, "eval_prompts": 0}
 
 
 @pytest.fixture

@@ -32,9 +32,8 @@ def register_algorithm(
     Raises:
         ConfigError: the name of a built-in method, one that cannot be used, or no objective.
 
-    >>> register_algorithm("wide_gspo", Objective("sequence", 0.01, 0.02))
-    >>> PRESETS["wide_gspo"].objective.epsilon_high
-    0.02
+        register_algorithm("wide_gspo", Objective("sequence", 0.01, 0.02))
+        options = dev.TrainConfig(algorithm="wide_gspo")
     """
     if name in get_args(Algorithm):
         raise ConfigError(f"register_algorithm({name!r}): this is a built-in method; name it anew")
