@@ -51,6 +51,17 @@ def test_the_spread_is_of_the_sequences_that_can_be_clipped() -> None:
     assert spread(GSPO, seen[1:]) == 0.0
 
 
+@pytest.mark.parametrize("objective", [GSPO, SQRT])
+@pytest.mark.parametrize("unseen", [-0.5, 0.5, math.nan])
+def test_only_sequences_that_can_be_clipped_steer(objective: Objective, unseen: float) -> None:
+    seen = [Observed(0.001 * k, (-1.0) ** k, 9) for k in range(-9, 10)]
+    flat = [Observed(unseen, 0.0, 9)] * 19 + [Observed(math.nan, 1.0, 9)]
+    one, other = EpsilonController(), EpsilonController()
+    one.observe(objective, seen, TARGET)
+    other.observe(objective, [*flat, *seen], TARGET)
+    assert one.epsilon_low == other.epsilon_low is not None
+
+
 def clip_share(objective: Objective, seen: Sequence[Observed]) -> float:
     """Of the sequences with an advantage, those that `policy_loss` itself clips."""
     seen = [one for one in seen if one.advantage != 0]
