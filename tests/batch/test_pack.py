@@ -124,6 +124,8 @@ def test_every_sample_appears_once_and_as_it_was(samples: list[Sample], budget: 
             assert (batch.targets[inside] - start).tolist() == np.flatnonzero(own).tolist()
             assert batch.loss_mask[inside].tolist() == sample.loss_mask[own].tolist()
             assert batch.old_logprobs[inside].tolist() == sample.old_logprobs[own].tolist()
+            sampling = sample.sampling_logprobs[own].tolist()
+            assert batch.sampling_logprobs[inside].tolist() == sampling
             assert batch.temperatures[inside].tolist() == sample.temperatures[own].tolist()
             (sequence,) = batch.sequence_ids[inside].unique().tolist()
             assert batch.trajectory_ids[sequence] == sample.trajectory_id

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from openai.types.chat.chat_completion import Choice
 
-from gspo.batch.sample import Sample, trajectory_samples
+from gspo.batch.sample import Sample, trajectory_samples, unit_count
 from gspo.errors import DataError, MissingLogprobsError, SampleTooLongError
 from support import choice, trajectory
 
@@ -166,3 +166,12 @@ def test_only_the_second_sample_may_be_too_long() -> None:
 def test_errors_of_samples_are_data_errors() -> None:
     assert issubclass(MissingLogprobsError, DataError)
     assert issubclass(SampleTooLongError, DataError)
+
+
+def test_the_turns_of_all_samples_of_a_trajectory_are_counted() -> None:
+    """Two turns extend one another, the third starts another sample: 1 trajectory, 3 turns."""
+    turns = [choice([4, 5], [1, 2]), choice([6], [1, 2, 4, 5, 3]), choice([7], [9])]
+    samples = trajectory_samples(trajectory(0.0, *turns))
+    assert len(samples) == 2
+    assert (unit_count(samples, "trajectory"), unit_count(samples, "turn")) == (1, 3)
+    assert (unit_count(samples[:1], "turn"), unit_count(samples[1:], "turn")) == (2, 1)

@@ -186,7 +186,7 @@ def test_the_clip_acts_after_the_step_and_not_before(whole: Inspection):
     assert after["gspo"].clip_fraction > 0.2 > after["gmpo"].clip_fraction
     assert after["gspo"].clip_fraction > after["grpo"].clip_fraction
     assert after["grpo"].cosine is not None and after["grpo"].cosine < 0.999
-    assert after["cispo"].clip_fraction == after["sapo"].clip_fraction == 0
+    assert after["sapo"].clip_fraction == after["vespo"].clip_fraction == 0
     assert [at.log_ratio is not None and at.log_ratio.std > 1e-4 for at in whole.at] == [
         False,
         True,

@@ -18,7 +18,14 @@ from hypothesis import strategies as st
 from gspo import TrainConfig, dev
 from gspo.errors import ConfigError
 from gspo.objective import CLIPPING, PRESETS, Objective, policy_loss
-from gspo.train.calibration import HIGHEST, LOWEST, EpsilonController, Observed, needed_epsilon
+from gspo.train.calibration import (
+    HIGHEST,
+    LOWEST,
+    EpsilonController,
+    Observed,
+    needed_epsilon,
+    spread,
+)
 from gspo.train.settings import resolve
 
 GSPO = PRESETS["gspo"].objective
@@ -34,6 +41,25 @@ def noise(
     advantages = rng.choice([-1.5, -1.0, 0.5, 2.0, 0.0], count)
     values = bias + sigma / np.sqrt(size) * rng.normal(size=count)
     return [Observed(*map(float, v)) for v in zip(values, advantages, size, strict=True)]
+
+
+def test_the_spread_is_of_the_sequences_that_can_be_clipped() -> None:
+    """A KL term shows flat groups to the trainer too; the advice on epsilon is not about them."""
+    seen = [Observed(0.1, 1.0, 4), Observed(0.3, -1.0, 9), Observed(-50.0, 0.0, 1)]
+    assert spread(GSPO, seen) == pytest.approx(0.1)
+    assert spread(SQRT, seen) == pytest.approx((0.9 - 0.2) / 2)
+    assert spread(GSPO, seen[1:]) == 0.0
+
+
+@pytest.mark.parametrize("objective", [GSPO, SQRT])
+@pytest.mark.parametrize("unseen", [-0.5, 0.5, math.nan])
+def test_only_sequences_that_can_be_clipped_steer(objective: Objective, unseen: float) -> None:
+    seen = [Observed(0.001 * k, (-1.0) ** k, 9) for k in range(-9, 10)]
+    flat = [Observed(unseen, 0.0, 9)] * 19 + [Observed(math.nan, 1.0, 9)]
+    one, other = EpsilonController(), EpsilonController()
+    one.observe(objective, seen, TARGET)
+    other.observe(objective, [*flat, *seen], TARGET)
+    assert one.epsilon_low == other.epsilon_low is not None
 
 
 def clip_share(objective: Objective, seen: Sequence[Observed]) -> float:

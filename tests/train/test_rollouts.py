@@ -47,6 +47,15 @@ def test_the_rewards_std_is_numpys_to_the_bit():
     assert reward_std(rewards) == np.std(rewards)
 
 
+def test_the_overlong_punishment_is_in_the_advantages_and_not_in_the_rewards():
+    """Lengths 2 and 8 of at most 10, cache 4: 8 tokens cost 0.5. All turns count."""
+    short, long = choice([4, 5], [1]), [choice([4] * 5, [1]), choice([5] * 3, [2])]
+    group = TrajectoryGroup([trajectory(0.25, short), trajectory(1.0, *long)])
+    batch = prepare([group], context=99, advantage="group_mean", overlong=(10, 4))
+    assert batch.rewards == (0.25, 1.0)
+    assert [samples[0].advantage for samples in batch.samples] == [-0.125, 0.125]
+
+
 def test_minibatches_keep_groups_together_and_lose_nothing():
     batch = prepare(groups(*[(0, 1, 2, 3)] * 8), context=99)
     parts = minibatches(batch, 4, seed=1)

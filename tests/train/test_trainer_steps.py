@@ -18,6 +18,7 @@ from gspo.train import trainer as trainer_module
 from gspo.train.calibration import needed_epsilon
 from gspo.train.rollouts import RolloutBatch, prepare
 from gspo.train.settings import resolve
+from gspo.train.step import StepInput
 from gspo.train.trainer import Trainer
 from support import choice, embedded, random_groups, trajectory
 
@@ -52,16 +53,21 @@ def rates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.fixture
-def order(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """The trajectories of each optimizer step, which is not taken."""
-    seen: list[list[int]] = []
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[StepInput]:
+    """What each optimizer step, which is not taken, is computed from."""
+    seen: list[StepInput] = []
 
-    def accumulate(policy: Any, work: Any, *_: Any) -> list[Any]:
-        seen.append([sample.trajectory_id for sample in work.samples])
+    def accumulate(policy: Any, work: StepInput, *_: Any) -> list[Any]:
+        seen.append(work)
         return []
 
     monkeypatch.setattr(trainer_module, "accumulate", accumulate)
     return seen
+
+
+def order_of(steps: list[StepInput]) -> list[list[int]]:
+    """The trajectories of each step."""
+    return [[sample.trajectory_id for sample in step.samples] for step in steps]
 
 
 def test_each_minibatch_of_a_warmup_has_its_own_rate(rates: list[float]):
@@ -95,12 +101,13 @@ def test_a_skipped_minibatch_keeps_its_place_in_the_schedule(rates: list[float])
     assert rates[0] in [pytest.approx(RATE * (k + 1) / 4) for k in range(4)]
 
 
-def test_two_epochs_and_two_calls_have_other_minibatches(order: list[list[int]]):
+def test_two_epochs_and_two_calls_have_other_minibatches(steps: list[StepInput]):
     trainer = Trainer(embedded())
     batch = batch_of(trainer.policy, groups=8, size=2)
     settings = resolve(options=dev.TrainConfig(minibatches=4, epochs=2))
     for _ in range(2):
         trainer.train(batch, settings)
+    order = order_of(steps)
     epochs = [order[i : i + 4] for i in range(0, 16, 4)]
     for epoch in epochs:
         assert sorted(t for part in epoch for t in part) == list(range(16))
@@ -108,11 +115,43 @@ def test_two_epochs_and_two_calls_have_other_minibatches(order: list[list[int]])
     assert len({frozenset(partition) for partition in partitions}) == 4
 
 
-def test_the_seed_alone_decides_the_order(order: list[list[int]]):
+def test_the_seed_alone_decides_the_order(steps: list[StepInput]):
     batch = batch_of(embedded(), groups=8, size=2)
     for seed in (0, 0, 1):
         Trainer(embedded()).train(batch, resolve(options=dev.TrainConfig(seed=seed)))
+    order = order_of(steps)
     assert order[:4] == order[4:8] != order[8:]
+
+
+@pytest.mark.parametrize(("version", "first"), [(0, True), (1, False)])
+def test_only_the_first_step_on_fresh_samples_measures_the_engine(
+    steps: list[StepInput], version: int, first: bool
+):
+    """Later ones have moved weights, under the version that sampled until the call is over."""
+    policy = embedded()
+    policy.version = version  # the samples' is 0
+    Trainer(policy).train(batch_of(policy), resolve(options=dev.TrainConfig(epochs=2)))
+    assert [step.on_policy for step in steps] == [first, *[False] * 7]
+    assert [step.update for step in steps] == list(range(8))
+
+
+@pytest.mark.parametrize(("unit", "sequences"), [("trajectory", 4), ("turn", 8)])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_n_and_t_count_the_whole_step(
+    steps: list[StepInput], unit: Any, sequences: int, kl_coef: float
+):
+    """Flat groups too, with and without a forward pass; three turns, the last in another sample."""
+    turns = [choice([24, 25], [1, 2]), choice([26], [1, 2, 24, 25, 3]), choice([27], [9])]
+    group = TrajectoryGroup([trajectory(0.0, *turns), trajectory(1.0, choice([28] * 5, [9]))])
+    flat = TrajectoryGroup([trajectory(1.0, *turns), trajectory(1.0, choice([28] * 5, [9]))])
+    policy = embedded()
+    trainer = Trainer(policy, lambda: load_policy("embedded:sort"))
+    options = dev.TrainConfig(minibatches=1, sequence_unit=unit)
+    settings = resolve(TrainConfig(kl_penalty_coef=kl_coef), options)
+    trainer.train(prepare([group, flat], context=512), settings)
+    (step,) = steps
+    assert (step.total_sequences, step.total_tokens, step.unit) == (sequences, 18, unit)
+    assert len(step.samples) == (6 if kl_coef else 3)
 
 
 @pytest.mark.parametrize("limit", [1e-3, 1e6, None])
