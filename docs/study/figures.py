@@ -19,16 +19,8 @@ from typing import TYPE_CHECKING, Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from tables import (  # noqa: E402  # it lies beside this file, which is no package
-    TABLES,
-    Data,
-    done,
-    filled,
-    markdown,
-    named,
-    spread,
-    stresses,
-)
+from cells import Data, arms_of, done, named, stresses  # noqa: E402  # beside this file
+from tables import filled, made, spread  # noqa: E402
 
 from gspo.lab.statistics import t_interval  # noqa: E402
 
@@ -48,10 +40,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=HERE.parent / "study.md")
     arguments = parser.parse_args()
     known = {path.stem: json.loads(path.read_text()) for path in arguments.data.glob("*.json")}
-    tables = {
-        mark: markdown(make(known[part])) for mark, (part, make) in TABLES.items() if part in known
-    }
-    arguments.page.write_text(filled(arguments.page.read_text(), tables))
+    arguments.page.write_text(filled(arguments.page.read_text(), made(known)))
     arguments.images.mkdir(exist_ok=True)
     for name, (part, draw) in PICTURES.items():
         if part not in known:
@@ -70,7 +59,7 @@ def stability(data: Data) -> Figure:
 def compute(data: Data) -> Figure:
     """Held-out reward over sampled tokens, one panel an arm."""
     figure = _figure(9, 3.6)
-    arms = list(dict.fromkeys(row["arm"] for row in data["summary"]))
+    arms = arms_of(data)
     axes = figure.subplots(1, len(arms), sharey=True, squeeze=False)[0]
     for axis, arm in zip(axes, arms, strict=True):
         for index, (stress, _) in enumerate(stresses(data)):
@@ -108,16 +97,16 @@ def clip_fractions(data: Data) -> Figure:
 
 
 def ends(data: Data) -> Figure:
-    """Held-out reward at the end: every seed as a dot, the mean with its 95 % interval."""
-    return _dots(data, "reward_after", "held-out reward at the end")
+    """AUC: every seed as a dot, the mean with its 95 % interval."""
+    return _dots(data, "auc", "mean held-out reward of the run (AUC)")
 
 
 def replay(data: Data) -> Figure:
     """The same for the arms with and without replay, and how many experts an update changed."""
     figure = _figure(10, 3.8)
     left, right = figure.subplots(1, 2)
-    _draw_dots(left, data, lambda cell: cell["reward_after"])
-    left.set_ylabel("held-out reward at the end")
+    _draw_dots(left, data, lambda cell: cell["auc"])
+    left.set_ylabel("mean held-out reward of the run (AUC)")
     left.legend(frameon=False, fontsize=7, ncols=2)
     _draw_dots(right, data, lambda cell: cell["means"].get("moe/experts_changed", math.nan))
     right.set_ylabel("experts changed by a call of train, mean")
@@ -128,7 +117,7 @@ def lengths(data: Data) -> Figure:
     """Spread of log-ratios against length: of tokens, of sequences, and of independent tokens."""
     figure = _figure(7.5, 4.2)
     axis = figure.subplots()
-    for index, arm in enumerate(dict.fromkeys(row["arm"] for row in data["summary"])):
+    for index, arm in enumerate(arms_of(data)):
         points = [(s, p) for s, _ in stresses(data) if (p := spread(data, arm, s)) is not None]
         fixed = sorted(p for s, p in points if s.get("length") != "free")
         color, name = COLORS[index], named(arm)
@@ -191,7 +180,7 @@ def _dots(data: Data, key: str, label: str) -> Figure:
 
 def _draw_dots(axis: Axes, data: Data, value: Callable[[Data], float]) -> None:
     panels = list(stresses(data))
-    arms = list(dict.fromkeys(row["arm"] for row in data["summary"]))
+    arms = arms_of(data)
     for index, arm in enumerate(arms):
         shift = (index - (len(arms) - 1) / 2) * min(0.25, 0.8 / len(arms))
         for at, (stress, _) in enumerate(panels):

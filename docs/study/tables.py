@@ -5,93 +5,102 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-Data = dict[str, Any]
-Rows = list[list[str]]
+from cells import (
+    AUC,
+    END,
+    Data,
+    Rows,
+    arms_of,
+    by_seed,
+    collapsed,
+    difference,
+    done,
+    mean_of,
+    named,
+    percent,
+    plain,
+    plus_minus,
+    stresses,
+)
+from evidence import corrected, interactions, limits, placebos, steered
 
-NAMES = {"gspo": "GSPO", "grpo": "GRPO"}
-
-
-def named(arm: str) -> str:
-    """An arm as the text calls it."""
-    first, *rest = arm.split(" ")
-    return " ".join([NAMES.get(first, first), *rest])
-
-
-def stresses(data: Data) -> Iterator[tuple[dict[str, Any], dict[str, Data]]]:
-    """Each stress with its summaries by arm."""
-    seen: list[dict[str, Any]] = []
-    for row in data["summary"]:
-        if row["stress"] not in seen:
-            seen.append(row["stress"])
-    for stress in seen:
-        yield stress, {r["arm"]: r for r in data["summary"] if r["stress"] == stress}
-
-
-def done(data: Data, arm: str, stress: dict[str, Any]) -> list[Data]:
-    """The finished cells of an arm under a stress."""
-    cells = [c for c in data["cells"] if c["arm"] == arm and c["stress"] == stress]
-    return [cell for cell in cells if cell["status"] == "done"]
-
-
-def mean_of(data: Data, arm: str, stress: dict[str, Any], metric: str) -> float | None:
-    """Mean over steps, then over seeds."""
-    values = [c["means"][metric] for c in done(data, arm, stress) if metric in c["means"]]
-    return statistics.fmean(values) if values else None
+EPSILON = 3e-4
+"""The lower side of the paper's clip range."""
 
 
 def rewards(data: Data) -> Rows:
-    """One row a stress: the arms' held-out rewards, their differences, and what collapsed."""
-    arms = list(dict.fromkeys(row["arm"] for row in data["summary"]))
-    axes = list(data["summary"][0]["stress"])
-    title = f"{named(arms[0])} - {named(arms[1])}"
-    rows = [[*axes, "seeds", *map(named, arms), title, "collapsed", "clipped", "of tokens"]]
-    for stress, own in stresses(data):
-        pair = _pair(data, arms[0], arms[1], stress)
+    """One row a stress: the arms' AUC, their differences, and what else sets them apart."""
+    arms = arms_of(data)
+    both, title = " / ".join(map(named, arms)), " - ".join(map(named, arms))
+    rows = [[*data["summary"][0]["stress"], *(f"{named(arm)}, AUC" for arm in arms)]]
+    rows[0] += [f"{title}, AUC", "at the end", f"collapsed, {both}", "clipped", "gradient norm"]
+    for stress, summaries in stresses(data):
+        pairs = [[by_seed(data, arm, stress, metric) for arm in arms] for metric in (AUC, END)]
+        norms = [mean_of(data, arm, stress, "optim/grad_norm") for arm in arms]
         rows.append(
             [
-                *map(_plain, stress.values()),
-                "/".join(dict.fromkeys(str(row["seeds"]) for row in own.values())),
-                *(_plus_minus(own[arm]["reward_after"]) for arm in arms),
-                _difference(pair),
-                *(
-                    " / ".join(_percent(own[arm][key]) for arm in arms)
-                    for key in ("collapsed", "clip_fraction", "clip_fraction_tokens")
-                ),
+                *map(plain, stress.values()),
+                *map(plus_minus, pairs[0]),
+                *(difference(*pair) for pair in pairs),
+                " / ".join(collapsed(data, arm, stress) for arm in arms),
+                " / ".join(percent(summaries[arm]["clip_fraction"]) for arm in arms),
+                " / ".join("-" if norm is None else f"{norm:.2f}" for norm in norms),
             ]
         )
     return rows
 
 
 def clip_fractions(data: Data) -> Rows:
-    """Shares of clipped tokens beside the paper's; all tokens of a clipped sequence are clipped."""
+    """Shares of clipped tokens beside the paper's, and how narrow GSPO's range is here."""
     axes = list(data["summary"][0]["stress"])
-    rows = [[*axes, "GSPO, sequences", "GSPO, tokens", "GRPO, tokens", "GSPO / GRPO, tokens"]]
-    rows.append(["GSPO paper, section 5.2", *[""] * len(axes[1:]), "", "15 %", "0.13 %", "115"])
-    for stress, own in stresses(data):
-        sequences = own["gspo"]["clip_fraction"]
-        ours, theirs = (own[arm]["clip_fraction_tokens"] for arm in ("gspo", "grpo"))
+    rows = [
+        [*axes, "GSPO", "without the first minibatch", "spread of l over 3e-4", "GRPO", "times"]
+    ]
+    rows.append(["paper, section 5.2", *[""] * len(axes[1:]), "15 %", "", "", "0.13 %", "115"])
+    for stress, summaries in stresses(data):
+        ours, theirs = (summaries[arm]["clip_fraction_tokens"] for arm in ("gspo", "grpo"))
+        count = stress["minibatches"]
+        # Nothing is clipped in the first minibatch: there the ratio is 1.
+        later = None if ours is None else ours * count / (count - 1)
+        square = mean_of(data, "gspo", stress, "ratio/log_square")
+        spread = "-" if square is None else f"{math.sqrt(square) / EPSILON:.0f}"
         times = f"{ours / theirs:.0f}" if ours and theirs else "-"
-        shares = (_percent(sequences, 1), _percent(ours, 1), _percent(theirs, 2))
-        rows.append([*map(_plain, stress.values()), *shares, times])
+        where = map(plain, stress.values())
+        shares = (percent(ours, 1), percent(later), spread, percent(theirs, 2))
+        rows.append([*where, *shares, times])
     return rows
 
 
 def replay(data: Data) -> Rows:
-    """One row an arm and engine: reward, what the replay changes, and how much there was to do."""
-    metrics = ("moe/experts_changed", "moe/routing_agreement", "ratio/clip_fraction")
-    measured = ("experts changed", "engine's routes agree", "clipped")
-    rows = [["engine", "arm", "seeds", "reward", "with - without", "collapsed", *measured]]
-    for stress, own in stresses(data):
-        for arm, row in own.items():
-            pair = _pair(data, arm, arm.split(" ")[0], stress)
-            found = [mean_of(data, arm, stress, metric) for metric in metrics]
-            ends = (_plus_minus(row["reward_after"]), _difference(pair), _percent(row["collapsed"]))
-            shares = (_percent(found[0], 1), _percent(found[1], 2), _percent(found[2]))
-            where = map(_plain, stress.values())
-            rows.append([*where, named(arm), str(row["seeds"]), *ends, *shares])
+    """One row an arm and engine: AUC, what the replay changes, and how much there was to do."""
+    measured = {"experts changed": "moe/experts_changed", "routes agree": "moe/routing_agreement"}
+    rows = [["engine", "arm", "AUC", "with - without, AUC", "at the end", "collapsed", *measured]]
+    for stress, summaries in stresses(data):
+        for arm in summaries:
+            method = arm.split(" ")[0]
+            pairs = [[by_seed(data, a, stress, m) for a in (arm, method)] for m in (AUC, END)]
+            apart = ["-", "-"] if arm == method else [difference(*pair) for pair in pairs]
+            changed, agree = (mean_of(data, arm, stress, name) for name in measured.values())
+            where = (*map(plain, stress.values()), named(arm), plus_minus(pairs[0][0]))
+            shares = (collapsed(data, arm, stress), percent(changed, 1), percent(agree, 2))
+            rows.append([*where, *apart, *shares])
+    return rows
+
+
+def learned(data: Data) -> Rows:
+    """Whether there was anything to compare: the reward at the end less that at the start."""
+    arms = arms_of(data)
+    rows = [["length", "reward before", *(f"{named(arm)}, after - before" for arm in arms)]]
+    for stress, _ in stresses(data):
+        before = by_seed(data, arms[0], stress, "reward_before")
+        gains = [
+            difference(*(by_seed(data, arm, stress, name) for name in (END, "reward_before")))
+            for arm in arms
+        ]
+        rows.append([*map(plain, stress.values()), f"{statistics.fmean(before):.3f}", *gains])
     return rows
 
 
@@ -105,7 +114,7 @@ def spreads(data: Data) -> Rows:
                 length, token, sequence = found
                 alone = token / math.sqrt(length)
                 numbers = (f"{token:.2g}", f"{sequence:.2g}", f"{alone:.2g}")
-                where = map(_plain, stress.values())
+                where = map(plain, stress.values())
                 share = f"{sequence / alone:.2f}"
                 rows.append([*where, named(arm), f"{length:.0f}", *numbers, share])
     return rows
@@ -122,42 +131,59 @@ def spread(data: Data, arm: str, stress: dict[str, Any]) -> tuple[float, float, 
 
 def compute(data: Data) -> Rows:
     """Reward against what was sampled for it."""
-    rows = [["completions", "arm", "seeds", "reward", "AUC", "sampled tokens", "seconds"]]
-    for stress, own in stresses(data):
-        for arm, row in own.items():
+    rows = [["completions", "arm", "AUC", "reward at the end", "sampled tokens"]]
+    for stress, summaries in stresses(data):
+        for arm, row in summaries.items():
             if row["seeds"]:
-                found = (_plus_minus(row["reward_after"]), _plus_minus(row["auc"]))
-                cost = (f"{row['tokens']:,.0f}", f"{row['seconds']:.0f}")
-                where = map(_plain, stress.values())
-                rows.append([*where, named(arm), str(row["seeds"]), *found, *cost])
+                found = [plus_minus(by_seed(data, arm, stress, metric)) for metric in (AUC, END)]
+                where = map(plain, stress.values())
+                rows.append([*where, named(arm), *found, f"{row['tokens']:,.0f}"])
     return rows
 
 
 def ranges(data: Data) -> Rows:
     """Where the steered range ended."""
     rows = [["setting", "epsilon_low at the end, mean and extremes over seeds"]]
-    for stress, own in stresses(data):
-        arm = next(arm for arm in own if arm == "auto")
-        ends = [cell["ends"]["ratio/epsilon_low"] for cell in done(data, arm, stress)]
+    for stress, _ in stresses(data):
+        ends = [cell["ends"]["ratio/epsilon_low"] for cell in done(data, "auto", stress)]
         if ends:
             text = f"{statistics.fmean(ends):.2g} ({min(ends):.2g} to {max(ends):.2g})"
-            rows.append([*map(_plain, stress.values()), text])
+            rows.append([*map(plain, stress.values()), text])
     return rows
 
 
-TABLES: dict[str, tuple[str, Callable[[Data], Rows]]] = {
-    "a": ("a-stability", rewards),
-    "b": ("a-stability", clip_fractions),
-    "c": ("c-replay", replay),
-    "d": ("d-precision", rewards),
-    "e": ("e-length", rewards),
-    "e-spread": ("e-length", spreads),
-    "f": ("f-compute", compute),
-    "f-difference": ("f-compute", rewards),
-    "g": ("g-epsilon", rewards),
-    "g-range": ("g-epsilon", ranges),
+A, C, D, E, F, G = PARTS = (
+    *("a-stability", "c-replay", "d-precision"),
+    *("e-length", "f-compute", "g-epsilon"),
+)
+TABLES: dict[str, tuple[tuple[str, ...], Callable[..., Rows]]] = {
+    "norms": (PARTS, limits),
+    "a": ((A,), rewards),
+    "b": ((A,), clip_fractions),
+    "c": ((C,), replay),
+    "placebo": ((C, D), placebos),
+    "d": ((D,), rewards),
+    "e": ((E,), rewards),
+    "e-learned": ((E,), learned),
+    "e-spread": ((E,), spreads),
+    "f": ((F,), compute),
+    "f-difference": ((F,), rewards),
+    "f-interaction": ((F,), interactions),
+    "g": ((G,), rewards),
+    "g-range": ((G,), ranges),
+    "g-grpo": ((G, A, D), steered),
+    "holm": (PARTS, corrected),
 }
-"""Mark in docs/study.md -> the part's data, and how its table is made."""
+"""Mark in docs/study.md -> the parts whose data it needs, and how its table is made."""
+
+
+def made(known: dict[str, Data]) -> dict[str, str]:
+    """Mark -> its table, for which there is data."""
+    return {
+        mark: markdown(make(*(known[part] for part in parts)))
+        for mark, (parts, make) in TABLES.items()
+        if set(parts) <= set(known)
+    }
 
 
 def markdown(rows: Rows) -> str:
@@ -184,41 +210,3 @@ def filled(text: str, tables: dict[str, str]) -> str:
         return match[0] if own is None else f"<!-- table:{match[1]} -->\n{own}\n<!-- /table -->"
 
     return re.sub(r"<!-- table:(\S+) -->.*?<!-- /table -->", put, text, flags=re.DOTALL)
-
-
-def _pair(data: Data, a: str, b: str, stress: dict[str, Any]) -> Data | None:
-    """The paired difference a - b of the reward at the end, whichever way it is stored."""
-    for row in data["paired"]:
-        if row["stress"] == stress and row["metric"] == "reward_after":
-            if (row["a"], row["b"]) == (a, b):
-                return row
-            if (row["a"], row["b"]) == (b, a):
-                low = None if row["high"] is None else -row["high"]
-                high = None if row["low"] is None else -row["low"]
-                return row | {"difference": -row["difference"], "low": low, "high": high}
-    return None
-
-
-def _difference(pair: Data | None) -> str:
-    """In bold where the interval leaves 0 out."""
-    if pair is None or not pair["n"]:
-        return "-"
-    if pair["low"] is None:
-        return f"{pair['difference']:+.3f}"
-    text = f"{pair['difference']:+.3f} [{pair['low']:+.3f}, {pair['high']:+.3f}]"
-    return f"**{text}**" if pair["low"] > 0 or pair["high"] < 0 else text
-
-
-def _plus_minus(value: Data | None) -> str:
-    if value is None:
-        return "-"
-    alone = f"{value['mean']:.3f}"
-    return alone if value["high"] is None else f"{alone} ± {value['high'] - value['mean']:.3f}"
-
-
-def _percent(value: float | None, digits: int = 0) -> str:
-    return "-" if value is None else f"{100 * value:.{digits}f} %"
-
-
-def _plain(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)

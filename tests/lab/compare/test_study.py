@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import statistics
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -45,6 +46,7 @@ def study_data(run: ModuleType, part: str, folder: Path) -> dict[str, Any]:
             "ratio/epsilon_low": 1e-3,
             "moe/experts_changed": 0.05,
             "moe/routing_agreement": 0.99,
+            "optim/grad_norm": 2.0,
         }
         write_run(cell, [0.3, 0.4, 0.5 + index / 1000], metrics)
     return run.essence(comparison(spec, cells, {cell.id: State("done") for cell in cells}))
@@ -65,7 +67,7 @@ def test_every_part_fills_its_tables_and_pictures(
     monkeypatch.setattr(sys, "argv", [*arguments, "--images", str(tmp_path / "img")])
     figures.main()
 
-    own = {mark for mark, (name, _) in tables.TABLES.items() if name == part}
+    own = {mark for mark, (names, _) in tables.TABLES.items() if names == (part,)}
     text = page.read_text()
     for mark in tables.TABLES:
         between = text.split(f"<!-- table:{mark} -->")[1].split("<!-- /table -->")[0]
@@ -80,8 +82,10 @@ def test_the_page_has_the_tables_of_the_committed_data(script: Any):
     tables = script("tables")
     known = {path.stem: json.loads(path.read_text()) for path in (STUDY / "data").glob("*.json")}
     page = (STUDY.parent / "study.md").read_text()
-    made = {mark: tables.markdown(make(known[of])) for mark, (of, make) in tables.TABLES.items()}
+    made = tables.made(known)
+    assert set(made) == set(tables.TABLES)
     assert tables.filled(page, made) == page
+    assert all(f"<!-- table:{mark} -->\n{table}" in page for mark, table in made.items())
     finished = [cell["status"] == "done" for data in known.values() for cell in data["cells"]]
     assert all(finished) and len(finished) == 320
 
@@ -97,13 +101,14 @@ def test_numbers_are_those_of_the_cells(script: Any, tmp_path: Path):
     }
     assert first["ends"]["ratio/epsilon_low"] == 1e-3
     head, paper, row, *_ = tables.clip_fractions(data)
-    assert head[-4:] == ["GSPO, sequences", "GSPO, tokens", "GRPO, tokens", "GSPO / GRPO, tokens"]
-    assert paper[-3:] == ["15 %", "0.13 %", "115"]
-    assert row == ["0.0001", "4", "25.0 %", "15.0 %", "0.15 %", "100"]
+    assert head[-5:-3] == ["GSPO", "without the first minibatch"]
+    assert paper[-5] == "15 %" and paper[-2:] == ["0.13 %", "115"]
+    # In the first of 4 minibatches nothing is clipped; 0.1 is 333 times 3e-4.
+    assert row == ["0.0001", "4", "15.0 %", "20 %", "333", "0.15 %", "100"]
     reward = tables.rewards(data)[1]
-    # Cells 0 and 12 are GSPO's, 1 and 13 GRPO's: means 0.506 and 0.507, equal differences.
-    assert reward[2] == "2" and reward[3].startswith("0.506 ±")
-    assert reward[5] == "-0.001"
+    # Cells 0 and 12 are GSPO's, 1 and 13 GRPO's: equal differences, which have no interval.
+    assert reward[2].startswith("0.402\u00a0±") and reward[4:6] == ["-0.000", "-0.001"]
+    assert reward[6] == "0 % [0, 84] / 0 % [0, 84]" and reward[-1] == "2.00 / 2.00"
 
     data = study_data(run, "e-length", tmp_path)
     length, token, sequence = tables.spread(data, "gspo", {"length": "16"})
@@ -119,3 +124,38 @@ def test_a_page_keeps_what_has_no_data(script: Any):
         "<!-- table:a -->\n| x |\n<!-- /table --> and <!-- table:b -->kept<!-- /table -->"
     )
     assert tables.filled(once, {"a": "| x |"}) == once
+
+
+def test_the_sentences_that_the_page_rests_on_are_its_datas(script: Any):
+    """Numbers in the text that no table prints as they stand there."""
+    cells, evidence, tables = script("cells"), script("evidence"), script("tables")
+    known = {path.stem: json.loads(path.read_text()) for path in (STUDY / "data").glob("*.json")}
+    runs = {cell["run"] for data in known.values() for cell in data["cells"]}
+    assert len(runs) == 275
+    left = evidence.corrected(*(known[part] for part in tables.PARTS))
+    assert [row[1] for row in left if row[0] == "AUC"] == [
+        "fixed - auto, setting learning rate 1e-4",
+        "GSPO - GRPO, completions 32",
+        "fixed - auto, setting int4 engine",
+        "fixed - auto, setting learning rate 3e-4",
+    ]
+    norms = {row[0]: row[1:3] for row in evidence.limits(*known.values())[1:]}
+    assert all(norms[part][0] == norms[part][1] for part in (tables.A, tables.C, tables.F))
+    # The pair of runs of (a), (d) and (f) is one: its spread over seeds is below the placebos'.
+    one = cells.apart(
+        known[tables.A], "gspo", "grpo", {"learning_rate": 3e-4, "minibatches": 4}, cells.END
+    )
+    again = cells.apart(known[tables.F], "gspo", "grpo", {"completions": 16}, cells.END)
+    assert one == again
+    assert round(statistics.stdev(one), 3) == 0.008
+    placebos = evidence.placebos(known[tables.C], known[tables.D])
+    interactions = evidence.interactions(known[tables.F])
+    assert not any("**" in " ".join(row) for row in [*placebos, *interactions])
+    # docs/epsilon.md repeats (g), the other way round.
+    text = (STUDY.parent / "epsilon.md").read_text()
+    for stress, _ in cells.stresses(known[tables.G]):
+        sides = (
+            cells.by_seed(known[tables.G], arm, stress, cells.AUC) for arm in ("auto", "fixed")
+        )
+        row = next(line for line in text.splitlines() if line.startswith(f"| {stress['setting']}"))
+        assert cells.difference(*sides).strip("*") in row
