@@ -18,6 +18,16 @@ def test_peft_finds_no_place(tmp_path: Path):
         load_policy(folder(tmp_path, "llama"), config)
 
 
+def test_layers_that_peft_cannot_adapt_are_a_model_error(tmp_path: Path):
+    """Mamba's projections by peft's own rule; Llama 4's router only fails once it runs."""
+    for kind in ("mamba", "llama4"):
+        path = folder(tmp_path / kind, kind)
+        with pytest.raises(ModelError, match="does not work: name the linear layers"):
+            load_policy(path, dev.InternalModelConfig(lora=dev.LoraConfig(r=2)))
+    named = dev.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    assert load_policy(path, dev.InternalModelConfig(lora=named)).trainable
+
+
 def test_all_linear_reaches_routers_too(tmp_path: Path):
     """Said in docs/models.md: whoever studies routing leaves them out by name."""
     config = dev.InternalModelConfig(lora=dev.LoraConfig(r=2))

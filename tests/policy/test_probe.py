@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +58,8 @@ def test_layers_are_really_computed_again(tmp_path: Path):
     choose_packing(policy)
     (row,) = pack([sample(text(9), 2)], budget=100)
     calls = []
-    policy.backbone.layers[1].mlp.register_forward_pre_hook(lambda *call: calls.append(1))
+    backbone: Any = policy.backbone
+    backbone.layers[1].mlp.register_forward_pre_hook(lambda *call: calls.append(1))
     logprobs = forward(policy, row).logprobs
     assert len(calls) == 1
     logprobs.sum().backward()
@@ -74,7 +76,8 @@ def test_training_that_differs_from_evaluation_is_refused(tmp_path: Path):
     def noise(module, args, output):
         return output * 1.3 if torch.is_grad_enabled() else output
 
-    policy.backbone.layers[1].mlp.register_forward_hook(noise)
+    backbone: Any = policy.backbone
+    backbone.layers[1].mlp.register_forward_hook(noise)
     policy.packing = "single"
     with pytest.raises(ModelError, match="with activation_checkpointing, log-probs differ"):
         choose_packing(policy)

@@ -18,6 +18,7 @@ from models import folder, plain, text
 LAYOUTS = {
     "llama": "shared",
     "granite": "shared",
+    "windows": "shared",
     "gemma2": "copied",
     "llama4": "copied",
     "qwen3_next": "model_cache",

@@ -56,7 +56,7 @@ def test_a_part_of_a_character_alone():
 
 def test_special_tokens_are_written_out():
     tokenizer = byte_level()
-    assert token_bytes(tokenizer, tokenizer.convert_tokens_to_ids(["<|end|>"])) == [b"<|end|>"]
+    assert token_bytes(tokenizer, tokenizer("<|end|>")["input_ids"]) == [b"<|end|>"]
 
 
 def test_other_tokenizers_decode_each_token():

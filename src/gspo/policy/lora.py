@@ -47,13 +47,17 @@ def add_lora(lm: PreTrainedModel, config: LoraConfig, checkpoint: Path | None) -
     with torch.random.fork_rng(devices=[]), _without_false_alarms():
         torch.manual_seed(0)
         try:
-            return peft.get_peft_model(lm, spec)
-        except (ValueError, RuntimeError, AttributeError) as error:
+            adapted = peft.get_peft_model(lm, spec)
+            with torch.no_grad():  # Llama 4's router is a linear layer that returns two values
+                lm(input_ids=torch.ones(1, 2, dtype=torch.long, device=lm.device), use_cache=False)
+        except (ValueError, RuntimeError, AttributeError, TypeError) as error:
             raise ModelError(
-                f"LoRA on {type(lm).__name__} with target_modules = {config.target_modules!r}: "
-                f"{error} Name other linear layers (LoraConfig(target_modules=[...])), or train "
-                "all weights without lora"
+                f"LoRA on {type(lm).__name__} with target_modules = {config.target_modules!r} "
+                "does not work: name the linear layers that get adapters, such as "
+                "LoraConfig(target_modules=['q_proj', 'v_proj']), or train all weights without "
+                f"lora. peft says: {error}"
             ) from error
+    return adapted
 
 
 @contextmanager

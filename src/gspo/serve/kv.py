@@ -147,7 +147,7 @@ def prefill(
         **given,
     )
     hidden = output.last_hidden_state[:, -1]
-    if layout == "shared":
+    if isinstance(slabs, CascadeCache):
         slabs.fan_out(len(owner), capacity)
         sizes = np.bincount(owner, minlength=len(tokens))
         return SharedPrompts(policy, Cascade(slabs, owner, sizes, real)), hidden

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import torch
 
 from gspo.errors import ModelError
+from gspo.policy.context import probe_length
 from gspo.policy.load import autocast
 from gspo.serve.engine import Request, SamplingParams
 from gspo.serve.kv import LAYOUTS, Layout
@@ -27,7 +29,8 @@ _SLOWER: dict[Layout, str] = {
 def check_engine(engine: TorchEngine) -> None:
     """Sample a few tokens and compare their log-probs with a forward pass without a cache.
 
-    The engine is left with the first of `LAYOUTS` that is exact.
+    One prompt is longer than the model's sliding window, where that costs little. The engine is
+    left with the first of `LAYOUTS` that is exact.
 
     Raises:
         ModelError: the architecture's cache is not one that the engine can decode with.
@@ -61,6 +64,10 @@ def _gap(engine: TorchEngine) -> float:
     params = SamplingParams(max_tokens=_TOKENS, seed=0, n=2)
     # Two prompts of different lengths: the shorter one is padded.
     requests = [Request(prompt, params) for prompt in (_PROMPT, _PROMPT[:3])]
+    reach = probe_length(policy.lm, policy.context - _TOKENS)
+    if reach:  # past the model's sliding window
+        prompt = tuple(1 + i % (policy.head.size - 1) for i in range(reach))
+        requests.append(Request(prompt, replace(params, n=1)))
     gaps = [torch.zeros(1)]
     for request, done in zip(requests, engine.generate(requests), strict=True):
         for completion in done:
