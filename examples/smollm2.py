@@ -36,7 +36,6 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated
 
 import typer
@@ -44,7 +43,7 @@ from gguf_model import model_folder, package_folder
 from reporting import print_step, print_totals
 
 import gspo as art
-from gspo.lab.experiment import Estimate, bootstrap
+from gspo.lab.experiment import Estimate, estimate_reward
 from gspo.lab.picture import draw_run
 from gspo.tasks import Problem, load_task
 
@@ -101,19 +100,13 @@ async def evaluate(
 ) -> Estimate:
     """Reward on held-out prompts, from the run's log where it was measured before."""
     for record in backend.run(model).metrics():
-        if record["step"] == step and "val/reward_high" in record:
-            return Estimate(
-                record["val/reward"], record["val/reward_low"], record["val/reward_high"]
-            )
+        if record["step"] == step and "val/reward" in record:
+            return Estimate.logged(record)
     problems = [TASK.problem("heldout", index) for index in range(prompts)]
     groups = await gather(model, problems, EVAL_SIZE)
-    rewards: dict[str, list[float]] = {}  # by prompt: the task draws some of them twice
-    for problem, group in zip(problems, groups, strict=True):
-        rewards.setdefault(problem.prompt, []).extend(t.reward for t in group)
-    found = bootstrap([fmean(of_prompt) for of_prompt in rewards.values()])
-    values = {f"val/reward{end}": value for end, value in found.parts().items()}
-    await backend.record(model, groups, "val", values, step)
-    print(f"step {step:3d}  held-out reward {found} of {len(rewards)} prompts", flush=True)
+    found = estimate_reward(groups)
+    await backend.record(model, groups, "val", found.metrics(), step)
+    print(f"step {step:3d}  held-out reward {found} of {found.prompts} prompts", flush=True)
     return found
 
 

@@ -12,6 +12,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from jaxtyping import config, install_import_hook
 
+from library_warnings import Collector
+
 torch.set_num_threads(1)
 
 # The shapes in the signatures are checked here, and cost nothing outside the tests.
@@ -33,3 +35,7 @@ def unhooked() -> Iterator[None]:
     config.update("jaxtyping_disable", True)
     yield
     config.update("jaxtyping_disable", False)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Collector())

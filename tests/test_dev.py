@@ -131,7 +131,7 @@ class TestResolve:
             4e-4,
         )
         assert objective.kl_coef == 0
-        assert settings.options.minibatches == 4
+        assert settings.minibatches == settings.as_config()["minibatches"] == 4
 
     def test_no_setting_is_gspo_too(self):
         named = resolve(options=dev.TrainConfig(algorithm="gspo"))
@@ -163,6 +163,14 @@ class TestResolve:
         options = dev.TrainConfig(algorithm="grpo", importance_sampling_level="sequence")
         with pytest.raises(ConfigError, match="use algorithm='gspo'"):
             resolve(options=options)
+
+    @pytest.mark.parametrize("algorithm", list(PRESETS))
+    def test_methods_without_a_ratio_take_one_step_a_batch(self, algorithm: str):
+        options = dev.TrainConfig(algorithm=algorithm)  # pyright: ignore[reportArgumentType]
+        expected = 1 if algorithm in ("rloo", "reinforce") else 4
+        assert resolve(options=options).minibatches == expected
+        more = options.model_copy(update={"minibatches": 3})
+        assert resolve(options=more).minibatches == 3
 
     def test_kl_coefficient_of_either_config(self):
         assert resolve(TrainConfig(kl_penalty_coef=0.1)).objective.kl_coef == 0.1

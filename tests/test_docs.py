@@ -1,4 +1,7 @@
-"""What the pages of docs/ show is run: examples, programs with their output, TOML, option names."""
+"""What README.md and the pages of docs/ show is run: programs with their output, TOML, options.
+
+Their commands are run in test_docs_commands.py.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import ast
 import doctest
 import io
 import re
+import sys
 import tomllib
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -17,11 +21,14 @@ import pytest
 import gspo
 import gspo as art
 from gspo.lab.compare.spec import CompareSpec
-from gspo.lab.spec import Spec
+from gspo.lab.experiment import Estimate, run_experiment
+from gspo.lab.plan import make_plan
+from gspo.lab.spec import Spec, read_spec
+from gspo.objective import PRESETS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 
 NOT_RUN = {
     # page, number of the fence among the page's Python ones: why
@@ -38,6 +45,20 @@ def fences(page: Path, language: str) -> list[tuple[str, str]]:
     """(code, the block without a language that follows it at once, or '') of each fence."""
     pattern = rf"^```{language}(?: [^\n]*)?\n(.*?)^```\n(?:\n```\n(.*?)^```)?"
     return re.findall(pattern, page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def titled(page: Path) -> dict[str, str]:
+    """The files that a page shows: `title="name"` at a fence."""
+    pattern = r'^```\w+ title="([\w.]+\.\w+)"\n(.*?)^```'
+    return dict(re.findall(pattern, page.read_text(), re.MULTILINE | re.DOTALL))
+
+
+@pytest.fixture(autouse=True)
+def own_algorithms_are_forgotten() -> Iterator[None]:
+    yield
+    for name in set(art.dev.OWN_ALGORITHMS):
+        art.dev.OWN_ALGORITHMS.discard(name)
+        del PRESETS[name]  # pyright: ignore[reportIndexIssue]
 
 
 def with_fences(language: str) -> list[Path]:
@@ -155,3 +176,38 @@ def test_every_public_name_has_its_place_in_the_reference():
     wanted |= {f"gspo.{m}.{name}" for m, module in modules.items() for name in module.__all__}
     assert wanted - listed == set()
     assert "gspo.errors" in listed
+
+
+class Silent:
+    def started(self, spec: Spec, step: int, changed: list[str]) -> None: ...
+    def stepped(self, step: int, metrics: dict[str, float]) -> None: ...
+    def evaluated(self, step: int, estimate: Estimate) -> None: ...
+
+
+EXTENDING = titled(DOCS / "extending.md")
+
+
+@pytest.mark.parametrize("name", [name for name in EXTENDING if name.endswith(".toml")])
+async def test_tasks_and_objectives_of_ones_own_train_from_outside_the_package(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for file, text in EXTENDING.items():
+        (tmp_path / file).write_text(text)
+        monkeypatch.delitem(sys.modules, Path(file).stem, raising=False)
+    sizes = ["steps=1", "prompts=2", "completions=4", "eval_prompts=2", f"path={tmp_path}"]
+    spec = read_spec(tmp_path / name, sizes)
+    make_plan(spec)
+    outcome = await run_experiment(spec, Silent())
+    assert outcome.steps == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+async def test_the_run_of_the_readme_learns(seed: int, tmp_path: Path):
+    (text,) = [code for code, _ in fences(ROOT / "README.md", "toml") if "# run.toml" in code]
+    (tmp_path / "run.toml").write_text(text)
+    spec = read_spec(tmp_path / "run.toml", [f"seed={seed}", f"path={tmp_path}"])
+    outcome = await run_experiment(spec, Silent())
+    assert outcome.before is not None and outcome.after is not None
+    assert outcome.after.mean > outcome.before.mean + 0.02

@@ -23,6 +23,8 @@ FLOORS = {
     "batch": 1,
     "gather": 1,
     "tasks": 1,
+    "byname": 0,
+    "choices": 0,
     "config": 0,
     "dev": 0,
     "options": 0,

@@ -79,6 +79,13 @@ def test_each_kind_by_hand() -> None:
     }
 
 
+def test_a_zero_has_no_sign() -> None:
+    metrics = recorded([-0.0, 0.0, -0.0])
+    metrics.add("minus", -0.0)
+    found = metrics.compute()
+    assert {name: str(value) for name, value in found.items()} == dict.fromkeys(found, "0.0")
+
+
 def test_names_are_sorted() -> None:
     names = list(recorded([1.0]).compute())
     assert names == sorted(names)

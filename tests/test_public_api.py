@@ -42,6 +42,7 @@ def test_surface_is_frozen():
         "gather_trajectories",
         "gather_trajectory_groups",
         "objective",
+        "register_algorithm",
         "retry",
     ]
 

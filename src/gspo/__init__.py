@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from gspo.model import Model, TrainableModel
     from gspo.serve.engine import Engine
     from gspo.serve.fake_engine import FakeEngine
+    from gspo.train.algorithms import register_algorithm
     from gspo.trajectory import (
         Messages,
         MessagesAndChoices,
@@ -58,6 +59,7 @@ __all__ = [
     "gather_trajectories",
     "gather_trajectory_groups",
     "objective",
+    "register_algorithm",
     "retry",
 ]
 
@@ -79,6 +81,7 @@ _HOMES = {
     "TrajectoryGroup": "gspo.trajectory",
     "gather_trajectories": "gspo.gather",
     "gather_trajectory_groups": "gspo.gather",
+    "register_algorithm": "gspo.train.algorithms",
     "retry": "gspo.gather",
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
 from collections.abc import Callable
@@ -11,21 +10,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+import gspo
 from gspo import cli_lab
-from gspo.errors import ConfigError, GspoError
+from gspo.errors import ConfigError, GspoError, RolloutError
 
 if TYPE_CHECKING:
     from gspo.lab.spec import Spec
 
 app = typer.Typer(
-    help="Sequence-level reinforcement learning (GSPO) for language models.",
     no_args_is_help=True,
-    pretty_exceptions_show_locals=False,
+    pretty_exceptions_enable=False,
     add_completion=False,
 )
-
-for verb in (cli_lab.audit, cli_lab.inspect, cli_lab.compare, cli_lab.report):
-    app.command()(verb)
 
 PathOption = Annotated[str, typer.Option("--path", help="Folder of the runs.")]
 ProfileOption = Annotated[
@@ -34,12 +30,36 @@ ProfileOption = Annotated[
 
 
 def main() -> None:
-    """Run the command line; errors of gspo's own are one line, without a traceback."""
+    """Run the command line; errors of gspo's own are told without a traceback."""
     try:
         app()
+    except RolloutError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     except GspoError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"gspo {gspo.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the version, and stop.",
+        ),
+    ] = False,
+) -> None:
+    """Sequence-level reinforcement learning (GSPO) for language models."""
 
 
 @app.command()
@@ -88,6 +108,7 @@ def serve(
     name: Annotated[str, typer.Option(help="The model's name in requests.")] = "",
 ) -> None:
     """Serve a model or a checkpoint with OpenAI's API."""
+    cli_lab.say_loading(model)
     from gspo.lab.serving import serve_model
 
     serve_model(model, host, port, name or model)
@@ -104,19 +125,30 @@ def presets(as_json: cli_lab.JsonOption = False) -> None:
         print_presets()
 
 
+# In the order of the help: what a newcomer needs stands first.
+for verb in (cli_lab.audit, cli_lab.inspect, cli_lab.compare, cli_lab.report):
+    app.command()(verb)
+
+
 def _run(make_spec: Callable[[], Spec], as_json: bool, profiled: bool) -> None:
+    spec = make_spec()
+    cli_lab.say_loading(spec.model)
+    import asyncio
+
     from gspo.lab import experiment
     from gspo.lab.picture import draw_run, require_plotting
     from gspo.lab.profile import Profile
     from gspo.lab.profile_text import render
+    from gspo.lab.report.data import read_runs
     from gspo.lab.report.live import LiveReport
+    from gspo.lab.report.notices import notices
     from gspo.lab.watch import LiveWatch
     from gspo.timing import timing
 
     require_plotting()
     profile = Profile() if profiled else None
     with LiveWatch() as watch, LiveReport(watch) as live, timing(profile and profile.clock):
-        outcome = asyncio.run(experiment.run_experiment(make_spec(), live, profile))
+        outcome = asyncio.run(experiment.run_experiment(spec, live, profile))
     picture = draw_run(outcome.run)
     if outcome.before and outcome.after:
         print(f"held-out reward before  {outcome.before}   (95 % interval)")
@@ -125,6 +157,9 @@ def _run(make_spec: Callable[[], Spec], as_json: bool, profiled: bool) -> None:
     print(f"picture: {picture}")
     if live.path:
         print(f"report: {live.path}")
+    (run,) = read_runs([outcome.run])
+    for text in notices(run)["clip"]:
+        print(f"clip range: {text} More: docs/epsilon.md")
     files = {"picture": str(picture), "report": live.path and str(live.path)}
     found = experiment.as_json(outcome) | files
     if profile is not None:
@@ -137,6 +172,7 @@ def _run(make_spec: Callable[[], Spec], as_json: bool, profiled: bool) -> None:
 
 
 def _dry_run(spec: Spec) -> None:
+    cli_lab.say_loading(spec.model)
     from gspo.lab.plan import make_plan
 
     plan = make_plan(spec)
@@ -145,11 +181,14 @@ def _dry_run(spec: Spec) -> None:
     if plan.clip_range is not None:
         ratios = "ratios clipped to [{:.6g}, {:.6g}]".format(*plan.clip_range)
         ratios += ", to begin with" if spec.train.epsilon == "auto" else ""
+    chosen = " by the model's size" if spec.learning_rate is None else ""
+    prompts = "" if plan.chat_template or spec.rollout else "no chat template: plain prompts\n"
     limit = plan.longest_completion
     longest = "the model's context" if limit is None else f"{limit} tokens"
     print(
         f"\n{plan.algorithm}, {ratios}\n"
-        f"{plan.parameters:,} parameters\n"
+        f"{plan.parameters:,} parameters, learning rate {plan.learning_rate:.2g}{chosen}\n"
+        f"{prompts}"
         f"{plan.sequences_per_step} sequences a step, {plan.sequences_per_update} an optimizer "
         f"step, {plan.updates_per_step} optimizer steps a step\n"
         f"completions of up to {longest}; packed rows of {plan.row_tokens} tokens\n"

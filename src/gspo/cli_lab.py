@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
     from gspo.lab.compare.spec import CompareSpec
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print a JSON object as the last line.")]
+
+
+def say_loading(what: str) -> None:
+    """Show a sign of life before the imports, which take seconds; on stderr, beside the results."""
+    print(f"loading {what} ...", file=sys.stderr, flush=True)
 
 
 def audit(
@@ -33,6 +39,7 @@ def audit(
     as_json: JsonOption = False,
 ) -> None:
     """Tell whether the clip range is wider than the noise between engine and trainer."""
+    say_loading(model)
     from gspo.lab.audit import AuditSpec, run_audit
     from gspo.lab.audit_picture import draw_audit
     from gspo.lab.audit_text import render
@@ -71,6 +78,7 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Compare every method's loss, gradient and clipping on a batch that a run has stored."""
+    say_loading(str(run))
     from gspo.lab.inspection import InspectSpec, inspect_run
     from gspo.lab.inspection_picture import draw_inspection
     from gspo.lab.inspection_text import render
@@ -113,6 +121,7 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Compare methods under stressors, over seeds. The same command goes on where it stopped."""
+    say_loading("the comparison")
     from gspo.lab.compare.session import plan_comparison
     from gspo.lab.compare.table import print_plan
 

@@ -14,7 +14,8 @@ class TrainConfig(Options):
     1e-05
     """
 
-    learning_rate: float = Field(default=5e-6, gt=0, le=1)
-    """Peak learning rate of AdamW."""
+    learning_rate: float | None = Field(default=None, gt=0, le=1)
+    """Peak learning rate of AdamW. None: by the model's size, ten times as large for LoRA, with a
+    warmup of 5 calls (docs/defaults.md)."""
     kl_penalty_coef: float = Field(default=0.0, ge=0)
     """Weight of the k3 KL term against the frozen base model; 0 computes no reference."""

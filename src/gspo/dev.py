@@ -5,11 +5,14 @@ The names are OpenPipe ART's where ART has the option; docs/art.md lists every d
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
+from gspo.errors import suggestion
 from gspo.options import LARGEST_COUNT, Options
 
 __all__ = ["InternalModelConfig", "LoraConfig", "RolloutDtype", "TrainConfig"]
@@ -39,6 +42,8 @@ CorrectionKind = Literal[
     "sequence_geometric_mask",
     "off_policy_sequence_mask",
 ]
+OWN_ALGORITHMS: set[str] = set()
+"""Names that `gspo.register_algorithm` has added in this process."""
 RolloutDtype = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 _NO_BUNDLE = "routes travel with the rollouts: use routing_replay='old_policy' or 'rollout'."
 
@@ -83,8 +88,10 @@ class TrainConfig(Options):
         "normalize_by_length": "False is Dr. GRPO: use algorithm='dr_grpo'",
     }
 
-    algorithm: Algorithm | None = None
-    """A named preset. None: the one that `importance_sampling_level` implies, else `gspo`."""
+    algorithm: Any = None
+    """A named preset, or one of your own: a name given to `gspo.register_algorithm`, `module:name`,
+    or an `Objective` or `Preset` itself (kept as its fields). None: the preset that
+    `importance_sampling_level` implies, else `gspo`."""
     importance_sampling_level: Level | None = None
     """Over what the importance ratio is taken. None: the preset's."""
     epsilon: float | Literal["auto"] | None = None
@@ -123,8 +130,9 @@ class TrainConfig(Options):
     precalculate_logprobs: bool = False
     """ART's name for `old_logprobs="trainer"`."""
 
-    minibatches: int = Field(default=4, ge=1, le=LARGEST_COUNT)
-    """Optimizer steps per rollout batch and epoch. The clip acts from the second one on."""
+    minibatches: int | None = Field(default=None, ge=1, le=LARGEST_COUNT)
+    """Optimizer steps per rollout batch and epoch. The clip acts from the second one on. None: 4,
+    or 1 for `rloo` and `reinforce`, which have no ratio to correct for a policy that has moved."""
     epochs: int = Field(default=1, ge=1, le=LARGEST_COUNT)
     """Passes over the rollout batch."""
     packed_sequence_length: int | None = Field(default=None, ge=1, le=LARGEST_COUNT)
@@ -150,20 +158,49 @@ class TrainConfig(Options):
     """Log `moe/experts_changed` over the call of `train`. Costs two forward passes."""
 
     max_grad_norm: float | None = Field(default=1.0, gt=0)
-    """Gradient clipping by global norm; None: none."""
+    """Gradient clipping by global norm. None: no clipping; in a file, which has no None, "off".
+    Presets that sum a sequence's tokens (`dr_grpo`, `luspo`, `rloo`, `reinforce`) have gradients
+    larger by about the length: at 1.0 nearly every step of theirs is cut to this norm."""
     weight_decay: float = Field(default=0.0, ge=0, le=100)
     adam_betas: tuple[float, float] = (0.9, 0.999)
     adam_epsilon: float = Field(default=1e-8, gt=0, le=1)
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
     """Decay after the warmup, to `lr_final` of the peak at `lr_total_steps`."""
-    lr_warmup_steps: int = Field(default=0, ge=0, le=LARGEST_COUNT)
-    """Calls of `train` over which the learning rate rises linearly from 0."""
+    lr_warmup_steps: int | None = Field(default=None, ge=0, le=LARGEST_COUNT)
+    """Calls of `train` over which the learning rate rises in equal steps, one per minibatch: the
+    first minibatch has one step and not 0, the last one of these calls has the peak. None: 5 where
+    `learning_rate` is left to gspo too, else 0."""
     lr_total_steps: int | None = Field(default=None, ge=1, le=LARGEST_COUNT)
     """Calls of `train` at which `cosine` or `linear` ends; needed by those two."""
     lr_final: float = Field(default=0.0, ge=0, le=1)
-    """The schedule's last learning rate, as a share of the peak."""
+    """The schedule's end, as a share of the peak. It is reached after the last minibatch of
+    `lr_total_steps` calls, so no minibatch within them has a rate of 0; later calls stay at it."""
     on_too_long: Literal["error", "drop"] = "error"
     """A trajectory longer than the context: an error that names it, or dropped and counted."""
+
+    @field_validator("algorithm", mode="before")
+    @classmethod
+    def _algorithm_is_known(cls, value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return dataclasses.asdict(value)
+        known = [*get_args(Algorithm), *sorted(OWN_ALGORITHMS)]
+        if isinstance(value, str) and ":" not in value and value not in known:
+            raise ValueError(
+                f"there is no such method.{suggestion(value, known)} Known: {', '.join(known)}. "
+                "One of your own: gspo.register_algorithm, or 'module:name'"
+            )
+        if value is not None and not isinstance(value, str | Mapping):
+            raise ValueError("give a name, a gspo.objective.Objective or a gspo.objective.Preset")
+        return value
+
+    @field_validator("max_grad_norm", mode="before")
+    @classmethod
+    def _no_limit_has_a_name(cls, limit: Any) -> Any:
+        if limit == "off" or limit == math.inf:
+            return None
+        if isinstance(limit, str):
+            raise ValueError("must be a number above 0, or 'off' for no gradient clipping")
+        return limit
 
     @field_validator("epsilon")
     @classmethod
@@ -193,7 +230,7 @@ class TrainConfig(Options):
             raise ValueError(
                 f"lr_schedule={self.lr_schedule!r} needs lr_total_steps, the number of train calls"
             )
-        if self.lr_total_steps is not None and self.lr_total_steps <= self.lr_warmup_steps:
+        if self.lr_total_steps is not None and self.lr_total_steps <= (self.lr_warmup_steps or 0):
             raise ValueError("lr_total_steps must be larger than lr_warmup_steps")
         unread = {"lr_total_steps", "lr_final"} & self.model_fields_set
         if self.lr_schedule == "constant" and unread:
@@ -229,9 +266,11 @@ class InternalModelConfig(Options):
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass."""
     max_context: int | None = Field(default=None, ge=2, le=LARGEST_COUNT)
-    """Longest prompt + completion. None: the model's own limit."""
+    """Longest prompt + completion. None: the model's own limit, or where its RoPE changes."""
     threads: int | None = Field(default=None, ge=1, le=4096)
     """CPU cores to use. None: OMP_NUM_THREADS, else all. Below 20M parameters each core trains rows
     of its own, and one of them samples."""
     device: str = "auto"
     """`auto`: cuda where there is one, else cpu."""
+    trust_remote_code: bool = False
+    """Run Python code of the model's folder, where its config asks for it. Read it first."""

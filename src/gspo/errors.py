@@ -11,6 +11,7 @@
     ├── ServeError             the server cannot start or cannot answer
     │   └── RequestError           a request that the engine refuses (HTTP 400)
     ├── NumericsError          a gradient or a probability that is not finite
+    ├── RolloutError           a rollout function or a task of the user's own raised
     └── MissingDependencyError an optional package is not installed
 
 Every message names the thing, its value and the remedy.
@@ -73,20 +74,27 @@ class NumericsError(GspoError):
     """A gradient or a probability that is not finite; nothing was updated."""
 
 
+class RolloutError(GspoError):
+    """A rollout function or a task of the user's own raised, in `gspo train`."""
+
+
 class MissingDependencyError(GspoError):
     """An optional package is not installed."""
 
     def __init__(self, package: str, extra: str, purpose: str):
-        super().__init__(f"{purpose} needs the package {package!r}: pip install 'gspo[{extra}]'")
+        super().__init__(
+            f"{purpose} needs the package {package!r}: "
+            f"pip install -e '.[{extra}]' in your clone of gspo (it is not on PyPI)"
+        )
 
 
-def suggestion(name: str, choices: Iterable[str]) -> str:
-    """' Did you mean 'x'?' for the nearest of `choices`, or '' where none is near.
+def suggestion(name: str, choices: Iterable[str], cutoff: float = 0.55) -> str:
+    """' Did you mean 'x'?' for the nearest of `choices`, or '' where none is `cutoff` alike.
 
     >>> suggestion("sequnce", ["token", "sequence"])
     " Did you mean 'sequence'?"
     """
-    near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.55)
+    near = difflib.get_close_matches(name, list(choices), n=1, cutoff=cutoff)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 

@@ -94,12 +94,12 @@ class Metrics:
             self.distribution(name, values)
 
     def compute(self) -> dict[str, float]:
-        """Name -> value, sorted by name. A mean over nothing is left out."""
+        """Name -> value, sorted by name. A mean over nothing is left out; a zero has no sign."""
         out: dict[str, float] = dict(self._sums) | dict(self._maxima)
         out |= {name: total / count for name, (total, count) in self._means.items() if count}
         for name, values in self._values.items():
             out |= {f"{name}_{key}": value for key, value in _summarise(values).items()}
-        return dict(sorted(out.items()))
+        return {name: out[name] + 0.0 for name in sorted(out)}  # -0.0 + 0.0 is 0.0
 
 
 def _summarise(values: list[float]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from openai.types.chat import ChatCompletionMessageParam
 from openai.types.chat.chat_completion import Choice
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from gspo.choices import as_choice
 from gspo.errors import DataError, shown, suggestion
 from gspo.progress import all_or_cancel, current_gather
 
@@ -82,8 +83,9 @@ def _explained(title: str, error: ValidationError) -> str:
 class Trajectory(_Record):
     """One rollout: messages as dicts, and the model's own turns as the `Choice` it returned.
 
-    Choices carry the sampled token ids and their log-probs; they are what is trained on. A plain
-    assistant dict is context, as a user or tool message is.
+    Choices carry the sampled token ids and their log-probs; they are what is trained on. What other
+    clients call a choice (a `CompletionChoice`, litellm's `Choices`) is taken too, as a `Choice`. A
+    plain assistant dict is context, as a user or tool message is.
 
     >>> t = Trajectory(messages_and_choices=[{"role": "user", "content": "hi"}], reward=1.0)
     >>> t.messages()
@@ -96,6 +98,15 @@ class Trajectory(_Record):
     metrics: dict[str, float | int | bool] = Field(default_factory=dict)
     metadata: dict[str, MetadataValue] = Field(default_factory=dict)
     logs: list[str] = Field(default_factory=list)
+
+    @field_validator("messages_and_choices", mode="before")
+    @classmethod
+    def _in_one_form(cls, items: Any) -> Any:
+        return [as_choice(item) or item for item in items] if isinstance(items, list) else items
+
+    def turns(self) -> MessagesAndChoices:
+        """All turns in order, each choice as a `Choice`: one that was appended later too."""
+        return [as_choice(item) or item for item in self.messages_and_choices]
 
     @field_validator("metrics", "metadata", mode="before")
     @classmethod
@@ -110,13 +121,13 @@ class Trajectory(_Record):
 
     def choices(self) -> list[Choice]:
         """The model's own turns, in order."""
-        return [item for item in self.messages_and_choices if isinstance(item, Choice)]
+        return [item for item in self.turns() if isinstance(item, Choice)]
 
     def messages(self) -> list[ChatCompletionMessageParam]:
         """All turns as plain messages, ready for the next `chat.completions.create`."""
         plain = [
             item.message.model_dump(exclude_none=True) if isinstance(item, Choice) else item
-            for item in self.messages_and_choices
+            for item in self.turns()
         ]
         return cast(list[ChatCompletionMessageParam], plain)
 

@@ -147,7 +147,9 @@ async def test_a_trained_batch_comes_back(tmp_path: Path):
     await backend.close()
     stored = read_batch(tmp_path / "p/m/trajectories/train/0001.parquet")
     assert stored.record.policy_version == 0
-    assert stored.record.options == {"minibatches": 1}
+    # The learning rate was left to gspo, and with it the warmup.
+    assert stored.record.options == {"minibatches": 1, "lr_warmup_steps": 5}
+    assert stored.record.learning_rate == 1.5e-4
     for a, b in zip(samples(before), samples(stored.groups), strict=True):
         assert a.routes is not None
         assert_same(a, b)

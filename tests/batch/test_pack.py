@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -142,6 +143,36 @@ def test_no_trajectory_is_torn_and_rows_keep_to_the_budget(
     for batch in batches:
         assert batch.token_count <= budget or len(batch.trajectory_ids) == 1
         assert set(batch.sequence_ids.tolist()) == set(range(len(batch.trajectory_ids)))
+
+
+@given(samples=sample_lists(), budget=BUDGETS, seed=st.integers(0, 2**16))
+@pytest.mark.parametrize("share", [False, True])
+def test_a_turn_is_a_sequence_of_its_own_trajectory(
+    samples: list[Sample], budget: int, share: bool, seed: int
+) -> None:
+    """Turns of two trajectories have the same numbers, and stay apart. A turn goes on in the next
+    sample of its trajectory under its number. Log-probs tell the tokens apart."""
+    rng = np.random.default_rng(seed)
+    turned, expected, count = [], {}, 0
+    for sample in samples:
+        turns = np.where(sample.ratio_mask, np.sort(rng.integers(0, 4, len(sample))), -1)
+        old = -np.arange(count + 1, count + len(sample) + 1) / 4096
+        count += len(sample)
+        changed = {"turn_ids": turns, "old_logprobs": old.astype(np.float32)}
+        turned.append(dataclasses.replace(sample, **changed))
+        for t in np.flatnonzero(sample.ratio_mask):
+            expected[old[t]] = (sample.trajectory_id, int(turns[t]), sample.advantage)
+    numbers: dict[tuple[int, int, float], set[tuple[int, int]]] = {}
+    for r, batch in enumerate(pack(turned, budget, "turn", share=share)):
+        assert len(batch.trajectory_ids) == len(batch.advantages)
+        for key, s in zip(batch.old_logprobs.tolist(), batch.sequence_ids.tolist(), strict=True):
+            trajectory, turn, advantage = expected.pop(key)
+            numbers.setdefault((trajectory, turn, advantage), set()).add((r, s))
+            assert batch.trajectory_ids[s] == trajectory
+            assert batch.advantages[s].item() == advantage
+    assert not expected
+    assert all(len(found) == 1 for found in numbers.values())  # a turn is one sequence
+    assert len(set.union(set(), *numbers.values())) == len(numbers)  # and no two turns are
 
 
 @given(samples=sample_lists(), budget=BUDGETS)

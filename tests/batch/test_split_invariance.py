@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -62,19 +63,38 @@ def samples_of_a_step() -> list[Sample]:
     return out
 
 
+def reference(batch: PackedBatch) -> Tensor:
+    """Log-probs under a reference, by the token's number alone."""
+    numbers = batch.tokens[0, batch.targets]
+    return batch.old_logprobs - 0.3 + 0.1 * (numbers % 7)
+
+
 def of_a_step(
-    monkeypatch: pytest.MonkeyPatch, samples: list[Sample], level: Level, budget: int
+    monkeypatch: pytest.MonkeyPatch, samples: list[Sample], objective: Objective, budget: int
 ) -> tuple[Tensor, dict[str, float]]:
     table, metrics = Table(samples_of_a_step()), Metrics()
     monkeypatch.setattr(step, "forward", table.forward)
     tokens = sum(int(sample.loss_mask.sum()) for sample in samples)
     work = step.StepInput(samples, TOTAL, tokens, budget, chunk=None)
     policy: Any = table
-    step.accumulate(policy, work, Objective(level, EPSILON, EPSILON), metrics)
+    known = reference if objective.kl_coef else None
+    step.accumulate(policy, work, objective, metrics, known)
     assert table.weight.grad is not None
     found = metrics.compute()
     del found["tokens/packed_efficiency"]  # the one that describes the packing
     return table.weight.grad, found
+
+
+def assert_same_step(
+    monkeypatch: pytest.MonkeyPatch, objective: Objective, budget: int
+) -> dict[str, float]:
+    samples = samples_of_a_step()
+    gradient, metrics = of_a_step(monkeypatch, samples, objective, budget=10_000)
+    order = np.random.default_rng(budget).permutation(len(samples))
+    other, other_metrics = of_a_step(monkeypatch, [samples[i] for i in order], objective, budget)
+    torch.testing.assert_close(other, gradient, rtol=1e-5, atol=1e-9)
+    assert other_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-7)
+    return metrics
 
 
 @pytest.mark.parametrize("level", ["token", "sequence", "sequence_token", "geometric_average"])
@@ -82,19 +102,52 @@ def of_a_step(
 def test_any_budget_and_order_is_the_same_step(
     monkeypatch: pytest.MonkeyPatch, level: Level, budget: int
 ) -> None:
+    assert_same_step(monkeypatch, Objective(level, EPSILON, EPSILON), budget)
+
+
+@pytest.mark.parametrize("aggregate", ["sequence_mean", "sequence_sum", "token_mean"])
+@pytest.mark.parametrize("budget", BUDGETS[:3])
+def test_the_kl_term_is_the_same_in_any_budget_and_is_the_loops(
+    monkeypatch: pytest.MonkeyPatch, aggregate: Any, budget: int
+) -> None:
+    objective = Objective("token", EPSILON, EPSILON, kl_coef=0.5, aggregate=aggregate)
+    metrics = assert_same_step(monkeypatch, objective, budget)
     samples = samples_of_a_step()
-    gradient, metrics = of_a_step(monkeypatch, samples, level, budget=10_000)
-    order = np.random.default_rng(budget).permutation(len(samples))
-    other, other_metrics = of_a_step(monkeypatch, [samples[i] for i in order], level, budget)
-    torch.testing.assert_close(other, gradient, rtol=1e-5, atol=1e-9)
-    assert other_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-7)
+    weight = Table(samples).weight.detach().double().numpy()
+    row, expected = 0, 0.0
+    length = {o: sum(s.sampled for s in samples if s.trajectory_id == o) for o in range(12)}
+    total = sum(int(s.loss_mask.sum()) for s in samples) if aggregate == "token_mean" else TOTAL
+    for sample in samples:
+        for t in range(len(sample)):
+            if sample.loss_mask[t]:
+                q = float(sample.old_logprobs[t]) - 0.3 + 0.1 * (int(sample.tokens[t]) % 7)
+                q -= weight[row + t]
+                mean = length[sample.trajectory_id] if aggregate == "sequence_mean" else 1
+                expected += (np.exp(q) - q - 1) / mean / total
+        row += len(sample)
+    assert metrics["loss/kl"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_kl_term_changes_no_ratio_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flat groups then have a forward pass; what is clipped is still a share of the others."""
+    samples = samples_of_a_step()
+    signal = [sample for sample in samples if sample.advantage != 0]
+    assert 0 < len(signal) < len(samples)
+    objective = Objective("sequence", EPSILON, EPSILON)
+    _, without = of_a_step(monkeypatch, signal, objective, budget=60)
+    _, with_kl = of_a_step(monkeypatch, samples, replace(objective, kl_coef=0.1), budget=60)
+    ratios = {name: value for name, value in with_kl.items() if name.startswith("ratio/")}
+    assert len(ratios) == 12
+    assert ratios == pytest.approx({name: without[name] for name in ratios})
+    assert with_kl["tokens/trained"] > without["tokens/trained"]  # the KL term trains on them
 
 
 def test_the_metrics_are_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
     """Level `sequence`: a loop over trajectories."""
     samples = samples_of_a_step()
     weight = Table(samples).weight.detach().double().numpy()
-    _, metrics = of_a_step(monkeypatch, samples, "sequence", budget=40)
+    objective = Objective("sequence", EPSILON, EPSILON)
+    _, metrics = of_a_step(monkeypatch, samples, objective, budget=40)
     log_ratios, clipped, advantages, policy = [], [], [], 0.0
     masks = np.concatenate([sample.ratio_mask for sample in samples])
     trained = np.concatenate([sample.loss_mask for sample in samples])
@@ -110,17 +163,21 @@ def test_the_metrics_are_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
         log_ratios.append(log_ratio)
         clipped.append(bound < free and owner != 3)
         advantages.append(advantage)
-    hit, sign = np.array(clipped), np.sign(advantages)
-    tokens = [(trained & (owners == owner)).sum() for owner in range(TRAJECTORIES)]
+    hit, sign, log_ratios = np.array(clipped), np.sign(advantages), np.array(log_ratios)
+    tokens = np.array([(trained & (owners == owner)).sum() for owner in range(TRAJECTORIES)])
+    counted = sign != 0
+    log_ratios = log_ratios[counted]  # of sequences with an advantage
+    signal = masks & counted[owners]
     assert hit.any()
-    assert not hit.all()
+    assert not hit[counted].all()
+    assert not counted.all()
     expected = {
         "loss/policy": policy,
         "loss/kl": 0.0,
-        "ratio/clip_fraction": hit.mean(),
+        "ratio/clip_fraction": hit[counted].mean(),
         "ratio/clip_fraction_positive": hit[sign > 0].mean(),
         "ratio/clip_fraction_negative": hit[sign < 0].mean(),
-        "ratio/clip_fraction_tokens": np.dot(hit, tokens) / sum(tokens),
+        "ratio/clip_fraction_tokens": np.dot(hit, tokens) / sum(tokens[counted]),
         "ratio/extreme": 0,
         "ratio/log_mean": np.mean(log_ratios),
         "ratio/log_abs_max": np.abs(log_ratios).max(),
@@ -128,7 +185,7 @@ def test_the_metrics_are_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
         "ratio/log_p50": np.quantile(log_ratios, 0.5),
         "ratio/log_p99": np.quantile(log_ratios, 0.99),
         "ratio/log_square": np.square(log_ratios).mean(),
-        "ratio/token_log_square": np.square((weight - old)[masks]).mean(),
+        "ratio/token_log_square": np.square((weight - old)[signal]).mean(),
         "loss/entropy": -weight[trained].mean(),
         "tokens/trained": sum(tokens),
         "tokens/computed": len(masks),

@@ -44,10 +44,10 @@ def fakes(monkeypatch: pytest.MonkeyPatch, outcomes: dict[str, Result | Exceptio
 
 def test_benchmarks_are_the_files_with_a_measure_function() -> None:
     found = {str(unit): unit.set for unit in run.discover()}
-    assert {"rollout", "vs_trl:a", "vs_trl:e", "vs_vllm:moe", "gpu_train"} <= set(found)
-    assert {"logprob", "prefix", "packing", "gpu_logprob"} <= set(found)
-    assert (found["rollout"], found["vs_vllm:moe"], found["gpu_train"]) == ("cpu", "vllm", "gpu")
-    assert not {"harness", "guard", "figures", "precision"} & set(found)
+    assert {"rollout", "vs_trl:a", "vs_trl:e", "vs_vllm:moe"} <= set(found)
+    assert {"logprob", "prefix", "packing"} <= set(found)
+    assert (found["rollout"], found["vs_vllm:moe"]) == ("cpu", "vllm")
+    assert not {"harness", "guard", "figures", "precision", "gpu_suite"} & set(found)
 
 
 def test_parts_are_what_the_modules_know() -> None:
@@ -58,12 +58,12 @@ def test_parts_are_what_the_modules_know() -> None:
 
 
 def test_names_choose_benchmarks_and_parts() -> None:
-    units = [Unit("a"), Unit("b", "x"), Unit("b", "y"), Unit("gpu_c")]
+    units = [Unit("a"), Unit("b", "x"), Unit("b", "y"), Unit("vs_vllm", "c")]
     assert run.select([], "cpu", units) == units[:3]
-    assert run.select([], "gpu", units) == units[3:]
+    assert run.select([], "vllm", units) == units[3:]
     assert run.select(["b", "b:x", "a"], "cpu", units) == [units[1], units[2], units[0]]
-    with pytest.raises(SystemExit, match=r"unknown benchmark 'gpu_d'\. Did you mean 'gpu_c'\?"):
-        run.select(["gpu_d"], "cpu", units)
+    with pytest.raises(SystemExit, match=r"unknown benchmark 'vs_vlm'\. Did you mean 'vs_vllm'\?"):
+        run.select(["vs_vlm"], "cpu", units)
 
 
 def test_one_table_and_a_line_for_each_that_did_not_run(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,8 @@ def test_toml_with_overrides(tmp_path: Path):
         ("task = 'sort'\ndynamic_sampling = true\n[train]\nalgorithm = 'reinforce'", [], "learns"),
         ("task = 'reasoning-gym:gcd'", [], "give a model"),
         ("task = 'sort'\nlearning_rate = -1", [], "learning_rate = -1"),
+        ("task = 'sort'\ntrain.max_grad_norm = 'none'", [], "'off' for no gradient clipping"),
+        ("task = 'sort'\ntrain.max_grad_norm = 0", [], "max_grad_norm = 0"),
         ("task = 'sort'\nlearning_rate = 3.0", [], "learning_rate = 3.0: .* equal to 1"),
         ("task = 'sort'", ["steps=1_000_000_000_000"], "steps = 10*: .* equal to 1000000000"),
         ("task = 'sort'", ["temperature=nan"], "temperature = nan: .*finite"),
@@ -48,6 +51,18 @@ def test_mistakes_are_named(tmp_path: Path, text: str, overrides: list[str], mes
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_spec(path, overrides)
+
+
+@pytest.mark.parametrize("spelling", ['"off"', "inf"])
+def test_a_file_can_switch_gradient_clipping_off(tmp_path: Path, spelling: str):
+    path = tmp_path / "run.toml"
+    path.write_text(f"task = 'sort'\n[train]\nmax_grad_norm = {spelling}\n")
+    spec = read_spec(path)
+    assert spec.train.max_grad_norm is None
+    assert read_spec(path, ["train.max_grad_norm=2"]).train.max_grad_norm == 2
+    assert read_spec(path, ["train.max_grad_norm=off"]).train.max_grad_norm is None
+    sent = json.dumps(spec.model_dump(mode="json", exclude_unset=True))  # as to a worker
+    assert Spec(**json.loads(sent)).train.max_grad_norm is None
 
 
 def test_a_missing_file_is_named(tmp_path: Path):

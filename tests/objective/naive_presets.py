@@ -47,7 +47,7 @@ class Parts:
         values: they add up to the sequence's value. A value of the whole sequence stands first.
         slopes: derivative of the sum by each token's own log-prob.
         scales: what the rounding error of a slope grows with, besides the slope itself.
-        clipped: trained tokens without gradient because of the range.
+        clipped: trained tokens that the range acts on: no gradient, or (cispo) a bounded weight.
     """
 
     values: list[float]
@@ -132,8 +132,10 @@ def dapo(one: One) -> Parts:
 
 def cispo(one: One) -> Parts:
     def term(t: int) -> tuple[float, float, bool]:
-        weight = min(one.ratio(one.d[t])[0], 1 + 4.0) * one.advantage
-        return weight * one.new[t], weight, False
+        w = one.ratio(one.d[t])[0]
+        one.edges.append(w - (1 + 4.0))
+        weight = min(w, 1 + 4.0) * one.advantage
+        return weight * one.new[t], weight, w > 1 + 4.0 and one.advantage != 0
 
     return by_token(one, term)
 
@@ -214,6 +216,33 @@ LOOPS: dict[str, tuple[Callable[[One], Parts], str]] = {
     "reinforce": (likelihood, "N"),
 }
 """Of each preset, the value of one sequence, and what the sum is divided by."""
+
+
+SUMS = frozenset({"dr_grpo", "luspo", "rloo", "reinforce"})
+"""Presets of divisor N that add up a sequence's tokens; the others average over its L tokens."""
+
+
+def add_kl(out: Found, case: Case, name: str, coef: float, total: float) -> float:
+    """Add coef * k3 to what `loop` found, with the weight that a token's surrogate has.
+
+    Returns the KL term. k3 = exp(q) - q - 1, q = log pi_ref - log pi; its slope is 1 - exp(q).
+    """
+    term = 0.0
+    for t in range(len(case.ids)):
+        if not (case.sampled[t] and case.trained[t]):
+            continue
+        length = int((case.sampled & (case.ids == case.ids[t])).sum())
+        summed = name in SUMS or LOOPS[name][1] == "T"
+        weight = (1.0 if summed else 1 / length) / total
+        q = float(case.reference[t]) - float(case.new[t])
+        value, slope = ratio(q)
+        term += weight * (value - q - 1)
+        out.loss_scale += coef * weight * (value + abs(q) + 1)
+        out.gradient[t] -= coef * weight * (slope - 1)
+        out.gradient_scale[t] += coef * weight * (slope + 1)
+        out.margin = min(out.margin, abs(q - BOUND))
+    out.loss += coef * term
+    return term
 
 
 @dataclass

@@ -90,6 +90,20 @@ def test_the_standard_deviation_is_the_populations() -> None:
     )
 
 
+@pytest.mark.parametrize("size", [1e200, 1e-200, 1.7e308, 5e-324, -1e200])
+def test_no_size_of_a_reward_overflows_or_vanishes(size: float) -> None:
+    """Squares of these do. They are no equal rewards, and leave the other group as it is."""
+    mixed = advantages([size, 0.0, 0.0, 0.0, 1.0, 3.0], [0, 0, 0, 0, 1, 1])
+    sign = math.copysign(1, size)
+    expected = [sign * math.sqrt(3), *[-sign / math.sqrt(3)] * 3]
+    assert mixed == pytest.approx([*expected, -1.0, 1.0], rel=1e-12)
+
+
+@pytest.mark.parametrize("size", [1e200, 1e-200])
+def test_centred_rewards_keep_their_size(size: float) -> None:
+    assert advantages([size, 0.0], [0, 0], scale=False) == [size / 2, -size / 2]
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_reward_that_is_not_finite_is_refused(bad: float) -> None:
     with pytest.raises(ValueError, match="finite"):

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from gspo.objective import MAX_LOG_RATIO, k3
+from gspo.objective import MAX_LOG_RATIO, PRESETS, k3, policy_loss
+from objective.cases import cases, in_order, near, only, padded, shuffled
+from objective.naive import Case
+from objective.naive_presets import LOOPS, add_kl, loop
+from objective.test_presets import evaluate, likely, trained_tokens
 
 LOGPROBS = st.floats(-20, 0, width=32)
 PAIRS = st.lists(st.tuples(LOGPROBS, LOGPROBS), min_size=1, max_size=50)
@@ -62,3 +68,80 @@ def test_finite_for_huge_differences_and_zero_outside_the_mask() -> None:
     assert value.tolist() == pytest.approx([math.exp(MAX_LOG_RATIO) - 1e4 - 1, 1e4 - 1, 0, 0])
     assert new.grad is not None
     assert new.grad.tolist() == [1.0, 1.0, 0.0, 0.0]
+
+
+# The term in the loss, beside each preset's surrogate
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+@settings(max_examples=30)
+@given(
+    case=cases(max_length=40, max_sequences=6).map(likely),
+    coef=st.sampled_from([0.04, 2.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_it_is_reduced_as_the_surrogate_of_every_preset_is(
+    name: str, case: Case, coef: float, seed: int
+) -> None:
+    """Packed, padded and split into microbatches: N and T are those of the whole step."""
+    value, divisor = LOOPS[name]
+    sequences, tokens = case.count + seed % 3, trained_tokens(case) + seed % 3
+    total = sequences if divisor == "N" else max(tokens, 1)
+    expected = loop(case, value, total)
+    term = add_kl(expected, case, name, coef, total)
+    assume(expected.margin > 1e-12)
+    objective = replace(PRESETS[name].objective, kl_coef=coef)
+    rng = np.random.default_rng(seed)
+    splits = np.array_split(rng.permutation(case.count), rng.integers(1, case.count + 1))
+    for parts, layout in (
+        ([np.arange(case.count)], (in_order, shuffled, padded)[seed % 3]),
+        (splits, shuffled),
+    ):
+        loss, kl, gradient = 0.0, 0.0, np.zeros(len(case.ids))
+        for part in parts:
+            some, where = only(case, part.tolist())
+            order = layout(some) if layout is in_order else layout(some, rng)  # pyright: ignore[reportCallIssue]
+            out, gradient[where] = evaluate(
+                some, objective, order, sequences=sequences, tokens=tokens
+            )
+            loss += out.loss.item()
+            kl += out.kl.item()
+            policy = out.loss.item() - coef * out.kl.item()
+            near(out.policy.item(), policy, 1e-12 * expected.loss_scale)
+        near(loss, expected.loss, 1e-10 * expected.loss_scale + 1e-25)
+        near(kl, term, 1e-10 * expected.loss_scale / coef + 1e-25)
+        near(gradient, expected.gradient, 1e-10 * expected.gradient_scale + 1e-25)
+
+
+@pytest.mark.parametrize("name", ["gspo", "grpo", "dapo", "dr_grpo"])
+def test_its_weight_against_the_surrogate_is_that_of_other_trainers(name: str) -> None:
+    """TRL, Liger and ms-swift add beta * k3 to each token's loss, and reduce the sum once."""
+    torch.manual_seed(0)
+    lengths, width, beta = torch.tensor([3, 40, 11, 7]), 40, 0.04
+    mask = torch.arange(width) < lengths[:, None]
+    old = -torch.rand(4, width, dtype=torch.float64)
+    new = (old + 0.01 * torch.randn_like(old)).requires_grad_()
+    reference = old + 0.1 * torch.randn_like(old)
+    advantages = torch.tensor([1.0, -0.5, 2.0, -2.5], dtype=torch.float64)
+    objective = replace(PRESETS[name].objective, kl_coef=beta)
+
+    d = torch.where(mask, new - old, 0.0)
+    w = d.exp() if name != "gspo" else (d.sum(1) / lengths).exp()[:, None].expand_as(d)
+    low, high = 1 - objective.epsilon_low, 1 + objective.epsilon_high
+    a = advantages[:, None]
+    q = reference - new
+    per_token = -torch.minimum(w * a, w.clamp(low, high) * a) + beta * (q.exp() - q - 1)
+    per_token = torch.where(mask, per_token, 0.0)
+    loss = {
+        "gspo": (per_token.sum(1) / lengths).mean(),
+        "grpo": (per_token.sum(1) / lengths).mean(),
+        "dapo": per_token.sum() / lengths.sum(),
+        "dr_grpo": per_token.sum() / 4,
+    }[name]
+    (expected,) = torch.autograd.grad(loss, new)
+    out = policy_loss(
+        new, old, None, advantages, objective, ratio_mask=mask, reference_logprobs=reference
+    )
+    (gradient,) = torch.autograd.grad(out.loss, new)
+    assert out.loss.item() == pytest.approx(loss.item(), rel=1e-12)
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -62,6 +63,7 @@ def evaluate(
         loss_mask=torch.tensor(case.trained[layout]),
         total_sequences=sequences,
         total_tokens=tokens,
+        reference_logprobs=tensor(case.reference) if objective.kl_coef else None,
     )
     out.loss.backward()
     assert new.grad is not None
@@ -190,7 +192,8 @@ def test_cispo_drops_no_token(d: list[float], seed: int) -> None:
     assert new.grad is not None
     assert ((new.grad != 0) == trained).all()
     assert torch.isfinite(new.grad).all()
-    assert not out.clipped_tokens.any()
+    truncated = trained & (-old.double() > math.log(5))
+    assert out.clipped_tokens.item() == truncated.sum()
 
 
 @pytest.mark.parametrize("name", ["rloo", "reinforce"])
@@ -243,7 +246,7 @@ def keys(batch: PackedBatch) -> np.ndarray:
 
 
 def of_units(
-    rows: Sequence[PackedBatch], name: str, noise: np.ndarray
+    rows: Sequence[PackedBatch], name: str, noise: np.ndarray, kl_coef: float = 0.0
 ) -> tuple[float, np.ndarray, set[tuple[int, ...]]]:
     """Loss, gradient by token, and the partition of the tokens into sequences."""
     loss, gradient = 0.0, np.zeros(len(noise))
@@ -256,9 +259,10 @@ def of_units(
             row.old_logprobs.double(),
             row.sequence_ids,
             row.advantages.double(),
-            PRESETS[name].objective,
+            replace(PRESETS[name].objective, kl_coef=kl_coef),
             total_sequences=sum(len(r.advantages) for r in rows),
             total_tokens=len(noise),
+            reference_logprobs=row.old_logprobs - torch.tensor(noise[key]) if kl_coef else None,
         )
         out.loss.backward()
         assert new.grad is not None
@@ -271,12 +275,14 @@ def of_units(
 
 @pytest.mark.parametrize("name", ["gspo", "grpo", "luspo", "gmpo", "vespo"])
 @settings(max_examples=20)
-@given(budget=st.integers(1, 200), seed=SEEDS)
-def test_turns_are_trajectories_of_their_own(name: str, budget: int, seed: int) -> None:
+@given(budget=st.integers(1, 200), kl_coef=st.sampled_from([0.0, 0.3]), seed=SEEDS)
+def test_turns_are_trajectories_of_their_own(
+    name: str, budget: int, kl_coef: float, seed: int
+) -> None:
     joint, apart, tokens = rollout(seed)
     noise = np.random.default_rng(seed).normal(scale=0.2, size=tokens)
-    loss, gradient, partition = of_units(pack(joint, budget, "turn"), name, noise)
-    expected = of_units(pack(apart, 10**6), name, noise)
+    loss, gradient, partition = of_units(pack(joint, budget, "turn"), name, noise, kl_coef)
+    expected = of_units(pack(apart, 10**6), name, noise, kl_coef)
     assert partition == expected[2]
     assert loss == pytest.approx(expected[0], rel=1e-12)
     assert gradient == pytest.approx(expected[1], rel=1e-12)

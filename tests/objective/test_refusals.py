@@ -81,9 +81,34 @@ def test_refused_before_it_is_broadcast_or_indexed(message: str, changed: dict[s
 
 
 @pytest.mark.usefixtures("unhooked")
-def test_an_unknown_level_is_refused() -> None:
-    with pytest.raises(ValueError, match="unknown level 'sequnce'"):
-        call(Objective("sequnce", 0.2, 0.2))  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("name", "choice"),
+    [
+        ("level", "sequence_token"),
+        ("surrogate", "truncate"),
+        ("aggregate", "token_mean"),
+        ("epsilon_scale", "sqrt_length"),
+    ],
+)
+def test_an_unknown_name_is_refused_when_the_objective_is_made(name: str, choice: str) -> None:
+    named: dict[str, Any] = {"level": "sequence", "epsilon_low": 0.2, "epsilon_high": 0.2}
+    named[name] = "foo"
+    with pytest.raises(ValueError, match=f"unknown {name} 'foo': it is one of .*{choice}"):
+        Objective(**named)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"surrogate": "gate"}, "'gate' has the constants tau_pos, tau_neg, but none were given"),
+        ({"constants": {"tau": 1.0}}, "'clip' has the constants none, but tau were given"),
+        ({"level": "sequence", "surrogate": "truncate"}, "'token', not 'sequence'"),
+    ],
+)
+def test_a_surrogate_is_given_what_it_reads(changed: dict[str, Any], message: str) -> None:
+    named: dict[str, Any] = {"level": "token", "epsilon_low": 0.2, "epsilon_high": 0.2}
+    with pytest.raises(ValueError, match=message):
+        Objective(**named | changed)
 
 
 @pytest.mark.parametrize("low", [0.0, -0.1, 1.01, math.nan, math.inf])

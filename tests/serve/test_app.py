@@ -110,6 +110,51 @@ async def test_what_means_nothing_is_refused_by_name(client, extra: dict, messag
         await client.chat.completions.create(model="m", messages=HELLO, **extra)
 
 
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"repetition_penalty": 1.2}, "repetition_penalty is not supported by this server yet"),
+        (
+            {"chat_template_kwargs": {"a": 1}},
+            "chat_template_kwargs is not supported by this server yet",
+        ),
+        ({"add_special_tokens": True}, "add_special_tokens is not supported by this server yet"),
+        ({"top_k": 5}, "top_k is not supported by this server yet"),
+        ({"max_tokenz": 5}, "'max_tokenz'. Did you mean 'max_tokens'?"),
+        ({"stop_tokens_please": [1]}, "unknown parameter 'stop_tokens_please'."),
+        ({"guided_json": "x"}, "unknown parameter 'guided_json'."),
+        ({"min_tokens": 3}, "FakeEngine replies with the text that it was given"),
+        ({"temperature": 1e-40}, "temperature = 1e-40: must be 0, or in [0.001, 100]"),
+    ],
+)
+async def test_hints_are_given_only_where_a_name_is_near(client, extra: dict, message: str):
+    with pytest.raises(BadRequestError) as refused:
+        await client.chat.completions.create(model="m", messages=HELLO, extra_body=extra)
+    assert str(refused.value).endswith(message)
+
+
+async def test_stop_token_ids_and_special_tokens_reach_the_engine(client, engine: Counted):
+    await client.completions.create(
+        model="m",
+        prompt="x",
+        extra_body={
+            "stop_token_ids": [98],
+            "skip_special_tokens": False,
+            "add_special_tokens": False,
+        },
+    )
+    params = engine.requests[-1].params
+    assert (params.stop_token_ids, params.skip_special_tokens) == ((98,), False)
+
+
+async def test_bytes_of_the_chosen_tokens(client: AsyncOpenAI):
+    answer = await client.chat.completions.create(model="m", messages=HELLO, logprobs=True)
+    choice = answer.choices[0]
+    assert choice.logprobs is not None and choice.logprobs.content is not None
+    joined = b"".join(bytes(entry.bytes or []) for entry in choice.logprobs.content)
+    assert joined.decode().rstrip("\0") == choice.message.content
+
+
 async def test_neutral_values_are_taken(client: AsyncOpenAI):
     await client.chat.completions.create(
         model="m", messages=HELLO, stream=False, presence_penalty=0, user="me", logit_bias={}

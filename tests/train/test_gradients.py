@@ -172,7 +172,8 @@ def test_a_kl_term_needs_every_sequence(policy: Policy, groups):
 
     losses, products = measured(policy, groups, methods, reference=reference)
     free, without = measured(policy, groups, {"gspo": settings_of("gspo")})
-    assert losses["gspo"].scored == 16
+    assert losses["gspo"].scored == 12  # as without a KL term: the flat group can't be clipped
+    assert losses["gspo"].clipped == free["gspo"].clipped
     assert losses["gspo"].kl == pytest.approx(losses["grpo"].kl) and losses["gspo"].kl > 0
     assert losses["gspo"].policy == pytest.approx(free["gspo"].policy, abs=1e-6)
     assert products[0, 0].item() != pytest.approx(without[0, 0].item(), rel=1e-3)

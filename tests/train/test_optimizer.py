@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +43,16 @@ def test_the_gradient_is_clipped_to_the_norm():
     assert Optimizer(own).step(0.1, TrainConfig(max_grad_norm=1.0)) == pytest.approx(6.0)
 
 
+@pytest.mark.parametrize(("limit", "scale"), [(1.0, 1 / 6), (12.0, 1.0), (None, 1.0)])
+def test_the_update_is_made_from_the_clipped_gradient(limit: float | None, scale: float):
+    """With a large adam_epsilon AdamW is nearly gradient descent: a step has its size."""
+    own = {"a": torch.nn.Parameter(torch.zeros(4, dtype=torch.float64))}
+    own["a"].grad = torch.full((4,), 3.0, dtype=torch.float64)
+    options = TrainConfig(max_grad_norm=limit, adam_epsilon=1e6)
+    assert Optimizer(own).step(0.1, options) == pytest.approx(6.0)
+    assert own["a"].tolist() == pytest.approx([-0.1 * 3.0 * scale / 1e6] * 4, rel=1e-4)
+
+
 def test_a_gradient_that_is_not_finite_updates_nothing():
     own = {"a": torch.nn.Parameter(torch.ones(2))}
     own["a"].grad = torch.tensor([float("nan"), 1.0])
@@ -74,9 +86,25 @@ def test_state_of_another_model_is_refused():
 
 def test_schedules():
     cosine = TrainConfig(lr_schedule="cosine", lr_total_steps=10, lr_final=0.1)
-    assert learning_rate(2.0, cosine, 0.0) == 2.0
-    assert learning_rate(2.0, cosine, 5.0) == pytest.approx(2.0 * (0.1 + 0.9 / 2))
-    assert learning_rate(2.0, cosine, 99.0) == pytest.approx(0.2)
+    assert learning_rate(2.0, cosine, 0.0, 0.5) == 2.0
+    assert learning_rate(2.0, cosine, 5.0, 6.0) == pytest.approx(2.0 * (0.1 + 0.9 / 2))
+    assert learning_rate(2.0, cosine, 99.0, 100.0) == pytest.approx(0.2)
     warmup = TrainConfig(lr_warmup_steps=4)
-    assert [learning_rate(1.0, warmup, at / 2) for at in (0, 1, 8, 100)] == [0, 0.125, 1, 1]
-    assert math.isclose(learning_rate(3e-4, TrainConfig(), 7), 3e-4)
+    halves = [learning_rate(1.0, warmup, at / 2, (at + 1) / 2) for at in (0, 1, 7, 8, 100)]
+    assert halves == [0.125, 0.25, 1, 1, 1]
+    assert math.isclose(learning_rate(3e-4, TrainConfig(), 7, 8), 3e-4)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+@pytest.mark.parametrize("minibatches", [1, 3, 4])
+@pytest.mark.parametrize("warmup", [0, 1, 5])
+def test_no_update_within_the_schedule_has_a_rate_of_0(kind: Any, minibatches: int, warmup: int):
+    options = TrainConfig(lr_schedule=kind, lr_warmup_steps=warmup, lr_total_steps=8)
+    edges = [call + at / minibatches for call in range(8) for at in range(minibatches)] + [8.0]
+    rates = [learning_rate(1.0, options, a, b) for a, b in itertools.pairwise(edges)]
+    rising = warmup * minibatches
+    assert rates[:rising] == pytest.approx([(k + 1) / rising for k in range(rising)])
+    assert rates[rising] == 1.0
+    assert all(a > b for a, b in itertools.pairwise(rates[rising:]))
+    assert min(rates) > 0
+    assert learning_rate(1.0, options, 8.0, 9.0) == pytest.approx(0.0)  # lr_final, from here on

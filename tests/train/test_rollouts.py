@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import statistics
+
+import numpy as np
 import pytest
 
 from gspo import TrajectoryGroup
-from gspo.errors import SampleTooLongError
-from gspo.train.rollouts import minibatches, prepare
+from gspo.errors import DataError, SampleTooLongError
+from gspo.train.rollouts import minibatches, prepare, reward_std
 from support import choice, trajectory
 
 
@@ -25,6 +28,23 @@ def test_advantages_are_standardised_per_group():
 def test_unscaled_advantages_are_centred_only():
     batch = prepare(groups((1, 0), (0, 4)), context=99, advantage="group_mean")
     assert [s[0].advantage for s in batch.samples] == [0.5, -0.5, -2, 2]
+
+
+def test_an_advantage_beyond_float32_is_refused_with_the_group():
+    huge = groups((0, 1), (1e200, 1.0))
+    assert [s[0].advantage for s in prepare(huge, context=99).samples] == [-1, 1, 1, -1]
+    with pytest.raises(DataError, match=r"group 1: an advantage is 5e\+199.*divide the rewards"):
+        prepare(huge, context=99, advantage="group_mean")
+
+
+@pytest.mark.parametrize("rewards", [[1e200, 1.0, 1.0, 1.0], [0.0, 0.0], [1e-200, 0.0], [1.7e308]])
+def test_the_rewards_std_is_exact_at_any_size(rewards: list[float]):
+    assert reward_std(rewards) == pytest.approx(statistics.pstdev(rewards), rel=1e-12)
+
+
+def test_the_rewards_std_is_numpys_to_the_bit():
+    rewards = np.random.default_rng(0).normal(size=64).tolist()
+    assert reward_std(rewards) == np.std(rewards)
 
 
 def test_minibatches_keep_groups_together_and_lose_nothing():

@@ -298,13 +298,31 @@ def test_trainer_logprobs_remove_a_mismatch_from_the_ratio():
 
 def test_noise_is_warned_of_once(caplog):
     policy = embedded()
+    groups = engine_groups(policy)
+    for group in groups:
+        for t in group:
+            c = t.choices()[0]
+            c.token_logprobs = [v - 0.01 for v in c.token_logprobs]  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = Trainer(policy)
+    batch = prepare(groups, context=512)
+    for _ in range(2):
+        trainer.policy.version = 0  # as if the batch were fresh again
+        trainer.train(batch, resolve(TrainConfig(learning_rate=1e-6)))
+    (warning,) = [r for r in caplog.records if r.levelname == "WARNING"]
+    assert "noise alone clips" in warning.message
+
+
+def test_a_range_beside_the_spread_is_information_and_told_once(caplog):
+    """Every short run at the paper's range would warn: a warning that always comes is none."""
+    policy = embedded()
     trainer = Trainer(policy)
     batch = prepare(engine_groups(policy), context=512)
     settings = resolve(TrainConfig(learning_rate=1e-3))
-    for _ in range(2):
-        trainer.train(batch, settings)
-    warnings = [r for r in caplog.records if "epsilon='auto'" in r.message]
-    assert len(warnings) == 1
+    with caplog.at_level("INFO", "gspo"):
+        for _ in range(2):
+            trainer.train(batch, settings)
+    (told,) = [r for r in caplog.records if "epsilon='auto'" in r.message]
+    assert told.levelname == "INFO"
 
 
 @pytest.mark.parametrize("algorithm", list(PRESETS))
@@ -315,7 +333,7 @@ def test_every_preset_trains(algorithm: str):
     settings = resolve(TrainConfig(learning_rate=1e-4), options)
     batch = prepare(engine_groups(policy), context=512, advantage=settings.advantage)
     out = Trainer(policy).train(batch, settings)
-    assert out.updates == 4
+    assert out.updates == settings.minibatches == (1 if algorithm in ("rloo", "reinforce") else 4)
     assert all(math.isfinite(v) for v in out.metrics.compute().values())
     assert any(not torch.equal(p, before[n]) for n, p in policy.trainable.items())
 

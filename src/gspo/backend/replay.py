@@ -11,13 +11,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from openai.types.chat.chat_completion import Choice
 
 from gspo.config import TrainConfig
+from gspo.dev import Algorithm
 from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.errors import RunError
+from gspo.train.algorithms import find_algorithm
 from gspo.train.settings import Settings, resolve
 from gspo.trajectory import Trajectory, TrajectoryGroup
 
@@ -39,7 +41,7 @@ class UpdateRecord:
     policy_version: int
     context: int
     dtype: str
-    learning_rate: float
+    learning_rate: float | None
     kl_penalty_coef: float
     options: dict[str, Any]
 
@@ -47,6 +49,10 @@ class UpdateRecord:
     def of(cls, settings: Settings, *, version: int, context: int, dtype: str) -> UpdateRecord:
         """The record of one call of `train`."""
         options = settings.options.model_dump(mode="json", exclude_unset=True)
+        named = settings.options.algorithm
+        if named is not None and named not in get_args(Algorithm):
+            # As its fields: it is read back where nobody has registered it.
+            options["algorithm"] = asdict(find_algorithm(named))
         kl = settings.objective.kl_coef
         return cls(version, context, dtype, settings.learning_rate, kl, options)
 

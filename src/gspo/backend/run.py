@@ -269,7 +269,7 @@ def _row(group: int, index: int, trajectory: Trajectory) -> dict[str, Any]:
     choices = trajectory.choices()
     messages = [
         {**m.message.model_dump(exclude_none=True), "sampled": True} if isinstance(m, Choice) else m
-        for m in trajectory.messages_and_choices
+        for m in trajectory.turns()
     ]
     return {
         "group": group,

@@ -33,6 +33,7 @@ from gspo.train.checkpoint import (
     steps_saved,
     verify_checkpoint,
 )
+from gspo.train.defaults import with_defaults
 from gspo.train.rollouts import RolloutBatch, prepare
 from gspo.train.settings import Settings
 from gspo.train.trainer import Trainer, TrainOutput
@@ -85,6 +86,7 @@ class Service:
         keep_checkpoints: int | None,
     ) -> TrainResult:
         """Update, log, save. Blocking; `groups` are those that `batch` was made of."""
+        settings = with_defaults(settings, self.trainer.policy)
         record = self._record(settings)
         self.run.trackers.configure("train", settings.as_config())
         try:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import random
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,28 +15,42 @@ from gspo.backend.local import LocalBackend
 from gspo.lab.profile import Profile
 from gspo.lab.rollout import Rollouts
 from gspo.lab.spec import Spec
+from gspo.lab.statistics import Interval, reward_interval
 from gspo.timing import span
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """Mean reward over prompts and its 95 % bootstrap interval."""
+class Estimate(Interval):
+    """Held-out reward: its mean over rollouts, and the 95 % interval of that over prompts.
 
-    mean: float
-    low: float
-    high: float
+    Attributes:
+        prompts: distinct ones; None in the log of an older run.
+    """
 
-    def parts(self) -> dict[str, float]:
-        """The three numbers by the ending of their metric's name."""
-        return {"": self.mean, "_low": self.low, "_high": self.high}
+    prompts: int | None = None
 
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+    def metrics(self) -> dict[str, float]:
+        """The estimate as a run logs it."""
+        values = {
+            "val/reward": self.mean,
+            "val/reward_low": self.low,
+            "val/reward_high": self.high,
+            "val/prompts": self.prompts,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+    @classmethod
+    def logged(cls, record: Mapping[str, float]) -> Estimate:
+        """The estimate of a line of metrics.jsonl."""
+        low, high = record.get("val/reward_low"), record.get("val/reward_high")
+        prompts = record.get("val/prompts")
+        return cls(record["val/reward"], low, high, None if prompts is None else int(prompts))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished experiment found. `before` and `after` are held-out rewards."""
+    """What a finished experiment found. `before` and `after` are held-out rewards; `prompts` counts
+    the distinct ones that they were measured on."""
 
     run: Path
     steps: int
@@ -96,7 +110,7 @@ async def run_experiment(spec: Spec, watch: Watch, profile: Profile | None = Non
         return Outcome(
             run=folder,
             steps=await model.get_step(),
-            prompts=spec.eval_prompts,
+            prompts=(after and after.prompts) or spec.eval_prompts,
             seconds=time.perf_counter() - started,
             before=before,
             after=after,
@@ -121,44 +135,49 @@ async def _evaluate(
     if spec.eval_prompts == 0:
         return None
     for record in model.backend().run(model).metrics():
-        if record["step"] == step and "val/reward_high" in record:
-            return Estimate(
-                record["val/reward"], record["val/reward_low"], record["val/reward_high"]
-            )
+        if record["step"] == step and "val/reward" in record:
+            return Estimate.logged(record)
     if await model.get_step() != step:  # an older run, started without an evaluation
         return None
     groups = await art.gather_trajectory_groups(
         (rollouts.group("heldout", i, spec.eval_completions) for i in range(spec.eval_prompts)),
         pbar_desc=None,
     )
-    estimate = bootstrap(_by_prompt(rollouts, groups))
-    # By distinct prompt, also in the log: a resumed run reads its start from there.
-    found = {f"val/reward{end}": value for end, value in estimate.parts().items()}
-    await model.backend().record(model, groups, "val", found, step)
+    estimate = estimate_reward(groups)
+    # A resumed run reads its start from the log.
+    await model.backend().record(model, groups, "val", estimate.metrics(), step)
     watch.evaluated(step, estimate)
     return estimate
 
 
-def _by_prompt(rollouts: Rollouts, groups: Sequence[art.TrajectoryGroup]) -> list[float]:
-    """Mean reward of each distinct prompt: one that is drawn twice is no new evidence."""
-    rewards: dict[str, list[float]] = {}
-    for index, group in enumerate(groups):
-        problem = rollouts.scenario("heldout", index).problem
-        key = problem.prompt if problem else str(index)
-        rewards.setdefault(key, []).extend(t.reward for t in group)
-    return [sum(own) / len(own) for own in rewards.values()]
+def estimate_reward(groups: Sequence[art.TrajectoryGroup]) -> Estimate:
+    """Held-out reward from rollouts, with an interval that counts distinct prompts.
 
-
-def bootstrap(values: Sequence[float], draws: int = 2000) -> Estimate:
-    """Mean and its percentile bootstrap interval, from a fixed seed.
-
-    >>> bootstrap([1.0, 1.0, 1.0])
-    Estimate(mean=1.0, low=1.0, high=1.0)
+    If all rollouts have the same prompt, its reward is what is estimated, and its groups are what
+    is counted.
     """
-    rng = random.Random(0)
-    size = len(values)
-    means = sorted(sum(rng.choices(values, k=size)) / size for _ in range(draws))
-    return Estimate(sum(values) / size, means[int(0.025 * draws)], means[int(0.975 * draws) - 1])
+    by_prompt = _by_prompt(groups)
+    units = by_prompt if len(by_prompt) > 1 else [[t.reward for t in group] for group in groups]
+    found = reward_interval(units)
+    return Estimate(found.mean, found.low, found.high, len(by_prompt))
+
+
+def _by_prompt(groups: Sequence[art.TrajectoryGroup]) -> list[list[float]]:
+    """The rewards of each distinct prompt: one that is drawn twice is no new evidence.
+
+    The prompt is what a group's first rollout began with, whoever made it.
+    """
+    rewards: dict[str, list[float]] = {}
+    for group in groups:
+        rewards.setdefault(_prompt(group.trajectories[0]), []).extend(t.reward for t in group)
+    return list(rewards.values())
+
+
+def _prompt(trajectory: art.Trajectory) -> str:
+    """What stands before the model's first turn."""
+    items = trajectory.messages_and_choices
+    before = list(itertools.takewhile(lambda item: isinstance(item, dict), items))
+    return json.dumps([before, trajectory.tools], sort_keys=True, default=str)
 
 
 def _timing(metrics: dict[str, float], rolled: float, whole: float) -> dict[str, float]:
@@ -176,8 +195,8 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
     return {
         "reward_before": outcome.before and outcome.before.mean,
         "reward_after": outcome.after and outcome.after.mean,
-        "reward_before_95": outcome.before and list(asdict(outcome.before).values())[1:],
-        "reward_after_95": outcome.after and list(asdict(outcome.after).values())[1:],
+        "reward_before_95": outcome.before and [outcome.before.low, outcome.before.high],
+        "reward_after_95": outcome.after and [outcome.after.low, outcome.after.high],
         "prompts": outcome.prompts,
         "steps": outcome.steps,
         "seconds": round(outcome.seconds, 2),

@@ -119,7 +119,8 @@ class Source:
         """Log-probs of the base model, which a KL term is taken against."""
 
         def load() -> Policy:
-            frozen = load_policy(self.config["base_model"])
+            load = InternalModelConfig(max_context=policy.context)  # it may decide the RoPE
+            frozen = load_policy(self.config["base_model"], load)
             frozen.packing, frozen.compute_dtype = policy.packing, policy.compute_dtype
             frozen.lm.requires_grad_(False)
             return frozen

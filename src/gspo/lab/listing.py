@@ -27,7 +27,7 @@ def _defaults(preset: Preset) -> dict[str, Any]:
     out: dict[str, Any] = {"ratio": objective.level, "advantage": preset.advantage}
     if objective.surrogate in CLIPPING:
         out |= {"epsilon": objective.epsilon_low, "epsilon_high": objective.epsilon_high}
-    return out | dict(objective.constants)
+    return out | dict(objective.constants) | {"minibatches": preset.minibatches}
 
 
 def print_presets(console: Console | None = None) -> None:

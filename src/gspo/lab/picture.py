@@ -20,7 +20,7 @@ def require_plotting() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise MissingDependencyError("matplotlib", "plot", "the picture of a run") from None
+        raise MissingDependencyError("matplotlib", "lab", "the picture of a run") from None
 
 
 def draw_run(folder: Path) -> Path:

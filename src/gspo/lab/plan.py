@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from gspo.backend.trackers import check_loggers
-from gspo.errors import ModelError
 from gspo.lab.rollout import load_rollout
 from gspo.lab.spec import Spec
 from gspo.policy.embedded import PREFIX, build_model, build_tokenizer, embedded_task
-from gspo.policy.load import resolve
+from gspo.policy.source import read_config, read_tokenizer, resolve
 from gspo.serve.cache import slab_bytes
 from gspo.tasks import load_task
+from gspo.train.defaults import default_learning_rate
 from gspo.train.settings import Settings
 from gspo.train.settings import resolve as resolve_settings
 from gspo.train.trainer import activation_bytes, row_budget
@@ -30,6 +30,8 @@ class Plan:
     algorithm: str
     clip_range: tuple[float, float] | None
     parameters: int
+    learning_rate: float
+    chat_template: bool
     sequences_per_step: int
     sequences_per_update: int
     updates_per_step: int
@@ -61,7 +63,8 @@ def make_plan(spec: Spec) -> Plan:
     task = load_task(spec.task, spec.task_options) if spec.task else None
     if spec.rollout:
         load_rollout(spec.rollout)
-    config, parameters = _shape(spec.model)
+    trust = spec.load.trust_remote_code
+    config, parameters = _shape(spec.model, trust)
     text = config.get_text_config()
     limit = spec.max_tokens or (task.max_tokens if task else None)
     rows = min(512, spec.prompts * spec.completions)
@@ -73,9 +76,12 @@ def make_plan(spec: Spec) -> Plan:
         algorithm=settings.algorithm,
         clip_range=_clip_range(settings),
         parameters=parameters,
+        learning_rate=spec.learning_rate
+        or default_learning_rate(parameters, spec.load.lora is not None),
+        chat_template=_has_template(spec.model, trust),
         sequences_per_step=sequences,
-        sequences_per_update=-(-sequences // spec.train.minibatches),
-        updates_per_step=spec.train.minibatches * spec.train.epochs,
+        sequences_per_update=-(-sequences // settings.minibatches),
+        updates_per_step=settings.minibatches * spec.train.epochs,
         longest_completion=limit,
         row_tokens=row,
         memory_weights=4 * parameters,
@@ -94,18 +100,23 @@ def _clip_range(settings: Settings) -> tuple[float, float] | None:
     return 1 - objective.epsilon_low, 1 + objective.epsilon_high
 
 
-def _shape(name: str) -> tuple[Any, int]:
+def _has_template(name: str, trust_remote_code: bool) -> bool:
+    """Whether the model's tokenizer has a chat template."""
+    if name.startswith(PREFIX):
+        return True
+    tokenizer = read_tokenizer(resolve(name), trust_remote_code=trust_remote_code)
+    return tokenizer.chat_template is not None
+
+
+def _shape(name: str, trust_remote_code: bool) -> tuple[Any, int]:
     """The model's config and its number of parameters, without its weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     if name.startswith(PREFIX):
         embedded_task(name)
         model = build_model(build_tokenizer(), 0)
     else:
-        try:
-            config = AutoConfig.from_pretrained(resolve(name))
-        except (OSError, ValueError) as error:
-            raise ModelError(f"cannot load the config of {name!r}: {error}") from None
+        config = read_config(resolve(name), trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return model.config, sum(p.numel() for p in model.parameters())

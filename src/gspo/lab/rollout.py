@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-from gspo.errors import ConfigError
+from openai import BadRequestError
+from openai.types.chat.chat_completion import Choice
+
+from gspo.byname import load_object
+from gspo.choices import as_choice
+from gspo.errors import ConfigError, DataError
 from gspo.gather import gather_trajectory_groups
 from gspo.lab.spec import Spec
+from gspo.lab.user_error import rollout_error
 from gspo.model import TrainableModel
 from gspo.tasks import Problem, Split, Task, load_task
 from gspo.train.rollouts import shaped_reward
@@ -49,8 +53,20 @@ class Rollouts:
         return Scenario(split, index, seed, problem)
 
     async def group(self, split: Split, index: int, size: int) -> TrajectoryGroup:
-        """`size` rollouts of one prompt."""
-        scenario = self.scenario(split, index)
+        """`size` rollouts of one prompt.
+
+        Raises:
+            RolloutError: the user's own rollout or task raised.
+        """
+        try:
+            return await self._group(self.scenario(split, index), size)
+        except Exception as error:
+            told = rollout_error(error, split, index, await self.model.get_step())
+            if told is None:
+                raise
+            raise told from error
+
+    async def _group(self, scenario: Scenario, size: int) -> TrajectoryGroup:
         if self.rollout is not None:
             rollout = self.rollout
             return await TrajectoryGroup(rollout(self.model, scenario) for _ in range(size))
@@ -89,9 +105,8 @@ class Rollouts:
         problem = scenario.problem
         assert problem is not None
         messages = task.messages(problem)
-        response = await self.model.openai_client().chat.completions.create(
-            model=self.model.inference_name,
-            messages=messages,  # pyright: ignore[reportArgumentType]
+        choices = await self._sample(
+            messages,
             n=size,
             max_tokens=self.spec.max_tokens or task.max_tokens,
             temperature=self.spec.temperature,
@@ -103,8 +118,37 @@ class Rollouts:
                 reward=task.score(problem, choice.message.content or ""),
                 metadata={"answer": problem.answer},
             )
-            for choice in response.choices
+            for choice in choices
         )
+
+    async def _sample(self, messages: list[Any], **options: Any) -> list[Choice]:
+        """The choices of one request; of a model without a chat template, by its plain text.
+
+        Raises:
+            DataError: the engine refuses the prompt.
+        """
+        client, name = self.model.openai_client(), self.model.inference_name
+        backend: Any = self.model.backend()
+        try:
+            if backend.policy(self.model).tokenizer.chat_template is None:
+                prompt = plain_prompt(messages)
+                answer = await client.completions.create(model=name, prompt=prompt, **options)
+            else:
+                answer = await client.chat.completions.create(
+                    model=name, messages=messages, **options
+                )
+        except BadRequestError as error:
+            raise DataError(f"the engine refuses a prompt of the task: {error.message}") from None
+        return [choice for found in answer.choices if (choice := as_choice(found))]
+
+
+def plain_prompt(messages: list[dict[str, Any]]) -> str:
+    """The conversation as text, for a model without a chat template.
+
+    >>> plain_prompt([{"role": "system", "content": "Sort."}, {"role": "user", "content": "312"}])
+    'Sort.\\n\\n312\\n'
+    """
+    return "\n\n".join(message["content"] for message in messages) + "\n"
 
 
 def load_rollout(name: str) -> Rollout:
@@ -113,19 +157,9 @@ def load_rollout(name: str) -> Rollout:
     Raises:
         ConfigError: no such module or function, or not an async function of two arguments.
     """
-    module_name, colon, function_name = name.partition(":")
-    if not colon:
-        raise ConfigError(f"rollout = {name!r}: write 'module:function'")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(f"rollout = {name!r}: cannot import {module_name}: {error}") from None
-    function = getattr(module, function_name, None)
+    function = load_object(name, "rollout")
     if not inspect.iscoroutinefunction(function):
-        raise ConfigError(f"rollout = {name!r}: {module_name} has no async function of that name")
+        raise ConfigError(f"rollout = {name!r} is not an async function")
     if len(inspect.signature(function).parameters) != 2:
         raise ConfigError(f"rollout = {name!r} must take two arguments: (model, scenario)")
     return function

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from gspo.backend.trackers import TrackerName
+from gspo.byname import beside
 from gspo.config import TrainConfig
 from gspo.dev import InternalModelConfig
 from gspo.dev import TrainConfig as DevTrainConfig
@@ -32,9 +33,10 @@ class Spec(Options):
     model: str = ""
     """`embedded:<task>`, a folder, or a hub id. Default: the task's embedded model."""
     task: str | None = None
-    """`sort`, `reverse`, `add`, `chain`, `climb` or `reasoning-gym:<dataset>`."""
+    """`sort`, `reverse`, `add`, `chain`, `climb`, `reasoning-gym:<dataset>`, or `module:Class`: a
+    `gspo.tasks.Task` of your own, in a file beside this one."""
     task_options: dict[str, Any] = Field(default_factory=dict)
-    """Options of `chain`, or of a reasoning-gym dataset."""
+    """Options of `chain`, of a reasoning-gym dataset, or of your own task's constructor."""
     rollout: str | None = None
     """`module:function`, an `async def rollout(model, scenario) -> Trajectory` of your own.
     Without it, the task's prompt is answered in one turn and scored."""
@@ -61,7 +63,8 @@ class Spec(Options):
     """Trackers that are shown the metrics too: `tensorboard`, `trackio`, `wandb`."""
     train: DevTrainConfig = Field(default_factory=DevTrainConfig)
     """The fields of `dev.TrainConfig`: algorithm, epsilon, minibatches, schedule, ..."""
-    learning_rate: float = Field(default=TrainConfig().learning_rate, gt=0, le=1)
+    learning_rate: float | None = Field(default=None, gt=0, le=1)
+    """Peak learning rate. None: by the model's size, with a warmup (docs/defaults.md)."""
     load: InternalModelConfig = Field(default_factory=InternalModelConfig)
     """The fields of `dev.InternalModelConfig`: dtype, lora, activation_checkpointing, ..."""
 
@@ -104,7 +107,20 @@ def read_spec(path: Path, overrides: Iterable[str] = ()) -> Spec:
     Raises:
         ConfigError: no such file, not TOML, or an unknown key or value.
     """
-    return Spec(**override(read_toml(path), overrides))
+    return Spec(**named_beside(override(read_toml(path), overrides), path.parent))
+
+
+def named_beside(run: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The fields of a run, whose `module:name`s mean files of `folder` where it has them."""
+    found = {key: _beside(run[key], folder) for key in ("task", "rollout") if key in run}
+    train = run.get("train")
+    if isinstance(train, dict) and "algorithm" in train:
+        found["train"] = train | {"algorithm": _beside(train["algorithm"], folder)}
+    return run | found
+
+
+def _beside(name: Any, folder: Path) -> Any:
+    return beside(name, folder) if isinstance(name, str) else name
 
 
 def read_toml(path: Path) -> dict[str, Any]:

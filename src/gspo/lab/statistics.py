@@ -1,98 +1,111 @@
-"""What a handful of seeds can show: means, paired differences and their 95 % intervals.
+"""What a handful of seeds, or of held-out prompts, can show: means and their 95 % intervals.
 
-A percentile bootstrap is too narrow for few values: of 5 normal values it covers the mean in 83 %
-of the cases, not in 95 %. So below `FEW` values the interval is Student's t, exact for normal
-values; from there on it is the studentized bootstrap, which follows skewed values too (Efron and
-Tibshirani, An Introduction to the Bootstrap, 1993, section 12.5).
+Over seeds the interval is Student's t, at any number of them. Two arms of one law differ by values
+that are symmetric about 0, and of these Student's t calls no more than its 5 % a difference, also
+where most seeds sit at a ceiling or a floor; a bootstrap calls up to 14 % one there
+(benchmarks/intervals.py, docs/compare.md).
+
+Over prompts it is the interval of a proportion, since rewards are mostly shares: many prompts at 0
+and a few above have no normal mean.
 """
 
 from __future__ import annotations
 
 import math
-import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 LEVEL = 0.95
-FEW = 10
 NO_DIFFERENCE = "no difference shown"
 NO_INTERVAL = "no interval, nothing shown"
+_NORMAL = statistics.NormalDist().inv_cdf((1 + LEVEL) / 2)
+_LARGE = 1e5
+"""Trials from which a proportion's interval is Student's, to four digits."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95 % interval; `low` and `high` are None where nothing is known of it."""
+    """A mean and its 95 % interval; `low` and `high` are None if nothing is known of it."""
 
     mean: float
     low: float | None
     high: float | None
 
+    @property
+    def ends(self) -> str:
+        """The interval alone, as text; empty if there is none.
+
+        >>> Interval(0.5, 0.25, 0.75).ends
+        '[0.250, 0.750]'
+        """
+        return "" if self.low is None or self.high is None else f"[{self.low:.3f}, {self.high:.3f}]"
+
     def __str__(self) -> str:
-        if self.low is None or self.high is None:
-            return f"{self.mean:.3f}"
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.mean:.3f} {self.ends}".rstrip()
 
 
-def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
+def t_interval(values: Sequence[float]) -> Interval:
     """Mean and its interval by Student's t.
+
+    One value has no interval. Nor have values that are all the same: they say how coarse rewards
+    are, not how sure their mean is.
 
     >>> print(t_interval([1.0, 2.0, 3.0]))
     2.000 [-0.484, 4.484]
+    >>> print(t_interval([1.0, 1.0, 1.0]))
+    1.000
     """
     mean = statistics.fmean(values)
-    if len(values) < 2:
+    if len(set(values)) < 2:
         return Interval(mean, None, None)
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    half = t_quantile((1 + level) / 2, len(values) - 1) * error
+    half = _t_half(len(values)) * _standard_error(values)
     return Interval(mean, mean - half, mean + half)
 
 
-def bootstrap_t_interval(
-    values: Sequence[float], level: float = LEVEL, draws: int = 4000
-) -> Interval:
-    """Mean and its studentized bootstrap interval, from a fixed seed.
-
-    Each draw's mean is measured in its own standard errors; the quantiles of that take the place of
-    Student's.
-    """
-    size, mean = len(values), statistics.fmean(values)
-    if size < 2:
-        return Interval(mean, None, None)
-    rng = random.Random(0)
-    error = statistics.stdev(values) / math.sqrt(size)
-    shifts = []
-    for _ in range(draws):
-        drawn = rng.choices(values, k=size)
-        middle = sum(drawn) / size
-        squares = sum((value - middle) ** 2 for value in drawn)
-        if len(set(drawn)) > 1:  # a draw of one value alone has no standard error
-            shifts.append((middle - mean) / math.sqrt(squares / (size - 1) / size))
-    shifts.sort()
-    if not shifts:
-        return Interval(mean, mean, mean)
-    tail = int((1 - level) / 2 * len(shifts))
-    return Interval(mean, mean - shifts[-1 - tail] * error, mean - shifts[tail] * error)
-
-
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> Interval:
-    """Mean of a - b over seeds, value by value, with an interval that fits their number.
-
-    Where every seed differs by the same, and not by 0, the spread is below what the rewards can
-    resolve: an interval without width would be a claim, so there is none.
+    """Mean of a - b over seeds, value by value, with its interval by Student's t.
 
     >>> print(paired_difference([0.6, 0.7], [0.5, 0.5]))
     0.150 [-0.485, 0.785]
     """
-    # Rounded: 0.3 - 0.2 and 0.2 - 0.1 are the same difference.
-    differences = [round(x - y, 12) for x, y in zip(a, b, strict=True)]
-    if len(set(differences)) == 1 and differences[0] != 0:
-        return Interval(differences[0], None, None)
-    return t_interval(differences) if len(differences) < FEW else bootstrap_t_interval(differences)
+    return t_interval(_differences(a, b))
+
+
+def p_value(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """How often arms of one law would differ by as much as these: Student's paired test.
+
+    None if `paired_difference` has no interval; below 0.05 if that leaves out 0.
+
+    >>> round(p_value([0.6, 0.7], [0.5, 0.5]), 3)
+    0.205
+    """
+    differences = _differences(a, b)
+    if len(set(differences)) < 2:
+        return None
+    t = abs(statistics.fmean(differences)) / _standard_error(differences)
+    return _t_tails(t, len(differences) - 1)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values after Holm's correction, in the order given.
+
+    Of differences that are all none, one or more falls below 0.05 in at most 5 % of the cases,
+    however many there are.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    count, corrected, highest = len(p_values), [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(count), key=lambda i: p_values[i])):
+        highest = max(highest, (count - rank) * p_values[index])
+        corrected[index] = min(1.0, highest)
+    return corrected
 
 
 def verdict(difference: Interval, a: str, b: str) -> str:
-    """Which of two is higher, where the interval leaves 0 out.
+    """Which of two is higher, if the interval leaves out 0.
 
     >>> verdict(Interval(0.1, -0.2, 0.4), "gspo", "grpo")
     'no difference shown'
@@ -104,8 +117,75 @@ def verdict(difference: Interval, a: str, b: str) -> str:
     return f"{b} higher" if difference.high < 0 else NO_DIFFERENCE
 
 
+def share_interval(count: float, trials: float) -> Interval:
+    """A share and its interval by Clopper and Pearson: `count` of `trials`, both may be fractions.
+
+    It never has a width of 0: of 5 seeds of which none collapsed, half may.
+
+    >>> print(share_interval(0, 5)); print(share_interval(4, 5))
+    0.000 [0.000, 0.522]
+    0.800 [0.284, 0.995]
+    """
+    tail = (1 - LEVEL) / 2
+    low = _beta_quantile(tail, count, trials - count + 1) if count > 0 else 0.0
+    high = _beta_quantile(1 - tail, count + 1, trials - count) if count < trials else 1.0
+    return Interval(count / trials, low, high)
+
+
+def reward_interval(rewards: Sequence[Sequence[float]]) -> Interval:
+    """Mean reward and its interval over prompts, from the rewards of each distinct prompt.
+
+    The mean is over all rollouts. The prompts are what was drawn: a prompt's rollouts are alike, so
+    4 prompts with 100 rollouts each are 4 prompts.
+
+    If all rewards lie in [0, 1], the mean is treated as a share, of as many trials as give it the
+    variance that the prompts show (Korn and Graubard, Survey Methodology 24, 1998): rewards that
+    are all 0 leave room above. Other rewards get Student's t, and none if they are all the same.
+
+    >>> print(reward_interval([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 0.0]]))
+    0.375 [0.001, 0.986]
+    >>> print(reward_interval([[0.0, 0.0]] * 64))
+    0.000 [0.000, 0.056]
+    >>> print(reward_interval([[-1.0, 0.0], [0.0, 0.0], [-1.0, -1.0]]))
+    -0.500 [-1.742, 0.742]
+    """
+    rollouts = [reward for of_prompt in rewards for reward in of_prompt]
+    mean, variance = statistics.fmean(rollouts), _variance_of_mean(rewards)
+    known = variance > 0 and len(rewards) > 1
+    half = _t_half(len(rewards)) * math.sqrt(variance) if known else math.inf
+    if min(rollouts) >= 0 and max(rollouts) <= 1:
+        # Without variety nothing says that a prompt is worth more than one trial.
+        trials = mean * (1 - mean) * (_NORMAL / half) ** 2 if known else _equal_prompts(rewards)
+        if trials <= _LARGE:
+            found = share_interval(mean * trials, trials)
+            return Interval(mean, found.low, found.high)
+    return Interval(mean, mean - half, mean + half) if known else Interval(mean, None, None)
+
+
+def _variance_of_mean(rewards: Sequence[Sequence[float]]) -> float:
+    """Variance of the mean over all rollouts, from the spread of prompts.
+
+    At least what rollouts would give that have nothing to do with each other: of few prompts, the
+    means may be alike by chance.
+    """
+    rollouts = [reward for of_prompt in rewards for reward in of_prompt]
+    if len(set(rollouts)) < 2:
+        return 0.0
+    total, mean = len(rollouts), statistics.fmean(rollouts)
+    alone = statistics.variance(rollouts) / total
+    if len(rewards) < 2:
+        return alone
+    squares = sum((math.fsum(one) - len(one) * mean) ** 2 for one in rewards)
+    return max(alone, squares / total**2 * len(rewards) / (len(rewards) - 1))
+
+
+def _equal_prompts(rewards: Sequence[Sequence[float]]) -> float:
+    """As many prompts of one weight would give a mean as sure as these, of different weights."""
+    return sum(map(len, rewards)) ** 2 / sum(len(one) ** 2 for one in rewards)
+
+
 def t_quantile(share: float, freedom: int) -> float:
-    """Quantile of Student's t with a whole number of degrees of freedom.
+    """Quantile of Student's t.
 
     >>> round(t_quantile(0.975, 4), 4)
     2.7764
@@ -115,24 +195,56 @@ def t_quantile(share: float, freedom: int) -> float:
     if share < 0.5:
         return -t_quantile(1 - share, freedom)
     high = 1.0
-    while _t_cdf(high, freedom) < share:
+    while 1 - _t_tails(high, freedom) / 2 < share:
         high *= 2
+    return _solve(lambda t: 1 - _t_tails(t, freedom) / 2, share, high)
+
+
+def _differences(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    """a - b, rounded: 0.3 - 0.2 and 0.2 - 0.1 are the same difference."""
+    return [round(x - y, 12) for x, y in zip(a, b, strict=True)]
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+@cache
+def _t_half(count: int) -> float:
+    """Half of the interval of a mean of `count` values, in standard errors."""
+    return t_quantile((1 + LEVEL) / 2, count - 1)
+
+
+def _t_tails(t: float, freedom: int) -> float:
+    """How often Student's t is as far from 0 as `t`; Abramowitz and Stegun, 26.7.1."""
+    return _beta_cdf(freedom / (freedom + t * t), freedom / 2, 0.5)
+
+
+def _beta_quantile(share: float, a: float, b: float) -> float:
+    return _solve(lambda x: _beta_cdf(x, a, b), share, 1.0)
+
+
+def _solve(rising: Callable[[float], float], value: float, high: float) -> float:
+    """Where a function that rises from 0 to `high` takes a value."""
     low = 0.0
-    for _ in range(200):
+    for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if _t_cdf(middle, freedom) < share else (low, middle)
+        low, high = (middle, high) if rising(middle) < value else (low, middle)
     return (low + high) / 2
 
 
-def _t_cdf(t: float, freedom: int) -> float:
-    """For t >= 0, by the finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
-    angle = math.atan(t / math.sqrt(freedom))
-    sine, square = math.sin(angle), math.cos(angle) ** 2
-    odd = freedom % 2 == 1
-    term = math.cos(angle) if odd else 1.0
-    total = 0.0
-    for k in range(3 if odd else 2, freedom + 1, 2):
-        total += term
-        term *= square * (k - 1) / k
-    inside = (angle + sine * total) * 2 / math.pi if odd else sine * total
-    return (1 + inside) / 2
+def _beta_cdf(x: float, a: float, b: float) -> float:
+    """The regularized incomplete beta function, by its continued fraction (Abramowitz and Stegun,
+    26.5.8), from its last term to its first."""
+    if not 0 < x < 1:
+        return float(x >= 1)
+    if x > (a + 1) / (a + b + 2):  # it converges fast below that, where the other tail then lies
+        return 1 - _beta_cdf(1 - x, b, a)
+    fraction = 1.0
+    for m in range(20 + int(math.sqrt(a + b)), 0, -1):
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m - 1) * (a + b + m - 1) * x / ((a + 2 * m - 2) * (a + 2 * m - 1))
+        fraction = 1 + odd / (1 + even / fraction)
+    front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
+    front += a * math.log(x) + b * math.log1p(-x)
+    return math.exp(front) / (a * fraction)

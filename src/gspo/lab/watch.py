@@ -80,8 +80,7 @@ class LiveWatch:
         if self._live is None or self._progress is None:
             self._print(f"held-out reward at step {step}: {estimate}")
             return
-        interval = f"[{estimate.low:.3f}, {estimate.high:.3f}]"
-        self._progress.measured(step, estimate.mean, interval)
+        self._progress.measured(step, estimate.mean, estimate.ends)
         self._live.refresh()
 
     def _start(self, progress: Progress) -> None:

@@ -55,9 +55,11 @@ def group_advantages(
         raise ValueError("rewards must be finite")
     if rewards.numel() == 0:
         return rewards.clone()
-    wide = rewards.double()
     _, dense = group_ids.unique(return_inverse=True)
     groups = int(dense.max()) + 1
+    power = _powers_of_two(rewards.double(), dense, groups)
+    # Squares of rewards such as 1e200 overflow, of 1e-200 underflow; powers of two round nothing.
+    wide = rewards.double() / power[dense]
     size = torch.zeros(groups, dtype=wide.dtype, device=wide.device).index_add(
         0, dense, torch.ones_like(wide)
     )
@@ -68,5 +70,19 @@ def group_advantages(
     # Equal rewards such as 0.1 + 0.2 and 0.3 differ by rounding: that is not a signal.
     tolerance = max(1e-9, 4 * torch.finfo(rewards.dtype).eps)
     flat = (std <= tolerance * magnitude)[dense]
-    scaled = centred / std.clamp(min=torch.finfo(wide.dtype).tiny)[dense] if scale else centred
-    return torch.where(flat, 0.0, scaled).to(rewards.dtype)
+    if scale:
+        out = centred / std.clamp(min=torch.finfo(wide.dtype).tiny)[dense]
+    else:
+        out = centred * power[dense]
+    return torch.where(flat, 0.0, out).to(rewards.dtype)
+
+
+def _powers_of_two(
+    rewards: Float[Tensor, " S"], dense: Int[Tensor, " S"], groups: int
+) -> Float[Tensor, " G"]:
+    """For each group a power of two near its largest |reward|; 1 where all rewards are 0."""
+    largest = rewards.new_zeros(groups).scatter_reduce(0, dense, rewards.abs(), "amax")
+    mantissa, _ = torch.frexp(largest)  # largest = mantissa * 2^n, mantissa in [0.5, 1)
+    # Halved first: 2^n itself is beyond float64 where the largest reward is above 2^1023.
+    power = (largest / 2 / mantissa).clamp(min=torch.finfo(rewards.dtype).tiny)
+    return torch.where(largest > 0, power, 1.0)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 from .kl import k3
-from .presets import Objective
+from .presets import Objective, Preset
 from .ratio import MAX_LOG_RATIO, sequence_log_ratio, token_log_ratio
 from .segments import Segments
 from .surrogates import SURROGATES, Terms
@@ -23,11 +23,13 @@ class LossOutput:
         loss: scalar, already divided by the step's N (or T): add it up over microbatches and
             ranks.
         policy: the surrogate's part of `loss`, without the KL term.
-        kl: (1/N) Σ_i of the mean k3 per sequence; 0 without a reference.
+        kl: k3 of the trained tokens, reduced as the surrogate is (see `Objective.aggregate`) and
+            not yet weighted: `loss = policy + kl_coef * kl`. 0 without a reference.
         log_ratio: l_i per sequence, unbounded.
         lengths: L_i, sampled tokens per sequence.
         loss_tokens: tokens of each sequence that are trained on.
-        clipped_tokens: of those, how many have zero gradient because of the clip.
+        clipped_tokens: of those, how many the range acts on: they have zero gradient, or with the
+            surrogate `truncate` a bounded weight.
         extreme: sequences in which an exponent that the objective uses (l_i, a token's d_t, or
             their sum) lies beyond ±MAX_LOG_RATIO.
     """
@@ -45,13 +47,13 @@ class LossOutput:
 def policy_loss(
     logprobs: Float[Tensor, "*shape"],
     old_logprobs: Float[Tensor, "*shape"],
-    sequence_ids: Int[Tensor, "*shape"],
+    sequence_ids: Int[Tensor, "*shape"] | None,
     advantages: Float[Tensor, " S"] | None,
-    objective: Objective,
+    objective: Objective | Preset,
     *,
     token_advantages: Float[Tensor, "*shape"] | None = None,
-    ratio_mask: Bool[Tensor, "*shape"] | None = None,
-    loss_mask: Bool[Tensor, "*shape"] | None = None,
+    ratio_mask: Bool[Tensor, "*shape"] | Integer[Tensor, "*shape"] | None = None,
+    loss_mask: Bool[Tensor, "*shape"] | Integer[Tensor, "*shape"] | None = None,
     total_sequences: int | None = None,
     total_tokens: int | None = None,
     sampling_logprobs: Float[Tensor, "*shape"] | None = None,
@@ -64,14 +66,20 @@ def policy_loss(
             (packed [T], padded [B, T], ...). The only argument that gets a gradient.
         old_logprobs: float32 log-probs under the policy that the ratio is taken against.
         sequence_ids: sequence of each token in 0..S-1. Where a sequence's tokens lie doesn't
-            matter. Ids under a False `ratio_mask` are ignored.
+            matter. Ids under a False `ratio_mask` are ignored. None: each row of a [B, T] batch is
+            a sequence.
         advantages: one per sequence; None where `token_advantages` are given instead.
-        objective: level, clip range and KL weight.
+        objective: level, clip range and KL weight; of a preset, its objective is taken. A preset's
+            way to make advantages is the caller's part: see `gspo.objective.advantages`.
         token_advantages: one per token, for every level but `sequence`; S is then the largest
             sequence id + 1.
-        ratio_mask: tokens that were sampled; they give L_i and l_i. Default: all.
-        loss_mask: tokens that are trained on. Dropping a token here changes neither l_i nor the
-            weight of the others. Default: `ratio_mask`.
+        ratio_mask: tokens that were sampled; they give L_i and l_i. True or 1 is in. Default: all.
+        loss_mask: tokens that are trained on. A token that is sampled and not trained on has no
+            gradient, neither from the surrogate nor from the KL term, but still counts in l_i and
+            L_i: means over a sequence divide by L_i, the sampled tokens, in both terms. So
+            dropping a token changes neither l_i nor the weight of the others. The exception is
+            `aggregate="token_mean"`, which divides both terms by the trained tokens T: there the
+            weight of the others stays only if `total_tokens` does. Default: `ratio_mask`.
         total_sequences: N, the sequences of the whole optimizer step over all microbatches and
             ranks, those with zero advantage included. Default: S.
         total_tokens: T, the trained tokens of the whole step, which `aggregate="token_mean"`
@@ -81,7 +89,7 @@ def policy_loss(
         reference_logprobs: needed exactly where `objective.kl_coef` is above 0.
 
     Raises:
-        ValueError: shapes, dtypes or ids that don't fit together.
+        ValueError: shapes, dtypes, ids or masks that don't fit together.
 
     Published example (one sequence of three tokens, epsilon 0.2, advantages per token; s_i is
     0.90856, and NeMo-RL's own test expects -0.6057):
@@ -93,8 +101,12 @@ def policy_loss(
     >>> round(out.log_ratio.exp().item(), 5), round(out.loss.item(), 4)
     (0.90856, -0.6057)
     """
-    ratio_mask = torch.ones_like(logprobs, dtype=torch.bool) if ratio_mask is None else ratio_mask
-    loss_mask = ratio_mask if loss_mask is None else loss_mask
+    objective = objective.objective if isinstance(objective, Preset) else objective
+    sequence_ids = _ids_of_rows(logprobs) if sequence_ids is None else sequence_ids
+    if ratio_mask is None:
+        ratio_mask = torch.ones_like(logprobs, dtype=torch.bool)
+    ratio_mask = _as_mask("ratio_mask", ratio_mask)
+    loss_mask = ratio_mask if loss_mask is None else _as_mask("loss_mask", loss_mask)
     tokens = {"old_logprobs": old_logprobs, "sequence_ids": sequence_ids}
     tokens |= {"ratio_mask": ratio_mask, "loss_mask": loss_mask}
     optional = {
@@ -115,16 +127,14 @@ def policy_loss(
     per_sequence, clipped = SURROGATES[objective.surrogate](terms, objective)
     per_sequence = per_sequence * _sequence_weights(terms, flat, objective)
     total = sequences
-    if objective.aggregate != "sequence_mean":
-        per_sequence = per_sequence * segments.lengths.to(d.dtype)
     if objective.aggregate == "token_mean":
         given = int(segments.loss_mask.sum())
         total = max(given if total_tokens is None else total_tokens, 1)
-    policy = -per_sequence.sum() / total
+    policy = -_reduced(per_sequence, segments, objective, total)
     kl = torch.zeros_like(policy)
     if reference_logprobs is not None:
         estimate = k3(new, reference_logprobs.reshape(-1), segments.loss_mask)
-        kl = segments.mean(estimate).sum() / sequences
+        kl = _reduced(segments.mean(estimate), segments, objective, total)
     log_ratio = sequence_log_ratio(d.detach(), segments)
     return LossOutput(
         loss=policy + objective.kl_coef * kl,
@@ -136,6 +146,41 @@ def policy_loss(
         clipped_tokens=segments.sum((clipped & segments.loss_mask).float()),
         extreme=_extreme(objective, d.detach(), log_ratio, segments),
     )
+
+
+def _reduced(
+    means: Float[Tensor, " S"], segments: Segments, objective: Objective, total: int
+) -> Float[Tensor, ""]:
+    """Means over each sequence's L_i tokens, as the objective adds them up; `total` is N or T.
+
+    The surrogate and the KL term go through this one function: reduced in two ways, the weight of
+    the KL against the surrogate would depend on the lengths.
+    """
+    if objective.aggregate != "sequence_mean":
+        means = means * segments.lengths.to(means.dtype)
+    return means.sum() / total
+
+
+def _ids_of_rows(logprobs: Tensor) -> Tensor:
+    """Sequence ids of a batch whose rows are sequences."""
+    if logprobs.dim() != 2:
+        raise ValueError(
+            f"logprobs have shape {tuple(logprobs.shape)}: give sequence_ids, which may be left "
+            "out only for a [B, T] batch of one sequence per row"
+        )
+    return torch.arange(len(logprobs), device=logprobs.device)[:, None].expand(logprobs.shape)
+
+
+def _as_mask(name: str, mask: Tensor) -> Tensor:
+    """The mask as booleans: tokenizers give attention masks of 0 and 1."""
+    if mask.dtype == torch.bool:
+        return mask
+    if mask.is_floating_point() or mask.is_complex():
+        raise ValueError(f"{name} is {mask.dtype}: give booleans, or integers that are 0 or 1")
+    strange = mask[(mask != 0) & (mask != 1)]
+    if strange.numel():
+        raise ValueError(f"{name} holds {strange[0].item()}: give booleans, or integers 0 and 1")
+    return mask.bool()
 
 
 def _segments(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from .correction import Correction
 from .ratio import Level
@@ -18,6 +18,20 @@ CLIPPING: frozenset[Surrogate] = frozenset({"clip", "geometric", "truncate", "di
 """Surrogates that have a range; the others have no epsilon."""
 
 
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "level": get_args(Level),
+    "surrogate": get_args(Surrogate),
+    "aggregate": get_args(Aggregate),
+    "epsilon_scale": get_args(EpsilonScale),
+}
+_CONSTANTS: Mapping[str, tuple[str, ...]] = {
+    "gate": ("tau_pos", "tau_neg"),
+    "gamma": ("k_pos", "lambda_pos", "k_neg", "lambda_neg"),
+    "divergence": ("truncate",),
+}
+"""The numbers that a surrogate needs; the others have none."""
+
+
 @dataclass(frozen=True)
 class Objective:
     """What `policy_loss` computes.
@@ -28,11 +42,15 @@ class Objective:
         kl_coef: weight of the k3 term against reference log-probs.
         surrogate: what is done with ratio and advantage.
         aggregate: `sequence_mean`: (1/N) Σ_i (1/L_i) Σ_t; `sequence_sum`: (1/N) Σ_i Σ_t;
-            `token_mean`: (1/T) Σ_i Σ_t with T the step's tokens.
+            `token_mean`: (1/T) Σ_i Σ_t with T the step's tokens. Surrogate and k3 are both reduced
+            in this way, so that `kl_coef` weighs a token's k3 against a token's surrogate.
         epsilon_scale: `sqrt_length` divides epsilon by sqrt(L_i), so that the band on the summed
             log-ratio grows as sqrt(L_i) (FSPO, arXiv 2509.09177).
         correction: weight for pi_old / mu, where the two are kept apart.
         constants: the surrogate's own numbers.
+
+    Raises:
+        ValueError: a name that is none of the choices, or a number outside its range.
 
     >>> Objective("sequence", 3e-4, 4e-4) == PRESETS["gspo"].objective
     True
@@ -49,6 +67,9 @@ class Objective:
     constants: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            _check_choice(name, getattr(self, name), choices)
+        self._check_surrogate()
         if self.surrogate in CLIPPING:
             if not 0 < self.epsilon_low <= 1:
                 raise ValueError(f"epsilon_low = {self.epsilon_low}: must be in (0, 1]")
@@ -67,6 +88,19 @@ class Objective:
                     "one ratio per sequence: use a sequence_... correction"
                 )
 
+    def _check_surrogate(self) -> None:
+        if self.surrogate != "clip" and self.level != "token":
+            raise ValueError(
+                f"surrogate {self.surrogate!r} is made of token ratios: level is 'token', not "
+                f"{self.level!r}"
+            )
+        needed = _CONSTANTS.get(self.surrogate, ())
+        if set(self.constants) != set(needed):
+            raise ValueError(
+                f"surrogate {self.surrogate!r} has the constants {', '.join(needed) or 'none'}, "
+                f"but {', '.join(self.constants) or 'none'} were given"
+            )
+
     def with_epsilon(self, low: float, high: float) -> Objective:
         """The same objective with another range."""
         return replace(self, epsilon_low=low, epsilon_high=high)
@@ -78,7 +112,11 @@ class Preset:
 
     Attributes:
         advantage: how A_i is made of the group's rewards.
-        counts_flat: sequences of groups with equal rewards count in N and T.
+        counts_flat: sequences of groups with equal rewards count in N and T, and in the KL term if
+            there is one. False: such groups are left out of all three.
+        minibatches: optimizer steps per rollout batch where the user gives no number. 1 for a
+            method without a ratio: from the second step on its samples would be off-policy, with
+            nothing to correct for it.
     """
 
     name: str
@@ -87,6 +125,12 @@ class Preset:
     source: str
     advantage: AdvantageKind = "group_std"
     counts_flat: bool = True
+    minibatches: int = 4
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"unknown {name} {value!r}: it is one of {', '.join(choices)}")
 
 
 _ALL = (
@@ -112,15 +156,18 @@ _ALL = (
         "dr_grpo",
         Objective("token", 0.2, 0.2, aggregate="sequence_sum"),
         "-(1/N) Σ_i Σ_t min(w_t A_i, clip(w_t) A_i),  A_i = r_i - mean(r)",
-        "Liu et al., Understanding R1-Zero-Like Training, arXiv 2503.20783, section 3.2 "
-        "(without its constant divisor, which only scales the loss)",
+        "Liu et al., Understanding R1-Zero-Like Training, arXiv 2503.20783, section 3.2, without "
+        "its constant divisor: the gradient is larger by that number, so that clipping it to a "
+        "norm of 1 cuts nearly every step",
         advantage="group_mean",
     ),
     Preset(
         "dapo",
         Objective("token", 0.2, 0.28, aggregate="token_mean"),
         "-(1/T) Σ_i Σ_t min(w_t A_i, clip(w_t, 1 - 0.2, 1 + 0.28) A_i); flat groups left out",
-        "Yu et al., DAPO, arXiv 2503.14476, equations 8 to 13",
+        "Yu et al., DAPO, arXiv 2503.14476, equations 8 to 10 and 12. Dynamic sampling (equation "
+        "11: dynamic_sampling) and the overlong punishment (equation 13: overlong_max_tokens, "
+        "overlong_cache) are options, and off",
         counts_flat=False,
     ),
     Preset(
@@ -146,7 +193,8 @@ _ALL = (
         "luspo",
         Objective("sequence", 2e-3, 2.5e-3, aggregate="sequence_sum"),
         "-(1/N) Σ_i L_i min(s_i A_i, clip(s_i) A_i)",
-        "LUSPO, Length-Unbiased Sequence Policy Optimization, arXiv 2602.05261",
+        "LUSPO, Length-Unbiased Sequence Policy Optimization, arXiv 2602.05261. Tokens are summed: "
+        "clipping the gradient to a norm of 1 cuts nearly every step",
     ),
     Preset(
         "vespo",
@@ -173,22 +221,30 @@ _ALL = (
         ),
         "-(1/T) Σ_i Σ_t m_t sg[min(w_t, 20)] A_i log π(y_t); m_t = 0 where A > 0 and "
         "π - π_old > 0.2, or A < 0 and π - π_old < -0.2",
-        "DPPO, Divergence PPO (binary total variation), arXiv 2602.04879; the truncation at 20 is "
-        "verl's default",
+        "DPPO, Divergence PPO (binary total variation), arXiv 2602.04879. The range of 0.2 and "
+        "the token mean are SkyRL's and prime-rl's; the authors' script has 0.15, the sum over "
+        "tokens by a constant and a truncation at 10,000. verl truncates at clip_ratio_c, which "
+        "is 3 unless it is set; 20 stands in its code for a configuration without that field",
     ),
     Preset(
         "rloo",
         Objective("token", 1.0, 1.0, surrogate="likelihood", aggregate="sequence_sum"),
         "-(1/N) Σ_i (r_i - mean of the others) Σ_t log π(y_t)",
-        "Ahmadian et al., Back to Basics, arXiv 2402.14740, equation 8",
+        "Ahmadian et al., Back to Basics, arXiv 2402.14740, equation 8. On-policy: one optimizer "
+        "step per batch by default. Tokens are summed: clipping the gradient to a norm of 1 cuts "
+        "nearly every step",
         advantage="leave_one_out",
+        minibatches=1,
     ),
     Preset(
         "reinforce",
         Objective("token", 1.0, 1.0, surrogate="likelihood", aggregate="sequence_sum"),
         "-(1/N) Σ_i r_i Σ_t log π(y_t)",
-        "Williams, REINFORCE, Machine Learning 8 (1992), theorem 1, baseline 0",
+        "Williams, REINFORCE, Machine Learning 8 (1992), theorem 1, baseline 0. On-policy: one "
+        "optimizer step per batch by default. Tokens are summed: clipping the gradient to a norm "
+        "of 1 cuts nearly every step",
         advantage="reward",
+        minibatches=1,
     ),
 )
 

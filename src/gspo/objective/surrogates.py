@@ -1,7 +1,8 @@
 """What is done with ratio and advantage: one function per surrogate.
 
 Each returns the value v_i of each sequence, which the loss adds up, and which tokens the range
-silences (zero gradient). `a` is the advantage at each token, 0 outside the mask.
+acts on: it silences them (zero gradient), or bounds their weight (`truncate`). `a` is the advantage
+at each token, 0 outside the mask.
 
 >>> sorted(SURROGATES)
 ['clip', 'divergence', 'gamma', 'gate', 'geometric', 'likelihood', 'truncate']
@@ -96,11 +97,10 @@ def geometric(terms: Terms, objective: Objective) -> Result:
 
 def truncate(terms: Terms, objective: Objective) -> Result:
     """CISPO: sg[clamp(w, 1 - eps_low, 1 + eps_high)] A log pi. No token loses its gradient."""
-    weight = bounded_exp(terms.d.detach())
-    weight = weight.clamp(1 - objective.epsilon_low, 1 + objective.epsilon_high)
-    return terms.mean(weight * terms.a * terms.logprobs), torch.zeros_like(
-        terms.a, dtype=torch.bool
-    )
+    ratio = bounded_exp(terms.d.detach())
+    weight = ratio.clamp(1 - objective.epsilon_low, 1 + objective.epsilon_high)
+    truncated = (weight != ratio) & (terms.a != 0)
+    return terms.mean(weight * terms.a * terms.logprobs), truncated
 
 
 def gate(terms: Terms, objective: Objective) -> Result:

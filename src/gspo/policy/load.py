@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -12,21 +11,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gspo.dev import InternalModelConfig, LoraConfig
-from gspo.errors import MissingDependencyError, ModelError, suggestion
+from gspo.dev import InternalModelConfig
+from gspo.errors import ModelError
+from gspo.policy import hf
 from gspo.policy.attention import PACKED
-from gspo.policy.embedded import PREFIX, RECIPES, embedded_folder
-from gspo.policy.hf import attention_implementation, enable_checkpointing, quiet
+from gspo.policy.context import settle_context
+from gspo.policy.logits import logit_scale, soft_cap
 from gspo.policy.logprob import Head
+from gspo.policy.lora import add_lora
 from gspo.policy.routing import Routing
+from gspo.policy.source import read_model, read_tokenizer, resolve
 from gspo.policy.workers import Workers
 
 log = logging.getLogger("gspo")
@@ -58,6 +54,9 @@ class Policy:
         checkpointing: layers are recomputed in the backward pass.
         version: policy version, counted up by every update.
         workers: threads that train a row each.
+        entries: entries of the vocabulary that are tokens, or None: all rows of the head. The rows
+            behind them pad the head; log-probs are over the tokens alone.
+        logit_scale: factor between the head's product and the logits; None: found on the model.
         routing: the routers of an MoE model.
     """
 
@@ -72,10 +71,14 @@ class Policy:
     checkpointing: bool = False
     version: int = 0
     workers: Workers = field(default_factory=Workers, repr=False)
+    entries: int | None = None
+    logit_scale: float | None = None
     routing: Routing = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.routing = Routing(self.lm, self.source)
+        if self.logit_scale is None:
+            self.logit_scale = logit_scale(self.lm, self.source)
 
     @property
     def device(self) -> torch.device:
@@ -84,19 +87,19 @@ class Policy:
     @property
     def backbone(self) -> torch.nn.Module:
         """The model below the vocabulary projection."""
-        return getattr(self.lm, self.lm.base_model_prefix)
+        return hf.backbone(self.lm)
 
     @property
     def head(self) -> Head:
         """The vocabulary projection."""
-        module = self.lm.get_output_embeddings()
+        module = hf.output_embeddings(self.lm)
         if not isinstance(module, torch.nn.Linear):
             raise ModelError(
                 f"{self.source}: the output head is a {type(module).__name__}; gspo computes "
                 "log-probs from a plain linear head (with LoRA, leave lm_head out)"
             )
-        config = self.lm.config.get_text_config()
-        return Head(module.weight, module.bias, getattr(config, "final_logit_softcapping", None))
+        scale = 1.0 if self.logit_scale is None else self.logit_scale
+        return Head(module.weight, module.bias, soft_cap(self.lm), scale, self.entries)
 
     @property
     def trainable(self) -> dict[str, torch.nn.Parameter]:
@@ -118,27 +121,6 @@ def autocast(policy: Policy) -> AbstractContextManager[object]:
     return torch.autocast(policy.device.type, dtype=policy.compute_dtype)
 
 
-def resolve(base_model: str) -> str:
-    """The folder or hub id to load from.
-
-    Raises:
-        ModelError: no such embedded model, and no such folder.
-    """
-    if base_model.startswith(PREFIX):
-        return str(embedded_folder(base_model))
-    if Path(base_model).is_dir():
-        if not (Path(base_model) / "config.json").exists():
-            raise ModelError(f"base_model {base_model!r}: the folder has no config.json")
-        return base_model
-    near = suggestion(base_model, [PREFIX + name for name in RECIPES])
-    if base_model.startswith((".", "/", "~")) or base_model.count("/") != 1:
-        raise ModelError(
-            f"unknown base_model {base_model!r}: it is not a folder.{near} Give a folder in "
-            "Hugging Face layout, a hub id such as 'Qwen/Qwen3-0.6B', or 'embedded:sort'."
-        )
-    return base_model
-
-
 def load_policy(
     base_model: str, config: InternalModelConfig | None = None, *, checkpoint: Path | None = None
 ) -> Policy:
@@ -155,25 +137,27 @@ def load_policy(
     config = config or InternalModelConfig()
     source = resolve(base_model)
     full = checkpoint if checkpoint is not None and config.lora is None else None
-    lm = _load_lm(str(full) if full else source, source, _device(config.device))
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    _no_dropout(lm)
-    if attention_implementation(lm) == "sdpa":
+    trust, device = config.trust_remote_code, _device(config.device)
+    lm = read_model(str(full or source), base_model, trust_remote_code=trust)
+    lm = lm.to(device).eval()  # pyright: ignore[reportArgumentType]
+    tokenizer = read_tokenizer(source, trust_remote_code=trust)
+    if hf.attention_implementation(lm) == "sdpa":
         lm.set_attn_implementation(PACKED)
+    limit = settle_context(lm, base_model, config.max_context)
     threads, workers = _threads(lm, config.threads)
     torch.set_num_threads(threads)
     peft = None
     if config.lora is not None:
-        peft = _add_lora(lm, config.lora, checkpoint)
+        peft = add_lora(lm, config.lora, checkpoint)
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    limit = _context(lm, base_model, config.max_context)
     policy = Policy(
-        lm=lm.eval(),
+        lm=lm,
         peft=peft,
         tokenizer=tokenizer,
         source=source,
         compute_dtype=dtype,
         context=limit,
+        entries=_entries(tokenizer),
         checkpointing=config.activation_checkpointing,
         # peft swaps the experts' weights on the module while it computes, for every thread.
         workers=Workers(1 if peft else workers),
@@ -185,7 +169,7 @@ def load_policy(
 
 def save_weights(policy: Policy, folder: Path) -> None:
     """Weights and tokenizer in Hugging Face layout (with LoRA: the adapter in peft's)."""
-    with quiet():
+    with hf.quiet():
         if policy.peft is not None:
             policy.peft.save_pretrained(folder)
         else:
@@ -193,80 +177,14 @@ def save_weights(policy: Policy, folder: Path) -> None:
         policy.tokenizer.save_pretrained(folder)
 
 
-def _load_lm(path: str, source: str, device: torch.device) -> PreTrainedModel:
-    with quiet():
-        try:
-            config = AutoConfig.from_pretrained(path)
-            lm = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            offline = "" if Path(path).is_dir() else " (hub ids need the network or its cache)"
-            raise ModelError(f"cannot load base_model {source!r}{offline}: {error}") from error
-    if getattr(lm, "is_quantized", False):
-        raise ModelError(f"{source!r} holds quantized weights; dequantize it to train it")
-    return lm.to(device)  # pyright: ignore[reportArgumentType]
-
-
-def _add_lora(lm: PreTrainedModel, config: LoraConfig, checkpoint: Path | None) -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise MissingDependencyError("peft", "peft", "LoRA") from None
-    if checkpoint is not None:
-        with _without_false_alarms():
-            return peft.PeftModel.from_pretrained(lm, checkpoint, is_trainable=True)
-    spec = peft.LoraConfig(
-        r=config.r,
-        lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
-        target_modules=config.target_modules,
-        target_parameters=_expert_parameters(lm, config),
-        lora_dropout=0.0,
-        task_type="CAUSAL_LM",
-    )
-    with torch.random.fork_rng(devices=[]), _without_false_alarms():
-        torch.manual_seed(0)
-        return peft.get_peft_model(lm, spec)
-
-
-@contextmanager
-def _without_false_alarms() -> Iterator[None]:
-    """peft warns of rank patterns that it set itself, and uses a deprecated name."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*did not match any targeted module.*")
-        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*")
-        yield
-
-
-def _expert_parameters(lm: PreTrainedModel, config: LoraConfig) -> list[str] | None:
-    """The experts' stacked 3-d weights, which are parameters and not linear modules."""
-    if config.target_modules != "all-linear":
-        return None
-    names = [
-        name
-        for name, parameter in lm.named_parameters()
-        if parameter.dim() == 3 and ".experts." in name
-    ]
-    return names or None
-
-
 def recompute_layers(policy: Policy) -> None:
     """Activation checkpointing, by which a replayed route is replayed in the backward pass too."""
-    enable_checkpointing(policy.lm, use_reentrant=False, context_fn=policy.routing.recompute)
+    hf.recompute_layers(policy.lm, policy.routing.recompute)
 
 
-def _no_dropout(lm: PreTrainedModel) -> None:
-    """The ratio compares a policy with itself: a random mask would be noise in it."""
-    for module in lm.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # pyright: ignore[reportArgumentType]
-
-
-def _context(lm: PreTrainedModel, base_model: str, wanted: int | None) -> int:
-    own = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or 2**31
-    if wanted is not None and wanted > own:
-        raise ModelError(f"max_context = {wanted}, but {base_model!r} has a context of {own}")
-    return wanted or own
+def _entries(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Token ids that the tokenizer has, added ones too; heads are often padded beyond them."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def _device(name: str) -> torch.device:

@@ -24,12 +24,34 @@ DEVICE_BLOCK = (8192, 2**24)
 
 @dataclass(frozen=True)
 class Head:
-    """The vocabulary projection of a causal LM: logits = cap(hidden @ weight.T + bias)."""
+    """The vocabulary projection of a causal LM: logits = cap(scale * (hidden @ weight.T + bias)).
 
-    weight: Float[Tensor, "V D"]
-    bias: Float[Tensor, " V"] | None = None
+    >>> Head(torch.zeros(8, 2), entries=5).size
+    5
+    """
+
+    weight: Float[Tensor, "W D"]
+    bias: Float[Tensor, " W"] | None = None
     softcap: float | None = None
     """Final logits are softcap * tanh(logits / softcap), as in Gemma 2."""
+    scale: float = 1.0
+    """Granite, Cohere and others multiply their logits by a constant."""
+    entries: int | None = None
+    """Rows of the head that are tokens; None: all. The others pad it and have no probability."""
+
+    @property
+    def size(self) -> int:
+        """V, the number of tokens that a distribution is over."""
+        rows = self.weight.shape[0]
+        return rows if self.entries is None else min(rows, self.entries)
+
+    def scaled(
+        self, hidden: Float[Tensor, "M D"]
+    ) -> tuple[Float[Tensor, "M D"], Float[Tensor, " W"] | None]:
+        """Hidden states and bias with the scale in them, in float32 where there is one."""
+        if self.scale == 1.0:
+            return hidden, self.bias
+        return hidden.float() * self.scale, None if self.bias is None else self.bias * self.scale
 
 
 @dataclass(frozen=True)
@@ -71,11 +93,12 @@ def token_logprobs(
     Raises:
         DataError: a target that is no entry of the head's vocabulary.
     """
-    _check_targets(targets, head.weight.shape[0])
+    _check_targets(targets, head.size)
     plan = _plan(hidden, head, chunk, vocab_chunk)
     with torch.autocast(hidden.device.type, enabled=False):
+        hidden, bias = head.scaled(hidden)
         logprobs, entropy = ChunkedLogprobs.apply(  # pyright: ignore[reportGeneralTypeIssues]
-            hidden, head.weight, head.bias, targets, temperatures, plan, torch.is_grad_enabled()
+            hidden, head.weight, bias, targets, temperatures, plan, torch.is_grad_enabled()
         )
     return TokenLogprobs(logprobs, entropy)
 
@@ -83,17 +106,19 @@ def token_logprobs(
 def full_logits(hidden: Float[Tensor, "R D"], head: Head) -> Float[Tensor, "R V"]:
     """Float32 logits of a few positions, as decoding needs them."""
     with torch.autocast(hidden.device.type, enabled=False):
+        hidden, bias = head.scaled(hidden)
         if head.weight.dtype == torch.float32:
-            return project(hidden, head.weight, head.bias, head.softcap)
+            bias = None if bias is None else bias[: head.size]
+            return project(hidden, head.weight[: head.size], bias, head.softcap)
         # A half-precision head is never copied whole to float32, which takes longer than the rest.
-        parts = _plan(hidden, head, None, None).vocabulary(head.weight, head.bias)
+        parts = _plan(hidden, head, None, None).vocabulary(head.weight, bias)
         return torch.cat([project(hidden, w, b, head.softcap) for _, w, b in parts], dim=1)
 
 
 def _plan(hidden: Tensor, head: Head, chunk: int | None, vocab_chunk: int | None) -> Plan:
     entries, logits = CPU_BLOCK if hidden.device.type == "cpu" else DEVICE_BLOCK
-    columns = min(head.weight.shape[0], vocab_chunk or entries)
-    return Plan(chunk or max(16, logits // columns), columns, head.softcap)
+    columns = min(head.size, vocab_chunk or entries)
+    return Plan(chunk or max(16, logits // columns), columns, head.softcap, head.size)
 
 
 def _check_targets(targets: Int[Tensor, " M"], size: int) -> None:

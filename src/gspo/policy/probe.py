@@ -2,7 +2,8 @@
 
 Architectures differ in what their attention and heads do. Instead of a list of names, random texts
 are scored both ways; the first way of packing that agrees is used, and prefixes are shared where
-that agrees too.
+that agrees too. One text is longer than the model's sliding window, where that costs little. Last,
+the pass that training makes, with gradients, is compared with the plain one.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from gspo.batch.pack import PackedBatch, pack
 from gspo.batch.sample import Sample
 from gspo.errors import ModelError
+from gspo.policy.context import chunk_in, probe_length
 from gspo.policy.forward import forward
 from gspo.policy.load import OWN, SHARING, Packing, Policy
 
@@ -47,25 +49,56 @@ def choose_packing(policy: Policy) -> None:
         for packing in ways:
             policy.packing = packing
             gap = _gap(policy, row, expected, f"{packing} packing")
-            if gap <= TOLERANCE:
+            if gap <= TOLERANCE and not _leaks(policy, row):
                 break
         else:
             raise ModelError(
-                f"{policy.source}: gspo's log-probs differ from the model's own by {gap:.3g} nats; "
-                f"the architecture {type(policy.lm).__name__} is not supported"
+                f"{policy.source}: gspo's log-probs differ from the model's own by {gap:.3g} nats, "
+                "one text at a time too: between its last layer and its logits it computes "
+                f"something that gspo doesn't; {type(policy.lm).__name__} is not supported"
             )
         if policy.packing in SHARING:
-            (row,) = pack(samples, budget=10_000, share=True)
-            gap = _gap(policy, row, expected, "sharing prefixes")
+            (shared,) = pack(samples, budget=10_000, share=True)
+            gap = _gap(policy, shared, expected, "sharing prefixes")
             policy.shares_prefixes = gap <= TOLERANCE
+        if policy.checkpointing:
+            _check_training(policy, row, expected)
     if policy.packing not in OWN:
         log.warning("%s: samples are packed by %r", policy.source, policy.packing)
     if not policy.shares_prefixes:
         log.warning("%s: a prompt is computed once for each of its completions", policy.source)
 
 
+def _check_training(policy: Policy, row: PackedBatch, expected: Tensor) -> None:
+    """Layers that are computed again in the backward pass compute what they did before.
+
+    Raises:
+        ModelError: a pass with gradients differs from one without, or its backward pass fails.
+    """
+    try:
+        with torch.enable_grad():
+            logprobs = forward(policy, row).logprobs
+            torch.autograd.grad(logprobs.sum(), [*policy.trainable.values()], allow_unused=True)
+    except _REFUSALS as error:
+        raise ModelError(
+            f"{policy.source}: activation_checkpointing does not work with "
+            f"{type(policy.lm).__name__}: {error} Leave the option out"
+        ) from error
+    gap = (logprobs.detach() - expected).abs().max().item()
+    if not gap <= TOLERANCE:
+        raise ModelError(
+            f"{policy.source}: with activation_checkpointing, log-probs differ by {gap:.3g} nats; "
+            "leave the option out"
+        )
+
+
 def _ways(policy: Policy, row: PackedBatch) -> tuple[Packing, ...]:
     """What to try: on a GPU, flex_attention first."""
+    chunk = chunk_in(policy.lm, policy.context)
+    if chunk is not None:
+        # Chunks count from a sample's start, which neither gspo's attention nor a mask knows.
+        log.info("%s: max_context <= %d would pack samples", policy.source, chunk)
+        return ("single",)
     on_gpu = policy.device.type == "cuda"
     return ("flex", *_ORDER) if on_gpu and _flex_trains(policy, row) else _ORDER
 
@@ -95,6 +128,39 @@ def _gap(policy: Policy, row: PackedBatch, expected: Tensor, what: str) -> float
     return gap
 
 
+def _leaks(policy: Policy, row: PackedBatch) -> bool:
+    """Whether a sample's log-probs depend on its neighbours in the row.
+
+    Asked of the gradient, which is exactly 0 where they don't: a convolution over the row reaches
+    its neighbours by less than a gap in nats would show while its weights are small.
+    """
+    if policy.packing == "single":
+        return False
+    inputs: list[Tensor] = []
+
+    def remember(module: torch.nn.Module, args: object, output: Tensor) -> Tensor:
+        inputs.append(output.detach().requires_grad_())
+        return inputs[-1]
+
+    hook = policy.lm.get_input_embeddings().register_forward_hook(remember)
+    middle = len(row.lengths) // 2
+    start = sum(row.lengths[:middle])
+    stop = start + row.lengths[middle]
+    try:
+        with torch.enable_grad():
+            logprobs = forward(policy, row).logprobs
+            inside = (row.targets >= start) & (row.targets < stop)
+            total = logprobs[inside.to(logprobs.device)].sum()
+            grads = torch.autograd.grad(total, inputs, allow_unused=True)
+    finally:
+        hook.remove()
+    others = [slice(0, start), slice(stop, None)]
+    leaked = any(bool(g[0, tokens].any()) for g in grads if g is not None for tokens in others)
+    if leaked:
+        log.info("%s: %s packing lets a sample see its neighbours", policy.source, policy.packing)
+    return leaked
+
+
 @contextmanager
 def _in_float32(policy: Policy) -> Iterator[None]:
     """What is proved is the structure; rounding would blur it."""
@@ -106,11 +172,12 @@ def _in_float32(policy: Policy) -> Iterator[None]:
 
 
 def _random_samples(policy: Policy) -> list[Sample]:
-    """Some that have nothing in common; and two prompts that start alike, with two completions."""
+    """Some that have nothing in common; two prompts that start alike, with two completions; and
+    one that is longer than the model's window."""
     rng = np.random.default_rng(0)
 
     def text(length: int) -> np.ndarray:
-        return rng.integers(0, policy.head.weight.shape[0], length)
+        return rng.integers(0, policy.head.size, length)
 
     samples = [_sample(text(length), 1, i) for i, length in enumerate(_ALONE)]
     common = text(_COMMON)
@@ -118,6 +185,9 @@ def _random_samples(policy: Policy) -> list[Sample]:
         prompt = np.concatenate([common, text(length - _COMMON)])
         for more in _COMPLETIONS:
             samples.append(_sample(np.concatenate([prompt, text(more)]), length, len(samples)))
+    reach = probe_length(policy.lm, policy.context)
+    if reach > _COMMON:
+        samples.append(_sample(text(reach), reach - _COMMON, len(samples)))
     return samples
 
 
@@ -143,7 +213,8 @@ def _reference(policy: Policy, samples: Sequence[Sample]) -> Float[Tensor, " M"]
     parts = []
     for sample in samples:
         tokens = torch.from_numpy(sample.tokens)[None].to(policy.device)
-        logits = policy.lm(input_ids=tokens, use_cache=False).logits[0, :-1].float() / 0.7
+        logits = policy.lm(input_ids=tokens, use_cache=False).logits[0, :-1, : policy.head.size]
+        logits = logits.float() / 0.7
         logprobs = logits.log_softmax(-1).gather(-1, tokens[0, 1:, None]).squeeze(-1)
         parts.append(logprobs[torch.from_numpy(sample.ratio_mask[1:]).to(policy.device)])
     return torch.cat(parts)

@@ -33,17 +33,22 @@ class Plan(NamedTuple):
     rows: int
     columns: int
     softcap: float | None
+    entries: int
+    """Vocabulary entries that are tokens: the head's rows behind them are left out."""
 
     def tokens(self, count: int) -> list[slice]:
-        edges = [*range(0, count, self.rows), count]
-        return [slice(start, stop) for start, stop in pairwise(edges)]
+        return _blocks(count, self.rows)
 
     def vocabulary(
         self, weight: Tensor, bias: Tensor | None
     ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Parts of the vocabulary with their float32 weights and their biases."""
-        for part in Plan(self.columns, 0, None).tokens(weight.shape[0]):
+        for part in _blocks(self.entries, self.columns):
             yield part, weight[part].float(), None if bias is None else bias[part]
+
+
+def _blocks(count: int, size: int) -> list[slice]:
+    return [slice(start, stop) for start, stop in pairwise([*range(0, count, size), count])]
 
 
 def project(

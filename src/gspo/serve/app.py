@@ -83,6 +83,7 @@ async def chat(request: Request, body: ChatBody) -> JSONResponse:
     engine = served.batcher.engine
     served.check(body.model)
     params = body.sampling(body.limit())
+    engine.check_params(params)
     prompt = engine.encode_chat(body.text_messages())
     done = await served.batcher.complete(EngineRequest(tuple(prompt), params))
     choices = [_chat_choice(engine, i, prompt, c, body.logprobs) for i, c in enumerate(done)]
@@ -96,9 +97,13 @@ async def completions(request: Request, body: CompletionBody) -> JSONResponse:
     batcher, engine = served.batcher, served.batcher.engine
     served.check(body.model)
     params = body.sampling(body.max_tokens)
+    engine.check_params(params)
     if body.logprobs is not None and body.logprobs > 0:
         raise RequestError("logprobs: only 0, the chosen tokens', is supported", "logprobs")
-    prompts = [engine.encode(p, special=True) if isinstance(p, str) else p for p in body.prompts()]
+    special = body.add_special_tokens
+    prompts = [
+        engine.encode(p, special=special) if isinstance(p, str) else p for p in body.prompts()
+    ]
     answers = await asyncio.gather(
         *(batcher.complete(EngineRequest(tuple(prompt), params)) for prompt in prompts)
     )
@@ -176,12 +181,18 @@ def _chat_choice(
 
 
 def _token_entries(engine: Engine, completion: Completion) -> list[dict[str, Any]]:
-    entries = []
-    for token, logprob in zip(completion.token_ids, completion.logprobs, strict=True):
-        text = engine.token_text(token)
-        entry = {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-        entries.append({**entry, "top_logprobs": []})
-    return entries
+    tokens = completion.token_ids
+    return [
+        {
+            "token": engine.token_text(token),
+            "logprob": logprob,
+            "bytes": list(raw),
+            "top_logprobs": [],
+        }
+        for token, logprob, raw in zip(
+            tokens, completion.logprobs, engine.token_bytes(tokens), strict=True
+        )
+    ]
 
 
 def _text_choice(

@@ -50,12 +50,12 @@ class SlabLayer(CacheLayerMixin):
         self.length = end
         return self._keys[:, :, :end], self._values[:, :, :end]
 
-    def select(self, rows: Int[Tensor, " K"]) -> None:
+    def reorder_cache(self, beam_idx: Int[Tensor, " K"]) -> None:
         """Keep these rows, in this order, repeated where an index repeats."""
 
         def taken(slab: Tensor) -> Tensor:
-            out = slab.new_empty(len(rows), *slab.shape[1:])
-            out[:, :, : self.length] = slab[:, :, : self.length].index_select(0, rows)
+            out = slab.new_empty(len(beam_idx), *slab.shape[1:])
+            out[:, :, : self.length] = slab[:, :, : self.length].index_select(0, beam_idx)
             return out
 
         self._keys, self._values = taken(self._keys), taken(self._values)
@@ -91,13 +91,7 @@ class SlabCache(Cache):
     """One `SlabLayer` per attention layer."""
 
     def __init__(self, layers: int, capacity: int):
-        self.slabs = [SlabLayer(capacity) for _ in range(layers)]
-        super().__init__(layers=list(self.slabs))
-
-    def select(self, rows: Int[Tensor, " K"]) -> None:
-        """Keep these rows in every layer."""
-        for slab in self.slabs:
-            slab.select(rows)
+        super().__init__(layers=[SlabLayer(capacity) for _ in range(layers)])
 
 
 def slab_bytes(rows: int, capacity: int, config: object) -> int:

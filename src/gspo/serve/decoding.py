@@ -27,6 +27,7 @@ class Row:
         limit: most tokens.
         key: of its random numbers.
         finish: why it ended, or None while it runs.
+        ends: tokens that end it, beside the model's end tokens.
         text: where a stop text cut it.
         tokens, logprobs: once it has ended.
         routes: experts of its tokens, if asked for.
@@ -36,6 +37,7 @@ class Row:
     params: SamplingParams
     limit: int
     key: tuple[int, int]
+    ends: frozenset[int] = frozenset()
     finish: FinishReason | None = None
     text: str | None = None
     tokens: tuple[int, ...] = ()
@@ -49,12 +51,10 @@ class Running:
     Args:
         rows: all of them at their first token.
         ends: [V] True at end tokens.
-        decode: token ids to text, for stop texts.
+        decode: `Engine.decode`, for stop texts.
     """
 
-    def __init__(
-        self, rows: Sequence[Row], ends: Bool[Tensor, " V"], decode: Callable[[Sequence[int]], str]
-    ):
+    def __init__(self, rows: Sequence[Row], ends: Bool[Tensor, " V"], decode: Callable[..., str]):
         self.device = ends.device
         self._ends, self._decode = ends, decode
         self.rows: list[Row] = []
@@ -87,7 +87,9 @@ class Running:
 
     def sample(self, logits: Float[Tensor, "R V"]) -> Int[Tensor, " R"]:
         """Draw a token for every row, write it down, and mark the rows that it ended."""
-        tokens, logprobs = sample(logits, self._temperature, self._top_p, self._random.draw())
+        tokens, logprobs = sample(
+            logits, self._temperature, self._top_p, self._random.draw(), self._barred()
+        )
         if int(self._count.max()) == self._tokens.shape[1]:
             self._tokens, self._logprobs = _wider(self._tokens), _wider(self._logprobs)
         at = self._count[:, None]
@@ -95,10 +97,26 @@ class Running:
         self._logprobs.scatter_(1, at, logprobs[:, None])
         self._count += 1
         stopped = self._ends[tokens] & self._heeds
+        if any(row.ends for row in self.rows):
+            pairs = zip(tokens.tolist(), self.rows, strict=True)
+            ended = [token in row.ends for token, row in pairs]
+            stopped |= torch.tensor(ended, device=self.device)
         done = stopped | (self._count >= self._limit)
         if bool(done.any()) or any(row.params.stop for row in self.rows):
             self._finish(stopped.tolist(), done.tolist())
         return tokens
+
+    def _barred(self) -> Bool[Tensor, "R V"] | None:
+        """End tokens of the rows that are shorter than their min_tokens; None without such rows."""
+        counts = self._count.tolist() if any(row.params.min_tokens for row in self.rows) else []
+        short = [i for i, n in enumerate(counts) if n < self.rows[i].params.min_tokens]
+        if not short:
+            return None
+        barred = torch.zeros(len(self.rows), len(self._ends), dtype=torch.bool, device=self.device)
+        for i in short:
+            barred[i] = self._ends & self._heeds[i]
+            barred[i, list(self.rows[i].ends)] = True
+        return barred
 
     def keep(self) -> np.ndarray:
         """Drop the finished rows; returns the places of those that stay."""
@@ -126,8 +144,15 @@ class Running:
 
     def _cut(self, i: int) -> str | None:
         """The text before the first stop text, or None where there is none yet."""
-        text = self._decode(self._tokens[i, : self._count[i]].tolist())
-        found = [at for at in (text.find(stop) for stop in self.rows[i].params.stop) if at >= 0]
+        params, count = self.rows[i].params, int(self._count[i])
+        if count < params.min_tokens:
+            return None
+        tokens, special = self._tokens[i, :count].tolist(), not params.skip_special_tokens
+        text = self._decode(tokens, special=special)
+        # A stop text counts that ends behind the first min_tokens.
+        least = len(self._decode(tokens[: params.min_tokens], special=special))
+        starts = (text.find(stop, max(0, least - len(stop) + 1)) for stop in params.stop)
+        found = [start for start in starts if start >= 0]
         return text[: min(found)] if found else None
 
     def _write(self, i: int) -> None:

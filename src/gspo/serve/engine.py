@@ -18,15 +18,19 @@ class SamplingParams:
     """How completions are drawn.
 
     Attributes:
-        n: completions of the prompt.
+        n: completions of the prompt, 1 to 4096.
         max_tokens: most tokens of one completion; None: up to the model's context.
-        temperature: of the distribution; 0 takes the likeliest token.
+        temperature: of the distribution, 0.001 to 100; 0 takes the likeliest token.
         top_p: sample from the smallest set of tokens that holds this much probability.
         stop: texts at whose first occurrence a completion ends; they are cut from the text, but
             their tokens were sampled and stay in `token_ids`.
         seed: completion i of a seeded request depends on (seed, i) alone, not on the batch.
         routes: return the experts that each token went through (MoE models only).
         ignore_eos: sample on after an end token, up to `max_tokens`: for measurements.
+        stop_token_ids: tokens that end a completion as an end token does, whatever `ignore_eos`.
+        min_tokens: end tokens are not drawn, and stop texts not looked for, among the first so
+            many tokens. `logprobs` stay those of the full distribution.
+        skip_special_tokens: leave special tokens out of the text.
 
     Raises:
         RequestError: a value out of range.
@@ -40,18 +44,27 @@ class SamplingParams:
     seed: int | None = None
     routes: bool = False
     ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         limit = 1 if self.max_tokens is None else self.max_tokens
         for name, value, fine, rule in (
             ("n", self.n, 1 <= self.n <= 4096, "in 1..4096"),
             ("max_tokens", self.max_tokens, limit >= 1, "at least 1"),
-            ("temperature", self.temperature, 0 <= self.temperature <= 100, "in [0, 100]"),
+            ("temperature", self.temperature, _fine(self.temperature), "0, or in [0.001, 100]"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]"),
             ("stop", self.stop, all(self.stop), "texts that are not empty"),
+            ("min_tokens", self.min_tokens, self.min_tokens >= 0, "at least 0"),
         ):
             if not fine:
                 raise RequestError(f"{name} = {value!r}: must be {rule}", param=name)
+
+
+def _fine(temperature: float) -> bool:
+    # Below, logits divided by it leave float32.
+    return temperature == 0 or 1e-3 <= temperature <= 100
 
 
 @dataclass(frozen=True)
@@ -104,12 +117,20 @@ class Engine(Protocol):
         """Token ids of a conversation that asks for the assistant's next turn."""
         ...
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out."""
+    def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
+        """Text of token ids; with `special`, special tokens too."""
         ...
 
     def token_text(self, token_id: int) -> str:
         """One token as it is written, special tokens too."""
+        ...
+
+    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
+        """The bytes of each token; a token may be a part of a character."""
+        ...
+
+    def check_params(self, params: SamplingParams) -> None:
+        """Raise a RequestError where stop texts or tokens are none that this engine can see."""
         ...
 
     def check_routes(self) -> None:
@@ -132,6 +153,11 @@ def check_fits(request: Request, context: int) -> int:
         raise RequestError("the prompt is empty: it needs at least one token", param="prompt")
     room = context - length
     wanted = request.params.max_tokens
+    if request.params.min_tokens > (wanted or room):
+        raise RequestError(
+            f"min_tokens is {request.params.min_tokens}, but at most {wanted or room} tokens fit",
+            param="min_tokens",
+        )
     if room < 1 or (wanted is not None and wanted > room):
         raise RequestError(
             f"the prompt has {length} tokens and max_tokens is {wanted}, "

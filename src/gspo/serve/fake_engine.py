@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 
 from gspo.errors import RequestError
-from gspo.serve.engine import Completion, Request, check_fits
+from gspo.serve.engine import Completion, Request, SamplingParams, check_fits
 
 END = 0
 
@@ -50,11 +50,19 @@ class FakeEngine:
         ]
         return self.encode("".join(parts) + "<assistant>")
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return "".join(chr(token) for token in token_ids if token != END)
+    def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
+        return "".join(chr(token) for token in token_ids if special or token != END)
 
     def token_text(self, token_id: int) -> str:
         return chr(token_id)
+
+    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
+        return [chr(token).encode() for token in token_ids]
+
+    def check_params(self, params: SamplingParams) -> None:
+        if params.min_tokens:
+            message = "min_tokens: FakeEngine replies with the text that it was given"
+            raise RequestError(message, param="min_tokens")
 
     def check_routes(self) -> None:
         message = "return_routes: FakeEngine has no experts, so it returns no routes"
@@ -65,6 +73,7 @@ class FakeEngine:
 
     def _complete(self, request: Request) -> list[Completion]:
         limit = check_fits(request, self.context)
+        self.check_params(request.params)
         if request.params.routes:
             self.check_routes()
         count = len(self.requests)
@@ -79,13 +88,18 @@ class FakeEngine:
         else:
             rng = random.Random(f"{seed}/{prompt}/{index}")
             text = "".join(rng.choice("abcd") for _ in range(rng.randint(1, 8)))
+        special = not request.params.skip_special_tokens
+        ends = {END, *request.params.stop_token_ids}
         cuts = [at for at in (text.find(stop) for stop in request.params.stop) if at >= 0]
-        tokens = [*self.encode(text), END][:limit]
+        tokens = [*self.encode(text), END]
+        first = next(i for i, token in enumerate(tokens) if token in ends)
+        tokens = tokens[: min(first + 1, limit)]
+        out = self.decode(tokens, special=special)
         return Completion(
             token_ids=tuple(tokens),
             logprobs=(self.logprob,) * len(tokens),
-            text=self.decode(tokens)[: min(cuts)] if cuts else self.decode(tokens),
-            finish_reason="stop" if tokens[-1] == END or cuts else "length",
+            text=out[: min(cuts)] if cuts else out,
+            finish_reason="stop" if tokens[-1] in ends or cuts else "length",
             policy_version=self.policy_version,
             temperature=request.params.temperature or 1.0,
         )

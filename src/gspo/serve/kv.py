@@ -1,14 +1,17 @@
-"""Two ways to hold the keys and values of running rows, behind one small interface.
+"""Three ways to hold what running rows have seen, behind one small interface.
 
 `SharedPrompts` keeps one copy of each prompt and lets rows join while others run; it needs a model
 whose attention goes through gspo's (`Policy.packing` in `OWN`). `CopiedPrompts` gives every row
-its prompt's keys and works with any attention of transformers.
+its prompt's keys and works with any attention of transformers, in slabs that don't move. With
+`model_cache` it holds the cache that the model makes for itself, whatever is in it: recurrent
+states of linear attention, convolutions. `equal_lengths` is the same without padding, for models
+that padding would reach.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -17,11 +20,15 @@ from torch import Tensor
 
 from gspo.policy.attention import no_mask
 from gspo.policy.cascade import Cascade, CascadeCache
-from gspo.policy.hf import cache_argument
+from gspo.policy.hf import Cache, cache_argument, returned_cache, select_rows
 from gspo.policy.load import Policy
 from gspo.serve.cache import SlabCache
 
 FIRST_COLUMNS = 256
+
+Layout = Literal["shared", "copied", "model_cache", "equal_lengths"]
+LAYOUTS: tuple[Layout, ...] = ("shared", "copied", "model_cache", "equal_lengths")
+"""Ways to decode, the fastest first."""
 
 
 class KeyValues(Protocol):
@@ -63,13 +70,14 @@ class SharedPrompts:
 class CopiedPrompts:
     """Each row with its prompt, padded on the left, so that all write the same column."""
 
-    def __init__(self, policy: Policy, cache: SlabCache, real: Bool[Tensor, "R W"] | None):
-        self._policy, self._cache, self._real = policy, cache, real
+    def __init__(self, policy: Policy, cache: Cache, real: Bool[Tensor, "R W"] | None, length: int):
+        self._policy, self._cache, self._real, self._length = policy, cache, real, length
 
     def advance(self, tokens: Int[Tensor, " R"]) -> Float[Tensor, "R D"]:
         real = self._real
         if real is None:
-            positions = torch.full_like(tokens, self._cache.get_seq_length())
+            positions = torch.full_like(tokens, self._length)
+            self._length += 1
         else:
             positions = real.sum(-1)
             self._real = real = torch.cat([real, real.new_ones(len(real), 1)], dim=1)
@@ -83,7 +91,7 @@ class CopiedPrompts:
 
     def keep(self, rows: np.ndarray) -> None:
         kept = torch.from_numpy(rows).to(self._policy.device)
-        self._cache.select(kept)
+        select_rows(self._cache, kept)
         if self._real is not None:
             self._real = self._real[kept]
 
@@ -112,7 +120,7 @@ def prefill(
     owner: np.ndarray,
     longest: int,
     *,
-    shared: bool,
+    layout: Layout,
 ) -> tuple[KeyValues, Float[Tensor, "P D"]]:
     """Compute each prompt once.
 
@@ -121,7 +129,7 @@ def prefill(
         tokens, real: the prompts, padded on the left.
         owner: [R] prompt of each row.
         longest: tokens that a row may write.
-        shared: keep one copy of each prompt's keys.
+        layout: how the rows' keys and values are kept.
 
     Returns:
         The rows' keys and values, and the last hidden state of each prompt.
@@ -129,18 +137,29 @@ def prefill(
     layers = policy.lm.config.get_text_config().num_hidden_layers
     capacity = min(longest, FIRST_COLUMNS)
     mask = None if bool(real.all()) else real
-    cache: Any = CascadeCache(layers) if shared else SlabCache(layers, tokens.shape[1] + capacity)
-    hidden = policy.backbone(
+    slabs = _slabs(layout, layers, tokens.shape[1] + capacity)
+    given = {} if slabs is None else cache_argument(policy.backbone, slabs)
+    output = policy.backbone(
         input_ids=tokens,
         attention_mask=mask,
         position_ids=(real.cumsum(-1) - 1).clamp_(min=0),
         use_cache=True,
-        **cache_argument(policy.backbone, cache),
-    ).last_hidden_state[:, -1]
-    if shared:
-        cache.fan_out(len(owner), capacity)
+        **given,
+    )
+    hidden = output.last_hidden_state[:, -1]
+    if layout == "shared":
+        slabs.fan_out(len(owner), capacity)
         sizes = np.bincount(owner, minlength=len(tokens))
-        return SharedPrompts(policy, Cascade(cache, owner, sizes, real)), hidden
+        return SharedPrompts(policy, Cascade(slabs, owner, sizes, real)), hidden
+    cache = returned_cache(output) if slabs is None else slabs
     spread = torch.from_numpy(owner).to(policy.device)
-    cache.select(spread)
-    return CopiedPrompts(policy, cache, None if mask is None else mask[spread]), hidden
+    select_rows(cache, spread)
+    mask = None if mask is None else mask[spread]
+    return CopiedPrompts(policy, cache, mask, tokens.shape[1]), hidden
+
+
+def _slabs(layout: Layout, layers: int, capacity: int) -> Any:
+    """An empty cache of gspo's own, or None where the model makes one for itself."""
+    if layout == "shared":
+        return CascadeCache(layers)
+    return SlabCache(layers, capacity) if layout == "copied" else None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 _BLOCK = 64
@@ -64,10 +65,12 @@ def sample(
     temperature: Float[Tensor, " R"],
     top_p: Float[Tensor, " R"],
     uniform: Float[Tensor, " R"],
+    barred: Bool[Tensor, "R V"] | None = None,
 ) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"]]:
     """Tokens, and their float32 log-probs under softmax(logits / temperature).
 
-    Temperature 0 takes the likeliest token, whose log-prob is at temperature 1.
+    Temperature 0 takes the likeliest token, whose log-prob is at temperature 1. Tokens that are
+    `barred` are not drawn; the log-probs are those of the full distribution all the same.
 
     >>> logits = torch.tensor([[0.0, 0.0], [0.0, 5.0]])
     >>> one = torch.ones(2)
@@ -77,10 +80,13 @@ def sample(
     greedy = temperature == 0
     scale = torch.where(greedy, 1.0, temperature)
     logprobs = (logits.float() / scale[:, None]).log_softmax(-1)
+    drawn = logprobs
+    if barred is not None:
+        drawn = logprobs.masked_fill(barred, -math.inf).log_softmax(-1)
     if bool(greedy.all()):
-        tokens = logprobs.argmax(-1)
+        tokens = drawn.argmax(-1)
     else:
-        probabilities = logprobs.exp()
+        probabilities = drawn.exp()
         if bool((top_p < 1).any()):
             probabilities = _nucleus(probabilities, top_p)
         cumulative = probabilities.cumsum(-1)
@@ -89,7 +95,7 @@ def sample(
         tokens = torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(-1)
         tokens = tokens.clamp_(max=logits.shape[-1] - 1)
         if bool(greedy.any()):
-            tokens = torch.where(greedy, logprobs.argmax(-1), tokens)
+            tokens = torch.where(greedy, drawn.argmax(-1), tokens)
     return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
 
 

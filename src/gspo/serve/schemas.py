@@ -25,8 +25,19 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "use_beam_search": (False,),
+    "add_special_tokens": (False,),
+    "chat_template": ("",),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "prompt_logprobs": (0,),
 }
-"""Parameters of OpenAI's API that this version doesn't have, and the values that ask for nothing.
+"""Parameters of OpenAI's and vLLM's APIs that this version doesn't have, and the values that ask
+for nothing.
 Any other value is refused by name: nothing is accepted and ignored."""
 
 
@@ -41,6 +52,9 @@ class _Body(BaseModel):
     seed: int | None = None
     return_routes: bool = False
     ignore_eos: bool = False
+    stop_token_ids: list[int] | None = None
+    min_tokens: int = 0
+    skip_special_tokens: bool = True
 
     def sampling(self, max_tokens: int | None) -> SamplingParams:
         """The engine's parameters.
@@ -59,6 +73,9 @@ class _Body(BaseModel):
             seed=self.seed,
             routes=self.return_routes,
             ignore_eos=self.ignore_eos,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            min_tokens=self.min_tokens,
+            skip_special_tokens=self.skip_special_tokens,
         )
 
     def _refuse_unknown(self) -> None:
@@ -67,8 +84,9 @@ class _Body(BaseModel):
                 continue
             if name in _NEUTRAL:
                 raise RequestError(f"{name} is not supported by this server yet", param=name)
-            known = [*type(self).model_fields, *_NEUTRAL]
-            raise RequestError(f"unknown parameter {name!r}.{suggestion(name, known)}", param=name)
+            # A far-fetched hint misleads: only a misspelling gets one.
+            near = suggestion(name, type(self).model_fields, cutoff=0.8)
+            raise RequestError(f"unknown parameter {name!r}.{near}", param=name)
 
 
 class ChatBody(_Body):
@@ -99,6 +117,7 @@ class CompletionBody(_Body):
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: int | None = 16
     logprobs: int | None = None
+    add_special_tokens: bool = True
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts one by one, as text or as token ids."""

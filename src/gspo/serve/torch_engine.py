@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from gspo.errors import GspoError, RequestError
@@ -21,9 +21,11 @@ from gspo.policy.load import OWN, Policy, autocast
 from gspo.policy.logprob import full_logits
 from gspo.serve.cache import slab_bytes
 from gspo.serve.decoding import Row, Running
-from gspo.serve.engine import Completion, Request, check_fits
-from gspo.serve.kv import KeyValues, SharedPrompts, padded, prefill
+from gspo.serve.ends import end_tokens, ends_of
+from gspo.serve.engine import Completion, Request, SamplingParams, check_fits
+from gspo.serve.kv import KeyValues, Layout, SharedPrompts, padded, prefill
 from gspo.serve.route_watch import RouteWatch
+from gspo.serve.token_bytes import token_bytes
 from gspo.timing import timed
 
 KV_BYTES = 2 * 2**30
@@ -39,11 +41,16 @@ class TorchEngine:
         self.policy = policy
         self.max_rows = max_rows
         own = attention_implementation(policy.lm) == PACKED
-        self.shared = own and policy.packing in OWN
-        """One copy of each prompt's keys; `check_engine` turns it off where that isn't exact."""
+        self.layout: Layout = "shared" if own and policy.packing in OWN else "copied"
+        """How running rows are kept; `check_engine` goes on to the next where one isn't exact."""
         self._seed = seed
         self._served = 0
-        self._ends = _end_tokens(policy)
+        self._ends = end_tokens(policy)
+
+    @property
+    def shared(self) -> bool:
+        """One copy of each prompt's keys, and rows that may join while others run."""
+        return self.layout == "shared"
 
     @property
     def context(self) -> int:
@@ -67,11 +74,18 @@ class TorchEngine:
             raise RequestError(f"the chat template refuses: {error}", param="messages") from None
         return self.encode(str(text))
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return str(self.policy.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+    def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
+        ids = list(token_ids)
+        return str(self.policy.tokenizer.decode(ids, skip_special_tokens=not special))
 
     def token_text(self, token_id: int) -> str:
         return str(self.policy.tokenizer.decode([token_id], skip_special_tokens=False))
+
+    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
+        return token_bytes(self.policy.tokenizer, token_ids)
+
+    def check_params(self, params: SamplingParams) -> None:
+        ends_of(params, self.policy.tokenizer, self.policy.head.size)
 
     def check_routes(self) -> None:
         try:
@@ -90,11 +104,12 @@ class TorchEngine:
             limit = check_fits(request, self.context)
             if request.params.routes:
                 self.check_routes()
+            ends = ends_of(request.params, self.policy.tokenizer, self.policy.head.size)
             seed = request.params.seed
             for index in range(request.params.n):
                 # Seeded and unseeded streams never meet: their second words differ in sign.
                 key = (seed, index) if seed is not None else (self._seed, -1 - self._served)
-                rows.append(Row(r, request.params, limit, key))
+                rows.append(Row(r, request.params, limit, key, ends))
                 self._served += seed is None
         self.policy.lm.eval()
         with torch.no_grad(), autocast(self.policy):
@@ -144,6 +159,7 @@ class TorchEngine:
         limit = max((min(row.limit, _PLANNED) for row in busy), default=0)
         width = max((len(prompt) for prompt in prompts), default=0)
         lot: list[Row] = []
+        first = len(requests[waiting[0].request].prompt)
         for row in waiting:
             prompt = requests[row.request].prompt
             prompts.add(prompt)
@@ -152,6 +168,8 @@ class TorchEngine:
             copies = len(prompts) if self.shared else size
             planned = token * (size * limit + copies * width)
             if size > 1 and (size > self.max_rows or planned > KV_BYTES):
+                break
+            if self.layout == "equal_lengths" and lot and len(prompt) != first:
                 break
             lot.append(row)
         if busy and len(lot) < min(len(waiting), self.max_rows // 16):
@@ -170,7 +188,7 @@ class TorchEngine:
         longest = max(row.limit for row in rows)
         with watch.prefill(rows, owner, real):
             kv, hidden = prefill(
-                self.policy, tokens, real, np.array(owner), longest, shared=self.shared
+                self.policy, tokens, real, np.array(owner), longest, layout=self.layout
             )
         logits = full_logits(hidden, self.policy.head)
         return kv, logits[torch.tensor(owner, device=logits.device)]
@@ -180,20 +198,14 @@ class TorchEngine:
         return Completion(
             token_ids=row.tokens,
             logprobs=row.logprobs,
-            text=self.decode(row.tokens) if row.text is None else row.text,
+            text=self._text(row) if row.text is None else row.text,
             finish_reason=row.finish,
             policy_version=self.policy.version,
             temperature=row.params.temperature or 1.0,
             routes=np.concatenate(row.routes) if row.routes else None,
         )
 
-
-def _end_tokens(policy: Policy) -> Bool[Tensor, " V"]:
-    """True at the end tokens that the model's generation config and its tokenizer name."""
-    config = getattr(policy.lm, "generation_config", None)
-    named = getattr(config, "eos_token_id", None)
-    ids = set(named if isinstance(named, list) else [named])
-    ids.add(policy.tokenizer.eos_token_id)
-    ends = torch.zeros(policy.head.weight.shape[0], dtype=torch.bool, device=policy.device)
-    ends[[i for i in ids if i is not None]] = True
-    return ends
+    def _text(self, row: Row) -> str:
+        """What the row sampled, without the token of the request that ended it."""
+        tokens = row.tokens[:-1] if row.tokens[-1] in row.ends else row.tokens
+        return self.decode(tokens, special=not row.params.skip_special_tokens)

@@ -1,10 +1,11 @@
-"""Tasks with verifiable rewards: the built-in ones and `reasoning-gym:<dataset>`."""
+"""Tasks with verifiable rewards: built-in ones, `reasoning-gym:<dataset>`, and your own."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from gspo.byname import load_object
 from gspo.errors import ConfigError, suggestion
 from gspo.tasks.base import Problem, Split, Task
 from gspo.tasks.digits import DIGIT_TASKS
@@ -21,10 +22,12 @@ def task_names() -> list[str]:
 
 
 def load_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
-    """The task of that name.
+    """The task of that name: built-in, `reasoning-gym:<dataset>`, or `module:Class` of your own.
+
+    A class of your own derives from `Task`; `options` are its constructor's keyword arguments.
 
     Raises:
-        ConfigError: no such task or dataset, or an option that it doesn't have.
+        ConfigError: no such task, class or dataset, or an option that it doesn't have.
         MissingDependencyError: reasoning-gym is not installed.
 
     >>> load_task("sort").problem("train", 0).prompt
@@ -34,9 +37,11 @@ def load_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
         from gspo.tasks.gym import GymTask
 
         return GymTask(name.removeprefix(GYM), dict(options or {}))
+    if ":" in name:
+        return _own_task(name, dict(options or {}))
     tasks = {**DIGIT_TASKS, **LENGTH_TASKS}
     if name not in tasks:
-        known = [*task_names(), GYM + "<dataset>"]
+        known = [*task_names(), GYM + "<dataset>", "<module>:<Class>"]
         raise ConfigError(
             f"unknown task {name!r}.{suggestion(name, task_names())} Known: {', '.join(known)}."
         )
@@ -50,3 +55,23 @@ def load_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
                 f"Known: {', '.join(make.options)}."
             )
     return make(**given)
+
+
+def _own_task(name: str, options: dict[str, Any]) -> Task:
+    """The task of a class that the user wrote.
+
+    Raises:
+        ConfigError: no subclass of `Task`, one that lacks something, or options it doesn't take.
+    """
+    found = load_object(name, "task")
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise ConfigError(f"task = {name!r} must be a class that derives from gspo.tasks.Task")
+    try:
+        task = found(**options)
+    except TypeError as error:  # an unknown option, or draw() or score() is missing
+        raise ConfigError(f"task = {name!r} with options {options}: {error}") from None
+    if not hasattr(task, "max_tokens"):
+        raise ConfigError(f"task = {name!r} needs max_tokens, the default limit of a completion")
+    if not hasattr(task, "name"):
+        task.name = name
+    return task

@@ -23,9 +23,21 @@ class Problem:
 class Task(ABC):
     """Problems with a verifiable reward. The splits never share a prompt.
 
+    A task of your own derives from it, and has `max_tokens`, `draw` and `score`; the rest has
+    defaults. `task = "module:Class"` in a run's file names it.
+
+        class Parity(Task):
+            max_tokens = 4
+
+            def draw(self, key):
+                return Problem(str(key % 10_000), "odd" if key % 2 else "even")
+
+            def score(self, problem, completion):
+                return float(completion.strip() == problem.answer)
+
     Attributes:
         name: as given to `load_task`.
-        max_tokens: default limit of a completion.
+        max_tokens: default limit of a completion, in tokens.
         system_prompt: None, or the system turn that goes before every prompt.
         options: what the constructor takes.
         ends: a right answer ends by itself; else it is cut at `max_tokens`.

@@ -76,6 +76,11 @@ def needed_epsilon(objective: Objective, one: Observed) -> float:
     return max(distance, 0.0)
 
 
+def is_noisy(noise: float, target: float) -> bool:
+    """Whether noise decides more than half of what is meant to be clipped."""
+    return noise > target / 2
+
+
 def noise_advice(noise: float, spread: float, epsilon_low: float, target: float) -> str | None:
     """What to change where noise, and not learning, decides what is clipped; None if all is well.
 
@@ -85,7 +90,7 @@ def noise_advice(noise: float, spread: float, epsilon_low: float, target: float)
         epsilon_low: the range in force.
         target: the share that is meant to be clipped.
     """
-    if noise > target / 2:
+    if is_noisy(noise, target):
         return (
             f"engine and trainer differ so much that noise alone clips {noise:.0%} of the "
             f"sequences on unchanged weights (epsilon {epsilon_low:.2g}): raise epsilon, "
@@ -102,9 +107,16 @@ def noise_advice(noise: float, spread: float, epsilon_low: float, target: float)
 
 
 def spread(objective: Objective, seen: Sequence[Observed]) -> float:
-    """Standard deviation of l_i in the units of epsilon; 0 for fewer than two sequences."""
+    """Standard deviation of l_i in the units of epsilon; 0 for fewer than two sequences.
+
+    Only sequences with an advantage count: the others can't be clipped.
+    """
     by_length = objective.epsilon_scale == "sqrt_length"
-    values = [one.log_ratio * (math.sqrt(one.length) if by_length else 1.0) for one in seen]
+    values = [
+        one.log_ratio * (math.sqrt(one.length) if by_length else 1.0)
+        for one in seen
+        if one.advantage != 0
+    ]
     if len(values) < 2:
         return 0.0
     mean = math.fsum(values) / len(values)

@@ -35,10 +35,10 @@ class MethodLoss:
         advantages: A_i by trajectory.
         sequences, tokens: N and T.
         policy, kl: the loss's two parts, as `policy_loss` returns them.
-        scored: sequences with a gradient of their own: those with an advantage, or all with a KL.
+        scored: sequences with an advantage.
         clipped: of those, how many the range silences; a partly clipped one counts its share.
         scored_tokens, clipped_tokens: the same of trained tokens.
-        log_ratios: l_i of the scored sequences.
+        log_ratios: l_i of those sequences.
         gradient: of the loss, one tensor a trained parameter.
     """
 
@@ -77,7 +77,7 @@ class MethodLoss:
         """d loss / d log-probs of a row, whose statistics are counted."""
         objective, device = self.settings.objective, logprobs.device
         leaf = logprobs.detach().requires_grad_()
-        chosen = torch.tensor([self.wants(t) for t in row.trajectory_ids])
+        chosen = torch.tensor([self.advantages[t] != 0 for t in row.trajectory_ids])
         own = [self.advantages[t] for t in row.trajectory_ids]
         out = policy_loss(
             leaf,

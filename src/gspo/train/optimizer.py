@@ -16,19 +16,28 @@ _FUSED = ("cpu", "cuda")
 """Devices on which the update of all parameters is one kernel."""
 
 
-def learning_rate(peak: float, options: TrainConfig, progress: float) -> float:
-    """The rate after `progress` calls of `train` (fractions: minibatches of the running one).
+def learning_rate(peak: float, options: TrainConfig, begin: float, end: float) -> float:
+    """The rate of one optimizer step.
 
-    >>> options = TrainConfig(lr_schedule="linear", lr_warmup_steps=2, lr_total_steps=12)
-    >>> [learning_rate(1.0, options, at) for at in (0.0, 1.0, 2.0, 7.0, 12.0)]
-    [0.0, 0.5, 1.0, 0.5, 0.0]
+    The warmup is read at the step's end and the decay at its begin. So no step has a rate of 0: the
+    first one has a share of the peak already, and the last one is still above `lr_final`.
+
+    Args:
+        peak: the largest rate.
+        options: the schedule.
+        begin, end: calls of `train` that are done before the step and after it; fractions count
+            the minibatches of a call.
+
+    >>> options = TrainConfig(lr_schedule="linear", lr_warmup_steps=2, lr_total_steps=6)
+    >>> [learning_rate(1.0, options, call, call + 1) for call in range(7)]
+    [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
     """
-    warmup, total = options.lr_warmup_steps, options.lr_total_steps
-    if progress < warmup:
-        return peak * progress / warmup
+    warmup, total = options.lr_warmup_steps or 0, options.lr_total_steps
+    if begin < warmup:
+        return peak * min(1.0, end / warmup)
     if options.lr_schedule == "constant" or total is None:
         return peak
-    done = min(1.0, (progress - warmup) / (total - warmup))
+    done = min(1.0, (begin - warmup) / (total - warmup))
     share = 1 - done if options.lr_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
     return peak * (options.lr_final + (1 - options.lr_final) * share)
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from gspo.batch.check import check_groups
 from gspo.batch.sample import Sample, trajectory_samples
-from gspo.errors import SampleTooLongError
+from gspo.errors import DataError, SampleTooLongError
 from gspo.objective import AdvantageKind, advantages
 from gspo.timing import timed
 from gspo.trajectory import Trajectory, TrajectoryGroup
@@ -72,7 +74,7 @@ def prepare(
     Advantages are computed over the whole group, before anything is dropped.
 
     Raises:
-        DataError: see `check_groups` and `trajectory_samples`.
+        DataError: see `check_groups` and `trajectory_samples`; an advantage beyond float32.
     """
     check_groups(groups)
     flat = [(g, t, own) for g, group in enumerate(groups) for t, own in enumerate(group)]
@@ -83,6 +85,7 @@ def prepare(
         torch.tensor(shaped, dtype=torch.float64),
         torch.tensor([g for g, _, _ in flat]),
     ).tolist()
+    _check_advantages(values, [g for g, _, _ in flat])
     kept: list[tuple[tuple[Sample, ...], int, float]] = []
     dropped = 0
     for i, (g, t, trajectory) in enumerate(flat):
@@ -110,6 +113,15 @@ def prepare(
     )
 
 
+def _check_advantages(values: Sequence[float], groups: Sequence[int]) -> None:
+    for value, group in zip(values, groups, strict=True):
+        if abs(value) > torch.finfo(torch.float32).max:
+            raise DataError(
+                f"group {group}: an advantage is {value:.3g}, which is beyond float32: divide the "
+                "rewards by their size, or use an algorithm that divides by their spread (gspo)"
+            )
+
+
 def minibatches(batch: RolloutBatch, count: int, seed: int) -> list[list[tuple[Sample, ...]]]:
     """Trajectories in `count` near-equal parts; groups in random order, kept together.
 
@@ -127,8 +139,19 @@ def minibatches(batch: RolloutBatch, count: int, seed: int) -> list[list[tuple[S
 
 
 def without_advantage(samples: Sequence[Sample]) -> bool:
-    """True where a trajectory gives no policy gradient."""
+    """True where a trajectory gives no policy gradient; a KL term may still have one."""
     return samples[0].advantage == 0
+
+
+def reward_std(rewards: Sequence[float]) -> float:
+    """Population standard deviation, of rewards of any size.
+
+    >>> reward_std([1.0, 3.0])
+    1.0
+    """
+    # Squares of rewards such as 1e200 overflow; dividing by a power of two rounds nothing.
+    power = math.ldexp(1.0, math.frexp(max(map(abs, rewards)))[1] - 1)
+    return float(np.std(np.array(rewards) / power)) * power
 
 
 def overlong_punishment(length: int, max_tokens: int, cache: int) -> float:

@@ -18,6 +18,7 @@ from gspo.objective import (
     Objective,
     Preset,
 )
+from gspo.train.algorithms import find_algorithm
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ class Settings:
         advantage: how A_i is made of the group's rewards.
         counts_flat: groups with equal rewards count in N and T.
         old_logprobs: `rollout` or `trainer`.
+        minibatches: optimizer steps per rollout batch and epoch.
         auto_epsilon: the clip range is steered; the objective's is where it starts.
-        learning_rate: peak.
+        learning_rate: peak; None until the model is known (see defaults.py).
         options: everything else.
     """
 
@@ -39,9 +41,10 @@ class Settings:
     objective: Objective
     advantage: AdvantageKind
     counts_flat: bool
+    minibatches: int
     old_logprobs: str
     auto_epsilon: bool
-    learning_rate: float
+    learning_rate: float | None
     options: DevTrainConfig
 
     @property
@@ -68,6 +71,7 @@ class Settings:
             "epsilon_high": objective.epsilon_high if clipped else None,
             "scale_rewards": {"group_std": True, "group_mean": False}.get(self.advantage),
             "old_logprobs": self.old_logprobs,
+            "minibatches": self.minibatches,
             "kl_penalty_coef": objective.kl_coef,
             "learning_rate": self.learning_rate,
         }
@@ -104,6 +108,7 @@ def resolve(config: TrainConfig | None = None, options: DevTrainConfig | None = 
         objective=objective,
         advantage=_advantage(preset, options),
         counts_flat=preset.counts_flat,
+        minibatches=options.minibatches or preset.minibatches,
         old_logprobs=old,
         auto_epsilon=options.epsilon == "auto",
         learning_rate=config.learning_rate,
@@ -117,7 +122,7 @@ def _preset(options: DevTrainConfig) -> Preset:
         objective = LEVEL_DEFAULTS[level]
         named = [p for p in PRESETS.values() if p.objective == objective]
         return named[0] if named else Preset(f"level:{level}", objective, "", "OpenPipe ART")
-    preset = PRESETS[options.algorithm or "gspo"]
+    preset = find_algorithm(options.algorithm or "gspo")
     if level is not None and level != preset.objective.level:
         fits = [name for name, p in PRESETS.items() if p.objective.level == level]
         remedy = f"use algorithm={fits[0]!r}" if fits else "leave algorithm out"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from gspo.batch.pack import PackedBatch
 from gspo.batch.sample import Sample
+from gspo.errors import NumericsError
 from gspo.metrics import Metrics
 from gspo.objective import (
     LossOutput,
@@ -77,6 +79,10 @@ def accumulate(
 
     N and T are known before the first backward pass, so neither depends on the split into rows.
     Returns what the step saw of its sequences.
+
+    Raises:
+        NumericsError: the loss of a row is NaN or infinite. Its gradient may still be finite: the
+            bound on ratios gives NaN a gradient of 0.
     """
     seen: list[Trace] = []
     metrics.mean("loss/policy", 0.0, 1)
@@ -91,6 +97,7 @@ def accumulate(
     score = functools.partial(_score, policy, work, objective, reference, workers.count > 1)
     for at in range(0, len(rows), workers.count):
         for done in workers.map(score, rows[at : at + workers.count]):
+            _check_finite(done)
             if done.gradients:
                 _add_gradients(policy, done.gradients)
             _record(metrics, done.batch, done.scored, done.out)
@@ -112,6 +119,7 @@ class _Done:
     batch: PackedBatch
     scored: TokenLogprobs
     out: LossOutput
+    loss: Tensor
     watched: Watched | None
     gradients: tuple[Tensor | None, ...]
 
@@ -153,7 +161,21 @@ def _score(
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         else:
             loss.backward()
-    return _Done(batch, scored, out, watched, gradients)
+    return _Done(batch, scored, out, loss.detach(), watched, gradients)
+
+
+def _check_finite(done: _Done) -> None:
+    loss = done.loss.item()
+    if math.isfinite(loss):
+        return
+    finite = done.out.log_ratio.isfinite().tolist()
+    named = zip(done.batch.trajectory_ids, finite, strict=True)
+    bad = sorted({trajectory for trajectory, good in named if not good})
+    where = f"; log-ratios that are not finite: trajectory {bad[0]} ({len(bad)} in all)"
+    raise NumericsError(
+        f"the loss is {loss}{where if bad else ''}. Look for a temperature, a log-prob or a "
+        "weight that is not finite"
+    )
 
 
 def _add_gradients(policy: Policy, gradients: Sequence[Tensor | None]) -> None:
@@ -167,6 +189,11 @@ def _add_gradients(policy: Policy, gradients: Sequence[Tensor | None]) -> None:
 
 
 def _record(metrics: Metrics, batch: PackedBatch, scored: TokenLogprobs, out: LossOutput) -> None:
+    """Loss and entropy of all that is trained on; ratios of the sequences with an advantage.
+
+    The others can't be clipped. A KL term trains on them too, and must not change what a share of
+    clipped sequences is a share of.
+    """
     metrics.mean("loss/policy", out.policy.item(), 0)
     metrics.mean("loss/kl", out.kl.item(), 0)
     trained = batch.loss_mask.to(scored.entropy.device)
@@ -176,19 +203,23 @@ def _record(metrics: Metrics, batch: PackedBatch, scored: TokenLogprobs, out: Lo
 
     share = (out.clipped_tokens / out.loss_tokens.clamp(min=1)).cpu().double()
     advantages = batch.advantages
+    counted = advantages != 0
     for name, chosen in (
-        ("ratio/clip_fraction", torch.ones_like(advantages, dtype=torch.bool)),
+        ("ratio/clip_fraction", counted),
         ("ratio/clip_fraction_positive", advantages > 0),
         ("ratio/clip_fraction_negative", advantages < 0),
     ):
         metrics.mean(name, share[chosen].sum().item(), int(chosen.sum()))
-    metrics.mean("ratio/clip_fraction_tokens", out.clipped_tokens.sum().item(), count)
-    metrics.distribution("ratio/log", out.log_ratio.tolist())
+    clipped, tokens = out.clipped_tokens.cpu()[counted], out.loss_tokens.cpu()[counted]
+    metrics.mean("ratio/clip_fraction_tokens", clipped.sum().item(), int(tokens.sum()))
+    log_ratio = out.log_ratio.cpu()[counted].double()
+    metrics.distribution("ratio/log", log_ratio.tolist())
     # Mean squares: their roots are the spreads of l_i and d_t, which 1/sqrt(L) relates.
     d = scored.logprobs.detach().cpu().double() - batch.old_logprobs
-    metrics.mean("ratio/log_square", out.log_ratio.double().square().sum().item(), len(advantages))
+    d = d[counted[batch.sequence_ids]]
+    metrics.mean("ratio/log_square", log_ratio.square().sum().item(), len(log_ratio))
     metrics.mean("ratio/token_log_square", d.square().sum().item(), d.numel())
-    metrics.add("ratio/extreme", int(out.extreme.sum()))
+    metrics.add("ratio/extreme", int(out.extreme.cpu()[counted].sum()))
 
 
 def _record_packing(metrics: Metrics, policy: Policy, batch: PackedBatch) -> None:

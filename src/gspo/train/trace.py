@@ -20,7 +20,7 @@ class Trace(Observed):
     Attributes:
         trajectory_id: of the batch.
         update: the optimizer step of the call, from 0.
-        trained_tokens, clipped_tokens: in the loss; of those, with zero gradient for the clip.
+        trained_tokens, clipped_tokens: in the loss; of those, how many the range acts on.
         token_log_ratios: [L_i] float32 d_t, in the order of sampling.
     """
 

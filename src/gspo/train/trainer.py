@@ -22,10 +22,11 @@ from gspo.metrics import Metrics
 from gspo.objective import CLIPPING, Objective
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy
-from gspo.train.calibration import EpsilonController, noise_advice, spread
+from gspo.train.calibration import EpsilonController, is_noisy, noise_advice, spread
+from gspo.train.defaults import with_defaults
 from gspo.train.optimizer import Optimizer, learning_rate
 from gspo.train.recompute import with_trainer_logprobs
-from gspo.train.rollouts import RolloutBatch, minibatches, without_advantage
+from gspo.train.rollouts import RolloutBatch, minibatches, reward_std, without_advantage
 from gspo.train.routing import BatchRouting, check_routing, shares, with_routes
 from gspo.train.settings import Settings
 from gspo.train.step import Reference, StepInput, accumulate
@@ -63,19 +64,23 @@ class Trainer:
         self.step = 0
         self.epsilon = EpsilonController()
         self._load_reference = load_reference
-        self._warned = False
+        self._told: set[int] = set()
         self._frozen: Policy | None = None
 
     def train(self, batch: RolloutBatch, settings: Settings) -> TrainOutput:
         """Take `minibatches` x `epochs` optimizer steps and count the policy version up.
 
-        A minibatch without any advantage is no step: AdamW's momentum alone must not move weights.
+        A minibatch without a gradient is no step: AdamW's momentum alone must not move weights.
+        That is one in which every advantage is 0, unless there is a KL term, which has a gradient
+        there too.
 
         Raises:
-            NumericsError: a gradient or a router logit that is not finite. The weights are those
-                before that step.
+            NumericsError: a loss, a gradient or a router logit that is not finite. The weights are
+                those before that step.
             ConfigError, DataError: see `check_routing`.
         """
+        settings = with_defaults(settings, self.policy)
+        assert settings.learning_rate is not None
         check_routing(self.policy, batch.samples, settings.options)
         started = time.perf_counter()
         metrics = Metrics()
@@ -87,7 +92,7 @@ class Trainer:
         plan = self._against_trainer(plan, settings)
         seen: list[Trace] = []
         updates = 0
-        self.policy.lm.train(self.policy.checkpointing)  # layers recompute in train mode alone
+        self.policy.lm.eval()  # train mode is dropout and noise under any name: never wanted
         try:
             for at, part in enumerate(plan):
                 stepped = self._minibatch(
@@ -96,7 +101,12 @@ class Trainer:
                     objective,
                     metrics,
                     routing,
-                    progress=at / len(plan),
+                    rate=learning_rate(
+                        settings.learning_rate,
+                        settings.options,
+                        begin=self.step + at / len(plan),
+                        end=self.step + (at + 1) / len(plan),
+                    ),
                     update=updates,
                 )
                 updates += stepped is not None
@@ -121,13 +131,8 @@ class Trainer:
         options = settings.options
         if not settings.counts_flat:
             batch = batch.with_signal()
-        return [
-            part
-            for epoch in range(options.epochs)
-            for part in minibatches(
-                batch, options.minibatches, seed=_mix(options.seed, self.step, epoch)
-            )
-        ]
+        seeds = [_mix(options.seed, self.step, epoch) for epoch in range(options.epochs)]
+        return [part for seed in seeds for part in minibatches(batch, settings.minibatches, seed)]
 
     def _routed(
         self, plan: list[list[tuple[Sample, ...]]], settings: Settings, metrics: Metrics
@@ -166,13 +171,13 @@ class Trainer:
         metrics: Metrics,
         routing: BatchRouting,
         *,
-        progress: float,
+        rate: float,
         update: int,
     ) -> list[Trace] | None:
-        """One optimizer step, or None where nothing in the minibatch has an advantage."""
+        """One optimizer step, or None where nothing in the minibatch has a gradient."""
         options = settings.options
         wanted = _wanted(part, settings)
-        if all(without_advantage(samples) for samples in wanted):
+        if not wanted:
             metrics.add("optim/skipped", 1)
             return None
         on_policy = update == 0 and self._fresh(wanted)
@@ -196,7 +201,6 @@ class Trainer:
             raise NumericsError(
                 f"train step {self.step}: {error}; the update was not made"
             ) from None
-        rate = learning_rate(settings.learning_rate, options, self.step + progress)
         try:
             norm = self.optimizer.step(rate, options)
         except FloatingPointError as error:
@@ -211,22 +215,24 @@ class Trainer:
     def _calibrate(
         self, metrics: Metrics, objective: Objective, settings: Settings, seen: list[Trace]
     ) -> None:
-        """Steer the clip range where asked; say once where it doesn't fit the noise."""
+        """Steer the clip range where asked; say once where it doesn't fit: as a warning if it is
+        noise that clips, else as information (most short runs at the paper's range learn)."""
         target = settings.options.epsilon_target
         if settings.auto_epsilon:
             self.epsilon.observe(objective, seen, target)
         if objective.surrogate in CLIPPING:
             metrics.mean("ratio/epsilon_low", objective.epsilon_low, 1)
             metrics.mean("ratio/epsilon_high", objective.epsilon_high, 1)
-        if self._warned or objective.level not in ("sequence", "sequence_token"):
+        if settings.auto_epsilon or objective.level not in ("sequence", "sequence_token"):
             return
         noise = metrics.compute().get("mismatch/clip_fraction", 0.0)
         if settings.old_logprobs == "trainer":  # the ratio is not taken against the engine
             noise = 0.0
         advice = noise_advice(noise, spread(objective, seen), objective.epsilon_low, target)
-        if advice is not None and not settings.auto_epsilon:
-            self._warned = True
-            log.warning("train step %d: %s", self.step, advice)
+        level = logging.WARNING if is_noisy(noise, target) else logging.INFO
+        if advice is not None and level not in self._told:
+            self._told.add(level)
+            log.log(level, "train step %d: %s", self.step, advice)
 
     def _fresh(self, trajectories: Sequence[Sequence[Sample]]) -> bool:
         """Whether the current weights sampled every token."""
@@ -243,7 +249,7 @@ class Trainer:
         for group, reward in zip(batch.groups, batch.rewards, strict=True):
             by_group.setdefault(group, []).append(reward)
         for own in by_group.values():
-            metrics.mean("train/reward_std", float(np.std(own)), 1)
+            metrics.mean("train/reward_std", reward_std(own), 1)
         count = len(batch.samples)
         metrics.mean("train/reward", math.fsum(batch.rewards), count)
         every = [sample for samples in batch.samples for sample in samples]
@@ -278,7 +284,7 @@ class Trainer:
 
 
 def _wanted(part: Sequence[tuple[Sample, ...]], settings: Settings) -> list[tuple[Sample, ...]]:
-    """The trajectories that need a forward pass: without an advantage, only the KL's do."""
+    """The trajectories that have a gradient: those with an advantage, or all with a KL term."""
     return [s for s in part if settings.objective.kl_coef > 0 or not without_advantage(s)]
 
 

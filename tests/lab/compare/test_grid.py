@@ -37,6 +37,14 @@ def test_presets_stressors_and_seeds_are_crossed():
     assert (cell.spec.learning_rate, cell.spec.steps, cell.spec.load.threads) == (1e-3, 3, 1)
 
 
+def test_a_stressor_can_switch_gradient_clipping_off():
+    cells = make_cells(grid(stress={"max_grad_norm": [1.0, "off"]}, seeds=1))
+    limits = [cell.spec.train.max_grad_norm for cell in cells if cell.spec]
+    assert limits == [1.0, 1.0, None, None]
+    assert cells[2].stress == {"max_grad_norm": "off"}
+    assert len({cell.spec.name for cell in cells if cell.spec}) == 4
+
+
 def test_a_seed_decides_prompts_and_order_alike_in_every_arm():
     for cell in make_cells(grid(seeds=[3, 5])):
         assert cell.spec is not None

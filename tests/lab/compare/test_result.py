@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+from intervals import false_collapses
 from rich.console import Console
 
 from gspo.lab.compare.grid import Cell, make_cells
@@ -16,7 +18,7 @@ from gspo.lab.compare.result import area, collapsed, comparison, write_compariso
 from gspo.lab.compare.run import State, cell_folder, first_states, is_finished
 from gspo.lab.compare.spec import CompareSpec
 from gspo.lab.compare.table import print_result
-from gspo.lab.statistics import t_interval
+from gspo.lab.statistics import Interval, share_interval, t_interval
 from lab.compare.written import write_run
 
 
@@ -74,13 +76,17 @@ def test_summaries_and_pairs_are_by_seed(tmp_path: Path):
         "low": expected.low,
         "high": expected.high,
     }
-    assert (ours["seeds"], ours["collapsed"]) == (3, 0.0)
+    assert (ours["seeds"], ours["collapsed"]) == (3, asdict(share_interval(0, 3)))
     assert ours["clip_fraction"] == pytest.approx(0.2)
     assert ours["entropy"] is None
     assert ours["curves"]["val/reward"]["step"] == [0, 1, 2]
     assert ours["curves"]["val/reward"]["mean"][-1] == pytest.approx(1.9 / 3, abs=1e-5)
-    pair = content["paired"][0]
+    primary, pair = content["paired"]
+    assert (primary["metric"], primary["role"]) == ("auc", "primary")
     assert (pair["a"], pair["b"], pair["metric"], pair["n"]) == ("gspo", "grpo", "reward_after", 3)
+    assert pair["role"] == "secondary"
+    t = pair["difference"] / math.sqrt(0.00203333333 / 3)
+    assert pair["p"] == pytest.approx(1 - t / math.sqrt(t * t + 2))  # 2 degrees of freedom
     # Differences 0.1, 0.15, 0.06: mean 0.10333, standard error 0.0451/sqrt(3), t 4.3027.
     assert pair["difference"] == pytest.approx(0.31 / 3)
     half = 4.302652729749462 * math.sqrt(0.00203333333) / math.sqrt(3)
@@ -121,6 +127,21 @@ def test_every_row_of_the_tables_says_what_it_is_of(tmp_path: Path, width: int):
     assert all(row[2] in ("0.0001", "0.001") and row[3] in ("4", "12") for row in paired)
 
 
+def test_the_tables_say_which_metric_counts_and_how_sure_shares_are(tmp_path: Path):
+    compare = small(tmp_path, seeds=4)
+    cells = make_cells(compare)
+    for cell in cells:
+        gain = 0.1 * (cell.arm == "gspo") + 0.001 * cell.seed
+        write_run(cell, [0.3, 0.4 + gain * (1 + cell.seed % 2 / 9), 0.5 + gain])
+    out = io.StringIO()
+    print_result(comparison(compare, cells, done(cells)), Console(file=out, width=120))
+    text = out.getvalue()
+    assert "AUC, the primary metric: 1 of 1 differences shown, 1 after Holm's correction" in text
+    assert "reward, the secondary metric" not in text  # every seed differs by the same
+    assert "one in twenty" in text
+    assert "0% [0%, 60%]" in text
+
+
 def test_a_baseline_is_compared_with_each_arm_alone(tmp_path: Path):
     compare = small(tmp_path, presets=["gspo", "grpo", "dapo"], baseline="grpo", seeds=2)
     cells = make_cells(compare)
@@ -142,18 +163,53 @@ def test_the_file_is_json_without_nan(tmp_path: Path):
     assert content["paired"] == []
 
 
+def evaluations(rewards: list[float], half: float | None = 0.02) -> list[Interval]:
+    return [
+        Interval(mean, None, None) if half is None else Interval(mean, mean - half, mean + half)
+        for mean in rewards
+    ]
+
+
 @pytest.mark.parametrize(
     ("rewards", "expected"),
     [
-        ([0.3, 0.6, 0.31], False),  # above half of the maximum and above the start
-        ([0.3, 0.7, 0.34], True),  # below half of the maximum
-        ([0.3, 0.28], False),  # within the start's own interval
+        ([0.3, 0.6, 0.5], False),  # it kept two thirds of what it had gained
+        ([0.3, 0.6, 0.42], False),  # less than half, but not for certain
+        ([0.3, 0.6, 0.31], True),  # next to nothing
+        ([0.3, 0.28], False),  # within the noise of the start
         ([0.3, 0.25], True),  # below the start
-        ([0.3, 0.9, 0.1, 0.5], False),  # recovered
+        ([0.3, 0.9, 0.1, 0.5], True),  # a third of what it had gained
+        ([0.3, 0.9, 0.1, 0.7], False),  # recovered
+        ([0.3], False),
+        ([0.0, 0.002, 0.0], False),
+        ([0.1, 0.2, 0.3], False),
+        ([0.0, 0.1, 0.2, 0.15], False),  # improved overall
     ],
 )
-def test_collapse_is_defined_once(rewards: list[float], expected: bool):
-    assert collapsed(rewards, start_low=0.26) is expected
+@pytest.mark.parametrize("zero", [0.0, -1.0, -1.2, 100.0])
+def test_collapse_is_one_wherever_rewards_have_their_zero(
+    rewards: list[float], expected: bool, zero: float
+):
+    assert collapsed(evaluations([zero + reward for reward in rewards])) is expected
+
+
+def test_an_evaluation_without_an_interval_is_as_noisy_as_the_others():
+    always_wrong = Interval(-1.0, None, None)
+    assert collapsed([*evaluations([-0.4, 0.6], 0.05), always_wrong])
+    assert not collapsed([*evaluations([-0.98, -0.96], 0.05), always_wrong])
+    assert collapsed(evaluations([-1.0, -2.0], None))
+
+
+@pytest.mark.parametrize("zero", [0.0, -1.0])
+@pytest.mark.parametrize(
+    ("mean", "prompts", "count"), [(0.002, 64, 6), (0.01, 64, 10), (0.3, 8, 6), (0.95, 16, 10)]
+)
+def test_runs_in_which_nothing_changes_dont_collapse(
+    mean: float, prompts: int, count: int, zero: float
+):
+    # 2 %, and 3 standard errors. By half of the maximum it was up to 34 %.
+    alarms = false_collapses(mean, prompts, count, 50, zero)
+    assert alarms <= 0.02 + 3 * math.sqrt(0.02 * 0.98 / 50)
 
 
 def test_area_doesnt_depend_on_how_often_it_was_measured():

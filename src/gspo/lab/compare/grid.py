@@ -218,7 +218,9 @@ def _run_name(spec: Spec) -> str:
     for key in ("name", "path", "project"):
         content.pop(key, None)
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
-    parts = (spec.task or "rollout", spec.train.algorithm or "gspo", f"seed{spec.seed}", digest)
+    method = spec.train.algorithm or "gspo"
+    method = method if isinstance(method, str) else "own"
+    parts = (spec.task or "rollout", method, f"seed{spec.seed}", digest)
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(parts))
 
 

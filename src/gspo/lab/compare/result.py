@@ -17,7 +17,14 @@ from typing import Any
 from gspo.lab.compare.grid import Cell, by_group
 from gspo.lab.compare.run import State, cell_folder
 from gspo.lab.compare.spec import CompareSpec
-from gspo.lab.statistics import paired_difference, t_interval, verdict
+from gspo.lab.statistics import (
+    Interval,
+    p_value,
+    paired_difference,
+    share_interval,
+    t_interval,
+    verdict,
+)
 
 Record = dict[str, float]
 
@@ -49,7 +56,9 @@ AVERAGED = {
     "completion_tokens": "tokens/completion_mean",
 }
 """Columns of a summary: the mean over steps, then over seeds."""
-PAIRED = ("reward_after", "auc")
+PRIMARY = "auc"
+"""What a comparison is judged by, named before any run: the last evaluation alone is noisier."""
+PAIRED = (PRIMARY, "reward_after")
 
 
 def comparison(
@@ -104,8 +113,8 @@ def _cell(compare: CompareSpec, cell: Cell, state: State) -> dict[str, Any]:
 @cache
 def _measured(run: Path) -> dict[str, Any]:
     """What a finished run shows. It no longer changes."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    curves = _curves([json.loads(line) for line in lines])
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    curves = _curves(records)
     held_out = curves["val/reward"]
     before, after = held_out["value"][0], held_out["value"][-1]
     # The evaluations at the start and the end alone make no curve.
@@ -114,7 +123,7 @@ def _measured(run: Path) -> dict[str, Any]:
         "reward_before": before,
         "reward_after": after,
         "auc": area(curve["step"], curve["value"]),
-        "collapsed": collapsed(held_out["value"], curves["val/reward_low"]["value"][0]),
+        "collapsed": collapsed([_evaluation(r) for r in records if "val/reward" in r]),
         "seconds": round(sum(curves["time/step"]["value"]), 2),
         "tokens": int(sum(curves["tokens/completion"]["value"])),
         "curves": curves,
@@ -136,6 +145,11 @@ def _rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
+def _evaluation(record: Record) -> Interval:
+    ends = (record.get("val/reward_low"), record.get("val/reward_high"))
+    return Interval(record["val/reward"], *ends)
+
+
 def area(steps: Sequence[float], values: Sequence[float]) -> float:
     """The mean height of a curve: its area by trapezoids, over the steps that it spans.
 
@@ -149,15 +163,26 @@ def area(steps: Sequence[float], values: Sequence[float]) -> float:
     return total / (steps[-1] - steps[0])
 
 
-def collapsed(rewards: Sequence[float], start_low: float) -> bool:
-    """Whether a run lost what it had: at its end it is below half of its own earlier maximum, or
-    below the start. Both of held-out reward; the start counts by the lower end of its 95 %
-    interval, so that a run that merely stood still has not collapsed.
+def collapsed(evaluations: Sequence[Interval]) -> bool:
+    """Whether a run lost most of what it had gained, or fell below its start, for certain.
 
-    >>> collapsed([0.3, 0.8, 0.39], 0.27), collapsed([0.3, 0.29], 0.27), collapsed([0.3, 0.2], 0.27)
-    (True, False, True)
+    Its last evaluation is below the middle between the start and the best one: with the upper end
+    of its interval, and they with their lower ends. If the best one is the start, that is the
+    start. So noise is no collapse, and a constant that is added to all rewards changes nothing.
+
+    >>> start, best = Interval(0.3, 0.25, 0.35), Interval(0.8, 0.75, 0.85)
+    >>> collapsed([start, best, Interval(0.4, 0.35, 0.45)])  # below 0.5, the middle
+    True
+    >>> collapsed([start, Interval(0.28, 0.23, 0.33)])  # not below the start for certain
+    False
     """
-    return rewards[-1] < max(rewards[:-1], default=rewards[-1]) / 2 or rewards[-1] < start_low
+    widths = [e.high - e.low for e in evaluations if e.low is not None and e.high is not None]
+    # Rewards that are all the same may have no interval: they are as noisy as the others at most.
+    half = max(widths, default=0.0) / 2
+    *before, last = evaluations
+    lows = [e.mean - half if e.low is None else e.low for e in before]
+    high = last.mean + half if last.high is None else last.high
+    return bool(lows) and high < (lows[0] + max(lows)) / 2
 
 
 def _summary(arm: str, stress: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -165,7 +190,8 @@ def _summary(arm: str, stress: dict[str, Any], rows: Sequence[dict[str, Any]]) -
     out: dict[str, Any] = {"arm": arm, "stress": stress, "seeds": len(done)}
     for name in PAIRED:
         out[name] = asdict(t_interval([row[name] for row in done])) if done else None
-    out["collapsed"] = _mean([float(row["collapsed"]) for row in done])
+    count = sum(row["collapsed"] for row in done)
+    out["collapsed"] = asdict(share_interval(count, len(done))) if done else None
     for name, metric in AVERAGED.items():
         own = [row["curves"][metric]["value"] for row in done if metric in row["curves"]]
         out[name] = _mean([statistics.fmean(values) for values in own])
@@ -229,13 +255,17 @@ def _pair(
         for rows in (rows_a, rows_b)
     )
     seeds = [seed for seed in ours if seed in theirs]
-    out: dict[str, Any] = {"a": a, "b": b, "stress": stress, "metric": metric, "n": len(seeds)}
+    role = "primary" if metric == PRIMARY else "secondary"
+    out: dict[str, Any] = {"a": a, "b": b, "stress": stress, "metric": metric, "role": role}
+    out["n"] = len(seeds)
     if not seeds:
         return out
-    difference = paired_difference([ours[s] for s in seeds], [theirs[s] for s in seeds])
+    values = [ours[s] for s in seeds], [theirs[s] for s in seeds]
+    difference = paired_difference(*values)
     return out | {
         "difference": difference.mean,
         "low": difference.low,
         "high": difference.high,
+        "p": p_value(*values),
         "verdict": verdict(difference, a, b),
     }

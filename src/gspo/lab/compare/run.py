@@ -63,7 +63,7 @@ def is_finished(cell: Cell) -> bool:
         last = json.loads((cell_folder(cell) / "metrics.jsonl").read_text().splitlines()[-1])
     except (OSError, IndexError, ValueError):
         return False
-    return last["step"] == cell.spec.steps and "val/reward_high" in last
+    return last["step"] == cell.spec.steps and "val/reward" in last
 
 
 def first_states(cells: list[Cell]) -> dict[str, State]:

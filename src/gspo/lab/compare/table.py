@@ -15,7 +15,7 @@ from rich.table import Table
 from gspo.lab.compare.grid import Cell
 from gspo.lab.compare.run import State
 from gspo.lab.compare.session import GridPlan
-from gspo.lab.statistics import NO_DIFFERENCE, NO_INTERVAL, Interval
+from gspo.lab.statistics import LEVEL, NO_DIFFERENCE, NO_INTERVAL, Interval, holm
 
 
 class LiveGrid:
@@ -157,21 +157,34 @@ def _print_paired(pairs: list[dict[str, Any]], axes: list[str], console: Console
         table.add_row(
             *(pair["a"], pair["b"], *(str(pair["stress"][axis]) for axis in axes)),
             *(
-                _METRICS.get(pair["metric"], pair["metric"]),
+                _METRICS[pair["metric"]],
                 str(pair["n"]),
                 str(interval),
                 pair["verdict"],
             ),
         )
     console.print(table)
-    judged = [pair for pair in pairs if pair["verdict"] != NO_INTERVAL]
-    shown = sum(pair["verdict"] != NO_DIFFERENCE for pair in judged)
-    if judged:
-        console.print(
-            f"{shown} of {len(judged)} differences shown; with none at all, about one in twenty "
-            "would be by chance.",
-            markup=False,
-        )
+    for line in _counts(pairs):
+        console.print(line, markup=False)
+
+
+def _counts(pairs: list[dict[str, Any]]) -> list[str]:
+    """How many differences are shown of each metric, and how many would be by chance."""
+    lines = []
+    for role in ("primary", "secondary"):
+        judged = [p for p in pairs if p["role"] == role and p["verdict"] != NO_INTERVAL]
+        if not judged:
+            continue
+        shown = sum(pair["verdict"] != NO_DIFFERENCE for pair in judged)
+        line = f"{_METRICS[judged[0]['metric']]}, the {role} metric: {shown} of {len(judged)} "
+        line += "differences shown"
+        if role == "primary":
+            left = sum(p < 1 - LEVEL for p in holm([pair["p"] for pair in judged]))
+            line += f", {left} after Holm's correction for their number"
+        lines.append(line + ".")
+    if lines:
+        lines.append("Of differences that are none, about one in twenty is shown by chance.")
+    return lines
 
 
 def _print_missing(cells: list[dict[str, Any]], console: Console) -> None:
@@ -199,11 +212,15 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
 
 
+def _share_interval(value: dict[str, float]) -> str:
+    return f"{value['mean']:.0%} [{value['low']:.0%}, {value['high']:.0%}]"
+
+
 _COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "seeds": lambda row: str(row["seeds"]),
     "reward": lambda row: _plus_minus(row["reward_after"]),
     "AUC": lambda row: _plus_minus(row["auc"]),
-    "collapsed": lambda row: _share(row["collapsed"]),
+    "collapsed": lambda row: _share_interval(row["collapsed"]),
     "clipped": lambda row: _share(row["clip_fraction"]),
     "tokens": lambda row: f"{row['tokens'] / 1000:,.0f}k",
     "s": lambda row: f"{row['seconds']:.0f}",

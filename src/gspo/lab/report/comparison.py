@@ -109,7 +109,7 @@ def _paired_row(row: Mapping[str, Any]) -> dict[str, str]:
     return {
         "pair": f"{row['a']} against {row['b']}",
         "stress": stress_label(row.get("stress")),
-        "metric": str(row["metric"]),
+        "metric": f"{row['metric']} ({row['role']})" if "role" in row else str(row["metric"]),
         "n": str(row.get("n", "")),
         "difference": _number(row.get("difference"), "+.3g"),
         "interval": f"[{low}, {high}]",

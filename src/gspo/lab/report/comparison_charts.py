@@ -82,7 +82,7 @@ def _mean_and_band(own: Sequence[Mapping[str, Any]], arm: str, index: int) -> li
 ENDS = (
     ("reward_after", "Reward at the end", "Held-out reward, 95 % interval over seeds.", ""),
     ("auc", "Area under the reward curve", "Mean of the held-out reward over the run.", ""),
-    ("collapsed", "Collapsed", "Share of the seeds whose reward collapsed.", "share"),
+    ("collapsed", "Collapsed", "Share of the seeds that collapsed, 95 % interval.", "share"),
     ("seconds", "Time", "Seconds of a run, mean over seeds.", "count"),
     ("tokens", "Tokens", "Sampled tokens of a run, mean over seeds.", "count"),
 )

@@ -47,7 +47,7 @@ def require_plotly() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
-        raise MissingDependencyError("plotly", "report", "the report") from None
+        raise MissingDependencyError("plotly", "lab", "the report") from None
     return get_plotlyjs()
 
 

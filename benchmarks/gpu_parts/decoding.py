@@ -1,0 +1,165 @@
+"""Decoding: tokens/s of the engine, and where the time of one decoded token goes.
+
+Each run decodes 512 tokens (no end token ends one) behind prompts of 128, in groups of 8
+completions to a prompt. `seconds` and `tokens_per_s` are of the whole call of `generate`.
+`step_s` is the time of one decoded position, from the middle of the run. `floor_s` is what the
+memory of the data sheet needs for what the rows that really ran have to read: the weights at each
+decoded position, each running prompt's keys and values once, and those of each row's own tokens;
+`of_floor` is the share that this is of `seconds`.
+
+`profile` counts a few positions of a short run of the same rows; `host_share` is the part of
+`step_s` in which no kernel runs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from gpu_parts import models
+from gpu_parts.bench import Bench, free
+from gpu_parts.profiling import Profiled, host_share
+from gspo.policy.load import Policy
+from gspo.policy.precision import rollout_copy
+from gspo.serve import torch_engine
+from gspo.serve.cache import slab_bytes
+from gspo.serve.engine import Request, SamplingParams
+from gspo.serve.selfcheck import check_engine
+from gspo.serve.torch_engine import TorchEngine
+
+GROUP = 8
+FIRST, LAST = 4, 8
+"""Decoded positions between which the profiler looks."""
+RAISED = 32 * 2**30
+
+
+def measure(bench: Bench) -> None:
+    """Batches of three sizes on a bfloat16 copy, with the default memory for keys and values and
+    with more; the trainer's own weights, which an engine without `rollout_dtype` uses; an MoE."""
+    _dense(bench)
+    free()
+    middle = bench.size(64, 16)
+    sparse = models.policy_of(models.moe(tiny=bench.tiny), bench.card)
+    copy = rollout_copy(sparse, "bfloat16")
+    _run(bench, copy, middle, torch_engine.KV_BYTES, f"MoE copy, {middle} rows")
+
+
+def _dense(bench: Bench) -> None:
+    policy = models.policy_of(models.dense(tiny=bench.tiny), bench.card)
+    copy = rollout_copy(policy, "bfloat16")
+    small, middle, large = bench.size((8, 64, 512), (8, 16, 24))
+    given = torch_engine.KV_BYTES
+    tight = bench.size(given, slab_bytes(12, 16, copy.lm.config))
+    _run(bench, copy, large, RAISED, f"bfloat16 copy, {large} rows, KV_BYTES raised")
+    for rows in (middle, small):
+        _run(bench, copy, rows, tight, f"bfloat16 copy, {rows} rows, default KV_BYTES")
+    _run(bench, policy, middle, given, f"the trainer's weights, {middle} rows")
+    _run(bench, copy, large, tight, f"bfloat16 copy, {large} rows, default KV_BYTES")
+
+
+def _run(bench: Bench, policy: Policy, rows: int, kv_bytes: int, what: str) -> None:
+    with bench.row(what) as row, mock.patch.object(torch_engine, "KV_BYTES", kv_bytes):
+        engine = TorchEngine(policy)
+        check_engine(engine)
+        prompt, length = bench.size((128, 512), (8, 16))
+        requests = _requests(policy, rows, prompt, length)
+        _decode(engine, _requests(policy, rows, prompt, LAST + 2), LAST + 2)  # warm-up
+        with watched(policy) as steps:
+            marks = _marks(bench, steps, length // 4, length // 2)
+            times = bench.time(lambda: _decode(engine, requests, length), repeats=1, warmup=0)
+        first, second = marks
+        step_s = (second - first) / (length // 2 - length // 4)
+        floor = _floor_bytes(policy, steps.rows, rows, prompt, length)
+        limit = bench.card.bytes_per_s
+        row |= {
+            "seconds": times["median_s"],
+            "tokens_per_s": rows * length / times["median_s"],
+            "step_s": step_s,
+            "kv_bytes": kv_bytes,
+            "decoded_positions": len(steps.rows),
+            "rows_at_once": max(steps.rows),
+            "floor_s": None if limit is None else floor / limit,
+            "of_floor": None if limit is None else floor / limit / times["median_s"],
+        }
+        with watched(policy) as steps:
+            profiler = Profiled(bench.card)
+            steps.at = {FIRST: profiler.start, LAST: profiler.stop}
+            _decode(engine, _requests(policy, rows, prompt, LAST + 2), LAST + 2)
+        row["profile"] = profiler.counts(per=LAST - FIRST)
+        row["host_share"] = host_share(row["profile"], step_s)
+
+
+class Steps:
+    """Decoded positions of the engine while it is watched.
+
+    Attributes:
+        rows: that ran at each.
+        at: called before the decoding of a position, by its number.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+        self.at: dict[int, Callable[[], object]] = {}
+
+    def __call__(self, _module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        tokens = kwargs["input_ids"]
+        if tokens.shape[1] == 1:  # a prompt has more
+            self.at.get(len(self.rows), lambda: None)()
+            self.rows.append(tokens.shape[0])
+
+
+@contextmanager
+def watched(policy: Policy) -> Iterator[Steps]:
+    """Count the decoded positions inside; costs no wait for the device."""
+    steps = Steps()
+    hook = policy.backbone.register_forward_pre_hook(steps, with_kwargs=True)
+    try:
+        yield steps
+    finally:
+        hook.remove()
+
+
+def _marks(bench: Bench, steps: Steps, *positions: int) -> list[float]:
+    """The times at which these positions begin, once they have."""
+    marks: list[float] = []
+
+    def mark() -> None:
+        bench.card.synchronize()
+        marks.append(time.perf_counter())
+
+    steps.at = dict.fromkeys(positions, mark)
+    return marks
+
+
+def _requests(policy: Policy, rows: int, prompt: int, length: int) -> list[Request]:
+    rng = np.random.default_rng(0)
+    vocabulary = policy.head.weight.shape[0]
+    params = SamplingParams(n=GROUP, max_tokens=length, seed=0, ignore_eos=True)
+    return [
+        Request(tuple(rng.integers(vocabulary, size=prompt).tolist()), params)
+        for _ in range(rows // GROUP)
+    ]
+
+
+def _decode(engine: TorchEngine, requests: list[Request], length: int) -> None:
+    done = engine.generate(requests)
+    assert all(len(one.token_ids) == length for own in done for one in own)
+
+
+def _floor_bytes(policy: Policy, running: list[int], rows: int, prompt: int, length: int) -> float:
+    """Bytes that have to be read, given the rows that ran at each decoded position."""
+    kind = next(policy.lm.parameters()).dtype
+    if policy.compute_dtype == torch.bfloat16:
+        kind = torch.bfloat16
+    config = policy.lm.config.get_text_config()
+    token = slab_bytes(1, 1, config) / torch.float32.itemsize * kind.itemsize
+    weights = sum(p.numel() for p in policy.lm.parameters()) * kind.itemsize
+    prompts = sum(-(-count // GROUP) for count in running) * prompt
+    own = rows * sum(range(1, length))
+    return weights * len(running) + token * (prompts + own)

@@ -1,0 +1,192 @@
+"""One optimizer step of the trainer: the default row, rows of 512 to 16,384 tokens, shared prompts.
+
+Timed is `Trainer.train` of one minibatch in bfloat16 with float32 weights: packing, forward and
+backward pass of its rows, AdamW, and the metrics, as of any minibatch but a batch's first. The
+samples' old log-probs are the policy's own, of the same rows, and the learning rate is too small to
+move a weight, so that nothing is clipped: `ok` says that `clip_fraction` is 0. `mfu` is the share
+of the data sheet's bfloat16 rate, of operations that the method needs.
+
+Beside it, each from a step of its own: seconds by phase, with waits between them; kernels,
+launches and waits under torch.profiler; peak memory, of which `activations` is what the step adds
+to what lay there before, gradients of all trained weights taken off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from gpu_parts import models
+from gpu_parts.bench import Bench, free
+from gpu_parts.profiling import host_share, phases, profiled
+from gspo.config import TrainConfig
+from gspo.dev import LoraConfig
+from gspo.dev import TrainConfig as DevTrainConfig
+from gspo.train.rollouts import RolloutBatch
+from gspo.train.settings import resolve
+from gspo.train.trainer import Trainer, activation_bytes
+
+KINDS = {"dense": models.dense, "MoE": models.moe}
+MODES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "LoRA": {"lora": LoraConfig()},
+    "checkpointing": {"activation_checkpointing": True},
+}
+ORDER = (
+    ("dense", "full"),
+    ("MoE", "full"),
+    ("dense", "LoRA"),
+    ("dense", "checkpointing"),
+    ("MoE", "LoRA"),
+    ("MoE", "checkpointing"),
+)
+SHARING = ORDER[0]
+"""Where a prompt that is shared is measured against one that is not."""
+LENGTHS = (8192, 2048, 512, 16_384)
+STANDING = 1e-12
+"""A learning rate that moves no float32 weight."""
+SAME = 0.05
+"""By how much gradient norms may differ that are equal but for bfloat16's rounding."""
+
+
+def measure(bench: Bench) -> None:
+    """What tells most comes first: a part that runs out of time leaves out the end."""
+    for kind, mode in ORDER:
+        trainer = None
+        with bench.row(f"{kind}, {mode}: load") as row:
+            config = KINDS[kind](tiny=bench.tiny)
+            trainer = _load(bench, row, config, MODES[mode])
+        for what, batch, changes in _work(bench, trainer, kind, mode):
+            with bench.row(f"{kind}, {mode}, {what}") as row:
+                _step(bench, row, trainer, batch, changes)
+        if (kind, mode) == SHARING:
+            _same_gradient(bench)
+        del trainer
+        free()
+
+
+def _same_gradient(bench: Bench) -> None:
+    """A prompt that is computed once, and once for each sample: the gradient's norm is the same."""
+    with bench.row("gradient norms, shared prompts or not") as row:
+        one, two = (own["grad_norm"] for own in bench.rows if "shared: " in own["what"])
+        row["gap"] = abs(one / two - 1)
+        row["ok"] = row["gap"] < SAME
+
+
+def _load(bench: Bench, row: dict[str, Any], config: Any, options: dict[str, Any]) -> Trainer:
+    made: list[Trainer] = []
+
+    def load() -> None:
+        made.append(Trainer(models.policy_of(config, bench.card, **options)))
+
+    times = bench.time(load, repeats=1, warmup=0)
+    policy = made[0].policy
+    row |= {
+        "seconds": times["median_s"],
+        "includes": "weights drawn on the device; the probe of the packing, with its compiling",
+        "packing": policy.packing,
+        "parameters": sum(p.numel() for p in policy.lm.parameters()),
+        "trained": sum(p.numel() for p in policy.trainable.values()),
+    }
+    return made[0]
+
+
+def _work(
+    bench: Bench, trainer: Trainer | None, kind: str, mode: str
+) -> Iterator[tuple[str, RolloutBatch, dict[str, Any]]]:
+    """Of each row: what it is, its batch, and the options of the step."""
+    if trainer is None:
+        return
+    policy = trainer.policy
+    if mode != "checkpointing":
+        sizes = bench.size((4, 4, 128, 256), (2, 2, 8, 24))
+        yield "default row", models.make_batch(policy, **_sizes(*sizes)), {}
+    for length in bench.size(LENGTHS, (64, 32)):
+        size = min(1024, length // 4)
+        batch = models.make_batch(policy, **_sizes(length // size, 1, size // 8, size - size // 8))
+        yield f"row of {length}", batch, {"packed_sequence_length": length}
+    if (kind, mode) == SHARING:
+        sizes = bench.size((1, 8, 4096, 512), (1, 4, 32, 8))
+        batch = models.make_batch(policy, **_sizes(*sizes))
+        budget = 2 * (sizes[2] + sizes[3])
+        for share in (True, False):
+            options = {"packed_sequence_length": budget, "share_prefixes": share}
+            yield f"prompt of {sizes[2]} x {sizes[1]}, shared: {share}", batch, options
+
+
+def _sizes(groups: int, size: int, prompt: int, completion: int) -> dict[str, int]:
+    return {"groups": groups, "size": size, "prompt": prompt, "completion": completion}
+
+
+def _step(
+    bench: Bench,
+    row: dict[str, Any],
+    trainer: Trainer | None,
+    batch: RolloutBatch,
+    options: dict[str, Any],
+) -> None:
+    assert trainer is not None
+    policy, card = trainer.policy, bench.card
+    settings = resolve(
+        TrainConfig(learning_rate=STANDING),
+        DevTrainConfig(importance_sampling_level="sequence", minibatches=1, **options),
+    )
+    trainer.optimizer.clear()  # a row that failed may have left gradients
+    batch = models.with_logprobs(batch, trainer.train(batch, settings))
+    metrics: dict[str, float] = {}
+
+    def step() -> None:
+        out = trainer.train(batch, settings)
+        assert out.updates == 1, out.skipped
+        metrics.update(out.metrics.compute())
+
+    row |= bench.time(step)
+    row["clip_fraction"] = metrics["ratio/clip_fraction"]
+    row["grad_norm"] = metrics["optim/grad_norm"]
+    row["ok"] = row["clip_fraction"] == 0
+    before = card.memory()["now"]
+    card.reset_peak()
+    with phases(card) as found:
+        step()
+    peak = card.memory()["peak"]
+    rows = found["rows"]
+    tokens = sum(own.token_count for own in rows)
+    row |= {
+        "rows": len(rows),
+        "tokens": tokens,
+        "largest_row": max(own.token_count for own in rows),
+        "sample_tokens": sum(own.sample_tokens for own in rows),
+        "tokens_per_s": tokens / row["median_s"],
+    }
+    row |= _rates(bench, row["median_s"], models.row_flops(policy, rows))
+    row["memory"] = _memory(trainer, before, peak, row["largest_row"])
+    row["phases_s"] = found["seconds"]
+    row["profile"] = profiled(step, card)
+    row["host_share"] = host_share(row["profile"], row["median_s"])
+
+
+def _rates(bench: Bench, seconds: float, flops: dict[str, float]) -> dict[str, Any]:
+    total = sum(flops.values())
+    peak = bench.card.flops
+    return {
+        "flops": flops,
+        "tflops_per_s": total / seconds / 1e12,
+        "mfu": None if peak is None else total / seconds / peak,
+    }
+
+
+def _memory(
+    trainer: Trainer, before: int | None, peak: int | None, largest: int
+) -> dict[str, int | None]:
+    """Bytes; `estimated` is what gspo counts on for the activations of the largest row."""
+    policy = trainer.policy
+    gradients = sum(p.numel() * p.itemsize for p in policy.trainable.values())
+    config = policy.lm.config.get_text_config()
+    added = None if before is None or peak is None else peak - before
+    return {
+        "before": before,
+        "peak": peak,
+        "gradients": gradients,
+        "activations": None if added is None else added - gradients,
+        "estimated": largest * activation_bytes(config, policy.checkpointing),
+    }

@@ -1,0 +1,126 @@
+"""The longest sample, and what changes with the length of a call.
+
+A log-prob must not depend on what else is computed in the same call. Some models break that: with
+longrope (Phi-3, Phi-4-mini) the largest position of the call chooses one of two sets of RoPE
+frequencies for all of its tokens. Whether a model does so is seen on the model itself, with a few
+tokens at a far position, so that it costs the same whatever the threshold.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from gspo.errors import ModelError
+from gspo.policy.hf import backbone, keep_long_rope
+
+log = logging.getLogger("gspo")
+
+PROBE_WORK = 2e11
+"""Parameters x tokens that a probe may cost: some seconds on two cores."""
+PROBE_TOKENS = 2048
+"""A probe is never longer than this: its attention and its logits are not chunked."""
+_UNBOUNDED = 2**31
+_FARTHEST = 2**17  # position to try where the model names no longest one
+_SHORT = 8
+_NOISE = 1e-3  # of the largest hidden state; other RoPE frequencies change far more
+
+
+def settle_context(lm: PreTrainedModel, name: str, wanted: int | None) -> int:
+    """The longest prompt + completion in tokens, such that nothing depends on a call's length.
+
+    Below the model's RoPE threshold every call has the short frequencies. Where more is wanted,
+    every call gets the long ones, as in vLLM.
+
+    Args:
+        lm: the model; its long RoPE frequencies may be made the only ones.
+        name: what the user calls the model.
+        wanted: `max_context`, or None for as much as is exact.
+
+    Raises:
+        ModelError: more is wanted than the model has, or than it can compute in one way.
+    """
+    config = lm.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or _UNBOUNDED
+    if wanted is not None and wanted > longest:
+        raise ModelError(f"max_context = {wanted}, but {name!r} has a context of {longest}")
+    limit = wanted or longest
+    if not _far_tokens_change_near_ones(lm, limit):
+        return limit
+    threshold = min(_numbers(config, "original_max_position_embeddings"), default=None)
+    if threshold is None or _far_tokens_change_near_ones(lm, threshold):
+        raise ModelError(
+            f"{name!r} computes a short text differently when a long one is in the same call, so "
+            "its log-probs depend on the batch; this architecture is not supported"
+        )
+    if wanted is None:
+        log.info(
+            "%s: context limited to %d tokens, where its RoPE frequencies change; "
+            "max_context=N above that uses the long frequencies for all texts",
+            name,
+            threshold,
+        )
+        return threshold
+    keep_long_rope(lm)
+    if _far_tokens_change_near_ones(lm, limit):
+        raise ModelError(
+            f"max_context = {wanted}, but {name!r} changes its RoPE at {threshold} tokens by the "
+            "longest text of a call, in a way that cannot be fixed to one of the two: "
+            f"give max_context={threshold} or less"
+        )
+    log.info("%s: the RoPE frequencies of texts above %d tokens, for all texts", name, threshold)
+    return wanted
+
+
+def probe_length(lm: PreTrainedModel, context: int) -> int:
+    """Tokens of a text that reaches past the model's sliding windows; 0 where there is none, or
+    where that many would take too long."""
+    config = lm.config.get_text_config()
+    windows = (*_numbers(config, "sliding_window"), *_numbers(config, "attention_window_size"))
+    allowed = min(context, PROBE_TOKENS, int(PROBE_WORK / sum(p.numel() for p in lm.parameters())))
+    # Four more: the last tokens no longer see the first ones.
+    return max((window + 4 for window in windows if window + 4 <= allowed), default=0)
+
+
+def chunk_in(lm: PreTrainedModel, context: int) -> int | None:
+    """Tokens of the chunks that attention doesn't look across, if a sample may have several."""
+    sizes = _numbers(lm.config.get_text_config(), "attention_chunk_size")
+    return min((size for size in sizes if size < context), default=None)
+
+
+def _far_tokens_change_near_ones(lm: PreTrainedModel, limit: int) -> bool:
+    """Whether a short text is computed differently beside one that ends at position `limit`."""
+    last = min(limit, _FARTHEST) - 1
+    if last < 2 * _SHORT:
+        return False
+    near = torch.arange(_SHORT, device=lm.device)[None]
+    positions = torch.cat([near, near + last + 1 - _SHORT])
+    tokens = torch.arange(1, _SHORT + 1, device=lm.device)[None]
+    tokens = tokens % lm.get_input_embeddings().weight.shape[0]  # pyright: ignore
+    run = backbone(lm).eval()
+
+    def hidden(rows: int) -> torch.Tensor:
+        return run(
+            input_ids=tokens.expand(rows, -1), position_ids=positions[:rows], use_cache=False
+        ).last_hidden_state[0]
+
+    try:
+        with torch.no_grad():
+            alone, beside = hidden(1), hidden(2)
+    except TypeError:  # a model without positions has no threshold among them
+        return False
+    return bool((alone - beside).abs().max() > _NOISE * alone.abs().max())
+
+
+def _numbers(config: Any, name: str) -> Iterator[int]:
+    """Values of an entry of the config, or of a table inside it, such as `rope_parameters`."""
+    entries = config if isinstance(config, Mapping) else vars(config)
+    for key, value in entries.items():
+        if key == name and isinstance(value, int):
+            yield value
+        elif isinstance(value, Mapping):
+            yield from _numbers(value, name)

@@ -1,0 +1,77 @@
+"""LoRA adapters: put in anew, or from a checkpoint."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from gspo.dev import LoraConfig
+from gspo.errors import MissingDependencyError, ModelError
+from gspo.policy.source import check_no_pickles
+
+
+def add_lora(lm: PreTrainedModel, config: LoraConfig, checkpoint: Path | None) -> Any:
+    """The PeftModel around `lm`, whose adapters are the only weights that are trained.
+
+    Args:
+        lm: the base model; adapters are put into it.
+        config: rank, scale and places.
+        checkpoint: a folder with adapters to go on from.
+
+    Raises:
+        MissingDependencyError: peft is not installed.
+        ModelError: peft finds no place for adapters, or the checkpoint's are pickled.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise MissingDependencyError("peft", "peft", "LoRA") from None
+    if checkpoint is not None:
+        check_no_pickles(str(checkpoint))
+        with _without_false_alarms():
+            return peft.PeftModel.from_pretrained(lm, checkpoint, is_trainable=True)
+    spec = peft.LoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
+        target_modules=config.target_modules,
+        target_parameters=_expert_parameters(lm, config),
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]), _without_false_alarms():
+        torch.manual_seed(0)
+        try:
+            return peft.get_peft_model(lm, spec)
+        except (ValueError, RuntimeError, AttributeError) as error:
+            raise ModelError(
+                f"LoRA on {type(lm).__name__} with target_modules = {config.target_modules!r}: "
+                f"{error} Name other linear layers (LoraConfig(target_modules=[...])), or train "
+                "all weights without lora"
+            ) from error
+
+
+@contextmanager
+def _without_false_alarms() -> Iterator[None]:
+    """peft warns of rank patterns that it set itself, and uses a deprecated name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*did not match any targeted module.*")
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*")
+        yield
+
+
+def _expert_parameters(lm: PreTrainedModel, config: LoraConfig) -> list[str] | None:
+    """The experts' stacked 3-d weights, which are parameters and not linear modules."""
+    if config.target_modules != "all-linear":
+        return None
+    names = [
+        name
+        for name, parameter in lm.named_parameters()
+        if parameter.dim() == 3 and ".experts." in name
+    ]
+    return names or None

@@ -1,0 +1,172 @@
+"""Where a model comes from: names, folders, hub ids; and what is never done with them.
+
+No pickle is loaded, and no code of a model folder is run unless `trust_remote_code=True` asks for
+it: there is no question at the terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import urllib.request
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from gspo.errors import ModelError, suggestion
+from gspo.policy.embedded import PREFIX, RECIPES, embedded_folder
+from gspo.policy.hf import hub_address, quiet
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_REFUSALS = (OSError, ValueError, ImportError, AttributeError, KeyError)
+
+
+def resolve(base_model: str) -> str:
+    """The folder or hub id to load from.
+
+    Raises:
+        ModelError: no such embedded model, no such folder, or a folder without a whole model.
+    """
+    if base_model.startswith(PREFIX):
+        return str(embedded_folder(base_model))
+    folder = Path(base_model)
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise ModelError(f"base_model {base_model!r}: {_without_config(folder)}")
+        return base_model
+    near = suggestion(base_model, [PREFIX + name for name in RECIPES])
+    if base_model.startswith((".", "/", "~")) or base_model.count("/") != 1:
+        raise ModelError(
+            f"unknown base_model {base_model!r}: it is not a folder.{near} Give a folder in "
+            "Hugging Face layout, a hub id such as 'Qwen/Qwen3-0.6B', or 'embedded:sort'."
+        )
+    return base_model
+
+
+def read_config(source: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The model's config.
+
+    Raises:
+        ModelError: it cannot be read, or asks for code of the folder.
+    """
+    with quiet():
+        try:
+            return AutoConfig.from_pretrained(source, **_safely(source, trust_remote_code))
+        except _REFUSALS as error:
+            raise _refusal(source, error) from error
+
+
+def read_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        ModelError: there is none, or it asks for code of the folder.
+    """
+    with quiet():
+        try:
+            return AutoTokenizer.from_pretrained(source, **_safely(source, trust_remote_code))
+        except _REFUSALS as error:
+            raise _refusal(source, error, what="the tokenizer of ") from error
+
+
+def read_model(path: str, source: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A causal LM in float32.
+
+    Args:
+        path: folder or hub id of the weights.
+        source: what the user calls the model.
+        trust_remote_code: run code of the folder, if its config asks for it.
+
+    Raises:
+        ModelError: unknown model or architecture, pickled or quantized weights.
+    """
+    check_no_pickles(path)
+    config = read_config(path, trust_remote_code=trust_remote_code)
+    with quiet():
+        try:
+            lm = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                **_safely(path, trust_remote_code),
+            )
+        except _REFUSALS as error:
+            raise _refusal(source, error) from error
+    if getattr(lm, "is_quantized", False):
+        raise ModelError(f"{source!r} holds quantized weights; dequantize it to train it")
+    return lm
+
+
+def check_no_pickles(path: str) -> None:
+    """Refuse a folder whose only weights are pickles, which can run code when they are read.
+
+    Raises:
+        ModelError: there is a pickle and no safetensors file.
+    """
+    folder = Path(path)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickled = next((file for kind in _PICKLES for file in sorted(folder.glob(kind))), None)
+    if pickled is not None:
+        raise ModelError(
+            f"{path!r} has its weights in {pickled.name}, a pickle, which gspo never loads. If you "
+            "trust it, convert it with transformers: AutoModelForCausalLM.from_pretrained(folder)"
+            ".save_pretrained(new_folder), which writes safetensors; then copy the tokenizer"
+        )
+
+
+def _safely(source: str, trust_remote_code: bool) -> dict[str, Any]:
+    """Arguments of every `from_pretrained`. A hub that cannot be reached is not asked again and
+    again: its cache alone is looked at."""
+    return {
+        "trust_remote_code": trust_remote_code,
+        "local_files_only": not Path(source).is_dir() and not _hub_answers(),
+    }
+
+
+def _hub_answers() -> bool:
+    if urllib.request.getproxies():
+        return True  # the proxy resolves names
+    address = urlsplit(hub_address())
+    try:
+        socket.getaddrinfo(address.hostname, address.port or 443)
+    except OSError:
+        return False
+    return True
+
+
+def _refusal(source: str, error: Exception, what: str = "") -> ModelError:
+    if "trust_remote_code" in str(error):
+        return ModelError(
+            f"base_model {source!r} needs Python code of its own folder. gspo runs none unless "
+            "you say so: dev.InternalModelConfig(trust_remote_code=True), after you have read it"
+        )
+    offline = "" if Path(source).is_dir() else " (hub ids need the network or its cache)"
+    return ModelError(f"cannot load {what}base_model {source!r}{offline}: {error}")
+
+
+def _without_config(folder: Path) -> str:
+    """Why a folder without config.json is no model."""
+    adapter = folder / "adapter_config.json"
+    if not adapter.exists():
+        return "the folder has no config.json"
+    try:
+        base = json.loads(adapter.read_text())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = "another model"
+    return (
+        f"the folder holds a LoRA adapter of {base!r}, not a model. Merge the two first: "
+        "peft.AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload()"
+        ".save_pretrained(new_folder), and copy the tokenizer into new_folder"
+    )

@@ -1,0 +1,62 @@
+"""The bytes of single tokens: a token may be a part of a character, which has no text.
+
+Two families of tokenizers have such tokens. Byte-level ones (GPT-2, Llama 3, Qwen) write each byte
+as a visible character; those with byte fallback (Llama 2, Gemma) have tokens such as `<0xE4>`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cache
+
+from transformers import PreTrainedTokenizerBase
+
+from gspo.policy.hf import decoder_kinds
+
+_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
+_SPACE = "\u2581"  # how sentencepiece writes a space
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[bytes]:
+    """The bytes of each token, special tokens too. Joined, they are the decoded text.
+
+    Args:
+        tokenizer: what decodes them.
+        token_ids: tokens that follow each other.
+    """
+    kinds = decoder_kinds(tokenizer)
+    each = [_one(token, tokenizer, kinds) for token in token_ids]
+    text = str(tokenizer.decode(list(token_ids), skip_special_tokens=False))
+    if "ByteFallback" in kinds and each and each[0][:1] == b" " and not text.startswith(" "):
+        each[0] = each[0][1:]  # sentencepiece puts a space before a text, which decoding drops
+    return each
+
+
+def _one(token_id: int, tokenizer: PreTrainedTokenizerBase, kinds: frozenset[str]) -> bytes:
+    added = tokenizer.added_tokens_decoder
+    if token_id in added:
+        return str(added[token_id]).encode()
+    token = str(tokenizer.convert_ids_to_tokens(token_id))
+    if "ByteLevel" in kinds:
+        numbers = _byte_numbers()
+        return bytes(numbers[c] for c in token) if set(token) <= numbers.keys() else token.encode()
+    if "ByteFallback" in kinds:
+        found = _FALLBACK.fullmatch(token)
+        return bytes([int(found[1], 16)]) if found else token.replace(_SPACE, " ").encode()
+    return str(tokenizer.decode([token_id])).encode()
+
+
+@cache
+def _byte_numbers() -> dict[str, int]:
+    """Byte of each character of a byte-level vocabulary: what is visible in Latin-1 stands for
+    itself, the other bytes in their order for the characters from 256 on.
+
+    >>> _byte_numbers()["A"], _byte_numbers()["Ġ"]
+    (65, 32)
+    """
+    visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {
+        chr(256 + i): byte for i, byte in enumerate(others)
+    }

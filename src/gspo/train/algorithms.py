@@ -1,0 +1,88 @@
+"""Objectives of the user's own, beside the named ones: by name, by import, or as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, cast, get_args
+
+from gspo.byname import load_object
+from gspo.dev import OWN_ALGORITHMS, Algorithm
+from gspo.errors import ConfigError
+from gspo.objective import PRESETS, AdvantageKind, Objective, Preset
+
+
+def register_algorithm(
+    name: str,
+    objective: Objective | Preset,
+    *,
+    advantage: AdvantageKind | None = None,
+    formula: str = "",
+    source: str = "",
+) -> None:
+    """Make `dev.TrainConfig(algorithm=name)` mean an objective of your own, in this process.
+
+    Args:
+        name: for `algorithm`, the report and the metrics' labels; registered again, it is replaced.
+        objective: or a whole preset.
+        advantage: how A_i is made of the group's rewards: `group_std` (if None), `group_mean`,
+            `leave_one_out` or `reward`.
+        formula, source: shown by `gspo presets` and in the report.
+
+    Raises:
+        ConfigError: the name of a built-in method, one that cannot be used, or no objective.
+
+    >>> register_algorithm("wide_gspo", Objective("sequence", 0.01, 0.02))
+    >>> PRESETS["wide_gspo"].objective.epsilon_high
+    0.02
+    """
+    if name in get_args(Algorithm):
+        raise ConfigError(f"register_algorithm({name!r}): this is a built-in method; name it anew")
+    if not name.isidentifier():
+        raise ConfigError(f"register_algorithm({name!r}): a name has letters, digits and '_' only")
+    preset = as_preset(objective, name)
+    changes: dict[str, Any] = {"advantage": advantage, "formula": formula, "source": source}
+    given = {key: value for key, value in changes.items() if value}
+    cast(dict[str, Preset], PRESETS)[name] = replace(preset, name=name, **given)
+    OWN_ALGORITHMS.add(name)
+
+
+def find_algorithm(algorithm: str | Mapping[str, Any]) -> Preset:
+    """The preset that the option `algorithm` means.
+
+    Raises:
+        ConfigError: a name that is not known in this process, or fields that are no objective.
+    """
+    if not isinstance(algorithm, str):
+        return as_preset(algorithm, "own")
+    if ":" in algorithm:
+        return as_preset(load_object(algorithm, "algorithm"), algorithm)
+    if algorithm not in PRESETS:
+        raise ConfigError(
+            f"algorithm={algorithm!r} is not known in this process: call "
+            "gspo.register_algorithm first, or write 'module:name'"
+        )
+    return PRESETS[algorithm]
+
+
+def as_preset(value: Any, name: str) -> Preset:
+    """An objective or a preset, or the fields of one, as a preset of that name.
+
+    Raises:
+        ConfigError: it is none of these, or a field has no meaning.
+    """
+    if isinstance(value, Preset):
+        return value
+    if isinstance(value, Objective):
+        return Preset(name, value, "", "your own")
+    if not isinstance(value, Mapping):
+        raise ConfigError(
+            f"algorithm: {name} is a {type(value).__name__}; it must be a name, a "
+            "gspo.objective.Objective or a gspo.objective.Preset"
+        )
+    try:
+        if "objective" not in value:
+            return Preset(name, Objective(**value), "", "your own")
+        return Preset(**{**value, "objective": Objective(**value["objective"])})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"algorithm: these fields are no objective: {error}") from None

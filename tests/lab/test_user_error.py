@@ -1,0 +1,58 @@
+"""Whose mistake it is, by where it was raised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+import gspo as art
+from gspo.errors import DataError
+from gspo.lab.user_error import FRAMES, LINES, rollout_error
+from gspo.tasks.base import drawn_in_split
+
+
+def raised(function: Callable[[], object]) -> Exception:
+    with pytest.raises(Exception) as caught:
+        function()
+    return caught.value
+
+
+def told(function: Callable[[], object], step: int = 2) -> list[str]:
+    error = rollout_error(raised(function), "train", 7, step)
+    return [] if error is None else str(error).splitlines()
+
+
+def test_a_mistake_of_gspos_own_keeps_its_traceback():
+    """The user's code called it, but the line that failed is ours."""
+
+    def fails() -> None:
+        drawn_in_split(None, "train", 0, 0)  # pyright: ignore[reportArgumentType]
+
+    assert told(fails) == []
+
+
+def test_what_gspo_refuses_is_told_at_the_users_line():
+    lines = told(lambda: art.Trajectory(rewrd=1.0))  # pyright: ignore[reportCallIssue]
+    assert "prompt 7 (train), after step 2, raised DataError" in lines[0]
+    assert "art.Trajectory(rewrd=1.0)" in lines[-2]
+    assert "goes on" in lines[-1]
+
+
+def test_an_error_without_a_line_of_the_users_is_left_as_it_is():
+    assert rollout_error(DataError("a rollout returned int"), "train", 0, 0) is None
+
+
+def test_the_text_and_the_frames_are_bounded():
+    def deep(n: int) -> None:
+        if n == 0:
+            raise ValueError("\n".join(map(str, range(50)))) from KeyError("first")
+        deep(n - 1)
+
+    lines = told(lambda: deep(20))
+    assert len(lines) == LINES + FRAMES + 3 < 15
+    assert "caused by KeyError: 'first'" in lines
+
+
+def test_before_the_first_step_nothing_is_said_to_be_saved():
+    assert told(lambda: int("x"), step=0)[-1].startswith("Nothing was trained yet")

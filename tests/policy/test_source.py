@@ -1,0 +1,97 @@
+"""Names, folders, pickles and code of model folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from gspo import dev
+from gspo.errors import ModelError
+from gspo.policy import source
+from gspo.policy.load import load_policy
+from models import folder, model
+
+
+def pickled(path: Path) -> str:
+    folder(path, "llama")
+    (path / "model.safetensors").unlink()
+    torch.save(model("llama").state_dict(), path / "pytorch_model.bin")
+    return str(path)
+
+
+def test_a_pickle_is_never_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("a pickle was read"))
+    with pytest.raises(ModelError, match=r"pytorch_model\.bin, a pickle.*save_pretrained"):
+        load_policy(pickled(tmp_path))
+
+
+def test_a_checkpoint_of_pickles_is_not_loaded_either(tmp_path: Path):
+    base = folder(tmp_path / "base", "llama")
+    for lora in (None, dev.LoraConfig(r=2)):
+        config = dev.InternalModelConfig(lora=lora)
+        with pytest.raises(ModelError, match="a pickle"):
+            load_policy(base, config, checkpoint=Path(pickled(tmp_path / "saved")))
+
+
+def with_code(path: Path) -> str:
+    """A folder whose config asks for Python code of its own."""
+    folder(path, "llama")
+    config = json.loads((path / "config.json").read_text())
+    config["model_type"] = "mine"
+    config["auto_map"] = {
+        "AutoConfig": "mine.MineConfig",
+        "AutoModelForCausalLM": "mine.MineForCausalLM",
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "mine.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class MineConfig(LlamaConfig):\n    model_type = 'mine'\n"
+        "class MineForCausalLM(LlamaForCausalLM):\n    config_class = MineConfig\n"
+    )
+    return str(path)
+
+
+def test_code_of_a_folder_runs_only_where_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("asked at the terminal"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "c"))
+    path = with_code(tmp_path / "mine")
+    with pytest.raises(ModelError, match=r"InternalModelConfig\(trust_remote_code=True\)"):
+        load_policy(path)
+    policy = load_policy(path, dev.InternalModelConfig(trust_remote_code=True))
+    assert type(policy.lm).__name__ == "MineForCausalLM"
+
+
+def test_an_adapter_says_what_it_is_of(tmp_path: Path):
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "Qwen/Qwen3-0.6B"})
+    )
+    with pytest.raises(ModelError, match=r"LoRA adapter of 'Qwen/Qwen3-0\.6B'.*merge_and_unload"):
+        source.resolve(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(ModelError, match="LoRA adapter of 'another model'"):
+        source.resolve(str(tmp_path))
+
+
+def test_a_hub_that_cannot_be_reached_is_not_asked(monkeypatch: pytest.MonkeyPatch):
+    def unknown(*args):
+        raise OSError("no such host")
+
+    monkeypatch.setattr(source.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(source.socket, "getaddrinfo", unknown)
+    assert source._safely("a/b", False)["local_files_only"] is True
+    with pytest.raises(ModelError, match="network or its cache"):
+        source.read_config("no-such-owner/no-such-model")
+    monkeypatch.setattr(source.socket, "getaddrinfo", lambda *args: [])
+    assert source._safely("a/b", False)["local_files_only"] is False
+    assert source._safely("/tmp", False)["local_files_only"] is False
+
+
+def test_a_missing_tokenizer_is_named(tmp_path: Path):
+    model("llama").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="cannot load the tokenizer of base_model"):
+        load_policy(str(tmp_path))

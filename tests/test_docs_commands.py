@@ -1,0 +1,139 @@
+"""Every command that README.md and docs/ show is run, or says here why not.
+
+A command that no table knows makes the test fail.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gspo.cli import app
+from test_docs import DOCS, PAGES, ROOT, fences
+
+AUDIT = ("--prompts", "4", "--completions", "2")
+SMALL = ("--set", "eval_prompts=8", "--set", "eval_completions=2")
+
+RUN: dict[str, tuple[str, ...]] = {
+    # command: what makes it short
+    "gspo presets": (),
+    "gspo audit embedded:sort": AUDIT,
+    "gspo audit embedded:sort --rollout-dtype int4": AUDIT,
+    "gspo demo --steps 3 --path /tmp/runs --json": (),
+    "gspo train run.toml --dry-run": (),
+    "gspo train run.toml": (*SMALL, "--set", "steps=2"),
+    "gspo train run.toml --set steps=60": (*SMALL, "--set", "steps=3"),
+    "gspo train run.toml --set steps=2 --set train.epsilon=0.02 --set load.lora.r=4": (
+        *SMALL,
+        *("--set", "name=lora"),  # the page's file is another than the README's
+    ),
+    "gspo train spec.toml --set name=replay-$replay --set train.routing_replay=$replay "
+    "--set train.measure_routing=true": (*SMALL, "--set", "steps=1"),
+    "gspo train multi_turn.toml": (*SMALL, "--set", "steps=1", "--set", "prompts=2"),
+    "gspo inspect .gspo/gspo/sort-small": ("--presets", "grpo"),
+    "gspo inspect .gspo/demo/sort-1": ("--presets", "grpo"),
+    "gspo report .gspo/demo/sort-1": (),
+    "gspo report .gspo/demo/sort-1 .gspo/demo/sort-2 --out both.html": (),
+    "gspo report .gspo/demo/sort-1 --watch": (),
+    # What a comparison computes is tested in tests/lab/compare.
+    "gspo compare --quick": ("--dry-run",),
+    "gspo compare stability.toml": ("--dry-run",),
+    "gspo compare stability.toml --dry-run": (),
+}
+"""In an order in which each finds what it needs."""
+
+_BENCHMARKS = "minutes to hours; tests/benchmarks has the parts"
+_SERVE = "a port; test_cli.py serves and asks"
+NOT_RUN = {
+    "make demo": "installs; its command is tested in test_cli.py and learns in lab/test_experiment",
+    "make test": "this",
+    "make bench": _BENCHMARKS,
+    "make bench-check": _BENCHMARKS,
+    "make bench-vllm": _BENCHMARKS,
+    "make bench-gpu": "a GPU",
+    "python benchmarks/run.py --list": _BENCHMARKS,
+    "python benchmarks/run.py vs_trl:b rollout": _BENCHMARKS,
+    "python benchmarks/run.py vs_trl --update": _BENCHMARKS,
+    "python benchmarks/run.py --resume": _BENCHMARKS,
+    "python benchmarks/run.py gpu_train --tiny": "a GPU",
+    "rm -r ~/.cache/gspo/embedded": "the other tests need what it deletes",
+    "pip install -e '.[plot,report]'": "network",
+    "pip install -e '.[report]'": "network",
+    "cd examples": "a folder of the clone",
+    "gspo serve embedded:sort --port 8000": _SERVE,
+}
+"""Command, or how it begins: why it is not run."""
+BEGINNINGS = {"curl -s http://127.0.0.1:8000": _SERVE, "python -m verl.trainer": "verl's"}
+_SYNTAX = re.compile(r"for \w+ in .*; do|done")
+
+
+def commands(page: Path) -> Iterator[str]:
+    """The command lines of a page, without comments, continued lines joined."""
+    for language in ("bash", "sh"):
+        for code, _ in fences(page, language):
+            text = re.sub(r"(^|\s+)#.*$", "", code, flags=re.MULTILINE)
+            text = re.sub(r" *\\\n *", " ", text)
+            text = re.sub(r"'[^']*'", lambda quoted: quoted[0].replace("\n", " "), text)
+            for line in text.splitlines():
+                command = " ".join(line.split())
+                if command and not _SYNTAX.fullmatch(command):
+                    yield command
+
+
+SHOWN = [(page.name, command) for page in PAGES for command in commands(page)]
+
+
+@pytest.mark.parametrize(("page", "command"), SHOWN)
+def test_every_command_is_run_or_says_why_not(page: str, command: str):
+    known = command in RUN or command in NOT_RUN or command.startswith(tuple(BEGINNINGS))
+    assert known, f"{page} shows a command that is not tested: {command}"
+
+
+def test_no_command_of_the_tables_is_gone():
+    shown = {command for _, command in SHOWN}
+    assert {*RUN, *NOT_RUN} <= shown
+    assert len(SHOWN) > 30
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that the pages speak of."""
+    folder = tmp_path_factory.mktemp("commands")
+    tomls = [code for code, _ in fences(ROOT / "README.md", "toml")]
+    (folder / "run.toml").write_text(next(code for code in tomls if "# run.toml" in code))
+    (folder / "spec.toml").write_text('task = "sort"\nprompts = 4\ncompletions = 4\n')
+    (folder / "stability.toml").write_text(fences(DOCS / "compare.md", "toml")[0][0])
+    for name in ("multi_turn.toml", "multi_turn.py"):
+        (folder / name).write_text((ROOT / "examples" / name).read_text())
+    return folder
+
+
+def gspo(command: str) -> None:
+    """Run it in this process: torch is loaded once."""
+    app(shlex.split(command)[1:], standalone_mode=False)
+
+
+@pytest.mark.parametrize("command", RUN)
+def test_the_commands_run_and_warn_of_nothing(
+    command: str,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.chdir(place)
+    for run in (".gspo/demo/sort-1", ".gspo/demo/sort-2"):
+        if run in command and not Path(run).exists():
+            gspo("gspo demo --steps 2")
+    written = command.replace("/tmp/runs", str(place / "runs")).replace("$replay", "old_policy")
+    caplog.clear()
+    gspo(shlex.join([*shlex.split(written), *RUN[command]]))
+    assert capsys.readouterr().out
+    warnings = [r for r in caplog.records if r.name == "gspo" and r.levelno >= logging.WARNING]
+    noisy = "int4" in command or "multi_turn" in command  # the page is about noise; a tiny batch
+    assert noisy or not warnings

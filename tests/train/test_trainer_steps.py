@@ -1,0 +1,259 @@
+"""Which optimizer steps a call of `train` takes: in which order, at which rate, how far."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gspo import TrajectoryGroup, dev
+from gspo.config import TrainConfig
+from gspo.errors import NumericsError
+from gspo.policy.load import Policy, load_policy
+from gspo.train import trainer as trainer_module
+from gspo.train.calibration import needed_epsilon
+from gspo.train.rollouts import RolloutBatch, prepare
+from gspo.train.settings import resolve
+from gspo.train.trainer import Trainer
+from support import choice, embedded, random_groups, trajectory
+
+RATE = 1e-3
+
+
+def batch_of(policy: Policy, flat: tuple[int, ...] = (), **extra: Any) -> RolloutBatch:
+    """Random groups, some of them with equal rewards."""
+    groups = random_groups(policy, **({"groups": 4} | extra))
+    for number in flat:
+        for t in groups[number]:
+            t.reward = 0.5
+    return prepare(groups, context=policy.context)
+
+
+def weights(policy: Policy) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in policy.trainable.items()}
+
+
+@pytest.fixture
+def rates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The learning rate of each optimizer step, which is not taken."""
+    seen: list[float] = []
+
+    def step(self: Any, rate: float, options: Any) -> float:
+        seen.append(rate)
+        self.clear()
+        return 1.0
+
+    monkeypatch.setattr(trainer_module.Optimizer, "step", step)
+    return seen
+
+
+@pytest.fixture
+def order(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The trajectories of each optimizer step, which is not taken."""
+    seen: list[list[int]] = []
+
+    def accumulate(policy: Any, work: Any, *_: Any) -> list[Any]:
+        seen.append([sample.trajectory_id for sample in work.samples])
+        return []
+
+    monkeypatch.setattr(trainer_module, "accumulate", accumulate)
+    return seen
+
+
+def test_each_minibatch_of_a_warmup_has_its_own_rate(rates: list[float]):
+    trainer = Trainer(embedded())
+    batch = batch_of(trainer.policy)
+    settings = resolve(TrainConfig(learning_rate=RATE), dev.TrainConfig(lr_warmup_steps=2))
+    first = trainer.train(batch, settings).metrics.compute()
+    for _ in range(2):
+        trainer.train(batch, settings)
+    expected = [RATE * (k + 1) / 8 for k in range(8)] + [RATE] * 4
+    assert rates == pytest.approx(expected)
+    assert first["optim/learning_rate"] == pytest.approx(sum(expected[:4]) / 4)
+
+
+def test_a_decay_goes_on_inside_a_call_and_ends_after_the_last_update(rates: list[float]):
+    trainer = Trainer(embedded())
+    batch = batch_of(trainer.policy)
+    options = dev.TrainConfig(lr_schedule="linear", lr_total_steps=2, minibatches=2, epochs=2)
+    for _ in range(2):
+        trainer.train(batch, resolve(TrainConfig(learning_rate=RATE), options))
+    assert rates == pytest.approx([RATE * (8 - k) / 8 for k in range(8)])
+
+
+def test_a_skipped_minibatch_keeps_its_place_in_the_schedule(rates: list[float]):
+    trainer = Trainer(embedded())
+    batch = batch_of(trainer.policy, flat=(0, 1, 3))
+    settings = resolve(TrainConfig(learning_rate=RATE), dev.TrainConfig(lr_warmup_steps=1))
+    out = trainer.train(batch, settings)
+    assert (out.updates, out.metrics.compute()["optim/skipped"]) == (1, 3)
+    assert len(rates) == 1
+    assert rates[0] in [pytest.approx(RATE * (k + 1) / 4) for k in range(4)]
+
+
+def test_two_epochs_and_two_calls_have_other_minibatches(order: list[list[int]]):
+    trainer = Trainer(embedded())
+    batch = batch_of(trainer.policy, groups=8, size=2)
+    settings = resolve(options=dev.TrainConfig(minibatches=4, epochs=2))
+    for _ in range(2):
+        trainer.train(batch, settings)
+    epochs = [order[i : i + 4] for i in range(0, 16, 4)]
+    for epoch in epochs:
+        assert sorted(t for part in epoch for t in part) == list(range(16))
+    partitions = [{frozenset(part) for part in epoch} for epoch in epochs]
+    assert len({frozenset(partition) for partition in partitions}) == 4
+
+
+def test_the_seed_alone_decides_the_order(order: list[list[int]]):
+    batch = batch_of(embedded(), groups=8, size=2)
+    for seed in (0, 0, 1):
+        Trainer(embedded()).train(batch, resolve(options=dev.TrainConfig(seed=seed)))
+    assert order[:4] == order[4:8] != order[8:]
+
+
+@pytest.mark.parametrize("limit", [1e-3, 1e6, None])
+def test_max_grad_norm_bounds_how_far_the_weights_move(limit: float | None):
+    """adam_epsilon is so large that AdamW's first step is the gradient times a constant."""
+    policy = embedded()
+    before = weights(policy)
+    options = dev.TrainConfig(minibatches=1, max_grad_norm=limit, adam_epsilon=1e3)
+    settings = resolve(TrainConfig(learning_rate=1e3), options)
+    out = Trainer(policy).train(batch_of(policy), settings).metrics.compute()
+    norm = out["optim/grad_norm"]
+    assert norm > 0.01
+    moved = math.sqrt(
+        sum((p.double() - before[n].double()).square().sum() for n, p in weights(policy).items())
+    )
+    assert moved == pytest.approx(min(norm, limit or math.inf), rel=1e-3)
+
+
+def test_staleness_counts_versions_since_a_token_was_sampled():
+    policy = embedded()
+    policy.version = 7
+    groups = [
+        TrajectoryGroup(
+            [
+                trajectory(0.0, choice([20, 21, 22], [9], policy_version=4)),
+                trajectory(1.0, choice([25], [9], policy_version=7)),
+                trajectory(0.5, choice([26], [9], policy_version=None)),  # the engine didn't say
+            ]
+        )
+    ]
+    out = Trainer(policy).train(prepare(groups, context=512), resolve()).metrics.compute()
+    assert out["staleness/mean"] == pytest.approx(3 * 3 / 4)  # over the four that have a version
+    assert out["staleness/max"] == 3
+
+
+# Minibatches without an advantage
+
+
+def away(policy: Policy) -> Policy:
+    """The policy moved off its reference, so that the KL term has a gradient."""
+    with torch.no_grad():
+        policy.head.weight.mul_(1.05)
+    return policy
+
+
+@pytest.mark.parametrize("flat", [(0, 1, 2, 3), (0, 1, 3)])
+def test_a_kl_term_alone_is_a_step(flat: tuple[int, ...]):
+    policy = away(embedded())
+    trainer = Trainer(policy, lambda: load_policy("embedded:sort"))
+    before = weights(policy)
+    out = trainer.train(batch_of(policy, flat), resolve(TrainConfig(kl_penalty_coef=0.1)))
+    metrics = out.metrics.compute()
+    assert (out.updates, out.skipped, policy.version) == (4, None, 1)
+    assert "optim/skipped" not in metrics
+    assert metrics["loss/kl"] > 1e-4
+    assert metrics["optim/grad_norm"] > 0
+    assert metrics["train/groups_zero_advantage"] == len(flat)
+    assert any(not torch.equal(p, before[n]) for n, p in policy.trainable.items())
+    # What has no advantage can't be clipped, and is no part of that share.
+    assert ("ratio/clip_fraction" in metrics) == (len(flat) < 4)
+
+
+def test_a_kl_term_alone_draws_the_policy_to_its_reference():
+    policy = away(embedded())
+    trainer = Trainer(policy, lambda: load_policy("embedded:sort"))
+    settings = resolve(
+        TrainConfig(learning_rate=1e-5, kl_penalty_coef=1.0), dev.TrainConfig(minibatches=1)
+    )
+    batch = batch_of(policy, (0, 1, 2, 3))
+    before, after = (trainer.train(batch, settings).metrics.compute()["loss/kl"] for _ in range(2))
+    assert after < 0.9 * before
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_the_share_that_is_logged_is_the_share_that_auto_epsilon_steers(kl_coef: float):
+    policy = away(embedded())
+    trainer = Trainer(policy, lambda: load_policy("embedded:sort"))
+    settings = resolve(
+        TrainConfig(kl_penalty_coef=kl_coef), dev.TrainConfig(epsilon=0.8, epsilon_high=1.0)
+    )
+    out = trainer.train(batch_of(policy, (1, 2), groups=6), settings)
+    seen = [trace for traces in out.traces.values() for trace in traces]
+    signal = [trace for trace in seen if trace.advantage != 0]
+    assert (len(signal), len(seen)) == (16, 24 if kl_coef else 16)
+    needed = [needed_epsilon(settings.objective, trace) > 0.8 for trace in signal]
+    metrics = out.metrics.compute()
+    assert 0 < metrics["ratio/clip_fraction"] < 1
+    assert metrics["ratio/clip_fraction"] == sum(needed) / 16
+    assert metrics["ratio/clip_fraction"] == sum(t.clipped_tokens > 0 for t in signal) / 16
+    assert metrics["ratio/log_mean"] == pytest.approx(sum(t.log_ratio for t in signal) / 16)
+
+
+def test_without_a_kl_term_a_flat_minibatch_is_no_step():
+    policy = embedded()
+    out = Trainer(policy).train(batch_of(policy, (0, 1, 3)), resolve())
+    assert (out.updates, out.skipped) == (1, None)
+    assert out.metrics.compute()["optim/skipped"] == 3
+
+
+def test_dapo_leaves_flat_groups_out_of_the_kl_term_too():
+    """As dynamic sampling would have: so a batch of flat groups alone is skipped."""
+    policy = away(embedded())
+    trainer = Trainer(policy, lambda: load_policy("embedded:sort"))
+    settings = resolve(TrainConfig(kl_penalty_coef=0.1), dev.TrainConfig(algorithm="dapo"))
+    out = trainer.train(batch_of(policy, (0, 1, 2, 3)), settings)
+    assert (out.updates, policy.version) == (0, 0)
+    assert out.skipped is not None and "equal rewards" in out.skipped
+
+
+# Numbers that are not finite
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("algorithm", ["gspo", "gspo_token", "grpo", "dppo", "rloo"])
+def test_a_loss_that_is_not_finite_is_no_update(algorithm: Any, threads: int):
+    """The bound on ratios gives NaN a gradient of 0: the gradient alone would not tell."""
+    policy = embedded(threads=threads)
+    batch = batch_of(policy)
+    (sample,) = batch.samples[5]
+    bad = dataclasses.replace(sample, temperatures=np.full_like(sample.temperatures, np.nan))
+    samples = (*batch.samples[:5], (bad,), *batch.samples[6:])
+    batch = dataclasses.replace(batch, samples=samples)
+    before = weights(policy)
+    options = dev.TrainConfig(
+        algorithm=algorithm, minibatches=1, max_grad_norm=None, packed_sequence_length=60
+    )
+    with pytest.raises(NumericsError, match=r"loss is nan.*trajectory 5 \(1 in all\).*not made"):
+        Trainer(policy).train(batch, resolve(options=options))
+    for name, parameter in policy.trainable.items():
+        assert torch.equal(parameter, before[name])
+        assert parameter.grad is None
+    assert policy.version == 0
+
+
+def test_huge_rewards_are_no_equal_rewards():
+    policy = embedded()
+    groups = random_groups(policy)
+    for t, reward in zip(groups[0], (1e200, 1.0, 1.0, 1.0), strict=True):
+        t.reward = reward
+    out = Trainer(policy).train(prepare(groups, context=512), resolve())
+    metrics = out.metrics.compute()
+    assert metrics["train/groups_zero_advantage"] == 0
+    assert metrics["train/reward_std"] == pytest.approx(1e200 * math.sqrt(3) / 4 / 3, rel=1e-6)
+    assert all(math.isfinite(value) for value in metrics.values())
