@@ -143,18 +143,20 @@ async def test_a_gather_that_is_cancelled_ends_whatever_its_budget():
 
 @pytest.mark.parametrize("budget", [float("nan"), True, "x", None, -1, -0.5])
 async def test_a_budget_that_means_nothing(budget: Any):
-    for call in (art.gather_trajectory_groups, art.gather_trajectories):
+    calls: tuple[Any, ...] = (art.gather_trajectory_groups, art.gather_trajectories)
+    for call in calls:
         with pytest.raises(ConfigError, match=r"max_exceptions = .*how many rollouts may fail"):
             await call([art.TrajectoryGroup([trajectory()])], max_exceptions=budget)
 
 
 async def test_arguments_that_are_not_there_are_named():
     groups = [art.TrajectoryGroup([trajectory()])]
-    for options, message in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"max_metrics": 3}, "'max_metrics' is not supported: .*leave it out"),
         ({"pbar_total_completion_tokens": True}, "'pbar_total_completion_tokens' is not supported"),
         ({"max_exception": 3}, "Did you mean 'max_exceptions'"),
-    ):
+    )
+    for options, message in cases:
         with pytest.raises(ConfigError, match=message):
             await art.gather_trajectory_groups(groups, **options)
     with pytest.raises(ConfigError, match="unknown argument 'after_each'"):

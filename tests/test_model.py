@@ -40,7 +40,7 @@ async def test_the_internal_config_may_be_set_until_the_model_is_registered():
 
 def test_the_users_config_is_a_model_or_a_dict():
     for kind in (art.Model, art.TrainableModel):
-        more = {"base_model": "embedded:sort"} if kind is art.TrainableModel else {}
+        more: dict[str, Any] = {"base_model": "embedded:sort"} if kind is art.TrainableModel else {}
         assert kind(name="m", project="p", config={"a": 1}, **more).config == {"a": 1}
         settings = Settings(turns=2)
         assert kind(name="m", project="p", config=settings, **more).config is settings
@@ -90,8 +90,9 @@ async def test_calls_with_arts_other_arguments_say_why_not():
             ("save_checkpoint", "keep_checkpoints="),
             ("verbose", r"model\.train\(groups, verbose=True\)"),
         ):
+            options: dict[str, Any] = {name: True}
             with pytest.raises(ConfigError, match=f"'{name}' is not supported: .*{message}"):
-                await backend.train(model, [], **{name: True})
+                await backend.train(model, [], **options)
         for wrong in (5, art.dev.TrainConfig()):
             with pytest.raises(ConfigError, match=r"config is .*give a TrainConfig"):
                 await backend.train(model, [], wrong)  # pyright: ignore[reportArgumentType]

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, get_origin
 
 import numpy as np
 import pytest
@@ -99,6 +99,5 @@ def test_scalars_of_numpy_and_torch_are_numbers():
 
 
 def test_arts_names_of_types():
-    assert (
-        art.MessagesAndChoices.__origin__ is art.Messages.__origin__ is art.Tools.__origin__ is list
-    )
+    for alias in (art.Messages, art.MessagesAndChoices, art.Tools):
+        assert get_origin(alias) is list

@@ -34,10 +34,10 @@ def plain_number(value: Any) -> int | float | bool | None:
     >>> plain_number(True), plain_number("1"), plain_number(10**400)
     (True, None, None)
     """
-    if getattr(value, "shape", None) == ():  # a scalar of numpy or torch
+    if hasattr(value, "shape") and hasattr(value, "item"):  # of numpy or torch
         try:
             value = value.item()
-        except Exception:  # a tensor without data
+        except Exception:  # of several elements, or without data
             return None
     if isinstance(value, bool):
         return value

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gspo as art
+from gspo.backend.replay import read_batch
 from gspo.errors import GspoError, RunError
 from gspo.train.checkpoint import steps_saved
 from support import choice, trajectory
@@ -204,10 +205,8 @@ def test_a_group_that_failures_thinned_to_one_is_a_flat_one(shared: Registered):
     assert result.metrics["train/trajectories"] == alone["train/trajectories"] + 1
     assert result.metrics["train/exceptions"] == 3
     assert result.skipped is None
-    rows = (shared.folder / "trajectories" / "train").glob(f"{result.step:04d}.parquet")
-    from gspo.backend.replay import read_batch
-
-    assert [len(group) for group in read_batch(next(rows)).groups] == [2, 2, 1]
+    stored = shared.folder / "trajectories" / "train" / f"{result.step:04d}.parquet"
+    assert [len(group) for group in read_batch(stored).groups] == [2, 2, 1]
 
 
 @pytest.mark.parametrize("broken", ["log", "log_trajectories"])
@@ -280,7 +279,7 @@ def test_the_best_checkpoint_is_never_deleted(tmp_path: Path):
         made.train(batch())
         made.log(metrics={"reward_judged": reward})
         run = made.backend.run(made.model)
-        run.log(run.metrics()[-1]["step"], {"val/reward": reward})
+        run.log(int(run.metrics()[-1]["step"]), {"val/reward": reward})
     assert made.saved() == [1, 4, 5]
     run.log(5, {"val/reward": 0.95})
     made.train(batch())

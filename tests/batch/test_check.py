@@ -90,14 +90,14 @@ def test_what_is_no_list_at_all(groups: Any) -> None:
 def test_scalars_of_numpy_and_torch_are_numbers() -> None:
     one = trajectory(1.0)
     one.reward = torch.tensor(0.5, requires_grad=True)  # pyright: ignore[reportAttributeAccessIssue]
-    one.metrics = {"a": np.float32(0.5), "b": np.bool_(True), "c": torch.tensor(3), "d": 2}  # pyright: ignore[reportAttributeAccessIssue]
+    one.metrics = {"a": np.float32(0.5), "b": np.bool_(True), "c": torch.tensor(3), "d": np.ones(1)}  # pyright: ignore[reportAttributeAccessIssue]
     one.metadata = {"id": np.int64(7), "text": "x", "none": None, "flag": np.bool_(False)}  # pyright: ignore[reportAttributeAccessIssue]
     (plain,) = plain_groups([TrajectoryGroup([one])])[0].trajectories
     assert plain.reward == 0.5
-    assert json.loads(json.dumps(plain.metrics)) == {"a": 0.5, "b": True, "c": 3, "d": 2}
+    assert json.loads(json.dumps(plain.metrics)) == {"a": 0.5, "b": True, "c": 3, "d": 1.0}
     assert plain.metadata == {"id": 7, "text": "x", "none": None, "flag": False}
     assert type(plain.metadata["id"]) is int
-    assert isinstance(one.metrics["a"], np.float32)  # the user's own object stays as it is
+    assert type(one.metrics["a"]) is np.float32  # the user's own object stays as it is
 
 
 class Rude:
