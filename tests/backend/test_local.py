@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import socket
 import weakref
 from pathlib import Path
@@ -104,6 +105,37 @@ async def test_rollouts_train_and_are_logged(model: art.TrainableModel, tmp_path
 
     again = await gather(model)
     assert {c.policy_version for g in again for t in g for c in t.choices()} == {1}  # pyright: ignore[reportAttributeAccessIssue]
+
+
+async def test_what_is_sampled_next_does_not_depend_on_an_evaluation(tmp_path: Path):
+    async def sampled(evaluated: bool) -> list[Any]:
+        backend = art.LocalBackend(tmp_path)  # goes on from the run's step each time
+        model = make()
+        await model.register(backend)
+        if evaluated:
+            await art.TrajectoryGroup(rollout(model, "555566667777") for _ in range(3))
+        groups = await gather(model)
+        if not evaluated:
+            await model.train(groups)
+        await backend.close()
+        return [c.token_ids for g in groups for t in g for c in t.choices()]  # pyright: ignore[reportAttributeAccessIssue]
+
+    whole = [await sampled(evaluated=False) for _ in range(2)]
+    shutil.rmtree(tmp_path / "p")
+    for step in range(2):
+        assert await sampled(evaluated=True) == whole[step]
+        assert await sampled(evaluated=False) == whole[step]
+    assert whole[0] != whole[1]
+
+
+async def test_a_batch_that_is_gathered_twice_is_sampled_anew(model: art.TrainableModel):
+    first, second = await gather(model), await gather(model)
+    tokens = [
+        [c.token_ids for g in groups for t in g for c in t.choices()]  # pyright: ignore[reportAttributeAccessIssue]
+        for groups in (first, second)
+    ]
+    assert tokens[0] != tokens[1]
+    assert len({tuple(t) for t in tokens[0][:4]}) > 1
 
 
 async def test_a_closed_backend_lets_go_of_the_weights(tmp_path: Path):

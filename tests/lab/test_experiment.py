@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from gspo.lab import experiment
 from gspo.lab.demo import demo_spec
 from gspo.lab.experiment import Estimate, as_json, bootstrap, run_experiment
 from gspo.lab.picture import draw_run
@@ -116,20 +118,107 @@ def test_a_killed_run_ends_as_an_unbroken_one(tmp_path: Path):
     assert records(broken) == records(whole)
 
 
-async def test_rollouts_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "mine.py").write_text(
-        "import gspo as art\n"
-        "async def rollout(model, scenario):\n"
-        "    messages = [{'role': 'user', 'content': str(scenario.index)}]\n"
-        "    response = await model.openai_client().chat.completions.create(\n"
-        "        model=model.inference_name, messages=messages, max_tokens=4)\n"
-        "    choice = response.choices[0]\n"
-        "    reward = float(len(choice.message.content))\n"
-        "    return art.Trajectory(messages_and_choices=[*messages, choice], reward=reward)\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    spec = small(tmp_path, task=None, rollout="mine:rollout", model="embedded:sort", steps=1)
-    outcome = await run_experiment(spec, Silent())
+class Killed(BaseException):
+    """Ends an experiment where a test wants it to end."""
+
+
+class KilledAt(Silent):
+    """A watch that ends the experiment at an event, such as ("evaluated", 0)."""
+
+    def __init__(self, event: str, step: int):
+        super().__init__()
+        self._end = (event, step)
+
+    def stepped(self, step: int, metrics: dict[str, float]) -> None:
+        if self._end == ("stepped", step):
+            raise Killed
+
+    def evaluated(self, step: int, estimate: Estimate) -> None:
+        if self._end == ("evaluated", step):
+            raise Killed
+
+
+TURNS = """
+import asyncio
+import gspo as art
+
+async def rollout(model, scenario):
+    messages = [{"role": "user", "content": f"{scenario.index % 10}1{scenario.index % 7}"}]
+    client, items = model.openai_client(), []
+    for turn in range(2):
+        response = await client.chat.completions.create(
+            model=model.inference_name, messages=messages, max_tokens=4)
+        items = [*messages, response.choices[0]]
+        await asyncio.sleep(0)
+    text = response.choices[0].message.content
+    return art.Trajectory(messages_and_choices=items, reward=float(len(set(text))))
+"""
+
+
+def own_rollout(path: Path, code: str, **fields) -> Spec:
+    path.mkdir(exist_ok=True)
+    (path / "turns.py").write_text(code)
+    name = f"{path / 'turns.py'}:rollout"
+    return small(path, task=None, rollout=name, model="embedded:sort", **fields)
+
+
+@pytest.mark.parametrize("kind", ["task", "rollout"])
+async def test_wherever_a_run_is_killed_it_ends_in_the_same_weights(tmp_path: Path, kind: str):
+    fields = {"eval_every": 1, "eval_prompts": 4}
+
+    def spec(name: str) -> Spec:
+        folder = tmp_path / name
+        if kind == "task":
+            return small(folder, **fields)
+        return own_rollout(folder, TURNS, **fields)
+
+    whole = (await run_experiment(spec("whole"), Silent())).run
+    assert [line["step"] for line in records(whole) if "val/reward" in line] == [0, 1, 2, 3]
+    assert len({line["val/reward"] for line in records(whole)}) > 1
+    # Behind the first evaluation; between a checkpoint and its evaluation; behind that.
+    for event in (("evaluated", 0), ("stepped", 1), ("evaluated", 1), ("stepped", 3)):
+        with pytest.raises(Killed):
+            await run_experiment(spec("broken"), KilledAt(*event))
+    broken = (await run_experiment(spec("broken"), Silent())).run
+    assert records(broken) == records(whole)
+    assert weights(broken, 3) == weights(whole, 3)
+
+
+async def test_a_run_that_is_killed_in_an_evaluation_makes_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole = (await run_experiment(small(tmp_path / "whole", eval_every=1), Silent())).run
+    measured = experiment.bootstrap
+
+    def killed(values: Sequence[float]) -> Estimate:
+        if (tmp_path / "broken/gspo/run/checkpoints/0002").exists():
+            raise Killed
+        return measured(values)
+
+    monkeypatch.setattr(experiment, "bootstrap", killed)
+    with pytest.raises(Killed):
+        await run_experiment(small(tmp_path / "broken", eval_every=1), Silent())
+    monkeypatch.undo()
+    broken = (await run_experiment(small(tmp_path / "broken", eval_every=1), Silent())).run
+    assert records(broken) == records(whole)
+    assert weights(broken, 3) == weights(whole, 3)
+
+
+OWN = """
+import gspo as art
+
+async def rollout(model, scenario):
+    messages = [{'role': 'user', 'content': str(scenario.index)}]
+    response = await model.openai_client().chat.completions.create(
+        model=model.inference_name, messages=messages, max_tokens=4)
+    choice = response.choices[0]
+    reward = float(len(choice.message.content))
+    return art.Trajectory(messages_and_choices=[*messages, choice], reward=reward)
+"""
+
+
+async def test_rollouts_of_ones_own(tmp_path: Path):
+    outcome = await run_experiment(own_rollout(tmp_path, OWN, steps=1), Silent())
     assert records(outcome.run)[1]["train/reward"] > 0
 
 

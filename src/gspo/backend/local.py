@@ -20,6 +20,7 @@ from gspo.backend.trackers import TrackerName, check_loggers
 from gspo.compute import ComputeThread
 from gspo.config import TrainConfig
 from gspo.dev import TrainConfig as DevTrainConfig
+from gspo.draws import seed_of
 from gspo.errors import RunError
 from gspo.policy.load import Policy
 from gspo.policy.precision import rollout_copy
@@ -271,8 +272,8 @@ class LocalBackend:
         run.track(self.logger, step, config)
 
     def _sampling_seed(self, step: int) -> int:
-        """The stream of unseeded requests at a step: the same again after a resume."""
-        return self.seed * 1_000_003 + step
+        """Of unseeded requests at a step: the same again after a resume."""
+        return seed_of(self.seed, step)
 
     def _service(self, model: ModelLike) -> Service:
         service = self._services.get((model.project, model.name))

@@ -80,6 +80,10 @@ async def run_experiment(spec: Spec, watch: Watch, profile: Profile | None = Non
         before = await _evaluate(spec, model, rollouts, watch, step=0)
 
         for step in range(await model.get_step(), spec.steps):
+            if spec.eval_every and step % spec.eval_every == 0:
+                # Before the step, not behind the last one: a run that was killed between the two
+                # makes up for it.
+                await _evaluate(spec, model, rollouts, watch, step)
             with span("step"):
                 began = time.perf_counter()
                 with span("rollout"):
@@ -89,8 +93,6 @@ async def run_experiment(spec: Spec, watch: Watch, profile: Profile | None = Non
                 timing = _timing(result.metrics, rolled, time.perf_counter() - began)
             await model.log([], "train", metrics=timing, step=result.step)
             watch.stepped(result.step, result.metrics | timing)
-            if spec.eval_every and result.step % spec.eval_every == 0:
-                await _evaluate(spec, model, rollouts, watch, step=result.step)
 
         after = await _evaluate(spec, model, rollouts, watch, step=await model.get_step())
         return Outcome(
@@ -128,7 +130,10 @@ async def _evaluate(
     if await model.get_step() != step:  # an older run, started without an evaluation
         return None
     groups = await art.gather_trajectory_groups(
-        (rollouts.group("heldout", i, spec.eval_completions) for i in range(spec.eval_prompts)),
+        (
+            rollouts.group("heldout", index, spec.eval_completions, step)
+            for index in range(spec.eval_prompts)
+        ),
         pbar_desc=None,
     )
     estimate = bootstrap(_by_prompt(rollouts, groups))

@@ -9,8 +9,8 @@ import torch
 
 from gspo.backend.trackers import check_loggers
 from gspo.errors import ModelError
-from gspo.lab.rollout import load_rollout
 from gspo.lab.spec import Spec
+from gspo.lab.user_rollout import check_rollout
 from gspo.policy.embedded import PREFIX, build_model, build_tokenizer, embedded_task
 from gspo.policy.load import resolve
 from gspo.serve.cache import slab_bytes
@@ -60,7 +60,7 @@ def make_plan(spec: Spec) -> Plan:
     check_loggers(spec.logger)
     task = load_task(spec.task, spec.task_options) if spec.task else None
     if spec.rollout:
-        load_rollout(spec.rollout)
+        check_rollout(spec.rollout)
     config, parameters = _shape(spec.model)
     text = config.get_text_config()
     limit = spec.max_tokens or (task.max_tokens if task else None)

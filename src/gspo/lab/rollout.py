@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-from gspo.errors import ConfigError
+from gspo.draws import drawing_for, seed_of
 from gspo.gather import gather_trajectory_groups
 from gspo.lab.spec import Spec
+from gspo.lab.user_rollout import load_rollout
 from gspo.model import TrainableModel
 from gspo.tasks import Problem, Split, Task, load_task
 from gspo.train.rollouts import shaped_reward
@@ -48,14 +45,20 @@ class Rollouts:
         problem = self.task.problem(split, index, seed) if self.task else None
         return Scenario(split, index, seed, problem)
 
-    async def group(self, split: Split, index: int, size: int) -> TrajectoryGroup:
-        """`size` rollouts of one prompt."""
+    async def group(self, split: Split, index: int, size: int, step: int) -> TrajectoryGroup:
+        """`size` rollouts of one prompt, at the weights of a step.
+
+        What they sample depends on these numbers and the spec's seed, not on what was sampled
+        before: a run that was killed goes on as it would have, evaluations or not.
+        """
         scenario = self.scenario(split, index)
         if self.rollout is not None:
             rollout = self.rollout
-            return await TrajectoryGroup(rollout(self.model, scenario) for _ in range(size))
+            with drawing_for(split, index):  # the backend adds its seed and its step
+                return await TrajectoryGroup(rollout(self.model, scenario) for _ in range(size))
         assert self.task is not None
-        return await self._answers(self.task, scenario, size)
+        seed = seed_of(self.spec.seed, step, split, index)
+        return await self._answers(self.task, scenario, size, seed)
 
     async def batch(self, step: int) -> list[TrajectoryGroup]:
         """The groups of one step; with dynamic sampling, those of fresh prompts for flat ones."""
@@ -68,7 +71,7 @@ class Rollouts:
             missing = spec.prompts - len(kept)
             first = (step * rounds + extra) * spec.prompts
             groups = await gather_trajectory_groups(
-                (self.group("train", first + i, spec.completions) for i in range(missing)),
+                (self.group("train", first + i, spec.completions, step) for i in range(missing)),
                 pbar_desc=None,
             )
             for group in groups:
@@ -84,7 +87,9 @@ class Rollouts:
         options = self.spec.train
         return split == "train" and (options.routing_replay == "rollout" or options.measure_routing)
 
-    async def _answers(self, task: Task, scenario: Scenario, size: int) -> TrajectoryGroup:
+    async def _answers(
+        self, task: Task, scenario: Scenario, size: int, seed: int
+    ) -> TrajectoryGroup:
         """One request for all completions: the prompt is computed once."""
         problem = scenario.problem
         assert problem is not None
@@ -95,6 +100,7 @@ class Rollouts:
             n=size,
             max_tokens=self.spec.max_tokens or task.max_tokens,
             temperature=self.spec.temperature,
+            seed=seed,
             extra_body={"return_routes": True} if self._needs_routes(scenario.split) else None,
         )
         return TrajectoryGroup(
@@ -105,27 +111,3 @@ class Rollouts:
             )
             for choice in response.choices
         )
-
-
-def load_rollout(name: str) -> Rollout:
-    """The function `module:function`, looked for in the working directory too.
-
-    Raises:
-        ConfigError: no such module or function, or not an async function of two arguments.
-    """
-    module_name, colon, function_name = name.partition(":")
-    if not colon:
-        raise ConfigError(f"rollout = {name!r}: write 'module:function'")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(f"rollout = {name!r}: cannot import {module_name}: {error}") from None
-    function = getattr(module, function_name, None)
-    if not inspect.iscoroutinefunction(function):
-        raise ConfigError(f"rollout = {name!r}: {module_name} has no async function of that name")
-    if len(inspect.signature(function).parameters) != 2:
-        raise ConfigError(f"rollout = {name!r} must take two arguments: (model, scenario)")
-    return function
