@@ -30,6 +30,7 @@ FLOORS = {
     "progress": 0,
     "metrics": 0,
     "errors": 0,
+    "files": 0,
     "draws": 0,
     "compute": 0,
     "timing": 0,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import typer
 
 from gspo import cli_lab
 from gspo.errors import ConfigError, GspoError
+from gspo.files import strict_json
 
 if TYPE_CHECKING:
     from gspo.lab.spec import Spec
@@ -99,7 +99,7 @@ def presets(as_json: cli_lab.JsonOption = False) -> None:
     from gspo.lab.listing import preset_rows, print_presets
 
     if as_json:
-        print(json.dumps(preset_rows()))
+        print(strict_json(preset_rows()))
     else:
         print_presets()
 
@@ -133,14 +133,14 @@ def _run(make_spec: Callable[[], Spec], as_json: bool, profiled: bool) -> None:
         found["profile"] = str(report.write(outcome.run, text))
         print(f"\n{text}profile: {found['profile']}")
     if as_json:
-        print(json.dumps(found))
+        print(strict_json(found))
 
 
 def _dry_run(spec: Spec) -> None:
     from gspo.lab.plan import make_plan
 
     plan = make_plan(spec)
-    print(json.dumps(spec.model_dump(), indent=2))
+    print(strict_json(spec.model_dump(), indent=2))
     ratios = "no ratios are clipped"
     if plan.clip_range is not None:
         ratios = "ratios clipped to [{:.6g}, {:.6g}]".format(*plan.clip_range)

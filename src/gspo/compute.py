@@ -37,5 +37,5 @@ class ComputeThread:
         )
 
     def close(self) -> None:
-        """Let the thread end."""
-        self._executor.shutdown(wait=False)
+        """Let the thread end with what it does now; what waits for it is cancelled."""
+        self._executor.shutdown(wait=False, cancel_futures=True)

@@ -8,6 +8,7 @@ import json
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,7 +76,7 @@ class LocalBackend:
     ):
         if keep_checkpoints is not None and keep_checkpoints < 1:
             raise RunError(f"keep_checkpoints = {keep_checkpoints}: the latest is always kept")
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.port = port
         self.keep_checkpoints = keep_checkpoints
         self.seed = seed
@@ -234,7 +235,7 @@ class LocalBackend:
         values = {f"{split}/{name}": value for name, value in means(groups).items()}
         for name, value in (metrics or {}).items():
             values[name if "/" in name else f"{split}/{name}"] = float(value)
-        run.log(step, values)
+        await asyncio.to_thread(run.log, step, values)
 
     async def delete_checkpoints(
         self, model: ModelLike, best_checkpoint_metric: str = "val/reward"
@@ -242,24 +243,29 @@ class LocalBackend:
         """Delete all checkpoints but the latest and the one with the highest metric."""
         run = self._service(model).run
         saved = steps_saved(run.checkpoints)
-        scored = [r for r in run.metrics() if best_checkpoint_metric in r and r["step"] in saved]
+        name = best_checkpoint_metric
+        scored = [r for r in run.metrics() if r["step"] in saved and isfinite(r.get(name, nan))]
         keep = set(saved[-1:])
         if scored:
-            keep.add(int(max(scored, key=lambda r: r[best_checkpoint_metric])["step"]))
+            keep.add(int(max(scored, key=lambda r: r[name])["step"]))
         await asyncio.to_thread(run.delete_checkpoints, keep)
 
     async def close(self) -> None:
-        """Stop serving and let go of the run folders."""
-        for service in self._services.values():
+        """Stop serving and let go of the run folders, once what is being written is written.
+
+        A training step that is still being computed, since its `train` was cancelled, is lost.
+        """
+        services, logs = list(self._services.values()), list(self._logs.values())
+        self._services.clear()
+        self._logs.clear()
+        # The runs first: nothing that fails behind may leave one held.
+        for run in [*(service.run for service in services), *logs]:
+            await asyncio.to_thread(run.close)  # a tracker may have to send what is left
+        for service in services:
             if service.server is not None:
                 await service.server.stop()
             await service.client.close()
             service.batcher.close()
-            await asyncio.to_thread(service.run.close)  # a tracker may have to send what is left
-        for run in self._logs.values():
-            await asyncio.to_thread(run.close)
-        self._services.clear()
-        self._logs.clear()
         self._compute.close()
 
     def _track(self, run: Run, model: ModelLike, step: int | None) -> None:

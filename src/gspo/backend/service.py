@@ -25,6 +25,7 @@ from gspo.train.checkpoint import (
     load_trainer_state,
     save_checkpoint,
     steps_saved,
+    understood,
     verify_checkpoint,
 )
 from gspo.train.rollouts import RolloutBatch
@@ -77,15 +78,19 @@ class Service:
             metrics["train/skipped"] = 1.0
             log.warning("step %d of %s is skipped: %s", step, self.run.folder, out.skipped)
         started = time.perf_counter()
-        # Logged before the checkpoint: a resume drops the lines beyond the step that it finds.
-        self.run.log(step, metrics)
-        advantages = _advantages(groups, batch)
-        self.run.log_trajectories(groups, "train", step, advantages, out.traces, record)
-        path = save_checkpoint(self.run.checkpoints, self.trainer)
-        if keep_checkpoints is not None:
-            self.run.delete_checkpoints(set(steps_saved(self.run.checkpoints)[-keep_checkpoints:]))
-        metrics["time/checkpoint"] = time.perf_counter() - started
-        self.run.log(step, {"time/checkpoint": metrics["time/checkpoint"]})
+        with self.run.writing():
+            # Logged before the checkpoint: a resume drops the lines beyond the step that it finds.
+            try:
+                self.run.log(step, metrics)
+                advantages = _advantages(groups, batch)
+                self.run.log_trajectories(groups, "train", step, advantages, out.traces, record)
+            finally:  # whatever became of the log: the weights have moved
+                path = save_checkpoint(self.run.checkpoints, self.trainer)
+            if keep_checkpoints is not None:
+                saved = steps_saved(self.run.checkpoints)
+                self.run.delete_checkpoints(set(saved[-keep_checkpoints:]))
+            metrics["time/checkpoint"] = time.perf_counter() - started
+            self.run.log(step, {"time/checkpoint": metrics["time/checkpoint"]})
         return TrainResult(step, metrics, path, out.skipped)
 
     def _record(self, settings: Settings) -> UpdateRecord:
@@ -113,9 +118,12 @@ def load_trainer(run: Run, base_model: str, config: InternalModelConfig) -> Trai
     """
     saved = steps_saved(run.checkpoints)
     checkpoint = run.checkpoints / checkpoint_name(saved[-1]) if saved else None
-    if checkpoint is not None:
+    if checkpoint is None:
+        policy = load_policy(base_model, config)
+    else:
         verify_checkpoint(checkpoint)
-    policy = load_policy(base_model, config, checkpoint=checkpoint)
+        with understood(checkpoint, "the model"):
+            policy = load_policy(base_model, config, checkpoint=checkpoint)
     choose_packing(policy)
 
     def load_reference() -> Policy:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import gspo as art
 from gspo.backend.local import LocalBackend
+from gspo.files import strict_json, write_whole
 from gspo.lab.profile import Profile
 from gspo.lab.rollout import Rollouts
 from gspo.lab.spec import Spec
@@ -110,9 +111,15 @@ async def run_experiment(spec: Spec, watch: Watch, profile: Profile | None = Non
 def _remember(spec: Spec, folder: Path) -> list[str]:
     """Write the resolved spec to the run; returns what differs from the one it went by before."""
     path = folder / "spec.json"
-    new = spec.model_dump(mode="json")
-    old = json.loads(path.read_text()) if path.exists() else new
-    path.write_text(json.dumps(new, indent=1) + "\n")
+    text = strict_json(spec.model_dump(mode="json"), indent=1) + "\n"
+    new: dict[str, Any] = json.loads(text)
+    try:
+        old = json.loads(path.read_bytes()) if path.exists() else new
+    except (OSError, ValueError, RecursionError):
+        old = None
+    write_whole(path, text)
+    if not isinstance(old, dict):  # nothing depends on it: the run goes on by today's
+        return [f"{path} was damaged, and is written again"]
     return [f"{key}: {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
 
 
