@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +16,7 @@ from gspo.files import strict_json
 
 if TYPE_CHECKING:
     from gspo.lab.spec import Spec
+    from gspo.lab.stop import Stop
 
 app = typer.Typer(
     help="Sequence-level reinforcement learning (GSPO) for language models.",
@@ -114,10 +115,12 @@ def _run(make_spec: Callable[[], Spec], as_json: bool, profiled: bool) -> None:
     from gspo.timing import timing
 
     require_plotting()
+    spec = make_spec()
     profile = Profile() if profiled else None
-    with LiveWatch() as watch, LiveReport(watch) as live, timing(profile and profile.clock):
-        outcome = asyncio.run(experiment.run_experiment(make_spec(), live, profile))
-    picture = draw_run(outcome.run)
+    with _ended_in_order(spec) as stop:
+        with LiveWatch() as watch, LiveReport(watch) as live, timing(profile and profile.clock):
+            outcome = stop.run(experiment.run_experiment(spec, live, profile))
+        picture = draw_run(outcome.run)
     if outcome.before and outcome.after:
         print(f"held-out reward before  {outcome.before}   (95 % interval)")
         print(f"held-out reward after   {outcome.after}   over {outcome.prompts} prompts")
@@ -134,6 +137,29 @@ def _run(make_spec: Callable[[], Spec], as_json: bool, profiled: bool) -> None:
         print(f"\n{text}profile: {found['profile']}")
     if as_json:
         print(strict_json(found))
+
+
+@contextmanager
+def _ended_in_order(spec: Spec) -> Iterator[Stop]:
+    """End with a word on what is saved, where a signal ends the run."""
+    from gspo.lab.stop import Stop, leave
+    from gspo.train.checkpoint import steps_saved
+
+    stop = Stop()
+    try:
+        with stop:
+            yield stop
+    except SystemExit as error:
+        if stop.signal is None:
+            raise
+        folder = Path(spec.path) / spec.project / spec.name
+        saved = max(steps_saved(folder / "checkpoints"), default=0)
+        print(
+            f"stopped by {stop.signal.name}: {saved} of {spec.steps} steps are saved in {folder}; "
+            "the same command goes on from there",
+            file=sys.stderr,
+        )
+        leave(int(error.code or 0))
 
 
 def _dry_run(spec: Spec) -> None:
