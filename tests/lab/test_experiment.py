@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import signal
+import random
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from gspo.lab import experiment
 from gspo.lab.demo import demo_spec
@@ -93,29 +96,90 @@ async def test_a_finished_run_is_not_trained_again_and_a_longer_one_goes_on(tmp_
     assert weights(outcome.run, 4) == weights(whole, 4)
 
 
-def test_a_killed_run_ends_as_an_unbroken_one(tmp_path: Path):
-    spec = tmp_path / "run.toml"
-    spec.write_text(
-        'task = "sort"\nsteps = 6\nprompts = 8\ncompletions = 4\neval_prompts = 8\n'
-        "learning_rate = 1e-3\n"
-    )
+class Command:
+    """`gspo train` as a process, in a folder of its own for each name."""
 
-    def command(path: Path) -> list[str]:
-        return [sys.executable, "-m", "gspo.cli", "train", str(spec), "--set", f"path={path}"]
+    def __init__(self, path: Path, code: str | None = None, **fields):
+        sizes = {"steps": 4, "prompts": 4, "completions": 4, "eval_prompts": 8, "eval_every": 2}
+        fields = {"learning_rate": 1e-3, **sizes, **fields}
+        source = {"task": "sort"} if code is None else {"rollout": "turns:rollout"}
+        source["model"] = "embedded:sort"
+        self._spec = path / "run.toml"
+        self._spec.write_text("".join(f"{k} = {v!r}\n" for k, v in {**source, **fields}.items()))
+        if code is not None:
+            (path / "turns.py").write_text(code)
+        self._path = path
 
-    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
-    whole, broken = (tmp_path / name / "gspo" / "run" for name in ("whole", "broken"))
-    for target in (2, 4):
-        process = subprocess.Popen(command(tmp_path / "broken"), stdout=subprocess.DEVNULL)
+    def folder(self, name: str) -> Path:
+        return self._path / name / "gspo" / "run"
+
+    def start(self, name: str) -> subprocess.Popen[bytes]:
+        log = (self._path / f"{name}.log").open("ab")
+        place = f"path={self._path / name}"
+        command = [sys.executable, "-m", "gspo.cli", "train", str(self._spec), "--set", place]
+        with log:
+            return subprocess.Popen(command, stdout=log, stderr=log)
+
+    def finish(self, name: str) -> Path:
+        process = self.start(name)
+        assert process.wait() == 0, (self._path / f"{name}.log").read_text()
+        return self.folder(name)
+
+    def kill_when(self, name: str, reached: Callable[[], bool]) -> None:
+        process = self.start(name)
         deadline = time.monotonic() + 120
-        while not (broken / "checkpoints" / f"{target:04d}").exists():
+        while not reached():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
-    subprocess.run(command(tmp_path / "broken"), check=True, capture_output=True)
-    assert weights(broken, 6) == weights(whole, 6)
+
+
+def assert_same(broken: Path, whole: Path, step: int) -> None:
+    """Weights, optimizer, and all that was measured, bit for bit; and nothing left behind."""
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        tensors = [load_file(run / "checkpoints" / f"{step:04d}" / name) for run in (broken, whole)]
+        for found in tensors:  # torch starts each process at random, and nothing here draws from it
+            found.pop("rng.torch", None)
+        assert tensors[0].keys() == tensors[1].keys()
+        for key, tensor in tensors[0].items():
+            assert torch.equal(tensor, tensors[1][key]), key
     assert records(broken) == records(whole)
+    names = [{str(p.relative_to(run)) for p in run.rglob("*")} for run in (broken, whole)]
+    assert names[0] == names[1]
+
+
+def test_a_killed_run_ends_as_an_unbroken_one(tmp_path: Path):
+    command = Command(tmp_path)
+    whole, broken = command.finish("whole"), command.folder("broken")
+    metrics = broken / "metrics.jsonl"
+    # Behind the first evaluation, whose draws must not move those of the first step.
+    command.kill_when("broken", lambda: metrics.exists() and b"val/reward" in metrics.read_bytes())
+    # Behind a checkpoint, before its evaluation.
+    command.kill_when("broken", (broken / "checkpoints" / "0002").exists)
+    assert_same(command.finish("broken"), whole, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("kind", ["task", "rollout"])
+def test_a_run_that_is_killed_at_random_ends_as_an_unbroken_one(tmp_path: Path, kind: str):
+    command = Command(tmp_path, TURNS if kind == "rollout" else None)
+    began = time.monotonic()
+    whole = command.finish("whole")
+    length = time.monotonic() - began
+    rng = random.Random(int(os.environ.get("GSPO_KILL_SEED", "0")))
+    for number in range(int(os.environ.get("GSPO_KILLS", "10"))):
+        name = f"broken-{number}"
+        process = command.start(name)
+        # A third of a process is its start-up, in which nothing can be lost.
+        moment = rng.uniform(0.3, 1.0) * length
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=moment)
+        process.kill()
+        process.wait()
+        print(f"{kind} {number}: killed {moment:.1f} s of {length:.1f} s after its start")
+        assert_same(command.finish(name), whole, 4)
 
 
 class Killed(BaseException):
