@@ -32,6 +32,8 @@ FLOORS = {
     "progress": 0,
     "metrics": 0,
     "errors": 0,
+    "files": 0,
+    "draws": 0,
     "compute": 0,
     "timing": 0,
 }

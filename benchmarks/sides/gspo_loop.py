@@ -145,8 +145,7 @@ async def group(
 
 async def compute(backend: art.LocalBackend, function: Any, *args: Any) -> Any:
     """On the backend's compute thread, as training is."""
-    async with backend._compute.turn() as thread:
-        return await thread.run(function, *args)
+    return await backend._compute.run(function, *args)
 
 
 def check(service: Any, batch: Job) -> dict[str, Any]:

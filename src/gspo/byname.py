@@ -11,37 +11,7 @@ from typing import Any
 
 from gspo.errors import ConfigError, suggestion
 
-
-def load_object(name: str, what: str) -> Any:
-    """The object that `name` means.
-
-    A module is looked for in the working directory first, then among what is installed. Its folder
-    comes last on `sys.path`: files there can be imported, and none takes the place of a library.
-
-    Args:
-        name: `module:name` or `folder/file.py:name`, as the user wrote it.
-        what: the option that it was given to, for errors.
-
-    Raises:
-        ConfigError: another form, no such file or module, one that fails, or no such object in it.
-
-    >>> load_object("math:pi", "task")
-    3.141592653589793
-    """
-    module_name, colon, object_name = name.rpartition(":")
-    if not colon or not module_name or not object_name.isidentifier():
-        raise ConfigError(f"{what} = {name!r}: write 'module:name' or 'folder/file.py:name'")
-    try:
-        module = _module(module_name, Path())
-    except ImportError as error:
-        raise ConfigError(
-            f"{what} = {name!r}: cannot import {module_name}: {error}. Looked beside the TOML "
-            f"file, in {Path.cwd()}, and among the installed modules"
-        ) from None
-    if not hasattr(module, object_name):
-        near = suggestion(object_name, vars(module))
-        raise ConfigError(f"{what} = {name!r}: {module_name} has no {object_name!r}.{near}")
-    return getattr(module, object_name)
+_FORMS = "write 'module:name' or 'folder/file.py:name'"
 
 
 def beside(name: str, folder: Path) -> str:
@@ -56,6 +26,72 @@ def beside(name: str, folder: Path) -> str:
     return name if path is None else f"{path}:{object_name}"
 
 
+def find_module(name: str, what: str) -> tuple[Path | str, str]:
+    """Look for what `module:name` names, without running it.
+
+    Args:
+        name: `module:name` or `folder/file.py:name`, as the user wrote it.
+        what: the option that it was given to, for errors.
+
+    Returns:
+        A file, or the name of an installed module; and the name of the object in it.
+
+    Raises:
+        ConfigError: another form, or no such file or module.
+    """
+    module, colon, object_name = name.rpartition(":")
+    if not colon or not object_name.isidentifier():
+        raise ConfigError(f"{what} = {name!r}: {_FORMS}")
+    if module.endswith(".py"):
+        if not Path(module).is_file():
+            raise ConfigError(f"{what} = {name!r}: there is no file {Path(module).absolute()}")
+        return Path(module), object_name
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise ConfigError(f"{what} = {name!r}: {module!r} is not the name of a module. {_FORMS}")
+    path = _file(module, Path())
+    if path is not None:
+        return path, object_name
+    try:
+        installed = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        installed = None
+    if installed is None:
+        tail = module.replace(".", "/") + ".py"
+        raise ConfigError(
+            f"{what} = {name!r}: cannot import {module}: there is no {tail} beside the TOML file "
+            f"or in {Path.cwd()}, and no installed module of that name"
+        )
+    return module, object_name
+
+
+def load_object(name: str, what: str) -> Any:
+    """The object that `module:name` or `folder/file.py:name` names.
+
+    A module is looked for in the working directory first, then among what is installed. Its
+    folder and the working directory come last on `sys.path`: files there can be imported, and
+    none takes the place of a library.
+
+    Args:
+        name, what: see `find_module`.
+
+    Raises:
+        ConfigError: see `find_module`; a module that fails, or that has no such object.
+
+    >>> load_object("math:pi", "task")
+    3.141592653589793
+    """
+    place, object_name = find_module(name, what)
+    try:
+        module = importlib.import_module(place) if isinstance(place, str) else _from_file(place)
+    except (Exception, SystemExit) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{what} = {name!r}: {place} fails when it is imported: {why}") from error
+    if not hasattr(module, object_name):
+        near = suggestion(object_name, vars(module))
+        raise ConfigError(f"{what} = {name!r}: {place} has no {object_name!r}.{near}")
+    return getattr(module, object_name)
+
+
 def _file(module: str, folder: Path) -> Path | None:
     base = folder.joinpath(*module.split("."))
     for path in (base.with_name(f"{base.name}.py"), base / "__init__.py"):
@@ -64,21 +100,24 @@ def _file(module: str, folder: Path) -> Path | None:
     return None
 
 
-def _module(name: str, folder: Path) -> ModuleType:
-    path = Path(name) if name.endswith(".py") else _file(name, folder)
-    if path is None:
-        return importlib.import_module(name)
+def _from_file(path: Path) -> ModuleType:
     path = path.resolve()
-    if not path.is_file():
-        raise ImportError(f"there is no file {path}")
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
-    loaded = sys.modules.get(path.stem)
-    if getattr(loaded, "__file__", None) == str(path):
-        assert loaded is not None
+    top = path.parent if path.name == "__init__.py" else path
+    parts = [top.stem]
+    while (top.parent / "__init__.py").is_file():  # inside a package: it may import relatively
+        top = top.parent
+        parts.insert(0, top.name)
+    for folder in (str(top.parent), str(Path.cwd())):
+        if folder not in sys.path:
+            sys.path.append(folder)
+    if len(parts) > 1:
+        return importlib.import_module(".".join(parts))
+    loaded = sys.modules.get(parts[0])
+    if loaded is not None and getattr(loaded, "__file__", None) == str(path):
         return loaded
     # A library of that name keeps it.
-    spec = importlib.util.spec_from_file_location("gspo_user_" * bool(loaded) + path.stem, path)
+    taken = loaded is not None or not _leads_to(parts[0], path)
+    spec = importlib.util.spec_from_file_location("gspo_user_" * taken + parts[0], path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -88,3 +127,10 @@ def _module(name: str, folder: Path) -> ModuleType:
         del sys.modules[spec.name]
         raise
     return module
+
+
+def _leads_to(name: str, path: Path) -> bool:
+    """Whether `import name` would load this file."""
+    importlib.invalidate_caches()
+    spec = importlib.util.find_spec(name)
+    return spec is not None and spec.origin is not None and Path(spec.origin).resolve() == path

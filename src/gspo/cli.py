@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,9 +13,11 @@ import typer
 import gspo
 from gspo import cli_lab
 from gspo.errors import ConfigError, GspoError, RolloutError
+from gspo.files import strict_json
 
 if TYPE_CHECKING:
     from gspo.lab.spec import Spec
+    from gspo.lab.stop import Stop
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -120,7 +122,7 @@ def presets(as_json: cli_lab.JsonOption = False) -> None:
     from gspo.lab.listing import preset_rows, print_presets
 
     if as_json:
-        print(json.dumps(preset_rows()))
+        print(strict_json(preset_rows()))
     else:
         print_presets()
 
@@ -133,7 +135,6 @@ for verb in (cli_lab.audit, cli_lab.inspect, cli_lab.compare, cli_lab.report):
 def _run(make_spec: Callable[[], Spec], as_json: bool, profiled: bool) -> None:
     spec = make_spec()
     cli_lab.say_loading(spec.model)
-    import asyncio
 
     from gspo.lab import experiment
     from gspo.lab.picture import draw_run, require_plotting
@@ -146,10 +147,12 @@ def _run(make_spec: Callable[[], Spec], as_json: bool, profiled: bool) -> None:
     from gspo.timing import timing
 
     require_plotting()
+    spec = make_spec()
     profile = Profile() if profiled else None
-    with LiveWatch() as watch, LiveReport(watch) as live, timing(profile and profile.clock):
-        outcome = asyncio.run(experiment.run_experiment(spec, live, profile))
-    picture = draw_run(outcome.run)
+    with _ended_in_order(spec) as stop:
+        with LiveWatch() as watch, LiveReport(watch) as live, timing(profile and profile.clock):
+            outcome = stop.run(experiment.run_experiment(spec, live, profile))
+        picture = draw_run(outcome.run)
     if outcome.before and outcome.after:
         print(f"held-out reward before  {outcome.before}   (95 % interval)")
         print(f"held-out reward after   {outcome.after}   over {outcome.prompts} prompts")
@@ -168,7 +171,30 @@ def _run(make_spec: Callable[[], Spec], as_json: bool, profiled: bool) -> None:
         found["profile"] = str(report.write(outcome.run, text))
         print(f"\n{text}profile: {found['profile']}")
     if as_json:
-        print(json.dumps(found))
+        print(strict_json(found))
+
+
+@contextmanager
+def _ended_in_order(spec: Spec) -> Iterator[Stop]:
+    """End with a word on what is saved, where a signal ends the run."""
+    from gspo.lab.stop import Stop, leave
+    from gspo.train.checkpoint import steps_saved
+
+    stop = Stop()
+    try:
+        with stop:
+            yield stop
+    except SystemExit as error:
+        if stop.signal is None:
+            raise
+        folder = Path(spec.path) / spec.project / spec.name
+        saved = max(steps_saved(folder / "checkpoints"), default=0)
+        print(
+            f"stopped by {stop.signal.name}: {saved} of {spec.steps} steps are saved in {folder}; "
+            "the same command goes on from there",
+            file=sys.stderr,
+        )
+        leave(int(error.code or 0))
 
 
 def _dry_run(spec: Spec) -> None:
@@ -176,7 +202,7 @@ def _dry_run(spec: Spec) -> None:
     from gspo.lab.plan import make_plan
 
     plan = make_plan(spec)
-    print(json.dumps(spec.model_dump(), indent=2))
+    print(strict_json(spec.model_dump(), indent=2))
     ratios = "no ratios are clipped"
     if plan.clip_range is not None:
         ratios = "ratios clipped to [{:.6g}, {:.6g}]".format(*plan.clip_range)

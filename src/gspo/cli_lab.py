@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gspo.errors import ConfigError, GspoError
+from gspo.files import strict_json
 
 if TYPE_CHECKING:
     from gspo.lab.compare.session import GridPlan
@@ -63,7 +64,7 @@ def audit(
     if picture is not None:
         print(f"picture            {draw_audit(report, noise.log_ratios, picture)}")
     if as_json:
-        print(json.dumps(report.as_json()))
+        print(strict_json(report.as_json()))
 
 
 def inspect(
@@ -98,7 +99,7 @@ def inspect(
     if picture is not None:
         print(f"picture: {draw_inspection(found, picture)}")
     if as_json:
-        print(json.dumps(found.as_json()))
+        print(strict_json(found.as_json()))
 
 
 def compare(
@@ -134,7 +135,7 @@ def compare(
     if as_json:
         found: dict[str, Any] = {"folder": str(resolved.folder), "report": page and str(page)}
         found |= {name: plan.count(name) for name in ("done", "failed", "refused")}
-        print(json.dumps(found | {"paired": content["paired"]}))
+        print(strict_json(found | {"paired": content["paired"]}))
     if plan.count("failed"):
         raise SystemExit(1)
 

@@ -68,9 +68,9 @@ class ComputeThread:
             notice.cancel()
 
     def close(self) -> None:
-        """Let the thread end, after the work that it was given."""
+        """Let the thread end with what it does now; what waits for it is cancelled."""
         self._closed = True
-        self._executor.shutdown(wait=False)
+        self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _tell(self, name: str) -> None:
         log.warning("%s has waited %.0f s; running: %s", name, NOTICE_SECONDS, self._running)

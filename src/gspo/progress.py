@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from gspo.draws import numbered_task
 from gspo.errors import ConfigError, shown
 
 
@@ -83,8 +84,11 @@ def gathering(gather: Gather) -> Iterator[Gather]:
 
 
 async def all_or_cancel(coroutines: list[Any]) -> list[Any]:
-    """Results in order; at the first error the rest is cancelled and awaited, then it raises."""
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    """Results in order; at the first error the rest is cancelled and awaited, then it raises.
+
+    Each coroutine's requests are seeded by its place among the others.
+    """
+    tasks = [numbered_task(number, coroutine) for number, coroutine in enumerate(coroutines)]
     try:
         return list(await asyncio.gather(*tasks))
     except BaseException:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import shutil
 import socket
+import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ from openai.types.chat.chat_completion import Choice
 from transformers import MambaConfig, MambaForCausalLM
 
 import gspo as art
+from gspo.backend import service
+from gspo.backend.run import in_use
 from gspo.errors import (
     ConfigError,
     DataError,
@@ -107,6 +112,37 @@ async def test_rollouts_train_and_are_logged(model: art.TrainableModel, tmp_path
     assert {c.policy_version for g in again for t in g for c in t.choices()} == {1}  # pyright: ignore[reportAttributeAccessIssue]
 
 
+async def test_what_is_sampled_next_does_not_depend_on_an_evaluation(tmp_path: Path):
+    async def sampled(evaluated: bool) -> list[Any]:
+        backend = art.LocalBackend(tmp_path)  # goes on from the run's step each time
+        model = make()
+        await model.register(backend)
+        if evaluated:
+            await art.TrajectoryGroup(rollout(model, "555566667777") for _ in range(3))
+        groups = await gather(model)
+        if not evaluated:
+            await model.train(groups)
+        await backend.close()
+        return [c.token_ids for g in groups for t in g for c in t.choices()]  # pyright: ignore[reportAttributeAccessIssue]
+
+    whole = [await sampled(evaluated=False) for _ in range(2)]
+    shutil.rmtree(tmp_path / "p")
+    for step in range(2):
+        assert await sampled(evaluated=True) == whole[step]
+        assert await sampled(evaluated=False) == whole[step]
+    assert whole[0] != whole[1]
+
+
+async def test_a_batch_that_is_gathered_twice_is_sampled_anew(model: art.TrainableModel):
+    first, second = await gather(model), await gather(model)
+    tokens = [
+        [c.token_ids for g in groups for t in g for c in t.choices()]  # pyright: ignore[reportAttributeAccessIssue]
+        for groups in (first, second)
+    ]
+    assert tokens[0] != tokens[1]
+    assert len({tuple(t) for t in tokens[0][:4]}) > 1
+
+
 async def test_a_closed_backend_lets_go_of_the_weights(tmp_path: Path):
     backend = art.LocalBackend(tmp_path)
     model = make()
@@ -117,6 +153,66 @@ async def test_a_closed_backend_lets_go_of_the_weights(tmp_path: Path):
     await backend.close()
     gc.collect()
     assert weights() is None
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str], tuple[threading.Event, ...]]:
+    """Hold up a function of a class or module until it is let go."""
+
+    def hold(owner: Any, name: str) -> tuple[threading.Event, ...]:
+        begun, go_on, ended = (threading.Event() for _ in range(3))
+        function = getattr(owner, name)
+
+        def slow(*args, **kwargs):
+            begun.set()
+            go_on.wait(30)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                ended.set()
+
+        monkeypatch.setattr(owner, name, slow)
+        return begun, go_on, ended
+
+    return hold
+
+
+async def test_a_step_that_is_being_saved_is_saved_before_the_run_is_let_go(
+    tmp_path: Path, held, model: art.TrainableModel, backend: art.LocalBackend
+):
+    begun, go_on, _ = held(service, "save_checkpoint")
+    training = asyncio.create_task(model.train(await gather(model)))
+    await asyncio.to_thread(begun.wait, 30)
+    training.cancel()
+    closing = asyncio.create_task(backend.close())
+    await asyncio.wait([training, closing], timeout=0.2)
+    run = tmp_path / "p" / "m"
+    assert training.cancelled() and not closing.done() and in_use(run)
+    go_on.set()
+    await closing
+    assert not in_use(run)
+    assert (run / "checkpoints" / "0001" / "manifest.json").exists()
+
+
+async def test_a_step_that_is_being_computed_is_not_written_after_the_run_is_let_go(
+    tmp_path: Path, held, model: art.TrainableModel, backend: art.LocalBackend
+):
+    begun, go_on, ended = held(backend._service(model).trainer, "train")
+    publish = held(service.Service, "_publish")
+    training = asyncio.create_task(model.train(await gather(model)))
+    await asyncio.to_thread(begun.wait, 30)
+    training.cancel()
+    await backend.close()  # it doesn't wait for the update
+    before = files(tmp_path)
+    again = art.LocalBackend(tmp_path)
+    await make().register(again)
+    for event in (go_on, publish[1]):
+        event.set()
+    for event in (ended, publish[2]):
+        await asyncio.to_thread(event.wait, 30)
+    await again.close()
+    assert files(tmp_path) == before
+    assert not (tmp_path / "p" / "m" / "checkpoints").exists()
 
 
 async def test_both_spellings_of_train_give_the_same_weights(tmp_path: Path):

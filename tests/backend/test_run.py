@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -77,11 +79,107 @@ def test_a_newer_run_is_refused(run: Run, tmp_path: Path):
         Run(tmp_path, "p", "m", IDENTITY)
 
 
-def test_a_damaged_config_is_named(run: Run, tmp_path: Path):
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "7", "{}", '{"format": "1"}', '{"format": true}', "[" * 100_000]
+)
+def test_a_damaged_config_is_named(run: Run, tmp_path: Path, text: str):
     run.close()
-    (run.folder / "config.json").write_text("{")
-    with pytest.raises(RunError, match=r"config\.json is damaged"):
-        Run(tmp_path, "p", "m", IDENTITY)
+    (run.folder / "config.json").write_text(text)
+    for _ in range(2):  # the refused one has let go of the run
+        with pytest.raises(RunError, match=r"config\.json is damaged.*delete the run or mend it"):
+            Run(tmp_path, "p", "m", IDENTITY)
+
+
+def test_files_of_another_kind_are_named(run: Run, tmp_path: Path):
+    run.close()
+    for name in ("config.json", "metrics.jsonl"):
+        path = run.folder / name
+        path.unlink(missing_ok=True)
+        path.mkdir()
+        with pytest.raises(RunError, match=rf"cannot read .*{name}"):
+            Run(tmp_path, "p", "m", IDENTITY)
+        path.rmdir()
+
+
+def test_leftovers_of_killed_processes_are_removed(run: Run, tmp_path: Path):
+    run.close()
+    gone = 2**22 + 1
+    for folder, name in (
+        (run.folder, f".config.json.{gone}"),
+        (run.folder / "checkpoints", f".0001.{gone}.tmp"),
+        (run.folder / "trajectories" / "train", f"0001.{gone}.tmp"),
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    before = {p for p in run.folder.rglob("*") if str(gone) in p.name}
+    assert len(before) == 3
+    Run(tmp_path, "p", "m", IDENTITY).close()
+    assert not any(path.exists() for path in before)
+
+
+def test_what_is_being_written_is_finished_before_another_process_has_the_run(run: Run):
+    events: list[str] = []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def write() -> None:
+        with run.writing():
+            begun.set()
+            go_on.wait(10)
+            run.log(1, {"a": 1.0})
+            events.append("written")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    begun.wait(10)
+    closer = threading.Thread(target=lambda: (run.close(), events.append("closed")))
+    closer.start()
+    closer.join(0.1)
+    assert in_use(run.folder)
+    go_on.set()
+    for thread in (writer, closer):
+        thread.join(10)
+    assert events == ["written", "closed"]
+    assert not in_use(run.folder)
+    for late in (
+        lambda: run.log(2, {"a": 1.0}),
+        lambda: run.forget_after(0),
+        lambda: run.delete_checkpoints(set()),
+        lambda: run.log_trajectories([], "train", 2),
+    ):
+        with pytest.raises(RunError, match="is closed: nothing more is written"):
+            late()
+    assert [line["step"] for line in lines(run)] == [1]
+
+
+def test_checkpoints_are_deleted_links_too_and_foreign_names_stay(run: Run, tmp_path: Path):
+    for name in ("0001", "0003", "²", "0002.old"):
+        (run.checkpoints / name / "inside").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (run.checkpoints / "0002").symlink_to(tmp_path / "elsewhere")
+    run.delete_checkpoints({3})
+    assert {path.name for path in run.checkpoints.iterdir()} == {"0003", "²", "0002.old"}
+    assert (tmp_path / "elsewhere").exists()
+
+
+def test_a_full_disk_at_the_trajectories_is_named(run: Run, monkeypatch: pytest.MonkeyPatch):
+    def full(table, path: Path):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pq, "write_table", full)
+    with pytest.raises(RunError, match=r"cannot write .*0003\.parquet: the disk is full"):
+        run.log_trajectories([TrajectoryGroup([trajectory(1.0)])], "train", 3)
+    assert not list((run.folder / "trajectories" / "train").iterdir())
+
+
+def test_numbers_that_are_not_finite_are_null_in_every_file(run: Run):
+    run.log(1, {"a": float("nan")})
+    assert lines(run) == [{"step": 1, "a": None}]
+    odd = trajectory(1.0)
+    odd.metrics["m"], odd.metadata["n"] = float("inf"), float("nan")
+    path = run.log_trajectories([TrajectoryGroup([odd])], "train", 1)
+    row = pq.read_table(path).to_pylist()[0]
+    assert (row["metrics"], row["metadata"]) == ('{"m": null}', '{"n": null}')
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path):
@@ -97,7 +195,7 @@ def test_a_read_only_folder_is_named(tmp_path: Path):
         Run(tmp_path, "p", "m", IDENTITY)
 
 
-@pytest.mark.parametrize("name", ["", "..", "a/b"])
+@pytest.mark.parametrize("name", ["", "..", "a/b", "\ud800"])
 def test_names_that_are_no_folder_names(tmp_path: Path, name: str):
     with pytest.raises(RunError, match="name of a folder"):
         Run(tmp_path, "p", name, IDENTITY)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import signal
+import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import gspo as art
+from gspo.lab import experiment
 from gspo.lab.demo import demo_spec
 from gspo.lab.experiment import Estimate, as_json, estimate_reward, run_experiment
 from gspo.lab.picture import draw_run
@@ -93,45 +98,193 @@ async def test_a_finished_run_is_not_trained_again_and_a_longer_one_goes_on(tmp_
     assert weights(outcome.run, 4) == weights(whole, 4)
 
 
-def test_a_killed_run_ends_as_an_unbroken_one(tmp_path: Path):
-    spec = tmp_path / "run.toml"
-    spec.write_text(
-        'task = "sort"\nsteps = 6\nprompts = 8\ncompletions = 4\neval_prompts = 8\n'
-        "learning_rate = 1e-3\n"
-    )
+class Command:
+    """`gspo train` as a process, in a folder of its own for each name."""
 
-    def command(path: Path) -> list[str]:
-        return [sys.executable, "-m", "gspo.cli", "train", str(spec), "--set", f"path={path}"]
+    def __init__(self, path: Path, code: str | None = None, **fields):
+        sizes = {"steps": 4, "prompts": 4, "completions": 4, "eval_prompts": 8, "eval_every": 2}
+        fields = {"learning_rate": 1e-3, **sizes, **fields}
+        source = {"task": "sort"} if code is None else {"rollout": "turns:rollout"}
+        source["model"] = "embedded:sort"
+        self._spec = path / "run.toml"
+        self._spec.write_text("".join(f"{k} = {v!r}\n" for k, v in {**source, **fields}.items()))
+        if code is not None:
+            (path / "turns.py").write_text(code)
+        self._path = path
 
-    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
-    whole, broken = (tmp_path / name / "gspo" / "run" for name in ("whole", "broken"))
-    for target in (2, 4):
-        process = subprocess.Popen(command(tmp_path / "broken"), stdout=subprocess.DEVNULL)
+    def folder(self, name: str) -> Path:
+        return self._path / name / "gspo" / "run"
+
+    def start(self, name: str) -> subprocess.Popen[bytes]:
+        log = (self._path / f"{name}.log").open("ab")
+        place = f"path={self._path / name}"
+        command = [sys.executable, "-m", "gspo.cli", "train", str(self._spec), "--set", place]
+        with log:
+            return subprocess.Popen(command, stdout=log, stderr=log)
+
+    def finish(self, name: str) -> Path:
+        process = self.start(name)
+        assert process.wait() == 0, (self._path / f"{name}.log").read_text()
+        return self.folder(name)
+
+    def kill_when(self, name: str, reached: Callable[[], bool]) -> None:
+        process = self.start(name)
         deadline = time.monotonic() + 120
-        while not (broken / "checkpoints" / f"{target:04d}").exists():
+        while not reached():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
-    subprocess.run(command(tmp_path / "broken"), check=True, capture_output=True)
-    assert weights(broken, 6) == weights(whole, 6)
+
+
+def assert_same(broken: Path, whole: Path, step: int) -> None:
+    """Weights, optimizer, and all that was measured, bit for bit; and nothing left behind."""
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        tensors = [load_file(run / "checkpoints" / f"{step:04d}" / name) for run in (broken, whole)]
+        for found in tensors:  # torch starts each process at random, and nothing here draws from it
+            found.pop("rng.torch", None)
+        assert tensors[0].keys() == tensors[1].keys()
+        for key, tensor in tensors[0].items():
+            assert torch.equal(tensor, tensors[1][key]), key
     assert records(broken) == records(whole)
+    names = [{str(p.relative_to(run)) for p in run.rglob("*")} for run in (broken, whole)]
+    assert names[0] == names[1]
 
 
-async def test_rollouts_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "mine.py").write_text(
-        "import gspo as art\n"
-        "async def rollout(model, scenario):\n"
-        "    messages = [{'role': 'user', 'content': str(scenario.index)}]\n"
-        "    response = await model.openai_client().chat.completions.create(\n"
-        "        model=model.inference_name, messages=messages, max_tokens=4)\n"
-        "    choice = response.choices[0]\n"
-        "    reward = float(len(choice.message.content))\n"
-        "    return art.Trajectory(messages_and_choices=[*messages, choice], reward=reward)\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    spec = small(tmp_path, task=None, rollout="mine:rollout", model="embedded:sort", steps=1)
-    outcome = await run_experiment(spec, Silent())
+def test_a_killed_run_ends_as_an_unbroken_one(tmp_path: Path):
+    command = Command(tmp_path)
+    whole, broken = command.finish("whole"), command.folder("broken")
+    metrics = broken / "metrics.jsonl"
+    # Behind the first evaluation, whose draws must not move those of the first step.
+    command.kill_when("broken", lambda: metrics.exists() and b"val/reward" in metrics.read_bytes())
+    # Behind a checkpoint, before its evaluation.
+    command.kill_when("broken", (broken / "checkpoints" / "0002").exists)
+    assert_same(command.finish("broken"), whole, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("kind", ["task", "rollout"])
+def test_a_run_that_is_killed_at_random_ends_as_an_unbroken_one(tmp_path: Path, kind: str):
+    command = Command(tmp_path, TURNS if kind == "rollout" else None)
+    began = time.monotonic()
+    whole = command.finish("whole")
+    length = time.monotonic() - began
+    rng = random.Random(int(os.environ.get("GSPO_KILL_SEED", "0")))
+    for number in range(int(os.environ.get("GSPO_KILLS", "10"))):
+        name = f"broken-{number}"
+        process = command.start(name)
+        # A third of a process is its start-up, in which nothing can be lost.
+        moment = rng.uniform(0.3, 1.0) * length
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=moment)
+        process.kill()
+        process.wait()
+        print(f"{kind} {number}: killed {moment:.1f} s of {length:.1f} s after its start")
+        assert_same(command.finish(name), whole, 4)
+
+
+class Killed(BaseException):
+    """Ends an experiment where a test wants it to end."""
+
+
+class KilledAt(Silent):
+    """A watch that ends the experiment at an event, such as ("evaluated", 0)."""
+
+    def __init__(self, event: str, step: int):
+        super().__init__()
+        self._end = (event, step)
+
+    def stepped(self, step: int, metrics: dict[str, float]) -> None:
+        if self._end == ("stepped", step):
+            raise Killed
+
+    def evaluated(self, step: int, estimate: Estimate) -> None:
+        if self._end == ("evaluated", step):
+            raise Killed
+
+
+TURNS = """
+import asyncio
+import gspo as art
+
+async def rollout(model, scenario):
+    messages = [{"role": "user", "content": f"{scenario.index % 10}1{scenario.index % 7}"}]
+    client, items = model.openai_client(), []
+    for turn in range(2):
+        response = await client.chat.completions.create(
+            model=model.inference_name, messages=messages, max_tokens=4)
+        items = [*messages, response.choices[0]]
+        await asyncio.sleep(0)
+    text = response.choices[0].message.content
+    return art.Trajectory(messages_and_choices=items, reward=float(len(set(text))))
+"""
+
+
+def own_rollout(path: Path, code: str, **fields) -> Spec:
+    path.mkdir(exist_ok=True)
+    (path / "turns.py").write_text(code)
+    name = f"{path / 'turns.py'}:rollout"
+    return small(path, task=None, rollout=name, model="embedded:sort", **fields)
+
+
+@pytest.mark.parametrize("kind", ["task", "rollout"])
+async def test_wherever_a_run_is_killed_it_ends_in_the_same_weights(tmp_path: Path, kind: str):
+    fields = {"eval_every": 1, "eval_prompts": 4}
+
+    def spec(name: str) -> Spec:
+        folder = tmp_path / name
+        if kind == "task":
+            return small(folder, **fields)
+        return own_rollout(folder, TURNS, **fields)
+
+    whole = (await run_experiment(spec("whole"), Silent())).run
+    assert [line["step"] for line in records(whole) if "val/reward" in line] == [0, 1, 2, 3]
+    assert len({line["val/reward"] for line in records(whole)}) > 1
+    # Behind the first evaluation; between a checkpoint and its evaluation; behind that.
+    for event in (("evaluated", 0), ("stepped", 1), ("evaluated", 1), ("stepped", 3)):
+        with pytest.raises(Killed):
+            await run_experiment(spec("broken"), KilledAt(*event))
+    broken = (await run_experiment(spec("broken"), Silent())).run
+    assert records(broken) == records(whole)
+    assert weights(broken, 3) == weights(whole, 3)
+
+
+async def test_a_run_that_is_killed_in_an_evaluation_makes_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole = (await run_experiment(small(tmp_path / "whole", eval_every=1), Silent())).run
+    measured = experiment.estimate_reward
+
+    def killed(groups: Sequence[art.TrajectoryGroup]) -> Estimate:
+        if (tmp_path / "broken/gspo/run/checkpoints/0002").exists():
+            raise Killed
+        return measured(groups)
+
+    monkeypatch.setattr(experiment, "estimate_reward", killed)
+    with pytest.raises(Killed):
+        await run_experiment(small(tmp_path / "broken", eval_every=1), Silent())
+    monkeypatch.undo()
+    broken = (await run_experiment(small(tmp_path / "broken", eval_every=1), Silent())).run
+    assert records(broken) == records(whole)
+    assert weights(broken, 3) == weights(whole, 3)
+
+
+OWN = """
+import gspo as art
+
+async def rollout(model, scenario):
+    messages = [{'role': 'user', 'content': str(scenario.index)}]
+    response = await model.openai_client().chat.completions.create(
+        model=model.inference_name, messages=messages, max_tokens=4)
+    choice = response.choices[0]
+    reward = float(len(choice.message.content))
+    return art.Trajectory(messages_and_choices=[*messages, choice], reward=reward)
+"""
+
+
+async def test_rollouts_of_ones_own(tmp_path: Path):
+    outcome = await run_experiment(own_rollout(tmp_path, OWN, steps=1), Silent())
     assert records(outcome.run)[1]["train/reward"] > 0
 
 

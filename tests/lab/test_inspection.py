@@ -25,6 +25,8 @@ from gspo.objective import PRESETS
 from support import trajectory
 
 RATE = TrainConfig(learning_rate=1e-3)
+SEED = 210
+"""One with which the completions of each group differ, though the model is sure of most."""
 
 
 async def a_run(path: Path, *, steps: int = 2, load: dict[str, Any] | None = None, **options: Any):
@@ -47,6 +49,7 @@ async def a_run(path: Path, *, steps: int = 2, load: dict[str, Any] | None = Non
                 messages=[{"role": "user", "content": f"{text}{step}"}],
                 max_tokens=8,
                 n=4,
+                seed=SEED + 10 * step + number,
                 extra_body={"return_routes": True} if routes else None,
             )
             rewards = [(number > 0) * (i + step) % 4 / 3 for i in range(4)]

@@ -310,7 +310,7 @@ def test_the_command_refuses_with_the_remedy(tmp_path: Path):
         make_report([one, two], None, False)
     with pytest.raises(RunError, match=r"neither metrics\.jsonl nor config\.json"):
         make_report([tmp_path / "nowhere"], None, False)
-    with pytest.raises(RunError, match="cannot write the report"):
+    with pytest.raises(RunError, match=r"cannot write .*x\.html: No such"):
         make_report([one], tmp_path / "no" / "such" / "x.html", False)
     assert not list(tmp_path.rglob(".*html*"))
 

@@ -7,7 +7,6 @@ import pytest
 
 from gspo.errors import ConfigError, ModelError
 from gspo.lab.plan import make_plan
-from gspo.lab.rollout import load_rollout
 from gspo.lab.spec import Spec, read_spec
 
 
@@ -44,6 +43,10 @@ def test_toml_with_overrides(tmp_path: Path):
         ("task = 'sort'", ["prompts=true"], "prompts = True: must be a number"),
         ("task = 'sort'", ["load.threads=1000000000"], "threads = 1000000000"),
         ("task = 'sort'", ["load.lora.alpha=inf"], "alpha = inf"),
+        ("task = 'sort'\nname = 'a'", ["name.x=1"], "'name' is the value 'a' and not a table"),
+        ("task = 'sort'", ["steps.x=1"], "steps = {'x': 1}"),
+        ("steps = " + "[" * 3000, [], "nested too deeply"),
+        ("task = 'sort'", ["steps=" + "[" * 3000], "valid integer"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, overrides: list[str], message: str):
@@ -91,7 +94,33 @@ def test_plan_checks_every_name():
         make_plan(Spec(rollout="nothing_here:f", model="embedded:sort"))
 
 
-@pytest.mark.parametrize("name", ["os", "os:nothing", "os.path:join"])
-def test_rollout_must_name_an_async_function(name: str):
-    with pytest.raises(ConfigError, match="rollout = "):
-        load_rollout(name)
+def test_a_file_that_is_not_utf8_is_named(tmp_path: Path):
+    path = tmp_path / "run.toml"
+    path.write_bytes(b"task = 'sort' # \xe9")
+    with pytest.raises(ConfigError, match=r"run\.toml is not TOML: byte 16 is not UTF-8"):
+        read_spec(path)
+
+
+def test_half_a_character_is_no_name():
+    for field in ("name", "project", "path"):
+        with pytest.raises(ConfigError, match=f"{field} = .*half of one"):
+            Spec(**{"task": "sort", field: "a\ud800"})
+
+
+def test_the_home_folder_is_found(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert Spec(task="sort", path="~/runs").path == "/home/me/runs"
+
+
+def test_a_rollout_beside_the_file_comes_before_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "here").mkdir()
+    text = "rollout = 'mine:f'\nmodel = 'embedded:sort'"
+    (tmp_path / "runs" / "run.toml").write_text(text)
+    (tmp_path / "here" / "mine.py").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    assert read_spec(Path("../runs/run.toml")).rollout == "mine:f"
+    (tmp_path / "runs" / "mine.py").touch()
+    assert read_spec(Path("../runs/run.toml")).rollout == "../runs/mine.py:f"

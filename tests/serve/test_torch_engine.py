@@ -13,7 +13,7 @@ from gspo.batch.sample import trajectory_samples
 from gspo.errors import RequestError
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy
-from gspo.serve import kv
+from gspo.serve import kv, torch_engine
 from gspo.serve.engine import Completion, Engine, Request, SamplingParams
 from gspo.serve.fake_engine import FakeEngine
 from gspo.serve.torch_engine import TorchEngine
@@ -83,6 +83,40 @@ def test_seeded_requests_repeat_and_unseeded_ones_do_not(engine: TorchEngine):
     assert first != second
     engine.reseed(0)
     assert engine.generate([request]) == first
+
+
+def test_an_unseeded_request_does_not_depend_on_other_requests(engine: TorchEngine):
+    params = SamplingParams(n=2, max_tokens=20, temperature=2.0)
+    asked = [Request(chat(engine, text), params) for text in ("12", "345")]
+
+    def draw(*requests: Request) -> list[list[tuple[int, ...]]]:
+        return [[c.token_ids for c in done] for done in engine.generate(requests)]
+
+    engine.reseed(0)
+    one, other = draw(*asked)
+    engine.reseed(0)
+    assert draw(asked[1]) == [other]
+    assert draw(asked[0]) == [one]
+    assert draw(asked[0]) != [one]
+
+
+def test_unseeded_draws_differ_by_what_they_are_for(engine: TorchEngine):
+    def draw(purpose: tuple[int | str, ...], seed: int = 0):
+        engine.reseed(seed)
+        params = SamplingParams(n=4, max_tokens=20, temperature=2.0, purpose=purpose)
+        return engine.generate([Request(chat(engine, "12"), params)])
+
+    assert draw(("train", 1, 0)) == draw(("train", 1, 0))
+    others = [draw(("train", 1, 1)), draw(("heldout", 1, 0)), draw((), 0), draw(("train", 1, 0), 1)]
+    assert all(other != draw(("train", 1, 0)) for other in others)
+
+
+def test_a_server_does_not_count_repetitions_for_ever(engine: TorchEngine, monkeypatch):
+    monkeypatch.setattr(torch_engine, "_REMEMBERED", 4)
+    engine.reseed(0)
+    for text in "0123456789":
+        engine.generate([Request(chat(engine, text), SamplingParams(max_tokens=2))])
+    assert 0 < len(engine._drawn) <= 4
 
 
 def test_the_completions_of_a_prompt_differ(engine: TorchEngine):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gspo import dev
@@ -79,9 +80,47 @@ def test_damage_is_named_with_the_remedy(tmp_path: Path):
     weights.unlink()
     with pytest.raises(CheckpointError, match="is missing"):
         verify_checkpoint(folder)
-    (folder / "manifest.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged"):
-        verify_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", "\ud800", '{"format": 1}', '{"format": "1", "files": {}}']
+    + [json.dumps({"format": 1, "files": f}) for f in ([], None, {}, {"a": 1}, {"model.bin": {}})],
+)
+def test_a_manifest_that_proves_nothing_is_refused(tmp_path: Path, text: str):
+    (tmp_path / "manifest.json").write_bytes(text.encode(errors="surrogatepass"))
+    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged.*; delete"):
+        verify_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "state",
+    ["", "[]", "null", '{"step": 1}', '{"step": "1", "policy_version": 1}'],
+)
+def test_a_training_state_of_another_kind_is_named(tmp_path: Path, state: str):
+    trainer = trained()
+    folder = save_checkpoint(tmp_path, trainer)
+    (folder / "trainer.json").write_text(state)
+    with pytest.raises(CheckpointError, match=r"0001: its training state is damaged.*; delete"):
+        load_trainer_state(folder, trainer)
+    (folder / "optimizer.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(CheckpointError, match=r"0001: its training state is damaged.*; delete"):
+        load_trainer_state(folder, trainer)
+
+
+def test_a_checkpoint_under_another_name_is_refused(tmp_path: Path):
+    trainer = trained()
+    folder = save_checkpoint(tmp_path, trainer).rename(tmp_path / "0009")
+    with pytest.raises(CheckpointError, match=r"0009 holds step 1, so it was copied or renamed"):
+        load_trainer_state(folder, trainer)
+
+
+def test_names_that_are_no_checkpoints_are_left_alone(tmp_path: Path):
+    for name in ("0001", "0010", "10000", "²", "12", "00020", "0003.old", ".0004.1.tmp", "-001"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "0002").touch()
+    (tmp_path / "0005").symlink_to(tmp_path / "0001")
+    assert steps_saved(tmp_path) == [1, 5, 10, 10000]
 
 
 def test_a_newer_format_is_refused(tmp_path: Path):
@@ -92,14 +131,24 @@ def test_a_newer_format_is_refused(tmp_path: Path):
         verify_checkpoint(folder)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        SafetensorError("Error while serializing: I/O error: No space left (os error 28)"),
+    ],
+    ids=["python", "safetensors"],
+)
 @pytest.mark.parametrize("when", ["save_weights", "save_file"])
-def test_a_full_disk_leaves_the_checkpoints_before_it(tmp_path: Path, monkeypatch, when: str):
+def test_a_full_disk_leaves_the_checkpoints_before_it(
+    tmp_path: Path, monkeypatch, when: str, error: Exception
+):
     trainer = trained()
     save_checkpoint(tmp_path, trainer)
     trainer.step += 1
 
     def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise error
 
     monkeypatch.setattr(checkpoint, when, full)
     with pytest.raises(RunError, match="the disk is full"):
@@ -108,8 +157,11 @@ def test_a_full_disk_leaves_the_checkpoints_before_it(tmp_path: Path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["0001"]
 
 
-def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path):
-    (tmp_path / ".0001.4711").mkdir()
-    (tmp_path / ".0001.4711" / "half").write_text("x")
-    save_checkpoint(tmp_path, trained())
+def test_a_step_that_is_saved_again_replaces_its_checkpoint(tmp_path: Path):
+    trainer = trained()
+    for _ in range(2):
+        folder = save_checkpoint(tmp_path, trainer)
+        (folder / "of the first").touch()
     assert [path.name for path in tmp_path.iterdir()] == ["0001"]
+    folder = save_checkpoint(tmp_path, trainer)
+    assert not (folder / "of the first").exists()

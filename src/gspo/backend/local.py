@@ -19,6 +19,7 @@ from gspo.batch.check import plain_groups
 from gspo.compute import ComputeThread
 from gspo.config import TrainConfig
 from gspo.dev import TrainConfig as DevTrainConfig
+from gspo.draws import seed_of
 from gspo.errors import RunError, check_arguments, check_whole
 from gspo.policy.load import Policy
 from gspo.policy.precision import rollout_copy
@@ -72,7 +73,7 @@ class LocalBackend:
             check_whole("port", port, 0, 65535)
         if keep_checkpoints is not None:
             check_whole("keep_checkpoints", keep_checkpoints, 1)
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.port = port
         self.keep_checkpoints = keep_checkpoints
         self.seed = seed
@@ -250,7 +251,7 @@ class LocalBackend:
             values = {name: value for name, value in values.items() if name not in line}
         elif groups:
             await asyncio.to_thread(run.log_trajectories, groups, split, step)
-        run.log(step, values | dict(metrics))
+        await asyncio.to_thread(run.log, step, values | dict(metrics))
 
     async def delete_checkpoints(
         self, model: ModelLike, best_checkpoint_metric: str = "val/reward"
@@ -264,22 +265,26 @@ class LocalBackend:
         await asyncio.to_thread(service.delete_all_but_best, best_checkpoint_metric)
 
     async def close(self) -> None:
-        """Stop serving and let go of the run folders."""
-        for service in self._services.values():
+        """Stop serving and let go of the run folders, once what is being written is written.
+
+        A training step that is still being computed, since its `train` was cancelled, is lost.
+        """
+        services, logs = list(self._services.values()), list(self._logs.values())
+        self._services.clear()
+        self._logs.clear()
+        # The runs first: nothing that fails behind may leave one held.
+        for run in [*(service.run for service in services), *logs]:
+            await asyncio.to_thread(run.close)  # a tracker may have to send what is left
+        for service in services:
             if service.server is not None:
                 await service.server.stop()
             await service.client.close()
             service.batcher.close()
-            await asyncio.to_thread(service.run.close)  # a tracker may have to send what is left
-        for run in self._logs.values():
-            await asyncio.to_thread(run.close)
-        self._services.clear()
-        self._logs.clear()
         self._compute.close()
 
     def _sampling_seed(self, step: int) -> int:
-        """The stream of unseeded requests at a step: the same again after a resume."""
-        return self.seed * 1_000_003 + step
+        """Of unseeded requests at a step: the same again after a resume."""
+        return seed_of(self.seed, step)
 
     def _service(self, model: ModelLike) -> Service:
         service = self._services.get((model.project, model.name))

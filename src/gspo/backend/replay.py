@@ -10,6 +10,7 @@ import base64
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import nan
 from pathlib import Path
 from typing import Any, get_args
 
@@ -157,7 +158,7 @@ def _trajectory(row: dict[str, Any], path: Path) -> Trajectory:
     return Trajectory(
         messages_and_choices=items,
         reward=row["reward"],
-        metrics=json.loads(row["metrics"]),
+        metrics={k: nan if v is None else v for k, v in json.loads(row["metrics"]).items()},
         metadata=json.loads(row["metadata"]),
     )
 

@@ -5,20 +5,24 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from openai.types.chat.chat_completion import Choice
 
+from gspo.backend.metrics_file import MetricsFile
 from gspo.backend.replay import UpdateRecord, replay_columns, replay_schema
 from gspo.backend.traces import trace_columns, trace_schema
 from gspo.backend.trackers import Config, Followed, TrackerName, Trackers
 from gspo.backend.versions import versions
 from gspo.batch.choice import sampled_logprobs
 from gspo.errors import RunError
+from gspo.files import explained, remove, remove_leftovers, replacing, strict_json, write_whole
 from gspo.timing import timed
+from gspo.train.checkpoint import checkpoint_name, steps_saved
 from gspo.trajectory import Trajectory, TrajectoryGroup
 
 if TYPE_CHECKING:
@@ -42,9 +46,12 @@ class Run:
 
     def __init__(self, path: Path, project: str, name: str, identity: Mapping[str, Any]):
         for label, part in (("project", project), ("name", name)):
-            if not part or part in (".", "..") or set(part) & set("/\\\0"):
+            half = any("\ud800" <= character <= "\udfff" for character in part)
+            if not part or part in (".", "..") or set(part) & set("/\\\0") or half:
                 raise RunError(f"model {label} {part!r} cannot be the name of a folder")
         self.project, self.name = project, name
+        self._writes = threading.RLock()
+        self._closed = False
         self.folder = path / project / name
         self.checkpoints = self.folder / "checkpoints"
         try:
@@ -58,28 +65,49 @@ class Run:
         try:
             self._identity = dict(identity)
             self._check()
-        except BaseException:
+            for folder in (self.folder, self.checkpoints, *self.folder.glob("trajectories/*")):
+                remove_leftovers(folder)
+            self._lines = MetricsFile(self.folder / "metrics.jsonl")
+        except BaseException as error:
             self._lock.close()
+            if isinstance(error, OSError):
+                raise RunError(f"cannot read the run folder {self.folder}: {error}") from None
             raise
-        self._lines = _Lines(self.folder / "metrics.jsonl")
         self.trackers = Trackers()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """What is written inside is written to its end before another process can have the run.
+
+        Raises:
+            RunError: the run is closed. A step that was being computed then is not saved.
+        """
+        with self._writes:
+            if self._closed:
+                raise RunError(f"the run {self.folder} is closed: nothing more is written to it")
+            yield
 
     def claim(self) -> None:
         """Write the identity, once it has proved usable: a misspelt model must not stay."""
         path = self.folder / "config.json"
         if not path.exists():
             stored = {"format": FORMAT, **self._identity, "versions": versions()}
-            _write_whole(path, json.dumps(stored, indent=1) + "\n")
+            with self.writing():
+                write_whole(path, strict_json(stored, indent=1) + "\n")
 
     def _check(self) -> None:
         path = self.folder / "config.json"
         if not path.exists():
             return
         try:
-            stored = json.loads(path.read_text())
+            stored = json.loads(path.read_bytes())
             written = stored["format"]
-        except (ValueError, KeyError) as error:
+            if type(written) is not int:
+                raise TypeError(f"format is {written!r}")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise RunError(f"{path} is damaged ({error}): delete the run or mend it") from None
+        except OSError as error:
+            raise RunError(f"cannot read {path}: {error.strerror}") from None
         if written > FORMAT:
             raise RunError(
                 f"{self.folder} was written by a newer gspo (format {written}, this one reads "
@@ -99,12 +127,14 @@ class Run:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of a step: one line a step, later calls add to its line."""
-        self._lines.put(step, metrics)
-        self.trackers.log(step, metrics)
+        with self.writing():
+            self._lines.put(step, metrics)
+            self.trackers.log(step, metrics)
 
     def forget_after(self, step: int) -> None:
         """Drop what a killed process logged beyond the step that it saved."""
-        self._lines.truncate(step)
+        with self.writing():
+            self._lines.truncate(step)
 
     def metrics(self) -> list[dict[str, float]]:
         """All lines of metrics.jsonl."""
@@ -128,8 +158,7 @@ class Run:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        folder = self.folder / "trajectories" / split
-        folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "trajectories" / split / f"{step:04d}.parquet"
         rows: list[dict[str, Any]] = [
             _row(g, t, trajectory) | {"advantage": advantages[g][t] if advantages else None}
             for g, group in enumerate(groups)
@@ -138,99 +167,32 @@ class Run:
         for number, row in enumerate(rows):
             lengths = [len(turn) for turn in row["token_ids"]]
             row.update(trace_columns((traces or {}).get(number, ()), lengths))
-        path = folder / f"{step:04d}.parquet"
-        building = path.with_suffix(f".{os.getpid()}.tmp")
         schema = _schema().with_metadata(record.metadata() if record else None)
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema), building)
-        os.replace(building, path)
+        table = pa.Table.from_pylist(rows, schema=schema)
+        with self.writing(), explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as building:
+                pq.write_table(table, building)
         return path
 
     def delete_checkpoints(self, keep: set[int]) -> None:
         """Delete all checkpoints but those of these steps."""
-        for path in self.checkpoints.glob("[0-9]*"):
-            if path.name.isdigit() and int(path.name) not in keep:
-                # Renamed first, so that a kill leaves no half checkpoint under its name.
-                doomed = path.with_name(f".{path.name}.deleted")
-                path.rename(doomed)
-                shutil.rmtree(doomed)
+        with self.writing(), explained(self.checkpoints):
+            for step in steps_saved(self.checkpoints):
+                if step not in keep:
+                    remove(self.checkpoints / checkpoint_name(step))
 
     def close(self) -> None:
-        """End the trackers and let another process have the folder."""
-        try:
-            self.trackers.finish()
-        finally:
-            self._lock.close()
+        """Wait for what is being written, then let another process have the folder.
 
-
-class _Lines:
-    """metrics.jsonl: lines in order of their steps, the last of which may still grow."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._last = 0  # where the last line begins
-        self._records = self._load()
-
-    def _load(self) -> list[dict[str, float]]:
-        records = []
-        text = self._path.read_text() if self._path.exists() else ""
-        for line in text.splitlines():
+        From then on nothing is written to the run, whatever is still being computed for it.
+        """
+        with self._writes:
+            self._closed = True
             try:
-                records.append(json.loads(line))
-            except ValueError:  # the line that a killed process was writing
-                break
-        if text:
-            self._rewrite(records)
-        return records
-
-    def put(self, step: int, metrics: Mapping[str, float]) -> None:
-        last = self._records[-1] if self._records else None
-        if last is not None and last["step"] == step:
-            self._replace_last(last | dict(metrics))
-        elif last is None or last["step"] < step:
-            self._append({"step": step, **metrics})
-        else:
-            known = {record["step"]: record for record in self._records}
-            known[step] = {"step": step, **known.get(step, {}), **metrics}
-            self._records = [known[key] for key in sorted(known)]
-            self._rewrite(self._records)
-
-    def _append(self, record: dict[str, float]) -> None:
-        self._records.append(record)
-        with self._path.open("a") as file:
-            self._last = file.tell()
-            file.write(_line(record))
-
-    def _replace_last(self, record: dict[str, float]) -> None:
-        """In place: a long run's file is not written anew at each step."""
-        self._records[-1] = record
-        with self._path.open("r+") as file:
-            file.seek(self._last)
-            file.write(_line(record))
-            file.truncate()
-
-    def truncate(self, step: int) -> None:
-        kept = [record for record in self._records if record["step"] <= step]
-        if len(kept) != len(self._records):
-            self._rewrite(kept)
-            self._records = kept
-
-    def read(self) -> list[dict[str, float]]:
-        return [dict(record) for record in self._records]
-
-    def _rewrite(self, records: list[dict[str, float]]) -> None:
-        lines = [_line(record) for record in records]
-        self._last = sum(len(line.encode()) for line in lines[:-1])
-        _write_whole(self._path, "".join(lines))
-
-
-def _line(record: Mapping[str, float]) -> str:
-    return json.dumps(record) + "\n"
-
-
-def _write_whole(path: Path, text: str) -> None:
-    building = path.with_name(f".{path.name}.{os.getpid()}")
-    building.write_text(text)
-    os.replace(building, path)
+                self.trackers.finish()
+            finally:
+                self._lock.close()
 
 
 def _locked(path: Path) -> IO[str]:
@@ -275,9 +237,9 @@ def _row(group: int, index: int, trajectory: Trajectory) -> dict[str, Any]:
         "group": group,
         "trajectory": index,
         "reward": float(trajectory.reward),
-        "messages": json.dumps(messages, default=str),
-        "metrics": json.dumps(trajectory.metrics),
-        "metadata": json.dumps(trajectory.metadata),
+        "messages": strict_json(messages, default=str),
+        "metrics": strict_json(trajectory.metrics),
+        "metadata": strict_json(trajectory.metadata),
         "token_ids": [list(getattr(c, "token_ids", None) or []) for c in choices],
         "logprobs": [list(sampled_logprobs(c) or []) for c in choices],
         **replay_columns(choices),

@@ -31,6 +31,7 @@ from gspo.train.checkpoint import (
     load_trainer_state,
     save_checkpoint,
     steps_saved,
+    understood,
     verify_checkpoint,
 )
 from gspo.train.defaults import with_defaults
@@ -105,19 +106,20 @@ class Service:
             metrics["train/skipped"] = 1.0
             log.warning("step %d of %s is skipped: %s", step, self.run.folder, out.skipped)
         started = time.perf_counter()
-        # Logged before the checkpoint: a resume drops the lines beyond the step that it finds.
-        unwritten = self._write(step, metrics, groups, batch, out, record)
-        path = save_checkpoint(self.run.checkpoints, self.trainer)
-        if unwritten is not None:
-            raise RunError(
-                f"step {step} is trained and its checkpoint {path} is saved, but its metrics and "
-                f"trajectories could not be written to {self.run.folder}: {unwritten}. Mend that "
-                "and go on; training on this batch again would train on it twice"
-            ) from unwritten
-        if keep_checkpoints is not None:
-            self.run.delete_checkpoints(self._retained(keep_checkpoints))
-        metrics["time/checkpoint"] = time.perf_counter() - started
-        self.run.log(step, {"time/checkpoint": metrics["time/checkpoint"]})
+        with self.run.writing():
+            # Logged before the checkpoint: a resume drops the lines beyond the step that it finds.
+            unwritten = self._write(step, metrics, groups, batch, out, record)
+            path = save_checkpoint(self.run.checkpoints, self.trainer)
+            if unwritten is not None:
+                raise RunError(
+                    f"step {step} is trained and its checkpoint {path} is saved, but its metrics "
+                    f"and trajectories could not be written to {self.run.folder}: {unwritten}. "
+                    "Mend that and go on; training on this batch again would train on it twice"
+                ) from unwritten
+            if keep_checkpoints is not None:
+                self.run.delete_checkpoints(self._retained(keep_checkpoints))
+            metrics["time/checkpoint"] = time.perf_counter() - started
+            self.run.log(step, {"time/checkpoint": metrics["time/checkpoint"]})
         return TrainResult(step, metrics, path, out.skipped)
 
     def _write(
@@ -193,9 +195,12 @@ def load_trainer(run: Run, base_model: str, config: InternalModelConfig) -> Trai
     _spare_the_libraries()
     saved = steps_saved(run.checkpoints)
     checkpoint = run.checkpoints / checkpoint_name(saved[-1]) if saved else None
-    if checkpoint is not None:
+    if checkpoint is None:
+        policy = load_policy(base_model, config)
+    else:
         verify_checkpoint(checkpoint)
-    policy = load_policy(base_model, config, checkpoint=checkpoint)
+        with understood(checkpoint, "the model"):
+            policy = load_policy(base_model, config, checkpoint=checkpoint)
     choose_packing(policy)
 
     def load_reference() -> Policy:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 from gspo.errors import ConfigError, MissingDependencyError, suggestion
+from gspo.files import write_whole
 
 log = logging.getLogger("gspo")
 
@@ -87,7 +88,7 @@ class Wandb:
 
         path = run.folder / "wandb-id"
         if not path.exists():
-            path.write_text(uuid.uuid4().hex[:12])
+            write_whole(path, uuid.uuid4().hex[:12])
         self._run = wandb.init(
             project=run.project,
             name=run.name,

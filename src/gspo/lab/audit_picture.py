@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gspo.files import explained, replacing
 from gspo.lab.audit_report import AuditReport
 from gspo.lab.picture import require_plotting
 from gspo.objective.noise import clip_band
@@ -34,8 +35,10 @@ def draw_audit(report: AuditReport, log_ratios: np.ndarray, path: Path) -> Path:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{report.model}, sampled in {report.rollout_dtype}: {report.verdict}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as building:
+        figure.savefig(building, format=path.suffix[1:] or "png")
     return path
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gspo.dev import TrainConfig
 from gspo.lab.spec import Spec
+from gspo.train.checkpoint import steps_saved
 
 STEPS = 120
 
@@ -34,8 +35,8 @@ def demo_spec(path: str, steps: int = STEPS, seed: int = 0) -> Spec:
 def _unfinished(folder: Path, spec: Spec) -> bool:
     """Whether the folder holds this very demo, stopped half-way: then it goes on."""
     try:
-        stored = json.loads((folder / "spec.json").read_text())
+        stored = json.loads((folder / "spec.json").read_bytes())
     except (OSError, ValueError):
         return False
-    done = max((int(p.name) for p in (folder / "checkpoints").glob("[0-9]*")), default=0)
+    done = max(steps_saved(folder / "checkpoints"), default=0)
     return stored == spec.model_dump(mode="json") and done < spec.steps

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import gspo as art
 from gspo.backend.local import LocalBackend
+from gspo.files import strict_json, write_whole
 from gspo.lab.profile import Profile
 from gspo.lab.rollout import Rollouts
 from gspo.lab.spec import Spec
@@ -94,6 +95,10 @@ async def run_experiment(spec: Spec, watch: Watch, profile: Profile | None = Non
         before = await _evaluate(spec, model, rollouts, watch, step=0)
 
         for step in range(await model.get_step(), spec.steps):
+            if spec.eval_every and step % spec.eval_every == 0:
+                # Before the step, not behind the last one: a run that was killed between the two
+                # makes up for it.
+                await _evaluate(spec, model, rollouts, watch, step)
             with span("step"):
                 began = time.perf_counter()
                 with span("rollout"):
@@ -103,8 +108,6 @@ async def run_experiment(spec: Spec, watch: Watch, profile: Profile | None = Non
                 timing = _timing(result.metrics, rolled, time.perf_counter() - began)
             await model.log([], "train", metrics=timing, step=result.step)
             watch.stepped(result.step, result.metrics | timing)
-            if spec.eval_every and result.step % spec.eval_every == 0:
-                await _evaluate(spec, model, rollouts, watch, step=result.step)
 
         after = await _evaluate(spec, model, rollouts, watch, step=await model.get_step())
         return Outcome(
@@ -122,9 +125,15 @@ async def run_experiment(spec: Spec, watch: Watch, profile: Profile | None = Non
 def _remember(spec: Spec, folder: Path) -> list[str]:
     """Write the resolved spec to the run; returns what differs from the one it went by before."""
     path = folder / "spec.json"
-    new = spec.model_dump(mode="json")
-    old = json.loads(path.read_text()) if path.exists() else new
-    path.write_text(json.dumps(new, indent=1) + "\n")
+    text = strict_json(spec.model_dump(mode="json"), indent=1) + "\n"
+    new: dict[str, Any] = json.loads(text)
+    try:
+        old = json.loads(path.read_bytes()) if path.exists() else new
+    except (OSError, ValueError, RecursionError):
+        old = None
+    write_whole(path, text)
+    if not isinstance(old, dict):  # nothing depends on it: the run goes on by today's
+        return [f"{path} was damaged, and is written again"]
     return [f"{key}: {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
 
 
@@ -140,7 +149,10 @@ async def _evaluate(
     if await model.get_step() != step:  # an older run, started without an evaluation
         return None
     groups = await art.gather_trajectory_groups(
-        (rollouts.group("heldout", i, spec.eval_completions) for i in range(spec.eval_prompts)),
+        (
+            rollouts.group("heldout", index, spec.eval_completions, step)
+            for index in range(spec.eval_prompts)
+        ),
         pbar_desc=None,
     )
     estimate = estimate_reward(groups)

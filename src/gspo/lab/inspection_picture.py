@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gspo.files import explained, replacing
 from gspo.lab.inspection_report import AtWeights, Inspection
 from gspo.lab.picture import require_plotting
 
@@ -32,8 +33,10 @@ def draw_inspection(found: Inspection, path: Path) -> Path:
     figure.suptitle(
         f"{found.run}, step {found.step}: {found.trained} trajectories with an advantage"
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as building:
+        figure.savefig(building, format=path.suffix[1:] or "png")
     return path
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from gspo.backend.metrics_file import read_metrics
 from gspo.backend.replay import StoredBatch, UpdateRecord, read_batch
 from gspo.dev import InternalModelConfig, LoraConfig
 from gspo.errors import CheckpointError, RunError
@@ -61,9 +62,9 @@ class Source:
         settings = record.settings()
         if not settings.auto_epsilon:
             return settings
-        lines = (self.run / "metrics.jsonl").read_text().splitlines()
-        known = next((line for line in map(json.loads, lines) if line["step"] == step), {})
-        low, high = known.get("ratio/epsilon_low"), known.get("ratio/epsilon_high")
+        records = read_metrics(self.run / "metrics.jsonl")
+        logged = next((record for record in records if record["step"] == step), {})
+        low, high = logged.get("ratio/epsilon_low"), logged.get("ratio/epsilon_high")
         if low is None or high is None:
             raise RunError(f"{self.run}/metrics.jsonl lacks the clip range of step {step}")
         return replace(settings, objective=settings.objective.with_epsilon(low, high))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gspo.backend.metrics_file import read_metrics
 from gspo.errors import MissingDependencyError, RunError
+from gspo.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +37,7 @@ def draw_run(folder: Path) -> Path:
     path = folder / "metrics.jsonl"
     if not path.exists():
         raise RunError(f"{folder} has no metrics.jsonl: it is not the folder of a run")
-    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records = read_metrics(path)
     figure = Figure(figsize=(11, 6.5), layout="constrained", dpi=110)
     axes = figure.subplots(2, 2)
     _reward(axes[0][0], records)
@@ -49,7 +50,8 @@ def draw_run(folder: Path) -> Path:
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle("/".join(folder.parts[-2:]))
     out = folder / "run.png"
-    figure.savefig(out)
+    with replacing(out) as building:
+        figure.savefig(building, format="png")
     return out
 
 

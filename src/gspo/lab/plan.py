@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gspo.backend.trackers import check_loggers
-from gspo.lab.rollout import load_rollout
+from gspo.lab.rollout import check_rollout
 from gspo.lab.spec import Spec
 from gspo.policy.embedded import PREFIX, build_model, build_tokenizer, embedded_task
 from gspo.policy.source import read_config, read_tokenizer, resolve
@@ -62,7 +62,7 @@ def make_plan(spec: Spec) -> Plan:
     check_loggers(spec.logger)
     task = load_task(spec.task, spec.task_options) if spec.task else None
     if spec.rollout:
-        load_rollout(spec.rollout)
+        check_rollout(spec.rollout)
     trust = spec.load.trust_remote_code
     config, parameters = _shape(spec.model, trust)
     text = config.get_text_config()

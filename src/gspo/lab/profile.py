@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from gspo.batch.pack import PackedBatch
+from gspo.files import strict_json, write_whole
 from gspo.policy.flops import Flops, head_flops
 from gspo.policy.load import Policy
 from gspo.policy.logprob import Head
@@ -79,8 +79,8 @@ class ProfileReport:
     def write(self, run: Path, text: str) -> Path:
         """`profile.json` and `profile.txt` in the run's folder; returns the first."""
         path = run / "profile.json"
-        path.write_text(json.dumps(self.as_json(), indent=1) + "\n")
-        (run / "profile.txt").write_text(text)
+        write_whole(path, strict_json(self.as_json(), indent=1) + "\n")
+        write_whole(run / "profile.txt", text)
         return path
 
 

@@ -10,8 +10,9 @@ from typing import Any
 from openai import BadRequestError
 from openai.types.chat.chat_completion import Choice
 
-from gspo.byname import load_object
+from gspo.byname import find_module, load_object
 from gspo.choices import as_choice
+from gspo.draws import drawing_for, seed_of
 from gspo.errors import ConfigError, DataError
 from gspo.gather import gather_trajectory_groups
 from gspo.lab.spec import Spec
@@ -52,26 +53,32 @@ class Rollouts:
         problem = self.task.problem(split, index, seed) if self.task else None
         return Scenario(split, index, seed, problem)
 
-    async def group(self, split: Split, index: int, size: int) -> TrajectoryGroup:
-        """`size` rollouts of one prompt.
+    async def group(self, split: Split, index: int, size: int, step: int) -> TrajectoryGroup:
+        """`size` rollouts of one prompt, at the weights of a step.
+
+        What they sample depends on these numbers and the spec's seed, not on what was sampled
+        before: a run that was killed goes on as it would have, evaluations or not.
 
         Raises:
             RolloutError: the user's own rollout or task raised.
         """
         try:
-            return await self._group(self.scenario(split, index), size)
+            return await self._group(split, index, size, step)
         except Exception as error:
-            told = rollout_error(error, split, index, await self.model.get_step())
+            told = rollout_error(error, split, index, step)
             if told is None:
                 raise
             raise told from error
 
-    async def _group(self, scenario: Scenario, size: int) -> TrajectoryGroup:
+    async def _group(self, split: Split, index: int, size: int, step: int) -> TrajectoryGroup:
+        scenario = self.scenario(split, index)
         if self.rollout is not None:
             rollout = self.rollout
-            return await TrajectoryGroup(rollout(self.model, scenario) for _ in range(size))
+            with drawing_for(split, index):  # the backend adds its seed and its step
+                return await TrajectoryGroup(rollout(self.model, scenario) for _ in range(size))
         assert self.task is not None
-        return await self._answers(self.task, scenario, size)
+        seed = seed_of(self.spec.seed, step, split, index)
+        return await self._answers(self.task, scenario, size, seed)
 
     async def batch(self, step: int) -> list[TrajectoryGroup]:
         """The groups of one step; with dynamic sampling, those of fresh prompts for flat ones."""
@@ -84,7 +91,7 @@ class Rollouts:
             missing = spec.prompts - len(kept)
             first = (step * rounds + extra) * spec.prompts
             groups = await gather_trajectory_groups(
-                (self.group("train", first + i, spec.completions) for i in range(missing)),
+                (self.group("train", first + i, spec.completions, step) for i in range(missing)),
                 pbar_desc=None,
             )
             for group in groups:
@@ -100,7 +107,9 @@ class Rollouts:
         options = self.spec.train
         return split == "train" and (options.routing_replay == "rollout" or options.measure_routing)
 
-    async def _answers(self, task: Task, scenario: Scenario, size: int) -> TrajectoryGroup:
+    async def _answers(
+        self, task: Task, scenario: Scenario, size: int, seed: int
+    ) -> TrajectoryGroup:
         """One request for all completions: the prompt is computed once."""
         problem = scenario.problem
         assert problem is not None
@@ -110,6 +119,7 @@ class Rollouts:
             n=size,
             max_tokens=self.spec.max_tokens or task.max_tokens,
             temperature=self.spec.temperature,
+            seed=seed,
             extra_body={"return_routes": True} if self._needs_routes(scenario.split) else None,
         )
         return TrajectoryGroup(
@@ -151,11 +161,20 @@ def plain_prompt(messages: list[dict[str, Any]]) -> str:
     return "\n\n".join(message["content"] for message in messages) + "\n"
 
 
-def load_rollout(name: str) -> Rollout:
-    """The function `module:function`, looked for in the working directory too.
+def check_rollout(name: str) -> None:
+    """Look for the file or the module of `module:function`, without running it.
 
     Raises:
-        ConfigError: no such module or function, or not an async function of two arguments.
+        ConfigError: there is none, or the name has another form.
+    """
+    find_module(name, "rollout")
+
+
+def load_rollout(name: str) -> Rollout:
+    """The function that `module:function` or `folder/file.py:function` names.
+
+    Raises:
+        ConfigError: see `load_object`; or it is not an async function of two arguments.
     """
     function = load_object(name, "rollout")
     if not inspect.iscoroutinefunction(function):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Collection, Iterable
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from gspo.backend.trackers import TrackerName
 from gspo.byname import beside
@@ -38,7 +39,9 @@ class Spec(Options):
     task_options: dict[str, Any] = Field(default_factory=dict)
     """Options of `chain`, of a reasoning-gym dataset, or of your own task's constructor."""
     rollout: str | None = None
-    """`module:function`, an `async def rollout(model, scenario) -> Trajectory` of your own.
+    """`module:function` or `folder/file.py:function`, an
+    `async def rollout(model, scenario) -> Trajectory` of your own. A module is looked for beside
+    the TOML file, in the working directory, and among what is installed, in this order.
     Without it, the task's prompt is answered in one turn and scored."""
     steps: int = Field(default=60, ge=1, le=LARGEST_COUNT)
     """Calls of `train` over the run's life."""
@@ -67,6 +70,11 @@ class Spec(Options):
     """Peak learning rate. None: by the model's size, with a warmup (docs/defaults.md)."""
     load: InternalModelConfig = Field(default_factory=InternalModelConfig)
     """The fields of `dev.InternalModelConfig`: dtype, lora, activation_checkpointing, ..."""
+
+    @field_validator("name", "project", "path")
+    @classmethod
+    def _names_a_folder(cls, value: str) -> str:
+        return folder_name(value)
 
     @model_validator(mode="before")
     @classmethod
@@ -101,6 +109,19 @@ class Spec(Options):
         return TrainConfig(learning_rate=self.learning_rate)
 
 
+def folder_name(text: str) -> str:
+    """A name or path of a folder, with `~` as the home folder.
+
+    Raises:
+        ValueError: half a character (a lone surrogate), which no file name and no terminal takes.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the character at {error.start} is half of one: remove it") from None
+    return expanduser(text)
+
+
 def read_spec(path: Path, overrides: Iterable[str] = ()) -> Spec:
     """A spec from a TOML file, with `key=value` overrides (dotted keys, TOML values).
 
@@ -130,11 +151,17 @@ def read_toml(path: Path) -> dict[str, Any]:
         ConfigError: no such file, or not TOML.
     """
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not TOML: byte {error.start} is not UTF-8. Save it as UTF-8"
+        ) from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: its brackets are nested too deeply") from None
 
 
 def override(
@@ -156,7 +183,12 @@ def override(
             raise ConfigError(f"--set {item!r}: unknown key {key.strip()!r}.{near}")
         place = data
         for table in tables:
-            place = place.setdefault(table, {})
+            if not isinstance(place.setdefault(table, {}), dict):
+                raise ConfigError(
+                    f"--set {item!r}: {table!r} is the value {place[table]!r} and not a table, "
+                    f"so it has no {last!r}"
+                )
+            place = place[table]
         place[last] = _value(text.strip())
     return data
 
@@ -165,5 +197,5 @@ def _value(text: str) -> Any:
     """A TOML value, or the text itself where it is none."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text

@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from rich.text import Text
 from gspo.lab.experiment import Estimate
 from gspo.lab.panel import Progress
 from gspo.lab.spec import Spec
+from gspo.train.checkpoint import steps_saved
 
 _FIELDS = (
     ("reward", "train/reward", "{:.3f}"),
@@ -39,6 +41,7 @@ class LiveWatch:
         self._progress: Progress | None = None
         self._live: Live | None = None
         self._shown = 0.0
+        self._checkpoints = Path()
         self._handler = _Above(self.console)
 
     def __enter__(self) -> LiveWatch:
@@ -60,6 +63,7 @@ class LiveWatch:
         for change in changed:
             self._print(f"changed since the run began: {change}")
         self._progress = Progress(spec.steps, step, self._clock)
+        self._checkpoints = Path(where) / "checkpoints"
         self._shown = self._clock() - _QUIET
         if self.console.is_terminal and not self.console.is_dumb_terminal:
             self._start(self._progress)
@@ -98,6 +102,8 @@ class LiveWatch:
             return
         live.stop()
         logging.getLogger("gspo").removeHandler(self._handler)
+        # A run that is stopped may have saved a step that it did not come to show.
+        progress.step = max([progress.step, *steps_saved(self._checkpoints)])
         if progress.step > progress.first:
             self._print(progress.summary(self.console.width - 1, self.console.options.ascii_only))
 

@@ -25,6 +25,7 @@ class SamplingParams:
         stop: texts at whose first occurrence a completion ends; they are cut from the text, but
             their tokens were sampled and stay in `token_ids`.
         seed: completion i of a seeded request depends on (seed, i) alone, not on the batch.
+        purpose: of a request without a seed: what it is for, see `gspo.draws.purpose`.
         routes: return the experts that each token went through (MoE models only).
         ignore_eos: sample on after an end token, up to `max_tokens`: for measurements.
         stop_token_ids: tokens that end a completion as an end token does, whatever `ignore_eos`.
@@ -42,6 +43,7 @@ class SamplingParams:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    purpose: tuple[int | str, ...] = ()
     routes: bool = False
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()

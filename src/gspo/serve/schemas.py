@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from gspo.draws import purpose
 from gspo.errors import RequestError, suggestion
 from gspo.serve.engine import SamplingParams
 
@@ -71,6 +72,7 @@ class _Body(BaseModel):
             top_p=1.0 if self.top_p is None else self.top_p,
             stop=stop,
             seed=self.seed,
+            purpose=purpose(),
             routes=self.return_routes,
             ignore_eos=self.ignore_eos,
             stop_token_ids=tuple(self.stop_token_ids or ()),

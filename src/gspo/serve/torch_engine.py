@@ -6,7 +6,7 @@ waits takes its place.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gspo.draws import seed_of
 from gspo.errors import GspoError, RequestError
 from gspo.policy.attention import PACKED
 from gspo.policy.hf import attention_implementation
@@ -31,11 +32,17 @@ from gspo.timing import timed
 KV_BYTES = 2 * 2**30
 """Memory that keys and values may take; rows beyond it wait for their turn."""
 _PLANNED = 1024  # a completion counts as no longer than this when memory is planned
+_REMEMBERED = 2**20
+"""Unseeded requests whose repetitions are counted, about 100 bytes each."""
 _DEAD = 8  # finished rows are dropped once they are one in so many: dropping copies the others
 
 
 class TorchEngine:
-    """Batched decoding of a `Policy`. Unseeded requests follow the engine's own `seed`."""
+    """Batched decoding of a `Policy`.
+
+    What a request without a seed gets depends on the engine's own `seed`, on what the request is
+    for, on its prompt, and on how often the same was asked since `reseed`; not on other requests.
+    """
 
     def __init__(self, policy: Policy, *, seed: int = 0, max_rows: int = 512):
         self.policy = policy
@@ -44,7 +51,7 @@ class TorchEngine:
         self.layout: Layout = "shared" if own and policy.packing in OWN else "copied"
         """How running rows are kept; `check_engine` goes on to the next where one isn't exact."""
         self._seed = seed
-        self._served = 0
+        self._drawn: Counter[int] = Counter()
         self._ends = end_tokens(policy)
 
     @property
@@ -94,8 +101,9 @@ class TorchEngine:
             raise RequestError(str(error), param="return_routes") from None
 
     def reseed(self, seed: int) -> None:
-        """Start the stream of unseeded requests anew, as a resumed run must."""
-        self._seed, self._served = seed, 0
+        """From now on, draw for unseeded requests as an engine does that starts with this seed."""
+        self._seed = seed
+        self._drawn.clear()
 
     @timed("sampling")
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
@@ -105,12 +113,8 @@ class TorchEngine:
             if request.params.routes:
                 self.check_routes()
             ends = ends_of(request.params, self.policy.tokenizer, self.policy.head.size)
-            seed = request.params.seed
-            for index in range(request.params.n):
-                # Seeded and unseeded streams never meet: their second words differ in sign.
-                key = (seed, index) if seed is not None else (self._seed, -1 - self._served)
-                rows.append(Row(r, request.params, limit, key, ends))
-                self._served += seed is None
+            keys = self._keys(request)
+            rows += [Row(r, request.params, limit, key, ends) for key in keys]
         self.policy.lm.eval()
         with torch.no_grad(), autocast(self.policy):
             self._decode(requests, rows)
@@ -118,6 +122,19 @@ class TorchEngine:
         for row in rows:
             out[row.request].append(self._completion(row))
         return out
+
+    def _keys(self, request: Request) -> list[tuple[int, int]]:
+        """Of the random numbers of each of the request's completions."""
+        params = request.params
+        if params.seed is not None:
+            return [(params.seed, index) for index in range(params.n)]
+        if len(self._drawn) >= _REMEMBERED:  # a server, which nobody reseeds
+            self.reseed(seed_of(self._seed, "next"))
+        seed = seed_of(self._seed, *params.purpose, "prompt", *request.prompt)
+        first = self._drawn[seed]
+        self._drawn[seed] += params.n
+        # Seeded and unseeded draws never meet: their second words differ in sign.
+        return [(seed, -1 - index) for index in range(first, first + params.n)]
 
     def _decode(self, requests: Sequence[Request], rows: Sequence[Row]) -> None:
         """Fill in `rows`."""

@@ -12,21 +12,25 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
-import shutil
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from gspo.errors import CheckpointError, RunError
+from gspo.errors import CheckpointError, GspoError
+from gspo.files import explained, replacing, strict_json
 from gspo.policy.load import Policy, save_weights
 from gspo.timing import timed
 from gspo.train.trainer import Trainer
 
 FORMAT = 1
 _RNG = "rng.torch"
+_OPTIMIZER, _STATE = "optimizer.safetensors", "trainer.json"
 
 
 def checkpoint_name(step: int) -> str:
@@ -39,10 +43,14 @@ def checkpoint_name(step: int) -> str:
 
 
 def steps_saved(folder: Path) -> list[int]:
-    """Steps that have a complete checkpoint below `folder`, ascending."""
+    """Steps that have a complete checkpoint below `folder`, ascending.
+
+    Other names, and files, are none of gspo's and are left alone.
+    """
     if not folder.is_dir():
         return []
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and p.is_dir())
+    names = [p.name for p in folder.iterdir() if re.fullmatch("[0-9]+", p.name) and p.is_dir()]
+    return sorted(int(name) for name in names if name == checkpoint_name(int(name)))
 
 
 @timed("checkpoint")
@@ -53,34 +61,40 @@ def save_checkpoint(folder: Path, trainer: Trainer) -> Path:
         RunError: the disk is full or read-only. Earlier checkpoints are as they were.
     """
     target = folder / checkpoint_name(trainer.step)
-    building = folder / f".{target.name}.{os.getpid()}"
-    try:
+    with explained(target):
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_unfinished(folder)
-        building.mkdir()
-        _write(building, trainer)
-        if target.exists():  # the same step saved again, after a resume
-            shutil.rmtree(target)
-        os.rename(building, target)
-    except OSError as error:
-        shutil.rmtree(building, ignore_errors=True)
-        why = "the disk is full" if error.errno == errno.ENOSPC else str(error)
-        raise RunError(
-            f"cannot save step {trainer.step} to {target}: {why}. Free some space or choose "
-            "another path; the checkpoints already there are intact"
-        ) from None
+        with replacing(target) as building:
+            building.mkdir()
+            try:
+                _write(building, trainer)
+            except SafetensorError as error:  # safetensors has no OSError of its own
+                number = re.search(r"os error (\d+)", str(error))
+                raise OSError(int(number[1]) if number else errno.EIO, str(error)) from None
     return target
 
 
 def load_trainer_state(folder: Path, trainer: Trainer) -> None:
-    """Optimizer, RNG, step and version of a checkpoint whose weights the policy already has."""
-    tensors = load_file(folder / "optimizer.safetensors")
-    torch.set_rng_state(tensors.pop(_RNG))
-    trainer.optimizer.load_state(tensors)
-    state = json.loads((folder / "trainer.json").read_text())
-    trainer.step = state["step"]
-    trainer.policy.version = state["policy_version"]
-    trainer.epsilon.epsilon_low = state.get("epsilon_low")
+    """Optimizer, RNG, step and version of a checkpoint whose weights the policy already has.
+
+    Raises:
+        CheckpointError: the files hold something else, or another step than the folder's name.
+    """
+    with understood(folder, "its training state"):
+        tensors = load_file(folder / _OPTIMIZER)
+        random_state = tensors.pop(_RNG)
+        trainer.optimizer.load_state(tensors)
+        torch.set_rng_state(random_state)
+        state = json.loads((folder / _STATE).read_bytes())
+        step, version, epsilon = state["step"], state["policy_version"], state.get("epsilon_low")
+        if type(step) is not int or type(version) is not int:
+            raise TypeError(f"step {step!r}, policy_version {version!r}")
+    if checkpoint_name(step) != folder.name:
+        raise CheckpointError(
+            f"{folder} holds step {step}, so it was copied or renamed; {_remedy(folder)}"
+        )
+    trainer.step = step
+    trainer.policy.version = version
+    trainer.epsilon.epsilon_low = epsilon
 
 
 def verify_checkpoint(folder: Path) -> None:
@@ -90,51 +104,73 @@ def verify_checkpoint(folder: Path) -> None:
         CheckpointError: a file is missing, of another size, or of other content; or the
             checkpoint was written by a newer gspo.
     """
-    remedy = f"delete {folder} to go on from the checkpoint before it"
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        if manifest["format"] > FORMAT:
-            raise CheckpointError(
-                f"{folder} has format {manifest['format']}, this gspo reads up to {FORMAT}: "
-                "upgrade gspo"
-            )
-        files: dict[str, Any] = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}/manifest.json is damaged ({error}); {remedy}") from None
-    for name, expected in files.items():
+    with understood(folder, "manifest.json"):
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        written, files = manifest["format"], _listed(manifest["files"])
+        newer = written > FORMAT
+    if newer:
+        raise CheckpointError(
+            f"{folder} has format {written}, this gspo reads up to {FORMAT}: upgrade gspo"
+        )
+    for name, (size, digest) in files.items():
         path = folder / name
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing; {remedy}")
-        if path.stat().st_size != expected["bytes"] or _digest(path) != expected["sha256"]:
-            raise CheckpointError(f"{path} is damaged: it differs from the manifest; {remedy}")
+            raise CheckpointError(f"{path} is missing; {_remedy(folder)}")
+        if path.stat().st_size != size or _digest(path) != digest:
+            raise CheckpointError(
+                f"{path} is damaged: it differs from the manifest; {_remedy(folder)}"
+            )
+
+
+@contextmanager
+def understood(folder: Path, what: str) -> Iterator[None]:
+    """Read something of a checkpoint; what is raised there for odd content is a `CheckpointError`.
+
+    Raises:
+        CheckpointError: with the remedy.
+    """
+    try:
+        yield
+    except GspoError:
+        raise
+    except Exception as error:  # each library has errors of its own for a file it cannot read
+        raise CheckpointError(
+            f"{folder}: {what} is damaged ({type(error).__name__}: {error}); {_remedy(folder)}"
+        ) from error
+
+
+def _remedy(folder: Path) -> str:
+    return f"delete {folder} to go on from the checkpoint before it"
+
+
+def _listed(files: dict[str, dict[str, Any]]) -> dict[str, tuple[int, str]]:
+    """Size and digest of each file of a manifest, which must list what a resume needs."""
+    weights = [name for name in files if name.endswith(".safetensors") and name != _OPTIMIZER]
+    if not weights or not {_OPTIMIZER, _STATE} <= set(files):
+        raise ValueError(f"it lists no weights, no {_OPTIMIZER} or no {_STATE}")
+    return {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
 
 
 def _write(folder: Path, trainer: Trainer) -> None:
     policy: Policy = trainer.policy
     save_weights(policy, folder)
     tensors = {**trainer.optimizer.state(), _RNG: torch.get_rng_state()}
-    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "optimizer.safetensors")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / _OPTIMIZER)
     state = {
         "step": trainer.step,
         "policy_version": policy.version,
         "epsilon_low": trainer.epsilon.epsilon_low,
     }
-    (folder / "trainer.json").write_text(json.dumps(state))
+    (folder / _STATE).write_text(strict_json(state))
     files = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _digest(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
     manifest = {"format": FORMAT, "base_model": policy.source, "files": files}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    (folder / "manifest.json").write_text(strict_json(manifest, indent=1))
 
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _remove_unfinished(folder: Path) -> None:
-    """What a killed process left behind. The run folder's lock keeps other writers out."""
-    for path in folder.glob(".[0-9]*"):
-        shutil.rmtree(path, ignore_errors=True)

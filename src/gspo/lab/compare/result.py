@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import platform
 import statistics
@@ -14,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from gspo.backend.metrics_file import read_metrics
+from gspo.files import explained, strict_json, write_whole
 from gspo.lab.compare.grid import Cell, by_group
 from gspo.lab.compare.run import State, cell_folder
 from gspo.lab.compare.spec import CompareSpec
@@ -86,11 +87,10 @@ def comparison(
 
 def write_comparison(compare: CompareSpec, content: Mapping[str, Any]) -> Path:
     """Write `<folder>/comparison.json`, whole or not at all."""
-    compare.folder.mkdir(parents=True, exist_ok=True)
     path = compare.folder / "comparison.json"
-    building = path.with_name(f".{path.name}.{os.getpid()}")
-    building.write_text(json.dumps(content, indent=None, separators=(",", ":")) + "\n")
-    os.replace(building, path)
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, strict_json(content) + "\n")
     return path
 
 
@@ -113,7 +113,7 @@ def _cell(compare: CompareSpec, cell: Cell, state: State) -> dict[str, Any]:
 @cache
 def _measured(run: Path) -> dict[str, Any]:
     """What a finished run shows. It no longer changes."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = read_metrics(run / "metrics.jsonl")
     curves = _curves(records)
     held_out = curves["val/reward"]
     before, after = held_out["value"][0], held_out["value"][-1]

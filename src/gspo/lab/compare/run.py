@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, Protocol
 
+from gspo.backend.metrics_file import read_metrics
 from gspo.errors import RunError
 from gspo.lab.compare.grid import CELLS, Cell
 from gspo.lab.compare.spec import CompareSpec
@@ -59,11 +60,10 @@ def cell_folder(cell: Cell) -> Path:
 def is_finished(cell: Cell) -> bool:
     """Whether the run has made its last step and evaluated it."""
     assert cell.spec is not None
-    try:
-        last = json.loads((cell_folder(cell) / "metrics.jsonl").read_text().splitlines()[-1])
-    except (OSError, IndexError, ValueError):
+    records = read_metrics(cell_folder(cell) / "metrics.jsonl")
+    if not records:
         return False
-    return last["step"] == cell.spec.steps and "val/reward" in last
+    return records[-1]["step"] == cell.spec.steps and "val/reward" in records[-1]
 
 
 def first_states(cells: list[Cell]) -> dict[str, State]:

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from gspo.dev import Algorithm, InternalModelConfig
 from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.errors import ConfigError, suggestion
-from gspo.lab.spec import Spec, override, read_toml
+from gspo.lab.spec import Spec, folder_name, named_beside, override, read_toml
 from gspo.options import Options, check_names
 
 _DECIDED = {
@@ -57,9 +57,14 @@ class CompareSpec(Options):
             if value < 1:
                 raise ValueError("at least one seed is needed")
             return tuple(range(value))
-        if isinstance(value, list | tuple) and len(set(value)) != len(value):
+        if isinstance(value, list | tuple) and len(set(map(str, value))) != len(value):
             raise ValueError("a seed is given twice")
         return value
+
+    @field_validator("name", "path")
+    @classmethod
+    def _names_a_folder(cls, value: str) -> str:
+        return folder_name(value)
 
     @field_validator("stress")
     @classmethod
@@ -94,7 +99,10 @@ def read_compare_spec(path: Path, overrides: Iterable[str] = ()) -> CompareSpec:
     """
     data = read_toml(path)
     data.setdefault("name", path.stem)
-    return CompareSpec(**override(data, overrides, CompareSpec.model_fields))
+    data = override(data, overrides, CompareSpec.model_fields)
+    if isinstance(data.get("base"), dict):
+        data["base"] = named_beside(data["base"], path.parent)
+    return CompareSpec(**data)
 
 
 def with_overrides(spec: CompareSpec, overrides: Iterable[str]) -> CompareSpec:

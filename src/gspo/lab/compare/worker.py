@@ -17,6 +17,7 @@ import traceback
 from typing import IO, Any
 
 from gspo.errors import GspoError
+from gspo.files import strict_json
 from gspo.lab.experiment import Estimate, run_experiment
 from gspo.lab.spec import Spec
 
@@ -28,7 +29,7 @@ class _Reporter:
         self._out = out
 
     def send(self, **event: Any) -> None:
-        self._out.write(json.dumps(event) + "\n")
+        self._out.write(strict_json(event) + "\n")
         self._out.flush()
 
     def started(self, spec: Spec, step: int, changed: list[str]) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gspo.backend.metrics_file import read_metrics
 from gspo.backend.run import in_use
 from gspo.config import TrainConfig
 from gspo.dev import TrainConfig as DevTrainConfig
@@ -95,7 +96,7 @@ def _read(folder: Path, label: str) -> RunData:
         config=_json(config) or {},
         spec=spec,
         settings=None if spec is None else resolved(spec),
-        records=_records(metrics),
+        records=read_metrics(metrics),
         running=running,
     )
 
@@ -155,15 +156,3 @@ def _json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def _records(path: Path) -> list[dict[str, float]]:
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:  # the line that is being written
-            break
-    return records

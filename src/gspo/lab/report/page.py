@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from gspo.errors import MissingDependencyError, RunError
+from gspo.errors import MissingDependencyError
+from gspo.files import write_whole
 from gspo.lab.report.figure import Chart
 
 ASSETS = Path(__file__).parent / "assets"
@@ -115,13 +115,7 @@ def write_page(path: Path, page: str) -> None:
     Raises:
         RunError: it cannot be written.
     """
-    building = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        building.write_text(page, encoding="utf-8")
-        os.replace(building, path)
-    except OSError as error:
-        building.unlink(missing_ok=True)
-        raise RunError(f"cannot write the report {path}: {error.strerror}") from None
+    write_whole(path, page)
 
 
 @cache

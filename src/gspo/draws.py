@@ -1,0 +1,59 @@
+"""What a random draw is for. Its seed is a function of that, never of how many came before.
+
+So a killed run draws the same numbers when it goes on, whatever it had measured in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import hashlib
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+Word = int | str
+
+_purpose: contextvars.ContextVar[tuple[Word, ...]] = contextvars.ContextVar(
+    "gspo_purpose", default=()
+)
+
+
+def seed_of(*words: Word) -> int:
+    """A seed in 0..2**63 - 1 from whole numbers and texts.
+
+    The same on every machine and in every process, as `hash` is not.
+
+    >>> seed_of(0, "train", 3) == seed_of(0, "train", 3)
+    True
+    >>> seed_of(0, "train", 3) == seed_of(0, "heldout", 3)
+    False
+    """
+    digest = hashlib.blake2b(repr(words).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def purpose() -> tuple[Word, ...]:
+    """What requests without a seed are for, such as ("train", 3, 0): split, prompt, rollout.
+
+    Empty outside a rollout.
+    """
+    return _purpose.get()
+
+
+@contextmanager
+def drawing_for(*words: Word) -> Iterator[None]:
+    """Requests inside are for this, whatever the code around it is for."""
+    token = _purpose.set(words)
+    try:
+        yield
+    finally:
+        _purpose.reset(token)
+
+
+def numbered_task(number: int, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """A task whose requests are for rollout or group `number` of what this code is for."""
+    context = contextvars.copy_context()
+    context.run(_purpose.set, (*purpose(), number))
+    return asyncio.get_running_loop().create_task(coroutine, context=context)
