@@ -65,6 +65,13 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[StepInput]:
     return seen
 
 
+def two_samples(reward: float) -> TrajectoryGroup:
+    """A trajectory of three turns in two samples, 4 + 4 tokens of prompt and completion, and one
+    of 1 + 5 tokens, whose reward is 1."""
+    turns = [choice([24, 25], [1, 2]), choice([26], [1, 2, 24, 25, 3]), choice([27], [9])]
+    return TrajectoryGroup([trajectory(reward, *turns), trajectory(1.0, choice([28] * 5, [9]))])
+
+
 def order_of(steps: list[StepInput]) -> list[list[int]]:
     """The trajectories of each step."""
     return [[sample.trajectory_id for sample in step.samples] for step in steps]
@@ -141,14 +148,11 @@ def test_n_and_t_count_the_whole_step(
     steps: list[StepInput], unit: Any, sequences: int, kl_coef: float
 ):
     """Flat groups too, with and without a forward pass; three turns, the last in another sample."""
-    turns = [choice([24, 25], [1, 2]), choice([26], [1, 2, 24, 25, 3]), choice([27], [9])]
-    group = TrajectoryGroup([trajectory(0.0, *turns), trajectory(1.0, choice([28] * 5, [9]))])
-    flat = TrajectoryGroup([trajectory(1.0, *turns), trajectory(1.0, choice([28] * 5, [9]))])
     policy = embedded()
     trainer = Trainer(policy, lambda: load_policy("embedded:sort"))
     options = dev.TrainConfig(minibatches=1, sequence_unit=unit)
     settings = resolve(TrainConfig(kl_penalty_coef=kl_coef), options)
-    trainer.train(prepare([group, flat], context=512), settings)
+    trainer.train(prepare([two_samples(0.0), two_samples(1.0)], context=512), settings)
     (step,) = steps
     assert (step.total_sequences, step.total_tokens, step.unit) == (sequences, 18, unit)
     assert len(step.samples) == (6 if kl_coef else 3)
@@ -185,6 +189,22 @@ def test_staleness_counts_versions_since_a_token_was_sampled():
     out = Trainer(policy).train(prepare(groups, context=512), resolve()).metrics.compute()
     assert out["staleness/mean"] == pytest.approx(3 * 3 / 4)  # over the four that have a version
     assert out["staleness/max"] == 3
+
+
+def test_the_batch_is_described_by_trajectory_group_and_token(steps: list[StepInput]):
+    groups = [two_samples(reward) for reward in (0.0, 1.0, 1.0)]
+    out = Trainer(embedded()).train(prepare(groups, context=512), resolve())
+    metrics = out.metrics.compute()
+    expected = {
+        "train/reward": 5 / 6,
+        "train/reward_std": 0.5 / 3,
+        "train/trajectories": 6,
+        "train/groups_zero_advantage": 2,
+        "tokens/prompt": 3 * (4 + 1),
+        "tokens/completion": 3 * (4 + 5),
+        "tokens/completion_mean": 27 / 6,
+    }
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
 
 
 # Minibatches without an advantage
