@@ -2,8 +2,8 @@
 
 Over seeds the interval is Student's t, at any number of them. Two arms of one law differ by values
 that are symmetric about 0, and of these Student's t calls no more than its 5 % a difference, also
-where most seeds sit at a ceiling or a floor; a bootstrap calls up to 14 % one there
-(benchmarks/intervals.py, docs/compare.md).
+where most seeds sit at a ceiling or a floor. A studentized bootstrap calls up to 14 % one there.
+benchmarks/intervals.py simulates it; docs/compare.md has the tables.
 
 Over prompts it is the interval of a proportion, since rewards are mostly shares: many prompts at 0
 and a few above have no normal mean.
