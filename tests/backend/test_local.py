@@ -15,10 +15,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 from openai import AsyncOpenAI, BadRequestError
 from openai.types.chat.chat_completion import Choice
-from transformers import MambaConfig, MambaForCausalLM
 
 import gspo as art
 from gspo.backend import service
@@ -32,7 +30,7 @@ from gspo.errors import (
     SampleTooLongError,
     ServeError,
 )
-from gspo.policy.embedded import build_tokenizer
+from models import folder
 from support import choice, trajectory
 
 
@@ -436,13 +434,10 @@ async def test_all_too_long_says_so(model: art.TrainableModel):
 
 
 async def test_an_architecture_that_cannot_be_decoded_is_refused(tmp_path: Path):
-    torch.manual_seed(0)
-    config = MambaConfig(vocab_size=103, hidden_size=16, state_size=4, num_hidden_layers=2)
-    MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
-    build_tokenizer().save_pretrained(tmp_path / "mamba")
+    base = folder(tmp_path / "model", "recurrent_gemma")
     backend = art.LocalBackend(tmp_path / "runs")
-    with pytest.raises(ModelError, match="MambaForCausalLM"):
-        await make(base_model=str(tmp_path / "mamba")).register(backend)
+    with pytest.raises(ModelError, match="RecurrentGemmaForCausalLM"):
+        await make(base_model=base).register(backend)
     await backend.close()
 
 

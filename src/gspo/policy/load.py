@@ -151,7 +151,7 @@ def load_policy(
         peft = add_lora(lm, config.lora, checkpoint)
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     policy = Policy(
-        lm=lm,
+        lm=lm.eval(),
         peft=peft,
         tokenizer=tokenizer,
         source=source,
