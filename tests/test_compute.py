@@ -79,7 +79,8 @@ async def test_what_waits_at_the_close_is_told_so(compute: ComputeThread):
         done.wait(10)
         return 7
 
-    running, waiting = (asyncio.ensure_future(compute.run(work)) for work in (slow, int))
+    running = asyncio.ensure_future(compute.run(slow))
+    waiting = asyncio.ensure_future(compute.run(int))
     await asyncio.to_thread(started.wait, 10)
     compute.close()
     with pytest.raises(RunError, match="closed while int waited for it"):
