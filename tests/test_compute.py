@@ -71,6 +71,24 @@ async def test_after_close_it_says_so(compute: ComputeThread):
         await compute.run(int)
 
 
+async def test_what_waits_at_the_close_is_told_so(compute: ComputeThread):
+    started, done = threading.Event(), threading.Event()
+
+    def slow() -> int:
+        started.set()
+        done.wait(10)
+        return 7
+
+    running = asyncio.ensure_future(compute.run(slow))
+    waiting = asyncio.ensure_future(compute.run(int))
+    await asyncio.to_thread(started.wait, 10)
+    compute.close()
+    with pytest.raises(RunError, match="closed while int waited for it"):
+        await asyncio.wait_for(waiting, 10)
+    done.set()
+    assert await running == 7
+
+
 async def test_in_a_fork_it_says_so(compute: ComputeThread, monkeypatch: pytest.MonkeyPatch):
     await compute.run(int)
     monkeypatch.setattr(compute, "_process", 1)

@@ -64,11 +64,16 @@ class ComputeThread:
         notice = loop.call_later(NOTICE_SECONDS, self._tell, name)
         try:
             return await loop.run_in_executor(self._executor, work)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self._closed and task is not None and not task.cancelling():
+                raise RunError(f"the backend was closed while {name} waited for it") from None
+            raise
         finally:
             notice.cancel()
 
     def close(self) -> None:
-        """Let the thread end with what it does now; what waits for it is cancelled."""
+        """Let the thread end with what it does now; what waits for it is refused."""
         self._closed = True
         self._executor.shutdown(wait=False, cancel_futures=True)
 

@@ -111,6 +111,7 @@ ODD = st.sampled_from(
     [
         *(None, True, 0, -1, 7, 10**400, 10**5000, 0.5, -0.5, 1e300, math.nan, math.inf, 1j),
         *("", "abc", "1.5", "\ud800", [], [1], [-1], [1.5, 2], [None], ["a"], [10**6, 1], [True]),
+        *({"text": 5}, {"text": "x", "provider_specific_fields": 5}, {"message": {"a": 1}}),
         *({}, {"a": 1}, {"a": None}, {("a", 1): 2}, {"a": [1]}, object(), Rude(), cyclic()),
         *(np.float32(0.5), np.int64(3), np.bool_(True), np.float16(-1), np.ones(2), np.array(1.0)),
         *(np.array([6, 7]), np.array([-1.0, -2.0]), torch.tensor(0.25), torch.ones(2)),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from openai.types.completion_choice import CompletionChoice
 
 from gspo.batch.check import check_groups, listed, plain_groups
 from gspo.errors import DataError
@@ -131,6 +132,7 @@ ODD: dict[str, tuple[str, Any, str]] = {
     "metadata object": ("metadata", {"x": object()}, r"metadata\['x'\] is <object"),
     "messages None": ("messages_and_choices", None, "messages_and_choices is None"),
     "message text": ("messages_and_choices", ["hi"], "message 0 is 'hi'"),
+    "choice of another client": ("messages_and_choices", [{"text": 5}], "message 0 cannot be read"),
     "message cyclic": ("messages_and_choices", [CYCLE], "message 0 cannot be written as JSON"),
     "message key": ("messages_and_choices", [{("a", 1): 2}], "cannot be written as JSON: keys"),
     "message rude": ("messages_and_choices", [{"content": Rude()}], "cannot be written as JSON"),
@@ -166,3 +168,11 @@ def test_something_else_among_the_trajectories() -> None:
     mixed.trajectories.append("x")  # pyright: ignore[reportArgumentType]
     with pytest.raises(DataError, match="group 0, trajectory 2 is 'x'"):
         plain_groups([mixed])
+
+
+def test_a_choice_of_another_client_that_was_appended_is_taken() -> None:
+    appended = trajectory(1.0)
+    made = choice([4, 5]).model_dump()
+    appended.messages_and_choices.append(CompletionChoice(text="x", **{**made, "logprobs": None}))  # pyright: ignore[reportArgumentType]
+    (plain,) = plain_groups([TrajectoryGroup([appended])])[0].trajectories
+    assert [c.token_ids for c in plain.choices()] == [[4, 5], [4, 5]]  # pyright: ignore[reportAttributeAccessIssue]

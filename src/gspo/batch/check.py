@@ -9,6 +9,7 @@ from typing import Any
 from openai.types.chat.chat_completion import Choice
 
 from gspo.batch.choice import read_fields
+from gspo.choices import as_choice
 from gspo.errors import DataError, shown
 from gspo.trajectory import NUMBER, Trajectory, TrajectoryGroup, plain_number
 
@@ -100,8 +101,8 @@ def _reward(trajectory: Trajectory, where: str) -> float:
 
 
 def _plain(trajectory: Trajectory, where: str) -> Trajectory:
-    _check_items(trajectory, where)
     values = {
+        "messages_and_choices": _plain_items(trajectory, where),
         "reward": _reward(trajectory, where),
         "metrics": dict(named_numbers(trajectory.metrics, f"{where}: metrics")),
         "metadata": _plain_metadata(trajectory.metadata, where),
@@ -149,23 +150,35 @@ def _named(values: Any, where: str) -> Iterable[tuple[str, Any]]:
     return values.items()
 
 
-def _check_items(trajectory: Trajectory, where: str) -> None:
-    """Refuse messages that cannot be written, and Choices whose fields mean nothing."""
+def _plain_items(trajectory: Trajectory, where: str) -> list[Any]:
+    """The messages and Choices, whatever client they are of; refuse what cannot be written, and
+    Choices whose fields mean nothing."""
     items = trajectory.messages_and_choices
     if not isinstance(items, list):
         raise DataError(f"{where}: messages_and_choices is {shown(items)}; it must be a list")
+    plain = []
     choices = 0
     for m, item in enumerate(items):
-        if isinstance(item, Choice):
-            _check_choice(item, f"{where}, choice {choices}")
+        plain.append(_one_form(item, f"{where}, message {m}"))
+        if isinstance(plain[-1], Choice):
+            _check_choice(plain[-1], f"{where}, choice {choices}")
             choices += 1
-        elif isinstance(item, dict):
-            _check_json(item, f"{where}, message {m}")
         else:
-            raise DataError(
-                f"{where}, message {m} is {shown(item)}; it must be a dict with a role and a "
-                "content, or the Choice that the model's client returned"
-            )
+            _check_json(plain[-1], f"{where}, message {m}")
+    return plain
+
+
+def _one_form(item: Any, where: str) -> dict[Any, Any] | Choice:
+    try:
+        item = as_choice(item) or item
+    except Exception as error:  # also whatever a foreign object raises
+        raise DataError(f"{where} cannot be read: {error}") from None
+    if not isinstance(item, dict | Choice):
+        raise DataError(
+            f"{where} is {shown(item)}; it must be a dict with a role and a content, or the Choice "
+            "that the model's client returned"
+        )
+    return item
 
 
 def _check_choice(choice: Choice, where: str) -> None:
