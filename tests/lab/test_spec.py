@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -104,7 +105,8 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path: Path):
 def test_half_a_character_is_no_name():
     for field in ("name", "project", "path"):
         with pytest.raises(ConfigError, match=f"{field} = .*half of one"):
-            Spec(**{"task": "sort", field: "a\ud800"})
+            fields: dict[str, Any] = {"task": "sort", field: "a\ud800"}
+            Spec(**fields)
 
 
 def test_the_home_folder_is_found(monkeypatch: pytest.MonkeyPatch):
