@@ -22,9 +22,10 @@ from gpu_parts.profiling import host_share, phases, profiled
 from gspo.config import TrainConfig
 from gspo.dev import LoraConfig
 from gspo.dev import TrainConfig as DevTrainConfig
+from gspo.train.budget import activation_bytes
 from gspo.train.rollouts import RolloutBatch
 from gspo.train.settings import resolve
-from gspo.train.trainer import Trainer, activation_bytes
+from gspo.train.trainer import Trainer
 
 KINDS = {"dense": models.dense, "MoE": models.moe}
 MODES: dict[str, dict[str, Any]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -15,6 +16,7 @@ from gspo.objective import PRESETS
 from gspo.policy.load import Policy, load_policy
 from gspo.serve.engine import Request, SamplingParams
 from gspo.serve.torch_engine import TorchEngine
+from gspo.train import step
 from gspo.train.rollouts import RolloutBatch, prepare
 from gspo.train.settings import resolve
 from gspo.train.step import StepInput, accumulate
@@ -223,6 +225,30 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights():
         Trainer(policy).train(batch_of(policy), resolve())
     for name, parameter in policy.trainable.items():
         assert torch.equal(parameter.nan_to_num(), before[name].nan_to_num())
+
+
+def test_a_step_that_failed_leaves_no_gradient_behind(monkeypatch: pytest.MonkeyPatch):
+    """What came before an out-of-memory error, say, must not be added to the next step."""
+    settings = resolve(options=dev.TrainConfig(minibatches=1, packed_sequence_length=40))
+    norms = []
+    for fails in (False, True):
+        policy = embedded()
+        trainer, batch = Trainer(policy), batch_of(policy)
+        if fails:
+            rows = itertools.count()
+            with monkeypatch.context() as patch:
+
+                def second_fails(*args, inner=step.forward, **kwargs):
+                    if next(rows) == 1:
+                        raise MemoryError("no room")
+                    return inner(*args, **kwargs)
+
+                patch.setattr(step, "forward", second_fails)
+                with pytest.raises(MemoryError):
+                    trainer.train(batch, settings)
+            assert next(rows) == 2
+        norms.append(trainer.train(batch, settings).metrics.compute()["optim/grad_norm"])
+    assert norms[0] == norms[1]
 
 
 def test_a_trajectory_in_two_samples_is_one_sequence():

@@ -29,9 +29,9 @@ from gspo.policy.probe import choose_packing
 from gspo.serve.engine import Completion, Request, SamplingParams
 from gspo.serve.torch_engine import TorchEngine
 from gspo.tasks import Task, load_task
+from gspo.train.budget import row_budget
 from gspo.train.routing import record_agreement
 from gspo.train.settings import resolve
-from gspo.train.trainer import row_budget
 from gspo.trajectory import Trajectory
 
 

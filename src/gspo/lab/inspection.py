@@ -23,13 +23,13 @@ from gspo.metrics import Metrics
 from gspo.objective import PRESETS
 from gspo.options import Options
 from gspo.policy.load import Policy
+from gspo.train.budget import row_budget
 from gspo.train.gradients import MethodLoss, accumulate_gradients
 from gspo.train.recompute import with_trainer_logprobs
 from gspo.train.rollouts import RolloutBatch, prepare
 from gspo.train.routing import BatchRouting, with_routes
 from gspo.train.settings import Settings
 from gspo.train.step import Reference
-from gspo.train.trainer import row_budget
 
 OWN = "this run"
 """Name of the run's own method where no preset equals it."""

@@ -14,10 +14,10 @@ from gspo.policy.embedded import PREFIX, build_model, build_tokenizer, embedded_
 from gspo.policy.source import read_config, read_tokenizer, resolve
 from gspo.serve.cache import slab_bytes
 from gspo.tasks import load_task
+from gspo.train.budget import activation_bytes, row_budget
 from gspo.train.defaults import default_learning_rate
 from gspo.train.settings import Settings
 from gspo.train.settings import resolve as resolve_settings
-from gspo.train.trainer import activation_bytes, row_budget
 
 # Bytes a parameter of the engine's own copy; int8 and int4 are rounded float32 numbers.
 _COPY_BYTES = {None: 0, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 4, "int4": 4}

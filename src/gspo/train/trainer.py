@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from gspo.metrics import Metrics
 from gspo.objective import CLIPPING, Objective
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy
+from gspo.train.budget import row_budget
 from gspo.train.calibration import EpsilonController, is_noisy, noise_advice, spread
 from gspo.train.defaults import with_defaults
 from gspo.train.optimizer import Optimizer, learning_rate
@@ -33,9 +33,6 @@ from gspo.train.step import Reference, StepInput, accumulate
 from gspo.train.trace import Trace, by_trajectory
 
 log = logging.getLogger("gspo")
-
-ACTIVATION_BYTES = 2 * 2**30
-_LARGEST_ROW = 16_384
 
 
 @dataclass(frozen=True)
@@ -196,11 +193,12 @@ class Trainer:
         reference = self.reference() if objective.kl_coef > 0 else None
         try:
             seen = accumulate(self.policy, work, objective, metrics, reference)
-        except NumericsError as error:
-            self.optimizer.clear()
-            raise NumericsError(
-                f"train step {self.step}: {error}; the update was not made"
-            ) from None
+        except BaseException as error:
+            self.optimizer.clear()  # else the next step would add to what came before the failure
+            if isinstance(error, NumericsError):
+                note = f"train step {self.step}: {error}; the update was not made"
+                raise NumericsError(note) from None
+            raise
         try:
             norm = self.optimizer.step(rate, options)
         except FloatingPointError as error:
@@ -286,24 +284,6 @@ class Trainer:
 def _wanted(part: Sequence[tuple[Sample, ...]], settings: Settings) -> list[tuple[Sample, ...]]:
     """The trajectories that have a gradient: those with an advantage, or all with a KL term."""
     return [s for s in part if settings.objective.kl_coef > 0 or not without_advantage(s)]
-
-
-def row_budget(config: Any, checkpointing: bool) -> int:
-    """Tokens of a packed row whose activations fit `ACTIVATION_BYTES`.
-
-    Args:
-        config: the model's text config.
-        checkpointing: layers are recomputed in the backward pass.
-    """
-    fits = ACTIVATION_BYTES // activation_bytes(config, checkpointing)
-    return max(256, min(_LARGEST_ROW, fits))
-
-
-def activation_bytes(config: Any, checkpointing: bool) -> int:
-    """Rough float32 activations kept for the backward pass, per token."""
-    width, layers = 4 * config.hidden_size, config.num_hidden_layers
-    # Some 34 vectors of the hidden width per layer; with checkpointing, one layer's at a time.
-    return width * (layers + 34) if checkpointing else width * layers * 34
 
 
 def _mix(*numbers: int) -> int:
