@@ -63,8 +63,7 @@ NOT_RUN = {
     "python benchmarks/run.py --resume": _BENCHMARKS,
     "python benchmarks/run.py gpu_train --tiny": "a GPU",
     "rm -r ~/.cache/gspo/embedded": "the other tests need what it deletes",
-    "pip install -e '.[plot,report]'": "network",
-    "pip install -e '.[report]'": "network",
+    "pip install -e '.[lab]'": "network",
     "cd examples": "a folder of the clone",
     "gspo serve embedded:sort --port 8000": _SERVE,
 }

@@ -16,28 +16,22 @@ from gspo.errors import ConfigError, RunError
 from gspo.lab.report.command import make_report
 from gspo.lab.report.comparison import comparison_page, verdict
 from gspo.lab.report.comparison_charts import curve_charts, end_charts, forest_charts
-from gspo.lab.report.seeds import interval, seed_curve, student_t_975
+from gspo.lab.report.seeds import seed_curve
 from lab.report_cases import comparison, run_folder
 from lab.test_report import Elements
 
 
-@pytest.mark.parametrize(
-    ("freedom", "published"),
-    # Any table of Student's t, 97.5 %.
-    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (9, 2.262), (30, 2.042)],
-)
-def test_quantiles_of_t(freedom: int, published: float):
-    assert student_t_975(freedom) == pytest.approx(published, rel=2e-3)
-
-
 def test_the_interval_over_seeds_is_the_textbooks():
-    mean, low, high = interval([1.0, 2.0, 4.0])
+    curves = [{"step": [1, 2], "value": [value, 5.0]} for value in (1.0, 2.0, 4.0)]
+    found = seed_curve([*curves, {"step": [3], "value": [7.0]}])
     deviation = math.sqrt(((1 - 7 / 3) ** 2 + (2 - 7 / 3) ** 2 + (4 - 7 / 3) ** 2) / 2)
-    assert mean == pytest.approx(7 / 3)
+    assert found.mean == pytest.approx([7 / 3, 5.0, 7.0])
+    low, high = found.low[0], found.high[0]
     assert high is not None and low is not None
-    assert high - mean == pytest.approx(4.3027 * deviation / math.sqrt(3), rel=1e-4)
-    assert mean - low == pytest.approx(high - mean)
-    assert interval([5.0]) == (5.0, None, None)
+    assert high - 7 / 3 == pytest.approx(4.3027 * deviation / math.sqrt(3), rel=1e-4)
+    assert 7 / 3 - low == pytest.approx(high - 7 / 3)
+    # Neither values that are all the same nor one alone say how sure their mean is.
+    assert found.low[1:] == found.high[1:] == [None, None]
 
 
 def test_seeds_meet_at_their_common_steps():

@@ -19,31 +19,8 @@ from gspo.lab.statistics import (
     reward_interval,
     share_interval,
     t_interval,
-    t_quantile,
     verdict,
 )
-
-
-@pytest.mark.parametrize(
-    ("share", "freedom", "expected"),  # scipy.stats.t.ppf
-    [
-        (0.975, 1, 12.706204736174694),
-        (0.975, 2, 4.302652729749462),
-        (0.975, 4, 2.7764451051977934),
-        (0.975, 9, 2.262157162798205),
-        (0.995, 30, 2.7499956535672254),
-        (0.025, 7, -2.3646242515927844),
-        (0.9, 200, 1.2857987939948012),
-    ],
-)
-def test_t_quantiles_are_scipys(share: float, freedom: int, expected: float):
-    assert t_quantile(share, freedom) == pytest.approx(expected, rel=1e-9)
-
-
-def test_quantiles_of_nothing_are_refused():
-    for share, freedom in ((0.0, 3), (1.0, 3), (0.5, 0)):
-        with pytest.raises(ValueError, match="must be in"):
-            t_quantile(share, freedom)
 
 
 def test_t_interval_is_scipys():

@@ -238,7 +238,7 @@ def test_a_step_that_failed_leaves_no_gradient_behind(monkeypatch: pytest.Monkey
             rows = itertools.count()
             with monkeypatch.context() as patch:
 
-                def second_fails(*args, inner=step.forward, **kwargs):
+                def second_fails(*args, inner=step.forward, rows=rows, **kwargs):
                     if next(rows) == 1:
                         raise MemoryError("no room")
                     return inner(*args, **kwargs)

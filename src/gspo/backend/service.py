@@ -72,7 +72,7 @@ class Service:
         batch = prepare(
             groups,
             context=policy.context,
-            vocabulary=policy.head.weight.shape[0],
+            vocabulary=policy.head.size,
             advantage=settings.advantage,
             overlong=settings.overlong,
             drop_too_long=settings.options.on_too_long == "drop",

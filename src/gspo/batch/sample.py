@@ -77,7 +77,7 @@ def trajectory_samples(
         trajectory: with at least one Choice.
         trajectory_id, group_id, advantage: of the samples.
         max_tokens: the model's context; None: any length.
-        vocabulary: rows of the model's head; None: any token id.
+        vocabulary: tokens that the model has a probability for; None: any token id.
         where: names the trajectory in errors; None: its two numbers do.
 
     Raises:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from gspo.backend.metrics_file import read_metrics
 from gspo.errors import MissingDependencyError, RunError
 from gspo.files import replacing
+from gspo.lab.statistics import require_scipy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +19,7 @@ Record = dict[str, float]
 
 def require_plotting() -> None:
     """Raise `MissingDependencyError` before any work is done, not after it."""
+    require_scipy()
     try:
         import matplotlib  # noqa: F401
     except ImportError:

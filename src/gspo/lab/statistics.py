@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from typing import Any
+
+from gspo.errors import MissingDependencyError
 
 LEVEL = 0.95
 NO_DIFFERENCE = "no difference shown"
@@ -85,7 +87,7 @@ def p_value(a: Sequence[float], b: Sequence[float]) -> float | None:
     if len(set(differences)) < 2:
         return None
     t = abs(statistics.fmean(differences)) / _standard_error(differences)
-    return _t_tails(t, len(differences) - 1)
+    return float(2 * require_scipy().stdtr(len(differences) - 1, -t))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -127,9 +129,10 @@ def share_interval(count: float, trials: float) -> Interval:
     0.800 [0.284, 0.995]
     """
     tail = (1 - LEVEL) / 2
-    low = _beta_quantile(tail, count, trials - count + 1) if count > 0 else 0.0
-    high = _beta_quantile(1 - tail, count + 1, trials - count) if count < trials else 1.0
-    return Interval(count / trials, low, high)
+    quantile = require_scipy().betaincinv
+    low = quantile(count, trials - count + 1, tail) if count > 0 else 0.0
+    high = quantile(count + 1, trials - count, 1 - tail) if count < trials else 1.0
+    return Interval(count / trials, float(low), float(high))
 
 
 def reward_interval(rewards: Sequence[Sequence[float]]) -> Interval:
@@ -184,22 +187,6 @@ def _equal_prompts(rewards: Sequence[Sequence[float]]) -> float:
     return sum(map(len, rewards)) ** 2 / sum(len(one) ** 2 for one in rewards)
 
 
-def t_quantile(share: float, freedom: int) -> float:
-    """Quantile of Student's t.
-
-    >>> round(t_quantile(0.975, 4), 4)
-    2.7764
-    """
-    if not (0 < share < 1 and freedom >= 1):
-        raise ValueError(f"share = {share} must be in (0, 1), freedom = {freedom} at least 1")
-    if share < 0.5:
-        return -t_quantile(1 - share, freedom)
-    high = 1.0
-    while 1 - _t_tails(high, freedom) / 2 < share:
-        high *= 2
-    return _solve(lambda t: 1 - _t_tails(t, freedom) / 2, share, high)
-
-
 def _differences(a: Sequence[float], b: Sequence[float]) -> list[float]:
     """a - b, rounded: 0.3 - 0.2 and 0.2 - 0.1 are the same difference."""
     return [round(x - y, 12) for x, y in zip(a, b, strict=True)]
@@ -209,42 +196,19 @@ def _standard_error(values: Sequence[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values))
 
 
-@cache
 def _t_half(count: int) -> float:
     """Half of the interval of a mean of `count` values, in standard errors."""
-    return t_quantile((1 + LEVEL) / 2, count - 1)
+    return float(require_scipy().stdtrit(count - 1, (1 + LEVEL) / 2))
 
 
-def _t_tails(t: float, freedom: int) -> float:
-    """How often Student's t is as far from 0 as `t`; Abramowitz and Stegun, 26.7.1."""
-    return _beta_cdf(freedom / (freedom + t * t), freedom / 2, 0.5)
+def require_scipy() -> Any:
+    """scipy.special, which comes with the extra `lab`: asked for before any work is done.
 
-
-def _beta_quantile(share: float, a: float, b: float) -> float:
-    return _solve(lambda x: _beta_cdf(x, a, b), share, 1.0)
-
-
-def _solve(rising: Callable[[float], float], value: float, high: float) -> float:
-    """Where a function that rises from 0 to `high` takes a value."""
-    low = 0.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if rising(middle) < value else (low, middle)
-    return (low + high) / 2
-
-
-def _beta_cdf(x: float, a: float, b: float) -> float:
-    """The regularized incomplete beta function, by its continued fraction (Abramowitz and Stegun,
-    26.5.8), from its last term to its first."""
-    if not 0 < x < 1:
-        return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):  # it converges fast below that, where the other tail then lies
-        return 1 - _beta_cdf(1 - x, b, a)
-    fraction = 1.0
-    for m in range(20 + int(math.sqrt(a + b)), 0, -1):
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        odd = -(a + m - 1) * (a + b + m - 1) * x / ((a + 2 * m - 2) * (a + 2 * m - 1))
-        fraction = 1 + odd / (1 + even / fraction)
-    front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
-    front += a * math.log(x) + b * math.log1p(-x)
-    return math.exp(front) / (a * fraction)
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    try:
+        from scipy import special
+    except ImportError:
+        raise MissingDependencyError("scipy", "lab", "intervals") from None
+    return special

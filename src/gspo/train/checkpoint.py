@@ -2,7 +2,7 @@
 
 <step>/                 Hugging Face layout: loads with from_pretrained
     config.json, model.safetensors, tokenizer.json, ...   (LoRA: adapter_model.safetensors)
-    optimizer.safetensors   AdamW's moments by parameter name, and torch's RNG state
+    optimizer.safetensors   AdamW's moments by parameter name
     trainer.json            step, policy version, steered epsilon
     manifest.json           format, and size and SHA-256 of every other file; written last
 """
@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -29,7 +28,6 @@ from gspo.timing import timed
 from gspo.train.trainer import Trainer
 
 FORMAT = 1
-_RNG = "rng.torch"
 _OPTIMIZER, _STATE = "optimizer.safetensors", "trainer.json"
 
 
@@ -74,16 +72,15 @@ def save_checkpoint(folder: Path, trainer: Trainer) -> Path:
 
 
 def load_trainer_state(folder: Path, trainer: Trainer) -> None:
-    """Optimizer, RNG, step and version of a checkpoint whose weights the policy already has.
+    """Optimizer, step and version of a checkpoint whose weights the policy already has.
 
     Raises:
         CheckpointError: the files hold something else, or another step than the folder's name.
     """
     with understood(folder, "its training state"):
         tensors = load_file(folder / _OPTIMIZER)
-        random_state = tensors.pop(_RNG)
+        tensors.pop("rng.torch", None)  # torch's own generator, which nothing here draws from
         trainer.optimizer.load_state(tensors)
-        torch.set_rng_state(random_state)
         state = json.loads((folder / _STATE).read_bytes())
         step, version, epsilon = state["step"], state["policy_version"], state.get("epsilon_low")
         if type(step) is not int or type(version) is not int:
@@ -154,7 +151,7 @@ def _listed(files: dict[str, dict[str, Any]]) -> dict[str, tuple[int, str]]:
 def _write(folder: Path, trainer: Trainer) -> None:
     policy: Policy = trainer.policy
     save_weights(policy, folder)
-    tensors = {**trainer.optimizer.state(), _RNG: torch.get_rng_state()}
+    tensors = trainer.optimizer.state()
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / _OPTIMIZER)
     state = {
         "step": trainer.step,

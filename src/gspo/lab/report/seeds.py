@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_Z = 1.959963984540054
+from gspo.lab.statistics import t_interval
 
 
 @dataclass(frozen=True)
 class SeedCurve:
-    """A metric over steps. The interval is None where fewer than two seeds have the step."""
+    """A metric over steps. The interval is None where the seeds' values show no spread."""
 
     steps: list[int]
     mean: list[float]
@@ -32,45 +32,7 @@ def seed_curve(curves: Sequence[Mapping[str, Sequence[Any]]]) -> SeedCurve:
             if value is not None and math.isfinite(value):
                 by_step.setdefault(int(step), []).append(float(value))
     steps = sorted(by_step)
-    found = [interval(by_step[step]) for step in steps]
+    found = [t_interval(by_step[step]) for step in steps]
     return SeedCurve(
-        steps, [mean for mean, _, _ in found], [f[1] for f in found], [f[2] for f in found]
+        steps, [f.mean for f in found], [f.low for f in found], [f.high for f in found]
     )
-
-
-def interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """Mean, low and high of a 95 % t interval; no bounds for one value.
-
-    >>> tuple(round(v, 3) for v in interval([0.0, 1.0, 2.0]))
-    (1.0, -1.484, 3.484)
-    """
-    count = len(values)
-    mean = math.fsum(values) / count
-    if count < 2:
-        return mean, None, None
-    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (count - 1))
-    half = student_t_975(count - 1) * deviation / math.sqrt(count)
-    return mean, mean - half, mean + half
-
-
-def student_t_975(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t.
-
-    Exact for 1 and 2 degrees of freedom; else the expansion in 1/freedom of Abramowitz and Stegun,
-    26.7.5, which is off by 0.12 % at 3 and by less beyond.
-
-    >>> [round(student_t_975(n), 2) for n in (1, 2, 4, 9, 100)]
-    [12.71, 4.3, 2.78, 2.26, 1.98]
-    """
-    if freedom == 1:
-        return math.tan(math.pi * 0.475)
-    if freedom == 2:
-        return 0.95 * math.sqrt(2 / (1 - 0.95**2))
-    z = _Z
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
