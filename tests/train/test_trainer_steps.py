@@ -298,6 +298,19 @@ def test_with_a_reference_rows_wait_for_one_another(monkeypatch: pytest.MonkeyPa
     assert mapped
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_train_mode_is_for_recomputed_layers_only(
+    monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+):
+    """In train mode a model may drop out or jitter, which is another policy than the one sampled."""
+    policy, modes = embedded(activation_checkpointing=checkpointing), []
+    monkeypatch.setattr(
+        trainer_module, "accumulate", lambda policy, *_: modes.append(policy.lm.training) or []
+    )
+    Trainer(policy).train(batch_of(policy), resolve())
+    assert modes == [checkpointing] * 4
+
+
 @pytest.mark.parametrize("bad", [False, True])
 def test_a_policy_samples_in_eval_mode_after_a_call(bad: bool):
     policy = embedded(activation_checkpointing=True)
