@@ -302,7 +302,7 @@ def test_with_a_reference_rows_wait_for_one_another(monkeypatch: pytest.MonkeyPa
 def test_train_mode_is_for_recomputed_layers_only(
     monkeypatch: pytest.MonkeyPatch, checkpointing: bool
 ):
-    """In train mode a model may drop out or jitter, which is another policy than the one sampled."""
+    """In train mode a model may drop out or jitter, and be another policy than the one sampled."""
     policy, modes = embedded(activation_checkpointing=checkpointing), []
     monkeypatch.setattr(
         trainer_module, "accumulate", lambda policy, *_: modes.append(policy.lm.training) or []
