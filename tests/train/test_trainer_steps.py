@@ -14,6 +14,7 @@ from gspo import TrajectoryGroup, dev
 from gspo.config import TrainConfig
 from gspo.errors import NumericsError
 from gspo.policy.load import Policy, load_policy
+from gspo.policy.workers import Workers
 from gspo.train import trainer as trainer_module
 from gspo.train.calibration import needed_epsilon
 from gspo.train.rollouts import RolloutBatch, prepare
@@ -249,9 +250,8 @@ def test_a_kl_term_alone_draws_the_policy_to_its_reference():
 def test_the_share_that_is_logged_is_the_share_that_auto_epsilon_steers(kl_coef: float):
     policy = away(embedded())
     trainer = Trainer(policy, lambda: load_policy("embedded:sort"))
-    settings = resolve(
-        TrainConfig(kl_penalty_coef=kl_coef), dev.TrainConfig(epsilon=0.8, epsilon_high=1.0)
-    )
+    options = dev.TrainConfig(epsilon=0.8, epsilon_high=1.0, minibatches=1)
+    settings = resolve(TrainConfig(kl_penalty_coef=kl_coef), options)
     out = trainer.train(batch_of(policy, (1, 2), groups=6), settings)
     seen = [trace for traces in out.traces.values() for trace in traces]
     signal = [trace for trace in seen if trace.advantage != 0]
@@ -261,7 +261,68 @@ def test_the_share_that_is_logged_is_the_share_that_auto_epsilon_steers(kl_coef:
     assert 0 < metrics["ratio/clip_fraction"] < 1
     assert metrics["ratio/clip_fraction"] == sum(needed) / 16
     assert metrics["ratio/clip_fraction"] == sum(t.clipped_tokens > 0 for t in signal) / 16
+    # One step on the weights that sampled: all that is clipped is a mismatch.
+    assert metrics["mismatch/clip_fraction"] == metrics["ratio/clip_fraction"]
     assert metrics["ratio/log_mean"] == pytest.approx(sum(t.log_ratio for t in signal) / 16)
+
+
+def test_the_reference_is_loaded_once():
+    policy, loaded = embedded(), []
+
+    def load() -> Policy:
+        loaded.append(1)
+        return load_policy("embedded:sort")
+
+    trainer = Trainer(policy, load)
+    batch = batch_of(policy)
+    trainer.train(batch, resolve())
+    assert not loaded
+    for _ in range(2):
+        trainer.train(batch, resolve(TrainConfig(kl_penalty_coef=0.1)))
+    assert len(loaded) == 1
+
+
+def test_with_a_reference_rows_wait_for_one_another(monkeypatch: pytest.MonkeyPatch):
+    """A reference may be the policy with its adapters off, which is off for every thread."""
+    policy = embedded()
+    policy.workers = Workers(2)
+    mapped: list[int] = []
+    whole = policy.workers.map
+    monkeypatch.setattr(policy.workers, "map", lambda f, rows: mapped.append(1) or whole(f, rows))
+    batch = batch_of(policy)
+    options = dev.TrainConfig(packed_sequence_length=60, minibatches=1)
+    trainer = Trainer(policy, lambda: load_policy("embedded:sort"))
+    trainer.train(batch, resolve(TrainConfig(kl_penalty_coef=0.1), options))
+    assert not mapped
+    trainer.train(batch, resolve(options=options))
+    assert mapped
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_train_mode_is_for_recomputed_layers_only(
+    monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+):
+    """In train mode a model may drop out or jitter, and be another policy than the one sampled."""
+    policy, modes = embedded(activation_checkpointing=checkpointing), []
+    monkeypatch.setattr(
+        trainer_module, "accumulate", lambda policy, *_: modes.append(policy.lm.training) or []
+    )
+    Trainer(policy).train(batch_of(policy), resolve())
+    assert modes == [checkpointing] * 4
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_a_policy_samples_in_eval_mode_after_a_call(bad: bool):
+    policy = embedded(activation_checkpointing=True)
+    batch = batch_of(policy)
+    if bad:
+        with torch.no_grad():
+            policy.head.weight.fill_(math.nan)
+        with pytest.raises(NumericsError):
+            Trainer(policy).train(batch, resolve())
+    else:
+        Trainer(policy).train(batch, resolve())
+    assert not policy.lm.training
 
 
 def test_without_a_kl_term_a_flat_minibatch_is_no_step():
