@@ -164,8 +164,10 @@ def test_max_grad_norm_bounds_how_far_the_weights_move(limit: float | None):
     """adam_epsilon is so large that AdamW's first step is the gradient times a constant."""
     policy = embedded()
     before = weights(policy)
-    options = dev.TrainConfig(minibatches=1, max_grad_norm=limit, adam_epsilon=1e3)
-    settings = resolve(TrainConfig(learning_rate=1e3), options)
+    settings = resolve(options=dev.TrainConfig(minibatches=1, max_grad_norm=limit))
+    # Past what options take: nothing would be learned with such an epsilon alone.
+    options = settings.options.model_copy(update={"adam_epsilon": 1e3})
+    settings = dataclasses.replace(settings, learning_rate=1e3, options=options)
     out = Trainer(policy).train(batch_of(policy), settings).metrics.compute()
     norm = out["optim/grad_norm"]
     assert norm > 0.01
@@ -299,7 +301,7 @@ def test_with_a_reference_rows_wait_for_one_another(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_train_mode_is_for_recomputed_layers_only(
+def test_layers_are_recomputed_without_train_mode(
     monkeypatch: pytest.MonkeyPatch, checkpointing: bool
 ):
     """In train mode a model may drop out or jitter, and be another policy than the one sampled."""
@@ -308,7 +310,7 @@ def test_train_mode_is_for_recomputed_layers_only(
         trainer_module, "accumulate", lambda policy, *_: modes.append(policy.lm.training) or []
     )
     Trainer(policy).train(batch_of(policy), resolve())
-    assert modes == [checkpointing] * 4
+    assert modes == [False] * 4
 
 
 @pytest.mark.parametrize("bad", [False, True])
@@ -370,10 +372,10 @@ def test_a_loss_that_is_not_finite_is_no_update(algorithm: Any, threads: int):
 def test_huge_rewards_are_no_equal_rewards():
     policy = embedded()
     groups = random_groups(policy)
-    for t, reward in zip(groups[0], (1e200, 1.0, 1.0, 1.0), strict=True):
+    for t, reward in zip(groups[0], (1e99, 1.0, 1.0, 1.0), strict=True):
         t.reward = reward
     out = Trainer(policy).train(prepare(groups, context=512), resolve())
     metrics = out.metrics.compute()
     assert metrics["train/groups_zero_advantage"] == 0
-    assert metrics["train/reward_std"] == pytest.approx(1e200 * math.sqrt(3) / 4 / 3, rel=1e-6)
+    assert metrics["train/reward_std"] == pytest.approx(1e99 * math.sqrt(3) / 4 / 3, rel=1e-6)
     assert all(math.isfinite(value) for value in metrics.values())
