@@ -70,10 +70,11 @@ def build(part: str, folder: Path) -> None:
     """The model with weights from a seed, and a tokenizer (prompts are token ids)."""
     import torch
     from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
+    from vocabulary import full_tokenizer
 
     from gspo.policy.embedded import build_tokenizer
 
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer() if part == "moe" else full_tokenizer(4096)
     common: dict[str, Any] = {
         "max_position_embeddings": 512,
         "pad_token_id": tokenizer.pad_token_id,
@@ -88,7 +89,7 @@ def build(part: str, folder: Path) -> None:
         config = Qwen3MoeConfig(norm_topk_prob=True, **common)
     else:
         common |= {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}
-        common |= {"vocab_size": 4096, "hidden_size": 384, "num_hidden_layers": 8}
+        common |= {"vocab_size": len(tokenizer), "hidden_size": 384, "num_hidden_layers": 8}
         config = Qwen3Config(intermediate_size=1408, **common)
     torch.manual_seed(0)
     lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -57,7 +57,10 @@ def test_a_library_of_the_same_name_keeps_it(folder: Path):
         ("mine_here", "write 'module:name'"),
         ("mine_here:", "write 'module:name'"),
         ("mine_here:Thin", "Did you mean 'Thing'"),
-        ("nothing_here:Thing", "cannot import nothing_here.*Looked beside the TOML file"),
+        (
+            "nothing_here:Thing",
+            "cannot import nothing_here: there is no nothing_here.py beside the TOML file",
+        ),
         ("nowhere/file.py:Thing", "there is no file"),
     ],
 )

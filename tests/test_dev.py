@@ -58,7 +58,6 @@ NAN, INF = float("nan"), float("inf")
         (dev.TrainConfig, {"adam_epsilon": INF}, "finite"),
         (dev.TrainConfig, {"adam_epsilon": 0}, "greater than 0"),
         (dev.TrainConfig, {"correction_high": NAN}, "finite"),
-        (dev.TrainConfig, {"max_grad_norm": INF}, "finite"),
         (dev.TrainConfig, {"epochs": 10**30}, "less than or equal to 1000000000"),
         (dev.TrainConfig, {"epochs": True}, "must be a number"),
         (dev.InternalModelConfig, {"threads": 10**9}, "less than or equal to 4096"),

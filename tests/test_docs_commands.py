@@ -34,7 +34,7 @@ RUN: dict[str, tuple[str, ...]] = {
         *("--set", "name=lora"),  # the page's file is another than the README's
     ),
     "gspo train spec.toml --set name=replay-$replay --set train.routing_replay=$replay "
-    "--set train.measure_routing=true": (*SMALL, "--set", "steps=1"),
+    "--set train.measure_routing=true": (*SMALL, "--set", "steps=1", "--set", "completions=16"),
     "gspo train multi_turn.toml": (*SMALL, "--set", "steps=1", "--set", "prompts=2"),
     "gspo inspect .gspo/gspo/sort-small": ("--presets", "grpo"),
     "gspo inspect .gspo/demo/sort-1": ("--presets", "grpo"),
@@ -61,7 +61,13 @@ NOT_RUN = {
     "python benchmarks/run.py vs_trl:b rollout": _BENCHMARKS,
     "python benchmarks/run.py vs_trl --update": _BENCHMARKS,
     "python benchmarks/run.py --resume": _BENCHMARKS,
-    "python benchmarks/run.py gpu_train --tiny": "a GPU",
+    "python benchmarks/run.py rollout --tiny": _BENCHMARKS,
+    "make gpu-wheels": "network",
+    "python benchmarks/gpu_suite.py": "a GPU",
+    "python benchmarks/gpu_suite.py --list": _BENCHMARKS,
+    "python benchmarks/gpu_suite.py --only head": "a GPU",
+    "python benchmarks/gpu_suite.py --tiny": _BENCHMARKS,
+    'python3 benchmarks/gpu_suite.py --out "$OUT"': "a GPU",
     "rm -r ~/.cache/gspo/embedded": "the other tests need what it deletes",
     "pip install -e '.[lab]'": "network",
     "cd examples": "a folder of the clone",
@@ -106,7 +112,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("commands")
     tomls = [code for code, _ in fences(ROOT / "README.md", "toml")]
     (folder / "run.toml").write_text(next(code for code in tomls if "# run.toml" in code))
-    (folder / "spec.toml").write_text('task = "sort"\nprompts = 4\ncompletions = 4\n')
+    (folder / "spec.toml").write_text('task = "sort"\nprompts = 4\n')
     (folder / "stability.toml").write_text(fences(DOCS / "compare.md", "toml")[0][0])
     for name in ("multi_turn.toml", "multi_turn.py"):
         (folder / name).write_text((ROOT / "examples" / name).read_text())

@@ -14,13 +14,13 @@ from unittest import mock
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen3MoeConfig
+from vocabulary import full_tokenizer
 
 from gpu_parts.bench import Card
 from gspo.batch.pack import PackedBatch
 from gspo.batch.sample import Sample
 from gspo.dev import InternalModelConfig
 from gspo.policy import load
-from gspo.policy.embedded import build_tokenizer
 from gspo.policy.flops import Flops, head_flops
 from gspo.policy.load import Policy
 from gspo.policy.probe import choose_packing
@@ -86,16 +86,16 @@ def policy_of(config: Any, card: Card, **options: Any) -> Policy:
         options: of `dev.InternalModelConfig`; bfloat16 compute unless they say otherwise.
     """
 
-    def drawn(*_: object) -> PreTrainedModel:
+    def drawn(*_: object, **__: object) -> PreTrainedModel:
         torch.manual_seed(0)
         with torch.device(card.device):
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
     given: dict[str, Any] = {"dtype": "bfloat16", "device": card.device} | options
     loading = InternalModelConfig(**given)
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(load, "_load_lm", drawn):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(load, "read_model", drawn):
         config.save_pretrained(folder)
-        build_tokenizer().save_pretrained(folder)
+        full_tokenizer(config.vocab_size).save_pretrained(folder)
         policy = load.load_policy(folder, loading)
     choose_packing(policy)
     return policy

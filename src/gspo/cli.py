@@ -73,9 +73,13 @@ def demo(
     as_json: cli_lab.JsonOption = False,
 ) -> None:
     """Train the embedded Mixture-of-Experts model to sort digits, and show that it learned."""
-    from gspo.lab.demo import STEPS, demo_spec
 
-    _run(lambda: demo_spec(path, steps or STEPS, seed), as_json, profile)
+    def spec() -> Spec:
+        from gspo.lab.demo import STEPS, demo_spec
+
+        return demo_spec(path, steps or STEPS, seed)
+
+    _run(spec, "embedded:sort", as_json, profile)
 
 
 @app.command()
@@ -99,7 +103,7 @@ def train(
     if dry_run:
         _dry_run(resolved)
     else:
-        _run(lambda: resolved, as_json, profile)
+        _run(lambda: resolved, resolved.model, as_json, profile)
 
 
 @app.command()
@@ -132,9 +136,8 @@ for verb in (cli_lab.audit, cli_lab.inspect, cli_lab.compare, cli_lab.report):
     app.command()(verb)
 
 
-def _run(make_spec: Callable[[], Spec], as_json: bool, profiled: bool) -> None:
-    spec = make_spec()
-    cli_lab.say_loading(spec.model)
+def _run(make_spec: Callable[[], Spec], model: str, as_json: bool, profiled: bool) -> None:
+    cli_lab.say_loading(model)  # before the imports, which take seconds
 
     from gspo.lab import experiment
     from gspo.lab.picture import draw_run, require_plotting

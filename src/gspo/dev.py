@@ -163,7 +163,7 @@ class TrainConfig(Options):
     larger by about the length: at 1.0 nearly every step of theirs is cut to this norm."""
     weight_decay: float = Field(default=0.0, ge=0, le=100)
     adam_betas: tuple[float, float] = (0.9, 0.999)
-    adam_epsilon: float = Field(default=1e-8, gt=0, le=1)
+    adam_epsilon: float = Field(default=1e-8, gt=0, le=1e6)
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
     """Decay after the warmup, to `lr_final` of the peak at `lr_total_steps`."""
     lr_warmup_steps: int | None = Field(default=None, ge=0, le=LARGEST_COUNT)

@@ -28,7 +28,7 @@ from gspo.lab.spec import Spec
 from support import choice, trajectory
 
 CONFIG = {"base_model": "embedded:sort"}
-SIZES: Any = {"steps": 2, "prompts": 4, "completions": 4, "eval_prompts": 4, "task": "sort"}
+SIZES: Any = {"steps": 2, "prompts": 4, "completions": 8, "eval_prompts": 4, "task": "sort"}
 
 
 class Silent:

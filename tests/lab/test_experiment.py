@@ -44,7 +44,7 @@ class Silent:
 
 
 def small(path: Path, **fields) -> Spec:
-    sizes = {"steps": 3, "prompts": 4, "completions": 4, "eval_prompts": 8, "task": "sort"}
+    sizes = {"steps": 3, "prompts": 4, "completions": 8, "eval_prompts": 8, "task": "sort"}
     return Spec(path=str(path), learning_rate=1e-3, **(sizes | fields))
 
 

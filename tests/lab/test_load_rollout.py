@@ -22,11 +22,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("os", "write 'module:function'"),
-        ("os:", "write 'module:function'"),
+        ("os", "write 'module:name'"),
+        ("os:", "write 'module:name'"),
         ("../mine:r", "is not the name of a module"),
-        ("os:nothing", "no async function 'nothing'"),
-        ("os.path:join", "no async function 'join'"),
+        ("os:nothing", "os has no 'nothing'"),
+        ("os.path:join", "is not an async function"),
         ("nothing_here:f", r"cannot import nothing_here: there is no nothing_here\.py beside"),
         ("nothing_here.too:f", r"no nothing_here/too\.py"),
         ("folder/none.py:f", "there is no file /.*none.py"),
@@ -45,7 +45,7 @@ def test_names_that_lead_nowhere(name: str, message: str):
         ("import sys; sys.exit(0)", "broken_rollout.py fails when it is imported: SystemExit: 0"),
         ("import no_such_library", "ModuleNotFoundError: No module named 'no_such_library'"),
         ("async def f(model): ...", "must take two arguments"),
-        ("def f(model, scenario): ...", "no async function 'f'"),
+        ("def f(model, scenario): ...", "is not an async function"),
     ],
 )
 def test_a_module_that_fails_is_named_each_time(folder: Path, code: str, message: str):

@@ -286,7 +286,7 @@ def test_tokens_are_shown_as_the_text_they_add():
 def test_a_missing_plotly_is_named_with_the_command(tmp_path: Path, monkeypatch):
     page_module._plotly.cache_clear()
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install -e '\.\[report\]'"):
+    with pytest.raises(MissingDependencyError, match=r"pip install -e '\.\[lab\]'"):
         make_report([run_folder(tmp_path)], None, False)
 
 

@@ -15,6 +15,7 @@ from gspo.lab.compare.spec import CompareSpec, flat, nested
 from gspo.lab.plan import make_plan
 from gspo.lab.spec import Spec
 from gspo.tasks import load_task
+from gspo.train.settings import resolve
 
 CELLS = "cells"
 _DEFAULTS = {"load.threads": 1, "keep_checkpoints": 1}
@@ -214,6 +215,10 @@ def _cell(
 
 def _run_name(spec: Spec) -> str:
     """By content: the same run has the same name, in whichever comparison it is a cell."""
+    # A method's own number of minibatches is that number, given or not.
+    minibatches = resolve(options=spec.train).minibatches
+    train = spec.train.model_copy(update={"minibatches": minibatches})
+    spec = spec.model_copy(update={"train": train})
     content = spec.model_dump(mode="json", exclude_defaults=True)
     for key in ("name", "path", "project"):
         content.pop(key, None)
