@@ -157,8 +157,10 @@ def reward_interval(rewards: Sequence[Sequence[float]]) -> Interval:
     known = variance > 0 and len(rewards) > 1
     half = _t_half(len(rewards)) * math.sqrt(variance) if known else math.inf
     if min(rollouts) >= 0 and max(rollouts) <= 1:
-        # Without variety nothing says that a prompt is worth more than one trial.
-        trials = mean * (1 - mean) * (_NORMAL / half) ** 2 if known else _equal_prompts(rewards)
+        # Without variety nothing says that a prompt is worth more than one trial. A mean that is
+        # rounded to 0 or 1 has none either: sums of weights end in 0.9999999999999999.
+        trials = mean * (1 - mean) * (_NORMAL / half) ** 2
+        trials = trials if trials > 0 else _equal_prompts(rewards)
         if trials <= _LARGE:
             found = share_interval(mean * trials, trials)
             return Interval(mean, found.low, found.high)
