@@ -21,6 +21,12 @@ NOTICE_SECONDS = 600.0
 """Whoever has waited so long is told once, in the log, what computes in the meantime."""
 
 
+def free_cores() -> int:
+    """Cores that this process may use: all of them where the system cannot say (macOS, Windows)."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
 class ComputeThread:
     """Runs blocking work beside the event loop, one piece at a time, always in one thread.
 

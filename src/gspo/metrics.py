@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 OF_A_SPLIT = frozenset(
-    {"reward", "reward_std", "exceptions", "skipped"}
+    {"reward", "reward_std", "reward_low", "reward_high", "prompts", "exceptions", "skipped"}
     | {"groups_zero_advantage", "trajectories", "trajectories_too_long"}
 )
 """gspo's names below a split, such as `train/reward`."""

@@ -371,6 +371,14 @@ async def test_the_demo_goes_on_where_it_stopped_and_else_starts_anew(tmp_path: 
     assert demo_spec(path, steps=2, seed=1).name == "sort-3"
 
 
+def test_the_demo_finds_its_earlier_run_below_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x" / "demo" / "sort-1").mkdir(parents=True)
+    assert demo_spec("~/x").name == "sort-2"
+
+
 async def test_dynamic_sampling_replaces_flat_groups(tmp_path: Path):
     sizes = {"steps": 1, "prompts": 8, "completions": 2}  # pairs: most have equal rewards
     plain = await run_experiment(small(tmp_path / "a", **sizes), Silent())

@@ -9,8 +9,10 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 
 from gspo.errors import RequestError
+from gspo.options import TEMPERATURES
 
 FinishReason = Literal["stop", "length"]
+RANGE = f"[{TEMPERATURES[0]:g}, {TEMPERATURES[1]:g}]"
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class SamplingParams:
         for name, value, fine, rule in (
             ("n", self.n, 1 <= self.n <= 4096, "in 1..4096"),
             ("max_tokens", self.max_tokens, limit >= 1, "at least 1"),
-            ("temperature", self.temperature, _fine(self.temperature), "0, or in [0.001, 100]"),
+            ("temperature", self.temperature, _fine(self.temperature), f"0, or in {RANGE}"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]"),
             ("stop", self.stop, all(self.stop), "texts that are not empty"),
             ("min_tokens", self.min_tokens, self.min_tokens >= 0, "at least 0"),
@@ -65,8 +67,7 @@ class SamplingParams:
 
 
 def _fine(temperature: float) -> bool:
-    # Below, logits divided by it leave float32.
-    return temperature == 0 or 1e-3 <= temperature <= 100
+    return temperature == 0 or TEMPERATURES[0] <= temperature <= TEMPERATURES[1]
 
 
 @dataclass(frozen=True)

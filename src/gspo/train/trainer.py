@@ -26,7 +26,13 @@ from gspo.train.calibration import EpsilonController, is_noisy, noise_advice, sp
 from gspo.train.defaults import with_defaults
 from gspo.train.optimizer import Optimizer, learning_rate
 from gspo.train.recompute import with_trainer_logprobs
-from gspo.train.rollouts import RolloutBatch, minibatches, reward_std, without_advantage
+from gspo.train.rollouts import (
+    RolloutBatch,
+    minibatches,
+    reward_std,
+    why_no_update,
+    without_advantage,
+)
 from gspo.train.routing import BatchRouting, check_routing, shares, with_routes
 from gspo.train.settings import Settings
 from gspo.train.step import Reference, StepInput, accumulate
@@ -109,15 +115,10 @@ class Trainer:
                 updates += stepped is not None
                 seen += stepped or []
         finally:
-            self.policy.lm.eval()
             self.policy.version += updates > 0
         routing.end()
         self.step += 1
-        skipped = None
-        if not batch.samples:
-            skipped = f"all {batch.dropped} trajectories are longer than the context"
-        elif updates == 0:
-            skipped = "every group has equal rewards: all advantages are 0"
+        skipped = why_no_update(len(batch.samples), batch.dropped) if updates == 0 else None
         self._calibrate(metrics, objective, settings, seen)
         metrics.add("optim/updates", updates)
         metrics.add("time/train", time.perf_counter() - started)
