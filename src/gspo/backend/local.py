@@ -240,8 +240,8 @@ class LocalBackend:
         metrics: Mapping[str, float],
         step: int,
     ) -> None:
-        """Write as `log` does, each metric under the name that it is given with: for loops that
-        measure what gspo has names for, such as `time/rollout`."""
+        """Like `log`, but keep every metric name as it is: for loops that measure what gspo has
+        names for, such as `time/rollout`."""
         run = self._run(model)
         groups = plain_groups(trajectory_groups)
         values = means(groups, check_split(split))

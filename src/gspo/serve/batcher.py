@@ -111,7 +111,10 @@ class Batcher:
             return self._queues[loop]
 
     async def _work(self, queue: _Queue) -> None:
-        """Answer batch after batch. Whatever ends this, reaches everybody who waits."""
+        """Answer batch after batch.
+
+        If this task fails or is cancelled, every waiting request gets the error.
+        """
         try:
             while queue.waiting:
                 await self._settle(queue)
