@@ -107,7 +107,8 @@ class PortServer:
     async def stop(self) -> None:
         """Finish running requests, for `STOP_SECONDS` at most, and free the port."""
         self._server.should_exit = True
-        await asyncio.to_thread(self._thread.join, STOP_SECONDS + 5)
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join, STOP_SECONDS + 5)
         self._listener.close()
 
 
