@@ -79,7 +79,7 @@ class ComputeThread:
             notice.cancel()
 
     def close(self) -> None:
-        """Let the thread end with what it does now; what waits for it is refused."""
+        """End the thread. The running job finishes; waiting jobs get a RunError."""
         self._closed = True
         self._executor.shutdown(wait=False, cancel_futures=True)
 

@@ -22,7 +22,7 @@ OF_A_SPLIT = frozenset(
 OF_TRAINING = frozenset(
     {"time/train", "time/publish", "time/checkpoint", "throughput/trained_tokens_per_second"}
 )
-"""gspo's names that a loop of the user's may add to, with `time/rollout` for instance."""
+"""gspo's names in families that a user's loop may extend, for example with `time/rollout`."""
 FAMILIES = frozenset(
     {"loss", "ratio", "mismatch", "moe", "optim", "tokens", "staleness", "publish"}
 )

@@ -8,7 +8,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from gspo.errors import RequestError
+from gspo.errors import RequestError, shown
 from gspo.options import TEMPERATURES
 
 FinishReason = Literal["stop", "length"]
@@ -112,6 +112,11 @@ class Engine(Protocol):
         """Longest prompt + completion in tokens."""
         ...
 
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids the model has: those of a prompt are below."""
+        ...
+
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of a text; `special` adds what the tokenizer puts around one (a BOS)."""
         ...
@@ -145,15 +150,23 @@ class Engine(Protocol):
         ...
 
 
-def check_fits(request: Request, context: int) -> int:
+def check_fits(request: Request, context: int, vocabulary: int) -> int:
     """Most tokens that each completion of the request may have.
 
     Raises:
-        RequestError: an empty prompt, or one that leaves no room in the context.
+        RequestError: an empty prompt, one with an id that is no token of the model, or one that
+            leaves no room in the context.
     """
     length = len(request.prompt)
     if length == 0:
         raise RequestError("the prompt is empty: it needs at least one token", param="prompt")
+    for token in (min(request.prompt), max(request.prompt)):
+        if not 0 <= token < vocabulary:
+            raise RequestError(
+                f"the prompt has the token id {shown(token)}, but the model's vocabulary is "
+                f"0..{vocabulary - 1}",
+                param="prompt",
+            )
     room = context - length
     wanted = request.params.max_tokens
     if request.params.min_tokens > (wanted or room):

@@ -49,12 +49,14 @@ class TrainOutput:
         updates: optimizer steps taken.
         skipped: why none was taken, or None.
         metrics: of the whole call.
+        settings: those that were used, with the defaults that apply to the model.
         traces: of each trajectory that had a forward pass, its sequences in their last update.
     """
 
     updates: int
     skipped: str | None
     metrics: Metrics
+    settings: Settings
     traces: Mapping[int, Sequence[Trace]]
 
 
@@ -122,7 +124,7 @@ class Trainer:
         self._calibrate(metrics, objective, settings, seen)
         metrics.add("optim/updates", updates)
         metrics.add("time/train", time.perf_counter() - started)
-        return TrainOutput(updates, skipped, metrics, by_trajectory(seen))
+        return TrainOutput(updates, skipped, metrics, settings, by_trajectory(seen))
 
     def _plan(self, batch: RolloutBatch, settings: Settings) -> list[list[tuple[Sample, ...]]]:
         """The minibatches of all epochs, in order."""
