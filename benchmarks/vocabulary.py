@@ -7,6 +7,7 @@ hundred characters a head of 151,936 rows would be one of a hundred, and no peer
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -22,7 +23,8 @@ def full_tokenizer(entries: int) -> PreTrainedTokenizerBase:
     (1000, True)
     """
     tokenizer = build_tokenizer()
-    raw = json.loads(tokenizer.backend_tokenizer.to_str())
+    fast: Any = tokenizer
+    raw = json.loads(fast.backend_tokenizer.to_str())
     words = raw["model"]["vocab"]
     words |= {f"<|word {i}|>": i for i in range(len(words), entries)}
     return type(tokenizer)(

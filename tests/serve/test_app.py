@@ -131,7 +131,8 @@ async def test_what_means_nothing_is_refused_by_name(client, extra: dict, messag
 async def test_hints_are_given_only_where_a_name_is_near(client, extra: dict, message: str):
     with pytest.raises(BadRequestError) as refused:
         await client.chat.completions.create(model="m", messages=HELLO, extra_body=extra)
-    assert str(refused.value).endswith(message)
+    body: Any = refused.value.body  # how str() shows it depends on openai's release
+    assert body["message"].endswith(message)
 
 
 async def test_stop_token_ids_and_special_tokens_reach_the_engine(client, engine: Counted):

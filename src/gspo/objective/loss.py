@@ -225,7 +225,7 @@ def _terms(
 
 def _sequence_weights(
     terms: Terms, flat: dict[str, Tensor], objective: Objective
-) -> Float[Tensor, "..."] | float:
+) -> Float[Tensor, ...] | float:
     """The correction of each sequence, 1 where there is none."""
     correction = objective.correction
     if correction is None or correction.per_token:

@@ -69,7 +69,7 @@ def clip(terms: Terms, objective: Objective) -> Result:
 
 def _range(
     terms: Terms, objective: Objective
-) -> tuple[Float[Tensor, "..."] | float, Float[Tensor, "..."] | float]:
+) -> tuple[Float[Tensor, ...] | float, Float[Tensor, ...] | float]:
     """epsilon_low and epsilon_high, of each sequence or token where they depend on its length."""
     low, high = objective.epsilon_low, objective.epsilon_high
     if objective.epsilon_scale == "constant":

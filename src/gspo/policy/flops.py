@@ -69,17 +69,17 @@ class Flops:
             recomputes=policy.checkpointing,
         )
 
-    def attention(self, positions: Int[Tensor, "..."]) -> float:
+    def attention(self, positions: Int[Tensor, ...]) -> float:
         """Forward pass of all layers' attention, of tokens at these positions."""
         keys = positions.reshape(-1) + 1
         pairs = {w: int((keys if w is None else keys.clamp(max=w)).sum()) for w in self.windows}
         return float(sum(self.pair * n * pairs[w] for w, n in self.windows.items()))
 
-    def forward(self, positions: Int[Tensor, "..."]) -> float:
+    def forward(self, positions: Int[Tensor, ...]) -> float:
         """Forward pass below the vocabulary projection."""
         return 2 * self.weights * positions.numel() + self.attention(positions)
 
-    def backward(self, positions: Int[Tensor, "..."]) -> float:
+    def backward(self, positions: Int[Tensor, ...]) -> float:
         """Backward pass below the vocabulary projection."""
         products = 2 * (self.weights + self.trained) * positions.numel()
         again = self.forward(positions) if self.recomputes else 0.0

@@ -62,10 +62,12 @@ def add_lora(lm: PreTrainedModel, config: LoraConfig, checkpoint: Path | None) -
 
 @contextmanager
 def _without_false_alarms() -> Iterator[None]:
-    """peft warns of rank patterns that it set itself, and uses a deprecated name."""
+    """peft warns of rank patterns that it set itself, uses a deprecated name, and before 0.21 calls
+    the experts, whose parameters it then adapts, a layer that it doesn't know."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*did not match any targeted module.*")
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*")
+        warnings.filterwarnings("ignore", message="Unsupported layer type.*Experts.*")
         yield
 
 
