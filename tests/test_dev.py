@@ -190,7 +190,7 @@ def test_the_options_name_what_the_objective_has():
         TrainConfig(),
         TrainConfig(learning_rate=0.1),
         dev.TrainConfig(),
-        dev.TrainConfig(algorithm="dapo", max_grad_norm="off", adam_betas=(0.8, 0.9)),
+        dev.TrainConfig(algorithm="dapo", max_grad_norm=None, adam_betas=(0.8, 0.9)),
         dev.TrainConfig(lr_schedule="cosine", lr_total_steps=9, lr_final=0.1),
         dev.TrainConfig(precalculate_logprobs=True, overlong_max_tokens=9, overlong_cache=3),
         dev.TrainConfig(algorithm=PRESETS["vespo"]),
