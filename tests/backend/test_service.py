@@ -24,6 +24,8 @@ from gspo.backend.replay import read_batch
 from gspo.backend.service import sampling_seed
 from gspo.errors import GspoError, RunError
 from gspo.train.checkpoint import steps_saved
+from gspo.train.defaults import WARMUP, base_parameters, default_learning_rate
+from gspo.train.trainer import TrainOutput
 from support import choice, trajectory
 
 
@@ -260,7 +262,8 @@ def test_the_engine_has_the_new_seed_whatever_becomes_of_the_call(
     service = fresh.backend._service(fresh.model)
     run, engine = service.run, service.engine
     threads: list[str] = []
-    plain = engine.reseed
+    begun, cancelled = threading.Event(), threading.Event()
+    plain, update = engine.reseed, service.trainer.train
 
     def reseed(seed: int) -> None:
         threads.append(threading.current_thread().name)
@@ -269,21 +272,39 @@ def test_the_engine_has_the_new_seed_whatever_becomes_of_the_call(
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
+    def held(*args: Any) -> TrainOutput:
+        begun.set()
+        assert cancelled.wait(30)
+        return update(*args)
+
     monkeypatch.setattr(engine, "reseed", reseed)
+    monkeypatch.setattr(service.trainer, "train", held)
     if broken:
         monkeypatch.setattr(run, "log", full)
 
     async def given_up() -> None:
         call = asyncio.create_task(fresh.backend.train(fresh.model, batch()))
-        await asyncio.sleep(0)
+        await asyncio.to_thread(begun.wait, 30)
         call.cancel()
         await asyncio.gather(call, return_exceptions=True)
+        cancelled.set()
         await fresh.backend._compute.run(int)  # until the step is done
 
     asyncio.run(given_up())
     assert fresh.saved() == [1]
     assert engine._seed == sampling_seed(fresh.backend.seed, 1)
     assert len(threads) == 1 and threads[0].startswith("gspo-compute")
+
+
+def test_the_stored_batch_says_what_its_step_was_trained_with(fresh: Registered):
+    for version in (0, 1):
+        result = fresh.train(batch())
+        stored = fresh.folder / "trajectories" / "train" / f"{result.step:04d}.parquet"
+        record = read_batch(stored).record
+        parameters = base_parameters(fresh.backend.policy(fresh.model))
+        assert record.policy_version == version  # at the start of the step
+        assert record.settings().learning_rate == default_learning_rate(parameters, False)
+        assert record.settings().options.lr_warmup_steps == WARMUP
 
 
 def test_metrics_of_the_users_never_replace_ours(fresh: Registered):
