@@ -52,7 +52,7 @@ lock:
 	CUSTOM_COMPILE_COMMAND='make lock' .lock-venv/bin/pip-compile --quiet --upgrade --all-extras \
 		--strip-extras --allow-unsafe --no-emit-index-url --no-emit-options \
 		--constraint constraints.txt --output-file requirements.lock pyproject.toml
-	sed -i 's/^\(torch==[0-9.]*\)+.*/\1/' requirements.lock
+	sed -i.bak 's/^\(torch==[0-9.]*\)+.*/\1/' requirements.lock && rm requirements.lock.bak
 	rm -rf .lock-venv
 
 # The tests with the registry's newest packages, and with the lowest that pyproject.toml promises;

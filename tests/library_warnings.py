@@ -1,7 +1,10 @@
 """What libraries warn of during the tests: collected, and printed at the end as a list.
 
-gspo's own warnings are errors (pyproject.toml, filterwarnings). A library's is news about the next
-release, not a failure: the list says what to mend before that release comes.
+A warning at a line of gspo or of its tests is an error (pyproject.toml, filterwarnings), but for
+DeprecationWarning, PendingDeprecationWarning and FutureWarning. A library raises these at the line
+that called it, which is often ours, so they cannot be told from deprecations that gspo itself
+raises; both are listed. A library's is news about its next release, not a failure: the list says
+what to mend before that release comes.
 """
 
 from __future__ import annotations

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 import time
 
 import pytest
 
 from gspo import compute as module
-from gspo.compute import ComputeThread
+from gspo.compute import ComputeThread, free_cores
 from gspo.errors import RunError
 
 
@@ -113,3 +114,15 @@ async def test_a_long_wait_names_what_it_waits_for(
     await waits
     assert "int has waited" in caplog.text
     assert all("slow" in record.message.split("running:")[1] for record in caplog.records)
+
+
+def test_cores_are_counted_where_the_system_cannot_say_which_are_allowed(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3, 5}, raising=False)
+    assert free_cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")  # macOS
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert free_cores() == 7
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert free_cores() == 1

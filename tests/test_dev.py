@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, get_args
 
 import pytest
@@ -181,3 +182,26 @@ def test_the_options_name_what_the_objective_has():
     """dev.py lies below objective/ and repeats its names; they must not drift apart."""
     assert get_args(dev.Algorithm) == tuple(PRESETS)
     assert get_args(dev.CorrectionKind) == get_args(CorrectionKind) == tuple(BOUNDS)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        TrainConfig(),
+        TrainConfig(learning_rate=0.1),
+        dev.TrainConfig(),
+        dev.TrainConfig(algorithm="dapo", max_grad_norm="off", adam_betas=(0.8, 0.9)),
+        dev.TrainConfig(lr_schedule="cosine", lr_total_steps=9, lr_final=0.1),
+        dev.TrainConfig(precalculate_logprobs=True, overlong_max_tokens=9, overlong_cache=3),
+        dev.TrainConfig(algorithm=PRESETS["vespo"]),
+        dev.InternalModelConfig(),
+        dev.InternalModelConfig(lora=dev.LoraConfig(r=4, target_modules=["q_proj"]), threads=2),
+    ],
+    ids=repr,
+)
+def test_options_that_were_dumped_whole_can_be_read_back(options: Any):
+    kind = type(options)
+    again = (kind(**options.model_dump()), kind(**json.loads(options.model_dump_json())))
+    assert again == (options, options)
+    if kind is dev.TrainConfig:
+        assert resolve(options=again[0]) == resolve(options=options)

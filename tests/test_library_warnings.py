@@ -1,4 +1,4 @@
-"""Warnings of gspo's own code are errors, those of libraries a list at the end."""
+"""Warnings at gspo's own lines are errors; deprecations and those of libraries, a list."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ OWN = """
 import warnings
 def careless():
     warnings.warn("careless", UserWarning)
+def outdated():
+    warnings.warn("outdated", DeprecationWarning)
 """
 TESTS = """
 import library
-from gspo_like.module import careless
+from gspo_like.module import careless, outdated
 def test_deprecated(): library.old()
 def test_odd(): library.odd()
 def test_own(): careless()
+def test_own_deprecation(): outdated()
 """
 
 
@@ -58,7 +61,8 @@ def test_only_warnings_of_our_own_fail(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    assert "1 failed, 2 passed" in done.stdout, done.stdout + done.stderr
-    assert "FAILED test_it.py::test_own" in done.stdout
+    assert "1 failed, 3 passed" in done.stdout, done.stdout + done.stderr
+    assert "FAILED test_it.py::test_own -" in done.stdout
+    assert "DeprecationWarning, gspo_like/module.py: outdated" in done.stdout
     assert "1 x FutureWarning" in done.stdout and "`old` goes with release 9" in done.stdout
     assert "library.py: odd" in done.stdout

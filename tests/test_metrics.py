@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gspo.metrics import QUANTILES, Metrics
+from gspo.metrics import QUANTILES, Metrics, user_metric
 
 # Dyadic, so that sums are exact in any order.
 NUMBERS = st.integers(-(2**20), 2**20).map(lambda n: n / 64)
@@ -135,3 +135,11 @@ def test_distributions_of_awkward_size_are_exact_in_any_order() -> None:
     backwards.distribution("x", reversed(values))
     assert metrics.compute() == backwards.compute()
     assert metrics.compute()["x_mean"] == math.fsum(values) / 4 == 0.5
+
+
+@pytest.mark.parametrize(
+    "name", ["reward", "reward_std", "reward_low", "reward_high", "prompts", "trajectories"]
+)
+def test_a_users_metric_replaces_none_of_a_split(name: str) -> None:
+    assert user_metric(name, "val") == f"val/user/{name}"
+    assert user_metric(f"val/{name}", "train") == f"val/user/{name}"

@@ -21,6 +21,12 @@ NOTICE_SECONDS = 600.0
 """Whoever has waited so long is told once, in the log, what computes in the meantime."""
 
 
+def free_cores() -> int:
+    """Cores that this process may use: all of them where the system cannot say (macOS, Windows)."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
 class ComputeThread:
     """Runs blocking work beside the event loop, one piece at a time, always in one thread.
 
@@ -73,7 +79,7 @@ class ComputeThread:
             notice.cancel()
 
     def close(self) -> None:
-        """Let the thread end with what it does now; what waits for it is refused."""
+        """End the thread. The running job finishes; waiting jobs get a RunError."""
         self._closed = True
         self._executor.shutdown(wait=False, cancel_futures=True)
 

@@ -99,9 +99,9 @@ class TrainConfig(Options):
     both sides so that `epsilon_target` of the sequences are clipped, in the preset's proportion."""
     epsilon_target: float = Field(default=0.15, gt=0, lt=1)
     """Share of clipped sequences that `epsilon="auto"` steers to (the paper reports 0.15)."""
-    epsilon_scale: Literal["constant", "sqrt_length"] = "constant"
+    epsilon_scale: Literal["constant", "sqrt_length"] | None = None
     """`sqrt_length`: epsilon / sqrt(L_i), so that clip rates don't depend on length (FSPO,
-    arXiv 2509.09177)."""
+    arXiv 2509.09177). None: the preset's, which is `constant` in gspo's own."""
     epsilon_high: float | None = Field(default=None, gt=0)
     """Upper clip distance. None: `epsilon` where that was given, else the preset's."""
     scale_rewards: bool | None = None
@@ -113,16 +113,18 @@ class TrainConfig(Options):
     """The policy that ratios are taken against: the engine's own likelihoods, as the paper
     proposes, or the trainer's at the start of the batch (one more forward pass)."""
     correction: CorrectionKind | None = None
-    """Weights for trainer / engine where the two are kept apart (old_logprobs="trainer")."""
+    """Weights for trainer / engine where the two are kept apart (old_logprobs="trainer"). None: the
+    preset's; gspo's own have none."""
     correction_low: float | None = Field(default=None, ge=0)
     correction_high: float | None = Field(default=None, gt=0)
-    """Bounds of the correction. None: `gspo.objective.BOUNDS`."""
+    """Bounds of the correction. None: those of the preset's, else `gspo.objective.BOUNDS`."""
     overlong_max_tokens: int | None = Field(default=None, ge=1, le=LARGEST_COUNT)
     """DAPO's soft overlong punishment: rewards fall linearly to -1 over the last
     `overlong_cache` tokens before this many. None: none."""
     overlong_cache: int | None = Field(default=None, ge=1, le=LARGEST_COUNT)
     kl_penalty_coef: float | None = Field(default=None, ge=0)
-    """As in `TrainConfig`, which it overrides where it is given."""
+    """As in `TrainConfig`, which it overrides where it is given. Where neither is given, an
+    `Objective` of your own keeps its `kl_coef`."""
     ppo: Literal[True] = True
     """ART's switch between the clipped surrogate and CISPO; here the algorithm says it."""
     normalize_by_length: Literal[True] = True
@@ -216,6 +218,13 @@ class TrainConfig(Options):
             raise ValueError("must be two numbers from 0 to below 1, such as (0.9, 0.999)")
         return betas
 
+    @model_validator(mode="before")
+    @classmethod
+    def _arts_name_sets_ours(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("precalculate_logprobs"):
+            return {"old_logprobs": "trainer", **data}
+        return data
+
     @model_validator(mode="after")
     def _overlong_is_whole(self) -> TrainConfig:
         if (self.overlong_max_tokens is None) != (self.overlong_cache is None):
@@ -232,10 +241,11 @@ class TrainConfig(Options):
             )
         if self.lr_total_steps is not None and self.lr_total_steps <= (self.lr_warmup_steps or 0):
             raise ValueError("lr_total_steps must be larger than lr_warmup_steps")
-        unread = {"lr_total_steps", "lr_final"} & self.model_fields_set
+        # By value and not by what was set: a config that was dumped whole must be readable again.
+        unread = [n for n in ("lr_final", "lr_total_steps") if self._differs(n)]
         if self.lr_schedule == "constant" and unread:
             raise ValueError(
-                f"{sorted(unread)[0]} means nothing with lr_schedule='constant': "
+                f"{unread[0]} means nothing with lr_schedule='constant': "
                 "use 'cosine' or 'linear', or leave it out"
             )
         return self

@@ -1,6 +1,7 @@
-"""What a random draw is for. Its seed is a function of that, never of how many came before.
+"""Seeds for random draws.
 
-So a killed run draws the same numbers when it goes on, whatever it had measured in between.
+A seed depends on the purpose of the draw, never on the number of earlier draws. So
+a killed run draws the same numbers when it goes on, whatever it had measured in between.
 """
 
 from __future__ import annotations

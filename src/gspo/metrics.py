@@ -15,14 +15,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 OF_A_SPLIT = frozenset(
-    {"reward", "reward_std", "exceptions", "skipped"}
+    {"reward", "reward_std", "reward_low", "reward_high", "prompts", "exceptions", "skipped"}
     | {"groups_zero_advantage", "trajectories", "trajectories_too_long"}
 )
 """gspo's names below a split, such as `train/reward`."""
 OF_TRAINING = frozenset(
     {"time/train", "time/publish", "time/checkpoint", "throughput/trained_tokens_per_second"}
 )
-"""gspo's names that a loop of the user's may add to, with `time/rollout` for instance."""
+"""gspo's names in families that a user's loop may extend, for example with `time/rollout`."""
 FAMILIES = frozenset(
     {"loss", "ratio", "mismatch", "moe", "optim", "tokens", "staleness", "publish"}
 )

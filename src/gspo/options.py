@@ -13,6 +13,10 @@ _NUMBERS = (int, float, int | None, float | None)
 LARGEST_COUNT = 10**9
 """No count of steps or tokens is larger: one that is, is a slip of the keyboard."""
 
+TEMPERATURES = (1e-3, 100.0)
+"""Lowest and highest temperature that is sampled at and trained on: logits of a few hundred,
+divided by less, would leave float32. (0 is greedy decoding, whose log-probs are taken at 1.)"""
+
 
 class Options(BaseModel):
     """A frozen pydantic model that raises `ConfigError`, naming the nearest right name or value.
@@ -33,6 +37,10 @@ class Options(BaseModel):
             super().__init__(**data)
         except ValidationError as error:
             raise ConfigError(_explain(type(self), error)) from None
+
+    def _differs(self, name: str) -> bool:
+        """Whether an option has another value than its default."""
+        return getattr(self, name) != type(self).model_fields[name].default
 
 
 def check_names(cls: type[Options], data: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from openai.types.chat.chat_completion import Choice
 
 import gspo as art
 from gspo.backend import service
-from gspo.backend.run import in_use
+from gspo.backend.run import Run, in_use
 from gspo.errors import (
     ConfigError,
     DataError,
@@ -30,6 +30,7 @@ from gspo.errors import (
     SampleTooLongError,
     ServeError,
 )
+from gspo.serve.server import PortServer
 from models import folder
 from support import choice, trajectory
 
@@ -398,6 +399,52 @@ async def test_an_occupied_port_is_named(tmp_path: Path):
         with pytest.raises(ServeError, match=rf"127\.0\.0\.1:{port}"):
             await make().register(backend)
         await backend.close()
+
+
+@pytest.mark.parametrize("broken", ["claim", "track"])
+async def test_a_register_that_fails_leaves_nothing_behind(
+    tmp_path: Path, broken: str, monkeypatch: pytest.MonkeyPatch
+):
+    def full(*args: object) -> None:
+        raise RunError("cannot write: No space left on device")
+
+    backend, model = art.LocalBackend(tmp_path, port=0), make()
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, broken, full)
+        with pytest.raises(RunError, match="No space left"):
+            await model.register(backend)
+    assert not in_use(tmp_path / "p" / "m")
+    with pytest.raises(RunError, match="is not registered"):
+        await backend.get_step(model)
+    await model.register(backend)
+    assert (await model.train(await gather(model))).step == 1
+    await backend.close()
+
+
+async def test_a_register_whose_server_fails_stops_all_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    stopped: list[service.Service] = []
+    stop = service.Service.stop
+
+    async def noted(self: service.Service) -> None:
+        stopped.append(self)
+        await stop(self)
+
+    async def failing(self: PortServer) -> None:
+        raise ServeError("no start")
+
+    monkeypatch.setattr(service.Service, "stop", noted)
+    monkeypatch.setattr(PortServer, "start", failing)
+    backend = art.LocalBackend(tmp_path, port=0)
+    with pytest.raises(ServeError, match="no start"):
+        await make().register(backend)
+    assert not in_use(tmp_path / "p" / "m")
+    with pytest.raises(ServeError, match="closed"):
+        _ = stopped[0].batcher.engine
+    assert stopped[0].client.is_closed()
+    await backend.close()
+    assert len(stopped) == 1
 
 
 async def test_keep_checkpoints(tmp_path: Path):

@@ -185,3 +185,11 @@ def test_routes_that_no_training_would_take_are_stored_as_none(run: Run):
     group = TrajectoryGroup([trajectory(0.0, choice([3], routed_experts="garbage"))])
     path = run.log_trajectories([group], "val", 1)
     assert pq.read_table(path).to_pylist()[0]["routes"] is None
+
+
+def test_a_none_that_was_chosen_is_read_back():
+    options = dev.TrainConfig(max_grad_norm="off", epsilon=0.1)  # pyright: ignore[reportArgumentType]
+    record = UpdateRecord.of(resolve(options=options), version=0, context=8, dtype="float32")
+    back = UpdateRecord(**json.loads(record.metadata()[b"gspo.update"])).settings()
+    assert back.options.max_grad_norm is None
+    assert record.settings(epsilon=None).objective.epsilon_low == 3e-4  # a change that drops one

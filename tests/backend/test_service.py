@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 import gspo as art
 from gspo.backend.replay import read_batch
+from gspo.backend.service import sampling_seed
 from gspo.errors import GspoError, RunError
 from gspo.train.checkpoint import steps_saved
 from support import choice, trajectory
@@ -226,6 +228,62 @@ def test_the_checkpoint_is_saved_whatever_logging_does(
     assert fresh.saved() == [1]
     assert fresh.train(batch()).step == 2
     assert fresh.saved() == [1, 2]
+
+
+@pytest.mark.parametrize("broken", ["delete_checkpoints", "log"])
+def test_a_full_disk_behind_the_save_says_that_the_step_is_saved(
+    tmp_path: Path, broken: str, monkeypatch: pytest.MonkeyPatch
+):
+    made = registered(tmp_path, keep_checkpoints=1)
+    run = made.backend.run(made.model)
+    plain = getattr(run, broken)
+
+    def full(*args: Any) -> None:
+        if broken == "log" and set(args[1]) != {"time/checkpoint"}:
+            return plain(*args)
+        raise RunError("cannot write: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, broken, full)
+        with pytest.raises(RunError, match=r"step 1 is trained .* is saved, but older.*No space"):
+            made.train(batch())
+    assert made.saved() == [1]
+    assert made.lines()[-1]["train/trajectories"] == 4
+    assert made.train(batch()).step == 2
+    asyncio.run(made.backend.close())
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_engine_has_the_new_seed_whatever_becomes_of_the_call(
+    fresh: Registered, broken: bool, monkeypatch: pytest.MonkeyPatch
+):
+    service = fresh.backend._service(fresh.model)
+    run, engine = service.run, service.engine
+    threads: list[str] = []
+    plain = engine.reseed
+
+    def reseed(seed: int) -> None:
+        threads.append(threading.current_thread().name)
+        plain(seed)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(engine, "reseed", reseed)
+    if broken:
+        monkeypatch.setattr(run, "log", full)
+
+    async def given_up() -> None:
+        call = asyncio.create_task(fresh.backend.train(fresh.model, batch()))
+        await asyncio.sleep(0)
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        await fresh.backend._compute.run(int)  # until the step is done
+
+    asyncio.run(given_up())
+    assert fresh.saved() == [1]
+    assert engine._seed == sampling_seed(fresh.backend.seed, 1)
+    assert len(threads) == 1 and threads[0].startswith("gspo-compute")
 
 
 def test_metrics_of_the_users_never_replace_ours(fresh: Registered):

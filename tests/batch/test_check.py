@@ -176,3 +176,19 @@ def test_a_choice_of_another_client_that_was_appended_is_taken() -> None:
     appended.messages_and_choices.append(CompletionChoice(text="x", **{**made, "logprobs": None}))  # pyright: ignore[reportArgumentType]
     (plain,) = plain_groups([TrajectoryGroup([appended])])[0].trajectories
     assert [c.token_ids for c in plain.choices()] == [[4, 5], [4, 5]]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_arrays_in_a_choice_become_lists():
+    arrays = {
+        "token_ids": np.array([4, 5]),
+        "prompt_token_ids": np.array([1, 2, 3], np.int32),
+        "token_logprobs": np.array([-1.0, -0.5], np.float32),
+    }
+    made = choice([4, 5])
+    for name, values in arrays.items():
+        setattr(made, name, values)
+    (group,) = plain_groups([TrajectoryGroup([trajectory(1.0, made), trajectory()])])
+    (plain,) = next(iter(group)).choices()
+    for name, values in arrays.items():
+        assert getattr(plain, name) == values.tolist()
+    assert made.token_ids is arrays["token_ids"]  # pyright: ignore[reportAttributeAccessIssue]

@@ -99,6 +99,7 @@ CASES = {
     "vespo": Case(train={"algorithm": "vespo"}, learning_rate=3e-4, tolerance=1e-5),
     "dppo": _preset("dppo", epsilon=0.001),
     "rloo": _preset("rloo"),
+    "reinforce": _preset("reinforce"),
     "moe": Case("moe", {"measure_routing": True, "router_aux_loss_coef": 0.01}),
     "replay_old_policy": Case("moe", {"routing_replay": "old_policy", "epochs": 2}),
     "replay_rollout": Case("moe", {"routing_replay": "rollout"}, routes=True),

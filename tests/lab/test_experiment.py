@@ -371,11 +371,20 @@ async def test_the_demo_goes_on_where_it_stopped_and_else_starts_anew(tmp_path: 
     assert demo_spec(path, steps=2, seed=1).name == "sort-3"
 
 
+def test_the_demo_finds_its_earlier_run_below_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x" / "demo" / "sort-1").mkdir(parents=True)
+    assert demo_spec("~/x").name == "sort-2"
+
+
 async def test_dynamic_sampling_replaces_flat_groups(tmp_path: Path):
-    plain = await run_experiment(small(tmp_path / "a", steps=1, prompts=8), Silent())
-    spec = small(tmp_path / "b", steps=1, prompts=8, dynamic_sampling=True)
+    sizes = {"steps": 1, "prompts": 8, "completions": 2}  # pairs: most have equal rewards
+    plain = await run_experiment(small(tmp_path / "a", **sizes), Silent())
+    spec = small(tmp_path / "b", dynamic_sampling=True, **sizes)
     dynamic = await run_experiment(spec, Silent())
     flat = [records(run)[1]["train/groups_zero_advantage"] for run in (plain.run, dynamic.run)]
     assert flat[0] > 0
     assert flat[1] < flat[0]
-    assert records(dynamic.run)[1]["train/trajectories"] == 32
+    assert records(dynamic.run)[1]["train/trajectories"] == 16

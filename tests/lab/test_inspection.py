@@ -14,8 +14,8 @@ import torch
 
 from gspo import LocalBackend, TrainableModel, TrajectoryGroup, dev
 from gspo.config import TrainConfig
-from gspo.errors import CheckpointError, ConfigError, RunError
-from gspo.lab import inspection
+from gspo.errors import CheckpointError, ConfigError, ModelError, RunError
+from gspo.lab import inspection, inspection_source
 from gspo.lab.inspection import OWN, InspectSpec, inspect_run, make_methods
 from gspo.lab.inspection_picture import draw_inspection
 from gspo.lab.inspection_report import AtWeights, Inspection, Method
@@ -334,6 +334,38 @@ def test_gradients_that_do_not_fit_are_refused_before_the_work(run: Path, monkey
 def test_mistakes_are_named(options: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
         InspectSpec(run=Path("x"), **options)
+
+
+def test_a_model_without_a_longest_context_can_be_inspected(run: Path):
+    source = Source(run)
+    record = dataclasses.replace(source.read(1).record, context=2**31)
+    policy = source.load(1, "before", record)
+    policy.context = 2**31
+    assert source.reference(policy)
+
+
+def test_code_of_the_models_folder_runs_only_if_the_run_allowed_it(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def load(source: str, config: dev.InternalModelConfig, **options: Any):
+        if not config.trust_remote_code:
+            raise ModelError("say so: dev.InternalModelConfig(trust_remote_code=True)")
+        raise ModelError("loaded with trust")
+
+    monkeypatch.setattr(inspection_source, "load_policy", load)
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    source = Source(copy)
+    record = source.read(1).record
+    with pytest.raises(RunError, match=r"no spec\.json of the run .* load\.trust_remote_code"):
+        source.load(1, "before", record)
+    for stored in ('{"load": {"trust_remote_code": false}}', "[", "[1]"):
+        (copy / "spec.json").write_text(stored)
+        with pytest.raises(RunError, match="cannot be inspected"):
+            source.load(1, "before", record)
+    (copy / "spec.json").write_text('{"load": {"trust_remote_code": true}}')
+    with pytest.raises(ModelError, match="loaded with trust"):
+        source.load(1, "before", record)
 
 
 def test_ranges_are_short():

@@ -25,7 +25,7 @@ from gspo.lab.report.command import make_report
 from gspo.lab.report.data import RunData, changed, read_runs, resolved
 from gspo.lab.report.figure import POINTS, thin
 from gspo.lab.report.page import Live
-from gspo.lab.report.run_page import report_runs, run_page
+from gspo.lab.report.run_page import run_page
 from gspo.lab.report.trajectories import LONGEST, TOKENS, sampled_trajectories, token_texts
 from gspo.lab.spec import Spec
 from lab.report_cases import run_folder
@@ -76,7 +76,7 @@ def data_with(records: list[dict[str, float]], **train: Any) -> RunData:
 
 
 def test_the_page_holds_the_runs_numbers(tmp_path: Path):
-    page = Elements(report_runs([run_folder(tmp_path)]))
+    page = Elements(run_page(read_runs([run_folder(tmp_path)])))
     charts = page.embedded("chart-data")
     raw, smooth, heldout = charts["reward"]["data"]
     assert (raw["x"], raw["y"]) == ([1, 2, 3, 4], [0.1, 0.2, 0.3, 0.4])
@@ -91,7 +91,7 @@ def test_the_page_holds_the_runs_numbers(tmp_path: Path):
 
 
 def test_the_page_tells_method_settings_and_result(tmp_path: Path):
-    page = report_runs([run_folder(tmp_path)])
+    page = run_page(read_runs([run_folder(tmp_path)]))
     for text in ("0.250 → 0.750", "embedded:sort", "4 of 4", "0.0003 / 0.0004", "arXiv 2507.18071"):
         assert text in page
     assert '<li class="set"><code>seed = 7</code>' in page
@@ -100,7 +100,7 @@ def test_the_page_tells_method_settings_and_result(tmp_path: Path):
 
 
 def test_trajectories_are_shown_with_what_was_made_of_them(tmp_path: Path):
-    page = Elements(report_runs([run_folder(tmp_path, steps=9)]))
+    page = Elements(run_page(read_runs([run_folder(tmp_path, steps=9)])))
     (run,) = page.embedded("trajectory-data")
     assert [step["step"] for step in run["steps"]] == [1, 5, 9]
     trained, flat = run["steps"][0]["groups"]
@@ -124,7 +124,7 @@ def test_model_output_stays_text(tmp_path: Path):
     messages = [json.dumps([{"role": "user", "content": ATTACK}])] * len(stored)
     at = stored.schema.get_field_index("messages")
     pq.write_table(stored.set_column(at, stored.schema.field(at), [messages]), path)
-    page = report_runs([folder])
+    page = run_page(read_runs([folder]))
     elements = Elements(page)
     tags = [tag for tag, _ in elements.tags]
     assert tags.count("script") == tags.count("/script") == 5
@@ -136,7 +136,7 @@ def test_model_output_stays_text(tmp_path: Path):
 
 
 def test_nothing_runs_but_the_two_scripts_and_nothing_is_loaded(tmp_path: Path):
-    elements = Elements(report_runs([run_folder(tmp_path)], Live(10, 600)))
+    elements = Elements(run_page(read_runs([run_folder(tmp_path)]), Live(10, 600)))
     (policy,) = [
         attributes["content"]
         for tag, attributes in elements.tags
@@ -167,7 +167,7 @@ def test_old_runs_still_open(tmp_path: Path):
         pq.write_table(pq.read_table(path).drop_columns(list(new)), path)
     (folder / "spec.json").unlink()
     (folder / "config.json").write_text('{"format": 1, "base_model": "embedded:sort"}')
-    page = report_runs([folder])
+    page = run_page(read_runs([folder]))
     (run,) = Elements(page).embedded("trajectory-data")
     assert run["scale"] is None
     assert run["steps"][0]["groups"][0]["items"][0]["parts"][0]["d"] is None
@@ -177,7 +177,7 @@ def test_old_runs_still_open(tmp_path: Path):
 
 def test_several_runs_stand_side_by_side(tmp_path: Path):
     one, two = run_folder(tmp_path, "one"), run_folder(tmp_path, "two", steps=6)
-    page = report_runs([one, two])
+    page = run_page(read_runs([one, two]))
     charts = Elements(page).embedded("chart-data")
     assert [trace["name"] for trace in charts["entropy"]["data"]] == ["p/one", "p/two"]
     colors = [trace["line"]["color"] for trace in charts["gradient"]["data"]]
@@ -196,18 +196,18 @@ def test_several_runs_stand_side_by_side(tmp_path: Path):
 def test_a_run_without_a_step_has_a_page(tmp_path: Path):
     run = Run(tmp_path, "p", "m", {"base_model": "embedded:sort"})
     run.claim()
-    page = report_runs([run.folder])
+    page = run_page(read_runs([run.folder]))
     assert "No step has been made yet" in page
     assert ">running</span>" in page
     run.close()
-    assert ">running</span>" not in report_runs([run.folder])
+    assert ">running</span>" not in run_page(read_runs([run.folder]))
 
 
 def test_numbers_that_are_not_finite_leave_gaps(tmp_path: Path):
     folder = run_folder(tmp_path)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "train/reward": NaN, "loss/entropy": Infinity}\n{"step": 6, "tr')
-    charts = Elements(report_runs([folder])).embedded("chart-data")
+    charts = Elements(run_page(read_runs([folder]))).embedded("chart-data")
     assert charts["entropy"]["data"][0]["y"][-2:] == [0.4, None]
     assert charts["reward"]["data"][0]["x"] == [1, 2, 3, 4, 5]
 
@@ -246,7 +246,8 @@ def test_stored_specs_are_resolved_as_they_were_meant():
     settings = resolved(stored)
     assert settings is not None
     assert (settings.algorithm, settings.old_logprobs) == ("gspo", "trainer")
-    assert changed(stored) == {"seed": 3, "train.precalculate_logprobs": True, "train.epochs": 2}
+    train = {"precalculate_logprobs": True, "old_logprobs": "trainer", "epochs": 2}
+    assert changed(stored) == {"seed": 3} | {f"train.{name}": train[name] for name in train}
     assert resolved(stored | {"train": {"from_the_future": 1}}) is None
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from gspo.lab.report.comparison import comparison_page
-from gspo.lab.report.run_page import report_runs
+from gspo.lab.report.data import read_runs
+from gspo.lab.report.run_page import run_page
 from lab.report_cases import comparison, run_folder
 from lab.test_report import ATTACK
 
@@ -51,7 +52,7 @@ def opened(page: str, tmp_path: Path, scheme: int) -> tuple[str, list[str]]:
 @pytest.mark.parametrize("scheme", [0, 1], ids=["dark", "light"])
 def test_a_runs_report(tmp_path: Path, scheme: int):
     folder = run_folder(tmp_path / "runs", text=ATTACK)
-    dom, console = opened(report_runs([folder]), tmp_path, scheme)
+    dom, console = opened(run_page(read_runs([folder])), tmp_path, scheme)
     assert console == []
     assert dom.count('data-figure="') == dom.count('class="chart js-plotly-plot"') > 8
     tokens = re.findall(r'<span class="tok (up|down)"[^>]*>([^<]*)</span>', dom)
@@ -71,7 +72,9 @@ def test_a_comparisons_report(tmp_path: Path):
 def test_the_console_would_be_heard(tmp_path: Path):
     """What the policy forbids is blocked, and the tests above would see it."""
     folder = run_folder(tmp_path / "runs")
-    page = report_runs([folder]).replace("</main>", "<script>document.title = 1</script></main>")
+    page = run_page(read_runs([folder])).replace(
+        "</main>", "<script>document.title = 1</script></main>"
+    )
     dom, console = opened(
         page.replace("</main>", "<img src='http://127.0.0.1:9/'></main>"), tmp_path, 1
     )

@@ -6,9 +6,15 @@ from typing import Any
 
 import pytest
 
+from gspo.batch.choice import read_fields
+from gspo.dev import InternalModelConfig
+from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.errors import ConfigError, ModelError
 from gspo.lab.plan import make_plan
 from gspo.lab.spec import Spec, read_spec
+from gspo.options import TEMPERATURES
+from gspo.serve.engine import SamplingParams
+from support import choice
 
 
 def test_toml_with_overrides(tmp_path: Path):
@@ -126,3 +132,25 @@ def test_a_rollout_beside_the_file_comes_before_the_working_directory(
     assert read_spec(Path("../runs/run.toml")).rollout == "mine:f"
     (tmp_path / "runs" / "mine.py").touch()
     assert read_spec(Path("../runs/run.toml")).rollout == "../runs/mine.py:f"
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Spec(task="sort", train=DevTrainConfig(lr_schedule="linear", lr_total_steps=60)),
+        Spec(rollout="mine:answer", model="embedded:sort", load=InternalModelConfig(threads=1)),
+    ],
+    ids=("task", "rollout"),
+)
+def test_a_spec_that_was_dumped_whole_can_be_read_back(spec: Spec):
+    """As `spec.json` of a run folder."""
+    assert Spec(**json.loads(spec.model_dump_json())) == spec
+
+
+def test_a_temperature_that_no_engine_samples_at_is_refused_before_the_run():
+    with pytest.raises(ConfigError, match=r"temperature = 0\.0005"):
+        Spec(task="sort", temperature=0.0005)
+    for limit in TEMPERATURES:
+        assert SamplingParams(temperature=Spec(task="sort", temperature=limit).temperature)
+        row = choice([3], temperature=limit)
+        assert read_fields(row, "here").temperature == limit

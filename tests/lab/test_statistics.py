@@ -176,3 +176,11 @@ def test_narrow_rewards_have_a_narrow_interval():
     rewards = [[0.5 + 1e-5 * rng.random()] for _ in range(64)]
     expected = t_interval([reward for (reward,) in rewards])
     assert ends(reward_interval(rewards)) == pytest.approx(ends(expected), abs=1e-9)
+
+
+def test_rewards_that_round_to_a_bound_have_an_interval():
+    almost = reward_interval([[0.9999999999999998], *[[1.0]] * 7])
+    exactly = reward_interval([[1.0]] * 8)
+    assert (almost.low, almost.high) == pytest.approx((exactly.low, exactly.high))
+    tiny = reward_interval([[5e-324], *[[0.0]] * 7])
+    assert tiny.low == 0.0 and tiny.high is not None and tiny.high > 0.3

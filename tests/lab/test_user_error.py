@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -56,3 +58,15 @@ def test_the_text_and_the_frames_are_bounded():
 
 def test_before_the_first_step_nothing_is_said_to_be_saved():
     assert told(lambda: int("x"), step=0)[-1].startswith("Nothing was trained yet")
+
+
+def test_a_folder_whose_name_begins_as_ours_is_the_users():
+    """`gspo_tasks` beside `gspo`, and `python3.12-mine` beside `python3.12`."""
+    for folder in (Path(art.__file__).parent, Path(sysconfig.get_path("stdlib"))):
+        code = compile(
+            "def fails():\n    raise ValueError('mine')\n", f"{folder}_mine/a.py", "exec"
+        )
+        names: dict[str, Callable[[], object]] = {}
+        exec(code, names)
+        assert "raised ValueError: mine" in told(names["fails"])[0]
+        assert any(f"{folder}_mine/a.py, line 2" in line for line in told(names["fails"]))

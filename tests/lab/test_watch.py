@@ -221,7 +221,8 @@ def test_plain_lines_elsewhere(dumb: bool):
         watch.evaluated(0, Estimate(0.25, 0.2, 0.3))
         for step in range(1, 13):
             clock.now += 1
-            extra = {"train/skipped": 1.0} if step == 12 else {}
+            flat = {"train/skipped": 1.0, "train/trajectories": 8.0}
+            extra = flat if step == 12 else {}
             watch.stepped(step, metrics(step, **extra))
     shown = file.getvalue().splitlines()
     assert "\x1b" not in file.getvalue()
@@ -236,7 +237,16 @@ def test_plain_lines_elsewhere(dumb: bool):
         "11/12",
         "12/12",
     ]
-    assert "skipped: all groups have equal rewards" in shown[-1]
+    assert "skipped: all advantages are 0: each group has equal rewards" in shown[-1]
+
+
+def test_a_step_whose_trajectories_are_all_too_long_says_so():
+    file = io.StringIO()
+    with LiveWatch(Console(file=file), Clock()) as watch:
+        watch.started(Spec(task="sort", steps=1), 0, [])
+        counts = {"train/trajectories": 0.0, "train/trajectories_too_long": 5.0}
+        watch.stepped(1, {"train/skipped": 1.0, **counts})
+    assert "skipped: all 5 trajectories are longer than the context" in file.getvalue()
 
 
 def test_one_watch_sees_several_runs():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from gspo import dev
 from gspo.errors import ModelError
 from gspo.policy.embedded import embedded_folder
-from gspo.policy.load import load_policy, resolve, save_weights
+from gspo.policy.load import _threads, load_policy, resolve, save_weights
 from support import embedded
 
 
@@ -96,3 +97,10 @@ def test_lora_starts_as_the_base_model_and_round_trips(tmp_path: Path):
     with torch.no_grad():
         torch.testing.assert_close(again.lm(tokens).logits, changed)
     assert set(again.trainable) == set(policy.trainable)
+
+
+def test_a_model_loads_where_the_system_names_no_cores(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # macOS has none
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert _threads(embedded().lm, None) == (1, 3)

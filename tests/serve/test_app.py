@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
 
 import pytest
@@ -169,6 +170,68 @@ async def test_unknown_models_and_bad_messages(client: AsyncOpenAI):
     image: Any = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
     with pytest.raises(BadRequestError, match="only text parts"):
         await client.chat.completions.create(model="m", messages=image)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([10**7], r"token id 10000000 \(int\), but the model's vocabulary is 0\.\.1114111"),
+        ([97, -1], r"token id -1 \(int\)"),
+        ([10**30], "token id 10+ "),
+        ([[97], [10**7]], "token id 10000000 "),
+        ([], "at least one prompt"),
+        ([[]], "the prompt is empty"),
+        (["1", 2], "prompt.*valid string"),
+        ([True], "prompt"),
+    ],
+)
+async def test_a_bad_prompt_is_refused_and_its_neighbours_are_answered(
+    client, engine: Counted, prompt: Any, message: str
+):
+    async def ask(value: Any) -> Any:
+        return await client.completions.create(model="m", prompt=value)
+
+    answers: Any = await asyncio.gather(ask(prompt), ask([97, 98]), return_exceptions=True)
+    bad, good = answers
+    assert isinstance(bad, BadRequestError) and re.search(message, str(bad))
+    assert len(good.choices) == 1
+    assert [request.prompt for request in engine.requests] == [(97, 98)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (["hi"], "only text parts are supported.*'hi'"),
+        ([None], "only text parts are supported.*None"),
+        ([[]], "only text parts"),
+        ([{"type": "text", "text": 5}], r"text of a part is 5 \(int\)"),
+        ([{"type": "text"}], r"text of a part is None"),
+        (5, r"messages\[0\].content = 5"),
+        ({"type": "text", "text": "hi"}, r"messages\[0\].content = "),
+    ],
+)
+async def test_content_that_is_no_text_is_refused(client, content: Any, message: str):
+    with pytest.raises(BadRequestError, match=message):
+        await client.chat.completions.create(
+            model="m", messages=[{"role": "user", "content": content}]
+        )
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"n": True}, "n: Input should be a valid integer"),
+        ({"n": "2"}, "n: Input should be a valid integer"),
+        ({"stream": 0}, "stream is not supported"),
+        ({"presence_penalty": False}, "presence_penalty is not supported"),
+        ({"logprobs": -1}, "logprobs: only 0"),
+        ({"logprobs": 1}, "logprobs: only 0"),
+        ({"temperature": "1"}, "temperature: "),
+    ],
+)
+async def test_values_of_another_type_are_refused(client, extra: dict, message: str):
+    with pytest.raises(BadRequestError, match=message):
+        await client.completions.create(model="m", prompt="x", extra_body=extra)
 
 
 async def test_models_and_health(client: AsyncOpenAI):

@@ -267,6 +267,9 @@ def test_what_does_not_fit_is_refused(engine: TorchEngine):
         engine.generate([Request(tuple([9] * 500), SamplingParams(max_tokens=13))])
     with pytest.raises(RequestError, match="empty"):
         engine.generate([Request((), SamplingParams())])
+    for token in (-1, engine.policy.head.size, 10**30):
+        with pytest.raises(RequestError, match=rf"vocabulary is 0\.\.{engine.vocabulary - 1}"):
+            engine.generate([Request((9, token, 9))])
     full = engine.generate([Request(tuple([9] * 510), SamplingParams(seed=0))])[0][0]
     assert len(full.token_ids) <= 2
 

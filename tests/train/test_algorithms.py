@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import gspo as art
-from gspo import dev
+from gspo import TrainConfig, dev
 from gspo.backend.replay import UpdateRecord
 from gspo.errors import ConfigError
-from gspo.objective import PRESETS, Objective
+from gspo.objective import PRESETS, Correction, Objective
 from gspo.train.settings import resolve
 
 WIDE = Objective("sequence", 0.01, 0.02, aggregate="sequence_sum")
@@ -112,3 +114,57 @@ def test_other_values_are_refused_at_once(value: object, message: str):
 def test_fields_that_are_no_objective_are_refused():
     with pytest.raises(ConfigError, match="these fields are no objective"):
         resolve(options=dev.TrainConfig(algorithm={"level": "sequence", "epsilon": 0.1}))
+
+
+FULL = Objective(
+    "sequence",
+    0.01,
+    0.02,
+    kl_coef=0.1,
+    epsilon_scale="sqrt_length",
+    correction=Correction("sequence_product_mask", 0.6, 3.0),
+)
+
+
+def resolved(config: TrainConfig | None = None, **options: Any) -> Objective:
+    """The objective that a call with `FULL` and these options has."""
+    fields: dict[str, Any] = {"algorithm": FULL, "old_logprobs": "trainer"}
+    given = dev.TrainConfig(**(fields | options))
+    again = dev.TrainConfig(**json.loads(given.model_dump_json()))
+    objective = resolve(config, given).objective
+    assert resolve(config, again).objective == objective  # also after a file
+    return objective
+
+
+def test_every_field_of_an_own_objective_applies():
+    assert resolved() == FULL
+    art.register_algorithm("mine", FULL)
+    assert resolved(algorithm="mine") == FULL
+    shown = resolve(options=dev.TrainConfig(algorithm=FULL, old_logprobs="trainer")).as_config()
+    assert shown["kl_penalty_coef"] == 0.1
+    assert (shown["epsilon_scale"], shown["correction"], shown["correction_high"]) == (
+        "sqrt_length",
+        "sequence_product_mask",
+        3.0,
+    )
+
+
+def test_the_kl_weight_of_an_own_objective_yields_to_one_that_is_given():
+    assert resolved(TrainConfig(learning_rate=1e-4)).kl_coef == 0.1
+    assert resolved(TrainConfig(kl_penalty_coef=0.0)).kl_coef == 0.0
+    assert resolved(TrainConfig(kl_penalty_coef=0.3), kl_penalty_coef=0.2).kl_coef == 0.2
+    assert resolved(kl_penalty_coef=0.0).kl_coef == 0.0
+
+
+def test_the_epsilon_scale_of_an_own_objective_yields_to_one_that_is_given():
+    assert resolved(epsilon_scale="constant") == replace(FULL, epsilon_scale="constant")
+    assert resolve(options=dev.TrainConfig()).objective.epsilon_scale == "constant"
+
+
+def test_the_correction_of_an_own_objective_yields_to_one_that_is_given():
+    product = Correction("sequence_product_truncate")
+    assert resolved(correction="sequence_product_truncate").correction == product
+    higher = Correction("sequence_product_mask", 0.6, 4.0)
+    assert resolved(correction_high=4.0).correction == higher
+    with pytest.raises(ConfigError, match="set old_logprobs='trainer'"):
+        resolve(options=dev.TrainConfig(algorithm=FULL))

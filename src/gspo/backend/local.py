@@ -13,13 +13,12 @@ from openai import AsyncOpenAI
 from gspo.backend.base import ModelLike, TrainResult, described, train_options
 from gspo.backend.measured import check_split, line_of, means, user_metrics
 from gspo.backend.run import Run
-from gspo.backend.service import Service, load_trainer
+from gspo.backend.service import Service, load_trainer, sampling_seed
 from gspo.backend.trackers import TrackerName, check_loggers
 from gspo.batch.check import plain_groups
 from gspo.compute import ComputeThread
 from gspo.config import TrainConfig
 from gspo.dev import TrainConfig as DevTrainConfig
-from gspo.draws import seed_of
 from gspo.errors import RunError, check_arguments, check_whole
 from gspo.policy.load import Policy
 from gspo.policy.precision import rollout_copy
@@ -122,15 +121,17 @@ class LocalBackend:
             policy = trainer.policy
             if config.rollout_dtype is not None:
                 policy = await self._compute.run(rollout_copy, policy, config.rollout_dtype)
-            engine = TorchEngine(policy, seed=self._sampling_seed(trainer.step))
-            self._services[key] = await self._start(run, model, engine, trainer, listener)
+            engine = TorchEngine(policy, seed=sampling_seed(self.seed, trainer.step))
+            await self._compute.run(check_engine, engine)
             run.claim()
             await asyncio.to_thread(run.track, self.logger, trainer.step, described(model))
+            # Entered last: a model that is registered by half would train a step and lose it.
+            self._services[key] = await self._start(run, model, engine, trainer, listener)
         except BaseException:
-            if run is not None:
-                run.close()
             if listener is not None:
                 listener.close()
+            if run is not None:
+                run.close()
             raise
 
     async def _start(
@@ -141,18 +142,22 @@ class LocalBackend:
         trainer: Trainer,
         listener: socket.socket | None,
     ) -> Service:
-        await self._compute.run(check_engine, engine)
+        """The service, once its client and its server answer; a failure stops both."""
         window = 0.0 if listener is None else 0.005
         batcher = Batcher(engine, self._compute, window=window)
         app = create_app(batcher, lambda: [model.name])
         client = in_process_client(app)
-        await client.models.list()  # the client looks its platform up, once, in a thread
-        server = None
-        if listener is not None:
-            server = PortServer(app, listener)
-            await server.start()
+        server = None if listener is None else PortServer(app, listener)
         assert model.source is not None
-        return Service(run, model.source, engine, trainer, batcher, client, server)
+        service = Service(run, model.source, self.seed, engine, trainer, batcher, client, server)
+        try:
+            await client.models.list()  # the client looks its platform up, once, in a thread
+            if server is not None:
+                await server.start()
+        except BaseException:
+            await service.stop()
+            raise
+        return service
 
     def client(self, model: ModelLike) -> AsyncOpenAI:
         """A client that samples from the model without a port."""
@@ -201,11 +206,9 @@ class LocalBackend:
         service = self._service(model)
         settings = resolve(*train_options(config, _config, options))
         groups, batch = service.checked(trajectory_groups, settings)
-        result = await self._compute.run(
+        return await self._compute.run(
             service.train, groups, batch, settings, self.keep_checkpoints
         )
-        service.engine.reseed(self._sampling_seed(result.step))
-        return result
 
     async def log(
         self,
@@ -240,8 +243,8 @@ class LocalBackend:
         metrics: Mapping[str, float],
         step: int,
     ) -> None:
-        """Write as `log` does, each metric under the name that it is given with: for loops that
-        measure what gspo has names for, such as `time/rollout`."""
+        """Like `log`, but keep every metric name as it is: for loops that measure what gspo has
+        names for, such as `time/rollout`."""
         run = self._run(model)
         groups = plain_groups(trajectory_groups)
         values = means(groups, check_split(split))
@@ -276,15 +279,8 @@ class LocalBackend:
         for run in [*(service.run for service in services), *logs]:
             await asyncio.to_thread(run.close)  # a tracker may have to send what is left
         for service in services:
-            if service.server is not None:
-                await service.server.stop()
-            await service.client.close()
-            service.batcher.close()
+            await service.stop()
         self._compute.close()
-
-    def _sampling_seed(self, step: int) -> int:
-        """Of unseeded requests at a step: the same again after a resume."""
-        return seed_of(self.seed, step)
 
     def _service(self, model: ModelLike) -> Service:
         service = self._services.get((model.project, model.name))

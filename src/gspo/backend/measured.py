@@ -1,4 +1,4 @@
-"""What is logged of trajectory groups, a user's own metrics, and which step they call the best."""
+"""What is logged for groups, the names of user metrics, and how the best step is found."""
 
 from __future__ import annotations
 

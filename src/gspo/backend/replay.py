@@ -63,7 +63,9 @@ class UpdateRecord:
         Raises:
             ConfigError: options that contradict one another.
         """
-        options = {k: v for k, v in (self.options | changes).items() if v is not None}
+        # A stored None stays: it is a choice where the default is a number, as of max_grad_norm.
+        dropped = {name for name, value in changes.items() if value is None}
+        options = {k: v for k, v in (self.options | changes).items() if k not in dropped}
         config = TrainConfig(learning_rate=self.learning_rate, kl_penalty_coef=self.kl_penalty_coef)
         return resolve(config, DevTrainConfig(**options))
 

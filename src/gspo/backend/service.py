@@ -5,10 +5,10 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ParamSpec
 
 from openai import AsyncOpenAI
 
@@ -18,6 +18,7 @@ from gspo.backend.replay import UpdateRecord
 from gspo.backend.run import Run
 from gspo.batch.check import plain_groups
 from gspo.dev import InternalModelConfig
+from gspo.draws import seed_of
 from gspo.errors import RunError
 from gspo.policy.load import Policy, load_policy
 from gspo.policy.precision import RolloutPolicy, refresh
@@ -34,11 +35,12 @@ from gspo.train.checkpoint import (
     understood,
     verify_checkpoint,
 )
-from gspo.train.defaults import with_defaults
 from gspo.train.rollouts import RolloutBatch, prepare
 from gspo.train.settings import Settings
 from gspo.train.trainer import Trainer, TrainOutput
 from gspo.trajectory import TrajectoryGroup
+
+P = ParamSpec("P")
 
 log = logging.getLogger("gspo")
 
@@ -48,11 +50,12 @@ class Service:
     """A registered trainable model.
 
     Engine and trainer share one copy of the weights, unless `rollout_dtype` gives the engine
-    its own.
+    its own. `seed` is the backend's, of requests that have none.
     """
 
     run: Run
     base_model: str
+    seed: int
     engine: TorchEngine
     trainer: Trainer
     batcher: Batcher
@@ -87,15 +90,16 @@ class Service:
         keep_checkpoints: int | None,
     ) -> TrainResult:
         """Update, log, save. Blocking; `groups` are those that `batch` was made of."""
-        settings = with_defaults(settings, self.trainer.policy)
-        record = self._record(settings)
-        self.run.trackers.configure("train", settings.as_config())
+        version = self.trainer.policy.version
         try:
             out = self.trainer.train(batch, settings)
         finally:
             # Also after a NumericsError: earlier minibatches have moved the weights by then.
             published = self._publish()
         step = self.trainer.step
+        # Here, so that no caller who gave up waiting leaves a trained step with the old seed.
+        self.engine.reseed(sampling_seed(self.seed, step))
+        self.run.trackers.configure("train", out.settings.as_config())
         metrics = means(groups, "train")
         metrics |= out.metrics.compute()
         metrics["time/publish"] = published
@@ -108,38 +112,47 @@ class Service:
         started = time.perf_counter()
         with self.run.writing():
             # Logged before the checkpoint: a resume drops the lines beyond the step that it finds.
-            unwritten = self._write(step, metrics, groups, batch, out, record)
+            failure = _failure(self._write, metrics, groups, batch, out, version)
+            failed = "its metrics and trajectories could not be written"
             path = save_checkpoint(self.run.checkpoints, self.trainer)
-            if unwritten is not None:
+            if failure is None:
+                failure = _failure(self._tidy, metrics, started, keep_checkpoints)
+                failed = "older checkpoints could not be deleted, or time/checkpoint not be written"
+            if failure is not None:
                 raise RunError(
-                    f"step {step} is trained and its checkpoint {path} is saved, but its metrics "
-                    f"and trajectories could not be written to {self.run.folder}: {unwritten}. "
+                    f"step {step} is trained and its checkpoint {path} is saved, but {failed} in "
+                    f"{self.run.folder}: {failure}. "
                     "Mend that and go on; training on this batch again would train on it twice"
-                ) from unwritten
-            if keep_checkpoints is not None:
-                self.run.delete_checkpoints(self._retained(keep_checkpoints))
-            metrics["time/checkpoint"] = time.perf_counter() - started
-            self.run.log(step, {"time/checkpoint": metrics["time/checkpoint"]})
+                ) from failure
         return TrainResult(step, metrics, path, out.skipped)
 
     def _write(
         self,
-        step: int,
         metrics: Mapping[str, float],
         groups: Sequence[TrajectoryGroup],
         batch: RolloutBatch,
         out: TrainOutput,
-        record: UpdateRecord,
-    ) -> Exception | None:
-        """Log a step whose weights have moved already; what stopped it, since the checkpoint must
-        be saved whatever happens here."""
-        try:
-            self.run.log(step, metrics)
-            advantages = _advantages(groups, batch)
-            self.run.log_trajectories(groups, "train", step, advantages, out.traces, record)
-        except Exception as error:
-            return error
-        return None
+        version: int,
+    ) -> None:
+        """Log a step that began at this policy version."""
+        step, record = self.trainer.step, self._record(out.settings, version)
+        self.run.log(step, metrics)
+        advantages = _advantages(groups, batch)
+        self.run.log_trajectories(groups, "train", step, advantages, out.traces, record)
+
+    def _tidy(self, metrics: dict[str, float], started: float, keep: int | None) -> None:
+        """Delete older checkpoints, and log the seconds that all this writing took."""
+        if keep is not None:
+            self.run.delete_checkpoints(self._retained(keep))
+        metrics["time/checkpoint"] = time.perf_counter() - started
+        self.run.log(self.trainer.step, {"time/checkpoint": metrics["time/checkpoint"]})
+
+    async def stop(self) -> None:
+        """Stop serving, and let go of the engine."""
+        if self.server is not None:
+            await self.server.stop()
+        await self.client.close()
+        self.batcher.close()
 
     def _retained(self, latest: int) -> set[int]:
         """Steps whose checkpoints stay: the `latest` ones, and the best by val/reward so far."""
@@ -161,12 +174,10 @@ class Service:
         best = best_step(lines, metric, saved)
         self.run.delete_checkpoints({saved[-1], saved[-1] if best is None else best})
 
-    def _record(self, settings: Settings) -> UpdateRecord:
+    def _record(self, settings: Settings, version: int) -> UpdateRecord:
         policy = self.trainer.policy
         dtype = str(policy.compute_dtype).removeprefix("torch.")
-        return UpdateRecord.of(
-            settings, version=policy.version, context=policy.context, dtype=dtype
-        )
+        return UpdateRecord.of(settings, version=version, context=policy.context, dtype=dtype)
 
     @timed("publish")
     def _publish(self) -> float:
@@ -175,6 +186,20 @@ class Service:
         if isinstance(self.engine.policy, RolloutPolicy):
             refresh(self.engine.policy, self.trainer.policy)
         return time.perf_counter() - started
+
+
+def sampling_seed(seed: int, step: int) -> int:
+    """The engine's seed at a step, of a backend with this `seed`: the same after a resume."""
+    return seed_of(seed, step)
+
+
+def _failure(function: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> Exception | None:
+    """What stops the function, if anything: a step whose weights have moved is saved regardless."""
+    try:
+        function(*args, **kwargs)
+    except Exception as error:
+        return error
+    return None
 
 
 @cache

@@ -161,7 +161,7 @@ def _plain_items(trajectory: Trajectory, where: str) -> list[Any]:
     for m, item in enumerate(items):
         plain.append(_one_form(item, f"{where}, message {m}"))
         if isinstance(plain[-1], Choice):
-            _check_choice(plain[-1], f"{where}, choice {choices}")
+            plain[-1] = _plain_choice(plain[-1], f"{where}, choice {choices}")
             choices += 1
         else:
             _check_json(plain[-1], f"{where}, message {m}")
@@ -181,8 +181,24 @@ def _one_form(item: Any, where: str) -> dict[Any, Any] | Choice:
     return item
 
 
-def _check_choice(choice: Choice, where: str) -> None:
-    read_fields(choice, where)
+def _plain_choice(choice: Choice, where: str) -> Choice:
+    """The Choice with lists where it has arrays, which could not be written."""
+    fields = read_fields(choice, where)
+    _check_message(choice, where)
+    lists = {
+        "token_ids": fields.tokens,
+        "prompt_token_ids": fields.prompt,
+        "token_logprobs": fields.logprobs,
+    }
+    arrays = {
+        name: values
+        for name, values in lists.items()
+        if not isinstance(getattr(choice, name, None), list | tuple | None)
+    }
+    return choice.model_copy(update=arrays) if arrays else choice
+
+
+def _check_message(choice: Choice, where: str) -> None:
     if not isinstance(choice.finish_reason, str | None):
         raise DataError(f"{where}: finish_reason is {shown(choice.finish_reason)}, not a text")
     if not hasattr(choice.message, "model_dump"):

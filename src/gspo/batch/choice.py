@@ -10,11 +10,10 @@ import numpy as np
 
 from gspo.batch.routes import decode_routes
 from gspo.errors import DataError, MissingLogprobsError, shown
+from gspo.options import TEMPERATURES
 
 _LARGEST_ID = 2**31 - 1  # token ids are stored as int32
 _LARGEST_VERSION = 2**63 - 1
-_TEMPERATURES = (1e-6, 1e6)
-"""Logits of a few hundred, divided by less, would leave float32."""
 _LOGPROBS = (-1e30, 1e-5)
 """A log-prob of 0 may come out of float32 a little above it."""
 
@@ -141,7 +140,7 @@ def _logprobs(values: Any, where: str) -> list[float] | None:
 def _temperature(value: Any, where: str) -> float:
     if value is None:
         return 1.0
-    low, high = _TEMPERATURES
+    low, high = TEMPERATURES
     if not _is_real(value) or not low <= value <= high:
         raise DataError(
             f"{where}: temperature is {shown(value)}; it must be the number that the log-probs "

@@ -26,7 +26,7 @@ def demo_spec(path: str, steps: int = STEPS, seed: int = 0) -> Spec:
             learning_rate=3e-4,
             train=TrainConfig(importance_sampling_level="sequence", lr_warmup_steps=5),
         )
-        folder = Path(path) / "demo" / spec.name
+        folder = Path(spec.path) / "demo" / spec.name
         if not folder.exists() or _unfinished(folder, spec):
             return spec
         number += 1

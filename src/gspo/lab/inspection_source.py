@@ -12,7 +12,8 @@ from typing import Any, Literal
 from gspo.backend.metrics_file import read_metrics
 from gspo.backend.replay import StoredBatch, UpdateRecord, read_batch
 from gspo.dev import InternalModelConfig, LoraConfig
-from gspo.errors import CheckpointError, RunError
+from gspo.errors import CheckpointError, ModelError, RunError
+from gspo.options import LARGEST_COUNT
 from gspo.policy.load import Policy, load_policy
 from gspo.policy.probe import choose_packing
 from gspo.train.checkpoint import checkpoint_name, steps_saved, verify_checkpoint
@@ -103,25 +104,54 @@ class Source:
                 f"{self.weights_of(step, name)} is version {version}: a call of train that failed "
                 "came between. Inspect it with --weights after"
             )
-        policy = load_policy(self.config["base_model"], self._load(record), checkpoint=checkpoint)
+        lora = self.config.get("lora")
+        policy = self._policy(
+            record.context,
+            checkpoint,
+            dtype=record.dtype,
+            lora=lora and LoraConfig(**lora),
+        )
         choose_packing(policy)
         policy.version = version
         return policy
 
-    def _load(self, record: UpdateRecord) -> InternalModelConfig:
-        lora = self.config.get("lora")
-        return InternalModelConfig(
-            dtype=record.dtype,  # pyright: ignore[reportArgumentType]  # it checks
-            lora=lora and LoraConfig(**lora),
-            max_context=record.context,
+    def _policy(self, context: int, checkpoint: Path | None = None, **options: Any) -> Policy:
+        """The run's model, loaded as the run did.
+
+        Raises:
+            RunError: it needs code of its folder, and the run does not say that this was allowed.
+        """
+        # A model that names no longest context has one beyond what `max_context` may be.
+        longest = context if context <= LARGEST_COUNT else None
+        config = InternalModelConfig(
+            max_context=longest, trust_remote_code=self._trusted(), **options
         )
+        try:
+            return load_policy(self.config["base_model"], config, checkpoint=checkpoint)
+        except ModelError as error:
+            if config.trust_remote_code or "trust_remote_code" not in str(error):
+                raise
+            raise RunError(
+                f"{self.run} cannot be inspected: base_model {self.config['base_model']!r} needs "
+                "Python code of its own folder, and no spec.json of the run allows that with "
+                "load.trust_remote_code = true. Only `gspo train` writes a spec.json"
+            ) from error
+
+    def _trusted(self) -> bool:
+        """Whether the run was loaded with `trust_remote_code`; `gspo train` stores that."""
+        path = self.run / "spec.json"
+        if not path.exists():
+            return False
+        try:
+            return json.loads(path.read_bytes())["load"]["trust_remote_code"] is True
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     def reference(self, policy: Policy) -> Reference:
         """Log-probs of the base model, which a KL term is taken against."""
 
         def load() -> Policy:
-            load = InternalModelConfig(max_context=policy.context)  # it may decide the RoPE
-            frozen = load_policy(self.config["base_model"], load)
+            frozen = self._policy(policy.context)  # which may decide the RoPE
             frozen.packing, frozen.compute_dtype = policy.packing, policy.compute_dtype
             frozen.lm.requires_grad_(False)
             return frozen

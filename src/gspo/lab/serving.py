@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import signal
 
 from gspo.compute import ComputeThread
+from gspo.lab.stop import leave
 from gspo.policy.load import load_policy
 from gspo.policy.probe import choose_packing
 from gspo.serve.app import create_app
@@ -17,7 +19,7 @@ WINDOW = 0.005
 
 
 def serve_model(model: str, host: str, port: int, name: str) -> None:
-    """Load `model` and answer requests until interrupted.
+    """Load `model` and answer requests until SIGINT or SIGTERM; then end the process.
 
     Raises:
         ServeError: the port is in use; nothing was loaded then.
@@ -30,7 +32,15 @@ def serve_model(model: str, host: str, port: int, name: str) -> None:
     choose_packing(policy)
     engine = TorchEngine(policy)
     check_engine(engine)
-    app = create_app(Batcher(engine, ComputeThread(), window=WINDOW), lambda: [name])
+    compute = ComputeThread()
+    app = create_app(Batcher(engine, compute, window=WINDOW), lambda: [name])
     bound = listener.getsockname()
     print(f"serving {name} on http://{bound[0]}:{bound[1]}/v1", flush=True)
-    serve(app, listener)
+    status = 0
+    try:
+        serve(app, listener)
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+    finally:
+        compute.close()
+    leave(status)  # a batch that is still sampled has nobody left who wants it

@@ -16,7 +16,7 @@ from gspo.config import TrainConfig
 from gspo.dev import InternalModelConfig
 from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.errors import ConfigError, suggestion
-from gspo.options import LARGEST_COUNT, Options
+from gspo.options import LARGEST_COUNT, TEMPERATURES, Options
 from gspo.tasks import task_names
 
 
@@ -53,7 +53,7 @@ class Spec(Options):
     """DAPO's: groups with equal rewards are replaced by fresh prompts, in up to three rounds."""
     max_tokens: int | None = Field(default=None, ge=1, le=LARGEST_COUNT)
     """Longest completion. None: the task's own."""
-    temperature: float = Field(default=1.0, gt=0, le=100)
+    temperature: float = Field(default=1.0, ge=TEMPERATURES[0], le=TEMPERATURES[1])
     eval_prompts: int = Field(default=256, ge=0, le=LARGEST_COUNT)
     """Held-out prompts before and after; 0 evaluates nothing."""
     eval_completions: int = Field(default=4, ge=1, le=LARGEST_COUNT)
@@ -89,10 +89,10 @@ class Spec(Options):
             raise ValueError("give a task, or a rollout = 'module:function'")
         if self.task is None and self.task_options:
             raise ValueError("task_options are given, but no task")
-        own = {"max_tokens", "temperature"} & self.model_fields_set
+        own = [name for name in ("max_tokens", "temperature") if self._differs(name)]
         if self.rollout is not None and own:
             raise ValueError(
-                f"{sorted(own)[0]} is decided by your rollout function: leave it out, "
+                f"{own[0]} is decided by your rollout function: leave it out, "
                 "and pass it to chat.completions.create there"
             )
         if self.dynamic_sampling and self.train.algorithm == "reinforce":
@@ -131,9 +131,16 @@ def read_spec(path: Path, overrides: Iterable[str] = ()) -> Spec:
     return Spec(**named_beside(override(read_toml(path), overrides), path.parent))
 
 
+_NAMES = ("task", "rollout", "algorithm", "train.algorithm")
+"""Keys whose value may be the `module:name` of something of the user's own."""
+
+
 def named_beside(run: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The fields of a run, whose `module:name`s mean files of `folder` where it has them."""
-    found = {key: _beside(run[key], folder) for key in ("task", "rollout") if key in run}
+    """The fields of a run, whose `module:name`s mean files of `folder` where it has them.
+
+    A comparison's keys may be dotted, or stand for `train.algorithm` as `algorithm` alone.
+    """
+    found = {key: _beside(run[key], folder) for key in _NAMES if key in run}
     train = run.get("train")
     if isinstance(train, dict) and "algorithm" in train:
         found["train"] = train | {"algorithm": _beside(train["algorithm"], folder)}

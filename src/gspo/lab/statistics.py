@@ -2,7 +2,8 @@
 
 Over seeds the interval is Student's t, at any number of them. Two arms of one law differ by values
 that are symmetric about 0, and of these Student's t calls no more than its 5 % a difference, also
-where most seeds sit at a ceiling or a floor. A studentized bootstrap calls up to 14 % one there.
+where most seeds sit at a ceiling or a floor. There, a studentized bootstrap reports a difference in
+up to 14 % of such comparisons.
 benchmarks/intervals.py simulates it; docs/compare.md has the tables.
 
 Over prompts it is the interval of a proportion, since rewards are mostly shares: many prompts at 0
@@ -93,8 +94,8 @@ def p_value(a: Sequence[float], b: Sequence[float]) -> float | None:
 def holm(p_values: Sequence[float]) -> list[float]:
     """The p-values after Holm's correction, in the order given.
 
-    Of differences that are all none, one or more falls below 0.05 in at most 5 % of the cases,
-    however many there are.
+    If no arm differs, one or more p-values fall below 0.05 in at most 5 % of comparisons, however
+    many p-values there are.
 
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
@@ -157,8 +158,10 @@ def reward_interval(rewards: Sequence[Sequence[float]]) -> Interval:
     known = variance > 0 and len(rewards) > 1
     half = _t_half(len(rewards)) * math.sqrt(variance) if known else math.inf
     if min(rollouts) >= 0 and max(rollouts) <= 1:
-        # Without variety nothing says that a prompt is worth more than one trial.
-        trials = mean * (1 - mean) * (_NORMAL / half) ** 2 if known else _equal_prompts(rewards)
+        # Without variety nothing says that a prompt is worth more than one trial. A mean that is
+        # rounded to 0 or 1 has none either: sums of weights end in 0.9999999999999999.
+        trials = mean * (1 - mean) * (_NORMAL / half) ** 2
+        trials = trials if trials > 0 else _equal_prompts(rewards)
         if trials <= _LARGE:
             found = share_interval(mean * trials, trials)
             return Interval(mean, found.low, found.high)

@@ -79,7 +79,7 @@ def leave(status: int) -> NoReturn:
 
 
 def _end_at_once(number: int) -> NoReturn:
-    """As a kill does, which no run is harmed by; but the terminal gets its cursor back."""
+    """End like `kill -9`, which harms no run, but show the cursor again."""
     for stream in (1, 2):
         if os.isatty(stream):
             os.write(stream, b"\x1b[?25h\r\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sysconfig
 import traceback
 from pathlib import Path
@@ -13,8 +14,8 @@ FRAMES = 4
 """Innermost lines of the user's that are shown."""
 LINES = 4
 """Lines of the exception's own text that are shown."""
-_OURS = str(Path(gspo.__file__).parent)
-_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+_OURS = str(Path(gspo.__file__).parent) + os.sep
+_LIBRARIES = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib")})
 
 
 def rollout_error(error: Exception, split: str, index: int, step: int) -> RolloutError | None:

@@ -17,6 +17,7 @@ from gspo.lab.experiment import Estimate
 from gspo.lab.panel import Progress
 from gspo.lab.spec import Spec
 from gspo.train.checkpoint import steps_saved
+from gspo.train.rollouts import why_no_update
 
 _FIELDS = (
     ("reward", "train/reward", "{:.3f}"),
@@ -128,5 +129,6 @@ def _line(progress: Progress, metrics: dict[str, float]) -> str:
     parts = [f"step {progress.step}/{progress.total}"]
     parts += [f"{label} {form.format(metrics[k])}" for label, k, form in _FIELDS if k in metrics]
     if "train/skipped" in metrics:
-        parts.append("skipped: all groups have equal rewards")
+        counts = (int(metrics.get(f"train/trajectories{end}", 0)) for end in ("", "_too_long"))
+        parts.append(f"skipped: {why_no_update(*counts)}")
     return "  ".join([*parts, f"left {progress.left()}"])

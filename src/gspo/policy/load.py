@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gspo.compute import free_cores
 from gspo.dev import InternalModelConfig
 from gspo.errors import ModelError
 from gspo.policy import hf
@@ -200,6 +201,6 @@ def _device(name: str) -> torch.device:
 
 def _threads(lm: PreTrainedModel, wanted: int | None) -> tuple[int, int]:
     """(OpenMP threads, workers) that together use `wanted` cores."""
-    cores = wanted or int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    cores = wanted or int(os.environ.get("OMP_NUM_THREADS") or free_cores())
     small = lm.device.type == "cpu" and sum(p.numel() for p in lm.parameters()) < SMALL
     return (1, cores) if small else (cores, 1)

@@ -33,7 +33,7 @@ def logit_scale(lm: PreTrainedModel, source: str) -> float:
     It is exactly that number, not a measured one, so that it is the same whatever the weights are.
 
     Raises:
-        ModelError: the logits are no multiple of the head's product that the config names.
+        ModelError: no number in the config turns the head's output into the logits.
     """
     head, cap = output_embeddings(lm), soft_cap(lm)
     if not isinstance(head, torch.nn.Linear):

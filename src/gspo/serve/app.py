@@ -98,15 +98,16 @@ async def completions(request: Request, body: CompletionBody) -> JSONResponse:
     served.check(body.model)
     params = body.sampling(body.max_tokens)
     engine.check_params(params)
-    if body.logprobs is not None and body.logprobs > 0:
+    if body.logprobs not in (None, 0):
         raise RequestError("logprobs: only 0, the chosen tokens', is supported", "logprobs")
     special = body.add_special_tokens
     prompts = [
         engine.encode(p, special=special) if isinstance(p, str) else p for p in body.prompts()
     ]
-    answers = await asyncio.gather(
-        *(batcher.complete(EngineRequest(tuple(prompt), params)) for prompt in prompts)
-    )
+    asked = [EngineRequest(tuple(prompt), params) for prompt in prompts]
+    for one in asked:  # all of them, before the first is sampled
+        batcher.check(one)
+    answers = await asyncio.gather(*(batcher.complete(one) for one in asked))
     pairs = [(p, c) for p, done in zip(prompts, answers, strict=True) for c in done]
     with_logprobs = body.logprobs is not None
     choices = [_text_choice(engine, i, p, c, with_logprobs) for i, (p, c) in enumerate(pairs)]

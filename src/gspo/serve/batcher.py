@@ -85,16 +85,26 @@ class Batcher:
         """Let go of the engine and its weights, whoever may still hold the routes to it."""
         self._engine = None
 
+    def check(self, request: Request) -> None:
+        """Refuse what the engine cannot sample from, before it can spoil a batch.
+
+        Raises:
+            RequestError: ids that are no tokens of the model, a prompt that doesn't fit the
+                context, or routes asked of a model that has none.
+        """
+        engine = self.engine
+        check_fits(request, engine.context, engine.vocabulary)
+        if request.params.routes:
+            engine.check_routes()
+
     async def complete(self, request: Request) -> list[Completion]:
         """The request's n completions.
 
         Raises:
-            RequestError: it doesn't fit the context, or asks for routes that there aren't.
+            RequestError: see `check`.
             ServeError: the engine failed, or its worker was cancelled.
         """
-        check_fits(request, self.engine.context)  # before it can spoil a batch
-        if request.params.routes:
-            self.engine.check_routes()
+        self.check(request)
         loop = asyncio.get_running_loop()
         queue = self._queue(loop)
         answer: asyncio.Future[list[Completion]] = loop.create_future()
@@ -111,7 +121,10 @@ class Batcher:
             return self._queues[loop]
 
     async def _work(self, queue: _Queue) -> None:
-        """Answer batch after batch. Whatever ends this, reaches everybody who waits."""
+        """Answer batch after batch.
+
+        If this task fails or is cancelled, every waiting request gets the error.
+        """
         try:
             while queue.waiting:
                 await self._settle(queue)

@@ -159,7 +159,8 @@ class Running:
         length = int(self._count[i])
         self.rows[i].tokens = tuple(self._tokens[i, :length].tolist())
         self.rows[i].logprobs = tuple(self._logprobs[i, :length].tolist())
-        # A finished row samples on, unheard, until it is dropped; it starts over in its buffer.
+        # A finished row is still computed until `keep` drops it; its tokens are ignored.
+        # It writes them over the start of its buffer.
         self._count[i] = 0
         self._limit[i] = torch.iinfo(self._limit.dtype).max
 

@@ -8,9 +8,11 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from gspo.errors import RequestError
+from gspo.errors import RequestError, shown
+from gspo.options import TEMPERATURES
 
 FinishReason = Literal["stop", "length"]
+RANGE = f"[{TEMPERATURES[0]:g}, {TEMPERATURES[1]:g}]"
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class SamplingParams:
         for name, value, fine, rule in (
             ("n", self.n, 1 <= self.n <= 4096, "in 1..4096"),
             ("max_tokens", self.max_tokens, limit >= 1, "at least 1"),
-            ("temperature", self.temperature, _fine(self.temperature), "0, or in [0.001, 100]"),
+            ("temperature", self.temperature, _fine(self.temperature), f"0, or in {RANGE}"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]"),
             ("stop", self.stop, all(self.stop), "texts that are not empty"),
             ("min_tokens", self.min_tokens, self.min_tokens >= 0, "at least 0"),
@@ -65,8 +67,7 @@ class SamplingParams:
 
 
 def _fine(temperature: float) -> bool:
-    # Below, logits divided by it leave float32.
-    return temperature == 0 or 1e-3 <= temperature <= 100
+    return temperature == 0 or TEMPERATURES[0] <= temperature <= TEMPERATURES[1]
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,11 @@ class Engine(Protocol):
         """Longest prompt + completion in tokens."""
         ...
 
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids the model has: those of a prompt are below."""
+        ...
+
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of a text; `special` adds what the tokenizer puts around one (a BOS)."""
         ...
@@ -144,15 +150,23 @@ class Engine(Protocol):
         ...
 
 
-def check_fits(request: Request, context: int) -> int:
+def check_fits(request: Request, context: int, vocabulary: int) -> int:
     """Most tokens that each completion of the request may have.
 
     Raises:
-        RequestError: an empty prompt, or one that leaves no room in the context.
+        RequestError: an empty prompt, one with an id that is no token of the model, or one that
+            leaves no room in the context.
     """
     length = len(request.prompt)
     if length == 0:
         raise RequestError("the prompt is empty: it needs at least one token", param="prompt")
+    for token in (min(request.prompt), max(request.prompt)):
+        if not 0 <= token < vocabulary:
+            raise RequestError(
+                f"the prompt has the token id {shown(token)}, but the model's vocabulary is "
+                f"0..{vocabulary - 1}",
+                param="prompt",
+            )
     room = context - length
     wanted = request.params.max_tokens
     if request.params.min_tokens > (wanted or room):

@@ -26,6 +26,7 @@ class FakeEngine:
     """
 
     context = 4096
+    vocabulary = 0x110000
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ class FakeEngine:
         return [self._complete(request) for request in requests]
 
     def _complete(self, request: Request) -> list[Completion]:
-        limit = check_fits(request, self.context)
+        limit = check_fits(request, self.context, self.vocabulary)
         self.check_params(request.params)
         if request.params.routes:
             self.check_routes()

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from gspo.draws import purpose
-from gspo.errors import RequestError, suggestion
+from gspo.errors import RequestError, shown, suggestion
 from gspo.serve.engine import SamplingParams
 
 _IGNORABLE = {"user", "metadata", "service_tier", "prompt_cache_key", "safety_identifier"}
@@ -43,7 +43,7 @@ Any other value is refused by name: nothing is accepted and ignored."""
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)  # JSON has numbers: "2" or true is none
 
     model: str
     n: int = 1
@@ -82,7 +82,7 @@ class _Body(BaseModel):
 
     def _refuse_unknown(self) -> None:
         for name, value in (self.model_extra or {}).items():
-            if value is None or name in _IGNORABLE or value in _NEUTRAL.get(name, ()):
+            if value is None or name in _IGNORABLE or _is_neutral(name, value):
                 continue
             if name in _NEUTRAL:
                 raise RequestError(f"{name} is not supported by this server yet", param=name)
@@ -122,7 +122,13 @@ class CompletionBody(_Body):
     add_special_tokens: bool = True
 
     def prompts(self) -> list[str | list[int]]:
-        """The prompts one by one, as text or as token ids."""
+        """The prompts one by one, as text or as token ids.
+
+        Raises:
+            RequestError: there is none.
+        """
+        if not self.prompt and not isinstance(self.prompt, str):
+            raise RequestError("prompt = []: give at least one prompt", param="prompt")
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
@@ -130,13 +136,39 @@ class CompletionBody(_Body):
         return list(self.prompt)  # pyright: ignore[reportReturnType]
 
 
+def _is_neutral(name: str, value: Any) -> bool:
+    """Whether this value of a parameter asks for nothing. Here 0 is not False."""
+    return any(
+        value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+        for neutral in _NEUTRAL.get(name, ())
+    )
+
+
 def _plain(message: dict[str, Any], index: int) -> dict[str, Any]:
     if not isinstance(message.get("role"), str):
         raise RequestError(f"messages[{index}] has no role", param="messages")
     content = message.get("content")
     if isinstance(content, list):
-        parts = [part.get("text") for part in content if part.get("type") == "text"]
-        if len(parts) != len(content):
-            raise RequestError(f"messages[{index}]: only text parts are supported", "messages")
-        content = "".join(parts)
+        content = "".join(_part_text(part, index) for part in content)
+    if content is not None and not isinstance(content, str):
+        raise RequestError(
+            f"messages[{index}].content = {shown(content)}: must be text, or a list of text parts",
+            param="messages",
+        )
     return {**message, "content": content or ""}
+
+
+def _part_text(part: Any, index: int) -> str:
+    if not isinstance(part, dict) or part.get("type") != "text":
+        raise RequestError(
+            f"messages[{index}]: only text parts are supported, "
+            f'{{"type": "text", "text": "..."}}, not {shown(part)}',
+            param="messages",
+        )
+    text = part.get("text")
+    if not isinstance(text, str):
+        raise RequestError(
+            f"messages[{index}]: the text of a part is {shown(text)}: must be a string",
+            param="messages",
+        )
+    return text

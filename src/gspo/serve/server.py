@@ -64,7 +64,13 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def serve(app: FastAPI, listener: socket.socket) -> None:
-    """Answer requests on `listener` until interrupted."""
+    """Answer requests on `listener` until SIGINT or SIGTERM, and running ones `STOP_SECONDS` more.
+
+    The signal is then raised again: SIGTERM ends the process.
+
+    Raises:
+        KeyboardInterrupt: after SIGINT.
+    """
     uvicorn.Server(_config(app)).run(sockets=[listener])
 
 
@@ -76,8 +82,7 @@ class PortServer:
 
     def __init__(self, app: FastAPI, listener: socket.socket):
         self._listener = listener
-        config = _config(app, timeout_graceful_shutdown=STOP_SECONDS)
-        self._server = uvicorn.Server(config)
+        self._server = uvicorn.Server(_config(app))
         self._thread = threading.Thread(
             target=self._server.run,
             kwargs={"sockets": [listener]},
@@ -107,9 +112,12 @@ class PortServer:
     async def stop(self) -> None:
         """Finish running requests, for `STOP_SECONDS` at most, and free the port."""
         self._server.should_exit = True
-        await asyncio.to_thread(self._thread.join, STOP_SECONDS + 5)
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join, STOP_SECONDS + 5)
         self._listener.close()
 
 
-def _config(app: FastAPI, **options: Any) -> uvicorn.Config:
-    return uvicorn.Config(app, log_level="warning", lifespan="off", **options)
+def _config(app: FastAPI) -> uvicorn.Config:
+    return uvicorn.Config(
+        app, log_level="warning", lifespan="off", timeout_graceful_shutdown=STOP_SECONDS
+    )

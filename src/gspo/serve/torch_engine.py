@@ -63,6 +63,10 @@ class TorchEngine:
     def context(self) -> int:
         return self.policy.context
 
+    @property
+    def vocabulary(self) -> int:
+        return self.policy.head.size
+
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         return self.policy.tokenizer(text, add_special_tokens=special)["input_ids"]
 
@@ -109,7 +113,7 @@ class TorchEngine:
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         rows = []
         for r, request in enumerate(requests):
-            limit = check_fits(request, self.context)
+            limit = check_fits(request, self.context, self.vocabulary)
             if request.params.routes:
                 self.check_routes()
             ends = ends_of(request.params, self.policy.tokenizer, self.policy.head.size)

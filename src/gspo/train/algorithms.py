@@ -9,7 +9,7 @@ from typing import Any, cast, get_args
 from gspo.byname import load_object
 from gspo.dev import OWN_ALGORITHMS, Algorithm
 from gspo.errors import ConfigError
-from gspo.objective import PRESETS, AdvantageKind, Objective, Preset
+from gspo.objective import PRESETS, AdvantageKind, Correction, Objective, Preset
 
 
 def register_algorithm(
@@ -81,7 +81,15 @@ def as_preset(value: Any, name: str) -> Preset:
         )
     try:
         if "objective" not in value:
-            return Preset(name, Objective(**value), "", "your own")
-        return Preset(**{**value, "objective": Objective(**value["objective"])})
+            return Preset(name, _objective(value), "", "your own")
+        return Preset(**{**value, "objective": _objective(value["objective"])})
     except (TypeError, ValueError) as error:
         raise ConfigError(f"algorithm: these fields are no objective: {error}") from None
+
+
+def _objective(fields: Mapping[str, Any]) -> Objective:
+    """An objective of its fields, whose correction is a dict where they were in a file."""
+    correction = fields.get("correction")
+    if isinstance(correction, Mapping):
+        fields = {**fields, "correction": Correction(**correction)}
+    return Objective(**fields)

@@ -56,6 +56,21 @@ class RolloutBatch:
         return len(set(self.groups) - self.groups_with_signal)
 
 
+def why_no_update(trajectories: int, too_long: int) -> str:
+    """Why no step was taken on a batch.
+
+    Args:
+        trajectories: that had a sample.
+        too_long: that were dropped.
+
+    >>> why_no_update(0, 4)
+    'all 4 trajectories are longer than the context'
+    """
+    if trajectories == 0:
+        return f"all {too_long} trajectories are longer than the context"
+    return "all advantages are 0: each group has equal rewards or a single trajectory"
+
+
 @timed("packing")
 def prepare(
     groups: Sequence[TrajectoryGroup],

@@ -61,7 +61,7 @@ class Settings:
         >>> resolve().as_config()["epsilon_high"]
         0.0004
         """
-        objective = self.objective
+        objective, correction = self.objective, self.objective.correction
         clipped = objective.surrogate in CLIPPING
         low = "auto" if self.auto_epsilon else objective.epsilon_low
         return self.options.model_dump(mode="json") | {
@@ -73,6 +73,10 @@ class Settings:
             "old_logprobs": self.old_logprobs,
             "minibatches": self.minibatches,
             "kl_penalty_coef": objective.kl_coef,
+            "epsilon_scale": objective.epsilon_scale,
+            "correction": correction and correction.kind,
+            "correction_low": correction and correction.low,
+            "correction_high": correction and correction.high,
             "learning_rate": self.learning_rate,
         }
 
@@ -89,7 +93,6 @@ def resolve(config: TrainConfig | None = None, options: DevTrainConfig | None = 
     config, options = config or TrainConfig(), options or DevTrainConfig()
     preset = _preset(options)
     _check_epsilon(preset, options)
-    kl = config.kl_penalty_coef if options.kl_penalty_coef is None else options.kl_penalty_coef
     low, high = _range(preset.objective, options)
     old = _old_logprobs(options)
     try:
@@ -97,9 +100,9 @@ def resolve(config: TrainConfig | None = None, options: DevTrainConfig | None = 
             preset.objective,
             epsilon_low=low,
             epsilon_high=high,
-            kl_coef=kl,
-            epsilon_scale=options.epsilon_scale,
-            correction=_correction(options, old),
+            kl_coef=_kl(preset.objective, config, options),
+            epsilon_scale=options.epsilon_scale or preset.objective.epsilon_scale,
+            correction=_correction(preset.objective.correction, options, old),
         )
     except ValueError as error:
         raise ConfigError(f"dev.TrainConfig: {error}") from None
@@ -133,6 +136,14 @@ def _preset(options: DevTrainConfig) -> Preset:
     return preset
 
 
+def _kl(objective: Objective, config: TrainConfig, options: DevTrainConfig) -> float:
+    """The first that was given: the option, the public one, else the preset's own."""
+    if options.kl_penalty_coef is not None:
+        return options.kl_penalty_coef
+    given = "kl_penalty_coef" in config.model_fields_set
+    return config.kl_penalty_coef if given else objective.kl_coef
+
+
 def _range(objective: Objective, options: DevTrainConfig) -> tuple[float, float]:
     low, high = objective.epsilon_low, objective.epsilon_high
     if isinstance(options.epsilon, float | int):
@@ -163,7 +174,7 @@ def _check_epsilon(preset: Preset, options: DevTrainConfig) -> None:
         )
     if options.epsilon == "auto" and options.epsilon_high is not None:
         raise ConfigError("epsilon='auto' sets both sides: leave epsilon_high out")
-    if options.epsilon_scale != "constant" and not sequence:
+    if options.epsilon_scale == "sqrt_length" and not sequence:
         raise ConfigError(
             f"epsilon_scale={options.epsilon_scale!r} needs a sequence-level ratio, which "
             f"{preset.name!r} doesn't have"
@@ -181,23 +192,28 @@ def _old_logprobs(options: DevTrainConfig) -> str:
     return "trainer"
 
 
-def _correction(options: DevTrainConfig, old: str) -> Correction | None:
-    bounds = (options.correction_low, options.correction_high)
-    if options.correction is None:
-        if bounds != (None, None):
-            raise ConfigError("correction_low and correction_high need a correction")
-        return None
-    if old == "rollout" and options.correction != "off_policy_sequence_mask":
+def _correction(preset: Correction | None, options: DevTrainConfig, old: str) -> Correction | None:
+    """The option's, else the preset's, with the bounds that were given."""
+    low, high = options.correction_low, options.correction_high
+    kind = options.correction
+    if kind is None:
+        if preset is None:
+            if (low, high) != (None, None):
+                raise ConfigError("correction_low and correction_high need a correction")
+            return None
+        kind = preset.kind
+    if old == "rollout" and kind != "off_policy_sequence_mask":
         raise ConfigError(
-            f"correction={options.correction!r} weights by trainer / engine, but with "
+            f"correction={kind!r} weights by trainer / engine, but with "
             "old_logprobs='rollout' the ratio is already taken against the engine: "
             "set old_logprobs='trainer'"
         )
-    if options.correction_low is not None and BOUNDS[options.correction][0] == 0:
-        raise ConfigError(
-            f"correction={options.correction!r} has no lower bound: leave correction_low out"
-        )
-    return Correction(options.correction, *bounds)
+    if low is not None and BOUNDS[kind][0] == 0:
+        raise ConfigError(f"correction={kind!r} has no lower bound: leave correction_low out")
+    if options.correction is None and preset is not None:
+        low = preset.low if low is None else low
+        high = preset.high if high is None else high
+    return Correction(kind, low, high)
 
 
 def _advantage(preset: Preset, options: DevTrainConfig) -> AdvantageKind:

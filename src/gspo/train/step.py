@@ -132,8 +132,8 @@ def _score(
     apart: bool,
     batch: PackedBatch,
 ) -> _Done:
-    """Forward and backward of one row; with `apart`, its gradient is returned, not accumulated, so
-    that rows side by side add up in their order."""
+    """Forward and backward of one row. With `apart`, return the gradient instead of adding it, so
+    that the caller can add the rows in a fixed order."""
     with nullcontext() if work.routing is None else work.routing.observe(batch) as watched:
         scored = forward(policy, batch, work.chunk)
     device = scored.logprobs.device

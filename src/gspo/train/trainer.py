@@ -26,7 +26,13 @@ from gspo.train.calibration import EpsilonController, is_noisy, noise_advice, sp
 from gspo.train.defaults import with_defaults
 from gspo.train.optimizer import Optimizer, learning_rate
 from gspo.train.recompute import with_trainer_logprobs
-from gspo.train.rollouts import RolloutBatch, minibatches, reward_std, without_advantage
+from gspo.train.rollouts import (
+    RolloutBatch,
+    minibatches,
+    reward_std,
+    why_no_update,
+    without_advantage,
+)
 from gspo.train.routing import BatchRouting, check_routing, shares, with_routes
 from gspo.train.settings import Settings
 from gspo.train.step import Reference, StepInput, accumulate
@@ -43,12 +49,14 @@ class TrainOutput:
         updates: optimizer steps taken.
         skipped: why none was taken, or None.
         metrics: of the whole call.
+        settings: those that were used, with the defaults that apply to the model.
         traces: of each trajectory that had a forward pass, its sequences in their last update.
     """
 
     updates: int
     skipped: str | None
     metrics: Metrics
+    settings: Settings
     traces: Mapping[int, Sequence[Trace]]
 
 
@@ -109,19 +117,14 @@ class Trainer:
                 updates += stepped is not None
                 seen += stepped or []
         finally:
-            self.policy.lm.eval()
             self.policy.version += updates > 0
         routing.end()
         self.step += 1
-        skipped = None
-        if not batch.samples:
-            skipped = f"all {batch.dropped} trajectories are longer than the context"
-        elif updates == 0:
-            skipped = "every group has equal rewards: all advantages are 0"
+        skipped = why_no_update(len(batch.samples), batch.dropped) if updates == 0 else None
         self._calibrate(metrics, objective, settings, seen)
         metrics.add("optim/updates", updates)
         metrics.add("time/train", time.perf_counter() - started)
-        return TrainOutput(updates, skipped, metrics, by_trajectory(seen))
+        return TrainOutput(updates, skipped, metrics, settings, by_trajectory(seen))
 
     def _plan(self, batch: RolloutBatch, settings: Settings) -> list[list[tuple[Sample, ...]]]:
         """The minibatches of all epochs, in order."""

@@ -166,9 +166,9 @@ def area(steps: Sequence[float], values: Sequence[float]) -> float:
 def collapsed(evaluations: Sequence[Interval]) -> bool:
     """Whether a run lost most of what it had gained, or fell below its start, for certain.
 
-    Its last evaluation is below the middle between the start and the best one: with the upper end
-    of its interval, and they with their lower ends. If the best one is the start, that is the
-    start. So noise is no collapse, and a constant that is added to all rewards changes nothing.
+    A run collapsed if the upper end of its last interval is below the middle of two numbers: the
+    lower end of the first interval and the largest lower end before the last. So noise is no
+    collapse, and a constant that is added to all rewards changes nothing.
 
     >>> start, best = Interval(0.3, 0.25, 0.35), Interval(0.8, 0.75, 0.85)
     >>> collapsed([start, best, Interval(0.4, 0.35, 0.45)])  # below 0.5, the middle

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Literal, Protocol
 
 from gspo.backend.metrics_file import read_metrics
+from gspo.compute import free_cores
 from gspo.errors import RunError
 from gspo.lab.compare.grid import CELLS, Cell
 from gspo.lab.compare.spec import CompareSpec
@@ -45,10 +46,8 @@ class GridWatch(Protocol):
 
 def default_workers(cells: list[Cell]) -> int:
     """One for each core, or for as many cores as a cell has threads."""
-    free = getattr(os, "sched_getaffinity", None)
-    cores = len(free(0)) if free else os.cpu_count() or 1
     threads = max((c.spec.load.threads or 1 for c in cells if c.spec), default=1)
-    return max(1, cores // threads)
+    return max(1, free_cores() // threads)
 
 
 def cell_folder(cell: Cell) -> Path:

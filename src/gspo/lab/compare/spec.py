@@ -100,9 +100,33 @@ def read_compare_spec(path: Path, overrides: Iterable[str] = ()) -> CompareSpec:
     data = read_toml(path)
     data.setdefault("name", path.stem)
     data = override(data, overrides, CompareSpec.model_fields)
-    if isinstance(data.get("base"), dict):
-        data["base"] = named_beside(data["base"], path.parent)
-    return CompareSpec(**data)
+    return CompareSpec(**_beside(data, path.parent))
+
+
+def _beside(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The same with `named_beside` of the base, the arms and the stressors."""
+
+    def keys(run: Any) -> Any:
+        return named_beside(run, folder) if isinstance(run, dict) else run
+
+    def level(axis: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return keys(value)
+        named = keys({axis: value})
+        # The table and the report show what the file says, not the path that it means.
+        return value if named[axis] == value else named | {"label": value}
+
+    found = dict(data)
+    if "base" in data:
+        found["base"] = keys(data["base"])
+    if isinstance(data.get("arms"), list):
+        found["arms"] = [keys(arm) for arm in data["arms"]]
+    if isinstance(data.get("stress"), dict):
+        found["stress"] = {
+            axis: [level(axis, value) for value in values] if isinstance(values, list) else values
+            for axis, values in data["stress"].items()
+        }
+    return found
 
 
 def with_overrides(spec: CompareSpec, overrides: Iterable[str]) -> CompareSpec:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from gspo.lab.report.charts import sections
-from gspo.lab.report.data import RunData, changed, flat, read_runs
+from gspo.lab.report.data import RunData, changed, flat
 from gspo.lab.report.page import Live, render
 from gspo.lab.report.trajectories import (
     COMPLETIONS,
@@ -36,15 +35,6 @@ def run_page(runs: Sequence[RunData], live: Live | None = None) -> str:
         sections=found,
         trajectory_note=_note(trajectories),
     )
-
-
-def report_runs(folders: Sequence[Path], live: Live | None = None) -> str:
-    """`run_page` of the runs in these folders.
-
-    Raises:
-        RunError: a folder that is not one of a run.
-    """
-    return run_page(read_runs(folders), live)
 
 
 def _note(trajectories: Sequence[Mapping[str, Any]]) -> str:
