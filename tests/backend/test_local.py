@@ -513,3 +513,22 @@ async def test_a_backend_closes_itself_and_logs_a_dict_of_a_config(tmp_path: Pat
         await model.register(backend)
     async with art.LocalBackend(tmp_path) as backend:  # the run folder is free again
         await model.register(backend)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_context": 32}, "max_context None, not 32"),
+        ({"dtype": "bfloat16"}, "dtype 'float32', not 'bfloat16'"),
+        ({"lora": {"r": 4}}, "lora None, not {'r': 4"),
+    ],
+)
+async def test_a_registered_name_is_not_loaded_otherwise(
+    backend: art.LocalBackend, model: art.TrainableModel, options: dict[str, Any], message: str
+):
+    """A notebook's cell that is run again, with other options."""
+    await make().register(backend)  # the same again
+    again = make()
+    again._internal_config = art.dev.InternalModelConfig(**options)
+    with pytest.raises(RunError, match=f"is registered with {message}.*another name"):
+        await again.register(backend)

@@ -108,6 +108,19 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path: Path):
         read_spec(path)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"task": "sortt"}, "Did you mean 'sort'"),
+        ({"task": "sort", "name": ""}, "name = '': .*empty"),
+        ({"task": "sort", "path": "a\0b"}, "path = .*NUL"),
+    ],
+)
+def test_what_names_nothing_is_refused(fields: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        Spec(**fields)
+
+
 def test_half_a_character_is_no_name():
     for field in ("name", "project", "path"):
         with pytest.raises(ConfigError, match=f"{field} = .*half of one"):

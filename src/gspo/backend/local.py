@@ -99,12 +99,7 @@ class LocalBackend:
         key = (model.project, model.name)
         service = self._services.get(key)
         if service is not None:
-            if service.base_model != model.source:
-                raise RunError(
-                    f"model {model.name!r} of project {model.project!r} is registered with "
-                    f"base_model {service.base_model!r}, not {model.source!r}: "
-                    "give one of the two another name"
-                )
+            service.check_same(model)
             return
         if not model.trainable:
             self._run(model)
@@ -149,7 +144,17 @@ class LocalBackend:
         client = in_process_client(app)
         server = None if listener is None else PortServer(app, listener)
         assert model.source is not None
-        service = Service(run, model.source, self.seed, engine, trainer, batcher, client, server)
+        service = Service(
+            run,
+            model.source,
+            model.internal_config,
+            self.seed,
+            engine,
+            trainer,
+            batcher,
+            client,
+            server,
+        )
         try:
             await client.models.list()  # the client looks its platform up, once, in a thread
             if server is not None:

@@ -80,7 +80,13 @@ class MetricsFile:
     def truncate(self, step: int) -> None:
         """Drop the lines beyond a step."""
         kept = [record for record in self._records if record["step"] <= step]
-        if len(kept) != len(self._records):
+        gone = len(self._records) - len(kept)
+        if gone > 1:  # one is what a kill between log and checkpoint leaves; more were deleted
+            log.warning(
+                "%s: the last %d lines are of steps that have no checkpoint any more: left out",
+                *(self._path, gone),
+            )
+        if gone:
             self._rewrite(kept)
             self._records = kept
 

@@ -12,7 +12,7 @@ from typing import Any, ParamSpec
 
 from openai import AsyncOpenAI
 
-from gspo.backend.base import TrainResult
+from gspo.backend.base import ModelLike, TrainResult
 from gspo.backend.measured import best_step, check_logged, means
 from gspo.backend.replay import UpdateRecord
 from gspo.backend.run import Run
@@ -55,12 +55,28 @@ class Service:
 
     run: Run
     base_model: str
+    config: InternalModelConfig
     seed: int
     engine: TorchEngine
     trainer: Trainer
     batcher: Batcher
     client: AsyncOpenAI
     server: PortServer | None
+
+    def check_same(self, model: ModelLike) -> None:
+        """Refuse this model's name for another model, or for one that is loaded otherwise.
+
+        Raises:
+            RunError: what differs.
+        """
+        loaded = {"base_model": self.base_model, **self.config.model_dump()}
+        wanted = {"base_model": model.source, **model.internal_config.model_dump()}
+        for name, value in loaded.items():
+            if wanted[name] != value:
+                raise RunError(
+                    f"model {model.name!r} of project {model.project!r} is registered with "
+                    f"{name} {value!r}, not {wanted[name]!r}: give one of the two another name"
+                )
 
     def checked(
         self, trajectory_groups: Any, settings: Settings

@@ -101,7 +101,8 @@ class Spec(Options):
                 "learns from: leave one of the two out"
             )
         if not self.model:
-            raise ValueError("give a model: only the built-in tasks have one of their own")
+            near = suggestion(self.task or "", task_names())
+            raise ValueError(f"give a model: only the built-in tasks have one of their own.{near}")
         return self
 
     def train_config(self) -> TrainConfig:
@@ -113,8 +114,12 @@ def folder_name(text: str) -> str:
     """A name or path of a folder, with `~` as the home folder.
 
     Raises:
-        ValueError: half a character (a lone surrogate), which no file name and no terminal takes.
+        ValueError: nothing, a NUL, or half a character (a lone surrogate): no file name has these.
     """
+    if not text:
+        raise ValueError("give a name: this one is empty")
+    if "\0" in text:
+        raise ValueError("it holds a NUL, which no file name does: remove it")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,7 +29,7 @@ from gspo.policy.embedded import PREFIX, RECIPES, embedded_folder
 from gspo.policy.hf import hub_address, quiet
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_REFUSALS = (OSError, ValueError, ImportError, AttributeError, KeyError)
+_REFUSALS = (OSError, ValueError, ImportError, AttributeError, KeyError, SafetensorError)
 
 
 def resolve(base_model: str) -> str:

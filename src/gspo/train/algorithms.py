@@ -37,7 +37,7 @@ def register_algorithm(
     """
     if name in get_args(Algorithm):
         raise ConfigError(f"register_algorithm({name!r}): this is a built-in method; name it anew")
-    if not name.isidentifier():
+    if not isinstance(name, str) or not name.isidentifier():
         raise ConfigError(f"register_algorithm({name!r}): a name has letters, digits and '_' only")
     preset = as_preset(objective, name)
     changes: dict[str, Any] = {"advantage": advantage, "formula": formula, "source": source}

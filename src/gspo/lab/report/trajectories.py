@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gspo.errors import RunError
 from gspo.lab.report.data import RunData
 
 if TYPE_CHECKING:
@@ -99,9 +100,13 @@ def _groups(path: Path, share: int, tokenizer: Tokenizer | None) -> list[dict[st
     import pyarrow.parquet as pq
 
     # Files from before this report lack its columns: they are null here.
-    with pq.ParquetFile(path) as file:
-        present = [name for name in _COLUMNS if name in file.schema_arrow.names]
-        table = file.read(columns=present)
+    try:
+        with pq.ParquetFile(path) as file:
+            present = [name for name in _COLUMNS if name in file.schema_arrow.names]
+            table = file.read(columns=present)
+    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+        remedy = "delete it, and the page does without"
+        raise RunError(f"{path} is damaged ({error}): {remedy}") from None
     numbers = table["group"].to_numpy()
     known = np.unique(numbers)
     out = []
