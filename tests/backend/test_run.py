@@ -55,11 +55,14 @@ def test_a_torn_last_line_is_dropped(run: Run, tmp_path: Path):
     again.close()
 
 
-def test_lines_beyond_the_checkpoint_are_forgotten(run: Run):
+def test_lines_beyond_the_checkpoint_are_forgotten(run: Run, caplog: pytest.LogCaptureFixture):
     for step in range(4):
         run.log(step, {"a": float(step)})
     run.forget_after(2)
     assert [line["step"] for line in lines(run)] == [0, 1, 2]
+    assert not caplog.records  # one line: killed between the log and the checkpoint
+    run.forget_after(0)
+    assert "the last 2 lines are of steps that have no checkpoint" in caplog.text
 
 
 def test_another_base_model_is_refused_before_anything_is_written(run: Run, tmp_path: Path):
