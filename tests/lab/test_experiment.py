@@ -65,7 +65,7 @@ def weights(run: Path, step: int) -> bytes:
 async def test_the_demo_learns(tmp_path: Path):
     outcome = await run_experiment(demo_spec(str(tmp_path)), Silent())
     assert outcome.before is not None and outcome.after is not None
-    assert outcome.after.mean >= outcome.before.mean + 0.3
+    assert outcome.after.mean >= outcome.before.mean + 0.2  # 0.34 to 0.43 on three seeds
     assert outcome.after.low is not None and outcome.before.high is not None
     assert outcome.after.low > outcome.before.high
     picture = draw_run(outcome.run)
