@@ -378,3 +378,10 @@ def test_deleting_checkpoints_by_an_unknown_metric_deletes_nothing(fresh: Regist
     assert fresh.saved() == [1, 2, 3]
     asyncio.run(fresh.model.delete_checkpoints("val/accuracy"))
     assert fresh.saved() == [2, 3]
+
+
+def test_the_rate_is_tokens_over_the_time_of_training(shared: Registered):
+    metrics = shared.train(batch()).metrics
+    assert metrics["tokens/trained"] > 0
+    rate = metrics["tokens/trained"] / metrics["time/train"]
+    assert metrics["throughput/trained_tokens_per_second"] == pytest.approx(rate)
