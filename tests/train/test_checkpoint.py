@@ -165,3 +165,12 @@ def test_a_step_that_is_saved_again_replaces_its_checkpoint(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["0001"]
     folder = save_checkpoint(tmp_path, trainer)
     assert not (folder / "of the first").exists()
+
+
+def test_a_steered_clip_range_goes_on_where_it_was(tmp_path: Path):
+    trainer = trained()
+    trainer.epsilon.epsilon_low = 0.0123
+    save_checkpoint(tmp_path, trainer)
+    again = Trainer(trainer.policy)
+    load_trainer_state(tmp_path / "0001", again)
+    assert again.epsilon.epsilon_low == 0.0123
