@@ -137,3 +137,23 @@ def test_short_writes_are_finished(path: Path, monkeypatch: pytest.MonkeyPatch):
     file.put(1, {"a": 1.0})
     file.put(1, {"b": 1.0})
     assert lines(path) == [{"step": 1, "a": 1.0, "b": 1.0}]
+
+
+def test_a_line_that_is_not_on_the_disk_is_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path)
+    file.put(1, {"a": 1.0})
+    before = path.read_bytes()
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(RunError, match="No space left"):
+            file.put(2, {"a": 2.0})
+    assert path.read_bytes() == before
+    file.put(2, {"a": 3.0})
+    assert [line["a"] for line in file.read()] == [1.0, 3.0]
