@@ -83,7 +83,8 @@ def _explain(cls: type[Options], error: ValidationError) -> str:
         message = cls.fixed.get(where, message)
         line = f"{where} = {value!r}: {message}" if where else message
         if near or where not in lines:
-            lines[where] = f"{_title(cls)}: {line}.{near}"
+            stop = "" if line.endswith("?") else "."  # a suggestion of the check's own
+            lines[where] = f"{_title(cls)}: {line}{stop}{near}"
     return "\n".join(lines.values())
 
 

@@ -111,7 +111,7 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path: Path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"task": "sortt"}, "Did you mean 'sort'"),
+        ({"task": "sortt"}, r"Did you mean 'sort'\?$"),
         ({"task": "sort", "name": ""}, "name = '': .*empty"),
         ({"task": "sort", "path": "a\0b"}, "path = .*NUL"),
     ],
