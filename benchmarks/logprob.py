@@ -28,7 +28,7 @@ import torch
 from harness import Pairs, paired, say, stamp
 from torch import Tensor
 
-from gspo.policy.logprob import Head, token_logprobs
+from gspo.kernels.logprob import Head, token_logprobs
 
 TIME_GOAL = 0.87
 """1 / 1.15: at most 1.15 times the naive way's time."""
@@ -130,7 +130,7 @@ def inputs(case: Case, device: str = "cpu", dtype: torch.dtype = torch.float32) 
 
 
 def ours(given: Inputs) -> Outcome:
-    """`gspo.policy.logprob`."""
+    """`gspo.kernels.logprob`."""
     out = token_logprobs(given.hidden, Head(given.weight), given.targets, given.temperatures)
     return Outcome(out.logprobs, out.entropy, _gradients(out.logprobs, given))
 

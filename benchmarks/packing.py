@@ -27,8 +27,8 @@ import numpy as np
 import run
 from harness import HERE, Pairs, paired, say, stamp
 
-from gspo.batch.pack import pack, plan_rows
-from gspo.batch.sample import Sample
+from gspo.data.packing import pack, plan_rows
+from gspo.data.sample import Sample
 
 LENGTHS = HERE / "data" / "climb_lengths.json"
 BUDGET = 1024

@@ -45,8 +45,8 @@ def run(cell: tuple[str, int, str]) -> dict[str, Any]:
     """One arm with one seed: held-out reward before and after, and what was clipped."""
     arm, seed, dtype = cell
     from gspo.dev import InternalModelConfig, TrainConfig
-    from gspo.lab.experiment import run_experiment
-    from gspo.lab.spec import Spec
+    from gspo.experiment.loop import run_experiment
+    from gspo.experiment.spec import Spec
 
     with tempfile.TemporaryDirectory() as path:
         spec = Spec(

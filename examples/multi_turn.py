@@ -11,7 +11,7 @@ measured stands in docs/multi-turn.md.
 from __future__ import annotations
 
 import gspo as art
-from gspo.lab.rollout import Scenario
+from gspo.experiment.rollout import Scenario
 from gspo.tasks import load_task
 
 TASK = load_task("sort")

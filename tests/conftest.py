@@ -17,7 +17,10 @@ from library_warnings import Collector
 torch.set_num_threads(1)
 
 # The shapes in the signatures are checked here, and cost nothing outside the tests.
-install_import_hook(["gspo.objective", "gspo.batch", "gspo.policy"], "beartype.beartype")
+ROOMS = ["gspo.objective", "gspo.data", "gspo.kernels", "gspo.policy"]
+install_import_hook(ROOMS, "beartype.beartype")
+    ["gspo.objective", "gspo.data", "gspo.kernels", "gspo.policy"], "beartype.beartype"
+)
 
 settings.register_profile(
     "gspo",

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from gspo.batch.sample import Sample
+from gspo.data.sample import Sample
 from gspo.policy.embedded import build_tokenizer
 from gspo.policy.load import Policy
 from gspo.policy.probe import _sample

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 
 from gspo import TrainConfig, dev
-from gspo.errors import ConfigError
+from gspo.core.errors import ConfigError
 from gspo.objective import BOUNDS, PRESETS, CorrectionKind
 from gspo.train.settings import resolve
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import gspo as art
-from gspo.errors import ConfigError, DataError
+from gspo.core.errors import ConfigError, DataError
 from support import trajectory
 
 

@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 import gspo as art
-from gspo.errors import ConfigError, DataError
+from gspo.core.errors import ConfigError, DataError
 
 
 class Settings(BaseModel):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gspo as art
-from gspo.errors import DataError
+from gspo.core.errors import DataError
 from support import choice, trajectory
 
 

@@ -29,19 +29,19 @@ from torch import Tensor
 from gpu_parts import models
 from gpu_parts.bare import ROOT
 from gpu_parts.bench import Bench, free
-from gspo.batch.pack import PackedBatch, pack
-from gspo.batch.sample import Sample
+from gspo.data.packing import PackedBatch, pack
+from gspo.data.sample import Sample
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy, autocast
-from gspo.policy.precision import rollout_copy
 from gspo.serve.engine import Request, SamplingParams
 from gspo.serve.selfcheck import check_engine
 from gspo.serve.torch_engine import TorchEngine
+from gspo.weights.rollout_copy import rollout_copy
 
 TOKEN, GRADIENT, WORSE = 1e-3, 1e-3, 2.0
 CLIP = 3e-4
 _SMALL: dict[str, Any] = {"vocab_size": 1024, "num_hidden_layers": 4}
-_TESTS, _TOOLS = "tests/policy/test_flex.py", ("pytest", "beartype", "hypothesis")
+_TESTS, _TOOLS = "tests/kernels/test_flex.py", ("pytest", "beartype", "hypothesis")
 _TEST_S = 15
 """Seconds that must be left for the repository's own tests to begin."""
 
@@ -257,7 +257,7 @@ class Outcomes:
 
 
 def run_tests() -> dict[str, Any]:
-    """Run tests/policy/test_flex.py's GPU tests with pytest, without the project's settings: those
+    """Run tests/kernels/test_flex.py's GPU tests with pytest, without the project's settings: those
     name plugins that a bare machine lacks."""
     import pytest
 

@@ -25,13 +25,13 @@ import torch
 from gpu_parts import models
 from gpu_parts.bench import Bench, free
 from gpu_parts.profiling import Profiled, host_share
+from gspo.kernels.slab_cache import slab_bytes
 from gspo.policy.load import Policy
-from gspo.policy.precision import rollout_copy
 from gspo.serve import torch_engine
-from gspo.serve.cache import slab_bytes
 from gspo.serve.engine import Request, SamplingParams
 from gspo.serve.selfcheck import check_engine
 from gspo.serve.torch_engine import TorchEngine
+from gspo.weights.rollout_copy import rollout_copy
 
 GROUP = 8
 FIRST, LAST = 4, 8

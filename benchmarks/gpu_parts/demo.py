@@ -16,9 +16,9 @@ from typing import Any
 
 from gpu_parts.bench import Bench
 from gspo.dev import InternalModelConfig
-from gspo.lab.demo import demo_spec
-from gspo.lab.experiment import Estimate, run_experiment
-from gspo.lab.spec import Spec
+from gspo.experiment.demo import demo_spec
+from gspo.experiment.loop import Estimate, run_experiment
+from gspo.experiment.spec import Spec
 from gspo.policy.embedded import embedded_folder
 
 STEPS = 20

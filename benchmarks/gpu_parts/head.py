@@ -30,8 +30,8 @@ from torch import Tensor
 
 from gpu_parts.bench import Bench
 from gpu_parts.profiling import precision
-from gspo.policy import projection
-from gspo.policy.logprob import Head, token_logprobs
+from gspo.kernels import projection
+from gspo.kernels.logprob import Head, token_logprobs
 
 CLIP = 3e-4
 EXACT = {"logprob": 1e-3, "gradient": 2e-2}

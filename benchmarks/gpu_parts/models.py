@@ -17,14 +17,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwe
 from vocabulary import full_tokenizer
 
 from gpu_parts.bench import Card
-from gspo.batch.pack import PackedBatch
-from gspo.batch.sample import Sample
+from gspo.data.packing import PackedBatch
+from gspo.data.sample import Sample
 from gspo.dev import InternalModelConfig
+from gspo.lab.flops import Flops, head_flops
 from gspo.policy import load
-from gspo.policy.flops import Flops, head_flops
 from gspo.policy.load import Policy
 from gspo.policy.probe import choose_packing
-from gspo.train.rollouts import RolloutBatch
+from gspo.train.minibatches import RolloutBatch
 from gspo.train.trainer import TrainOutput
 
 Sizes = dict[str, Any]

@@ -11,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from gpu_parts.bench import Card
-from gspo.timing import Clock, timing
+from gspo.core.timing import Clock, timing
 
 TOP = 15
 _LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")

@@ -11,10 +11,10 @@ from gpu_parts.bench import Bench, free
 from gpu_parts.training import KINDS, MODES, STANDING
 from gspo.config import TrainConfig
 from gspo.dev import TrainConfig as DevTrainConfig
-from gspo.policy.precision import refresh, rollout_copy
 from gspo.train.checkpoint import save_checkpoint, verify_checkpoint
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
+from gspo.weights.rollout_copy import refresh, rollout_copy
 
 
 def measure(bench: Bench) -> None:

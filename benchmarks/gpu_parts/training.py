@@ -23,7 +23,7 @@ from gspo.config import TrainConfig
 from gspo.dev import LoraConfig
 from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.train.budget import activation_bytes
-from gspo.train.rollouts import RolloutBatch
+from gspo.train.minibatches import RolloutBatch
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
 

@@ -152,8 +152,8 @@ def check(service: Any, batch: Job) -> dict[str, Any]:
     """Log-probs, loss and gradient norm of one optimizer step's loss on a fixed batch."""
     import torch
 
-    from gspo.batch.pack import pack
-    from gspo.metrics import Metrics
+    from gspo.core.metrics import Metrics
+    from gspo.data.packing import pack
     from gspo.policy.forward import forward
     from gspo.train.settings import resolve
     from gspo.train.step import StepInput, accumulate
@@ -193,7 +193,7 @@ def fixed_samples(batch: Job) -> list[Any]:
     """The batch of `check` as samples."""
     import numpy as np
 
-    from gspo.batch.sample import Sample
+    from gspo.data.sample import Sample
 
     samples = []
     rows = zip(

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from gspo.dev import InternalModelConfig, LoraConfig, TrainConfig
-from gspo.lab.experiment import Estimate, run_experiment
-from gspo.lab.spec import Spec
+from gspo.experiment.loop import Estimate, run_experiment
+from gspo.experiment.spec import Spec
 from gspo.policy import embedded
 from gspo.tasks import load_task
 

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
-    from gspo import dev, errors, objective
+    from gspo import dev, objective
     from gspo.backend.base import Backend, TrainResult
     from gspo.backend.fake import FakeBackend
     from gspo.backend.local import LocalBackend
     from gspo.config import TrainConfig
-    from gspo.errors import GspoError
+    from gspo.core import errors
+    from gspo.core.errors import GspoError
     from gspo.gather import gather_trajectories, gather_trajectory_groups, retry
     from gspo.model import Model, TrainableModel
     from gspo.serve.engine import Engine
@@ -68,7 +69,7 @@ _HOMES = {
     "Engine": "gspo.serve.engine",
     "FakeBackend": "gspo.backend.fake",
     "FakeEngine": "gspo.serve.fake_engine",
-    "GspoError": "gspo.errors",
+    "GspoError": "gspo.core.errors",
     "LocalBackend": "gspo.backend.local",
     "Messages": "gspo.trajectory",
     "MessagesAndChoices": "gspo.trajectory",
@@ -85,12 +86,14 @@ _HOMES = {
     "retry": "gspo.gather",
 }
 
+_MODULES = {"dev": "gspo.dev", "errors": "gspo.core.errors", "objective": "gspo.objective"}
+
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
-    if name in ("dev", "errors", "objective"):
-        return importlib.import_module(f"gspo.{name}")
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
     raise AttributeError(f"module 'gspo' has no attribute {name!r}")
 
 

@@ -12,12 +12,12 @@ import typer
 
 import gspo
 from gspo import cli_lab
-from gspo.errors import ConfigError, GspoError, RolloutError
-from gspo.files import strict_json
+from gspo.core.errors import ConfigError, GspoError, RolloutError
+from gspo.core.files import strict_json
 
 if TYPE_CHECKING:
-    from gspo.lab.spec import Spec
-    from gspo.lab.stop import Stop
+    from gspo.experiment.spec import Spec
+    from gspo.experiment.stop import Stop
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -75,7 +75,7 @@ def demo(
     """Train the embedded Mixture-of-Experts model to sort digits, and show that it learned."""
 
     def spec() -> Spec:
-        from gspo.lab.demo import STEPS, demo_spec
+        from gspo.experiment.demo import STEPS, demo_spec
 
         return demo_spec(path, steps or STEPS, seed)
 
@@ -95,7 +95,7 @@ def train(
     as_json: cli_lab.JsonOption = False,
 ) -> None:
     """Train from a file. The same command goes on where a killed run stopped."""
-    from gspo.lab.spec import read_spec
+    from gspo.experiment.spec import read_spec
 
     if dry_run and profile:
         raise ConfigError("--profile times the run that --dry-run doesn't make: leave one out")
@@ -115,7 +115,7 @@ def serve(
 ) -> None:
     """Serve a model or a checkpoint with OpenAI's API."""
     cli_lab.say_loading(model)
-    from gspo.lab.serving import serve_model
+    from gspo.experiment.serving import serve_model
 
     serve_model(model, host, port, name or model)
 
@@ -123,7 +123,7 @@ def serve(
 @app.command()
 def presets(as_json: cli_lab.JsonOption = False) -> None:
     """List the named methods: formula, defaults and source."""
-    from gspo.lab.listing import preset_rows, print_presets
+    from gspo.experiment.listing import preset_rows, print_presets
 
     if as_json:
         print(strict_json(preset_rows()))
@@ -139,15 +139,15 @@ for verb in (cli_lab.audit, cli_lab.inspect, cli_lab.compare, cli_lab.report):
 def _run(make_spec: Callable[[], Spec], model: str, as_json: bool, profiled: bool) -> None:
     cli_lab.say_loading(model)  # before the imports, which take seconds
 
-    from gspo.lab import experiment
+    from gspo.core.timing import timing
+    from gspo.experiment import loop as experiment
+    from gspo.experiment.watch import LiveWatch
     from gspo.lab.picture import draw_run, require_plotting
     from gspo.lab.profile import Profile
     from gspo.lab.profile_text import render
     from gspo.lab.report.data import read_runs
     from gspo.lab.report.live import LiveReport
     from gspo.lab.report.notices import notices
-    from gspo.lab.watch import LiveWatch
-    from gspo.timing import timing
 
     require_plotting()
     spec = make_spec()
@@ -180,7 +180,7 @@ def _run(make_spec: Callable[[], Spec], model: str, as_json: bool, profiled: boo
 @contextmanager
 def _ended_in_order(spec: Spec) -> Iterator[Stop]:
     """End with a word on what is saved, where a signal ends the run."""
-    from gspo.lab.stop import Stop, leave
+    from gspo.experiment.stop import Stop, leave
     from gspo.train.checkpoint import steps_saved
 
     stop = Stop()
@@ -202,7 +202,7 @@ def _ended_in_order(spec: Spec) -> Iterator[Stop]:
 
 def _dry_run(spec: Spec) -> None:
     cli_lab.say_loading(spec.model)
-    from gspo.lab.plan import make_plan
+    from gspo.experiment.plan import make_plan
 
     plan = make_plan(spec)
     print(strict_json(spec.model_dump(), indent=2))

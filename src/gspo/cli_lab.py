@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gspo.errors import ConfigError, GspoError
-from gspo.files import strict_json
+from gspo.core.errors import ConfigError, GspoError
+from gspo.core.files import strict_json
 
 if TYPE_CHECKING:
     from gspo.lab.compare.session import GridPlan

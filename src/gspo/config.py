@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from gspo.options import Options
+from gspo.core.options import Options
 
 
 class TrainConfig(Options):

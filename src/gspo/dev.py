@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from gspo.errors import suggestion
-from gspo.options import LARGEST_COUNT, Options
+from gspo.core.errors import suggestion
+from gspo.core.options import LARGEST_COUNT, Options
 
 __all__ = ["InternalModelConfig", "LoraConfig", "RolloutDtype", "TrainConfig"]
 

@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
-from gspo.errors import DataError, check_arguments
-from gspo.progress import Gather, all_or_cancel, check_budget, gathering
+from gspo.core.errors import DataError, check_arguments
+from gspo.core.progress import Gather, all_or_cancel, check_budget, gathering
 from gspo.trajectory import Trajectory, TrajectoryGroup, settled
 
 P = ParamSpec("P")

@@ -9,11 +9,11 @@ from openai import AsyncOpenAI
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, field_validator
 
 from gspo.backend.base import Backend, TrainResult
-from gspo.batch.check import listed
 from gspo.config import TrainConfig
+from gspo.core.errors import ConfigError, RunError, check_arguments, shown
+from gspo.data.check import listed
 from gspo.dev import InternalModelConfig
 from gspo.dev import TrainConfig as DevTrainConfig
-from gspo.errors import ConfigError, RunError, check_arguments, shown
 from gspo.trajectory import Trajectory, TrajectoryGroup
 
 UserConfig = TypeVar("UserConfig", bound=BaseModel | dict[str, Any] | None)

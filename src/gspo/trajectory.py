@@ -12,9 +12,9 @@ from openai.types.chat import ChatCompletionMessageParam
 from openai.types.chat.chat_completion import Choice
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from gspo.choices import as_choice
-from gspo.errors import DataError, shown, suggestion
-from gspo.progress import all_or_cancel, current_gather
+from gspo.core.choices import as_choice
+from gspo.core.errors import DataError, shown, suggestion
+from gspo.core.progress import all_or_cancel, current_gather
 
 Message: TypeAlias = dict[str, Any]
 Messages: TypeAlias = list[Message]

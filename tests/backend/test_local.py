@@ -21,7 +21,7 @@ from openai.types.chat.chat_completion import Choice
 import gspo as art
 from gspo.backend import service
 from gspo.backend.run import Run, in_use
-from gspo.errors import (
+from gspo.core.errors import (
     ConfigError,
     DataError,
     MissingLogprobsError,

@@ -11,7 +11,7 @@ import pytest
 
 from gspo.backend import metrics_file
 from gspo.backend.metrics_file import MetricsFile, read_metrics
-from gspo.errors import RunError
+from gspo.core.errors import RunError
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from openai.types.chat.chat_completion import Choice
 from gspo import LocalBackend, TrainableModel, TrajectoryGroup, dev
 from gspo.backend.replay import UpdateRecord, read_batch, replay_schema
 from gspo.backend.run import Run
-from gspo.batch.routes import encode_routes
-from gspo.batch.sample import Sample, trajectory_samples
 from gspo.config import TrainConfig
-from gspo.errors import RunError
+from gspo.core.errors import RunError
+from gspo.data.expert_choices import encode_routes
+from gspo.data.sample import Sample, trajectory_samples
 from gspo.train.settings import resolve
 from support import choice, trajectory
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import gspo as art
-from gspo.batch.pack import pack
+from gspo.data.packing import pack
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy
-from gspo.policy.precision import RolloutPolicy, rollout_copy
-from gspo.train.rollouts import prepare
+from gspo.train.minibatches import prepare
+from gspo.weights.rollout_copy import RolloutPolicy, rollout_copy
 
 
 def make(dtype: art.dev.RolloutDtype | None) -> art.TrainableModel:

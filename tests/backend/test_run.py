@@ -14,7 +14,7 @@ import pytest
 
 from gspo import TrajectoryGroup
 from gspo.backend.run import Run, in_use
-from gspo.errors import RunError
+from gspo.core.errors import RunError
 from gspo.train.trace import Trace
 from support import choice, trajectory
 

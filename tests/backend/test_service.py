@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 import gspo as art
 from gspo.backend.replay import read_batch
 from gspo.backend.service import sampling_seed
-from gspo.errors import GspoError, RunError
+from gspo.core.errors import GspoError, RunError
 from gspo.train.checkpoint import steps_saved
 from gspo.train.defaults import WARMUP, base_parameters, default_learning_rate
 from gspo.train.trainer import TrainOutput

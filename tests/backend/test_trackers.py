@@ -21,10 +21,10 @@ import pytest
 import gspo as art
 from gspo.backend.run import Run
 from gspo.backend.trackers import check_loggers
-from gspo.errors import ConfigError, MissingDependencyError
-from gspo.lab.experiment import run_experiment
-from gspo.lab.plan import make_plan
-from gspo.lab.spec import Spec
+from gspo.core.errors import ConfigError, MissingDependencyError
+from gspo.experiment.loop import run_experiment
+from gspo.experiment.plan import make_plan
+from gspo.experiment.spec import Spec
 from support import choice, trajectory
 
 CONFIG = {"base_model": "embedded:sort"}

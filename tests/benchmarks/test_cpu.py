@@ -15,7 +15,7 @@ import table
 from guard import regressions
 from harness import Result
 
-from gspo.batch.pack import plan_rows
+from gspo.data.packing import plan_rows
 
 
 def test_doctests() -> None:

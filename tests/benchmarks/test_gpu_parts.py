@@ -19,8 +19,8 @@ from gpu_parts.bench import Bench, Card, card
 from gpu_parts.profiling import Event, counted, host_share, precision
 from transformers import AutoModelForCausalLM
 
-from gspo.batch.pack import pack
-from gspo.policy.precision import rollout_copy
+from gspo.data.packing import pack
+from gspo.weights.rollout_copy import rollout_copy
 
 CPU = card(tiny=True)
 

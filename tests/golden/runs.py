@@ -22,8 +22,8 @@ from transformers import Qwen3ForCausalLM as Dense
 from transformers import Qwen3MoeForCausalLM as Moe
 
 import gspo as art
+from gspo.kernels.hf import quiet
 from gspo.policy.embedded import build_tokenizer
-from gspo.policy.hf import quiet
 
 STEPS = 3
 GROUPS, COMPLETIONS, TOKENS = 4, 4, 10

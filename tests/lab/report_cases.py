@@ -12,7 +12,7 @@ import numpy as np
 
 from gspo import TrajectoryGroup
 from gspo.backend.run import Run
-from gspo.lab.spec import Spec
+from gspo.experiment.spec import Spec
 from gspo.train.trace import Trace
 from support import choice, trajectory
 

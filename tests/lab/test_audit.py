@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from gspo import dev
-from gspo.errors import ConfigError, ModelError
+from gspo.core.errors import ConfigError, ModelError
 from gspo.lab.audit import AuditSpec, measure, run_audit
 from gspo.lab.audit_picture import draw_audit
 from gspo.lab.audit_report import AuditReport, make_report
 from gspo.lab.audit_text import render
-from gspo.train.rollouts import prepare
+from gspo.train.minibatches import prepare
 from support import embedded, random_groups
 
 SETTING: dict[str, Any] = {

@@ -14,7 +14,7 @@ import torch
 
 from gspo import LocalBackend, TrainableModel, TrajectoryGroup, dev
 from gspo.config import TrainConfig
-from gspo.errors import CheckpointError, ConfigError, ModelError, RunError
+from gspo.core.errors import CheckpointError, ConfigError, ModelError, RunError
 from gspo.lab import inspection, inspection_source
 from gspo.lab.inspection import OWN, InspectSpec, inspect_run, make_methods
 from gspo.lab.inspection_picture import draw_inspection

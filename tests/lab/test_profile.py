@@ -11,17 +11,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from experiment.test_loop import Silent, records, small
 from gspo.backend.replay import read_batch
-from gspo.lab.experiment import run_experiment
+from gspo.core.timing import span, timing
+from gspo.experiment.loop import run_experiment
+from gspo.lab.flops import Flops, head_flops
 from gspo.lab.profile import PHASES, Phase, Profile, ProfileReport, peak_flops
 from gspo.lab.profile_text import render
-from gspo.policy.flops import Flops, head_flops
-from gspo.policy.precision import rollout_copy
 from gspo.serve.engine import Request, SamplingParams
 from gspo.serve.torch_engine import TorchEngine
-from gspo.timing import span, timing
-from gspo.train.rollouts import prepare
-from lab.test_experiment import Silent, records, small
+from gspo.train.minibatches import prepare
+from gspo.weights.rollout_copy import rollout_copy
 from policy.test_forward import tiny
 from support import embedded
 

@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 import gspo.lab.report.page as page_module
 from gspo.backend.run import Run
 from gspo.cli import app
-from gspo.errors import ConfigError, MissingDependencyError, RunError
+from gspo.core.errors import ConfigError, MissingDependencyError, RunError
+from gspo.experiment.spec import Spec
 from gspo.lab.report.charts import sections
 from gspo.lab.report.command import make_report
 from gspo.lab.report.data import RunData, changed, read_runs, resolved
@@ -27,7 +28,6 @@ from gspo.lab.report.figure import POINTS, thin
 from gspo.lab.report.page import Live
 from gspo.lab.report.run_page import run_page
 from gspo.lab.report.trajectories import LONGEST, TOKENS, sampled_trajectories, token_texts
-from gspo.lab.spec import Spec
 from lab.report_cases import run_folder
 
 ATTACK = "</script><script>alert(1)</script><!-- <script>"

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from gspo.cli import app
-from gspo.errors import ConfigError, RunError
+from gspo.core.errors import ConfigError, RunError
 from gspo.lab.report.command import make_report
 from gspo.lab.report.comparison import comparison_page, verdict
 from gspo.lab.report.comparison_charts import curve_charts, end_charts, forest_charts

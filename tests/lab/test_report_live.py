@@ -11,10 +11,10 @@ import pytest
 
 import gspo.lab.report.live as live_module
 from gspo.backend.run import Run
-from gspo.lab.experiment import Estimate, run_experiment
+from gspo.experiment.loop import Estimate, run_experiment
+from gspo.experiment.spec import Spec
 from gspo.lab.report.data import read_runs
 from gspo.lab.report.live import LiveReport, liveliness, watch_report
-from gspo.lab.spec import Spec
 from lab.report_cases import run_folder
 
 

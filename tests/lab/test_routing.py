@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from experiment.test_loop import Silent, small
 from gspo import dev
-from gspo.lab.experiment import run_experiment
-from lab.test_experiment import Silent, small
+from gspo.experiment.loop import run_experiment
 
 
 @pytest.mark.parametrize("replay", ["rollout", "old_policy"])

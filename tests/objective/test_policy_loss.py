@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from gspo.metrics import Metrics
+from gspo.core.metrics import Metrics
 from gspo.objective import MAX_LOG_RATIO, Level, LossOutput, Objective
 from objective.cases import (
     LEVELS,
@@ -111,7 +111,7 @@ def test_microbatches_add_up_to_the_whole(level: Level, case: Case, seed: int) -
 
 
 def reduced(out: LossOutput) -> Metrics:
-    """A microbatch's statistics, as `gspo.metrics` reduces them."""
+    """A microbatch's statistics, as `gspo.core.metrics` reduces them."""
     metrics = Metrics()
     share = out.clipped_tokens / out.loss_tokens.clamp(min=1)
     metrics.mean("clip_fraction", share.sum().item(), share.numel())

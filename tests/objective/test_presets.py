@@ -13,8 +13,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gspo.batch.pack import PackedBatch, pack
-from gspo.batch.sample import Sample, trajectory_samples, unit_count
+from gspo.data.packing import PackedBatch, pack
+from gspo.data.sample import Sample, trajectory_samples, unit_count
 from gspo.objective import PRESETS, LossOutput, Objective, policy_loss
 from objective.cases import GARBAGE, cases, in_order, near, only, padded, shuffled
 from objective.naive import Case

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from gspo import dev
-from gspo.batch.pack import pack
-from gspo.errors import ModelError
+from gspo.core.errors import ModelError
+from gspo.data.packing import pack
 from gspo.policy.context import chunk_in, probe_length, settle_context
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy, load_policy
@@ -102,7 +102,7 @@ def test_the_probe_reaches_past_a_window_where_that_is_cheap(monkeypatch: pytest
 
 
 def test_a_window_that_is_not_heeded_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from gspo.policy import attention
+    from gspo.kernels import attention
 
     plain = attention.RowAttention.within
     monkeypatch.setattr(attention.RowAttention, "within", lambda self, window: plain(self, None))

@@ -17,13 +17,13 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from gspo.batch.pack import pack
-from gspo.policy import attention
+from gspo.data.packing import pack
+from gspo.kernels import attention
 from gspo.policy.embedded import build_tokenizer
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy
 from gspo.policy.probe import choose_packing
-from gspo.train.rollouts import prepare
+from gspo.train.minibatches import prepare
 from support import embedded, random_groups
 
 
@@ -140,7 +140,7 @@ def test_probe_refuses_a_head_that_it_does_not_know(policy: Policy):
         return out
 
     broken.lm.forward = doubled  # pyright: ignore[reportAttributeAccessIssue]
-    from gspo.errors import ModelError
+    from gspo.core.errors import ModelError
 
     with pytest.raises(ModelError, match="not supported"):
         choose_packing(broken)

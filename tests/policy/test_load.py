@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gspo import dev
-from gspo.errors import ModelError
+from gspo.core.errors import ModelError
 from gspo.policy.embedded import embedded_folder
 from gspo.policy.load import _threads, load_policy, resolve, save_weights
 from support import embedded

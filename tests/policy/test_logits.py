@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from gspo import dev
-from gspo.batch.pack import pack
-from gspo.errors import ModelError
+from gspo.core.errors import ModelError
+from gspo.data.packing import pack
+from gspo.kernels.logprob import full_logits
 from gspo.policy.forward import forward
 from gspo.policy.load import load_policy
 from gspo.policy.logits import logit_scale, soft_cap
-from gspo.policy.logprob import full_logits
-from gspo.policy.precision import rollout_copy
 from gspo.policy.probe import choose_packing
+from gspo.weights.rollout_copy import rollout_copy
 from models import folder, model, plain, sample, text
 
 SCALES = {"llama": 1.0, "granite": 1 / 6.0, "cohere": 0.0625, "falcon_h1": 0.3, "gemma2": 1.0}

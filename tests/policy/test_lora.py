@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gspo import dev
-from gspo.errors import ModelError
+from gspo.core.errors import ModelError
 from gspo.policy.load import load_policy
 from models import folder
 

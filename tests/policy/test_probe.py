@@ -10,8 +10,8 @@ import torch
 from torch.utils import checkpoint
 
 from gspo import dev
-from gspo.batch.pack import pack
-from gspo.errors import ModelError
+from gspo.core.errors import ModelError
+from gspo.data.packing import pack
 from gspo.policy import probe
 from gspo.policy.forward import forward
 from gspo.policy.load import load_policy
@@ -92,7 +92,7 @@ def test_a_backward_pass_that_fails_is_a_model_error(
     def failing(*args, **kwargs):
         raise checkpoint.CheckpointError("other tensors")
 
-    monkeypatch.setattr("gspo.policy.hf.checkpoint", failing)
+    monkeypatch.setattr("gspo.kernels.hf.checkpoint", failing)
     policy.packing = "single"
     monkeypatch.setattr(probe, "_leaks", lambda policy, row: False)
     with pytest.raises(ModelError, match="activation_checkpointing does not work with Llama"):

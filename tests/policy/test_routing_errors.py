@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gspo.errors import ConfigError, DataError, ModelError, NumericsError
+from gspo.core.errors import ConfigError, DataError, ModelError, NumericsError
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy
 from policy.routers import moe, phimoe
 from policy.test_forward import tiny
-from policy.test_routing import own_routes, row_of
+from policy.test_moe import own_routes, row_of
 
 
 @pytest.fixture(scope="module")

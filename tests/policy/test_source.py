@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gspo import dev
-from gspo.errors import ModelError
+from gspo.core.errors import ModelError
 from gspo.policy import source
 from gspo.policy.load import load_policy
 from models import folder, model

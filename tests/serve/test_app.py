@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from openai import APIStatusError, AsyncOpenAI, BadRequestError
 
-from gspo.compute import ComputeThread
+from gspo.core.compute import ComputeThread
 from gspo.serve.app import create_app
 from gspo.serve.batcher import Batcher
 from gspo.serve.fake_engine import FakeEngine

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from gspo.compute import ComputeThread
-from gspo.errors import NumericsError, ServeError
+from gspo.core.compute import ComputeThread
+from gspo.core.errors import NumericsError, ServeError
 from gspo.serve.batcher import Batcher
 from gspo.serve.engine import Request
 from gspo.serve.fake_engine import FakeEngine

@@ -12,20 +12,20 @@ from openai import BadRequestError
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gspo as art
-from gspo.batch.pack import pack
-from gspo.batch.routes import decode_routes, encode_routes
-from gspo.batch.sample import trajectory_samples
-from gspo.compute import ComputeThread
-from gspo.errors import DataError, ModelError, RequestError
+from gspo.core.compute import ComputeThread
+from gspo.core.errors import DataError, ModelError, RequestError
+from gspo.data.expert_choices import decode_routes, encode_routes
+from gspo.data.packing import pack
+from gspo.data.sample import trajectory_samples
+from gspo.policy.expert_tape import as_array
 from gspo.policy.load import Policy
-from gspo.policy.tape import as_array
 from gspo.serve.app import create_app
 from gspo.serve.batcher import Batcher
 from gspo.serve.engine import Engine, Request, SamplingParams
 from gspo.serve.fake_engine import FakeEngine
 from gspo.serve.server import in_process_client
 from gspo.serve.torch_engine import TorchEngine
-from gspo.train.rollouts import prepare
+from gspo.train.minibatches import prepare
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
 from policy.routers import phimoe

@@ -10,7 +10,7 @@ import torch
 import transformers
 from packaging.version import Version
 
-from gspo.errors import ModelError
+from gspo.core.errors import ModelError
 from gspo.policy.load import load_policy
 from gspo.policy.probe import choose_packing
 from gspo.serve.engine import Request, SamplingParams

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from openai import AsyncOpenAI
 
-from gspo.compute import ComputeThread
-from gspo.errors import ServeError
+from gspo.core.compute import ComputeThread
+from gspo.core.errors import ServeError
 from gspo.serve import server as module
 from gspo.serve.app import create_app
 from gspo.serve.batcher import Batcher

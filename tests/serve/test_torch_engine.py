@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from gspo import dev
-from gspo.batch.pack import pack
-from gspo.batch.sample import trajectory_samples
-from gspo.errors import RequestError
+from gspo.core.errors import RequestError
+from gspo.data.packing import pack
+from gspo.data.sample import trajectory_samples
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy
 from gspo.serve import kv, torch_engine

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from gspo.errors import ConfigError
+from gspo.core.errors import ConfigError
 from gspo.tasks import Problem, load_task, task_names
 from gspo.tasks.digits import Add
 from gspo.tasks.lengths import Climb

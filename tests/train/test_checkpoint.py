@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gspo import dev
 from gspo.config import TrainConfig
+from gspo.core.errors import CheckpointError, RunError
 from gspo.dev import InternalModelConfig
-from gspo.errors import CheckpointError, RunError
 from gspo.policy.load import load_policy
 from gspo.policy.probe import choose_packing
 from gspo.train import checkpoint
@@ -23,7 +23,7 @@ from gspo.train.checkpoint import (
     steps_saved,
     verify_checkpoint,
 )
-from gspo.train.rollouts import prepare
+from gspo.train.minibatches import prepare
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
 from support import embedded, random_groups

@@ -8,7 +8,7 @@ import torch
 from gspo import dev
 from gspo.config import TrainConfig
 from gspo.train.defaults import default_learning_rate, with_defaults
-from gspo.train.rollouts import prepare
+from gspo.train.minibatches import prepare
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
 from support import embedded, random_groups

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from gspo.core.errors import CheckpointError
 from gspo.dev import TrainConfig
-from gspo.errors import CheckpointError
 from gspo.train.optimizer import Optimizer, learning_rate
 
 

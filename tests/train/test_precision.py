@@ -18,14 +18,14 @@ from openai.types.chat.chat_completion import Choice
 
 import gspo as art
 from gspo.backend.run import Run
-from gspo.batch.pack import PackedBatch, pack
-from gspo.batch.sample import trajectory_samples
-from gspo.errors import MissingLogprobsError
+from gspo.core.errors import MissingLogprobsError
+from gspo.data.packing import PackedBatch, pack
+from gspo.data.sample import trajectory_samples
+from gspo.kernels.logprob import Head, TokenLogprobs, token_logprobs
 from gspo.objective import Segments, sequence_log_ratio, token_log_ratio
 from gspo.policy.forward import forward
-from gspo.policy.logprob import Head, TokenLogprobs, token_logprobs
 from gspo.serve.sampling import sample as draw
-from gspo.train.rollouts import prepare
+from gspo.train.minibatches import prepare
 from support import choice, embedded, random_groups, trajectory
 
 LENGTHS = (64, 1024, 16_384, 131_072)

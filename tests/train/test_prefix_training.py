@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from batch.prefixes import branching_groups
+from data.prefixes import branching_groups
 from gspo import dev
-from gspo.batch.pack import pack
-from gspo.batch.sample import Sample
 from gspo.config import TrainConfig
+from gspo.data.packing import pack
+from gspo.data.sample import Sample
 from gspo.policy.load import Policy, recompute_layers
 from gspo.policy.probe import choose_packing
-from gspo.train.rollouts import RolloutBatch, prepare
-from gspo.train.routing import recorded_routes
+from gspo.train.expert_replay import recorded_routes
+from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
 from policy.routers import moe

@@ -14,7 +14,7 @@ from gspo.policy.probe import choose_packing
 from gspo.serve.engine import Request, SamplingParams
 from gspo.serve.selfcheck import check_engine
 from gspo.serve.torch_engine import TorchEngine
-from gspo.train.rollouts import prepare
+from gspo.train.minibatches import prepare
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
 from models import folder, text

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from gspo import TrajectoryGroup, dev
-from gspo.batch.pack import pack
-from gspo.batch.sample import Sample
+from gspo.data.packing import pack
+from gspo.data.sample import Sample
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy
+from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.recompute import with_trainer_logprobs
-from gspo.train.rollouts import RolloutBatch, prepare
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
 from policy.routers import moe

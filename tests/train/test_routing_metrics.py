@@ -9,8 +9,8 @@ from torch import Tensor
 
 from gspo.config import TrainConfig
 from gspo.policy.load import Policy
-from gspo.train.rollouts import RolloutBatch
-from gspo.train.routing import recorded_routes
+from gspo.train.expert_replay import recorded_routes
+from gspo.train.minibatches import RolloutBatch
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
 from policy.routers import moe

@@ -12,16 +12,17 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gspo import dev
-from gspo.batch.pack import PackedBatch
-from gspo.batch.sample import Sample
 from gspo.config import TrainConfig
-from gspo.errors import ConfigError, DataError, ModelError, NumericsError
-from gspo.metrics import Metrics
+from gspo.core.errors import ConfigError, DataError, ModelError, NumericsError
+from gspo.core.metrics import Metrics
+from gspo.data.packing import PackedBatch
+from gspo.data.sample import Sample
 from gspo.objective import PRESETS
 from gspo.policy.load import Policy, recompute_layers
-from gspo.train import routing, step
-from gspo.train.rollouts import RolloutBatch, prepare
-from gspo.train.routing import StepRouting, recorded_routes
+from gspo.train import expert_replay as routing
+from gspo.train import step
+from gspo.train.expert_replay import StepRouting, recorded_routes
+from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.settings import resolve
 from gspo.train.step import StepInput, accumulate
 from gspo.train.trainer import Trainer

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from gspo import TrainConfig, TrajectoryGroup, dev
-from gspo.batch.sample import Sample
+from gspo.data.sample import Sample
 from gspo.policy.load import Policy
-from gspo.train.rollouts import RolloutBatch, prepare
+from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer, TrainOutput
 from support import choice, embedded, random_groups, trajectory

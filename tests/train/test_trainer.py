@@ -10,14 +10,14 @@ import torch
 
 from gspo import TrajectoryGroup, dev
 from gspo.config import TrainConfig
-from gspo.errors import NumericsError
-from gspo.metrics import Metrics
+from gspo.core.errors import NumericsError
+from gspo.core.metrics import Metrics
 from gspo.objective import PRESETS
 from gspo.policy.load import Policy, load_policy
 from gspo.serve.engine import Request, SamplingParams
 from gspo.serve.torch_engine import TorchEngine
 from gspo.train import step
-from gspo.train.rollouts import RolloutBatch, prepare
+from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.settings import resolve
 from gspo.train.step import StepInput, accumulate
 from gspo.train.trainer import Trainer

@@ -12,12 +12,12 @@ import torch
 
 from gspo import TrajectoryGroup, dev
 from gspo.config import TrainConfig
-from gspo.errors import NumericsError
+from gspo.core.errors import NumericsError
 from gspo.policy.load import Policy, load_policy
 from gspo.policy.workers import Workers
 from gspo.train import trainer as trainer_module
-from gspo.train.calibration import needed_epsilon
-from gspo.train.rollouts import RolloutBatch, prepare
+from gspo.train.epsilon import needed_epsilon
+from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.settings import resolve
 from gspo.train.step import StepInput
 from gspo.train.trainer import Trainer

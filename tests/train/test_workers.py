@@ -9,10 +9,10 @@ import torch
 
 import gspo as art
 from gspo import dev
-from gspo.errors import NumericsError
+from gspo.core.errors import NumericsError
 from gspo.policy.load import Policy
 from gspo.policy.workers import Workers
-from gspo.train.rollouts import prepare
+from gspo.train.minibatches import prepare
 from gspo.train.rows import rows_of
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer

@@ -12,9 +12,9 @@ from openai import AsyncOpenAI
 from pydantic import BaseModel
 
 from gspo.config import TrainConfig
+from gspo.core.errors import ConfigError, check_arguments, shown
 from gspo.dev import InternalModelConfig
 from gspo.dev import TrainConfig as DevTrainConfig
-from gspo.errors import ConfigError, check_arguments, shown
 from gspo.trajectory import TrajectoryGroup
 
 

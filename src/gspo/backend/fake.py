@@ -9,10 +9,10 @@ from openai import AsyncOpenAI
 
 from gspo.backend.base import ModelLike, TrainResult, train_options
 from gspo.backend.measured import check_split, user_metrics
-from gspo.batch.check import check_groups, listed, plain_groups
-from gspo.batch.sample import trajectory_samples
-from gspo.compute import ComputeThread
 from gspo.config import TrainConfig
+from gspo.core.compute import ComputeThread
+from gspo.data.check import check_groups, listed, plain_groups
+from gspo.data.sample import trajectory_samples
 from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.serve.app import create_app
 from gspo.serve.batcher import Batcher

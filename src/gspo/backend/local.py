@@ -15,13 +15,12 @@ from gspo.backend.measured import check_split, line_of, means, user_metrics
 from gspo.backend.run import Run
 from gspo.backend.service import Service, load_trainer, sampling_seed
 from gspo.backend.trackers import TrackerName, check_loggers
-from gspo.batch.check import plain_groups
-from gspo.compute import ComputeThread
 from gspo.config import TrainConfig
+from gspo.core.compute import ComputeThread
+from gspo.core.errors import RunError, check_arguments, check_whole
+from gspo.data.check import plain_groups
 from gspo.dev import TrainConfig as DevTrainConfig
-from gspo.errors import RunError, check_arguments, check_whole
 from gspo.policy.load import Policy
-from gspo.policy.precision import rollout_copy
 from gspo.serve.app import create_app
 from gspo.serve.batcher import Batcher
 from gspo.serve.selfcheck import check_engine
@@ -30,6 +29,7 @@ from gspo.serve.torch_engine import TorchEngine
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
 from gspo.trajectory import TrajectoryGroup
+from gspo.weights.rollout_copy import rollout_copy
 
 T = TypeVar("T")
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from gspo.batch.check import named_numbers
-from gspo.errors import ConfigError, shown, suggestion
-from gspo.metrics import is_ours, user_metric
+from gspo.core.errors import ConfigError, shown, suggestion
+from gspo.core.metrics import is_ours, user_metric
+from gspo.data.check import named_numbers
 from gspo.trajectory import TrajectoryGroup
 
 

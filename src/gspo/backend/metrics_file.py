@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from gspo.files import explained, strict_json, write_whole
+from gspo.core.files import explained, strict_json, write_whole
 
 log = logging.getLogger("gspo")
 

@@ -17,9 +17,9 @@ from typing import Any, get_args
 from openai.types.chat.chat_completion import Choice
 
 from gspo.config import TrainConfig
+from gspo.core.errors import RunError
 from gspo.dev import Algorithm
 from gspo.dev import TrainConfig as DevTrainConfig
-from gspo.errors import RunError
 from gspo.train.algorithms import find_algorithm
 from gspo.train.settings import Settings, resolve
 from gspo.trajectory import Trajectory, TrajectoryGroup

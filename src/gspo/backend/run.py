@@ -18,10 +18,10 @@ from gspo.backend.replay import UpdateRecord, replay_columns, replay_schema
 from gspo.backend.traces import trace_columns, trace_schema
 from gspo.backend.trackers import Config, Followed, TrackerName, Trackers
 from gspo.backend.versions import versions
-from gspo.batch.choice import sampled_logprobs
-from gspo.errors import RunError
-from gspo.files import explained, remove, remove_leftovers, replacing, strict_json, write_whole
-from gspo.timing import timed
+from gspo.core.errors import RunError
+from gspo.core.files import explained, remove, remove_leftovers, replacing, strict_json, write_whole
+from gspo.core.timing import timed
+from gspo.data.sampled import sampled_logprobs
 from gspo.train.checkpoint import checkpoint_name, steps_saved
 from gspo.trajectory import Trajectory, TrajectoryGroup
 

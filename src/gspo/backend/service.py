@@ -16,17 +16,16 @@ from gspo.backend.base import ModelLike, TrainResult
 from gspo.backend.measured import best_step, check_logged, means
 from gspo.backend.replay import UpdateRecord
 from gspo.backend.run import Run
-from gspo.batch.check import plain_groups
+from gspo.core.draws import seed_of
+from gspo.core.errors import RunError
+from gspo.core.timing import timed
+from gspo.data.check import plain_groups
 from gspo.dev import InternalModelConfig
-from gspo.draws import seed_of
-from gspo.errors import RunError
 from gspo.policy.load import Policy, load_policy
-from gspo.policy.precision import RolloutPolicy, refresh
 from gspo.policy.probe import choose_packing
 from gspo.serve.batcher import Batcher
 from gspo.serve.server import PortServer
 from gspo.serve.torch_engine import TorchEngine
-from gspo.timing import timed
 from gspo.train.checkpoint import (
     checkpoint_name,
     load_trainer_state,
@@ -35,10 +34,11 @@ from gspo.train.checkpoint import (
     understood,
     verify_checkpoint,
 )
-from gspo.train.rollouts import RolloutBatch, prepare
+from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.settings import Settings
 from gspo.train.trainer import Trainer, TrainOutput
 from gspo.trajectory import TrajectoryGroup
+from gspo.weights.rollout_copy import RolloutPolicy, refresh
 
 P = ParamSpec("P")
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
-from gspo.errors import ConfigError, MissingDependencyError, suggestion
-from gspo.files import write_whole
+from gspo.core.errors import ConfigError, MissingDependencyError, suggestion
+from gspo.core.files import write_whole
 
 log = logging.getLogger("gspo")
 

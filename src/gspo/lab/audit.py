@@ -13,26 +13,26 @@ import torch
 from openai.types.chat.chat_completion import Choice
 from pydantic import Field
 
-from gspo.batch.pack import PackedBatch, pack
-from gspo.batch.sample import Sample, trajectory_samples
+from gspo.core.errors import ConfigError
+from gspo.core.metrics import Metrics
+from gspo.core.options import Options
+from gspo.data.packing import PackedBatch, pack
+from gspo.data.sample import Sample, trajectory_samples
 from gspo.dev import RolloutDtype
-from gspo.errors import ConfigError
 from gspo.lab.audit_report import AuditReport, make_report
-from gspo.metrics import Metrics
 from gspo.objective import Segments, sequence_log_ratio, token_log_ratio
-from gspo.options import Options
 from gspo.policy.embedded import PREFIX, embedded_task
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy, load_policy
-from gspo.policy.precision import rollout_copy
 from gspo.policy.probe import choose_packing
 from gspo.serve.engine import Completion, Request, SamplingParams
 from gspo.serve.torch_engine import TorchEngine
 from gspo.tasks import Task, load_task
 from gspo.train.budget import row_budget
-from gspo.train.routing import record_agreement
+from gspo.train.expert_replay import record_agreement
 from gspo.train.settings import resolve
 from gspo.trajectory import Trajectory
+from gspo.weights.rollout_copy import rollout_copy
 
 
 class AuditSpec(Options):

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gspo.files import explained, replacing
+from gspo.core.files import explained, replacing
 from gspo.lab.audit_report import AuditReport
+from gspo.lab.noise import clip_band
 from gspo.lab.picture import require_plotting
-from gspo.objective.noise import clip_band
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gspo.objective.noise import Verdict, advice, clip_noise
+from gspo.lab.noise import Verdict, advice, clip_noise
 
 
 @dataclass(frozen=True)

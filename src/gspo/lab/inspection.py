@@ -13,21 +13,21 @@ from pydantic import Field
 from torch import Tensor
 
 from gspo.backend.replay import StoredBatch, UpdateRecord
-from gspo.batch.pack import pack
-from gspo.batch.sample import Sample
+from gspo.core.errors import ConfigError
+from gspo.core.metrics import Metrics
+from gspo.core.options import Options
+from gspo.data.packing import pack
+from gspo.data.sample import Sample
 from gspo.dev import Algorithm
-from gspo.errors import ConfigError
+from gspo.lab.gradients import MethodLoss, accumulate_gradients
 from gspo.lab.inspection_report import Inspection, make_report
 from gspo.lab.inspection_source import Source, Weights
-from gspo.metrics import Metrics
 from gspo.objective import PRESETS
-from gspo.options import Options
 from gspo.policy.load import Policy
 from gspo.train.budget import row_budget
-from gspo.train.gradients import MethodLoss, accumulate_gradients
+from gspo.train.expert_replay import BatchRouting, with_routes
+from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.recompute import with_trainer_logprobs
-from gspo.train.rollouts import RolloutBatch, prepare
-from gspo.train.routing import BatchRouting, with_routes
 from gspo.train.settings import Settings
 from gspo.train.step import Reference
 

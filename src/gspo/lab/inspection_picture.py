@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gspo.files import explained, replacing
+from gspo.core.files import explained, replacing
 from gspo.lab.inspection_report import AtWeights, Inspection
 from gspo.lab.picture import require_plotting
 

@@ -12,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gspo.lab.audit_report import Summary, summarise
+from gspo.lab.gradients import MethodLoss, cosines
 from gspo.lab.inspection_source import Weights
 from gspo.objective import CLIPPING
-from gspo.train.gradients import MethodLoss, cosines
-from gspo.train.rollouts import RolloutBatch
+from gspo.train.minibatches import RolloutBatch
 from gspo.train.settings import Settings
 
 

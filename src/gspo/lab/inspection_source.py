@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from gspo.backend.metrics_file import read_metrics
 from gspo.backend.replay import StoredBatch, UpdateRecord, read_batch
+from gspo.core.errors import CheckpointError, ModelError, RunError
+from gspo.core.options import LARGEST_COUNT
 from gspo.dev import InternalModelConfig, LoraConfig
-from gspo.errors import CheckpointError, ModelError, RunError
-from gspo.options import LARGEST_COUNT
 from gspo.policy.load import Policy, load_policy
 from gspo.policy.probe import choose_packing
 from gspo.train.checkpoint import checkpoint_name, steps_saved, verify_checkpoint

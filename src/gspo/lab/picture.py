@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gspo.backend.metrics_file import read_metrics
-from gspo.errors import MissingDependencyError, RunError
-from gspo.files import replacing
+from gspo.core.errors import MissingDependencyError, RunError
+from gspo.core.files import replacing
 from gspo.lab.statistics import require_scipy
 
 if TYPE_CHECKING:

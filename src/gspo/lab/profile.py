@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from gspo.batch.pack import PackedBatch
-from gspo.files import strict_json, write_whole
-from gspo.policy.flops import Flops, head_flops
+from gspo.core.files import strict_json, write_whole
+from gspo.core.timing import Clock
+from gspo.data.packing import PackedBatch
+from gspo.kernels.logprob import Head
+from gspo.lab.flops import Flops, head_flops
 from gspo.policy.load import Policy
-from gspo.policy.logprob import Head
-from gspo.timing import Clock
 
 PHASES = (
     "sampling",

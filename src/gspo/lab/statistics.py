@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gspo.errors import MissingDependencyError
+from gspo.core.errors import MissingDependencyError
 
 LEVEL = 0.95
 NO_DIFFERENCE = "no difference shown"

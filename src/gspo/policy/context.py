@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from gspo.errors import ModelError
-from gspo.policy.hf import backbone, keep_long_rope
+from gspo.core.errors import ModelError
+from gspo.kernels.hf import backbone, keep_long_rope
 
 log = logging.getLogger("gspo")
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gspo.errors import ModelError, suggestion
-from gspo.policy.hf import quiet
+from gspo.core.errors import ModelError, suggestion
+from gspo.kernels.hf import quiet
 from gspo.tasks import Task, load_task, task_names
 
 if TYPE_CHECKING:

@@ -8,14 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gspo.batch.pack import PackedBatch
-from gspo.policy.attention import no_mask
-from gspo.policy.flex import FlexRow
-from gspo.policy.hf import causal_mask
+from gspo.core.timing import timed
+from gspo.data.packing import PackedBatch
+from gspo.kernels.attention import no_mask
+from gspo.kernels.flex import FlexRow
+from gspo.kernels.hf import causal_mask
+from gspo.kernels.logprob import TokenLogprobs, token_logprobs
+from gspo.kernels.shared_prompt_attention import RowAttention
 from gspo.policy.load import OWN, SHARING, Policy, autocast
-from gspo.policy.logprob import TokenLogprobs, token_logprobs
-from gspo.policy.prefix import RowAttention
-from gspo.timing import timed
 
 
 @timed("forward")

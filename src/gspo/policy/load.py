@@ -13,16 +13,16 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gspo.compute import free_cores
+from gspo.core.compute import free_cores
+from gspo.core.errors import ModelError
 from gspo.dev import InternalModelConfig
-from gspo.errors import ModelError
-from gspo.policy import hf
-from gspo.policy.attention import PACKED
+from gspo.kernels import hf
+from gspo.kernels.attention import PACKED
+from gspo.kernels.logprob import Head
 from gspo.policy.context import settle_context
 from gspo.policy.logits import logit_scale, soft_cap
-from gspo.policy.logprob import Head
 from gspo.policy.lora import add_lora
-from gspo.policy.routing import Routing
+from gspo.policy.moe import Routing
 from gspo.policy.source import read_model, read_tokenizer, resolve
 from gspo.policy.workers import Workers
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from gspo.errors import ModelError
-from gspo.policy.hf import output_embeddings
+from gspo.core.errors import ModelError
+from gspo.kernels.hf import output_embeddings
 
 _TOKENS = 5
 _TOLERANCE = 1e-5  # of the largest logit; two numbers of a config are further apart

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from gspo.core.errors import MissingDependencyError, ModelError
 from gspo.dev import LoraConfig
-from gspo.errors import MissingDependencyError, ModelError
 from gspo.policy.source import check_no_pickles
 
 

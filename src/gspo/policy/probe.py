@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gspo.batch.pack import PackedBatch, pack
-from gspo.batch.sample import Sample
-from gspo.errors import ModelError
+from gspo.core.errors import ModelError
+from gspo.data.packing import PackedBatch, pack
+from gspo.data.sample import Sample
 from gspo.policy.context import chunk_in, probe_length
 from gspo.policy.forward import forward
 from gspo.policy.load import OWN, SHARING, Packing, Policy

@@ -24,9 +24,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from gspo.errors import ModelError, suggestion
+from gspo.core.errors import ModelError, suggestion
+from gspo.kernels.hf import hub_address, quiet
 from gspo.policy.embedded import PREFIX, RECIPES, embedded_folder
-from gspo.policy.hf import hub_address, quiet
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _REFUSALS = (OSError, ValueError, ImportError, AttributeError, KeyError, SafetensorError)

@@ -13,14 +13,14 @@ from typing import TypeVar
 
 import torch
 
-from gspo.timing import measured
+from gspo.core.timing import measured
 
 A = TypeVar("A")
 B = TypeVar("B")
 
 
 class Workers:
-    """`count` threads; with one, or under a clock (`gspo.timing`), the caller's own.
+    """`count` threads; with one, or under a clock (`gspo.core.timing`), the caller's own.
 
     >>> Workers(2).map(lambda x: x + 1, [1, 2, 3])
     [2, 3, 4]

@@ -18,8 +18,8 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
-from gspo.batch.routes import encode_routes
-from gspo.errors import GspoError, RequestError
+from gspo.core.errors import GspoError, RequestError
+from gspo.data.expert_choices import encode_routes
 from gspo.serve.batcher import Batcher
 from gspo.serve.engine import Completion, Engine
 from gspo.serve.engine import Request as EngineRequest

@@ -13,8 +13,8 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from gspo.compute import ComputeThread
-from gspo.errors import GspoError, ServeError
+from gspo.core.compute import ComputeThread
+from gspo.core.errors import GspoError, ServeError
 from gspo.serve.engine import Completion, Engine, Request, check_fits
 
 IDLE_TURNS = 16

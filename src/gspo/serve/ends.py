@@ -7,7 +7,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from gspo.errors import RequestError
+from gspo.core.errors import RequestError
 from gspo.policy.load import Policy
 from gspo.serve.engine import SamplingParams
 

@@ -8,8 +8,8 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from gspo.errors import RequestError, shown
-from gspo.options import TEMPERATURES
+from gspo.core.errors import RequestError, shown
+from gspo.core.options import TEMPERATURES
 
 FinishReason = Literal["stop", "length"]
 RANGE = f"[{TEMPERATURES[0]:g}, {TEMPERATURES[1]:g}]"
@@ -27,7 +27,7 @@ class SamplingParams:
         stop: texts at whose first occurrence a completion ends; they are cut from the text, but
             their tokens were sampled and stay in `token_ids`.
         seed: completion i of a seeded request depends on (seed, i) alone, not on the batch.
-        purpose: of a request without a seed: what it is for, see `gspo.draws.purpose`.
+        purpose: of a request without a seed: what it is for, see `gspo.core.draws.purpose`.
         routes: return the experts that each token went through (MoE models only).
         ignore_eos: sample on after an end token, up to `max_tokens`: for measurements.
         stop_token_ids: tokens that end a completion as an end token does, whatever `ignore_eos`.

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 
-from gspo.errors import RequestError
+from gspo.core.errors import RequestError
 from gspo.serve.engine import Completion, Request, SamplingParams, check_fits
 
 END = 0

@@ -18,11 +18,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from gspo.policy.attention import no_mask
-from gspo.policy.cascade import Cascade, CascadeCache
-from gspo.policy.hf import Cache, cache_argument, returned_cache, select_rows
+from gspo.kernels.attention import no_mask
+from gspo.kernels.decode_attention import Cascade, CascadeCache
+from gspo.kernels.hf import Cache, cache_argument, returned_cache, select_rows
+from gspo.kernels.slab_cache import SlabCache
 from gspo.policy.load import Policy
-from gspo.serve.cache import SlabCache
 
 FIRST_COLUMNS = 256
 
@@ -44,7 +44,7 @@ class KeyValues(Protocol):
 
 
 class SharedPrompts:
-    """One copy of each prompt; see `gspo.policy.cascade`."""
+    """One copy of each prompt; see `gspo.kernels.decode_attention`."""
 
     def __init__(self, policy: Policy, cascade: Cascade):
         self._policy, self._cascade = policy, cascade

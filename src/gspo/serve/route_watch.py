@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Bool
 from torch import Tensor
 
+from gspo.policy.expert_tape import as_array
 from gspo.policy.load import Policy
-from gspo.policy.tape import as_array
 from gspo.serve.decoding import Row
 
 

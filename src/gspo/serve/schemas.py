@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from gspo.draws import purpose
-from gspo.errors import RequestError, shown, suggestion
+from gspo.core.draws import purpose
+from gspo.core.errors import RequestError, shown, suggestion
 from gspo.serve.engine import SamplingParams
 
 _IGNORABLE = {"user", "metadata", "service_tier", "prompt_cache_key", "safety_identifier"}

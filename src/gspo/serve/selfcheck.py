@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from gspo.errors import ModelError
+from gspo.core.errors import ModelError
 from gspo.policy.context import probe_length
 from gspo.policy.load import autocast
 from gspo.serve.engine import Request, SamplingParams

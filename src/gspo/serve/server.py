@@ -13,7 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
-from gspo.errors import ServeError
+from gspo.core.errors import ServeError
 
 BASE_URL = "http://gspo.local/v1"
 START_SECONDS = 60

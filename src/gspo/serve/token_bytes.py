@@ -12,7 +12,7 @@ from functools import cache
 
 from transformers import PreTrainedTokenizerBase
 
-from gspo.policy.hf import decoder_kinds
+from gspo.kernels.hf import decoder_kinds
 
 _FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 _SPACE = "\u2581"  # how sentencepiece writes a space

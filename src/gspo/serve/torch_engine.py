@@ -14,20 +14,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gspo.draws import seed_of
-from gspo.errors import GspoError, RequestError
-from gspo.policy.attention import PACKED
-from gspo.policy.hf import attention_implementation
+from gspo.core.draws import seed_of
+from gspo.core.errors import GspoError, RequestError
+from gspo.core.timing import timed
+from gspo.kernels.attention import PACKED
+from gspo.kernels.hf import attention_implementation
+from gspo.kernels.logprob import full_logits
+from gspo.kernels.slab_cache import slab_bytes
 from gspo.policy.load import OWN, Policy, autocast
-from gspo.policy.logprob import full_logits
-from gspo.serve.cache import slab_bytes
 from gspo.serve.decoding import Row, Running
 from gspo.serve.ends import end_tokens, ends_of
 from gspo.serve.engine import Completion, Request, SamplingParams, check_fits
 from gspo.serve.kv import KeyValues, Layout, SharedPrompts, padded, prefill
 from gspo.serve.route_watch import RouteWatch
 from gspo.serve.token_bytes import token_bytes
-from gspo.timing import timed
 
 KV_BYTES = 2 * 2**30
 """Memory that keys and values may take; rows beyond it wait for their turn."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gspo.byname import load_object
-from gspo.errors import ConfigError, suggestion
-from gspo.tasks.base import Problem, Split, Task
+from gspo.core.byname import load_object
+from gspo.core.errors import ConfigError, suggestion
 from gspo.tasks.digits import DIGIT_TASKS
 from gspo.tasks.lengths import LENGTH_TASKS
+from gspo.tasks.task import Problem, Split, Task
 
 __all__ = ["Problem", "Split", "Task", "load_task", "task_names"]
 

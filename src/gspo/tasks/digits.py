@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 
-from gspo.tasks.base import Problem, Task
+from gspo.tasks.task import Problem, Task
 
 
 class Sort(Task):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from gspo.errors import ConfigError, MissingDependencyError, suggestion
-from gspo.tasks.base import Problem, Task
+from gspo.core.errors import ConfigError, MissingDependencyError, suggestion
+from gspo.tasks.task import Problem, Task
 
 
 class GymTask(Task):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 
-from gspo.errors import ConfigError
-from gspo.tasks.base import Problem, Task
+from gspo.core.errors import ConfigError
+from gspo.tasks.task import Problem, Task
 
 LONGEST = 400
 """Tokens of an answer that fit the embedded models' context."""

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast, get_args
 
-from gspo.byname import load_object
+from gspo.core.byname import load_object
+from gspo.core.errors import ConfigError
 from gspo.dev import OWN_ALGORITHMS, Algorithm
-from gspo.errors import ConfigError
 from gspo.objective import PRESETS, AdvantageKind, Correction, Objective, Preset
 
 

@@ -21,10 +21,10 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from gspo.errors import CheckpointError, GspoError
-from gspo.files import explained, replacing, strict_json
+from gspo.core.errors import CheckpointError, GspoError
+from gspo.core.files import explained, replacing, strict_json
+from gspo.core.timing import timed
 from gspo.policy.load import Policy, save_weights
-from gspo.timing import timed
 from gspo.train.trainer import Trainer
 
 FORMAT = 1

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from gspo.core.errors import CheckpointError
+from gspo.core.timing import timed
 from gspo.dev import TrainConfig
-from gspo.errors import CheckpointError
-from gspo.timing import timed
 
 _FUSED = ("cpu", "cuda")
 """Devices on which the update of all parameters is one kernel."""

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from gspo.batch.pack import PackedBatch
-from gspo.batch.sample import Sample
+from gspo.data.packing import PackedBatch
+from gspo.data.sample import Sample
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy
 from gspo.train.rows import rows_of

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from gspo.batch.pack import PackedBatch, Packer
-from gspo.batch.sample import Sample
+from gspo.core.timing import timed
+from gspo.data.packing import PackedBatch, Packer
+from gspo.data.sample import Sample
 from gspo.policy.load import Policy
-from gspo.timing import timed
 
 LEAST = 768
 """Tokens below which a row is not split for a second worker: threads that each call many small

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gspo.config import TrainConfig
+from gspo.core.errors import ConfigError
 from gspo.dev import TrainConfig as DevTrainConfig
-from gspo.errors import ConfigError
 from gspo.objective import (
     BOUNDS,
     CLIPPING,

@@ -13,10 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gspo.batch.pack import PackedBatch
-from gspo.batch.sample import Sample
-from gspo.errors import NumericsError
-from gspo.metrics import Metrics
+from gspo.core.errors import NumericsError
+from gspo.core.metrics import Metrics
+from gspo.core.timing import span
+from gspo.data.packing import PackedBatch
+from gspo.data.sample import Sample
+from gspo.kernels.logprob import TokenLogprobs
+from gspo.kernels.shared_prompt_attention import RowAttention
 from gspo.objective import (
     LossOutput,
     Objective,
@@ -27,11 +30,8 @@ from gspo.objective import (
 )
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy
-from gspo.policy.logprob import TokenLogprobs
-from gspo.policy.prefix import RowAttention
 from gspo.policy.workers import Workers
-from gspo.timing import span
-from gspo.train.routing import StepRouting, Watched
+from gspo.train.expert_replay import StepRouting, Watched
 from gspo.train.rows import rows_of
 from gspo.train.trace import Trace, traces
 

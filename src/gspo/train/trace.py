@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from gspo.batch.pack import PackedBatch
+from gspo.data.packing import PackedBatch
 from gspo.objective import LossOutput
-from gspo.train.calibration import Observed
+from gspo.train.epsilon import Observed
 
 
 @dataclass(frozen=True)

@@ -13,27 +13,27 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gspo.batch.pack import PackedBatch
-from gspo.batch.sample import Sample, unit_count
+from gspo.core.errors import NumericsError
+from gspo.core.metrics import Metrics
+from gspo.data.packing import PackedBatch
+from gspo.data.sample import Sample, unit_count
 from gspo.dev import TrainConfig
-from gspo.errors import NumericsError
-from gspo.metrics import Metrics
 from gspo.objective import CLIPPING, Objective
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy
 from gspo.train.budget import row_budget
-from gspo.train.calibration import EpsilonController, is_noisy, noise_advice, spread
 from gspo.train.defaults import with_defaults
-from gspo.train.optimizer import Optimizer, learning_rate
-from gspo.train.recompute import with_trainer_logprobs
-from gspo.train.rollouts import (
+from gspo.train.epsilon import EpsilonController, is_noisy, noise_advice, spread
+from gspo.train.expert_replay import BatchRouting, check_routing, shares, with_routes
+from gspo.train.minibatches import (
     RolloutBatch,
     minibatches,
     reward_std,
     why_no_update,
     without_advantage,
 )
-from gspo.train.routing import BatchRouting, check_routing, shares, with_routes
+from gspo.train.optimizer import Optimizer, learning_rate
+from gspo.train.recompute import with_trainer_logprobs
 from gspo.train.settings import Settings
 from gspo.train.step import Reference, StepInput, accumulate
 from gspo.train.trace import Trace, by_trajectory

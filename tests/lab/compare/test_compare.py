@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from gspo.cli import app
-from gspo.errors import ConfigError, RunError
+from gspo.core.errors import ConfigError, RunError
 from gspo.lab.compare.grid import make_cells
 from gspo.lab.compare.quick import ADVICE, quick_spec
 from gspo.lab.compare.run import cell_folder

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gspo.errors import ConfigError
+from gspo.core.errors import ConfigError
 from gspo.lab.compare.grid import Cell, by_group, make_cells
 from gspo.lab.compare.spec import CompareSpec, read_compare_spec, with_overrides
 

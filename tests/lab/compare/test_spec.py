@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gspo.errors import ConfigError
+from gspo.core.errors import ConfigError
 from gspo.lab.compare.grid import make_cells
 from gspo.lab.compare.spec import read_compare_spec
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gspo.errors import ConfigError, suggestion
+from gspo.core.errors import ConfigError, suggestion
+from gspo.experiment.plan import make_plan
+from gspo.experiment.spec import Spec
 from gspo.lab.compare.spec import CompareSpec, flat, nested
-from gspo.lab.plan import make_plan
-from gspo.lab.spec import Spec
 from gspo.tasks import load_task
 from gspo.train.settings import resolve
 

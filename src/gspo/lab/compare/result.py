@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo.backend.metrics_file import read_metrics
-from gspo.files import explained, strict_json, write_whole
+from gspo.core.files import explained, strict_json, write_whole
 from gspo.lab.compare.grid import Cell, by_group
 from gspo.lab.compare.run import State, cell_folder
 from gspo.lab.compare.spec import CompareSpec

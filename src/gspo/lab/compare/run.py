@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import IO, Literal, Protocol
 
 from gspo.backend.metrics_file import read_metrics
-from gspo.compute import free_cores
-from gspo.errors import RunError
+from gspo.core.compute import free_cores
+from gspo.core.errors import RunError
 from gspo.lab.compare.grid import CELLS, Cell
 from gspo.lab.compare.spec import CompareSpec
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
+from gspo.core.errors import ConfigError, suggestion
+from gspo.core.options import Options, check_names
 from gspo.dev import Algorithm, InternalModelConfig
 from gspo.dev import TrainConfig as DevTrainConfig
-from gspo.errors import ConfigError, suggestion
-from gspo.lab.spec import Spec, folder_name, named_beside, override, read_toml
-from gspo.options import Options, check_names
+from gspo.experiment.spec import Spec, folder_name, named_beside, override, read_toml
 
 _DECIDED = {
     "name": "every cell has a folder of its own",

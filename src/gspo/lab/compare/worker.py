@@ -16,10 +16,10 @@ import threading
 import traceback
 from typing import IO, Any
 
-from gspo.errors import GspoError
-from gspo.files import strict_json
-from gspo.lab.experiment import Estimate, run_experiment
-from gspo.lab.spec import Spec
+from gspo.core.errors import GspoError
+from gspo.core.files import strict_json
+from gspo.experiment.loop import Estimate, run_experiment
+from gspo.experiment.spec import Spec
 
 
 class _Reporter:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from gspo.errors import ConfigError, RunError
+from gspo.core.errors import ConfigError, RunError
 from gspo.lab.report.comparison import comparison_page
 from gspo.lab.report.live import watch_report, write_report
 from gspo.lab.report.page import require_plotly, write_page

@@ -12,9 +12,9 @@ from typing import Any
 from gspo.backend.metrics_file import read_metrics
 from gspo.backend.run import in_use
 from gspo.config import TrainConfig
+from gspo.core.errors import ConfigError, RunError
 from gspo.dev import TrainConfig as DevTrainConfig
-from gspo.errors import ConfigError, RunError
-from gspo.lab.spec import Spec
+from gspo.experiment.spec import Spec
 from gspo.train.settings import Settings, resolve
 
 

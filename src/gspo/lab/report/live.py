@@ -16,8 +16,8 @@ from gspo.lab.report.page import Live, write_page
 from gspo.lab.report.run_page import run_page
 
 if TYPE_CHECKING:
-    from gspo.lab.experiment import Estimate, Watch
-    from gspo.lab.spec import Spec
+    from gspo.experiment.loop import Estimate, Watch
+    from gspo.experiment.spec import Spec
 
 log = logging.getLogger("gspo")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gspo.lab.report.data import RunData
 from gspo.objective import CLIPPING
-from gspo.train.calibration import noise_advice
+from gspo.train.epsilon import noise_advice
 
 _NORMAL_98 = 4.653
 """From the 1 % to the 99 % quantile of a normal distribution, in standard deviations."""

@@ -17,8 +17,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from gspo.errors import MissingDependencyError
-from gspo.files import write_whole
+from gspo.core.errors import MissingDependencyError
+from gspo.core.files import write_whole
 from gspo.lab.report.figure import Chart
 
 ASSETS = Path(__file__).parent / "assets"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gspo.errors import RunError
+from gspo.core.errors import RunError
 from gspo.lab.report.data import RunData
 
 if TYPE_CHECKING:

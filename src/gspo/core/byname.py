@@ -1,0 +1,136 @@
+"""What a user names as `module:name` or `folder/file.py:name`: a rollout, a task, an algorithm."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from gspo.core.errors import ConfigError, suggestion
+
+_FORMS = "write 'module:name' or 'folder/file.py:name'"
+
+
+def beside(name: str, folder: Path) -> str:
+    """`name` with the file below `folder` that it means, if there is one.
+
+    So a TOML file finds what stands beside it, from whatever folder the command is given.
+    """
+    module, colon, object_name = name.rpartition(":")
+    if not colon or module.endswith(".py"):
+        return name
+    path = _file(module, folder)
+    return name if path is None else f"{path}:{object_name}"
+
+
+def find_module(name: str, what: str) -> tuple[Path | str, str]:
+    """Look for what `module:name` names, without running it.
+
+    Args:
+        name: `module:name` or `folder/file.py:name`, as the user wrote it.
+        what: the option that it was given to, for errors.
+
+    Returns:
+        A file, or the name of an installed module; and the name of the object in it.
+
+    Raises:
+        ConfigError: another form, or no such file or module.
+    """
+    module, colon, object_name = name.rpartition(":")
+    if not colon or not object_name.isidentifier():
+        raise ConfigError(f"{what} = {name!r}: {_FORMS}")
+    if module.endswith(".py"):
+        if not Path(module).is_file():
+            raise ConfigError(f"{what} = {name!r}: there is no file {Path(module).absolute()}")
+        return Path(module), object_name
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise ConfigError(f"{what} = {name!r}: {module!r} is not the name of a module. {_FORMS}")
+    path = _file(module, Path())
+    if path is not None:
+        return path, object_name
+    try:
+        installed = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        installed = None
+    if installed is None:
+        tail = module.replace(".", "/") + ".py"
+        raise ConfigError(
+            f"{what} = {name!r}: cannot import {module}: there is no {tail} beside the TOML file "
+            f"or in {Path.cwd()}, and no installed module of that name"
+        )
+    return module, object_name
+
+
+def load_object(name: str, what: str) -> Any:
+    """The object that `module:name` or `folder/file.py:name` names.
+
+    A module is looked for in the working directory first, then among what is installed. Its
+    folder and the working directory come last on `sys.path`: files there can be imported, and
+    none takes the place of a library.
+
+    Args:
+        name, what: see `find_module`.
+
+    Raises:
+        ConfigError: see `find_module`; a module that fails, or that has no such object.
+
+    >>> load_object("math:pi", "task")
+    3.141592653589793
+    """
+    place, object_name = find_module(name, what)
+    try:
+        module = importlib.import_module(place) if isinstance(place, str) else _from_file(place)
+    except (Exception, SystemExit) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{what} = {name!r}: {place} fails when it is imported: {why}") from error
+    if not hasattr(module, object_name):
+        near = suggestion(object_name, vars(module))
+        raise ConfigError(f"{what} = {name!r}: {place} has no {object_name!r}.{near}")
+    return getattr(module, object_name)
+
+
+def _file(module: str, folder: Path) -> Path | None:
+    base = folder.joinpath(*module.split("."))
+    for path in (base.with_name(f"{base.name}.py"), base / "__init__.py"):
+        if path.is_file():
+            return path
+    return None
+
+
+def _from_file(path: Path) -> ModuleType:
+    path = path.resolve()
+    top = path.parent if path.name == "__init__.py" else path
+    parts = [top.stem]
+    while (top.parent / "__init__.py").is_file():  # inside a package: it may import relatively
+        top = top.parent
+        parts.insert(0, top.name)
+    for folder in (str(top.parent), str(Path.cwd())):
+        if folder not in sys.path:
+            sys.path.append(folder)
+    if len(parts) > 1:
+        return importlib.import_module(".".join(parts))
+    loaded = sys.modules.get(parts[0])
+    if loaded is not None and getattr(loaded, "__file__", None) == str(path):
+        return loaded
+    # A library of that name keeps it.
+    taken = loaded is not None or not _leads_to(parts[0], path)
+    spec = importlib.util.spec_from_file_location("gspo_user_" * taken + parts[0], path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[spec.name]
+        raise
+    return module
+
+
+def _leads_to(name: str, path: Path) -> bool:
+    """Whether `import name` would load this file."""
+    importlib.invalidate_caches()
+    spec = importlib.util.find_spec(name)
+    return spec is not None and spec.origin is not None and Path(spec.origin).resolve() == path

@@ -1,0 +1,145 @@
+"""Files that are there whole or not at all: written beside, made durable, renamed into place."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from gspo.core.errors import RunError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+# Of `replacing`, and of gspo 0.1: .config.json.4711, 0001.4711.tmp, .0001.4711, .0001.deleted
+_LEFTOVER = re.compile(
+    r"\..+\.(\d+)\.tmp|\d+\.(\d+)\.tmp|\.(?:\d+|[\w-]+\.(?:json|jsonl|html|png))\.(\d+)|\.\d+\.deleted"
+)
+
+
+def strict_json(
+    value: Any, *, indent: int | None = None, default: Callable[[Any], Any] | None = None
+) -> str:
+    """JSON that every reader takes: a number that is not finite is written as null.
+
+    >>> strict_json({"loss": float("nan"), "steps": [1, float("inf")]})
+    '{"loss": null, "steps": [1, null]}'
+    """
+    try:
+        return json.dumps(value, indent=indent, default=default, allow_nan=False)
+    except ValueError:  # rare, so that others pay nothing for it
+        loose = json.loads(json.dumps(value, default=default))
+        return json.dumps(_finite(loose), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader, or a start after a power cut, sees the old one or the new one.
+
+    Raises:
+        RunError: it cannot be written. The old one is as it was.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    with replacing(path) as building:
+        building.write_bytes(data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path`, for a file or a folder that takes its place when the block ends.
+
+    Raises:
+        RunError: it cannot be written. What was begun is removed, and `path` is as it was.
+    """
+    building = _beside(path)
+    with explained(path):
+        try:
+            remove(building)
+            yield building
+            for part in (*building.rglob("*"), building) if building.is_dir() else (building,):
+                _sync(part)
+            if building.is_dir():  # it can be renamed over an empty folder only
+                remove(path)
+            os.replace(building, path)
+            _sync(path.parent)
+        except BaseException:
+            with suppress(OSError):
+                remove(building)
+            raise
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn an error of the file system into a `RunError` that names the path and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in _FULL
+        why = "the disk is full" if full else error.strerror or str(error)
+        remedy = (
+            "Free some space; what was there before is intact" if full else "Choose another path"
+        )
+        raise RunError(f"cannot write {path}: {why}. {remedy}") from None
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder, if it is there. No half folder stays under its name."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    doomed = path if path.name.endswith(".tmp") else _beside(path.with_name(f"{path.name}.old"))
+    if doomed != path:
+        os.rename(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed processes had begun to write, or to delete, directly in `folder`."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = _LEFTOVER.fullmatch(path.name)
+        if match is not None:
+            process = int(next((number for number in match.groups() if number), 0))
+            if not _writes_now(process):
+                with suppress(OSError):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _writes_now(process: int) -> bool:
+    """Whether another process of this number lives. Our own has only just begun."""
+    if process in (0, os.getpid()):
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _sync(path: Path) -> None:
+    """Have the disk keep a file's content, or a folder's names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems have none
+            raise
+    finally:
+        os.close(handle)

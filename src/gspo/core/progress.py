@@ -1,0 +1,98 @@
+"""What a running gather counts, and the failure budget that it enforces."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from gspo.core.draws import numbered_task
+from gspo.core.errors import ConfigError, shown
+
+
+def check_budget(max_exceptions: Any) -> None:
+    """Refuse a failure budget that means nothing.
+
+    Raises:
+        ConfigError: it is no number, or below 0.
+    """
+    number = isinstance(max_exceptions, int | float) and not isinstance(max_exceptions, bool)
+    if not number or not max_exceptions >= 0:
+        raise ConfigError(
+            f"max_exceptions = {shown(max_exceptions)}: give how many rollouts may fail, or below "
+            "1 their share, such as 0.1"
+        )
+
+
+@dataclass
+class Gather:
+    """Counts of one gather. `max_exceptions` below 1 is a share of `total`.
+
+    >>> gather = Gather(total=4, max_exceptions=0.5)
+    >>> gather.failed(ValueError("no")); gather.finished(1.0)
+    >>> gather.exceptions, gather.mean_reward()
+    (1, 1.0)
+    """
+
+    total: int
+    max_exceptions: float = 0
+    update: Callable[[Gather], None] = lambda gather: None
+    done: int = 0
+    exceptions: int = 0
+    _rewards: float = 0.0
+
+    def finished(self, reward: float) -> None:
+        """Count a rollout that ended."""
+        self.done += 1
+        self._rewards += reward
+        self.update(self)
+
+    def failed(self, error: BaseException) -> None:
+        """Count a rollout that raised; raises `error` when the budget is spent."""
+        self.exceptions += 1
+        self.update(self)
+        allowed = self.max_exceptions
+        if 0 < allowed < 1:
+            allowed = allowed * self.total
+        if self.exceptions > allowed:
+            raise error
+
+    def mean_reward(self) -> float | None:
+        """Mean reward of the rollouts so far."""
+        return self._rewards / self.done if self.done else None
+
+
+_current: contextvars.ContextVar[Gather] = contextvars.ContextVar("gspo_gather")
+
+
+def current_gather() -> Gather:
+    """The gather around this coroutine; one that allows no failure where there is none."""
+    return _current.get(Gather(total=0))
+
+
+@contextmanager
+def gathering(gather: Gather) -> Iterator[Gather]:
+    """Make `gather` the current one for the coroutines started inside."""
+    token = _current.set(gather)
+    try:
+        yield gather
+    finally:
+        _current.reset(token)
+
+
+async def all_or_cancel(coroutines: list[Any]) -> list[Any]:
+    """Results in order; at the first error the rest is cancelled and awaited, then it raises.
+
+    Each coroutine's requests are seeded by its place among the others.
+    """
+    tasks = [numbered_task(number, coroutine) for number, coroutine in enumerate(coroutines)]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise

@@ -1,0 +1,1 @@
+"""The loop of `gspo train` and `gspo demo`, and what surrounds it."""

@@ -1,0 +1,42 @@
+"""The demonstration: a Mixture-of-Experts model learns to sort, in about a minute."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from gspo.dev import TrainConfig
+from gspo.experiment.spec import Spec
+from gspo.train.checkpoint import steps_saved
+
+STEPS = 120
+
+
+def demo_spec(path: str, steps: int = STEPS, seed: int = 0) -> Spec:
+    """GSPO as in the paper on the embedded model; the schedule is all that is tuned."""
+    number = 1
+    while True:
+        spec = Spec(
+            name=f"sort-{number}",
+            project="demo",
+            path=path,
+            task="sort",
+            steps=steps,
+            seed=seed,
+            learning_rate=3e-4,
+            train=TrainConfig(importance_sampling_level="sequence", lr_warmup_steps=5),
+        )
+        folder = Path(spec.path) / "demo" / spec.name
+        if not folder.exists() or _unfinished(folder, spec):
+            return spec
+        number += 1
+
+
+def _unfinished(folder: Path, spec: Spec) -> bool:
+    """Whether the folder holds this very demo, stopped half-way: then it goes on."""
+    try:
+        stored = json.loads((folder / "spec.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    done = max(steps_saved(folder / "checkpoints"), default=0)
+    return stored == spec.model_dump(mode="json") and done < spec.steps

@@ -1,0 +1,46 @@
+"""`gspo serve`: a model behind OpenAI's API, on a port."""
+
+from __future__ import annotations
+
+import logging
+import signal
+
+from gspo.core.compute import ComputeThread
+from gspo.experiment.stop import leave
+from gspo.policy.load import load_policy
+from gspo.policy.probe import choose_packing
+from gspo.serve.app import create_app
+from gspo.serve.batcher import Batcher
+from gspo.serve.selfcheck import check_engine
+from gspo.serve.server import bind, serve
+from gspo.serve.torch_engine import TorchEngine
+
+WINDOW = 0.005
+
+
+def serve_model(model: str, host: str, port: int, name: str) -> None:
+    """Load `model` and answer requests until SIGINT or SIGTERM; then end the process.
+
+    Raises:
+        ServeError: the port is in use; nothing was loaded then.
+        ModelError: the model cannot be loaded.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    listener = bind(host, port)
+    policy = load_policy(model)
+    choose_packing(policy)
+    engine = TorchEngine(policy)
+    check_engine(engine)
+    compute = ComputeThread()
+    app = create_app(Batcher(engine, compute, window=WINDOW), lambda: [name])
+    bound = listener.getsockname()
+    print(f"serving {name} on http://{bound[0]}:{bound[1]}/v1", flush=True)
+    status = 0
+    try:
+        serve(app, listener)
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+    finally:
+        compute.close()
+    leave(status)  # a batch that is still sampled has nobody left who wants it

@@ -1,0 +1,213 @@
+"""What an experiment is: a TOML file, with every field overridable by key=value."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Collection, Iterable
+from os.path import expanduser
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from gspo.backend.trackers import TrackerName
+from gspo.config import TrainConfig
+from gspo.core.byname import beside
+from gspo.core.errors import ConfigError, suggestion
+from gspo.core.options import LARGEST_COUNT, TEMPERATURES, Options
+from gspo.dev import InternalModelConfig
+from gspo.dev import TrainConfig as DevTrainConfig
+from gspo.tasks import task_names
+
+
+class Spec(Options):
+    """One run: a model, a task or a rollout function, an objective, sizes and seeds.
+
+    >>> Spec(task="sort").model
+    'embedded:sort'
+    """
+
+    name: str = "run"
+    """Names the run folder `<path>/<project>/<name>`."""
+    project: str = "gspo"
+    path: str = ".gspo"
+    model: str = ""
+    """`embedded:<task>`, a folder, or a hub id. Default: the task's embedded model."""
+    task: str | None = None
+    """`sort`, `reverse`, `add`, `chain`, `climb`, `reasoning-gym:<dataset>`, or `module:Class`: a
+    `gspo.tasks.Task` of your own, in a file beside this one."""
+    task_options: dict[str, Any] = Field(default_factory=dict)
+    """Options of `chain`, of a reasoning-gym dataset, or of your own task's constructor."""
+    rollout: str | None = None
+    """`module:function` or `folder/file.py:function`, an
+    `async def rollout(model, scenario) -> Trajectory` of your own. A module is looked for beside
+    the TOML file, in the working directory, and among what is installed, in this order.
+    Without it, the task's prompt is answered in one turn and scored."""
+    steps: int = Field(default=60, ge=1, le=LARGEST_COUNT)
+    """Calls of `train` over the run's life."""
+    prompts: int = Field(default=32, ge=1, le=LARGEST_COUNT)
+    """Prompts per step."""
+    completions: int = Field(default=16, ge=2, le=LARGEST_COUNT)
+    """Rollouts per prompt, G."""
+    dynamic_sampling: bool = False
+    """DAPO's: groups with equal rewards are replaced by fresh prompts, in up to three rounds."""
+    max_tokens: int | None = Field(default=None, ge=1, le=LARGEST_COUNT)
+    """Longest completion. None: the task's own."""
+    temperature: float = Field(default=1.0, ge=TEMPERATURES[0], le=TEMPERATURES[1])
+    eval_prompts: int = Field(default=256, ge=0, le=LARGEST_COUNT)
+    """Held-out prompts before and after; 0 evaluates nothing."""
+    eval_completions: int = Field(default=4, ge=1, le=LARGEST_COUNT)
+    eval_every: int | None = Field(default=None, ge=1, le=LARGEST_COUNT)
+    """Also evaluate every so many steps."""
+    seed: int = 0
+    """Of the prompts and of sampling."""
+    keep_checkpoints: int | None = Field(default=2, ge=1, le=LARGEST_COUNT)
+    logger: list[TrackerName] = Field(default_factory=list)
+    """Trackers that are shown the metrics too: `tensorboard`, `trackio`, `wandb`."""
+    train: DevTrainConfig = Field(default_factory=DevTrainConfig)
+    """The fields of `dev.TrainConfig`: algorithm, epsilon, minibatches, schedule, ..."""
+    learning_rate: float | None = Field(default=None, gt=0, le=1)
+    """Peak learning rate. None: by the model's size, with a warmup (docs/defaults.md)."""
+    load: InternalModelConfig = Field(default_factory=InternalModelConfig)
+    """The fields of `dev.InternalModelConfig`: dtype, lora, activation_checkpointing, ..."""
+
+    @field_validator("name", "project", "path")
+    @classmethod
+    def _names_a_folder(cls, value: str) -> str:
+        return folder_name(value)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _task_names_the_model(cls, data: Any) -> Any:
+        if isinstance(data, dict) and not data.get("model") and data.get("task") in task_names():
+            data = {**data, "model": f"embedded:{data['task']}"}
+        return data
+
+    @model_validator(mode="after")
+    def _has_prompts_and_a_model(self) -> Spec:
+        if self.task is None and self.rollout is None:
+            raise ValueError("give a task, or a rollout = 'module:function'")
+        if self.task is None and self.task_options:
+            raise ValueError("task_options are given, but no task")
+        own = [name for name in ("max_tokens", "temperature") if self._differs(name)]
+        if self.rollout is not None and own:
+            raise ValueError(
+                f"{own[0]} is decided by your rollout function: leave it out, "
+                "and pass it to chat.completions.create there"
+            )
+        if self.dynamic_sampling and self.train.algorithm == "reinforce":
+            raise ValueError(
+                "dynamic_sampling drops groups with equal rewards, which algorithm='reinforce' "
+                "learns from: leave one of the two out"
+            )
+        if not self.model:
+            near = suggestion(self.task or "", task_names())
+            raise ValueError(f"give a model: only the built-in tasks have one of their own.{near}")
+        return self
+
+    def train_config(self) -> TrainConfig:
+        """The public half of the training options."""
+        return TrainConfig(learning_rate=self.learning_rate)
+
+
+def folder_name(text: str) -> str:
+    """A name or path of a folder, with `~` as the home folder.
+
+    Raises:
+        ValueError: nothing, a NUL, or half a character (a lone surrogate): no file name has these.
+    """
+    if not text:
+        raise ValueError("give a name: this one is empty")
+    if "\0" in text:
+        raise ValueError("it holds a NUL, which no file name does: remove it")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the character at {error.start} is half of one: remove it") from None
+    return expanduser(text)
+
+
+def read_spec(path: Path, overrides: Iterable[str] = ()) -> Spec:
+    """A spec from a TOML file, with `key=value` overrides (dotted keys, TOML values).
+
+    Raises:
+        ConfigError: no such file, not TOML, or an unknown key or value.
+    """
+    return Spec(**named_beside(override(read_toml(path), overrides), path.parent))
+
+
+_NAMES = ("task", "rollout", "algorithm", "train.algorithm")
+"""Keys whose value may be the `module:name` of something of the user's own."""
+
+
+def named_beside(run: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The fields of a run, whose `module:name`s mean files of `folder` where it has them.
+
+    A comparison's keys may be dotted, or stand for `train.algorithm` as `algorithm` alone.
+    """
+    found = {key: _beside(run[key], folder) for key in _NAMES if key in run}
+    train = run.get("train")
+    if isinstance(train, dict) and "algorithm" in train:
+        found["train"] = train | {"algorithm": _beside(train["algorithm"], folder)}
+    return run | found
+
+
+def _beside(name: Any, folder: Path) -> Any:
+    return beside(name, folder) if isinstance(name, str) else name
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file says.
+
+    Raises:
+        ConfigError: no such file, or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not TOML: byte {error.start} is not UTF-8. Save it as UTF-8"
+        ) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: its brackets are nested too deeply") from None
+
+
+def override(
+    data: dict[str, Any], overrides: Iterable[str], known: Collection[str] = Spec.model_fields
+) -> dict[str, Any]:
+    """`data` with each `a.b=value` put in its place; `known` are the first parts of keys.
+
+    >>> override({"train": {"epochs": 1}}, ["train.epochs=2", "model=embedded:sort"])
+    {'train': {'epochs': 2}, 'model': 'embedded:sort'}
+    """
+    data = {key: dict(value) if isinstance(value, dict) else value for key, value in data.items()}
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {item!r}: write key=value")
+        *tables, last = key.strip().split(".")
+        if (tables or [last])[0] not in known:
+            near = suggestion((tables or [last])[0], known)
+            raise ConfigError(f"--set {item!r}: unknown key {key.strip()!r}.{near}")
+        place = data
+        for table in tables:
+            if not isinstance(place.setdefault(table, {}), dict):
+                raise ConfigError(
+                    f"--set {item!r}: {table!r} is the value {place[table]!r} and not a table, "
+                    f"so it has no {last!r}"
+                )
+            place = place[table]
+        place[last] = _value(text.strip())
+    return data
+
+
+def _value(text: str) -> Any:
+    """A TOML value, or the text itself where it is none."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (tomllib.TOMLDecodeError, RecursionError):
+        return text

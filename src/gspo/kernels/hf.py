@@ -1,0 +1,199 @@
+"""The one door to transformers' internals: what changes name from release to release.
+
+Nothing else in gspo imports a submodule of transformers or reads a name of it that begins with an
+underscore (`tests/kernels/test_hf.py`), so that a new release is mended here.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from types import MethodType
+from typing import Any
+
+import torch
+from huggingface_hub import constants
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import create_causal_mask, sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from gspo.core.errors import ModelError
+
+__all__ = [
+    "AttentionInterface",
+    "AttentionMaskInterface",
+    "Cache",
+    "CacheLayerMixin",
+    "Conv1D",
+    "attention_implementation",
+    "backbone",
+    "cache_argument",
+    "causal_mask",
+    "decoder_kinds",
+    "hub_address",
+    "keep_long_rope",
+    "output_embeddings",
+    "quiet",
+    "recompute_layers",
+    "returned_cache",
+    "router_classes",
+    "sdpa_attention_forward",
+    "sdpa_mask",
+    "select_rows",
+]
+
+
+def cache_argument(backbone: torch.nn.Module, kv_cache: Cache) -> dict[str, Any]:
+    """The keyword argument that hands a cache to a forward pass.
+
+    transformers 5.24 renamed `past_key_values` to `cache`; the old name goes with 5.40.
+    """
+    return {_cache_keyword(type(backbone).forward): kv_cache}
+
+
+def causal_mask(config: Any, embeddings: torch.Tensor, seen: Any) -> Any:
+    """transformers' causal mask, without a cache, with `seen` as a further condition."""
+    no_cache: dict[str, Any] = {_cache_keyword(create_causal_mask): None}
+    return create_causal_mask(
+        config=config,
+        inputs_embeds=embeddings,
+        attention_mask=None,
+        and_mask_function=seen,
+        **no_cache,
+    )
+
+
+@cache
+def _cache_keyword(function: Any) -> str:
+    names = inspect.signature(function).parameters
+    return "cache" if "cache" in names else "past_key_values"
+
+
+def returned_cache(output: Any) -> Cache:
+    """The cache that a model made for itself in a forward pass.
+
+    Raises:
+        TypeError: it returned none.
+    """
+    found = next((value for value in output.values() if isinstance(value, Cache)), None)
+    if found is None:
+        raise TypeError("it returns no cache")
+    return found
+
+
+def select_rows(cache: Cache, rows: torch.Tensor) -> None:
+    """Keep these rows of a cache, in this order, repeated where an index repeats."""
+    if type(cache).batch_select_indices is not Cache.batch_select_indices:
+        cache.batch_select_indices(rows)  # MiniMax's cache knows of its linear layers here alone
+    else:
+        cache.reorder_cache(rows)  # pyright: ignore[reportArgumentType]
+
+
+def attention_implementation(lm: PreTrainedModel) -> str | None:
+    """The name under which the model's attention is registered: "sdpa", "gspo_packed", ..."""
+    return lm.config._attn_implementation
+
+
+def router_classes(model: torch.nn.Module) -> Any:
+    """What transformers records as the model's router logits, or None."""
+    named: Mapping[str, Any] = getattr(model, "_can_record_outputs", None) or {}
+    return named.get("router_logits")
+
+
+def backbone(lm: PreTrainedModel) -> torch.nn.Module:
+    """The model below the vocabulary projection."""
+    named = getattr(lm, lm.base_model_prefix, None)
+    # Llama 4's class names the attribute of its multimodal sister.
+    children = (child for child in lm.children() if isinstance(child, PreTrainedModel))
+    found = named if named is not None else next(children, None)
+    if found is None:
+        raise ModelError(f"{type(lm).__name__} has no model below its output head")
+    return found
+
+
+def output_embeddings(lm: PreTrainedModel) -> torch.nn.Module | None:
+    """The output head."""
+    return lm.get_output_embeddings()
+
+
+def hub_address() -> str:
+    """The URL of the hub, as the environment sets it."""
+    return constants.ENDPOINT
+
+
+def recompute_layers(lm: PreTrainedModel, context_fn: Callable[[], tuple[Any, Any]]) -> None:
+    """Compute each layer again in the backward pass instead of keeping its activations.
+
+    transformers does that in train mode only, which turns on whatever is random in a model: dropout
+    under any name, noise of routers. Here the model stays in eval mode.
+
+    Args:
+        lm: the model.
+        context_fn: `torch.utils.checkpoint`'s: contexts of the first and of the second pass.
+
+    Raises:
+        ModelError: transformers marks no layers of this model.
+    """
+
+    def forward(self: GradientCheckpointingLayer, *args: Any, **kwargs: Any) -> Any:
+        run = functools.partial(type(self).forward, self)
+        if not torch.is_grad_enabled():
+            return run(*args, **kwargs)
+        return checkpoint(run, *args, use_reentrant=False, context_fn=context_fn, **kwargs)
+
+    layers = [m for m in lm.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise ModelError(
+            f"activation_checkpointing: {type(lm).__name__} has no layers that transformers can "
+            "recompute; leave the option out"
+        )
+    for layer in layers:
+        # A bound method: a copy of the model then calls the copy's layer.
+        layer.forward = MethodType(forward, layer)
+
+
+def keep_long_rope(lm: PreTrainedModel) -> None:
+    """Give texts of every length the RoPE frequencies that longrope has for long ones."""
+    for module in lm.modules():
+        for name in [n for n in vars(module) if n.endswith("long_inv_freq")]:
+            short = getattr(module, name.replace("long_inv_freq", "original_inv_freq"))
+            short.copy_(getattr(module, name))
+
+
+def decoder_kinds(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """Steps by which a tokenizer makes text of tokens: "ByteLevel", "ByteFallback", ...
+
+    Empty for a tokenizer that is not built on the `tokenizers` package.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return frozenset()
+    decoder = json.loads(backend.to_str())["decoder"] or {}
+    steps = decoder.get("decoders", [decoder])
+    return frozenset(step["type"] for step in steps if "type" in step)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without progress bars, which would tear gspo's live display."""
+    on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if on:
+            logging.enable_progress_bar()

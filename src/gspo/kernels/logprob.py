@@ -1,0 +1,132 @@
+"""Hidden states -> log-probs of given tokens, without ever holding the full logits.
+
+The arithmetic is in `projection`: blocks of tokens x vocabulary entries, so that memory doesn't
+grow with tokens x vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gspo.core.errors import DataError
+from gspo.core.timing import timed
+from gspo.kernels.projection import ChunkedLogprobs, Plan, project
+
+CPU_BLOCK = (2048, 2**20)
+"""Vocabulary entries, and logits, of one block: 4 MiB stay in the cache between two passes."""
+DEVICE_BLOCK = (8192, 2**24)
+"""The same on other devices, where few large launches matter more. Not measured."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The vocabulary projection of a causal LM: logits = cap(scale * (hidden @ weight.T + bias)).
+
+    >>> Head(torch.zeros(8, 2), entries=5).size
+    5
+    """
+
+    weight: Float[Tensor, "W D"]
+    bias: Float[Tensor, " W"] | None = None
+    softcap: float | None = None
+    """Final logits are softcap * tanh(logits / softcap), as in Gemma 2."""
+    scale: float = 1.0
+    """Granite, Cohere and others multiply their logits by a constant."""
+    entries: int | None = None
+    """Rows of the head that are tokens; None: all. The others pad it and have no probability."""
+
+    @property
+    def size(self) -> int:
+        """V, the number of tokens that a distribution is over."""
+        rows = self.weight.shape[0]
+        return rows if self.entries is None else min(rows, self.entries)
+
+    def scaled(
+        self, hidden: Float[Tensor, "M D"]
+    ) -> tuple[Float[Tensor, "M D"], Float[Tensor, " W"] | None]:
+        """Hidden states and bias with the scale in them, in float32 where there is one."""
+        if self.scale == 1.0:
+            return hidden, self.bias
+        return hidden.float() * self.scale, None if self.bias is None else self.bias * self.scale
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probs of M tokens and the entropy of the distributions that they were drawn from.
+
+    Attributes:
+        logprobs: [M] float32, with gradient.
+        entropy: [M] float32, in nats, without gradient.
+    """
+
+    logprobs: Float[Tensor, " M"]
+    entropy: Float[Tensor, " M"]
+
+    def __post_init__(self) -> None:
+        if self.logprobs.dtype != torch.float32:
+            raise TypeError(f"log-probs are {self.logprobs.dtype}: l_i needs float32")
+
+
+@timed("head")
+def token_logprobs(
+    hidden: Float[Tensor, "M D"],
+    head: Head,
+    targets: Int[Tensor, " M"],
+    temperatures: Float[Tensor, " M"],
+    chunk: int | None = None,
+    vocab_chunk: int | None = None,
+) -> TokenLogprobs:
+    """log softmax(logits / temperature) at `targets`, in float32 whatever the head's dtype.
+
+    Args:
+        hidden: last hidden states at the positions before the targets.
+        head: the projection; gradients reach `hidden` and, where it is trained, the head.
+        targets: token ids.
+        temperatures: above 0.
+        chunk: tokens whose logits exist at once. None: what the device's block leaves room for.
+        vocab_chunk: vocabulary entries whose logits exist at once. None: the device's block.
+
+    Raises:
+        DataError: a target that is no entry of the head's vocabulary.
+    """
+    _check_targets(targets, head.size)
+    plan = _plan(hidden, head, chunk, vocab_chunk)
+    with torch.autocast(hidden.device.type, enabled=False):
+        hidden, bias = head.scaled(hidden)
+        logprobs, entropy = ChunkedLogprobs.apply(  # pyright: ignore[reportGeneralTypeIssues]
+            hidden, head.weight, bias, targets, temperatures, plan, torch.is_grad_enabled()
+        )
+    return TokenLogprobs(logprobs, entropy)
+
+
+def full_logits(hidden: Float[Tensor, "R D"], head: Head) -> Float[Tensor, "R V"]:
+    """Float32 logits of a few positions, as decoding needs them."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        hidden, bias = head.scaled(hidden)
+        if head.weight.dtype == torch.float32:
+            bias = None if bias is None else bias[: head.size]
+            return project(hidden, head.weight[: head.size], bias, head.softcap)
+        # A half-precision head is never copied whole to float32, which takes longer than the rest.
+        parts = _plan(hidden, head, None, None).vocabulary(head.weight, bias)
+        return torch.cat([project(hidden, w, b, head.softcap) for _, w, b in parts], dim=1)
+
+
+def _plan(hidden: Tensor, head: Head, chunk: int | None, vocab_chunk: int | None) -> Plan:
+    entries, logits = CPU_BLOCK if hidden.device.type == "cpu" else DEVICE_BLOCK
+    columns = min(head.size, vocab_chunk or entries)
+    return Plan(chunk or max(16, logits // columns), columns, head.softcap, head.size)
+
+
+def _check_targets(targets: Int[Tensor, " M"], size: int) -> None:
+    if targets.numel() == 0:
+        return
+    low, high = torch.stack(targets.aminmax()).tolist()
+    if low < 0 or high >= size:
+        raise DataError(
+            f"token id {low if low < 0 else high} is not among the {size} entries of the model's "
+            "vocabulary: take the rollouts' tokenizer from the model that is trained"
+        )

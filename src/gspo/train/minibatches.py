@@ -1,0 +1,187 @@
+"""Trajectory groups -> the samples and counts of one rollout batch, and its minibatches."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from gspo.core.errors import DataError, SampleTooLongError
+from gspo.core.timing import timed
+from gspo.data.check import check_groups
+from gspo.data.sample import Sample, trajectory_samples
+from gspo.objective import AdvantageKind, advantages
+from gspo.trajectory import Trajectory, TrajectoryGroup
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """What one call of `train` works on.
+
+    Attributes:
+        samples: of each trajectory, its samples; `advantage` is set.
+        groups: of each trajectory, its group.
+        rewards: of each trajectory.
+        dropped: trajectories that were too long and left out, by the user's choice.
+    """
+
+    samples: tuple[tuple[Sample, ...], ...]
+    groups: tuple[int, ...]
+    rewards: tuple[float, ...]
+    dropped: int
+
+    @property
+    def groups_with_signal(self) -> frozenset[int]:
+        """Groups in which some advantage is not 0."""
+        return frozenset(s[0].group_id for s in self.samples if s[0].advantage != 0)
+
+    def with_signal(self) -> RolloutBatch:
+        """Without the groups whose rewards are all equal."""
+        kept = [i for i, group in enumerate(self.groups) if group in self.groups_with_signal]
+        return replace(
+            self,
+            samples=tuple(self.samples[i] for i in kept),
+            groups=tuple(self.groups[i] for i in kept),
+            rewards=tuple(self.rewards[i] for i in kept),
+        )
+
+    @property
+    def flat_groups(self) -> int:
+        """Groups in which every advantage is 0."""
+        return len(set(self.groups) - self.groups_with_signal)
+
+
+def why_no_update(trajectories: int, too_long: int) -> str:
+    """Why no step was taken on a batch.
+
+    Args:
+        trajectories: that had a sample.
+        too_long: that were dropped.
+
+    >>> why_no_update(0, 4)
+    'all 4 trajectories are longer than the context'
+    """
+    if trajectories == 0:
+        return f"all {too_long} trajectories are longer than the context"
+    return "all advantages are 0: each group has equal rewards or a single trajectory"
+
+
+@timed("packing")
+def prepare(
+    groups: Sequence[TrajectoryGroup],
+    *,
+    context: int,
+    vocabulary: int | None = None,
+    advantage: AdvantageKind = "group_std",
+    drop_too_long: bool = False,
+    overlong: tuple[int, int] | None = None,
+) -> RolloutBatch:
+    """Check the groups, tokenise nothing, and compute the advantages.
+
+    `context` and `vocabulary` are the model's, in tokens; None: any token id is taken.
+    `overlong` is (max_tokens, cache) of DAPO's soft punishment, added to the rewards first.
+
+    Advantages are computed over the whole group, before anything is dropped.
+
+    Raises:
+        DataError: see `check_groups` and `trajectory_samples`; an advantage beyond float32.
+    """
+    check_groups(groups)
+    flat = [(g, t, own) for g, group in enumerate(groups) for t, own in enumerate(group)]
+    rewards = [float(trajectory.reward) for _, _, trajectory in flat]
+    shaped = [shaped_reward(trajectory, overlong) for _, _, trajectory in flat]
+    values = advantages(
+        advantage,
+        torch.tensor(shaped, dtype=torch.float64),
+        torch.tensor([g for g, _, _ in flat]),
+    ).tolist()
+    _check_advantages(values, [g for g, _, _ in flat])
+    kept: list[tuple[tuple[Sample, ...], int, float]] = []
+    dropped = 0
+    for i, (g, t, trajectory) in enumerate(flat):
+        try:
+            samples = trajectory_samples(
+                trajectory,
+                trajectory_id=i,
+                group_id=g,
+                advantage=values[i],
+                max_tokens=context,
+                vocabulary=vocabulary,
+                where=f"group {g}, trajectory {t}",
+            )
+        except SampleTooLongError:
+            if not drop_too_long:
+                raise
+            dropped += 1
+            continue
+        kept.append((tuple(samples), g, rewards[i]))
+    return RolloutBatch(
+        samples=tuple(samples for samples, _, _ in kept),
+        groups=tuple(g for _, g, _ in kept),
+        rewards=tuple(reward for _, _, reward in kept),
+        dropped=dropped,
+    )
+
+
+def _check_advantages(values: Sequence[float], groups: Sequence[int]) -> None:
+    for value, group in zip(values, groups, strict=True):
+        if abs(value) > torch.finfo(torch.float32).max:
+            raise DataError(
+                f"group {group}: an advantage is {value:.3g}, which is beyond float32: divide the "
+                "rewards by their size, or use an algorithm that divides by their spread (gspo)"
+            )
+
+
+def minibatches(batch: RolloutBatch, count: int, seed: int) -> list[list[tuple[Sample, ...]]]:
+    """Trajectories in `count` near-equal parts; groups in random order, kept together.
+
+    Fewer parts where there are fewer trajectories.
+    """
+    by_group: dict[int, list[tuple[Sample, ...]]] = {}
+    for samples, group in zip(batch.samples, batch.groups, strict=True):
+        by_group.setdefault(group, []).append(samples)
+    order = sorted(by_group)
+    random.Random(seed).shuffle(order)
+    units = [samples for group in order for samples in by_group[group]]
+    count = min(count, len(units))
+    edges = [round(i * len(units) / count) for i in range(count + 1)] if count else [0]
+    return [units[a:b] for a, b in itertools.pairwise(edges)]
+
+
+def without_advantage(samples: Sequence[Sample]) -> bool:
+    """True where a trajectory gives no policy gradient; a KL term may still have one."""
+    return samples[0].advantage == 0
+
+
+def reward_std(rewards: Sequence[float]) -> float:
+    """Population standard deviation, of rewards of any size.
+
+    >>> reward_std([1.0, 3.0])
+    1.0
+    """
+    # Squares of rewards such as 1e200 overflow; dividing by a power of two rounds nothing.
+    power = math.ldexp(1.0, math.frexp(max(map(abs, rewards)))[1] - 1)
+    return float(np.std(np.array(rewards) / power)) * power
+
+
+def overlong_punishment(length: int, max_tokens: int, cache: int) -> float:
+    """0 up to max_tokens - cache, falling to -1 at max_tokens (DAPO, arXiv 2503.14476, eq. 13).
+
+    >>> [overlong_punishment(n, 100, 20) for n in (80, 90, 100, 150)]
+    [0.0, -0.5, -1.0, -1.0]
+    """
+    return min(0.0, max(-1.0, (max_tokens - cache - length) / cache))
+
+
+def shaped_reward(trajectory: Trajectory, overlong: tuple[int, int] | None) -> float:
+    """The reward that advantages are made of: with the punishment of (max_tokens, cache)."""
+    reward = float(trajectory.reward)
+    if overlong is None:
+        return reward
+    length = sum(len(getattr(c, "token_ids", None) or ()) for c in trajectory.choices())
+    return reward + overlong_punishment(length, *overlong)

@@ -1,0 +1,152 @@
+"""The engine's own copy of the weights, in the precision that it samples in.
+
+A rollout engine is faster than the trainer because it computes in less precision, and its
+log-probs differ from the trainer's on the same weights. This module makes that difference on
+purpose, on any machine:
+
+- `bfloat16`, `float16`: the weights are cast and the whole forward pass runs in that type. The
+  vocabulary projection alone is summed in float32 from the rounded weights and hidden states
+  (`logprob.full_logits`), so an engine that also rounds its logits is noisier than this one.
+- `int8`, `int4`: weight-only. Every linear and expert weight is rounded to the engine's grid and
+  back, and the pass runs in float32: what is lost is what the integers lose, nothing else.
+  int8 has one scale per output channel, int4 one per group of 32 inputs. Embedding, output head,
+  norms, biases and routers stay float32, as quantized checkpoints leave them.
+- `float32`: an exact copy.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from gspo.core.errors import ModelError
+from gspo.dev import RolloutDtype
+from gspo.kernels.hf import Conv1D
+from gspo.policy.load import Policy
+
+GROUP = 32
+"""Inputs that share a scale in int4."""
+_BITS: dict[str, Literal[8, 4]] = {"int8": 8, "int4": 4}
+_CAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_ROUTERS = ("gate", "router", "shared_expert_gate")
+
+
+@dataclass
+class RolloutPolicy(Policy):
+    """A copy to sample from: shares no tensor with the trainer's policy, and is never trained.
+
+    `compute_dtype` is float32 in all of them, which means: no autocast over the copy's own types.
+    """
+
+    rollout_dtype: RolloutDtype = "float32"
+
+
+def rollout_copy(policy: Policy, dtype: RolloutDtype) -> RolloutPolicy:
+    """A copy of `policy` in an engine's precision; LoRA adapters are merged before rounding.
+
+    Raises:
+        ModelError: int8 or int4 of experts whose layout transformers doesn't declare.
+    """
+    lm = copy.deepcopy(policy.lm) if policy.peft is None else _merged(policy)
+    lm.requires_grad_(False)
+    for parameter in lm.parameters():
+        parameter.grad = None
+        # Parameters alone: buffers such as the rotary frequencies stay float32 in engines too.
+        parameter.data = parameter.data.to(_CAST.get(dtype, torch.float32))
+    shared = {f.name: getattr(policy, f.name) for f in fields(policy) if f.init}
+    own = {
+        "lm": lm.eval(),
+        "peft": None,
+        "compute_dtype": torch.float32,
+        "checkpointing": False,
+        "rollout_dtype": dtype,
+    }
+    out = RolloutPolicy(**(shared | own))
+    refresh(out, policy)
+    return out
+
+
+@torch.no_grad()
+def refresh(rollout: RolloutPolicy, policy: Policy) -> None:
+    """Make the copy's weights anew from the trainer's, in place; its version follows."""
+    source = _merged(policy)
+    weights = dict(source.named_parameters())
+    bits = _BITS.get(rollout.rollout_dtype)
+    layouts = {} if bits is None else dict(quantized_weights(rollout.lm))
+    for name, own in rollout.lm.named_parameters():
+        value = weights[name]
+        if bits is not None and name in layouts:
+            # Scales belong to outputs; the inputs are the last axis unless it is transposed.
+            value = value.mT if layouts[name] else value
+            value = fake_quantized(value, bits)
+            value = value.mT if layouts[name] else value
+        own.copy_(value)
+    buffers = dict(source.named_buffers())
+    for name, own in rollout.lm.named_buffers():
+        own.copy_(buffers[name])
+    rollout.version = policy.version
+
+
+def fake_quantized(
+    weight: Float[Tensor, "*R C"], bits: Literal[8, 4], group: int = GROUP
+) -> Float[Tensor, "*R C"]:
+    """Symmetric round-to-nearest to `bits` bits and back: |w - q(w)| <= scale / 2.
+
+    The largest magnitude of a channel (8 bits) or of a group of inputs (4 bits) is representable.
+
+    >>> fake_quantized(torch.tensor([[7.0, 3.4, -0.6, 0.2]]), 4).tolist()
+    [[7.0, 3.0, -1.0, 0.0]]
+    """
+    width = weight.shape[-1]
+    size = width if bits == 8 else group
+    padded = functional.pad(weight.float(), (0, -width % size))
+    grouped = padded.unflatten(-1, (-1, size))
+    scale = grouped.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
+    # Not `scale > 0`: that would turn a NaN weight into a silent 0.
+    steps = torch.where(scale == 0, 0.0, grouped / scale).round()
+    return (steps * scale).flatten(-2)[..., :width].to(weight.dtype)
+
+
+def quantized_weights(lm: PreTrainedModel) -> Iterator[tuple[str, bool]]:
+    """Names of the weights that int8 and int4 round, and whether inputs are their first axis.
+
+    Raises:
+        ModelError: stacked experts without transformers' `is_transposed`: their inputs could be
+            either axis.
+    """
+    head = lm.get_output_embeddings()
+    for name, module in lm.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            if module is not head and name.rpartition(".")[2] not in _ROUTERS:
+                yield f"{name}.weight", False
+        elif isinstance(module, Conv1D):
+            yield f"{name}.weight", True
+        elif "experts" in name.rpartition(".")[2]:
+            for own, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 3:
+                    yield f"{name}.{own}", _transposed(module, name)
+
+
+def _transposed(experts: torch.nn.Module, name: str) -> bool:
+    declared = getattr(experts, "is_transposed", None)
+    if declared is None:
+        raise ModelError(
+            f"{type(experts).__name__} ({name}) doesn't declare the layout of its weights, so "
+            "int8 and int4 have no output channels to scale: use bfloat16"
+        )
+    return bool(declared)
+
+
+def _merged(policy: Policy) -> PreTrainedModel:
+    """The model without adapters: the policy's own, or with LoRA a copy with them merged."""
+    if policy.peft is None:
+        return policy.lm
+    return copy.deepcopy(policy.peft).merge_and_unload()

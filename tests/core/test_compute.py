@@ -1,0 +1,128 @@
+"""The compute thread: one piece of work at a time, from whatever event loop it comes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+
+import pytest
+
+from gspo.core import compute as module
+from gspo.core.compute import ComputeThread, free_cores
+from gspo.core.errors import RunError
+
+
+@pytest.fixture
+def compute():
+    compute = ComputeThread()
+    yield compute
+    compute.close()
+
+
+def test_work_of_several_loops_never_overlaps(compute: ComputeThread):
+    running, most, threads = 0, 0, set()
+
+    def work() -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        threads.add(threading.get_ident())
+        time.sleep(0.002)
+        running -= 1
+
+    async def several() -> None:
+        await asyncio.gather(*(compute.run(work) for _ in range(5)))
+
+    callers = [threading.Thread(target=lambda: asyncio.run(several())) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(timeout=30)
+    asyncio.run(several())
+    assert (most, len(threads)) == (1, 1)
+
+
+def test_a_loop_that_was_left_holds_up_no_other(compute: ComputeThread):
+    """Its coroutine never goes on, but the next loop's work does."""
+    left = asyncio.new_event_loop()
+    started = threading.Event()
+    task = left.create_task(compute.run(started.wait, 5.0))
+    left.run_until_complete(asyncio.sleep(0.01))
+    started.set()
+    assert asyncio.run(asyncio.wait_for(compute.run(lambda: 7), timeout=10)) == 7
+    assert not task.done()
+    left.run_until_complete(task)
+    left.close()
+
+
+async def test_an_exception_that_no_future_can_carry_arrives(compute: ComputeThread):
+    def ends() -> None:
+        raise StopIteration
+
+    with pytest.raises(RuntimeError, match="ends raised StopIteration"):
+        await asyncio.wait_for(compute.run(ends), timeout=10)
+
+
+async def test_after_close_it_says_so(compute: ComputeThread):
+    compute.close()
+    with pytest.raises(RunError, match="the backend is closed"):
+        await compute.run(int)
+
+
+async def test_what_waits_at_the_close_is_told_so(compute: ComputeThread):
+    started, done = threading.Event(), threading.Event()
+
+    def slow() -> int:
+        started.set()
+        done.wait(10)
+        return 7
+
+    running = asyncio.ensure_future(compute.run(slow))
+    waiting = asyncio.ensure_future(compute.run(int))
+    await asyncio.to_thread(started.wait, 10)
+    compute.close()
+    with pytest.raises(RunError, match="closed while int waited for it"):
+        await asyncio.wait_for(waiting, 10)
+    done.set()
+    assert await running == 7
+
+
+async def test_in_a_fork_it_says_so(compute: ComputeThread, monkeypatch: pytest.MonkeyPatch):
+    await compute.run(int)
+    monkeypatch.setattr(compute, "_process", 1)
+    with pytest.raises(RunError, match="loaded in process 1, and a fork has no threads"):
+        await compute.run(int)
+
+
+async def test_a_long_wait_names_what_it_waits_for(
+    compute: ComputeThread, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(module, "NOTICE_SECONDS", 0.01)
+    done = threading.Event()
+
+    def slow() -> None:
+        done.wait(10)
+
+    waits = asyncio.gather(compute.run(slow), compute.run(int))
+    with caplog.at_level(logging.WARNING, "gspo"):
+        while len(caplog.records) < 2:
+            await asyncio.sleep(0.005)
+    done.set()
+    await waits
+    assert "int has waited" in caplog.text
+    assert all("slow" in record.message.split("running:")[1] for record in caplog.records)
+
+
+def test_cores_are_counted_where_the_system_cannot_say_which_are_allowed(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3, 5}, raising=False)
+    assert free_cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")  # macOS
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert free_cores() == 7
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert free_cores() == 1

@@ -1,0 +1,113 @@
+"""Spans nest, add up, and are nothing without a clock."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+
+import pytest
+
+from gspo.core.compute import ComputeThread
+from gspo.core.timing import Clock, span, timed, timing
+
+
+def ticking() -> Clock:
+    """Each look at the time is one second after the last."""
+    at = itertools.count()
+    return Clock("step", now=lambda: float(next(at)))
+
+
+@timed("inner")
+def inner(value: int, *, twice: bool = False) -> int:
+    """Documented."""
+    return value * (2 if twice else 1)
+
+
+def test_time_goes_to_the_innermost_span_and_adds_up():
+    clock = ticking()
+    with timing(clock), span("step"):  # 0
+        with span("a"):  # 1
+            with span("b"):  # 2..3
+                pass
+            with span("b"):  # 4..5
+                pass
+        inner(1)  # 7..8
+    assert dict(clock.seconds) == {"step": 3.0, "a": 3.0, "b": 2.0, "inner": 1.0}
+    assert sum(clock.seconds.values()) == 9.0
+    assert dict(clock.calls) == {"step": 1, "a": 1, "b": 2, "inner": 1}
+
+
+def test_a_span_in_itself_is_not_counted_twice():
+    clock = ticking()
+    with clock.span("step"), clock.span("a"), clock.span("a"):
+        pass
+    assert dict(clock.seconds) == {"step": 2.0, "a": 3.0}
+
+
+def test_outside_of_the_root_nothing_is_counted():
+    clock = ticking()
+    with timing(clock), span("a"):
+        clock.count("a", "x", 5.0)
+        assert not clock.inside("a")
+    assert not clock.seconds and not clock.calls and not clock.counts
+    with timing(clock), span("step"):
+        clock.count("a", "x", 5.0)
+        clock.count("a", "x", 2.0)
+        assert clock.inside("step")
+    assert dict(clock.counts) == {("a", "x"): 7.0}
+
+
+def test_an_error_closes_its_spans():
+    clock = ticking()
+    with pytest.raises(ZeroDivisionError), timing(clock), span("step"), span("a"):
+        raise ZeroDivisionError
+    assert not clock.inside("step")
+    assert dict(clock.seconds) == {"step": 2.0, "a": 1.0}
+    with span("step"):
+        pass
+    assert clock.calls["step"] == 1
+
+
+def test_without_a_clock_a_timed_function_is_itself():
+    assert inner(3, twice=True) == 6
+    assert (inner.__name__, inner.__doc__) == ("inner", "Documented.")
+    with span("anything"):
+        pass
+
+
+def test_a_watcher_sees_the_arguments_inside_the_span():
+    clock, seen = ticking(), []
+    clock.watch("inner", lambda *args, **kwargs: seen.append((args, kwargs, clock.inside("inner"))))
+    with timing(clock):
+        inner(1)
+        with span("step"):
+            inner(2, twice=True)
+    assert seen == [((2,), {"twice": True}, True)]
+
+
+def test_the_device_is_waited_for_at_each_edge():
+    waits = []
+    clock = Clock("step", sync=lambda: waits.append(1))
+    with clock.span("step"), clock.span("a"):
+        pass
+    with clock.span("a"):
+        pass
+    assert len(waits) == 4
+
+
+async def test_the_compute_thread_has_the_callers_clock():
+    clock, compute = ticking(), ComputeThread()
+    names = []
+
+    def work() -> None:
+        names.append(threading.current_thread().name)
+        inner(1)
+
+    with timing(clock), span("step"):
+        await compute.run(work)
+    await compute.run(work)
+    compute.close()
+    await asyncio.sleep(0)
+    assert clock.calls["inner"] == 1
+    assert all(name.startswith("gspo-compute") for name in names)

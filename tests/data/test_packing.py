@@ -1,0 +1,209 @@
+"""Packing moves tokens and changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gspo.data.packing import PackedBatch, pack, plan_rows
+from gspo.data.sample import Sample
+
+SIZES = st.lists(st.integers(1, 40), max_size=40)
+BUDGETS = st.integers(1, 60)
+
+
+def make_sample(trajectory_id: int, length: int, rng: np.random.Generator) -> Sample:
+    """A sample whose every value is its own, and whose last token at least was sampled."""
+    mask = rng.random(length) < 0.5
+    mask[0], mask[-1] = False, True
+    return Sample(
+        tokens=rng.integers(0, 2**40, length),
+        ratio_mask=mask,
+        loss_mask=mask & (rng.random(length) < 0.7),
+        old_logprobs=np.where(mask, -rng.random(length), 0).astype(np.float32),
+        sampling_logprobs=np.where(mask, -rng.random(length), 0).astype(np.float32),
+        temperatures=np.where(mask, rng.random(length) + 0.5, 1).astype(np.float32),
+        turn_ids=np.where(mask, 0, -1),
+        policy_versions=np.where(mask, 0, -1),
+        trajectory_id=trajectory_id,
+        group_id=trajectory_id // 2,
+        advantage=trajectory_id / 8 - 1,
+    )
+
+
+@st.composite
+def sample_lists(draw: st.DrawFn) -> list[Sample]:
+    """Samples of trajectories with one to three samples each, in any order, ids with gaps."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    counts = draw(st.dictionaries(st.integers(0, 99), st.integers(1, 3), max_size=12))
+    owners = [owner for owner, count in counts.items() for _ in range(count)]
+    return [make_sample(o, int(rng.integers(2, 30)), rng) for o in draw(st.permutations(owners))]
+
+
+def rows_of(batch: PackedBatch) -> list[tuple[int, int]]:
+    """(start, end) of each sample in the row."""
+    ends = list(itertools.accumulate(batch.lengths))
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+@given(sizes=SIZES, budget=BUDGETS)
+def test_every_item_is_in_one_row_within_the_budget(sizes: list[int], budget: int) -> None:
+    rows = plan_rows(sizes, budget)
+    assert sorted(itertools.chain(*rows)) == list(range(len(sizes)))
+    for row in rows:
+        assert row == sorted(row)
+        assert len(row) == 1 or sum(sizes[item] for item in row) <= budget
+    assert rows == plan_rows(sizes, budget)
+
+
+def best_fit(sizes: list[int], budget: int) -> list[int]:
+    """Loads of the rows, the slow way."""
+    loads: list[int] = []
+    for size in sorted(sizes, reverse=True):
+        fitting = [row for row, load in enumerate(loads) if load + size <= budget]
+        if fitting:
+            loads[max(fitting, key=lambda row: loads[row])] += size
+        else:
+            loads.append(size)
+    return loads
+
+
+@given(sizes=SIZES, budget=BUDGETS)
+def test_rows_are_as_few_as_best_fit_makes_and_never_fuller(sizes: list[int], budget: int) -> None:
+    loads = [sum(sizes[item] for item in row) for row in plan_rows(sizes, budget)]
+    expected = best_fit(sizes, budget)
+    assert len(loads) == len(expected)
+    assert max(loads, default=0) <= max(expected, default=0)
+    assert 2 * sum(loads) > (len(loads) - 1) * budget or len(loads) < 2
+
+
+@given(sizes=SIZES)
+def test_rows_are_even_where_there_is_room(sizes: list[int]) -> None:
+    budget = 4 * max(sizes, default=1)
+    loads = [sum(sizes[item] for item in row) for row in plan_rows(sizes, budget)]
+    if sum(sizes) < (len(loads) - 0.5) * budget * 3 / 4:
+        assert max(loads, default=0) - min(loads, default=0) <= max(sizes, default=0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "budget", "rows"),
+    [
+        ([], 8, []),
+        ([6, 3, 5, 2], 8, [[0, 3], [1, 2]]),
+        ([2, 5, 6, 3], 8, [[0, 2], [1, 3]]),  # largest first
+        ([9, 1, 1], 8, [[0], [1, 2]]),
+        ([4, 4, 4], 8, [[0, 2], [1]]),
+        ([8, 8], 8, [[0], [1]]),
+        ([5, 6, 2], 8, [[0, 2], [1]]),  # evenly
+        ([3, 3, 2, 2, 2], 6, [[0, 1], [2, 3, 4]]),  # evenly, the last wouldn't fit: best-fit
+        ([5, 6, 2, 3], 9, [[0, 3], [1, 2]]),
+    ],
+)
+def test_plans_by_hand(sizes: list[int], budget: int, rows: list[list[int]]) -> None:
+    assert plan_rows(sizes, budget) == rows
+
+
+@given(samples=sample_lists(), budget=BUDGETS)
+def test_every_sample_appears_once_and_as_it_was(samples: list[Sample], budget: int) -> None:
+    left = {tuple(sample.tokens): sample for sample in samples}
+    for batch in pack(samples, budget):
+        assert batch.token_count == sum(batch.lengths) == batch.tokens.shape[1]
+        used = 0
+        for start, end in rows_of(batch):
+            sample = left.pop(tuple(batch.tokens[0, start:end].tolist()))
+            assert batch.positions[0, start:end].tolist() == list(range(end - start))
+            inside = (batch.targets >= start) & (batch.targets < end)
+            used += int(inside.sum())
+            own = sample.ratio_mask
+            assert (batch.targets[inside] - start).tolist() == np.flatnonzero(own).tolist()
+            assert batch.loss_mask[inside].tolist() == sample.loss_mask[own].tolist()
+            assert batch.old_logprobs[inside].tolist() == sample.old_logprobs[own].tolist()
+            sampling = sample.sampling_logprobs[own].tolist()
+            assert batch.sampling_logprobs[inside].tolist() == sampling
+            assert batch.temperatures[inside].tolist() == sample.temperatures[own].tolist()
+            (sequence,) = batch.sequence_ids[inside].unique().tolist()
+            assert batch.trajectory_ids[sequence] == sample.trajectory_id
+            assert batch.advantages[sequence].item() == sample.advantage
+        assert used == batch.targets.numel()
+    assert not left
+
+
+@given(samples=sample_lists(), budget=BUDGETS)
+def test_no_trajectory_is_torn_and_rows_keep_to_the_budget(
+    samples: list[Sample], budget: int
+) -> None:
+    batches = pack(samples, budget)
+    ids = [i for batch in batches for i in batch.trajectory_ids]
+    assert len(ids) == len(set(ids))
+    assert set(ids) == {sample.trajectory_id for sample in samples}
+    for batch in batches:
+        assert batch.token_count <= budget or len(batch.trajectory_ids) == 1
+        assert set(batch.sequence_ids.tolist()) == set(range(len(batch.trajectory_ids)))
+
+
+@given(samples=sample_lists(), budget=BUDGETS, seed=st.integers(0, 2**16))
+@pytest.mark.parametrize("share", [False, True])
+def test_a_turn_is_a_sequence_of_its_own_trajectory(
+    samples: list[Sample], budget: int, share: bool, seed: int
+) -> None:
+    """Turns of two trajectories have the same numbers, and stay apart. A turn goes on in the next
+    sample of its trajectory under its number. Log-probs tell the tokens apart."""
+    rng = np.random.default_rng(seed)
+    turned, expected, count = [], {}, 0
+    for sample in samples:
+        turns = np.where(sample.ratio_mask, np.sort(rng.integers(0, 4, len(sample))), -1)
+        old = -np.arange(count + 1, count + len(sample) + 1) / 4096
+        count += len(sample)
+        changed = {"turn_ids": turns, "old_logprobs": old.astype(np.float32)}
+        turned.append(dataclasses.replace(sample, **changed))
+        for t in np.flatnonzero(sample.ratio_mask):
+            expected[old[t]] = (sample.trajectory_id, int(turns[t]), sample.advantage)
+    numbers: dict[tuple[int, int, float], set[tuple[int, int]]] = {}
+    for r, batch in enumerate(pack(turned, budget, "turn", share=share)):
+        assert len(batch.trajectory_ids) == len(batch.advantages)
+        for key, s in zip(batch.old_logprobs.tolist(), batch.sequence_ids.tolist(), strict=True):
+            trajectory, turn, advantage = expected.pop(key)
+            numbers.setdefault((trajectory, turn, advantage), set()).add((r, s))
+            assert batch.trajectory_ids[s] == trajectory
+            assert batch.advantages[s].item() == advantage
+    assert not expected
+    assert all(len(found) == 1 for found in numbers.values())  # a turn is one sequence
+    assert len(set.union(set(), *numbers.values())) == len(numbers)  # and no two turns are
+
+
+@given(samples=sample_lists(), budget=BUDGETS)
+def test_packing_is_deterministic(samples: list[Sample], budget: int) -> None:
+    for one, two in zip(pack(samples, budget), pack(samples, budget), strict=True):
+        assert one.trajectory_ids == two.trajectory_ids
+        assert one.lengths == two.lengths
+        assert torch.equal(one.tokens, two.tokens)
+        assert torch.equal(one.old_logprobs, two.old_logprobs)
+
+
+def test_types_and_shapes() -> None:
+    (batch,) = pack([make_sample(4, 6, np.random.default_rng(0))], 100)
+    assert batch.tokens.shape == batch.positions.shape == (1, 6)
+    for name in ("tokens", "positions", "targets", "sequence_ids"):
+        assert getattr(batch, name).dtype == torch.int64
+    for name in ("old_logprobs", "temperatures", "advantages"):
+        assert getattr(batch, name).dtype == torch.float32
+    assert batch.loss_mask.dtype == torch.bool
+    assert batch.advantages.tolist() == [-0.5]
+
+
+def test_nothing_packs_into_nothing() -> None:
+    assert pack([], 10) == []
+
+
+def test_packing_does_not_share_memory_with_the_samples() -> None:
+    sample = make_sample(0, 5, np.random.default_rng(0))
+    (batch,) = pack([sample], 10)
+    before = sample.tokens.copy()
+    batch.tokens.zero_()
+    assert (sample.tokens == before).all()

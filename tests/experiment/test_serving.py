@@ -1,0 +1,52 @@
+"""`gspo serve`: a signal ends it in time, whatever is being sampled."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+SERVER = """
+import time
+from gspo.experiment import serving
+from gspo.serve import server
+from gspo.serve.fake_engine import FakeEngine
+
+class Slow(FakeEngine):
+    def generate(self, requests):
+        print("sampling", flush=True)
+        time.sleep(120)
+
+server.STOP_SECONDS = 1
+serving.load_policy = lambda model: None
+serving.choose_packing = serving.check_engine = lambda given: None
+serving.TorchEngine = lambda policy: Slow()
+serving.serve_model("x", "127.0.0.1", 0, "m")
+"""
+REQUEST = b'{"model": "m", "prompt": "hello"}'
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, -15), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_server_that_is_sampling(number: signal.Signals, status: int):
+    command = [sys.executable, "-c", SERVER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            address = process.stdout.readline().split(" on ")[1].strip()
+            host, port = address.split("/")[2].split(":")
+            with socket.create_connection((host, int(port))) as asking:
+                asking.sendall(
+                    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json"
+                    b"\r\nContent-Length: %d\r\n\r\n%s" % (len(REQUEST), REQUEST)
+                )
+                assert process.stdout.readline() == "sampling\n"
+                began = time.monotonic()
+                process.send_signal(number)
+                assert process.wait(timeout=30) == status
+            assert 0.9 < time.monotonic() - began < 10
+        finally:
+            process.kill()

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gspo.core.errors import ConfigError, ModelError
+from gspo.core.options import TEMPERATURES
+from gspo.data.sampled import read_fields
+from gspo.dev import InternalModelConfig
+from gspo.dev import TrainConfig as DevTrainConfig
+from gspo.experiment.plan import make_plan
+from gspo.experiment.spec import Spec, read_spec
+from gspo.serve.engine import SamplingParams
+from support import choice
+
+
+def test_toml_with_overrides(tmp_path: Path):
+    path = tmp_path / "run.toml"
+    path.write_text('task = "sort"\nsteps = 5\n[train]\nminibatches = 2\n')
+    spec = read_spec(path, ["steps=7", "train.epsilon=0.01", "load.dtype=bfloat16", "name=x"])
+    assert (spec.steps, spec.name, spec.model) == (7, "x", "embedded:sort")
+    assert (spec.train.minibatches, spec.train.epsilon) == (2, 0.01)
+    assert spec.load.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("task = 'sort'\nstep = 5", [], "Did you mean 'steps'"),
+        ("task = 'sort'\n[train]\nepsilonn = 5", [], "Did you mean 'epsilon'"),
+        ("task = 'sort'", ["stps=3"], "Did you mean 'steps'"),
+        ("task = 'sort'", ["steps"], "write key=value"),
+        ("task = 'sort'", ["steps=0"], "steps = 0"),
+        ("task = ", [], "is not TOML"),
+        ("steps = 1", [], "give a task"),
+        ("rollout = 'a:b'", [], "give a model"),
+        ("rollout = 'a:b'\nmodel = 'embedded:sort'\nmax_tokens = 3", [], "rollout function"),
+        ("rollout = 'a:b'\nmodel = 'embedded:sort'\n[task_options]\na = 1", [], "but no task"),
+        ("task = 'sort'\ndynamic_sampling = true\n[train]\nalgorithm = 'reinforce'", [], "learns"),
+        ("task = 'reasoning-gym:gcd'", [], "give a model"),
+        ("task = 'sort'\nlearning_rate = -1", [], "learning_rate = -1"),
+        ("task = 'sort'\ntrain.max_grad_norm = 'none'", [], "'off' for no gradient clipping"),
+        ("task = 'sort'\ntrain.max_grad_norm = 0", [], "max_grad_norm = 0"),
+        ("task = 'sort'\nlearning_rate = 3.0", [], "learning_rate = 3.0: .* equal to 1"),
+        ("task = 'sort'", ["steps=1_000_000_000_000"], "steps = 10*: .* equal to 1000000000"),
+        ("task = 'sort'", ["temperature=nan"], "temperature = nan: .*finite"),
+        ("task = 'sort'", ["prompts=true"], "prompts = True: must be a number"),
+        ("task = 'sort'", ["load.threads=1000000000"], "threads = 1000000000"),
+        ("task = 'sort'", ["load.lora.alpha=inf"], "alpha = inf"),
+        ("task = 'sort'\nname = 'a'", ["name.x=1"], "'name' is the value 'a' and not a table"),
+        ("task = 'sort'", ["steps.x=1"], "steps = {'x': 1}"),
+        ("steps = " + "[" * 3000, [], "nested too deeply"),
+        ("task = 'sort'", ["steps=" + "[" * 3000], "valid integer"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, text: str, overrides: list[str], message: str):
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_spec(path, overrides)
+
+
+@pytest.mark.parametrize("spelling", ['"off"', "inf"])
+def test_a_file_can_switch_gradient_clipping_off(tmp_path: Path, spelling: str):
+    path = tmp_path / "run.toml"
+    path.write_text(f"task = 'sort'\n[train]\nmax_grad_norm = {spelling}\n")
+    spec = read_spec(path)
+    assert spec.train.max_grad_norm is None
+    assert read_spec(path, ["train.max_grad_norm=2"]).train.max_grad_norm == 2
+    assert read_spec(path, ["train.max_grad_norm=off"]).train.max_grad_norm is None
+    sent = json.dumps(spec.model_dump(mode="json", exclude_unset=True))  # as to a worker
+    assert Spec(**json.loads(sent)).train.max_grad_norm is None
+
+
+def test_a_missing_file_is_named(tmp_path: Path):
+    with pytest.raises(ConfigError, match="cannot read"):
+        read_spec(tmp_path / "none.toml")
+
+
+def test_plan_of_the_embedded_model():
+    plan = make_plan(Spec(task="add", prompts=8, completions=4))
+    assert plan.algorithm == "gspo"
+    assert plan.clip_range == (1 - 3e-4, 1 + 4e-4)
+    assert (plan.sequences_per_step, plan.sequences_per_update, plan.updates_per_step) == (32, 8, 4)
+    assert plan.longest_completion == 80
+    assert 150_000 < plan.parameters < 300_000
+    assert plan.memory > 16 * plan.parameters
+
+
+def test_plan_checks_every_name():
+    with pytest.raises(ConfigError, match="Did you mean 'sort'"):
+        make_plan(Spec(task="srot", model="embedded:sort"))
+    with pytest.raises(ModelError, match="unknown base_model"):
+        make_plan(Spec(task="sort", model="./nowhere"))
+    with pytest.raises(ModelError, match="Did you mean"):
+        make_plan(Spec(task="sort", model="embedded:sortt"))
+    with pytest.raises(ConfigError, match="cannot import nothing_here"):
+        make_plan(Spec(rollout="nothing_here:f", model="embedded:sort"))
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path: Path):
+    path = tmp_path / "run.toml"
+    path.write_bytes(b"task = 'sort' # \xe9")
+    with pytest.raises(ConfigError, match=r"run\.toml is not TOML: byte 16 is not UTF-8"):
+        read_spec(path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"task": "sortt"}, r"Did you mean 'sort'\?$"),
+        ({"task": "sort", "name": ""}, "name = '': .*empty"),
+        ({"task": "sort", "path": "a\0b"}, "path = .*NUL"),
+    ],
+)
+def test_what_names_nothing_is_refused(fields: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        Spec(**fields)
+
+
+def test_half_a_character_is_no_name():
+    for field in ("name", "project", "path"):
+        with pytest.raises(ConfigError, match=f"{field} = .*half of one"):
+            fields: dict[str, Any] = {"task": "sort", field: "a\ud800"}
+            Spec(**fields)
+
+
+def test_the_home_folder_is_found(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert Spec(task="sort", path="~/runs").path == "/home/me/runs"
+
+
+def test_a_rollout_beside_the_file_comes_before_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "here").mkdir()
+    text = "rollout = 'mine:f'\nmodel = 'embedded:sort'"
+    (tmp_path / "runs" / "run.toml").write_text(text)
+    (tmp_path / "here" / "mine.py").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    assert read_spec(Path("../runs/run.toml")).rollout == "mine:f"
+    (tmp_path / "runs" / "mine.py").touch()
+    assert read_spec(Path("../runs/run.toml")).rollout == "../runs/mine.py:f"
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Spec(task="sort", train=DevTrainConfig(lr_schedule="linear", lr_total_steps=60)),
+        Spec(rollout="mine:answer", model="embedded:sort", load=InternalModelConfig(threads=1)),
+    ],
+    ids=("task", "rollout"),
+)
+def test_a_spec_that_was_dumped_whole_can_be_read_back(spec: Spec):
+    """As `spec.json` of a run folder."""
+    assert Spec(**json.loads(spec.model_dump_json())) == spec
+
+
+def test_a_temperature_that_no_engine_samples_at_is_refused_before_the_run():
+    with pytest.raises(ConfigError, match=r"temperature = 0\.0005"):
+        Spec(task="sort", temperature=0.0005)
+    for limit in TEMPERATURES:
+        assert SamplingParams(temperature=Spec(task="sort", temperature=limit).temperature)
+        row = choice([3], temperature=limit)
+        assert read_fields(row, "here").temperature == limit

@@ -1,0 +1,72 @@
+"""Whose mistake it is, by where it was raised."""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import gspo as art
+from gspo.core.errors import DataError
+from gspo.experiment.user_error import FRAMES, LINES, rollout_error
+from gspo.tasks.task import drawn_in_split
+
+
+def raised(function: Callable[[], object]) -> Exception:
+    with pytest.raises(Exception) as caught:
+        function()
+    return caught.value
+
+
+def told(function: Callable[[], object], step: int = 2) -> list[str]:
+    error = rollout_error(raised(function), "train", 7, step)
+    return [] if error is None else str(error).splitlines()
+
+
+def test_a_mistake_of_gspos_own_keeps_its_traceback():
+    """The user's code called it, but the line that failed is ours."""
+
+    def fails() -> None:
+        drawn_in_split(None, "train", 0, 0)  # pyright: ignore[reportArgumentType]
+
+    assert told(fails) == []
+
+
+def test_what_gspo_refuses_is_told_at_the_users_line():
+    lines = told(lambda: art.Trajectory(rewrd=1.0))  # pyright: ignore[reportCallIssue]
+    assert "prompt 7 (train), after step 2, raised DataError" in lines[0]
+    assert "art.Trajectory(rewrd=1.0)" in lines[-2]
+    assert "goes on" in lines[-1]
+
+
+def test_an_error_without_a_line_of_the_users_is_left_as_it_is():
+    assert rollout_error(DataError("a rollout returned int"), "train", 0, 0) is None
+
+
+def test_the_text_and_the_frames_are_bounded():
+    def deep(n: int) -> None:
+        if n == 0:
+            raise ValueError("\n".join(map(str, range(50)))) from KeyError("first")
+        deep(n - 1)
+
+    lines = told(lambda: deep(20))
+    assert len(lines) == LINES + FRAMES + 3 < 15
+    assert "caused by KeyError: 'first'" in lines
+
+
+def test_before_the_first_step_nothing_is_said_to_be_saved():
+    assert told(lambda: int("x"), step=0)[-1].startswith("Nothing was trained yet")
+
+
+def test_a_folder_whose_name_begins_as_ours_is_the_users():
+    """`gspo_tasks` beside `gspo`, and `python3.12-mine` beside `python3.12`."""
+    for folder in (Path(art.__file__).parent, Path(sysconfig.get_path("stdlib"))):
+        code = compile(
+            "def fails():\n    raise ValueError('mine')\n", f"{folder}_mine/a.py", "exec"
+        )
+        names: dict[str, Callable[[], object]] = {}
+        exec(code, names)
+        assert "raised ValueError: mine" in told(names["fails"])[0]
+        assert any(f"{folder}_mine/a.py, line 2" in line for line in told(names["fails"]))

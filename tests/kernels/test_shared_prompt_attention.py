@@ -1,0 +1,306 @@
+"""Shared prefixes in the forward pass: who sees whom, on every kind of model, and its gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+from torch.nn import functional
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from data.prefixes import branching_groups
+from data.test_shared_prompts import coincidences, paths, samples_of
+from gspo.data.packing import PackedBatch, pack
+from gspo.data.sample import Sample
+from gspo.dev import LoraConfig
+from gspo.kernels import shared_prompt_attention as prefix
+from gspo.kernels.attention import packed_attention
+from gspo.kernels.shared_prompt_attention import RowAttention
+from gspo.policy.forward import forward
+from gspo.policy.load import Policy, recompute_layers
+from gspo.policy.probe import choose_packing
+from gspo.train.minibatches import prepare
+from policy.routers import MOE, moe
+from policy.test_forward import plain, tiny
+from support import embedded
+
+WINDOWS = [None, 1, 2, 5, 17, 30, 1000]
+
+
+def brute_force(row: PackedBatch, window: int | None) -> np.ndarray:
+    """[T, T]: a token sees the tokens of its samples up to itself, inside the window."""
+    seen = np.zeros((row.token_count, row.token_count), dtype=bool)
+    for path in paths(row):
+        for i, query in enumerate(path):
+            first = 0 if window is None else max(0, i - window + 1)
+            seen[query, path[first : i + 1]] = True
+    return seen
+
+
+def by_pieces(row: PackedBatch, window: int | None) -> np.ndarray:
+    """The same from the plan; every key must be seen at most once."""
+    plan = RowAttention(row).within(window)
+    counts = np.zeros((row.token_count, row.token_count), dtype=int)
+    done: list[np.ndarray] = []
+    at = 0
+    for piece in plan.pieces:
+        queries = plan.queries[sum(map(len, done)) :][: piece.blocks * piece.queries].numpy()
+        done.append(queries)
+        keys = plan.keys[at : at + piece.blocks * piece.keys].view(piece.blocks, -1).numpy()
+        at += keys.size
+        mask = torch.ones(piece.queries, piece.keys, dtype=torch.bool).tril()[None, None]
+        mask = (mask if piece.mask is None else piece.mask).expand(piece.blocks, -1, -1, -1)
+        queries = queries.reshape(piece.blocks, -1)
+        for b in range(piece.blocks):
+            for i in range(piece.queries):
+                place = sum(map(len, done[:-1])) + b * piece.queries + i
+                if plan.order[queries[b, i]] == place:
+                    np.add.at(counts[queries[b, i]], keys[b][mask[b, 0, i].numpy()], 1)
+                assert mask[b, 0, i].any()  # padding too: no NaN from a softmax over nothing
+    assert sorted(plan.order.tolist()) == sorted(set(plan.order.tolist()))
+    assert at == len(plan.keys)
+    assert counts.max() <= 1
+    return counts > 0
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("share", [True, False])
+@given(samples=coincidences())
+def test_every_token_sees_its_own_sample_and_nothing_else(window, share: bool, samples):
+    (row,) = pack(samples, 10_000, share=share)
+    assert (by_pieces(row, window) == brute_force(row, window)).all()
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("system", [0, 3, 40, 100])
+def test_short_tails_of_long_contexts_are_attended_together(window: int | None, system: int):
+    (row,) = pack(samples_of(1, system=system), 10_000, share=True)
+    assert (by_pieces(row, window) == brute_force(row, window)).all()
+    together = any(block.tails > 1 for block in RowAttention(row)._blocks(window))
+    assert together == (system >= 40 and (window is None or window >= 17))
+
+
+@given(samples=coincidences())
+def test_a_token_is_seen_up_to_the_end_of_its_subtree(samples: list[Sample]):
+    (row,) = pack(samples, 10_000, share=True)
+    place = np.arange(row.token_count)
+    until = RowAttention(row).until
+    seen = (place[None, :] <= place[:, None]) & (place[:, None] < until[None, :])
+    assert (seen == brute_force(row, None)).all()
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention_and_its_gradient_are_those_of_a_dense_mask(window, kv_heads: int):
+    (row,) = pack(samples_of(2), 10_000, share=True)
+    generator = torch.Generator().manual_seed(0)
+    size = row.token_count
+    heads = (4, kv_heads, kv_heads)
+    inputs = [torch.randn(1, h, size, 8, generator=generator, dtype=torch.double) for h in heads]
+    weight = torch.randn(size, 4, 8, generator=generator, dtype=torch.double)
+
+    def result(dense: bool) -> list[Tensor]:
+        q, k, v = (x.clone().requires_grad_() for x in inputs)
+        if dense:
+            mask = torch.from_numpy(brute_force(row, window))
+            k4, v4 = (x.repeat_interleave(4 // kv_heads, 1) for x in (k, v))
+            out = functional.scaled_dot_product_attention(q, k4, v4, mask, scale=0.3)
+            out = out.transpose(1, 2)
+        else:
+            plan = RowAttention(row)
+            out, _ = packed_attention(
+                torch.nn.Module(), q, k, v, None, 0.3, sliding_window=window, gspo_row=plan
+            )
+        (out[0] * weight).sum().backward()
+        return [out.detach(), *(x.grad for x in (q, k, v) if x.grad is not None)]
+
+    for one, two in zip(result(False), result(True), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-12, rtol=1e-12)
+
+
+MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+    "sliding": (
+        Qwen2ForCausalLM,
+        Qwen2Config,
+        {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+    ),
+    "gemma3": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        {"sliding_window": 5, "final_logit_softcapping": 4.0},
+    ),
+    **{name: MOE[name] for name in ("qwen3_moe", "mixtral", "gpt_oss")},
+}
+
+
+def model(name: str, **extra: Any) -> Policy:
+    model_class, config_class, own = MODELS[name]
+    policy = tiny(model_class, config_class, **(own | extra))
+    choose_packing(policy)
+    return policy
+
+
+def of_rows(policy: Policy, rows: list[PackedBatch]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Log-probs of every sampled token in order, and the gradient of their weighted sum."""
+    logprobs = torch.cat([forward(policy, row).logprobs for row in rows])
+    old = torch.cat([row.old_logprobs for row in rows])
+    (logprobs * old.to(logprobs.device)).sum().backward()
+    gradient = {n: p.grad for n, p in policy.trainable.items() if p.grad is not None}
+    policy.lm.zero_grad(set_to_none=True)
+    return logprobs.detach(), gradient
+
+
+def assert_close(one: dict[str, Tensor], two: dict[str, Tensor], scale: float = 1e-5) -> None:
+    assert set(one) == set(two)
+    for name, value in one.items():
+        room = scale * float(two[name].abs().max())
+        torch.testing.assert_close(value, two[name], atol=max(room, 1e-6), rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_shared_is_unshared_and_the_models_own(name: str):
+    policy = model(name)
+    assert policy.shares_prefixes
+    samples = samples_of()
+    (shared,) = pack(samples, 10_000, share=True)
+    (apart,) = pack(samples, 10_000)
+    assert shared.token_count < 0.6 * apart.token_count
+    logprobs, gradient = of_rows(policy, [shared])
+    expected, wanted = of_rows(policy, [apart])
+    torch.testing.assert_close(logprobs, expected, atol=5e-5, rtol=1e-5)
+    own = torch.cat([plain(policy, sample) for sample in samples])
+    torch.testing.assert_close(logprobs, own, atol=5e-5, rtol=1e-5)
+    assert_close(gradient, wanted, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_checkpointing_recomputes_the_same(name: str):
+    policy = model(name)
+    rows = pack(samples_of(), 120, share=True)
+    assert len(rows) > 1
+    expected, wanted = of_rows(policy, rows)
+    recompute_layers(policy)
+    policy.lm.train()
+    logprobs, gradient = of_rows(policy, rows)
+    assert torch.equal(logprobs, expected)
+    for key, value in wanted.items():
+        assert torch.equal(gradient[key], value), key
+
+
+def test_lora_shares_too():
+    policy = embedded(lora=LoraConfig(r=2))
+    with torch.no_grad():
+        for parameter in policy.trainable.values():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    assert policy.shares_prefixes
+    samples = samples_of()
+    logprobs, gradient = of_rows(policy, pack(samples, 10_000, share=True))
+    expected, wanted = of_rows(policy, pack(samples, 10_000))
+    torch.testing.assert_close(logprobs, expected, atol=5e-5, rtol=1e-5)
+    assert_close(gradient, wanted, 1e-4)
+
+
+def test_bfloat16_is_as_near_as_it_is_unshared():
+    exact, rough = model("llama"), model("llama")
+    rough.compute_dtype = torch.bfloat16
+    samples = samples_of()
+    expected, _ = of_rows(exact, pack(samples, 10_000))
+    apart, _ = of_rows(rough, pack(samples, 10_000))
+    shared, _ = of_rows(rough, pack(samples, 10_000, share=True))
+    assert (shared - expected).abs().mean() < 1.2 * (apart - expected).abs().mean()
+
+
+def test_a_replayed_row_counts_its_copies():
+    """Loads, and the balance, are those of the unshared row."""
+    policy = moe()
+    samples = samples_of()
+    weights = torch.rand(3, 8)
+    found = []
+    for share in (True, False):
+        (row,) = pack(samples, 10_000, share=share)
+        with policy.routing.observe(balance=weights, copies=row.copies) as tape:
+            forward(policy, row)
+        assert isinstance(tape.balance, Tensor)
+        found.append((tape.loads(), tape.balance.detach(), tape.own()[row.index]))
+    (loads, balance, own), (loads_apart, balance_apart, own_apart) = found
+    assert torch.equal(loads, loads_apart)
+    assert torch.equal(own, own_apart)
+    torch.testing.assert_close(balance, balance_apart, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("packing", ["mask", "single"])
+def test_a_shared_row_is_refused_where_it_would_be_wrong(packing: Any):
+    policy = model("llama")
+    policy.packing = packing
+    (row,) = pack(samples_of(), 10_000, share=True)
+    with pytest.raises(ValueError, match=f"shared prefixes.*{packing}"):
+        forward(policy, row)
+
+
+def test_a_model_that_looks_at_the_row_is_packed_but_does_not_share(caplog):
+    """A layer that mixes in the token before, and heeds where samples start: recurrent-like."""
+    policy = tiny(LlamaForCausalLM, LlamaConfig)
+    inner: Any = policy.lm.model.layers[1]
+
+    def shift(_module: Any, args: Any, kwargs: Any) -> Any:
+        inside = (kwargs["position_ids"] > 0)[..., None]
+        before = functional.pad(args[0], (0, 0, 1, 0))[:, :-1]
+        return (args[0] + 0.5 * before * inside, *args[1:]), kwargs
+
+    inner.register_forward_pre_hook(shift, with_kwargs=True)
+    caplog.set_level("INFO", logger="gspo")
+    choose_packing(policy)
+    assert policy.packing == "buckets"
+    assert not policy.shares_prefixes
+    assert "sharing prefixes is off by" in caplog.text
+    assert caplog.text.count("a prompt is computed once for each of its completions") == 1
+
+
+@pytest.mark.parametrize("packing", ["mask", "single"])
+def test_other_ways_of_packing_do_not_share(packing: Any, caplog, monkeypatch):
+    from gspo.policy import probe
+
+    monkeypatch.setattr(probe, "_ORDER", (packing,))
+    policy = model("llama")
+    assert policy.packing == packing
+    assert not policy.shares_prefixes
+    assert "a prompt is computed once" in caplog.text
+
+
+def test_the_plan_is_made_once_for_layers_of_one_window(monkeypatch):
+    made: list[int | None] = []
+    own = RowAttention._attention
+    monkeypatch.setattr(
+        RowAttention, "_attention", lambda self, window: made.append(window) or own(self, window)
+    )
+    policy = model("sliding")
+    made.clear()
+    with torch.no_grad():
+        forward(policy, pack(samples_of(), 10_000, share=True)[0])
+    assert sorted(made, key=str) == [6, None]
+
+
+def test_padding_is_bounded():
+    batch = prepare(branching_groups(groups=8, size=9), context=512)
+    samples = [s for own in batch.samples for s in own]
+    for share in (True, False):
+        (row,) = pack(samples, 10_000, share=share)
+        plan = RowAttention(row)
+        for group in plan._grouped(None):
+            for block in group:
+                room = max(prefix.WASTE * block.width, block.width + prefix.SLACK)
+                assert block.width <= group[0].width <= room
+        assert plan.padded == len(plan.within(None).queries) >= row.token_count

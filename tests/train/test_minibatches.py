@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import statistics
+
+import numpy as np
+import pytest
+
+from gspo import TrajectoryGroup
+from gspo.core.errors import DataError, SampleTooLongError
+from gspo.train.minibatches import minibatches, prepare, reward_std
+from support import choice, trajectory
+
+
+def groups(*rewards: tuple[float, ...]) -> list[TrajectoryGroup]:
+    return [TrajectoryGroup([trajectory(r) for r in own]) for own in rewards]
+
+
+def order(parts) -> list[int]:
+    return [samples[0].trajectory_id for part in parts for samples in part]
+
+
+def test_advantages_are_standardised_per_group():
+    batch = prepare(groups((1, 0), (5, 5), (0, 4)), context=99)
+    assert [s[0].advantage for s in batch.samples] == [1, -1, 0, 0, -1, 1]
+    assert batch.flat_groups == 1
+
+
+def test_unscaled_advantages_are_centred_only():
+    batch = prepare(groups((1, 0), (0, 4)), context=99, advantage="group_mean")
+    assert [s[0].advantage for s in batch.samples] == [0.5, -0.5, -2, 2]
+
+
+def test_an_advantage_beyond_float32_is_refused_with_the_group():
+    huge = groups((0, 1), (1e99, 1.0))
+    assert [s[0].advantage for s in prepare(huge, context=99).samples] == [-1, 1, 1, -1]
+    with pytest.raises(DataError, match=r"group 1: an advantage is 5e\+98.*divide the rewards"):
+        prepare(huge, context=99, advantage="group_mean")
+
+
+@pytest.mark.parametrize("rewards", [[1e200, 1.0, 1.0, 1.0], [0.0, 0.0], [1e-200, 0.0], [1.7e308]])
+def test_the_rewards_std_is_exact_at_any_size(rewards: list[float]):
+    assert reward_std(rewards) == pytest.approx(statistics.pstdev(rewards), rel=1e-12)
+
+
+def test_the_rewards_std_is_numpys_to_the_bit():
+    rewards = np.random.default_rng(0).normal(size=64).tolist()
+    assert reward_std(rewards) == np.std(rewards)
+
+
+def test_the_overlong_punishment_is_in_the_advantages_and_not_in_the_rewards():
+    """Lengths 2 and 8 of at most 10, cache 4: 8 tokens cost 0.5. All turns count."""
+    short, long = choice([4, 5], [1]), [choice([4] * 5, [1]), choice([5] * 3, [2])]
+    group = TrajectoryGroup([trajectory(0.25, short), trajectory(1.0, *long)])
+    batch = prepare([group], context=99, advantage="group_mean", overlong=(10, 4))
+    assert batch.rewards == (0.25, 1.0)
+    assert [samples[0].advantage for samples in batch.samples] == [-0.125, 0.125]
+
+
+def test_minibatches_keep_groups_together_and_lose_nothing():
+    batch = prepare(groups(*[(0, 1, 2, 3)] * 8), context=99)
+    parts = minibatches(batch, 4, seed=1)
+    assert [len(part) for part in parts] == [8, 8, 8, 8]
+    for part in parts:
+        assert len({s[0].group_id for s in part}) == 2
+    assert sorted(order(parts)) == list(range(32))
+    assert order(parts) == order(minibatches(batch, 4, seed=1))
+    assert order(parts) != order(minibatches(batch, 4, seed=2))
+
+
+def test_fewer_trajectories_than_minibatches():
+    parts = minibatches(prepare(groups((0, 1)), context=99), 4, seed=0)
+    assert [len(part) for part in parts] == [1, 1]
+
+
+def test_too_long_is_named_or_dropped_by_choice():
+    batch = groups((0.0, 1.0))
+    batch[0].trajectories.append(trajectory(2.0, choice([5] * 50)))
+    with pytest.raises(SampleTooLongError, match=r"trajectory 2 has 53 tokens.*context is 20"):
+        prepare(batch, context=20)
+    kept = prepare(batch, context=20, drop_too_long=True)
+    assert (len(kept.samples), kept.dropped) == (2, 1)
+    # Its reward still was part of the group's mean.
+    assert kept.samples[1][0].advantage == pytest.approx(0.0)
