@@ -9,7 +9,7 @@ export PYTHONWARNINGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test slow check golden lock newest oldest bench bench-check bench-vllm bench-gpu
-.PHONY: gpu-wheels study docs clean
+.PHONY: gpu-wheels study docs size clean
 
 # The build backend comes from the lock too: a build environment of pip's own would be unlocked.
 $(VENV)/.installed: pyproject.toml requirements.lock
@@ -38,7 +38,11 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -q tests/test_floors.py tests/test_public_api.py tests/objective tests/batch
+	$(BIN)/python -m pytest -q tests/test_floors.py tests/test_size.py tests/test_public_api.py tests/objective tests/data
+
+# Lines of code by room, without blanks, comments and docstrings.
+size:
+	$(PYTHON) tools/size.py $(SIZE)
 
 # Short runs whose numbers are committed: to the bit on a CPU of the same kind, else to 1e-6.
 golden: $(VENV)/.installed

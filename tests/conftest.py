@@ -19,8 +19,6 @@ torch.set_num_threads(1)
 # The shapes in the signatures are checked here, and cost nothing outside the tests.
 ROOMS = ["gspo.objective", "gspo.data", "gspo.kernels", "gspo.policy"]
 install_import_hook(ROOMS, "beartype.beartype")
-    ["gspo.objective", "gspo.data", "gspo.kernels", "gspo.policy"], "beartype.beartype"
-)
 
 settings.register_profile(
     "gspo",
