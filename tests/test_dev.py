@@ -180,7 +180,6 @@ class TestResolve:
 
 def test_the_options_name_what_the_objective_has():
     """dev.py lies below objective/ and repeats its names; they must not drift apart."""
-    assert get_args(dev.Algorithm) == tuple(PRESETS)
     assert get_args(dev.CorrectionKind) == get_args(CorrectionKind) == tuple(BOUNDS)
 
 

@@ -27,6 +27,7 @@ from gspo.experiment.plan import make_plan
 from gspo.experiment.spec import Spec, read_spec
 from gspo.lab.compare.spec import CompareSpec
 from gspo.objective import PRESETS
+from gspo.train.algorithms import BUILT_IN
 from gspo.train.defaults import WARMUP, default_learning_rate
 
 ROOT = Path(__file__).parents[1]
@@ -59,8 +60,7 @@ def titled(page: Path) -> dict[str, str]:
 @pytest.fixture(autouse=True)
 def own_algorithms_are_forgotten() -> Iterator[None]:
     yield
-    for name in set(art.dev.OWN_ALGORITHMS):
-        art.dev.OWN_ALGORITHMS.discard(name)
+    for name in set(PRESETS) - BUILT_IN:
         del PRESETS[name]  # pyright: ignore[reportIndexIssue]
 
 

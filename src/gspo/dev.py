@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from gspo.core.errors import suggestion
 from gspo.core.options import LARGEST_COUNT, Options
@@ -18,21 +18,6 @@ from gspo.core.options import LARGEST_COUNT, Options
 __all__ = ["InternalModelConfig", "LoraConfig", "RolloutDtype", "TrainConfig"]
 
 Level = Literal["token", "sequence", "sequence_token", "average", "geometric_average"]
-Algorithm = Literal[
-    "gspo",
-    "gspo_token",
-    "grpo",
-    "dr_grpo",
-    "dapo",
-    "cispo",
-    "gmpo",
-    "sapo",
-    "luspo",
-    "vespo",
-    "dppo",
-    "rloo",
-    "reinforce",
-]
 CorrectionKind = Literal[
     "token_truncate",
     "token_mask",
@@ -42,10 +27,24 @@ CorrectionKind = Literal[
     "sequence_geometric_mask",
     "off_policy_sequence_mask",
 ]
-OWN_ALGORITHMS: set[str] = set()
-"""Names that `gspo.register_algorithm` has added in this process."""
 RolloutDtype = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 _NO_BUNDLE = "routes travel with the rollouts: use routing_replay='old_policy' or 'rollout'."
+
+
+def _known_algorithm(name: Any) -> Any:
+    from gspo.objective import PRESETS  # here: it loads torch, which most errors do not need
+
+    if not isinstance(name, str) or (":" not in name and name not in PRESETS):
+        raise ValueError(
+            f"there is no such method.{suggestion(str(name), PRESETS)} "
+            f"Known: {', '.join(PRESETS)}. "
+            "One of your own: gspo.register_algorithm, or 'module:name'"
+        )
+    return name
+
+
+Algorithm = Annotated[str, BeforeValidator(_known_algorithm)]
+"""A name of `gspo.objective.PRESETS`, registered ones included, or `module:name`."""
 
 
 class TrainConfig(Options):
@@ -185,13 +184,9 @@ class TrainConfig(Options):
     def _algorithm_is_known(cls, value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             return dataclasses.asdict(value)
-        known = [*get_args(Algorithm), *sorted(OWN_ALGORITHMS)]
-        if isinstance(value, str) and ":" not in value and value not in known:
-            raise ValueError(
-                f"there is no such method.{suggestion(value, known)} Known: {', '.join(known)}. "
-                "One of your own: gspo.register_algorithm, or 'module:name'"
-            )
-        if value is not None and not isinstance(value, str | Mapping):
+        if isinstance(value, str):
+            return _known_algorithm(value)
+        if value is not None and not isinstance(value, Mapping):
             raise ValueError("give a name, a gspo.objective.Objective or a gspo.objective.Preset")
         return value
 

@@ -121,7 +121,7 @@ def test_the_record_gives_the_settings_back(run: Run):
     other = record.settings(algorithm="gspo", epsilon_high=None)
     assert (other.algorithm, other.objective.epsilon_high) == ("gspo", 4e-4)
     assert other.objective.kl_coef == 0.5
-    assert other.options.adam_betas == (0.8, 0.9)
+    assert other.adam_betas == (0.8, 0.9)
 
 
 async def test_a_trained_batch_comes_back(tmp_path: Path):
@@ -191,5 +191,5 @@ def test_a_none_that_was_chosen_is_read_back():
     options = dev.TrainConfig(max_grad_norm="off", epsilon=0.1)  # pyright: ignore[reportArgumentType]
     record = UpdateRecord.of(resolve(options=options), version=0, context=8, dtype="float32")
     back = UpdateRecord(**json.loads(record.metadata()[b"gspo.update"])).settings()
-    assert back.options.max_grad_norm is None
+    assert back.max_grad_norm is None
     assert record.settings(epsilon=None).objective.epsilon_low == 3e-4  # a change that drops one

@@ -304,7 +304,7 @@ def test_the_stored_batch_says_what_its_step_was_trained_with(fresh: Registered)
         parameters = base_parameters(fresh.backend.policy(fresh.model))
         assert record.policy_version == version  # at the start of the step
         assert record.settings().learning_rate == default_learning_rate(parameters, False)
-        assert record.settings().options.lr_warmup_steps == WARMUP
+        assert record.settings().lr_warmup_steps == WARMUP
 
 
 def test_metrics_of_the_users_never_replace_ours(fresh: Registered):

@@ -59,7 +59,7 @@ def measured(policy: Policy, groups, settings: dict[str, Settings], budget: int 
     losses = {n: MethodLoss.of(batch_of(policy, groups, s), s) for n, s in settings.items()}
     every = batch_of(policy, groups, next(iter(settings.values()))).samples
     wanted = [t for t in every if any(m.wants(t[0].trajectory_id) for m in losses.values())]
-    unit = next(iter(settings.values())).options.sequence_unit
+    unit = next(iter(settings.values())).sequence_unit
     rows = pack([s for own in wanted for s in own], budget, unit)
     return losses, accumulate_gradients(policy, rows, losses, **options)
 

@@ -22,7 +22,7 @@ def test_the_table_of_the_page():
 
 def test_what_is_left_out_is_filled_in_by_the_model():
     settings = with_defaults(resolve(), embedded())
-    assert (settings.learning_rate, settings.options.lr_warmup_steps) == (1.5e-4, 5)
+    assert (settings.learning_rate, settings.lr_warmup_steps) == (1.5e-4, 5)
     lora = with_defaults(resolve(), embedded(lora=dev.LoraConfig()))
     assert lora.learning_rate == 1.5e-3  # of the base model's size, without the adapters
 
@@ -36,9 +36,9 @@ def test_a_rate_of_the_users_stays_as_it_is(warmup: int | None):
 def test_a_warmup_of_the_users_stays_and_one_of_ours_ends_before_the_schedule():
     policy = embedded()
     asked = with_defaults(resolve(options=dev.TrainConfig(lr_warmup_steps=0)), policy)
-    assert asked.options.lr_warmup_steps == 0
+    assert asked.lr_warmup_steps == 0
     short = dev.TrainConfig(lr_schedule="linear", lr_total_steps=3)
-    assert with_defaults(resolve(options=short), policy).options.lr_warmup_steps == 2
+    assert with_defaults(resolve(options=short), policy).lr_warmup_steps == 2
 
 
 def test_the_trainer_takes_them():

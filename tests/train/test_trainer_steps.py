@@ -166,8 +166,7 @@ def test_max_grad_norm_bounds_how_far_the_weights_move(limit: float | None):
     before = weights(policy)
     settings = resolve(options=dev.TrainConfig(minibatches=1, max_grad_norm=limit))
     # Past what options take: nothing would be learned with such an epsilon alone.
-    options = settings.options.model_copy(update={"adam_epsilon": 1e3})
-    settings = dataclasses.replace(settings, learning_rate=1e3, options=options)
+    settings = settings.model_copy(update={"adam_epsilon": 1e3, "learning_rate": 1e3})
     out = Trainer(policy).train(batch_of(policy), settings).metrics.compute()
     norm = out["optim/grad_norm"]
     assert norm > 0.01

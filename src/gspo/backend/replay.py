@@ -12,15 +12,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import nan
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from openai.types.chat.chat_completion import Choice
 
 from gspo.config import TrainConfig
 from gspo.core.errors import RunError
-from gspo.dev import Algorithm
 from gspo.dev import TrainConfig as DevTrainConfig
-from gspo.train.algorithms import find_algorithm
+from gspo.train.algorithms import BUILT_IN
 from gspo.train.settings import Settings, resolve
 from gspo.trajectory import Trajectory, TrajectoryGroup
 
@@ -49,11 +48,10 @@ class UpdateRecord:
     @classmethod
     def of(cls, settings: Settings, *, version: int, context: int, dtype: str) -> UpdateRecord:
         """The record of one call of `train`."""
-        options = settings.options.model_dump(mode="json", exclude_unset=True)
-        named = settings.options.algorithm
-        if named is not None and named not in get_args(Algorithm):
+        options = settings.model_dump(mode="json", exclude_unset=True, exclude={"learning_rate"})
+        if settings.algorithm not in BUILT_IN and options.get("algorithm") is not None:
             # As its fields: it is read back where nobody has registered it.
-            options["algorithm"] = asdict(find_algorithm(named))
+            options["algorithm"] = asdict(settings.preset)
         kl = settings.objective.kl_coef
         return cls(version, context, dtype, settings.learning_rate, kl, options)
 

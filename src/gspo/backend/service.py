@@ -94,7 +94,7 @@ class Service:
             vocabulary=policy.head.size,
             advantage=settings.advantage,
             overlong=settings.overlong,
-            drop_too_long=settings.options.on_too_long == "drop",
+            drop_too_long=settings.on_too_long == "drop",
         )
         return groups, batch
 

@@ -59,7 +59,7 @@ class MethodLoss:
     def of(cls, batch: RolloutBatch, settings: Settings) -> MethodLoss:
         """An objective that has seen nothing yet; `batch` has the advantages of `settings`."""
         counted = batch if settings.counts_flat else batch.with_signal()
-        unit = settings.options.sequence_unit
+        unit = settings.sequence_unit
         return cls(
             settings=settings,
             advantages={own[0].trajectory_id: own[0].advantage for own in batch.samples},

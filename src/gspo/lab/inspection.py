@@ -111,7 +111,7 @@ def measure(
     Trajectories in which no method finds a gradient are left out, as in training.
     """
     wanted = [t for t in trajectories if any(m.wants(t[0].trajectory_id) for m in losses.values())]
-    options = own.options
+    options = own
     return accumulate_gradients(
         policy,
         pack([s for t in wanted for s in t], _budget(policy), options.sequence_unit),
@@ -141,7 +141,7 @@ def as_trained(
     policy: Policy, trajectories: Sequence[tuple[Sample, ...]], settings: Settings
 ) -> Sequence[tuple[Sample, ...]]:
     """The samples with what the trainer fixes before its first update: its routes, its pi_old."""
-    options = settings.options
+    options = settings
     budget = _budget(policy)
     with torch.no_grad():
         routes = BatchRouting(policy, options, Metrics(), budget).start([trajectories])
@@ -154,7 +154,7 @@ def as_trained(
 
 def _uses_the_trainer(settings: Settings) -> bool:
     """Whether training fixed something by the weights before the step."""
-    by_trainer = settings.options.routing_replay == "old_policy"
+    by_trainer = settings.routing_replay == "old_policy"
     return by_trainer or settings.old_logprobs == "trainer"
 
 
@@ -164,7 +164,7 @@ def _prepare(batch: StoredBatch, settings: Settings) -> RolloutBatch:
         context=batch.record.context,
         advantage=settings.advantage,
         overlong=settings.overlong,
-        drop_too_long=settings.options.on_too_long == "drop",
+        drop_too_long=settings.on_too_long == "drop",
     )
 
 

@@ -110,12 +110,12 @@ def make_report(
             first, and the dot products of their gradients.
     """
     trained = sum(samples[0].advantage != 0 for samples in batch.samples)
-    balance = own.options.router_aux_loss_coef
+    balance = own.router_aux_loss_coef
     return Inspection(
         run=str(run),
         step=step,
         own=next(iter(measured[0][2])),
-        options=own.options.model_dump(mode="json", exclude_unset=True),
+        options=own.model_dump(mode="json", exclude_unset=True),
         trajectories=len(batch.samples),
         dropped=batch.dropped,
         groups=len(set(batch.groups)),

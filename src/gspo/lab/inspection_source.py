@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,7 +68,7 @@ class Source:
         low, high = logged.get("ratio/epsilon_low"), logged.get("ratio/epsilon_high")
         if low is None or high is None:
             raise RunError(f"{self.run}/metrics.jsonl lacks the clip range of step {step}")
-        return replace(settings, objective=settings.objective.with_epsilon(low, high))
+        return settings.with_range(low, high)
 
     def check_weights(self, step: int, wanted: tuple[Weights, ...], *, needs_before: bool) -> None:
         """Refuse weights that are gone, naming the steps that can be inspected."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 from gspo.core.byname import load_object
 from gspo.core.errors import ConfigError
-from gspo.dev import OWN_ALGORITHMS, Algorithm
 from gspo.objective import PRESETS, AdvantageKind, Correction, Objective, Preset
+
+BUILT_IN = frozenset(PRESETS)
 
 
 def register_algorithm(
@@ -35,7 +36,7 @@ def register_algorithm(
         register_algorithm("wide_gspo", Objective("sequence", 0.01, 0.02))
         options = dev.TrainConfig(algorithm="wide_gspo")
     """
-    if name in get_args(Algorithm):
+    if name in BUILT_IN:
         raise ConfigError(f"register_algorithm({name!r}): this is a built-in method; name it anew")
     if not isinstance(name, str) or not name.isidentifier():
         raise ConfigError(f"register_algorithm({name!r}): a name has letters, digits and '_' only")
@@ -43,7 +44,6 @@ def register_algorithm(
     changes: dict[str, Any] = {"advantage": advantage, "formula": formula, "source": source}
     given = {key: value for key, value in changes.items() if value}
     cast(dict[str, Preset], PRESETS)[name] = replace(preset, name=name, **given)
-    OWN_ALGORITHMS.add(name)
 
 
 def find_algorithm(algorithm: str | Mapping[str, Any]) -> Preset:

@@ -6,9 +6,7 @@ docs/defaults.md has the table and the runs behind it.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
-from gspo.dev import TrainConfig
 from gspo.policy.load import Policy
 from gspo.train.settings import Settings
 
@@ -43,20 +41,15 @@ def with_defaults(settings: Settings, policy: Policy) -> Settings:
     """
     if settings.learning_rate is not None:
         return settings
-    options = settings.options
-    if options.lr_warmup_steps is None:
-        options = options.model_copy(update={"lr_warmup_steps": _warmup(options)})
     rate = default_learning_rate(base_parameters(policy), policy.peft is not None)
-    return replace(settings, learning_rate=rate, options=options)
+    warmup = settings.lr_warmup_steps
+    if warmup is None:
+        total = settings.lr_total_steps
+        warmup = WARMUP if total is None else min(WARMUP, total - 1)
+    return settings.model_copy(update={"learning_rate": rate, "lr_warmup_steps": warmup})
 
 
 def base_parameters(policy: Policy) -> int:
     """Parameters of the base model, without adapters."""
     total = sum(p.numel() for p in policy.lm.parameters())
     return total - sum(p.numel() for p in policy.trainable.values()) if policy.peft else total
-
-
-def _warmup(options: TrainConfig) -> int:
-    """`WARMUP`, or less where the schedule ends before."""
-    total = options.lr_total_steps
-    return WARMUP if total is None else min(WARMUP, total - 1)

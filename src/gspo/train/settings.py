@@ -1,13 +1,16 @@
-"""Public options -> what one call of `train` does. Contradictions end here."""
+"""Public options -> what one call of `train` does. Contradictions end here.
+
+(TrainConfig, dev.TrainConfig) -> resolve -> Settings -> with_defaults (the model's)
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+from gspo import dev
 from gspo.config import TrainConfig
 from gspo.core.errors import ConfigError
-from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.objective import (
     BOUNDS,
     CLIPPING,
@@ -21,39 +24,51 @@ from gspo.objective import (
 from gspo.train.algorithms import find_algorithm
 
 
-@dataclass(frozen=True)
-class Settings:
-    """A resolved call of `train`.
+class Settings(dev.TrainConfig):
+    """A resolved call of `train`: every option of `dev.TrainConfig`, with the value that applies.
 
     Attributes:
         algorithm: name of the preset, or `level:<level>` for a level that has none.
-        objective: with the clip range and the KL weight that apply.
-        advantage: how A_i is made of the group's rewards.
-        counts_flat: groups with equal rewards count in N and T.
-        old_logprobs: `rollout` or `trainer`.
-        minibatches: optimizer steps per rollout batch and epoch.
-        auto_epsilon: the clip range is steered; the objective's is where it starts.
-        learning_rate: peak; None until the model is known (see defaults.py).
-        options: everything else.
+        minibatches: a number.
+        preset: the method, with the clip range, KL weight and advantage that apply.
+        learning_rate: peak; None until the model is known (`with_defaults`).
     """
 
-    algorithm: str
-    objective: Objective
-    advantage: AdvantageKind
-    counts_flat: bool
-    minibatches: int
-    old_logprobs: str
-    auto_epsilon: bool
+    minibatches: int  # pyright: ignore[reportGeneralTypeIssues, reportIncompatibleVariableOverride]
+    preset: Preset
     learning_rate: float | None
-    options: DevTrainConfig
+
+    @property
+    def objective(self) -> Objective:
+        """What `policy_loss` computes."""
+        return self.preset.objective
+
+    @property
+    def advantage(self) -> AdvantageKind:
+        """How A_i is made of the group's rewards."""
+        return self.preset.advantage
+
+    @property
+    def counts_flat(self) -> bool:
+        """Whether groups with equal rewards count in N and T."""
+        return self.preset.counts_flat
+
+    def with_range(self, low: float, high: float) -> Settings:
+        """The same call with the clip range that was steered to."""
+        preset = replace(self.preset, objective=self.objective.with_epsilon(low, high))
+        return self.model_copy(update={"preset": preset, "epsilon": low, "epsilon_high": high})
+
+    @property
+    def auto_epsilon(self) -> bool:
+        """Whether the clip range is steered; the objective's is where it starts."""
+        return self.epsilon == "auto"
 
     @property
     def overlong(self) -> tuple[int, int] | None:
         """(max_tokens, cache) of the overlong punishment, or None."""
-        options = self.options
-        if options.overlong_max_tokens is None or options.overlong_cache is None:
+        if self.overlong_max_tokens is None or self.overlong_cache is None:
             return None
-        return options.overlong_max_tokens, options.overlong_cache
+        return self.overlong_max_tokens, self.overlong_cache
 
     def as_config(self) -> dict[str, Any]:
         """The options by their own names, with the values that apply.
@@ -61,65 +76,60 @@ class Settings:
         >>> resolve().as_config()["epsilon_high"]
         0.0004
         """
-        objective, correction = self.objective, self.objective.correction
-        clipped = objective.surrogate in CLIPPING
-        low = "auto" if self.auto_epsilon else objective.epsilon_low
-        return self.options.model_dump(mode="json") | {
-            "algorithm": self.algorithm,
-            "importance_sampling_level": objective.level,
-            "epsilon": low if clipped else None,
-            "epsilon_high": objective.epsilon_high if clipped else None,
-            "scale_rewards": {"group_std": True, "group_mean": False}.get(self.advantage),
-            "old_logprobs": self.old_logprobs,
-            "minibatches": self.minibatches,
-            "kl_penalty_coef": objective.kl_coef,
-            "epsilon_scale": objective.epsilon_scale,
-            "correction": correction and correction.kind,
-            "correction_low": correction and correction.low,
-            "correction_high": correction and correction.high,
-            "learning_rate": self.learning_rate,
-        }
+        return self.model_dump(mode="json", exclude={"preset"})
 
 
-def resolve(config: TrainConfig | None = None, options: DevTrainConfig | None = None) -> Settings:
+def resolve(config: TrainConfig | None = None, options: dev.TrainConfig | None = None) -> Settings:
     """Settings of one call.
 
     Raises:
         ConfigError: options that contradict one another.
 
-    >>> resolve(options=DevTrainConfig(importance_sampling_level="sequence")).algorithm
+    >>> resolve(options=dev.TrainConfig(importance_sampling_level="sequence")).algorithm
     'gspo'
     """
-    config, options = config or TrainConfig(), options or DevTrainConfig()
-    preset = _preset(options)
-    _check_epsilon(preset, options)
-    low, high = _range(preset.objective, options)
-    old = _old_logprobs(options)
+    config, given = config or TrainConfig(), options or dev.TrainConfig()
+    preset = _preset(given)
+    _check_epsilon(preset, given)
+    low, high = _range(preset.objective, given)
+    old = _old_logprobs(given)
     try:
         objective = replace(
             preset.objective,
             epsilon_low=low,
             epsilon_high=high,
-            kl_coef=_kl(preset.objective, config, options),
-            epsilon_scale=options.epsilon_scale or preset.objective.epsilon_scale,
-            correction=_correction(preset.objective.correction, options, old),
+            kl_coef=_kl(preset.objective, config, given),
+            epsilon_scale=given.epsilon_scale or preset.objective.epsilon_scale,
+            correction=_correction(preset.objective.correction, given, old),
         )
     except ValueError as error:
         raise ConfigError(f"dev.TrainConfig: {error}") from None
-    return Settings(
-        algorithm=preset.name,
-        objective=objective,
-        advantage=_advantage(preset, options),
-        counts_flat=preset.counts_flat,
-        minibatches=options.minibatches or preset.minibatches,
-        old_logprobs=old,
-        auto_epsilon=options.epsilon == "auto",
+    advantage, correction = _advantage(preset, given), objective.correction
+    has_range = objective.surrogate in CLIPPING
+    applies = {
+        "algorithm": preset.name,
+        "importance_sampling_level": objective.level,
+        "epsilon": (given.epsilon if given.epsilon == "auto" else low) if has_range else None,
+        "epsilon_high": high if has_range else None,
+        "epsilon_scale": objective.epsilon_scale,
+        "scale_rewards": {"group_std": True, "group_mean": False}.get(advantage),
+        "old_logprobs": old,
+        "kl_penalty_coef": objective.kl_coef,
+        "correction": correction and correction.kind,
+        "correction_low": correction and correction.low,
+        "correction_high": correction and correction.high,
+        "minibatches": given.minibatches or preset.minibatches,
+    }
+    # Checked already, each by its own class; which options the user gave stays known.
+    return Settings.model_construct(
+        given.model_fields_set,
+        **(dict(given) | applies),
+        preset=replace(preset, objective=objective, advantage=advantage),
         learning_rate=config.learning_rate,
-        options=options,
     )
 
 
-def _preset(options: DevTrainConfig) -> Preset:
+def _preset(options: dev.TrainConfig) -> Preset:
     level = options.importance_sampling_level
     if options.algorithm is None and level is not None:
         objective = LEVEL_DEFAULTS[level]
@@ -136,7 +146,7 @@ def _preset(options: DevTrainConfig) -> Preset:
     return preset
 
 
-def _kl(objective: Objective, config: TrainConfig, options: DevTrainConfig) -> float:
+def _kl(objective: Objective, config: TrainConfig, options: dev.TrainConfig) -> float:
     """The first that was given: the option, the public one, else the preset's own."""
     if options.kl_penalty_coef is not None:
         return options.kl_penalty_coef
@@ -144,7 +154,7 @@ def _kl(objective: Objective, config: TrainConfig, options: DevTrainConfig) -> f
     return config.kl_penalty_coef if given else objective.kl_coef
 
 
-def _range(objective: Objective, options: DevTrainConfig) -> tuple[float, float]:
+def _range(objective: Objective, options: dev.TrainConfig) -> tuple[float, float]:
     low, high = objective.epsilon_low, objective.epsilon_high
     if isinstance(options.epsilon, float | int):
         low = high = float(options.epsilon)
@@ -153,7 +163,7 @@ def _range(objective: Objective, options: DevTrainConfig) -> tuple[float, float]
     return low, high
 
 
-def _check_epsilon(preset: Preset, options: DevTrainConfig) -> None:
+def _check_epsilon(preset: Preset, options: dev.TrainConfig) -> None:
     given = [n for n in ("epsilon", "epsilon_high") if getattr(options, n) is not None]
     if given and preset.objective.surrogate not in CLIPPING:
         raise ConfigError(f"algorithm={preset.name!r} has no clip range: leave {given[0]} out")
@@ -181,7 +191,7 @@ def _check_epsilon(preset: Preset, options: DevTrainConfig) -> None:
         )
 
 
-def _old_logprobs(options: DevTrainConfig) -> str:
+def _old_logprobs(options: dev.TrainConfig) -> str:
     if not options.precalculate_logprobs:
         return options.old_logprobs
     if "old_logprobs" in options.model_fields_set and options.old_logprobs == "rollout":
@@ -192,7 +202,7 @@ def _old_logprobs(options: DevTrainConfig) -> str:
     return "trainer"
 
 
-def _correction(preset: Correction | None, options: DevTrainConfig, old: str) -> Correction | None:
+def _correction(preset: Correction | None, options: dev.TrainConfig, old: str) -> Correction | None:
     """The option's, else the preset's, with the bounds that were given."""
     low, high = options.correction_low, options.correction_high
     kind = options.correction
@@ -216,7 +226,7 @@ def _correction(preset: Correction | None, options: DevTrainConfig, old: str) ->
     return Correction(kind, low, high)
 
 
-def _advantage(preset: Preset, options: DevTrainConfig) -> AdvantageKind:
+def _advantage(preset: Preset, options: dev.TrainConfig) -> AdvantageKind:
     if options.scale_rewards is None:
         return preset.advantage
     if preset.advantage in ("group_std", "group_mean"):

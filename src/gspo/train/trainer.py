@@ -86,7 +86,7 @@ class Trainer:
         """
         settings = with_defaults(settings, self.policy)
         assert settings.learning_rate is not None
-        check_routing(self.policy, batch.samples, settings.options)
+        check_routing(self.policy, batch.samples, settings)
         started = time.perf_counter()
         metrics = Metrics()
         self._describe(metrics, batch)
@@ -108,7 +108,7 @@ class Trainer:
                     routing,
                     rate=learning_rate(
                         settings.learning_rate,
-                        settings.options,
+                        settings,
                         begin=self.step + at / len(plan),
                         end=self.step + (at + 1) / len(plan),
                     ),
@@ -128,7 +128,7 @@ class Trainer:
 
     def _plan(self, batch: RolloutBatch, settings: Settings) -> list[list[tuple[Sample, ...]]]:
         """The minibatches of all epochs, in order."""
-        options = settings.options
+        options = settings
         if not settings.counts_flat:
             batch = batch.with_signal()
         seeds = [_mix(options.seed, self.step, epoch) for epoch in range(options.epochs)]
@@ -138,7 +138,7 @@ class Trainer:
         self, plan: list[list[tuple[Sample, ...]]], settings: Settings, metrics: Metrics
     ) -> tuple[list[list[tuple[Sample, ...]]], BatchRouting]:
         """The plan with the routes to be replayed; recorded on one epoch, which has all samples."""
-        options = settings.options
+        options = settings
         routing = BatchRouting(self.policy, options, metrics, self._budget(options))
         epoch = plan[: len(plan) // options.epochs]
         routes = routing.start([_wanted(part, settings) for part in epoch])
@@ -148,7 +148,7 @@ class Trainer:
         self, plan: list[list[tuple[Sample, ...]]], settings: Settings
     ) -> list[list[tuple[Sample, ...]]]:
         """The plan with pi_old as the trainer's, where asked: fixed before the first update."""
-        options = settings.options
+        options = settings
         if settings.old_logprobs != "trainer":
             return plan
         epoch = [own for part in plan[: len(plan) // options.epochs] for own in part]
@@ -175,7 +175,7 @@ class Trainer:
         update: int,
     ) -> list[Trace] | None:
         """One optimizer step, or None where nothing in the minibatch has a gradient."""
-        options = settings.options
+        options = settings
         wanted = _wanted(part, settings)
         if not wanted:
             metrics.add("optim/skipped", 1)
@@ -218,7 +218,7 @@ class Trainer:
     ) -> None:
         """Steer the clip range where asked; say once where it doesn't fit: as a warning if it is
         noise that clips, else as information (most short runs at the paper's range learn)."""
-        target = settings.options.epsilon_target
+        target = settings.epsilon_target
         if settings.auto_epsilon:
             self.epsilon.observe(objective, seen, target)
         if objective.surrogate in CLIPPING:

@@ -195,8 +195,8 @@ def _gradient(runs: Sequence[RunData]) -> Chart | None:
         steps, values = run.series("optim/grad_norm")
         data = [curve(label, steps, values, color, dash=dash)]
         settings = run.settings
-        if len(runs) == 1 and steps and settings and settings.options.max_grad_norm is not None:
-            limit = settings.options.max_grad_norm
+        if len(runs) == 1 and steps and settings and settings.max_grad_norm is not None:
+            limit = settings.max_grad_norm
             data.append(rule("clipped above", [steps[0], steps[-1]], [limit, limit]))
         return data
 

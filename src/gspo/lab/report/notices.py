@@ -29,7 +29,7 @@ def _clip(run: RunData) -> str:
     if settings is not None:
         if settings.auto_epsilon or settings.objective.surrogate not in CLIPPING:
             return ""
-        target = settings.options.epsilon_target
+        target = settings.epsilon_target
         by_engine = settings.old_logprobs == "rollout"
         by_length = settings.objective.epsilon_scale == "sqrt_length"
     if not run.by_sequence:
