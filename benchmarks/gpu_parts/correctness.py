@@ -29,7 +29,7 @@ from torch import Tensor
 from gpu_parts import models
 from gpu_parts.bare import ROOT
 from gpu_parts.bench import Bench, free
-from gspo.data.packing import PackedBatch, pack
+from gspo.data.packing import Microbatch, pack
 from gspo.data.sample import Sample
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy, autocast
@@ -139,16 +139,16 @@ def _gradient(policy: Policy, logprobs: Tensor) -> Scored:
 
 def packed(policy: Policy, samples: Sequence[Sample], share: bool) -> Scored:
     """All samples in one row, as the trainer computes them."""
-    (row,) = pack(list(samples), 100_000, share=share)
-    order = _in_order(row, samples)
-    return _gradient(policy, forward(policy, row).logprobs[order.to(policy.device)])
+    (microbatch,) = pack(list(samples), 100_000, share=share)
+    order = _in_order(microbatch, samples)
+    return _gradient(policy, forward(policy, microbatch).logprobs[order.to(policy.device)])
 
 
-def _in_order(row: PackedBatch, samples: Sequence[Sample]) -> Tensor:
+def _in_order(microbatch: Microbatch, samples: Sequence[Sample]) -> Tensor:
     """Places in the row of the sampled tokens of the samples, one after the other."""
     sizes = {sample.trajectory_id: sample.sampled for sample in samples}
-    ends = np.cumsum([sizes[t] for t in row.trajectory_ids])
-    begins = dict(zip(row.trajectory_ids, ends, strict=True))
+    ends = np.cumsum([sizes[t] for t in microbatch.trajectory_ids])
+    begins = dict(zip(microbatch.trajectory_ids, ends, strict=True))
     return torch.from_numpy(
         np.concatenate(
             [np.arange(sizes[t]) + begins[t] - sizes[t] for t in (s.trajectory_id for s in samples)]
@@ -218,10 +218,10 @@ def _engine(bench: Bench, policy: Policy, sampler: Policy) -> dict[str, float]:
             sample = models.sample(tokens, len(requests[group].prompt), len(samples), group)
             sample.sampling_logprobs[sample.ratio_mask] = completion.logprobs
             samples.append(sample)
-    (row,) = pack(samples, 100_000, share=policy.shares_prefixes)
+    (microbatch,) = pack(samples, 100_000, share=policy.shares_prefixes)
     # With gradients, as in training: the kernels are those that were compiled before.
-    logprobs = forward(policy, row).logprobs.detach().cpu().double()
-    gap = logprobs - row.sampling_logprobs.double()
+    logprobs = forward(policy, microbatch).logprobs.detach().cpu().double()
+    gap = logprobs - microbatch.sampling_logprobs.double()
     means = torch.stack([part.mean() for part in gap.split(length)]).abs()
     return {
         "sequences": len(samples),

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwe
 from vocabulary import full_tokenizer
 
 from gpu_parts.bench import Card
-from gspo.data.packing import PackedBatch
+from gspo.data.packing import Microbatch
 from gspo.data.sample import Sample
 from gspo.dev import InternalModelConfig
 from gspo.lab.flops import Flops, head_flops
@@ -156,13 +156,16 @@ def sample(tokens: np.ndarray, prompt: int, number: int, group: int) -> Sample:
     )
 
 
-def row_flops(policy: Policy, rows: Sequence[PackedBatch]) -> dict[str, float]:
+def row_flops(policy: Policy, microbatches: Sequence[Microbatch]) -> dict[str, float]:
     """Operations of a forward and backward pass over packed rows: what the method needs.
 
     A shared prompt counts once, and what is computed again counts once: the layers under activation
     checkpointing, and the vocabulary projection in the backward pass.
     """
     sizes = replace(Flops.of(policy), recomputes=False)
-    layers = sum(sizes.forward(row.positions) + sizes.backward(row.positions) for row in rows)
-    head = sum(sum(head_flops(policy.head, len(row.targets))) for row in rows)
+    layers = sum(
+        sizes.forward(microbatch.positions) + sizes.backward(microbatch.positions)
+        for microbatch in microbatches
+    )
+    head = sum(sum(head_flops(policy.head, len(microbatch.targets))) for microbatch in microbatches)
     return {"layers": layers, "head": head}

@@ -179,9 +179,9 @@ def check(service: Any, batch: Job) -> dict[str, Any]:
     service.trainer.optimizer.clear()
     logprobs: list[list[float]] = [[] for _ in samples]
     with torch.no_grad():
-        for row in pack(samples, budget=4096):
-            values = forward(policy, row).logprobs.tolist()
-            for trajectory_id in row.trajectory_ids:
+        for microbatch in pack(samples, budget=4096):
+            values = forward(policy, microbatch).logprobs.tolist()
+            for trajectory_id in microbatch.trajectory_ids:
                 count = samples[trajectory_id].sampled
                 logprobs[trajectory_id], values = values[:count], values[count:]
     loss = metrics.compute()["loss/policy"]

@@ -47,9 +47,9 @@ async def gather(model: art.TrainableModel) -> list[art.TrajectoryGroup]:
 def gap(policy: Policy, groups: list[art.TrajectoryGroup]) -> float:
     """How far the choices' log-probs are from a policy's, at most."""
     batch = prepare(groups, context=policy.context)
-    (packed,) = pack([s for own in batch.samples for s in own], budget=10_000)
+    (microbatch,) = pack([s for own in batch.samples for s in own], budget=10_000)
     with torch.no_grad():
-        return (forward(policy, packed).logprobs - packed.old_logprobs).abs().max().item()
+        return (forward(policy, microbatch).logprobs - microbatch.old_logprobs).abs().max().item()
 
 
 async def test_choices_come_from_a_copy_that_follows(tmp_path: Path):

@@ -76,8 +76,8 @@ def test_checkpointing_costs_time_and_adds_no_operation_that_is_needed() -> None
         policy = models.policy_of(models.dense(tiny=True), CPU, **options)
         assert policy.checkpointing == bool(options)
         batch = models.make_batch(policy, groups=2, size=1, prompt=4, completion=8)
-        rows = pack([sample for own in batch.samples for sample in own], 1000)
-        found.append(models.row_flops(policy, rows))
+        microbatches = pack([sample for own in batch.samples for sample in own], 1000)
+        found.append(models.row_flops(policy, microbatches))
     assert found[0] == found[1]
 
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gspo.data.packing import PackedBatch, pack, plan_rows
+from gspo.data.packing import Microbatch, pack, plan_rows
 from gspo.data.sample import Sample
 
 SIZES = st.lists(st.integers(1, 40), max_size=40)
@@ -46,9 +46,9 @@ def sample_lists(draw: st.DrawFn) -> list[Sample]:
     return [make_sample(o, int(rng.integers(2, 30)), rng) for o in draw(st.permutations(owners))]
 
 
-def rows_of(batch: PackedBatch) -> list[tuple[int, int]]:
+def rows_of(microbatch: Microbatch) -> list[tuple[int, int]]:
     """(start, end) of each sample in the row."""
-    ends = list(itertools.accumulate(batch.lengths))
+    ends = list(itertools.accumulate(microbatch.lengths))
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
@@ -112,25 +112,25 @@ def test_plans_by_hand(sizes: list[int], budget: int, rows: list[list[int]]) -> 
 @given(samples=sample_lists(), budget=BUDGETS)
 def test_every_sample_appears_once_and_as_it_was(samples: list[Sample], budget: int) -> None:
     left = {tuple(sample.tokens): sample for sample in samples}
-    for batch in pack(samples, budget):
-        assert batch.token_count == sum(batch.lengths) == batch.tokens.shape[1]
+    for microbatch in pack(samples, budget):
+        assert microbatch.token_count == sum(microbatch.lengths) == microbatch.tokens.shape[1]
         used = 0
-        for start, end in rows_of(batch):
-            sample = left.pop(tuple(batch.tokens[0, start:end].tolist()))
-            assert batch.positions[0, start:end].tolist() == list(range(end - start))
-            inside = (batch.targets >= start) & (batch.targets < end)
+        for start, end in rows_of(microbatch):
+            sample = left.pop(tuple(microbatch.tokens[0, start:end].tolist()))
+            assert microbatch.positions[0, start:end].tolist() == list(range(end - start))
+            inside = (microbatch.targets >= start) & (microbatch.targets < end)
             used += int(inside.sum())
             own = sample.ratio_mask
-            assert (batch.targets[inside] - start).tolist() == np.flatnonzero(own).tolist()
-            assert batch.loss_mask[inside].tolist() == sample.loss_mask[own].tolist()
-            assert batch.old_logprobs[inside].tolist() == sample.old_logprobs[own].tolist()
+            assert (microbatch.targets[inside] - start).tolist() == np.flatnonzero(own).tolist()
+            assert microbatch.loss_mask[inside].tolist() == sample.loss_mask[own].tolist()
+            assert microbatch.old_logprobs[inside].tolist() == sample.old_logprobs[own].tolist()
             sampling = sample.sampling_logprobs[own].tolist()
-            assert batch.sampling_logprobs[inside].tolist() == sampling
-            assert batch.temperatures[inside].tolist() == sample.temperatures[own].tolist()
-            (sequence,) = batch.sequence_ids[inside].unique().tolist()
-            assert batch.trajectory_ids[sequence] == sample.trajectory_id
-            assert batch.advantages[sequence].item() == sample.advantage
-        assert used == batch.targets.numel()
+            assert microbatch.sampling_logprobs[inside].tolist() == sampling
+            assert microbatch.temperatures[inside].tolist() == sample.temperatures[own].tolist()
+            (sequence,) = microbatch.sequence_ids[inside].unique().tolist()
+            assert microbatch.trajectory_ids[sequence] == sample.trajectory_id
+            assert microbatch.advantages[sequence].item() == sample.advantage
+        assert used == microbatch.targets.numel()
     assert not left
 
 
@@ -138,13 +138,13 @@ def test_every_sample_appears_once_and_as_it_was(samples: list[Sample], budget: 
 def test_no_trajectory_is_torn_and_rows_keep_to_the_budget(
     samples: list[Sample], budget: int
 ) -> None:
-    batches = pack(samples, budget)
-    ids = [i for batch in batches for i in batch.trajectory_ids]
+    microbatches = pack(samples, budget)
+    ids = [i for microbatch in microbatches for i in microbatch.trajectory_ids]
     assert len(ids) == len(set(ids))
     assert set(ids) == {sample.trajectory_id for sample in samples}
-    for batch in batches:
-        assert batch.token_count <= budget or len(batch.trajectory_ids) == 1
-        assert set(batch.sequence_ids.tolist()) == set(range(len(batch.trajectory_ids)))
+    for microbatch in microbatches:
+        assert microbatch.token_count <= budget or len(microbatch.trajectory_ids) == 1
+        assert set(microbatch.sequence_ids.tolist()) == set(range(len(microbatch.trajectory_ids)))
 
 
 @given(samples=sample_lists(), budget=BUDGETS, seed=st.integers(0, 2**16))
@@ -165,13 +165,15 @@ def test_a_turn_is_a_sequence_of_its_own_trajectory(
         for t in np.flatnonzero(sample.ratio_mask):
             expected[old[t]] = (sample.trajectory_id, int(turns[t]), sample.advantage)
     numbers: dict[tuple[int, int, float], set[tuple[int, int]]] = {}
-    for r, batch in enumerate(pack(turned, budget, "turn", share=share)):
-        assert len(batch.trajectory_ids) == len(batch.advantages)
-        for key, s in zip(batch.old_logprobs.tolist(), batch.sequence_ids.tolist(), strict=True):
+    for r, microbatch in enumerate(pack(turned, budget, "turn", share=share)):
+        assert len(microbatch.trajectory_ids) == len(microbatch.advantages)
+        for key, s in zip(
+            microbatch.old_logprobs.tolist(), microbatch.sequence_ids.tolist(), strict=True
+        ):
             trajectory, turn, advantage = expected.pop(key)
             numbers.setdefault((trajectory, turn, advantage), set()).add((r, s))
-            assert batch.trajectory_ids[s] == trajectory
-            assert batch.advantages[s].item() == advantage
+            assert microbatch.trajectory_ids[s] == trajectory
+            assert microbatch.advantages[s].item() == advantage
     assert not expected
     assert all(len(found) == 1 for found in numbers.values())  # a turn is one sequence
     assert len(set.union(set(), *numbers.values())) == len(numbers)  # and no two turns are
@@ -187,14 +189,14 @@ def test_packing_is_deterministic(samples: list[Sample], budget: int) -> None:
 
 
 def test_types_and_shapes() -> None:
-    (batch,) = pack([make_sample(4, 6, np.random.default_rng(0))], 100)
-    assert batch.tokens.shape == batch.positions.shape == (1, 6)
+    (microbatch,) = pack([make_sample(4, 6, np.random.default_rng(0))], 100)
+    assert microbatch.tokens.shape == microbatch.positions.shape == (1, 6)
     for name in ("tokens", "positions", "targets", "sequence_ids"):
-        assert getattr(batch, name).dtype == torch.int64
+        assert getattr(microbatch, name).dtype == torch.int64
     for name in ("old_logprobs", "temperatures", "advantages"):
-        assert getattr(batch, name).dtype == torch.float32
-    assert batch.loss_mask.dtype == torch.bool
-    assert batch.advantages.tolist() == [-0.5]
+        assert getattr(microbatch, name).dtype == torch.float32
+    assert microbatch.loss_mask.dtype == torch.bool
+    assert microbatch.advantages.tolist() == [-0.5]
 
 
 def test_nothing_packs_into_nothing() -> None:
@@ -203,7 +205,7 @@ def test_nothing_packs_into_nothing() -> None:
 
 def test_packing_does_not_share_memory_with_the_samples() -> None:
     sample = make_sample(0, 5, np.random.default_rng(0))
-    (batch,) = pack([sample], 10)
+    (microbatch,) = pack([sample], 10)
     before = sample.tokens.copy()
-    batch.tokens.zero_()
+    microbatch.tokens.zero_()
     assert (sample.tokens == before).all()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from data.prefixes import branching_groups, small_sample
 from gspo.data import shared_prompts as prefix
-from gspo.data.packing import PackedBatch, pack
+from gspo.data.packing import Microbatch, pack
 from gspo.data.sample import Sample
 from gspo.data.shared_prompts import GRAIN, Prefixes
 from gspo.train.minibatches import prepare
@@ -41,8 +41,8 @@ def coincidences(draw: st.DrawFn) -> list[Sample]:
     return out
 
 
-def paths(row: PackedBatch) -> list[np.ndarray]:
-    return np.split(row.index.numpy(), np.cumsum(row.lengths)[:-1])
+def paths(microbatch: Microbatch) -> list[np.ndarray]:
+    return np.split(microbatch.index.numpy(), np.cumsum(microbatch.lengths)[:-1])
 
 
 def in_common(one: Sequence[int], two: Sequence[int]) -> int:
@@ -114,16 +114,19 @@ def test_growing_never_counts_too_few(samples: list[Sample]):
 def test_rows_keep_to_the_budget_and_groups_together_where_they_fit(
     samples: list[Sample], budget: int
 ):
-    rows = pack(samples, budget, share=True)
-    ids = [i for row in rows for i in row.trajectory_ids]
+    microbatches = pack(samples, budget, share=True)
+    ids = [i for microbatch in microbatches for i in microbatch.trajectory_ids]
     assert sorted(ids) == list(range(len(samples)))
-    for row in rows:
-        assert row.token_count <= budget or len(row.trajectory_ids) == 1
+    for microbatch in microbatches:
+        assert microbatch.token_count <= budget or len(microbatch.trajectory_ids) == 1
     for group in {s.group_id for s in samples}:
         own = [s for s in samples if s.group_id == group]
         if Prefixes(own).layout(range(len(own))).size <= budget:
             numbers = {s.trajectory_id for s in own}
-            assert sum(bool(numbers & set(row.trajectory_ids)) for row in rows) == 1
+            assert (
+                sum(bool(numbers & set(microbatch.trajectory_ids)) for microbatch in microbatches)
+                == 1
+            )
 
 
 @pytest.mark.parametrize("budget", [1, 60, 150, 10_000])
@@ -134,69 +137,69 @@ def test_every_sampled_token_is_there_once_and_reads_its_predecessor(budget: int
     for sample in samples:
         by_id.setdefault(sample.trajectory_id, []).append(sample)
     seen = []
-    for row in pack(samples, budget, share=True):
-        at, of_row = 0, list(paths(row))
-        for sequence, trajectory in enumerate(row.trajectory_ids):
+    for microbatch in pack(samples, budget, share=True):
+        at, of_row = 0, list(paths(microbatch))
+        for sequence, trajectory in enumerate(microbatch.trajectory_ids):
             seen.append(trajectory)
             for sample in by_id[trajectory]:
                 path = of_row.pop(0)
-                assert row.tokens[0, path].tolist() == sample.tokens.tolist()
-                assert row.positions[0, path].tolist() == list(range(len(sample)))
+                assert microbatch.tokens[0, path].tolist() == sample.tokens.tolist()
+                assert microbatch.positions[0, path].tolist() == list(range(len(sample)))
                 end = at + sample.sampled
                 places = np.flatnonzero(sample.ratio_mask)
-                assert row.targets[at:end].tolist() == path[places].tolist()
-                assert row.sources[at:end].tolist() == path[places - 1].tolist()
-                assert set(row.sequence_ids[at:end].tolist()) == {sequence}
+                assert microbatch.targets[at:end].tolist() == path[places].tolist()
+                assert microbatch.sources[at:end].tolist() == path[places - 1].tolist()
+                assert set(microbatch.sequence_ids[at:end].tolist()) == {sequence}
                 own = sample.ratio_mask
-                assert row.old_logprobs[at:end].tolist() == sample.old_logprobs[own].tolist()
+                assert microbatch.old_logprobs[at:end].tolist() == sample.old_logprobs[own].tolist()
                 at = end
-        assert at == len(row.targets)
-        assert int(row.copies.sum()) == row.sample_tokens == sum(row.lengths)
-        assert row.copies.min() >= 1
+        assert at == len(microbatch.targets)
+        assert int(microbatch.copies.sum()) == microbatch.sample_tokens == sum(microbatch.lengths)
+        assert microbatch.copies.min() >= 1
     assert sorted(seen) == sorted(by_id)
 
 
 def test_a_group_is_its_prompt_and_its_completions():
     prompt = list(range(10, 30))
     samples = [small_sample([*prompt, 40 + i, 50 + i, 60], 20, i) for i in range(5)]
-    (row,) = pack(samples, 100, share=True)
-    assert row.token_count == 20 + 5 * 3
-    assert sorted(row.shared) == [0, 20, 20, 20, 20]
-    assert row.sources[::3].tolist() == [row.index[19]] * 5
-    assert row.copies.sort().values.tolist() == [1] * 15 + [5] * 20
+    (microbatch,) = pack(samples, 100, share=True)
+    assert microbatch.token_count == 20 + 5 * 3
+    assert sorted(microbatch.shared) == [0, 20, 20, 20, 20]
+    assert microbatch.sources[::3].tolist() == [microbatch.index[19]] * 5
+    assert microbatch.copies.sort().values.tolist() == [1] * 15 + [5] * 20
 
 
 def test_short_coincidences_are_left_alone():
     unrelated = [small_sample([1, 2, 3, 10 + i, 20], 4, i, i) for i in range(6)]
-    (row,) = pack(unrelated, 100, share=True)
-    assert row.token_count == row.sample_tokens
+    (microbatch,) = pack(unrelated, 100, share=True)
+    assert microbatch.token_count == microbatch.sample_tokens
     same_start = [small_sample([*range(9), 30, 31, 40 + i], 9, i) for i in range(4)]
-    (row,) = pack(same_start, 100, share=True)
-    assert row.shared.count(9) == 3  # the prompt, not the two sampled tokens that coincide too
+    (microbatch,) = pack(same_start, 100, share=True)
+    assert microbatch.shared.count(9) == 3  # the prompt, not the two sampled tokens
 
 
 def test_groups_share_their_system_prompt_in_whole_grains():
     system = list(range(100, 100 + GRAIN + 3))
     samples = [small_sample([*system, g, 7, i], len(system) + 2, 2 * g + i, g)
                for g in range(2) for i in range(2)]  # fmt: skip
-    (row,) = pack(samples, 1000, share=True)
-    assert sorted(row.shared) == [0, GRAIN, len(system) + 2, len(system) + 2]
+    (microbatch,) = pack(samples, 1000, share=True)
+    assert sorted(microbatch.shared) == [0, GRAIN, len(system) + 2, len(system) + 2]
 
 
 def test_equal_samples_add_nothing():
     samples = [small_sample([1, 2, 3, 4], 2, i) for i in range(3)]
-    (row,) = pack(samples, 100, share=True)
-    assert row.token_count == 4
-    assert row.targets.tolist() == [2, 3] * 3
-    assert row.sources.tolist() == [1, 2] * 3
-    assert row.sequence_ids.tolist() == [0, 0, 1, 1, 2, 2]
+    (microbatch,) = pack(samples, 100, share=True)
+    assert microbatch.token_count == 4
+    assert microbatch.targets.tolist() == [2, 3] * 3
+    assert microbatch.sources.tolist() == [1, 2] * 3
+    assert microbatch.sequence_ids.tolist() == [0, 0, 1, 1, 2, 2]
 
 
 def test_a_group_beyond_the_budget_repeats_its_prompt_in_few_rows():
     prompt = list(range(10, 50))
     samples = [small_sample([*prompt, *range(60 + i, 70 + i)], 40, i) for i in range(9)]
-    rows = pack(samples, 75, share=True)  # the prompt and three completions
-    assert sorted(row.token_count for row in rows) == [70, 70, 70]
+    microbatches = pack(samples, 75, share=True)  # the prompt and three completions
+    assert sorted(microbatch.token_count for microbatch in microbatches) == [70, 70, 70]
 
 
 def routed(sample: Sample, change_at: int | None = None) -> Sample:
@@ -210,31 +213,31 @@ def test_tokens_with_other_routes_are_not_shared_where_routes_are_replayed():
     prompt = list(range(10, 50))
     plain = [small_sample([*prompt, 60 + i, 70], 40, i) for i in range(4)]
     samples = [routed(plain[0]), routed(plain[1]), routed(plain[2], 35), routed(plain[3], 0)]
-    (row,) = pack(samples, 1000, share=True, routed=True)
-    assert sorted(row.shared) == [0, 0, 32, 40]
-    routes = row.row_routes()
+    (microbatch,) = pack(samples, 1000, share=True, routed=True)
+    assert sorted(microbatch.shared) == [0, 0, 32, 40]
+    routes = microbatch.row_routes()
     assert routes is not None
-    assert routes.shape == (row.token_count, 2, 2)
-    for sample, path in zip(samples, paths(row), strict=True):
+    assert routes.shape == (microbatch.token_count, 2, 2)
+    for sample, path in zip(samples, paths(microbatch), strict=True):
         assert sample.routes is not None
         assert torch.equal(routes[path][:-1], torch.from_numpy(sample.routes).short())
         assert (routes[path[-1]] == -1).all()
-    (row,) = pack(samples, 1000, share=True)
-    assert sorted(row.shared) == [0, 40, 40, 40]
+    (microbatch,) = pack(samples, 1000, share=True)
+    assert sorted(microbatch.shared) == [0, 40, 40, 40]
     with pytest.raises(ValueError, match="routed=True"):
-        row.row_routes()
-    assert row.routes is not None
-    assert len(row.routes) == row.sample_tokens
+        microbatch.row_routes()
+    assert microbatch.routes is not None
+    assert len(microbatch.routes) == microbatch.sample_tokens
 
 
 def test_an_unrouted_row_keeps_all_routes_for_comparison():
     samples = [routed(small_sample([1, 2, 3, 4 + i], 3, i)) for i in range(3)]
-    (row,) = pack(samples, 1000, share=True)
+    (microbatch,) = pack(samples, 1000, share=True)
     (apart,) = pack(samples, 1000)
-    assert row.routes is not None
+    assert microbatch.routes is not None
     assert apart.routes is not None
-    assert torch.equal(row.routes, apart.routes)
-    assert row.token_count < apart.token_count
+    assert torch.equal(microbatch.routes, apart.routes)
+    assert microbatch.token_count < apart.token_count
 
 
 @given(samples=coincidences(), budget=st.integers(1, 120))

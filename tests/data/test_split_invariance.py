@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data.test_packing import make_sample
 from gspo.core.metrics import Metrics
-from gspo.data.packing import PackedBatch
+from gspo.data.packing import Microbatch
 from gspo.data.sample import Sample
 from gspo.kernels.logprob import TokenLogprobs
 from gspo.objective import Level, Objective
@@ -43,8 +43,8 @@ class Table:
         self.weight[0] = 900.0  # not sampled: a prompt's first token
         self.weight.requires_grad_()
 
-    def forward(self, _policy: Any, batch: PackedBatch, _chunk: int | None) -> TokenLogprobs:
-        tokens = batch.tokens[0, batch.targets].tolist()
+    def forward(self, _policy: Any, microbatch: Microbatch, _chunk: int | None) -> TokenLogprobs:
+        tokens = microbatch.tokens[0, microbatch.targets].tolist()
         logprobs = self.weight[torch.tensor([self.row[token] for token in tokens])]
         return TokenLogprobs(logprobs=logprobs, entropy=-logprobs.detach())
 
@@ -63,10 +63,10 @@ def samples_of_a_step() -> list[Sample]:
     return out
 
 
-def reference(batch: PackedBatch) -> Tensor:
+def reference(microbatch: Microbatch) -> Tensor:
     """Log-probs under a reference, by the token's number alone."""
-    numbers = batch.tokens[0, batch.targets]
-    return batch.old_logprobs - 0.3 + 0.1 * (numbers % 7)
+    numbers = microbatch.tokens[0, microbatch.targets]
+    return microbatch.old_logprobs - 0.3 + 0.1 * (numbers % 7)
 
 
 def of_a_step(

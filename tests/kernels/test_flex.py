@@ -8,7 +8,7 @@ from hypothesis import given
 from torch._dynamo.testing import CompileCounter
 
 from data.test_shared_prompts import coincidences, samples_of
-from gspo.data.packing import PackedBatch, pack
+from gspo.data.packing import Microbatch, pack
 from gspo.kernels import flex
 from gspo.kernels.attention import packed_attention
 from gspo.kernels.flex import BLOCK, FlexRow
@@ -23,9 +23,9 @@ uncompiled = pytest.mark.filterwarnings(
 )
 
 
-def by_mask(row: PackedBatch, window: int | None) -> torch.Tensor:
+def by_mask(microbatch: Microbatch, window: int | None) -> torch.Tensor:
     """[P, P]: the mask_mod, asked for every pair."""
-    sight = FlexRow(RowAttention(row)).sight(window)
+    sight = FlexRow(RowAttention(microbatch)).sight(window)
     places = torch.arange(len(sight.until))
     nothing = torch.zeros((), dtype=torch.int32)
     return sight.mask()(nothing, nothing, places[:, None], places[None, :])
@@ -35,10 +35,10 @@ def by_mask(row: PackedBatch, window: int | None) -> torch.Tensor:
 @pytest.mark.parametrize("share", [True, False])
 @given(samples=coincidences())
 def test_every_token_sees_its_own_sample_and_padding_itself(window, share: bool, samples):
-    (row,) = pack(samples, 10_000, share=share)
-    found, size = by_mask(row, window), row.token_count
+    (microbatch,) = pack(samples, 10_000, share=share)
+    found, size = by_mask(microbatch, window), microbatch.token_count
     expected = torch.eye(len(found), dtype=torch.bool)
-    expected[:size, :size] = torch.from_numpy(brute_force(row, window))
+    expected[:size, :size] = torch.from_numpy(brute_force(microbatch, window))
     assert torch.equal(found, expected)
 
 
@@ -46,10 +46,10 @@ def test_every_token_sees_its_own_sample_and_padding_itself(window, share: bool,
 @pytest.mark.parametrize("system", [3, 100, 400])
 @pytest.mark.parametrize("share", [True, False])
 def test_blocks_leave_out_nothing_that_is_seen(window, system: int, share: bool):
-    (row,) = pack(samples_of(3, system=system)[:6], 10_000, share=share)
-    n = FlexRow(RowAttention(row)).padded // BLOCK
-    seen = by_mask(row, window).view(n, BLOCK, n, BLOCK)
-    some, whole = FlexRow(RowAttention(row)).sight(window).blocks()
+    (microbatch,) = pack(samples_of(3, system=system)[:6], 10_000, share=share)
+    n = FlexRow(RowAttention(microbatch)).padded // BLOCK
+    seen = by_mask(microbatch, window).view(n, BLOCK, n, BLOCK)
+    some, whole = FlexRow(RowAttention(microbatch)).sight(window).blocks()
     assert not (some & whole).any()
     assert (some | whole)[seen.any(3).any(1)].all()
     assert torch.equal(whole, seen.all(3).all(1))
@@ -58,14 +58,14 @@ def test_blocks_leave_out_nothing_that_is_seen(window, system: int, share: bool)
 def test_blocks_skip_what_is_not_seen():
     """Long unshared samples: their own triangles, and within a window a band of those."""
     samples = samples_of(1, system=400)[:6]
-    (row,) = pack(samples, 10_000)
-    sight = FlexRow(RowAttention(row)).sight
+    (microbatch,) = pack(samples, 10_000)
+    sight = FlexRow(RowAttention(microbatch)).sight
     n = len(sight(None).until) // BLOCK
     counts = [sum(int(x.sum()) for x in sight(window).blocks()) for window in (None, 100)]
     assert n >= 16
     assert counts[0] < 0.5 * n * (n + 1) / 2
     assert counts[1] <= 3 * n
-    mask = FlexRow(RowAttention(row)).within(None)
+    mask = FlexRow(RowAttention(microbatch)).within(None)
     dense = mask.to_dense()[0, 0].bool()
     some, whole = sight(None).blocks()
     assert torch.equal(dense, some | whole)
@@ -76,11 +76,11 @@ def test_blocks_skip_what_is_not_seen():
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_values_are_those_of_the_pieces(window: int | None, kv_heads: int):
     """Gradients: on a GPU, below. flex_attention has no backward pass on the CPU."""
-    (row,) = pack(samples_of(2), 10_000, share=True)
+    (microbatch,) = pack(samples_of(2), 10_000, share=True)
     generator = torch.Generator().manual_seed(0)
     heads = (4, kv_heads, kv_heads)
-    q, k, v = (torch.randn(1, h, row.token_count, 16, generator=generator) for h in heads)
-    plan = RowAttention(row)
+    q, k, v = (torch.randn(1, h, microbatch.token_count, 16, generator=generator) for h in heads)
+    plan = RowAttention(microbatch)
     for scaling in (None, 0.3):
         pieces, flexible = (
             packed_attention(
@@ -93,10 +93,10 @@ def test_values_are_those_of_the_pieces(window: int | None, kv_heads: int):
 
 @uncompiled
 def test_autocast_reaches_it():
-    (row,) = pack(samples_of(), 10_000, share=True)
-    q, k = (torch.randn(1, 2, row.token_count, 16) for _ in range(2))
+    (microbatch,) = pack(samples_of(), 10_000, share=True)
+    q, k = (torch.randn(1, 2, microbatch.token_count, 16) for _ in range(2))
     with torch.autocast("cpu", torch.bfloat16):
-        out = FlexRow(RowAttention(row)).attend(q, k, k.bfloat16(), None, None)
+        out = FlexRow(RowAttention(microbatch)).attend(q, k, k.bfloat16(), None, None)
     assert out.dtype == torch.bfloat16
 
 
@@ -116,8 +116,8 @@ def test_on_a_cpu_it_is_not_tried():
 
 def test_where_it_has_no_backward_pass_it_is_not_used(caplog: pytest.LogCaptureFixture):
     policy = model("llama")
-    (row,) = pack(samples_of(), 10_000)
-    assert not probe._flex_trains(policy, row)
+    (microbatch,) = pack(samples_of(), 10_000)
+    assert not probe._flex_trains(policy, microbatch)
     assert "without flex_attention: FlexAttention does not support backward" in caplog.text
 
 
@@ -129,9 +129,9 @@ def test_rows_of_any_length_and_window_are_compiled_twice(monkeypatch: pytest.Mo
     torch._dynamo.reset()
     for scale, expected in ((0.3, 2), (0.5, 3), (0.7, 4)):
         for system, window, share in ((3, None, True), (200, 5, True), (200, None, False)):
-            (row,) = pack(samples_of(1, system=system)[:3], 10_000, share=share)
-            q, k = (torch.randn(1, h, row.token_count, 16) for h in (4, 2))
-            FlexRow(RowAttention(row)).attend(q, k, k, scale, window)
+            (microbatch,) = pack(samples_of(1, system=system)[:3], 10_000, share=share)
+            q, k = (torch.randn(1, h, microbatch.token_count, 16) for h in (4, 2))
+            FlexRow(RowAttention(microbatch)).attend(q, k, k, scale, window)
         assert counter.frame_count == expected
     flex._compiled.cache_clear()
 

@@ -21,7 +21,7 @@ from transformers import (
 
 from data.prefixes import branching_groups
 from data.test_shared_prompts import coincidences, paths, samples_of
-from gspo.data.packing import PackedBatch, pack
+from gspo.data.packing import Microbatch, pack
 from gspo.data.sample import Sample
 from gspo.dev import LoraConfig
 from gspo.kernels import shared_prompt_attention as prefix
@@ -38,20 +38,20 @@ from support import embedded
 WINDOWS = [None, 1, 2, 5, 17, 30, 1000]
 
 
-def brute_force(row: PackedBatch, window: int | None) -> np.ndarray:
+def brute_force(microbatch: Microbatch, window: int | None) -> np.ndarray:
     """[T, T]: a token sees the tokens of its samples up to itself, inside the window."""
-    seen = np.zeros((row.token_count, row.token_count), dtype=bool)
-    for path in paths(row):
+    seen = np.zeros((microbatch.token_count, microbatch.token_count), dtype=bool)
+    for path in paths(microbatch):
         for i, query in enumerate(path):
             first = 0 if window is None else max(0, i - window + 1)
             seen[query, path[first : i + 1]] = True
     return seen
 
 
-def by_pieces(row: PackedBatch, window: int | None) -> np.ndarray:
+def by_pieces(microbatch: Microbatch, window: int | None) -> np.ndarray:
     """The same from the plan; every key must be seen at most once."""
-    plan = RowAttention(row).within(window)
-    counts = np.zeros((row.token_count, row.token_count), dtype=int)
+    plan = RowAttention(microbatch).within(window)
+    counts = np.zeros((microbatch.token_count, microbatch.token_count), dtype=int)
     done: list[np.ndarray] = []
     at = 0
     for piece in plan.pieces:
@@ -78,34 +78,34 @@ def by_pieces(row: PackedBatch, window: int | None) -> np.ndarray:
 @pytest.mark.parametrize("share", [True, False])
 @given(samples=coincidences())
 def test_every_token_sees_its_own_sample_and_nothing_else(window, share: bool, samples):
-    (row,) = pack(samples, 10_000, share=share)
-    assert (by_pieces(row, window) == brute_force(row, window)).all()
+    (microbatch,) = pack(samples, 10_000, share=share)
+    assert (by_pieces(microbatch, window) == brute_force(microbatch, window)).all()
 
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("system", [0, 3, 40, 100])
 def test_short_tails_of_long_contexts_are_attended_together(window: int | None, system: int):
-    (row,) = pack(samples_of(1, system=system), 10_000, share=True)
-    assert (by_pieces(row, window) == brute_force(row, window)).all()
-    together = any(block.tails > 1 for block in RowAttention(row)._blocks(window))
+    (microbatch,) = pack(samples_of(1, system=system), 10_000, share=True)
+    assert (by_pieces(microbatch, window) == brute_force(microbatch, window)).all()
+    together = any(block.tails > 1 for block in RowAttention(microbatch)._blocks(window))
     assert together == (system >= 40 and (window is None or window >= 17))
 
 
 @given(samples=coincidences())
 def test_a_token_is_seen_up_to_the_end_of_its_subtree(samples: list[Sample]):
-    (row,) = pack(samples, 10_000, share=True)
-    place = np.arange(row.token_count)
-    until = RowAttention(row).until
+    (microbatch,) = pack(samples, 10_000, share=True)
+    place = np.arange(microbatch.token_count)
+    until = RowAttention(microbatch).until
     seen = (place[None, :] <= place[:, None]) & (place[:, None] < until[None, :])
-    assert (seen == brute_force(row, None)).all()
+    assert (seen == brute_force(microbatch, None)).all()
 
 
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_attention_and_its_gradient_are_those_of_a_dense_mask(window, kv_heads: int):
-    (row,) = pack(samples_of(2), 10_000, share=True)
+    (microbatch,) = pack(samples_of(2), 10_000, share=True)
     generator = torch.Generator().manual_seed(0)
-    size = row.token_count
+    size = microbatch.token_count
     heads = (4, kv_heads, kv_heads)
     inputs = [torch.randn(1, h, size, 8, generator=generator, dtype=torch.double) for h in heads]
     weight = torch.randn(size, 4, 8, generator=generator, dtype=torch.double)
@@ -113,12 +113,12 @@ def test_attention_and_its_gradient_are_those_of_a_dense_mask(window, kv_heads: 
     def result(dense: bool) -> list[Tensor]:
         q, k, v = (x.clone().requires_grad_() for x in inputs)
         if dense:
-            mask = torch.from_numpy(brute_force(row, window))
+            mask = torch.from_numpy(brute_force(microbatch, window))
             k4, v4 = (x.repeat_interleave(4 // kv_heads, 1) for x in (k, v))
             out = functional.scaled_dot_product_attention(q, k4, v4, mask, scale=0.3)
             out = out.transpose(1, 2)
         else:
-            plan = RowAttention(row)
+            plan = RowAttention(microbatch)
             out, _ = packed_attention(
                 torch.nn.Module(), q, k, v, None, 0.3, sliding_window=window, gspo_row=plan
             )
@@ -153,10 +153,10 @@ def model(name: str, **extra: Any) -> Policy:
     return policy
 
 
-def of_rows(policy: Policy, rows: list[PackedBatch]) -> tuple[Tensor, dict[str, Tensor]]:
+def of_rows(policy: Policy, microbatches: list[Microbatch]) -> tuple[Tensor, dict[str, Tensor]]:
     """Log-probs of every sampled token in order, and the gradient of their weighted sum."""
-    logprobs = torch.cat([forward(policy, row).logprobs for row in rows])
-    old = torch.cat([row.old_logprobs for row in rows])
+    logprobs = torch.cat([forward(policy, microbatch).logprobs for microbatch in microbatches])
+    old = torch.cat([microbatch.old_logprobs for microbatch in microbatches])
     (logprobs * old.to(logprobs.device)).sum().backward()
     gradient = {n: p.grad for n, p in policy.trainable.items() if p.grad is not None}
     policy.lm.zero_grad(set_to_none=True)
@@ -189,12 +189,12 @@ def test_shared_is_unshared_and_the_models_own(name: str):
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
 def test_checkpointing_recomputes_the_same(name: str):
     policy = model(name)
-    rows = pack(samples_of(), 120, share=True)
-    assert len(rows) > 1
-    expected, wanted = of_rows(policy, rows)
+    microbatches = pack(samples_of(), 120, share=True)
+    assert len(microbatches) > 1
+    expected, wanted = of_rows(policy, microbatches)
     recompute_layers(policy)
     policy.lm.train()
-    logprobs, gradient = of_rows(policy, rows)
+    logprobs, gradient = of_rows(policy, microbatches)
     assert torch.equal(logprobs, expected)
     for key, value in wanted.items():
         assert torch.equal(gradient[key], value), key
@@ -230,11 +230,11 @@ def test_a_replayed_row_counts_its_copies():
     weights = torch.rand(3, 8)
     found = []
     for share in (True, False):
-        (row,) = pack(samples, 10_000, share=share)
-        with policy.routing.observe(balance=weights, copies=row.copies) as tape:
-            forward(policy, row)
+        (microbatch,) = pack(samples, 10_000, share=share)
+        with policy.routing.observe(balance=weights, copies=microbatch.copies) as tape:
+            forward(policy, microbatch)
         assert isinstance(tape.balance, Tensor)
-        found.append((tape.loads(), tape.balance.detach(), tape.own()[row.index]))
+        found.append((tape.loads(), tape.balance.detach(), tape.own()[microbatch.index]))
     (loads, balance, own), (loads_apart, balance_apart, own_apart) = found
     assert torch.equal(loads, loads_apart)
     assert torch.equal(own, own_apart)
@@ -245,9 +245,9 @@ def test_a_replayed_row_counts_its_copies():
 def test_a_shared_row_is_refused_where_it_would_be_wrong(packing: Any):
     policy = model("llama")
     policy.packing = packing
-    (row,) = pack(samples_of(), 10_000, share=True)
+    (microbatch,) = pack(samples_of(), 10_000, share=True)
     with pytest.raises(ValueError, match=f"shared prefixes.*{packing}"):
-        forward(policy, row)
+        forward(policy, microbatch)
 
 
 def test_a_model_that_looks_at_the_row_is_packed_but_does_not_share(caplog):
@@ -297,10 +297,10 @@ def test_padding_is_bounded():
     batch = prepare(branching_groups(groups=8, size=9), context=512)
     samples = [s for own in batch.samples for s in own]
     for share in (True, False):
-        (row,) = pack(samples, 10_000, share=share)
-        plan = RowAttention(row)
+        (microbatch,) = pack(samples, 10_000, share=share)
+        plan = RowAttention(microbatch)
         for group in plan._grouped(None):
             for block in group:
                 room = max(prefix.WASTE * block.width, block.width + prefix.SLACK)
                 assert block.width <= group[0].width <= room
-        assert plan.padded == len(plan.within(None).queries) >= row.token_count
+        assert plan.padded == len(plan.within(None).queries) >= microbatch.token_count

@@ -19,7 +19,7 @@ from transformers import (
 
 from gspo import dev
 from gspo.core.errors import ModelError
-from gspo.data.packing import PackedBatch, pack
+from gspo.data.packing import Microbatch, pack
 from gspo.lab import flops
 from gspo.lab.flops import Flops, active_weights, head_flops
 from gspo.policy.forward import forward
@@ -52,10 +52,10 @@ def model(name: str) -> Policy:
     return plain(tiny(model_class, config_class, **extra))
 
 
-def batch_of(policy: Policy) -> PackedBatch:
+def batch_of(policy: Policy) -> Microbatch:
     batch = prepare(random_groups(policy, groups=1), context=policy.context)
-    (row,) = pack([s for own in batch.samples for s in own], 10_000)
-    return row
+    (microbatch,) = pack([s for own in batch.samples for s in own], 10_000)
+    return microbatch
 
 
 def in_place(total, a, b, **_: Any) -> int:
@@ -73,9 +73,9 @@ def counted(work) -> float:
     return sum(found["Global"].values()) - rotary
 
 
-def whole_squares(own: Flops, row: PackedBatch) -> float:
+def whole_squares(own: Flops, microbatch: Microbatch) -> float:
     """Attention as torch computes and counts it: L x L, without the causal half."""
-    pairs = sum(length**2 for length in row.lengths)
+    pairs = sum(length**2 for length in microbatch.lengths)
     return own.pair * sum(own.windows.values()) * pairs
 
 

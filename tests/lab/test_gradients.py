@@ -30,12 +30,12 @@ def groups(policy: Policy):
     for trajectory in out[3]:
         trajectory.reward = 0.5
     batch = prepare(out, context=policy.context)
-    (row,) = pack([s for own in batch.samples for s in own], 10_000)
+    (microbatch,) = pack([s for own in batch.samples for s in own], 10_000)
     from gspo.policy.forward import forward
 
     noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        scored = forward(policy, row).logprobs
+        scored = forward(policy, microbatch).logprobs
     spread = 0.3 * torch.randn(len(scored), generator=noise)
     old = (scored - spread).clamp(max=0.0)
     at = 0
@@ -60,8 +60,8 @@ def measured(policy: Policy, groups, settings: dict[str, Settings], budget: int 
     every = batch_of(policy, groups, next(iter(settings.values()))).samples
     wanted = [t for t in every if any(m.wants(t[0].trajectory_id) for m in losses.values())]
     unit = next(iter(settings.values())).sequence_unit
-    rows = pack([s for own in wanted for s in own], budget, unit)
-    return losses, accumulate_gradients(policy, rows, losses, **options)
+    microbatches = pack([s for own in wanted for s in own], budget, unit)
+    return losses, accumulate_gradients(policy, microbatches, losses, **options)
 
 
 def naive(policy: Policy, groups, settings: Settings) -> tuple[float, list[torch.Tensor]]:

@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gspo.data.packing import PackedBatch, pack
+from gspo.data.packing import Microbatch, pack
 from gspo.data.sample import Sample, trajectory_samples, unit_count
 from gspo.objective import PRESETS, LossOutput, Objective, policy_loss
 from objective.cases import GARBAGE, cases, in_order, near, only, padded, shuffled
@@ -240,36 +240,40 @@ def rollout(seed: int, turns: int = 4) -> tuple[list[Sample], list[Sample], int]
     return joint, apart, tokens
 
 
-def keys(batch: PackedBatch) -> np.ndarray:
+def keys(microbatch: Microbatch) -> np.ndarray:
     """Which of the rollout's tokens each sampled token is."""
-    return np.rint(-64 * batch.old_logprobs.numpy()).astype(int) - 1
+    return np.rint(-64 * microbatch.old_logprobs.numpy()).astype(int) - 1
 
 
 def of_units(
-    rows: Sequence[PackedBatch], name: str, noise: np.ndarray, kl_coef: float = 0.0
+    microbatches: Sequence[Microbatch], name: str, noise: np.ndarray, kl_coef: float = 0.0
 ) -> tuple[float, np.ndarray, set[tuple[int, ...]]]:
     """Loss, gradient by token, and the partition of the tokens into sequences."""
     loss, gradient = 0.0, np.zeros(len(noise))
     partition: set[tuple[int, ...]] = set()
-    for row in rows:
-        key = keys(row)
-        new = (row.old_logprobs.double() + torch.tensor(noise[key])).requires_grad_()
+    for microbatch in microbatches:
+        key = keys(microbatch)
+        new = (microbatch.old_logprobs.double() + torch.tensor(noise[key])).requires_grad_()
         out = policy_loss(
             new,
-            row.old_logprobs.double(),
-            row.sequence_ids,
-            row.advantages.double(),
+            microbatch.old_logprobs.double(),
+            microbatch.sequence_ids,
+            microbatch.advantages.double(),
             replace(PRESETS[name].objective, kl_coef=kl_coef),
-            total_sequences=sum(len(r.advantages) for r in rows),
+            total_sequences=sum(len(r.advantages) for r in microbatches),
             total_tokens=len(noise),
-            reference_logprobs=row.old_logprobs - torch.tensor(noise[key]) if kl_coef else None,
+            reference_logprobs=microbatch.old_logprobs - torch.tensor(noise[key])
+            if kl_coef
+            else None,
         )
         out.loss.backward()
         assert new.grad is not None
         loss += out.loss.item()
         gradient[key] = new.grad.numpy()
-        ids = row.sequence_ids.numpy()
-        partition |= {tuple(sorted(key[ids == i].tolist())) for i in range(len(row.advantages))}
+        ids = microbatch.sequence_ids.numpy()
+        partition |= {
+            tuple(sorted(key[ids == i].tolist())) for i in range(len(microbatch.advantages))
+        }
     return loss, gradient, partition
 
 

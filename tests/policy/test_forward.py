@@ -46,10 +46,10 @@ def scored(policy: Policy, items, budget: int) -> dict[int, torch.Tensor]:
     """Log-probs by trajectory."""
     out = {}
     with torch.no_grad():
-        for row in pack(items, budget):
-            logprobs = forward(policy, row).logprobs
-            for s, trajectory in enumerate(row.trajectory_ids):
-                out[trajectory] = logprobs[row.sequence_ids == s]
+        for microbatch in pack(items, budget):
+            logprobs = forward(policy, microbatch).logprobs
+            for s, trajectory in enumerate(microbatch.trajectory_ids):
+                out[trajectory] = logprobs[microbatch.sequence_ids == s]
     return out
 
 
@@ -151,8 +151,8 @@ def test_activation_checkpointing_changes_no_gradient():
     for checkpointing in (False, True):
         policy = embedded(activation_checkpointing=checkpointing)
         policy.lm.train(checkpointing)
-        for row in pack(samples(policy), 10_000):
-            forward(policy, row).logprobs.sum().backward()
+        for microbatch in pack(samples(policy), 10_000):
+            forward(policy, microbatch).logprobs.sum().backward()
         gradients.append([p.grad.clone() for p in policy.trainable.values() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1])
     for plainly, recomputed in zip(*gradients, strict=True):

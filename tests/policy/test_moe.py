@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gspo.data.packing import PackedBatch, pack
+from gspo.data.packing import Microbatch, pack
 from gspo.dev import LoraConfig
 from gspo.policy import load
 from gspo.policy.expert_tape import Tape, as_array, changed_slots
@@ -17,22 +17,22 @@ from policy.test_forward import samples
 from support import embedded
 
 
-def row_of(policy: Policy) -> PackedBatch:
+def row_of(policy: Policy) -> Microbatch:
     return pack(samples(policy), 10_000)[0]
 
 
-def own_routes(policy: Policy, row: PackedBatch) -> Tensor:
+def own_routes(policy: Policy, microbatch: Microbatch) -> Tensor:
     with torch.no_grad(), policy.routing.observe() as tape:
-        forward(policy, row)
+        forward(policy, microbatch)
     return tape.own().short()
 
 
 def passed(
-    policy: Policy, row: PackedBatch, routes: Tensor | None
+    policy: Policy, microbatch: Microbatch, routes: Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor], Tape]:
     """Log-probs, the gradient of their weighted sum (taken outside the block), and the tape."""
     with policy.routing.observe(routes) as tape:
-        logprobs = forward(policy, row).logprobs
+        logprobs = forward(policy, microbatch).logprobs
     (logprobs * torch.linspace(-1, 1, len(logprobs))).sum().backward()
     gradient = {n: p.grad for n, p in policy.trainable.items() if p.grad is not None}
     policy.lm.zero_grad(set_to_none=True)

@@ -157,10 +157,10 @@ def test_packed_routes_are_minus_one_where_none_is_known():
         *trajectory_samples(trajectory(0.0, choice([4], [1, 2])), trajectory_id=0),
         *trajectory_samples(trajectory(0.0, with_routes), trajectory_id=1),
     ]
-    (row,) = pack(samples, 100)
-    assert row.routes is not None
-    assert row.routes.dtype == torch.int16
-    assert row.routes[:, 1, 1].tolist() == [-1, -1, -1, 200, 200, 200, 200, -1]
+    (microbatch,) = pack(samples, 100)
+    assert microbatch.routes is not None
+    assert microbatch.routes.dtype == torch.int16
+    assert microbatch.routes[:, 1, 1].tolist() == [-1, -1, -1, 200, 200, 200, 200, -1]
     (bare,) = pack(samples[:1], 100)
     assert bare.routes is None
 

@@ -59,8 +59,8 @@ def test_logprobs_are_the_trainers(policy: Policy, engine, temperature, packing,
         for j, c in enumerate(done)
     ]
     with torch.no_grad():
-        for row in pack(items, budget):
-            error = (forward(policy, row).logprobs - row.old_logprobs).abs().max()
+        for microbatch in pack(items, budget):
+            error = (forward(policy, microbatch).logprobs - microbatch.old_logprobs).abs().max()
             assert error < 1e-4
     policy.packing = "buckets"
 

@@ -19,7 +19,7 @@ from openai.types.chat.chat_completion import Choice
 import gspo as art
 from gspo.backend.run import Run
 from gspo.core.errors import MissingLogprobsError
-from gspo.data.packing import PackedBatch, pack
+from gspo.data.packing import Microbatch, pack
 from gspo.data.sample import trajectory_samples
 from gspo.kernels.logprob import Head, TokenLogprobs, token_logprobs
 from gspo.objective import Segments, sequence_log_ratio, token_log_ratio
@@ -48,10 +48,10 @@ def float64_logprobs(hidden: torch.Tensor, head: torch.Tensor, tokens: torch.Ten
     return logits.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
 
 
-def log_ratio(new: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
-    sampled = torch.ones_like(packed.loss_mask)
-    segments = Segments(packed.sequence_ids, 1, sampled, packed.loss_mask)
-    return sequence_log_ratio(token_log_ratio(new, packed.old_logprobs, sampled), segments)
+def log_ratio(new: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
+    sampled = torch.ones_like(microbatch.loss_mask)
+    segments = Segments(microbatch.sequence_ids, 1, sampled, microbatch.loss_mask)
+    return sequence_log_ratio(token_log_ratio(new, microbatch.old_logprobs, sampled), segments)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -65,9 +65,9 @@ def test_l_is_within_1e_6_of_float64(length: int):
     tokens, logprobs = draw(hidden @ old.t(), ones, ones, uniform)
 
     own = trajectory(1.0, over_the_wire(tokens, logprobs.tolist(), [1]))
-    (packed,) = pack(trajectory_samples(own), budget=length + 1)
-    scored = token_logprobs(hidden, Head(new), tokens, packed.temperatures)
-    l_i = log_ratio(scored.logprobs, packed)
+    (microbatch,) = pack(trajectory_samples(own), budget=length + 1)
+    scored = token_logprobs(hidden, Head(new), tokens, microbatch.temperatures)
+    l_i = log_ratio(scored.logprobs, microbatch)
 
     exact = (float64_logprobs(hidden, new, tokens) - float64_logprobs(hidden, old, tokens)).mean()
     assert abs(exact.item()) > 1e-5
@@ -97,8 +97,8 @@ def test_the_trainers_log_probs_are_float32_under_bfloat16_autocast():
     policy = embedded(dtype="bfloat16")
     assert policy.compute_dtype == torch.bfloat16
     batch = prepare(random_groups(policy), context=policy.context)
-    for packed in pack([s for own in batch.samples for s in own], budget=64):
-        scored = forward(policy, packed)
+    for microbatch in pack([s for own in batch.samples for s in own], budget=64):
+        scored = forward(policy, microbatch)
         assert scored.logprobs.dtype == scored.entropy.dtype == torch.float32
         # Not bfloat16 numbers in a float32 tensor.
         assert not torch.equal(scored.logprobs.bfloat16().float(), scored.logprobs)
@@ -108,9 +108,9 @@ def test_samples_and_rows_hold_float32():
     exact = -1 / 3
     (own,) = trajectory_samples(trajectory(0.0, choice([7, 8], [1], [exact, -2.0])))
     assert own.old_logprobs.dtype == np.float32
-    (packed,) = pack([own], budget=8)
-    assert packed.old_logprobs.dtype == torch.float32
-    assert packed.old_logprobs[0].item() == np.float32(exact)
+    (microbatch,) = pack([own], budget=8)
+    assert microbatch.old_logprobs.dtype == torch.float32
+    assert microbatch.old_logprobs[0].item() == np.float32(exact)
 
 
 def test_parquet_files_hold_float32(tmp_path: Path):
@@ -149,7 +149,7 @@ def test_every_hop_asserts_its_type(unhooked: None):
     (own,) = trajectory_samples(trajectory(0.0, choice([7, 8], [1], [-0.5, -2.0])))
     with pytest.raises(TypeError, match="old_logprobs are float16"):
         dataclasses.replace(own, old_logprobs=own.old_logprobs.astype(np.float16))
-    (packed,) = pack([own], budget=8)
+    (microbatch,) = pack([own], budget=8)
     for name in ("old_logprobs", "temperatures", "advantages"):
         with pytest.raises(TypeError, match=f"{name} are torch.bfloat16"):
-            dataclasses.replace(packed, **{name: getattr(packed, name).bfloat16()})
+            dataclasses.replace(microbatch, **{name: getattr(microbatch, name).bfloat16()})

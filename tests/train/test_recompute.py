@@ -77,9 +77,9 @@ def test_replayed_experts_are_those_of_the_samples(budget: int):
     replayed = scored(policy, batch, budget, replay=True)
     free = scored(policy, batch, budget)
     for sample, own, other in zip(given, replayed, free, strict=True):
-        (row,) = pack([sample], 10_000)
-        with torch.no_grad(), policy.routing.observe(row.routes):
-            expected = forward(policy, row).logprobs.numpy()
+        (microbatch,) = pack([sample], 10_000)
+        with torch.no_grad(), policy.routing.observe(microbatch.routes):
+            expected = forward(policy, microbatch).logprobs.numpy()
         np.testing.assert_allclose(own.old_logprobs[sample.ratio_mask], expected, atol=1e-5)
         np.testing.assert_allclose(other.old_logprobs, plain(policy, sample), atol=1e-5)
     pairs = zip(replayed, free, strict=True)

@@ -15,7 +15,7 @@ from gspo import dev
 from gspo.config import TrainConfig
 from gspo.core.errors import ConfigError, DataError, ModelError, NumericsError
 from gspo.core.metrics import Metrics
-from gspo.data.packing import PackedBatch
+from gspo.data.packing import Microbatch
 from gspo.data.sample import Sample
 from gspo.objective import PRESETS
 from gspo.policy.load import Policy, recompute_layers
@@ -113,11 +113,11 @@ def test_r2_keeps_the_first_policys_experts_in_later_minibatches(monkeypatch):
     replayed: dict[int, Tensor] = {}
     own = StepRouting.observe
 
-    def spying(self: StepRouting, row: PackedBatch) -> Any:
-        assert row.routes is not None
-        parts = row.routes.split(row.lengths)
-        replayed.update(zip(row.trajectory_ids, parts, strict=True))
-        return own(self, row)
+    def spying(self: StepRouting, microbatch: Microbatch) -> Any:
+        assert microbatch.routes is not None
+        parts = microbatch.routes.split(microbatch.lengths)
+        replayed.update(zip(microbatch.trajectory_ids, parts, strict=True))
+        return own(self, microbatch)
 
     monkeypatch.setattr(StepRouting, "observe", spying)
     weights, _ = trained(batch, routing_replay="old_policy")

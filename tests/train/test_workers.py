@@ -80,7 +80,7 @@ def test_rows_are_even_among_the_workers():
         for i, s in enumerate(samples)
     ]
     policy.workers = Workers(2)
-    sizes = [row.token_count for row in rows_of(policy, samples, 10_000)]
+    sizes = [microbatch.token_count for microbatch in rows_of(policy, samples, 10_000)]
     assert len(sizes) == 2
     assert max(sizes) < 1.2 * min(sizes)
     policy.workers = Workers(1)
@@ -104,10 +104,10 @@ def test_rows_are_not_cut_where_both_would_hold_the_same_prompt():
         for sample in own
     ]
     policy.workers = Workers(2)
-    rows = rows_of(policy, samples, 10_000, share=True)
-    assert [row.token_count for row in rows] == [1024 + 8 * 64] * 2
+    microbatches = rows_of(policy, samples, 10_000, share=True)
+    assert [microbatch.token_count for microbatch in microbatches] == [1024 + 8 * 64] * 2
     unshared = rows_of(policy, samples, 10_000)
-    assert [row.token_count for row in unshared] == [8 * 1088] * 2
+    assert [microbatch.token_count for microbatch in unshared] == [8 * 1088] * 2
 
 
 def test_a_few_tokens_are_not_split_among_the_workers():

@@ -1,1 +1,1 @@
-"""From trajectories to packed batches: tokens and numbers only."""
+"""From trajectories to microbatches: tokens and numbers only."""

@@ -20,7 +20,7 @@ from gspo.data.shared_prompts import Layout, Prefixes
 
 
 @dataclass(frozen=True)
-class PackedBatch:
+class Microbatch:
     """One microbatch: B samples of S trajectories in one row, M of their U tokens sampled.
 
     All samples of a trajectory are in the same row, so that sums over a sequence meet. A prefix
@@ -156,7 +156,7 @@ def pack(
     *,
     share: bool = False,
     routed: bool = False,
-) -> list[PackedBatch]:
+) -> list[Microbatch]:
     """Pack samples into rows of about `budget` tokens, whole trajectories together.
 
     Args:
@@ -206,7 +206,7 @@ class Packer:
             for row in plan_rows([size for _, size in units], budget)
         ]
 
-    def row(self, trajectories: Sequence[int], unit: Literal["trajectory", "turn"]) -> PackedBatch:
+    def row(self, trajectories: Sequence[int], unit: Literal["trajectory", "turn"]) -> Microbatch:
         """The row of one entry of the plan."""
         own = [self._members(t) for t in trajectories]
         members = [i for part in own for i in part]
@@ -251,7 +251,7 @@ def _row(
     parts: Sequence[int],
     unit: str,
     layout: Layout,
-) -> PackedBatch:
+) -> Microbatch:
     """A row of samples, `parts` of them one trajectory after the other."""
     masks = np.concatenate([sample.ratio_mask for sample in samples])
     sampled_at = np.flatnonzero(masks)
@@ -272,7 +272,7 @@ def _row(
     def sampled(name: str) -> Tensor:
         return torch.from_numpy(np.concatenate([getattr(s, name) for s in samples])[masks])
 
-    return PackedBatch(
+    return Microbatch(
         tokens=in_row([sample.tokens for sample in samples]),
         positions=in_row([np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)]),
         lengths=tuple(lengths),

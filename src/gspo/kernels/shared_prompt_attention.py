@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from gspo.data.packing import PackedBatch
+from gspo.data.packing import Microbatch
 
 WASTE = 1.15
 SLACK = 4
@@ -79,12 +79,12 @@ class Attention:
 class RowAttention:
     """Built for one forward pass of a row, used by all of its layers."""
 
-    def __init__(self, batch: PackedBatch, device: torch.device | None = None):
+    def __init__(self, microbatch: Microbatch, device: torch.device | None = None):
         self.device = device or torch.device("cpu")
-        self.size = batch.token_count
-        self._index = batch.index.numpy()
-        self.positions = batch.positions[0].numpy()
-        lengths, shared = np.array(batch.lengths), np.array(batch.shared)
+        self.size = microbatch.token_count
+        self._index = microbatch.index.numpy()
+        self.positions = microbatch.positions[0].numpy()
+        lengths, shared = np.array(microbatch.lengths), np.array(microbatch.shared)
         paths = np.cumsum(lengths) - lengths
         has = lengths > shared  # a sample that is another's prefix, or its equal, adds nothing
         starts = self._index[(paths + shared)[has]]

@@ -16,7 +16,7 @@ from pydantic import Field
 from gspo.core.errors import ConfigError
 from gspo.core.metrics import Metrics
 from gspo.core.options import Options
-from gspo.data.packing import PackedBatch, pack
+from gspo.data.packing import Microbatch, pack
 from gspo.data.sample import Sample, trajectory_samples
 from gspo.dev import RolloutDtype
 from gspo.lab.audit_report import AuditReport, make_report
@@ -135,13 +135,13 @@ def measure(policy: Policy, samples: list[Sample]) -> Noise:
     log_ratios: dict[int, float] = {}
     budget = row_budget(policy.lm.config.get_text_config(), policy.checkpointing)
     metrics = Metrics()
-    for batch in pack(samples, budget, share=policy.shares_prefixes):
+    for microbatch in pack(samples, budget, share=policy.shares_prefixes):
         with policy.routing.observe(strict=False) as tape:
-            ratios, means = _log_ratios(policy, batch)
-        if tape.seen and batch.routes is not None:
-            record_agreement(metrics, batch.routes, tape.own().cpu()[batch.index])
-        for row, number in enumerate(batch.trajectory_ids):
-            d[number] = ratios[batch.sequence_ids == row].double().numpy()
+            ratios, means = _log_ratios(policy, microbatch)
+        if tape.seen and microbatch.routes is not None:
+            record_agreement(metrics, microbatch.routes, tape.own().cpu()[microbatch.index])
+        for row, number in enumerate(microbatch.trajectory_ids):
+            d[number] = ratios[microbatch.sequence_ids == row].double().numpy()
             log_ratios[number] = means[row].item()
     order = sorted(d)
     return Noise(
@@ -151,12 +151,14 @@ def measure(policy: Policy, samples: list[Sample]) -> Noise:
     )
 
 
-def _log_ratios(policy: Policy, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+def _log_ratios(policy: Policy, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
     """d_t [M] and l_i [S] of a row, by the objective's own functions."""
-    every = torch.ones_like(batch.loss_mask)
-    d = token_log_ratio(forward(policy, batch).logprobs.cpu(), batch.old_logprobs, every)
-    count = len(batch.trajectory_ids)
-    return d, sequence_log_ratio(d, Segments(batch.sequence_ids, count, every, batch.loss_mask))
+    every = torch.ones_like(microbatch.loss_mask)
+    d = token_log_ratio(forward(policy, microbatch).logprobs.cpu(), microbatch.old_logprobs, every)
+    count = len(microbatch.trajectory_ids)
+    return d, sequence_log_ratio(
+        d, Segments(microbatch.sequence_ids, count, every, microbatch.loss_mask)
+    )
 
 
 def _requests(spec: AuditSpec, task: Task, engine: TorchEngine) -> list[Request]:

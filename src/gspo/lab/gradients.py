@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gspo.core.errors import DataError
-from gspo.data.packing import PackedBatch
+from gspo.data.packing import Microbatch
 from gspo.data.sample import unit_count
 from gspo.objective import LossOutput, policy_loss
 from gspo.policy.forward import forward
@@ -72,25 +72,25 @@ class MethodLoss:
         return self.settings.objective.kl_coef > 0 or self.advantages[trajectory] != 0
 
     def vector(
-        self, row: PackedBatch, logprobs: Float[Tensor, " M"], reference: Tensor | None
+        self, microbatch: Microbatch, logprobs: Float[Tensor, " M"], reference: Tensor | None
     ) -> Float[Tensor, " M"]:
         """d loss / d log-probs of a row, whose statistics are counted."""
         objective, device = self.settings.objective, logprobs.device
         leaf = logprobs.detach().requires_grad_()
-        chosen = torch.tensor([self.advantages[t] != 0 for t in row.trajectory_ids])
-        own = [self.advantages[t] for t in row.trajectory_ids]
+        chosen = torch.tensor([self.advantages[t] != 0 for t in microbatch.trajectory_ids])
+        own = [self.advantages[t] for t in microbatch.trajectory_ids]
         out = policy_loss(
             leaf,
-            row.old_logprobs.to(device),
-            row.sequence_ids.to(device),
+            microbatch.old_logprobs.to(device),
+            microbatch.sequence_ids.to(device),
             torch.tensor(own, dtype=torch.float32, device=device),
             objective,
-            loss_mask=row.loss_mask.to(device),
+            loss_mask=microbatch.loss_mask.to(device),
             total_sequences=max(self.sequences, 1),
             total_tokens=self.tokens,
             sampling_logprobs=None
             if objective.correction is None
-            else row.sampling_logprobs.to(device),
+            else microbatch.sampling_logprobs.to(device),
             reference_logprobs=reference if objective.kl_coef > 0 else None,
         )
         self._count(out, chosen)
@@ -110,7 +110,7 @@ class MethodLoss:
 
 def accumulate_gradients(
     policy: Policy,
-    rows: Iterable[PackedBatch],
+    microbatches: Iterable[Microbatch],
     methods: Mapping[str, MethodLoss],
     *,
     chunk: int | None = None,
@@ -122,7 +122,7 @@ def accumulate_gradients(
     One gradient a method is held in float32. The parameters' own `.grad` stay as they were.
 
     Args:
-        rows: of the trajectories that any method wants.
+        microbatches: of the trajectories that any method wants.
         methods: by name; the result's axes are in their order.
         chunk: tokens whose logits exist at once.
         replay: route with the rows' own routes.
@@ -135,14 +135,14 @@ def accumulate_gradients(
     for method in methods.values():
         method.gradient = [torch.zeros_like(p) for p in parameters]
     policy.lm.eval()
-    for row in rows:
-        if replay and row.routes is None:
+    for microbatch in microbatches:
+        if replay and microbatch.routes is None:
             raise DataError("a packed row without routes in a step that replays them")
-        with policy.routing.observe(row.routes if replay else None, strict=replay):
-            logprobs = forward(policy, row, chunk).logprobs
-        known = None if reference is None else reference(row)
+        with policy.routing.observe(microbatch.routes if replay else None, strict=replay):
+            logprobs = forward(policy, microbatch, chunk).logprobs
+        known = None if reference is None else reference(microbatch)
         for method in methods.values():
-            vector = method.vector(row, logprobs, known)
+            vector = method.vector(microbatch, logprobs, known)
             if not vector.any():
                 continue
             parts = torch.autograd.grad(

@@ -11,7 +11,7 @@ import torch
 
 from gspo.core.files import strict_json, write_whole
 from gspo.core.timing import Clock
-from gspo.data.packing import PackedBatch
+from gspo.data.packing import Microbatch
 from gspo.kernels.logprob import Head
 from gspo.lab.flops import Flops, head_flops
 from gspo.policy.load import Policy
@@ -169,7 +169,7 @@ class Profile:
         self._flops[id(policy.lm)] = sizes
         return sizes
 
-    def _forward(self, policy: Policy, batch: PackedBatch, *_: Any, **__: Any) -> None:
+    def _forward(self, policy: Policy, microbatch: Microbatch, *_: Any, **__: Any) -> None:
         """A KL term's reference is loaded when it is first needed."""
         self._watch(policy)
 

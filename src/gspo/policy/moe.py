@@ -6,7 +6,7 @@ router are enough: between them, torch's function mode sees that one call. The l
 is, gate values stay live, and a router in half precision is lifted to float32 on the way.
 
     with policy.routing.observe(routes) as tape:   # routes: replay them; None: only watch
-        scored = forward(policy, batch)
+        scored = forward(policy, microbatch)
     tape.used(), tape.own()                        # [T, layers, k]
 
 Layers that are recomputed in the backward pass find their tape again (`recompute`), so backward

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gspo.core.errors import ModelError
-from gspo.data.packing import PackedBatch, pack
+from gspo.data.packing import Microbatch, pack
 from gspo.data.sample import Sample
 from gspo.policy.context import chunk_in, probe_length
 from gspo.policy.forward import forward
@@ -41,15 +41,15 @@ def choose_packing(policy: Policy) -> None:
         ModelError: none does: the architecture transforms its logits in a way gspo doesn't know.
     """
     samples, gap = _random_samples(policy), float("nan")
-    (row,) = pack(samples, budget=10_000)
+    (microbatch,) = pack(samples, budget=10_000)
     policy.shares_prefixes = False
-    ways = _ways(policy, row)
+    ways = _ways(policy, microbatch)
     with torch.no_grad(), _in_float32(policy):
         expected = _reference(policy, samples)
         for packing in ways:
             policy.packing = packing
-            gap = _gap(policy, row, expected, f"{packing} packing")
-            if gap <= TOLERANCE and not _leaks(policy, row):
+            gap = _gap(policy, microbatch, expected, f"{packing} packing")
+            if gap <= TOLERANCE and not _leaks(policy, microbatch):
                 break
         else:
             raise ModelError(
@@ -62,14 +62,14 @@ def choose_packing(policy: Policy) -> None:
             gap = _gap(policy, shared, expected, "sharing prefixes")
             policy.shares_prefixes = gap <= TOLERANCE
         if policy.checkpointing:
-            _check_training(policy, row, expected)
+            _check_training(policy, microbatch, expected)
     if policy.packing not in OWN:
         log.warning("%s: samples are packed by %r", policy.source, policy.packing)
     if not policy.shares_prefixes:
         log.warning("%s: a prompt is computed once for each of its completions", policy.source)
 
 
-def _check_training(policy: Policy, row: PackedBatch, expected: Tensor) -> None:
+def _check_training(policy: Policy, microbatch: Microbatch, expected: Tensor) -> None:
     """Layers that are computed again in the backward pass compute what they did before.
 
     Raises:
@@ -77,7 +77,7 @@ def _check_training(policy: Policy, row: PackedBatch, expected: Tensor) -> None:
     """
     try:
         with torch.enable_grad():
-            logprobs = forward(policy, row).logprobs
+            logprobs = forward(policy, microbatch).logprobs
             torch.autograd.grad(logprobs.sum(), [*policy.trainable.values()], allow_unused=True)
     except _REFUSALS as error:
         raise ModelError(
@@ -92,7 +92,7 @@ def _check_training(policy: Policy, row: PackedBatch, expected: Tensor) -> None:
         )
 
 
-def _ways(policy: Policy, row: PackedBatch) -> tuple[Packing, ...]:
+def _ways(policy: Policy, microbatch: Microbatch) -> tuple[Packing, ...]:
     """What to try: on a GPU, flex_attention first."""
     chunk = chunk_in(policy.lm, policy.context)
     if chunk is not None:
@@ -100,15 +100,15 @@ def _ways(policy: Policy, row: PackedBatch) -> tuple[Packing, ...]:
         log.info("%s: max_context <= %d would pack samples", policy.source, chunk)
         return ("single",)
     on_gpu = policy.device.type == "cuda"
-    return ("flex", *_ORDER) if on_gpu and _flex_trains(policy, row) else _ORDER
+    return ("flex", *_ORDER) if on_gpu and _flex_trains(policy, microbatch) else _ORDER
 
 
-def _flex_trains(policy: Policy, row: PackedBatch) -> bool:
+def _flex_trains(policy: Policy, microbatch: Microbatch) -> bool:
     """Do its kernels compile here as training uses them: backward, in the policy's precision?"""
     policy.packing = "flex"
     try:
         with torch.enable_grad():
-            total = forward(policy, row).logprobs.sum()
+            total = forward(policy, microbatch).logprobs.sum()
             torch.autograd.grad(total, list(policy.trainable.values())[:1], allow_unused=True)
     except _REFUSALS as error:
         log.warning("%s: without flex_attention: %s", policy.source, error)
@@ -116,10 +116,10 @@ def _flex_trains(policy: Policy, row: PackedBatch) -> bool:
     return True
 
 
-def _gap(policy: Policy, row: PackedBatch, expected: Tensor, what: str) -> float:
+def _gap(policy: Policy, microbatch: Microbatch, expected: Tensor, what: str) -> float:
     """The largest difference in nats; infinite where this way doesn't work at all."""
     try:
-        gap = (forward(policy, row).logprobs - expected).abs().max().item()
+        gap = (forward(policy, microbatch).logprobs - expected).abs().max().item()
     except _REFUSALS as error:
         log.info("%s: %s: %s", policy.source, what, error)
         return float("inf")
@@ -128,7 +128,7 @@ def _gap(policy: Policy, row: PackedBatch, expected: Tensor, what: str) -> float
     return gap
 
 
-def _leaks(policy: Policy, row: PackedBatch) -> bool:
+def _leaks(policy: Policy, microbatch: Microbatch) -> bool:
     """Whether a sample's log-probs depend on its neighbours in the row.
 
     Asked of the gradient, which is exactly 0 where they don't: a convolution over the row reaches
@@ -143,13 +143,13 @@ def _leaks(policy: Policy, row: PackedBatch) -> bool:
         return inputs[-1]
 
     hook = policy.lm.get_input_embeddings().register_forward_hook(remember)
-    middle = len(row.lengths) // 2
-    start = sum(row.lengths[:middle])
-    stop = start + row.lengths[middle]
+    middle = len(microbatch.lengths) // 2
+    start = sum(microbatch.lengths[:middle])
+    stop = start + microbatch.lengths[middle]
     try:
         with torch.enable_grad():
-            logprobs = forward(policy, row).logprobs
-            inside = (row.targets >= start) & (row.targets < stop)
+            logprobs = forward(policy, microbatch).logprobs
+            inside = (microbatch.targets >= start) & (microbatch.targets < stop)
             total = logprobs[inside.to(logprobs.device)].sum()
             grads = torch.autograd.grad(total, inputs, allow_unused=True)
     finally:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gspo.core.errors import ConfigError, DataError
 from gspo.core.metrics import Metrics
-from gspo.data.packing import PackedBatch
+from gspo.data.packing import Microbatch
 from gspo.data.sample import Sample
 from gspo.dev import TrainConfig
 from gspo.policy.expert_tape import Tape, as_array, changed_slots
@@ -156,7 +156,7 @@ class StepRouting:
         self._weights: Tensor | None = None
         self._loads: Tensor | None = None
 
-    def begin(self, rows: Sequence[PackedBatch]) -> None:
+    def begin(self, microbatches: Sequence[Microbatch]) -> None:
         """Count the loads of the whole step, which the load-balancing loss needs beforehand.
 
         E * sum_e f_e * P_e is not linear in f and P together. With f known, which has no gradient,
@@ -166,26 +166,29 @@ class StepRouting:
             return
         loads = torch.zeros(0)
         with torch.no_grad():
-            for row in rows:
+            for microbatch in microbatches:
                 routing = self.policy.routing
-                with routing.observe(self._routes(row), copies=row.copies) as tape:
-                    forward(self.policy, row)
+                with routing.observe(self._routes(microbatch), copies=microbatch.copies) as tape:
+                    forward(self.policy, microbatch)
                 loads = tape.loads() + (loads if len(loads) else 0)
-        tokens = sum(row.sample_tokens for row in rows)
+        tokens = sum(microbatch.sample_tokens for microbatch in microbatches)
         share = loads.float() / loads.sum(-1, keepdim=True)
         self._weights = share * (self.policy.routing.experts / tokens / len(share))
 
     @contextmanager
-    def observe(self, row: PackedBatch) -> Iterator[Watched]:
+    def observe(self, microbatch: Microbatch) -> Iterator[Watched]:
         """Around the forward pass of a row, which replays the row's routes where that is asked."""
         routing, watched = self.policy.routing, Watched()
         with routing.observe(
-            self._routes(row), balance=self._weights, copies=row.copies, strict=self._strict
+            self._routes(microbatch),
+            balance=self._weights,
+            copies=microbatch.copies,
+            strict=self._strict,
         ) as watched.tape:
             yield watched
         watched.balance = watched.tape.balance
 
-    def record(self, row: PackedBatch, watched: Watched) -> None:
+    def record(self, microbatch: Microbatch, watched: Watched) -> None:
         """Metrics of an observed row."""
         if isinstance(watched.balance, Tensor):
             self.metrics.mean("loss/router_aux", watched.balance.item(), 0)
@@ -194,13 +197,13 @@ class StepRouting:
             return
         loads = tape.loads()
         self._loads = loads if self._loads is None else self._loads + loads
-        if self._compare and row.routes is not None:
-            record_agreement(self.metrics, row.routes, tape.own().cpu()[row.index])
+        if self._compare and microbatch.routes is not None:
+            record_agreement(self.metrics, microbatch.routes, tape.own().cpu()[microbatch.index])
 
-    def _routes(self, row: PackedBatch) -> Tensor | None:
+    def _routes(self, microbatch: Microbatch) -> Tensor | None:
         if not self.replays:
             return None
-        if (routes := row.row_routes()) is None:
+        if (routes := microbatch.row_routes()) is None:
             raise DataError("a packed row without routes in a step that replays them")
         return routes
 
@@ -225,16 +228,18 @@ def recorded_routes(
     """The router's own choice for every token: of each sample in order, [L, layers, k]."""
     by_trajectory = {own[0].trajectory_id: own for own in trajectories}
     found: dict[int, Routes] = {}
-    rows = rows_of(policy, [s for own in trajectories for s in own], budget, share=share)
+    microbatches = rows_of(policy, [s for own in trajectories for s in own], budget, share=share)
 
-    def record(row: PackedBatch) -> np.ndarray:
+    def record(microbatch: Microbatch) -> np.ndarray:
         with torch.no_grad(), policy.routing.observe() as tape:
-            forward(policy, row)
-        return as_array(tape.own(), policy.routing.experts)[row.index.numpy()]
+            forward(policy, microbatch)
+        return as_array(tape.own(), policy.routing.experts)[microbatch.index.numpy()]
 
-    for row, whole in zip(rows, policy.workers.map(record, rows), strict=True):
-        parts = np.split(whole, np.cumsum(row.lengths)[:-1])
-        for trajectory in row.trajectory_ids:
+    for microbatch, whole in zip(
+        microbatches, policy.workers.map(record, microbatches), strict=True
+    ):
+        parts = np.split(whole, np.cumsum(microbatch.lengths)[:-1])
+        for trajectory in microbatch.trajectory_ids:
             size = len(by_trajectory[trajectory])
             found[trajectory], parts = parts[:size], parts[size:]
     return [routes for own in trajectories for routes in found[own[0].trajectory_id]]

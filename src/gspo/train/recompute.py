@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from gspo.data.packing import PackedBatch
+from gspo.data.packing import Microbatch
 from gspo.data.sample import Sample
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy
@@ -33,16 +33,18 @@ def with_trainer_logprobs(
     by_id = {samples[0].trajectory_id: samples for samples in trajectories}
     found: dict[int, tuple[Sample, ...]] = {}
     flat = [s for own in trajectories for s in own]
-    rows = rows_of(policy, flat, budget, share=share, routed=replay)
+    microbatches = rows_of(policy, flat, budget, share=share, routed=replay)
 
-    def score(row: PackedBatch) -> np.ndarray:
-        routes = row.row_routes() if replay else None
+    def score(microbatch: Microbatch) -> np.ndarray:
+        routes = microbatch.row_routes() if replay else None
         with torch.no_grad(), policy.routing.observe(routes):
-            return forward(policy, row, chunk).logprobs.cpu().numpy()
+            return forward(policy, microbatch, chunk).logprobs.cpu().numpy()
 
-    for row, logprobs in zip(rows, policy.workers.map(score, rows), strict=True):
+    for microbatch, logprobs in zip(
+        microbatches, policy.workers.map(score, microbatches), strict=True
+    ):
         at = 0
-        for trajectory_id in row.trajectory_ids:
+        for trajectory_id in microbatch.trajectory_ids:
             samples = []
             for sample in by_id[trajectory_id]:
                 old = np.zeros(len(sample), dtype=np.float32)

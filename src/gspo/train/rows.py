@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from gspo.core.timing import timed
-from gspo.data.packing import PackedBatch, Packer
+from gspo.data.packing import Microbatch, Packer
 from gspo.data.sample import Sample
 from gspo.policy.load import Policy
 
@@ -30,7 +30,7 @@ def rows_of(
     *,
     share: bool = False,
     routed: bool = False,
-) -> list[PackedBatch]:
+) -> list[Microbatch]:
     """`pack`, with about as many tokens for each of the policy's workers."""
     packer = Packer(samples, share=share, routed=routed)
     plan = packer.plan(budget)

@@ -16,7 +16,7 @@ from torch import Tensor
 from gspo.core.errors import NumericsError
 from gspo.core.metrics import Metrics
 from gspo.core.timing import span
-from gspo.data.packing import PackedBatch
+from gspo.data.packing import Microbatch
 from gspo.data.sample import Sample
 from gspo.kernels.logprob import TokenLogprobs
 from gspo.kernels.shared_prompt_attention import RowAttention
@@ -35,7 +35,7 @@ from gspo.train.expert_replay import StepRouting, Watched
 from gspo.train.rows import rows_of
 from gspo.train.trace import Trace, traces
 
-Reference = Callable[[PackedBatch], Float[Tensor, " M"]]
+Reference = Callable[[Microbatch], Float[Tensor, " M"]]
 
 
 @dataclass(frozen=True)
@@ -89,24 +89,26 @@ def accumulate(
     metrics.mean("loss/kl", 0.0, 1)
     routing = work.routing
     routed = routing is not None and routing.replays
-    rows = rows_of(policy, work.samples, work.budget, work.unit, share=work.share, routed=routed)
+    microbatches = rows_of(
+        policy, work.samples, work.budget, work.unit, share=work.share, routed=routed
+    )
     if routing is not None:
-        routing.begin(rows)
+        routing.begin(microbatches)
     # A reference may be the policy itself with its adapters off, which is off for every thread.
     workers = policy.workers if reference is None else Workers()
     score = functools.partial(_score, policy, work, objective, reference, workers.count > 1)
-    for at in range(0, len(rows), workers.count):
-        for done in workers.map(score, rows[at : at + workers.count]):
+    for at in range(0, len(microbatches), workers.count):
+        for done in workers.map(score, microbatches[at : at + workers.count]):
             _check_finite(done)
             if done.gradients:
                 _add_gradients(policy, done.gradients)
-            _record(metrics, done.batch, done.scored, done.out)
-            _record_packing(metrics, policy, done.batch)
-            seen += traces(done.batch, done.scored.logprobs, done.out, work.update)
+            _record(metrics, done.microbatch, done.scored, done.out)
+            _record_packing(metrics, policy, done.microbatch)
+            seen += traces(done.microbatch, done.scored.logprobs, done.out, work.update)
             if routing is not None and done.watched is not None:
-                routing.record(done.batch, done.watched)
+                routing.record(done.microbatch, done.watched)
             if work.on_policy:
-                _record_mismatch(metrics, done.batch, done.scored, objective)
+                _record_mismatch(metrics, done.microbatch, done.scored, objective)
     if routing is not None:
         routing.end()
     return seen
@@ -114,9 +116,9 @@ def accumulate(
 
 @dataclass(frozen=True)
 class _Done:
-    """A row after its backward pass; `gradients` where they are not on the parameters yet."""
+    """A microbatch after its backward pass; `gradients` where they are not on the parameters."""
 
-    batch: PackedBatch
+    microbatch: Microbatch
     scored: TokenLogprobs
     out: LossOutput
     loss: Tensor
@@ -130,26 +132,26 @@ def _score(
     objective: Objective,
     reference: Reference | None,
     apart: bool,
-    batch: PackedBatch,
+    microbatch: Microbatch,
 ) -> _Done:
-    """Forward and backward of one row. With `apart`, return the gradient instead of adding it, so
-    that the caller can add the rows in a fixed order."""
-    with nullcontext() if work.routing is None else work.routing.observe(batch) as watched:
-        scored = forward(policy, batch, work.chunk)
+    """Forward and backward of one microbatch. With `apart`, return the gradient instead of adding
+    it, so that the caller can add the microbatches in a fixed order."""
+    with nullcontext() if work.routing is None else work.routing.observe(microbatch) as watched:
+        scored = forward(policy, microbatch, work.chunk)
     device = scored.logprobs.device
     out = policy_loss(
         scored.logprobs,
-        batch.old_logprobs.to(device),
-        batch.sequence_ids.to(device),
-        batch.advantages.to(device),
+        microbatch.old_logprobs.to(device),
+        microbatch.sequence_ids.to(device),
+        microbatch.advantages.to(device),
         objective,
-        loss_mask=batch.loss_mask.to(device),
+        loss_mask=microbatch.loss_mask.to(device),
         total_sequences=work.total_sequences,
         total_tokens=work.total_tokens,
         sampling_logprobs=None
         if objective.correction is None
-        else batch.sampling_logprobs.to(device),
-        reference_logprobs=None if reference is None else reference(batch),
+        else microbatch.sampling_logprobs.to(device),
+        reference_logprobs=None if reference is None else reference(microbatch),
     )
     loss = out.loss
     if work.routing is not None and watched is not None:
@@ -161,7 +163,7 @@ def _score(
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         else:
             loss.backward()
-    return _Done(batch, scored, out, loss.detach(), watched, gradients)
+    return _Done(microbatch, scored, out, loss.detach(), watched, gradients)
 
 
 def _check_finite(done: _Done) -> None:
@@ -169,7 +171,7 @@ def _check_finite(done: _Done) -> None:
     if math.isfinite(loss):
         return
     finite = done.out.log_ratio.isfinite().tolist()
-    named = zip(done.batch.trajectory_ids, finite, strict=True)
+    named = zip(done.microbatch.trajectory_ids, finite, strict=True)
     bad = sorted({trajectory for trajectory, good in named if not good})
     where = f"; log-ratios that are not finite: trajectory {bad[0]} ({len(bad)} in all)"
     raise NumericsError(
@@ -188,7 +190,9 @@ def _add_gradients(policy: Policy, gradients: Sequence[Tensor | None]) -> None:
             parameter.grad += gradient
 
 
-def _record(metrics: Metrics, batch: PackedBatch, scored: TokenLogprobs, out: LossOutput) -> None:
+def _record(
+    metrics: Metrics, microbatch: Microbatch, scored: TokenLogprobs, out: LossOutput
+) -> None:
     """Loss and entropy of all that is trained on; ratios of the sequences with an advantage.
 
     The others can't be clipped. A KL term trains on them too, and must not change what a share of
@@ -196,13 +200,13 @@ def _record(metrics: Metrics, batch: PackedBatch, scored: TokenLogprobs, out: Lo
     """
     metrics.mean("loss/policy", out.policy.item(), 0)
     metrics.mean("loss/kl", out.kl.item(), 0)
-    trained = batch.loss_mask.to(scored.entropy.device)
+    trained = microbatch.loss_mask.to(scored.entropy.device)
     count = int(trained.sum())
     metrics.mean("loss/entropy", scored.entropy[trained].double().sum().item(), count)
     metrics.add("tokens/trained", count)
 
     share = (out.clipped_tokens / out.loss_tokens.clamp(min=1)).cpu().double()
-    advantages = batch.advantages
+    advantages = microbatch.advantages
     counted = advantages != 0
     for name, chosen in (
         ("ratio/clip_fraction", counted),
@@ -215,37 +219,37 @@ def _record(metrics: Metrics, batch: PackedBatch, scored: TokenLogprobs, out: Lo
     log_ratio = out.log_ratio.cpu()[counted].double()
     metrics.distribution("ratio/log", log_ratio.tolist())
     # Mean squares: their roots are the spreads of l_i and d_t, which 1/sqrt(L) relates.
-    d = scored.logprobs.detach().cpu().double() - batch.old_logprobs
-    d = d[counted[batch.sequence_ids]]
+    d = scored.logprobs.detach().cpu().double() - microbatch.old_logprobs
+    d = d[counted[microbatch.sequence_ids]]
     metrics.mean("ratio/log_square", log_ratio.square().sum().item(), len(log_ratio))
     metrics.mean("ratio/token_log_square", d.square().sum().item(), d.numel())
     metrics.add("ratio/extreme", int(out.extreme.cpu()[counted].sum()))
 
 
-def _record_packing(metrics: Metrics, policy: Policy, batch: PackedBatch) -> None:
-    size = batch.token_count
-    padded = RowAttention(batch).padded if policy.packing == "buckets" else size
+def _record_packing(metrics: Metrics, policy: Policy, microbatch: Microbatch) -> None:
+    size = microbatch.token_count
+    padded = RowAttention(microbatch).padded if policy.packing == "buckets" else size
     metrics.mean("tokens/packed_efficiency", size, padded)
     metrics.add("tokens/computed", size)
-    metrics.mean("tokens/shared_saving", batch.sample_tokens - size, batch.sample_tokens)
+    metrics.mean("tokens/shared_saving", microbatch.sample_tokens - size, microbatch.sample_tokens)
 
 
 def _record_mismatch(
-    metrics: Metrics, batch: PackedBatch, scored: TokenLogprobs, objective: Objective
+    metrics: Metrics, microbatch: Microbatch, scored: TokenLogprobs, objective: Objective
 ) -> None:
     """On unchanged weights: what engine and trainer disagree by, and what that alone would clip."""
-    d = scored.logprobs.detach().cpu() - batch.sampling_logprobs
+    d = scored.logprobs.detach().cpu() - microbatch.sampling_logprobs
     metrics.mean("mismatch/log_ratio_mean", d.double().sum().item(), d.numel())
     metrics.maximum("mismatch/log_ratio_abs_max", d.abs().max().item())
     every = torch.ones_like(d, dtype=torch.bool)
-    segments = Segments(batch.sequence_ids, len(batch.advantages), every, every)
+    segments = Segments(microbatch.sequence_ids, len(microbatch.advantages), every, every)
     noise = sequence_log_ratio(d, segments)
     metrics.distribution("mismatch/sequence_log_ratio", noise.tolist())
     if objective.level not in ("sequence", "sequence_token"):
         return
     by_length = objective.epsilon_scale == "sqrt_length"
     scale = segments.lengths.rsqrt() if by_length else torch.ones_like(noise)
-    advantages = batch.advantages
+    advantages = microbatch.advantages
     _, clipped = clipped_surrogate(
         noise.exp(), advantages, objective.epsilon_low * scale, objective.epsilon_high * scale
     )

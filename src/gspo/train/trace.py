@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from gspo.data.packing import PackedBatch
+from gspo.data.packing import Microbatch
 from gspo.objective import LossOutput
 from gspo.train.epsilon import Observed
 
@@ -31,18 +31,18 @@ class Trace(Observed):
     token_log_ratios: np.ndarray
 
 
-def traces(batch: PackedBatch, logprobs: Tensor, out: LossOutput, update: int) -> list[Trace]:
-    """The S sequences of a packed row.
+def traces(microbatch: Microbatch, logprobs: Tensor, out: LossOutput, update: int) -> list[Trace]:
+    """The S sequences of a microbatch.
 
     Args:
-        batch: the row.
+        microbatch: scored by `logprobs`.
         logprobs: [M] of its sampled tokens under the policy of this step.
-        out: the loss of the row.
+        out: the loss of the microbatch.
         update: the optimizer step of the call.
     """
-    d = (logprobs.detach().cpu() - batch.old_logprobs).numpy()
-    ids = batch.sequence_ids.numpy()
-    counts = np.bincount(ids, minlength=len(batch.advantages))
+    d = (logprobs.detach().cpu() - microbatch.old_logprobs).numpy()
+    ids = microbatch.sequence_ids.numpy()
+    counts = np.bincount(ids, minlength=len(microbatch.advantages))
     by_sequence = np.split(d[np.argsort(ids, kind="stable")], np.cumsum(counts)[:-1])
     log_ratios, lengths = out.log_ratio.tolist(), out.lengths.tolist()
     trained, clipped = out.loss_tokens.int().tolist(), out.clipped_tokens.int().tolist()
@@ -51,13 +51,13 @@ def traces(batch: PackedBatch, logprobs: Tensor, out: LossOutput, update: int) -
             log_ratio=log_ratios[s],
             advantage=advantage,
             length=lengths[s],
-            trajectory_id=batch.trajectory_ids[s],
+            trajectory_id=microbatch.trajectory_ids[s],
             update=update,
             trained_tokens=trained[s],
             clipped_tokens=clipped[s],
             token_log_ratios=by_sequence[s],
         )
-        for s, advantage in enumerate(batch.advantages.tolist())
+        for s, advantage in enumerate(microbatch.advantages.tolist())
     ]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gspo.core.errors import NumericsError
 from gspo.core.metrics import Metrics
-from gspo.data.packing import PackedBatch
+from gspo.data.packing import Microbatch
 from gspo.data.sample import Sample, unit_count
 from gspo.dev import TrainConfig
 from gspo.objective import CLIPPING, Objective
@@ -274,12 +274,12 @@ class Trainer:
             assert self._load_reference is not None
             self._frozen = self._load_reference()
 
-        def score(batch: PackedBatch) -> Float[Tensor, " M"]:
+        def score(microbatch: Microbatch) -> Float[Tensor, " M"]:
             with torch.no_grad():
                 if self._frozen is not None:
-                    return forward(self._frozen, batch).logprobs
+                    return forward(self._frozen, microbatch).logprobs
                 with self.policy.reference():
-                    return forward(self.policy, batch).logprobs
+                    return forward(self.policy, microbatch).logprobs
 
         return score
 
