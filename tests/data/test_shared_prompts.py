@@ -215,28 +215,28 @@ def test_tokens_with_other_routes_are_not_shared_where_routes_are_replayed():
     samples = [routed(plain[0]), routed(plain[1]), routed(plain[2], 35), routed(plain[3], 0)]
     (microbatch,) = pack(samples, 1000, share=True, routed=True)
     assert sorted(microbatch.shared) == [0, 0, 32, 40]
-    routes = microbatch.row_routes()
+    routes = microbatch.replayed_choices()
     assert routes is not None
     assert routes.shape == (microbatch.token_count, 2, 2)
     for sample, path in zip(samples, paths(microbatch), strict=True):
-        assert sample.routes is not None
-        assert torch.equal(routes[path][:-1], torch.from_numpy(sample.routes).short())
+        assert sample.expert_choices is not None
+        assert torch.equal(routes[path][:-1], torch.from_numpy(sample.expert_choices).short())
         assert (routes[path[-1]] == -1).all()
     (microbatch,) = pack(samples, 1000, share=True)
     assert sorted(microbatch.shared) == [0, 40, 40, 40]
-    with pytest.raises(ValueError, match="routed=True"):
-        microbatch.row_routes()
-    assert microbatch.routes is not None
-    assert len(microbatch.routes) == microbatch.sample_tokens
+    with pytest.raises(ValueError, match="replay=True"):
+        microbatch.replayed_choices()
+    assert microbatch.expert_choices is not None
+    assert len(microbatch.expert_choices) == microbatch.sample_tokens
 
 
 def test_an_unrouted_row_keeps_all_routes_for_comparison():
     samples = [routed(small_sample([1, 2, 3, 4 + i], 3, i)) for i in range(3)]
     (microbatch,) = pack(samples, 1000, share=True)
     (apart,) = pack(samples, 1000)
-    assert microbatch.routes is not None
-    assert apart.routes is not None
-    assert torch.equal(microbatch.routes, apart.routes)
+    assert microbatch.expert_choices is not None
+    assert apart.expert_choices is not None
+    assert torch.equal(microbatch.expert_choices, apart.expert_choices)
     assert microbatch.token_count < apart.token_count
 
 

@@ -22,16 +22,16 @@ def row_of(policy: Policy) -> Microbatch:
 
 
 def own_routes(policy: Policy, microbatch: Microbatch) -> Tensor:
-    with torch.no_grad(), policy.routing.observe() as tape:
+    with torch.no_grad(), policy.routers.watch() as choices:
         forward(policy, microbatch)
-    return tape.own().short()
+    return choices.preferred().short()
 
 
 def passed(
     policy: Policy, microbatch: Microbatch, routes: Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor], Tape]:
-    """Log-probs, the gradient of their weighted sum (taken outside the block), and the tape."""
-    with policy.routing.observe(routes) as tape:
+    """Log-probs, the gradient of their weighted sum (taken outside the block), and the choices."""
+    with policy.routers.watch(routes) as choices:
         logprobs = forward(policy, microbatch).logprobs
     (logprobs * torch.linspace(-1, 1, len(logprobs))).sum().backward()
     gradient = {n: p.grad for n, p in policy.trainable.items() if p.grad is not None}
@@ -55,8 +55,8 @@ def test_replaying_the_policys_own_routes_changes_no_bit(name: str):
     policy = moe(name)
     row = row_of(policy)
     plain, expected, tape = passed(policy, row, None)
-    assert tape.own().shape == (row.token_count, len(policy.routing.routers), tape.own().shape[2])
-    replayed, got, _ = passed(policy, row, tape.own().short())
+    assert choices.preferred().shape == (row.token_count, len(policy.routers.modules), choices.preferred().shape[2])
+    replayed, got, _ = passed(policy, row, choices.preferred().short())
     assert torch.equal(plain, replayed)
     assert_same(expected, got)
 
@@ -66,14 +66,14 @@ def test_a_perturbed_policys_routes_are_taken_on_every_token(name: str):
     policy, other = moe(name), moe(name)
     row = row_of(policy)
     with torch.no_grad():
-        for router in other.routing.routers:
+        for router in other.routers.modules:
             for weight in router.parameters():
                 weight.add_(torch.randn_like(weight))
     routes = own_routes(other, row)
     plain = forward(policy, row).logprobs
     replayed, gradient, tape = passed(policy, row, routes)
-    assert torch.equal(tape.used().short(), routes)
-    assert (tape.own().short() != routes).any()
+    assert torch.equal(choices.used().short(), routes)
+    assert (choices.preferred().short() != routes).any()
     assert (plain - replayed).abs().max() > 1e-3
     of_routers = [g for n, g in gradient.items() if ".gate." in n or ".router." in n]
     assert of_routers
@@ -81,7 +81,7 @@ def test_a_perturbed_policys_routes_are_taken_on_every_token(name: str):
 
 
 def test_the_experts_that_compute_are_the_replayed_ones(policy: Policy):
-    """Seen from the experts' side, not from the tape."""
+    """Seen from the experts' side, not from the choices."""
     row, seen = row_of(policy), []
     hooks = [
         module.register_forward_pre_hook(lambda _, args: seen.append(args[1].clone()))
@@ -102,8 +102,8 @@ def test_tokens_without_a_route_are_the_routers_own(policy: Policy):
     routes[::3] = -1
     _, _, tape = passed(policy, row, routes)
     known = routes[:, 0, 0] >= 0
-    assert torch.equal(tape.used()[known].short(), routes[known])
-    assert torch.equal(tape.used()[~known], tape.own()[~known])
+    assert torch.equal(choices.used()[known].short(), routes[known])
+    assert torch.equal(choices.used()[~known], choices.preferred()[~known])
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
@@ -122,7 +122,7 @@ def test_packing_and_checkpointing_replay_alike(name: str, packing: str):
     recompute_layers(policy)
     policy.lm.train()
     recomputed, two, tape = passed(policy, row, routes)
-    assert torch.equal(tape.used().short(), routes)
+    assert torch.equal(choices.used().short(), routes)
     assert torch.equal(plain, recomputed)
     assert_same(one, two)
 
@@ -139,10 +139,10 @@ def test_recomputation_takes_its_own_tape_whatever_ran_in_between():
         losses = []
         for shift, row in enumerate(rows):
             routes = (own_routes(policy, row) + 1 + shift) % 8
-            with policy.routing.observe(routes):
+            with policy.routers.watch(routes):
                 losses.append(forward(policy, row).logprobs.sum())
         forward(policy, rows[0])
-        with policy.routing.observe():
+        with policy.routers.watch():
             torch.stack(losses).sum().backward()
         expected.append({n: p.grad for n, p in policy.trainable.items() if p.grad is not None})
     assert_same(*expected)
@@ -150,13 +150,13 @@ def test_recomputation_takes_its_own_tape_whatever_ran_in_between():
 
 def test_lora_replays_and_the_base_model_is_left_alone():
     policy = embedded(lora=LoraConfig(r=2))
-    assert len(policy.routing.routers) == 2
+    assert len(policy.routers.modules) == 2
     row = row_of(policy)
     plain, expected, tape = passed(policy, row, None)
-    same, got, _ = passed(policy, row, tape.own().short())
+    same, got, _ = passed(policy, row, choices.preferred().short())
     assert torch.equal(plain, same)
     assert_same(expected, got)
-    routes = (tape.own().short() + 1) % 8
+    routes = (choices.preferred().short() + 1) % 8
     _, gradient, replayed = passed(policy, row, routes)
     assert torch.equal(replayed.used().short(), routes)
     assert any(g.abs().max() > 0 for g in gradient.values())
@@ -166,12 +166,12 @@ def test_lora_replays_and_the_base_model_is_left_alone():
 def test_a_recorded_slot_is_one_byte_up_to_256_experts(experts: int, size: int):
     policy = moe(num_experts=experts)
     row = row_of(policy)
-    with torch.no_grad(), policy.routing.observe() as tape:
+    with torch.no_grad(), policy.routers.watch() as choices:
         forward(policy, row)
-    assert tape.own().element_size() == size
-    stored = as_array(tape.own(), policy.routing.experts)
+    assert choices.preferred().element_size() == size
+    stored = as_array(choices.preferred(), policy.routers.experts)
     assert stored.nbytes == size * row.token_count * 3 * 2
-    assert int(stored.max()) == int(tape.own().max()) < experts
+    assert int(stored.max()) == int(choices.preferred().max()) < experts
 
 
 @pytest.mark.parametrize("name", MOE)
@@ -179,7 +179,7 @@ def test_the_router_computes_in_float32_under_autocast(name: str):
     policy = moe(name)
     policy.compute_dtype = torch.bfloat16
     logits = []
-    for router, at in zip(policy.routing.routers, policy.routing._logits_at, strict=True):
+    for router, at in zip(policy.routers.modules, policy.routing._logits_at, strict=True):
         router.register_forward_hook(lambda _m, _a, out, at=at: logits.append(out[at]))
     row = row_of(policy)
     scored = forward(policy, row).logprobs
@@ -193,7 +193,7 @@ def test_the_router_computes_in_float32_under_autocast(name: str):
 def test_two_policies_on_one_model_do_not_disturb_each_other(policy: Policy):
     second = Policy(policy.lm, None, policy.tokenizer, "x", torch.bfloat16, 128)
     row = row_of(policy)
-    with second.routing.observe() as theirs, policy.routing.observe() as ours:
+    with second.routers.watch() as theirs, policy.routers.watch() as ours:
         forward(second, row)
     assert torch.equal(theirs.own(), ours.own())
     assert not torch.is_autocast_enabled("cpu")
@@ -207,12 +207,12 @@ def test_changed_slots_ignore_the_order():
 
 def test_loads_count_every_slot(policy: Policy):
     row = row_of(policy)
-    with torch.no_grad(), policy.routing.observe() as tape:
+    with torch.no_grad(), policy.routers.watch() as choices:
         forward(policy, row)
-    loads = tape.loads()
+    loads = choices.loads()
     assert loads.shape == (3, 8)
     assert loads.sum(-1).tolist() == [2 * row.token_count] * 3
-    assert loads[1, 5] == (tape.own()[:, 1] == 5).sum()
+    assert loads[1, 5] == (choices.preferred()[:, 1] == 5).sum()
 
 
 def test_loading_with_checkpointing_hands_the_tape_over():

@@ -30,9 +30,9 @@ def test_a_replay_that_does_not_fit_is_an_error(policy: Policy):
         (routes[..., :1], "were to be replayed"),
         (routes + 7, "the model has 8"),
     ):
-        with pytest.raises(DataError, match=message), policy.routing.observe(wrong):
+        with pytest.raises(DataError, match=message), policy.routers.watch(wrong):
             forward(policy, row)
-    with pytest.raises(DataError, match="consumed whole"), policy.routing.observe(routes):
+    with pytest.raises(DataError, match="consumed whole"), policy.routers.watch(routes):
         pass
     assert torch.equal(own_routes(policy, row), routes), "nothing is left behind"
 
@@ -42,7 +42,7 @@ def test_a_layer_that_is_missed_is_an_error(policy: Policy):
     layers = policy.lm.model.layers  # pyright: ignore[reportAttributeAccessIssue]
     block = layers[1].mlp
     own, block.forward = block.forward, lambda x: x
-    with pytest.raises(DataError, match="not the same"), policy.routing.observe():
+    with pytest.raises(DataError, match="not the same"), policy.routers.watch():
         forward(policy, row)
     block.forward = own
 
@@ -50,18 +50,18 @@ def test_a_layer_that_is_missed_is_an_error(policy: Policy):
 def test_dense_models_and_strange_routers_are_refused():
     dense = tiny(LlamaForCausalLM, LlamaConfig)
     with pytest.raises(ConfigError, match="asked of a dense model: LlamaForCausalLM"):
-        dense.routing.require("routing_replay='rollout'")
+        dense.routers.require("routing_replay='rollout'")
     strange = phimoe()
-    strange.routing.require("replay")
+    strange.routers.require("replay")
     row = row_of(strange)
     with (
         pytest.raises(ModelError, match=r"PhimoeForCausalLM.*makes 0 top-k choices"),
-        strange.routing.observe(),
+        strange.routers.watch(),
     ):
         forward(strange, row)
-    with strange.routing.observe(strict=False) as tape:
+    with strange.routers.watch(strict=False) as choices:
         forward(strange, row)
-    assert not tape.seen
+    assert not choices.complete
 
 
 def test_experts_without_named_routers_are_not_called_dense(policy: Policy, monkeypatch):
@@ -69,31 +69,31 @@ def test_experts_without_named_routers_are_not_called_dense(policy: Policy, monk
     monkeypatch.setattr(type(policy.backbone), "_can_record_outputs", {})
     unnamed = Policy(policy.lm, None, policy.tokenizer, "x", torch.float32, 128)
     with pytest.raises(ModelError, match="has 8 experts, but transformers names no router"):
-        unnamed.routing.require("replay")
+        unnamed.routers.require("replay")
 
 
 def test_nan_router_logits_are_an_error():
     policy = moe()
     with torch.no_grad():
-        policy.routing.routers[1].weight.fill_(float("nan"))  # pyright: ignore[reportCallIssue]
+        policy.routers.modules[1].weight.fill_(float("nan"))  # pyright: ignore[reportCallIssue]
     row = row_of(policy)
     with (
         pytest.raises(NumericsError, match="router logits of MoE layer 1 are NaN"),
-        policy.routing.observe(),
+        policy.routers.watch(),
     ):
         forward(policy, row)
 
 
 def test_an_error_inside_a_router_leaves_no_mode_behind(policy: Policy):
     row = row_of(policy)
-    router = policy.routing.routers[0]
+    router = policy.routers.modules[0]
     own = router.forward
 
     def broken(hidden: Tensor) -> Tensor:
         raise RuntimeError("broken router")
 
     router.forward = broken
-    with pytest.raises(RuntimeError, match="broken router"), policy.routing.observe():
+    with pytest.raises(RuntimeError, match="broken router"), policy.routers.watch():
         forward(policy, row)
     router.forward = own
     assert not policy.routing._state.open

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import gspo as art
 from gspo.core.compute import ComputeThread
 from gspo.core.errors import DataError, ModelError, RequestError
-from gspo.data.expert_choices import decode_routes, encode_routes
+from gspo.data.expert_choices import decode_expert_choices, encode_expert_choices
 from gspo.data.packing import pack
 from gspo.data.sample import trajectory_samples
 from gspo.policy.expert_tape import as_array
@@ -40,9 +40,9 @@ def policy() -> Policy:
 
 def own_routes(policy: Policy, tokens: list[int]) -> np.ndarray:
     """The model's own choice, one plain pass over one sequence."""
-    with torch.no_grad(), policy.routing.observe() as tape:
+    with torch.no_grad(), policy.routers.watch() as choices:
         policy.lm(input_ids=torch.tensor([tokens]))
-    return as_array(tape.own(), policy.routing.experts)
+    return as_array(choices.preferred(), policy.routers.experts)
 
 
 def asked(engine: Engine, *texts: str, **params: Any) -> list[Request]:
@@ -53,16 +53,16 @@ def asked(engine: Engine, *texts: str, **params: Any) -> list[Request]:
 def test_the_engines_routes_are_the_trainers_own(policy: Policy):
     """Prompts of different lengths (padding), several completions, rows that finish early."""
     engine = TorchEngine(policy)
-    requests = asked(engine, "93", "918273645546", "5551", n=5, routes=True, seed=1)
+    requests = asked(engine, "93", "918273645546", "5551", n=5, expert_choices=True, seed=1)
     for request, done in zip(requests, engine.generate(requests), strict=True):
         assert len({len(c.token_ids) for c in done}) > 1 or len(done) == 5
         for completion in done:
             tokens = [*request.prompt, *completion.token_ids]
-            assert completion.routes is not None
-            assert completion.routes.dtype == np.uint8
-            assert completion.routes.nbytes == (len(tokens) - 1) * 2 * 2
+            assert completion.expert_choices is not None
+            assert completion.expert_choices.dtype == np.uint8
+            assert completion.expert_choices.nbytes == (len(tokens) - 1) * 2 * 2
             expected = own_routes(policy, tokens)[:-1]
-            assert np.array_equal(np.sort(completion.routes), np.sort(expected))
+            assert np.array_equal(np.sort(completion.expert_choices), np.sort(expected))
 
 
 def test_only_those_who_ask_get_routes_and_sampling_is_the_same(policy: Policy):
@@ -72,8 +72,8 @@ def test_only_those_who_ask_get_routes_and_sampling_is_the_same(policy: Policy):
     assert engine.generate(plain) == engine.generate(watched)
     first, second = engine.generate([*plain, *watched])
     assert first == second
-    assert all(c.routes is None for c in first)
-    assert all(c.routes is not None for c in second)
+    assert all(c.expert_choices is None for c in first)
+    assert all(c.expert_choices is not None for c in second)
 
 
 def test_engines_without_routes_say_so():
@@ -109,8 +109,8 @@ async def test_routes_over_http_become_the_samples_and_train(policy: Policy):
     batch = prepare(groups, context=512)
     for (sample,) in batch.samples:
         expected = own_routes(policy, sample.tokens.tolist())[:-1]
-        assert sample.routes is not None
-        assert np.array_equal(np.sort(sample.routes), np.sort(expected))
+        assert sample.expert_choices is not None
+        assert np.array_equal(np.sort(sample.expert_choices), np.sort(expected))
     options = art.dev.TrainConfig(routing_replay="rollout", minibatches=2)
     metrics = Trainer(policy).train(batch, resolve(options=options)).metrics.compute()
     assert metrics["moe/routing_agreement"] == 1.0
@@ -138,37 +138,37 @@ def routes_of(length: int, fill: int) -> np.ndarray:
 
 def test_a_token_keeps_the_route_that_it_was_sampled_with():
     """Turn 1: 3 + 2 tokens, routes of the first 4. Turn 2: 7 + 2 tokens, routes of 8."""
-    first = choice([4, 5], [1, 2, 3], routed_experts=encode_routes(routes_of(4, 1)))
-    second = choice([8, 9], [1, 2, 3, 4, 5, 6, 7], routed_experts=encode_routes(routes_of(8, 2)))
+    first = choice([4, 5], [1, 2, 3], routed_experts=encode_expert_choices(routes_of(4, 1)))
+    second = choice([8, 9], [1, 2, 3, 4, 5, 6, 7], routed_experts=encode_expert_choices(routes_of(8, 2)))
     (sample,) = trajectory_samples(trajectory(0.0, first, second))
-    assert sample.routes is not None
-    assert sample.routes[:, 0, 0].tolist() == [1, 1, 1, 1, 2, 2, 2, 2]
+    assert sample.expert_choices is not None
+    assert sample.expert_choices[:, 0, 0].tolist() == [1, 1, 1, 1, 2, 2, 2, 2]
     bare = choice([4, 5], [1, 2, 3])
     (late,) = trajectory_samples(trajectory(0.0, bare, second))
-    assert late.routes is not None
-    assert late.routes[:, 0, 0].tolist() == [2] * 8
+    assert late.expert_choices is not None
+    assert late.expert_choices[:, 0, 0].tolist() == [2] * 8
     (none,) = trajectory_samples(trajectory(0.0, bare))
-    assert none.routes is None
+    assert none.expert_choices is None
 
 
 def test_packed_routes_are_minus_one_where_none_is_known():
-    with_routes = choice([4, 5], [1, 2, 3], routed_experts=encode_routes(routes_of(4, 200)))
+    with_routes = choice([4, 5], [1, 2, 3], routed_experts=encode_expert_choices(routes_of(4, 200)))
     samples = [
         *trajectory_samples(trajectory(0.0, choice([4], [1, 2])), trajectory_id=0),
         *trajectory_samples(trajectory(0.0, with_routes), trajectory_id=1),
     ]
     (microbatch,) = pack(samples, 100)
-    assert microbatch.routes is not None
-    assert microbatch.routes.dtype == torch.int16
-    assert microbatch.routes[:, 1, 1].tolist() == [-1, -1, -1, 200, 200, 200, 200, -1]
+    assert microbatch.expert_choices is not None
+    assert microbatch.expert_choices.dtype == torch.int16
+    assert microbatch.expert_choices[:, 1, 1].tolist() == [-1, -1, -1, 200, 200, 200, 200, -1]
     (bare,) = pack(samples[:1], 100)
-    assert bare.routes is None
+    assert bare.expert_choices is None
 
 
 @pytest.mark.parametrize("experts", [np.uint8, np.int16])
 def test_routes_survive_the_wire(experts: Any):
     routes = np.arange(24).reshape(4, 3, 2).astype(experts)
-    decoded = decode_routes(encode_routes(routes), 4, "here")
+    decoded = decode_expert_choices(encode_expert_choices(routes), 4, "here")
     assert decoded is not None
     assert decoded.dtype == experts
     assert np.array_equal(decoded, routes)
@@ -186,7 +186,7 @@ def test_routes_survive_the_wire(experts: Any):
     ],
 )
 def test_damaged_routes_are_named(damage: dict[str, Any], message: str):
-    value = encode_routes(routes_of(4, 1)) | damage
+    value = encode_expert_choices(routes_of(4, 1)) | damage
     broken = choice([4, 5], [1, 2, 3], routed_experts=value)
     with pytest.raises(DataError, match=f"trajectory 0, choice 0: routed_experts.*{message}"):
         trajectory_samples(trajectory(0.0, broken))

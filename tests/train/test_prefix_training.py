@@ -154,7 +154,7 @@ def with_engine_routes(policy: Policy, batch: RolloutBatch, noise: float) -> Rol
     def one(sample: Sample) -> Sample:
         own = next(routes)[: len(sample) - 1].copy()
         other = rng.random(len(own)) < noise
-        own[other] = (own[other] + 1) % policy.routing.experts
+        own[other] = (own[other] + 1) % policy.routers.experts
         return dataclasses.replace(sample, routes=own)
 
     samples = tuple(tuple(one(sample) for sample in own) for own in batch.samples)

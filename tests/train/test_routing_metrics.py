@@ -19,12 +19,12 @@ from train.test_routing_replay import batch_of, options_of, stepped, trained
 
 def naive_balance(policy: Policy, batch: RolloutBatch) -> float:
     """Switch Transformer, equations 4 to 6, one sample at a time, in float64."""
-    probabilities: list[list[Tensor]] = [[] for _ in policy.routing.routers]
+    probabilities: list[list[Tensor]] = [[] for _ in policy.routers.modules]
     hooks = [
         router.register_forward_hook(
             lambda _m, _a, out, i=i: probabilities[i].append(out[0].double().softmax(-1))  # pyright: ignore[reportArgumentType]
         )
-        for i, router in enumerate(policy.routing.routers)
+        for i, router in enumerate(policy.routers.modules)
     ]
     for sample in (s for own in batch.samples if own[0].advantage != 0 for s in own):
         with torch.no_grad():

@@ -40,7 +40,7 @@ def routed(policy: Policy, batch: RolloutBatch, shift: int = 0, missing: int = 1
     routes = iter(recorded_routes(policy, batch.samples, 10_000))
 
     def one(sample: Sample) -> Sample:
-        own = (next(routes)[: len(sample) - missing] + shift) % policy.routing.experts
+        own = (next(routes)[: len(sample) - missing] + shift) % policy.routers.experts
         return dataclasses.replace(sample, routes=own.astype(np.uint8))
 
     samples = tuple(tuple(one(sample) for sample in own) for own in batch.samples)
@@ -114,8 +114,8 @@ def test_r2_keeps_the_first_policys_experts_in_later_minibatches(monkeypatch):
     own = StepRouting.observe
 
     def spying(self: StepRouting, microbatch: Microbatch) -> Any:
-        assert microbatch.routes is not None
-        parts = microbatch.routes.split(microbatch.lengths)
+        assert microbatch.expert_choices is not None
+        parts = microbatch.expert_choices.split(microbatch.lengths)
         replayed.update(zip(microbatch.trajectory_ids, parts, strict=True))
         return own(self, microbatch)
 
@@ -240,7 +240,7 @@ def test_nan_router_logits_end_the_step_before_the_update():
     policy = moe()
     batch = batch_of(policy)
     with torch.no_grad():
-        policy.routing.routers[2].weight[0] = float("nan")  # pyright: ignore[reportIndexIssue]
+        policy.routers.modules[2].weight[0] = float("nan")  # pyright: ignore[reportIndexIssue]
     before = {n: p.detach().clone() for n, p in policy.trainable.items()}
     with pytest.raises(NumericsError, match=r"router logits of MoE layer 2.*update was not made"):
         trained(batch, policy)

@@ -10,7 +10,7 @@ from openai.types.chat.chat_completion import Choice
 
 from gspo.core.choices import as_choice
 from gspo.core.errors import DataError, shown
-from gspo.data.sampled import read_fields
+from gspo.data.turn import read_fields
 from gspo.trajectory import NUMBER, Trajectory, TrajectoryGroup, plain_number
 
 _LARGEST_REWARD = 1e100

@@ -10,7 +10,7 @@ import pytest
 
 from gspo.core.errors import DataError, MissingLogprobsError
 from gspo.data.sample import trajectory_samples
-from gspo.data.sampled import read_fields, read_turn, sampled_logprobs
+from gspo.data.turn import read_fields, read_turn, sampled_logprobs
 from support import choice, trajectory
 
 
