@@ -15,12 +15,12 @@ BUDGETS = st.integers(1, 60)
 
 
 @given(sizes=SIZES, budget=BUDGETS)
-def test_every_item_is_in_one_row_within_the_budget(sizes: list[int], budget: int) -> None:
+def test_every_item_is_in_one_microbatch_within_the_budget(sizes: list[int], budget: int) -> None:
     microbatches = plan_microbatches(sizes, budget)
     assert sorted(itertools.chain(*microbatches)) == list(range(len(sizes)))
-    for row in microbatches:
-        assert row == sorted(row)
-        assert len(row) == 1 or sum(sizes[item] for item in row) <= budget
+    for items in microbatches:
+        assert items == sorted(items)
+        assert len(items) == 1 or sum(sizes[item] for item in items) <= budget
     assert microbatches == plan_microbatches(sizes, budget)
 
 
@@ -28,16 +28,16 @@ def best_fit(sizes: list[int], budget: int) -> list[int]:
     """Loads of the microbatches, the slow way."""
     loads: list[int] = []
     for size in sorted(sizes, reverse=True):
-        fitting = [row for row, load in enumerate(loads) if load + size <= budget]
+        fitting = [i for i, load in enumerate(loads) if load + size <= budget]
         if fitting:
-            loads[max(fitting, key=lambda row: loads[row])] += size
+            loads[max(fitting, key=loads.__getitem__)] += size
         else:
             loads.append(size)
     return loads
 
 
 @given(sizes=SIZES, budget=BUDGETS)
-def test_microbatches_are_as_few_as_best_fit_makes_and_never_fuller(sizes: list[int], budget: int) -> None:
+def test_they_are_as_few_as_best_fit_makes_and_never_fuller(sizes: list[int], budget: int) -> None:
     loads = [sum(sizes[item] for item in items) for items in plan_microbatches(sizes, budget)]
     expected = best_fit(sizes, budget)
     assert len(loads) == len(expected)
@@ -46,7 +46,7 @@ def test_microbatches_are_as_few_as_best_fit_makes_and_never_fuller(sizes: list[
 
 
 @given(sizes=SIZES)
-def test_microbatches_are_even_where_there_is_room(sizes: list[int]) -> None:
+def test_they_are_even_if_there_is_room(sizes: list[int]) -> None:
     budget = 4 * max(sizes, default=1)
     loads = [sum(sizes[item] for item in items) for items in plan_microbatches(sizes, budget)]
     if sum(sizes) < (len(loads) - 0.5) * budget * 3 / 4:

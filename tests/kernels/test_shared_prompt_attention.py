@@ -234,7 +234,9 @@ def test_a_replayed_row_counts_its_copies():
         with policy.routers.watch(balance=weights, copies=microbatch.copies) as choices:
             forward(policy, microbatch)
         assert isinstance(choices.balance, Tensor)
-        found.append((choices.loads(), choices.balance.detach(), choices.preferred()[microbatch.index]))
+        found.append(
+            (choices.loads(), choices.balance.detach(), choices.preferred()[microbatch.index])
+        )
     (loads, balance, own), (loads_apart, balance_apart, own_apart) = found
     assert torch.equal(loads, loads_apart)
     assert torch.equal(own, own_apart)

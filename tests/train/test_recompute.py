@@ -19,7 +19,7 @@ from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
 from policy.routers import moe
 from support import choice, embedded, random_groups, trajectory
-from train.test_routing_replay import routed
+from train.test_expert_replay import routed
 
 
 def several_samples(size: int = 3) -> RolloutBatch:

@@ -110,7 +110,9 @@ class Microbatch:
         replayed = chosen.new_empty(self.token_count, *chosen.shape[1:])
         replayed[self.index] = chosen
         if not torch.equal(replayed[self.index], chosen):
-            raise ValueError("samples share tokens of different expert choices: pack with replay")
+            raise ValueError(
+                "samples share tokens of different expert choices: pack with replay=True"
+            )
         return replayed
 
 

@@ -151,7 +151,9 @@ def _as_list(values: Any, error: type[DataError], where: str, kind: str) -> list
     raise error(f"{where} is {shown(values)}; it must be a list of {kind}")
 
 
-def _first_odd(values: list[Any], usual: type, kind: type, low: float, high: float) -> int | None:
+def _first_odd(
+    values: list[Any], usual: type, kind: type, low: int | float, high: int | float
+) -> int | None:
     """Place of the first value that is no number of this kind from `low` to `high`, or None.
 
     >>> _first_odd([3, -1, 4], int, numbers.Integral, 0, 9)
@@ -165,6 +167,7 @@ def _first_odd(values: list[Any], usual: type, kind: type, low: float, high: flo
     return next(odd, None)
 
 
-def _is_number(value: Any, kind: type, low: float, high: float) -> bool:
+def _is_number(value: Any, kind: type, low: int | float, high: int | float) -> bool:
     """Scalars of numpy count; True is no number."""
-    return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
+    fits = isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
+    return bool(fits)  # a comparison of numpy scalars is no bool

@@ -120,9 +120,7 @@ class Rollouts:
             max_tokens=self.spec.max_tokens or task.max_tokens,
             temperature=self.spec.temperature,
             seed=seed,
-            extra_body={"return_routes": True}
-            if self._needs_experts(scenario.split)
-            else None,
+            extra_body={"return_routes": True} if self._needs_experts(scenario.split) else None,
         )
         return TrajectoryGroup(
             Trajectory(

@@ -172,7 +172,7 @@ class ExpertReplay:
         share = shares(self.policy, self.options)
         return with_own_choices(self.policy, minibatch, self.budget, share=share)
 
-    def _changed(self, before: Int[Tensor, "L N K"], after: Int[Tensor, "L N K"]) -> None:
+    def _changed(self, before: Integer[Tensor, "U N K"], after: Integer[Tensor, "U N K"]) -> None:
         tokens, layers, k = before.shape
         changed = changed_slots(before, after)
         name, mean = "moe/experts_changed", self.metrics.mean
@@ -241,7 +241,7 @@ def _flat(trajectories: Sequence[TrajectorySamples]) -> list[Sample]:
     return [sample for samples in trajectories for sample in samples]
 
 
-def _choices(trajectories: Sequence[TrajectorySamples]) -> Int[Tensor, "U N K"]:
+def _choices(trajectories: Sequence[TrajectorySamples]) -> Integer[Tensor, "U N K"]:
     """Of all samples, one after the other."""
     chosen = [sample.expert_choices for sample in _flat(trajectories)]
     return torch.from_numpy(np.concatenate([c for c in chosen if c is not None]))

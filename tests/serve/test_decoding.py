@@ -1,4 +1,4 @@
-"""The routes that an engine took: recorded, sent, read back, and equal to the trainer's own."""
+"""The experts that an engine chose: recorded, sent, read back, and equal to the trainer's own."""
 
 from __future__ import annotations
 
@@ -13,11 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import gspo as art
 from gspo.core.compute import ComputeThread
-from gspo.core.errors import DataError, ModelError, RequestError
-from gspo.data.expert_choices import decode_expert_choices, encode_expert_choices
-from gspo.data.packing import pack
-from gspo.data.sample import trajectory_samples
-from gspo.policy.expert_tape import as_array
+from gspo.core.errors import ModelError, RequestError
 from gspo.policy.load import Policy
 from gspo.serve.app import create_app
 from gspo.serve.batcher import Batcher
@@ -30,7 +26,7 @@ from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
 from policy.routers import phimoe
 from policy.test_forward import tiny
-from support import choice, embedded, trajectory
+from support import embedded, trajectory
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +34,11 @@ def policy() -> Policy:
     return embedded()
 
 
-def own_routes(policy: Policy, tokens: list[int]) -> np.ndarray:
+def own_choices(policy: Policy, tokens: list[int]) -> np.ndarray:
     """The model's own choice, one plain pass over one sequence."""
     with torch.no_grad(), policy.routers.watch() as choices:
         policy.lm(input_ids=torch.tensor([tokens]))
-    return as_array(choices.preferred(), policy.routers.experts)
+    return choices.preferred().numpy()
 
 
 def asked(engine: Engine, *texts: str, **params: Any) -> list[Request]:
@@ -50,7 +46,7 @@ def asked(engine: Engine, *texts: str, **params: Any) -> list[Request]:
     return [Request(p, SamplingParams(max_tokens=12, **params)) for p in prompts]
 
 
-def test_the_engines_routes_are_the_trainers_own(policy: Policy):
+def test_the_engines_choices_are_the_trainers_own(policy: Policy):
     """Prompts of different lengths (padding), several completions, rows that finish early."""
     engine = TorchEngine(policy)
     requests = asked(engine, "93", "918273645546", "5551", n=5, expert_choices=True, seed=1)
@@ -61,14 +57,14 @@ def test_the_engines_routes_are_the_trainers_own(policy: Policy):
             assert completion.expert_choices is not None
             assert completion.expert_choices.dtype == np.uint8
             assert completion.expert_choices.nbytes == (len(tokens) - 1) * 2 * 2
-            expected = own_routes(policy, tokens)[:-1]
+            expected = own_choices(policy, tokens)[:-1]
             assert np.array_equal(np.sort(completion.expert_choices), np.sort(expected))
 
 
-def test_only_those_who_ask_get_routes_and_sampling_is_the_same(policy: Policy):
+def test_only_those_who_ask_get_them_and_sampling_is_the_same(policy: Policy):
     engine = TorchEngine(policy)
     plain = asked(engine, "918273", n=2, seed=3)
-    watched = asked(engine, "918273", n=2, seed=3, routes=True)
+    watched = asked(engine, "918273", n=2, seed=3, expert_choices=True)
     assert engine.generate(plain) == engine.generate(watched)
     first, second = engine.generate([*plain, *watched])
     assert first == second
@@ -76,9 +72,9 @@ def test_only_those_who_ask_get_routes_and_sampling_is_the_same(policy: Policy):
     assert all(c.expert_choices is not None for c in second)
 
 
-def test_engines_without_routes_say_so():
+def test_engines_without_experts_say_so():
     dense = TorchEngine(tiny(LlamaForCausalLM, LlamaConfig))
-    request = Request((9, 10), SamplingParams(max_tokens=2, routes=True))
+    request = Request((9, 10), SamplingParams(max_tokens=2, expert_choices=True))
     with pytest.raises(RequestError, match="return_routes asked of a dense model"):
         dense.generate([request])
     with pytest.raises(RequestError, match="FakeEngine has no experts"):
@@ -87,7 +83,7 @@ def test_engines_without_routes_say_so():
         TorchEngine(phimoe()).generate([request])
 
 
-async def test_routes_over_http_become_the_samples_and_train(policy: Policy):
+async def test_choices_over_http_become_the_samples_and_train(policy: Policy):
     policy = embedded()
     compute = ComputeThread()
     client = in_process_client(create_app(Batcher(TorchEngine(policy), compute), lambda: ["m"]))
@@ -108,7 +104,7 @@ async def test_routes_over_http_become_the_samples_and_train(policy: Policy):
     compute.close()
     batch = prepare(groups, context=512)
     for (sample,) in batch.samples:
-        expected = own_routes(policy, sample.tokens.tolist())[:-1]
+        expected = own_choices(policy, sample.tokens.tolist())[:-1]
         assert sample.expert_choices is not None
         assert np.array_equal(np.sort(sample.expert_choices), np.sort(expected))
     options = art.dev.TrainConfig(routing_replay="rollout", minibatches=2)
@@ -130,63 +126,3 @@ async def test_asking_in_vain_is_a_bad_request_and_spoils_no_other():
     assert not isinstance(fine, BaseException)
     await client.close()
     compute.close()
-
-
-def routes_of(length: int, fill: int) -> np.ndarray:
-    return np.full((length, 2, 2), fill, np.uint8)
-
-
-def test_a_token_keeps_the_route_that_it_was_sampled_with():
-    """Turn 1: 3 + 2 tokens, routes of the first 4. Turn 2: 7 + 2 tokens, routes of 8."""
-    first = choice([4, 5], [1, 2, 3], routed_experts=encode_expert_choices(routes_of(4, 1)))
-    second = choice([8, 9], [1, 2, 3, 4, 5, 6, 7], routed_experts=encode_expert_choices(routes_of(8, 2)))
-    (sample,) = trajectory_samples(trajectory(0.0, first, second))
-    assert sample.expert_choices is not None
-    assert sample.expert_choices[:, 0, 0].tolist() == [1, 1, 1, 1, 2, 2, 2, 2]
-    bare = choice([4, 5], [1, 2, 3])
-    (late,) = trajectory_samples(trajectory(0.0, bare, second))
-    assert late.expert_choices is not None
-    assert late.expert_choices[:, 0, 0].tolist() == [2] * 8
-    (none,) = trajectory_samples(trajectory(0.0, bare))
-    assert none.expert_choices is None
-
-
-def test_packed_routes_are_minus_one_where_none_is_known():
-    with_routes = choice([4, 5], [1, 2, 3], routed_experts=encode_expert_choices(routes_of(4, 200)))
-    samples = [
-        *trajectory_samples(trajectory(0.0, choice([4], [1, 2])), trajectory_id=0),
-        *trajectory_samples(trajectory(0.0, with_routes), trajectory_id=1),
-    ]
-    (microbatch,) = pack(samples, 100)
-    assert microbatch.expert_choices is not None
-    assert microbatch.expert_choices.dtype == torch.int16
-    assert microbatch.expert_choices[:, 1, 1].tolist() == [-1, -1, -1, 200, 200, 200, 200, -1]
-    (bare,) = pack(samples[:1], 100)
-    assert bare.expert_choices is None
-
-
-@pytest.mark.parametrize("experts", [np.uint8, np.int16])
-def test_routes_survive_the_wire(experts: Any):
-    routes = np.arange(24).reshape(4, 3, 2).astype(experts)
-    decoded = decode_expert_choices(encode_expert_choices(routes), 4, "here")
-    assert decoded is not None
-    assert decoded.dtype == experts
-    assert np.array_equal(decoded, routes)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        ({"data": "AAA"}, "damaged"),
-        ({"data": "AAAA"}, "damaged"),
-        ({"dtype": "float64"}, "dtype 'float64' is not one of"),
-        ({"shape": None}, "damaged"),
-        ({"shape": [4, 4]}, r"must be \[4, layers, k\]"),
-        ({"shape": [2, 2, 4]}, r"must be \[4, layers, k\]"),
-    ],
-)
-def test_damaged_routes_are_named(damage: dict[str, Any], message: str):
-    value = encode_expert_choices(routes_of(4, 1)) | damage
-    broken = choice([4, 5], [1, 2, 3], routed_experts=value)
-    with pytest.raises(DataError, match=f"trajectory 0, choice 0: routed_experts.*{message}"):
-        trajectory_samples(trajectory(0.0, broken))
