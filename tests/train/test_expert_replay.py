@@ -243,7 +243,7 @@ def test_choices_that_cover_too_little_or_another_model_are_refused():
         trained(dataclasses.replace(batch, samples=((strange,), *rest)), policy)
     thin = dataclasses.replace(first, expert_choices=np.zeros((len(first) - 1, 3, 1), np.uint8))
     alone = dataclasses.replace(batch, samples=((thin,), *rest))
-    with pytest.raises(DataError, match="1 experts, not 2"):
+    with pytest.raises(DataError, match="1 experts per token, not 2"):
         trained(alone, policy, minibatches=1)
 
 

@@ -145,7 +145,7 @@ def as_trained(
     budget = _budget(policy)
     with torch.no_grad():
         recorded = ExpertReplay(policy, options, Metrics(), budget).start([trajectories])
-    trajectories = recorded or trajectories
+    trajectories = [recorded.get(own[0].trajectory_id, own) for own in trajectories]
     if settings.old_logprobs != "trainer":
         return trajectories
     replay = options.routing_replay != "none"

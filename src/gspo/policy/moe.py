@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gspo.core.errors import ConfigError, DataError, ModelError, NumericsError
-from gspo.kernels.hf import router_classes
+from gspo.kernels.hf import find_routers
 
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -296,26 +296,6 @@ class ExpertChoices(TorchFunctionMode):
         each = counts[:, None, None].expand_as(used).flatten()
         loads = each.new_zeros(used.shape[1] * self._experts).index_add_(0, slots, each)
         return loads.view(-1, self._experts)
-
-
-def find_routers(lm: nn.Module) -> list[tuple[nn.Module, int]]:
-    """Router modules of a model, each with the place of its logits in its output.
-
-    Adapters don't hide them: peft wraps modules, and what it wraps stays a submodule.
-    """
-    routers: dict[nn.Module, int] = {}
-    for model in lm.modules():
-        named = router_classes(model)
-        for spec in named if isinstance(named, list) else [named]:
-            target = getattr(spec, "target_class", spec)
-            if not isinstance(target, type):
-                continue
-            inside = getattr(spec, "layer_name", None)
-            for name, module in model.named_modules():
-                fits = inside is None or f".{inside.strip('.')}." in f".{name}."
-                if isinstance(module, target) and fits:
-                    routers.setdefault(module, getattr(spec, "index", 0))
-    return list(routers.items())
 
 
 def _count(named: Any) -> int:

@@ -91,7 +91,7 @@ class Completion:
         policy_version: version of the weights that sampled it.
         temperature: that `logprobs` are at: the request's, or 1 for greedy decoding.
         expert_choices: if asked for, [R, N, K] experts of the prompt's and the completion's tokens
-            but the last, which was never fed; R = prompt + L - 1. One byte a slot up to 256 experts.
+            but the last, which was never fed; R = prompt + L - 1. One byte per expert up to 256.
     """
 
     token_ids: tuple[int, ...]

@@ -85,7 +85,9 @@ class ExpertReplay:
         self._weights: Tensor | None = None
         self._loads: Tensor | None = None
 
-    def start(self, minibatches: Sequence[Sequence[TrajectorySamples]]) -> list[TrajectorySamples]:
+    def start(
+        self, minibatches: Sequence[Sequence[TrajectorySamples]]
+    ) -> dict[int, TrajectorySamples]:
         """Record the trainer's own choices, if that is asked for.
 
         Args:
@@ -93,22 +95,22 @@ class ExpertReplay:
                 in the same microbatches as they are trained, so that replay is exact to the bit.
 
         Returns:
-            R2: all of these samples with the choices that are to be replayed; else nothing.
+            R2: by trajectory id, these samples with the choices that are to be replayed; else {}.
         """
         by_trainer = self.options.routing_replay == "old_policy"
         if not (by_trainer or self.options.measure_routing):
-            return []
+            return {}
         self._before = [self._preferred(minibatch) for minibatch in minibatches]
         if not by_trainer:
-            return []
+            return {}
         recorded = [samples for minibatch in self._before for samples in minibatch]
         sampled = [samples for minibatch in minibatches for samples in minibatch]
-        for sample, own in zip(_flat(sampled), _flat(recorded), strict=True):
+        for sample, preferred in zip(_flat(sampled), _flat(recorded), strict=True):
             fresh = (sample.policy_versions[sample.ratio_mask] == self.policy.version).all()
             if sample.expert_choices is not None and fresh:
                 engine = torch.from_numpy(sample.expert_choices.astype(np.int16))
-                record_agreement(self.metrics, engine, _choices([(own,)])[: len(engine)])
-        return recorded
+                record_agreement(self.metrics, engine, _choices([(preferred,)])[: len(engine)])
+        return {samples[0].trajectory_id: samples for samples in recorded}
 
     def begin(self, microbatches: Sequence[Microbatch], *, on_policy: bool) -> None:
         """Count the loads of the whole step, which the load-balancing loss needs beforehand.
@@ -165,21 +167,19 @@ class ExpertReplay:
         """After the last update: how many choices are others than before the first."""
         if not self.options.measure_routing:
             return
-        for before in self._before:
-            self._changed(_choices(before), _choices(self._preferred(before)))
+        name, mean = "moe/experts_changed", self.metrics.mean
+        for minibatch in filter(None, self._before):
+            before, after = _choices(minibatch), _choices(self._preferred(minibatch))
+            tokens, layers, k = before.shape
+            changed = changed_slots(before, after)
+            mean(name, int(changed.sum()), tokens * layers * k)
+            for layer, count in enumerate(changed.sum(0).tolist()):
+                mean(f"{name}_layer_{layer}", count, tokens * k)
+            mean("moe/tokens_changed", int((changed > 0).any(-1).sum()), tokens)
 
     def _preferred(self, minibatch: Sequence[TrajectorySamples]) -> list[TrajectorySamples]:
         share = shares(self.policy, self.options)
         return with_own_choices(self.policy, minibatch, self.budget, share=share)
-
-    def _changed(self, before: Integer[Tensor, "U N K"], after: Integer[Tensor, "U N K"]) -> None:
-        tokens, layers, k = before.shape
-        changed = changed_slots(before, after)
-        name, mean = "moe/experts_changed", self.metrics.mean
-        mean(name, int(changed.sum()), tokens * layers * k)
-        for layer, count in enumerate(changed.sum(0).tolist()):
-            mean(f"{name}_layer_{layer}", count, tokens * k)
-        mean("moe/tokens_changed", int((changed > 0).any(-1).sum()), tokens)
 
     def _replayed(self, microbatch: Microbatch) -> Tensor | None:
         return microbatch.replayed_choices() if self.replays else None

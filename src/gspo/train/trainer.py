@@ -160,7 +160,7 @@ class Trainer:
             replay=options.routing_replay != "none",
             share=shares(self.policy, options),
         )
-        return _replaced(plan, scored)
+        return _replaced(plan, {samples[0].trajectory_id: samples for samples in scored})
 
     def _minibatch(
         self,
@@ -284,12 +284,11 @@ class Trainer:
 
 
 def _replaced(
-    plan: list[list[TrajectorySamples]], changed: Sequence[TrajectorySamples]
+    plan: list[list[TrajectorySamples]], changed: Mapping[int, TrajectorySamples]
 ) -> list[list[TrajectorySamples]]:
     """The plan with these samples in place of those of the same trajectories."""
-    by_id = {samples[0].trajectory_id: samples for samples in changed}
     return [
-        [by_id.get(samples[0].trajectory_id, samples) for samples in minibatch]
+        [changed.get(samples[0].trajectory_id, samples) for samples in minibatch]
         for minibatch in plan
     ]
 
