@@ -27,7 +27,8 @@ import numpy as np
 import run
 from harness import HERE, Pairs, paired, say, stamp
 
-from gspo.data.packing import pack, plan_rows
+from gspo.data.best_fit import plan_microbatches
+from gspo.data.packing import pack
 from gspo.data.sample import Sample
 
 LENGTHS = HERE / "data" / "climb_lengths.json"
@@ -63,12 +64,12 @@ def drawn(lengths: Sequence[int], count: int) -> list[int]:
 
 
 def _efficiency(batches: Sequence[Sequence[int]], many: Sequence[int]) -> dict[str, Any]:
-    plans = [loads(own, plan_rows(own, BUDGET)) for own in batches]
+    plans = [loads(own, plan_microbatches(own, BUDGET)) for own in batches]
     pairs = Pairs(
         ours=tuple(float(len(rows) * max(rows)) for rows in plans),
         other=tuple(float(sum(own)) for own in batches),
     )
-    large = loads(many, plan_rows(many, BUDGET))
+    large = loads(many, plan_microbatches(many, BUDGET))
     return _row(
         "balanced rows of a run's batches",
         batches,
@@ -162,12 +163,12 @@ def _planning(
     sizes: Sequence[int], packed: Sequence[int], tokens: Sequence[int], repeats: int
 ) -> dict[str, Any]:
     say(f"  planning {len(sizes):,} samples, packing up to {len(packed):,}")
-    mine, theirs = plan_rows(sizes, BUDGET), first_fit(sizes, BUDGET)
+    mine, theirs = plan_microbatches(sizes, BUDGET), first_fit(sizes, BUDGET)
     for plan in (mine, theirs):
         loads(sizes, plan)
     assert len(mine) <= len(theirs), f"{len(mine)} rows, first-fit needs {len(theirs)}"
     pairs = paired(
-        lambda: plan_rows(sizes, BUDGET), lambda: first_fit(sizes, BUDGET), repeats=repeats
+        lambda: plan_microbatches(sizes, BUDGET), lambda: first_fit(sizes, BUDGET), repeats=repeats
     )
     return stamp(
         name="packing",

@@ -76,7 +76,7 @@ def clip_fractions(data: Data) -> Rows:
 
 def replay(data: Data) -> Rows:
     """One row an arm and engine: AUC, what the replay changes, and how much there was to do."""
-    measured = {"experts changed": "moe/experts_changed", "routes agree": "moe/routing_agreement"}
+    measured = {"experts changed": "moe/experts_changed", "choices agree": "moe/routing_agreement"}
     rows = [["engine", "arm", "AUC", "with - without, AUC", "at the end", "collapsed", *measured]]
     for stress, summaries in stresses(data):
         for arm in summaries:

@@ -17,7 +17,7 @@ from gspo.backend.replay import UpdateRecord, read_batch, replay_schema
 from gspo.backend.run import Run
 from gspo.config import TrainConfig
 from gspo.core.errors import RunError
-from gspo.data.expert_choices import encode_routes
+from gspo.data.expert_choices import encode_expert_choices
 from gspo.data.sample import Sample, trajectory_samples
 from gspo.train.settings import resolve
 from support import choice, trajectory
@@ -38,7 +38,7 @@ def run(tmp_path: Path):
 
 def routes(*shape: int) -> dict[str, Any]:
     rng = np.random.default_rng(len(shape))
-    return encode_routes(rng.integers(0, 8, shape).astype(np.uint8))
+    return encode_expert_choices(rng.integers(0, 8, shape).astype(np.uint8))
 
 
 def openai_choice(tokens: list[int], logprobs: list[float]) -> Choice:
@@ -91,7 +91,7 @@ def test_samples_come_back_bit_for_bit(run: Run):
     stored = read_batch(path)
     before, after = samples(groups()), samples(stored.groups)
     assert len(before) == len(after) == 5
-    assert any(sample.routes is not None for sample in before)
+    assert any(sample.expert_choices is not None for sample in before)
     assert len({float(t) for s in before for t in s.temperatures}) == 3
     for a, b in zip(before, after, strict=True):
         assert_same(a, b)
@@ -151,7 +151,7 @@ async def test_a_trained_batch_comes_back(tmp_path: Path):
     assert stored.record.options == {"minibatches": 1, "lr_warmup_steps": 5}
     assert stored.record.learning_rate == 1.5e-4
     for a, b in zip(samples(before), samples(stored.groups), strict=True):
-        assert a.routes is not None
+        assert a.expert_choices is not None
         assert_same(a, b)
 
 

@@ -15,7 +15,7 @@ import table
 from guard import regressions
 from harness import Result
 
-from gspo.data.packing import plan_rows
+from gspo.data.best_fit import plan_microbatches
 
 
 def test_doctests() -> None:
@@ -118,7 +118,7 @@ def test_first_fit_needs_as_few_rows_as_a_careful_packing() -> None:
     rows = packing.first_fit(sizes, packing.BUDGET)
     found = packing.loads(sizes, rows)
     assert len(rows) >= math.ceil(sum(sizes) / packing.BUDGET)
-    assert len(plan_rows(sizes, packing.BUDGET)) <= len(rows) == len(found)
+    assert len(plan_microbatches(sizes, packing.BUDGET)) <= len(rows) == len(found)
 
 
 def test_a_lost_sample_and_a_full_row_are_noticed() -> None:

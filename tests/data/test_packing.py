@@ -11,10 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gspo.data.packing import Microbatch, pack, plan_rows
+from gspo.data.packing import Microbatch, pack
 from gspo.data.sample import Sample
 
-SIZES = st.lists(st.integers(1, 40), max_size=40)
 BUDGETS = st.integers(1, 60)
 
 
@@ -46,67 +45,10 @@ def sample_lists(draw: st.DrawFn) -> list[Sample]:
     return [make_sample(o, int(rng.integers(2, 30)), rng) for o in draw(st.permutations(owners))]
 
 
-def rows_of(microbatch: Microbatch) -> list[tuple[int, int]]:
-    """(start, end) of each sample in the row."""
+def spans(microbatch: Microbatch) -> list[tuple[int, int]]:
+    """(start, end) of each sample in the microbatch."""
     ends = list(itertools.accumulate(microbatch.lengths))
     return list(zip([0, *ends[:-1]], ends, strict=True))
-
-
-@given(sizes=SIZES, budget=BUDGETS)
-def test_every_item_is_in_one_row_within_the_budget(sizes: list[int], budget: int) -> None:
-    rows = plan_rows(sizes, budget)
-    assert sorted(itertools.chain(*rows)) == list(range(len(sizes)))
-    for row in rows:
-        assert row == sorted(row)
-        assert len(row) == 1 or sum(sizes[item] for item in row) <= budget
-    assert rows == plan_rows(sizes, budget)
-
-
-def best_fit(sizes: list[int], budget: int) -> list[int]:
-    """Loads of the rows, the slow way."""
-    loads: list[int] = []
-    for size in sorted(sizes, reverse=True):
-        fitting = [row for row, load in enumerate(loads) if load + size <= budget]
-        if fitting:
-            loads[max(fitting, key=lambda row: loads[row])] += size
-        else:
-            loads.append(size)
-    return loads
-
-
-@given(sizes=SIZES, budget=BUDGETS)
-def test_rows_are_as_few_as_best_fit_makes_and_never_fuller(sizes: list[int], budget: int) -> None:
-    loads = [sum(sizes[item] for item in row) for row in plan_rows(sizes, budget)]
-    expected = best_fit(sizes, budget)
-    assert len(loads) == len(expected)
-    assert max(loads, default=0) <= max(expected, default=0)
-    assert 2 * sum(loads) > (len(loads) - 1) * budget or len(loads) < 2
-
-
-@given(sizes=SIZES)
-def test_rows_are_even_where_there_is_room(sizes: list[int]) -> None:
-    budget = 4 * max(sizes, default=1)
-    loads = [sum(sizes[item] for item in row) for row in plan_rows(sizes, budget)]
-    if sum(sizes) < (len(loads) - 0.5) * budget * 3 / 4:
-        assert max(loads, default=0) - min(loads, default=0) <= max(sizes, default=0)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "budget", "rows"),
-    [
-        ([], 8, []),
-        ([6, 3, 5, 2], 8, [[0, 3], [1, 2]]),
-        ([2, 5, 6, 3], 8, [[0, 2], [1, 3]]),  # largest first
-        ([9, 1, 1], 8, [[0], [1, 2]]),
-        ([4, 4, 4], 8, [[0, 2], [1]]),
-        ([8, 8], 8, [[0], [1]]),
-        ([5, 6, 2], 8, [[0, 2], [1]]),  # evenly
-        ([3, 3, 2, 2, 2], 6, [[0, 1], [2, 3, 4]]),  # evenly, the last wouldn't fit: best-fit
-        ([5, 6, 2, 3], 9, [[0, 3], [1, 2]]),
-    ],
-)
-def test_plans_by_hand(sizes: list[int], budget: int, rows: list[list[int]]) -> None:
-    assert plan_rows(sizes, budget) == rows
 
 
 @given(samples=sample_lists(), budget=BUDGETS)
@@ -115,7 +57,7 @@ def test_every_sample_appears_once_and_as_it_was(samples: list[Sample], budget: 
     for microbatch in pack(samples, budget):
         assert microbatch.token_count == sum(microbatch.lengths) == microbatch.tokens.shape[1]
         used = 0
-        for start, end in rows_of(microbatch):
+        for start, end in spans(microbatch):
             sample = left.pop(tuple(microbatch.tokens[0, start:end].tolist()))
             assert microbatch.positions[0, start:end].tolist() == list(range(end - start))
             inside = (microbatch.targets >= start) & (microbatch.targets < end)
@@ -135,7 +77,7 @@ def test_every_sample_appears_once_and_as_it_was(samples: list[Sample], budget: 
 
 
 @given(samples=sample_lists(), budget=BUDGETS)
-def test_no_trajectory_is_torn_and_rows_keep_to_the_budget(
+def test_no_trajectory_is_torn_and_microbatches_keep_to_the_budget(
     samples: list[Sample], budget: int
 ) -> None:
     microbatches = pack(samples, budget)

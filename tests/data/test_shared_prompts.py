@@ -1,4 +1,4 @@
-"""Sharing prefixes: every sample is still there, and the row is as short as the rule says."""
+"""Sharing prompts: each sample is still there, and as few tokens as the rule says."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.prefixes import branching_groups, small_sample
-from gspo.data import shared_prompts as prefix
+from gspo.data import shared_prompts
 from gspo.data.packing import Microbatch, pack
 from gspo.data.sample import Sample
-from gspo.data.shared_prompts import GRAIN, Prefixes
+from gspo.data.shared_prompts import GRAIN, SharedPrompts
 from gspo.train.minibatches import prepare
 
 
@@ -60,58 +60,56 @@ def worth(sample: Sample, common: int) -> int:
 
 @given(samples=coincidences())
 def test_a_layout_holds_every_sample_and_is_as_short_as_the_rule_says(samples: list[Sample]):
-    layout = Prefixes(samples).layout(range(len(samples)))
-    row = np.full(layout.size, -1)
-    for sample, path in zip(
-        samples, np.split(layout.index, np.cumsum([len(s) for s in samples])[:-1]), strict=True
-    ):
+    index, shared = SharedPrompts(samples).layout(range(len(samples)))
+    ends = np.cumsum([len(sample) for sample in samples])
+    placed = np.full(ends[-1] - sum(shared), -1)
+    for sample, path in zip(samples, np.split(index, ends[:-1]), strict=True):
         assert (np.diff(path) > 0).all()
-        assert ((row[path] == -1) | (row[path] == sample.tokens)).all()
-        row[path] = sample.tokens
-    assert (row >= 0).all()
+        assert ((placed[path] == -1) | (placed[path] == sample.tokens)).all()
+        placed[path] = sample.tokens
+    assert (placed >= 0).all()
     size, before = 0, []
     for sample in sorted(samples, key=lambda s: s.tokens.tolist()):
         tokens = sample.tokens.tolist()
         common = max((in_common(tokens, other) for other in before), default=0)
         size += len(tokens) - worth(sample, common)
         before.append(tokens)
-    assert layout.size == size
+    assert len(placed) == size
 
 
 @given(samples=coincidences())
-def test_without_a_grain_a_row_holds_each_distinct_prefix_once(samples: list[Sample]):
+def test_without_a_grain_each_distinct_start_is_there_once(samples: list[Sample]):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefix, "GRAIN", 1)
-        layout = Prefixes(samples).layout(range(len(samples)))
+        patch.setattr(shared_prompts, "GRAIN", 1)
+        index, _ = SharedPrompts(samples).layout(range(len(samples)))
     distinct = {tuple(s.tokens[: n + 1].tolist()) for s in samples for n in range(len(s))}
-    assert layout.size == len(distinct)
+    assert index.max() + 1 == len(distinct)
 
 
 @given(samples=coincidences(), data=st.data())
 def test_part_of_the_samples_is_laid_out_as_if_they_were_alone(samples, data: st.DataObject):
     numbers = st.sampled_from(range(len(samples)))
     chosen = sorted(data.draw(st.lists(numbers, unique=True, min_size=1)))
-    whole, alone = Prefixes(samples), Prefixes([samples[i] for i in chosen])
-    one, two = whole.layout(chosen), alone.layout(range(len(chosen)))
-    assert one.size == two.size
-    assert one.index.tolist() == two.index.tolist()
-    assert one.shared == two.shared
+    alone = SharedPrompts([samples[i] for i in chosen])
+    index, shared = SharedPrompts(samples).layout(chosen)
+    index_alone, shared_alone = alone.layout(range(len(chosen)))
+    assert index.tolist() == index_alone.tolist()
+    assert shared == shared_alone
 
 
 @given(samples=coincidences())
 def test_growing_never_counts_too_few(samples: list[Sample]):
-    prefixes, ranks = Prefixes(samples), []
-    grown = sum(prefixes.grow(ranks, [i]) for i in range(len(samples)))
-    assert grown >= prefixes.layout(range(len(samples))).size
+    prompts, ranks = SharedPrompts(samples), []
+    index, _ = prompts.layout(range(len(samples)))
+    size = index.max() + 1
+    assert sum(prompts.grow(ranks, [i]) for i in range(len(samples))) >= size
     assert ranks == sorted(range(len(samples)))
-    order = sorted(range(len(samples)), key=lambda i: prefixes.rank[i])
-    ranks = []
-    exact = sum(prefixes.grow(ranks, [i]) for i in order)
-    assert exact == prefixes.layout(range(len(samples))).size
+    order = sorted(range(len(samples)), key=prompts.rank.__getitem__)
+    assert prompts.grow([], order) == size
 
 
 @given(samples=coincidences(), budget=st.integers(1, 120))
-def test_rows_keep_to_the_budget_and_groups_together_where_they_fit(
+def test_microbatches_keep_to_the_budget_and_groups_together_where_they_fit(
     samples: list[Sample], budget: int
 ):
     microbatches = pack(samples, budget, share=True)
@@ -121,7 +119,8 @@ def test_rows_keep_to_the_budget_and_groups_together_where_they_fit(
         assert microbatch.token_count <= budget or len(microbatch.trajectory_ids) == 1
     for group in {s.group_id for s in samples}:
         own = [s for s in samples if s.group_id == group]
-        if Prefixes(own).layout(range(len(own))).size <= budget:
+        index, _ = SharedPrompts(own).layout(range(len(own)))
+        if index.max() < budget:
             numbers = {s.trajectory_id for s in own}
             assert (
                 sum(bool(numbers & set(microbatch.trajectory_ids)) for microbatch in microbatches)
@@ -138,11 +137,11 @@ def test_every_sampled_token_is_there_once_and_reads_its_predecessor(budget: int
         by_id.setdefault(sample.trajectory_id, []).append(sample)
     seen = []
     for microbatch in pack(samples, budget, share=True):
-        at, of_row = 0, list(paths(microbatch))
+        at, of_sample = 0, list(paths(microbatch))
         for sequence, trajectory in enumerate(microbatch.trajectory_ids):
             seen.append(trajectory)
             for sample in by_id[trajectory]:
-                path = of_row.pop(0)
+                path = of_sample.pop(0)
                 assert microbatch.tokens[0, path].tolist() == sample.tokens.tolist()
                 assert microbatch.positions[0, path].tolist() == list(range(len(sample)))
                 end = at + sample.sampled
@@ -195,48 +194,48 @@ def test_equal_samples_add_nothing():
     assert microbatch.sequence_ids.tolist() == [0, 0, 1, 1, 2, 2]
 
 
-def test_a_group_beyond_the_budget_repeats_its_prompt_in_few_rows():
+def test_a_group_beyond_the_budget_repeats_its_prompt_in_few_microbatches():
     prompt = list(range(10, 50))
     samples = [small_sample([*prompt, *range(60 + i, 70 + i)], 40, i) for i in range(9)]
     microbatches = pack(samples, 75, share=True)  # the prompt and three completions
     assert sorted(microbatch.token_count for microbatch in microbatches) == [70, 70, 70]
 
 
-def routed(sample: Sample, change_at: int | None = None) -> Sample:
-    routes = np.tile(sample.tokens[:-1, None, None] % 4, (1, 2, 2)).astype(np.uint8)
+def with_experts(sample: Sample, change_at: int | None = None) -> Sample:
+    experts = np.tile(sample.tokens[:-1, None, None] % 4, (1, 2, 2)).astype(np.uint8)
     if change_at is not None:
-        routes[change_at] = 5
-    return dataclasses.replace(sample, routes=routes)
+        experts[change_at] = 5
+    return dataclasses.replace(sample, expert_choices=experts)
 
 
-def test_tokens_with_other_routes_are_not_shared_where_routes_are_replayed():
+def test_tokens_with_other_experts_are_not_shared_if_they_are_replayed():
     prompt = list(range(10, 50))
     plain = [small_sample([*prompt, 60 + i, 70], 40, i) for i in range(4)]
-    samples = [routed(plain[0]), routed(plain[1]), routed(plain[2], 35), routed(plain[3], 0)]
-    (microbatch,) = pack(samples, 1000, share=True, routed=True)
+    changed_at = (None, None, 35, 0)
+    samples = [with_experts(s, place) for s, place in zip(plain, changed_at, strict=True)]
+    (microbatch,) = pack(samples, 1000, share=True, replay=True)
     assert sorted(microbatch.shared) == [0, 0, 32, 40]
-    routes = microbatch.row_routes()
-    assert routes is not None
-    assert routes.shape == (microbatch.token_count, 2, 2)
+    replayed = microbatch.replayed_choices()
+    assert replayed.shape == (microbatch.token_count, 2, 2)
     for sample, path in zip(samples, paths(microbatch), strict=True):
-        assert sample.routes is not None
-        assert torch.equal(routes[path][:-1], torch.from_numpy(sample.routes).short())
-        assert (routes[path[-1]] == -1).all()
+        assert sample.expert_choices is not None
+        assert torch.equal(replayed[path][:-1], torch.from_numpy(sample.expert_choices).short())
+        assert (replayed[path[-1]] == -1).all()
     (microbatch,) = pack(samples, 1000, share=True)
     assert sorted(microbatch.shared) == [0, 40, 40, 40]
-    with pytest.raises(ValueError, match="routed=True"):
-        microbatch.row_routes()
-    assert microbatch.routes is not None
-    assert len(microbatch.routes) == microbatch.sample_tokens
+    with pytest.raises(ValueError, match="replay=True"):
+        microbatch.replayed_choices()
+    assert microbatch.expert_choices is not None
+    assert len(microbatch.expert_choices) == microbatch.sample_tokens
 
 
-def test_an_unrouted_row_keeps_all_routes_for_comparison():
-    samples = [routed(small_sample([1, 2, 3, 4 + i], 3, i)) for i in range(3)]
+def test_without_replay_all_expert_choices_are_kept_for_comparison():
+    samples = [with_experts(small_sample([1, 2, 3, 4 + i], 3, i)) for i in range(3)]
     (microbatch,) = pack(samples, 1000, share=True)
     (apart,) = pack(samples, 1000)
-    assert microbatch.routes is not None
-    assert apart.routes is not None
-    assert torch.equal(microbatch.routes, apart.routes)
+    assert microbatch.expert_choices is not None
+    assert apart.expert_choices is not None
+    assert torch.equal(microbatch.expert_choices, apart.expert_choices)
     assert microbatch.token_count < apart.token_count
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from gspo.core.errors import ConfigError, ModelError
 from gspo.core.options import TEMPERATURES
-from gspo.data.sampled import read_fields
+from gspo.data.turn import read_fields
 from gspo.dev import InternalModelConfig
 from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.experiment.plan import make_plan

@@ -231,10 +231,12 @@ def test_a_replayed_row_counts_its_copies():
     found = []
     for share in (True, False):
         (microbatch,) = pack(samples, 10_000, share=share)
-        with policy.routing.observe(balance=weights, copies=microbatch.copies) as tape:
+        with policy.routers.watch(balance=weights, copies=microbatch.copies) as choices:
             forward(policy, microbatch)
-        assert isinstance(tape.balance, Tensor)
-        found.append((tape.loads(), tape.balance.detach(), tape.own()[microbatch.index]))
+        assert isinstance(choices.balance, Tensor)
+        found.append(
+            (choices.loads(), choices.balance.detach(), choices.preferred()[microbatch.index])
+        )
     (loads, balance, own), (loads_apart, balance_apart, own_apart) = found
     assert torch.equal(loads, loads_apart)
     assert torch.equal(own, own_apart)

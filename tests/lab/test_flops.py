@@ -41,7 +41,7 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 def plain(policy: Policy) -> Policy:
     """Every product as a matrix product that torch counts: no fused attention or experts."""
     policy.lm.set_attn_implementation("eager")
-    if policy.routing.routers:
+    if policy.routers.modules:
         policy.lm.set_experts_implementation("eager")
     policy.packing = "single"
     return policy

@@ -187,8 +187,8 @@ def test_parameters_keep_their_own_gradients(policy: Policy, groups):
     policy.lm.zero_grad(set_to_none=True)
 
 
-def test_a_replay_without_routes_is_refused(policy: Policy, groups):
-    with pytest.raises(DataError, match="without routes"):
+def test_a_replay_without_expert_choices_is_refused(policy: Policy, groups):
+    with pytest.raises(DataError, match="without expert choices"):
         measured(policy, groups, {"gspo": settings_of("gspo")}, replay=True)
 
 

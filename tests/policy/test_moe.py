@@ -1,42 +1,49 @@
-"""Recording and replaying the choice of experts on plain transformers models."""
+"""Recording and replaying the choice of experts on plain transformers models.
+
+What cannot be recorded or replayed is refused, and leaves nothing behind.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from gspo.core.errors import ConfigError, DataError, ModelError, NumericsError
 from gspo.data.packing import Microbatch, pack
 from gspo.dev import LoraConfig
 from gspo.policy import load
-from gspo.policy.expert_tape import Tape, as_array, changed_slots
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy, recompute_layers
-from policy.routers import MOE, moe
-from policy.test_forward import samples
+from gspo.policy.moe import ExpertChoices
+from policy.routers import MOE, moe, phimoe
+from policy.test_forward import samples, tiny
 from support import embedded
 
 
-def row_of(policy: Policy) -> Microbatch:
+def packed(policy: Policy) -> Microbatch:
     return pack(samples(policy), 10_000)[0]
 
 
-def own_routes(policy: Policy, microbatch: Microbatch) -> Tensor:
-    with torch.no_grad(), policy.routing.observe() as tape:
+def own_choices(policy: Policy, microbatch: Microbatch) -> Tensor:
+    with torch.no_grad(), policy.routers.watch() as choices:
         forward(policy, microbatch)
-    return tape.own().short()
+    return choices.preferred().short()
 
 
 def passed(
-    policy: Policy, microbatch: Microbatch, routes: Tensor | None
-) -> tuple[Tensor, dict[str, Tensor], Tape]:
-    """Log-probs, the gradient of their weighted sum (taken outside the block), and the tape."""
-    with policy.routing.observe(routes) as tape:
+    policy: Policy, microbatch: Microbatch, replay: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor], ExpertChoices]:
+    """Log-probs, the gradient of their weighted sum (taken outside the block), and the choices."""
+    with policy.routers.watch(replay) as choices:
         logprobs = forward(policy, microbatch).logprobs
     (logprobs * torch.linspace(-1, 1, len(logprobs))).sum().backward()
     gradient = {n: p.grad for n, p in policy.trainable.items() if p.grad is not None}
     policy.lm.zero_grad(set_to_none=True)
-    return logprobs.detach(), gradient, tape
+    return logprobs.detach(), gradient, choices
 
 
 def assert_same(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
@@ -51,29 +58,30 @@ def policy() -> Policy:
 
 
 @pytest.mark.parametrize("name", MOE)
-def test_replaying_the_policys_own_routes_changes_no_bit(name: str):
+def test_replaying_the_policys_own_choices_changes_no_bit(name: str):
     policy = moe(name)
-    row = row_of(policy)
-    plain, expected, tape = passed(policy, row, None)
-    assert tape.own().shape == (row.token_count, len(policy.routing.routers), tape.own().shape[2])
-    replayed, got, _ = passed(policy, row, tape.own().short())
+    microbatch = packed(policy)
+    plain, expected, choices = passed(policy, microbatch, None)
+    layers = len(policy.routers.modules)
+    assert choices.preferred().shape[:2] == (microbatch.token_count, layers)
+    replayed, got, _ = passed(policy, microbatch, choices.preferred().short())
     assert torch.equal(plain, replayed)
     assert_same(expected, got)
 
 
 @pytest.mark.parametrize("name", MOE)
-def test_a_perturbed_policys_routes_are_taken_on_every_token(name: str):
+def test_a_perturbed_policys_experts_are_taken_on_every_token(name: str):
     policy, other = moe(name), moe(name)
-    row = row_of(policy)
+    microbatch = packed(policy)
     with torch.no_grad():
-        for router in other.routing.routers:
+        for router in other.routers.modules:
             for weight in router.parameters():
                 weight.add_(torch.randn_like(weight))
-    routes = own_routes(other, row)
-    plain = forward(policy, row).logprobs
-    replayed, gradient, tape = passed(policy, row, routes)
-    assert torch.equal(tape.used().short(), routes)
-    assert (tape.own().short() != routes).any()
+    replay = own_choices(other, microbatch)
+    plain = forward(policy, microbatch).logprobs
+    replayed, gradient, choices = passed(policy, microbatch, replay)
+    assert torch.equal(choices.used().short(), replay)
+    assert (choices.preferred().short() != replay).any()
     assert (plain - replayed).abs().max() > 1e-3
     of_routers = [g for n, g in gradient.items() if ".gate." in n or ".router." in n]
     assert of_routers
@@ -81,68 +89,68 @@ def test_a_perturbed_policys_routes_are_taken_on_every_token(name: str):
 
 
 def test_the_experts_that_compute_are_the_replayed_ones(policy: Policy):
-    """Seen from the experts' side, not from the tape."""
-    row, seen = row_of(policy), []
+    """Seen from the experts' side, not from the choices."""
+    microbatch, seen = packed(policy), []
     hooks = [
         module.register_forward_pre_hook(lambda _, args: seen.append(args[1].clone()))
         for module in policy.lm.modules()
         if type(module).__name__ == "Qwen3MoeExperts"
     ]
-    routes = (own_routes(policy, row) + 3) % 8
+    replay = (own_choices(policy, microbatch) + 3) % 8
     seen.clear()
-    passed(policy, row, routes)
+    passed(policy, microbatch, replay)
     for hook in hooks:
         hook.remove()
-    assert torch.equal(torch.stack(seen, dim=1).short(), routes)
+    assert torch.equal(torch.stack(seen, dim=1).short(), replay)
 
 
-def test_tokens_without_a_route_are_the_routers_own(policy: Policy):
-    row = row_of(policy)
-    routes = (own_routes(policy, row) + 1) % 8
-    routes[::3] = -1
-    _, _, tape = passed(policy, row, routes)
-    known = routes[:, 0, 0] >= 0
-    assert torch.equal(tape.used()[known].short(), routes[known])
-    assert torch.equal(tape.used()[~known], tape.own()[~known])
+def test_tokens_without_a_replay_are_left_to_the_router(policy: Policy):
+    microbatch = packed(policy)
+    replay = (own_choices(policy, microbatch) + 1) % 8
+    replay[::3] = -1
+    _, _, choices = passed(policy, microbatch, replay)
+    known = replay[:, 0, 0] >= 0
+    assert torch.equal(choices.used()[known].short(), replay[known])
+    assert torch.equal(choices.used()[~known], choices.preferred()[~known])
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("packing", ["own", "mask", "single"])
 def test_packing_and_checkpointing_replay_alike(name: str, packing: str):
     policy = moe(name)
-    row = row_of(policy)
-    routes = (own_routes(policy, row) + 1) % 8
-    expected, gradient, _ = passed(policy, row, routes)
+    microbatch = packed(policy)
+    replay = (own_choices(policy, microbatch) + 1) % 8
+    expected, gradient, _ = passed(policy, microbatch, replay)
     if packing != "own" and (name, packing) != ("gpt_oss", "mask"):
         policy.packing = packing  # pyright: ignore[reportAttributeAccessIssue]
-    plain, one, _ = passed(policy, row, routes)
+    plain, one, _ = passed(policy, microbatch, replay)
     torch.testing.assert_close(plain, expected, atol=5e-5, rtol=1e-5)
     for key, value in gradient.items():
         torch.testing.assert_close(one[key], value, atol=1e-3, rtol=1e-3)
     recompute_layers(policy)
     policy.lm.train()
-    recomputed, two, tape = passed(policy, row, routes)
-    assert torch.equal(tape.used().short(), routes)
+    recomputed, two, choices = passed(policy, microbatch, replay)
+    assert torch.equal(choices.used().short(), replay)
     assert torch.equal(plain, recomputed)
     assert_same(one, two)
 
 
-def test_recomputation_takes_its_own_tape_whatever_ran_in_between():
-    """Two rows with different routes and a free pass, all before the first backward."""
+def test_recomputation_takes_its_own_choices_whatever_ran_in_between():
+    """Two microbatches with different replay and a free pass, all before the first backward."""
     expected = []
     for checkpointing in (False, True):
         policy = moe()
         if checkpointing:
             recompute_layers(policy)
             policy.lm.train()
-        rows = pack(samples(policy), 60)[:2]
+        microbatches = pack(samples(policy), 60)[:2]
         losses = []
-        for shift, row in enumerate(rows):
-            routes = (own_routes(policy, row) + 1 + shift) % 8
-            with policy.routing.observe(routes):
-                losses.append(forward(policy, row).logprobs.sum())
-        forward(policy, rows[0])
-        with policy.routing.observe():
+        for shift, microbatch in enumerate(microbatches):
+            replay = (own_choices(policy, microbatch) + 1 + shift) % 8
+            with policy.routers.watch(replay):
+                losses.append(forward(policy, microbatch).logprobs.sum())
+        forward(policy, microbatches[0])
+        with policy.routers.watch():
             torch.stack(losses).sum().backward()
         expected.append({n: p.grad for n, p in policy.trainable.items() if p.grad is not None})
     assert_same(*expected)
@@ -150,28 +158,28 @@ def test_recomputation_takes_its_own_tape_whatever_ran_in_between():
 
 def test_lora_replays_and_the_base_model_is_left_alone():
     policy = embedded(lora=LoraConfig(r=2))
-    assert len(policy.routing.routers) == 2
-    row = row_of(policy)
-    plain, expected, tape = passed(policy, row, None)
-    same, got, _ = passed(policy, row, tape.own().short())
+    assert len(policy.routers.modules) == 2
+    microbatch = packed(policy)
+    plain, expected, choices = passed(policy, microbatch, None)
+    same, got, _ = passed(policy, microbatch, choices.preferred().short())
     assert torch.equal(plain, same)
     assert_same(expected, got)
-    routes = (tape.own().short() + 1) % 8
-    _, gradient, replayed = passed(policy, row, routes)
-    assert torch.equal(replayed.used().short(), routes)
+    replay = (choices.preferred().short() + 1) % 8
+    _, gradient, replayed = passed(policy, microbatch, replay)
+    assert torch.equal(replayed.used().short(), replay)
     assert any(g.abs().max() > 0 for g in gradient.values())
 
 
 @pytest.mark.parametrize(("experts", "size"), [(8, 1), (256, 1), (257, 2)])
 def test_a_recorded_slot_is_one_byte_up_to_256_experts(experts: int, size: int):
     policy = moe(num_experts=experts)
-    row = row_of(policy)
-    with torch.no_grad(), policy.routing.observe() as tape:
-        forward(policy, row)
-    assert tape.own().element_size() == size
-    stored = as_array(tape.own(), policy.routing.experts)
-    assert stored.nbytes == size * row.token_count * 3 * 2
-    assert int(stored.max()) == int(tape.own().max()) < experts
+    microbatch = packed(policy)
+    with torch.no_grad(), policy.routers.watch() as choices:
+        forward(policy, microbatch)
+    assert choices.preferred().element_size() == size
+    stored = choices.preferred().numpy()
+    assert stored.nbytes == size * microbatch.token_count * 3 * 2
+    assert int(stored.max()) == int(choices.preferred().max()) < experts
 
 
 @pytest.mark.parametrize("name", MOE)
@@ -179,10 +187,10 @@ def test_the_router_computes_in_float32_under_autocast(name: str):
     policy = moe(name)
     policy.compute_dtype = torch.bfloat16
     logits = []
-    for router, at in zip(policy.routing.routers, policy.routing._logits_at, strict=True):
+    for router, at in zip(policy.routers.modules, policy.routers._logits_index, strict=True):
         router.register_forward_hook(lambda _m, _a, out, at=at: logits.append(out[at]))
-    row = row_of(policy)
-    scored = forward(policy, row).logprobs
+    microbatch = packed(policy)
+    scored = forward(policy, microbatch).logprobs
     assert {value.dtype for value in logits} == {torch.float32}
     # Not bfloat16's values in a float32 tensor.
     assert any((value != value.bfloat16().float()).any() for value in logits)
@@ -192,37 +200,107 @@ def test_the_router_computes_in_float32_under_autocast(name: str):
 
 def test_two_policies_on_one_model_do_not_disturb_each_other(policy: Policy):
     second = Policy(policy.lm, None, policy.tokenizer, "x", torch.bfloat16, 128)
-    row = row_of(policy)
-    with second.routing.observe() as theirs, policy.routing.observe() as ours:
-        forward(second, row)
-    assert torch.equal(theirs.own(), ours.own())
+    microbatch = packed(policy)
+    with second.routers.watch() as theirs, policy.routers.watch() as ours:
+        forward(second, microbatch)
+    assert torch.equal(theirs.preferred(), ours.preferred())
     assert not torch.is_autocast_enabled("cpu")
 
 
-def test_changed_slots_ignore_the_order():
-    a = torch.tensor([[[0, 1, 2], [3, 4, 5]]])
-    b = torch.tensor([[[2, 0, 1], [5, 6, 7]]])
-    assert changed_slots(a, b).tolist() == [[0, 2]]
-
-
 def test_loads_count_every_slot(policy: Policy):
-    row = row_of(policy)
-    with torch.no_grad(), policy.routing.observe() as tape:
-        forward(policy, row)
-    loads = tape.loads()
+    microbatch = packed(policy)
+    with torch.no_grad(), policy.routers.watch() as choices:
+        forward(policy, microbatch)
+    loads = choices.loads()
     assert loads.shape == (3, 8)
-    assert loads.sum(-1).tolist() == [2 * row.token_count] * 3
-    assert loads[1, 5] == (tape.own()[:, 1] == 5).sum()
+    assert loads.sum(-1).tolist() == [2 * microbatch.token_count] * 3
+    assert loads[1, 5] == (choices.preferred()[:, 1] == 5).sum()
 
 
-def test_loading_with_checkpointing_hands_the_tape_over():
+def test_loading_with_checkpointing_hands_the_choices_over():
     policy = load.load_policy(
         "embedded:sort", load.InternalModelConfig(activation_checkpointing=True)
     )
     policy.lm.train()
-    row = row_of(policy)
-    routes = (own_routes(policy, row) + 1) % 8
-    _, one, _ = passed(policy, row, routes)
+    microbatch = packed(policy)
+    replay = (own_choices(policy, microbatch) + 1) % 8
+    _, one, _ = passed(policy, microbatch, replay)
     policy.lm.eval()
-    _, two, _ = passed(policy, row, routes)
+    _, two, _ = passed(policy, microbatch, replay)
     assert_same(one, two)
+
+
+def test_a_replay_that_does_not_fit_is_an_error(policy: Policy):
+    microbatch = packed(policy)
+    replay = own_choices(policy, microbatch)
+    for wrong, message in (
+        (torch.cat([replay, replay[:1]]), "consumed whole"),
+        (replay[:-1], "were to be replayed"),
+        (replay[:, :2], "expert choices of 2 layers"),
+        (replay[..., :1], "were to be replayed"),
+        (replay + 7, "up to expert 14; the model has 3 MoE layers of 8"),
+    ):
+        with pytest.raises(DataError, match=message), policy.routers.watch(wrong):
+            forward(policy, microbatch)
+    with pytest.raises(DataError, match="consumed whole"), policy.routers.watch(replay):
+        pass
+    assert torch.equal(own_choices(policy, microbatch), replay), "nothing is left behind"
+
+
+def test_a_layer_that_is_missed_is_an_error(policy: Policy):
+    microbatch = packed(policy)
+    layers = policy.lm.model.layers  # pyright: ignore[reportAttributeAccessIssue]
+    block = layers[1].mlp
+    own, block.forward = block.forward, lambda x: x
+    with pytest.raises(DataError, match="each was to route"), policy.routers.watch():
+        forward(policy, microbatch)
+    block.forward = own
+
+
+def test_dense_models_and_strange_routers_are_refused():
+    dense = tiny(LlamaForCausalLM, LlamaConfig)
+    with pytest.raises(ConfigError, match="asked of a dense model: LlamaForCausalLM"):
+        dense.routers.require("routing_replay='rollout'")
+    strange = phimoe()
+    strange.routers.require("replay")
+    microbatch = packed(strange)
+    with (
+        pytest.raises(ModelError, match=r"PhimoeForCausalLM.*makes 0 top-k choices"),
+        strange.routers.watch(),
+    ):
+        forward(strange, microbatch)
+    with strange.routers.watch(strict=False) as choices:
+        forward(strange, microbatch)
+    assert not choices.complete
+
+
+def test_experts_without_named_routers_are_not_called_dense(policy: Policy, monkeypatch):
+    monkeypatch.setattr(type(policy.lm), "_can_record_outputs", {})
+    monkeypatch.setattr(type(policy.backbone), "_can_record_outputs", {})
+    unnamed = Policy(policy.lm, None, policy.tokenizer, "x", torch.float32, 128)
+    with pytest.raises(ModelError, match="has 8 experts, but transformers names no router"):
+        unnamed.routers.require("replay")
+
+
+def test_nan_router_logits_are_an_error():
+    policy = moe()
+    with torch.no_grad():
+        policy.routers.modules[1].weight.fill_(float("nan"))  # pyright: ignore[reportCallIssue]
+    microbatch = packed(policy)
+    with (
+        pytest.raises(NumericsError, match="router logits of MoE layer 1 are NaN"),
+        policy.routers.watch(),
+    ):
+        forward(policy, microbatch)
+
+
+def test_an_error_inside_a_router_leaves_no_mode_behind(policy: Policy):
+    microbatch = packed(policy)
+    router: Any = policy.routers.modules[0]
+    own, router.weight = router.weight, torch.nn.Parameter(torch.zeros(3, 3))
+    with pytest.raises(RuntimeError, match="shape"), policy.routers.watch():
+        forward(policy, microbatch)
+    router.weight = own
+    assert not any(policy.routers._watched.values())
+    assert torch.topk(torch.eye(8), 1).indices.flatten().tolist() == list(range(8))
+    own_choices(policy, microbatch)

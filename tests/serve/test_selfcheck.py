@@ -82,7 +82,7 @@ def test_routes_of_a_model_with_its_own_cache(tmp_path: Path):
     choose_packing(policy)
     engine = TorchEngine(policy)
     check_engine(engine)
-    params = SamplingParams(n=2, max_tokens=4, seed=0, routes=True, ignore_eos=True)
+    params = SamplingParams(n=2, max_tokens=4, seed=0, expert_choices=True, ignore_eos=True)
     for completion in engine.generate([Request((5, 6, 7), params)])[0]:
-        assert completion.routes is not None
-        assert completion.routes.shape == (6, 4, 2)
+        assert completion.expert_choices is not None
+        assert completion.expert_choices.shape == (6, 4, 2)

@@ -19,7 +19,7 @@ from gspo.data.packing import pack
 from gspo.data.sample import Sample
 from gspo.policy.load import Policy, recompute_layers
 from gspo.policy.probe import choose_packing
-from gspo.train.expert_replay import recorded_routes
+from gspo.train.expert_replay import with_own_choices
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
@@ -146,35 +146,36 @@ def test_routing_and_its_metrics(build: Callable[[], Policy], options: dict[str,
         assert metrics["loss/router_aux"] > 1
 
 
-def with_engine_routes(policy: Policy, batch: RolloutBatch, noise: float) -> RolloutBatch:
+def with_engine_choices(policy: Policy, batch: RolloutBatch, noise: float) -> RolloutBatch:
     """As an engine would have routed; on a share of the tokens, each copy by itself, otherwise."""
     rng = np.random.default_rng(0)
-    routes = iter(recorded_routes(policy, batch.samples, 10_000))
 
     def one(sample: Sample) -> Sample:
-        own = next(routes)[: len(sample) - 1].copy()
+        assert sample.expert_choices is not None
+        own = sample.expert_choices[:-1].copy()
         other = rng.random(len(own)) < noise
-        own[other] = (own[other] + 1) % policy.routing.experts
-        return dataclasses.replace(sample, routes=own)
+        own[other] = (own[other] + 1) % policy.routers.experts
+        return dataclasses.replace(sample, expert_choices=own)
 
-    samples = tuple(tuple(one(sample) for sample in own) for own in batch.samples)
+    recorded = with_own_choices(policy, batch.samples, 10_000)
+    samples = tuple(tuple(one(sample) for sample in own) for own in recorded)
     return dataclasses.replace(batch, samples=samples)
 
 
 @pytest.mark.parametrize("options", [{}, {"router_aux_loss_coef": 0.1, "old_logprobs": "trainer"}])
 @pytest.mark.parametrize("noise", [0.0, 0.01])
-def test_replay_of_the_engines_routes(noise: float, options: dict[str, Any]):
-    batch = with_engine_routes(moe(), batch_of(moe()), noise)
+def test_replay_of_the_engines_choices(noise: float, options: dict[str, Any]):
+    batch = with_engine_choices(moe(), batch_of(moe()), noise)
     metrics = assert_same_training(moe, batch, routing_replay="rollout", **options)
     assert (metrics["moe/routing_agreement"] == 1) == (noise == 0)
 
 
 def test_copies_that_the_engine_routed_otherwise_stay_apart():
     policy = moe()
-    batch = with_engine_routes(policy, batch_of(policy), 0.2)
+    batch = with_engine_choices(policy, batch_of(policy), 0.2)
     samples = [s for own in batch.samples for s in own]
     (loose,) = pack(samples, 10_000, share=True)
-    (strict,) = pack(samples, 10_000, share=True, routed=True)
+    (strict,) = pack(samples, 10_000, share=True, replay=True)
     assert loose.token_count < strict.token_count <= loose.sample_tokens
     # Only replay needs it: without, tokens are shared and every copy's agreement is counted.
     metrics = assert_same_training(moe, batch, minibatches=1)

@@ -19,7 +19,7 @@ from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
 from policy.routers import moe
 from support import choice, embedded, random_groups, trajectory
-from train.test_routing_replay import routed
+from train.test_expert_replay import routed
 
 
 def several_samples(size: int = 3) -> RolloutBatch:
@@ -78,7 +78,7 @@ def test_replayed_experts_are_those_of_the_samples(budget: int):
     free = scored(policy, batch, budget)
     for sample, own, other in zip(given, replayed, free, strict=True):
         (microbatch,) = pack([sample], 10_000)
-        with torch.no_grad(), policy.routing.observe(microbatch.routes):
+        with torch.no_grad(), policy.routers.watch(microbatch.expert_choices):
             expected = forward(policy, microbatch).logprobs.numpy()
         np.testing.assert_allclose(own.old_logprobs[sample.ratio_mask], expected, atol=1e-5)
         np.testing.assert_allclose(other.old_logprobs, plain(policy, sample), atol=1e-5)

@@ -72,7 +72,7 @@ def test_adapters_are_trained_by_one_worker():
     assert embedded(threads=1).workers.count == 1
 
 
-def test_rows_are_even_among_the_workers():
+def test_microbatches_are_even_among_the_workers():
     policy: Policy = embedded()
     samples = [s for own in prepare(random_groups(policy), context=512).samples for s in own] * 16
     samples = [
@@ -87,7 +87,7 @@ def test_rows_are_even_among_the_workers():
     assert len(rows_of(policy, samples, 10_000)) == 1
 
 
-def test_rows_are_not_cut_where_both_would_hold_the_same_prompt():
+def test_microbatches_are_not_cut_if_both_would_hold_the_same_prompt():
     """Sixteen answers of 64 tokens behind a prompt of 1,024, for two workers: two rows of eight
     each. Cut at half of the tokens, each answer would take a row and the prompt with it."""
     policy: Policy = embedded()

@@ -8,7 +8,7 @@ from typing import Any
 
 from gspo.core.errors import ConfigError, shown, suggestion
 from gspo.core.metrics import is_ours, user_metric
-from gspo.data.check import named_numbers
+from gspo.data.check import plain_values
 from gspo.trajectory import TrajectoryGroup
 
 
@@ -62,7 +62,7 @@ def user_metrics(metrics: Any, split: str, line: Mapping[str, Any]) -> dict[str,
         DataError: not a dict of numbers.
     """
     values = {}
-    for name, value in named_numbers(metrics, "metrics"):
+    for name, value in plain_values(metrics, "metrics").items():
         written = name if "/" in name else f"{split}/{name}"
         if written not in line or not _same(line[written], value):
             values[user_metric(name, split)] = value

@@ -82,13 +82,13 @@ class StoredBatch:
 
 def replay_columns(choices: Sequence[Choice]) -> dict[str, Any]:
     """The columns of a trajectory's row that rebuild its choices, beside its tokens."""
-    routes = [_packed(getattr(c, "routed_experts", None)) for c in choices]
+    expert_choices = [_packed(getattr(c, "routed_experts", None)) for c in choices]
     return {
         "prompt_token_ids": [list(getattr(c, "prompt_token_ids", None) or []) for c in choices],
         "temperatures": [getattr(c, "temperature", None) for c in choices],
         "policy_versions": [getattr(c, "policy_version", None) for c in choices],
         "finish_reasons": [c.finish_reason for c in choices],
-        "routes": routes if any(routes) else None,
+        "routes": expert_choices if any(expert_choices) else None,
     }
 
 
@@ -182,7 +182,7 @@ def _choice(row: dict[str, Any], turn: int, message: dict[str, Any]) -> Choice:
 
 
 def _packed(routes: Any) -> dict[str, Any] | None:
-    """A Choice's routes as bytes; None where it has none that could be trained on."""
+    """A Choice's expert choices as bytes; None where it has none that could be trained on."""
     try:
         data = base64.b64decode(routes["data"], validate=True)
         return {"shape": list(routes["shape"]), "dtype": str(routes["dtype"]), "data": data}

@@ -21,7 +21,7 @@ from gspo.backend.versions import versions
 from gspo.core.errors import RunError
 from gspo.core.files import explained, remove, remove_leftovers, replacing, strict_json, write_whole
 from gspo.core.timing import timed
-from gspo.data.sampled import sampled_logprobs
+from gspo.data.turn import sampled_logprobs
 from gspo.train.checkpoint import checkpoint_name, steps_saved
 from gspo.trajectory import Trajectory, TrajectoryGroup
 

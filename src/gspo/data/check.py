@@ -6,11 +6,12 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from openai.types.chat.chat_completion import Choice
 
 from gspo.core.choices import as_choice
 from gspo.core.errors import DataError, shown
-from gspo.data.sampled import read_fields
+from gspo.data.turn import read_fields
 from gspo.trajectory import NUMBER, Trajectory, TrajectoryGroup, plain_number
 
 _LARGEST_REWARD = 1e100
@@ -68,8 +69,8 @@ def plain_groups(groups: Any) -> list[TrajectoryGroup]:
     plain = []
     for g, group in enumerate(listed(groups)):
         _check_group(group, f"group {g}")
-        copies = [_plain(own, f"group {g}, trajectory {t}") for t, own in enumerate(group)]
-        metadata = _plain_metadata(group.metadata, f"group {g}")
+        copies = [_plain(one, f"group {g}, trajectory {t}") for t, one in enumerate(group)]
+        metadata = plain_values(group.metadata, f"group {g}: metadata", texts=True)
         plain.append(group.model_copy(update={"trajectories": copies, "metadata": metadata}))
     return plain
 
@@ -102,108 +103,84 @@ def _reward(trajectory: Trajectory, where: str) -> float:
 
 def _plain(trajectory: Trajectory, where: str) -> Trajectory:
     values = {
-        "messages_and_choices": _plain_items(trajectory, where),
+        "messages_and_choices": _plain_items(trajectory.messages_and_choices, where),
         "reward": _reward(trajectory, where),
-        "metrics": dict(named_numbers(trajectory.metrics, f"{where}: metrics")),
-        "metadata": _plain_metadata(trajectory.metadata, where),
+        "metrics": plain_values(trajectory.metrics, f"{where}: metrics"),
+        "metadata": plain_values(trajectory.metadata, f"{where}: metadata", texts=True),
     }
     return trajectory.model_copy(update=values)
 
 
-def named_numbers(values: Any, where: str) -> list[tuple[str, int | float]]:
-    """The entries of a dict of metrics. `where` names it in errors.
+def plain_values(values: Any, where: str, *, texts: bool = False) -> dict[str, Any]:
+    """A dict of metrics, its values as Python's own numbers. `where` names it in errors.
+
+    Args:
+        values: what the user gave.
+        where: its name.
+        texts: texts and None are taken too, as metadata may hold them.
 
     Raises:
-        DataError: not a dict, a name that is no text, or a value that is no number.
+        DataError: not a dict, a name that is no text, or a value of another kind.
     """
-    entries = []
-    for name, value in _named(values, where):
-        number = plain_number(value)
-        if number is None:
-            raise DataError(
-                f"{where}[{name!r}] is {shown(value)}; it must be {NUMBER}, not larger than a float"
-            )
-        entries.append((name, number))
-    return entries
-
-
-def _plain_metadata(metadata: Any, where: str) -> dict[str, Any]:
-    plain = {}
-    for name, value in _named(metadata, f"{where}: metadata"):
-        number = plain_number(value)
-        plain[name] = value if number is None else number
-        if number is None and value is not None and not isinstance(value, str):
-            raise DataError(
-                f"{where}: metadata[{name!r}] is {shown(value)}; it must be a text, {NUMBER}, "
-                "or None: put anything else into the messages or the logs"
-            )
-    return plain
-
-
-def _named(values: Any, where: str) -> Iterable[tuple[str, Any]]:
-    """The entries of a dict whose keys are texts."""
     if not isinstance(values, dict):
         raise DataError(f"{where} is {shown(values)}; it must be a dict")
-    for name in values:
+    kinds = f"{NUMBER}, not larger than a float"
+    if texts:
+        kinds = f"a text, {NUMBER}, or None: put anything else into the messages or the logs"
+    plain = {}
+    for name, value in values.items():
         if not isinstance(name, str):
             raise DataError(f"{where} has the key {shown(name)}; keys must be texts")
-    return values.items()
-
-
-def _plain_items(trajectory: Trajectory, where: str) -> list[Any]:
-    """The messages and Choices, whatever client they are of; refuse what cannot be written, and
-    Choices whose fields mean nothing."""
-    items = trajectory.messages_and_choices
-    if not isinstance(items, list):
-        raise DataError(f"{where}: messages_and_choices is {shown(items)}; it must be a list")
-    plain = []
-    choices = 0
-    for m, item in enumerate(items):
-        plain.append(_one_form(item, f"{where}, message {m}"))
-        if isinstance(plain[-1], Choice):
-            plain[-1] = _plain_choice(plain[-1], f"{where}, choice {choices}")
-            choices += 1
-        else:
-            _check_json(plain[-1], f"{where}, message {m}")
+        number = plain_number(value)
+        if number is None and not (texts and isinstance(value, str | None)):
+            raise DataError(f"{where}[{name!r}] is {shown(value)}; it must be {kinds}")
+        plain[name] = value if number is None else number
     return plain
 
 
-def _one_form(item: Any, where: str) -> dict[Any, Any] | Choice:
-    try:
-        item = as_choice(item) or item
-    except Exception as error:  # also whatever a foreign object raises
-        raise DataError(f"{where} cannot be read: {error}") from None
-    if not isinstance(item, dict | Choice):
-        raise DataError(
-            f"{where} is {shown(item)}; it must be a dict with a role and a content, or the Choice "
-            "that the model's client returned"
-        )
-    return item
+def _plain_items(items: Any, where: str) -> list[Any]:
+    """The messages and Choices, whatever client they are of; refuse what cannot be written, and
+    Choices whose fields mean nothing."""
+    if not isinstance(items, list):
+        raise DataError(f"{where}: messages_and_choices is {shown(items)}; it must be a list")
+    plain: list[Any] = []
+    choices = 0
+    for m, item in enumerate(items):
+        place = f"{where}, message {m}"
+        try:
+            item = as_choice(item) or item
+        except Exception as error:  # also whatever a foreign object raises
+            raise DataError(f"{place} cannot be read: {error}") from None
+        if isinstance(item, Choice):
+            item = _plain_choice(item, f"{where}, choice {choices}")
+            choices += 1
+        elif isinstance(item, dict):
+            _check_json(item, place)
+        else:
+            raise DataError(
+                f"{place} is {shown(item)}; it must be a dict with a role and a content, or the "
+                "Choice that the model's client returned"
+            )
+        plain.append(item)
+    return plain
 
 
 def _plain_choice(choice: Choice, where: str) -> Choice:
     """The Choice with lists where it has arrays, which could not be written."""
-    fields = read_fields(choice, where)
-    _check_message(choice, where)
-    lists = {
-        "token_ids": fields.tokens,
-        "prompt_token_ids": fields.prompt,
-        "token_logprobs": fields.logprobs,
-    }
-    arrays = {
-        name: values
-        for name, values in lists.items()
-        if not isinstance(getattr(choice, name, None), list | tuple | None)
-    }
-    return choice.model_copy(update=arrays) if arrays else choice
-
-
-def _check_message(choice: Choice, where: str) -> None:
+    turn = read_fields(choice, where)
     if not isinstance(choice.finish_reason, str | None):
         raise DataError(f"{where}: finish_reason is {shown(choice.finish_reason)}, not a text")
     if not hasattr(choice.message, "model_dump"):
         raise DataError(f"{where}: message is {shown(choice.message)}, not the client's message")
     _check_json(choice.message.model_dump(exclude_none=True), f"{where}, its message")
+    lists = {
+        "token_ids": turn.tokens,
+        "prompt_token_ids": turn.prompt,
+        "token_logprobs": turn.logprobs,
+    }
+    given = {name: getattr(choice, name, None) for name in lists}
+    arrays = {name for name, values in given.items() if isinstance(values, np.ndarray)}
+    return choice.model_copy(update={name: lists[name] for name in arrays}) if arrays else choice
 
 
 def _check_json(message: dict[Any, Any], where: str) -> None:

@@ -1,38 +1,37 @@
-"""Routes of an MoE engine: which experts computed each token, as they travel with a Choice."""
+"""Which experts of an MoE model computed each token, as it travels with a Choice and is packed.
+
+The expert choices of R tokens are an array [R, N, K]: K expert numbers in each of N MoE layers.
+"""
 
 from __future__ import annotations
 
 import base64
-import binascii
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from gspo.core.errors import DataError
 
 _DTYPES = ("uint8", "int16")
 
 
-def encode_routes(routes: np.ndarray) -> dict[str, Any]:
-    """[R, layers, k] -> what `decode_routes` reads, in JSON.
+def encode_expert_choices(chosen: np.ndarray) -> dict[str, Any]:
+    """[R, N, K] -> what `decode_expert_choices` reads, in JSON.
 
-    >>> encode_routes(np.zeros((1, 1, 2), np.uint8))
+    >>> encode_expert_choices(np.zeros((1, 1, 2), np.uint8))
     {'shape': [1, 1, 2], 'dtype': 'uint8', 'data': 'AAA='}
     """
-    data = base64.b64encode(np.ascontiguousarray(routes).tobytes()).decode()
-    return {"shape": list(routes.shape), "dtype": str(routes.dtype), "data": data}
+    data = base64.b64encode(np.ascontiguousarray(chosen).tobytes()).decode()
+    return {"shape": list(chosen.shape), "dtype": str(chosen.dtype), "data": data}
 
 
-def decode_routes(value: Any, tokens: int, where: str) -> np.ndarray | None:
-    """The routes of a Choice, or None where it has none.
+def decode_expert_choices(value: Any, tokens: int, where: str) -> np.ndarray | None:
+    """[R, N, K] of a Choice, or None if it has none.
 
     Args:
-        value: what `encode_routes` returned.
-        tokens: how many tokens they must be of.
+        value: what `encode_expert_choices` returned.
+        tokens: R, for how many tokens there must be choices.
         where: names the Choice in errors.
 
     Raises:
@@ -43,69 +42,55 @@ def decode_routes(value: Any, tokens: int, where: str) -> np.ndarray | None:
     try:
         if not isinstance(value, dict):
             raise TypeError(f"a {type(value).__name__}, not a dict")
-        shape, dtype = tuple(value["shape"]), value["dtype"]
+        if value["dtype"] not in _DTYPES:
+            raise ValueError(f"dtype {value['dtype']!r} is not one of {_DTYPES}")
         data = base64.b64decode(value["data"], validate=True)
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype {dtype!r} is not one of {_DTYPES}")
-        routes = np.frombuffer(data, dtype=dtype).reshape(shape)
-    except (KeyError, TypeError, ValueError, OverflowError, binascii.Error) as error:
+        chosen = np.frombuffer(data, dtype=value["dtype"]).reshape(tuple(value["shape"]))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{where}: routed_experts is damaged ({error})") from None
-    if routes.ndim != 3 or len(routes) != tokens:
+    if chosen.ndim != 3 or len(chosen) != tokens:
         raise DataError(
-            f"{where}: routed_experts has shape {list(shape)}; it must be [{tokens}, layers, k], "
-            "one row for each token but the last"
+            f"{where}: routed_experts has shape {list(chosen.shape)}; it must be "
+            f"[{tokens}, layers, k], one row for each token but the last"
         )
-    return routes
+    return chosen
 
 
-def joined(earlier: np.ndarray | None, later: np.ndarray | None) -> np.ndarray | None:
-    """Routes of a sample after one more turn.
+def joined_expert_choices(
+    earlier: np.ndarray | None, later: np.ndarray | None
+) -> np.ndarray | None:
+    """Expert choices of a sample after one more turn.
 
-    A token keeps the route that it was sampled with: the later turn's prefill fills in the rest.
+    A token keeps the experts that it was sampled with: the later turn's prefill fills in the rest.
     """
     if earlier is None or later is None:
         return later if earlier is None else earlier
     if earlier.shape[1:] != later.shape[1:]:
-        raise DataError(f"turns with routes of {earlier.shape[1:]} and {later.shape[1:]} experts")
+        raise DataError(
+            f"turns with expert choices of shape {earlier.shape[1:]} and {later.shape[1:]}"
+        )
     return np.concatenate([earlier, later[len(earlier) :]])
 
 
-def route_shape(routes: Iterable[np.ndarray | None]) -> tuple[int, int] | None:
-    """(layers, k) of all routes that there are, or None without any.
+def padded_expert_choices(
+    chosen: Sequence[np.ndarray | None], lengths: Sequence[int]
+) -> list[np.ndarray] | None:
+    """int16 [L, N, K] of each sample of L tokens, -1 where a token has none; None if no sample has.
 
     Raises:
-        DataError: they are not all alike.
+        DataError: samples of different (N, K).
+
+    >>> first, second = padded_expert_choices([np.array([[[3]]], np.uint8), None], [2, 1])
+    >>> first.tolist(), second.tolist()
+    ([[[3]], [[-1]]], [[[-1]]])
     """
-    shapes = {own.shape[1:] for own in routes if own is not None}
+    shapes = {array.shape[1:] for array in chosen if array is not None}
     if len(shapes) > 1:
-        raise DataError(f"samples with routes of different shapes: {sorted(shapes)}")
-    return shapes.pop() if shapes else None
-
-
-def padded_routes(routes: np.ndarray | None, length: int, shape: tuple[int, int]) -> np.ndarray:
-    """[length, layers, k], int16: a sample's routes, -1 where it has none.
-
-    >>> padded_routes(np.array([[[3]]], np.uint8), 2, (1, 1)).tolist()
-    [[[3]], [[-1]]]
-    """
-    out = np.full((length, *shape), -1, dtype=np.int16)
-    if routes is not None:
-        out[: len(routes)] = routes
-    return out
-
-
-def pack_routes(
-    routes: Sequence[np.ndarray | None], lengths: Sequence[int]
-) -> Int[Tensor, "U N K"] | None:
-    """The routes of samples one after the other, int16; -1 where a token has none.
-
-    None where no sample has any.
-
-    >>> pack_routes([np.array([[[3]]], np.uint8), None], [2, 1]).tolist()
-    [[[3]], [[-1]], [[-1]]]
-    """
-    shape = route_shape(routes)
-    if shape is None:
+        raise DataError(f"samples with expert choices of different shapes: {sorted(shapes)}")
+    if not shapes:
         return None
-    parts = [padded_routes(own, n, shape) for own, n in zip(routes, lengths, strict=True)]
-    return torch.from_numpy(np.concatenate(parts))
+    padded = [np.full((length, *next(iter(shapes))), -1, dtype=np.int16) for length in lengths]
+    for array, values in zip(padded, chosen, strict=True):
+        if values is not None:
+            array[: len(values)] = values
+    return padded

@@ -1,46 +1,61 @@
-"""Samples -> packed rows: no padding, a token budget, no trajectory torn apart, prompts once."""
+"""Samples -> microbatches: no padding, a token budget, whole trajectories, shared prompts once.
+
+The plan is made in numpy on the host; nothing here touches a device.
+"""
 
 from __future__ import annotations
 
-import bisect
-import heapq
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from gspo.core.errors import DataError
 from gspo.core.timing import timed
-from gspo.data.expert_choices import pack_routes
+from gspo.data.best_fit import plan_microbatches
+from gspo.data.expert_choices import padded_expert_choices
 from gspo.data.sample import Sample
-from gspo.data.shared_prompts import Layout, Prefixes
+from gspo.data.shared_prompts import SharedPrompts
+
+LEAST = 768
+"""Tokens below which a microbatch is not split for a second worker: threads that each call many
+small operations wait for one another (measured: two microbatches of 518 tokens take 1.2 x one of
+1,036, two of 996 take 0.64 x one of 1,992)."""
+_GROWTH = 1.2  # from one size of microbatches that is tried to the next
+
+Unit: TypeAlias = Literal["trajectory", "turn"]
+Plan: TypeAlias = list[tuple[list[int], int]]
+"""For each microbatch its trajectories and its tokens. These may turn out fewer, if trajectories of
+several groups share a prompt."""
 
 
 @dataclass(frozen=True)
 class Microbatch:
-    """One microbatch: B samples of S trajectories in one row, M of their U tokens sampled.
+    """B samples of S trajectories for one forward pass; M of their U tokens were sampled.
 
-    All samples of a trajectory are in the same row, so that sums over a sequence meet. A prefix
-    that samples have in common may stand in the row once: then it has T < U tokens, and each sample
-    is a path through it. What is said of sampled tokens is said of each sample's own.
+    All samples of a trajectory are in the same microbatch, so that sums over a sequence meet. What
+    samples share may be in it once: then it has T < U tokens, and each sample is a path through
+    them. What is said of sampled tokens is said for each sample separately.
 
     Attributes:
-        tokens: [1, T] the row, depth first: each sample adds what no sample before it has.
+        tokens: [1, T] depth first: each sample adds what no sample before it has.
         positions: [1, T] position of each token in its samples, from 0.
         lengths: tokens of each sample, B numbers that add up to U.
-        shared: of each sample, how many of its first tokens another sample put into the row.
-        index: [U] place in the row of every token of the samples, one sample after the other.
-        targets: [M] place in the row of each sampled token (never the first of its sample).
-        sources: [M] place in the row of the token before it, from which it is predicted.
+        shared: for each sample, how many of its first tokens another sample put there.
+        index: [U] place among the T of every token of the samples, one sample after the other.
+        targets: [M] place of each sampled token (never the first of its sample).
+        sources: [M] place of the token before it, from which it is predicted.
         sequence_ids: [M] sequence (trajectory, or turn of one) of each sampled token, in 0..S-1.
         loss_mask: [M] sampled tokens that are trained on.
         old_logprobs, sampling_logprobs, temperatures: [M] float32.
         advantages: [S] float32.
-        trajectory_ids: the batch's number of the trajectory of each of the S sequences.
-        routes: [U, N, K] experts of each sample's tokens, -1 where unknown; None where no sample
+        trajectory_ids: of each of the S sequences, its trajectory's number in the rollout batch.
+        expert_choices: [U, N, K] experts of each sample's tokens, -1 if unknown; None if no sample
             has any.
     """
 
@@ -58,7 +73,7 @@ class Microbatch:
     temperatures: Float[Tensor, " M"]
     advantages: Float[Tensor, " S"]
     trajectory_ids: tuple[int, ...]
-    routes: Int[Tensor, "U N K"] | None = None
+    expert_choices: Int[Tensor, "U N K"] | None = None
 
     def __post_init__(self) -> None:
         for name in ("old_logprobs", "sampling_logprobs", "temperatures", "advantages"):
@@ -77,107 +92,72 @@ class Microbatch:
 
     @property
     def copies(self) -> Int[Tensor, " T"]:
-        """How many samples each token of the row stands for."""
+        """How many samples each token stands for."""
         return self.index.bincount(minlength=self.token_count)
 
-    def row_routes(self) -> Int[Tensor, "T N K"] | None:
-        """`routes` of the row's tokens, as they are replayed.
+    def replayed_choices(self) -> Int[Tensor, "T N K"]:
+        """`expert_choices` of the T tokens, as they are replayed.
 
         Raises:
-            ValueError: samples that share a token have different routes of it (see `pack`).
+            DataError: there are none.
+            ValueError: samples that share a token have different choices for it (see `pack`).
         """
-        if self.routes is None or self.token_count == self.sample_tokens:
-            return self.routes
-        out = self.routes.new_empty(self.token_count, *self.routes.shape[1:])
-        out[self.index] = self.routes
-        if not torch.equal(out[self.index], self.routes):
-            raise ValueError("a row that shares tokens of different routes: pack with routed=True")
-        return out
-
-
-def plan_rows(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Which items share a row of at most `budget` tokens. A larger item gets its own.
-
-    Best-fit (largest first, each into the fullest row that still has room) says how many rows there
-    are; where the items also fit into that many when spread evenly, they are. Indices inside a row
-    ascend.
-
-    >>> plan_rows([6, 3, 5, 2], budget=8)
-    [[0, 3], [1, 2]]
-    """
-    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
-    rows = _best_fit(sizes, order, budget)
-    return sorted(sorted(row) for row in _spread(sizes, order, budget, len(rows)) or rows)
-
-
-def _best_fit(sizes: Sequence[int], order: Sequence[int], budget: int) -> list[list[int]]:
-    rows: list[list[int]] = []
-    free: list[int] = []  # distinct numbers of free tokens, ascending
-    having: dict[int, list[int]] = {}  # rows with that many
-    for item in order:
-        size = sizes[item]
-        at = bisect.bisect_left(free, size)
-        if at < len(free):
-            left = free[at]
-            row = having[left].pop()
-            if not having[left]:
-                del having[left], free[at]
-        else:
-            left, row = max(budget, size), len(rows)
-            rows.append([])
-        rows[row].append(item)
-        left -= size
-        if left not in having:
-            bisect.insort(free, left)
-        having.setdefault(left, []).append(row)
-    return rows
-
-
-def _spread(
-    sizes: Sequence[int], order: Sequence[int], budget: int, count: int
-) -> list[list[int]] | None:
-    """Largest first, each into the emptiest of `count` rows; None where one overflows."""
-    rows: list[list[int]] = [[] for _ in range(count)]
-    loads = [(0, row) for row in range(count)]
-    for item in order:
-        load, row = loads[0]
-        if load and load + sizes[item] > budget:
-            return None
-        rows[row].append(item)
-        heapq.heapreplace(loads, (load + sizes[item], row))
-    return rows
+        chosen = self.expert_choices
+        if chosen is None:
+            raise DataError("a microbatch without expert choices in a step that replays them")
+        if self.token_count == self.sample_tokens:
+            return chosen
+        replayed = chosen.new_empty(self.token_count, *chosen.shape[1:])
+        replayed[self.index] = chosen
+        if not torch.equal(replayed[self.index], chosen):
+            raise ValueError(
+                "samples share tokens of different expert choices: pack with replay=True"
+            )
+        return replayed
 
 
 @timed("packing")
 def pack(
     samples: Sequence[Sample],
     budget: int,
-    unit: Literal["trajectory", "turn"] = "trajectory",
+    unit: Unit = "trajectory",
     *,
     share: bool = False,
-    routed: bool = False,
+    replay: bool = False,
+    workers: int = 1,
 ) -> list[Microbatch]:
-    """Pack samples into rows of about `budget` tokens, whole trajectories together.
+    """Pack samples into microbatches of about `budget` tokens, whole trajectories together.
 
     Args:
         samples: in any order.
-        budget: tokens of a row. A trajectory that is larger has a row of its own.
+        budget: tokens of a microbatch. A trajectory that is larger has one to itself.
         unit: what a sequence is.
-        share: a prefix that samples of a row have in common stands in it once. Then whole groups
-            are kept together; one that is larger than the budget takes several rows.
-        routed: routes will be replayed: tokens are shared only where their routes are the same.
+        share: what samples of a microbatch share stands in it once. Then whole groups are kept
+            together; one that is larger than the budget takes several microbatches.
+        replay: expert choices will be replayed: tokens are shared only if theirs are the same.
+        workers: how many microbatches are computed side by side; each gets about as many tokens.
+
+    >>> from gspo.data.sample import sample_of
+    >>> from gspo.data.turn import Turn
+    >>> turns = [Turn([1, 2], [sampled], [-0.5]) for sampled in (3, 4)]
+    >>> (one,) = pack([sample_of([turn], trajectory_id=t) for t, turn in enumerate(turns)], 8)
+    >>> one.tokens.tolist(), one.positions.tolist(), one.targets.tolist(), one.sources.tolist()
+    ([[1, 2, 3, 1, 2, 4]], [[0, 1, 2, 0, 1, 2]], [2, 5], [1, 4])
     """
-    packer = Packer(samples, share=share, routed=routed)
-    return [packer.row(members, unit) for members, _ in packer.plan(budget)]
+    packer = _Packer(samples, share, replay)
+    plan = packer.plan(budget)
+    if workers > 1:
+        plan = _evened(packer, plan, budget, workers)
+    return [packer.microbatch(trajectories, unit) for trajectories, _ in plan]
 
 
-class Packer:
+class _Packer:
     """What `pack` knows of the samples before a budget is given; see there."""
 
-    def __init__(self, samples: Sequence[Sample], *, share: bool = False, routed: bool = False):
+    def __init__(self, samples: Sequence[Sample], share: bool, replay: bool):
         self._samples = samples
         self._lengths = [len(sample.tokens) for sample in samples]
-        self._prefixes = Prefixes(samples, routed) if share else None
+        self._shared = SharedPrompts(samples, replay) if share else None
         # Arrays and not a list for each trajectory: of 10^5 lists Python's garbage collector would
         # take more time than the packing.
         numbers: dict[int, int] = {}
@@ -188,98 +168,95 @@ class Packer:
         self._order = np.argsort(self._owner, kind="stable")
         self._ends = np.cumsum(np.bincount(self._owner, minlength=len(numbers)))
 
-    def _members(self, trajectory: int) -> list[int]:
-        """Its samples."""
+    def members(self, trajectory: int) -> list[int]:
+        """The numbers of its samples."""
         start = self._ends[trajectory - 1] if trajectory else 0
         return self._order[start : self._ends[trajectory]].tolist()
 
-    def plan(self, budget: int) -> list[tuple[list[int], int]]:
-        """Of each row: its trajectories, and its tokens, which may turn out fewer where what is
-        packed as several groups has a prefix in common."""
-        if self._prefixes is None:
+    def plan(self, budget: int) -> Plan:
+        if self._shared is None:
             sizes = np.bincount(self._owner, self._lengths).astype(np.int64).tolist()
-            return [(row, sum(sizes[t] for t in row)) for row in plan_rows(sizes, budget)]
-        own = [self._members(t) for t in range(len(self._ends))]
-        units = list(_groups(self._samples, own, self._prefixes, budget))
+            plan = plan_microbatches(sizes, budget)
+            return [(items, sum(sizes[t] for t in items)) for items in plan]
+        units = list(self._groups(self._shared, budget))
         return [
-            (sorted(t for u in row for t in units[u][0]), sum(units[u][1] for u in row))
-            for row in plan_rows([size for _, size in units], budget)
+            (sorted(t for u in items for t in units[u][0]), sum(units[u][1] for u in items))
+            for items in plan_microbatches([size for _, size in units], budget)
         ]
 
-    def row(self, trajectories: Sequence[int], unit: Literal["trajectory", "turn"]) -> Microbatch:
-        """The row of one entry of the plan."""
-        own = [self._members(t) for t in trajectories]
-        members = [i for part in own for i in part]
-        lengths = [self._lengths[i] for i in members]
-        if self._prefixes is None:
-            layout = Layout(np.arange(sum(lengths)), (0,) * len(lengths), sum(lengths))
+    def _groups(self, shared: SharedPrompts, budget: int) -> Iterator[tuple[list[int], int]]:
+        """Trajectories that are packed together, and how many tokens they take: groups, or if one
+        is larger than the budget, parts of it in which those that share most are neighbours."""
+        members = [self.members(trajectory) for trajectory in range(len(self._ends))]
+        groups: dict[int, list[int]] = {}
+        for trajectory, (first, *_) in enumerate(members):
+            groups.setdefault(self._samples[first].group_id, []).append(trajectory)
+        for group in groups.values():
+            numbers = [number for t in group for number in members[t]]
+            size = shared.grow([], sorted(numbers, key=shared.rank.__getitem__))
+            if size <= budget:
+                yield group, size
+                continue
+            together: list[int] = []
+            size, ranks = 0, []
+            for t in sorted(group, key=lambda t: shared.rank[members[t][0]]):
+                added = shared.grow(ranks, members[t])
+                if together and size + added > budget:
+                    yield together, size
+                    together, size, ranks = [], 0, []
+                    added = shared.grow(ranks, members[t])
+                together.append(t)
+                size += added
+            yield together, size
+
+    def microbatch(self, trajectories: Sequence[int], unit: Unit) -> Microbatch:
+        """The microbatch of one entry of the plan."""
+        members = [self.members(trajectory) for trajectory in trajectories]
+        flat = [number for numbers in members for number in numbers]
+        samples = [self._samples[number] for number in flat]
+        if self._shared is None:
+            layout = np.arange(sum(self._lengths[number] for number in flat)), (0,) * len(flat)
         else:
-            layout = self._prefixes.layout(members)
-        parts = [len(part) for part in own]
-        return _row([self._samples[i] for i in members], lengths, parts, unit, layout)
+            layout = self._shared.layout(flat)
+        return _microbatch(samples, [len(numbers) for numbers in members], unit, *layout)
 
 
-def _groups(
-    samples: Sequence[Sample], own: Sequence[Sequence[int]], prefixes: Prefixes, budget: int
-) -> Iterator[tuple[list[int], int]]:
-    """Trajectories that are packed together, and how many tokens they take: groups, or where one is
-    larger than the budget, parts of it in which those with most in common are neighbours."""
-    groups: dict[int, list[int]] = {}
-    for trajectory, members in enumerate(own):
-        groups.setdefault(samples[members[0]].group_id, []).append(trajectory)
-    for group in groups.values():
-        size = prefixes.layout([i for t in group for i in own[t]]).size
-        if size <= budget:
-            yield group, size
-            continue
-        part: list[int] = []
-        size, ranks = 0, []
-        for t in sorted(group, key=lambda t: prefixes.rank[own[t][0]]):
-            added = prefixes.grow(ranks, own[t])
-            if part and size + added > budget:
-                yield part, size
-                part, size, ranks = [], 0, []
-                added = prefixes.grow(ranks, own[t])
-            part.append(t)
-            size += added
-        yield part, size
-
-
-def _row(
+def _microbatch(
     samples: Sequence[Sample],
-    lengths: Sequence[int],
-    parts: Sequence[int],
-    unit: str,
-    layout: Layout,
+    counts: Sequence[int],
+    unit: Unit,
+    index: np.ndarray,
+    shared: tuple[int, ...],
 ) -> Microbatch:
-    """A row of samples, `parts` of them one trajectory after the other."""
+    """Samples of one trajectory after the other, `counts` of each, laid out by `index`."""
+    lengths = [len(sample) for sample in samples]
+    ends = np.cumsum(lengths)
     masks = np.concatenate([sample.ratio_mask for sample in samples])
-    sampled_at = np.flatnonzero(masks)
     # A turn's number is the same in whichever of its trajectory's samples it lies.
     turns = np.concatenate([sample.turn_ids for sample in samples])[masks] * (unit == "turn")
-    owner = np.repeat(np.repeat(np.arange(len(parts)), parts), lengths)[masks]
+    owner = np.repeat(np.repeat(np.arange(len(counts)), counts), lengths)[masks]
     stride = int(turns.max(initial=0)) + 1
     present, sequence = np.unique(owner * stride + turns, return_inverse=True)
-    first = np.cumsum(parts) - parts  # sample of each trajectory
+    first = np.cumsum(counts) - counts  # sample of each trajectory
     owners = [samples[i] for i in first[present // stride].tolist()]
-    ends = np.cumsum(lengths)
+    chosen = padded_expert_choices([sample.expert_choices for sample in samples], lengths)
 
-    def in_row(parts: Sequence[np.ndarray]) -> Tensor:
-        row = np.empty(layout.size, dtype=np.int64)
-        row[layout.index] = np.concatenate(parts)
-        return torch.from_numpy(row)[None]
+    def placed(values: np.ndarray) -> Int[Tensor, "1 T"]:
+        out = np.empty(ends[-1] - sum(shared), dtype=np.int64)
+        out[index] = values
+        return torch.from_numpy(out)[None]
 
     def sampled(name: str) -> Tensor:
         return torch.from_numpy(np.concatenate([getattr(s, name) for s in samples])[masks])
 
     return Microbatch(
-        tokens=in_row([sample.tokens for sample in samples]),
-        positions=in_row([np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)]),
+        tokens=placed(np.concatenate([sample.tokens for sample in samples])),
+        positions=placed(np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)),
         lengths=tuple(lengths),
-        shared=layout.shared,
-        index=torch.from_numpy(layout.index),
-        targets=torch.from_numpy(layout.index[sampled_at]),
-        sources=torch.from_numpy(layout.index[sampled_at - 1]),
+        shared=shared,
+        index=torch.from_numpy(index),
+        targets=torch.from_numpy(index[masks]),
+        sources=torch.from_numpy(index[np.flatnonzero(masks) - 1]),
         sequence_ids=torch.from_numpy(sequence.reshape(-1)),
         loss_mask=sampled("loss_mask"),
         old_logprobs=sampled("old_logprobs"),
@@ -287,5 +264,34 @@ def _row(
         temperatures=sampled("temperatures"),
         advantages=torch.tensor([sample.advantage for sample in owners], dtype=torch.float32),
         trajectory_ids=tuple(sample.trajectory_id for sample in owners),
-        routes=pack_routes([s.routes for s in samples], tuple(lengths)),
+        expert_choices=None if chosen is None else torch.from_numpy(np.concatenate(chosen)),
     )
+
+
+def _evened(packer: _Packer, plan: Plan, budget: int, workers: int) -> Plan:
+    """The plan, or one of smaller microbatches by which the workers end sooner.
+
+    If prompts are shared, microbatches that are cut in two both hold what they share: a group of
+    16 x 64 tokens behind 1,024 makes one of 2,048, or two of 1,536, or sixteen of 1,088.
+    """
+    tokens = sum(size for _, size in plan)
+    turns = math.ceil(len(plan) / workers)
+    if len(plan) == turns * workers or tokens < LEAST * workers:
+        return plan
+    best, largest = plan, max(size for _, size in plan)
+    limit = 1.05 * tokens / (turns * workers)
+    while limit < min(budget, largest):
+        best = min(best, packer.plan(math.ceil(limit)), key=lambda tried: _span(tried, workers))
+        if _span(best, workers) * workers <= 1.05 * tokens:
+            break  # nothing is computed twice, and nobody waits
+        limit *= _GROWTH
+    return sorted(best, key=lambda entry: -entry[1])
+
+
+def _span(plan: Plan, workers: int) -> int:
+    """Tokens one after the other, if each turn of the workers lasts as long as its largest one.
+
+    >>> _span([([0], 5), ([1], 2), ([2], 4)], workers=2)
+    7
+    """
+    return sum(sorted((size for _, size in plan), reverse=True)[::workers])

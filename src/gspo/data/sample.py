@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeAlias
 
 import numpy as np
 
 from gspo.core.errors import DataError, MissingLogprobsError, SampleTooLongError
-from gspo.data.expert_choices import joined
-from gspo.data.sampled import Turn, read_turn
+from gspo.data.expert_choices import joined_expert_choices
+from gspo.data.turn import Turn, read_turn
 from gspo.trajectory import Trajectory
 
 
@@ -24,14 +26,14 @@ class Sample:
         old_logprobs: float32 log-probs of the sampled tokens under pi_old, which ratios are taken
             against: the engine's, unless the trainer computed its own; 0 elsewhere.
         sampling_logprobs: float32 log-probs under mu, the engine that sampled; 0 elsewhere.
-        temperatures: float32 temperature that `old_logprobs` were taken at.
+        temperatures: float32 temperature that `old_logprobs` were taken at; 1 elsewhere.
         turn_ids: assistant turn of each sampled token, counted over the trajectory; -1 elsewhere.
-        policy_versions: version of the weights that sampled each token; -1 elsewhere, and where
-            the engine didn't tell.
-        trajectory_id, group_id: position of the trajectory and of its group in the batch.
+        policy_versions: version of the weights that sampled each token; -1 elsewhere, and if the
+            engine didn't tell.
+        trajectory_id, group_id: position of the trajectory and of its group in the rollout batch.
         advantage: A_i of the trajectory.
-        routes: [R, layers, k] experts that computed the first R tokens, or None. The last sampled
-            token never went through the engine, so R is L - 1 there.
+        expert_choices: [R, N, K] experts that computed the first R tokens, K in each of N layers;
+            or None. The last sampled token never went through the engine: there R is L - 1.
     """
 
     tokens: np.ndarray
@@ -45,7 +47,7 @@ class Sample:
     trajectory_id: int
     group_id: int
     advantage: float
-    routes: np.ndarray | None = None
+    expert_choices: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         for name in ("old_logprobs", "sampling_logprobs"):
@@ -61,6 +63,10 @@ class Sample:
         return int(self.ratio_mask.sum())
 
 
+TrajectorySamples: TypeAlias = tuple[Sample, ...]
+"""The samples of one trajectory, in the order of its turns."""
+
+
 def trajectory_samples(
     trajectory: Trajectory,
     *,
@@ -70,8 +76,8 @@ def trajectory_samples(
     max_tokens: int | None = None,
     vocabulary: int | None = None,
     where: str | None = None,
-) -> list[Sample]:
-    """The samples of one trajectory: one, or more where a prompt doesn't extend the last tokens.
+) -> TrajectorySamples:
+    """The samples of one trajectory: one, or more if a prompt doesn't extend the last tokens.
 
     Args:
         trajectory: with at least one Choice.
@@ -94,14 +100,15 @@ def trajectory_samples(
             f"{where} has no Choice: append response.choices[0] to messages_and_choices, "
             "not its text, so that the sampled tokens are known"
         )
-    samples: list[Sample] = []
-    builder = _Builder()
-    for index, turn in enumerate(turns):
-        if not builder.extends(turn.prompt):
-            samples.append(builder.build(trajectory_id, group_id, advantage))
-            builder = _Builder()
-        builder.add(turn, index)
-    samples.append(builder.build(trajectory_id, group_id, advantage))
+    starts = [0]  # first turn of each sample
+    for number, (before, turn) in enumerate(pairwise(turns), 1):
+        tokens = [*before.prompt, *before.tokens]
+        if turn.prompt[: len(tokens)] != tokens:
+            starts.append(number)
+    samples = tuple(
+        sample_of(turns[start:end], start, trajectory_id, group_id, advantage)
+        for start, end in zip(starts, [*starts[1:], len(turns)], strict=True)
+    )
     for sample in samples:
         if vocabulary is not None and sample.tokens.max() >= vocabulary:
             raise DataError(
@@ -116,50 +123,51 @@ def trajectory_samples(
     return samples
 
 
-class _Builder:
-    """Collects the turns of one sample."""
+def sample_of(
+    turns: Sequence[Turn],
+    first: int = 0,
+    trajectory_id: int = 0,
+    group_id: int = 0,
+    advantage: float = 0.0,
+) -> Sample:
+    """The sample of turns that each extend the one before; `first` is the number of the first.
 
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.spans: list[tuple[int, int, Turn]] = []
-        self.routes: np.ndarray | None = None
-
-    def extends(self, prompt: list[int]) -> bool:
-        return prompt[: len(self.tokens)] == self.tokens
-
-    def add(self, turn: Turn, index: int) -> None:
-        self.tokens = [*turn.prompt, *turn.tokens]
-        self.spans.append((index, len(turn.prompt), turn))
-        self.routes = joined(self.routes, turn.routes)
-
-    def build(self, trajectory_id: int, group_id: int, advantage: float) -> Sample:
-        length = len(self.tokens)
-        mask = np.zeros(length, dtype=bool)
-        logprobs = np.zeros(length, dtype=np.float32)
-        temperatures = np.ones(length, dtype=np.float32)
-        turn_ids = np.full(length, -1, dtype=np.int64)
-        versions = np.full(length, -1, dtype=np.int64)
-        for index, start, turn in self.spans:
-            span = slice(start, start + len(turn.tokens))
-            mask[span] = True
-            logprobs[span] = turn.logprobs
-            temperatures[span] = turn.temperature
-            turn_ids[span] = index
-            versions[span] = turn.policy_version
-        return Sample(
-            tokens=np.asarray(self.tokens, dtype=np.int64),
-            ratio_mask=mask,
-            loss_mask=mask.copy(),
-            old_logprobs=logprobs,
-            sampling_logprobs=logprobs,
-            temperatures=temperatures,
-            turn_ids=turn_ids,
-            policy_versions=versions,
-            trajectory_id=trajectory_id,
-            group_id=group_id,
-            advantage=advantage,
-            routes=self.routes,
-        )
+    >>> sample = sample_of([Turn([1], [2], [-0.5]), Turn([1, 2, 3], [4], [-2.0])])
+    >>> sample.tokens.tolist(), sample.turn_ids.tolist()
+    ([1, 2, 3, 4], [-1, 0, -1, 1])
+    >>> sample.old_logprobs.tolist()
+    [0.0, -0.5, 0.0, -2.0]
+    """
+    tokens = [*turns[-1].prompt, *turns[-1].tokens]
+    length = len(tokens)
+    mask = np.zeros(length, dtype=bool)
+    logprobs = np.zeros(length, dtype=np.float32)
+    temperatures = np.ones(length, dtype=np.float32)
+    turn_ids = np.full(length, -1, dtype=np.int64)
+    versions = np.full(length, -1, dtype=np.int64)
+    expert_choices = None
+    for number, turn in enumerate(turns, first):
+        span = slice(len(turn.prompt), len(turn.prompt) + len(turn.tokens))
+        mask[span] = True
+        logprobs[span] = turn.logprobs
+        temperatures[span] = turn.temperature
+        turn_ids[span] = number
+        versions[span] = turn.policy_version
+        expert_choices = joined_expert_choices(expert_choices, turn.expert_choices)
+    return Sample(
+        tokens=np.asarray(tokens, dtype=np.int64),
+        ratio_mask=mask,
+        loss_mask=mask.copy(),
+        old_logprobs=logprobs,
+        sampling_logprobs=logprobs,
+        temperatures=temperatures,
+        turn_ids=turn_ids,
+        policy_versions=versions,
+        trajectory_id=trajectory_id,
+        group_id=group_id,
+        advantage=advantage,
+        expert_choices=expert_choices,
+    )
 
 
 def unit_count(samples: Sequence[Sample], unit: str) -> int:

@@ -1,114 +1,106 @@
-"""Which tokens of samples are the same: a row holds a shared prefix once.
+"""Which tokens of samples are the same: a microbatch holds a shared prompt once.
 
-Sorted by their tokens, samples with a common prefix are neighbours, and what a sample has in common
-with any sample before it, it has in common with the one just before it. So a row is laid out in
-that order, and each sample adds the tokens that the one before it doesn't have: a trie, depth
-first. Two samples `1 2 3` and `1 2 4 5` make the row `1 2 3 4 5`.
+Sorted by their tokens, samples that start alike are neighbours, and what a sample shares with any
+sample before it, it shares with the one just before it. So a microbatch is laid out in that order,
+and each sample adds the tokens that the one before it doesn't have: a trie, depth first. Two
+samples `1 2 3` and `1 2 4`, whose last token was sampled, make the microbatch `1 2 3 4`.
 """
 
 from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from gspo.data.expert_choices import padded_routes, route_shape
+from gspo.data.expert_choices import padded_expert_choices
 from gspo.data.sample import Sample
 
 GRAIN = 16
-"""Prefixes are shared up to a multiple of this many tokens, or up to where a completion starts or
-the sample ends: attention over odd pieces costs more than shorter coincidences save."""
+"""Tokens are shared up to a multiple of this many, or up to where a completion starts or the sample
+ends: attention over odd pieces costs more than shorter coincidences save."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where each token of some samples lies in a row.
-
-    Attributes:
-        index: [U] place in the row of every token of the samples, one sample after the other.
-        shared: of each sample, how many of its first tokens another sample put into the row.
-        size: T, tokens of the row.
-    """
-
-    index: np.ndarray
-    shared: tuple[int, ...]
-    size: int
-
-
-class Prefixes:
-    """Common prefixes of B samples.
+class SharedPrompts:
+    """What B samples share.
 
     Args:
         samples: any.
-        routed: a token is the same only where its routes are too, as replaying them needs.
+        replay: a token is the same only if its expert choices are too, as replaying them needs.
+
+    Attributes:
+        rank: place of each sample in the order of their tokens.
     """
 
-    def __init__(self, samples: Sequence[Sample], routed: bool = False):
-        shape = route_shape([sample.routes for sample in samples]) if routed else None
-        keys = [_key(sample, shape) for sample in samples]
-        order = sorted(range(len(keys)), key=keys.__getitem__)
-        width = 8 if shape is None else 8 + 2 * shape[0] * shape[1]
-        # In that order: tokens that each sample has in common with the one before it.
-        self._common = [0] * len(order)
-        for at in range(1, len(order)):
-            self._common[at] = _common(keys[order[at - 1]], keys[order[at]]) // width
-        self.rank = [0] * len(order)
-        for at, sample in enumerate(order):
-            self.rank[sample] = at
+    def __init__(self, samples: Sequence[Sample], replay: bool = False):
         self._lengths = [len(sample) for sample in samples]
+        keys = _keys(samples, self._lengths, replay)
+        order = sorted(range(len(keys)), key=keys.__getitem__)
+        self.rank = [0] * len(order)
+        # By rank: tokens that each sample has in common with the one before it.
+        self._common = [0] * len(order)
+        for rank, number in enumerate(order):
+            self.rank[number] = rank
+            if rank:
+                before = order[rank - 1]
+                same = _same_bytes(keys[before], keys[number])
+                self._common[rank] = same * self._lengths[number] // len(keys[number])
         self._starts = [_completion_starts(sample.ratio_mask) for sample in samples]
 
-    def layout(self, members: Sequence[int]) -> Layout:
-        """A row of some of the samples; `index` is in the order in which they are given."""
+    def layout(self, members: Sequence[int]) -> tuple[np.ndarray, tuple[int, ...]]:
+        """A microbatch of some of the samples, each given by its number.
+
+        Returns:
+            [U] the place in the microbatch of every token of these samples, one sample after the
+            other in the order in which they are given; and for each sample, how many of its first
+            tokens another sample put there.
+
+        >>> from gspo.data.sample import sample_of
+        >>> from gspo.data.turn import Turn
+        >>> turns = [Turn([1, 2], [sampled], [-0.5]) for sampled in (3, 4)]
+        >>> index, shared = SharedPrompts([sample_of([turn]) for turn in turns]).layout([1, 0])
+        >>> index.tolist(), shared  # of 1 2 4 and of 1 2 3, in the microbatch 1 2 3 4
+        ([0, 1, 3, 0, 1, 2], (2, 0))
+        """
         lengths = [self._lengths[member] for member in members]
         ends = np.cumsum(lengths).tolist()
-        order = sorted(range(len(members)), key=lambda i: self.rank[members[i]])
         index = np.empty(sum(lengths), dtype=np.int64)
         place = np.arange(len(index))
         shared = [0] * len(members)
         size = begin_before = 0
-        rank_before = -1
-        for i in order:
-            rank = self.rank[members[i]]
-            keep = self._worth(members[i], self._between(rank_before, rank))
-            end, begin = ends[i], ends[i] - lengths[i]
-            index[begin : begin + keep] = index[begin_before : begin_before + keep]
-            index[begin + keep : end] = place[size : size + lengths[i] - keep]
-            size += lengths[i] - keep
-            shared[i], begin_before, rank_before = keep, begin, rank
-        return Layout(index, tuple(shared), size)
+        rank_before = None
+        for i in sorted(range(len(members)), key=lambda i: self.rank[members[i]]):
+            shared[i] = self._shared(members[i], rank_before)
+            begin, end = ends[i] - lengths[i], ends[i]
+            split = begin + shared[i]
+            index[begin:split] = index[begin_before : begin_before + shared[i]]
+            index[split:end] = place[size : size + end - split]
+            size += end - split
+            begin_before, rank_before = begin, self.rank[members[i]]
+        return index, tuple(shared)
 
     def grow(self, ranks: list[int], members: Sequence[int]) -> int:
-        """Put samples into a row whose samples have these `ranks`, in ascending order.
+        """Put samples into a microbatch whose samples have these `ranks`, in ascending order.
 
-        Returns how many tokens the row grows by, at most.
+        Returns how many tokens the microbatch grows by, at most.
         """
         added = 0
         for member in members:
-            rank = self.rank[member]
-            at = bisect.bisect_left(ranks, rank)
-            before = ranks[at - 1] if at else -1
-            added += self._lengths[member] - self._worth(member, self._between(before, rank))
-            ranks.insert(at, rank)
+            place = bisect.bisect_left(ranks, self.rank[member])
+            added += self._lengths[member]
+            added -= self._shared(member, ranks[place - 1] if place else None)
+            ranks.insert(place, self.rank[member])
         return added
 
-    def _between(self, before: int, rank: int) -> int:
-        """Tokens in common of the samples with these ranks; 0 without a sample before."""
-        return min(self._common[before + 1 : rank + 1]) if before >= 0 else 0
-
-    def _worth(self, member: int, common: int) -> int:
-        """How many of the tokens in common are shared.
-
-        It never falls where more are in common: a sample adds the less to a row, the more samples
-        are there already.
-        """
+    def _shared(self, member: int, rank_before: int | None) -> int:
+        """Tokens that a sample takes from the one before it in a microbatch."""
+        if rank_before is None:
+            return 0
+        common = min(self._common[rank_before + 1 : self.rank[member] + 1])
         if common == self._lengths[member]:
             return common
-        starts = self._starts[member]
-        at = bisect.bisect_right(starts, common)
-        return max(common - common % GRAIN, starts[at - 1] if at else 0)
+        started = [start for start in self._starts[member] if start <= common]
+        return max(common - common % GRAIN, *started[-1:], 0)
 
 
 def _completion_starts(mask: np.ndarray) -> list[int]:
@@ -117,27 +109,25 @@ def _completion_starts(mask: np.ndarray) -> list[int]:
     >>> _completion_starts(np.array([False, True, True, False, True]))
     [1, 4]
     """
-    edges = np.flatnonzero(mask[1:] & ~mask[:-1]) + 1
-    return [0, *edges.tolist()] if mask[0] else edges.tolist()
+    return np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0) == 1).tolist()
 
 
-def _key(sample: Sample, shape: tuple[int, int] | None) -> bytes:
-    """Of the same width for every token; equal bytes are equal tokens (and routes)."""
-    tokens = np.ascontiguousarray(sample.tokens, dtype=np.int64)
-    if shape is None:
-        return tokens.tobytes()
-    routes = padded_routes(sample.routes, len(sample), shape).view(np.uint8)
-    columns = (tokens.view(np.uint8).reshape(len(sample), 8), routes.reshape(len(sample), -1))
-    return np.concatenate(columns, axis=1).tobytes()
+def _keys(samples: Sequence[Sample], lengths: Sequence[int], replay: bool) -> list[bytes]:
+    """As many bytes for every token; equal bytes are equal tokens (and expert choices)."""
+    columns = [sample.tokens.astype(np.int64).view(np.int16).reshape(-1, 4) for sample in samples]
+    chosen = padded_expert_choices([s.expert_choices for s in samples], lengths) if replay else None
+    if chosen is not None:
+        pairs = zip(columns, chosen, strict=True)
+        columns = [np.column_stack([ids, experts.reshape(len(ids), -1)]) for ids, experts in pairs]
+    return [array.tobytes() for array in columns]
 
 
-def _common(one: bytes, two: bytes) -> int:
+def _same_bytes(one: bytes, two: bytes) -> int:
     """Bytes that both start with.
 
-    >>> _common(b"abc", b"abd"), _common(b"ab", b"abc")
+    >>> _same_bytes(b"abc", b"abd"), _same_bytes(b"ab", b"abc")
     (2, 2)
     """
     size = min(len(one), len(two))
     differs = np.frombuffer(one, np.uint8, size) != np.frombuffer(two, np.uint8, size)
-    first = int(differs.argmax()) if size else 0
-    return first if size and differs[first] else size
+    return int(differs.argmax()) if differs.any() else size

@@ -102,8 +102,8 @@ class Rollouts:
         # Too few with signal: the flat ones stay in the count, as they would without this.
         return [*kept, *flat[: spec.prompts - len(kept)]]
 
-    def _needs_routes(self, split: Split) -> bool:
-        """Whether training replays the engine's routes, or is to compare them with its own."""
+    def _needs_experts(self, split: Split) -> bool:
+        """Whether training replays the engine's expert choices, or is to compare them."""
         options = self.spec.train
         return split == "train" and (options.routing_replay == "rollout" or options.measure_routing)
 
@@ -120,7 +120,7 @@ class Rollouts:
             max_tokens=self.spec.max_tokens or task.max_tokens,
             temperature=self.spec.temperature,
             seed=seed,
-            extra_body={"return_routes": True} if self._needs_routes(scenario.split) else None,
+            extra_body={"return_routes": True} if self._needs_experts(scenario.split) else None,
         )
         return TrajectoryGroup(
             Trajectory(

@@ -44,13 +44,13 @@ __all__ = [
     "cache_argument",
     "causal_mask",
     "decoder_kinds",
+    "find_routers",
     "hub_address",
     "keep_long_rope",
     "output_embeddings",
     "quiet",
     "recompute_layers",
     "returned_cache",
-    "router_classes",
     "sdpa_attention_forward",
     "sdpa_mask",
     "select_rows",
@@ -108,10 +108,25 @@ def attention_implementation(lm: PreTrainedModel) -> str | None:
     return lm.config._attn_implementation
 
 
-def router_classes(model: torch.nn.Module) -> Any:
-    """What transformers records as the model's router logits, or None."""
-    named: Mapping[str, Any] = getattr(model, "_can_record_outputs", None) or {}
-    return named.get("router_logits")
+def find_routers(lm: torch.nn.Module) -> list[tuple[torch.nn.Module, int]]:
+    """Router modules of a model, each with the place of its logits in its output.
+
+    Adapters don't hide them: peft wraps modules, and what it wraps stays a submodule.
+    """
+    routers: dict[torch.nn.Module, int] = {}
+    for model in lm.modules():
+        recorded: Mapping[str, Any] = getattr(model, "_can_record_outputs", None) or {}
+        named = recorded.get("router_logits")
+        for spec in named if isinstance(named, list) else [named]:
+            target = getattr(spec, "target_class", spec)
+            if not isinstance(target, type):
+                continue
+            inside = getattr(spec, "layer_name", None)
+            for name, module in model.named_modules():
+                fits = inside is None or f".{inside.strip('.')}." in f".{name}."
+                if isinstance(module, target) and fits:
+                    routers.setdefault(module, getattr(spec, "index", 0))
+    return list(routers.items())
 
 
 def backbone(lm: PreTrainedModel) -> torch.nn.Module:

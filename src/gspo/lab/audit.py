@@ -136,10 +136,11 @@ def measure(policy: Policy, samples: list[Sample]) -> Noise:
     budget = row_budget(policy.lm.config.get_text_config(), policy.checkpointing)
     metrics = Metrics()
     for microbatch in pack(samples, budget, share=policy.shares_prefixes):
-        with policy.routing.observe(strict=False) as tape:
+        with policy.routers.watch(strict=False) as choices:
             ratios, means = _log_ratios(policy, microbatch)
-        if tape.seen and microbatch.routes is not None:
-            record_agreement(metrics, microbatch.routes, tape.own().cpu()[microbatch.index])
+        if choices.complete and microbatch.expert_choices is not None:
+            own = choices.preferred().cpu()[microbatch.index]
+            record_agreement(metrics, microbatch.expert_choices, own)
         for row, number in enumerate(microbatch.trajectory_ids):
             d[number] = ratios[microbatch.sequence_ids == row].double().numpy()
             log_ratios[number] = means[row].item()
@@ -166,7 +167,7 @@ def _requests(spec: AuditSpec, task: Task, engine: TorchEngine) -> list[Request]
         n=spec.completions,
         max_tokens=spec.max_tokens or task.max_tokens,
         temperature=spec.temperature,
-        routes=bool(engine.policy.routing.routers),
+        expert_choices=bool(engine.policy.routers.modules),
     )
     problems = (task.problem("heldout", index, spec.seed) for index in range(spec.prompts))
     return [Request(tuple(engine.encode_chat(task.messages(p))), params) for p in problems]
@@ -181,7 +182,7 @@ def _samples(policy: Policy, requests: list[Request], done: list[list[Completion
             sample = trajectory_samples(
                 trajectory, trajectory_id=len(out), max_tokens=policy.context
             )[0]
-            out.append(replace(sample, routes=own.routes))
+            out.append(replace(sample, expert_choices=own.expert_choices))
     return out
 
 

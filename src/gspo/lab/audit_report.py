@@ -75,7 +75,7 @@ class AuditReport:
         buckets: by powers of two of the length.
         blocks: how the spread falls as more tokens are averaged.
         routing_agreement: share of the experts' slots that engine and trainer choose alike; None
-            where the engine returns no routes.
+            if the engine returns no expert choices.
     """
 
     model: str

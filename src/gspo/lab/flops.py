@@ -112,7 +112,7 @@ def active_weights(policy: Policy) -> dict[torch.nn.Parameter, float]:
             if parameter.dim() == 3 and "experts" in path:
                 share = _experts_per_token(config) / parameter.shape[0]
             elif _LISTED.search(f".{path}."):
-                share = _experts_per_token(config) / policy.routing.experts
+                share = _experts_per_token(config) / policy.routers.experts
             out[parameter] = share * parameter.numel()
     return out
 

@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gspo.core.errors import DataError
 from gspo.data.packing import Microbatch
 from gspo.data.sample import unit_count
 from gspo.objective import LossOutput, policy_loss
@@ -125,20 +124,19 @@ def accumulate_gradients(
         microbatches: of the trajectories that any method wants.
         methods: by name; the result's axes are in their order.
         chunk: tokens whose logits exist at once.
-        replay: route with the rows' own routes.
+        replay: use the expert choices that the samples carry.
         reference: needed where a method has a KL term.
 
     Raises:
-        DataError: a replay of rows without routes.
+        DataError: a replay of microbatches without expert choices.
     """
     parameters = list(policy.trainable.values())
     for method in methods.values():
         method.gradient = [torch.zeros_like(p) for p in parameters]
     policy.lm.eval()
     for microbatch in microbatches:
-        if replay and microbatch.routes is None:
-            raise DataError("a packed row without routes in a step that replays them")
-        with policy.routing.observe(microbatch.routes if replay else None, strict=replay):
+        replayed = microbatch.replayed_choices() if replay else None
+        with policy.routers.watch(replayed, strict=replay):
             logprobs = forward(policy, microbatch, chunk).logprobs
         known = None if reference is None else reference(microbatch)
         for method in methods.values():

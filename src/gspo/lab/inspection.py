@@ -25,7 +25,7 @@ from gspo.lab.inspection_source import Source, Weights
 from gspo.objective import PRESETS
 from gspo.policy.load import Policy
 from gspo.train.budget import row_budget
-from gspo.train.expert_replay import BatchRouting, with_routes
+from gspo.train.expert_replay import ExpertReplay
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.recompute import with_trainer_logprobs
 from gspo.train.settings import Settings
@@ -140,12 +140,12 @@ def make_methods(
 def as_trained(
     policy: Policy, trajectories: Sequence[tuple[Sample, ...]], settings: Settings
 ) -> Sequence[tuple[Sample, ...]]:
-    """The samples with what the trainer fixes before its first update: its routes, its pi_old."""
+    """The samples with what the trainer fixes before its first update: experts and pi_old."""
     options = settings
     budget = _budget(policy)
     with torch.no_grad():
-        routes = BatchRouting(policy, options, Metrics(), budget).start([trajectories])
-    trajectories = [with_routes(own, routes) for own in trajectories]
+        recorded = ExpertReplay(policy, options, Metrics(), budget).start([trajectories])
+    trajectories = [recorded.get(own[0].trajectory_id, own) for own in trajectories]
     if settings.old_logprobs != "trainer":
         return trajectories
     replay = options.routing_replay != "none"

@@ -22,7 +22,7 @@ from gspo.kernels.logprob import Head
 from gspo.policy.context import settle_context
 from gspo.policy.logits import logit_scale, soft_cap
 from gspo.policy.lora import add_lora
-from gspo.policy.moe import Routing
+from gspo.policy.moe import Routers
 from gspo.policy.source import read_model, read_tokenizer, resolve
 from gspo.policy.workers import Workers
 
@@ -58,7 +58,7 @@ class Policy:
         entries: entries of the vocabulary that are tokens, or None: all rows of the head. The rows
             behind them pad the head; log-probs are over the tokens alone.
         logit_scale: factor between the head's product and the logits; None: found on the model.
-        routing: the routers of an MoE model.
+        routers: of an MoE model; none in a dense one.
     """
 
     lm: PreTrainedModel
@@ -74,10 +74,10 @@ class Policy:
     workers: Workers = field(default_factory=Workers, repr=False)
     entries: int | None = None
     logit_scale: float | None = None
-    routing: Routing = field(init=False, repr=False)
+    routers: Routers = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.routing = Routing(self.lm, self.source)
+        self.routers = Routers(self.lm, self.source)
         if self.logit_scale is None:
             self.logit_scale = logit_scale(self.lm, self.source)
 
@@ -180,7 +180,7 @@ def save_weights(policy: Policy, folder: Path) -> None:
 
 def recompute_layers(policy: Policy) -> None:
     """Activation checkpointing, by which a replayed route is replayed in the backward pass too."""
-    hf.recompute_layers(policy.lm, policy.routing.recompute)
+    hf.recompute_layers(policy.lm, policy.routers.recompute)
 
 
 def _entries(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -1,25 +1,26 @@
-"""MoE routers of any transformers model: observe their choice of experts, or replay one.
+"""MoE routers of any transformers model: record their choice of experts, or replay one.
 
+An expert choice is the K expert numbers of one token in one MoE layer, in the router's order.
 transformers names a model's router modules itself (`_can_record_outputs["router_logits"]`), and
-such a router picks its experts by `torch.topk` inside its own forward. So two hooks around each
-router are enough: between them, torch's function mode sees that one call. The library stays as it
-is, gate values stay live, and a router in half precision is lifted to float32 on the way.
+such a router picks its experts by `torch.topk` inside its own forward. So it is enough to wrap the
+`forward` of each router: inside it, torch's function mode sees that one call. Gate values stay
+live, and a router in half precision is lifted to float32 on the way.
 
-    with policy.routing.observe(routes) as tape:   # routes: replay them; None: only watch
+    with policy.routers.watch(replay) as choices:   # None: only record
         scored = forward(policy, microbatch)
-    tape.used(), tape.own()                        # [T, layers, k]
+    choices.preferred(), choices.used()             # [T, N, K]: T tokens, N layers, K of E experts
 
-Layers that are recomputed in the backward pass find their tape again (`recompute`), so backward
+Layers that are recomputed in the backward pass find their choices again (`recompute`), so backward
 may run after the block, and other forward passes in between.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,199 +28,280 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gspo.core.errors import ConfigError, ModelError
-from gspo.kernels.hf import router_classes
-from gspo.policy.expert_tape import Tape
+from gspo.core.errors import ConfigError, DataError, ModelError, NumericsError
+from gspo.kernels.hf import find_routers
 
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-class Routing:
+class Routers:
     """The routers of one model, in the order of its layers; none in a dense model.
 
     Attributes:
-        routers: the modules.
-        experts: how many each of them chooses from; 0 in a dense model.
+        modules: the N routers.
+        experts: E, how many each of them chooses from; 0 in a dense model.
     """
 
     def __init__(self, lm: nn.Module, source: str):
-        found = find_routers(lm)
-        self.routers = [router for router, _ in found]
-        self._logits_at = [index for _, index in found]
-        self._architecture = type(lm).__name__
-        self._source = source
+        named = find_routers(lm)
+        self.modules = [router for router, _ in named]
+        self._model = f"{type(lm).__name__} ({source})"
         config = getattr(lm, "config", None)
-        text = config.get_text_config() if config is not None else None
-        self._counted = _count(text)
-        own = _count(self.routers[0]) if self.routers else None
-        self.experts = (own or self._counted or 0) if self.routers else 0
-        self._states: dict[int, _State] = {}
-        for layer, router in enumerate(self.routers):
-            router.register_forward_pre_hook(
-                functools.partial(self._before, layer), with_kwargs=True
-            )
-            # First out, last in: a second Routing on the same model nests inside this one.
-            router.register_forward_hook(
-                functools.partial(self._after, layer), prepend=True, always_call=True
-            )
-
-    @property
-    def _state(self) -> _State:
-        """Of this thread: rows are computed side by side."""
-        return self._states.setdefault(threading.get_ident(), _State())
+        self._configured = 0 if config is None else _count(config.get_text_config())
+        self.experts = (_count(self.modules[0]) or self._configured) if self.modules else 0
+        # By thread, since microbatches are computed side by side.
+        self._watched: dict[int, ExpertChoices | None] = {}
+        self._logits_index = [index for _, index in named]
+        self._forwards = [router.forward for router in self.modules]
+        for layer, router in enumerate(self.modules):
+            router.forward = functools.partial(self._run, layer)
 
     def require(self, what: str) -> None:
-        """Refuse `what` where there is nothing to route.
+        """Refuse `what` if the model has no routers that can be watched.
 
         Raises:
             ConfigError: a dense model.
             ModelError: experts, but no router modules that transformers names.
         """
-        if self.routers:
+        if self.modules:
             return
-        if (self._counted or 0) > 1:
+        if self._configured > 1:
             raise ModelError(
-                f"{what}: {self._architecture} ({self._source}) has {self._counted} experts, but "
+                f"{what}: {self._model} has {self._configured} experts, but "
                 "transformers names no router module of it (_can_record_outputs['router_logits'])"
             )
         raise ConfigError(
-            f"{what} asked of a dense model: {self._architecture} ({self._source}) has no experts "
+            f"{what} asked of a dense model: {self._model} has no experts "
             "to route to; leave the option out"
         )
 
     @contextmanager
-    def observe(
+    def watch(
         self,
-        routes: Integer[Tensor, "T N K"] | None = None,
+        replay: Integer[Tensor, "T N K"] | None = None,
         *,
         balance: Float[Tensor, "N E"] | None = None,
         copies: Int[Tensor, " T"] | None = None,
         strict: bool = True,
-    ) -> Iterator[Tape]:
-        """Record every choice of experts inside the block, or replay `routes`.
+    ) -> Iterator[ExpertChoices]:
+        """Record every choice of experts inside the block, or replay one.
 
         Args:
-            routes: experts of each token and layer to replay; a negative row is left to the router.
-            balance: weight of each expert's router probability in `tape.balance`.
-            copies: how often each token counts in the tape's sums; None: once.
-            strict: refuse a router whose choice cannot be seen. Otherwise `tape.seen` says so.
+            replay: experts to use; a row with a negative number is left to the router.
+            balance: weight of each expert's router probability in `ExpertChoices.balance`; takes
+                `copies` with it.
+            copies: how often each token counts in sums; None: once.
+            strict: refuse a router whose choice cannot be seen. Otherwise `ExpertChoices.complete`
+                says so. A replay is always strict.
 
         Raises:
             ModelError: strict, and a router without exactly one top-k over its experts.
-            DataError: `routes` don't fit the model, or were not consumed whole.
+            DataError: `replay` doesn't fit the model, or was not consumed whole.
             NumericsError: router logits that are not finite.
         """
-        tape = Tape(len(self.routers), self.experts, routes, balance, copies)
-        with self._with(tape):
-            yield tape
-        tape.check(f"{self._architecture} ({self._source})", strict or routes is not None)
+        choices = ExpertChoices(len(self.modules), self.experts, replay, balance, copies)
+        with self._watching(choices):
+            yield choices
+        choices.check(self._model, strict or replay is not None)
 
     def recompute(self) -> tuple[Any, Any]:
-        """`context_fn` of torch's checkpoint: a recomputed layer meets the tape of its forward.
+        """`context_fn` of torch's checkpoint: a recomputed layer meets the choices of its forward.
 
-        The rewound tape starts where this layer's tokens started and records nothing again.
+        They are rewound to where this layer's tokens started, and record nothing again.
         """
-        tape = self._state.tape
-        return nullcontext(), self._with(None if tape is None else tape.rewound())
+        choices = self._watched.get(threading.get_ident())
+        return nullcontext(), self._watching(None if choices is None else choices.rewound())
 
     @contextmanager
-    def _with(self, tape: Tape | None) -> Iterator[None]:
-        state = self._state
-        before, state.tape = state.tape, tape
+    def _watching(self, choices: ExpertChoices | None) -> Iterator[None]:
+        thread = threading.get_ident()
+        before = self._watched.get(thread)
+        self._watched[thread] = choices
         try:
             yield
         finally:
-            state.tape = before
+            self._watched[thread] = before
 
-    def _before(self, layer: int, router: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def _run(self, layer: int, *args: Any, **kwargs: Any) -> Any:
+        """The `forward` of a router, in float32 and watched."""
+        router = self.modules[layer]
         hidden = args[0] if args else next(iter(kwargs.values()))
-        stack, tape, choice = ExitStack(), self._state.tape, None
-        kind = hidden.device.type
+        choices = self._watched.get(threading.get_ident())
         weight = next(router.parameters(), None)
-        if weight is None or weight.dtype == torch.float32:
-            # A choice between near-equal experts is decided by digits that bfloat16 doesn't have.
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-            args = tuple(_lifted(value) for value in args)
-            kwargs = {name: _lifted(value) for name, value in kwargs.items()}
-        if tape is not None:
-            choice = stack.enter_context(_Choice(tape, layer, _count(router) or self.experts))
-        self._state.open.append((stack, tape, choice))
-        return args, kwargs
-
-    def _after(self, layer: int, router: nn.Module, args: Any, output: Any) -> None:
-        stack, tape, choice = self._state.open.pop()
-        stack.close()
-        # No output: the forward raised, or a recomputation stopped early because it had enough.
-        if output is None or tape is None or choice is None:
-            return
-        logits = output[self._logits_at[layer]] if isinstance(output, tuple) else output
-        tape.note(layer, choice.calls, logits)
+        with ExitStack() as stack:
+            if weight is None or weight.dtype == torch.float32:
+                # Digits that bfloat16 doesn't have decide between near-equal experts.
+                if torch.is_autocast_enabled(hidden.device.type):
+                    stack.enter_context(torch.autocast(hidden.device.type, enabled=False))
+                args = tuple(_lifted(value) for value in args)
+                kwargs = {name: _lifted(value) for name, value in kwargs.items()}
+            if choices is not None:
+                stack.enter_context(choices.of_layer(layer, _count(router) or self.experts))
+            output = self._forwards[layer](*args, **kwargs)
+        if choices is not None:
+            index = self._logits_index[layer]
+            choices.note(output[index] if isinstance(output, tuple) else output)
+        return output
 
 
-@dataclass
-class _State:
-    """What one thread is in: its tape, and the routers whose forward has begun."""
+class ExpertChoices(TorchFunctionMode):
+    """The choices of N routers among E experts, K for each of T tokens, in one forward pass.
 
-    tape: Tape | None = None
-    open: list[tuple[ExitStack, Tape | None, _Choice | None]] = field(default_factory=list)
+    Filled by `Routers.watch`. A router may be called several times; its tokens follow each other.
+    Inside a router this is torch's function mode, which sees the one top-k whose rows are tokens
+    and whose columns are the experts. Group-limited routers (DeepSeek-V3's) also rank groups of
+    experts; those calls pass through.
 
-
-class _Choice(TorchFunctionMode):
-    """Inside one router: the one top-k whose rows are tokens and whose columns are the experts.
-
-    Group-limited routers (DeepSeek-V3's) also rank groups of experts; those calls pass through.
+    Attributes:
+        balance: sum over layers and tokens of the weighted router probabilities, with gradient;
+            0 without weights. A token counts as often as there are `copies` of it.
+        complete: the choice of every router could be seen. Known when the block has ended.
     """
 
-    def __init__(self, tape: Tape, layer: int, experts: int):
+    def __init__(
+        self,
+        layers: int,
+        experts: int,
+        replay: Integer[Tensor, "T N K"] | None,
+        weights: Float[Tensor, "N E"] | None,
+        copies: Int[Tensor, " T"] | None,
+    ):
         super().__init__()
-        self.tape, self.layer, self.experts = tape, layer, experts
-        self.calls = 0
+        self.balance: Tensor | float = 0.0
+        self.complete = layers > 0
+        self._experts = experts
+        # One byte up to 256 experts: the choices of a rollout batch can be gigabytes.
+        self._dtype = torch.uint8 if experts <= 256 else torch.int16
+        self._replay, self._weights, self._copies = replay, weights, copies
+        self._routed = [0] * layers  # tokens of each layer so far
+        self._chosen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(layers)]
+        self._finite: list[tuple[int, Tensor]] = []
+        self._unseen: tuple[int, int] | None = None
+        self._records = True
+        self._layer = self._columns = self._calls = 0  # of the router that runs
+        if replay is not None and replay.numel():
+            most = int(replay.max())
+            if replay.shape[1] != layers or most >= experts:
+                raise DataError(
+                    f"expert choices of {replay.shape[1]} layers, up to expert {most}; the model "
+                    f"has {layers} MoE layers of {experts} experts"
+                )
+
+    def rewound(self) -> ExpertChoices:
+        """For a layer that is recomputed: the same replay from here on, nothing recorded."""
+        again = copy.copy(self)
+        again._routed = list(self._routed)
+        again._records = False
+        again.balance = 0.0
+        return again
+
+    def of_layer(self, layer: int, columns: int) -> ExpertChoices:
+        """The mode for one call of this layer's router, which chooses from `columns` experts."""
+        self._layer, self._columns, self._calls = layer, columns, 0
+        return self
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
+        out = func(*args, **(kwargs or {}))
         if func not in (torch.topk, Tensor.topk):
-            return func(*args, **kwargs)
-        scores = args[0] if args else kwargs["input"]
-        if scores.dim() != 2 or scores.shape[-1] != self.experts:
-            return func(*args, **kwargs)
-        self.calls += 1
-        if self.tape.routes is None:
-            out = func(*args, **kwargs)
-            self.tape.choose(self.layer, out.indices)
             return out
-        with torch.no_grad():
-            own = func(*args, **kwargs).indices
-        used = self.tape.choose(self.layer, own)
+        scores = args[0] if args else kwargs["input"]
+        if scores.dim() != 2 or scores.shape[-1] != self._columns:
+            return out
+        self._calls += 1
+        used = self._choose(out.indices)
+        if self._replay is None:
+            return out
         return torch.return_types.topk((scores.gather(-1, used), used))  # pyright: ignore[reportCallIssue]
 
+    def _choose(self, preferred: Int[Tensor, "n K"]) -> Int[Tensor, "n K"]:
+        """The experts that the router is to use, given those that it prefers."""
+        layer, start = self._layer, self._routed[self._layer]
+        self._routed[layer] += len(preferred)
+        used = preferred
+        if self._replay is not None:
+            wanted = self._replay[start : self._routed[layer], layer]
+            if wanted.shape != preferred.shape:
+                raise DataError(
+                    f"expert choices of {tuple(wanted.shape)} tokens and experts were to be "
+                    f"replayed in MoE layer {layer}, which routes {tuple(preferred.shape)}"
+                )
+            wanted = wanted.to(preferred.device, torch.long)
+            used = torch.where((wanted < 0).any(-1, keepdim=True), preferred, wanted)
+        if self._records:
+            small = preferred.detach().to(self._dtype)
+            replayed = small if self._replay is None else used.to(self._dtype)
+            self._chosen[layer].append((small, replayed))
+        return used
 
-def find_routers(lm: nn.Module) -> list[tuple[nn.Module, int]]:
-    """Router modules of a model, each with the place of its logits in its output.
+    def note(self, logits: Float[Tensor, "n E"]) -> None:
+        """A router has run, with these logits."""
+        layer = self._layer
+        if self._calls != 1:
+            self._unseen = self._unseen or (layer, self._calls)
+            return
+        if self._records:
+            self._finite.append((layer, logits.detach().isfinite().all()))
+        if self._weights is not None and self._copies is not None:
+            # Also when recomputed: checkpoint wants the same tensors saved, in the same order.
+            probabilities = logits.float().softmax(-1)
+            end = self._routed[layer]
+            copies = self._copies[end - len(logits) : end].to(logits.device, torch.float32)
+            weights = self._weights[layer].to(logits.device)
+            self.balance = self.balance + copies @ probabilities @ weights
 
-    Adapters don't hide them: peft wraps modules, and what it wraps stays a submodule.
-    """
-    out: dict[nn.Module, int] = {}
-    for model in lm.modules():
-        named = router_classes(model)
-        for spec in named if isinstance(named, list) else [named]:
-            target = getattr(spec, "target_class", spec)
-            if not isinstance(target, type):
-                continue
-            inside = getattr(spec, "layer_name", None)
-            for name, module in model.named_modules():
-                fits = inside is None or f".{inside.strip('.')}." in f".{name}."
-                if isinstance(module, target) and fits:
-                    out.setdefault(module, getattr(spec, "index", 0))
-    return list(out.items())
+    def check(self, model: str, strict: bool) -> None:
+        """The forward pass is over: refuse what was left over, or could not be seen.
+
+        Raises:
+            ModelError, DataError, NumericsError: see `Routers.watch`.
+        """
+        expected = max(self._routed, default=0) if self._replay is None else len(self._replay)
+        whole = all(tokens == expected for tokens in self._routed)
+        self.complete &= self._unseen is None and whole
+        if self._unseen is not None and strict:
+            layer, calls = self._unseen
+            raise ModelError(
+                f"{model}: the router of MoE layer {layer} makes {calls} top-k choices of its "
+                "experts in its own forward; they are recorded and replayed if it is 1"
+            )
+        # One read from the device, not one per layer.
+        if self._finite and not bool(torch.stack([finite for _, finite in self._finite]).all()):
+            bad = next(layer for layer, finite in self._finite if not finite)
+            raise NumericsError(
+                f"{model}: the router logits of MoE layer {bad} are NaN or infinite: "
+                "the weights, or what flows into the router, are broken"
+            )
+        if strict and not whole:
+            raise DataError(
+                f"{model}: its MoE layers routed {self._routed} tokens, but each was to route "
+                f"{expected}; a replay must be consumed whole"
+            )
+
+    def preferred(self) -> Integer[Tensor, "T N K"]:
+        """The experts that the routers preferred: uint8 up to 256 experts, int16 above."""
+        return torch.stack([torch.cat([first for first, _ in calls]) for calls in self._chosen], 1)
+
+    def used(self) -> Integer[Tensor, "T N K"]:
+        """The experts that computed, replayed or preferred; same type."""
+        return torch.stack([torch.cat([used for _, used in calls]) for calls in self._chosen], 1)
+
+    def loads(self) -> Int[Tensor, "N E"]:
+        """Tokens that each expert of each layer computed, each as often as it has copies."""
+        used = self.used().long()
+        layers = torch.arange(used.shape[1], device=used.device)[:, None]
+        slots = (used + layers * self._experts).flatten()
+        counts = used.new_ones(len(used)) if self._copies is None else self._copies.to(used.device)
+        each = counts[:, None, None].expand_as(used).flatten()
+        loads = each.new_zeros(used.shape[1] * self._experts).index_add_(0, slots, each)
+        return loads.view(-1, self._experts)
 
 
-def _count(config: Any) -> int | None:
-    """Number of experts, as a router or a config names it."""
-    values = (getattr(config, name, None) for name in _COUNTS)
-    return next((value for value in values if isinstance(value, int)), None)
+def _count(named: Any) -> int:
+    """Number of experts, as a router or a config names it; 0 if it doesn't."""
+    values = (getattr(named, name, None) for name in _COUNTS)
+    return next((value for value in values if isinstance(value, int)), 0)
 
 
 def _lifted(value: Any) -> Any:

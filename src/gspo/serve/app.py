@@ -19,7 +19,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
 from gspo.core.errors import GspoError, RequestError
-from gspo.data.expert_choices import encode_routes
+from gspo.data.expert_choices import encode_expert_choices
 from gspo.serve.batcher import Batcher
 from gspo.serve.engine import Completion, Engine
 from gspo.serve.engine import Request as EngineRequest
@@ -164,8 +164,8 @@ def _training_fields(prompt: list[int], completion: Completion) -> dict[str, Any
         "temperature": completion.temperature,
         "policy_version": completion.policy_version,
     }
-    if completion.routes is not None:
-        fields["routed_experts"] = encode_routes(completion.routes)
+    if completion.expert_choices is not None:
+        fields["routed_experts"] = encode_expert_choices(completion.expert_choices)
     return fields
 
 

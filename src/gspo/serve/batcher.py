@@ -90,12 +90,12 @@ class Batcher:
 
         Raises:
             RequestError: ids that are no tokens of the model, a prompt that doesn't fit the
-                context, or routes asked of a model that has none.
+                context, or expert choices asked of a model that has none.
         """
         engine = self.engine
         check_fits(request, engine.context, engine.vocabulary)
-        if request.params.routes:
-            engine.check_routes()
+        if request.params.expert_choices:
+            engine.check_expert_choices()
 
     async def complete(self, request: Request) -> list[Completion]:
         """The request's n completions.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from gspo.policy.load import Policy
 from gspo.serve.engine import FinishReason, SamplingParams
 from gspo.serve.sampling import RowRandom, sample
 
@@ -30,7 +32,7 @@ class Row:
         ends: tokens that end it, beside the model's end tokens.
         text: where a stop text cut it.
         tokens, logprobs: once it has ended.
-        routes: experts of its tokens, if asked for.
+        expert_choices: [n, N, K] experts of its tokens for each forward pass, if asked for.
     """
 
     request: int
@@ -42,7 +44,29 @@ class Row:
     text: str | None = None
     tokens: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
-    routes: list[np.ndarray] = field(default_factory=list)
+    expert_choices: list[np.ndarray] = field(default_factory=list)
+
+
+@contextmanager
+def record_expert_choices(
+    policy: Policy, rows: Sequence[Row], places: Iterable[slice]
+) -> Iterator[None]:
+    """Around a forward pass: note the experts of each row's tokens, if its request asks for them.
+
+    Args:
+        policy: whose forward pass it is.
+        rows: those that take part; none if no request asks.
+        places: where the tokens of each row stand in the pass.
+    """
+    if not any(row.params.expert_choices for row in rows):
+        yield
+        return
+    with policy.routers.watch() as choices:
+        yield
+    chosen = choices.preferred().cpu().numpy()
+    for row, place in zip(rows, places, strict=True):
+        if row.params.expert_choices and row.finish is None:
+            row.expert_choices.append(chosen[place])
 
 
 class Running:

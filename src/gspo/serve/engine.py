@@ -28,7 +28,7 @@ class SamplingParams:
             their tokens were sampled and stay in `token_ids`.
         seed: completion i of a seeded request depends on (seed, i) alone, not on the batch.
         purpose: of a request without a seed: what it is for, see `gspo.core.draws.purpose`.
-        routes: return the experts that each token went through (MoE models only).
+        expert_choices: return the experts that each token went through (MoE models only).
         ignore_eos: sample on after an end token, up to `max_tokens`: for measurements.
         stop_token_ids: tokens that end a completion as an end token does, whatever `ignore_eos`.
         min_tokens: end tokens are not drawn, and stop texts not looked for, among the first so
@@ -46,7 +46,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     purpose: tuple[int | str, ...] = ()
-    routes: bool = False
+    expert_choices: bool = False
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     min_tokens: int = 0
@@ -90,8 +90,8 @@ class Completion:
         finish_reason: `stop` at an end token or stop text, `length` at max_tokens or the context.
         policy_version: version of the weights that sampled it.
         temperature: that `logprobs` are at: the request's, or 1 for greedy decoding.
-        routes: where asked, [R, layers, k] experts of the prompt's and the completion's tokens but
-            the last, which was never fed; R = prompt + L - 1. One byte a slot up to 256 experts.
+        expert_choices: if asked for, [R, N, K] experts of the prompt's and the completion's tokens
+            but the last, which was never fed; R = prompt + L - 1. One byte per expert up to 256.
     """
 
     token_ids: tuple[int, ...]
@@ -100,7 +100,7 @@ class Completion:
     finish_reason: FinishReason
     policy_version: int
     temperature: float
-    routes: np.ndarray | None = field(default=None, compare=False)
+    expert_choices: np.ndarray | None = field(default=None, compare=False)
 
 
 @runtime_checkable
@@ -141,8 +141,8 @@ class Engine(Protocol):
         """Raise a RequestError where stop texts or tokens are none that this engine can see."""
         ...
 
-    def check_routes(self) -> None:
-        """Raise a RequestError where `SamplingParams.routes` cannot be had of this engine."""
+    def check_expert_choices(self) -> None:
+        """Raise a RequestError if this engine cannot return the experts of its tokens."""
         ...
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:

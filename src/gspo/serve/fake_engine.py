@@ -65,8 +65,8 @@ class FakeEngine:
             message = "min_tokens: FakeEngine replies with the text that it was given"
             raise RequestError(message, param="min_tokens")
 
-    def check_routes(self) -> None:
-        message = "return_routes: FakeEngine has no experts, so it returns no routes"
+    def check_expert_choices(self) -> None:
+        message = "return_routes: FakeEngine has no experts, so it returns no expert choices"
         raise RequestError(message, param="return_routes")
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
@@ -75,8 +75,8 @@ class FakeEngine:
     def _complete(self, request: Request) -> list[Completion]:
         limit = check_fits(request, self.context, self.vocabulary)
         self.check_params(request.params)
-        if request.params.routes:
-            self.check_routes()
+        if request.params.expert_choices:
+            self.check_expert_choices()
         count = len(self.requests)
         self.requests.append(request)
         prompt = self.decode(request.prompt)

@@ -73,7 +73,7 @@ class _Body(BaseModel):
             stop=stop,
             seed=self.seed,
             purpose=purpose(),
-            routes=self.return_routes,
+            expert_choices=self.return_routes,
             ignore_eos=self.ignore_eos,
             stop_token_ids=tuple(self.stop_token_ids or ()),
             min_tokens=self.min_tokens,

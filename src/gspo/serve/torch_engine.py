@@ -22,11 +22,10 @@ from gspo.kernels.hf import attention_implementation
 from gspo.kernels.logprob import full_logits
 from gspo.kernels.slab_cache import slab_bytes
 from gspo.policy.load import OWN, Policy, autocast
-from gspo.serve.decoding import Row, Running
+from gspo.serve.decoding import Row, Running, record_expert_choices
 from gspo.serve.ends import end_tokens, ends_of
 from gspo.serve.engine import Completion, Request, SamplingParams, check_fits
 from gspo.serve.kv import KeyValues, Layout, SharedPrompts, padded, prefill
-from gspo.serve.route_watch import RouteWatch
 from gspo.serve.token_bytes import token_bytes
 
 KV_BYTES = 2 * 2**30
@@ -98,9 +97,9 @@ class TorchEngine:
     def check_params(self, params: SamplingParams) -> None:
         ends_of(params, self.policy.tokenizer, self.policy.head.size)
 
-    def check_routes(self) -> None:
+    def check_expert_choices(self) -> None:
         try:
-            self.policy.routing.require("return_routes")
+            self.policy.routers.require("return_routes")
         except GspoError as error:
             raise RequestError(str(error), param="return_routes") from None
 
@@ -114,8 +113,8 @@ class TorchEngine:
         rows = []
         for r, request in enumerate(requests):
             limit = check_fits(request, self.context, self.vocabulary)
-            if request.params.routes:
-                self.check_routes()
+            if request.params.expert_choices:
+                self.check_expert_choices()
             ends = ends_of(request.params, self.policy.tokenizer, self.policy.head.size)
             keys = self._keys(request)
             rows += [Row(r, request.params, limit, key, ends) for key in keys]
@@ -142,11 +141,11 @@ class TorchEngine:
 
     def _decode(self, requests: Sequence[Request], rows: Sequence[Row]) -> None:
         """Fill in `rows`."""
-        watch = RouteWatch(self.policy, rows)
+        asked = any(row.params.expert_choices for row in rows)
         waiting = deque(rows)
         while waiting:
             lot = self._admitted(requests, waiting, [])
-            kv, logits = self._start(requests, lot, watch)
+            kv, logits = self._start(requests, lot, asked)
             running = Running(lot, self._ends, self.decode)
             while True:
                 tokens = running.sample(logits)
@@ -158,10 +157,11 @@ class TorchEngine:
                     kept = running.keep()
                     kv.keep(kept)
                     tokens = tokens[torch.from_numpy(kept).to(tokens.device)]
-                with watch.decoding(running.rows):
+                places = (slice(i, i + 1) for i in range(len(running.rows)))
+                with record_expert_choices(self.policy, running.rows if asked else [], places):
                     logits = full_logits(kv.advance(tokens), self.policy.head)
                 if lot:
-                    more, first = self._start(requests, lot, watch)
+                    more, first = self._start(requests, lot, asked)
                     assert isinstance(kv, SharedPrompts) and isinstance(more, SharedPrompts)
                     kv.join(more)
                     running.add(lot)
@@ -200,14 +200,17 @@ class TorchEngine:
         return lot
 
     def _start(
-        self, requests: Sequence[Request], rows: Sequence[Row], watch: RouteWatch
+        self, requests: Sequence[Request], rows: Sequence[Row], asked: bool
     ) -> tuple[KeyValues, Float[Tensor, "R V"]]:
         """Compute each distinct prompt once; the logits of every row's first token."""
         number: dict[tuple[int, ...], int] = {}
         owner = [number.setdefault(requests[row.request].prompt, len(number)) for row in rows]
         tokens, real = padded(list(number), self.policy.device)
         longest = max(row.limit for row in rows)
-        with watch.prefill(rows, owner, real):
+        ends = [(prompt + 1) * tokens.shape[1] for prompt in owner]  # padded on the left
+        prompts = (len(requests[row.request].prompt) for row in rows)
+        places = (slice(end - length, end) for end, length in zip(ends, prompts, strict=True))
+        with record_expert_choices(self.policy, rows if asked else [], places):
             kv, hidden = prefill(
                 self.policy, tokens, real, np.array(owner), longest, layout=self.layout
             )
@@ -223,7 +226,7 @@ class TorchEngine:
             finish_reason=row.finish,
             policy_version=self.policy.version,
             temperature=row.params.temperature or 1.0,
-            routes=np.concatenate(row.routes) if row.routes else None,
+            expert_choices=np.concatenate(row.expert_choices) if row.expert_choices else None,
         )
 
     def _text(self, row: Row) -> str:

@@ -1,6 +1,6 @@
-"""The routers' part of training an MoE model: replay, load balance, and what routing did.
+"""The expert choices of an MoE model while it trains: replay, load balance, and their metrics.
 
-Replay is one mechanism with two sources: the routes of a sample are the engine's (R3, arXiv
+Replay is one mechanism with two sources: the expert choices of a sample are the engine's (R3, arXiv
 2510.11370), or are overwritten before the first update by those of the trainer's own forward pass
 (R2, arXiv 2512.01374). From there on nothing knows the difference.
 """
@@ -8,66 +8,68 @@ Replay is one mechanism with two sources: the routes of a sample are the engine'
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
+from jaxtyping import Int, Integer
 from torch import Tensor
 
 from gspo.core.errors import ConfigError, DataError
 from gspo.core.metrics import Metrics
-from gspo.data.packing import Microbatch
-from gspo.data.sample import Sample
+from gspo.data.packing import Microbatch, pack
+from gspo.data.sample import Sample, TrajectorySamples
 from gspo.dev import TrainConfig
-from gspo.policy.expert_tape import Tape, as_array, changed_slots
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy
-from gspo.train.rows import rows_of
-
-Trajectory = tuple[Sample, ...]
-Routes = list[np.ndarray]
+from gspo.policy.moe import ExpertChoices
 
 
-def check_routing(policy: Policy, trajectories: Sequence[Trajectory], options: TrainConfig) -> None:
+def check_expert_options(
+    policy: Policy, trajectories: Sequence[TrajectorySamples], options: TrainConfig
+) -> None:
     """Refuse what cannot be done, before any work.
 
     Raises:
-        ConfigError: an option of MoE models on a dense one, or a replay of rollouts without routes.
-        DataError: routes that are not of this model.
+        ConfigError: an option of MoE models on a dense one, or a replay of rollouts without expert
+            choices.
+        DataError: expert choices that are not of this model.
     """
-    if options.routing_replay != "none":
-        policy.routing.require(f"routing_replay={options.routing_replay!r}")
-    if options.router_aux_loss_coef > 0:
-        policy.routing.require(f"router_aux_loss_coef={options.router_aux_loss_coef}")
-    if options.measure_routing:
-        policy.routing.require("measure_routing=True")
-    layers = len(policy.routing.routers)
-    for sample in (s for own in trajectories for s in own):
+    unset = {"routing_replay": "none", "router_aux_loss_coef": 0.0, "measure_routing": False}
+    for name, value in unset.items():
+        if getattr(options, name) != value:
+            policy.routers.require(f"{name}={getattr(options, name)!r}")
+    layers = len(policy.routers.modules)
+    for sample in (sample for samples in trajectories for sample in samples):
         where = f"group {sample.group_id}, trajectory {sample.trajectory_id}"
-        routes = sample.routes
-        if routes is None or len(routes) < len(sample) - 1:
+        chosen = sample.expert_choices
+        if chosen is None or len(chosen) < len(sample) - 1:
             if options.routing_replay == "rollout":
+                missing = "all" if chosen is None else len(sample) - 1 - len(chosen)
                 raise ConfigError(
-                    f"routing_replay='rollout', but {where} carries no routes of the engine for "
-                    f"{'all' if routes is None else len(sample) - 1 - len(routes)} of its tokens: "
-                    "roll out with extra_body={'return_routes': True}, or use 'old_policy'"
+                    f"routing_replay='rollout', but {where} carries no expert choices of the "
+                    f"engine for {missing} of its tokens: roll out with "
+                    "extra_body={'return_routes': True}, or use 'old_policy'"
                 )
-        elif len(routes) > len(sample) or (layers and routes.shape[1] != layers):
+        elif len(chosen) > len(sample) or (layers and chosen.shape[1] != layers):
             raise DataError(
-                f"{where}: routes of shape {list(routes.shape)} for {len(sample)} tokens and a "
-                f"model of {layers} MoE layers"
+                f"{where}: expert choices of shape {list(chosen.shape)} for {len(sample)} tokens "
+                f"and a model of {layers} MoE layers"
             )
 
 
-class BatchRouting:
-    """What one call of `train` does with the routers.
+class ExpertReplay:
+    """What one call of `train` does with the expert choices; nothing in a dense model.
+
+    `start` before the first update; for each optimizer step `begin`, `watch` and `record` each of
+    its microbatches, `end`; `finish` after the last update.
 
     Args:
         policy: its weights are those before the first update until `start` has returned.
-        options: which of it is wanted.
+        options: what is asked for.
         metrics: of the call.
-        budget: tokens of a packed row.
+        budget: tokens of a microbatch.
     """
 
     def __init__(self, policy: Policy, options: TrainConfig, metrics: Metrics, budget: int):
@@ -75,140 +77,85 @@ class BatchRouting:
         self.options = options
         self.metrics = metrics
         self.budget = budget
-        self._share = shares(policy, options)
-        self._parts: list[list[Trajectory]] = []
-        self._before: list[Routes] = []
-
-    def start(self, parts: Sequence[Sequence[Trajectory]]) -> dict[tuple[int, int], np.ndarray]:
-        """Record where that is asked: routes by (trajectory, sample of it), to be replayed.
-
-        Args:
-            parts: of each minibatch of one epoch, the trajectories that it will train on. Recorded
-                in the same rows as they are trained, so that replay is exact to the bit.
-        """
-        replay = self.options.routing_replay == "old_policy"
-        if not (replay or self.options.measure_routing):
-            return {}
-        self._parts = [list(part) for part in parts]
-        self._before = [self._recorded(part) for part in self._parts]
-        if not replay:
-            return {}
-        found = {}
-        for part, routes in zip(self._parts, self._before, strict=True):
-            places = [(own[0].trajectory_id, i) for own in part for i in range(len(own))]
-            found |= dict(zip(places, routes, strict=True))
-            self._agreement(part, routes)
-        return found
-
-    def step(self, *, on_policy: bool) -> StepRouting | None:
-        """Of one optimizer step; None in a dense model."""
-        if not self.policy.routing.routers:
-            return None
-        return StepRouting(self.policy, self.options, self.metrics, on_policy)
-
-    def end(self) -> None:
-        """After the last update: how many experts are others than before the first."""
-        if not self.options.measure_routing:
-            return
-        for part, before in zip(self._parts, self._before, strict=True):
-            after = self._recorded(part)
-            for a, b in zip(before, after, strict=True):
-                self._changed(torch.from_numpy(a), torch.from_numpy(b))
-
-    def _recorded(self, part: Sequence[Trajectory]) -> Routes:
-        return recorded_routes(self.policy, part, self.budget, share=self._share)
-
-    def _changed(self, before: Tensor, after: Tensor) -> None:
-        tokens, layers, k = before.shape
-        changed = changed_slots(before, after)
-        name, mean = "moe/experts_changed", self.metrics.mean
-        mean(name, int(changed.sum()), tokens * layers * k)
-        for layer, count in enumerate(changed.sum(0).tolist()):
-            mean(f"{name}_layer_{layer}", count, tokens * k)
-        mean("moe/tokens_changed", int((changed > 0).any(-1).sum()), tokens)
-
-    def _agreement(self, part: Sequence[Trajectory], own: Routes) -> None:
-        for sample, routes in zip((s for t in part for s in t), own, strict=True):
-            fresh = (sample.policy_versions[sample.ratio_mask] == self.policy.version).all()
-            if sample.routes is not None and fresh:
-                engine = torch.from_numpy(sample.routes.astype(np.int16))
-                record_agreement(self.metrics, engine, torch.from_numpy(routes[: len(engine)]))
-
-
-@dataclasses.dataclass
-class Watched:
-    """A row's forward pass: its tape, and its part of the load-balancing loss."""
-
-    tape: Tape | None = None
-    balance: Tensor | float = 0.0
-
-
-class StepRouting:
-    """What one optimizer step does with the routers: `begin`, each row, its record, then `end`."""
-
-    def __init__(self, policy: Policy, options: TrainConfig, metrics: Metrics, on_policy: bool):
-        self.policy = policy
-        self.metrics = metrics
         self.coefficient = options.router_aux_loss_coef
         self.replays = options.routing_replay != "none"
-        self._compare = on_policy and options.routing_replay != "old_policy"
         self._strict = self.replays or self.coefficient > 0 or options.measure_routing
+        self._before: list[list[TrajectorySamples]] = []
+        self._compares = False
         self._weights: Tensor | None = None
         self._loads: Tensor | None = None
 
-    def begin(self, microbatches: Sequence[Microbatch]) -> None:
+    def start(
+        self, minibatches: Sequence[Sequence[TrajectorySamples]]
+    ) -> dict[int, TrajectorySamples]:
+        """Record the trainer's own choices, if that is asked for.
+
+        Args:
+            minibatches: the trajectories that each minibatch of one epoch will train on. Recorded
+                in the same microbatches as they are trained, so that replay is exact to the bit.
+
+        Returns:
+            R2: by trajectory id, these samples with the choices that are to be replayed; else {}.
+        """
+        by_trainer = self.options.routing_replay == "old_policy"
+        if not (by_trainer or self.options.measure_routing):
+            return {}
+        self._before = [self._preferred(minibatch) for minibatch in minibatches]
+        if not by_trainer:
+            return {}
+        recorded = [samples for minibatch in self._before for samples in minibatch]
+        sampled = [samples for minibatch in minibatches for samples in minibatch]
+        for sample, preferred in zip(_flat(sampled), _flat(recorded), strict=True):
+            fresh = (sample.policy_versions[sample.ratio_mask] == self.policy.version).all()
+            if sample.expert_choices is not None and fresh:
+                engine = torch.from_numpy(sample.expert_choices.astype(np.int16))
+                record_agreement(self.metrics, engine, _choices([(preferred,)])[: len(engine)])
+        return {samples[0].trajectory_id: samples for samples in recorded}
+
+    def begin(self, microbatches: Sequence[Microbatch], *, on_policy: bool) -> None:
         """Count the loads of the whole step, which the load-balancing loss needs beforehand.
 
         E * sum_e f_e * P_e is not linear in f and P together. With f known, which has no gradient,
-        the rest is a sum over tokens: the same however the step is split into rows.
+        the rest is a sum over tokens: the same however the step is split into microbatches.
         """
+        self._compares = on_policy and self.options.routing_replay != "old_policy"
+        self._weights = self._loads = None
         if self.coefficient == 0:
             return
         loads = torch.zeros(0)
         with torch.no_grad():
             for microbatch in microbatches:
-                routing = self.policy.routing
-                with routing.observe(self._routes(microbatch), copies=microbatch.copies) as tape:
+                replay, copies = self._replayed(microbatch), microbatch.copies
+                with self.policy.routers.watch(replay, copies=copies) as choices:
                     forward(self.policy, microbatch)
-                loads = tape.loads() + (loads if len(loads) else 0)
+                loads = choices.loads() + (loads if len(loads) else 0)
         tokens = sum(microbatch.sample_tokens for microbatch in microbatches)
         share = loads.float() / loads.sum(-1, keepdim=True)
-        self._weights = share * (self.policy.routing.experts / tokens / len(share))
+        self._weights = share * (self.policy.routers.experts / tokens / len(share))
 
-    @contextmanager
-    def observe(self, microbatch: Microbatch) -> Iterator[Watched]:
-        """Around the forward pass of a row, which replays the row's routes where that is asked."""
-        routing, watched = self.policy.routing, Watched()
-        with routing.observe(
-            self._routes(microbatch),
+    def watch(self, microbatch: Microbatch) -> AbstractContextManager[ExpertChoices]:
+        """Around the forward pass of a microbatch, whose choices are replayed if that is asked."""
+        return self.policy.routers.watch(
+            self._replayed(microbatch),
             balance=self._weights,
             copies=microbatch.copies,
             strict=self._strict,
-        ) as watched.tape:
-            yield watched
-        watched.balance = watched.tape.balance
+        )
 
-    def record(self, microbatch: Microbatch, watched: Watched) -> None:
-        """Metrics of an observed row."""
-        if isinstance(watched.balance, Tensor):
-            self.metrics.mean("loss/router_aux", watched.balance.item(), 0)
-        tape = watched.tape
-        if tape is None or not tape.seen:
+    def record(self, microbatch: Microbatch, choices: ExpertChoices) -> None:
+        """Metrics of a watched microbatch."""
+        if isinstance(choices.balance, Tensor):
+            self.metrics.mean("loss/router_aux", choices.balance.item(), 0)
+        if not choices.complete:
             return
-        loads = tape.loads()
+        loads = choices.loads()
         self._loads = loads if self._loads is None else self._loads + loads
-        if self._compare and microbatch.routes is not None:
-            record_agreement(self.metrics, microbatch.routes, tape.own().cpu()[microbatch.index])
-
-    def _routes(self, microbatch: Microbatch) -> Tensor | None:
-        if not self.replays:
-            return None
-        if (routes := microbatch.row_routes()) is None:
-            raise DataError("a packed row without routes in a step that replays them")
-        return routes
+        if self._compares and microbatch.expert_choices is not None:
+            own = choices.preferred().cpu()[microbatch.index]
+            record_agreement(self.metrics, microbatch.expert_choices, own)
 
     def end(self) -> None:
-        """Metrics of the whole step, which don't add up over its rows."""
+        """Metrics of the whole step, which don't add up over its microbatches."""
         if self._loads is not None:
             loads = self._loads.double()
             spread = loads.std(-1, correction=0) / loads.mean(-1)
@@ -216,48 +163,85 @@ class StepRouting:
         if self.coefficient > 0:
             self.metrics.mean("loss/router_aux", 0.0, 1)
 
+    def finish(self) -> None:
+        """After the last update: how many choices are others than before the first."""
+        if not self.options.measure_routing:
+            return
+        name, mean = "moe/experts_changed", self.metrics.mean
+        for minibatch in filter(None, self._before):
+            before, after = _choices(minibatch), _choices(self._preferred(minibatch))
+            tokens, layers, k = before.shape
+            changed = changed_slots(before, after)
+            mean(name, int(changed.sum()), tokens * layers * k)
+            for layer, count in enumerate(changed.sum(0).tolist()):
+                mean(f"{name}_layer_{layer}", count, tokens * k)
+            mean("moe/tokens_changed", int((changed > 0).any(-1).sum()), tokens)
+
+    def _preferred(self, minibatch: Sequence[TrajectorySamples]) -> list[TrajectorySamples]:
+        share = shares(self.policy, self.options)
+        return with_own_choices(self.policy, minibatch, self.budget, share=share)
+
+    def _replayed(self, microbatch: Microbatch) -> Tensor | None:
+        return microbatch.replayed_choices() if self.replays else None
+
 
 def shares(policy: Policy, options: TrainConfig) -> bool:
-    """Whether prefixes that samples have in common are computed once."""
+    """Whether prompts that samples have in common are computed once."""
     return options.share_prefixes and policy.shares_prefixes
 
 
-def recorded_routes(
-    policy: Policy, trajectories: Sequence[Trajectory], budget: int, *, share: bool = False
-) -> Routes:
-    """The router's own choice for every token: of each sample in order, [L, layers, k]."""
-    by_trajectory = {own[0].trajectory_id: own for own in trajectories}
-    found: dict[int, Routes] = {}
-    microbatches = rows_of(policy, [s for own in trajectories for s in own], budget, share=share)
+def with_own_choices(
+    policy: Policy, trajectories: Sequence[TrajectorySamples], budget: int, *, share: bool = False
+) -> list[TrajectorySamples]:
+    """The same samples with the experts that the routers prefer now, for every token: [L, N, K]."""
+    by_id = {samples[0].trajectory_id: samples for samples in trajectories}
+    workers = policy.workers
+    microbatches = pack(_flat(trajectories), budget, share=share, workers=workers.count)
 
     def record(microbatch: Microbatch) -> np.ndarray:
-        with torch.no_grad(), policy.routing.observe() as tape:
+        with torch.no_grad(), policy.routers.watch() as choices:
             forward(policy, microbatch)
-        return as_array(tape.own(), policy.routing.experts)[microbatch.index.numpy()]
+        return choices.preferred().cpu().numpy()[microbatch.index.numpy()]
 
-    for microbatch, whole in zip(
-        microbatches, policy.workers.map(record, microbatches), strict=True
-    ):
-        parts = np.split(whole, np.cumsum(microbatch.lengths)[:-1])
-        for trajectory in microbatch.trajectory_ids:
-            size = len(by_trajectory[trajectory])
-            found[trajectory], parts = parts[:size], parts[size:]
-    return [routes for own in trajectories for routes in found[own[0].trajectory_id]]
-
-
-def with_routes(own: Trajectory, routes: dict[tuple[int, int], np.ndarray]) -> Trajectory:
-    """A trajectory whose samples carry these routes; itself where there are none of it."""
-    return tuple(
-        dataclasses.replace(s, routes=routes[key]) if (key := (s.trajectory_id, i)) in routes else s
-        for i, s in enumerate(own)
-    )
+    recorded: dict[int, TrajectorySamples] = {}
+    for microbatch, chosen in zip(microbatches, workers.map(record, microbatches), strict=True):
+        by_sample = iter(np.split(chosen, np.cumsum(microbatch.lengths)[:-1]))
+        for number in microbatch.trajectory_ids:
+            recorded[number] = tuple(
+                dataclasses.replace(sample, expert_choices=next(by_sample))
+                for sample in by_id[number]
+            )
+    return [recorded[samples[0].trajectory_id] for samples in trajectories]
 
 
-def record_agreement(metrics: Metrics, engine: Tensor, own: Tensor) -> None:
+def record_agreement(
+    metrics: Metrics, engine: Integer[Tensor, "T N K"], own: Integer[Tensor, "T N K"]
+) -> None:
     """Slots in which the engine took an expert that the trainer takes too; -1 is unknown."""
     known = (engine >= 0).all(-1).all(-1)
     engine, own = engine[known], own[known].to(engine.dtype)
     if engine.shape[2:] != own.shape[2:]:
-        raise DataError(f"the engine routed to {engine.shape[2]} experts, not {own.shape[2]}")
+        raise DataError(f"the engine chose {engine.shape[2]} experts per token, not {own.shape[2]}")
     changed = int(changed_slots(engine, own).sum())
     metrics.mean("moe/routing_agreement", engine.numel() - changed, engine.numel())
+
+
+def changed_slots(
+    before: Integer[Tensor, "T N K"], after: Integer[Tensor, "T N K"]
+) -> Int[Tensor, "T N"]:
+    """How many of the experts in `before` are not among those in `after`, whatever their order.
+
+    >>> changed_slots(torch.tensor([[[0, 3]]]), torch.tensor([[[3, 2]]]))
+    tensor([[1]])
+    """
+    return (before[..., :, None] != after[..., None, :]).all(-1).sum(-1)
+
+
+def _flat(trajectories: Sequence[TrajectorySamples]) -> list[Sample]:
+    return [sample for samples in trajectories for sample in samples]
+
+
+def _choices(trajectories: Sequence[TrajectorySamples]) -> Integer[Tensor, "U N K"]:
+    """Of all samples, one after the other."""
+    chosen = [sample.expert_choices for sample in _flat(trajectories)]
+    return torch.from_numpy(np.concatenate([c for c in chosen if c is not None]))

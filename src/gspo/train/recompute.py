@@ -24,8 +24,8 @@ def with_trainer_logprobs(
     replay: bool = False,
     share: bool = False,
 ) -> list[tuple[Sample, ...]]:
-    """The same samples with `old_logprobs` under the policy as it is now, over the routes that
-    will be replayed in training where `replay` is set.
+    """The same samples with `old_logprobs` under the policy as it is now, over the expert
+    choices that training will replay if `replay` is set.
 
     Called once a rollout batch: computed from the weights under update, every ratio would be 1
     and the clip would never act.
@@ -33,11 +33,11 @@ def with_trainer_logprobs(
     by_id = {samples[0].trajectory_id: samples for samples in trajectories}
     found: dict[int, tuple[Sample, ...]] = {}
     flat = [s for own in trajectories for s in own]
-    microbatches = rows_of(policy, flat, budget, share=share, routed=replay)
+    microbatches = rows_of(policy, flat, budget, share=share, replay=replay)
 
     def score(microbatch: Microbatch) -> np.ndarray:
-        routes = microbatch.row_routes() if replay else None
-        with torch.no_grad(), policy.routing.observe(routes):
+        replayed = microbatch.replayed_choices() if replay else None
+        with torch.no_grad(), policy.routers.watch(replayed):
             return forward(policy, microbatch, chunk).logprobs.cpu().numpy()
 
     for microbatch, logprobs in zip(

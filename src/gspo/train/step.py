@@ -30,8 +30,9 @@ from gspo.objective import (
 )
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy
+from gspo.policy.moe import ExpertChoices
 from gspo.policy.workers import Workers
-from gspo.train.expert_replay import StepRouting, Watched
+from gspo.train.expert_replay import ExpertReplay
 from gspo.train.rows import rows_of
 from gspo.train.trace import Trace, traces
 
@@ -53,7 +54,7 @@ class StepInput:
         update: the optimizer step of the call, from 0.
         on_policy: the weights are still those that sampled: any log-ratio is a mismatch between
             engine and trainer.
-        routing: of an MoE model: replay, load balance and metrics.
+        replay: of an MoE model's expert choices, with load balance and metrics.
     """
 
     samples: Sequence[Sample]
@@ -65,7 +66,7 @@ class StepInput:
     share: bool = False
     update: int = 0
     on_policy: bool = False
-    routing: StepRouting | None = None
+    replay: ExpertReplay | None = None
 
 
 def accumulate(
@@ -87,13 +88,18 @@ def accumulate(
     seen: list[Trace] = []
     metrics.mean("loss/policy", 0.0, 1)
     metrics.mean("loss/kl", 0.0, 1)
-    routing = work.routing
-    routed = routing is not None and routing.replays
+    replay = work.replay
+    replays = replay is not None and replay.replays
     microbatches = rows_of(
-        policy, work.samples, work.budget, work.unit, share=work.share, routed=routed
+        policy,
+        work.samples,
+        work.budget,
+        work.unit,
+        share=work.share,
+        replay=replays,
     )
-    if routing is not None:
-        routing.begin(microbatches)
+    if replay is not None:
+        replay.begin(microbatches, on_policy=work.on_policy)
     # A reference may be the policy itself with its adapters off, which is off for every thread.
     workers = policy.workers if reference is None else Workers()
     score = functools.partial(_score, policy, work, objective, reference, workers.count > 1)
@@ -105,12 +111,12 @@ def accumulate(
             _record(metrics, done.microbatch, done.scored, done.out)
             _record_packing(metrics, policy, done.microbatch)
             seen += traces(done.microbatch, done.scored.logprobs, done.out, work.update)
-            if routing is not None and done.watched is not None:
-                routing.record(done.microbatch, done.watched)
+            if replay is not None and done.choices is not None:
+                replay.record(done.microbatch, done.choices)
             if work.on_policy:
                 _record_mismatch(metrics, done.microbatch, done.scored, objective)
-    if routing is not None:
-        routing.end()
+    if replay is not None:
+        replay.end()
     return seen
 
 
@@ -122,7 +128,7 @@ class _Done:
     scored: TokenLogprobs
     out: LossOutput
     loss: Tensor
-    watched: Watched | None
+    choices: ExpertChoices | None
     gradients: tuple[Tensor | None, ...]
 
 
@@ -136,7 +142,7 @@ def _score(
 ) -> _Done:
     """Forward and backward of one microbatch. With `apart`, return the gradient instead of adding
     it, so that the caller can add the microbatches in a fixed order."""
-    with nullcontext() if work.routing is None else work.routing.observe(microbatch) as watched:
+    with nullcontext() if work.replay is None else work.replay.watch(microbatch) as choices:
         scored = forward(policy, microbatch, work.chunk)
     device = scored.logprobs.device
     out = policy_loss(
@@ -154,8 +160,8 @@ def _score(
         reference_logprobs=None if reference is None else reference(microbatch),
     )
     loss = out.loss
-    if work.routing is not None and watched is not None:
-        loss = loss + work.routing.coefficient * watched.balance
+    if work.replay is not None and choices is not None:
+        loss = loss + work.replay.coefficient * choices.balance
     gradients: tuple[Tensor | None, ...] = ()
     with span("backward"):
         if apart:
@@ -163,7 +169,7 @@ def _score(
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         else:
             loss.backward()
-    return _Done(microbatch, scored, out, loss.detach(), watched, gradients)
+    return _Done(microbatch, scored, out, loss.detach(), choices, gradients)
 
 
 def _check_finite(done: _Done) -> None:

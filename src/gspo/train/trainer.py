@@ -16,7 +16,7 @@ from torch import Tensor
 from gspo.core.errors import NumericsError
 from gspo.core.metrics import Metrics
 from gspo.data.packing import Microbatch
-from gspo.data.sample import Sample, unit_count
+from gspo.data.sample import TrajectorySamples, unit_count
 from gspo.dev import TrainConfig
 from gspo.objective import CLIPPING, Objective
 from gspo.policy.forward import forward
@@ -24,7 +24,7 @@ from gspo.policy.load import Policy
 from gspo.train.budget import row_budget
 from gspo.train.defaults import with_defaults
 from gspo.train.epsilon import EpsilonController, is_noisy, noise_advice, spread
-from gspo.train.expert_replay import BatchRouting, check_routing, shares, with_routes
+from gspo.train.expert_replay import ExpertReplay, check_expert_options, shares
 from gspo.train.minibatches import (
     RolloutBatch,
     minibatches,
@@ -82,18 +82,18 @@ class Trainer:
         Raises:
             NumericsError: a loss, a gradient or a router logit that is not finite. The weights are
                 those before that step.
-            ConfigError, DataError: see `check_routing`.
+            ConfigError, DataError: see `check_expert_options`.
         """
         settings = with_defaults(settings, self.policy)
         assert settings.learning_rate is not None
-        check_routing(self.policy, batch.samples, settings)
+        check_expert_options(self.policy, batch.samples, settings)
         started = time.perf_counter()
         metrics = Metrics()
         self._describe(metrics, batch)
         objective = settings.objective
         if settings.auto_epsilon:
             objective = self.epsilon.apply(objective)
-        plan, routing = self._routed(self._plan(batch, settings), settings, metrics)
+        plan, replay = self._recorded(self._plan(batch, settings), settings, metrics)
         plan = self._against_trainer(plan, settings)
         seen: list[Trace] = []
         updates = 0
@@ -105,7 +105,7 @@ class Trainer:
                     settings,
                     objective,
                     metrics,
-                    routing,
+                    replay,
                     rate=learning_rate(
                         settings.learning_rate,
                         settings,
@@ -118,7 +118,7 @@ class Trainer:
                 seen += stepped or []
         finally:
             self.policy.version += updates > 0
-        routing.end()
+        replay.finish()
         self.step += 1
         skipped = why_no_update(len(batch.samples), batch.dropped) if updates == 0 else None
         self._calibrate(metrics, objective, settings, seen)
@@ -126,7 +126,7 @@ class Trainer:
         metrics.add("time/train", time.perf_counter() - started)
         return TrainOutput(updates, skipped, metrics, settings, by_trajectory(seen))
 
-    def _plan(self, batch: RolloutBatch, settings: Settings) -> list[list[tuple[Sample, ...]]]:
+    def _plan(self, batch: RolloutBatch, settings: Settings) -> list[list[TrajectorySamples]]:
         """The minibatches of all epochs, in order."""
         options = settings
         if not settings.counts_flat:
@@ -134,19 +134,19 @@ class Trainer:
         seeds = [_mix(options.seed, self.step, epoch) for epoch in range(options.epochs)]
         return [part for seed in seeds for part in minibatches(batch, settings.minibatches, seed)]
 
-    def _routed(
-        self, plan: list[list[tuple[Sample, ...]]], settings: Settings, metrics: Metrics
-    ) -> tuple[list[list[tuple[Sample, ...]]], BatchRouting]:
-        """The plan with the routes to be replayed; recorded on one epoch, which has all samples."""
+    def _recorded(
+        self, plan: list[list[TrajectorySamples]], settings: Settings, metrics: Metrics
+    ) -> tuple[list[list[TrajectorySamples]], ExpertReplay]:
+        """The plan with the expert choices to replay, recorded on one epoch: it has all samples."""
         options = settings
-        routing = BatchRouting(self.policy, options, metrics, self._budget(options))
+        replay = ExpertReplay(self.policy, options, metrics, self._budget(options))
         epoch = plan[: len(plan) // options.epochs]
-        routes = routing.start([_wanted(part, settings) for part in epoch])
-        return [[with_routes(own, routes) for own in part] for part in plan], routing
+        changed = replay.start([_wanted(part, settings) for part in epoch])
+        return _replaced(plan, changed), replay
 
     def _against_trainer(
-        self, plan: list[list[tuple[Sample, ...]]], settings: Settings
-    ) -> list[list[tuple[Sample, ...]]]:
+        self, plan: list[list[TrajectorySamples]], settings: Settings
+    ) -> list[list[TrajectorySamples]]:
         """The plan with pi_old as the trainer's, where asked: fixed before the first update."""
         options = settings
         if settings.old_logprobs != "trainer":
@@ -160,16 +160,15 @@ class Trainer:
             replay=options.routing_replay != "none",
             share=shares(self.policy, options),
         )
-        found = {own[0].trajectory_id: own for own in scored}
-        return [[found[own[0].trajectory_id] for own in part] for part in plan]
+        return _replaced(plan, {samples[0].trajectory_id: samples for samples in scored})
 
     def _minibatch(
         self,
-        part: Sequence[tuple[Sample, ...]],
+        part: Sequence[TrajectorySamples],
         settings: Settings,
         objective: Objective,
         metrics: Metrics,
-        routing: BatchRouting,
+        replay: ExpertReplay,
         *,
         rate: float,
         update: int,
@@ -191,7 +190,7 @@ class Trainer:
             chunk=options.logprob_calculation_chunk_size,
             update=update,
             on_policy=on_policy,
-            routing=routing.step(on_policy=on_policy),
+            replay=replay,
         )
         reference = self.reference() if objective.kl_coef > 0 else None
         try:
@@ -235,7 +234,7 @@ class Trainer:
             self._told.add(level)
             log.log(level, "train step %d: %s", self.step, advice)
 
-    def _fresh(self, trajectories: Sequence[Sequence[Sample]]) -> bool:
+    def _fresh(self, trajectories: Sequence[TrajectorySamples]) -> bool:
         """Whether the current weights sampled every token."""
         versions = (s.policy_versions[s.ratio_mask] for own in trajectories for s in own)
         return all((own == self.policy.version).all() for own in versions)
@@ -284,7 +283,17 @@ class Trainer:
         return score
 
 
-def _wanted(part: Sequence[tuple[Sample, ...]], settings: Settings) -> list[tuple[Sample, ...]]:
+def _replaced(
+    plan: list[list[TrajectorySamples]], changed: Mapping[int, TrajectorySamples]
+) -> list[list[TrajectorySamples]]:
+    """The plan with these samples in place of those of the same trajectories."""
+    return [
+        [changed.get(samples[0].trajectory_id, samples) for samples in minibatch]
+        for minibatch in plan
+    ]
+
+
+def _wanted(part: Sequence[TrajectorySamples], settings: Settings) -> list[TrajectorySamples]:
     """The trajectories that have a gradient: those with an advantage, or all with a KL term."""
     return [s for s in part if settings.objective.kl_coef > 0 or not without_advantage(s)]
 

@@ -10,7 +10,7 @@ import pytest
 
 from gspo.core.errors import DataError, MissingLogprobsError
 from gspo.data.sample import trajectory_samples
-from gspo.data.sampled import read_fields, read_turn, sampled_logprobs
+from gspo.data.turn import read_fields, read_turn, sampled_logprobs
 from support import choice, trajectory
 
 
@@ -38,11 +38,11 @@ def test_numbers_of_numpy_count():
     assert all(type(token) is int for token in (*turn.tokens, *turn.prompt))
 
 
-def test_what_is_missing_is_none():
+def test_what_is_missing_is_empty():
     fields = read_fields(
         changed(token_ids=None, token_logprobs=None, temperature=None, policy_version=None), "c"
     )
-    assert (fields.tokens, fields.logprobs) == (None, None)
+    assert (fields.tokens, fields.logprobs) == ([], [])
     assert (fields.temperature, fields.policy_version) == (1.0, -1)
 
 
@@ -101,7 +101,7 @@ def test_a_policy_version_that_means_nothing(value: Any):
 @pytest.mark.parametrize(
     "value", [5, "x", {"a": 1}, {"shape": [10**30], "dtype": "uint8", "data": ""}]
 )
-def test_routes_that_mean_nothing(value: Any):
+def test_expert_choices_that_mean_nothing(value: Any):
     with pytest.raises(DataError, match="c: routed_experts is damaged"):
         read_turn(changed(routed_experts=value), "c")
 

@@ -1,8 +1,12 @@
-"""Routing replay, load balance and routing metrics in the trainer."""
+"""Replay of expert choices, load balance and `moe/*` metrics in the trainer.
+
+The load-balancing loss and the metrics are compared with loops over samples and tokens.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,12 +20,11 @@ from gspo.config import TrainConfig
 from gspo.core.errors import ConfigError, DataError, ModelError, NumericsError
 from gspo.core.metrics import Metrics
 from gspo.data.packing import Microbatch
-from gspo.data.sample import Sample
+from gspo.data.sample import Sample, TrajectorySamples
 from gspo.objective import PRESETS
 from gspo.policy.load import Policy, recompute_layers
-from gspo.train import expert_replay as routing
-from gspo.train import step
-from gspo.train.expert_replay import StepRouting, recorded_routes
+from gspo.train import expert_replay, step
+from gspo.train.expert_replay import ExpertReplay, changed_slots, with_own_choices
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.settings import resolve
 from gspo.train.step import StepInput, accumulate
@@ -35,15 +38,23 @@ def batch_of(policy: Policy, **extra: Any) -> RolloutBatch:
     return prepare(random_groups(policy, **extra), context=policy.context)
 
 
+def own_choices(policy: Policy, trajectories: Sequence[TrajectorySamples]) -> list[np.ndarray]:
+    """What the routers prefer, for each sample."""
+    recorded = with_own_choices(policy, trajectories, 10_000)
+    chosen = [sample.expert_choices for samples in recorded for sample in samples]
+    return [experts for experts in chosen if experts is not None]
+
+
 def routed(policy: Policy, batch: RolloutBatch, shift: int = 0, missing: int = 1) -> RolloutBatch:
     """The batch as an engine with these weights would have routed it (experts shifted)."""
-    routes = iter(recorded_routes(policy, batch.samples, 10_000))
 
     def one(sample: Sample) -> Sample:
-        own = (next(routes)[: len(sample) - missing] + shift) % policy.routing.experts
-        return dataclasses.replace(sample, routes=own.astype(np.uint8))
+        assert sample.expert_choices is not None
+        own = (sample.expert_choices[: len(sample) - missing] + shift) % policy.routers.experts
+        return dataclasses.replace(sample, expert_choices=own.astype(np.uint8))
 
-    samples = tuple(tuple(one(sample) for sample in own) for own in batch.samples)
+    recorded = with_own_choices(policy, batch.samples, 10_000)
+    samples = tuple(tuple(one(sample) for sample in own) for own in recorded)
     return dataclasses.replace(batch, samples=samples)
 
 
@@ -76,7 +87,7 @@ def stepped(
         budget,
         chunk=None,
         on_policy=True,
-        routing=StepRouting(policy, options_of(**options), metrics, on_policy=True),
+        replay=ExpertReplay(policy, options_of(**options), metrics, budget),
     )
     accumulate(policy, work, PRESETS["gspo"].objective.with_epsilon(0.3, 0.5), metrics)
     gradient = {n: p.grad for n, p in policy.trainable.items() if p.grad is not None}
@@ -108,28 +119,28 @@ def test_r2_keeps_the_first_policys_experts_in_later_minibatches(monkeypatch):
     policy = moe()
     batch = batch_of(policy)
     samples = [s for own in batch.samples for s in own]
-    routes = recorded_routes(policy, batch.samples, 10_000)
-    first = {s.trajectory_id: r for s, r in zip(samples, routes, strict=True)}
+    chosen = own_choices(policy, batch.samples)
+    first = {s.trajectory_id: c for s, c in zip(samples, chosen, strict=True)}
     replayed: dict[int, Tensor] = {}
-    own = StepRouting.observe
+    own = ExpertReplay.watch
 
-    def spying(self: StepRouting, microbatch: Microbatch) -> Any:
-        assert microbatch.routes is not None
-        parts = microbatch.routes.split(microbatch.lengths)
+    def spying(self: ExpertReplay, microbatch: Microbatch) -> Any:
+        assert microbatch.expert_choices is not None
+        parts = microbatch.expert_choices.split(microbatch.lengths)
         replayed.update(zip(microbatch.trajectory_ids, parts, strict=True))
         return own(self, microbatch)
 
-    monkeypatch.setattr(StepRouting, "observe", spying)
+    monkeypatch.setattr(ExpertReplay, "watch", spying)
     weights, _ = trained(batch, routing_replay="old_policy")
     assert replayed.keys() == first.keys()
-    for trajectory, routes in first.items():
-        assert torch.equal(replayed[trajectory], torch.from_numpy(routes).short())
+    for trajectory, chosen in first.items():
+        assert torch.equal(replayed[trajectory], torch.from_numpy(chosen).short())
     monkeypatch.undo()
     plain, _ = trained(batch)
     assert any((plain[name] != weights[name]).any() for name in plain)
 
 
-def test_r3_with_the_policys_own_routes_changes_nothing():
+def test_r3_with_the_policys_own_choices_changes_nothing():
     policy = moe()
     batch = batch_of(policy)
     options: dict[str, Any] = {"minibatches": 1, "packed_sequence_length": 10_000}
@@ -140,7 +151,7 @@ def test_r3_with_the_policys_own_routes_changes_nothing():
     assert got["moe/routing_agreement"] == 1.0
 
 
-def test_r3_with_other_routes_changes_the_step_and_agreement_says_so():
+def test_r3_with_other_choices_changes_the_step_and_agreement_says_so():
     policy = moe()
     batch = batch_of(policy)
     other = routed(policy, batch, shift=1)
@@ -156,7 +167,7 @@ def test_r3_with_other_routes_changes_the_step_and_agreement_says_so():
 
 @pytest.mark.parametrize("packing", ["buckets", "mask", "single"])
 @pytest.mark.parametrize("budget", [1, 40, 10_000])
-def test_nothing_depends_on_the_split_into_rows(packing: Any, budget: int):
+def test_nothing_depends_on_the_split_into_microbatches(packing: Any, budget: int):
     policy = moe()
     batch = routed(policy, batch_of(policy), shift=1)
     options = {"routing_replay": "rollout", "router_aux_loss_coef": 0.1}
@@ -185,7 +196,7 @@ def test_checkpointing_replays_the_same_step(packing: Any):
     assert_same(plain, recomputed)
 
 
-def test_several_epochs_and_samples_of_one_trajectory_find_their_routes():
+def test_several_epochs_and_samples_of_one_trajectory_find_their_choices():
     policy = moe()
     batch = batch_of(policy)
     # Every trajectory in two samples: the second repeats the first.
@@ -212,27 +223,27 @@ def test_dense_models_are_refused_before_any_work(options: dict[str, Any]):
         trained(batch, policy, **options)
 
 
-def test_rollouts_without_routes_are_refused_before_any_work(monkeypatch):
+def test_rollouts_without_choices_are_refused_before_any_work(monkeypatch):
     policy = moe()
     batch = batch_of(policy)
     monkeypatch.setattr(step, "forward", None)
-    monkeypatch.setattr(routing, "forward", None)
-    with pytest.raises(ConfigError, match=r"no routes.*return_routes.*'old_policy'"):
+    monkeypatch.setattr(expert_replay, "forward", None)
+    with pytest.raises(ConfigError, match=r"no expert choices.*return_routes.*'old_policy'"):
         trained(batch, policy, routing_replay="rollout")
 
 
-def test_routes_that_cover_too_little_or_another_model_are_refused():
+def test_choices_that_cover_too_little_or_another_model_are_refused():
     policy = moe()
     batch = batch_of(policy)
     with pytest.raises(ConfigError, match="for 2 of its tokens"):
         trained(routed(policy, batch, missing=3), policy, routing_replay="rollout")
     ((first, *_), *rest) = batch.samples
-    strange = dataclasses.replace(first, routes=np.zeros((len(first) - 1, 7, 2), np.uint8))
+    strange = dataclasses.replace(first, expert_choices=np.zeros((len(first) - 1, 7, 2), np.uint8))
     with pytest.raises(DataError, match="model of 3 MoE layers"):
         trained(dataclasses.replace(batch, samples=((strange,), *rest)), policy)
-    thin = dataclasses.replace(first, routes=np.zeros((len(first) - 1, 3, 1), np.uint8))
+    thin = dataclasses.replace(first, expert_choices=np.zeros((len(first) - 1, 3, 1), np.uint8))
     alone = dataclasses.replace(batch, samples=((thin,), *rest))
-    with pytest.raises(DataError, match="1 experts, not 2"):
+    with pytest.raises(DataError, match="1 experts per token, not 2"):
         trained(alone, policy, minibatches=1)
 
 
@@ -240,7 +251,7 @@ def test_nan_router_logits_end_the_step_before_the_update():
     policy = moe()
     batch = batch_of(policy)
     with torch.no_grad():
-        policy.routing.routers[2].weight[0] = float("nan")  # pyright: ignore[reportIndexIssue]
+        policy.routers.modules[2].weight[0] = float("nan")  # pyright: ignore[reportIndexIssue]
     before = {n: p.detach().clone() for n, p in policy.trainable.items()}
     with pytest.raises(NumericsError, match=r"router logits of MoE layer 2.*update was not made"):
         trained(batch, policy)
@@ -249,7 +260,7 @@ def test_nan_router_logits_end_the_step_before_the_update():
         assert torch.equal(parameter.nan_to_num(), before[name].nan_to_num())
 
 
-def test_a_router_that_cannot_be_seen_trains_without_routing():
+def test_a_router_that_cannot_be_seen_trains_without_replay():
     batch = batch_of(phimoe())
     _, metrics = trained(batch, phimoe())
     assert metrics["optim/updates"] == 3
@@ -285,3 +296,98 @@ def test_the_reference_of_the_kl_routes_for_itself():
     )
     replayed = Trainer(policy).train(batch, settings).metrics.compute()
     assert replayed["loss/kl"] > 1e-3
+
+
+def test_changed_slots_ignore_the_order():
+    a = torch.tensor([[[0, 1, 2], [3, 4, 5]]])
+    b = torch.tensor([[[2, 0, 1], [5, 6, 7]]])
+    assert changed_slots(a, b).tolist() == [[0, 2]]
+
+
+def naive_balance(policy: Policy, batch: RolloutBatch) -> float:
+    """Switch Transformer, equations 4 to 6, one sample at a time, in float64."""
+    probabilities: list[list[Tensor]] = [[] for _ in policy.routers.modules]
+    hooks = [
+        router.register_forward_hook(
+            lambda _m, _a, out, i=i: probabilities[i].append(out[0].double().softmax(-1))  # pyright: ignore[reportArgumentType]
+        )
+        for i, router in enumerate(policy.routers.modules)
+    ]
+    for sample in (s for own in batch.samples if own[0].advantage != 0 for s in own):
+        with torch.no_grad():
+            policy.lm(input_ids=torch.from_numpy(sample.tokens)[None])
+    for hook in hooks:
+        hook.remove()
+    total = 0.0
+    for parts in probabilities:
+        p = torch.cat(parts)
+        chosen = torch.zeros_like(p).scatter_(1, p.topk(2).indices, 1.0)
+        total += p.shape[1] * float((chosen.mean(0) / 2 * p.mean(0)).sum())
+    return total / len(probabilities)
+
+
+def test_the_load_balancing_loss_is_the_papers():
+    policy = moe()
+    batch = batch_of(policy)
+    _, metrics = stepped(policy, batch, 40, router_aux_loss_coef=0.1)
+    assert metrics["loss/router_aux"] == pytest.approx(naive_balance(policy, batch), rel=1e-5)
+    assert metrics["loss/router_aux"] > 1
+    _, without = stepped(policy, batch, 40)
+    assert "loss/router_aux" not in without
+    assert metrics["loss/policy"] == pytest.approx(without["loss/policy"], abs=1e-9)
+
+
+def test_the_load_balancing_loss_balances():
+    policy = moe()
+    batch = batch_of(policy)
+    trainer = Trainer(policy)
+    settings = resolve(
+        TrainConfig(learning_rate=1e-2), options_of(router_aux_loss_coef=10.0, minibatches=1)
+    )
+    first = trainer.train(batch, settings).metrics.compute()
+    for _ in range(14):
+        trainer.train(batch, settings)
+    last = trainer.train(batch, settings).metrics.compute()
+    assert last["loss/router_aux"] < first["loss/router_aux"]
+    assert last["moe/load_cv"] < 0.8 * first["moe/load_cv"]
+
+
+def test_load_cv_is_the_spread_of_the_loads():
+    policy = moe()
+    batch = batch_of(policy)
+    _, metrics = stepped(policy, batch, 40)
+    wanted = [own for own in batch.samples if own[0].advantage != 0]
+    chosen = np.concatenate(own_choices(policy, wanted))
+    spreads = []
+    for layer in range(chosen.shape[1]):
+        loads = np.bincount(chosen[:, layer].ravel(), minlength=8)
+        spreads.append(loads.std() / loads.mean())
+    assert metrics["moe/load_cv"] == pytest.approx(np.mean(spreads))
+
+
+def test_experts_changed_compares_before_and_after_the_whole_call():
+    policy = moe()
+    batch = batch_of(policy)
+    before = own_choices(policy, batch.samples)
+    _, metrics = trained(batch, policy, measure_routing=True)
+    after = own_choices(policy, batch.samples)
+    slots, tokens, layers = [], [], [[], [], []]
+    for old, new in zip(np.concatenate(before), np.concatenate(after), strict=True):
+        changed = [len(set(a) - set(b)) for a, b in zip(old, new, strict=True)]
+        slots.append(sum(changed) / 6)
+        tokens.append(any(changed))
+        for layer, count in zip(layers, changed, strict=True):
+            layer.append(count / 2)
+    assert 0 < metrics["moe/experts_changed"] < 1
+    assert metrics["moe/experts_changed"] == pytest.approx(np.mean(slots))
+    assert metrics["moe/tokens_changed"] == pytest.approx(np.mean(tokens))
+    for i, layer in enumerate(layers):
+        assert metrics[f"moe/experts_changed_layer_{i}"] == pytest.approx(np.mean(layer))
+
+
+def test_no_update_changes_no_expert_and_it_is_off_by_default():
+    _, metrics = trained(batch_of(moe()), rate=1e-12, measure_routing=True)
+    assert metrics["moe/experts_changed"] == metrics["moe/tokens_changed"] == 0
+    _, quiet = trained(batch_of(moe()))
+    assert not any(name.startswith(("moe/experts", "moe/tokens")) for name in quiet)
+    assert "moe/load_cv" in quiet
