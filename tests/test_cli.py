@@ -17,11 +17,7 @@ from typer.testing import CliRunner
 from gspo import __version__
 from gspo.cli import app
 from gspo.objective import PRESETS
-
-
-def gspo(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "gspo.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+from processes import gspo, gspo_without_lab
 
 
 def test_surface_is_frozen():
@@ -63,8 +59,26 @@ def test_demo_json_is_the_last_line(tmp_path: Path):
     assert result["steps"] == 2
     assert Path(result["picture"]).exists()
     assert Path(result["report"]).exists()
+    assert [line for line in lines if re.match(r"held-out reward before  0\.\d+ \[0", line)]
     progress = [line for line in lines if line.startswith("step 2/2")]
     assert re.search(r"reward .* clipped .* tokens/s .* left", progress[0])
+
+
+def test_without_the_lab_extra_demo_and_train_run_to_the_end(tmp_path: Path):
+    done = gspo_without_lab("demo", "--steps", "2", "--json", "--path", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    result = json.loads(lines[-1])
+    assert (result["steps"], result["picture"], result["report"]) == (2, None, None)
+    assert 0 < result["reward_before"] < 1 and result["reward_before_95"] == [None, None]
+    (told,) = [line for line in lines if line.startswith("not drawn: ")]
+    assert told.endswith("pip install -e '.[lab]' in your clone of gspo (it is not on PyPI)")
+
+    spec = tmp_path / "run.toml"
+    spec.write_text('task = "sort"\nsteps = 1\nprompts = 4\ncompletions = 4\neval_prompts = 4\n')
+    done = gspo_without_lab("train", str(spec), "--set", f"path={tmp_path}", "--profile")
+    assert done.returncode == 0, done.stderr
+    assert "held-out reward after" in done.stdout and "profile: " in done.stdout
 
 
 def test_profile_prints_a_table_and_writes_it(tmp_path: Path):
@@ -81,35 +95,6 @@ def test_profile_prints_a_table_and_writes_it(tmp_path: Path):
         assert any(line.split()[:1] == [name] for line in lines), name
     table = (tmp_path / "demo" / "sort-1" / "profile.txt").read_text()
     assert table in done.stdout
-
-
-def test_audit_prints_text_and_json_and_draws(tmp_path: Path):
-    picture = tmp_path / "audit.png"
-    arguments = ("--rollout-dtype", "int4", "--prompts", "8", "--epsilon-low", "0.01")
-    done = gspo("audit", "embedded:sort", *arguments, "--picture", str(picture), "--json")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert lines[0].startswith("embedded:sort, sampled in int4")
-    assert any(line.startswith("verdict") and "noise is" in line for line in lines)
-    result = json.loads(lines[-1])
-    assert {"total", "buckets", "blocks", "verdict", "advice", "routing_agreement"} <= set(result)
-    assert (result["epsilon_low"], result["epsilon_high"]) == (0.01, 4e-4)
-    assert picture.exists()
-
-
-def test_inspect_prints_text_and_json_and_draws(tmp_path: Path):
-    assert gspo("demo", "--steps", "2", "--path", str(tmp_path)).returncode == 0
-    picture = tmp_path / "cosines.png"
-    arguments = ("--presets", "grpo, reinforce", "--picture", str(picture), "--json")
-    done = gspo("inspect", str(tmp_path / "demo" / "sort-1"), *arguments)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert "step 2: 512 trajectories in 32 groups" in lines[0]
-    assert any(line.startswith("weights before the step (checkpoint 0001)") for line in lines)
-    result = json.loads(lines[-1])
-    assert [at["weights"] for at in result["at"]] == ["before", "after"]
-    assert [m["name"] for m in result["at"][1]["methods"]] == ["gspo", "grpo", "reinforce"]
-    assert picture.exists()
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path):
@@ -129,12 +114,18 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path):
         (("train", "nowhere.toml"), "error: cannot read nowhere.toml"),
         (("train", "x.toml", "--dry-run", "--profile"), "leave one out"),
         (("serve", "embedded:srot"), "Did you mean"),
+        (("train", "run.toml", "--dry-run", "--set", "max_tokens=512"), "has a context of 512"),
         (("audit", "embedded:sort", "--rollout-dtype", "int3"), "Did you mean 'int"),
         (("audit", "Qwen/Qwen3-0.6B"), "name one with --task"),
         (("inspect", "nowhere"), "nowhere is not the folder of a run"),
     ],
 )
-def test_errors_are_one_line_without_a_traceback(arguments: tuple[str, ...], message: str):
+def test_errors_are_one_line_without_a_traceback(
+    arguments: tuple[str, ...], message: str, tmp_path: Path
+):
+    if arguments[1] == "run.toml":
+        (tmp_path / "run.toml").write_text('task = "sort"')
+        arguments = ("train", str(tmp_path / "run.toml"), *arguments[2:])
     if arguments[0] == "serve":
         arguments = (*arguments, "--port", "0")
     done = gspo(*arguments)
@@ -213,11 +204,11 @@ def test_help_and_version_load_nothing_heavy(arguments: list[str]):
 def test_something_is_said_before_what_takes_seconds(arguments: list[str], tmp_path: Path):
     (tmp_path / "run.toml").write_text('task = "sort"')
     code = (
-        "import sys\nfrom gspo import cli, cli_lab\n"
+        "import sys\nfrom gspo import cli\nfrom gspo.lab import commands\n"
         "def said(what):\n"
         f"    print([name for name in {HEAVY} if name in sys.modules])\n"
         "    raise SystemExit\n"
-        f"cli_lab.say_loading = said\nsys.argv = ['gspo', *{arguments}]\ncli.main()"
+        f"commands.say_loading = said\nsys.argv = ['gspo', *{arguments}]\ncli.main()"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -250,6 +241,16 @@ def test_a_failure_of_the_users_rollout_is_told_by_the_users_lines(tmp_path: Pat
     assert "the same command goes on" in told[3]
     assert "Traceback" not in done.stderr
     assert (tmp_path / "runs/gspo/run/checkpoints/0001").exists()
+
+
+def test_a_rollout_that_exits_does_not_end_a_run_as_if_it_had_finished(tmp_path: Path):
+    (tmp_path / "leaves.py").write_text("async def rollout(model, scenario):\n    exit(0)\n")
+    spec = tmp_path / "run.toml"
+    spec.write_text('rollout = "leaves:rollout"\nmodel = "embedded:sort"\neval_prompts = 0\n')
+    done = gspo("train", str(spec), "--set", f"path={tmp_path / 'runs'}")
+    assert done.returncode == 1
+    assert "raised SystemExit: 0" in done.stderr and "leaves.py, line 2" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_presets_are_listed_with_formula_defaults_and_source():

@@ -51,7 +51,7 @@ RUN: dict[str, tuple[str, ...]] = {
 _BENCHMARKS = "minutes to hours; tests/benchmarks has the parts"
 _SERVE = "a port; test_cli.py serves and asks"
 NOT_RUN = {
-    "make demo": "installs; its command is tested in test_cli.py and learns in lab/test_experiment",
+    "make demo": "installs; its command is tested in test_cli.py and learns in test_loop.py",
     "make test": "this",
     "make bench": _BENCHMARKS,
     "make bench-check": _BENCHMARKS,

@@ -39,7 +39,7 @@ def quick_peak(monkeypatch: pytest.MonkeyPatch):
 async def profiled(path: Path, **fields: Any) -> tuple[Path, ProfileReport]:
     profile = Profile()
     with timing(profile.clock):
-        outcome = await run_experiment(small(path, **fields), Silent(), profile)
+        outcome = await run_experiment(small(path, **fields), Silent(), profile.attach)
     return outcome.run, profile.report()
 
 

@@ -13,12 +13,13 @@ import pytest
 from intervals import false_collapses
 from rich.console import Console
 
+from gspo.core.intervals import Interval, share_interval
 from gspo.lab.compare.grid import Cell, make_cells
 from gspo.lab.compare.result import area, collapsed, comparison, write_comparison
 from gspo.lab.compare.run import State, cell_folder, first_states, is_finished
 from gspo.lab.compare.spec import CompareSpec
 from gspo.lab.compare.table import print_result
-from gspo.lab.statistics import Interval, share_interval, t_interval
+from gspo.lab.statistics import t_interval
 from lab.compare.written import write_run
 
 

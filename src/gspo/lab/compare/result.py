@@ -15,17 +15,11 @@ from typing import Any
 
 from gspo.backend.metrics_file import read_metrics
 from gspo.core.files import explained, strict_json, write_whole
+from gspo.core.intervals import Interval, share_interval
 from gspo.lab.compare.grid import Cell, by_group
 from gspo.lab.compare.run import State, cell_folder
 from gspo.lab.compare.spec import CompareSpec
-from gspo.lab.statistics import (
-    Interval,
-    p_value,
-    paired_difference,
-    share_interval,
-    t_interval,
-    verdict,
-)
+from gspo.lab.statistics import p_value, paired_difference, t_interval, verdict
 
 Record = dict[str, float]
 

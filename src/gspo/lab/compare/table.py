@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from gspo.core.intervals import LEVEL, Interval
 from gspo.lab.compare.grid import Cell
 from gspo.lab.compare.run import State
 from gspo.lab.compare.session import GridPlan
-from gspo.lab.statistics import LEVEL, NO_DIFFERENCE, NO_INTERVAL, Interval, holm
+from gspo.lab.statistics import NO_DIFFERENCE, NO_INTERVAL, holm
 
 
 class LiveGrid:

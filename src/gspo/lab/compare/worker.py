@@ -18,7 +18,8 @@ from typing import IO, Any
 
 from gspo.core.errors import GspoError
 from gspo.core.files import strict_json
-from gspo.experiment.loop import Estimate, run_experiment
+from gspo.experiment.heldout import Estimate
+from gspo.experiment.loop import run_experiment
 from gspo.experiment.spec import Spec
 
 

@@ -1,4 +1,7 @@
-"""The verbs that look at runs and compare them: audit, inspect, compare, report."""
+"""The verbs that look at runs and compare them, and what of the lab `gspo train` shows.
+
+Nothing is imported before it is needed: the libraries of the extra `lab` may not be installed.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from gspo.core.errors import ConfigError, GspoError
 from gspo.core.files import strict_json
 
 if TYPE_CHECKING:
-    from gspo.lab.compare.session import GridPlan
     from gspo.lab.compare.spec import CompareSpec
+    from gspo.lab.profile import Profile
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print a JSON object as the last line.")]
 
@@ -123,17 +126,33 @@ def compare(
 ) -> None:
     """Compare methods under stressors, over seeds. The same command goes on where it stopped."""
     say_loading("the comparison")
-    from gspo.lab.compare.session import plan_comparison
-    from gspo.lab.compare.table import print_plan
+    from gspo.core.intervals import require_scipy
+    from gspo.lab.compare.quick import ADVICE
+    from gspo.lab.compare.session import plan_comparison, run_comparison
+    from gspo.lab.compare.table import LiveGrid, print_plan, print_result, summary_line
+    from gspo.lab.report.command import make_report
 
+    require_scipy()
     resolved = _comparison(spec, quick, overrides or [], path)
     plan = plan_comparison(resolved, workers)
     if dry_run:
         print_plan(plan)
         return
-    content, page = _compare(resolved, plan, quick)
+    print(summary_line(plan))
+    with LiveGrid(plan) as watch:
+        data, content = run_comparison(resolved, plan, watch, quick=quick)
+    print_result(content)
+    print(f"data: {data}")
+    page = None
+    try:
+        page = str(make_report([resolved.folder], None, watch=False)[0])
+        print(f"report: {page}")
+    except GspoError as error:  # a comparison of hours is not lost by its picture
+        print(f"no report: {error}")
+    if quick:
+        print(ADVICE)
     if as_json:
-        found: dict[str, Any] = {"folder": str(resolved.folder), "report": page and str(page)}
+        found: dict[str, Any] = {"folder": str(resolved.folder), "report": page}
         found |= {name: plan.count(name) for name in ("done", "failed", "refused")}
         print(strict_json(found | {"paired": content["paired"]}))
     if plan.count("failed"):
@@ -150,39 +169,6 @@ def _comparison(
         raise ConfigError("give a spec file, or --quick: gspo compare SPEC.toml")
     placed = [*overrides, *([f"path={json.dumps(path)}"] if path else [])]
     return with_overrides(quick_spec(), placed) if spec is None else read_compare_spec(spec, placed)
-
-
-def _compare(
-    resolved: CompareSpec, plan: GridPlan, quick: bool
-) -> tuple[dict[str, Any], Path | None]:
-    """What came out, and the page that shows it."""
-    from gspo.lab.compare.quick import ADVICE
-    from gspo.lab.compare.session import run_comparison
-    from gspo.lab.compare.table import LiveGrid, print_result, summary_line
-
-    print(summary_line(plan))
-    with LiveGrid(plan) as watch:
-        path, content = run_comparison(resolved, plan, watch, quick=quick)
-    print_result(content)
-    print(f"data: {path}")
-    page = _comparison_page(resolved.folder)
-    if page is not None:
-        print(f"report: {page}")
-    if quick:
-        print(ADVICE)
-    return content, page
-
-
-def _comparison_page(folder: Path) -> Path | None:
-    """The comparison's report.html; None, and why, where it cannot be written."""
-    from gspo.lab.report.command import make_report
-
-    try:
-        page, _ = make_report([folder], None, watch=False)
-    except GspoError as error:  # a comparison of hours is not lost by its picture
-        print(f"no report: {error}")
-        return None
-    return page
 
 
 def report(
@@ -202,3 +188,38 @@ def report(
     path, keep_up = make_report(runs, out, watch)
     print(f"report: {path}")
     keep_up()
+
+
+def draw(run: Path) -> dict[str, str | None]:
+    """Draw a finished run: its picture and its report; or say why not, for the run is worth more.
+
+    Returns:
+        The two files, as `--json` prints them; None for one that is not there.
+    """
+    from gspo.lab.picture import draw_run
+    from gspo.lab.report.command import make_report
+    from gspo.lab.report.data import read_runs
+    from gspo.lab.report.notices import notices
+
+    files: dict[str, str | None] = {"picture": None, "report": None}
+    try:
+        files["picture"] = str(draw_run(run))
+        print(f"picture: {files['picture']}")
+        files["report"] = str(make_report([run], None, watch=False)[0])
+        print(f"report: {files['report']}")
+    except GspoError as error:
+        print(f"not drawn: {error}")
+    for text in notices(read_runs([run])[0])["clip"]:
+        print(f"for information, the clip range: {text} See docs/epsilon.md")
+    return files
+
+
+def print_profile(profile: Profile, run: Path) -> str:
+    """Print where the time of the steps went, and write it to the run. Returns the file."""
+    from gspo.lab.profile_text import render
+
+    found = profile.report()
+    text = render(found)
+    path = found.write(run, text)
+    print(f"\n{text}profile: {path}")
+    return str(path)
