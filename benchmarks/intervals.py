@@ -1,4 +1,4 @@
-"""How often the intervals of gspo.lab.statistics err, by simulation of laws that are known.
+"""How often the intervals of core/intervals.py and lab/statistics.py err, by simulation.
 
     python benchmarks/intervals.py            # 2 to 10 minutes; the tables of docs/compare.md
     python benchmarks/intervals.py --times 200
@@ -13,14 +13,9 @@ import math
 import random
 from collections.abc import Callable
 
-from gspo.lab.compare.result import collapsed
-from gspo.lab.statistics import (
-    NO_DIFFERENCE,
-    NO_INTERVAL,
-    paired_difference,
-    reward_interval,
-    verdict,
-)
+from gspo.core.intervals import reward_interval
+from gspo.lab.compare_result import collapsed
+from gspo.lab.statistics import NO_DIFFERENCE, NO_INTERVAL, paired_difference, verdict
 
 Law = Callable[[random.Random], float]
 SIZES = (5, 9, 10, 15, 20)

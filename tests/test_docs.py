@@ -25,7 +25,7 @@ import gspo as art
 from gspo.experiment.loop import Estimate, run_experiment
 from gspo.experiment.plan import make_plan
 from gspo.experiment.spec import Spec, read_spec
-from gspo.lab.compare.spec import CompareSpec
+from gspo.lab.compare import CompareSpec
 from gspo.objective import PRESETS
 from gspo.train.defaults import WARMUP, default_learning_rate
 

@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Iterator
 from typing import Any
 
-from gspo.lab.statistics import paired_difference, share_interval, t_interval
+from gspo.core.intervals import share_interval
+from gspo.lab.statistics import paired_difference, t_interval
 
 Data = dict[str, Any]
 Rows = list[list[str]]

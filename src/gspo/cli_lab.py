@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from gspo.core.errors import ConfigError, GspoError
 from gspo.core.files import strict_json
-
-if TYPE_CHECKING:
-    from gspo.lab.compare.session import GridPlan
-    from gspo.lab.compare.spec import CompareSpec
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print a JSON object as the last line.")]
 
@@ -122,55 +120,45 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Compare methods under stressors, over seeds. The same command goes on where it stopped."""
-    say_loading("the comparison")
-    from gspo.lab.compare.session import plan_comparison
-    from gspo.lab.compare.table import print_plan
-
-    resolved = _comparison(spec, quick, overrides or [], path)
-    plan = plan_comparison(resolved, workers)
-    if dry_run:
-        print_plan(plan)
-        return
-    content, page = _compare(resolved, plan, quick)
-    if as_json:
-        found: dict[str, Any] = {"folder": str(resolved.folder), "report": page and str(page)}
-        found |= {name: plan.count(name) for name in ("done", "failed", "refused")}
-        print(strict_json(found | {"paired": content["paired"]}))
-    if plan.count("failed"):
-        raise SystemExit(1)
-
-
-def _comparison(
-    spec: Path | None, quick: bool, overrides: list[str], path: str | None
-) -> CompareSpec:
-    from gspo.lab.compare.quick import quick_spec
-    from gspo.lab.compare.spec import read_compare_spec, with_overrides
-
     if quick == (spec is not None):
         raise ConfigError("give a spec file, or --quick: gspo compare SPEC.toml")
-    placed = [*overrides, *([f"path={json.dumps(path)}"] if path else [])]
-    return with_overrides(quick_spec(), placed) if spec is None else read_compare_spec(spec, placed)
+    say_loading("the comparison")
+    from gspo.lab.compare import read_compare_spec
+    from gspo.lab.compare_cells import make_cells
+    from gspo.lab.compare_runs import default_workers, run_comparison
+    from gspo.lab.compare_tables import QUICK_ADVICE, print_cells, print_result, summary_line
 
-
-def _compare(
-    resolved: CompareSpec, plan: GridPlan, quick: bool
-) -> tuple[dict[str, Any], Path | None]:
-    """What came out, and the page that shows it."""
-    from gspo.lab.compare.quick import ADVICE
-    from gspo.lab.compare.session import run_comparison
-    from gspo.lab.compare.table import LiveGrid, print_result, summary_line
-
-    print(summary_line(plan))
-    with LiveGrid(plan) as watch:
-        path, content = run_comparison(resolved, plan, watch, quick=quick)
+    placed = [*(overrides or []), *([f"path={json.dumps(path)}"] if path else [])]
+    resolved = read_compare_spec(spec, placed)
+    cells = make_cells(resolved)
+    workers = workers or default_workers(cells)
+    if dry_run:
+        print_cells(cells, workers)
+        return
+    print(summary_line(cells, workers))
+    try:
+        content = run_comparison(resolved, cells, workers, quick=quick)
+    except KeyboardInterrupt:
+        done = sum(cell.status == "done" for cell in cells)
+        print(
+            f"stopped: {done} of {len(cells)} cells are done; the same command goes on from there",
+            file=sys.stderr,
+        )
+        raise SystemExit(128 + signal.SIGINT) from None
     print_result(content)
-    print(f"data: {path}")
+    print(f"data: {resolved.folder / 'comparison.json'}")
     page = _comparison_page(resolved.folder)
     if page is not None:
         print(f"report: {page}")
     if quick:
-        print(ADVICE)
-    return content, page
+        print(QUICK_ADVICE)
+    count = Counter(cell.status for cell in cells)
+    if as_json:
+        result: dict[str, Any] = {"folder": str(resolved.folder), "report": page and str(page)}
+        result |= {status: count[status] for status in ("done", "failed", "refused")}
+        print(strict_json(result | {"paired": content["paired"]}))
+    if count["failed"]:
+        raise SystemExit(1)
 
 
 def _comparison_page(folder: Path) -> Path | None:

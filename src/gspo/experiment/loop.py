@@ -13,11 +13,11 @@ from typing import Any, Protocol
 import gspo as art
 from gspo.backend.local import LocalBackend
 from gspo.core.files import strict_json, write_whole
+from gspo.core.intervals import Interval, reward_interval
 from gspo.core.timing import span
 from gspo.experiment.rollout import Rollouts
 from gspo.experiment.spec import Spec
 from gspo.lab.profile import Profile
-from gspo.lab.statistics import Interval, reward_interval
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from gspo.backend.metrics_file import read_metrics
 from gspo.core.errors import MissingDependencyError, RunError
 from gspo.core.files import replacing
-from gspo.lab.statistics import require_scipy
+from gspo.core.intervals import require_scipy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
