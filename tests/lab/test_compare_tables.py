@@ -26,7 +26,7 @@ def small(path: Path, **fields: Any) -> CompareSpec:
 
 def printed(compare: CompareSpec, cells: list[Cell], width: int = 120) -> str:
     out = io.StringIO()
-    print_result(comparison(compare, cells), Console(file=out, width=width))
+    print_result(comparison(compare, cells), Console(file=out, width=width, markup=False))
     return out.getvalue()
 
 

@@ -25,7 +25,7 @@ _FACTOR = re.compile(r"\*\s*(\d+\.?\d*(?:[eE][+-]?\d+)?)\s*")
 
 Status = Literal["pending", "running", "done", "failed", "refused"]
 Level = tuple[Any, dict[str, Any]]
-"""One value of an axis: its label, and the keys of a run that it sets."""
+"""An arm, or one value of an axis: its label, and the keys of a run that it sets."""
 
 
 @dataclass
@@ -73,61 +73,55 @@ def make_cells(compare: CompareSpec) -> list[Cell]:
     """
     base = _DEFAULTS | flat(compare.base, "base")
     arms = _arms(compare)
-    axes = {axis: _levels(axis, values) for axis, values in compare.stress.items()}
+    axes = {axis: _axis(axis, values) for axis, values in compare.stress.items()}
     _check_collisions(arms, axes)
     cells: list[Cell] = []
     for levels in itertools.product(*axes.values()):
         stress = {axis: label for axis, (label, _) in zip(axes, levels, strict=True)}
-        for arm, keys in arms.items():
+        for arm, keys in arms:
             cells.append(_resolve(arm, stress, base | keys, levels))
     _check_refusals(cells)
     return [_with_seed(cell, seed, compare.path) for seed in compare.seeds for cell in cells]
 
 
-def _arms(compare: CompareSpec) -> dict[str, dict[str, Any]]:
-    """Label -> keys of a run."""
-    arms: dict[str, dict[str, Any]] = {}
-    presets = [{"label": name, "train.algorithm": name} for name in compare.presets]
-    for table in [*presets, *compare.arms]:
-        label = table.get("label")
-        if not isinstance(label, str) or not label:
+def _arms(compare: CompareSpec) -> list[Level]:
+    for table in compare.arms:
+        if not isinstance(table.get("label"), str) or not table["label"]:
             raise ConfigError(f"[[arms]] {table}: give it a label")
-        if label in arms:
-            raise ConfigError(f"two arms are called {label!r}: give one another label")
-        arms[label] = flat(_without_label(table), f"arm {label!r}")
-    if compare.baseline is not None and compare.baseline not in arms:
-        near = suggestion(compare.baseline, arms)
-        raise ConfigError(f"baseline = {compare.baseline!r} is no arm.{near} Arms: {list(arms)}")
+    presets = [{"label": name, "train.algorithm": name} for name in compare.presets]
+    arms = _levels("arm", [*presets, *compare.arms])
+    labels = [label for label, _ in arms]
+    if compare.baseline is not None and compare.baseline not in labels:
+        near = suggestion(compare.baseline, labels)
+        raise ConfigError(f"baseline = {compare.baseline!r} is no arm.{near} Arms: {labels}")
     return arms
 
 
-def _levels(axis: str, values: list[Any]) -> list[Level]:
-    where = f"stress {axis!r}"
+def _axis(axis: str, values: list[Any]) -> list[Level]:
+    tables = [v if isinstance(v, dict) else {axis: v, "label": v} for v in values]
+    return _levels(f"stress {axis}", tables)
+
+
+def _levels(what: str, tables: list[dict[str, Any]]) -> list[Level]:
     levels: list[Level] = []
-    for value in values:
-        table = _without_label(value) if isinstance(value, dict) else {axis: value}
-        label = value
-        if isinstance(value, dict):
-            label = value.get("label", ", ".join(f"{key}={v}" for key, v in table.items()))
-        levels.append((label, flat(table, where)))
+    for table in tables:
+        keys = {key: value for key, value in table.items() if key != "label"}
+        label = table.get("label", ", ".join(f"{key}={value}" for key, value in keys.items()))
+        levels.append((label, flat(keys, f"{what} = {label!r}")))
     labels = [str(label) for label, _ in levels]
     if len(set(labels)) != len(labels):
-        raise ConfigError(f"{where} has the same value or label twice: {labels}")
+        raise ConfigError(f"{what}: the same value or label twice: {labels}")
     return levels
 
 
-def _without_label(table: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in table.items() if key != "label"}
-
-
-def _check_collisions(arms: dict[str, dict[str, Any]], axes: dict[str, list[Level]]) -> None:
+def _check_collisions(arms: list[Level], axes: dict[str, list[Level]]) -> None:
     """Two settings of one key would hide one another; a factor only scales."""
     axis_of: dict[str, str] = {}
     for axis, levels in axes.items():
         for key in {key for _, keys in levels for key in keys}:
             if axis_of.setdefault(key, axis) != axis:
                 raise ConfigError(f"stress {axis!r} and stress {axis_of[key]!r} both set {key}")
-    for label, arm in arms.items():
+    for label, arm in arms:
         for key in (key for key in arm if key in axis_of):
             axis = axis_of[key]
             if any(key in keys and _factor(keys[key]) is None for _, keys in axes[axis]):

@@ -29,6 +29,7 @@ from rich.progress import Progress
 from gspo.backend.run import _locked
 from gspo.core.compute import free_cores
 from gspo.core.errors import GspoError
+from gspo.core.files import explained
 from gspo.experiment.loop import Estimate, run_experiment
 from gspo.experiment.spec import Spec
 from gspo.lab.compare import CompareSpec
@@ -61,9 +62,13 @@ def run_comparison(
     """
     write = partial(write_comparison, compare, cells, quick=quick)
     pending = [cell for cell in cells if cell.status == "pending"]
+    if not pending:
+        return write()
     folder = Path(compare.path) / CELLS
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / ".lock"):
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _locked(folder / ".lock")
+    with lock:
         write()
         # Workers would each build the same embedded model.
         for model in sorted({cell.spec.model for cell in pending if cell.spec}):
@@ -132,14 +137,15 @@ class _Worker:
     def follow(self, progress: Progress) -> None:
         """Take the next word of the process; at the end the cell's status is another."""
         try:
-            event, value = self.connection.recv()
+            status, value = self.connection.recv()
         except (EOFError, OSError):
             self._process.join()
-            event, value = "failed", f"{_ending(self._process.exitcode)}; see {self._log}"
-        if event == "running":
-            progress.update(self._bar, completed=value)
+            status, value = "failed", f"{_ending(self._process.exitcode)}; see {self._log}"
+        self.cell.status = status
+        if status == "running":
+            progress.update(self._bar, completed=int(value))
         else:
-            self.cell.status, self.cell.error = event, value
+            self.cell.error = value
             progress.remove_task(self._bar)
 
     def outcome(self) -> str:
@@ -202,7 +208,7 @@ def _end_with_parent() -> None:
 
 
 class _Reporter:
-    """Tells the parent where a run stands."""
+    """Tells the parent at which step a run is."""
 
     def __init__(self, connection: Connection):
         self._connection = connection

@@ -64,8 +64,9 @@ def _estimate(cells: Sequence[Cell], workers: int) -> str:
 
 def print_result(content: dict[str, Any], console: Console | None = None) -> None:
     """The summary, the paired differences, and what failed or was refused."""
-    # If there is no terminal, it is wide enough for every column.
-    console = console or Console(highlight=False, width=None if Console().is_terminal else 140)
+    if console is None:  # without a terminal it is wide enough for every column
+        width = None if Console().is_terminal else 140
+        console = Console(width=width, highlight=False, markup=False)
     summary = [row for row in content["summary"] if row["seeds"]]
     shown = [name for name in _COLUMNS if console.width >= _ROOMY or name not in _EXTRA]
     title = f"{content['name']}: means over seeds ± half of the 95 % interval"
@@ -74,7 +75,7 @@ def print_result(content: dict[str, Any], console: Console | None = None) -> Non
         title = "differences, a - b, paired by seed"
         _print_table(console, title, ["a", "b"], content["paired"], _PAIR_COLUMNS)
     for line in [*_counts(content["paired"]), *_missing(content["cells"])]:
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 def _print_table(
@@ -92,7 +93,8 @@ def _print_table(
         # What says which row it is keeps its values whole, on a narrow terminal too.
         table.add_column(name, min_width=max(map(len, values), default=0), overflow="fold")
     for name in columns:
-        table.add_column(name, no_wrap=name != "verdict", min_width=10 * (name == "verdict"))
+        words = name == "verdict"
+        table.add_column(name, justify="left" if words else "right", no_wrap=not words)
     for row, label in zip(rows, labels, strict=True):
         table.add_row(*label, *(text(row) for text in columns.values()))
     console.print(table)
@@ -118,13 +120,11 @@ def _counts(pairs: Sequence[dict[str, Any]]) -> Iterable[str]:
 
 def _missing(cells: Sequence[dict[str, Any]]) -> Iterable[str]:
     """The cells without a result, by the reason."""
-    ids: dict[tuple[str, str], list[str]] = {}
-    for cell in cells:
-        ids.setdefault((cell["status"], cell["error"] or ""), []).append(cell["id"])
     for status in ("refused", "failed", "pending"):
-        for reason in (reason for (of, reason) in ids if of == status):
-            line = f"{status}: {', '.join(ids[status, reason])}"
-            yield f"{line}: {reason}" if reason else line
+        rows = [cell for cell in cells if cell["status"] == status]
+        for reason in dict.fromkeys(cell["error"] for cell in rows):
+            ids = ", ".join(cell["id"] for cell in rows if cell["error"] == reason)
+            yield f"{status}: {ids}: {reason}" if reason else f"{status}: {ids}"
 
 
 def _plus_minus(value: dict[str, float]) -> str:
