@@ -43,7 +43,7 @@ from gguf_model import model_folder, package_folder
 from reporting import print_step, print_totals
 
 import gspo as art
-from gspo.experiment.loop import Estimate, estimate_reward
+from gspo.experiment.heldout import Estimate, estimate_reward
 from gspo.lab.picture import draw_run
 from gspo.tasks import Problem, load_task
 

@@ -22,7 +22,8 @@ import pytest
 
 import gspo
 import gspo as art
-from gspo.experiment.loop import Estimate, run_experiment
+from gspo.experiment.heldout import Estimate
+from gspo.experiment.loop import run_experiment
 from gspo.experiment.plan import make_plan
 from gspo.experiment.spec import Spec, read_spec
 from gspo.lab.compare import CompareSpec

@@ -12,7 +12,6 @@ SOURCE = Path(__file__).parent.parent / "src" / "gspo"
 FLOORS = {
     "__init__": 12,
     "cli": 13,
-    "cli_lab": 11,
     "lab": 10,
     "experiment": 9,
     "model": 8,

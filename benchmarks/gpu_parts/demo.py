@@ -17,7 +17,8 @@ from typing import Any
 from gpu_parts.bench import Bench
 from gspo.dev import InternalModelConfig
 from gspo.experiment.demo import demo_spec
-from gspo.experiment.loop import Estimate, run_experiment
+from gspo.experiment.heldout import Estimate
+from gspo.experiment.loop import run_experiment
 from gspo.experiment.spec import Spec
 from gspo.policy.embedded import embedded_folder
 

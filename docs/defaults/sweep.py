@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from gspo.dev import InternalModelConfig, LoraConfig, TrainConfig
-from gspo.experiment.loop import Estimate, run_experiment
+from gspo.experiment.heldout import Estimate
+from gspo.experiment.loop import run_experiment
 from gspo.experiment.spec import Spec
 from gspo.policy import embedded
 from gspo.tasks import load_task

@@ -1,29 +1,24 @@
-"""The command line: thin verbs over the library."""
+"""The command line: thin verbs over the library. Those of the lab are in lab/commands.py."""
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 import gspo
-from gspo import cli_lab
 from gspo.core.errors import ConfigError, GspoError, RolloutError
 from gspo.core.files import strict_json
+from gspo.lab import commands
 
 if TYPE_CHECKING:
     from gspo.experiment.spec import Spec
-    from gspo.experiment.stop import Stop
+    from gspo.objective import Preset
 
-app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
 PathOption = Annotated[str, typer.Option("--path", help="Folder of the runs.")]
 ProfileOption = Annotated[
@@ -35,12 +30,9 @@ def main() -> None:
     """Run the command line; errors of gspo's own are told without a traceback."""
     try:
         app()
-    except RolloutError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
     except GspoError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(1 if isinstance(error, RolloutError) else 2) from None
 
 
 def _print_version(wanted: bool) -> None:
@@ -70,16 +62,13 @@ def demo(
     steps: Annotated[int | None, typer.Option(min=1, help="Rollout batches.")] = None,
     seed: Annotated[int, typer.Option(help="Of prompts and sampling.")] = 0,
     profile: ProfileOption = False,
-    as_json: cli_lab.JsonOption = False,
+    as_json: commands.JsonOption = False,
 ) -> None:
     """Train the embedded Mixture-of-Experts model to sort digits, and show that it learned."""
+    commands.say_loading("embedded:sort")
+    from gspo.experiment.demo import STEPS, demo_spec
 
-    def spec() -> Spec:
-        from gspo.experiment.demo import STEPS, demo_spec
-
-        return demo_spec(path, steps or STEPS, seed)
-
-    _run(spec, "embedded:sort", as_json, profile)
+    _run(demo_spec(path, steps or STEPS, seed), profile, as_json)
 
 
 @app.command()
@@ -92,7 +81,7 @@ def train(
         bool, typer.Option("--dry-run", help="Print the resolved run and its sizes, and stop.")
     ] = False,
     profile: ProfileOption = False,
-    as_json: cli_lab.JsonOption = False,
+    as_json: commands.JsonOption = False,
 ) -> None:
     """Train from a file. The same command goes on where a killed run stopped."""
     from gspo.experiment.spec import read_spec
@@ -100,10 +89,14 @@ def train(
     if dry_run and profile:
         raise ConfigError("--profile times the run that --dry-run doesn't make: leave one out")
     resolved = read_spec(spec, overrides or [])
+    commands.say_loading(resolved.model)
     if dry_run:
-        _dry_run(resolved)
+        from gspo.experiment.plan import make_plan
+
+        plan = make_plan(resolved)
+        print(f"{strict_json(resolved.model_dump(), indent=2)}\n\n{plan}")
     else:
-        _run(lambda: resolved, resolved.model, as_json, profile)
+        _run(resolved, profile, as_json)
 
 
 @app.command()
@@ -114,118 +107,88 @@ def serve(
     name: Annotated[str, typer.Option(help="The model's name in requests.")] = "",
 ) -> None:
     """Serve a model or a checkpoint with OpenAI's API."""
-    cli_lab.say_loading(model)
+    commands.say_loading(model)
     from gspo.experiment.serving import serve_model
 
     serve_model(model, host, port, name or model)
 
 
 @app.command()
-def presets(as_json: cli_lab.JsonOption = False) -> None:
+def presets(as_json: commands.JsonOption = False) -> None:
     """List the named methods: formula, defaults and source."""
-    from gspo.experiment.listing import preset_rows, print_presets
+    from gspo.objective import PRESETS
 
+    rows = [_preset_row(preset) for preset in PRESETS.values()]
     if as_json:
-        print(strict_json(preset_rows()))
-    else:
-        print_presets()
+        print(strict_json(rows))
+        return
+    for row in rows:
+        typer.secho(row["name"], bold=True)
+        defaults = ", ".join(f"{name}={value}" for name, value in row["defaults"].items())
+        for text in (row["formula"], defaults, row["source"]):
+            print(f"  {text}")
+
+
+def _preset_row(preset: Preset) -> dict[str, Any]:
+    """Name, formula, defaults and source."""
+    from gspo.objective import CLIPPING
+
+    objective = preset.objective
+    defaults: dict[str, Any] = {"ratio": objective.level, "advantage": preset.advantage}
+    if objective.surrogate in CLIPPING:
+        defaults |= {"epsilon": objective.epsilon_low, "epsilon_high": objective.epsilon_high}
+    defaults |= {**dict(objective.constants), "minibatches": preset.minibatches}
+    return {
+        "name": preset.name,
+        "formula": preset.formula,
+        "defaults": defaults,
+        "source": preset.source,
+    }
 
 
 # In the order of the help: what a newcomer needs stands first.
-for verb in (cli_lab.audit, cli_lab.inspect, cli_lab.compare, cli_lab.report):
+for verb in (commands.audit, commands.inspect, commands.compare, commands.report):
     app.command()(verb)
 
 
-def _run(make_spec: Callable[[], Spec], model: str, as_json: bool, profiled: bool) -> None:
-    cli_lab.say_loading(model)  # before the imports, which take seconds
-
+def _run(spec: Spec, profiled: bool, as_json: bool) -> None:
+    """Run an experiment, and show what it found."""
     from gspo.core.timing import timing
-    from gspo.experiment import loop as experiment
+    from gspo.experiment.loop import run_experiment
+    from gspo.experiment.stop import run_until_signal
     from gspo.experiment.watch import LiveWatch
-    from gspo.lab.picture import draw_run, require_plotting
     from gspo.lab.profile import Profile
-    from gspo.lab.profile_text import render
-    from gspo.lab.report.data import read_runs
-    from gspo.lab.report.live import LiveReport
-    from gspo.lab.report.notices import notices
 
-    require_plotting()
-    spec = make_spec()
     profile = Profile() if profiled else None
-    with _ended_in_order(spec) as stop:
-        with LiveWatch() as watch, LiveReport(watch) as live, timing(profile and profile.clock):
-            outcome = stop.run(experiment.run_experiment(spec, live, profile))
-        picture = draw_run(outcome.run)
+    try:
+        with LiveWatch() as watch, timing(profile and profile.clock):
+            outcome = run_until_signal(run_experiment(spec, watch, profile and profile.attach))
+    except SystemExit as stopped:
+        _stopped(spec, int(stopped.code or 0))
     if outcome.before and outcome.after:
         print(f"held-out reward before  {outcome.before}   (95 % interval)")
         print(f"held-out reward after   {outcome.after}   over {outcome.prompts} prompts")
     print(f"{outcome.steps} steps in {outcome.seconds:.0f} s; run in {outcome.run}")
-    print(f"picture: {picture}")
-    if live.path:
-        print(f"report: {live.path}")
-    (run,) = read_runs([outcome.run])
-    for text in notices(run)["clip"]:
-        print(f"for information, the clip range: {text} See docs/epsilon.md")
-    files = {"picture": str(picture), "report": live.path and str(live.path)}
-    found = experiment.as_json(outcome) | files
+    files = commands.draw(outcome.run)
     if profile is not None:
-        report = profile.report()
-        text = render(report)
-        found["profile"] = str(report.write(outcome.run, text))
-        print(f"\n{text}profile: {found['profile']}")
+        files["profile"] = commands.print_profile(profile, outcome.run)
     if as_json:
-        print(strict_json(found))
+        print(strict_json(outcome.as_json() | files))
 
 
-@contextmanager
-def _ended_in_order(spec: Spec) -> Iterator[Stop]:
-    """End with a word on what is saved, where a signal ends the run."""
-    from gspo.experiment.stop import Stop, leave
+def _stopped(spec: Spec, status: int) -> NoReturn:
+    """Say what is saved of a run that a signal has ended, and end the process."""
+    from gspo.experiment.stop import leave
     from gspo.train.checkpoint import steps_saved
 
-    stop = Stop()
-    try:
-        with stop:
-            yield stop
-    except SystemExit as error:
-        if stop.signal is None:
-            raise
-        folder = Path(spec.path) / spec.project / spec.name
-        saved = max(steps_saved(folder / "checkpoints"), default=0)
-        print(
-            f"stopped by {stop.signal.name}: {saved} of {spec.steps} steps are saved in {folder}; "
-            "the same command goes on from there",
-            file=sys.stderr,
-        )
-        leave(int(error.code or 0))
-
-
-def _dry_run(spec: Spec) -> None:
-    cli_lab.say_loading(spec.model)
-    from gspo.experiment.plan import make_plan
-
-    plan = make_plan(spec)
-    print(strict_json(spec.model_dump(), indent=2))
-    ratios = "no ratios are clipped"
-    if plan.clip_range is not None:
-        ratios = "ratios clipped to [{:.6g}, {:.6g}]".format(*plan.clip_range)
-        ratios += ", to begin with" if spec.train.epsilon == "auto" else ""
-    chosen = " by the model's size" if spec.learning_rate is None else ""
-    prompts = "" if plan.chat_template or spec.rollout else "no chat template: plain prompts\n"
-    limit = plan.longest_completion
-    longest = "the model's context" if limit is None else f"{limit} tokens"
+    name = signal.Signals(status - 128).name
+    saved = max(steps_saved(spec.folder / "checkpoints"), default=0)
     print(
-        f"\n{plan.algorithm}, {ratios}\n"
-        f"{plan.parameters:,} parameters, learning rate {plan.learning_rate:.2g}{chosen}\n"
-        f"{prompts}"
-        f"{plan.sequences_per_step} sequences a step, {plan.sequences_per_update} an optimizer "
-        f"step, {plan.updates_per_step} optimizer steps a step\n"
-        f"completions of up to {longest}; packed rows of {plan.row_tokens} tokens\n"
-        f"about {plan.memory / 2**20:,.0f} MiB: weights {plan.memory_weights / 2**20:,.0f}, "
-        f"engine's copy {plan.memory_rollout_copy / 2**20:,.0f}, "
-        f"optimizer {plan.memory_optimizer / 2**20:,.0f}, activations up to "
-        f"{plan.memory_activations / 2**20:,.0f}, KV cache {plan.memory_kv_cache / 2**20:,.0f}"
+        f"stopped by {name}: {saved} of {spec.steps} steps are saved in {spec.folder}; "
+        "the same command goes on from there",
+        file=sys.stderr,
     )
+    leave(status)
 
 
 if __name__ == "__main__":

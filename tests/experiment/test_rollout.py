@@ -1,29 +1,25 @@
-"""Rollouts of `gspo train`: without a chat template, and with a task of the user's own."""
+"""Rollouts of `gspo train`: the task's and the user's own, and how the latter are found."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from experiment.small_runs import Silent, own_rollout, records, small
 from gspo.backend.replay import read_batch
+from gspo.core.byname import find_module
 from gspo.core.errors import ConfigError, DataError, RolloutError
 from gspo.experiment.loop import run_experiment
 from gspo.experiment.plan import make_plan
-from gspo.experiment.rollout import plain_prompt
+from gspo.experiment.rollout import load_rollout, plain_prompt
 from gspo.experiment.spec import Spec, read_spec
 from gspo.policy.embedded import build_tokenizer, embedded_folder
-
-
-class Silent:
-    def started(self, spec: Any, step: int, changed: Any) -> None: ...
-    def stepped(self, step: int, metrics: Any) -> None: ...
-    def evaluated(self, step: int, estimate: Any) -> None: ...
-
 
 SIZES: dict[str, Any] = {"steps": 1, "prompts": 2, "completions": 4, "eval_prompts": 0}
 
@@ -41,8 +37,8 @@ async def test_a_model_without_a_chat_template_trains_on_plain_prompts(
     tmp_path: Path, base_model: Path
 ):
     spec = Spec(path=str(tmp_path), model=str(base_model), task="sort", **SIZES)
-    assert make_plan(spec).chat_template is False
-    assert make_plan(Spec(task="sort")).chat_template is True
+    assert "no chat template: plain prompts" in make_plan(spec)
+    assert "template" not in make_plan(Spec(task="sort"))
     outcome = await run_experiment(spec, Silent())
     batch = read_batch(outcome.run / "trajectories/train/0001.parquet")
     tokenizer = build_tokenizer()
@@ -102,7 +98,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 async def test_a_task_of_the_users_own_stands_beside_the_file(own: Path):
     spec = read_spec(own, [f"path={own.parent / 'runs'}", "task_options.limit=64"])
-    assert make_plan(spec).longest_completion == 2
+    assert "completions of up to 2 tokens" in make_plan(spec)
     outcome = await run_experiment(spec, Silent())
     record = json.loads((outcome.run / "metrics.jsonl").read_text().splitlines()[-1])
     assert 0 <= record["train/reward"] <= 1
@@ -132,3 +128,122 @@ def test_a_class_that_is_no_task_is_refused_by_the_plan(
     overrides = [f'task="{name}"', *(f"task_options.{k}={v}" for k, v in options.items())]
     with pytest.raises(ConfigError, match=message):
         make_plan(read_spec(own, overrides))
+
+
+OWN = """
+import gspo as art
+
+async def rollout(model, scenario):
+    messages = [{'role': 'user', 'content': str(scenario.index)}]
+    response = await model.openai_client().chat.completions.create(
+        model=model.inference_name, messages=messages, max_tokens=4)
+    choice = response.choices[0]
+    reward = float(len(choice.message.content))
+    return art.Trajectory(messages_and_choices=[*messages, choice], reward=reward)
+"""
+
+
+async def test_rollouts_of_ones_own(tmp_path: Path):
+    outcome = await run_experiment(own_rollout(tmp_path, OWN, steps=1), Silent())
+    assert records(outcome.run)[1]["train/reward"] > 0
+
+
+EXITS = """
+import sys
+
+async def rollout(model, scenario):
+    sys.exit(0)
+"""
+
+
+async def test_a_rollout_that_exits_is_an_error_told_by_its_line(tmp_path: Path):
+    with pytest.raises(RolloutError, match=r"raised SystemExit: 0(.|\n)*line 5, in rollout"):
+        await run_experiment(own_rollout(tmp_path, EXITS), Silent())
+
+
+async def test_dynamic_sampling_replaces_flat_groups(tmp_path: Path):
+    sizes = {"steps": 1, "prompts": 8, "completions": 2}  # pairs: most have equal rewards
+    plain = await run_experiment(small(tmp_path / "a", **sizes), Silent())
+    spec = small(tmp_path / "b", dynamic_sampling=True, **sizes)
+    dynamic = await run_experiment(spec, Silent())
+    flat = [records(run)[1]["train/groups_zero_advantage"] for run in (plain.run, dynamic.run)]
+    assert flat[0] > 0
+    assert flat[1] < flat[0]
+    assert records(dynamic.run)[1]["train/trajectories"] == 16
+
+
+FUNCTION = "async def f(model, scenario): ...\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("os", "write 'module:name'"),
+        ("os:", "write 'module:name'"),
+        ("../mine:r", "is not the name of a module"),
+        ("os:nothing", "os has no 'nothing'"),
+        ("os.path:join", "is not an async function"),
+        ("nothing_here:f", r"cannot import nothing_here: there is no nothing_here\.py beside"),
+        ("nothing_here.too:f", r"no nothing_here/too\.py"),
+        ("folder/none.py:f", "there is no file /.*none.py"),
+    ],
+)
+def test_names_that_lead_nowhere(folder: Path, name: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        load_rollout(name)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("1 / 0", "broken_rollout.py fails when it is imported: ZeroDivisionError"),
+        ("def f(", "broken_rollout.py fails when it is imported: SyntaxError"),
+        ("import sys; sys.exit(0)", "broken_rollout.py fails when it is imported: SystemExit: 0"),
+        ("import no_such_library", "ModuleNotFoundError: No module named 'no_such_library'"),
+        ("async def f(model): ...", "must take two arguments"),
+        ("def f(model, scenario): ...", "is not an async function"),
+    ],
+)
+def test_a_module_that_fails_is_named_each_time(folder: Path, code: str, message: str):
+    (folder / "broken_rollout.py").write_text(code)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=message):
+            load_rollout("broken_rollout:f")
+
+
+def test_a_module_is_found_in_the_working_directory_and_checked_without_running(folder: Path):
+    (folder / "plain_rollout.py").write_text("print('ran')\n" + FUNCTION)
+    find_module("plain_rollout:f", "rollout")
+    assert "plain_rollout" not in sys.modules
+    function = load_rollout("plain_rollout:f")
+    assert function.__module__ == "plain_rollout"
+    assert load_rollout("plain_rollout.py:f") is function
+
+
+def test_files_of_the_users_never_take_the_place_of_a_library(folder: Path):
+    (folder / "rich.py").write_text("import json, colorsys\n" + FUNCTION)
+    (folder / "colorsys.py").write_text("raise RuntimeError('not the library')")
+    assert load_rollout("rich:f").__module__ == "gspo_user_rich"
+    code = "import rich; print(rich.__file__)"
+    (folder / "use.py").write_text("import rich, helper_of_use\nFILE = rich.__file__\n" + FUNCTION)
+    (folder / "helper_of_use.py").touch()
+    real = subprocess.run(
+        [sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=True
+    )
+    assert load_rollout("use:f").__globals__["FILE"] == real.stdout.strip()  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def test_a_package_imports_from_itself(folder: Path):
+    package = folder / "exp" / "rollouts_package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "parts.py").write_text("from .whole import f\n")
+    (package / "whole.py").write_text(FUNCTION)
+    assert load_rollout("exp/rollouts_package/parts.py:f").__module__ == "rollouts_package.whole"

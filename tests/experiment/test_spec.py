@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 
-from gspo.core.errors import ConfigError, ModelError
+from gspo.core.errors import ConfigError
 from gspo.core.options import TEMPERATURES
 from gspo.data.sampled import read_fields
 from gspo.dev import InternalModelConfig
 from gspo.dev import TrainConfig as DevTrainConfig
-from gspo.experiment.plan import make_plan
 from gspo.experiment.spec import Spec, read_spec
 from gspo.serve.engine import SamplingParams
 from support import choice
@@ -80,31 +79,10 @@ def test_a_missing_file_is_named(tmp_path: Path):
         read_spec(tmp_path / "none.toml")
 
 
-def test_plan_of_the_embedded_model():
-    plan = make_plan(Spec(task="add", prompts=8, completions=4))
-    assert plan.algorithm == "gspo"
-    assert plan.clip_range == (1 - 3e-4, 1 + 4e-4)
-    assert (plan.sequences_per_step, plan.sequences_per_update, plan.updates_per_step) == (32, 8, 4)
-    assert plan.longest_completion == 80
-    assert 150_000 < plan.parameters < 300_000
-    assert plan.memory > 16 * plan.parameters
-
-
-def test_plan_checks_every_name():
-    with pytest.raises(ConfigError, match="Did you mean 'sort'"):
-        make_plan(Spec(task="srot", model="embedded:sort"))
-    with pytest.raises(ModelError, match="unknown base_model"):
-        make_plan(Spec(task="sort", model="./nowhere"))
-    with pytest.raises(ModelError, match="Did you mean"):
-        make_plan(Spec(task="sort", model="embedded:sortt"))
-    with pytest.raises(ConfigError, match="cannot import nothing_here"):
-        make_plan(Spec(rollout="nothing_here:f", model="embedded:sort"))
-
-
 def test_a_file_that_is_not_utf8_is_named(tmp_path: Path):
     path = tmp_path / "run.toml"
     path.write_bytes(b"task = 'sort' # \xe9")
-    with pytest.raises(ConfigError, match=r"run\.toml is not TOML: byte 16 is not UTF-8"):
+    with pytest.raises(ConfigError, match=r"run\.toml is not TOML in UTF-8: .*0xe9 in position 16"):
         read_spec(path)
 
 

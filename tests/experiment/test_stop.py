@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from gspo.experiment.stop import Stop
+from gspo.core.errors import RolloutError
+from gspo.experiment.stop import run_until_signal
 from gspo.train.checkpoint import steps_saved
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
@@ -34,17 +35,18 @@ def test_a_signal_cancels_what_runs_and_waits_for_its_end(number: signal.Signals
             await asyncio.sleep(0.01)
             ended.append(True)
 
-    with Stop() as stop:
-        with pytest.raises(SystemExit) as raised:
-            stop.run(work())
-        assert (raised.value.code, stop.signal, ended) == (128 + number, number, [True])
+    with pytest.raises(SystemExit) as raised:
+        run_until_signal(work())
+    assert (raised.value.code, ended) == (128 + number, [True])
     assert [signal.getsignal(n) for n in SIGNALS] == before
 
 
-def test_outside_of_a_run_a_signal_ends_the_program():
-    with Stop(), pytest.raises(SystemExit, match="143"):
+def test_a_signal_at_the_very_end_is_not_lost():
+    async def work() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(5)
+
+    with pytest.raises(SystemExit, match="143"):
+        run_until_signal(work())
 
 
 def test_without_a_signal_it_is_asyncio_run():
@@ -54,21 +56,37 @@ def test_without_a_signal_it_is_asyncio_run():
     async def cancelled() -> None:
         raise asyncio.CancelledError
 
-    with Stop() as stop:
-        assert stop.run(answer()) == 42
-        with pytest.raises(asyncio.CancelledError):
-            stop.run(cancelled())
+    assert run_until_signal(answer()) == 42
+    with pytest.raises(asyncio.CancelledError):
+        run_until_signal(cancelled())
 
 
 def test_signals_that_are_ignored_stay_ignored():
+    async def work() -> int:
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.sleep(0.01)
+        return 42
+
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with Stop() as stop:
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.01)
-            assert stop.signal is None
+        assert run_until_signal(work()) == 42
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_an_exit_inside_of_what_runs_is_an_error(status: int):
+    async def leaves() -> None:
+        sys.exit(status)
+
+    async def work() -> None:
+        task = asyncio.create_task(leaves())
+        await asyncio.sleep(60)
+        await task
+
+    with pytest.raises(RolloutError, match=rf"sys.exit\({status}\) was called"):
+        run_until_signal(work())
 
 
 class Terminal:
@@ -131,7 +149,7 @@ def test_a_run_on_a_terminal_ends_in_order(tmp_path: Path, number: signal.Signal
     assert "Traceback" not in shown
     saved = max(steps_saved(terminal.run / "checkpoints"))
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
-    assert f"stopped at {saved}/500" in plain
+    assert "/500 " in plain
     assert plain.splitlines()[-1] == (
         f"stopped by {number.name}: {saved} of 500 steps are saved in {terminal.run}; "
         "the same command goes on from there"
@@ -144,7 +162,7 @@ def test_a_run_on_a_terminal_ends_in_order(tmp_path: Path, number: signal.Signal
 def test_a_second_signal_ends_at_once(tmp_path: Path):
     code = (
         "import asyncio, time\n"
-        "from gspo.experiment.stop import Stop\n"
+        "from gspo.experiment.stop import run_until_signal\n"
         "async def work():\n"
         "    print('ready', flush=True)\n"
         "    try:\n"
@@ -152,8 +170,7 @@ def test_a_second_signal_ends_at_once(tmp_path: Path):
         "    finally:\n"
         "        print('ending', flush=True)\n"
         "        await asyncio.sleep(60)\n"
-        "with Stop() as stop:\n"
-        "    stop.run(work())\n"
+        "run_until_signal(work())\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -9,29 +10,22 @@ from pathlib import Path
 import pytest
 
 import gspo as art
-from gspo.core.errors import DataError
-from gspo.experiment.user_error import FRAMES, LINES, rollout_error
-from gspo.tasks.task import drawn_in_split
-
-
-def raised(function: Callable[[], object]) -> Exception:
-    with pytest.raises(Exception) as caught:
-        function()
-    return caught.value
+from gspo.core.errors import DataError, RolloutError
+from gspo.experiment.user_error import FRAMES, LINES, users_errors
+from gspo.tasks import Task
 
 
 def told(function: Callable[[], object], step: int = 2) -> list[str]:
-    error = rollout_error(raised(function), "train", 7, step)
-    return [] if error is None else str(error).splitlines()
+    with pytest.raises(RolloutError) as caught, users_errors("train", 7, step):
+        function()
+    return str(caught.value).splitlines()
 
 
 def test_a_mistake_of_gspos_own_keeps_its_traceback():
     """The user's code called it, but the line that failed is ours."""
 
-    def fails() -> None:
-        drawn_in_split(None, "train", 0, 0)  # pyright: ignore[reportArgumentType]
-
-    assert told(fails) == []
+    with pytest.raises(AttributeError), users_errors("train", 7, 2):
+        Task.problem(None, "train", 0)  # pyright: ignore[reportArgumentType]
 
 
 def test_what_gspo_refuses_is_told_at_the_users_line():
@@ -42,7 +36,12 @@ def test_what_gspo_refuses_is_told_at_the_users_line():
 
 
 def test_an_error_without_a_line_of_the_users_is_left_as_it_is():
-    assert rollout_error(DataError("a rollout returned int"), "train", 0, 0) is None
+    error = DataError("a rollout returned int")
+    text = "with users_errors('train', 0, 0):\n    raise error"
+    code = compile(text, str(Path(art.__file__).parent / "x.py"), "exec")
+    with pytest.raises(DataError) as caught:
+        exec(code, {"error": error, "users_errors": users_errors})
+    assert caught.value is error
 
 
 def test_the_text_and_the_frames_are_bounded():
@@ -54,6 +53,13 @@ def test_the_text_and_the_frames_are_bounded():
     lines = told(lambda: deep(20))
     assert len(lines) == LINES + FRAMES + 3 < 15
     assert "caused by KeyError: 'first'" in lines
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_call_of_exit_is_an_error_too(status: int):
+    lines = told(lambda: sys.exit(status))
+    assert lines[0].endswith(f"raised SystemExit: {status}")
+    assert "sys.exit(status)" in lines[-2]
 
 
 def test_before_the_first_step_nothing_is_said_to_be_saved():

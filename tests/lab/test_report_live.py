@@ -11,7 +11,8 @@ import pytest
 
 import gspo.lab.report.live as live_module
 from gspo.backend.run import Run
-from gspo.experiment.loop import Estimate, run_experiment
+from gspo.experiment.heldout import Estimate
+from gspo.experiment.loop import run_experiment
 from gspo.experiment.spec import Spec
 from gspo.lab.report.data import read_runs
 from gspo.lab.report.live import LiveReport, liveliness, watch_report

@@ -4,8 +4,7 @@ import pytest
 
 from gspo.core.errors import ConfigError
 from gspo.tasks import Problem, load_task, task_names
-from gspo.tasks.digits import Add
-from gspo.tasks.lengths import Climb
+from gspo.tasks.built_in import Add, Climb
 
 
 @pytest.mark.parametrize("name", task_names())
@@ -49,11 +48,11 @@ def test_reasoning_gym_is_scored_by_its_own_scorer():
     ("name", "options", "message"),
     [
         ("srot", {}, "Did you mean 'sort'"),
-        ("sort", {"digits": 3}, "has no options"),
+        ("sort", {"digits": 3}, "unknown argument 'digits'. Known arguments: none"),
         ("chain", {"lenght": 3}, "Did you mean 'length'"),
         ("chain", {"length": 401}, "from 1 to 400"),
         ("chain", {"length": True}, "from 1 to 400"),
-        ("climb", {"length": 3}, "has no options"),
+        ("climb", {"length": 3}, "unknown argument 'length'. Known arguments: none"),
         ("reasoning-gym:number_sortin", {}, "Did you mean 'number_sorting'"),
         ("reasoning-gym:products", {"max_digit": 1}, "Did you mean 'max_digits'"),
         ("reasoning-gym:products", {"min_terms": 9, "max_terms": 2}, "refuses"),

@@ -142,5 +142,5 @@ def check_arguments(
             raise ConfigError(f"{title}: {name!r} is not supported: {refused[name]}")
         raise ConfigError(
             f"{title}: unknown argument {name!r}.{suggestion(name, known)} "
-            f"Known arguments: {', '.join(known)}."
+            f"Known arguments: {', '.join(known) or 'none'}."
         )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from gspo.dev import TrainConfig
 from gspo.experiment.spec import Spec
 from gspo.train.checkpoint import steps_saved
+from gspo.train.defaults import WARMUP
 
 STEPS = 120
 
@@ -24,19 +24,18 @@ def demo_spec(path: str, steps: int = STEPS, seed: int = 0) -> Spec:
             steps=steps,
             seed=seed,
             learning_rate=3e-4,
-            train=TrainConfig(importance_sampling_level="sequence", lr_warmup_steps=5),
+            train=TrainConfig(importance_sampling_level="sequence", lr_warmup_steps=WARMUP),
         )
-        folder = Path(spec.path) / "demo" / spec.name
-        if not folder.exists() or _unfinished(folder, spec):
+        if not spec.folder.exists() or _unfinished(spec):
             return spec
         number += 1
 
 
-def _unfinished(folder: Path, spec: Spec) -> bool:
+def _unfinished(spec: Spec) -> bool:
     """Whether the folder holds this very demo, stopped half-way: then it goes on."""
     try:
-        stored = json.loads((folder / "spec.json").read_bytes())
+        stored = json.loads((spec.folder / "spec.json").read_bytes())
     except (OSError, ValueError):
         return False
-    done = max(steps_saved(folder / "checkpoints"), default=0)
+    done = max(steps_saved(spec.folder / "checkpoints"), default=0)
     return stored == spec.model_dump(mode="json") and done < spec.steps

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from openai import BadRequestError
 from openai.types.chat.chat_completion import Choice
 
-from gspo.core.byname import find_module, load_object
+from gspo.core.byname import load_object
 from gspo.core.choices import as_choice
 from gspo.core.draws import drawing_for, seed_of
 from gspo.core.errors import ConfigError, DataError
 from gspo.experiment.spec import Spec
-from gspo.experiment.user_error import rollout_error
+from gspo.experiment.user_error import users_errors
 from gspo.gather import gather_trajectory_groups
 from gspo.model import TrainableModel
-from gspo.tasks import Problem, Split, Task, load_task
+from gspo.tasks import Problem, Split, load_task
 from gspo.train.minibatches import shaped_reward
 from gspo.train.settings import resolve
 from gspo.trajectory import Trajectory, TrajectoryGroup
@@ -35,6 +35,7 @@ class Scenario:
 
 
 _ROUNDS = 3
+"""With dynamic sampling, how often prompts are drawn for one step."""
 Rollout = Callable[[TrainableModel, Scenario], Awaitable[Trajectory]]
 
 
@@ -47,80 +48,72 @@ class Rollouts:
         self.task = load_task(spec.task, spec.task_options) if spec.task else None
         self.rollout = load_rollout(spec.rollout) if spec.rollout else None
 
-    def scenario(self, split: Split, index: int) -> Scenario:
-        """Prompt `index` of a split."""
-        seed = self.spec.seed
-        problem = self.task.problem(split, index, seed) if self.task else None
-        return Scenario(split, index, seed, problem)
+    async def batch(self, step: int) -> list[TrajectoryGroup]:
+        """The groups of one step; with dynamic sampling, those of fresh prompts for flat ones."""
+        spec, size = self.spec, self.spec.prompts
+        if not spec.dynamic_sampling:
+            indices = range(step * size, (step + 1) * size)
+            return await self.groups("train", indices, spec.completions, step)
+        overlong = resolve(options=spec.train).overlong
+        differing: list[TrajectoryGroup] = []
+        flat: list[TrajectoryGroup] = []
+        for first in range(step * _ROUNDS * size, (step + 1) * _ROUNDS * size, size):
+            indices = range(first, first + size - len(differing))
+            for group in await self.groups("train", indices, spec.completions, step):
+                rewards = {shaped_reward(trajectory, overlong) for trajectory in group}
+                (differing if len(rewards) > 1 else flat).append(group)
+            if len(differing) == size:
+                break
+        # Too few with signal: the flat ones stay in the count, as they would without this.
+        return [*differing, *flat][:size]
 
-    async def group(self, split: Split, index: int, size: int, step: int) -> TrajectoryGroup:
-        """`size` rollouts of one prompt, at the weights of a step.
+    async def groups(
+        self, split: Split, indices: Iterable[int], size: int, step: int
+    ) -> list[TrajectoryGroup]:
+        """`size` rollouts of each of these prompts, at the weights of a step.
 
         What they sample depends on these numbers and the spec's seed, not on what was sampled
         before: a run that was killed goes on as it would have, evaluations or not.
 
         Raises:
             RolloutError: the user's own rollout or task raised.
+            DataError: the engine refuses a prompt.
         """
-        try:
-            return await self._group(split, index, size, step)
-        except Exception as error:
-            told = rollout_error(error, split, index, step)
-            if told is None:
-                raise
-            raise told from error
+        return await gather_trajectory_groups(
+            (self._group(split, index, size, step) for index in indices), pbar_desc=None
+        )
 
     async def _group(self, split: Split, index: int, size: int, step: int) -> TrajectoryGroup:
-        scenario = self.scenario(split, index)
-        if self.rollout is not None:
-            rollout = self.rollout
-            with drawing_for(split, index):  # the backend adds its seed and its step
-                return await TrajectoryGroup(rollout(self.model, scenario) for _ in range(size))
-        assert self.task is not None
-        seed = seed_of(self.spec.seed, step, split, index)
-        return await self._answers(self.task, scenario, size, seed)
-
-    async def batch(self, step: int) -> list[TrajectoryGroup]:
-        """The groups of one step; with dynamic sampling, those of fresh prompts for flat ones."""
-        spec = self.spec
-        rounds = _ROUNDS if spec.dynamic_sampling else 1
-        settings = resolve(options=spec.train)
-        kept: list[TrajectoryGroup] = []
-        flat: list[TrajectoryGroup] = []
-        for extra in range(rounds):
-            missing = spec.prompts - len(kept)
-            first = (step * rounds + extra) * spec.prompts
-            groups = await gather_trajectory_groups(
-                (self.group("train", first + i, spec.completions, step) for i in range(missing)),
-                pbar_desc=None,
+        seed = self.spec.seed
+        with users_errors(split, index, step):
+            problem = self.task.problem(split, index, seed) if self.task else None
+            scenario = Scenario(split, index, seed, problem)
+            if self.rollout is None:
+                return await self._answers(scenario, size, seed_of(seed, step, split, index))
+        with drawing_for(split, index):  # the backend adds its seed and its step
+            return await TrajectoryGroup(
+                self._rolled(self.rollout, scenario, step) for _ in range(size)
             )
-            for group in groups:
-                signal = len({shaped_reward(t, settings.overlong) for t in group}) > 1
-                (kept if signal or not spec.dynamic_sampling else flat).append(group)
-            if len(kept) == spec.prompts:
-                break
-        # Too few with signal: the flat ones stay in the count, as they would without this.
-        return [*kept, *flat[: spec.prompts - len(kept)]]
 
-    def _needs_routes(self, split: Split) -> bool:
-        """Whether training replays the engine's routes, or is to compare them with its own."""
-        options = self.spec.train
-        return split == "train" and (options.routing_replay == "rollout" or options.measure_routing)
+    async def _rolled(self, rollout: Rollout, scenario: Scenario, step: int) -> Trajectory:
+        """One rollout of the user's function, which runs in a task of its own."""
+        with users_errors(scenario.split, scenario.index, step):
+            return await rollout(self.model, scenario)
 
-    async def _answers(
-        self, task: Task, scenario: Scenario, size: int, seed: int
-    ) -> TrajectoryGroup:
+    async def _answers(self, scenario: Scenario, size: int, seed: int) -> TrajectoryGroup:
         """One request for all completions: the prompt is computed once."""
-        problem = scenario.problem
-        assert problem is not None
+        task, problem, train = self.task, scenario.problem, self.spec.train
+        assert task is not None and problem is not None
         messages = task.messages(problem)
+        # Training replays the engine's routes, or compares them with its own.
+        routes = train.routing_replay == "rollout" or train.measure_routing
         choices = await self._sample(
             messages,
             n=size,
             max_tokens=self.spec.max_tokens or task.max_tokens,
             temperature=self.spec.temperature,
             seed=seed,
-            extra_body={"return_routes": True} if self._needs_routes(scenario.split) else None,
+            extra_body={"return_routes": True} if routes and scenario.split == "train" else None,
         )
         return TrajectoryGroup(
             Trajectory(
@@ -149,7 +142,7 @@ class Rollouts:
                 )
         except BadRequestError as error:
             raise DataError(f"the engine refuses a prompt of the task: {error.message}") from None
-        return [choice for found in answer.choices if (choice := as_choice(found))]
+        return [choice for item in answer.choices if (choice := as_choice(item))]
 
 
 def plain_prompt(messages: list[dict[str, Any]]) -> str:
@@ -159,15 +152,6 @@ def plain_prompt(messages: list[dict[str, Any]]) -> str:
     'Sort.\\n\\n312\\n'
     """
     return "\n\n".join(message["content"] for message in messages) + "\n"
-
-
-def check_rollout(name: str) -> None:
-    """Look for the file or the module of `module:function`, without running it.
-
-    Raises:
-        ConfigError: there is none, or the name has another form.
-    """
-    find_module(name, "rollout")
 
 
 def load_rollout(name: str) -> Rollout:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Collection, Iterable
+from copy import deepcopy
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
@@ -89,10 +90,10 @@ class Spec(Options):
             raise ValueError("give a task, or a rollout = 'module:function'")
         if self.task is None and self.task_options:
             raise ValueError("task_options are given, but no task")
-        own = [name for name in ("max_tokens", "temperature") if self._differs(name)]
-        if self.rollout is not None and own:
+        given = [name for name in ("max_tokens", "temperature") if self._differs(name)]
+        if self.rollout is not None and given:
             raise ValueError(
-                f"{own[0]} is decided by your rollout function: leave it out, "
+                f"{given[0]} is decided by your rollout function: leave it out, "
                 "and pass it to chat.completions.create there"
             )
         if self.dynamic_sampling and self.train.algorithm == "reinforce":
@@ -104,6 +105,11 @@ class Spec(Options):
             near = suggestion(self.task or "", task_names())
             raise ValueError(f"give a model: only the built-in tasks have one of their own.{near}")
         return self
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.path) / self.project / self.name
 
     def train_config(self) -> TrainConfig:
         """The public half of the training options."""
@@ -137,23 +143,21 @@ def read_spec(path: Path, overrides: Iterable[str] = ()) -> Spec:
 
 
 _NAMES = ("task", "rollout", "algorithm", "train.algorithm")
-"""Keys whose value may be the `module:name` of something of the user's own."""
+"""Keys whose value may be the `module:name` of the user's own code."""
 
 
 def named_beside(run: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The fields of a run, whose `module:name`s mean files of `folder` where it has them.
+    """The fields of a run; each `module:name` means the file of `folder`, if there is one.
 
-    A comparison's keys may be dotted, or stand for `train.algorithm` as `algorithm` alone.
+    A comparison's keys may be dotted, or say `algorithm` for `train.algorithm`.
     """
-    found = {key: _beside(run[key], folder) for key in _NAMES if key in run}
-    train = run.get("train")
-    if isinstance(train, dict) and "algorithm" in train:
-        found["train"] = train | {"algorithm": _beside(train["algorithm"], folder)}
-    return run | found
-
-
-def _beside(name: Any, folder: Path) -> Any:
-    return beside(name, folder) if isinstance(name, str) else name
+    named = dict(run)
+    for key in _NAMES:
+        if isinstance(run.get(key), str):
+            named[key] = beside(run[key], folder)
+    if isinstance(run.get("train"), dict):
+        named["train"] = named_beside(run["train"], folder)
+    return named
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -166,14 +170,10 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path} is not TOML: byte {error.start} is not UTF-8. Save it as UTF-8"
-        ) from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from None
     except RecursionError:
         raise ConfigError(f"{path}: its brackets are nested too deeply") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not TOML in UTF-8: {error}") from None
 
 
 def override(
@@ -184,14 +184,14 @@ def override(
     >>> override({"train": {"epochs": 1}}, ["train.epochs=2", "model=embedded:sort"])
     {'train': {'epochs': 2}, 'model': 'embedded:sort'}
     """
-    data = {key: dict(value) if isinstance(value, dict) else value for key, value in data.items()}
+    data = deepcopy(data)
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals:
             raise ConfigError(f"--set {item!r}: write key=value")
-        *tables, last = key.strip().split(".")
-        if (tables or [last])[0] not in known:
-            near = suggestion((tables or [last])[0], known)
+        *tables, last = parts = key.strip().split(".")
+        if parts[0] not in known:
+            near = suggestion(parts[0], known)
             raise ConfigError(f"--set {item!r}: unknown key {key.strip()!r}.{near}")
         place = data
         for table in tables:
@@ -206,7 +206,7 @@ def override(
 
 
 def _value(text: str) -> Any:
-    """A TOML value, or the text itself where it is none."""
+    """The text as a TOML value, or as it is if it is none."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except (tomllib.TOMLDecodeError, RecursionError):

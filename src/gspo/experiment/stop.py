@@ -10,64 +10,56 @@ from collections.abc import Coroutine
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
+from gspo.core.errors import RolloutError
+
 T = TypeVar("T")
 
 
-class Stop:
-    """Catches the signals that ask a program to end. A context manager, in the main thread.
+def run_until_signal(coroutine: Coroutine[Any, Any, T]) -> T:
+    """The coroutine's result, as of `asyncio.run`; a signal cancels it. In the main thread.
 
     Signals that the program was started without, as under `nohup`, stay ignored.
 
-    Attributes:
-        signal: that has come.
+    Raises:
+        SystemExit: 128 + the signal's number, once the coroutine has ended.
+        RolloutError: code that the coroutine has started called `sys.exit`.
     """
+    arrived: list[int] = []
 
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-        self._task: asyncio.Task[Any] | None = None
-        self._before: dict[signal.Signals, Any] = {}
+    async def cancellable() -> T:
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert task is not None
 
-    def __enter__(self) -> Stop:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handler = signal.getsignal(number)
-            if handler in (signal.SIG_DFL, signal.default_int_handler):
-                self._before[number] = signal.signal(number, self._on_signal)
-        return self
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            if arrived:
+                _end_at_once(number)
+            arrived.append(number)
+            # The loop may be asleep: this wakes it, a plain `cancel` would not.
+            loop.call_soon_threadsafe(task.cancel)
 
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
+        for number in handlers:
+            signal.signal(number, on_signal)
+        return await coroutine
+
+    defaults = (signal.SIG_DFL, signal.default_int_handler)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in handlers.items() if handler in defaults}
+    try:
+        result = asyncio.run(cancellable())
+        if not arrived:
+            return result
+    except asyncio.CancelledError:
+        if not arrived:
+            raise
+    except SystemExit as error:
+        raise RolloutError(
+            f"sys.exit({error.code!r}) was called in the middle of the run, in a task of a "
+            "rollout's own: raise an exception there instead"
+        ) from error
+    finally:
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """The coroutine's result, as of `asyncio.run`; a signal cancels it.
-
-        Raises:
-            SystemExit: 128 + the signal's number, once the coroutine has ended.
-        """
-
-        async def cancellable() -> T:
-            self._task = asyncio.current_task()
-            try:
-                return await coroutine
-            finally:
-                self._task = None
-
-        try:
-            return asyncio.run(cancellable())
-        except asyncio.CancelledError:
-            if self.signal is None:
-                raise
-            raise SystemExit(128 + self.signal) from None
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
-            _end_at_once(number)
-        self.signal = signal.Signals(number)
-        task = self._task
-        if task is None:  # outside `run` there is nothing to end in order
-            raise SystemExit(128 + number)
-        # The loop may be asleep: this wakes it, a plain `cancel` would not.
-        task.get_loop().call_soon_threadsafe(task.cancel)
+    raise SystemExit(128 + arrived[0])
 
 
 def leave(status: int) -> NoReturn:
@@ -80,9 +72,7 @@ def leave(status: int) -> NoReturn:
 
 def _end_at_once(number: int) -> NoReturn:
     """End like `kill -9`, which harms no run, but show the cursor again."""
-    for stream in (1, 2):
-        if os.isatty(stream):
-            os.write(stream, b"\x1b[?25h\r\n")
-            break
+    if os.isatty(1):
+        os.write(1, b"\x1b[?25h\r\n")
     os.write(2, b"ended at once; the same command goes on from the last step that was saved\n")
     os._exit(128 + number)

@@ -53,7 +53,7 @@ class Cell:
     def folder(self) -> Path:
         """The run's folder."""
         assert self.spec is not None
-        return Path(self.spec.path) / self.spec.project / self.spec.name
+        return self.spec.folder
 
     def is_finished(self) -> bool:
         """Whether the run has made its last step and evaluated it."""

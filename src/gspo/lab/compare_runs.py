@@ -30,7 +30,8 @@ from gspo.backend.run import _locked
 from gspo.core.compute import free_cores
 from gspo.core.errors import GspoError
 from gspo.core.files import explained
-from gspo.experiment.loop import Estimate, run_experiment
+from gspo.experiment.heldout import Estimate
+from gspo.experiment.loop import run_experiment
 from gspo.experiment.spec import Spec
 from gspo.lab.compare import CompareSpec
 from gspo.lab.compare_cells import CELLS, Cell

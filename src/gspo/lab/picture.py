@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from gspo.backend.metrics_file import read_metrics
 from gspo.core.errors import MissingDependencyError, RunError
 from gspo.core.files import replacing
-from gspo.core.intervals import require_scipy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +18,6 @@ Record = dict[str, float]
 
 def require_plotting() -> None:
     """Raise `MissingDependencyError` before any work is done, not after it."""
-    require_scipy()
     try:
         import matplotlib  # noqa: F401
     except ImportError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from gspo.core.errors import ConfigError, MissingDependencyError, suggestion
+from gspo.core.errors import ConfigError, MissingDependencyError, check_arguments, suggestion
 from gspo.tasks.task import Problem, Task
 
 
@@ -30,13 +30,9 @@ class GymTask(Task):
                 f"reasoning-gym has no dataset {dataset!r}.{suggestion(dataset, DATASETS)}"
             )
         known = {field.name for field in dataclasses.fields(DATASETS[dataset][1])}
-        for option in options:
-            if option not in known:
-                raise ConfigError(
-                    f"reasoning-gym:{dataset} has no option {option!r}."
-                    f"{suggestion(option, known)} Known: {', '.join(sorted(known))}."
-                )
+        unknown = [option for option in options if option not in known]
         self.name = f"reasoning-gym:{dataset}"
+        check_arguments(f"task_options of {self.name}", unknown, sorted(known), {})
         self._make = reasoning_gym.create_dataset
         self._dataset = dataset
         self._options = options

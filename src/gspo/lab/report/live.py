@@ -16,7 +16,8 @@ from gspo.lab.report.page import Live, write_page
 from gspo.lab.report.run_page import run_page
 
 if TYPE_CHECKING:
-    from gspo.experiment.loop import Estimate, Watch
+    from gspo.experiment.heldout import Estimate
+    from gspo.experiment.loop import Watch
     from gspo.experiment.spec import Spec
 
 log = logging.getLogger("gspo")

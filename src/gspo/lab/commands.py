@@ -1,4 +1,7 @@
-"""The verbs that look at runs and compare them: audit, inspect, compare, report."""
+"""The verbs that look at runs and compare them, and what of the lab `gspo train` shows.
+
+Nothing is imported before it is needed: the libraries of the extra `lab` may not be installed.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,15 @@ import signal
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gspo.core.errors import ConfigError, GspoError
 from gspo.core.files import strict_json
+
+if TYPE_CHECKING:
+    from gspo.lab.profile import Profile
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print a JSON object as the last line.")]
 
@@ -123,11 +129,14 @@ def compare(
     if quick == (spec is not None):
         raise ConfigError("give a spec file, or --quick: gspo compare SPEC.toml")
     say_loading("the comparison")
+    from gspo.core.intervals import require_scipy
     from gspo.lab.compare import read_compare_spec
     from gspo.lab.compare_cells import make_cells
     from gspo.lab.compare_runs import default_workers, run_comparison
     from gspo.lab.compare_tables import QUICK_ADVICE, print_cells, print_result, summary_line
+    from gspo.lab.report.command import make_report
 
+    require_scipy()
     placed = [*(overrides or []), *([f"path={json.dumps(path)}"] if path else [])]
     resolved = read_compare_spec(spec, placed)
     cells = make_cells(resolved)
@@ -139,38 +148,26 @@ def compare(
     try:
         content = run_comparison(resolved, cells, workers, quick=quick)
     except KeyboardInterrupt:
-        done = sum(cell.status == "done" for cell in cells)
-        print(
-            f"stopped: {done} of {len(cells)} cells are done; the same command goes on from there",
-            file=sys.stderr,
-        )
+        done = f"{sum(cell.status == 'done' for cell in cells)} of {len(cells)} cells are done"
+        print(f"stopped: {done}; the same command goes on from there", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
     print_result(content)
     print(f"data: {resolved.folder / 'comparison.json'}")
-    page = _comparison_page(resolved.folder)
-    if page is not None:
+    page = None
+    try:
+        page = str(make_report([resolved.folder], None, watch=False)[0])
         print(f"report: {page}")
+    except GspoError as error:  # a comparison of hours is not lost by its picture
+        print(f"no report: {error}")
     if quick:
         print(QUICK_ADVICE)
     count = Counter(cell.status for cell in cells)
     if as_json:
-        result: dict[str, Any] = {"folder": str(resolved.folder), "report": page and str(page)}
+        result: dict[str, Any] = {"folder": str(resolved.folder), "report": page}
         result |= {status: count[status] for status in ("done", "failed", "refused")}
         print(strict_json(result | {"paired": content["paired"]}))
     if count["failed"]:
         raise SystemExit(1)
-
-
-def _comparison_page(folder: Path) -> Path | None:
-    """The comparison's report.html; None, and why, where it cannot be written."""
-    from gspo.lab.report.command import make_report
-
-    try:
-        page, _ = make_report([folder], None, watch=False)
-    except GspoError as error:  # a comparison of hours is not lost by its picture
-        print(f"no report: {error}")
-        return None
-    return page
 
 
 def report(
@@ -190,3 +187,38 @@ def report(
     path, keep_up = make_report(runs, out, watch)
     print(f"report: {path}")
     keep_up()
+
+
+def draw(run: Path) -> dict[str, str | None]:
+    """Draw a finished run: its picture and its report; or say why not, for the run is worth more.
+
+    Returns:
+        The two files, as `--json` prints them; None for one that is not there.
+    """
+    from gspo.lab.picture import draw_run
+    from gspo.lab.report.command import make_report
+    from gspo.lab.report.data import read_runs
+    from gspo.lab.report.notices import notices
+
+    files: dict[str, str | None] = {"picture": None, "report": None}
+    try:
+        files["picture"] = str(draw_run(run))
+        print(f"picture: {files['picture']}")
+        files["report"] = str(make_report([run], None, watch=False)[0])
+        print(f"report: {files['report']}")
+    except GspoError as error:
+        print(f"not drawn: {error}")
+    for text in notices(read_runs([run])[0])["clip"]:
+        print(f"for information, the clip range: {text} See docs/epsilon.md")
+    return files
+
+
+def print_profile(profile: Profile, run: Path) -> str:
+    """Print where the time of the steps went, and write it to the run. Returns the file."""
+    from gspo.lab.profile_text import render
+
+    found = profile.report()
+    text = render(found)
+    path = found.write(run, text)
+    print(f"\n{text}profile: {path}")
+    return str(path)

@@ -1,0 +1,66 @@
+"""Held-out reward: how well the model does on prompts that it is not trained on."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from gspo.core.errors import MissingDependencyError
+from gspo.core.intervals import Interval, reward_interval
+from gspo.trajectory import Trajectory, TrajectoryGroup
+
+
+@dataclass(frozen=True)
+class Estimate(Interval):
+    """Held-out reward: its mean over rollouts, and the 95 % interval of that over prompts.
+
+    Attributes:
+        prompts: how many distinct ones; None in the log of an older run.
+    """
+
+    prompts: int | None = None
+
+    def metrics(self) -> dict[str, float]:
+        """The estimate as a run logs it."""
+        values = {
+            "val/reward": self.mean,
+            "val/reward_low": self.low,
+            "val/reward_high": self.high,
+            "val/prompts": self.prompts,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+    @classmethod
+    def logged(cls, record: Mapping[str, float]) -> Estimate:
+        """The estimate of a line of metrics.jsonl."""
+        low, high = record.get("val/reward_low"), record.get("val/reward_high")
+        prompts = record.get("val/prompts")
+        return cls(record["val/reward"], low, high, None if prompts is None else int(prompts))
+
+
+def estimate_reward(groups: Sequence[TrajectoryGroup]) -> Estimate:
+    """Held-out reward from rollouts, with an interval that counts distinct prompts.
+
+    If all rollouts have the same prompt, its reward is what is estimated, and its groups are what
+    is counted. Without scipy there is no interval.
+    """
+    by_prompt: dict[str, list[float]] = {}
+    for group in groups:  # a prompt that is drawn twice is no new evidence
+        by_prompt.setdefault(_prompt(group.trajectories[0]), []).extend(t.reward for t in group)
+    units = list(by_prompt.values())
+    if len(units) == 1:
+        units = [[t.reward for t in group] for group in groups]
+    try:
+        interval = reward_interval(units)
+    except MissingDependencyError:
+        interval = Interval(fmean(itertools.chain(*units)), None, None)
+    return Estimate(interval.mean, interval.low, interval.high, len(by_prompt))
+
+
+def _prompt(trajectory: Trajectory) -> str:
+    """What stands before the model's first turn: the prompt, whoever made it."""
+    before = itertools.takewhile(lambda i: isinstance(i, dict), trajectory.messages_and_choices)
+    return json.dumps([list(before), trajectory.tools], sort_keys=True, default=str)

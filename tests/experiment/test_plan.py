@@ -1,0 +1,63 @@
+"""What `--dry-run` tells, and what it refuses."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from gspo.core.errors import ConfigError, ModelError
+from gspo.dev import InternalModelConfig
+from gspo.dev import TrainConfig as DevTrainConfig
+from gspo.experiment.plan import make_plan
+from gspo.experiment.spec import Spec
+
+
+def test_the_plan_of_the_embedded_model():
+    plan = make_plan(Spec(task="add", prompts=8, completions=4))
+    assert plan.splitlines()[0] == "gspo, ratios clipped to [0.9997, 1.0004]"
+    assert "32 sequences a step, 8 an optimizer step, 4 optimizer steps a step" in plan
+    assert "completions of up to 80 tokens; microbatches of up to 16384 tokens" in plan
+    assert re.search(r"\n229,184 parameters, learning rate 0.00015 by the model's size\n", plan)
+    (total,) = re.findall(r"about (\d+) MiB", plan)
+    assert int(total) * 2**20 > 16 * 229_184
+
+
+def test_options_that_change_the_plan():
+    train = DevTrainConfig(epsilon="auto", packed_sequence_length=512, epochs=2)
+    plan = make_plan(Spec(task="sort", learning_rate=1e-3, train=train))
+    assert "1.0004], to begin with\n" in plan
+    assert "learning rate 0.001\n" in plan
+    assert "8 optimizer steps a step" in plan
+    assert "of up to 512 tokens" in plan
+    assert "no ratios are clipped" in make_plan(
+        Spec(task="sort", train=DevTrainConfig(algorithm="rloo"))
+    )
+
+
+def test_every_name_is_checked():
+    with pytest.raises(ConfigError, match="Did you mean 'sort'"):
+        make_plan(Spec(task="srot", model="embedded:sort"))
+    with pytest.raises(ModelError, match="unknown base_model"):
+        make_plan(Spec(task="sort", model="./nowhere"))
+    with pytest.raises(ModelError, match="Did you mean"):
+        make_plan(Spec(task="sort", model="embedded:sortt"))
+    with pytest.raises(ConfigError, match="cannot import nothing_here"):
+        make_plan(Spec(rollout="nothing_here:f", model="embedded:sort"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_tokens": 600}, "max_tokens = 600: 'embedded:sort' has a context of 512 tokens"),
+        ({"max_tokens": 512}, "give max_tokens = 511 or less"),
+        ({"load": InternalModelConfig(max_context=16)}, "max_tokens = 16: .* context of 16"),
+    ],
+)
+def test_completions_that_leave_no_room_for_a_prompt_are_refused(
+    fields: dict[str, Any], message: str
+):
+    with pytest.raises(ConfigError, match=message):
+        make_plan(Spec(task="sort", **fields))
+    make_plan(Spec(task="sort", max_tokens=511))
