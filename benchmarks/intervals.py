@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable
 
 from gspo.core.intervals import reward_interval
-from gspo.lab.compare.result import collapsed
+from gspo.lab.compare_result import collapsed
 from gspo.lab.statistics import NO_DIFFERENCE, NO_INTERVAL, paired_difference, verdict
 
 Law = Callable[[random.Random], float]

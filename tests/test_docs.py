@@ -26,7 +26,7 @@ from gspo.experiment.heldout import Estimate
 from gspo.experiment.loop import run_experiment
 from gspo.experiment.plan import make_plan
 from gspo.experiment.spec import Spec, read_spec
-from gspo.lab.compare.spec import CompareSpec
+from gspo.lab.compare import CompareSpec
 from gspo.objective import PRESETS
 from gspo.train.algorithms import BUILT_IN
 from gspo.train.defaults import WARMUP, default_learning_rate

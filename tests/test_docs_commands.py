@@ -41,7 +41,7 @@ RUN: dict[str, tuple[str, ...]] = {
     "gspo report .gspo/demo/sort-1": (),
     "gspo report .gspo/demo/sort-1 .gspo/demo/sort-2 --out both.html": (),
     "gspo report .gspo/demo/sort-1 --watch": (),
-    # What a comparison computes is tested in tests/lab/compare.
+    # What a comparison computes is tested in tests/lab/test_compare_runs.py.
     "gspo compare --quick": ("--dry-run",),
     "gspo compare stability.toml": ("--dry-run",),
     "gspo compare stability.toml --dry-run": (),

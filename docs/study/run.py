@@ -17,9 +17,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from gspo.lab.compare.session import plan_comparison, run_comparison
-from gspo.lab.compare.spec import read_compare_spec
-from gspo.lab.compare.table import LiveGrid, print_result, summary_line
+from gspo.lab.compare import read_compare_spec
+from gspo.lab.compare_cells import make_cells
+from gspo.lab.compare_runs import default_workers, run_comparison
+from gspo.lab.compare_tables import print_result, summary_line
 
 HERE = Path(__file__).parent
 
@@ -39,14 +40,14 @@ def main() -> None:
         if arguments.parts and path.stem[0] not in arguments.parts:
             continue
         spec = read_compare_spec(path, overrides)
-        plan = plan_comparison(spec, arguments.workers)
-        print(f"{path.stem}: {summary_line(plan)}", flush=True)
+        cells = make_cells(spec)
+        workers = arguments.workers or default_workers(cells)
+        print(f"{path.stem}: {summary_line(cells, workers)}", flush=True)
         if arguments.dry_run:
             continue
-        with LiveGrid(plan) as watch:
-            _, content = run_comparison(spec, plan, watch)
+        content = run_comparison(spec, cells, workers)
         print_result(content)
-        failed += plan.count("failed")
+        failed += sum(cell.status == "failed" for cell in cells)
         arguments.data.mkdir(exist_ok=True)
         data = json.dumps(essence(content), separators=(",", ":"))
         (arguments.data / f"{path.stem}.json").write_text(data + "\n")
@@ -55,9 +56,10 @@ def main() -> None:
 
 def essence(content: dict[str, Any]) -> dict[str, Any]:
     """A comparison without its step-by-step curves: means, and the held-out reward."""
-    kept = {key: content[key] for key in ("name", "spec", "versions", "machine", "paired")}
-    summary = [{k: v for k, v in row.items() if k != "curves"} for row in content["summary"]]
-    return kept | {"summary": summary, "cells": [_cell(row) for row in content["cells"]]}
+    kept = {
+        key: content[key] for key in ("name", "spec", "versions", "machine", "paired", "summary")
+    }
+    return kept | {"cells": [_cell(row) for row in content["cells"]]}
 
 
 def _cell(row: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,9 @@ Nothing is imported before it is needed: the libraries of the extra `lab` may no
 from __future__ import annotations
 
 import json
+import signal
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +18,6 @@ from gspo.core.errors import ConfigError, GspoError
 from gspo.core.files import strict_json
 
 if TYPE_CHECKING:
-    from gspo.lab.compare.spec import CompareSpec
     from gspo.lab.profile import Profile
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print a JSON object as the last line.")]
@@ -125,24 +126,33 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Compare methods under stressors, over seeds. The same command goes on where it stopped."""
+    if quick == (spec is not None):
+        raise ConfigError("give a spec file, or --quick: gspo compare SPEC.toml")
     say_loading("the comparison")
     from gspo.core.intervals import require_scipy
-    from gspo.lab.compare.quick import ADVICE
-    from gspo.lab.compare.session import plan_comparison, run_comparison
-    from gspo.lab.compare.table import LiveGrid, print_plan, print_result, summary_line
+    from gspo.lab.compare import read_compare_spec
+    from gspo.lab.compare_cells import make_cells
+    from gspo.lab.compare_runs import default_workers, run_comparison
+    from gspo.lab.compare_tables import QUICK_ADVICE, print_cells, print_result, summary_line
     from gspo.lab.report.command import make_report
 
     require_scipy()
-    resolved = _comparison(spec, quick, overrides or [], path)
-    plan = plan_comparison(resolved, workers)
+    placed = [*(overrides or []), *([f"path={json.dumps(path)}"] if path else [])]
+    resolved = read_compare_spec(spec, placed)
+    cells = make_cells(resolved)
+    workers = workers or default_workers(cells)
     if dry_run:
-        print_plan(plan)
+        print_cells(cells, workers)
         return
-    print(summary_line(plan))
-    with LiveGrid(plan) as watch:
-        data, content = run_comparison(resolved, plan, watch, quick=quick)
+    print(summary_line(cells, workers))
+    try:
+        content = run_comparison(resolved, cells, workers, quick=quick)
+    except KeyboardInterrupt:
+        done = f"{sum(cell.status == 'done' for cell in cells)} of {len(cells)} cells are done"
+        print(f"stopped: {done}; the same command goes on from there", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
     print_result(content)
-    print(f"data: {data}")
+    print(f"data: {resolved.folder / 'comparison.json'}")
     page = None
     try:
         page = str(make_report([resolved.folder], None, watch=False)[0])
@@ -150,25 +160,14 @@ def compare(
     except GspoError as error:  # a comparison of hours is not lost by its picture
         print(f"no report: {error}")
     if quick:
-        print(ADVICE)
+        print(QUICK_ADVICE)
+    count = Counter(cell.status for cell in cells)
     if as_json:
-        found: dict[str, Any] = {"folder": str(resolved.folder), "report": page}
-        found |= {name: plan.count(name) for name in ("done", "failed", "refused")}
-        print(strict_json(found | {"paired": content["paired"]}))
-    if plan.count("failed"):
+        result: dict[str, Any] = {"folder": str(resolved.folder), "report": page}
+        result |= {status: count[status] for status in ("done", "failed", "refused")}
+        print(strict_json(result | {"paired": content["paired"]}))
+    if count["failed"]:
         raise SystemExit(1)
-
-
-def _comparison(
-    spec: Path | None, quick: bool, overrides: list[str], path: str | None
-) -> CompareSpec:
-    from gspo.lab.compare.quick import quick_spec
-    from gspo.lab.compare.spec import read_compare_spec, with_overrides
-
-    if quick == (spec is not None):
-        raise ConfigError("give a spec file, or --quick: gspo compare SPEC.toml")
-    placed = [*overrides, *([f"path={json.dumps(path)}"] if path else [])]
-    return with_overrides(quick_spec(), placed) if spec is None else read_compare_spec(spec, placed)
 
 
 def report(

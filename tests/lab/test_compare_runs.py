@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -16,11 +17,9 @@ from typer.testing import CliRunner, Result
 
 from gspo.cli import app
 from gspo.core.errors import ConfigError, RunError
-from gspo.lab.compare.grid import make_cells
-from gspo.lab.compare.quick import ADVICE, quick_spec
-from gspo.lab.compare.run import cell_folder
-from gspo.lab.compare.session import plan_comparison
-from gspo.lab.compare.spec import read_compare_spec
+from gspo.lab.compare import read_compare_spec
+from gspo.lab.compare_cells import make_cells
+from gspo.lab.compare_runs import default_workers, run_comparison
 
 SPEC = """
 presets = ["gspo", "grpo"]
@@ -57,7 +56,7 @@ def logs(spec: Path) -> dict[str, list[dict[str, float]]]:
     """Each cell's metrics without what depends on the clock."""
     out = {}
     for cell in make_cells(read_compare_spec(spec)):
-        lines = (cell_folder(cell) / "metrics.jsonl").read_text().splitlines()
+        lines = (cell.folder / "metrics.jsonl").read_text().splitlines()
         out[cell.id] = [
             {k: v for k, v in json.loads(x).items() if not k.startswith(("time/", "throughput/"))}
             for x in lines
@@ -84,7 +83,7 @@ def test_a_comparison_runs_once_and_pairs_prompts_and_weights(tmp_path: Path):
         assert ours[1]["tokens/completion"] == theirs[1]["tokens/completion"]
         assert ours[-1] != theirs[-1]
 
-    files = {cell.id: cell_folder(cell) for cell in make_cells(read_compare_spec(spec))}
+    files = {cell.id: cell.folder for cell in make_cells(read_compare_spec(spec))}
     before = {id: (folder / "spec.json").stat().st_mtime_ns for id, folder in files.items()}
     again = compare(spec)
     assert again.exit_code == 0 and "4 done, 0 refused, 0 to run" in again.output
@@ -111,11 +110,15 @@ def children(pid: int) -> list[int]:
     return found
 
 
+def command_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().decode()
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 @pytest.mark.timeout(900)  # seconds on idle cores, minutes beside other work
 def test_a_killed_comparison_repeats_no_finished_cell(tmp_path: Path):
     spec = write_spec(tmp_path, steps=12)
-    folders = [cell_folder(cell) for cell in make_cells(read_compare_spec(spec))]
+    folders = [cell.folder for cell in make_cells(read_compare_spec(spec))]
     finished: dict[Path, int] = {}
     for victims in ("parent", "parent and workers"):
         at_work = 2 if finished else 1  # the cells before it are finished
@@ -123,7 +126,7 @@ def test_a_killed_comparison_repeats_no_finished_cell(tmp_path: Path):
             command(spec, "--workers", "1"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         wait_until(lambda at=at_work: (folders[at] / "checkpoints" / "0003").exists(), process)
-        workers = children(process.pid)
+        workers = [child for child in children(process.pid) if "spawn_main" in command_of(child)]
         assert len(workers) == 1
         process.send_signal(signal.SIGKILL)
         if victims == "parent and workers":
@@ -226,34 +229,51 @@ def test_refused_cells_are_listed_with_their_reason(tmp_path: Path):
     assert "refused: grpo range=auto seed=0" in run.output
 
 
-def test_one_comparison_at_a_time_uses_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    import asyncio
-
-    from gspo.lab.compare import run as module
-
-    monkeypatch.setattr(module, "_PATIENCE", 0.1)
+def test_one_comparison_at_a_time_uses_a_path(tmp_path: Path):
     spec = read_compare_spec(write_spec(tmp_path))
-    plan = plan_comparison(spec)
-    with (
-        module._locked(Path(spec.path) / "cells"),
-        pytest.raises(RunError, match=f"in use by process {os.getpid()}"),
-    ):
-        asyncio.run(module.run_cells(spec, plan.cells, plan.states, 1, Unseen()))
+    folder = Path(spec.path) / "cells"
+    folder.mkdir(parents=True)
+    with (folder / ".lock").open("w") as file:
+        file.write("4711")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match=r"cells is in use by process 4711"):
+            run_comparison(spec, make_cells(spec), 1)
+    assert not spec.folder.exists()
 
 
-class Unseen:
-    def began(self, cell: Any) -> None: ...
-    def stepped(self, cell: Any, step: int) -> None: ...
-    def evaluated(self, cell: Any, reward: float) -> None: ...
-    def ended(self, cell: Any, state: Any) -> None: ...
+@pytest.mark.timeout(900)
+def test_an_interrupt_ends_in_order_and_leaves_what_can_go_on(tmp_path: Path):
+    spec = write_spec(tmp_path, steps=30)
+    folder = make_cells(read_compare_spec(spec))[0].folder
+    process = subprocess.Popen(
+        command(spec, "--workers", "1"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    wait_until(lambda: (folder / "checkpoints" / "0002").exists(), process)
+    workers = [child for child in children(process.pid) if "spawn_main" in command_of(child)]
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.decode().splitlines()[-1] == (
+        "stopped: 0 of 4 cells are done; the same command goes on from there"
+    )
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    assert [row["status"] for row in content(spec)["cells"]] == ["pending"] * 4
+    again = compare(spec, "--set", "seeds=1", "--set", "presets=['gspo']")
+    assert again.exit_code == 0, again.output
+    assert "1 to run" in again.output
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(31))
 
 
-def test_the_quick_one_is_two_presets_and_two_seeds_and_says_what_that_is_worth():
-    plan = plan_comparison(quick_spec())
-    assert {(cell.arm, cell.seed) for cell in plan.cells} == {
-        (arm, seed) for arm in ("gspo", "grpo") for seed in (0, 1)
-    }
-    assert "show nothing" in ADVICE and "gspo compare SPEC.toml" in ADVICE
+def test_there_is_a_worker_for_each_core_or_for_as_many_as_a_cell_has_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("gspo.lab.compare_runs.free_cores", lambda: 8)
+    spec = write_spec(tmp_path)
+    assert default_workers(make_cells(read_compare_spec(spec))) == 8
+    threads = read_compare_spec(spec, ["base.load.threads=3"])
+    assert default_workers(make_cells(threads)) == 2
 
 
 @pytest.mark.parametrize("arguments", [(), ("--quick", "spec.toml")])

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from gspo.core.errors import ConfigError
-from gspo.lab.compare.grid import make_cells
-from gspo.lab.compare.spec import read_compare_spec
+from gspo.lab.compare import read_compare_spec
+from gspo.lab.compare_cells import make_cells
 
 FILE = """
 seeds = 1
@@ -56,7 +56,7 @@ def test_such_an_arm_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(tmp_path / "elsewhere")
     (tmp_path / "compare.toml").write_text(FILE.partition("[stress]")[0])
     cells = make_cells(read_compare_spec(tmp_path / "compare.toml"))
-    assert [cell.refused for cell in cells] == [None, None, None]
+    assert [cell.error for cell in cells] == [None, None, None]
 
 
 @pytest.mark.parametrize("text", ["base = 3", "arms = 3", "arms = [3]", "stress = {task = 3}"])

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from gspo.lab.compare.grid import Cell
-from gspo.lab.compare.run import cell_folder
+from gspo.lab.compare_cells import Cell
 
 
 def write_run(cell: Cell, rewards: list[float], metrics: dict[str, float] | None = None) -> None:
     """A finished run of two steps with these held-out rewards, the last of them at the end."""
-    folder = cell_folder(cell)
+    folder = cell.folder
     folder.mkdir(parents=True)
     lines = []
     for step, reward in enumerate(rewards):
@@ -22,3 +21,4 @@ def write_run(cell: Cell, rewards: list[float], metrics: dict[str, float] | None
             line |= {"ratio/clip_fraction": 0.25} | (metrics or {})
         lines.append(json.dumps(line))
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    cell.status = "done"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from gspo.core.errors import ConfigError, suggestion
 from gspo.core.options import Options, check_names
@@ -14,14 +14,30 @@ from gspo.dev import Algorithm, InternalModelConfig
 from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.experiment.spec import Spec, folder_name, named_beside, override, read_toml
 
+QUICK: dict[str, Any] = {
+    "name": "quick",
+    "presets": ["gspo", "grpo"],
+    "seeds": 2,
+    "base": {
+        "task": "sort",
+        "steps": 40,
+        "learning_rate": 3e-4,
+        "eval_prompts": 128,
+        "eval_every": 10,
+        "train.lr_warmup_steps": 5,
+    },
+}
+"""The comparison of `gspo compare --quick`: a look at the tool, not a result."""
 _DECIDED = {
-    "name": "every cell has a folder of its own",
-    "project": "every cell has a folder of its own",
+    "name": "each cell has its own folder",
+    "project": "each cell has its own folder",
     "path": "give the comparison's path, beside [base]",
     "seed": "give seeds, beside [base]",
     "train.seed": "give seeds, beside [base]",
 }
 """Keys of a run that the comparison decides."""
+_TABLES = {"train": DevTrainConfig, "load": InternalModelConfig}
+"""Tables of a run whose names may be left out."""
 
 
 class CompareSpec(Options):
@@ -31,9 +47,9 @@ class CompareSpec(Options):
     (0, 1, 2)
     """
 
-    name: str = "comparison"
+    name: Annotated[str, AfterValidator(folder_name)] = "comparison"
     """Names the folder `<path>/<name>`."""
-    path: str = ".gspo/compare"
+    path: Annotated[str, AfterValidator(folder_name)] = ".gspo/compare"
     """Runs lie in `<path>/cells`: comparisons of one path share the cells that they have in
     common."""
     base: dict[str, Any] = Field(default_factory=dict)
@@ -41,10 +57,10 @@ class CompareSpec(Options):
     presets: tuple[Algorithm, ...] = ()
     """Arms that are a named method and nothing else."""
     arms: tuple[dict[str, Any], ...] = ()
-    """Arms with a `label` and keys of their own."""
+    """Arms with a `label` and their own keys."""
     baseline: str | None = None
-    """Compare each arm with this one alone. None: every two arms."""
-    stress: dict[str, list[Any]] = Field(default_factory=dict)
+    """Compare each arm with this one only. None: every two arms."""
+    stress: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
     """Axes, crossed with each other. A list of values belongs to the key that names it; a list of
     tables sets several keys at once, under a `label`."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -61,27 +77,11 @@ class CompareSpec(Options):
             raise ValueError("a seed is given twice")
         return value
 
-    @field_validator("name", "path")
-    @classmethod
-    def _names_a_folder(cls, value: str) -> str:
-        return folder_name(value)
-
-    @field_validator("stress")
-    @classmethod
-    def _axes_have_values(cls, value: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        for axis, values in value.items():
-            if not values:
-                raise ValueError(f"the axis {axis!r} has no values")
-        return value
-
     @model_validator(mode="after")
     def _has_arms(self) -> CompareSpec:
         if not self.presets and not self.arms:
             raise ValueError("give presets = [...] or [[arms]]: there is nothing to compare")
-        for part in (self.name, self.path):
-            if not part:
-                raise ValueError("name and path cannot be empty")
-        if self.name in ("cells", ".", "..") or set(self.name) & set("/\\\0"):
+        if self.name in ("cells", ".", "..") or set(self.name) & set("/\\"):
             raise ValueError(f"name = {self.name!r} cannot be the comparison's folder")
         return self
 
@@ -91,48 +91,38 @@ class CompareSpec(Options):
         return Path(self.path) / self.name
 
 
-def read_compare_spec(path: Path, overrides: Iterable[str] = ()) -> CompareSpec:
+def read_compare_spec(path: Path | None, overrides: Iterable[str] = ()) -> CompareSpec:
     """A comparison from a TOML file, with `key=value` overrides (dotted keys, TOML values).
+
+    Without a file it is the quick one. What the base, the arms and the stressors name as
+    `module:name` is looked for beside the file first.
 
     Raises:
         ConfigError: no such file, not TOML, or an unknown key or value.
+
+    >>> read_compare_spec(None, ["seeds=1"]).seeds
+    (0,)
     """
-    data = read_toml(path)
-    data.setdefault("name", path.stem)
-    data = override(data, overrides, CompareSpec.model_fields)
-    return CompareSpec(**_beside(data, path.parent))
+    data = QUICK if path is None else {"name": path.stem} | read_toml(path)
+    spec = CompareSpec(**override(data, overrides, CompareSpec.model_fields))
+    if path is None:
+        return spec
+    folder = path.parent
+    stress = {
+        axis: [_level_beside(axis, value, folder) for value in values]
+        for axis, values in spec.stress.items()
+    }
+    arms = tuple(named_beside(arm, folder) for arm in spec.arms)
+    update = {"base": named_beside(spec.base, folder), "arms": arms, "stress": stress}
+    return spec.model_copy(update=update)
 
 
-def _beside(data: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The same with `named_beside` of the base, the arms and the stressors."""
-
-    def keys(run: Any) -> Any:
-        return named_beside(run, folder) if isinstance(run, dict) else run
-
-    def level(axis: str, value: Any) -> Any:
-        if isinstance(value, dict):
-            return keys(value)
-        named = keys({axis: value})
-        # The table and the report show what the file says, not the path that it means.
-        return value if named[axis] == value else named | {"label": value}
-
-    found = dict(data)
-    if "base" in data:
-        found["base"] = keys(data["base"])
-    if isinstance(data.get("arms"), list):
-        found["arms"] = [keys(arm) for arm in data["arms"]]
-    if isinstance(data.get("stress"), dict):
-        found["stress"] = {
-            axis: [level(axis, value) for value in values] if isinstance(values, list) else values
-            for axis, values in data["stress"].items()
-        }
-    return found
-
-
-def with_overrides(spec: CompareSpec, overrides: Iterable[str]) -> CompareSpec:
-    """The same comparison with `key=value` overrides."""
-    data = spec.model_dump(exclude_unset=True)
-    return CompareSpec(**override(data, overrides, CompareSpec.model_fields))
+def _level_beside(axis: str, value: Any, folder: Path) -> Any:
+    if isinstance(value, dict):
+        return named_beside(value, folder)
+    level = named_beside({axis: value}, folder)
+    # The table and the report show what the file says, not the path that it means.
+    return value if level[axis] == value else level | {"label": value}
 
 
 def full_key(key: str, where: str) -> str:
@@ -144,24 +134,19 @@ def full_key(key: str, where: str) -> str:
     >>> full_key("epsilon", "arm"), full_key("rollout_dtype", "arm"), full_key("steps", "arm")
     ('train.epsilon', 'load.rollout_dtype', 'steps')
     """
-    first, dot, rest = key.partition(".")
-    tables = {"train": DevTrainConfig, "load": InternalModelConfig}
-    found = key
-    if not dot and key not in Spec.model_fields:
-        homes = [table for table, options in tables.items() if key in options.model_fields]
-        if not homes:
+    first = key.partition(".")[0]
+    tables = [name for name, options in _TABLES.items() if key in options.model_fields]
+    if first not in Spec.model_fields:
+        if not tables:
             if key in DevTrainConfig.refused:
                 check_names(DevTrainConfig, {key: None})
-            known = [*Spec.model_fields, *(n for t in tables.values() for n in t.model_fields)]
-            raise ConfigError(f"{where}: unknown key {key!r}.{suggestion(key, known)}")
-        found = f"{homes[0]}.{key}"
-    elif first in tables and dot:
-        check_names(tables[first], {rest.partition(".")[0]: None})
-    elif first not in Spec.model_fields:
-        raise ConfigError(f"{where}: unknown key {key!r}.{suggestion(first, Spec.model_fields)}")
-    if found in _DECIDED:
-        raise ConfigError(f"{where}: {key!r} is not free here: {_DECIDED[found]}")
-    return found
+            names = [*Spec.model_fields, *DevTrainConfig.model_fields]
+            near = suggestion(first, [*names, *InternalModelConfig.model_fields])
+            raise ConfigError(f"{where}: unknown key {key!r}.{near}")
+        key = f"{tables[0]}.{key}"
+    if key in _DECIDED:
+        raise ConfigError(f"{where}: {key!r} is not free here: {_DECIDED[key]}")
+    return key
 
 
 def flat(data: dict[str, Any], where: str, prefix: str = "") -> dict[str, Any]:
@@ -170,13 +155,13 @@ def flat(data: dict[str, Any], where: str, prefix: str = "") -> dict[str, Any]:
     >>> flat({"steps": 5, "train": {"epochs": 2}}, "base")
     {'steps': 5, 'train.epochs': 2}
     """
-    out: dict[str, Any] = {}
+    keys: dict[str, Any] = {}
     for key, value in data.items():
         if isinstance(value, dict):
-            out |= flat(value, where, f"{prefix}{key}.")
+            keys |= flat(value, where, f"{prefix}{key}.")
         else:
-            out[full_key(prefix + key, where)] = value
-    return out
+            keys[full_key(prefix + key, where)] = value
+    return keys
 
 
 def nested(keys: dict[str, Any]) -> dict[str, Any]:
@@ -185,11 +170,11 @@ def nested(keys: dict[str, Any]) -> dict[str, Any]:
     >>> nested({"steps": 5, "train.epochs": 2})
     {'steps': 5, 'train': {'epochs': 2}}
     """
-    out: dict[str, Any] = {}
+    data: dict[str, Any] = {}
     for key, value in keys.items():
         *tables, last = key.split(".")
-        place = out
+        place = data
         for table in tables:
             place = place.setdefault(table, {})
         place[last] = value
-    return out
+    return data

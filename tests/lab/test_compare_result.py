@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from dataclasses import asdict
@@ -11,16 +10,13 @@ from typing import Any
 
 import pytest
 from intervals import false_collapses
-from rich.console import Console
 
 from gspo.core.intervals import Interval, share_interval
-from gspo.lab.compare.grid import Cell, make_cells
-from gspo.lab.compare.result import area, collapsed, comparison, write_comparison
-from gspo.lab.compare.run import State, cell_folder, first_states, is_finished
-from gspo.lab.compare.spec import CompareSpec
-from gspo.lab.compare.table import print_result
+from gspo.lab.compare import CompareSpec
+from gspo.lab.compare_cells import make_cells
+from gspo.lab.compare_result import area, collapsed, comparison, write_comparison
 from gspo.lab.statistics import t_interval
-from lab.compare.written import write_run
+from lab.written import write_run
 
 
 def small(path: Path, **fields: Any) -> CompareSpec:
@@ -30,32 +26,28 @@ def small(path: Path, **fields: Any) -> CompareSpec:
     )
 
 
-def done(cells: list[Cell]) -> dict[str, State]:
-    return {cell.id: State("done") for cell in cells}
-
-
 def test_cells_carry_curves_area_and_collapse(tmp_path: Path):
     compare = small(tmp_path, presets=["gspo"], seeds=1)
     (cell,) = make_cells(compare)
     write_run(cell, [0.3, 0.8, 0.35])
-    row = comparison(compare, [cell], done([cell]))["cells"][0]
+    row = comparison(compare, [cell])["cells"][0]
     assert (row["reward_before"], row["reward_after"]) == (0.3, 0.35)
     assert row["auc"] == pytest.approx((0.3 + 0.8) / 4 + (0.8 + 0.35) / 4)
     assert row["collapsed"] is True
     assert (row["seconds"], row["tokens"]) == (1.0, 200)
     assert row["curves"]["val/reward"] == {"step": [0, 1, 2], "value": [0.3, 0.8, 0.35]}
-    assert (compare.folder / row["run"]).resolve() == cell_folder(cell).resolve()
+    assert (compare.folder / row["run"]).resolve() == cell.folder.resolve()
 
 
 def test_without_evaluations_between_the_area_is_of_the_training_reward(tmp_path: Path):
     compare = small(tmp_path, presets=["gspo"], seeds=1)
     (cell,) = make_cells(compare)
     write_run(cell, [0.3, 0.8, 0.5])
-    path = cell_folder(cell) / "metrics.jsonl"
+    path = cell.folder / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     lines[1] = {k: v for k, v in lines[1].items() if not k.startswith("val/")}
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    row = comparison(compare, [cell], done([cell]))["cells"][0]
+    row = comparison(compare, [cell])["cells"][0]
     assert row["auc"] == pytest.approx((0.7 + 0.4) / 2)
 
 
@@ -69,7 +61,7 @@ def test_summaries_and_pairs_are_by_seed(tmp_path: Path):
             [0.3, 0.4, ends[cell.arm][cell.seed]],
             {"ratio/clip_fraction": 0.1 * (cell.seed + 1)},
         )
-    content = comparison(compare, cells, done(cells))
+    content = comparison(compare, cells)
     ours = content["summary"][0]
     expected = t_interval(ends["gspo"])
     assert ours["reward_after"] == {
@@ -80,8 +72,6 @@ def test_summaries_and_pairs_are_by_seed(tmp_path: Path):
     assert (ours["seeds"], ours["collapsed"]) == (3, asdict(share_interval(0, 3)))
     assert ours["clip_fraction"] == pytest.approx(0.2)
     assert ours["entropy"] is None
-    assert ours["curves"]["val/reward"]["step"] == [0, 1, 2]
-    assert ours["curves"]["val/reward"]["mean"][-1] == pytest.approx(1.9 / 3, abs=1e-5)
     primary, pair = content["paired"]
     assert (primary["metric"], primary["role"]) == ("auc", "primary")
     assert (pair["a"], pair["b"], pair["metric"], pair["n"]) == ("gspo", "grpo", "reward_after", 3)
@@ -95,52 +85,18 @@ def test_summaries_and_pairs_are_by_seed(tmp_path: Path):
     assert pair["verdict"] == "no difference shown"
 
 
-def test_missing_cells_leave_the_rest_comparable(tmp_path: Path, capsys: Any):
+def test_missing_cells_leave_the_rest_comparable(tmp_path: Path):
     compare = small(tmp_path)
     cells = make_cells(compare)
     for cell in cells:
         if cell.id != "grpo seed=1":
             write_run(cell, [0.3, 0.4, 0.5 + 0.01 * cell.seed])
-    states = first_states(cells)
-    assert states["grpo seed=1"] == State("pending")
-    states["grpo seed=1"] = State("failed", "NumericsError: not finite")
-    content = comparison(compare, cells, states)
+    (missing,) = [cell for cell in cells if cell.status == "pending"]
+    assert missing.id == "grpo seed=1"
+    missing.status, missing.error = "failed", "NumericsError: not finite"
+    content = comparison(compare, cells)
     assert [row["seeds"] for row in content["summary"]] == [3, 2]
     assert {pair["n"] for pair in content["paired"]} == {2}
-    print_result(content)
-    printed = capsys.readouterr().out
-    assert "failed: grpo seed=1: NumericsError: not finite" in printed
-    assert "AUC" in printed and "gspo" in printed
-
-
-@pytest.mark.parametrize("width", [80, 120])
-def test_every_row_of_the_tables_says_what_it_is_of(tmp_path: Path, width: int):
-    stress = {"learning_rate": [0.0001, 0.001], "minibatches": [4, 12]}
-    compare = small(tmp_path, stress=stress)
-    cells = make_cells(compare)
-    for cell in cells:
-        write_run(cell, [0.3, 0.4, 0.5 + 0.01 * cell.seed])
-    out = io.StringIO()
-    print_result(comparison(compare, cells, done(cells)), Console(file=out, width=width))
-    rows = [line.split() for line in out.getvalue().splitlines() if line[:3] == "  g"]
-    summary, paired = rows[:8], rows[8:]
-    assert [row[:3] for row in summary[:2]] == [["gspo", "0.0001", "4"], ["grpo", "0.0001", "4"]]
-    assert all(row[2] in ("0.0001", "0.001") and row[3] in ("4", "12") for row in paired)
-
-
-def test_the_tables_say_which_metric_counts_and_how_sure_shares_are(tmp_path: Path):
-    compare = small(tmp_path, seeds=4)
-    cells = make_cells(compare)
-    for cell in cells:
-        gain = 0.1 * (cell.arm == "gspo") + 0.001 * cell.seed
-        write_run(cell, [0.3, 0.4 + gain * (1 + cell.seed % 2 / 9), 0.5 + gain])
-    out = io.StringIO()
-    print_result(comparison(compare, cells, done(cells)), Console(file=out, width=120))
-    text = out.getvalue()
-    assert "AUC, the primary metric: 1 of 1 differences shown, 1 after Holm's correction" in text
-    assert "reward, the secondary metric" not in text  # every seed differs by the same
-    assert "one in twenty" in text
-    assert "0% [0%, 60%]" in text
 
 
 def test_a_baseline_is_compared_with_each_arm_alone(tmp_path: Path):
@@ -148,20 +104,22 @@ def test_a_baseline_is_compared_with_each_arm_alone(tmp_path: Path):
     cells = make_cells(compare)
     for cell in cells:
         write_run(cell, [0.3, 0.4, 0.5])
-    paired = comparison(compare, cells, done(cells))["paired"]
+    paired = comparison(compare, cells)["paired"]
     assert {(pair["a"], pair["b"]) for pair in paired} == {("gspo", "grpo"), ("dapo", "grpo")}
     free = compare.model_copy(update={"baseline": None})
-    assert len(comparison(free, cells, done(cells))["paired"]) == 2 * 3
+    assert len(comparison(free, cells)["paired"]) == 2 * 3
 
 
 def test_the_file_is_json_without_nan(tmp_path: Path):
     compare = small(tmp_path, seeds=1)
     cells = make_cells(compare)
-    path = write_comparison(compare, comparison(compare, cells, first_states(cells), quick=True))
-    content = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name))
+    returned = write_comparison(compare, cells, quick=True)
+    text = (compare.folder / "comparison.json").read_text()
+    content = json.loads(text, parse_constant=lambda name: pytest.fail(name))
     assert content["quick"] is True
     assert [cell["status"] for cell in content["cells"]] == ["pending", "pending"]
     assert content["paired"] == []
+    assert content == json.loads(json.dumps(returned))
 
 
 def evaluations(rewards: list[float], half: float | None = 0.02) -> list[Interval]:
@@ -221,11 +179,11 @@ def test_area_doesnt_depend_on_how_often_it_was_measured():
 def test_a_run_is_finished_when_its_last_step_is_evaluated(tmp_path: Path):
     compare = small(tmp_path, presets=["gspo"], seeds=1)
     (cell,) = make_cells(compare)
-    assert not is_finished(cell)
+    assert not cell.is_finished()
     write_run(cell, [0.3, 0.4, 0.5])
-    assert is_finished(cell)
-    path = cell_folder(cell) / "metrics.jsonl"
+    assert cell.is_finished()
+    path = cell.folder / "metrics.jsonl"
     lines = path.read_text().splitlines()
     for torn in ("\n".join(lines[:2]), '{"step": 2, "train/reward": 0.1}', '{"step": 2, "va', ""):
         path.write_text(torn)
-        assert not is_finished(cell)
+        assert not cell.is_finished()

@@ -1,0 +1,210 @@
+"""From the runs of a comparison to comparison.json: curves, summaries and paired differences."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from gspo.backend.metrics_file import read_metrics
+from gspo.backend.versions import versions
+from gspo.core.files import explained, strict_json, write_whole
+from gspo.core.intervals import Interval, share_interval
+from gspo.lab.compare import CompareSpec
+from gspo.lab.compare_cells import Cell
+from gspo.lab.statistics import p_value, paired_difference, t_interval, verdict
+
+Row = dict[str, Any]
+"""A cell as comparison.json has it."""
+
+CURVES = (
+    *("train/reward", "train/reward_std", "train/groups_zero_advantage"),
+    *("val/reward", "val/reward_low", "val/reward_high"),
+    *("loss/policy", "loss/entropy", "loss/kl", "optim/grad_norm"),
+    *("ratio/clip_fraction", "ratio/clip_fraction_positive", "ratio/clip_fraction_negative"),
+    *("ratio/clip_fraction_tokens", "ratio/epsilon_low", "ratio/epsilon_high"),
+    *("ratio/log_mean", "ratio/log_p01", "ratio/log_p50", "ratio/log_p99", "ratio/log_abs_max"),
+    *("ratio/log_square", "ratio/token_log_square"),
+    *("mismatch/log_ratio_mean", "mismatch/clip_fraction", "mismatch/sequence_log_ratio_mean"),
+    *("mismatch/sequence_log_ratio_p01", "mismatch/sequence_log_ratio_p99"),
+    *("moe/experts_changed", "moe/routing_agreement", "moe/load_cv"),
+    *("tokens/completion", "tokens/completion_mean", "time/step"),
+)
+"""The metrics that a cell carries, as far as its run has them."""
+AVERAGED = {
+    "clip_fraction": "ratio/clip_fraction",
+    "clip_fraction_tokens": "ratio/clip_fraction_tokens",
+    "experts_changed": "moe/experts_changed",
+    "entropy": "loss/entropy",
+    "grad_norm": "optim/grad_norm",
+    "log_ratio_p01": "ratio/log_p01",
+    "log_ratio_p50": "ratio/log_p50",
+    "log_ratio_p99": "ratio/log_p99",
+    "completion_tokens": "tokens/completion_mean",
+}
+"""Columns of a summary: the mean over steps, then over seeds."""
+ROLES = {"auc": "primary", "reward_after": "secondary"}
+"""What arms are judged by. The primary one was named before any run: the last evaluation is
+noisier than the whole curve."""
+
+
+def comparison(compare: CompareSpec, cells: Sequence[Cell], *, quick: bool = False) -> Row:
+    """Everything that the report needs, as JSON; docs/compare.md has the fields."""
+    rows = [_row(compare, cell) for cell in cells]
+    summary, paired = [], []
+    for same_stress in _grouped(rows, "stress"):
+        arms = {arm[0]["arm"]: arm for arm in _grouped(same_stress, "arm")}
+        summary += [_summary(arm) for arm in arms.values()]
+        pairs = itertools.combinations(arms, 2)
+        if compare.baseline is not None:
+            pairs = ((arm, compare.baseline) for arm in arms if arm != compare.baseline)
+        for a, b in pairs:
+            paired += [_difference(arms[a], arms[b], metric) for metric in ROLES]
+    return {
+        "name": compare.name,
+        "quick": quick,
+        "spec": compare.model_dump(mode="json"),
+        "versions": versions(),
+        "machine": {
+            "machine": platform.machine(),
+            "cores": os.cpu_count(),
+            "system": platform.system(),
+        },
+        "cells": rows,
+        "summary": summary,
+        "paired": [difference for difference in paired if difference["n"]],
+    }
+
+
+def _grouped(rows: Sequence[Row], field: str) -> list[list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(str(row[field]), []).append(row)
+    return list(groups.values())
+
+
+def write_comparison(compare: CompareSpec, cells: Sequence[Cell], *, quick: bool = False) -> Row:
+    """Write `<folder>/comparison.json`, whole or not at all; returns its content."""
+    path = compare.folder / "comparison.json"
+    content = comparison(compare, cells, quick=quick)
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, strict_json(content) + "\n")
+    return content
+
+
+def _row(compare: CompareSpec, cell: Cell) -> Row:
+    row = {name: getattr(cell, name) for name in ("id", "arm", "stress", "seed")}
+    row["run"] = os.path.relpath(cell.folder, compare.folder) if cell.spec else None
+    row |= {"status": cell.status, "error": cell.error}
+    return row | (measured(cell.folder) if cell.status == "done" else {"curves": {}})
+
+
+@cache
+def measured(run: Path) -> Row:
+    """What a finished run shows. It no longer changes."""
+    records = read_metrics(run / "metrics.jsonl")
+    curves = {name: _curve(records, name) for name in CURVES if any(name in r for r in records)}
+    evaluations = [
+        Interval(r["val/reward"], r.get("val/reward_low"), r.get("val/reward_high"))
+        for r in records
+        if "val/reward" in r
+    ]
+    held_out = curves["val/reward"]
+    # The evaluations at the start and the end alone make no curve.
+    curve = held_out if len(evaluations) > 2 else curves["train/reward"]
+    return {
+        "reward_before": held_out["value"][0],
+        "reward_after": held_out["value"][-1],
+        "auc": area(curve["step"], curve["value"]),
+        "collapsed": collapsed(evaluations),
+        "seconds": round(sum(curves["time/step"]["value"]), 2),
+        "tokens": int(sum(curves["tokens/completion"]["value"])),
+        "curves": curves,
+    }
+
+
+def _curve(records: Sequence[Mapping[str, float]], name: str) -> dict[str, list[float]]:
+    # To six digits, which is more than any of them is worth.
+    points = [(int(r["step"]), float(f"{r[name]:.6g}")) for r in records if name in r]
+    return {"step": [step for step, _ in points], "value": [value for _, value in points]}
+
+
+def area(steps: Sequence[float], values: Sequence[float]) -> float:
+    """The mean height of a curve: its area by trapezoids, over the steps that it spans.
+
+    >>> area([0, 10, 20], [0.0, 1.0, 1.0])
+    0.75
+    """
+    if len(steps) < 2:
+        return values[0]
+    points = list(zip(steps, values, strict=True))
+    total = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in itertools.pairwise(points))
+    return total / (steps[-1] - steps[0])
+
+
+def collapsed(evaluations: Sequence[Interval]) -> bool:
+    """Whether a run lost most of what it had gained, or fell below its start, for certain.
+
+    A run collapsed if the upper end of its last interval is below the middle of two numbers: the
+    lower end of the first interval and the largest lower end before the last. So noise is no
+    collapse, and a constant that is added to all rewards changes nothing.
+
+    >>> start, best = Interval(0.3, 0.25, 0.35), Interval(0.8, 0.75, 0.85)
+    >>> collapsed([start, best, Interval(0.4, 0.35, 0.45)])  # below 0.5, the middle
+    True
+    >>> collapsed([start, Interval(0.28, 0.23, 0.33)])  # not below the start for certain
+    False
+    """
+    widths = [e.high - e.low for e in evaluations if e.low is not None and e.high is not None]
+    # Rewards that are all the same may have no interval: they are as noisy as the others at most.
+    half = max(widths, default=0.0) / 2
+    *before, last = evaluations
+    lows = [e.mean - half if e.low is None else e.low for e in before]
+    high = last.mean + half if last.high is None else last.high
+    return bool(lows) and high < (lows[0] + max(lows)) / 2
+
+
+def _summary(arm: Sequence[Row]) -> Row:
+    """One arm under one stress, over the seeds that are done."""
+    done = [row for row in arm if row["status"] == "done"]
+    summary: Row = {"arm": arm[0]["arm"], "stress": arm[0]["stress"], "seeds": len(done)}
+    for name in ROLES:
+        summary[name] = asdict(t_interval([row[name] for row in done])) if done else None
+    count = sum(row["collapsed"] for row in done)
+    summary["collapsed"] = asdict(share_interval(count, len(done))) if done else None
+    for name, metric in AVERAGED.items():
+        curves = [row["curves"][metric]["value"] for row in done if metric in row["curves"]]
+        summary[name] = _mean([statistics.fmean(values) for values in curves])
+    for name in ("seconds", "tokens"):
+        summary[name] = _mean([row[name] for row in done])
+    return summary
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def _difference(a: Sequence[Row], b: Sequence[Row], metric: str) -> Row:
+    """What arm `a` is above arm `b` by under one stress, over the seeds that both have done."""
+    pairs = [
+        (x[metric], y[metric])
+        for x in a
+        for y in b
+        if x["seed"] == y["seed"] and x["status"] == y["status"] == "done"
+    ]
+    difference: Row = {"a": a[0]["arm"], "b": b[0]["arm"], "stress": a[0]["stress"]}
+    difference |= {"metric": metric, "role": ROLES[metric], "n": len(pairs)}
+    if pairs:
+        ours, theirs = zip(*pairs, strict=True)
+        interval = paired_difference(ours, theirs)
+        ends = {"difference": interval.mean, "low": interval.low, "high": interval.high}
+        named = verdict(interval, difference["a"], difference["b"])
+        difference |= ends | {"p": p_value(ours, theirs), "verdict": named}
+    return difference
