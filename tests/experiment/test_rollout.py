@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gspo.backend.replay import read_batch
+from gspo.backend.stored_batch import read_batch
 from gspo.core.errors import ConfigError, DataError, RolloutError
 from gspo.experiment.loop import run_experiment
 from gspo.experiment.plan import make_plan

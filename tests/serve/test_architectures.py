@@ -23,14 +23,14 @@ def plain(policy: Policy, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> t
     return logits[at - 1, torch.tensor(tokens)]
 
 
-@pytest.mark.parametrize("max_rows", [512, 3])
+@pytest.mark.parametrize("max_running", [512, 3])
 @pytest.mark.parametrize("name", KINDS)
-def test_decoding_is_the_plain_forward_pass(name: str, max_rows: int):
+def test_decoding_is_the_plain_forward_pass(name: str, max_running: int):
     """Prompts of four lengths, several completions each, rows that end and rows that join."""
     model_class, config_class, extra = KINDS[name]
     policy = tiny(model_class, config_class, **extra)
     choose_packing(policy)
-    engine = TorchEngine(policy, max_rows=max_rows)
+    engine = TorchEngine(policy, max_running=max_running)
     check_engine(engine)
     asked = [
         Request(

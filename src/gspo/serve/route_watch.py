@@ -11,19 +11,19 @@ from torch import Tensor
 
 from gspo.policy.expert_tape import as_array
 from gspo.policy.load import Policy
-from gspo.serve.decoding import Row
+from gspo.serve.decoding import OpenCompletion
 
 
 class RouteWatch:
     """Appends to the routes of those rows that want them; costs nothing where none does."""
 
-    def __init__(self, policy: Policy, rows: Sequence[Row]):
+    def __init__(self, policy: Policy, rows: Sequence[OpenCompletion]):
         self._policy = policy
         self._on = any(row.params.routes for row in rows)
 
     @contextmanager
     def prefill(
-        self, rows: Sequence[Row], prompt_of: Sequence[int], real: Bool[Tensor, "P W"]
+        self, rows: Sequence[OpenCompletion], prompt_of: Sequence[int], real: Bool[Tensor, "P W"]
     ) -> Iterator[None]:
         """Around the prompts' pass: each row gets its prompt's routes, without the padding."""
         with self._observed() as seen:
@@ -37,7 +37,7 @@ class RouteWatch:
                     row.routes.append(routes[prompt][kept[prompt]])
 
     @contextmanager
-    def decoding(self, rows: Sequence[Row]) -> Iterator[None]:
+    def decoding(self, rows: Sequence[OpenCompletion]) -> Iterator[None]:
         """Around the pass of one token in each of these rows."""
         with self._observed() as seen:
             yield

@@ -1,30 +1,65 @@
-"""Stored rollout batches: what training read of them, written and read back exactly.
+"""Stored rollout batches: trajectories/<split>/<step>.parquet, one row per trajectory.
 
-The tokens, log-probs and rewards of a trajectory are columns of its row; how the batch was trained
-on is JSON in the file's own metadata.
+What training read of a batch is written and read back exactly: the tokens, log-probs and rewards
+are columns; how the batch was trained on is JSON in the file's metadata. Other columns say what
+training made of a trajectory.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import nan
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from openai.types.chat.chat_completion import Choice
 
 from gspo.config import TrainConfig
 from gspo.core.errors import RunError
+from gspo.core.files import explained, replacing, strict_json
+from gspo.data.sampled import sampled_logprobs
 from gspo.dev import Algorithm
 from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.train.algorithms import find_algorithm
 from gspo.train.settings import Settings, resolve
+from gspo.train.trace import Trace
 from gspo.trajectory import Trajectory, TrajectoryGroup
 
 _KEY = b"gspo.update"
+_PER_TURN = pa.list_(pa.list_(pa.int32()))
+_ROUTES = pa.struct({"shape": pa.list_(pa.int32()), "dtype": pa.string(), "data": pa.binary()})
+_REPLAYED = {
+    "prompt_token_ids": _PER_TURN,
+    "temperatures": pa.list_(pa.float64()),
+    "policy_versions": pa.list_(pa.int64()),
+    "finish_reasons": pa.list_(pa.string()),
+    "routes": pa.list_(_ROUTES),
+}
+"""Columns that rebuild a trajectory's choices, beside its tokens; older files don't have them."""
+_SCHEMA = {
+    "group": pa.int32(),
+    "trajectory": pa.int32(),
+    "reward": pa.float64(),
+    "advantage": pa.float64(),
+    "messages": pa.string(),
+    "metrics": pa.string(),
+    "metadata": pa.string(),
+    "token_ids": _PER_TURN,
+    "logprobs": pa.list_(pa.list_(pa.float32())),
+    # What training made of it: null if it was not trained on.
+    "update": pa.int32(),
+    "sequence_log_ratios": pa.list_(pa.float64()),
+    "trained_tokens": pa.list_(pa.int32()),
+    "clipped_tokens": pa.list_(pa.int32()),
+    "token_log_ratios": pa.list_(pa.list_(pa.float32())),
+    **_REPLAYED,
+}
 
 
 @dataclass(frozen=True)
@@ -69,10 +104,6 @@ class UpdateRecord:
         config = TrainConfig(learning_rate=self.learning_rate, kl_penalty_coef=self.kl_penalty_coef)
         return resolve(config, DevTrainConfig(**options))
 
-    def metadata(self) -> dict[bytes, bytes]:
-        """What the file's schema carries."""
-        return {_KEY: json.dumps(asdict(self)).encode()}
-
 
 @dataclass(frozen=True)
 class StoredBatch:
@@ -82,32 +113,71 @@ class StoredBatch:
     record: UpdateRecord
 
 
-def replay_columns(choices: Sequence[Choice]) -> dict[str, Any]:
-    """The columns of a trajectory's row that rebuild its choices, beside its tokens."""
+def write_batch(
+    path: Path,
+    groups: Sequence[TrajectoryGroup],
+    advantages: Mapping[int, float] | None = None,
+    traces: Mapping[int, Sequence[Trace]] | None = None,
+    record: UpdateRecord | None = None,
+) -> None:
+    """Write a rollout batch; the file is there whole or not at all.
+
+    Args:
+        path: of the file.
+        groups: with plain values, see `plain_groups`.
+        advantages, traces: by the trajectory's number in the batch, counted through all groups.
+        record: how the batch was trained on, if it was.
+
+    Raises:
+        RunError: the disk is full, or the file cannot be written.
+    """
+    rows: list[dict[str, Any]] = []
+    for g, group in enumerate(groups):
+        for t, trajectory in enumerate(group):
+            number = len(rows)
+            row = {"group": g, "trajectory": t, "advantage": (advantages or {}).get(number)}
+            rows.append(row | _columns(trajectory, (traces or {}).get(number, ())))
+    metadata = {_KEY: json.dumps(asdict(record)).encode()} if record else None
+    table = pa.Table.from_pylist(rows, schema=pa.schema(_SCHEMA, metadata))
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as building:
+            pq.write_table(table, building)
+
+
+def _columns(trajectory: Trajectory, traces: Sequence[Trace]) -> dict[str, Any]:
+    """The columns of a trajectory; `traces` are of its sequences, one or one per turn."""
+    choices = trajectory.choices()
+    messages = [
+        {**m.message.model_dump(exclude_none=True), "sampled": True} if isinstance(m, Choice) else m
+        for m in trajectory.turns()
+    ]
+    token_ids = [list(getattr(c, "token_ids", None) or []) for c in choices]
     routes = [_packed(getattr(c, "routed_experts", None)) for c in choices]
-    return {
+    columns = {
+        "reward": float(trajectory.reward),
+        "messages": strict_json(messages, default=str),
+        "metrics": strict_json(trajectory.metrics),
+        "metadata": strict_json(trajectory.metadata),
+        "token_ids": token_ids,
+        "logprobs": [list(sampled_logprobs(c) or []) for c in choices],
         "prompt_token_ids": [list(getattr(c, "prompt_token_ids", None) or []) for c in choices],
         "temperatures": [getattr(c, "temperature", None) for c in choices],
         "policy_versions": [getattr(c, "policy_version", None) for c in choices],
         "finish_reasons": [c.finish_reason for c in choices],
         "routes": routes if any(routes) else None,
     }
-
-
-def replay_schema() -> list[tuple[str, Any]]:
-    """The types of `replay_columns`."""
-    import pyarrow as pa
-
-    routes = pa.struct(
-        [("shape", pa.list_(pa.int32())), ("dtype", pa.string()), ("data", pa.binary())]
-    )
-    return [
-        ("prompt_token_ids", pa.list_(pa.list_(pa.int32()))),
-        ("temperatures", pa.list_(pa.float64())),
-        ("policy_versions", pa.list_(pa.int64())),
-        ("finish_reasons", pa.list_(pa.string())),
-        ("routes", pa.list_(routes)),
-    ]
+    if traces:
+        log_ratios = np.concatenate([trace.token_log_ratios for trace in traces])
+        ends = np.cumsum([len(tokens) for tokens in token_ids])
+        columns |= {
+            "update": traces[0].update,
+            "sequence_log_ratios": [trace.log_ratio for trace in traces],
+            "trained_tokens": [trace.trained_tokens for trace in traces],
+            "clipped_tokens": [trace.clipped_tokens for trace in traces],
+            "token_log_ratios": np.split(log_ratios, ends[:-1]),
+        }
+    return columns
 
 
 def read_batch(path: Path) -> StoredBatch:
@@ -116,15 +186,12 @@ def read_batch(path: Path) -> StoredBatch:
     Raises:
         RunError: no such file, a damaged one, or one without what training read.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
         raise RunError(f"cannot read the rollout batch {path}: {error}") from None
-    found = (table.schema.metadata or {}).get(_KEY)
-    if found is None or not {name for name, _ in replay_schema()} <= set(table.column_names):
+    record = (table.schema.metadata or {}).get(_KEY)
+    if record is None or not _REPLAYED.keys() <= set(table.column_names):
         raise RunError(
             f"{path} doesn't hold the prompts' tokens and the options that it was trained with: "
             "it is of an older gspo, or was only logged. Steps trained with this gspo have them"
@@ -133,14 +200,10 @@ def read_batch(path: Path) -> StoredBatch:
     groups: dict[int, list[Trajectory]] = {}
     for row in rows:
         groups.setdefault(row["group"], []).append(_trajectory(row, path))
-    record = UpdateRecord(**json.loads(found))
-    return StoredBatch([_group(own) for own in groups.values()], record)
-
-
-def _group(trajectories: list[Trajectory]) -> TrajectoryGroup:
-    """A stored group. One of a single trajectory had failures, which are counted, not stored."""
-    failed = [RuntimeError("a rollout that was not stored")] if len(trajectories) == 1 else []
-    return TrajectoryGroup(trajectories, exceptions=failed)
+    # A group of a single trajectory had failures, which are counted, not stored.
+    lost = [RuntimeError("a rollout that was not stored")]
+    stored = [TrajectoryGroup(g, exceptions=lost if len(g) == 1 else []) for g in groups.values()]
+    return StoredBatch(stored, UpdateRecord(**json.loads(record)))
 
 
 def _trajectory(row: dict[str, Any], path: Path) -> Trajectory:

@@ -1,4 +1,4 @@
-"""Training with an engine of its own precision."""
+"""Weights reach the engine through a publisher, whatever engine it is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from gspo.data.packing import pack
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy
 from gspo.train.minibatches import prepare
-from gspo.weights.rollout_copy import RolloutPolicy, rollout_copy
+from gspo.weights.publisher import SharedMemory
+from gspo.weights.rollout_copy import RoundedCopy
 
 
 def make(dtype: art.dev.RolloutDtype | None) -> art.TrainableModel:
@@ -61,7 +62,7 @@ async def test_choices_come_from_a_copy_that_follows(tmp_path: Path):
         groups = await gather(model)
         versions = {c.policy_version for g in groups for t in g for c in t.choices()}  # pyright: ignore[reportAttributeAccessIssue]
         assert versions == {step}
-        assert gap(rollout_copy(trainer, "int4"), groups) < 1e-4
+        assert gap(RoundedCopy(trainer, "int4").policy, groups) < 1e-4
         assert gap(trainer, groups) > 1e-2
         if step == 2:
             break
@@ -75,8 +76,8 @@ async def test_without_it_the_engine_shares_the_weights(tmp_path: Path):
     model = make(None)
     await model.register(backend)
     service = backend._service(model)
-    assert service.engine.policy is service.trainer.policy
-    assert not isinstance(service.engine.policy, RolloutPolicy)
+    assert service.sampling is service.trainer.policy
+    assert isinstance(service.publisher, SharedMemory)
     await backend.close()
 
 
