@@ -108,9 +108,9 @@ def test_leftovers_of_killed_processes_are_removed(run: Run, tmp_path: Path):
     run.close()
     gone = 2**22 + 1
     for folder, name in (
-        (run.folder, f".config.json.{gone}"),
+        (run.folder, f".config.json.{gone}.tmp"),
         (run.folder / "checkpoints", f".0001.{gone}.tmp"),
-        (run.folder / "trajectories" / "train", f"0001.{gone}.tmp"),
+        (run.folder / "trajectories" / "train", f".0001.parquet.{gone}.tmp"),
     ):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
