@@ -61,21 +61,12 @@ class Running:
         ends: Bool[Tensor, " V"],
         decode: Callable[..., str],
     ):
-        self.device = ends.device
-        self._ends, self._decode = ends, decode
+        self.device, self._ends, self._decode = ends.device, ends, decode
         self.completions: list[OpenCompletion] = []
         self.alive = 0
         self._random = RandomStreams([], self.device)
         # What each completion has: [R] its settings and count, [R, columns] what it has sampled.
-        self._state: dict[str, Tensor] = {
-            "temperature": torch.empty(0, device=self.device),
-            "top_p": torch.empty(0, device=self.device),
-            "heeds": torch.empty(0, device=self.device, dtype=torch.bool),  # end tokens
-            "limit": torch.empty(0, device=self.device, dtype=torch.long),
-            "count": torch.empty(0, device=self.device, dtype=torch.long),
-            "tokens": torch.empty(0, 0, device=self.device, dtype=torch.int32),
-            "logprobs": torch.empty(0, 0, device=self.device),
-        }
+        self._state: dict[str, Tensor] = {}
         self.add(completions)
 
     def add(self, completions: Sequence[OpenCompletion]) -> None:
@@ -83,17 +74,20 @@ class Running:
         self.completions += completions
         self.alive += len(completions)
         self._random.add([completion.key for completion in completions])
-        values = {
-            "temperature": [completion.params.temperature for completion in completions],
-            "top_p": [completion.params.top_p for completion in completions],
-            "heeds": [not completion.params.ignore_eos for completion in completions],
-            "limit": [completion.limit for completion in completions],
+        params = [completion.params for completion in completions]
+        columns = self._state["tokens"].shape[1] if self._state else 0
+        new = {
+            "temperature": torch.tensor([p.temperature for p in params], dtype=torch.float32),
+            "top_p": torch.tensor([p.top_p for p in params], dtype=torch.float32),
+            "heeds": torch.tensor([not p.ignore_eos for p in params]),  # end tokens
+            "limit": torch.tensor([completion.limit for completion in completions]),
+            "count": torch.zeros(len(params), dtype=torch.long),
+            "tokens": torch.zeros(len(params), columns, dtype=torch.int32),
+            "logprobs": torch.zeros(len(params), columns),
         }
-        for name, old in self._state.items():
-            new = old.new_zeros(len(completions), *old.shape[1:])
-            if name in values:
-                new = torch.tensor(values[name], dtype=old.dtype, device=self.device)
-            self._state[name] = torch.cat([old, new])
+        for name, values in new.items():
+            old = [self._state[name]] if name in self._state else []
+            self._state[name] = torch.cat([*old, values.to(self.device)])
 
     def sample(self, logits: Float[Tensor, "R V"]) -> Int[Tensor, " R"]:
         """Draw a token for each completion, write it down, and mark those that it ended."""

@@ -26,7 +26,7 @@ def plain(policy: Policy, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> t
 @pytest.mark.parametrize("max_running", [512, 3])
 @pytest.mark.parametrize("name", KINDS)
 def test_decoding_is_the_plain_forward_pass(name: str, max_running: int):
-    """Prompts of four lengths, several completions each, rows that end and rows that join."""
+    """Prompts of four lengths, several completions each; some end, some join."""
     model_class, config_class, extra = KINDS[name]
     policy = tiny(model_class, config_class, **extra)
     choose_packing(policy)
