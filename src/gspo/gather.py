@@ -17,7 +17,7 @@ T = TypeVar("T")
 _KNOWN = ("pbar_desc", "max_exceptions", "after_each")
 _REFUSED = {
     "pbar_total_completion_tokens": "the bar shows rewards and failures; leave it out.",
-    "max_metrics": "the bar shows the mean reward alone; leave it out.",
+    "max_metrics": "the bar shows the mean reward only; leave it out.",
 }
 AfterEach = Callable[[TrajectoryGroup], Awaitable[TrajectoryGroup | list[TrajectoryGroup] | None]]
 

@@ -47,7 +47,7 @@ class LocalBackend:
             the engine without a port.
         keep_checkpoints: how many of the latest to keep, beside the one with the best `val/reward`
             so far; None: all.
-        seed: of requests that have none of their own.
+        seed: of requests that have none.
         logger: trackers that are shown what metrics.jsonl gets: "tensorboard", "trackio", "wandb".
             One that fails is a warning, once.
 
@@ -214,7 +214,7 @@ class LocalBackend:
         metrics: Mapping[str, float],
         step: int,
     ) -> None:
-        """Like `log`, but keep every metric name as it is: for loops that measure what gspo has
+        """Like `log`, but keep each metric name as it is: for loops that measure what gspo has
         names for, such as `time/rollout`."""
         run = self.run(model)
         groups = plain_groups(trajectory_groups)

@@ -93,12 +93,12 @@ class UpdateRecord:
         return cls(version, context, dtype, settings.learning_rate, kl, options)
 
     def settings(self, **changes: Any) -> Settings:
-        """The resolved call, with other options where `changes` names them; None drops one.
+        """The resolved call, with the options that `changes` names put in; a None there drops one.
 
         Raises:
             ConfigError: options that contradict one another.
         """
-        # A stored None stays: it is a choice where the default is a number, as of max_grad_norm.
+        # A stored None stays: it is a choice if the default is a number, as of max_grad_norm.
         dropped = {name for name, value in changes.items() if value is None}
         options = {k: v for k, v in (self.options | changes).items() if k not in dropped}
         config = TrainConfig(learning_rate=self.learning_rate, kl_penalty_coef=self.kl_penalty_coef)
@@ -247,7 +247,7 @@ def _choice(row: dict[str, Any], turn: int, message: dict[str, Any]) -> Choice:
 
 
 def _packed(routes: Any) -> dict[str, Any] | None:
-    """A Choice's routes as bytes; None where it has none that could be trained on."""
+    """A Choice's routes as bytes; None if it has none that could be trained on."""
     try:
         data = base64.b64decode(routes["data"], validate=True)
         return {"shape": list(routes["shape"]), "dtype": str(routes["dtype"]), "data": data}

@@ -22,7 +22,7 @@ _LEFTOVER = re.compile(r"\..+\.(\d+)\.tmp")  # see `_beside`
 def strict_json(
     value: Any, *, indent: int | None = None, default: Callable[[Any], Any] | None = None
 ) -> str:
-    """JSON that every reader takes: a number that is not finite is written as null.
+    """JSON that any reader takes: a number that is not finite is written as null.
 
     >>> strict_json({"loss": float("nan"), "steps": [1, float("inf")]})
     '{"loss": null, "steps": [1, null]}'

@@ -83,7 +83,7 @@ class Completion:
     """One sampled continuation of L tokens.
 
     Attributes:
-        token_ids: every sampled token, the end token included.
+        token_ids: all sampled tokens, the end token included.
         logprobs: float32 log-prob of each one under softmax(logits / `temperature`), not
             renormalised by top_p: what the trainer's ratio needs.
         text: decoded, without special tokens and without the stop text.

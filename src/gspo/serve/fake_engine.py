@@ -18,7 +18,7 @@ class FakeEngine:
     Args:
         reply: text of completion `index` of a prompt; default: random letters a to d, drawn from
             the request's seed (or a counter), the prompt and the index.
-        logprob: log-prob that every token gets.
+        logprob: log-prob that each token gets.
 
     >>> engine = FakeEngine(lambda prompt, index: prompt.upper())
     >>> engine.generate([Request(tuple(engine.encode("hi")))])[0][0].text

@@ -138,7 +138,7 @@ def _transposed(experts: torch.nn.Module, name: str) -> bool:
 
 
 def _merged(policy: Policy) -> PreTrainedModel:
-    """The model without adapters: the policy's own, or with LoRA a copy with them merged."""
+    """The model without adapters: the policy's itself, or with LoRA a copy with them merged."""
     if policy.peft is None:
         return policy.lm
     return copy.deepcopy(policy.peft).merge_and_unload()
