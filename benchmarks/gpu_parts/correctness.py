@@ -36,7 +36,7 @@ from gspo.policy.load import Policy, autocast
 from gspo.serve.engine import Request, SamplingParams
 from gspo.serve.selfcheck import check_engine
 from gspo.serve.torch_engine import TorchEngine
-from gspo.weights.rollout_copy import rollout_copy
+from gspo.weights.rollout_copy import RoundedCopy
 
 TOKEN, GRADIENT, WORSE = 1e-3, 1e-3, 2.0
 CLIP = 3e-4
@@ -187,7 +187,7 @@ def differences(got: Scored, wanted: Scored, samples: Sequence[Sample]) -> dict[
 
 def _engines(bench: Bench, policy: Policy, name: str) -> None:
     """What engines sampled, scored by the trainer on the same weights."""
-    copy = rollout_copy(policy, "bfloat16")
+    copy = RoundedCopy(policy, "bfloat16").policy
     for what, kind, sampler in (
         ("float32", torch.float32, policy),
         ("bfloat16", torch.bfloat16, policy),

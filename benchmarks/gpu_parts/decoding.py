@@ -31,7 +31,7 @@ from gspo.serve import torch_engine
 from gspo.serve.engine import Request, SamplingParams
 from gspo.serve.selfcheck import check_engine
 from gspo.serve.torch_engine import TorchEngine
-from gspo.weights.rollout_copy import rollout_copy
+from gspo.weights.rollout_copy import RoundedCopy
 
 GROUP = 8
 FIRST, LAST = 4, 8
@@ -46,13 +46,13 @@ def measure(bench: Bench) -> None:
     free()
     middle = bench.size(64, 16)
     sparse = models.policy_of(models.moe(tiny=bench.tiny), bench.card)
-    copy = rollout_copy(sparse, "bfloat16")
+    copy = RoundedCopy(sparse, "bfloat16").policy
     _run(bench, copy, middle, torch_engine.KV_BYTES, f"MoE copy, {middle} rows")
 
 
 def _dense(bench: Bench) -> None:
     policy = models.policy_of(models.dense(tiny=bench.tiny), bench.card)
-    copy = rollout_copy(policy, "bfloat16")
+    copy = RoundedCopy(policy, "bfloat16").policy
     small, middle, large = bench.size((8, 64, 512), (8, 16, 24))
     given = torch_engine.KV_BYTES
     tight = bench.size(given, slab_bytes(12, 16, copy.lm.config))

@@ -14,7 +14,7 @@ from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.train.checkpoint import save_checkpoint, verify_checkpoint
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
-from gspo.weights.rollout_copy import refresh, rollout_copy
+from gspo.weights.rollout_copy import RoundedCopy
 
 
 def measure(bench: Bench) -> None:
@@ -50,10 +50,10 @@ def _published(bench: Bench, trainer: Trainer) -> dict[str, Any]:
     """`median_s` is what each update costs; `first_s` what making the copy took."""
     policy = trainer.policy
     made = []
-    first = bench.time(lambda: made.append(rollout_copy(policy, "bfloat16")), repeats=1, warmup=0)
+    first = bench.time(lambda: made.append(RoundedCopy(policy, "bfloat16")), repeats=1, warmup=0)
     (copy,) = made
-    times = bench.time(lambda: refresh(copy, policy), repeats=5, warmup=1)
-    size = sum(p.numel() * p.itemsize for p in copy.lm.parameters())
+    times = bench.time(lambda: copy.publish(policy), repeats=5, warmup=1)
+    size = sum(p.numel() * p.itemsize for p in copy.policy.lm.parameters())
     return times | {"first_s": first["median_s"], "bytes": size}
 
 

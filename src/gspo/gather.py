@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 from gspo.core.errors import DataError, check_arguments
-from gspo.core.progress import Gather, all_or_cancel, check_budget, gathering
+from gspo.core.progress import Gather, all_or_cancel, gathering
 from gspo.trajectory import Trajectory, TrajectoryGroup, settled
 
 P = ParamSpec("P")
@@ -17,7 +17,7 @@ T = TypeVar("T")
 _KNOWN = ("pbar_desc", "max_exceptions", "after_each")
 _REFUSED = {
     "pbar_total_completion_tokens": "the bar shows rewards and failures; leave it out.",
-    "max_metrics": "the bar shows the mean reward alone; leave it out.",
+    "max_metrics": "the bar shows the mean reward only; leave it out.",
 }
 AfterEach = Callable[[TrajectoryGroup], Awaitable[TrajectoryGroup | list[TrajectoryGroup] | None]]
 
@@ -45,7 +45,6 @@ async def gather_trajectory_groups(
         ConfigError: an unknown argument, or a budget that is no number from 0.
     """
     check_arguments("gather_trajectory_groups", unknown, _KNOWN, _REFUSED)
-    check_budget(max_exceptions)
     pending = list(groups)
     if not pending:
         raise DataError("gather_trajectory_groups got no groups: give at least one")
@@ -57,14 +56,12 @@ async def gather_trajectory_groups(
             raise DataError(f"a group's coroutine returned {type(whole).__name__}")
         if after_each is None:
             return [whole]
-        kept = await after_each(whole)
-        return [] if kept is None else kept if isinstance(kept, list) else [kept]
+        instead = await after_each(whole)
+        return [] if instead is None else instead if isinstance(instead, list) else [instead]
 
-    with _progress(pbar_desc, total) as update:
-        gather = Gather(total=total, max_exceptions=max_exceptions, update=update)
-        with gathering(gather):
-            parts = await all_or_cancel([one(group) for group in pending])
-    return [group for part in parts for group in part]
+    with _gathering(pbar_desc, total, max_exceptions):
+        finished = await all_or_cancel([one(group) for group in pending])
+    return [group for groups_of_one in finished for group in groups_of_one]
 
 
 async def gather_trajectories(
@@ -80,13 +77,9 @@ async def gather_trajectories(
         ConfigError: an unknown argument, or a budget that is no number from 0.
     """
     check_arguments("gather_trajectories", unknown, _KNOWN[:2], _REFUSED)
-    check_budget(max_exceptions)
     pending = list(trajectories)
-
-    with _progress(pbar_desc, len(pending)) as update:
-        gather = Gather(total=len(pending), max_exceptions=max_exceptions, update=update)
-        with gathering(gather):
-            return await all_or_cancel([settled(rollout) for rollout in pending])
+    with _gathering(pbar_desc, len(pending), max_exceptions):
+        return await all_or_cancel([settled(rollout) for rollout in pending])
 
 
 def retry(
@@ -128,31 +121,32 @@ def retry(
 
 
 @contextmanager
-def _progress(description: str | None, total: int) -> Iterator[Callable[[Gather], None]]:
-    """A bar on a terminal, nothing elsewhere."""
+def _gathering(description: str | None, total: int, max_exceptions: float) -> Iterator[None]:
+    """Inside the block, rollouts are counted: with a bar on a terminal, unseen elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     console = Console(stderr=True)
-    if description is None or not console.is_terminal:
-        yield lambda gather: None
-        return
-    columns = (
+    bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("reward {task.fields[reward]}  failed {task.fields[failed]}"),
+        console=console,
+        transient=True,
+        disable=description is None or not console.is_terminal,
     )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(description, total=total, reward="-", failed=0)
 
-        def update(gather: Gather) -> None:
-            reward = gather.mean_reward()
-            bar.update(
-                task,
-                completed=gather.done + gather.exceptions,
-                reward="-" if reward is None else f"{reward:.3f}",
-                failed=gather.exceptions,
-            )
+    def update(gather: Gather) -> None:
+        reward = gather.mean_reward()
+        bar.update(
+            task,
+            completed=gather.done + gather.exceptions,
+            reward="-" if reward is None else f"{reward:.3f}",
+            failed=gather.exceptions,
+        )
 
-        yield update
+    gather = Gather(total=total, max_exceptions=max_exceptions, update=update)
+    with bar, gathering(gather):
+        task = bar.add_task(description or "", total=total, reward="-", failed=0)
+        yield

@@ -6,7 +6,7 @@ import asyncio
 import numbers
 import traceback
 from collections.abc import Awaitable, Generator, Iterable, Iterator
-from typing import Any, TypeAlias, cast, overload
+from typing import Any, TypeAlias, cast
 
 from openai.types.chat import ChatCompletionMessageParam
 from openai.types.chat.chat_completion import Choice
@@ -158,7 +158,7 @@ class TrajectoryGroup(_Record):
         group = await TrajectoryGroup(rollout(model, task) for _ in range(16))
 
     A rollout that raises becomes an entry of `exceptions`; how many may fail is decided by
-    `gather_trajectory_groups(max_exceptions=)`, and awaited alone, the first one raises.
+    `gather_trajectory_groups(max_exceptions=)`. If it is awaited by itself, the first one raises.
     """
 
     trajectories: list[Trajectory] = Field(default_factory=list)
@@ -167,36 +167,33 @@ class TrajectoryGroup(_Record):
 
     _pending: list[Awaitable[Trajectory]] = []
 
-    @overload
     def __init__(
         self,
-        trajectories: Iterable[Trajectory | BaseException],
-        *,
-        metadata: dict[str, MetadataValue] | None = None,
-        exceptions: Iterable[BaseException | ExceptionRecord] = (),
-    ) -> None: ...
-
-    @overload
-    def __init__(
-        self,
-        trajectories: Iterable[Awaitable[Trajectory]],
-        *,
-        metadata: dict[str, MetadataValue] | None = None,
-        exceptions: Iterable[BaseException | ExceptionRecord] = (),
-    ) -> None: ...
-
-    def __init__(
-        self,
-        trajectories: Iterable[Any] = (),
+        trajectories: Iterable[Trajectory | BaseException | Awaitable[Trajectory]] = (),
         *,
         metadata: dict[str, MetadataValue] | None = None,
         exceptions: Iterable[BaseException | ExceptionRecord] = (),
     ) -> None:
-        done, failed, pending = _sort_out(trajectories)
-        failed += [
-            e if isinstance(e, ExceptionRecord) else ExceptionRecord.of(e) for e in exceptions
+        done: list[Trajectory] = []
+        failed: list[BaseException | ExceptionRecord] = []
+        pending: list[Awaitable[Trajectory]] = []
+        for item in trajectories:
+            if isinstance(item, Trajectory):
+                done.append(item)
+            elif isinstance(item, BaseException):
+                failed.append(item)
+            elif isinstance(item, Awaitable):
+                pending.append(item)
+            else:
+                raise DataError(
+                    f"TrajectoryGroup got a {type(item).__name__}; "
+                    "it takes trajectories, exceptions and coroutines that return a Trajectory"
+                )
+        records = [
+            error if isinstance(error, ExceptionRecord) else ExceptionRecord.of(error)
+            for error in (*failed, *exceptions)
         ]
-        super().__init__(trajectories=done, exceptions=failed, metadata=metadata or {})
+        super().__init__(trajectories=done, exceptions=records, metadata=metadata or {})
         self._pending = pending
 
     @property
@@ -227,7 +224,7 @@ class TrajectoryGroup(_Record):
 
 
 async def settled(rollout: Awaitable[Trajectory]) -> Trajectory | BaseException:
-    """The rollout's trajectory, or what it failed with where the gather around it tolerates that.
+    """The rollout's trajectory, or what it failed with if the gather around it tolerates that.
 
     Raises:
         DataError: it returned something else, its reward is no number, or it raised CancelledError
@@ -241,13 +238,13 @@ async def settled(rollout: Awaitable[Trajectory]) -> Trajectory | BaseException:
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise
-        own = DataError(
+        failure = DataError(
             "a rollout raised CancelledError, and nobody has cancelled it: catch what its own "
             "timeout or task raises, or raise TimeoutError"
         )
-        own.__cause__ = error
-        gather.failed(own)
-        return own
+        failure.__cause__ = error
+        gather.failed(failure)
+        return failure
     except Exception as error:
         gather.failed(error)
         return error
@@ -263,24 +260,3 @@ async def settled(rollout: Awaitable[Trajectory]) -> Trajectory | BaseException:
         )
     gather.finished(float(reward))
     return trajectory
-
-
-def _sort_out(
-    items: Iterable[Any],
-) -> tuple[list[Trajectory], list[ExceptionRecord], list[Awaitable[Trajectory]]]:
-    done: list[Trajectory] = []
-    failed: list[ExceptionRecord] = []
-    pending: list[Awaitable[Trajectory]] = []
-    for item in items:
-        if isinstance(item, Trajectory):
-            done.append(item)
-        elif isinstance(item, BaseException):
-            failed.append(ExceptionRecord.of(item))
-        elif isinstance(item, Awaitable):
-            pending.append(item)
-        else:
-            raise DataError(
-                f"TrajectoryGroup got a {type(item).__name__}; "
-                "it takes trajectories, exceptions and coroutines that return a Trajectory"
-            )
-    return done, failed, pending

@@ -30,7 +30,7 @@ from gspo.core.errors import (
     SampleTooLongError,
     ServeError,
 )
-from gspo.serve.server import PortServer
+from gspo.serve.server import PortServer, Serving
 from models import folder
 from support import choice, trajectory
 
@@ -424,17 +424,17 @@ async def test_a_register_that_fails_leaves_nothing_behind(
 async def test_a_register_whose_server_fails_stops_all_it_began(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    stopped: list[service.Service] = []
-    stop = service.Service.stop
+    stopped: list[Serving] = []
+    stop = Serving.stop
 
-    async def noted(self: service.Service) -> None:
+    async def noted(self: Serving) -> None:
         stopped.append(self)
         await stop(self)
 
     async def failing(self: PortServer) -> None:
         raise ServeError("no start")
 
-    monkeypatch.setattr(service.Service, "stop", noted)
+    monkeypatch.setattr(Serving, "stop", noted)
     monkeypatch.setattr(PortServer, "start", failing)
     backend = art.LocalBackend(tmp_path, port=0)
     with pytest.raises(ServeError, match="no start"):

@@ -108,9 +108,9 @@ def test_leftovers_of_killed_processes_are_removed(run: Run, tmp_path: Path):
     run.close()
     gone = 2**22 + 1
     for folder, name in (
-        (run.folder, f".config.json.{gone}"),
+        (run.folder, f".config.json.{gone}.tmp"),
         (run.folder / "checkpoints", f".0001.{gone}.tmp"),
-        (run.folder / "trajectories" / "train", f"0001.{gone}.tmp"),
+        (run.folder / "trajectories" / "train", f".0001.parquet.{gone}.tmp"),
     ):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
@@ -146,7 +146,7 @@ def test_what_is_being_written_is_finished_before_another_process_has_the_run(ru
     for late in (
         lambda: run.log(2, {"a": 1.0}),
         lambda: run.forget_after(0),
-        lambda: run.delete_checkpoints(set()),
+        lambda: run.prune(1, "val/reward"),
         lambda: run.log_trajectories([], "train", 2),
     ):
         with pytest.raises(RunError, match="is closed: nothing more is written"):
@@ -159,7 +159,7 @@ def test_checkpoints_are_deleted_links_too_and_foreign_names_stay(run: Run, tmp_
         (run.checkpoints / name / "inside").mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()
     (run.checkpoints / "0002").symlink_to(tmp_path / "elsewhere")
-    run.delete_checkpoints({3})
+    run.prune(1, "val/reward")
     assert {path.name for path in run.checkpoints.iterdir()} == {"0003", "²", "0002.old"}
     assert (tmp_path / "elsewhere").exists()
 
@@ -219,7 +219,7 @@ def test_a_run_has_one_process_at_a_time(run: Run, tmp_path: Path):
 
 def test_trajectories_are_stored_with_tokens_and_advantages(run: Run):
     group = TrajectoryGroup([trajectory(1.0, choice([4, 5])), trajectory(0.0)])
-    path = run.log_trajectories([group], "train", 3, [[1.0, -1.0]])
+    path = run.log_trajectories([group], "train", 3, {0: 1.0, 1: -1.0})
     assert path == run.folder / "trajectories" / "train" / "0003.parquet"
     rows = pq.read_table(path).to_pylist()
     assert [row["reward"] for row in rows] == [1.0, 0.0]

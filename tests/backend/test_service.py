@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gspo as art
-from gspo.backend.replay import read_batch
 from gspo.backend.service import sampling_seed
+from gspo.backend.stored_batch import read_batch
 from gspo.core.errors import GspoError, RunError
 from gspo.train.checkpoint import steps_saved
 from gspo.train.defaults import WARMUP, base_parameters, default_learning_rate
@@ -232,7 +232,7 @@ def test_the_checkpoint_is_saved_whatever_logging_does(
     assert fresh.saved() == [1, 2]
 
 
-@pytest.mark.parametrize("broken", ["delete_checkpoints", "log"])
+@pytest.mark.parametrize("broken", ["prune", "log"])
 def test_a_full_disk_behind_the_save_says_that_the_step_is_saved(
     tmp_path: Path, broken: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -292,7 +292,7 @@ def test_the_engine_has_the_new_seed_whatever_becomes_of_the_call(
 
     asyncio.run(given_up())
     assert fresh.saved() == [1]
-    assert engine._seed == sampling_seed(fresh.backend.seed, 1)
+    assert vars(engine)["_seed"] == sampling_seed(fresh.backend.seed, 1)
     assert len(threads) == 1 and threads[0].startswith("gspo-compute")
 
 

@@ -20,7 +20,7 @@ from gpu_parts.profiling import Event, counted, host_share, precision
 from transformers import AutoModelForCausalLM
 
 from gspo.data.packing import pack
-from gspo.weights.rollout_copy import rollout_copy
+from gspo.weights.rollout_copy import RoundedCopy
 
 CPU = card(tiny=True)
 
@@ -113,7 +113,7 @@ def test_the_precision_is_put_back_after_an_error() -> None:
 
 
 def test_the_floor_of_decoding_follows_the_rows_that_ran() -> None:
-    policy = rollout_copy(models.policy_of(models.dense(tiny=True), CPU), "bfloat16")
+    policy = RoundedCopy(models.policy_of(models.dense(tiny=True), CPU), "bfloat16").policy
     weights = 2 * sum(p.numel() for p in policy.lm.parameters())
     config = policy.lm.config
     token = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * 8  # heads of 8

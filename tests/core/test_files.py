@@ -98,11 +98,10 @@ def test_links_are_removed_and_what_they_lead_to_stays(tmp_path: Path):
 def test_leftovers_go_when_their_process_has_gone(tmp_path: Path):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         gone = 2**22 + 1
-        old = (".config.json.{}", "0001.{}.tmp", ".0001.{}", ".report.html.{}", ".run.png.{}.tmp")
-        for pattern in (*old, ".0001.{}.tmp"):
-            (tmp_path / pattern.format(gone)).touch()
+        for name in ("config.json", "run.png", "0001.parquet"):
+            (tmp_path / f".{name}.{gone}.tmp").touch()
         (tmp_path / f".spec.json.{os.getpid()}.tmp").touch()
-        (tmp_path / ".0003.deleted" / "inside").mkdir(parents=True)
+        (tmp_path / f".0003.old.{gone}.tmp" / "inside").mkdir(parents=True)
         stays = {f".spec.json.{other.pid}.tmp", ".lock", ".metrics.jsonl.last", "0001", "notes.12"}
         for name in stays:
             (tmp_path / name).touch()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from experiment.small_runs import Silent, own_rollout, records, small
-from gspo.backend.replay import read_batch
+from gspo.backend.stored_batch import read_batch
 from gspo.core.byname import find_module
 from gspo.core.errors import ConfigError, DataError, RolloutError
 from gspo.experiment.loop import run_experiment

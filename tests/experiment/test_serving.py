@@ -23,8 +23,8 @@ class Slow(FakeEngine):
 
 server.STOP_SECONDS = 1
 serving.load_policy = lambda model: None
-serving.choose_packing = serving.check_engine = lambda given: None
-serving.TorchEngine = lambda policy: Slow()
+serving.choose_packing = lambda policy: None
+serving.make_engine = lambda policy: Slow()
 serving.serve_model("x", "127.0.0.1", 0, "m")
 """
 REQUEST = b'{"model": "m", "prompt": "hello"}'

@@ -130,7 +130,8 @@ def run_folder(path: Path, name: str = "m", *, steps: int = 4, text: str = "42")
         run.log(step, _metrics(step))
         groups = [TrajectoryGroup([_answer(text, g + i) for i in range(3)]) for g in range(2)]
         traces = {number: [_trace(number, step)] for number in (0, 1, 2)}
-        run.log_trajectories(groups, "train", step, [[1.0, -0.5, -0.5], [0.0] * 3], traces)
+        advantages = dict(enumerate([1.0, -0.5, -0.5, 0.0, 0.0, 0.0]))
+        run.log_trajectories(groups, "train", step, advantages, traces)
     run.log(0, {"val/reward": 0.25, "val/reward_low": 0.2, "val/reward_high": 0.3})
     run.log(steps, {"val/reward": 0.75, "val/reward_low": 0.7, "val/reward_high": 0.8})
     run.close()

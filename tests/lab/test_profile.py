@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from experiment.test_loop import Silent, records, small
-from gspo.backend.replay import read_batch
+from gspo.backend.stored_batch import read_batch
 from gspo.core.timing import span, timing
 from gspo.experiment.loop import run_experiment
 from gspo.lab.flops import Flops, head_flops
@@ -21,7 +21,7 @@ from gspo.lab.profile_text import render
 from gspo.serve.engine import Request, SamplingParams
 from gspo.serve.torch_engine import TorchEngine
 from gspo.train.minibatches import prepare
-from gspo.weights.rollout_copy import rollout_copy
+from gspo.weights.rollout_copy import RoundedCopy
 from policy.test_forward import tiny
 from support import embedded
 
@@ -178,7 +178,7 @@ async def test_a_finished_run_has_nothing_to_profile(tmp_path: Path):
 
 def test_engine_and_trainer_are_counted_once_each():
     policy = embedded()
-    engine, profile = rollout_copy(policy, "bfloat16"), Profile()
+    engine, profile = RoundedCopy(policy, "bfloat16").policy, Profile()
     profile.attach(policy, engine)
     profile.attach(policy, engine)
     tokens = torch.arange(6, 10)[None]

@@ -15,7 +15,7 @@ from gspo.policy.forward import forward
 from gspo.policy.load import load_policy
 from gspo.policy.logits import logit_scale, soft_cap
 from gspo.policy.probe import choose_packing
-from gspo.weights.rollout_copy import rollout_copy
+from gspo.weights.rollout_copy import RoundedCopy
 from models import folder, model, plain, sample, text
 
 SCALES = {"llama": 1.0, "granite": 1 / 6.0, "cohere": 0.0625, "falcon_h1": 0.3, "gemma2": 1.0}
@@ -59,7 +59,7 @@ def test_logprobs_and_gradients_are_the_models_own(kind: str, tmp_path: Path):
 
 def test_a_rollout_copy_has_the_factor(tmp_path: Path):
     policy = load_policy(folder(tmp_path, "granite"))
-    copy = rollout_copy(policy, "bfloat16")
+    copy = RoundedCopy(policy, "bfloat16").policy
     assert copy.logit_scale == policy.logit_scale == 1 / 6.0
     hidden = torch.randn(3, 32)
     rough, exact = full_logits(hidden, copy.head), full_logits(hidden, policy.head)

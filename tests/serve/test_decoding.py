@@ -1,4 +1,4 @@
-"""The experts that an engine chose: recorded, sent, read back, and equal to the trainer's own."""
+"""Decoding is the plain forward pass, and returns the experts that it chose."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ import gspo as art
 from gspo.core.compute import ComputeThread
 from gspo.core.errors import ModelError, RequestError
 from gspo.policy.load import Policy
+from gspo.policy.probe import choose_packing
 from gspo.serve.app import create_app
 from gspo.serve.batcher import Batcher
 from gspo.serve.engine import Engine, Request, SamplingParams
 from gspo.serve.fake_engine import FakeEngine
+from gspo.serve.selfcheck import check_engine
 from gspo.serve.server import in_process_client
 from gspo.serve.torch_engine import TorchEngine
 from gspo.train.minibatches import prepare
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
-from policy.routers import phimoe
-from policy.test_forward import tiny
+from policy.routers import MOE, phimoe
+from policy.test_forward import ARCHITECTURES, tiny
 from support import embedded, trajectory
 
 
@@ -126,3 +128,37 @@ async def test_asking_in_vain_is_a_bad_request_and_spoils_no_other():
     assert not isinstance(fine, BaseException)
     await client.close()
     compute.close()
+
+
+KINDS = {name: entry[:3] for name, entry in ARCHITECTURES.items()} | MOE
+
+
+def plain(policy: Policy, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> torch.Tensor:
+    with torch.no_grad():
+        logits = policy.lm(torch.tensor([[*prompt, *tokens]])).logits[0].float().log_softmax(-1)
+    at = torch.arange(len(prompt), len(prompt) + len(tokens))
+    return logits[at - 1, torch.tensor(tokens)]
+
+
+@pytest.mark.parametrize("max_running", [512, 3])
+@pytest.mark.parametrize("name", KINDS)
+def test_decoding_is_the_plain_forward_pass(name: str, max_running: int):
+    """Prompts of four lengths, several completions each; some end, some join."""
+    model_class, config_class, extra = KINDS[name]
+    policy = tiny(model_class, config_class, **extra)
+    choose_packing(policy)
+    engine = TorchEngine(policy, max_running=max_running)
+    check_engine(engine)
+    asked = [
+        Request(
+            tuple(range(9, 9 + width)),
+            SamplingParams(n=2, max_tokens=length, seed=width, ignore_eos=True),
+        )
+        for width, length in ((3, 12), (11, 4), (1, 9), (7, 17))
+    ]
+    for request, done in zip(asked, engine.generate(asked), strict=True):
+        for completion in done:
+            assert len(completion.token_ids) == request.params.max_tokens
+            expected = plain(policy, request.prompt, completion.token_ids)
+            got = torch.tensor(completion.logprobs)
+            torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-4)

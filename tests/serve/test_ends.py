@@ -96,7 +96,7 @@ def test_greedy_rows_heed_min_tokens(engine: TorchEngine):
 )
 def test_stops_that_can_never_be_seen_are_refused(engine: TorchEngine, params, message: str):
     with pytest.raises(RequestError, match=message):
-        engine.check_params(SamplingParams(**params))
+        engine.check(Request((1,), SamplingParams(**params)))
 
 
 def test_ordinary_texts_stay_texts(engine: TorchEngine):

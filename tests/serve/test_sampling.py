@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import torch
 
-from gspo.serve.sampling import RowRandom, sample
+from gspo.serve.sampling import RandomStreams, sample
 
 DEVICE = torch.device("cpu")
 
 
 def many(logits: torch.Tensor, temperature: float, top_p: float, draws: int = 4000):
     rows = logits.expand(draws, -1)
-    uniform = RowRandom([(0, i) for i in range(draws)], DEVICE).draw()
+    uniform = RandomStreams([(0, i) for i in range(draws)], DEVICE).draw()
     return sample(rows, torch.full((draws,), temperature), torch.full((draws,), top_p), uniform)
 
 
@@ -54,8 +54,8 @@ def test_the_largest_number_never_picks_an_impossible_token():
 
 
 def test_a_row_draws_the_same_numbers_in_any_company():
-    alone = RowRandom([(7, 3)], DEVICE)
-    company = RowRandom([(1, 0), (7, 3), (7, 4)], DEVICE)
+    alone = RandomStreams([(7, 3)], DEVICE)
+    company = RandomStreams([(1, 0), (7, 3), (7, 4)], DEVICE)
     for step in range(150):
         one, three = alone.draw(), company.draw()
         assert one[0] == (three[1] if step < 40 else three[0])
@@ -64,5 +64,5 @@ def test_a_row_draws_the_same_numbers_in_any_company():
 
 
 def test_negative_and_large_seeds_have_streams_of_their_own():
-    numbers = RowRandom([(0, 0), (-1, 0), (0, -1), (2**63, 0), (2**63 - 1, 5)], DEVICE).draw()
+    numbers = RandomStreams([(0, 0), (-1, 0), (0, -1), (2**63, 0), (2**63 - 1, 5)], DEVICE).draw()
     assert len(set(numbers.tolist())) == 5

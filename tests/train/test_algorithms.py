@@ -13,7 +13,7 @@ import pytest
 
 import gspo as art
 from gspo import TrainConfig, dev
-from gspo.backend.replay import UpdateRecord
+from gspo.backend.stored_batch import UpdateRecord
 from gspo.core.errors import ConfigError
 from gspo.objective import PRESETS, Correction, Objective
 from gspo.train.algorithms import BUILT_IN

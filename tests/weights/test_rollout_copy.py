@@ -17,10 +17,9 @@ from gspo.serve.engine import Request, SamplingParams
 from gspo.serve.torch_engine import TorchEngine
 from gspo.weights.rollout_copy import (
     GROUP,
+    RoundedCopy,
     fake_quantized,
     quantized_weights,
-    refresh,
-    rollout_copy,
 )
 from support import embedded
 
@@ -92,7 +91,7 @@ def test_what_is_rounded():
 @pytest.mark.parametrize("bits", ["int8", "int4"])
 def test_integers_leave_the_rest_alone(bits: dev.RolloutDtype):
     policy = embedded()
-    own = dict(rollout_copy(policy, bits).lm.named_parameters())
+    own = dict(RoundedCopy(policy, bits).policy.lm.named_parameters())
     rounded = {name for name, _ in quantized_weights(policy.lm)}
     for name, weight in policy.lm.named_parameters():
         assert own[name].dtype == torch.float32
@@ -101,7 +100,7 @@ def test_integers_leave_the_rest_alone(bits: dev.RolloutDtype):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_computed_in_half_precision(dtype: dev.RolloutDtype):
-    rollout = rollout_copy(embedded(), dtype)
+    rollout = RoundedCopy(embedded(), dtype).policy
     wanted = getattr(torch, dtype)
     assert {p.dtype for p in rollout.lm.parameters()} == {wanted}
     with torch.no_grad():
@@ -112,14 +111,17 @@ def test_half_precision_is_computed_in_half_precision(dtype: dev.RolloutDtype):
 
 def test_a_float32_copy_is_exact():
     policy = embedded()
-    assert torch.equal(logits(rollout_copy(policy, "float32")), logits(policy))
+    assert torch.equal(logits(RoundedCopy(policy, "float32").policy), logits(policy))
 
 
 def test_noise_grows_as_bits_are_lost():
     policy = embedded()
     expected = logits(policy).log_softmax(-1)
     gap = {
-        dtype: (logits(rollout_copy(policy, dtype)).log_softmax(-1) - expected).abs().mean().item()
+        dtype: (logits(RoundedCopy(policy, dtype).policy).log_softmax(-1) - expected)
+        .abs()
+        .mean()
+        .item()
         for dtype in DTYPES
     }
     assert gap["float32"] == 0
@@ -131,7 +133,7 @@ def test_noise_grows_as_bits_are_lost():
 def test_the_copy_is_its_own(dtype: dev.RolloutDtype):
     policy = embedded()
     before = copy.deepcopy(policy.lm.state_dict())
-    rollout = rollout_copy(policy, dtype)
+    rollout = RoundedCopy(policy, dtype).policy
     held = {p.data_ptr() for p in (*policy.lm.parameters(), *policy.lm.buffers())}
     assert held.isdisjoint(p.data_ptr() for p in (*rollout.lm.parameters(), *rollout.lm.buffers()))
     assert rollout.trainable == {}
@@ -142,16 +144,16 @@ def test_the_copy_is_its_own(dtype: dev.RolloutDtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_refresh_follows_the_trainer(dtype: dev.RolloutDtype):
+def test_a_publication_follows_the_trainer(dtype: dev.RolloutDtype):
     policy = embedded()
-    rollout = rollout_copy(policy, dtype)
+    copied = RoundedCopy(policy, dtype)
+    rollout = copied.policy
     stale = logits(rollout)
     nudge(policy)
     assert torch.equal(logits(rollout), stale) and rollout.version == 0
-    refresh(rollout, policy)
-    assert rollout.version == policy.version == 1
+    assert copied.publish(policy) == rollout.version == policy.version == 1
     assert not torch.equal(logits(rollout), stale)
-    assert torch.equal(logits(rollout), logits(rollout_copy(policy, dtype)))
+    assert torch.equal(logits(rollout), logits(RoundedCopy(policy, dtype).policy))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int4"])
@@ -160,9 +162,10 @@ def test_lora_is_merged_before_it_is_rounded(dtype: dev.RolloutDtype, recompute:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         policy = embedded(lora=dev.LoraConfig(r=2), activation_checkpointing=recompute)
-        rollout = rollout_copy(policy, dtype)
+        copied = RoundedCopy(policy, dtype)
+        rollout = copied.policy
         nudge(policy)
-        refresh(rollout, policy)
+        copied.publish(policy)
     assert rollout.peft is None
     assert not any("lora" in name for name, _ in rollout.lm.named_parameters())
     if dtype == "float32":
@@ -194,7 +197,9 @@ def test_transposed_experts_are_rounded_along_their_inputs():
     policy.lm = AutoModelForCausalLM.from_config(config).eval()
     down = policy.lm.get_parameter("model.layers.0.mlp.experts.down_proj")  # [E, inputs, outputs]
     assert down.shape == (2, 48, 32)
-    own = rollout_copy(policy, "int8").lm.get_parameter("model.layers.0.mlp.experts.down_proj")
+    own = RoundedCopy(policy, "int8").policy.lm.get_parameter(
+        "model.layers.0.mlp.experts.down_proj"
+    )
     assert torch.equal(own, fake_quantized(down.detach().mT, 8).mT)
 
 
@@ -202,8 +207,8 @@ def test_experts_of_unknown_layout_are_refused():
     policy = embedded()
     del policy.lm.model.layers[1].mlp.experts.is_transposed  # pyright: ignore
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.experts.*use bfloat16"):
-        rollout_copy(policy, "int4")
-    rollout_copy(policy, "bfloat16")
+        RoundedCopy(policy, "int4")
+    RoundedCopy(policy, "bfloat16")
 
 
 def test_dense_models_and_their_untied_head():
@@ -219,13 +224,13 @@ def test_dense_models_and_their_untied_head():
     policy.lm = AutoModelForCausalLM.from_config(config).eval()
     names = {name for name, _ in quantized_weights(policy.lm)}
     assert len(names) == 7 and "lm_head.weight" not in names
-    rollout = rollout_copy(policy, "int8")
+    rollout = RoundedCopy(policy, "int8").policy
     assert torch.equal(rollout.head.weight, policy.head.weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_engine_samples_in_every_precision_and_says_float32(dtype: dev.RolloutDtype):
-    rollout = rollout_copy(embedded(), dtype)
+    rollout = RoundedCopy(embedded(), dtype).policy
     rollout.version = 5
     engine = TorchEngine(rollout)
     prompt = tuple(engine.encode_chat([{"role": "user", "content": "918273645546"}]))

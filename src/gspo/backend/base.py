@@ -1,8 +1,8 @@
-"""What a backend does for a model, and what it returns."""
+"""What a backend does for a model, what it returns, and how it checks what it is given."""
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +13,15 @@ from pydantic import BaseModel
 
 from gspo.config import TrainConfig
 from gspo.core.errors import ConfigError, check_arguments, shown
+from gspo.core.metrics import is_ours, user_metric
+from gspo.data.check import plain_values
 from gspo.dev import InternalModelConfig
 from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.trajectory import TrajectoryGroup
 
 
 class ModelLike(Protocol):
-    """What a backend needs to know of a model."""
+    """What a backend needs to know of a model. `gspo.model` stands above it, and has the class."""
 
     @property
     def name(self) -> str: ...
@@ -42,7 +44,7 @@ class TrainResult:
     Attributes:
         step: the model's step after the call.
         metrics: name -> value, as in metrics.jsonl.
-        checkpoint_path: folder of the step's weights, in Hugging Face layout; None where the
+        checkpoint_path: folder of the step's weights, in Hugging Face layout; None if the
             backend keeps none.
         skipped: why no update was made, or None.
     """
@@ -57,7 +59,7 @@ class Backend(Protocol):
     """Where a model is sampled, trained and logged."""
 
     async def register(self, model: ModelLike) -> None:
-        """Make the model ready; resumes its run where there is one."""
+        """Make the model ready; if it has a run already, go on with it."""
         ...
 
     def client(self, model: ModelLike) -> AsyncOpenAI:
@@ -99,18 +101,6 @@ class Backend(Protocol):
         ...
 
 
-def described(model: ModelLike) -> dict[str, Any]:
-    """What trackers are told of a model: its names, how it is loaded, and the user's config."""
-    config: dict[str, Any] = {"project": model.project, "name": model.name}
-    if model.trainable:
-        load = model.internal_config.model_dump(mode="json")
-        config |= {"base_model": model.source, "load": load}
-    if model.config is not None:
-        own = model.config if isinstance(model.config, dict) else model.config.model_dump()
-        config["config"] = json.loads(json.dumps(own, default=str))
-    return config
-
-
 _REFUSED = {
     "loss_fn": "name the objective with algorithm= or importance_sampling_level=.",
     "loss_fn_config": "the objective's constants are options of dev.TrainConfig, such as epsilon=.",
@@ -147,3 +137,53 @@ def train_options(
         TrainConfig(**{**config.model_dump(exclude_unset=True), **public}),
         DevTrainConfig(**{**given, **private}),
     )
+
+
+def check_split(split: Any) -> str:
+    """The name of a split, which is that of a folder too.
+
+    Raises:
+        ConfigError: it is empty, `.` or `..`, or has a `/`, a `\\` or a NUL.
+    """
+    if not isinstance(split, str) or split in ("", ".", "..") or set(split) & set("/\\\0"):
+        raise ConfigError(f"split = {shown(split)}: give a plain name, such as 'val'")
+    return split
+
+
+def user_metrics(metrics: Any, split: str, line: Mapping[str, float]) -> dict[str, float]:
+    """Metrics that a user logs, under names that replace none of gspo's.
+
+    Args:
+        metrics: name -> number, or None. A name without `/` belongs to the split.
+        split: such as `val`.
+        line: what the step's line has already. A metric that stands there with the same value is
+            left out: it is the result of `train`, handed back.
+
+    Raises:
+        DataError: not a dict of numbers.
+    """
+    values = {}
+    for name, value in plain_values({} if metrics is None else metrics, "metrics").items():
+        logged = line.get(name if "/" in name else f"{split}/{name}")
+        both_nan = logged is not None and math.isnan(logged) and math.isnan(value)
+        if logged != value and not both_nan:
+            values[user_metric(name, split)] = value
+    return values
+
+
+def group_means(groups: Sequence[TrajectoryGroup], split: str) -> dict[str, float]:
+    """Mean reward, the means of the metrics that rollouts gave, and how many failed, by full name.
+
+    A metric of a rollout that is named as one of gspo's stands at `<split>/user/<name>`.
+    """
+    values: dict[str, list[float]] = {}
+    for group in groups:
+        for trajectory in group:
+            values.setdefault(f"{split}/reward", []).append(float(trajectory.reward))
+            for name, value in trajectory.metrics.items():
+                full = f"{split}/user/{name}" if is_ours(name) else f"{split}/{name}"
+                values.setdefault(full, []).append(float(value))
+    means = {name: sum(items) / len(items) for name, items in values.items()}
+    if groups:
+        means[f"{split}/exceptions"] = float(sum(len(group.exceptions) for group in groups))
+    return means

@@ -7,17 +7,14 @@ from typing import Any
 
 from openai import AsyncOpenAI
 
-from gspo.backend.base import ModelLike, TrainResult, train_options
-from gspo.backend.measured import check_split, user_metrics
+from gspo.backend.base import ModelLike, TrainResult, check_split, train_options, user_metrics
 from gspo.config import TrainConfig
 from gspo.core.compute import ComputeThread
 from gspo.data.check import check_groups, listed, plain_groups
 from gspo.data.sample import trajectory_samples
 from gspo.dev import TrainConfig as DevTrainConfig
-from gspo.serve.app import create_app
-from gspo.serve.batcher import Batcher
 from gspo.serve.fake_engine import FakeEngine
-from gspo.serve.server import in_process_client
+from gspo.serve.server import Serving
 from gspo.trajectory import TrajectoryGroup
 
 
@@ -38,8 +35,7 @@ class FakeBackend:
         self.logged: list[tuple[str, list[TrajectoryGroup]]] = []
         self._names: list[str] = []
         self._compute = ComputeThread()
-        app = create_app(Batcher(self.engine, self._compute), lambda: self._names)
-        self._client = in_process_client(app)
+        self._serving = Serving(self.engine, self._compute, lambda: self._names)
 
     async def __aenter__(self) -> FakeBackend:
         return self
@@ -52,10 +48,10 @@ class FakeBackend:
             self._names.append(model.name)
 
     def client(self, model: ModelLike) -> AsyncOpenAI:
-        return self._client
+        return self._serving.client
 
     def base_url(self, model: ModelLike) -> str:
-        return str(self._client.base_url)
+        return self._serving.url
 
     async def train(
         self,
@@ -89,7 +85,7 @@ class FakeBackend:
     ) -> None:
         groups = listed(trajectory_groups)
         plain_groups(groups)
-        user_metrics(metrics or {}, check_split(split), {})
+        user_metrics(metrics, check_split(split), {})
         self.logged.append((split, groups))
 
     async def delete_checkpoints(
@@ -98,5 +94,5 @@ class FakeBackend:
         """Nothing is kept, so nothing is deleted."""
 
     async def close(self) -> None:
-        await self._client.close()
+        await self._serving.stop()
         self._compute.close()

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import socket
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from openai import AsyncOpenAI
 
-from gspo.backend.base import ModelLike, TrainResult, described, train_options
-from gspo.backend.measured import check_split, line_of, means, user_metrics
+from gspo.backend.base import (
+    ModelLike,
+    TrainResult,
+    check_split,
+    group_means,
+    train_options,
+    user_metrics,
+)
 from gspo.backend.run import Run
-from gspo.backend.service import Service, load_trainer, sampling_seed
+from gspo.backend.service import Service
 from gspo.backend.trackers import TrackerName, check_loggers
 from gspo.config import TrainConfig
 from gspo.core.compute import ComputeThread
@@ -21,15 +27,9 @@ from gspo.core.errors import RunError, check_arguments, check_whole
 from gspo.data.check import plain_groups
 from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.policy.load import Policy
-from gspo.serve.app import create_app
-from gspo.serve.batcher import Batcher
-from gspo.serve.selfcheck import check_engine
-from gspo.serve.server import PortServer, bind, in_process_client
-from gspo.serve.torch_engine import TorchEngine
+from gspo.serve.server import bind
 from gspo.train.settings import resolve
-from gspo.train.trainer import Trainer
 from gspo.trajectory import TrajectoryGroup
-from gspo.weights.rollout_copy import rollout_copy
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ class LocalBackend:
             the engine without a port.
         keep_checkpoints: how many of the latest to keep, beside the one with the best `val/reward`
             so far; None: all.
-        seed: of requests that have none of their own.
+        seed: of requests that have none.
         logger: trackers that are shown what metrics.jsonl gets: "tensorboard", "trackio", "wandb".
             One that fails is a warning, once.
 
@@ -97,81 +97,41 @@ class LocalBackend:
             CheckpointError: the last checkpoint is damaged.
         """
         key = (model.project, model.name)
-        service = self._services.get(key)
-        if service is not None:
-            service.check_same(model)
+        if key in self._services:
+            self._services[key].check_same(model)
             return
         if not model.trainable:
-            self._run(model)
+            self.run(model)
             return
-        assert model.source is not None
         listener = None if self.port is None else bind("127.0.0.1", self.port)
         run = None
         try:
             lora = model.internal_config.lora
             identity = {"base_model": model.source, "lora": lora and lora.model_dump()}
             run = Run(self.path, model.project, model.name, identity)
-            config = model.internal_config
-            trainer = await self._compute.run(load_trainer, run, model.source, config)
-            policy = trainer.policy
-            if config.rollout_dtype is not None:
-                policy = await self._compute.run(rollout_copy, policy, config.rollout_dtype)
-            engine = TorchEngine(policy, seed=sampling_seed(self.seed, trainer.step))
-            await self._compute.run(check_engine, engine)
+            service = await self._compute.run(
+                Service, run, model, self.seed, self._compute, listener
+            )
             run.claim()
-            await asyncio.to_thread(run.track, self.logger, trainer.step, described(model))
-            # Entered last: a model that is registered by half would train a step and lose it.
-            self._services[key] = await self._start(run, model, engine, trainer, listener)
+            step = service.trainer.step
+            await asyncio.to_thread(run.track, self.logger, step, _described(model))
+            await service.serving.start()
         except BaseException:
             if listener is not None:
                 listener.close()
             if run is not None:
                 run.close()
             raise
-
-    async def _start(
-        self,
-        run: Run,
-        model: ModelLike,
-        engine: TorchEngine,
-        trainer: Trainer,
-        listener: socket.socket | None,
-    ) -> Service:
-        """The service, once its client and its server answer; a failure stops both."""
-        window = 0.0 if listener is None else 0.005
-        batcher = Batcher(engine, self._compute, window=window)
-        app = create_app(batcher, lambda: [model.name])
-        client = in_process_client(app)
-        server = None if listener is None else PortServer(app, listener)
-        assert model.source is not None
-        service = Service(
-            run,
-            model.source,
-            model.internal_config,
-            self.seed,
-            engine,
-            trainer,
-            batcher,
-            client,
-            server,
-        )
-        try:
-            await client.models.list()  # the client looks its platform up, once, in a thread
-            if server is not None:
-                await server.start()
-        except BaseException:
-            await service.stop()
-            raise
-        return service
+        # Entered last: a model that is registered by half would train a step and lose it.
+        self._services[key] = service
 
     def client(self, model: ModelLike) -> AsyncOpenAI:
         """A client that samples from the model without a port."""
-        return self._service(model).client
+        return self._service(model).serving.client
 
     def base_url(self, model: ModelLike) -> str:
         """Where the model is served: on its port, or a name that only `client` resolves."""
-        service = self._service(model)
-        return str(service.client.base_url) if service.server is None else service.server.url
+        return self._service(model).serving.url
 
     def policy(self, model: ModelLike) -> Policy:
         """The model itself, for tools that look inside."""
@@ -180,12 +140,19 @@ class LocalBackend:
     async def with_policies(self, model: ModelLike, function: Callable[[Policy, Policy], T]) -> T:
         """`function(trainer's, engine's)` in the thread that computes, while nothing else does."""
         service = self._service(model)
-        policies = service.trainer.policy, service.engine.policy
-        return await self._compute.run(function, *policies)
+        return await self._compute.run(function, service.trainer.policy, service.sampling)
 
     def run(self, model: ModelLike) -> Run:
-        """The model's run folder."""
-        return self._run(model)
+        """The model's run folder; that of a prompted model is made when it is first asked for."""
+        if model.trainable:
+            return self._service(model).run
+        key = (model.project, model.name)
+        if key not in self._logs:
+            run = Run(self.path, model.project, model.name, {"base_model": None})
+            run.claim()
+            run.track(self.logger, None, _described(model))
+            self._logs[key] = run
+        return self._logs[key]
 
     async def get_step(self, model: ModelLike) -> int:
         return self._service(model).trainer.step
@@ -236,8 +203,7 @@ class LocalBackend:
         if step is None:
             step = await self.get_step(model) if model.trainable else 0
         check_whole("step", step, 0)
-        line = line_of(step, self._run(model).metrics())
-        values = user_metrics(metrics or {}, check_split(split), line)
+        values = user_metrics(metrics, check_split(split), self.run(model).line(step))
         await self.record(model, trajectory_groups, split, values, step)
 
     async def record(
@@ -248,14 +214,14 @@ class LocalBackend:
         metrics: Mapping[str, float],
         step: int,
     ) -> None:
-        """Like `log`, but keep every metric name as it is: for loops that measure what gspo has
+        """Like `log`, but keep each metric name as it is: for loops that measure what gspo has
         names for, such as `time/rollout`."""
-        run = self._run(model)
+        run = self.run(model)
         groups = plain_groups(trajectory_groups)
-        values = means(groups, check_split(split))
-        stored = run.folder / "trajectories" / split / f"{step:04d}.parquet"
-        if split == "train" and stored.exists():  # with advantages, which are not known here
-            line = line_of(step, run.metrics())
+        values = group_means(groups, check_split(split))
+        if split == "train" and run.trajectories(split, step).exists():
+            # With advantages, which are not known here.
+            line = run.line(step)
             values = {name: value for name, value in values.items() if name not in line}
         elif groups:
             await asyncio.to_thread(run.log_trajectories, groups, split, step)
@@ -269,8 +235,8 @@ class LocalBackend:
         Raises:
             ConfigError: a metric that was never logged. Nothing was deleted.
         """
-        service = self._service(model)
-        await asyncio.to_thread(service.delete_all_but_best, best_checkpoint_metric)
+        run = self._service(model).run
+        await asyncio.to_thread(run.prune, 1, best_checkpoint_metric, required=True)
 
     async def close(self) -> None:
         """Stop serving and let go of the run folders, once what is being written is written.
@@ -284,7 +250,7 @@ class LocalBackend:
         for run in [*(service.run for service in services), *logs]:
             await asyncio.to_thread(run.close)  # a tracker may have to send what is left
         for service in services:
-            await service.stop()
+            await service.serving.stop()
         self._compute.close()
 
     def _service(self, model: ModelLike) -> Service:
@@ -295,13 +261,14 @@ class LocalBackend:
             )
         return service
 
-    def _run(self, model: ModelLike) -> Run:
-        key = (model.project, model.name)
-        if model.trainable:
-            return self._service(model).run
-        if key not in self._logs:
-            run = Run(self.path, model.project, model.name, {"base_model": None})
-            run.claim()
-            run.track(self.logger, None, described(model))
-            self._logs[key] = run
-        return self._logs[key]
+
+def _described(model: ModelLike) -> dict[str, Any]:
+    """What trackers are told of a model: its names, how it is loaded, and the user's config."""
+    config: dict[str, Any] = {"project": model.project, "name": model.name}
+    if model.trainable:
+        load = model.internal_config.model_dump(mode="json")
+        config |= {"base_model": model.source, "load": load}
+    if model.config is not None:
+        users = model.config if isinstance(model.config, dict) else model.config.model_dump()
+        config["config"] = json.loads(json.dumps(users, default=str))
+    return config

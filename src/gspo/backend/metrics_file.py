@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a step, in order, of which the last may still grow."""
+"""metrics.jsonl: one JSON object per step, in order, of which the last may still grow."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class MetricsFile:
     def __init__(self, path: Path):
         self._path = path
         self._beside = path.with_name(f".{path.name}.last")
-        self._last = 0  # where the last line begins
-        self._torn = False
+        self._last = 0  # where the last line begins, in bytes
+        self._torn = False  # whether the last line was being replaced when a write failed
         self._records = self._load()
 
     def _load(self) -> list[Record]:
@@ -45,7 +45,7 @@ class MetricsFile:
         if waiting is not None and (not records or records[-1]["step"] <= waiting["step"]):
             records, _ = _sorted([_line(record).encode() for record in (*records, waiting)])
         if bad:
-            self._keep_damaged(bad)
+            self._copy_damaged(bad)
         if data != "".join(map(_line, records)).encode():
             self._rewrite(records)
         else:
@@ -53,7 +53,7 @@ class MetricsFile:
         self._beside.unlink(missing_ok=True)
         return records
 
-    def _keep_damaged(self, numbers: Sequence[int]) -> None:
+    def _copy_damaged(self, numbers: Sequence[int]) -> None:
         copy = self._path.with_name("metrics.damaged.jsonl")
         with explained(copy):
             shutil.copyfile(self._path, copy)
@@ -67,11 +67,9 @@ class MetricsFile:
         """Add metrics to the line of a step, which may be a new one."""
         last = self._records[-1] if self._records else None
         if self._torn or (last is not None and step < last["step"]):
-            known = {int(record["step"]): record for record in self._records}
-            known[step] = {"step": step, **known.get(step, {}), **metrics}
-            records = [known[key] for key in sorted(known)]
-            self._rewrite(records)
-            self._records = records
+            by_step = {int(record["step"]): record for record in self._records}
+            by_step[step] = {"step": step, **by_step.get(step, {}), **metrics}
+            self._rewrite([by_step[key] for key in sorted(by_step)])
         elif last is not None and last["step"] == step:
             self._replace_last(last | dict(metrics))
         else:
@@ -79,20 +77,23 @@ class MetricsFile:
 
     def truncate(self, step: int) -> None:
         """Drop the lines beyond a step."""
-        kept = [record for record in self._records if record["step"] <= step]
-        gone = len(self._records) - len(kept)
+        records = [record for record in self._records if record["step"] <= step]
+        gone = len(self._records) - len(records)
         if gone > 1:  # one is what a kill between log and checkpoint leaves; more were deleted
             log.warning(
                 "%s: the last %d lines are of steps that have no checkpoint any more: left out",
                 *(self._path, gone),
             )
         if gone:
-            self._rewrite(kept)
-            self._records = kept
+            self._rewrite(records)
 
     def read(self) -> list[Record]:
         """All lines."""
         return [dict(record) for record in self._records]
+
+    def line(self, step: int) -> Record:
+        """The line of a step; empty if there is none."""
+        return next((dict(record) for record in self._records if record["step"] == step), {})
 
     def _append(self, record: Record) -> None:
         size = self._path.stat().st_size if self._path.exists() else 0
@@ -115,7 +116,7 @@ class MetricsFile:
         self._beside.unlink()
 
     def _write(self, place: int, record: Record) -> None:
-        """A line as the last one, from a place in bytes on."""
+        """Make a line the last one, at a place in bytes."""
         line = _line(record).encode()
         with explained(self._path):
             handle = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o666)
@@ -128,9 +129,10 @@ class MetricsFile:
             finally:
                 os.close(handle)
 
-    def _rewrite(self, records: Sequence[Record]) -> None:
+    def _rewrite(self, records: list[Record]) -> None:
         lines = [_line(record) for record in records]
         write_whole(self._path, "".join(lines))
+        self._records = records
         self._last = sum(map(len, lines[:-1]))
         self._torn = False
         self._beside.unlink(missing_ok=True)
@@ -145,7 +147,7 @@ def read_metrics(path: Path) -> list[Record]:
 
 
 def _sorted(lines: Sequence[bytes]) -> tuple[list[Record], list[int]]:
-    """One record a step, in order, and the numbers of the lines that are none."""
+    """One record per step, in order, and the numbers of the lines that are none."""
     records: dict[int, Record] = {}
     bad = []
     for number, line in enumerate(lines, start=1):
@@ -159,16 +161,16 @@ def _sorted(lines: Sequence[bytes]) -> tuple[list[Record], list[int]]:
 
 
 def _record(line: bytes) -> Record | None:
-    """A line's metrics; None where it holds something else."""
+    """A line's metrics; None if it holds something else."""
     try:
-        found = json.loads(line)
+        values = json.loads(line)
     except (ValueError, RecursionError):  # not UTF-8 is a ValueError too
         return None
-    if not isinstance(found, dict) or type(found.get("step")) is not int or found["step"] < 0:
+    if not isinstance(values, dict) or type(values.get("step")) is not int or values["step"] < 0:
         return None
-    if not all(value is None or isinstance(value, int | float) for value in found.values()):
+    if not all(value is None or isinstance(value, int | float) for value in values.values()):
         return None
-    return {key: math.nan if value is None else value for key, value in found.items()}
+    return {key: math.nan if value is None else value for key, value in values.items()}
 
 
 def _line(record: Mapping[str, float]) -> str:

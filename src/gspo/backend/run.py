@@ -4,31 +4,33 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
+import platform
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
-
-from openai.types.chat.chat_completion import Choice
+from typing import IO, Any
 
 from gspo.backend.metrics_file import MetricsFile
-from gspo.backend.replay import UpdateRecord, replay_columns, replay_schema
-from gspo.backend.traces import trace_columns, trace_schema
+from gspo.backend.stored_batch import UpdateRecord, write_batch
 from gspo.backend.trackers import Config, Followed, TrackerName, Trackers
-from gspo.backend.versions import versions
-from gspo.core.errors import RunError
-from gspo.core.files import explained, remove, remove_leftovers, replacing, strict_json, write_whole
+from gspo.core.errors import ConfigError, RunError, suggestion
+from gspo.core.files import explained, remove, remove_leftovers, strict_json, write_whole
 from gspo.core.timing import timed
-from gspo.data.turn import sampled_logprobs
 from gspo.train.checkpoint import checkpoint_name, steps_saved
-from gspo.trajectory import Trajectory, TrajectoryGroup
-
-if TYPE_CHECKING:
-    from gspo.train.trace import Trace
+from gspo.train.trace import Trace
+from gspo.trajectory import TrajectoryGroup
 
 FORMAT = 1
+
+
+def versions() -> dict[str, str]:
+    """What computes here, as config.json and comparison.json record it."""
+    packages = {name: version(name) for name in ("gspo", "torch", "transformers")}
+    return {"python": platform.python_version(), **packages}
 
 
 class Run:
@@ -45,11 +47,12 @@ class Run:
     """
 
     def __init__(self, path: Path, project: str, name: str, identity: Mapping[str, Any]):
-        for label, part in (("project", project), ("name", name)):
-            half = any("\ud800" <= character <= "\udfff" for character in part)
-            if not part or part in (".", "..") or set(part) & set("/\\\0") or half:
-                raise RunError(f"model {label} {part!r} cannot be the name of a folder")
+        for label, text in (("project", project), ("name", name)):
+            half = any("\ud800" <= character <= "\udfff" for character in text)
+            if not text or text in (".", "..") or set(text) & set("/\\\0") or half:
+                raise RunError(f"model {label} {text!r} cannot be the name of a folder")
         self.project, self.name = project, name
+        self._identity = dict(identity)
         self._writes = threading.RLock()
         self._closed = False
         self.folder = path / project / name
@@ -63,8 +66,7 @@ class Run:
                 "Choose another with LocalBackend(path=...)"
             ) from None
         try:
-            self._identity = dict(identity)
-            self._check()
+            self._check_identity()
             for folder in (self.folder, self.checkpoints, *self.folder.glob("trajectories/*")):
                 remove_leftovers(folder)
             self._lines = MetricsFile(self.folder / "metrics.jsonl")
@@ -73,6 +75,7 @@ class Run:
             if isinstance(error, OSError):
                 raise RunError(f"cannot read the run folder {self.folder}: {error}") from None
             raise
+        self.metrics, self.line = self._lines.read, self._lines.line
         self.trackers = Trackers()
 
     @contextmanager
@@ -95,7 +98,7 @@ class Run:
             with self.writing():
                 write_whole(path, strict_json(stored, indent=1) + "\n")
 
-    def _check(self) -> None:
+    def _check_identity(self) -> None:
         path = self.folder / "config.json"
         if not path.exists():
             return
@@ -122,11 +125,11 @@ class Run:
 
     def track(self, names: Iterable[TrackerName], step: int | None, config: Config) -> None:
         """Show trackers what is logged from now on; see `Followed` for `step`."""
-        followed = Followed(self.folder, self.project, self.name, step, bool(self._lines.read()))
+        followed = Followed(self.folder, self.project, self.name, step, bool(self.metrics()))
         self.trackers = Trackers(names, followed, config)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the metrics of a step: one line a step, later calls add to its line."""
+        """Write the metrics of a step: one line per step, later calls add to its line."""
         with self.writing():
             self._lines.put(step, metrics)
             self.trackers.log(step, metrics)
@@ -136,9 +139,9 @@ class Run:
         with self.writing():
             self._lines.truncate(step)
 
-    def metrics(self) -> list[dict[str, float]]:
-        """All lines of metrics.jsonl."""
-        return self._lines.read()
+    def trajectories(self, split: str, step: int) -> Path:
+        """The file of a split's trajectories at a step."""
+        return self.folder / "trajectories" / split / f"{step:04d}.parquet"
 
     @timed("checkpoint")
     def log_trajectories(
@@ -146,40 +149,38 @@ class Run:
         groups: Sequence[TrajectoryGroup],
         split: str,
         step: int,
-        advantages: Sequence[Sequence[float | None]] | None = None,
+        advantages: Mapping[int, float] | None = None,
         traces: Mapping[int, Sequence[Trace]] | None = None,
         record: UpdateRecord | None = None,
     ) -> Path:
-        """Write trajectories/<split>/<step>.parquet, one row a trajectory.
-
-        `traces` are by the trajectory's number in the batch, counted through all groups; `record`
-        says how the batch was trained on.
-        """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        path = self.folder / "trajectories" / split / f"{step:04d}.parquet"
-        rows: list[dict[str, Any]] = [
-            _row(g, t, trajectory) | {"advantage": advantages[g][t] if advantages else None}
-            for g, group in enumerate(groups)
-            for t, trajectory in enumerate(group)
-        ]
-        for number, row in enumerate(rows):
-            lengths = [len(turn) for turn in row["token_ids"]]
-            row.update(trace_columns((traces or {}).get(number, ()), lengths))
-        schema = _schema().with_metadata(record.metadata() if record else None)
-        table = pa.Table.from_pylist(rows, schema=schema)
-        with self.writing(), explained(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as building:
-                pq.write_table(table, building)
+        """Write the trajectories of a split at a step; see `write_batch`."""
+        path = self.trajectories(split, step)
+        with self.writing():
+            write_batch(path, groups, advantages, traces, record)
         return path
 
-    def delete_checkpoints(self, keep: set[int]) -> None:
-        """Delete all checkpoints but those of these steps."""
+    def prune(self, latest: int, metric: str, *, required: bool = False) -> None:
+        """Delete all checkpoints but the `latest` ones and the one with the highest metric.
+
+        The first of equals stays; a metric that is not finite is none. With `required`, a metric
+        that was never logged is refused, if there is a checkpoint to delete.
+
+        Raises:
+            ConfigError: it names what was logged. Nothing was deleted.
+        """
+        saved, lines = steps_saved(self.checkpoints), self.metrics()
+        names = {name for line in lines for name in line} - {"step"}
+        if required and len(saved) > latest and metric not in names:
+            raise ConfigError(
+                f"delete_checkpoints: no metric {metric!r} was logged, so nothing is deleted."
+                f"{suggestion(str(metric), names)} Logged: {', '.join(sorted(names))}."
+            )
+        scores = {int(line["step"]): line.get(metric, math.nan) for line in lines}
+        measured = [step for step in saved if math.isfinite(scores.get(step, math.nan))]
+        best = max(measured, key=lambda step: scores[step], default=None)
         with self.writing(), explained(self.checkpoints):
-            for step in steps_saved(self.checkpoints):
-                if step not in keep:
+            for step in saved:
+                if step not in (*saved[-latest:], best):
                     remove(self.checkpoints / checkpoint_name(step))
 
     def close(self) -> None:
@@ -216,51 +217,10 @@ def _locked(path: Path) -> IO[str]:
 def in_use(folder: Path) -> bool:
     """Whether a process holds the run of a folder."""
     try:
-        file = (folder / ".lock").open()
+        with (folder / ".lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
     except OSError:
         return False
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
     return False
-
-
-def _row(group: int, index: int, trajectory: Trajectory) -> dict[str, Any]:
-    choices = trajectory.choices()
-    messages = [
-        {**m.message.model_dump(exclude_none=True), "sampled": True} if isinstance(m, Choice) else m
-        for m in trajectory.turns()
-    ]
-    return {
-        "group": group,
-        "trajectory": index,
-        "reward": float(trajectory.reward),
-        "messages": strict_json(messages, default=str),
-        "metrics": strict_json(trajectory.metrics),
-        "metadata": strict_json(trajectory.metadata),
-        "token_ids": [list(getattr(c, "token_ids", None) or []) for c in choices],
-        "logprobs": [list(sampled_logprobs(c) or []) for c in choices],
-        **replay_columns(choices),
-    }
-
-
-def _schema() -> Any:
-    import pyarrow as pa
-
-    return pa.schema(
-        [
-            ("group", pa.int32()),
-            ("trajectory", pa.int32()),
-            ("reward", pa.float64()),
-            ("advantage", pa.float64()),
-            ("messages", pa.string()),
-            ("metrics", pa.string()),
-            ("metadata", pa.string()),
-            ("token_ids", pa.list_(pa.list_(pa.int32()))),
-            ("logprobs", pa.list_(pa.list_(pa.float32()))),
-            *trace_schema(),
-            *replay_schema(),
-        ]
-    )

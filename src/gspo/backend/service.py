@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import gc
 import logging
+import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
-from typing import Any, ParamSpec
+from typing import Any
 
-from openai import AsyncOpenAI
-
-from gspo.backend.base import ModelLike, TrainResult
-from gspo.backend.measured import best_step, check_logged, means
-from gspo.backend.replay import UpdateRecord
+from gspo.backend.base import ModelLike, TrainResult, group_means
 from gspo.backend.run import Run
+from gspo.backend.stored_batch import UpdateRecord
+from gspo.core.compute import ComputeThread
 from gspo.core.draws import seed_of
-from gspo.core.errors import RunError
+from gspo.core.errors import RunError, ServeError
 from gspo.core.timing import timed
 from gspo.data.check import plain_groups
 from gspo.dev import InternalModelConfig
 from gspo.policy.load import Policy, load_policy
 from gspo.policy.probe import choose_packing
-from gspo.serve.batcher import Batcher
-from gspo.serve.server import PortServer
-from gspo.serve.torch_engine import TorchEngine
+from gspo.serve.selfcheck import make_engine
+from gspo.serve.server import Serving
 from gspo.train.checkpoint import (
     checkpoint_name,
     load_trainer_state,
@@ -38,30 +36,49 @@ from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.settings import Settings
 from gspo.train.trainer import Trainer, TrainOutput
 from gspo.trajectory import TrajectoryGroup
-from gspo.weights.rollout_copy import RolloutPolicy, refresh
-
-P = ParamSpec("P")
+from gspo.weights.publisher import publisher_for
 
 log = logging.getLogger("gspo")
 
 
-@dataclass
 class Service:
-    """A registered trainable model.
+    """A registered trainable model. Made in the thread that computes: it loads the model.
 
-    Engine and trainer share one copy of the weights, unless `rollout_dtype` gives the engine
-    its own. `seed` is the backend's, of requests that have none.
+    Args:
+        run: the model's run folder; training goes on from its last checkpoint.
+        model: what to load.
+        seed: the backend's, of requests that have none.
+        compute: the thread that samples and trains.
+        listener: where the model is served too, or None.
+
+    Attributes:
+        trainer: has the weights that are trained.
+        sampling: what the engine samples from: the trainer's policy, or a copy of it.
+        engine: samples.
+        publisher: gives the engine the weights after each step.
+        serving: answers for the engine, once it is started.
+
+    Raises:
+        ModelError: the base model cannot be loaded, or not be sampled from.
+        CheckpointError: the checkpoint is damaged.
     """
 
-    run: Run
-    base_model: str
-    config: InternalModelConfig
-    seed: int
-    engine: TorchEngine
-    trainer: Trainer
-    batcher: Batcher
-    client: AsyncOpenAI
-    server: PortServer | None
+    def __init__(
+        self,
+        run: Run,
+        model: ModelLike,
+        seed: int,
+        compute: ComputeThread,
+        listener: socket.socket | None,
+    ):
+        assert model.source is not None
+        config = model.internal_config
+        self.run, self.seed = run, seed
+        self._loaded = _identity(model)
+        self.trainer = load_trainer(run, model.source, config)
+        self.sampling, self.publisher = publisher_for(self.trainer.policy, config.rollout_dtype)
+        self.engine = make_engine(self.sampling, seed=sampling_seed(seed, self.trainer.step))
+        self.serving = Serving(self.engine, compute, lambda: [model.name], listener)
 
     def check_same(self, model: ModelLike) -> None:
         """Refuse this model's name for another model, or for one that is loaded otherwise.
@@ -69,9 +86,8 @@ class Service:
         Raises:
             RunError: what differs.
         """
-        loaded = {"base_model": self.base_model, **self.config.model_dump()}
-        wanted = {"base_model": model.source, **model.internal_config.model_dump()}
-        for name, value in loaded.items():
+        wanted = _identity(model)
+        for name, value in self._loaded.items():
             if wanted[name] != value:
                 raise RunError(
                     f"model {model.name!r} of project {model.project!r} is registered with "
@@ -105,103 +121,78 @@ class Service:
         settings: Settings,
         keep_checkpoints: int | None,
     ) -> TrainResult:
-        """Update, log, save. Blocking; `groups` are those that `batch` was made of."""
-        version = self.trainer.policy.version
+        """Update, publish, log, save. Blocking; `groups` are those that `batch` was made of."""
+        run, trainer = self.run, self.trainer
+        version = trainer.policy.version
         try:
-            out = self.trainer.train(batch, settings)
+            out = trainer.train(batch, settings)
         finally:
             # Also after a NumericsError: earlier minibatches have moved the weights by then.
             published = self._publish()
-        step = self.trainer.step
+        step = trainer.step
         # Here, so that no caller who gave up waiting leaves a trained step with the old seed.
         self.engine.reseed(sampling_seed(self.seed, step))
-        self.run.trackers.configure("train", out.settings.as_config())
-        metrics = means(groups, "train")
-        metrics |= out.metrics.compute()
-        metrics["time/publish"] = published
+        run.trackers.configure("train", out.settings.as_config())
+        metrics = self._metrics(groups, out) | {"time/publish": published}
+        started = time.perf_counter()
+        failures: list[tuple[str, Exception]] = []
+        with run.writing():
+            # Logged before the checkpoint: a resume drops the lines beyond the step that it finds.
+            with _noted(failures, "its metrics and trajectories could not be written"):
+                run.log(step, metrics)
+                advantages = {s[0].trajectory_id: s[0].advantage for s in batch.samples}
+                dtype = str(trainer.policy.compute_dtype).removeprefix("torch.")
+                context = trainer.policy.context
+                record = UpdateRecord.of(
+                    out.settings, version=version, context=context, dtype=dtype
+                )
+                run.log_trajectories(groups, "train", step, advantages, out.traces, record)
+            path = save_checkpoint(run.checkpoints, trainer)
+            if not failures:
+                late = "older checkpoints could not be deleted, or time/checkpoint not be written"
+                with _noted(failures, late):
+                    if keep_checkpoints is not None:
+                        run.prune(keep_checkpoints, "val/reward")
+                    metrics["time/checkpoint"] = time.perf_counter() - started
+                    run.log(step, {"time/checkpoint": metrics["time/checkpoint"]})
+            for failed, error in failures:
+                raise RunError(
+                    f"step {step} is trained and its checkpoint {path} is saved, but {failed} in "
+                    f"{run.folder}: {error}. "
+                    "Mend that and go on; training on this batch again would train on it twice"
+                ) from error
+        return TrainResult(step, metrics, path, out.skipped)
+
+    def _metrics(self, groups: Sequence[TrajectoryGroup], out: TrainOutput) -> dict[str, float]:
+        """What a step logs, but the seconds of publishing and saving."""
+        metrics = group_means(groups, "train") | out.metrics.compute()
         if metrics["time/train"] > 0:
             rate = metrics.get("tokens/trained", 0.0) / metrics["time/train"]
             metrics["throughput/trained_tokens_per_second"] = rate
         if out.skipped is not None:
             metrics["train/skipped"] = 1.0
-            log.warning("step %d of %s is skipped: %s", step, self.run.folder, out.skipped)
-        started = time.perf_counter()
-        with self.run.writing():
-            # Logged before the checkpoint: a resume drops the lines beyond the step that it finds.
-            failure = _failure(self._write, metrics, groups, batch, out, version)
-            failed = "its metrics and trajectories could not be written"
-            path = save_checkpoint(self.run.checkpoints, self.trainer)
-            if failure is None:
-                failure = _failure(self._tidy, metrics, started, keep_checkpoints)
-                failed = "older checkpoints could not be deleted, or time/checkpoint not be written"
-            if failure is not None:
-                raise RunError(
-                    f"step {step} is trained and its checkpoint {path} is saved, but {failed} in "
-                    f"{self.run.folder}: {failure}. "
-                    "Mend that and go on; training on this batch again would train on it twice"
-                ) from failure
-        return TrainResult(step, metrics, path, out.skipped)
-
-    def _write(
-        self,
-        metrics: Mapping[str, float],
-        groups: Sequence[TrajectoryGroup],
-        batch: RolloutBatch,
-        out: TrainOutput,
-        version: int,
-    ) -> None:
-        """Log a step that began at this policy version."""
-        step, record = self.trainer.step, self._record(out.settings, version)
-        self.run.log(step, metrics)
-        advantages = _advantages(groups, batch)
-        self.run.log_trajectories(groups, "train", step, advantages, out.traces, record)
-
-    def _tidy(self, metrics: dict[str, float], started: float, keep: int | None) -> None:
-        """Delete older checkpoints, and log the seconds that all this writing took."""
-        if keep is not None:
-            self.run.delete_checkpoints(self._retained(keep))
-        metrics["time/checkpoint"] = time.perf_counter() - started
-        self.run.log(self.trainer.step, {"time/checkpoint": metrics["time/checkpoint"]})
-
-    async def stop(self) -> None:
-        """Stop serving, and let go of the engine."""
-        if self.server is not None:
-            await self.server.stop()
-        await self.client.close()
-        self.batcher.close()
-
-    def _retained(self, latest: int) -> set[int]:
-        """Steps whose checkpoints stay: the `latest` ones, and the best by val/reward so far."""
-        saved = steps_saved(self.run.checkpoints)
-        best = best_step(self.run.metrics(), "val/reward", saved)
-        return {*saved[-latest:], *([] if best is None else [best])}
-
-    def delete_all_but_best(self, metric: str) -> None:
-        """Delete all checkpoints but the latest and the one with the highest `metric`.
-
-        Raises:
-            ConfigError: a metric that was never logged. Nothing was deleted.
-        """
-        saved = steps_saved(self.run.checkpoints)
-        if len(saved) < 2:
-            return
-        lines = self.run.metrics()
-        check_logged(metric, lines)
-        best = best_step(lines, metric, saved)
-        self.run.delete_checkpoints({saved[-1], saved[-1] if best is None else best})
-
-    def _record(self, settings: Settings, version: int) -> UpdateRecord:
-        policy = self.trainer.policy
-        dtype = str(policy.compute_dtype).removeprefix("torch.")
-        return UpdateRecord.of(settings, version=version, context=policy.context, dtype=dtype)
+            log.warning(
+                "step %d of %s is skipped: %s", self.trainer.step, self.run.folder, out.skipped
+            )
+        return metrics
 
     @timed("publish")
     def _publish(self) -> float:
-        """Give the engine's copy, where it has one, the trainer's weights; seconds it took."""
+        """Give the engine the trainer's weights; seconds that it took."""
         started = time.perf_counter()
-        if isinstance(self.engine.policy, RolloutPolicy):
-            refresh(self.engine.policy, self.trainer.policy)
+        version = self.publisher.publish(self.trainer.policy)
+        if self.engine.policy_version != version:
+            raise ServeError(
+                f"version {version} of the weights was published, but the engine samples with "
+                f"version {self.engine.policy_version}: {type(self.publisher).__name__} doesn't "
+                f"reach this {type(self.engine).__name__}"
+            )
         return time.perf_counter() - started
+
+
+def _identity(model: ModelLike) -> dict[str, Any]:
+    """What is loaded for a model, and how."""
+    return {"base_model": model.source, **model.internal_config.model_dump()}
 
 
 def sampling_seed(seed: int, step: int) -> int:
@@ -209,19 +200,20 @@ def sampling_seed(seed: int, step: int) -> int:
     return seed_of(seed, step)
 
 
-def _failure(function: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> Exception | None:
-    """What stops the function, if anything: a step whose weights have moved is saved regardless."""
+@contextmanager
+def _noted(failures: list[tuple[str, Exception]], what: str) -> Iterator[None]:
+    """Note what fails inside: a step whose weights have moved is saved all the same."""
     try:
-        function(*args, **kwargs)
+        yield
     except Exception as error:
-        return error
-    return None
+        failures.append((what, error))
 
 
 @cache
 def _spare_the_libraries() -> None:
     """Keep Python's garbage collector from searching what torch and transformers made at import:
-    0.2 s each time, in the midst of training. Once a process, before the first model is loaded."""
+    0.2 s each time, in the midst of training. Once per process, before the first model is loaded.
+    """
     gc.collect()
     gc.freeze()
 
@@ -256,13 +248,3 @@ def load_trainer(run: Run, base_model: str, config: InternalModelConfig) -> Trai
         log.info("%s goes on from step %d", run.folder, trainer.step)
     run.forget_after(trainer.step)
     return trainer
-
-
-def _advantages(groups: Sequence[TrajectoryGroup], batch: RolloutBatch) -> list[list[float | None]]:
-    """A_i of each trajectory, None for one that was dropped."""
-    known = {samples[0].trajectory_id: samples[0].advantage for samples in batch.samples}
-    out, number = [], 0
-    for group in groups:
-        out.append([known.get(number + i) for i in range(len(group))])
-        number += len(group)
-    return out

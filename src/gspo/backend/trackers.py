@@ -2,6 +2,9 @@
 
 A tracker gets what metrics.jsonl gets: the same names at the same steps. No run ends because of
 one: what a client raises is a warning, once.
+
+An adapter is a class that is made with a `Followed` and the config, and has `configure` (the whole
+config, once more is known of it), `log` and `finish`. Any of them may raise.
 """
 
 from __future__ import annotations
@@ -11,10 +14,10 @@ import importlib.util
 import json
 import logging
 import uuid
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from gspo.core.errors import ConfigError, MissingDependencyError, suggestion
 from gspo.core.files import write_whole
@@ -25,15 +28,14 @@ TrackerName = Literal["tensorboard", "trackio", "wandb"]
 Config = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Followed:
+class Followed(NamedTuple):
     """The run that a tracker shows.
 
     Attributes:
         folder: of the run.
         project, name: of the model.
-        step: where the run goes on; what a tracker knows of later steps, a killed process logged
-            and the resumed one will log again. None: steps are the caller's (a prompted model).
+        step: at which the run goes on; what a tracker has of later steps was logged by a killed
+            process, and is logged again. None: steps are the caller's (a prompted model).
         begun: an earlier process has logged to the folder.
     """
 
@@ -42,17 +44,6 @@ class Followed:
     name: str
     step: int | None
     begun: bool
-
-
-class Tracker(Protocol):
-    """One client. It is made with the run and the config; any call may raise."""
-
-    def configure(self, config: Config) -> None:
-        """The whole config, once more is known of it."""
-        ...
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
-    def finish(self) -> None: ...
 
 
 class TensorBoard:
@@ -114,38 +105,36 @@ class Wandb:
 
 
 def _wandb_mode(wandb: Any) -> Literal["offline"] | None:
-    """Offline where W&B would ask for a key; else as the user's settings say."""
+    """Offline if W&B would ask for a key; else as the user's settings say."""
     if wandb.setup().settings.mode != "online" or wandb.run is not None:
         return None
     return None if wandb.login(prompt=False, verify=False) else "offline"
 
 
 class Trackio:
-    """A Trackio run; it is known by project and name."""
+    """A Trackio run, which is known by project and name."""
 
     def __init__(self, run: Followed, config: Config):
         self._followed = run
-        self._run = self._open(config, resume="allow" if run.begun else "never")
+        self._open(config, resume="allow" if run.begun else "never")
 
-    def _open(self, config: Config, resume: str) -> Any:
+    def _open(self, config: Config, resume: str) -> None:
         import trackio  # pyright: ignore[reportMissingImports]
 
-        def start() -> Any:
-            return trackio.init(
-                self._followed.project,
-                name=self._followed.name,
-                resume=resume,
-                config=config,
-                embed=False,
-            )
-
-        # In a context of its own: in the caller's, it would end the run of another model.
-        return contextvars.Context().run(start)
+        # In a new context: in the caller's, it would end the run of another model.
+        self._run: Any = contextvars.Context().run(
+            trackio.init,
+            self._followed.project,
+            name=self._followed.name,
+            resume=resume,
+            config=config,
+            embed=False,
+        )
 
     def configure(self, config: Config) -> None:
         # A config is taken when a run is opened, and at no other time.
         self._run.finish()
-        self._run = self._open(config, resume="allow")
+        self._open(config, resume="allow")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
@@ -154,11 +143,7 @@ class Trackio:
         self._run.finish()
 
 
-_TRACKERS: Mapping[TrackerName, Callable[[Followed, Config], Tracker]] = {
-    "tensorboard": TensorBoard,
-    "trackio": Trackio,
-    "wandb": Wandb,
-}
+_ADAPTERS = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": Wandb}
 
 
 def check_loggers(names: Iterable[str]) -> tuple[TrackerName, ...]:
@@ -171,8 +156,8 @@ def check_loggers(names: Iterable[str]) -> tuple[TrackerName, ...]:
     if isinstance(names, str):
         raise ConfigError(f"logger = {names!r}: give a list, [{names!r}]")
     known: dict[str, TrackerName] = {name: name for name in get_args(TrackerName)}
-    found: list[TrackerName] = []
-    for name in dict.fromkeys(names):
+    asked = dict.fromkeys(names)
+    for name in asked:
         if name not in known:
             choices = ", ".join(repr(choice) for choice in known)
             raise ConfigError(
@@ -182,8 +167,7 @@ def check_loggers(names: Iterable[str]) -> tuple[TrackerName, ...]:
         # A folder named wandb/, which the client leaves behind, is a module without an origin.
         if module is None or module.origin is None:
             raise MissingDependencyError(name, name, f"logger = [{name!r}]")
-        found.append(known[name])
-    return tuple(found)
+    return tuple(known[name] for name in asked)
 
 
 class Trackers:
@@ -193,48 +177,47 @@ class Trackers:
         self,
         names: Iterable[TrackerName] = (),
         run: Followed | None = None,
-        config: Mapping[str, Any] | None = None,
+        config: Config | None = None,
     ):
         self._config = dict(config or {})
         self._warned: set[str] = set()
-        self._open: dict[str, Tracker] = {}
+        self._open: dict[str, TensorBoard | Trackio | Wandb] = {}
         for name in names:
             assert run is not None
-            try:
-                self._open[name] = _TRACKERS[name](run, dict(self._config))
-            except Exception as error:
-                self._warn(name, "start", error)
+            with self._warning(name, "start"):
+                self._open[name] = _ADAPTERS[name](run, dict(self._config))
 
     def configure(self, part: str, values: Config) -> None:
         """Add a part to the config, once."""
         if part not in self._config:
             self._config[part] = values
-            self._each("take the config", lambda tracker: tracker.configure(dict(self._config)))
+            for name, tracker in self._open.items():
+                with self._warning(name, "take the config"):
+                    tracker.configure(dict(self._config))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """What a line of metrics.jsonl gains."""
-        self._each("log", lambda tracker: tracker.log(step, metrics))
+        """Show what a line of metrics.jsonl gains."""
+        for name, tracker in self._open.items():
+            with self._warning(name, "log"):
+                tracker.log(step, metrics)
 
     def finish(self) -> None:
         """Let the clients write what they still hold."""
-        self._each("finish", lambda tracker: tracker.finish())
+        for name, tracker in self._open.items():
+            with self._warning(name, "finish"):
+                tracker.finish()
         self._open.clear()
 
-    def _each(self, what: str, call: Callable[[Tracker], None]) -> None:
-        for name, tracker in self._open.items():
-            try:
-                call(tracker)
-            except Exception as error:
-                self._warn(name, what, error)
-
-    def _warn(self, name: str, what: str, error: Exception) -> None:
-        if name not in self._warned:
-            self._warned.add(name)
-            log.warning(
-                "%s could not %s: %s: %s. The run goes on; metrics.jsonl has every step. "
-                "This is said once",
-                name,
-                what,
-                type(error).__name__,
-                error,
-            )
+    @contextmanager
+    def _warning(self, name: str, what: str) -> Iterator[None]:
+        """Turn what a client raises into a warning, the first time."""
+        try:
+            yield
+        except Exception as error:
+            if name not in self._warned:
+                self._warned.add(name)
+                log.warning(
+                    "%s could not %s: %s: %s. The run goes on; metrics.jsonl has every step. "
+                    "This is said once",
+                    *(name, what, type(error).__name__, error),
+                )

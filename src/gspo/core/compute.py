@@ -22,7 +22,7 @@ NOTICE_SECONDS = 600.0
 
 
 def free_cores() -> int:
-    """Cores that this process may use: all of them where the system cannot say (macOS, Windows)."""
+    """Cores that this process may use: all of them if the system cannot say (macOS, Windows)."""
     allowed = getattr(os, "sched_getaffinity", None)
     return len(allowed(0)) if allowed else os.cpu_count() or 1
 

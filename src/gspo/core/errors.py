@@ -11,7 +11,7 @@
     ├── ServeError             the server cannot start or cannot answer
     │   └── RequestError           a request that the engine refuses (HTTP 400)
     ├── NumericsError          a gradient or a probability that is not finite
-    ├── RolloutError           a rollout function or a task of the user's own raised
+    ├── RolloutError           a rollout function or a task of the user raised
     └── MissingDependencyError an optional package is not installed
 
 Every message names the thing, its value and the remedy.
@@ -75,7 +75,7 @@ class NumericsError(GspoError):
 
 
 class RolloutError(GspoError):
-    """A rollout function or a task of the user's own raised, in `gspo train`."""
+    """A rollout function or a task of the user raised, in `gspo train`."""
 
 
 class MissingDependencyError(GspoError):
@@ -89,7 +89,7 @@ class MissingDependencyError(GspoError):
 
 
 def suggestion(name: str, choices: Iterable[str], cutoff: float = 0.55) -> str:
-    """' Did you mean 'x'?' for the nearest of `choices`, or '' where none is `cutoff` alike.
+    """' Did you mean 'x'?' for the nearest of `choices`, or '' if none is `cutoff` alike.
 
     >>> suggestion("sequnce", ["token", "sequence"])
     " Did you mean 'sequence'?"

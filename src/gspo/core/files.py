@@ -16,16 +16,13 @@ from typing import Any
 from gspo.core.errors import RunError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# Of `replacing`, and of gspo 0.1: .config.json.4711, 0001.4711.tmp, .0001.4711, .0001.deleted
-_LEFTOVER = re.compile(
-    r"\..+\.(\d+)\.tmp|\d+\.(\d+)\.tmp|\.(?:\d+|[\w-]+\.(?:json|jsonl|html|png))\.(\d+)|\.\d+\.deleted"
-)
+_LEFTOVER = re.compile(r"\..+\.(\d+)\.tmp")  # see `_beside`
 
 
 def strict_json(
     value: Any, *, indent: int | None = None, default: Callable[[Any], Any] | None = None
 ) -> str:
-    """JSON that every reader takes: a number that is not finite is written as null.
+    """JSON that any reader takes: a number that is not finite is written as null.
 
     >>> strict_json({"loss": float("nan"), "steps": [1, float("inf")]})
     '{"loss": null, "steps": [1, null]}'
@@ -109,16 +106,14 @@ def remove_leftovers(folder: Path) -> None:
     """Delete what killed processes had begun to write, or to delete, directly in `folder`."""
     for path in folder.iterdir() if folder.is_dir() else ():
         match = _LEFTOVER.fullmatch(path.name)
-        if match is not None:
-            process = int(next((number for number in match.groups() if number), 0))
-            if not _writes_now(process):
-                with suppress(OSError):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if match is not None and not _writes_now(int(match[1])):
+            with suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _writes_now(process: int) -> bool:
     """Whether another process of this number lives. Our own has only just begun."""
-    if process in (0, os.getpid()):
+    if process == os.getpid():
         return False
     try:
         os.kill(process, 0)

@@ -13,20 +13,6 @@ from gspo.core.draws import numbered_task
 from gspo.core.errors import ConfigError, shown
 
 
-def check_budget(max_exceptions: Any) -> None:
-    """Refuse a failure budget that means nothing.
-
-    Raises:
-        ConfigError: it is no number, or below 0.
-    """
-    number = isinstance(max_exceptions, int | float) and not isinstance(max_exceptions, bool)
-    if not number or not max_exceptions >= 0:
-        raise ConfigError(
-            f"max_exceptions = {shown(max_exceptions)}: give how many rollouts may fail, or below "
-            "1 their share, such as 0.1"
-        )
-
-
 @dataclass
 class Gather:
     """Counts of one gather. `max_exceptions` below 1 is a share of `total`.
@@ -35,6 +21,9 @@ class Gather:
     >>> gather.failed(ValueError("no")); gather.finished(1.0)
     >>> gather.exceptions, gather.mean_reward()
     (1, 1.0)
+
+    Raises:
+        ConfigError: a budget that is no number from 0.
     """
 
     total: int
@@ -43,6 +32,14 @@ class Gather:
     done: int = 0
     exceptions: int = 0
     _rewards: float = 0.0
+
+    def __post_init__(self) -> None:
+        budget = self.max_exceptions
+        if isinstance(budget, bool) or not isinstance(budget, int | float) or not budget >= 0:
+            raise ConfigError(
+                f"max_exceptions = {shown(budget)}: give how many rollouts may fail, or below "
+                "1 their share, such as 0.1"
+            )
 
     def finished(self, reward: float) -> None:
         """Count a rollout that ended."""
@@ -69,7 +66,7 @@ _current: contextvars.ContextVar[Gather] = contextvars.ContextVar("gspo_gather")
 
 
 def current_gather() -> Gather:
-    """The gather around this coroutine; one that allows no failure where there is none."""
+    """The gather around this coroutine; if there is none, one that allows no failure."""
     return _current.get(Gather(total=0))
 
 

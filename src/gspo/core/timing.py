@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class Clock:
-    """Charges every moment inside its outermost span to the innermost open one.
+    """Charges each moment inside its outermost span to the innermost open one.
 
     So the seconds of all names add up to those of the `root` spans. Spans outside of a root are not
     counted. One span at a time is opened or closed: by one thread, or by threads in turns.
@@ -127,7 +127,7 @@ def measured() -> bool:
 
 
 def span(name: str) -> AbstractContextManager[None]:
-    """A span of the clock around it; nothing where there is none."""
+    """A span of the clock around it; nothing if there is none."""
     clock = _current.get()
     return nullcontext() if clock is None else clock.span(name)
 

@@ -11,11 +11,8 @@ from gspo.policy.load import load_policy
 from gspo.policy.probe import choose_packing
 from gspo.serve.app import create_app
 from gspo.serve.batcher import Batcher
-from gspo.serve.selfcheck import check_engine
-from gspo.serve.server import bind, serve
-from gspo.serve.torch_engine import TorchEngine
-
-WINDOW = 0.005
+from gspo.serve.selfcheck import make_engine
+from gspo.serve.server import WINDOW, bind, serve
 
 
 def serve_model(model: str, host: str, port: int, name: str) -> None:
@@ -30,8 +27,7 @@ def serve_model(model: str, host: str, port: int, name: str) -> None:
     listener = bind(host, port)
     policy = load_policy(model)
     choose_packing(policy)
-    engine = TorchEngine(policy)
-    check_engine(engine)
+    engine = make_engine(policy)
     compute = ComputeThread()
     app = create_app(Batcher(engine, compute, window=WINDOW), lambda: [name])
     bound = listener.getsockname()

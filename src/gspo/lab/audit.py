@@ -25,14 +25,14 @@ from gspo.policy.embedded import PREFIX, embedded_task
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy, load_policy
 from gspo.policy.probe import choose_packing
-from gspo.serve.engine import Completion, Request, SamplingParams
-from gspo.serve.torch_engine import TorchEngine
+from gspo.serve.engine import Completion, Engine, Request, SamplingParams
+from gspo.serve.selfcheck import make_engine
 from gspo.tasks import Task, load_task
 from gspo.train.budget import row_budget
 from gspo.train.expert_replay import record_agreement
 from gspo.train.settings import resolve
 from gspo.trajectory import Trajectory
-from gspo.weights.rollout_copy import rollout_copy
+from gspo.weights.publisher import publisher_for
 
 
 class AuditSpec(Options):
@@ -113,8 +113,9 @@ def run_audit(spec: AuditSpec) -> tuple[AuditReport, Noise]:
     task = spec.load_task()
     policy = load_policy(spec.model)
     choose_packing(policy)
-    engine = TorchEngine(rollout_copy(policy, spec.rollout_dtype), seed=spec.seed)
-    requests = _requests(spec, task, engine)
+    sampling, _ = publisher_for(policy, spec.rollout_dtype)
+    engine = make_engine(sampling, seed=spec.seed)
+    requests = _requests(spec, task, engine, experts=bool(policy.routers.modules))
     noise = measure(policy, _samples(policy, requests, engine.generate(requests)))
     setting = spec.model_dump(exclude={"epsilon_low", "epsilon_high", "max_tokens", "seed"})
     report = make_report(
@@ -162,12 +163,14 @@ def _log_ratios(policy: Policy, microbatch: Microbatch) -> tuple[torch.Tensor, t
     )
 
 
-def _requests(spec: AuditSpec, task: Task, engine: TorchEngine) -> list[Request]:
+def _requests(
+    spec: AuditSpec, task: Task, engine: Engine, *, expert_choices: bool
+) -> list[Request]:
     params = SamplingParams(
         n=spec.completions,
         max_tokens=spec.max_tokens or task.max_tokens,
         temperature=spec.temperature,
-        expert_choices=bool(engine.policy.routers.modules),
+        expert_choices=experts,
     )
     problems = (task.problem("heldout", index, spec.seed) for index in range(spec.prompts))
     return [Request(tuple(engine.encode_chat(task.messages(p))), params) for p in problems]

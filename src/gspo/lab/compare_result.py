@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo.backend.metrics_file import read_metrics
-from gspo.backend.versions import versions
+from gspo.backend.run import versions
 from gspo.core.files import explained, strict_json, write_whole
 from gspo.core.intervals import Interval, share_interval
 from gspo.lab.compare import CompareSpec

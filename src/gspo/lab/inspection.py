@@ -12,7 +12,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from gspo.backend.replay import StoredBatch, UpdateRecord
+from gspo.backend.stored_batch import StoredBatch, UpdateRecord
 from gspo.core.errors import ConfigError
 from gspo.core.metrics import Metrics
 from gspo.core.options import Options

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gspo.backend.metrics_file import read_metrics
-from gspo.backend.replay import StoredBatch, UpdateRecord, read_batch
+from gspo.backend.stored_batch import StoredBatch, UpdateRecord, read_batch
 from gspo.core.errors import CheckpointError, ModelError, RunError
 from gspo.core.options import LARGEST_COUNT
 from gspo.dev import InternalModelConfig, LoraConfig

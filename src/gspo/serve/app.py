@@ -1,6 +1,6 @@
 """The OpenAI-compatible routes before an engine.
 
-Beside OpenAI's fields, every choice carries what training needs: `token_ids`,
+Beside OpenAI's fields, each choice carries what training needs: `token_ids`,
 `prompt_token_ids`, `token_logprobs`, `temperature` and `policy_version`; with
 `return_routes: true`, an MoE engine's `routed_experts` too.
 """
@@ -10,143 +10,122 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request
+import fastapi
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
 from gspo.core.errors import GspoError, RequestError
 from gspo.data.expert_choices import encode_expert_choices
 from gspo.serve.batcher import Batcher
-from gspo.serve.engine import Completion, Engine
-from gspo.serve.engine import Request as EngineRequest
+from gspo.serve.engine import Completion, Engine, Request
 from gspo.serve.schemas import ChatBody, CompletionBody
 
-ServedNames = Callable[[], list[str]]
+# Functions of the module: FastAPI keeps what it knows of them for good, closures too.
+router = fastapi.APIRouter()
+_numbers = itertools.count(1)  # of the answers of this process
 
 
-routes = APIRouter()
-"""Functions of the module: FastAPI caches what it knows of them for good, closures too."""
-
-
-@dataclass(frozen=True)
-class _Served:
-    """What an app answers with.
-
-    Attributes:
-        batcher: where requests go.
-        names: the model names that requests may give.
-        numbers: of the answers.
-    """
-
-    batcher: Batcher
-    names: ServedNames
-    numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
-
-    def check(self, model: str) -> None:
-        if model not in self.names():
-            raise RequestError(f"no model {model!r} here; this server has {self.names()}", "model")
-
-
-def create_app(batcher: Batcher, names: ServedNames) -> FastAPI:
+def create_app(batcher: Batcher, names: Callable[[], list[str]]) -> fastapi.FastAPI:
     """The app that answers for `batcher`'s engine.
 
     Args:
         batcher: where requests go.
         names: the model names that requests may give.
     """
-    app = FastAPI(title="gspo", docs_url=None, redoc_url=None)
-    app.state.served = _Served(batcher, names)
-    app.include_router(routes)
-    _install_error_handlers(app)
+    app = fastapi.FastAPI(title="gspo", docs_url=None, redoc_url=None)
+    app.state.batcher, app.state.names = batcher, names
+    app.include_router(router)
+    for kind in (GspoError, RequestValidationError):
+        app.add_exception_handler(kind, _refusal)
     return app
 
 
-@routes.get("/health")
+@router.get("/health")
 async def health() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@routes.get("/v1/models")
-async def models(request: Request) -> dict[str, Any]:
-    names = request.app.state.served.names()
+@router.get("/v1/models")
+async def models(http: fastapi.Request) -> dict[str, Any]:
+    names = http.app.state.names()
     entries = [{"id": n, "object": "model", "created": 0, "owned_by": "gspo"} for n in names]
     return {"object": "list", "data": entries}
 
 
-@routes.post("/v1/chat/completions")
-async def chat(request: Request, body: ChatBody) -> JSONResponse:
-    served: _Served = request.app.state.served
-    engine = served.batcher.engine
-    served.check(body.model)
-    params = body.sampling(body.limit())
-    engine.check_params(params)
+@router.post("/v1/chat/completions")
+async def chat(http: fastapi.Request, body: ChatBody) -> JSONResponse:
+    batcher = _batcher(http, body.model)
+    engine, params = batcher.engine, body.sampling(body.limit())
     prompt = engine.encode_chat(body.text_messages())
-    done = await served.batcher.complete(EngineRequest(tuple(prompt), params))
-    choices = [_chat_choice(engine, i, prompt, c, body.logprobs) for i, c in enumerate(done)]
-    number = f"chatcmpl-{next(served.numbers)}"
-    return _answer("chat.completion", number, body.model, choices, [prompt])
+    choices = []
+    for completion in await batcher.complete(Request(tuple(prompt), params)):
+        message = {"role": "assistant", "content": completion.text}
+        logprobs = {"content": _token_entries(engine, completion)} if body.logprobs else None
+        choices.append({"message": message, "logprobs": logprobs, **_common(prompt, completion)})
+    return _answer("chatcmpl", "chat.completion", body.model, choices, [prompt])
 
 
-@routes.post("/v1/completions")
-async def completions(request: Request, body: CompletionBody) -> JSONResponse:
-    served: _Served = request.app.state.served
-    batcher, engine = served.batcher, served.batcher.engine
-    served.check(body.model)
-    params = body.sampling(body.max_tokens)
-    engine.check_params(params)
+@router.post("/v1/completions")
+async def completions(http: fastapi.Request, body: CompletionBody) -> JSONResponse:
+    batcher = _batcher(http, body.model)
+    engine, params = batcher.engine, body.sampling(body.max_tokens)
     if body.logprobs not in (None, 0):
         raise RequestError("logprobs: only 0, the chosen tokens', is supported", "logprobs")
     special = body.add_special_tokens
     prompts = [
         engine.encode(p, special=special) if isinstance(p, str) else p for p in body.prompts()
     ]
-    asked = [EngineRequest(tuple(prompt), params) for prompt in prompts]
-    for one in asked:  # all of them, before the first is sampled
-        batcher.check(one)
-    answers = await asyncio.gather(*(batcher.complete(one) for one in asked))
-    pairs = [(p, c) for p, done in zip(prompts, answers, strict=True) for c in done]
-    with_logprobs = body.logprobs is not None
-    choices = [_text_choice(engine, i, p, c, with_logprobs) for i, (p, c) in enumerate(pairs)]
-    number = f"cmpl-{next(served.numbers)}"
-    return _answer("text_completion", number, body.model, choices, prompts)
+    requests = [Request(tuple(prompt), params) for prompt in prompts]
+    for request in requests:  # all of them, before the first is sampled
+        engine.check(request)
+    answers = await asyncio.gather(*(batcher.complete(request) for request in requests))
+    choices = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        for completion in answer:
+            logprobs = None if body.logprobs is None else _token_lists(engine, completion)
+            fields = {"text": completion.text, "logprobs": logprobs}
+            choices.append(fields | _common(prompt, completion))
+    return _answer("cmpl", "text_completion", body.model, choices, prompts)
 
 
-def _install_error_handlers(app: FastAPI) -> None:
-    @app.exception_handler(GspoError)
-    async def refuse(request: Request, error: GspoError) -> JSONResponse:
-        param = error.param if isinstance(error, RequestError) else None
-        return _error(str(error), param, 400 if isinstance(error, RequestError) else 500)
+def _batcher(http: fastapi.Request, model: str) -> Batcher:
+    """Where requests to this model go."""
+    names = http.app.state.names()
+    if model not in names:
+        raise RequestError(f"no model {model!r} here; this server has {names}", "model")
+    return http.app.state.batcher
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+
+async def _refusal(http: fastapi.Request, error: Exception) -> JSONResponse:
+    """An error in OpenAI's form: with status 400 if the request is to blame, else 500."""
+    message, param, status = str(error), None, 500
+    if isinstance(error, RequestError):
+        param, status = error.param, 400
+    elif isinstance(error, RequestValidationError):
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        return _error(f"{where}: {first['msg']}", where, 400)
-
-
-def _error(message: str, param: str | None, status: int) -> JSONResponse:
+        param, status = ".".join(str(part) for part in first["loc"] if part != "body"), 400
+        message = f"{param}: {first['msg']}"
     kind = "invalid_request_error" if status == 400 else "server_error"
     detail = {"message": message, "type": kind, "param": param, "code": None}
     return JSONResponse({"error": detail}, status_code=status)
 
 
 def _answer(
-    kind: str, number: str, model: str, choices: list[dict[str, Any]], prompts: list[list[int]]
+    prefix: str, kind: str, model: str, choices: list[dict[str, Any]], prompts: list[list[int]]
 ) -> JSONResponse:
     prompt_tokens = sum(len(prompt) for prompt in prompts)
     completion_tokens = sum(len(choice["token_ids"]) for choice in choices)
     # Sent as it is: validating our own answer again would cost more than sampling it.
     return JSONResponse(
         {
-            "id": number,
+            "id": f"{prefix}-{next(_numbers)}",
             "object": kind,
             "created": int(time.time()),
             "model": model,
-            "choices": choices,
+            "choices": [{"index": i, **choice} for i, choice in enumerate(choices)],
             "usage": {
                 "prompt_tokens": prompt_tokens,
                 "completion_tokens": completion_tokens,
@@ -156,8 +135,10 @@ def _answer(
     )
 
 
-def _training_fields(prompt: list[int], completion: Completion) -> dict[str, Any]:
+def _common(prompt: list[int], completion: Completion) -> dict[str, Any]:
+    """What a choice of either route has: why it ended, and what training needs."""
     fields = {
+        "finish_reason": completion.finish_reason,
         "token_ids": list(completion.token_ids),
         "prompt_token_ids": prompt,
         "token_logprobs": list(completion.logprobs),
@@ -169,23 +150,12 @@ def _training_fields(prompt: list[int], completion: Completion) -> dict[str, Any
     return fields
 
 
-def _chat_choice(
-    engine: Engine, index: int, prompt: list[int], completion: Completion, logprobs: bool | None
-) -> dict[str, Any]:
-    return {
-        "index": index,
-        "message": {"role": "assistant", "content": completion.text},
-        "finish_reason": completion.finish_reason,
-        "logprobs": {"content": _token_entries(engine, completion)} if logprobs else None,
-        **_training_fields(prompt, completion),
-    }
-
-
 def _token_entries(engine: Engine, completion: Completion) -> list[dict[str, Any]]:
+    """Log-probs in the form of a chat's choice."""
     tokens = completion.token_ids
     return [
         {
-            "token": engine.token_text(token),
+            "token": engine.decode([token], special=True),
             "logprob": logprob,
             "bytes": list(raw),
             "top_logprobs": [],
@@ -196,23 +166,12 @@ def _token_entries(engine: Engine, completion: Completion) -> list[dict[str, Any
     ]
 
 
-def _text_choice(
-    engine: Engine, index: int, prompt: list[int], completion: Completion, logprobs: bool
-) -> dict[str, Any]:
-    detail = None
-    if logprobs:
-        texts = [engine.token_text(token) for token in completion.token_ids]
-        offsets = [0, *itertools.accumulate(len(text) for text in texts)][:-1]
-        detail = {
-            "tokens": texts,
-            "token_logprobs": list(completion.logprobs),
-            "top_logprobs": None,
-            "text_offset": offsets,
-        }
+def _token_lists(engine: Engine, completion: Completion) -> dict[str, Any]:
+    """Log-probs in the form of a text completion's choice."""
+    texts = [engine.decode([token], special=True) for token in completion.token_ids]
     return {
-        "index": index,
-        "text": completion.text,
-        "finish_reason": completion.finish_reason,
-        "logprobs": detail,
-        **_training_fields(prompt, completion),
+        "tokens": texts,
+        "token_logprobs": list(completion.logprobs),
+        "top_logprobs": None,
+        "text_offset": [0, *itertools.accumulate(len(text) for text in texts)][:-1],
     }

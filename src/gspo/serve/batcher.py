@@ -15,27 +15,14 @@ from dataclasses import dataclass, field
 
 from gspo.core.compute import ComputeThread
 from gspo.core.errors import GspoError, ServeError
-from gspo.serve.engine import Completion, Engine, Request, check_fits
+from gspo.serve.engine import Completion, Engine, Request
 
 IDLE_TURNS = 16
 
 log = logging.getLogger("gspo")
 
 
-@dataclass
-class _Waiting:
-    request: Request
-    answer: asyncio.Future[list[Completion]]
-
-    def fail(self, error: BaseException) -> None:
-        """Answer with the error, as one of gspo's."""
-        if self.answer.done():
-            return
-        if not isinstance(error, GspoError):
-            told = ServeError(f"sampling failed: {type(error).__name__}: {error}")
-            told.__cause__ = error
-            error = told
-        self.answer.set_exception(error)
+_Waiting = tuple[Request, asyncio.Future[list[Completion]]]
 
 
 @dataclass
@@ -48,13 +35,13 @@ class _Queue:
     def take(self) -> list[_Waiting]:
         """All that waits. A client that has gone needs no answer."""
         batch, self.waiting = self.waiting, []
-        return [waiting for waiting in batch if not waiting.answer.done()]
+        return [(request, answer) for request, answer in batch if not answer.done()]
 
 
 class Batcher:
     """Collects concurrent requests for an engine and runs it on the compute thread.
 
-    Each event loop has a queue of its own, since futures and tasks belong to the loop that made
+    Each event loop has its own queue, since futures and tasks belong to the loop that made
     them: requests may come from one loop after another, and from the server's beside the user's.
 
     Args:
@@ -85,30 +72,18 @@ class Batcher:
         """Let go of the engine and its weights, whoever may still hold the routes to it."""
         self._engine = None
 
-    def check(self, request: Request) -> None:
-        """Refuse what the engine cannot sample from, before it can spoil a batch.
-
-        Raises:
-            RequestError: ids that are no tokens of the model, a prompt that doesn't fit the
-                context, or expert choices asked of a model that has none.
-        """
-        engine = self.engine
-        check_fits(request, engine.context, engine.vocabulary)
-        if request.params.expert_choices:
-            engine.check_expert_choices()
-
     async def complete(self, request: Request) -> list[Completion]:
         """The request's n completions.
 
         Raises:
-            RequestError: see `check`.
+            RequestError: see `Engine.check`.
             ServeError: the engine failed, or its worker was cancelled.
         """
-        self.check(request)
+        self.engine.check(request)
         loop = asyncio.get_running_loop()
         queue = self._queue(loop)
         answer: asyncio.Future[list[Completion]] = loop.create_future()
-        queue.waiting.append(_Waiting(request, answer))
+        queue.waiting.append((request, answer))
         if queue.worker is None or queue.worker.done():
             queue.worker = loop.create_task(self._work(queue))
         return await answer
@@ -121,29 +96,21 @@ class Batcher:
             return self._queues[loop]
 
     async def _work(self, queue: _Queue) -> None:
-        """Answer batch after batch.
-
-        If this task fails or is cancelled, every waiting request gets the error.
-        """
-        try:
-            while queue.waiting:
+        """Answer batch after batch. If this task is cancelled, all that wait get the error."""
+        while queue.waiting:
+            batch: list[_Waiting] = []
+            try:
                 await self._settle(queue)
-                await self._answer(queue.take())
-        except BaseException as error:
-            _fail(queue.take(), error)
-            if not isinstance(error, Exception):
-                raise
-
-    async def _answer(self, batch: list[_Waiting]) -> None:
-        try:
-            requests = [waiting.request for waiting in batch]
-            done = await self._compute.run(self.engine.generate, requests) if batch else []
-            for waiting, completions in zip(batch, done, strict=True):
-                if not waiting.answer.done():
-                    waiting.answer.set_result(completions)
-        except BaseException as error:
-            _fail(batch, error)
-            if not isinstance(error, Exception):
+                batch = queue.take()
+                requests = [request for request, _ in batch]
+                done = await self._compute.run(self.engine.generate, requests) if batch else []
+                for (_, answer), completions in zip(batch, done, strict=True):
+                    if not answer.done():
+                        answer.set_result(completions)
+            except Exception as error:
+                _fail(batch, error)
+            except BaseException as error:
+                _fail([*batch, *queue.take()], error)
                 raise
 
     async def _settle(self, queue: _Queue) -> None:
@@ -158,7 +125,12 @@ class Batcher:
 
 
 def _fail(batch: Iterable[_Waiting], error: BaseException) -> None:
-    if not isinstance(error, GspoError | asyncio.CancelledError):
-        log.error("sampling failed", exc_info=error)  # over HTTP the traceback is lost
-    for waiting in batch:
-        waiting.fail(error)
+    """Answer with the error, as one of gspo's."""
+    if not isinstance(error, GspoError):
+        if not isinstance(error, asyncio.CancelledError):
+            log.error("sampling failed", exc_info=error)  # over HTTP the traceback is lost
+        cause, error = error, ServeError(f"sampling failed: {type(error).__name__}: {error}")
+        error.__cause__ = cause
+    for _, answer in batch:
+        if not answer.done():
+            answer.set_exception(error)

@@ -1,4 +1,8 @@
-"""The rows that run, and what they have sampled so far, without Python per token."""
+"""The completions that are decoded together, and what they have sampled so far.
+
+Tensors are of R completions. Per token there is little Python: it looks at single completions only
+when one may have ended.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +17,12 @@ from torch import Tensor
 
 from gspo.policy.load import Policy
 from gspo.serve.engine import FinishReason, SamplingParams
-from gspo.serve.sampling import RowRandom, sample
-
-_STOP: FinishReason = "stop"
-_SETTINGS = ("_temperature", "_top_p", "_limit", "_heeds")
+from gspo.serve.sampling import RandomStreams, sample
 
 
 @dataclass
-class Row:
-    """One completion to be made.
+class OpenCompletion:
+    """A completion that is being made.
 
     Attributes:
         request: position of its request.
@@ -30,7 +31,7 @@ class Row:
         key: of its random numbers.
         finish: why it ended, or None while it runs.
         ends: tokens that end it, beside the model's end tokens.
-        text: where a stop text cut it.
+        text: what a stop text left of its text, if one was found.
         tokens, logprobs: once it has ended.
         expert_choices: [n, N, K] experts of its tokens for each forward pass, if asked for.
     """
@@ -49,148 +50,150 @@ class Row:
 
 @contextmanager
 def record_expert_choices(
-    policy: Policy, rows: Sequence[Row], places: Iterable[slice]
+    policy: Policy, completions: Sequence[OpenCompletion], places: Iterable[slice]
 ) -> Iterator[None]:
-    """Around a forward pass: note the experts of each row's tokens, if its request asks for them.
+    """Around a forward pass: note the experts of each completion's tokens, if its request asks.
 
     Args:
         policy: whose forward pass it is.
-        rows: those that take part; none if no request asks.
-        places: where the tokens of each row stand in the pass.
+        completions: those that take part; none if no request asks.
+        places: where the tokens of each completion stand in the pass.
     """
-    if not any(row.params.expert_choices for row in rows):
+    if not any(completion.params.expert_choices for completion in completions):
         yield
         return
     with policy.routers.watch() as choices:
         yield
     chosen = choices.preferred().cpu().numpy()
-    for row, place in zip(rows, places, strict=True):
-        if row.params.expert_choices and row.finish is None:
-            row.expert_choices.append(chosen[place])
+    for completion, place in zip(completions, places, strict=True):
+        if completion.params.expert_choices and completion.finish is None:
+            completion.expert_choices.append(chosen[place])
 
 
 class Running:
-    """R rows that are decoded together. A finished one is carried along until `keep`.
+    """R completions that are decoded together. A finished one is carried along until `keep`.
 
     Args:
-        rows: all of them at their first token.
+        completions: all of them at their first token.
         ends: [V] True at end tokens.
         decode: `Engine.decode`, for stop texts.
     """
 
-    def __init__(self, rows: Sequence[Row], ends: Bool[Tensor, " V"], decode: Callable[..., str]):
-        self.device = ends.device
-        self._ends, self._decode = ends, decode
-        self.rows: list[Row] = []
-        self._random = RowRandom([], self.device)
-        empty = torch.empty(0, device=self.device)
-        self._temperature, self._top_p = empty, empty
-        self._limit = self._count = empty.long()
-        self._heeds = empty.bool()
-        self._tokens = torch.empty(0, 0, dtype=torch.int32, device=self.device)
-        self._logprobs = torch.empty(0, 0, device=self.device)
+    def __init__(
+        self,
+        completions: Sequence[OpenCompletion],
+        ends: Bool[Tensor, " V"],
+        decode: Callable[..., str],
+    ):
+        self.device, self._ends, self._decode = ends.device, ends, decode
+        self.completions: list[OpenCompletion] = []
         self.alive = 0
-        self.add(rows)
+        self._random = RandomStreams([], self.device)
+        # What each completion has: [R] its settings and count, [R, columns] what it has sampled.
+        self._state: dict[str, Tensor] = {}
+        self.add(completions)
 
-    def add(self, rows: Sequence[Row]) -> None:
-        """Rows that begin now, behind the others."""
-
-        def more(old: Tensor, values: list) -> Tensor:
-            return torch.cat([old, torch.tensor(values, dtype=old.dtype, device=self.device)])
-
-        self.rows = [*self.rows, *rows]
-        self._random.add([row.key for row in rows])
-        self._temperature = more(self._temperature, [row.params.temperature for row in rows])
-        self._top_p = more(self._top_p, [row.params.top_p for row in rows])
-        self._heeds = more(self._heeds, [not row.params.ignore_eos for row in rows])
-        self._limit = more(self._limit, [row.limit for row in rows])
-        self._count = more(self._count, [0] * len(rows))
-        self._tokens = _taller(self._tokens, len(rows))
-        self._logprobs = _taller(self._logprobs, len(rows))
-        self.alive += len(rows)
+    def add(self, completions: Sequence[OpenCompletion]) -> None:
+        """Completions that begin now, behind the others."""
+        self.completions += completions
+        self.alive += len(completions)
+        self._random.add([completion.key for completion in completions])
+        params = [completion.params for completion in completions]
+        columns = self._state["tokens"].shape[1] if self._state else 0
+        new = {
+            "temperature": torch.tensor([p.temperature for p in params], dtype=torch.float32),
+            "top_p": torch.tensor([p.top_p for p in params], dtype=torch.float32),
+            "heeds": torch.tensor([not p.ignore_eos for p in params]),  # end tokens
+            "limit": torch.tensor([completion.limit for completion in completions]),
+            "count": torch.zeros(len(params), dtype=torch.long),
+            "tokens": torch.zeros(len(params), columns, dtype=torch.int32),
+            "logprobs": torch.zeros(len(params), columns),
+        }
+        for name, values in new.items():
+            old = [self._state[name]] if name in self._state else []
+            self._state[name] = torch.cat([*old, values.to(self.device)])
 
     def sample(self, logits: Float[Tensor, "R V"]) -> Int[Tensor, " R"]:
-        """Draw a token for every row, write it down, and mark the rows that it ended."""
-        tokens, logprobs = sample(
-            logits, self._temperature, self._top_p, self._random.draw(), self._barred()
-        )
-        if int(self._count.max()) == self._tokens.shape[1]:
-            self._tokens, self._logprobs = _wider(self._tokens), _wider(self._logprobs)
-        at = self._count[:, None]
-        self._tokens.scatter_(1, at, tokens[:, None].to(torch.int32))
-        self._logprobs.scatter_(1, at, logprobs[:, None])
-        self._count += 1
-        stopped = self._ends[tokens] & self._heeds
-        if any(row.ends for row in self.rows):
-            pairs = zip(tokens.tolist(), self.rows, strict=True)
-            ended = [token in row.ends for token, row in pairs]
+        """Draw a token for each completion, write it down, and mark those that it ended."""
+        state = self._state
+        uniform, barred = self._random.draw(), self._barred()
+        tokens, logprobs = sample(logits, state["temperature"], state["top_p"], uniform, barred)
+        count = state["count"]
+        for name, new in (("tokens", tokens.to(torch.int32)), ("logprobs", logprobs)):
+            if int(count.max()) == state[name].shape[1]:
+                state[name] = _wider(state[name])
+            state[name].scatter_(1, count[:, None], new[:, None])
+        count += 1
+        stopped = self._ends[tokens] & state["heeds"]
+        if any(completion.ends for completion in self.completions):
+            pairs = zip(tokens.tolist(), self.completions, strict=True)
+            ended = [token in completion.ends for token, completion in pairs]
             stopped |= torch.tensor(ended, device=self.device)
-        done = stopped | (self._count >= self._limit)
-        if bool(done.any()) or any(row.params.stop for row in self.rows):
+        done = stopped | (count >= state["limit"])
+        if bool(done.any()) or any(completion.params.stop for completion in self.completions):
             self._finish(stopped.tolist(), done.tolist())
         return tokens
 
     def _barred(self) -> Bool[Tensor, "R V"] | None:
-        """End tokens of the rows that are shorter than their min_tokens; None without such rows."""
-        counts = self._count.tolist() if any(row.params.min_tokens for row in self.rows) else []
-        short = [i for i, n in enumerate(counts) if n < self.rows[i].params.min_tokens]
+        """End tokens of the completions that are shorter than their min_tokens, if any are."""
+        if not any(completion.params.min_tokens for completion in self.completions):
+            return None
+        counts = self._state["count"].tolist()
+        short = [i for i, n in enumerate(counts) if n < self.completions[i].params.min_tokens]
         if not short:
             return None
-        barred = torch.zeros(len(self.rows), len(self._ends), dtype=torch.bool, device=self.device)
+        barred = self._ends.new_zeros(len(self.completions), len(self._ends))
         for i in short:
-            barred[i] = self._ends & self._heeds[i]
-            barred[i, list(self.rows[i].ends)] = True
+            barred[i] = self._ends & self._state["heeds"][i]
+            barred[i, list(self.completions[i].ends)] = True
         return barred
 
     def keep(self) -> np.ndarray:
-        """Drop the finished rows; returns the places of those that stay."""
-        kept = [i for i, row in enumerate(self.rows) if row.finish is None]
-        index = torch.tensor(kept, device=self.device, dtype=torch.long)
-        self.rows = [self.rows[i] for i in kept]
+        """Drop the finished completions; returns the places of those that stay."""
+        places = [i for i, completion in enumerate(self.completions) if completion.finish is None]
+        index = torch.tensor(places, device=self.device, dtype=torch.long)
+        self.completions = [self.completions[i] for i in places]
         self._random.keep(index)
-        for name in (*_SETTINGS, "_count", "_tokens", "_logprobs"):
-            setattr(self, name, getattr(self, name)[index])
-        return np.array(kept, dtype=np.int64)
+        self._state = {name: values[index] for name, values in self._state.items()}
+        return np.array(places, dtype=np.int64)
 
     def _finish(self, stopped: list[bool], done: list[bool]) -> None:
-        for i, row in enumerate(self.rows):
-            if row.finish is not None:
+        for i, completion in enumerate(self.completions):
+            if completion.finish is not None:
                 continue
             if stopped[i]:
-                row.finish = _STOP
-            elif row.params.stop and (text := self._cut(i)) is not None:
-                row.finish, row.text = _STOP, text
+                completion.finish = "stop"
+            elif completion.params.stop and (text := self._cut(i)) is not None:
+                completion.finish, completion.text = "stop", text
             elif done[i]:
-                row.finish = "length"
-            if row.finish is not None:
+                completion.finish = "length"
+            if completion.finish is not None:
                 self._write(i)
                 self.alive -= 1
 
     def _cut(self, i: int) -> str | None:
-        """The text before the first stop text, or None where there is none yet."""
-        params, count = self.rows[i].params, int(self._count[i])
+        """The text before the first stop text, or None if there is none yet."""
+        params, count = self.completions[i].params, int(self._state["count"][i])
         if count < params.min_tokens:
             return None
-        tokens, special = self._tokens[i, :count].tolist(), not params.skip_special_tokens
+        tokens = self._state["tokens"][i, :count].tolist()
+        special = not params.skip_special_tokens
         text = self._decode(tokens, special=special)
-        # A stop text counts that ends behind the first min_tokens.
+        # A stop text counts only if it ends behind the first min_tokens.
         least = len(self._decode(tokens[: params.min_tokens], special=special))
         starts = (text.find(stop, max(0, least - len(stop) + 1)) for stop in params.stop)
-        found = [start for start in starts if start >= 0]
-        return text[: min(found)] if found else None
+        first = min((start for start in starts if start >= 0), default=None)
+        return None if first is None else text[:first]
 
     def _write(self, i: int) -> None:
-        length = int(self._count[i])
-        self.rows[i].tokens = tuple(self._tokens[i, :length].tolist())
-        self.rows[i].logprobs = tuple(self._logprobs[i, :length].tolist())
-        # A finished row is still computed until `keep` drops it; its tokens are ignored.
+        state = self._state
+        length = int(state["count"][i])
+        self.completions[i].tokens = tuple(state["tokens"][i, :length].tolist())
+        self.completions[i].logprobs = tuple(state["logprobs"][i, :length].tolist())
+        # A finished completion is still computed until `keep` drops it; its tokens are ignored.
         # It writes them over the start of its buffer.
-        self._count[i] = 0
-        self._limit[i] = torch.iinfo(self._limit.dtype).max
-
-
-def _taller(x: Tensor, rows: int) -> Tensor:
-    return torch.cat([x, x.new_zeros(rows, x.shape[1])])
+        state["count"][i] = 0
+        state["limit"][i] = torch.iinfo(torch.long).max
 
 
 def _wider(x: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ class SamplingParams:
         top_p: sample from the smallest set of tokens that holds this much probability.
         stop: texts at whose first occurrence a completion ends; they are cut from the text, but
             their tokens were sampled and stay in `token_ids`.
-        seed: completion i of a seeded request depends on (seed, i) alone, not on the batch.
+        seed: completion i of a seeded request depends on (seed, i) only, not on other requests.
         purpose: of a request without a seed: what it is for, see `gspo.core.draws.purpose`.
         expert_choices: return the experts that each token went through (MoE models only).
         ignore_eos: sample on after an end token, up to `max_tokens`: for measurements.
@@ -83,7 +83,7 @@ class Completion:
     """One sampled continuation of L tokens.
 
     Attributes:
-        token_ids: every sampled token, the end token included.
+        token_ids: all sampled tokens, the end token included.
         logprobs: float32 log-prob of each one under softmax(logits / `temperature`), not
             renormalised by top_p: what the trainer's ratio needs.
         text: decoded, without special tokens and without the stop text.
@@ -105,16 +105,15 @@ class Completion:
 
 @runtime_checkable
 class Engine(Protocol):
-    """Samples completions. Engines know nothing of HTTP, chats or training."""
+    """Samples completions. Engines know nothing of HTTP or training.
+
+    Nobody looks behind this protocol: new weights reach an engine through its `Publisher` only
+    (`gspo.weights.publisher`).
+    """
 
     @property
-    def context(self) -> int:
-        """Longest prompt + completion in tokens."""
-        ...
-
-    @property
-    def vocabulary(self) -> int:
-        """How many token ids the model has: those of a prompt are below."""
+    def policy_version(self) -> int:
+        """Version of the weights that it samples with."""
         ...
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
@@ -129,24 +128,25 @@ class Engine(Protocol):
         """Text of token ids; with `special`, special tokens too."""
         ...
 
-    def token_text(self, token_id: int) -> str:
-        """One token as it is written, special tokens too."""
-        ...
-
     def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
         """The bytes of each token; a token may be a part of a character."""
         ...
 
-    def check_params(self, params: SamplingParams) -> None:
-        """Raise a RequestError where stop texts or tokens are none that this engine can see."""
-        ...
+    def check(self, request: Request) -> None:
+        """Refuse a request that this engine cannot sample, before it joins others.
 
-    def check_expert_choices(self) -> None:
-        """Raise a RequestError if this engine cannot return the experts of its tokens."""
+        Raises:
+            RequestError: see `check_fits`; stop texts or tokens that the engine cannot see; or
+                `SamplingParams.expert_choices`, if it has none to return.
+        """
         ...
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """For each request its n completions. Blocking; callers run it in a thread."""
+        ...
+
+    def reseed(self, seed: int) -> None:
+        """Draw for requests without a seed, from now on, as an engine that starts with `seed`."""
         ...
 
 

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 
 from gspo.core.errors import RequestError
-from gspo.serve.engine import Completion, Request, SamplingParams, check_fits
+from gspo.serve.engine import Completion, Request, check_fits
 
 END = 0
 
@@ -18,7 +18,7 @@ class FakeEngine:
     Args:
         reply: text of completion `index` of a prompt; default: random letters a to d, drawn from
             the request's seed (or a counter), the prompt and the index.
-        logprob: log-prob that every token gets.
+        logprob: log-prob that each token gets.
 
     >>> engine = FakeEngine(lambda prompt, index: prompt.upper())
     >>> engine.generate([Request(tuple(engine.encode("hi")))])[0][0].text
@@ -54,53 +54,51 @@ class FakeEngine:
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
         return "".join(chr(token) for token in token_ids if special or token != END)
 
-    def token_text(self, token_id: int) -> str:
-        return chr(token_id)
-
     def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
         return [chr(token).encode() for token in token_ids]
 
-    def check_params(self, params: SamplingParams) -> None:
-        if params.min_tokens:
+    def check(self, request: Request) -> None:
+        check_fits(request, self.context, self.vocabulary)
+        if request.params.min_tokens:
             message = "min_tokens: FakeEngine replies with the text that it was given"
             raise RequestError(message, param="min_tokens")
+        if request.params.expert_choices:
+            message = "return_routes: FakeEngine has no experts, so it returns no expert choices"
+            raise RequestError(message, param="return_routes")
 
-    def check_expert_choices(self) -> None:
-        message = "return_routes: FakeEngine has no experts, so it returns no expert choices"
-        raise RequestError(message, param="return_routes")
+    def reseed(self, seed: int) -> None:
+        """Nothing is drawn from an engine's seed here."""
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         return [self._complete(request) for request in requests]
 
     def _complete(self, request: Request) -> list[Completion]:
-        limit = check_fits(request, self.context, self.vocabulary)
-        self.check_params(request.params)
-        if request.params.expert_choices:
-            self.check_expert_choices()
+        self.check(request)
         count = len(self.requests)
         self.requests.append(request)
-        prompt = self.decode(request.prompt)
-        seed = count if request.params.seed is None else request.params.seed
-        return [self._one(request, prompt, i, seed, limit) for i in range(request.params.n)]
+        prompt, seed = self.decode(request.prompt), request.params.seed
+        texts = []
+        for index in range(request.params.n):
+            rng = random.Random(f"{count if seed is None else seed}/{prompt}/{index}")
+            letters = "".join(rng.choice("abcd") for _ in range(rng.randint(1, 8)))
+            texts.append(letters if self.reply is None else self.reply(prompt, index))
+        return [self._completion(request, text) for text in texts]
 
-    def _one(self, request: Request, prompt: str, index: int, seed: int, limit: int) -> Completion:
-        if self.reply is not None:
-            text = self.reply(prompt, index)
-        else:
-            rng = random.Random(f"{seed}/{prompt}/{index}")
-            text = "".join(rng.choice("abcd") for _ in range(rng.randint(1, 8)))
-        special = not request.params.skip_special_tokens
-        ends = {END, *request.params.stop_token_ids}
-        cuts = [at for at in (text.find(stop) for stop in request.params.stop) if at >= 0]
+    def _completion(self, request: Request, text: str) -> Completion:
+        """The completion that says `text`, as far as the request lets it."""
+        params = request.params
+        ends = {END, *params.stop_token_ids}
         tokens = [*self.encode(text), END]
-        first = next(i for i, token in enumerate(tokens) if token in ends)
-        tokens = tokens[: min(first + 1, limit)]
-        out = self.decode(tokens, special=special)
+        first_end = next(i for i, token in enumerate(tokens) if token in ends)
+        limit = check_fits(request, self.context, self.vocabulary)
+        tokens = tokens[: min(first_end + 1, limit)]
+        out = self.decode(tokens, special=not params.skip_special_tokens)
+        cuts = [text.find(stop) for stop in params.stop if stop in text]
         return Completion(
             token_ids=tuple(tokens),
             logprobs=(self.logprob,) * len(tokens),
             text=out[: min(cuts)] if cuts else out,
             finish_reason="stop" if tokens[-1] in ends or cuts else "length",
             policy_version=self.policy_version,
-            temperature=request.params.temperature or 1.0,
+            temperature=params.temperature or 1.0,
         )

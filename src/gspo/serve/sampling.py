@@ -1,4 +1,7 @@
-"""Draw tokens from logits: inverse-CDF sampling, from random numbers that belong to a row."""
+"""Draw tokens from logits: inverse-CDF sampling, from random numbers of each completion's own.
+
+Tensors are of R completions that are decoded together, and V tokens.
+"""
 
 from __future__ import annotations
 
@@ -14,50 +17,47 @@ _BLOCK = 64
 _LARGEST = 1.0 - 2.0**-23  # below 1 after rounding to float32 and scaling
 
 
-class RowRandom:
-    """Uniform numbers per row, each row from a stream of its own (counter-based Philox).
+class RandomStreams:
+    """Uniform numbers, one stream per completion (counter-based Philox).
 
-    A row's numbers depend on its key alone, so that a completion doesn't change with the batch
-    that it happens to be sampled in.
+    A stream's numbers depend on its key only, so that a completion doesn't change with what
+    happens to be decoded beside it.
     """
 
     def __init__(self, keys: Sequence[tuple[int, int]], device: torch.device):
         self._streams: list[np.random.Philox] = []
         self._block = torch.empty(_BLOCK, 0, device=device)
-        self._at = _BLOCK
+        self._next = _BLOCK
         self.add(keys)
 
     def add(self, keys: Sequence[tuple[int, int]]) -> None:
-        """More rows, whose first number comes with the next draw."""
-        new = [np.random.Philox(key=_words(seed, index)) for seed, index in keys]
+        """More streams, whose first number comes with the next draw."""
+        words = np.array([[word % 2**64 for word in key] for key in keys], dtype=np.uint64)
+        new = [np.random.Philox(key=key) for key in words]
         self._streams += new
         block = self._block.new_zeros(_BLOCK, len(new))
-        if new and self._at < _BLOCK:
-            block[self._at :] = self._numbers(new, _BLOCK - self._at)
+        if new and self._next < _BLOCK:
+            block[self._next :] = self._numbers(new, _BLOCK - self._next)
         self._block = torch.cat([self._block, block], dim=1)
 
     def draw(self) -> Float[Tensor, " R"]:
-        """One number in [0, 1) for every row."""
-        if self._at == _BLOCK:
+        """The next number in [0, 1) of each stream."""
+        if self._next == _BLOCK:
             self._block = self._numbers(self._streams, _BLOCK)
-            self._at = 0
-        self._at += 1
-        return self._block[self._at - 1]
+            self._next = 0
+        self._next += 1
+        return self._block[self._next - 1]
 
-    def keep(self, rows: Int[Tensor, " K"]) -> None:
-        """Go on with these rows alone."""
-        self._streams = [self._streams[i] for i in rows.tolist()]
-        self._block = self._block[:, rows]
+    def keep(self, index: Int[Tensor, " K"]) -> None:
+        """Drop all other streams."""
+        self._streams = [self._streams[i] for i in index.tolist()]
+        self._block = self._block[:, index]
 
     def _numbers(self, streams: list[np.random.Philox], count: int) -> Float[Tensor, "C R"]:
-        # Straight from the bits, as numpy's Generator does: making one a row takes longer.
+        # From the bits, as numpy's Generator does: making one Generator per stream takes longer.
         raw = np.stack([stream.random_raw(count) for stream in streams], axis=1)
         uniform = ((raw >> np.uint64(11)) * 2.0**-53).clip(max=_LARGEST)
         return torch.from_numpy(uniform).float().to(self._block.device)
-
-
-def _words(*values: int) -> np.ndarray:
-    return np.array([value % 2**64 for value in values], dtype=np.uint64)
 
 
 def sample(

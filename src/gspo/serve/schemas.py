@@ -12,34 +12,21 @@ from gspo.serve.engine import SamplingParams
 
 _IGNORABLE = {"user", "metadata", "service_tier", "prompt_cache_key", "safety_identifier"}
 """Labels for the provider's own books: they ask for nothing that changes an answer."""
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "stream": (False,),
-    "store": (False,),
-    "stream_options": (None,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "top_logprobs": (0,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-    "top_k": (0, -1),
-    "min_p": (0,),
-    "repetition_penalty": (1,),
-    "length_penalty": (1,),
-    "use_beam_search": (False,),
-    "add_special_tokens": (False,),
-    "chat_template": ("",),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-    "prompt_logprobs": (0,),
-}
-"""Parameters of OpenAI's and vLLM's APIs that this version doesn't have, and the values that ask
-for nothing.
-Any other value is refused by name: nothing is accepted and ignored."""
+_UNSUPPORTED: tuple[tuple[Any, str], ...] = (
+    (False, "stream store echo use_beam_search add_special_tokens continue_final_message"),
+    (0, "frequency_penalty presence_penalty top_logprobs top_k min_p prompt_logprobs"),
+    (1, "best_of repetition_penalty length_penalty"),
+    ("", "suffix chat_template"),
+    ({}, "logit_bias chat_template_kwargs"),
+    ([], "tools"),
+    (-1, "top_k"),
+    ("none", "tool_choice"),
+    ("auto", "tool_choice"),
+    ({"type": "text"}, "response_format"),
+    (None, "stream_options"),
+)
+"""Parameters of OpenAI's and vLLM's APIs that this version doesn't have, after the values of them
+that ask for nothing. Any other value is refused by name: nothing is accepted and ignored."""
 
 
 class _Body(BaseModel):
@@ -82,9 +69,10 @@ class _Body(BaseModel):
 
     def _refuse_unknown(self) -> None:
         for name, value in (self.model_extra or {}).items():
-            if value is None or name in _IGNORABLE or _is_neutral(name, value):
+            neutral = [value for value, names in _UNSUPPORTED if name in names.split()]
+            if value is None or name in _IGNORABLE or any(_same(value, x) for x in neutral):
                 continue
-            if name in _NEUTRAL:
+            if neutral:
                 raise RequestError(f"{name} is not supported by this server yet", param=name)
             # A far-fetched hint misleads: only a misspelling gets one.
             near = suggestion(name, type(self).model_fields, cutoff=0.8)
@@ -129,19 +117,13 @@ class CompletionBody(_Body):
         """
         if not self.prompt and not isinstance(self.prompt, str):
             raise RequestError("prompt = []: give at least one prompt", param="prompt")
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # pyright: ignore[reportReturnType]
-        return list(self.prompt)  # pyright: ignore[reportReturnType]
+        one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return [self.prompt] if one else list(self.prompt)  # pyright: ignore[reportReturnType]
 
 
-def _is_neutral(name: str, value: Any) -> bool:
-    """Whether this value of a parameter asks for nothing. Here 0 is not False."""
-    return any(
-        value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
-        for neutral in _NEUTRAL.get(name, ())
-    )
+def _same(value: Any, neutral: Any) -> bool:
+    """Whether two values of JSON are equal. Here 0 is not False."""
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
 def _plain(message: dict[str, Any], index: int) -> dict[str, Any]:
@@ -149,26 +131,18 @@ def _plain(message: dict[str, Any], index: int) -> dict[str, Any]:
         raise RequestError(f"messages[{index}] has no role", param="messages")
     content = message.get("content")
     if isinstance(content, list):
-        content = "".join(_part_text(part, index) for part in content)
+        for part in content:
+            fine = isinstance(part, dict) and part.get("type") == "text"
+            if not fine or not isinstance(part.get("text"), str):
+                raise RequestError(
+                    f"messages[{index}]: only text parts are supported, "
+                    f'{{"type": "text", "text": "..."}}, not {shown(part)}',
+                    param="messages",
+                )
+        content = "".join(part["text"] for part in content)
     if content is not None and not isinstance(content, str):
         raise RequestError(
             f"messages[{index}].content = {shown(content)}: must be text, or a list of text parts",
             param="messages",
         )
     return {**message, "content": content or ""}
-
-
-def _part_text(part: Any, index: int) -> str:
-    if not isinstance(part, dict) or part.get("type") != "text":
-        raise RequestError(
-            f"messages[{index}]: only text parts are supported, "
-            f'{{"type": "text", "text": "..."}}, not {shown(part)}',
-            param="messages",
-        )
-    text = part.get("text")
-    if not isinstance(text, str):
-        raise RequestError(
-            f"messages[{index}]: the text of a part is {shown(text)}: must be a string",
-            param="messages",
-        )
-    return text

@@ -1,4 +1,4 @@
-"""Does the engine decode this model rightly? Asked once, before anyone relies on it."""
+"""Make the engine of a policy, and ask once whether it decodes the model rightly."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 from gspo.core.errors import ModelError
 from gspo.policy.context import probe_length
-from gspo.policy.load import autocast
-from gspo.serve.engine import Request, SamplingParams
+from gspo.policy.load import Policy, autocast
+from gspo.serve.engine import Engine, Request, SamplingParams
 from gspo.serve.kv import LAYOUTS, Layout
 from gspo.serve.torch_engine import TorchEngine
 
@@ -20,17 +20,32 @@ _FAILURES = (RuntimeError, AttributeError, TypeError, ValueError, LookupError)
 _PROMPT = (1, 2, 3, 4, 5)
 _TOKENS = 3
 _SLOWER: dict[Layout, str] = {
-    "copied": "every row is decoded with a copy of its prompt's keys",
-    "model_cache": "every row is decoded with the model's own cache, which is slower",
+    "copied": "each completion is decoded with a copy of its prompt's keys",
+    "model_cache": "completions are decoded with the model's own cache, which is slower",
     "equal_lengths": "only prompts of equal length are decoded together, which is slower",
 }
+
+
+def make_engine(policy: Policy, *, seed: int = 0) -> Engine:
+    """The engine that samples from `policy` in this process, checked.
+
+    Args:
+        policy: the weights.
+        seed: of requests that have none.
+
+    Raises:
+        ModelError: see `check_engine`.
+    """
+    engine = TorchEngine(policy, seed=seed)
+    check_engine(engine)
+    return engine
 
 
 def check_engine(engine: TorchEngine) -> None:
     """Sample a few tokens and compare their log-probs with a forward pass without a cache.
 
-    One prompt is longer than the model's sliding window, where that costs little. The engine is
-    left with the first of `LAYOUTS` that is exact.
+    One prompt is longer than the model's sliding window, if that costs little. The engine keeps
+    the first of `LAYOUTS` that is exact.
 
     Raises:
         ModelError: the architecture's cache is not one that the engine can decode with.
@@ -53,7 +68,7 @@ def check_engine(engine: TorchEngine) -> None:
         reasons.append(f"{layout}: off by {gap:.3g} nats from the plain forward pass")
     raise ModelError(
         f"{source}: the embedded engine cannot sample from {kind}. What its layers keep from token "
-        "to token is neither keys and values nor a state that transformers' cache lets rows share "
+        "to token is neither keys and values nor a state that transformers' cache lets them share "
         f"({'; '.join(reasons)}). Training on rollouts of another server works"
     )
 
@@ -79,4 +94,4 @@ def _gap(engine: TorchEngine) -> float:
             expected = logits.float().log_softmax(-1)[len(request.prompt) - 1 : -1]
             expected = expected.gather(-1, new[:, None]).squeeze(-1).cpu()
             gaps.append((torch.tensor(completion.logprobs) - expected).abs())
-    return torch.cat(gaps).max().item()  # NaN, where there is one
+    return torch.cat(gaps).max().item()  # NaN if there is one

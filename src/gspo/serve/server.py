@@ -1,4 +1,4 @@
-"""Reach the app without a port (`in_process_client`) or on one (`serve`)."""
+"""Reach an engine without a port (`in_process_client`), on one (`serve`), or both (`Serving`)."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ import importlib
 import socket
 import threading
 import time
-from typing import Any
+from collections.abc import Callable
 
 import uvicorn
 from fastapi import FastAPI
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
+from gspo.core.compute import ComputeThread
 from gspo.core.errors import ServeError
+from gspo.serve.app import create_app
+from gspo.serve.batcher import Batcher
+from gspo.serve.engine import Engine
 
 BASE_URL = "http://gspo.local/v1"
+WINDOW = 0.005
+"""Seconds for which a batch waits for more requests from behind a socket."""
 START_SECONDS = 60
 STOP_SECONDS = 30
 """How long requests that run when the server is stopped may go on."""
@@ -23,24 +29,16 @@ STOP_SECONDS = 30
 
 def in_process_client(app: FastAPI) -> AsyncOpenAI:
     """An OpenAI client whose requests go straight into the app; no socket is opened."""
-    http = _http_library()
-    transport = http.ASGITransport(app=app)
+    # httpx, or whatever the client is built on.
+    modules = (base.__module__.partition(".")[0] for base in DefaultAsyncHttpxClient.__mro__)
+    http = importlib.import_module(next(name for name in modules if name != "openai"))
     return AsyncOpenAI(
         base_url=BASE_URL,
         api_key="gspo",
         max_retries=0,
         timeout=None,
-        http_client=DefaultAsyncHttpxClient(transport=transport),
+        http_client=DefaultAsyncHttpxClient(transport=http.ASGITransport(app=app)),
     )
-
-
-def _http_library() -> Any:
-    """httpx, or its successor httpx2 that openai 3 is built on: the client's own."""
-    for base in DefaultAsyncHttpxClient.__mro__:
-        root = base.__module__.partition(".")[0]
-        if root in ("httpx", "httpx2"):
-            return importlib.import_module(root)
-    raise ServeError("openai's HTTP client is built on neither httpx nor httpx2")
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -75,7 +73,7 @@ def serve(app: FastAPI, listener: socket.socket) -> None:
 
 
 class PortServer:
-    """The app on a listening socket, answered in a thread and an event loop of its own.
+    """The app on a listening socket, answered in its own thread and event loop.
 
     So it answers as long as the process lives, whatever becomes of the loop that started it.
     """
@@ -89,8 +87,8 @@ class PortServer:
             name="gspo-server",
             daemon=True,
         )
-        bound = self._listener.getsockname()
-        self.url = f"http://{bound[0]}:{bound[1]}/v1"
+        host, port = listener.getsockname()[:2]
+        self.url = f"http://{host}:{port}/v1"
 
     async def start(self) -> None:
         """Return once requests are answered.
@@ -115,6 +113,51 @@ class PortServer:
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join, STOP_SECONDS + 5)
         self._listener.close()
+
+
+class Serving:
+    """An engine that answers: to `client`, and on a port too if a listening socket is given.
+
+    Args:
+        engine: what samples.
+        compute: where it samples.
+        names: the model names that requests may give.
+        listener: see `bind`.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        compute: ComputeThread,
+        names: Callable[[], list[str]],
+        listener: socket.socket | None = None,
+    ):
+        self.batcher = Batcher(engine, compute, window=0.0 if listener is None else WINDOW)
+        app = create_app(self.batcher, names)
+        self.client = in_process_client(app)
+        self._port = None if listener is None else PortServer(app, listener)
+
+    @property
+    def url(self) -> str:
+        """On the port; without one, a name that only `client` resolves."""
+        return str(self.client.base_url) if self._port is None else self._port.url
+
+    async def start(self) -> None:
+        """Return once requests are answered. A failure stops all of it."""
+        try:
+            await self.client.models.list()  # the client looks its platform up, once, in a thread
+            if self._port is not None:
+                await self._port.start()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """Finish running requests, and let go of the engine."""
+        if self._port is not None:
+            await self._port.stop()
+        await self.client.close()
+        self.batcher.close()
 
 
 def _config(app: FastAPI) -> uvicorn.Config:

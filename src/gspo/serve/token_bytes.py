@@ -26,11 +26,11 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) ->
         token_ids: tokens that follow each other.
     """
     kinds = decoder_kinds(tokenizer)
-    each = [_one(token, tokenizer, kinds) for token in token_ids]
+    parts = [_one(token, tokenizer, kinds) for token in token_ids]
     text = str(tokenizer.decode(list(token_ids), skip_special_tokens=False))
-    if "ByteFallback" in kinds and each and each[0][:1] == b" " and not text.startswith(" "):
-        each[0] = each[0][1:]  # sentencepiece puts a space before a text, which decoding drops
-    return each
+    if "ByteFallback" in kinds and parts and parts[0][:1] == b" " and not text.startswith(" "):
+        parts[0] = parts[0][1:]  # sentencepiece puts a space before a text, which decoding drops
+    return parts
 
 
 def _one(token_id: int, tokenizer: PreTrainedTokenizerBase, kinds: frozenset[str]) -> bytes:
@@ -42,8 +42,8 @@ def _one(token_id: int, tokenizer: PreTrainedTokenizerBase, kinds: frozenset[str
         numbers = _byte_numbers()
         return bytes(numbers[c] for c in token) if set(token) <= numbers.keys() else token.encode()
     if "ByteFallback" in kinds:
-        found = _FALLBACK.fullmatch(token)
-        return bytes([int(found[1], 16)]) if found else token.replace(_SPACE, " ").encode()
+        byte = _FALLBACK.fullmatch(token)
+        return bytes([int(byte[1], 16)]) if byte else token.replace(_SPACE, " ").encode()
     return str(tokenizer.decode([token_id])).encode()
 
 

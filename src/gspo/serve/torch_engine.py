@@ -1,7 +1,7 @@
 """The embedded engine: samples from the trainer's own weights, in this process.
 
-Prompts are computed once each. Rows are decoded together; a finished one leaves, and one that
-waits takes its place.
+Prompts are computed once each. Completions are decoded together; a finished one leaves, and one
+that waits takes its place.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from gspo.kernels.hf import attention_implementation
 from gspo.kernels.logprob import full_logits
 from gspo.kernels.slab_cache import slab_bytes
 from gspo.policy.load import OWN, Policy, autocast
-from gspo.serve.decoding import Row, Running, record_expert_choices
+from gspo.serve.decoding import OpenCompletion, Running, record_expert_choices
 from gspo.serve.ends import end_tokens, ends_of
-from gspo.serve.engine import Completion, Request, SamplingParams, check_fits
+from gspo.serve.engine import Completion, Request, check_fits
 from gspo.serve.kv import KeyValues, Layout, SharedPrompts, padded, prefill
 from gspo.serve.token_bytes import token_bytes
 
 KV_BYTES = 2 * 2**30
-"""Memory that keys and values may take; rows beyond it wait for their turn."""
+"""Memory that keys and values may take; completions beyond it wait for their turn."""
 _PLANNED = 1024  # a completion counts as no longer than this when memory is planned
 _REMEMBERED = 2**20
 """Unseeded requests whose repetitions are counted, about 100 bytes each."""
-_DEAD = 8  # finished rows are dropped once they are one in so many: dropping copies the others
+_DEAD = 8  # finished ones are dropped once they are one in so many: dropping copies the others
 
 
 class TorchEngine:
@@ -43,28 +43,19 @@ class TorchEngine:
     for, on its prompt, and on how often the same was asked since `reseed`; not on other requests.
     """
 
-    def __init__(self, policy: Policy, *, seed: int = 0, max_rows: int = 512):
+    def __init__(self, policy: Policy, *, seed: int = 0, max_running: int = 512):
         self.policy = policy
-        self.max_rows = max_rows
-        own = attention_implementation(policy.lm) == PACKED
-        self.layout: Layout = "shared" if own and policy.packing in OWN else "copied"
-        """How running rows are kept; `check_engine` goes on to the next where one isn't exact."""
+        self.max_running = max_running
+        packed = attention_implementation(policy.lm) == PACKED
+        self.layout: Layout = "shared" if packed and policy.packing in OWN else "copied"
+        """How keys and values are kept; `check_engine` goes on to the next if one isn't exact."""
         self._seed = seed
         self._drawn: Counter[int] = Counter()
         self._ends = end_tokens(policy)
 
     @property
-    def shared(self) -> bool:
-        """One copy of each prompt's keys, and rows that may join while others run."""
-        return self.layout == "shared"
-
-    @property
-    def context(self) -> int:
-        return self.policy.context
-
-    @property
-    def vocabulary(self) -> int:
-        return self.policy.head.size
+    def policy_version(self) -> int:
+        return self.policy.version
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         return self.policy.tokenizer(text, add_special_tokens=special)["input_ids"]
@@ -88,46 +79,44 @@ class TorchEngine:
         ids = list(token_ids)
         return str(self.policy.tokenizer.decode(ids, skip_special_tokens=not special))
 
-    def token_text(self, token_id: int) -> str:
-        return str(self.policy.tokenizer.decode([token_id], skip_special_tokens=False))
-
     def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
         return token_bytes(self.policy.tokenizer, token_ids)
 
-    def check_params(self, params: SamplingParams) -> None:
-        ends_of(params, self.policy.tokenizer, self.policy.head.size)
+    def check(self, request: Request) -> None:
+        self._prepare(request)
 
-    def check_expert_choices(self) -> None:
-        try:
-            self.policy.routers.require("return_routes")
-        except GspoError as error:
-            raise RequestError(str(error), param="return_routes") from None
+    def _prepare(self, request: Request) -> tuple[int, frozenset[int]]:
+        """Most tokens of each of the request's completions, and the tokens that end one.
+
+        Raises:
+            RequestError: see `Engine.check`.
+        """
+        limit = check_fits(request, self.policy.context, self.policy.head.size)
+        if request.params.expert_choices:
+            try:
+                self.policy.routers.require("return_routes")
+            except GspoError as error:
+                raise RequestError(str(error), param="return_routes") from None
+        return limit, ends_of(request.params, self.policy.tokenizer, self.policy.head.size)
 
     def reseed(self, seed: int) -> None:
-        """From now on, draw for unseeded requests as an engine does that starts with this seed."""
         self._seed = seed
         self._drawn.clear()
 
     @timed("sampling")
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        rows = []
+        opened: list[list[OpenCompletion]] = []
         for r, request in enumerate(requests):
-            limit = check_fits(request, self.context, self.vocabulary)
-            if request.params.expert_choices:
-                self.check_expert_choices()
-            ends = ends_of(request.params, self.policy.tokenizer, self.policy.head.size)
+            limit, ends = self._prepare(request)
             keys = self._keys(request)
-            rows += [Row(r, request.params, limit, key, ends) for key in keys]
+            opened.append([OpenCompletion(r, request.params, limit, key, ends) for key in keys])
         self.policy.lm.eval()
         with torch.no_grad(), autocast(self.policy):
-            self._decode(requests, rows)
-        out: list[list[Completion]] = [[] for _ in requests]
-        for row in rows:
-            out[row.request].append(self._completion(row))
-        return out
+            self._decode(requests, [completion for group in opened for completion in group])
+        return [[self._closed(completion) for completion in group] for group in opened]
 
     def _keys(self, request: Request) -> list[tuple[int, int]]:
-        """Of the random numbers of each of the request's completions."""
+        """Keys of the random numbers of the request's completions."""
         params = request.params
         if params.seed is not None:
             return [(params.seed, index) for index in range(params.n)]
@@ -139,97 +128,109 @@ class TorchEngine:
         # Seeded and unseeded draws never meet: their second words differ in sign.
         return [(seed, -1 - index) for index in range(first, first + params.n)]
 
-    def _decode(self, requests: Sequence[Request], rows: Sequence[Row]) -> None:
-        """Fill in `rows`."""
-        asked = any(row.params.expert_choices for row in rows)
-        waiting = deque(rows)
+    def _decode(self, requests: Sequence[Request], completions: Sequence[OpenCompletion]) -> None:
+        """Sample `completions` to their ends."""
+        asked = any(completion.params.expert_choices for completion in completions)
+        waiting = deque(completions)
         while waiting:
-            lot = self._admitted(requests, waiting, [])
-            kv, logits = self._start(requests, lot, asked)
-            running = Running(lot, self._ends, self.decode)
+            new = self._admitted(requests, waiting, [])
+            kv, logits = self._start(requests, new, asked)
+            running = Running(new, self._ends, self.decode)
             while True:
                 tokens = running.sample(logits)
                 if not running.alive:
                     break
-                dead = len(running.rows) - running.alive
-                lot = self._admitted(requests, waiting, running.rows) if dead else []
-                if lot or dead * _DEAD > len(running.rows):
-                    kept = running.keep()
-                    kv.keep(kept)
-                    tokens = tokens[torch.from_numpy(kept).to(tokens.device)]
-                places = (slice(i, i + 1) for i in range(len(running.rows)))
-                with record_expert_choices(self.policy, running.rows if asked else [], places):
+                dead = len(running.completions) - running.alive
+                new = self._admitted(requests, waiting, running.completions) if dead else []
+                if new or dead * _DEAD > len(running.completions):
+                    stay = running.keep()
+                    kv.keep(stay)
+                    tokens = tokens[torch.from_numpy(stay).to(tokens.device)]
+                places = (slice(i, i + 1) for i in range(len(running.completions)))
+                open_ones = running.completions if asked else []
+                with record_expert_choices(self.policy, open_ones, places):
                     logits = full_logits(kv.advance(tokens), self.policy.head)
-                if lot:
-                    more, first = self._start(requests, lot, asked)
-                    assert isinstance(kv, SharedPrompts) and isinstance(more, SharedPrompts)
-                    kv.join(more)
-                    running.add(lot)
+                if new:
+                    joining, first = self._start(requests, new, asked)
+                    assert isinstance(kv, SharedPrompts) and isinstance(joining, SharedPrompts)
+                    kv.join(joining)
+                    running.add(new)
                     logits = torch.cat([logits, first])
 
     def _admitted(
-        self, requests: Sequence[Request], waiting: deque[Row], running: Sequence[Row]
-    ) -> list[Row]:
-        """Waiting rows whose turn it is, taken from `waiting`: all that `max_rows` and `KV_BYTES`
-        allow beside those that run. A few alone wait for more, since their prompts cost a pass."""
-        if not waiting or (running and not self.shared):
+        self,
+        requests: Sequence[Request],
+        waiting: deque[OpenCompletion],
+        running: Sequence[OpenCompletion],
+    ) -> list[OpenCompletion]:
+        """Completions whose turn it is, taken from `waiting`: all that `max_running` and `KV_BYTES`
+        allow beside those that run. If they are few they wait for more: their prompts cost a pass.
+
+        Only the layout "shared" lets completions join while others run.
+        """
+        shared = self.layout == "shared"
+        if not waiting or (running and not shared):
             return []
         token = slab_bytes(1, 1, self.policy.lm.config.get_text_config())
-        busy = [row for row in running if row.finish is None]
-        prompts = {requests[row.request].prompt for row in busy}
-        limit = max((min(row.limit, _PLANNED) for row in busy), default=0)
+        busy = [completion for completion in running if completion.finish is None]
+        prompts = {requests[completion.request].prompt for completion in busy}
+        limit = max((min(completion.limit, _PLANNED) for completion in busy), default=0)
         width = max((len(prompt) for prompt in prompts), default=0)
-        lot: list[Row] = []
+        new: list[OpenCompletion] = []
         first = len(requests[waiting[0].request].prompt)
-        for row in waiting:
-            prompt = requests[row.request].prompt
+        for completion in waiting:
+            prompt = requests[completion.request].prompt
             prompts.add(prompt)
-            limit, width = max(limit, min(row.limit, _PLANNED)), max(width, len(prompt))
-            size = len(busy) + len(lot) + 1
-            copies = len(prompts) if self.shared else size
+            limit, width = max(limit, min(completion.limit, _PLANNED)), max(width, len(prompt))
+            size = len(busy) + len(new) + 1
+            copies = len(prompts) if shared else size
             planned = token * (size * limit + copies * width)
-            if size > 1 and (size > self.max_rows or planned > KV_BYTES):
+            if size > 1 and (size > self.max_running or planned > KV_BYTES):
                 break
-            if self.layout == "equal_lengths" and lot and len(prompt) != first:
+            if self.layout == "equal_lengths" and new and len(prompt) != first:
                 break
-            lot.append(row)
-        if busy and len(lot) < min(len(waiting), self.max_rows // 16):
+            new.append(completion)
+        if busy and len(new) < min(len(waiting), self.max_running // 16):
             return []
-        for _ in lot:
+        for _ in new:
             waiting.popleft()
-        return lot
+        return new
 
     def _start(
-        self, requests: Sequence[Request], rows: Sequence[Row], asked: bool
+        self, requests: Sequence[Request], new: Sequence[OpenCompletion], asked: bool
     ) -> tuple[KeyValues, Float[Tensor, "R V"]]:
-        """Compute each distinct prompt once; the logits of every row's first token."""
+        """Compute each distinct prompt once; the logits of each completion's first token."""
         number: dict[tuple[int, ...], int] = {}
-        owner = [number.setdefault(requests[row.request].prompt, len(number)) for row in rows]
+        owner = [number.setdefault(requests[c.request].prompt, len(number)) for c in new]
         tokens, real = padded(list(number), self.policy.device)
-        longest = max(row.limit for row in rows)
+        longest = max(completion.limit for completion in new)
         ends = [(prompt + 1) * tokens.shape[1] for prompt in owner]  # padded on the left
-        prompts = (len(requests[row.request].prompt) for row in rows)
-        places = (slice(end - length, end) for end, length in zip(ends, prompts, strict=True))
-        with record_expert_choices(self.policy, rows if asked else [], places):
+        lengths = (len(requests[completion.request].prompt) for completion in new)
+        places = (slice(end - length, end) for end, length in zip(ends, lengths, strict=True))
+        with record_expert_choices(self.policy, new if asked else [], places):
             kv, hidden = prefill(
                 self.policy, tokens, real, np.array(owner), longest, layout=self.layout
             )
         logits = full_logits(hidden, self.policy.head)
         return kv, logits[torch.tensor(owner, device=logits.device)]
 
-    def _completion(self, row: Row) -> Completion:
-        assert row.finish is not None
+    def _closed(self, completion: OpenCompletion) -> Completion:
+        assert completion.finish is not None
+        params, tokens, text = completion.params, completion.tokens, completion.text
+        if text is None:
+            # The text is without a token of the request that ended it.
+            ended = tokens[-1] in completion.ends
+            text = self.decode(
+                tokens[:-1] if ended else tokens, special=not params.skip_special_tokens
+            )
         return Completion(
-            token_ids=row.tokens,
-            logprobs=row.logprobs,
-            text=self._text(row) if row.text is None else row.text,
-            finish_reason=row.finish,
-            policy_version=self.policy.version,
-            temperature=row.params.temperature or 1.0,
-            expert_choices=np.concatenate(row.expert_choices) if row.expert_choices else None,
+            token_ids=tokens,
+            logprobs=completion.logprobs,
+            text=text,
+            finish_reason=completion.finish,
+            policy_version=self.policy_version,
+            temperature=params.temperature or 1.0,
+            expert_choices=np.concatenate(completion.expert_choices)
+            if completion.expert_choices
+            else None,
         )
-
-    def _text(self, row: Row) -> str:
-        """What the row sampled, without the token of the request that ended it."""
-        tokens = row.tokens[:-1] if row.tokens[-1] in row.ends else row.tokens
-        return self.decode(tokens, special=not row.params.skip_special_tokens)

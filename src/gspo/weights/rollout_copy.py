@@ -5,7 +5,7 @@ log-probs differ from the trainer's on the same weights. This module makes that 
 purpose, on any machine:
 
 - `bfloat16`, `float16`: the weights are cast and the whole forward pass runs in that type. The
-  vocabulary projection alone is summed in float32 from the rounded weights and hidden states
+  vocabulary projection only is summed in float32 from the rounded weights and hidden states
   (`logprob.full_logits`), so an engine that also rounds its logits is noisier than this one.
 - `int8`, `int4`: weight-only. Every linear and expert weight is rounded to the engine's grid and
   back, and the pass runs in float32: what is lost is what the integers lose, nothing else.
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -39,60 +39,52 @@ _CAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _ROUTERS = ("gate", "router", "shared_expert_gate")
 
 
-@dataclass
-class RolloutPolicy(Policy):
-    """A copy to sample from: shares no tensor with the trainer's policy, and is never trained.
+class RoundedCopy:
+    """A copy of the trainer's weights in an engine's precision, and its publisher.
 
-    `compute_dtype` is float32 in all of them, which means: no autocast over the copy's own types.
-    """
+    LoRA adapters are merged before the weights are rounded.
 
-    rollout_dtype: RolloutDtype = "float32"
-
-
-def rollout_copy(policy: Policy, dtype: RolloutDtype) -> RolloutPolicy:
-    """A copy of `policy` in an engine's precision; LoRA adapters are merged before rounding.
+    Attributes:
+        policy: what the engine samples from. It shares no tensor with the trainer's policy and is
+            never trained. Its `compute_dtype` is float32 whatever the precision, which means: no
+            autocast over the copy's own types.
 
     Raises:
         ModelError: int8 or int4 of experts whose layout transformers doesn't declare.
     """
-    lm = copy.deepcopy(policy.lm) if policy.peft is None else _merged(policy)
-    lm.requires_grad_(False)
-    for parameter in lm.parameters():
-        parameter.grad = None
-        # Parameters alone: buffers such as the rotary frequencies stay float32 in engines too.
-        parameter.data = parameter.data.to(_CAST.get(dtype, torch.float32))
-    shared = {f.name: getattr(policy, f.name) for f in fields(policy) if f.init}
-    own = {
-        "lm": lm.eval(),
-        "peft": None,
-        "compute_dtype": torch.float32,
-        "checkpointing": False,
-        "rollout_dtype": dtype,
-    }
-    out = RolloutPolicy(**(shared | own))
-    refresh(out, policy)
-    return out
 
+    def __init__(self, policy: Policy, dtype: RolloutDtype):
+        lm = copy.deepcopy(policy.lm) if policy.peft is None else _merged(policy)
+        lm.requires_grad_(False)
+        for parameter in lm.parameters():
+            parameter.grad = None
+            # Parameters only: buffers such as the rotary frequencies stay float32 in engines too.
+            parameter.data = parameter.data.to(_CAST.get(dtype, torch.float32))
+        self.policy = replace(
+            policy, lm=lm.eval(), peft=None, compute_dtype=torch.float32, checkpointing=False
+        )
+        self._bits: Literal[8, 4] | None = _BITS.get(dtype)
+        self.publish(policy)
 
-@torch.no_grad()
-def refresh(rollout: RolloutPolicy, policy: Policy) -> None:
-    """Make the copy's weights anew from the trainer's, in place; its version follows."""
-    source = _merged(policy)
-    weights = dict(source.named_parameters())
-    bits = _BITS.get(rollout.rollout_dtype)
-    layouts = {} if bits is None else dict(quantized_weights(rollout.lm))
-    for name, own in rollout.lm.named_parameters():
-        value = weights[name]
-        if bits is not None and name in layouts:
-            # Scales belong to outputs; the inputs are the last axis unless it is transposed.
-            value = value.mT if layouts[name] else value
-            value = fake_quantized(value, bits)
-            value = value.mT if layouts[name] else value
-        own.copy_(value)
-    buffers = dict(source.named_buffers())
-    for name, own in rollout.lm.named_buffers():
-        own.copy_(buffers[name])
-    rollout.version = policy.version
+    @torch.no_grad()
+    def publish(self, policy: Policy) -> int:
+        """Round the trainer's weights again, in place; see `Publisher`."""
+        source = _merged(policy)
+        weights = dict(source.named_parameters())
+        layouts = {} if self._bits is None else dict(quantized_weights(self.policy.lm))
+        for name, parameter in self.policy.lm.named_parameters():
+            value = weights[name]
+            if self._bits is not None and name in layouts:
+                # Scales belong to outputs; the inputs are the last axis unless it is transposed.
+                value = value.mT if layouts[name] else value
+                value = fake_quantized(value, self._bits)
+                value = value.mT if layouts[name] else value
+            parameter.copy_(value)
+        buffers = dict(source.named_buffers())
+        for name, buffer in self.policy.lm.named_buffers():
+            buffer.copy_(buffers[name])
+        self.policy.version = policy.version
+        return policy.version
 
 
 def fake_quantized(
@@ -130,9 +122,9 @@ def quantized_weights(lm: PreTrainedModel) -> Iterator[tuple[str, bool]]:
         elif isinstance(module, Conv1D):
             yield f"{name}.weight", True
         elif "experts" in name.rpartition(".")[2]:
-            for own, parameter in module.named_parameters(recurse=False):
+            for weight, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() == 3:
-                    yield f"{name}.{own}", _transposed(module, name)
+                    yield f"{name}.{weight}", _transposed(module, name)
 
 
 def _transposed(experts: torch.nn.Module, name: str) -> bool:
@@ -146,7 +138,7 @@ def _transposed(experts: torch.nn.Module, name: str) -> bool:
 
 
 def _merged(policy: Policy) -> PreTrainedModel:
-    """The model without adapters: the policy's own, or with LoRA a copy with them merged."""
+    """The model without adapters: the policy's itself, or with LoRA a copy with them merged."""
     if policy.peft is None:
         return policy.lm
     return copy.deepcopy(policy.peft).merge_and_unload()
