@@ -163,9 +163,7 @@ def _log_ratios(policy: Policy, microbatch: Microbatch) -> tuple[torch.Tensor, t
     )
 
 
-def _requests(
-    spec: AuditSpec, task: Task, engine: Engine, *, expert_choices: bool
-) -> list[Request]:
+def _requests(spec: AuditSpec, task: Task, engine: Engine, *, experts: bool) -> list[Request]:
     params = SamplingParams(
         n=spec.completions,
         max_tokens=spec.max_tokens or task.max_tokens,
