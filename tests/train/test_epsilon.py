@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from gspo import TrainConfig, dev
 from gspo.core.errors import ConfigError
-from gspo.objective import CLIPPING, PRESETS, Objective, policy_loss
+from gspo.objective import PRESETS, Objective, policy_loss
 from gspo.train.epsilon import (
     HIGHEST,
     LOWEST,
@@ -219,7 +219,7 @@ def test_clip_rates_do_not_depend_on_length_with_sqrt_length() -> None:
 
 # Settings: presets combined with options that contradict them
 
-RATIOLESS = [name for name, p in PRESETS.items() if p.objective.surrogate not in CLIPPING]
+RATIOLESS = [name for name, p in PRESETS.items() if not p.objective.has_range]
 SEQUENCE = [name for name, p in PRESETS.items() if p.objective.level.startswith("sequence")]
 OTHERS = [name for name in PRESETS if name not in SEQUENCE]
 CORRECTED: dict[str, Any] = {"algorithm": "gspo", "correction": "sequence_geometric_mask"}

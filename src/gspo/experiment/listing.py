@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from gspo.objective import CLIPPING, PRESETS, Preset
+from gspo.objective import PRESETS, Preset
 
 
 def preset_rows() -> list[dict[str, Any]]:
@@ -25,7 +25,7 @@ def preset_rows() -> list[dict[str, Any]]:
 def _defaults(preset: Preset) -> dict[str, Any]:
     objective = preset.objective
     out: dict[str, Any] = {"ratio": objective.level, "advantage": preset.advantage}
-    if objective.surrogate in CLIPPING:
+    if objective.has_range:
         out |= {"epsilon": objective.epsilon_low, "epsilon_high": objective.epsilon_high}
     return out | dict(objective.constants) | {"minibatches": preset.minibatches}
 

@@ -10,7 +10,6 @@ from gspo.core.errors import ConfigError
 from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.objective import (
     BOUNDS,
-    CLIPPING,
     LEVEL_DEFAULTS,
     PRESETS,
     AdvantageKind,
@@ -62,7 +61,7 @@ class Settings:
         0.0004
         """
         objective, correction = self.objective, self.objective.correction
-        clipped = objective.surrogate in CLIPPING
+        clipped = objective.has_range
         low = "auto" if self.auto_epsilon else objective.epsilon_low
         return self.options.model_dump(mode="json") | {
             "algorithm": self.algorithm,
@@ -155,9 +154,9 @@ def _range(objective: Objective, options: DevTrainConfig) -> tuple[float, float]
 
 def _check_epsilon(preset: Preset, options: DevTrainConfig) -> None:
     given = [n for n in ("epsilon", "epsilon_high") if getattr(options, n) is not None]
-    if given and preset.objective.surrogate not in CLIPPING:
+    if given and not preset.objective.has_range:
         raise ConfigError(f"algorithm={preset.name!r} has no clip range: leave {given[0]} out")
-    sequence = preset.objective.level in ("sequence", "sequence_token")
+    sequence = preset.objective.per_sequence
     if sequence and options.epsilon_high is not None and options.epsilon_high > 1:
         raise ConfigError(
             f"epsilon_high = {options.epsilon_high}: a sequence's ratio is a geometric mean near "

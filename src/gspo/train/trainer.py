@@ -18,7 +18,7 @@ from gspo.core.metrics import Metrics
 from gspo.data.packing import PackedBatch
 from gspo.data.sample import Sample, unit_count
 from gspo.dev import TrainConfig
-from gspo.objective import CLIPPING, Objective
+from gspo.objective import Objective
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy
 from gspo.train.budget import row_budget
@@ -221,7 +221,7 @@ class Trainer:
         target = settings.options.epsilon_target
         if settings.auto_epsilon:
             self.epsilon.observe(objective, seen, target)
-        if objective.surrogate in CLIPPING:
+        if objective.has_range:
             metrics.mean("ratio/epsilon_low", objective.epsilon_low, 1)
             metrics.mean("ratio/epsilon_high", objective.epsilon_high, 1)
         if settings.auto_epsilon or objective.level not in ("sequence", "sequence_token"):
