@@ -26,7 +26,7 @@ from gspo.train.checkpoint import checkpoint_name, steps_saved
 from gspo.trajectory import Trajectory, TrajectoryGroup
 
 if TYPE_CHECKING:
-    from gspo.train.trace import Trace
+    from gspo.train.observe import Trace
 
 FORMAT = 1
 

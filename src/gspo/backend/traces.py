@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from gspo.train.trace import Trace
+    from gspo.train.observe import Trace
 
 
 def trace_columns(traces: Sequence[Trace], turns: Sequence[int]) -> dict[str, Any]:

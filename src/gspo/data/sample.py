@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
@@ -59,6 +60,10 @@ class Sample:
     def sampled(self) -> int:
         """Number of sampled tokens."""
         return int(self.ratio_mask.sum())
+
+
+TrajectorySamples: TypeAlias = tuple[Sample, ...]
+"""The samples of one trajectory, in the order of its turns."""
 
 
 def trajectory_samples(

@@ -65,8 +65,7 @@ class Correction:
         return self.kind.startswith("token")
 
     def weights(
-        self,
-        c: PerToken, off_policy: PerToken, advantages: PerSequence, segments: Segments
+        self, c: PerToken, off_policy: PerToken, advantages: PerSequence, segments: Segments
     ) -> Float[Tensor, " N"]:
         """The weight of each token or sequence, without gradient.
 

@@ -14,8 +14,8 @@ import torch
 from gspo.core.errors import DataError, SampleTooLongError
 from gspo.core.timing import timed
 from gspo.data.check import check_groups
-from gspo.data.sample import Sample, trajectory_samples
-from gspo.objective import AdvantageKind, advantages
+from gspo.data.sample import TrajectorySamples, trajectory_samples
+from gspo.objective import AdvantageKind, Objective, advantages
 from gspo.trajectory import Trajectory, TrajectoryGroup
 
 
@@ -30,7 +30,7 @@ class RolloutBatch:
         dropped: trajectories that were too long and left out, by the user's choice.
     """
 
-    samples: tuple[tuple[Sample, ...], ...]
+    samples: tuple[TrajectorySamples, ...]
     groups: tuple[int, ...]
     rewards: tuple[float, ...]
     dropped: int
@@ -101,7 +101,7 @@ def prepare(
         torch.tensor([g for g, _, _ in flat]),
     ).tolist()
     _check_advantages(values, [g for g, _, _ in flat])
-    kept: list[tuple[tuple[Sample, ...], int, float]] = []
+    kept: list[tuple[TrajectorySamples, int, float]] = []
     dropped = 0
     for i, (g, t, trajectory) in enumerate(flat):
         try:
@@ -137,12 +137,12 @@ def _check_advantages(values: Sequence[float], groups: Sequence[int]) -> None:
             )
 
 
-def minibatches(batch: RolloutBatch, count: int, seed: int) -> list[list[tuple[Sample, ...]]]:
+def minibatches(batch: RolloutBatch, count: int, seed: int) -> list[list[TrajectorySamples]]:
     """Trajectories in `count` near-equal parts; groups in random order, kept together.
 
     Fewer parts where there are fewer trajectories.
     """
-    by_group: dict[int, list[tuple[Sample, ...]]] = {}
+    by_group: dict[int, list[TrajectorySamples]] = {}
     for samples, group in zip(batch.samples, batch.groups, strict=True):
         by_group.setdefault(group, []).append(samples)
     order = sorted(by_group)
@@ -153,9 +153,11 @@ def minibatches(batch: RolloutBatch, count: int, seed: int) -> list[list[tuple[S
     return [units[a:b] for a, b in itertools.pairwise(edges)]
 
 
-def without_advantage(samples: Sequence[Sample]) -> bool:
-    """True where a trajectory gives no policy gradient; a KL term may still have one."""
-    return samples[0].advantage == 0
+def with_gradient(
+    minibatch: Sequence[TrajectorySamples], objective: Objective
+) -> list[TrajectorySamples]:
+    """The trajectories that have a gradient: those with an advantage, or all with a KL term."""
+    return [s for s in minibatch if objective.kl_coef > 0 or s[0].advantage != 0]
 
 
 def reward_std(rewards: Sequence[float]) -> float:

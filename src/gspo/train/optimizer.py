@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gspo.core.errors import CheckpointError
+from gspo.core.errors import CheckpointError, NumericsError
 from gspo.core.timing import timed
 from gspo.dev import TrainConfig
 
@@ -56,13 +56,16 @@ class Optimizer:
         """Clip the gradient, update, and clear it. Returns the norm before clipping.
 
         Raises:
-            FloatingPointError: the gradient is NaN or infinite; nothing was updated.
+            NumericsError: the gradient is NaN or infinite; nothing was updated.
         """
         limit = math.inf if options.max_grad_norm is None else options.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, limit).item()
         if not math.isfinite(norm):
             self.clear()
-            raise FloatingPointError(f"the gradient's norm is {norm}")
+            raise NumericsError(
+                f"the gradient's norm is {norm}: lower the learning rate, or look at the batch's "
+                "ratio/log_abs_max"
+            )
         for group in self._adam.param_groups:
             group["lr"] = rate
             group["betas"] = options.adam_betas
