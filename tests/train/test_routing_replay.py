@@ -14,21 +14,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from gspo import dev
 from gspo.config import TrainConfig
 from gspo.core.errors import ConfigError, DataError, ModelError, NumericsError
-from gspo.core.metrics import Metrics
 from gspo.data.packing import PackedBatch
 from gspo.data.sample import Sample
-from gspo.objective import PRESETS
 from gspo.policy.load import Policy, recompute_layers
 from gspo.train import expert_replay as routing
-from gspo.train import step
+from gspo.train import trainer as trainer_module
 from gspo.train.expert_replay import StepRouting, recorded_routes
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.settings import resolve
-from gspo.train.step import StepInput, accumulate
 from gspo.train.trainer import Trainer
 from policy.routers import moe, phimoe
 from policy.test_forward import tiny
-from support import embedded, random_groups
+from support import embedded, gradient_of, random_groups
 
 
 def batch_of(policy: Policy, **extra: Any) -> RolloutBatch:
@@ -67,21 +64,8 @@ def stepped(
     policy: Policy, batch: RolloutBatch, budget: int, **options: Any
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Gradient and metrics of one step, without the update."""
-    metrics = Metrics()
-    samples = [s for own in batch.samples if own[0].advantage != 0 for s in own]
-    work = StepInput(
-        samples,
-        len(batch.samples),
-        sum(int(sample.loss_mask.sum()) for sample in samples),
-        budget,
-        chunk=None,
-        on_policy=True,
-        routing=StepRouting(policy, options_of(**options), metrics, on_policy=True),
-    )
-    accumulate(policy, work, PRESETS["gspo"].objective.with_epsilon(0.3, 0.5), metrics)
-    gradient = {n: p.grad for n, p in policy.trainable.items() if p.grad is not None}
-    policy.lm.zero_grad(set_to_none=True)
-    return gradient, metrics.compute()
+    settings = resolve(options=options_of(packed_sequence_length=budget, **options))
+    return gradient_of(policy, batch, settings)
 
 
 def assert_same(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
@@ -215,7 +199,7 @@ def test_dense_models_are_refused_before_any_work(options: dict[str, Any]):
 def test_rollouts_without_routes_are_refused_before_any_work(monkeypatch):
     policy = moe()
     batch = batch_of(policy)
-    monkeypatch.setattr(step, "forward", None)
+    monkeypatch.setattr(trainer_module, "forward", None)
     monkeypatch.setattr(routing, "forward", None)
     with pytest.raises(ConfigError, match=r"no routes.*return_routes.*'old_policy'"):
         trained(batch, policy, routing_replay="rollout")
