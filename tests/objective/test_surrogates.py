@@ -104,5 +104,5 @@ def test_it_trains_and_its_stored_options_are_read_again(mine: str) -> None:
 
 
 def test_a_process_that_did_not_register_it_says_so() -> None:
-    with pytest.raises(ValueError, match="unknown surrogate 'mine': .*register_surrogate"):
+    with pytest.raises(ValueError, match=r"unknown surrogate 'mine': .*register_surrogate"):
         own_objective()

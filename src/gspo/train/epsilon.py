@@ -7,9 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from gspo.core.metrics import Metrics
 from gspo.objective import MAX_LOG_RATIO, Objective
-from gspo.train.observe import Trace
+from gspo.train.observe import Observer, Trace
 from gspo.train.settings import Settings
 
 log = logging.getLogger("gspo")
@@ -53,14 +52,7 @@ class EpsilonController:
         moved = math.log(present) + RATE * (math.log(wanted) - math.log(present))
         self.epsilon_low = _bounded(math.exp(moved), scale)
 
-    def learn(
-        self,
-        objective: Objective,
-        settings: Settings,
-        metrics: Metrics,
-        traces: Sequence[Trace],
-        step: int,
-    ) -> None:
+    def learn(self, objective: Objective, settings: Settings, watch: Observer, step: int) -> None:
         """After a call: steer the range if that is asked; else say once that it doesn't fit.
 
         It is a warning if noise clips, else information: most short runs at the paper's range
@@ -68,12 +60,14 @@ class EpsilonController:
         """
         target = settings.options.epsilon_target
         if settings.auto_epsilon:
-            self.observe(objective, traces, target)
+            self.observe(objective, watch.traces, target)
         elif objective.per_sequence:
-            noise = metrics.compute().get("mismatch/clip_fraction", 0.0)
+            noise = watch.metrics.compute().get("mismatch/clip_fraction", 0.0)
             if settings.old_logprobs == "trainer":  # the ratio is not taken against the engine
                 noise = 0.0
-            advice = noise_advice(noise, spread(objective, traces), objective.epsilon_low, target)
+            advice = noise_advice(
+                noise, spread(objective, watch.traces), objective.epsilon_low, target
+            )
             level = logging.WARNING if is_noisy(noise, target) else logging.INFO
             if advice is not None and level not in self._told:
                 self._told.add(level)

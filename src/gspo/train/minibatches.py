@@ -6,7 +6,7 @@ import itertools
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -42,13 +42,11 @@ class RolloutBatch:
 
     def with_signal(self) -> RolloutBatch:
         """Without the groups whose rewards are all equal."""
-        kept = [i for i, group in enumerate(self.groups) if group in self.groups_with_signal]
-        return replace(
-            self,
-            samples=tuple(self.samples[i] for i in kept),
-            groups=tuple(self.groups[i] for i in kept),
-            rewards=tuple(self.rewards[i] for i in kept),
-        )
+        wanted = self.groups_with_signal
+        columns = zip(self.samples, self.groups, self.rewards, strict=True)
+        signal = [column for column in columns if column[1] in wanted]
+        samples, groups, rewards = zip(*signal, strict=True) if signal else ((), (), ())
+        return RolloutBatch(samples, groups, rewards, self.dropped)
 
     @property
     def flat_groups(self) -> int:
@@ -92,18 +90,22 @@ def prepare(
         DataError: see `check_groups` and `trajectory_samples`; an advantage beyond float32.
     """
     check_groups(groups)
-    flat = [(g, t, own) for g, group in enumerate(groups) for t, own in enumerate(group)]
-    rewards = [float(trajectory.reward) for _, _, trajectory in flat]
+    flat = [
+        (g, t, trajectory) for g, group in enumerate(groups) for t, trajectory in enumerate(group)
+    ]
     shaped = [shaped_reward(trajectory, overlong) for _, _, trajectory in flat]
     values = advantages(
         advantage,
         torch.tensor(shaped, dtype=torch.float64),
         torch.tensor([g for g, _, _ in flat]),
     ).tolist()
-    _check_advantages(values, [g for g, _, _ in flat])
-    kept: list[tuple[TrajectorySamples, int, float]] = []
-    dropped = 0
+    prepared: list[tuple[TrajectorySamples, int, float]] = []
     for i, (g, t, trajectory) in enumerate(flat):
+        if abs(values[i]) > torch.finfo(torch.float32).max:
+            raise DataError(
+                f"group {g}: an advantage is {values[i]:.3g}, which is beyond float32: divide the "
+                "rewards by their size, or use an algorithm that divides by their spread (gspo)"
+            )
         try:
             samples = trajectory_samples(
                 trajectory,
@@ -117,24 +119,10 @@ def prepare(
         except SampleTooLongError:
             if not drop_too_long:
                 raise
-            dropped += 1
             continue
-        kept.append((tuple(samples), g, rewards[i]))
-    return RolloutBatch(
-        samples=tuple(samples for samples, _, _ in kept),
-        groups=tuple(g for _, g, _ in kept),
-        rewards=tuple(reward for _, _, reward in kept),
-        dropped=dropped,
-    )
-
-
-def _check_advantages(values: Sequence[float], groups: Sequence[int]) -> None:
-    for value, group in zip(values, groups, strict=True):
-        if abs(value) > torch.finfo(torch.float32).max:
-            raise DataError(
-                f"group {group}: an advantage is {value:.3g}, which is beyond float32: divide the "
-                "rewards by their size, or use an algorithm that divides by their spread (gspo)"
-            )
+        prepared.append((tuple(samples), g, float(trajectory.reward)))
+    trained, of_group, rewards = zip(*prepared, strict=True) if prepared else ((), (), ())
+    return RolloutBatch(trained, of_group, rewards, dropped=len(flat) - len(prepared))
 
 
 def minibatches(batch: RolloutBatch, count: int, seed: int) -> list[list[TrajectorySamples]]:

@@ -118,7 +118,7 @@ class Trainer:
             self.policy.version += watch.updates > 0  # the backend publishes these weights
         self.step += 1
         routing.end()
-        self.epsilon.learn(objective, settings, watch.metrics, watch.traces, self.step)
+        self.epsilon.learn(objective, settings, watch, self.step)
         watch.done(objective)
         skipped = None if watch.updates else why_no_update(len(batch.samples), batch.dropped)
         return TrainOutput(watch.updates, skipped, watch.metrics, settings, watch.by_trajectory())
