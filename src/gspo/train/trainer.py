@@ -139,6 +139,7 @@ class Trainer:
         trained = with_gradient(minibatch, objective)
         if not trained:
             return False
+        # N and T: those without a gradient count too.
         n = sum(unit_count(samples, options.sequence_unit) for samples in minibatch)
         t = sum(int(sample.loss_mask.sum()) for samples in minibatch for sample in samples)
         on_policy = watch.on_policy(trained)
@@ -154,7 +155,7 @@ class Trainer:
         experts.begin(microbatches)
 
         def loss_of(microbatch: PackedBatch) -> tuple[Tensor, tuple[Scored, Watched]]:
-            with experts.observe(microbatch) as choices:
+            with experts.observe(microbatch) as choices:  # log pi_theta of the sampled tokens
                 scored = forward(self.policy, microbatch, options.logprob_calculation_chunk_size)
             out = policy_loss(
                 scored.logprobs,
