@@ -64,7 +64,8 @@ def stepped(
     policy: Policy, batch: RolloutBatch, budget: int, **options: Any
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Gradient and metrics of one step, without the update."""
-    settings = resolve(options=options_of(packed_sequence_length=budget, **options))
+    options |= {"packed_sequence_length": budget, "share_prefixes": False}
+    settings = resolve(options=options_of(**options))
     return gradient_of(policy, batch, settings)
 
 
