@@ -32,7 +32,7 @@ from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.policy.load import Policy, load_policy
 from gspo.policy.probe import choose_packing
 from gspo.train.minibatches import RolloutBatch, prepare
-from gspo.train.recompute import with_trainer_logprobs
+from gspo.train.old_logprobs import with_trainer_logprobs
 from gspo.train.settings import Settings, resolve
 from gspo.train.trainer import Trainer
 

@@ -7,10 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from openai.types.chat.chat_completion import Choice
+from torch import Tensor
 
 import gspo as art
 from gspo.policy.load import Policy, load_policy
 from gspo.policy.probe import choose_packing
+from gspo.train.expert_replay import ExpertReplay
+from gspo.train.minibatches import RolloutBatch
+from gspo.train.observe import Observer
+from gspo.train.settings import Settings
+from gspo.train.trainer import Trainer
 
 
 def choice(
@@ -60,3 +66,17 @@ def embedded(name: str = "embedded:sort", **config: Any) -> Policy:
     policy = load_policy(name, art.dev.InternalModelConfig(**config))
     choose_packing(policy)
     return policy
+
+
+def gradient_of(
+    policy: Policy, batch: RolloutBatch, settings: Settings
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Gradient and metrics of the whole batch as one optimizer step, which is not taken."""
+    batch = batch if settings.counts_flat else batch.with_signal()
+    watch = Observer(policy, batch)
+    experts = ExpertReplay(policy, settings, watch.metrics, budget=10**6)
+    trainer = Trainer(policy)
+    assert trainer.gradient(batch.samples, settings, settings.objective, watch, experts)
+    gradient = {n: p.grad for n, p in policy.trainable.items() if p.grad is not None}
+    policy.lm.zero_grad(set_to_none=True)
+    return gradient, watch.metrics.compute()

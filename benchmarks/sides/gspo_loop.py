@@ -152,11 +152,11 @@ def check(service: Any, batch: Job) -> dict[str, Any]:
     """Log-probs, loss and gradient norm of one optimizer step's loss on a fixed batch."""
     import torch
 
-    from gspo.core.metrics import Metrics
     from gspo.data.packing import pack
     from gspo.policy.forward import forward
+    from gspo.train.minibatches import RolloutBatch
+    from gspo.train.observe import Observer
     from gspo.train.settings import resolve
-    from gspo.train.step import StepInput, accumulate
 
     policy = service.trainer.policy
     samples = fixed_samples(batch)
@@ -164,16 +164,15 @@ def check(service: Any, batch: Job) -> dict[str, Any]:
         importance_sampling_level="sequence",
         epsilon=batch["epsilon"],
         epsilon_high=batch["epsilon_high"],
+        packed_sequence_length=4096,
+        share_prefixes=False,
     )
-    metrics = Metrics()
-    work = StepInput(
-        samples=samples,
-        total_sequences=len(samples),
-        total_tokens=sum(s.sampled for s in samples),
-        budget=4096,
-        chunk=None,
+    settings = resolve(options=options)
+    trajectories = tuple((sample,) for sample in samples)
+    watch = Observer(
+        policy, RolloutBatch(trajectories, (0,) * len(samples), (0.0,) * len(samples), 0)
     )
-    accumulate(policy, work, resolve(options=options).objective, metrics)
+    service.trainer.gradient(trajectories, settings, settings.objective, watch)
     gradients = [p.grad for p in policy.trainable.values() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients).item()
     service.trainer.optimizer.clear()
@@ -184,7 +183,7 @@ def check(service: Any, batch: Job) -> dict[str, Any]:
             for trajectory_id in microbatch.trajectory_ids:
                 count = samples[trajectory_id].sampled
                 logprobs[trajectory_id], values = values[:count], values[count:]
-    loss = metrics.compute()["loss/policy"]
+    loss = watch.metrics.compute()["loss/policy"]
     assert math.isfinite(norm)
     return {"logprobs": logprobs, "loss": loss, "grad_norm": norm}
 

@@ -131,11 +131,9 @@ def presets(as_json: commands.JsonOption = False) -> None:
 
 def _preset_row(preset: Preset) -> dict[str, Any]:
     """Name, formula, defaults and source."""
-    from gspo.objective import CLIPPING
-
     objective = preset.objective
     defaults: dict[str, Any] = {"ratio": objective.level, "advantage": preset.advantage}
-    if objective.surrogate in CLIPPING:
+    if objective.has_range:
         defaults |= {"epsilon": objective.epsilon_low, "epsilon_high": objective.epsilon_high}
     defaults |= {**dict(objective.constants), "minibatches": preset.minibatches}
     return {

@@ -15,7 +15,7 @@ import pytest
 from gspo import TrajectoryGroup
 from gspo.backend.run import Run, in_use
 from gspo.core.errors import RunError
-from gspo.train.trace import Trace
+from gspo.train.observe import Trace
 from support import choice, trajectory
 
 IDENTITY = {"base_model": "embedded:sort"}

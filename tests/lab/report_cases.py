@@ -13,7 +13,7 @@ import numpy as np
 from gspo import TrajectoryGroup
 from gspo.backend.run import Run
 from gspo.experiment.spec import Spec
-from gspo.train.trace import Trace
+from gspo.train.observe import Trace
 from support import choice, trajectory
 
 ARMS = {"gspo": 0.30, "gspo-auto": 0.36, "grpo": 0.33}

@@ -7,15 +7,13 @@ import torch
 
 from gspo import dev
 from gspo.core.errors import DataError
-from gspo.core.metrics import Metrics
 from gspo.data.packing import pack
 from gspo.lab.gradients import MethodLoss, accumulate_gradients, cosines, gram
 from gspo.objective import PRESETS, policy_loss
 from gspo.policy.load import Policy
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.settings import Settings, resolve
-from gspo.train.step import StepInput, accumulate
-from support import embedded, random_groups
+from support import embedded, gradient_of, random_groups
 
 
 @pytest.fixture(scope="module")
@@ -116,21 +114,9 @@ def test_statistics_are_those_of_a_training_step(policy: Policy, groups):
         settings = settings_of(name)
         losses, products = measured(policy, groups, {name: settings})
         batch = batch_of(policy, groups, settings)
-        counted = batch if settings.counts_flat else batch.with_signal()
-        metrics = Metrics()
-        work = StepInput(
-            [s for own in batch.samples if own[0].advantage != 0 for s in own],
-            len(counted.samples),
-            sum(s.sampled for own in counted.samples for s in own),
-            10_000,
-            None,
-        )
-        accumulate(policy, work, settings.objective, metrics)
-        norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in policy.trainable.values() if p.grad is not None]
-        )
-        policy.lm.zero_grad(set_to_none=True)
-        known, one = metrics.compute(), losses[name]
+        gradient, known = gradient_of(policy, batch, settings)
+        norm = torch.nn.utils.get_total_norm(list(gradient.values()))
+        one = losses[name]
         assert one.policy == pytest.approx(known["loss/policy"], rel=1e-5, abs=1e-7), name
         assert products[0, 0].sqrt().item() == pytest.approx(norm.item(), rel=1e-4), name
         assert one.clipped / one.scored == pytest.approx(known["ratio/clip_fraction"]), name

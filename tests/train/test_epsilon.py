@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 
 from gspo import TrainConfig, dev
 from gspo.core.errors import ConfigError
-from gspo.objective import CLIPPING, PRESETS, Objective, policy_loss
+from gspo.objective import PRESETS, Objective, policy_loss
 from gspo.train.epsilon import (
     HIGHEST,
     LOWEST,
     EpsilonController,
-    Observed,
     needed_epsilon,
     spread,
 )
+from gspo.train.observe import Trace
 from gspo.train.settings import resolve
 
 GSPO = PRESETS["gspo"].objective
@@ -33,19 +33,24 @@ SQRT = replace(GSPO, epsilon_scale="sqrt_length")
 TARGET = 0.15
 
 
+def seen_at(log_ratio: float, advantage: float, length: float) -> Trace:
+    """A sequence; the rest of its trace steers nothing."""
+    return Trace(log_ratio, advantage, length, 0, 0, 0, 0, np.zeros(0, np.float32))
+
+
 def noise(
     rng: np.random.Generator, count: int, sigma: float, lengths: Sequence[int], bias: float = 0.0
-) -> list[Observed]:
+) -> list[Trace]:
     """Sequences of l_i ~ N(bias, sigma^2 / L_i), with advantages of both signs and 0."""
     size = rng.choice(lengths, count)
     advantages = rng.choice([-1.5, -1.0, 0.5, 2.0, 0.0], count)
     values = bias + sigma / np.sqrt(size) * rng.normal(size=count)
-    return [Observed(*map(float, v)) for v in zip(values, advantages, size, strict=True)]
+    return [seen_at(*map(float, v)) for v in zip(values, advantages, size, strict=True)]
 
 
 def test_the_spread_is_of_the_sequences_that_can_be_clipped() -> None:
     """A KL term shows flat groups to the trainer too; the advice on epsilon is not about them."""
-    seen = [Observed(0.1, 1.0, 4), Observed(0.3, -1.0, 9), Observed(-50.0, 0.0, 1)]
+    seen = [seen_at(0.1, 1.0, 4), seen_at(0.3, -1.0, 9), seen_at(-50.0, 0.0, 1)]
     assert spread(GSPO, seen) == pytest.approx(0.1)
     assert spread(SQRT, seen) == pytest.approx((0.9 - 0.2) / 2)
     assert spread(GSPO, seen[1:]) == 0.0
@@ -54,15 +59,15 @@ def test_the_spread_is_of_the_sequences_that_can_be_clipped() -> None:
 @pytest.mark.parametrize("objective", [GSPO, SQRT])
 @pytest.mark.parametrize("unseen", [-0.5, 0.5, math.nan])
 def test_only_sequences_that_can_be_clipped_steer(objective: Objective, unseen: float) -> None:
-    seen = [Observed(0.001 * k, (-1.0) ** k, 9) for k in range(-9, 10)]
-    flat = [Observed(unseen, 0.0, 9)] * 19 + [Observed(math.nan, 1.0, 9)]
+    seen = [seen_at(0.001 * k, (-1.0) ** k, 9) for k in range(-9, 10)]
+    flat = [seen_at(unseen, 0.0, 9)] * 19 + [seen_at(math.nan, 1.0, 9)]
     one, other = EpsilonController(), EpsilonController()
     one.observe(objective, seen, TARGET)
     other.observe(objective, [*flat, *seen], TARGET)
     assert one.epsilon_low == other.epsilon_low is not None
 
 
-def clip_share(objective: Objective, seen: Sequence[Observed]) -> float:
+def clip_share(objective: Objective, seen: Sequence[Trace]) -> float:
     """Of the sequences with an advantage, those that `policy_loss` itself clips."""
     seen = [one for one in seen if one.advantage != 0]
     lengths = torch.tensor([int(one.length) for one in seen])
@@ -78,7 +83,7 @@ def clip_share(objective: Objective, seen: Sequence[Observed]) -> float:
 
 
 def steer(
-    controller: EpsilonController, objective: Objective, batches: Sequence[Sequence[Observed]]
+    controller: EpsilonController, objective: Objective, batches: Sequence[Sequence[Trace]]
 ) -> list[float]:
     """epsilon_low after each call of `train`."""
     path = []
@@ -119,7 +124,7 @@ def test_converges_to_the_target_share_from_anywhere(
     assert abs(share - TARGET) < 0.05
 
 
-def is_clipped(one: Observed, low: float, objective: Objective) -> bool:
+def is_clipped(one: Trace, low: float, objective: Objective) -> bool:
     """By the paper: s outside [1 - low, 1 + high] on the side that A pushes to, high = 4/3 low."""
     scale = math.sqrt(one.length) if objective.epsilon_scale == "sqrt_length" else 1.0
     if one.advantage > 0:
@@ -135,6 +140,13 @@ def test_approaches_without_overshooting(start: float) -> None:
     left = [abs(math.log(epsilon / path[-1])) for epsilon in path]
     assert all(after < before for before, after in pairwise(left[:30]))
     assert left[1] > 0.5 * left[0]
+
+
+def test_needed_epsilon_by_hand() -> None:
+    """s = 1.3: at A > 0 beyond a range of 0.15 / 0.3; at A < 0 the clip never acts there."""
+    wide = Objective("sequence", 0.1, 0.2)
+    assert needed_epsilon(wide, seen_at(math.log(1.3), 1.0, 9)) == pytest.approx(0.15)
+    assert needed_epsilon(wide, seen_at(math.log(1.3), -1.0, 9)) == 0.0
 
 
 def test_the_smallest_range_that_does_not_clip() -> None:
@@ -155,7 +167,7 @@ def test_the_smallest_range_that_does_not_clip() -> None:
 
 SEEN = st.lists(
     st.builds(
-        Observed,
+        seen_at,
         st.floats(allow_nan=False),
         st.sampled_from([-1.0, 0.0, 2.0]),
         st.integers(1, 10**5).map(float),
@@ -170,7 +182,7 @@ SEEN = st.lists(
     target=st.floats(1e-3, 0.999),
 )
 def test_stays_in_bounds_and_keeps_the_proportion(
-    batches: list[list[Observed]], start: float, target: float
+    batches: list[list[Trace]], start: float, target: float
 ) -> None:
     controller = EpsilonController(start)
     for seen in batches:
@@ -182,8 +194,8 @@ def test_stays_in_bounds_and_keeps_the_proportion(
         assert LOWEST <= controller.epsilon_low <= HIGHEST
 
 
-@pytest.mark.parametrize("seen", [[], [Observed(0.3, 0.0, 9.0)]])
-def test_nothing_observed_changes_nothing(seen: list[Observed]) -> None:
+@pytest.mark.parametrize("seen", [[], [seen_at(0.3, 0.0, 9.0)]])
+def test_nothing_observed_changes_nothing(seen: list[Trace]) -> None:
     for start in (None, 0.01):
         controller = EpsilonController(start)
         controller.observe(controller.apply(GSPO), seen, TARGET)
@@ -219,7 +231,7 @@ def test_clip_rates_do_not_depend_on_length_with_sqrt_length() -> None:
 
 # Settings: presets combined with options that contradict them
 
-RATIOLESS = [name for name, p in PRESETS.items() if p.objective.surrogate not in CLIPPING]
+RATIOLESS = [name for name, p in PRESETS.items() if not p.objective.has_range]
 SEQUENCE = [name for name, p in PRESETS.items() if p.objective.level.startswith("sequence")]
 OTHERS = [name for name in PRESETS if name not in SEQUENCE]
 CORRECTED: dict[str, Any] = {"algorithm": "gspo", "correction": "sequence_geometric_mask"}

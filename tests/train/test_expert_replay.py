@@ -18,20 +18,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from gspo import dev
 from gspo.config import TrainConfig
 from gspo.core.errors import ConfigError, DataError, ModelError, NumericsError
-from gspo.core.metrics import Metrics
 from gspo.data.packing import Microbatch
 from gspo.data.sample import Sample, TrajectorySamples
-from gspo.objective import PRESETS
 from gspo.policy.load import Policy, recompute_layers
-from gspo.train import expert_replay, step
+from gspo.train import trainer as trainer_module
 from gspo.train.expert_replay import ExpertReplay, changed_slots, with_own_choices
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.settings import resolve
-from gspo.train.step import StepInput, accumulate
 from gspo.train.trainer import Trainer
 from policy.routers import moe, phimoe
 from policy.test_forward import tiny
-from support import embedded, random_groups
+from support import embedded, gradient_of, random_groups
 
 
 def batch_of(policy: Policy, **extra: Any) -> RolloutBatch:
@@ -78,21 +75,9 @@ def stepped(
     policy: Policy, batch: RolloutBatch, budget: int, **options: Any
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Gradient and metrics of one step, without the update."""
-    metrics = Metrics()
-    samples = [s for own in batch.samples if own[0].advantage != 0 for s in own]
-    work = StepInput(
-        samples,
-        len(batch.samples),
-        sum(int(sample.loss_mask.sum()) for sample in samples),
-        budget,
-        chunk=None,
-        on_policy=True,
-        replay=ExpertReplay(policy, options_of(**options), metrics, budget),
-    )
-    accumulate(policy, work, PRESETS["gspo"].objective.with_epsilon(0.3, 0.5), metrics)
-    gradient = {n: p.grad for n, p in policy.trainable.items() if p.grad is not None}
-    policy.lm.zero_grad(set_to_none=True)
-    return gradient, metrics.compute()
+    options |= {"packed_sequence_length": budget, "share_prefixes": False}
+    settings = resolve(options=options_of(**options))
+    return gradient_of(policy, batch, settings)
 
 
 def assert_same(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
@@ -226,7 +211,7 @@ def test_dense_models_are_refused_before_any_work(options: dict[str, Any]):
 def test_rollouts_without_choices_are_refused_before_any_work(monkeypatch):
     policy = moe()
     batch = batch_of(policy)
-    monkeypatch.setattr(step, "forward", None)
+    monkeypatch.setattr(trainer_module, "forward", None)
     monkeypatch.setattr(expert_replay, "forward", None)
     with pytest.raises(ConfigError, match=r"no expert choices.*return_routes.*'old_policy'"):
         trained(batch, policy, routing_replay="rollout")

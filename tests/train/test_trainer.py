@@ -11,17 +11,15 @@ import torch
 from gspo import TrajectoryGroup, dev
 from gspo.config import TrainConfig
 from gspo.core.errors import NumericsError
-from gspo.core.metrics import Metrics
 from gspo.objective import PRESETS
 from gspo.policy.load import Policy, load_policy
 from gspo.serve.engine import Request, SamplingParams
 from gspo.serve.torch_engine import TorchEngine
-from gspo.train import step
+from gspo.train import trainer as trainer_module
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.settings import resolve
-from gspo.train.step import StepInput, accumulate
 from gspo.train.trainer import Trainer
-from support import choice, embedded, random_groups, trajectory
+from support import choice, embedded, gradient_of, random_groups, trajectory
 
 
 @pytest.fixture(scope="module")
@@ -49,21 +47,18 @@ def naive_loss(policy: Policy, batch: RolloutBatch, low: float, high: float) -> 
     return -torch.stack(losses).mean()
 
 
-def gradient(policy: Policy) -> dict[str, torch.Tensor]:
-    out = {n: p.grad.clone() for n, p in policy.trainable.items() if p.grad is not None}
-    policy.lm.zero_grad(set_to_none=True)
-    return out
-
-
 def accumulated(policy: Policy, batch: RolloutBatch, budget: int, packing: str = "buckets"):
-    metrics = Metrics()
     policy.packing = packing  # pyright: ignore[reportAttributeAccessIssue]
-    samples = [s for own in batch.samples if own[0].advantage != 0 for s in own]
-    tokens = sum(int(s.loss_mask.sum()) for own in batch.samples for s in own)
-    work = StepInput(samples, len(batch.samples), tokens, budget, chunk=17)
-    accumulate(policy, work, PRESETS["gspo"].objective.with_epsilon(0.3, 0.5), metrics)
+    options = dev.TrainConfig(
+        epsilon=0.3,
+        epsilon_high=0.5,
+        packed_sequence_length=budget,
+        logprob_calculation_chunk_size=17,
+        share_prefixes=False,
+    )
+    gradient, metrics = gradient_of(policy, batch, resolve(options=options))
     policy.packing = "buckets"
-    return metrics.compute(), gradient(policy)
+    return metrics, gradient
 
 
 def test_loss_and_gradient_equal_the_naive_loop(policy: Policy):
@@ -71,7 +66,8 @@ def test_loss_and_gradient_equal_the_naive_loop(policy: Policy):
     metrics, got = accumulated(policy, batch, 10_000)
     loss = naive_loss(policy, batch, 0.3, 0.5)
     loss.backward()
-    expected = gradient(policy)
+    expected = {n: p.grad for n, p in policy.trainable.items() if p.grad is not None}
+    policy.lm.zero_grad(set_to_none=True)
     assert metrics["loss/policy"] == pytest.approx(loss.item(), abs=1e-6)
     assert 0 < metrics["ratio/clip_fraction"] < 1
     assert set(got) == set(expected)
@@ -110,15 +106,11 @@ def test_flat_groups_cost_no_forward_but_count_in_n(policy: Policy, monkeypatch)
     for t in groups[1]:
         t.reward = 0.5
     seen: list[int] = []
-    from gspo.train import step
-
-    own = step.rows_of
+    inner = trainer_module.pack
     monkeypatch.setattr(
-        step,
-        "rows_of",
-        lambda policy, samples, *args, **share: (
-            seen.append(len(samples)) or own(policy, samples, *args, **share)
-        ),
+        trainer_module,
+        "pack",
+        lambda samples, *args, **share: seen.append(len(samples)) or inner(samples, *args, **share),
     )
     trainer = Trainer(embedded())
     settings = resolve(options=dev.TrainConfig(minibatches=1))
@@ -238,12 +230,12 @@ def test_a_step_that_failed_leaves_no_gradient_behind(monkeypatch: pytest.Monkey
             rows = itertools.count()
             with monkeypatch.context() as patch:
 
-                def second_fails(*args, inner=step.forward, rows=rows, **kwargs):
+                def second_fails(*args, inner=trainer_module.forward, rows=rows, **kwargs):
                     if next(rows) == 1:
                         raise MemoryError("no room")
                     return inner(*args, **kwargs)
 
-                patch.setattr(step, "forward", second_fails)
+                patch.setattr(trainer_module, "forward", second_fails)
                 with pytest.raises(MemoryError):
                     trainer.train(batch, settings)
             assert next(rows) == 2

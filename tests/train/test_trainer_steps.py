@@ -13,13 +13,15 @@ import torch
 from gspo import TrajectoryGroup, dev
 from gspo.config import TrainConfig
 from gspo.core.errors import NumericsError
+from gspo.data.sample import Sample
+from gspo.objective import Objective
 from gspo.policy.load import Policy, load_policy
 from gspo.policy.workers import Workers
 from gspo.train import trainer as trainer_module
 from gspo.train.epsilon import needed_epsilon
 from gspo.train.minibatches import RolloutBatch, prepare
+from gspo.train.observe import Observer
 from gspo.train.settings import resolve
-from gspo.train.step import StepInput
 from gspo.train.trainer import Trainer
 from support import choice, embedded, random_groups, trajectory
 
@@ -53,16 +55,34 @@ def rates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return seen
 
 
+@dataclasses.dataclass
+class Step:
+    """What an optimizer step, which is not taken, was computed from."""
+
+    samples: list[Sample]
+    unit: str
+    total_sequences: int = 0
+    total_tokens: int = 0
+
+
 @pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> list[StepInput]:
-    """What each optimizer step, which is not taken, is computed from."""
-    seen: list[StepInput] = []
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
+    """The optimizer steps of a call; only the first microbatch of each has a forward pass."""
+    seen: list[Step] = []
+    pack, loss = trainer_module.pack, trainer_module.policy_loss
 
-    def accumulate(policy: Any, work: StepInput, *_: Any) -> list[Any]:
-        seen.append(work)
-        return []
+    def packed(samples: list[Sample], budget: int, unit: str, **how: Any) -> Any:
+        seen.append(Step(samples, unit))
+        return pack(samples, budget, unit, **how)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(trainer_module, "accumulate", accumulate)
+    def policy_loss(*args: Any, **given: Any) -> Any:
+        step = seen[-1]
+        step.total_sequences, step.total_tokens = given["total_sequences"], given["total_tokens"]
+        return loss(*args, **given)
+
+    monkeypatch.setattr(trainer_module, "pack", packed)
+    monkeypatch.setattr(trainer_module, "policy_loss", policy_loss)
+    monkeypatch.setattr(trainer_module.Optimizer, "step", lambda self, *_: self.clear() or 1.0)
     return seen
 
 
@@ -73,7 +93,7 @@ def two_samples(reward: float) -> TrajectoryGroup:
     return TrajectoryGroup([trajectory(reward, *turns), trajectory(1.0, choice([28] * 5, [9]))])
 
 
-def order_of(steps: list[StepInput]) -> list[list[int]]:
+def order_of(steps: list[Step]) -> list[list[int]]:
     """The trajectories of each step."""
     return [[sample.trajectory_id for sample in step.samples] for step in steps]
 
@@ -109,7 +129,7 @@ def test_a_skipped_minibatch_keeps_its_place_in_the_schedule(rates: list[float])
     assert rates[0] in [pytest.approx(RATE * (k + 1) / 4) for k in range(4)]
 
 
-def test_two_epochs_and_two_calls_have_other_minibatches(steps: list[StepInput]):
+def test_two_epochs_and_two_calls_have_other_minibatches(steps: list[Step]):
     trainer = Trainer(embedded())
     batch = batch_of(trainer.policy, groups=8, size=2)
     settings = resolve(options=dev.TrainConfig(minibatches=4, epochs=2))
@@ -123,7 +143,7 @@ def test_two_epochs_and_two_calls_have_other_minibatches(steps: list[StepInput])
     assert len({frozenset(partition) for partition in partitions}) == 4
 
 
-def test_the_seed_alone_decides_the_order(steps: list[StepInput]):
+def test_the_seed_alone_decides_the_order(steps: list[Step]):
     batch = batch_of(embedded(), groups=8, size=2)
     for seed in (0, 0, 1):
         Trainer(embedded()).train(batch, resolve(options=dev.TrainConfig(seed=seed)))
@@ -133,21 +153,29 @@ def test_the_seed_alone_decides_the_order(steps: list[StepInput]):
 
 @pytest.mark.parametrize(("version", "first"), [(0, True), (1, False)])
 def test_only_the_first_step_on_fresh_samples_measures_the_engine(
-    steps: list[StepInput], version: int, first: bool
+    monkeypatch: pytest.MonkeyPatch, version: int, first: bool
 ):
     """Later ones have moved weights, under the version that sampled until the call is over."""
+    seen: list[bool] = []
+    inner = Observer.backward_done
+
+    def backward_done(self: Observer, objective: Objective, *, on_policy: bool) -> None:
+        seen.append(on_policy)
+        inner(self, objective, on_policy=on_policy)
+
+    monkeypatch.setattr(Observer, "backward_done", backward_done)
     policy = embedded()
     policy.version = version  # the samples' is 0
-    Trainer(policy).train(batch_of(policy), resolve(options=dev.TrainConfig(epochs=2)))
-    assert [step.on_policy for step in steps] == [first, *[False] * 7]
-    assert [step.update for step in steps] == list(range(8))
+    options = dev.TrainConfig(epochs=2)
+    out = Trainer(policy).train(batch_of(policy), resolve(options=options))
+    assert seen == [first, *[False] * 7]
+    assert {trace.update for traces in out.traces.values() for trace in traces} == {4, 5, 6, 7}
+    assert ("mismatch/log_ratio_mean" in out.metrics.compute()) == first
 
 
 @pytest.mark.parametrize(("unit", "sequences"), [("trajectory", 4), ("turn", 8)])
 @pytest.mark.parametrize("kl_coef", [0.0, 0.1])
-def test_n_and_t_count_the_whole_step(
-    steps: list[StepInput], unit: Any, sequences: int, kl_coef: float
-):
+def test_n_and_t_count_the_whole_step(steps: list[Step], unit: Any, sequences: int, kl_coef: float):
     """Flat groups too, with and without a forward pass; three turns, the last in another sample."""
     policy = embedded()
     trainer = Trainer(policy, lambda: load_policy("embedded:sort"))
@@ -193,7 +221,7 @@ def test_staleness_counts_versions_since_a_token_was_sampled():
     assert out["staleness/max"] == 3
 
 
-def test_the_batch_is_described_by_trajectory_group_and_token(steps: list[StepInput]):
+def test_the_batch_is_described_by_trajectory_group_and_token(steps: list[Step]):
     groups = [two_samples(reward) for reward in (0.0, 1.0, 1.0)]
     out = Trainer(embedded()).train(prepare(groups, context=512), resolve())
     metrics = out.metrics.compute()
@@ -305,8 +333,11 @@ def test_layers_are_recomputed_without_train_mode(
 ):
     """In train mode a model may drop out or jitter, and be another policy than the one sampled."""
     policy, modes = embedded(activation_checkpointing=checkpointing), []
+    inner = trainer_module.forward
     monkeypatch.setattr(
-        trainer_module, "accumulate", lambda policy, *_: modes.append(policy.lm.training) or []
+        trainer_module,
+        "forward",
+        lambda policy, *args: modes.append(policy.lm.training) or inner(policy, *args),
     )
     Trainer(policy).train(batch_of(policy), resolve())
     assert modes == [False] * 4

@@ -21,7 +21,7 @@ from gspo.core.errors import ConfigError, RunError, suggestion
 from gspo.core.files import explained, remove, remove_leftovers, strict_json, write_whole
 from gspo.core.timing import timed
 from gspo.train.checkpoint import checkpoint_name, steps_saved
-from gspo.train.trace import Trace
+from gspo.train.observe import Trace
 from gspo.trajectory import TrajectoryGroup
 
 FORMAT = 1

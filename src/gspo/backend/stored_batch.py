@@ -26,8 +26,8 @@ from gspo.core.files import explained, replacing, strict_json
 from gspo.data.turn import sampled_logprobs
 from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.train.algorithms import BUILT_IN
+from gspo.train.observe import Trace
 from gspo.train.settings import Settings, resolve
-from gspo.train.trace import Trace
 from gspo.trajectory import Trajectory, TrajectoryGroup
 
 _KEY = b"gspo.update"

@@ -20,7 +20,7 @@ from gspo.policy.forward import forward
 from gspo.policy.load import Policy
 from gspo.train.minibatches import RolloutBatch
 from gspo.train.settings import Settings
-from gspo.train.step import Reference
+from gspo.train.trainer import Reference
 
 _SLICE = 1 << 20  # elements of a parameter that are multiplied in float64 at once
 

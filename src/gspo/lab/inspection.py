@@ -27,9 +27,9 @@ from gspo.policy.load import Policy
 from gspo.train.budget import row_budget
 from gspo.train.expert_replay import ExpertReplay
 from gspo.train.minibatches import RolloutBatch, prepare
-from gspo.train.recompute import with_trainer_logprobs
+from gspo.train.old_logprobs import with_trainer_logprobs
 from gspo.train.settings import Settings
-from gspo.train.step import Reference
+from gspo.train.trainer import Reference
 
 OWN = "this run"
 """Name of the run's own method where no preset equals it."""

@@ -14,7 +14,6 @@ from torch import Tensor
 from gspo.lab.audit_report import Summary, summarise
 from gspo.lab.gradients import MethodLoss, cosines
 from gspo.lab.inspection_source import Weights
-from gspo.objective import CLIPPING
 from gspo.train.minibatches import RolloutBatch
 from gspo.train.settings import Settings
 
@@ -147,7 +146,7 @@ def _at(
 
 def _method(name: str, loss: MethodLoss, norm: float, cosine: float | None) -> Method:
     objective = loss.settings.objective
-    ranged = objective.surrogate in CLIPPING
+    ranged = objective.has_range
     return Method(
         name=name,
         epsilon=(objective.epsilon_low, objective.epsilon_high) if ranged else None,

@@ -18,8 +18,7 @@ from gspo.policy.load import Policy, load_policy
 from gspo.policy.probe import choose_packing
 from gspo.train.checkpoint import checkpoint_name, steps_saved, verify_checkpoint
 from gspo.train.settings import Settings
-from gspo.train.step import Reference
-from gspo.train.trainer import Trainer
+from gspo.train.trainer import Reference, Trainer
 
 Weights = Literal["before", "after"]
 
@@ -156,7 +155,7 @@ class Source:
             frozen.lm.requires_grad_(False)
             return frozen
 
-        return Trainer(policy, load).reference()
+        return Trainer(policy, load).reference
 
 
 def ranges(numbers: Sequence[int]) -> str:

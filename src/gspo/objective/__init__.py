@@ -15,22 +15,21 @@ padded or split into microbatches, as long as `total_sequences` is the whole ste
 
 from .advantage import advantages, group_advantages
 from .correction import BOUNDS, Correction, CorrectionKind
-from .kl import k3
 from .loss import LossOutput, policy_loss
-from .presets import CLIPPING, LEVEL_DEFAULTS, PRESETS, AdvantageKind, Objective, Preset
+from .presets import LEVEL_DEFAULTS, PRESETS, AdvantageKind, Objective, Preset, clip_range
 from .ratio import (
     MAX_LOG_RATIO,
     Level,
+    Segments,
     importance_ratio,
+    k3,
     sequence_log_ratio,
     token_log_ratio,
 )
-from .segments import Segments
-from .surrogate import clipped_surrogate
+from .surrogates import Terms, clipped_surrogate, register_surrogate
 
 __all__ = [
     "BOUNDS",
-    "CLIPPING",
     "LEVEL_DEFAULTS",
     "MAX_LOG_RATIO",
     "PRESETS",
@@ -42,12 +41,15 @@ __all__ = [
     "Objective",
     "Preset",
     "Segments",
+    "Terms",
     "advantages",
+    "clip_range",
     "clipped_surrogate",
     "group_advantages",
     "importance_ratio",
     "k3",
     "policy_loss",
+    "register_surrogate",
     "sequence_log_ratio",
     "token_log_ratio",
 ]

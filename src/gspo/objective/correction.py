@@ -14,8 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .ratio import bounded_exp
-from .segments import Segments
+from .ratio import PerSequence, PerToken, Segments, bounded_exp, token_log_ratio
 
 CorrectionKind = Literal[
     "token_truncate",
@@ -66,11 +65,7 @@ class Correction:
         return self.kind.startswith("token")
 
     def weights(
-        self,
-        c: Float[Tensor, " T"],
-        off_policy: Float[Tensor, " T"],
-        advantages: Float[Tensor, " S"],
-        segments: Segments,
+        self, c: PerToken, off_policy: PerToken, advantages: PerSequence, segments: Segments
     ) -> Float[Tensor, " N"]:
         """The weight of each token or sequence, without gradient.
 
@@ -93,3 +88,30 @@ class Correction:
             return weight.clamp(max=self.high)
         inside = (weight >= self.low) & (weight <= self.high)
         return torch.where(inside, weight, 0.0)
+
+
+def correction_weights(
+    correction: Correction | None,
+    logprobs: PerToken,
+    tokens: Mapping[str, Tensor],
+    a: PerToken,
+    advantages: PerSequence | None,
+    segments: Segments,
+) -> tuple[PerToken | None, PerSequence | float]:
+    """The weight of each token, or None, and of each sequence, or 1.
+
+    Args:
+        correction: None: nothing is corrected.
+        logprobs: log pi_theta.
+        tokens: `old_logprobs` and `sampling_logprobs`, [T] each.
+        a, advantages: of each token; of each sequence, or None if only those of tokens are given.
+        segments: which token belongs to which sequence.
+    """
+    if correction is None:
+        return None, 1.0
+    mask, sampling = segments.ratio_mask, tokens["sampling_logprobs"]
+    c = token_log_ratio(tokens["old_logprobs"], sampling, mask)
+    off_policy = token_log_ratio(sampling, logprobs, mask)
+    advantages = segments.mean(a) if advantages is None else advantages
+    weights = correction.weights(c, off_policy, advantages, segments)
+    return (weights, 1.0) if correction.per_token else (None, weights)

@@ -1,4 +1,18 @@
-"""The policy loss: log-probs in, loss and per-sequence statistics out."""
+"""The policy loss: log-probs in, loss and per-sequence statistics out.
+
+For GSPO, `policy_loss` is these lines, with masks, sums over packed sequences and bounds added:
+
+>>> low, high, old = 3e-4, 4e-4, torch.tensor([-1.0, -1.0, -1.5])
+>>> new, ids = torch.tensor([-1.1, -0.9, -1.6]), torch.tensor([0, 0, 1])
+>>> A = torch.tensor([1.0, -1.0])
+>>> d = new - old  # d_t
+>>> l = torch.stack([d[ids == i].mean() for i in (0, 1)])  # l_i, equation 7
+>>> s = l.exp()  # s_i, equation 7
+>>> loss = -torch.minimum(s * A, s.clamp(1 - low, 1 + high) * A).mean()  # equation 5
+>>> out = policy_loss(new, old, ids, A, Objective("sequence", low, high))
+>>> torch.allclose(out.loss, loss), out.clipped_tokens.tolist()
+(True, [0.0, 1.0])
+"""
 
 from __future__ import annotations
 
@@ -8,11 +22,22 @@ import torch
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
-from .kl import k3
-from .presets import Objective, Preset
-from .ratio import MAX_LOG_RATIO, sequence_log_ratio, token_log_ratio
-from .segments import Segments
+from .correction import correction_weights
+from .inputs import checked
+from .presets import Objective, Preset, clip_range
+from .ratio import (
+    PerSequence,
+    Segments,
+    bounded_exp,
+    importance_ratio,
+    is_extreme,
+    k3,
+    sequence_log_ratio,
+)
 from .surrogates import SURROGATES, Terms
+
+Tokens = Float[Tensor, "*shape"]
+Mask = Bool[Tensor, "*shape"] | Integer[Tensor, "*shape"]
 
 
 @dataclass(frozen=True)
@@ -37,27 +62,27 @@ class LossOutput:
     loss: Float[Tensor, ""]
     policy: Float[Tensor, ""]
     kl: Float[Tensor, ""]
-    log_ratio: Float[Tensor, " S"]
-    lengths: Float[Tensor, " S"]
-    loss_tokens: Float[Tensor, " S"]
-    clipped_tokens: Float[Tensor, " S"]
+    log_ratio: PerSequence
+    lengths: PerSequence
+    loss_tokens: PerSequence
+    clipped_tokens: PerSequence
     extreme: Bool[Tensor, " S"]
 
 
 def policy_loss(
-    logprobs: Float[Tensor, "*shape"],
-    old_logprobs: Float[Tensor, "*shape"],
+    logprobs: Tokens,
+    old_logprobs: Tokens,
     sequence_ids: Int[Tensor, "*shape"] | None,
-    advantages: Float[Tensor, " S"] | None,
+    advantages: PerSequence | None,
     objective: Objective | Preset,
     *,
-    token_advantages: Float[Tensor, "*shape"] | None = None,
-    ratio_mask: Bool[Tensor, "*shape"] | Integer[Tensor, "*shape"] | None = None,
-    loss_mask: Bool[Tensor, "*shape"] | Integer[Tensor, "*shape"] | None = None,
+    token_advantages: Tokens | None = None,
+    ratio_mask: Mask | None = None,
+    loss_mask: Mask | None = None,
     total_sequences: int | None = None,
     total_tokens: int | None = None,
-    sampling_logprobs: Float[Tensor, "*shape"] | None = None,
-    reference_logprobs: Float[Tensor, "*shape"] | None = None,
+    sampling_logprobs: Tokens | None = None,
+    reference_logprobs: Tokens | None = None,
 ) -> LossOutput:
     """-(1/N) Σ_i of the clipped surrogate (GSPO, arXiv 2507.18071, equation 5), plus KL.
 
@@ -102,205 +127,79 @@ def policy_loss(
     (0.90856, -0.6057)
     """
     objective = objective.objective if isinstance(objective, Preset) else objective
-    sequence_ids = _ids_of_rows(logprobs) if sequence_ids is None else sequence_ids
-    if ratio_mask is None:
-        ratio_mask = torch.ones_like(logprobs, dtype=torch.bool)
-    ratio_mask = _as_mask("ratio_mask", ratio_mask)
-    loss_mask = ratio_mask if loss_mask is None else _as_mask("loss_mask", loss_mask)
-    tokens = {"old_logprobs": old_logprobs, "sequence_ids": sequence_ids}
-    tokens |= {"ratio_mask": ratio_mask, "loss_mask": loss_mask}
-    optional = {
-        "token_advantages": token_advantages,
-        "sampling_logprobs": sampling_logprobs,
-        "reference_logprobs": reference_logprobs,
-    }
-    tokens |= {name: tensor for name, tensor in optional.items() if tensor is not None}
-    _check(logprobs, tokens, objective, advantages, total_sequences)
-
-    segments = _segments(sequence_ids, ratio_mask, loss_mask, advantages)
-    mask = segments.ratio_mask
-    sequences = segments.count if total_sequences is None else total_sequences
-    flat = {name: tensor.reshape(-1) for name, tensor in tokens.items()}
+    given = {"old_logprobs": old_logprobs, "sequence_ids": sequence_ids, "ratio_mask": ratio_mask}
+    given |= {"loss_mask": loss_mask, "token_advantages": token_advantages}
+    given |= {"sampling_logprobs": sampling_logprobs, "reference_logprobs": reference_logprobs}
+    tokens, segments = checked(logprobs, objective, advantages, total_sequences, given)
+    mask, lengths = segments.ratio_mask, segments.lengths.to(logprobs.dtype)
     new = torch.where(mask, logprobs.reshape(-1), 0.0)
-    terms = _terms(new, flat, segments, objective, advantages)
-    d = terms.d
-    per_sequence, clipped = SURROGATES[objective.surrogate](terms, objective)
-    per_sequence = per_sequence * _sequence_weights(terms, flat, objective)
-    total = sequences
-    if objective.aggregate == "token_mean":
-        given = int(segments.loss_mask.sum())
-        total = max(given if total_tokens is None else total_tokens, 1)
-    policy = -_reduced(per_sequence, segments, objective, total)
+    old = torch.where(mask, tokens["old_logprobs"], 0.0)
+    if advantages is None:
+        a = tokens["token_advantages"].to(new.dtype)
+    else:
+        advantages = advantages.to(new.device, new.dtype, non_blocking=True)
+        a = segments.spread(advantages)
+    a = torch.where(segments.loss_mask, a, 0.0)  # padding and what is not trained on may hold NaN
+    weights, sequence_weights = correction_weights(
+        objective.correction, new, tokens, a, advantages, segments
+    )
+
+    d = new - old  # d_t of every sampled token
+    log_ratio = sequence_log_ratio(d, segments)  # l_i = (1/L_i) Σ_t d_t, equation 7
+    ratio = bounded_exp(log_ratio)  # s_i = exp(l_i), equation 7
+    if objective.level != "sequence":
+        ratio, lengths = importance_ratio(objective.level, d, segments), segments.spread(lengths)
+    low, high = clip_range(objective, lengths)
+    terms = Terms(
+        level=objective.level,
+        ratio=ratio,
+        d=d,
+        logprobs=new,
+        old_logprobs=old,
+        a=a,
+        advantages=advantages,
+        low=low,
+        high=high,
+        constants=objective.constants,
+        segments=segments,
+        weights=weights,
+    )
+    # v_i; for the surrogate `clip` min(s_i A_i, clip(s_i, 1 - low, 1 + high) A_i), equation 5.
+    value, clipped = SURROGATES[objective.surrogate].function(terms)
+    total = _total(objective, segments, total_sequences, total_tokens)
+    policy = -_sum(value * sequence_weights, objective, segments) / total  # -(1/N) Σ_i v_i
     kl = torch.zeros_like(policy)
     if reference_logprobs is not None:
-        estimate = k3(new, reference_logprobs.reshape(-1), segments.loss_mask)
-        kl = _reduced(segments.mean(estimate), segments, objective, total)
-    log_ratio = sequence_log_ratio(d.detach(), segments)
+        estimate = k3(new, tokens["reference_logprobs"], segments.loss_mask)
+        kl = _sum(segments.mean(estimate), objective, segments) / total
+    clipped = torch.zeros_like(mask) if clipped is None else clipped & segments.loss_mask
     return LossOutput(
         loss=policy + objective.kl_coef * kl,
         policy=policy.detach(),
         kl=kl.detach(),
-        log_ratio=log_ratio,
+        log_ratio=log_ratio.detach(),
         lengths=segments.lengths,
         loss_tokens=segments.sum(segments.loss_mask.float()),
-        clipped_tokens=segments.sum((clipped & segments.loss_mask).float()),
-        extreme=_extreme(objective, d.detach(), log_ratio, segments),
+        clipped_tokens=segments.sum(clipped.float()),
+        extreme=is_extreme(objective.exponent, d.detach(), log_ratio.detach(), segments),
     )
 
 
-def _reduced(
-    means: Float[Tensor, " S"], segments: Segments, objective: Objective, total: int
-) -> Float[Tensor, ""]:
-    """Means over each sequence's L_i tokens, as the objective adds them up; `total` is N or T.
+def _sum(means: PerSequence, objective: Objective, segments: Segments) -> Float[Tensor, ""]:
+    """Means over each sequence's L_i tokens, as the objective adds them up.
 
     The surrogate and the KL term go through this one function: reduced in two ways, the weight of
     the KL against the surrogate would depend on the lengths.
     """
     if objective.aggregate != "sequence_mean":
         means = means * segments.lengths.to(means.dtype)
-    return means.sum() / total
+    return means.sum()
 
 
-def _ids_of_rows(logprobs: Tensor) -> Tensor:
-    """Sequence ids of a batch whose rows are sequences."""
-    if logprobs.dim() != 2:
-        raise ValueError(
-            f"logprobs have shape {tuple(logprobs.shape)}: give sequence_ids, which may be left "
-            "out only for a [B, T] batch of one sequence per row"
-        )
-    return torch.arange(len(logprobs), device=logprobs.device)[:, None].expand(logprobs.shape)
-
-
-def _as_mask(name: str, mask: Tensor) -> Tensor:
-    """The mask as booleans: tokenizers give attention masks of 0 and 1."""
-    if mask.dtype == torch.bool:
-        return mask
-    if mask.is_floating_point() or mask.is_complex():
-        raise ValueError(f"{name} is {mask.dtype}: give booleans, or integers that are 0 or 1")
-    strange = mask[(mask != 0) & (mask != 1)]
-    if strange.numel():
-        raise ValueError(f"{name} holds {strange[0].item()}: give booleans, or integers 0 and 1")
-    return mask.bool()
-
-
-def _segments(
-    sequence_ids: Tensor, ratio_mask: Tensor, loss_mask: Tensor, advantages: Tensor | None
-) -> Segments:
-    """The sequences; ids of tokens that were not sampled don't count."""
-    mask = ratio_mask.reshape(-1)
-    ids = torch.where(mask, sequence_ids.reshape(-1), 0)
-    lowest, highest = (int(ids.min()), int(ids.max())) if ids.numel() else (0, -1)
-    if lowest < 0:
-        raise ValueError(f"sequence_ids hold {lowest}: they count from 0")
-    count = highest + 1 if advantages is None else advantages.numel()
-    if highest >= count:
-        raise ValueError(f"sequence_ids reach {highest}, but there are {count} advantages")
-    return Segments(ids, count, mask, loss_mask.reshape(-1) & mask)
-
-
-def _terms(
-    new: Float[Tensor, " T"],
-    flat: dict[str, Tensor],
-    segments: Segments,
-    objective: Objective,
-    advantages: Float[Tensor, " S"] | None,
-) -> Terms:
-    """Everything masked, and the correction of each token where there is one."""
-    mask = segments.ratio_mask
-    old = torch.where(mask, flat["old_logprobs"], 0.0)
-    if advantages is not None:
-        advantages = advantages.to(new.dtype)
-        a = segments.spread(advantages)
-    else:
-        a = flat["token_advantages"].to(new.dtype)
-    # Advantages of padding, and of tokens that are not trained on, may be NaN.
-    a = torch.where(segments.loss_mask, a, 0.0)
-    weights = None
-    correction = objective.correction
-    if correction is not None and correction.per_token:
-        c = token_log_ratio(flat["old_logprobs"], flat["sampling_logprobs"], mask)
-        weights = correction.weights(c, c, segments.mean(a), segments)
-    return Terms(new - old, new, old, a, advantages, segments, weights)
-
-
-def _sequence_weights(
-    terms: Terms, flat: dict[str, Tensor], objective: Objective
-) -> Float[Tensor, ...] | float:
-    """The correction of each sequence, 1 where there is none."""
-    correction = objective.correction
-    if correction is None or correction.per_token:
-        return 1.0
-    mask = terms.segments.ratio_mask
-    c = token_log_ratio(flat["old_logprobs"], flat["sampling_logprobs"], mask)
-    off = token_log_ratio(flat["sampling_logprobs"], terms.logprobs, mask)
-    advantages = terms.advantages
-    if advantages is None:
-        advantages = terms.segments.mean(terms.a)
-    return correction.weights(c, off, advantages, terms.segments)
-
-
-def _extreme(
-    objective: Objective, d: Float[Tensor, " T"], log_ratio: Float[Tensor, " S"], segments: Segments
-) -> Bool[Tensor, " S"]:
-    """Sequences for which an exponent that this objective uses lies beyond the bound."""
-    level = objective.level
-    sequence = log_ratio.abs() > MAX_LOG_RATIO
-    if objective.surrogate == "likelihood":
-        return torch.zeros_like(sequence)
-    if objective.surrogate == "gamma":
-        return segments.sum(d).abs() > MAX_LOG_RATIO
-    if objective.surrogate == "geometric":
-        return sequence
-    if level in ("sequence", "sequence_token"):
-        return sequence
-    exponent = (d + segments.spread(log_ratio)) / 2 if level == "geometric_average" else d
-    token = segments.sum((exponent.abs() > MAX_LOG_RATIO).float()) > 0
-    return token | sequence if level == "average" else token
-
-
-def _check(
-    logprobs: Tensor,
-    tokens: dict[str, Tensor],
-    objective: Objective,
-    advantages: Tensor | None,
-    total_sequences: int | None,
-) -> None:
-    for name, tensor in tokens.items():
-        if tensor.shape != logprobs.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, logprobs {tuple(logprobs.shape)}"
-            )
-    floats = {"logprobs": logprobs, **tokens}
-    for name, tensor in floats.items():
-        if name.endswith("logprobs") and tensor.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"{name} are {tensor.dtype}: half precision alone costs more than the clip range; "
-                "compute log-probs in float32"
-            )
-    _check_advantages(objective, tokens, advantages)
-    for name, needed in (
-        ("reference_logprobs", objective.kl_coef > 0),
-        ("sampling_logprobs", objective.correction is not None),
-    ):
-        if needed != (name in tokens):
-            raise ValueError(
-                f"{name} are {'missing' if needed else 'given'}, but kl_coef = "
-                f"{objective.kl_coef} and correction = {objective.correction}"
-            )
-    if total_sequences is not None and total_sequences < 1:
-        raise ValueError(f"total_sequences = {total_sequences}: must be at least 1")
-
-
-def _check_advantages(
-    objective: Objective, tokens: dict[str, Tensor], advantages: Tensor | None
-) -> None:
-    if (advantages is None) == ("token_advantages" not in tokens):
-        raise ValueError("give either advantages, one per sequence, or token_advantages")
-    if advantages is not None and advantages.dim() != 1:
-        raise ValueError(f"advantages have shape {tuple(advantages.shape)}, not one per sequence")
-    whole = objective.level == "sequence" or objective.surrogate == "geometric"
-    if advantages is None and whole:
-        raise ValueError(
-            "level 'sequence' has one advantage per sequence; "
-            "for one per token use 'sequence_token' (preset gspo_token)"
-        )
+def _total(
+    objective: Objective, segments: Segments, sequences: int | None, tokens: int | None
+) -> int:
+    """What the sum is divided by: N, or T for `token_mean`."""
+    if objective.aggregate != "token_mean":
+        return segments.count if sequences is None else sequences
+    return max(int(segments.loss_mask.sum()) if tokens is None else tokens, 1)

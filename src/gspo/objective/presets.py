@@ -4,32 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
+
+from jaxtyping import Float
+from torch import Tensor
 
 from .correction import Correction
 from .ratio import Level
+from .surrogates import SURROGATES
 
-Surrogate = Literal["clip", "geometric", "truncate", "gate", "gamma", "divergence", "likelihood"]
 Aggregate = Literal["sequence_mean", "sequence_sum", "token_mean"]
 AdvantageKind = Literal["group_std", "group_mean", "leave_one_out", "reward"]
 EpsilonScale = Literal["constant", "sqrt_length"]
-
-CLIPPING: frozenset[Surrogate] = frozenset({"clip", "geometric", "truncate", "divergence"})
-"""Surrogates that have a range; the others have no epsilon."""
-
-
-_CHOICES: Mapping[str, tuple[str, ...]] = {
-    "level": get_args(Level),
-    "surrogate": get_args(Surrogate),
-    "aggregate": get_args(Aggregate),
-    "epsilon_scale": get_args(EpsilonScale),
-}
-_CONSTANTS: Mapping[str, tuple[str, ...]] = {
-    "gate": ("tau_pos", "tau_neg"),
-    "gamma": ("k_pos", "lambda_pos", "k_neg", "lambda_neg"),
-    "divergence": ("truncate",),
-}
-"""The numbers that a surrogate needs; the others have none."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +26,14 @@ class Objective:
         level: over what the importance ratio is taken.
         epsilon_low, epsilon_high: the range, in the surrogate's own units (see surrogates.py).
         kl_coef: weight of the k3 term against reference log-probs.
-        surrogate: what is done with ratio and advantage.
+        surrogate: what is done with ratio and advantage; a name of surrogates.py, or one that
+            `register_surrogate` was given.
         aggregate: `sequence_mean`: (1/N) Σ_i (1/L_i) Σ_t; `sequence_sum`: (1/N) Σ_i Σ_t;
             `token_mean`: (1/T) Σ_i Σ_t with T the step's tokens. Surrogate and k3 are both reduced
             in this way, so that `kl_coef` weighs a token's k3 against a token's surrogate.
         epsilon_scale: `sqrt_length` divides epsilon by sqrt(L_i), so that the band on the summed
             log-ratio grows as sqrt(L_i) (FSPO, arXiv 2509.09177).
-        correction: weight for pi_old / mu, where the two are kept apart.
+        correction: weight for pi_old / mu, if the two are kept apart.
         constants: the surrogate's own numbers.
 
     Raises:
@@ -60,50 +47,89 @@ class Objective:
     epsilon_low: float
     epsilon_high: float
     kl_coef: float = 0.0
-    surrogate: Surrogate = "clip"
+    surrogate: str = "clip"
     aggregate: Aggregate = "sequence_mean"
     epsilon_scale: EpsilonScale = "constant"
     correction: Correction | None = None
     constants: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            _check_choice(name, getattr(self, name), choices)
+        _check_choice("level", self.level, get_args(Level))
+        _check_choice("surrogate", self.surrogate, tuple(SURROGATES), ", or register_surrogate()'s")
+        _check_choice("aggregate", self.aggregate, get_args(Aggregate))
+        _check_choice("epsilon_scale", self.epsilon_scale, get_args(EpsilonScale))
         self._check_surrogate()
-        if self.surrogate in CLIPPING:
-            if not 0 < self.epsilon_low <= 1:
-                raise ValueError(f"epsilon_low = {self.epsilon_low}: must be in (0, 1]")
-            if not self.epsilon_high > 0:
-                raise ValueError(f"epsilon_high = {self.epsilon_high}: must be above 0")
+        if self.has_range and not 0 < self.epsilon_low <= 1:
+            raise ValueError(f"epsilon_low = {self.epsilon_low}: must be in (0, 1]")
+        if self.has_range and not self.epsilon_high > 0:
+            raise ValueError(f"epsilon_high = {self.epsilon_high}: must be above 0")
         if not self.kl_coef >= 0:
             raise ValueError(f"kl_coef = {self.kl_coef}: must not be negative")
-        by_sequence = self.level in ("sequence", "sequence_token")
-        if self.epsilon_scale != "constant" and not by_sequence:
+        if self.epsilon_scale != "constant" and not self.per_sequence:
             raise ValueError(f"epsilon_scale={self.epsilon_scale!r} needs a sequence-level ratio")
-        if self.correction is not None:
-            whole = self.level == "sequence" or self.surrogate == "geometric"
-            if whole and self.correction.per_token:
-                raise ValueError(
-                    f"correction {self.correction.kind!r} weights tokens, but this objective has "
-                    "one ratio per sequence: use a sequence_... correction"
-                )
+        if self.correction is not None and self.correction.per_token and self.one_ratio:
+            raise ValueError(
+                f"correction {self.correction.kind!r} weights tokens, but this objective has "
+                "one ratio per sequence: use a sequence_... correction"
+            )
 
     def _check_surrogate(self) -> None:
-        if self.surrogate != "clip" and self.level != "token":
+        surrogate = SURROGATES[self.surrogate]
+        if self.level not in surrogate.levels:
+            levels = " or ".join(map(repr, surrogate.levels))
             raise ValueError(
-                f"surrogate {self.surrogate!r} is made of token ratios: level is 'token', not "
+                f"surrogate {self.surrogate!r} takes ratios of the level {levels}, not "
                 f"{self.level!r}"
             )
-        needed = _CONSTANTS.get(self.surrogate, ())
-        if set(self.constants) != set(needed):
+        if set(self.constants) != set(surrogate.constants):
             raise ValueError(
-                f"surrogate {self.surrogate!r} has the constants {', '.join(needed) or 'none'}, "
+                f"surrogate {self.surrogate!r} has the constants "
+                f"{', '.join(surrogate.constants) or 'none'}, "
                 f"but {', '.join(self.constants) or 'none'} were given"
             )
+
+    @property
+    def has_range(self) -> bool:
+        """Whether the surrogate has a clip range; without one, epsilon means nothing."""
+        return SURROGATES[self.surrogate].has_range
+
+    @property
+    def per_sequence(self) -> bool:
+        """Whether a sequence is clipped as a whole, by l_i, as in GSPO and GSPO-token."""
+        return self.level in ("sequence", "sequence_token")
+
+    @property
+    def exponent(self) -> str:
+        """What is exponentiated (see `ratio.is_extreme`): the level's log-ratio, if no other."""
+        return SURROGATES[self.surrogate].exponent or self.level
+
+    @property
+    def one_ratio(self) -> bool:
+        """Whether a sequence has one ratio for all its tokens, hence one advantage."""
+        return self.exponent == "sequence"
 
     def with_epsilon(self, low: float, high: float) -> Objective:
         """The same objective with another range."""
         return replace(self, epsilon_low=low, epsilon_high=high)
+
+
+def clip_range(
+    objective: Objective, lengths: Float[Tensor, " N"]
+) -> tuple[float | Float[Tensor, " N"], float | Float[Tensor, " N"]]:
+    """How far below and above 1 a ratio may lie before it is clipped.
+
+    Args:
+        objective: its epsilons and how they scale with length.
+        lengths: L_i of the sequence of each ratio, in the ratio's dtype.
+
+    >>> fspo = Objective("sequence", 0.1, 0.2, epsilon_scale="sqrt_length")
+    >>> clip_range(fspo, torch.tensor([4.0]))
+    (tensor([0.0500]), tensor([0.1000]))
+    """
+    if objective.epsilon_scale == "constant":
+        return objective.epsilon_low, objective.epsilon_high
+    scale = lengths.clamp(min=1).rsqrt()
+    return objective.epsilon_low * scale, objective.epsilon_high * scale
 
 
 @dataclass(frozen=True)
@@ -114,7 +140,7 @@ class Preset:
         advantage: how A_i is made of the group's rewards.
         counts_flat: sequences of groups with equal rewards count in N and T, and in the KL term if
             there is one. False: such groups are left out of all three.
-        minibatches: optimizer steps per rollout batch where the user gives no number. 1 for a
+        minibatches: optimizer steps per rollout batch if the user gives no number. 1 for a
             method without a ratio: from the second step on its samples would be off-policy, with
             nothing to correct for it.
     """
@@ -128,10 +154,15 @@ class Preset:
     minibatches: int = 4
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: object, choices: tuple[str, ...], more: str = "") -> None:
     if value not in choices:
-        raise ValueError(f"unknown {name} {value!r}: it is one of {', '.join(choices)}")
+        raise ValueError(f"unknown {name} {value!r}: it is one of {', '.join(choices)}{more}")
 
+
+_SUMMED = "Tokens are summed: clipping the gradient to a norm of 1 cuts nearly every step"
+_ON_POLICY = "On-policy: one optimizer step per batch by default"
+_VESPO = {"k_pos": 2.0, "lambda_pos": 3.0, "k_neg": 3.0, "lambda_neg": 2.0}
+_DPPO = {"truncate": 20.0}
 
 _ALL = (
     Preset(
@@ -157,8 +188,7 @@ _ALL = (
         Objective("token", 0.2, 0.2, aggregate="sequence_sum"),
         "-(1/N) Σ_i Σ_t min(w_t A_i, clip(w_t) A_i),  A_i = r_i - mean(r)",
         "Liu et al., Understanding R1-Zero-Like Training, arXiv 2503.20783, section 3.2, without "
-        "its constant divisor: the gradient is larger by that number, so that clipping it to a "
-        "norm of 1 cuts nearly every step",
+        f"its constant divisor. {_SUMMED}",
         advantage="group_mean",
     ),
     Preset(
@@ -193,46 +223,29 @@ _ALL = (
         "luspo",
         Objective("sequence", 2e-3, 2.5e-3, aggregate="sequence_sum"),
         "-(1/N) Σ_i L_i min(s_i A_i, clip(s_i) A_i)",
-        "LUSPO, Length-Unbiased Sequence Policy Optimization, arXiv 2602.05261. Tokens are summed: "
-        "clipping the gradient to a norm of 1 cuts nearly every step",
+        f"LUSPO, Length-Unbiased Sequence Policy Optimization, arXiv 2602.05261. {_SUMMED}",
     ),
     Preset(
         "vespo",
-        Objective(
-            "token",
-            1.0,
-            1.0,
-            surrogate="gamma",
-            aggregate="token_mean",
-            constants={"k_pos": 2.0, "lambda_pos": 3.0, "k_neg": 3.0, "lambda_neg": 2.0},
-        ),
+        Objective("token", 1.0, 1.0, 0.0, "gamma", "token_mean", constants=_VESPO),
         "-(1/T) Σ_i sg[W_i^k exp(λ (1 - W_i))] A_i Σ_t log π(y_t),  W_i = exp(Σ_t d_t)",
         "VESPO, Variational Sequence-Level Soft Policy Optimization, arXiv 2602.10693",
     ),
     Preset(
         "dppo",
         Objective(
-            "token",
-            0.2,
-            0.2,
-            surrogate="divergence",
-            aggregate="token_mean",
-            constants={"truncate": 20.0},
+            "token", 0.2, 0.2, surrogate="divergence", aggregate="token_mean", constants=_DPPO
         ),
         "-(1/T) Σ_i Σ_t m_t sg[min(w_t, 20)] A_i log π(y_t); m_t = 0 where A > 0 and "
         "π - π_old > 0.2, or A < 0 and π - π_old < -0.2",
         "DPPO, Divergence PPO (binary total variation), arXiv 2602.04879. The range of 0.2 and "
-        "the token mean are SkyRL's and prime-rl's; the authors' script has 0.15, the sum over "
-        "tokens by a constant and a truncation at 10,000. verl truncates at clip_ratio_c, which "
-        "is 3 unless it is set; 20 stands in its code for a configuration without that field",
+        "the token mean are SkyRL's and prime-rl's, the truncation verl's (docs/methods.md)",
     ),
     Preset(
         "rloo",
         Objective("token", 1.0, 1.0, surrogate="likelihood", aggregate="sequence_sum"),
         "-(1/N) Σ_i (r_i - mean of the others) Σ_t log π(y_t)",
-        "Ahmadian et al., Back to Basics, arXiv 2402.14740, equation 8. On-policy: one optimizer "
-        "step per batch by default. Tokens are summed: clipping the gradient to a norm of 1 cuts "
-        "nearly every step",
+        f"Ahmadian et al., Back to Basics, arXiv 2402.14740, equation 8. {_ON_POLICY}. {_SUMMED}",
         advantage="leave_one_out",
         minibatches=1,
     ),
@@ -240,9 +253,8 @@ _ALL = (
         "reinforce",
         Objective("token", 1.0, 1.0, surrogate="likelihood", aggregate="sequence_sum"),
         "-(1/N) Σ_i r_i Σ_t log π(y_t)",
-        "Williams, REINFORCE, Machine Learning 8 (1992), theorem 1, baseline 0. On-policy: one "
-        "optimizer step per batch by default. Tokens are summed: clipping the gradient to a norm "
-        "of 1 cuts nearly every step",
+        "Williams, REINFORCE, Machine Learning 8 (1992), theorem 1, baseline 0. "
+        f"{_ON_POLICY}. {_SUMMED}",
         advantage="reward",
         minibatches=1,
     ),

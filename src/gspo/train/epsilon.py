@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gspo.objective import MAX_LOG_RATIO, Objective
+from gspo.train.observe import Observer, Trace
+from gspo.train.settings import Settings
+
+log = logging.getLogger("gspo")
 
 LOWEST, HIGHEST = 1e-6, 1.0
 RATE = 0.3
-
-
-@dataclass(frozen=True)
-class Observed:
-    """A sequence of one optimizer step: l_i, A_i and L_i."""
-
-    log_ratio: float
-    advantage: float
-    length: float
 
 
 @dataclass
@@ -35,6 +31,7 @@ class EpsilonController:
     """
 
     epsilon_low: float | None = None
+    _told: set[int] = field(default_factory=set)  # levels of the advice that was given
 
     def apply(self, objective: Objective) -> Objective:
         """The objective with the present range."""
@@ -43,37 +40,48 @@ class EpsilonController:
         scale = objective.epsilon_high / objective.epsilon_low
         return objective.with_epsilon(self.epsilon_low, self.epsilon_low * scale)
 
-    def observe(self, objective: Objective, seen: Sequence[Observed], target: float) -> None:
+    def observe(self, objective: Objective, traces: Sequence[Trace], target: float) -> None:
         """Learn from the sequences of one call, made under `objective`."""
-        told = [one for one in seen if one.advantage != 0 and not math.isnan(one.log_ratio)]
-        needed = sorted(needed_epsilon(objective, one) for one in told)
+        can_clip = [t for t in traces if t.advantage != 0 and not math.isnan(t.log_ratio)]
+        needed = sorted(needed_epsilon(objective, trace) for trace in can_clip)
         wanted = needed[min(int((1 - target) * len(needed)), len(needed) - 1)] if needed else 0.0
         if wanted == 0:  # nothing moved at all: no reason to close the range
             return
         scale = objective.epsilon_high / objective.epsilon_low
-        wanted = _bounded(wanted, scale)
-        present = objective.epsilon_low
+        wanted, present = _bounded(wanted, scale), objective.epsilon_low
         moved = math.log(present) + RATE * (math.log(wanted) - math.log(present))
         self.epsilon_low = _bounded(math.exp(moved), scale)
 
+    def learn(self, objective: Objective, settings: Settings, watch: Observer, step: int) -> None:
+        """After a call: steer the range if that is asked; else say once that it doesn't fit.
 
-def needed_epsilon(objective: Objective, one: Observed) -> float:
-    """The smallest epsilon_low at which the sequence is not clipped.
+        It is a warning if noise clips, else information: most short runs at the paper's range
+        learn.
+        """
+        target = settings.epsilon_target
+        if settings.auto_epsilon:
+            self.observe(objective, watch.traces, target)
+        elif objective.per_sequence:
+            noise = watch.metrics.compute().get("mismatch/clip_fraction", 0.0)
+            if settings.old_logprobs == "trainer":  # the ratio is not taken against the engine
+                noise = 0.0
+            advice = noise_advice(
+                noise, spread(objective, watch.traces), objective.epsilon_low, target
+            )
+            level = logging.WARNING if is_noisy(noise, target) else logging.INFO
+            if advice is not None and level not in self._told:
+                self._told.add(level)
+                log.log(level, "train step %d: %s", step, advice)
 
-    >>> gspo = Objective("sequence", 0.1, 0.2)
-    >>> round(needed_epsilon(gspo, Observed(math.log(1.3), 1.0, 9)), 3)
-    0.15
-    >>> needed_epsilon(gspo, Observed(math.log(1.3), -1.0, 9))
-    0.0
-    """
-    distance = math.expm1(min(one.log_ratio, MAX_LOG_RATIO))
-    if one.advantage > 0:
+
+def needed_epsilon(objective: Objective, trace: Trace) -> float:
+    """The smallest epsilon_low at which the sequence is not clipped."""
+    distance = math.expm1(min(trace.log_ratio, MAX_LOG_RATIO))
+    if trace.advantage > 0:
         distance /= objective.epsilon_high / objective.epsilon_low
     else:
         distance = -distance
-    if objective.epsilon_scale == "sqrt_length":
-        distance *= math.sqrt(max(one.length, 1.0))
-    return max(distance, 0.0)
+    return max(_in_epsilons(objective, distance, trace.length), 0.0)
 
 
 def is_noisy(noise: float, target: float) -> bool:
@@ -82,7 +90,7 @@ def is_noisy(noise: float, target: float) -> bool:
 
 
 def noise_advice(noise: float, spread: float, epsilon_low: float, target: float) -> str | None:
-    """What to change where noise, and not learning, decides what is clipped; None if all is well.
+    """What to change if noise, and not learning, decides what is clipped; None if all is well.
 
     Args:
         noise: share of the sequences that would be clipped on unchanged weights.
@@ -106,21 +114,22 @@ def noise_advice(noise: float, spread: float, epsilon_low: float, target: float)
     return None
 
 
-def spread(objective: Objective, seen: Sequence[Observed]) -> float:
+def spread(objective: Objective, traces: Sequence[Trace]) -> float:
     """Standard deviation of l_i in the units of epsilon; 0 for fewer than two sequences.
 
     Only sequences with an advantage count: the others can't be clipped.
     """
-    by_length = objective.epsilon_scale == "sqrt_length"
-    values = [
-        one.log_ratio * (math.sqrt(one.length) if by_length else 1.0)
-        for one in seen
-        if one.advantage != 0
-    ]
+    values = [_in_epsilons(objective, t.log_ratio, t.length) for t in traces if t.advantage != 0]
     if len(values) < 2:
         return 0.0
     mean = math.fsum(values) / len(values)
     return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / len(values))
+
+
+def _in_epsilons(objective: Objective, distance: float, length: float) -> float:
+    """What `clip_range` compares with epsilon itself, for a sequence of this length."""
+    by_length = objective.epsilon_scale == "sqrt_length"
+    return distance * math.sqrt(max(length, 1.0)) if by_length else distance
 
 
 def _bounded(epsilon: float, scale: float) -> float:

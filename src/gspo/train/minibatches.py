@@ -6,7 +6,7 @@ import itertools
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,8 +14,8 @@ import torch
 from gspo.core.errors import DataError, SampleTooLongError
 from gspo.core.timing import timed
 from gspo.data.check import check_groups
-from gspo.data.sample import Sample, trajectory_samples
-from gspo.objective import AdvantageKind, advantages
+from gspo.data.sample import TrajectorySamples, trajectory_samples
+from gspo.objective import AdvantageKind, Objective, advantages
 from gspo.trajectory import Trajectory, TrajectoryGroup
 
 
@@ -30,7 +30,7 @@ class RolloutBatch:
         dropped: trajectories that were too long and left out, by the user's choice.
     """
 
-    samples: tuple[tuple[Sample, ...], ...]
+    samples: tuple[TrajectorySamples, ...]
     groups: tuple[int, ...]
     rewards: tuple[float, ...]
     dropped: int
@@ -42,13 +42,11 @@ class RolloutBatch:
 
     def with_signal(self) -> RolloutBatch:
         """Without the groups whose rewards are all equal."""
-        kept = [i for i, group in enumerate(self.groups) if group in self.groups_with_signal]
-        return replace(
-            self,
-            samples=tuple(self.samples[i] for i in kept),
-            groups=tuple(self.groups[i] for i in kept),
-            rewards=tuple(self.rewards[i] for i in kept),
-        )
+        wanted = self.groups_with_signal
+        columns = zip(self.samples, self.groups, self.rewards, strict=True)
+        signal = [column for column in columns if column[1] in wanted]
+        samples, groups, rewards = zip(*signal, strict=True) if signal else ((), (), ())
+        return RolloutBatch(samples, groups, rewards, self.dropped)
 
     @property
     def flat_groups(self) -> int:
@@ -92,18 +90,22 @@ def prepare(
         DataError: see `check_groups` and `trajectory_samples`; an advantage beyond float32.
     """
     check_groups(groups)
-    flat = [(g, t, own) for g, group in enumerate(groups) for t, own in enumerate(group)]
-    rewards = [float(trajectory.reward) for _, _, trajectory in flat]
+    flat = [
+        (g, t, trajectory) for g, group in enumerate(groups) for t, trajectory in enumerate(group)
+    ]
     shaped = [shaped_reward(trajectory, overlong) for _, _, trajectory in flat]
     values = advantages(
         advantage,
         torch.tensor(shaped, dtype=torch.float64),
         torch.tensor([g for g, _, _ in flat]),
     ).tolist()
-    _check_advantages(values, [g for g, _, _ in flat])
-    kept: list[tuple[tuple[Sample, ...], int, float]] = []
-    dropped = 0
+    prepared: list[tuple[TrajectorySamples, int, float]] = []
     for i, (g, t, trajectory) in enumerate(flat):
+        if abs(values[i]) > torch.finfo(torch.float32).max:
+            raise DataError(
+                f"group {g}: an advantage is {values[i]:.3g}, which is beyond float32: divide the "
+                "rewards by their size, or use an algorithm that divides by their spread (gspo)"
+            )
         try:
             samples = trajectory_samples(
                 trajectory,
@@ -117,32 +119,18 @@ def prepare(
         except SampleTooLongError:
             if not drop_too_long:
                 raise
-            dropped += 1
             continue
-        kept.append((tuple(samples), g, rewards[i]))
-    return RolloutBatch(
-        samples=tuple(samples for samples, _, _ in kept),
-        groups=tuple(g for _, g, _ in kept),
-        rewards=tuple(reward for _, _, reward in kept),
-        dropped=dropped,
-    )
+        prepared.append((tuple(samples), g, float(trajectory.reward)))
+    trained, of_group, rewards = zip(*prepared, strict=True) if prepared else ((), (), ())
+    return RolloutBatch(trained, of_group, rewards, dropped=len(flat) - len(prepared))
 
 
-def _check_advantages(values: Sequence[float], groups: Sequence[int]) -> None:
-    for value, group in zip(values, groups, strict=True):
-        if abs(value) > torch.finfo(torch.float32).max:
-            raise DataError(
-                f"group {group}: an advantage is {value:.3g}, which is beyond float32: divide the "
-                "rewards by their size, or use an algorithm that divides by their spread (gspo)"
-            )
-
-
-def minibatches(batch: RolloutBatch, count: int, seed: int) -> list[list[tuple[Sample, ...]]]:
+def minibatches(batch: RolloutBatch, count: int, seed: int) -> list[list[TrajectorySamples]]:
     """Trajectories in `count` near-equal parts; groups in random order, kept together.
 
     Fewer parts where there are fewer trajectories.
     """
-    by_group: dict[int, list[tuple[Sample, ...]]] = {}
+    by_group: dict[int, list[TrajectorySamples]] = {}
     for samples, group in zip(batch.samples, batch.groups, strict=True):
         by_group.setdefault(group, []).append(samples)
     order = sorted(by_group)
@@ -153,9 +141,11 @@ def minibatches(batch: RolloutBatch, count: int, seed: int) -> list[list[tuple[S
     return [units[a:b] for a, b in itertools.pairwise(edges)]
 
 
-def without_advantage(samples: Sequence[Sample]) -> bool:
-    """True where a trajectory gives no policy gradient; a KL term may still have one."""
-    return samples[0].advantage == 0
+def with_gradient(
+    minibatch: Sequence[TrajectorySamples], objective: Objective
+) -> list[TrajectorySamples]:
+    """The trajectories that have a gradient: those with an advantage, or all with a KL term."""
+    return [s for s in minibatch if objective.kl_coef > 0 or s[0].advantage != 0]
 
 
 def reward_std(rewards: Sequence[float]) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gspo.core.errors import CheckpointError
+from gspo.core.errors import CheckpointError, NumericsError
 from gspo.core.timing import timed
 from gspo.dev import TrainConfig
 
@@ -43,31 +43,31 @@ def learning_rate(peak: float, options: TrainConfig, begin: float, end: float) -
 
 
 class Optimizer:
-    """AdamW over named parameters; hyper-parameters are set anew at each step."""
+    """AdamW over named parameters; each step sets its hyper-parameters."""
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter]):
-        self._names = list(parameters)
-        self._parameters = list(parameters.values())
-        fused = all(p.device.type in _FUSED for p in self._parameters)
-        self._adam = torch.optim.AdamW(self._parameters, lr=0.0, fused=fused)
+        self._parameters = dict(parameters)
+        fused = all(p.device.type in _FUSED for p in self._parameters.values())
+        self._adam = torch.optim.AdamW(self._parameters.values(), lr=0.0, fused=fused)
 
     @timed("optimizer")
     def step(self, rate: float, options: TrainConfig) -> float:
         """Clip the gradient, update, and clear it. Returns the norm before clipping.
 
         Raises:
-            FloatingPointError: the gradient is NaN or infinite; nothing was updated.
+            NumericsError: the gradient is NaN or infinite; nothing was updated.
         """
         limit = math.inf if options.max_grad_norm is None else options.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, limit).item()
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), limit).item()
         if not math.isfinite(norm):
             self.clear()
-            raise FloatingPointError(f"the gradient's norm is {norm}")
-        for group in self._adam.param_groups:
-            group["lr"] = rate
-            group["betas"] = options.adam_betas
-            group["eps"] = options.adam_epsilon
-            group["weight_decay"] = options.weight_decay
+            raise NumericsError(
+                f"the gradient's norm is {norm}: lower the learning rate, or look at the batch's "
+                "ratio/log_abs_max"
+            )
+        (group,) = self._adam.param_groups
+        group["lr"], group["weight_decay"] = rate, options.weight_decay
+        group["betas"], group["eps"] = options.adam_betas, options.adam_epsilon
         self._adam.step()
         self.clear()
         return norm
@@ -78,11 +78,11 @@ class Optimizer:
 
     def state(self) -> dict[str, Tensor]:
         """`<parameter>.<exp_avg|exp_avg_sq|step>` -> tensor; empty before the first step."""
-        out = {}
-        for name, parameter in zip(self._names, self._parameters, strict=True):
-            for key, value in self._adam.state.get(parameter, {}).items():
-                out[f"{name}.{key}"] = value.detach().cpu()
-        return out
+        return {
+            f"{name}.{key}": value.detach().cpu()
+            for name, parameter in self._parameters.items()
+            for key, value in self._adam.state.get(parameter, {}).items()
+        }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state()` returned.
@@ -90,19 +90,10 @@ class Optimizer:
         Raises:
             CheckpointError: the state is of other parameters.
         """
-        known = set()
-        for name, parameter in zip(self._names, self._parameters, strict=True):
-            own = {
-                key.removeprefix(f"{name}."): value
-                for key, value in state.items()
-                if key.rpartition(".")[0] == name
-            }
-            known |= {f"{name}.{key}" for key in own}
-            if own:
-                self._adam.state[parameter] = {
-                    key: value.clone() if key == "step" else value.clone().to(parameter.device)
-                    for key, value in own.items()
-                }
-        if known != set(state):
-            strange = sorted(set(state) - known)[0]
-            raise CheckpointError(f"the optimizer state has {strange!r}, which the model lacks")
+        for name, value in state.items():
+            parameter, _, key = name.rpartition(".")
+            if parameter not in self._parameters:
+                raise CheckpointError(f"the optimizer state has {name!r}, which the model lacks")
+            weights = self._parameters[parameter]
+            device = value.device if key == "step" else weights.device
+            self._adam.state[weights][key] = value.clone().to(device)

@@ -13,7 +13,6 @@ from gspo.config import TrainConfig
 from gspo.core.errors import ConfigError
 from gspo.objective import (
     BOUNDS,
-    CLIPPING,
     LEVEL_DEFAULTS,
     PRESETS,
     AdvantageKind,
@@ -105,7 +104,7 @@ def resolve(config: TrainConfig | None = None, options: dev.TrainConfig | None =
     except ValueError as error:
         raise ConfigError(f"dev.TrainConfig: {error}") from None
     advantage, correction = _advantage(preset, given), objective.correction
-    has_range = objective.surrogate in CLIPPING
+    has_range = objective.has_range
     applies = {
         "algorithm": preset.name,
         "importance_sampling_level": objective.level,
@@ -165,9 +164,9 @@ def _range(objective: Objective, options: dev.TrainConfig) -> tuple[float, float
 
 def _check_epsilon(preset: Preset, options: dev.TrainConfig) -> None:
     given = [n for n in ("epsilon", "epsilon_high") if getattr(options, n) is not None]
-    if given and preset.objective.surrogate not in CLIPPING:
+    if given and not preset.objective.has_range:
         raise ConfigError(f"algorithm={preset.name!r} has no clip range: leave {given[0]} out")
-    sequence = preset.objective.level in ("sequence", "sequence_token")
+    sequence = preset.objective.per_sequence
     if sequence and options.epsilon_high is not None and options.epsilon_high > 1:
         raise ConfigError(
             f"epsilon_high = {options.epsilon_high}: a sequence's ratio is a geometric mean near "

@@ -1,44 +1,45 @@
-"""A rollout batch -> optimizer steps on the policy."""
+"""A rollout batch -> optimizer steps on the policy: the paper on one screen.
+
+For each minibatch (GSPO, Zheng et al., arXiv 2507.18071; the objective is in objective/loss.py):
+
+    N = sequences of the minibatch
+    d_t = log pi_theta(y_t) - log pi_old(y_t)             for each sampled token
+    l_i = (1/L_i) sum_t d_t,   s_i = exp(l_i)             for each sequence        equation 7
+    loss = -(1/N) sum_i min(s_i A_i, clip(s_i) A_i)       over all microbatches    equation 5
+    backward, clip the gradient to max_grad_norm, AdamW
+"""
 
 from __future__ import annotations
 
-import logging
-import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from gspo.core.errors import NumericsError
 from gspo.core.metrics import Metrics
-from gspo.data.packing import Microbatch
+from gspo.data.packing import Microbatch, pack
 from gspo.data.sample import TrajectorySamples, unit_count
-from gspo.dev import TrainConfig
-from gspo.objective import CLIPPING, Objective
+from gspo.objective import Objective, policy_loss
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy
+from gspo.policy.moe import ExpertChoices
+from gspo.policy.workers import Workers
+from gspo.train.backward import backward_each
 from gspo.train.budget import row_budget
 from gspo.train.defaults import with_defaults
-from gspo.train.epsilon import EpsilonController, is_noisy, noise_advice, spread
+from gspo.train.epsilon import EpsilonController
 from gspo.train.expert_replay import ExpertReplay, check_expert_options, shares
-from gspo.train.minibatches import (
-    RolloutBatch,
-    minibatches,
-    reward_std,
-    why_no_update,
-    without_advantage,
-)
+from gspo.train.minibatches import RolloutBatch, minibatches, why_no_update, with_gradient
+from gspo.train.observe import Observer, Scored, Trace
+from gspo.train.old_logprobs import with_trainer_logprobs
 from gspo.train.optimizer import Optimizer, learning_rate
-from gspo.train.recompute import with_trainer_logprobs
 from gspo.train.settings import Settings
-from gspo.train.step import Reference, StepInput, accumulate
-from gspo.train.trace import Trace, by_trajectory
 
-log = logging.getLogger("gspo")
+Reference = Callable[[Microbatch], Float[Tensor, " M"]]
+"""Log-probs of the M sampled tokens of a microbatch under the model that a KL term refers to."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class TrainOutput:
         skipped: why none was taken, or None.
         metrics: of the whole call.
         settings: those that were used, with the defaults that apply to the model.
-        traces: of each trajectory that had a forward pass, its sequences in their last update.
+        traces: by trajectory, for each that had a forward pass: its sequences in their last update.
     """
 
     updates: int
@@ -69,7 +70,6 @@ class Trainer:
         self.step = 0
         self.epsilon = EpsilonController()
         self._load_reference = load_reference
-        self._told: set[int] = set()
         self._frozen: Policy | None = None
 
     def train(self, batch: RolloutBatch, settings: Settings) -> TrainOutput:
@@ -81,221 +81,140 @@ class Trainer:
 
         Raises:
             NumericsError: a loss, a gradient or a router logit that is not finite. The weights are
-                those before that step.
+                those before that optimizer step.
             ConfigError, DataError: see `check_expert_options`.
         """
         settings = with_defaults(settings, self.policy)
         assert settings.learning_rate is not None
         check_expert_options(self.policy, batch.samples, settings)
-        started = time.perf_counter()
-        metrics = Metrics()
-        self._describe(metrics, batch)
+        watch = Observer(self.policy, batch)
         objective = settings.objective
         if settings.auto_epsilon:
             objective = self.epsilon.apply(objective)
-        plan, replay = self._recorded(self._plan(batch, settings), settings, metrics)
-        plan = self._against_trainer(plan, settings)
-        seen: list[Trace] = []
-        updates = 0
         self.policy.lm.eval()  # train mode is dropout and noise under any name: never wanted
+        plan, experts = self._plan(batch, settings, watch.metrics)  # fixes pi_old
         try:
-            for at, part in enumerate(plan):
-                stepped = self._minibatch(
-                    part,
-                    settings,
-                    objective,
-                    metrics,
-                    replay,
-                    rate=learning_rate(
-                        settings.learning_rate,
-                        settings,
-                        begin=self.step + at / len(plan),
-                        end=self.step + (at + 1) / len(plan),
-                    ),
-                    update=updates,
-                )
-                updates += stepped is not None
-                seen += stepped or []
+            for k, minibatch in enumerate(plan):
+                if not self.gradient(minibatch, settings, objective, watch, experts):
+                    watch.metrics.add("optim/skipped", 1)
+                    continue
+                begin, end = (self.step + i / len(plan) for i in (k, k + 1))
+                rate = learning_rate(settings.learning_rate, settings, begin, end)
+                norm = self.optimizer.step(rate, settings)  # clips to max_grad_norm
+                watch.updated(norm, rate)
+        except NumericsError as error:
+            note = f"train step {self.step}: {error}; the update was not made"
+            raise NumericsError(note) from None
         finally:
-            self.policy.version += updates > 0
-        replay.finish()
+            self.optimizer.clear()  # the next call must not add to what came before a failure
+            self.policy.version += watch.updates > 0  # the backend publishes these weights
         self.step += 1
-        skipped = why_no_update(len(batch.samples), batch.dropped) if updates == 0 else None
-        self._calibrate(metrics, objective, settings, seen)
-        metrics.add("optim/updates", updates)
-        metrics.add("time/train", time.perf_counter() - started)
-        return TrainOutput(updates, skipped, metrics, settings, by_trajectory(seen))
+        experts.finish()
+        self.epsilon.learn(objective, settings, watch, self.step)
+        watch.done(objective)
+        skipped = None if watch.updates else why_no_update(len(batch.samples), batch.dropped)
+        return TrainOutput(watch.updates, skipped, watch.metrics, settings, watch.by_trajectory())
 
-    def _plan(self, batch: RolloutBatch, settings: Settings) -> list[list[TrajectorySamples]]:
-        """The minibatches of all epochs, in order."""
-        options = settings
-        if not settings.counts_flat:
-            batch = batch.with_signal()
-        seeds = [_mix(options.seed, self.step, epoch) for epoch in range(options.epochs)]
-        return [part for seed in seeds for part in minibatches(batch, settings.minibatches, seed)]
-
-    def _recorded(
-        self, plan: list[list[TrajectorySamples]], settings: Settings, metrics: Metrics
-    ) -> tuple[list[list[TrajectorySamples]], ExpertReplay]:
-        """The plan with the expert choices to replay, recorded on one epoch: it has all samples."""
-        options = settings
-        replay = ExpertReplay(self.policy, options, metrics, self._budget(options))
-        epoch = plan[: len(plan) // options.epochs]
-        changed = replay.start([_wanted(part, settings) for part in epoch])
-        return _replaced(plan, changed), replay
-
-    def _against_trainer(
-        self, plan: list[list[TrajectorySamples]], settings: Settings
-    ) -> list[list[TrajectorySamples]]:
-        """The plan with pi_old as the trainer's, where asked: fixed before the first update."""
-        options = settings
-        if settings.old_logprobs != "trainer":
-            return plan
-        epoch = [own for part in plan[: len(plan) // options.epochs] for own in part]
-        scored = with_trainer_logprobs(
-            self.policy,
-            epoch,
-            self._budget(options),
-            options.logprob_calculation_chunk_size,
-            replay=options.routing_replay != "none",
-            share=shares(self.policy, options),
-        )
-        return _replaced(plan, {samples[0].trajectory_id: samples for samples in scored})
-
-    def _minibatch(
+    def gradient(
         self,
-        part: Sequence[TrajectorySamples],
+        minibatch: Sequence[TrajectorySamples],
         settings: Settings,
         objective: Objective,
-        metrics: Metrics,
-        replay: ExpertReplay,
-        *,
-        rate: float,
-        update: int,
-    ) -> list[Trace] | None:
-        """One optimizer step, or None where nothing in the minibatch has a gradient."""
-        options = settings
-        wanted = _wanted(part, settings)
-        if not wanted:
-            metrics.add("optim/skipped", 1)
-            return None
-        on_policy = update == 0 and self._fresh(wanted)
-        work = StepInput(
-            samples=[sample for samples in wanted for sample in samples],
-            total_sequences=sum(unit_count(samples, options.sequence_unit) for samples in part),
-            total_tokens=sum(int(s.loss_mask.sum()) for samples in part for s in samples),
-            unit=options.sequence_unit,
-            share=shares(self.policy, options),
-            budget=self._budget(options),
-            chunk=options.logprob_calculation_chunk_size,
-            update=update,
-            on_policy=on_policy,
-            replay=replay,
+        watch: Observer,
+        experts: ExpertReplay,
+    ) -> bool:
+        """Leave the gradient of a minibatch's loss on the parameters; False if it has none.
+
+        N and T are counted before the first backward pass, over all of the minibatch, so that
+        nothing depends on how it is split into microbatches.
+        """
+        trained = with_gradient(minibatch, objective)
+        if not trained:
+            return False
+        # N and T: those without a gradient count too.
+        n = sum(unit_count(samples, settings.sequence_unit) for samples in minibatch)
+        t = sum(int(sample.loss_mask.sum()) for samples in minibatch for sample in samples)
+        on_policy = watch.on_policy(trained)
+        microbatches = pack(
+            [sample for samples in trained for sample in samples],
+            self._budget(settings),
+            settings.sequence_unit,
+            share=shares(self.policy, settings),
+            replay=experts.replays,
+            workers=self.policy.workers.count,
         )
-        reference = self.reference() if objective.kl_coef > 0 else None
-        try:
-            seen = accumulate(self.policy, work, objective, metrics, reference)
-        except BaseException as error:
-            self.optimizer.clear()  # else the next step would add to what came before the failure
-            if isinstance(error, NumericsError):
-                note = f"train step {self.step}: {error}; the update was not made"
-                raise NumericsError(note) from None
-            raise
-        try:
-            norm = self.optimizer.step(rate, options)
-        except FloatingPointError as error:
-            raise NumericsError(
-                f"train step {self.step}: {error}; the update was not made. "
-                "Lower the learning rate, or look at the batch's ratio/log_abs_max"
-            ) from None
-        metrics.mean("optim/grad_norm", norm, 1)
-        metrics.mean("optim/learning_rate", rate, 1)
-        return seen
+        experts.begin(microbatches, on_policy=on_policy)
 
-    def _calibrate(
-        self, metrics: Metrics, objective: Objective, settings: Settings, seen: list[Trace]
-    ) -> None:
-        """Steer the clip range where asked; say once where it doesn't fit: as a warning if it is
-        noise that clips, else as information (most short runs at the paper's range learn)."""
-        target = settings.epsilon_target
-        if settings.auto_epsilon:
-            self.epsilon.observe(objective, seen, target)
-        if objective.surrogate in CLIPPING:
-            metrics.mean("ratio/epsilon_low", objective.epsilon_low, 1)
-            metrics.mean("ratio/epsilon_high", objective.epsilon_high, 1)
-        if settings.auto_epsilon or objective.level not in ("sequence", "sequence_token"):
-            return
-        noise = metrics.compute().get("mismatch/clip_fraction", 0.0)
-        if settings.old_logprobs == "trainer":  # the ratio is not taken against the engine
-            noise = 0.0
-        advice = noise_advice(noise, spread(objective, seen), objective.epsilon_low, target)
-        level = logging.WARNING if is_noisy(noise, target) else logging.INFO
-        if advice is not None and level not in self._told:
-            self._told.add(level)
-            log.log(level, "train step %d: %s", self.step, advice)
+        def loss_of(microbatch: Microbatch) -> tuple[Tensor, tuple[Scored, ExpertChoices]]:
+            with experts.watch(microbatch) as choices:  # log pi_theta of the sampled tokens
+                scored = forward(self.policy, microbatch, settings.logprob_calculation_chunk_size)
+            out = policy_loss(
+                scored.logprobs,
+                microbatch.old_logprobs,
+                microbatch.sequence_ids,
+                microbatch.advantages,
+                objective,
+                loss_mask=microbatch.loss_mask,
+                total_sequences=n,
+                total_tokens=t,
+                sampling_logprobs=microbatch.sampling_logprobs if objective.correction else None,
+                reference_logprobs=self.reference(microbatch) if objective.kl_coef > 0 else None,
+            )
+            loss = out.loss + experts.coefficient * choices.balance
+            return loss, (Scored.of(microbatch, scored, out, loss), choices)
 
-    def _fresh(self, trajectories: Sequence[TrajectorySamples]) -> bool:
-        """Whether the current weights sampled every token."""
-        versions = (s.policy_versions[s.ratio_mask] for own in trajectories for s in own)
-        return all((own == self.policy.version).all() for own in versions)
+        # A reference may be the policy itself with its adapters off, which is off for every thread.
+        workers = Workers() if objective.kl_coef > 0 else self.policy.workers
+        for scored, choices in backward_each(self.policy, microbatches, loss_of, workers):
+            experts.record(scored.microbatch, choices)
+            watch.saw(scored)
+        experts.end()
+        watch.backward_done(objective, on_policy=on_policy)
+        return True
 
-    def _budget(self, options: TrainConfig) -> int:
-        config = self.policy.lm.config.get_text_config()
-        return options.packed_sequence_length or row_budget(config, self.policy.checkpointing)
-
-    def _describe(self, metrics: Metrics, batch: RolloutBatch) -> None:
-        """What is known of the batch before any forward pass."""
-        by_group: dict[int, list[float]] = {}
-        for group, reward in zip(batch.groups, batch.rewards, strict=True):
-            by_group.setdefault(group, []).append(reward)
-        for own in by_group.values():
-            metrics.mean("train/reward_std", reward_std(own), 1)
-        count = len(batch.samples)
-        metrics.mean("train/reward", math.fsum(batch.rewards), count)
-        every = [sample for samples in batch.samples for sample in samples]
-        if every:
-            versions = np.concatenate([sample.policy_versions for sample in every])
-            sampled = int(np.concatenate([sample.ratio_mask for sample in every]).sum())
-            metrics.mean("tokens/completion_mean", sampled, count)
-            metrics.add("tokens/completion", sampled)
-            metrics.add("tokens/prompt", len(versions) - sampled)
-            age = self.policy.version - versions[versions >= 0]
-            if len(age):
-                metrics.mean("staleness/mean", float(age.sum()), len(age))
-                metrics.maximum("staleness/max", float(age.max()))
-        metrics.add("train/groups_zero_advantage", batch.flat_groups)
-        metrics.add("train/trajectories", len(batch.samples))
-        metrics.add("train/trajectories_too_long", batch.dropped)
-
-    def reference(self) -> Reference:
+    def reference(self, microbatch: Microbatch) -> Float[Tensor, " M"]:
         """Log-probs of the frozen base model: LoRA's model without adapters, else a copy."""
         if self.policy.peft is None and self._frozen is None:
             assert self._load_reference is not None
             self._frozen = self._load_reference()
+        with torch.no_grad():
+            if self._frozen is not None:
+                return forward(self._frozen, microbatch).logprobs
+            with self.policy.reference():
+                return forward(self.policy, microbatch).logprobs
 
-        def score(microbatch: Microbatch) -> Float[Tensor, " M"]:
-            with torch.no_grad():
-                if self._frozen is not None:
-                    return forward(self._frozen, microbatch).logprobs
-                with self.policy.reference():
-                    return forward(self.policy, microbatch).logprobs
+    def _plan(
+        self, batch: RolloutBatch, settings: Settings, metrics: Metrics
+    ) -> tuple[list[list[TrajectorySamples]], ExpertReplay]:
+        """The minibatches of all epochs, in order.
 
-        return score
+        What stays as it is over all updates is fixed here: the expert choices that are replayed,
+        and the old log-probs, if the trainer is to make them.
+        """
+        budget = self._budget(settings)
+        if not settings.counts_flat:
+            batch = batch.with_signal()
+        seeds = [_mix(settings.seed, self.step, epoch) for epoch in range(settings.epochs)]
+        epochs = [minibatches(batch, settings.minibatches, seed) for seed in seeds]
+        experts = ExpertReplay(self.policy, settings, metrics, budget)
+        recorded = experts.start([with_gradient(m, settings.objective) for m in epochs[0]])
+        fixed = [recorded.get(s[0].trajectory_id, s) for minibatch in epochs[0] for s in minibatch]
+        if settings.old_logprobs == "trainer":
+            fixed = with_trainer_logprobs(
+                self.policy,
+                fixed,
+                budget,
+                settings.logprob_calculation_chunk_size,
+                replay=experts.replays,
+                share=shares(self.policy, settings),
+            )
+        by_id = {samples[0].trajectory_id: samples for samples in fixed}
+        plan = [[by_id[s[0].trajectory_id] for s in m] for epoch in epochs for m in epoch]
+        return plan, experts
 
-
-def _replaced(
-    plan: list[list[TrajectorySamples]], changed: Mapping[int, TrajectorySamples]
-) -> list[list[TrajectorySamples]]:
-    """The plan with these samples in place of those of the same trajectories."""
-    return [
-        [changed.get(samples[0].trajectory_id, samples) for samples in minibatch]
-        for minibatch in plan
-    ]
-
-
-def _wanted(part: Sequence[TrajectorySamples], settings: Settings) -> list[TrajectorySamples]:
-    """The trajectories that have a gradient: those with an advantage, or all with a KL term."""
-    return [s for s in part if settings.objective.kl_coef > 0 or not without_advantage(s)]
+    def _budget(self, settings: Settings) -> int:
+        config = self.policy.lm.config.get_text_config()
+        return settings.packed_sequence_length or row_budget(config, self.policy.checkpointing)
 
 
 def _mix(*numbers: int) -> int:

@@ -58,7 +58,7 @@ class RunData:
     def by_sequence(self) -> bool:
         """Whether the clip range is one of sequences, so that l_i is compared with it."""
         if self.settings is not None:
-            return self.settings.objective.level in ("sequence", "sequence_token")
+            return self.settings.objective.per_sequence
         return bool(self.values("mismatch/clip_fraction"))  # logged for those alone
 
     def heldout(self) -> list[tuple[int, float, float, float]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from gspo.lab.report.data import RunData
-from gspo.objective import CLIPPING
 from gspo.train.epsilon import noise_advice
 
 _NORMAL_98 = 4.653
@@ -27,7 +26,7 @@ def _clip(run: RunData) -> str:
     settings = run.settings
     target, by_engine, by_length = 0.15, True, False
     if settings is not None:
-        if settings.auto_epsilon or settings.objective.surrogate not in CLIPPING:
+        if settings.auto_epsilon or not settings.objective.has_range:
             return ""
         target = settings.epsilon_target
         by_engine = settings.old_logprobs == "rollout"

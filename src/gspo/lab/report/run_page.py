@@ -16,7 +16,7 @@ from gspo.lab.report.trajectories import (
     TOKENS,
     sampled_trajectories,
 )
-from gspo.objective import CLIPPING, PRESETS
+from gspo.objective import PRESETS
 
 
 def run_page(runs: Sequence[RunData], live: Live | None = None) -> str:
@@ -108,7 +108,7 @@ def _facts(run: RunData) -> dict[str, str]:
 
 
 def _clip_range(run: RunData) -> str:
-    if run.settings is not None and run.settings.objective.surrogate not in CLIPPING:
+    if run.settings is not None and not run.settings.objective.has_range:
         return "none"
     low, high = run.values("ratio/epsilon_low"), run.values("ratio/epsilon_high")
     if not low or not high:

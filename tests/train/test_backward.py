@@ -10,10 +10,10 @@ import torch
 import gspo as art
 from gspo import dev
 from gspo.core.errors import NumericsError
+from gspo.data.packing import pack
 from gspo.policy.load import Policy
 from gspo.policy.workers import Workers
 from gspo.train.minibatches import prepare
-from gspo.train.rows import rows_of
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
 from support import choice, embedded, random_groups, trajectory
@@ -80,11 +80,14 @@ def test_microbatches_are_even_among_the_workers():
         for i, s in enumerate(samples)
     ]
     policy.workers = Workers(2)
-    sizes = [microbatch.token_count for microbatch in rows_of(policy, samples, 10_000)]
+    workers = policy.workers.count
+    sizes = [one.token_count for one in pack(samples, 10_000, workers=workers)]
+        microbatch.token_count for microbatch in pack(samples, 10_000, workers=policy.workers.count)
+    ]
     assert len(sizes) == 2
     assert max(sizes) < 1.2 * min(sizes)
     policy.workers = Workers(1)
-    assert len(rows_of(policy, samples, 10_000)) == 1
+    assert len(pack(samples, 10_000, workers=policy.workers.count)) == 1
 
 
 def test_microbatches_are_not_cut_if_both_would_hold_the_same_prompt():
@@ -104,9 +107,9 @@ def test_microbatches_are_not_cut_if_both_would_hold_the_same_prompt():
         for sample in own
     ]
     policy.workers = Workers(2)
-    microbatches = rows_of(policy, samples, 10_000, share=True)
+    microbatches = pack(samples, 10_000, share=True, workers=policy.workers.count)
     assert [microbatch.token_count for microbatch in microbatches] == [1024 + 8 * 64] * 2
-    unshared = rows_of(policy, samples, 10_000)
+    unshared = pack(samples, 10_000, workers=policy.workers.count)
     assert [microbatch.token_count for microbatch in unshared] == [8 * 1088] * 2
 
 
@@ -114,7 +117,7 @@ def test_a_few_tokens_are_not_split_among_the_workers():
     policy: Policy = embedded()
     samples = [s for own in prepare(random_groups(policy), context=512).samples for s in own]
     policy.workers = Workers(2)
-    assert len(rows_of(policy, samples, 10_000)) == 1
+    assert len(pack(samples, 10_000, workers=policy.workers.count)) == 1
 
 
 def test_what_a_worker_raises_reaches_the_caller():

@@ -14,7 +14,7 @@ from gspo.data.sample import Sample
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy
 from gspo.train.minibatches import RolloutBatch, prepare
-from gspo.train.recompute import with_trainer_logprobs
+from gspo.train.old_logprobs import with_trainer_logprobs
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
 from policy.routers import moe

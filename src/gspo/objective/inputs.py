@@ -1,0 +1,115 @@
+"""What `policy_loss` accepts: everything is checked and flattened before anything is computed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .presets import Objective
+from .ratio import Segments
+
+
+def checked(
+    logprobs: Tensor,
+    objective: Objective,
+    advantages: Tensor | None,
+    total_sequences: int | None,
+    given: dict[str, Tensor | None],
+) -> tuple[dict[str, Tensor], Segments]:
+    """The arguments of `policy_loss` by name, as flat tensors beside `logprobs`; the sequences.
+
+    Numbers are checked on the device that they lie on: those that come from the CPU don't make
+    it wait for a GPU.
+
+    Raises:
+        ValueError: shapes, dtypes, ids or masks that don't fit together.
+    """
+    tokens = {name: tensor for name, tensor in given.items() if tensor is not None}
+    ids = tokens.setdefault("sequence_ids", _ids_of_rows(logprobs, given["sequence_ids"]))
+    tokens.setdefault("ratio_mask", torch.ones_like(ids, dtype=torch.bool))
+    tokens.setdefault("loss_mask", tokens["ratio_mask"])
+    for name in ("ratio_mask", "loss_mask"):
+        tokens[name] = _as_mask(name, tokens[name])
+    for name, tensor in tokens.items():
+        if tensor.shape != logprobs.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, logprobs {tuple(logprobs.shape)}"
+            )
+    for name, tensor in {"logprobs": logprobs, **tokens}.items():
+        if name.endswith("logprobs") and tensor.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{name} are {tensor.dtype}: half precision alone costs more than the clip range; "
+                "compute log-probs in float32"
+            )
+    _check_advantages(objective, tokens, advantages)
+    for name, needed in (
+        ("reference_logprobs", objective.kl_coef > 0),
+        ("sampling_logprobs", objective.correction is not None),
+    ):
+        if needed != (name in tokens):
+            raise ValueError(
+                f"{name} are {'missing' if needed else 'given'}, but kl_coef = "
+                f"{objective.kl_coef} and correction = {objective.correction}"
+            )
+    if total_sequences is not None and total_sequences < 1:
+        raise ValueError(f"total_sequences = {total_sequences}: must be at least 1")
+    # Ids of tokens that were not sampled don't count.
+    tokens["sequence_ids"] = torch.where(tokens["ratio_mask"].to(ids.device), ids, 0)
+    count = _count(tokens["sequence_ids"], advantages)
+    flat = {
+        name: tensor.reshape(-1).to(logprobs.device, non_blocking=True)
+        for name, tensor in tokens.items()
+    }
+    mask = flat["ratio_mask"]
+    return flat, Segments(flat["sequence_ids"], count, mask, flat["loss_mask"] & mask)
+
+
+def _ids_of_rows(logprobs: Tensor, sequence_ids: Tensor | None) -> Tensor:
+    """The ids, or those of a batch whose rows are sequences."""
+    if sequence_ids is not None:
+        return sequence_ids
+    if logprobs.dim() != 2:
+        raise ValueError(
+            f"logprobs have shape {tuple(logprobs.shape)}: give sequence_ids, which may be left "
+            "out only for a [B, T] batch of one sequence per row"
+        )
+    return torch.arange(len(logprobs), device=logprobs.device)[:, None].expand(logprobs.shape)
+
+
+def _as_mask(name: str, mask: Tensor) -> Tensor:
+    """The mask as booleans: tokenizers give attention masks of 0 and 1."""
+    if mask.dtype == torch.bool:
+        return mask
+    if mask.is_floating_point() or mask.is_complex():
+        raise ValueError(f"{name} is {mask.dtype}: give booleans, or integers that are 0 or 1")
+    strange = mask[(mask != 0) & (mask != 1)]
+    if strange.numel():
+        raise ValueError(f"{name} holds {strange[0].item()}: give booleans, or integers 0 and 1")
+    return mask.bool()
+
+
+def _count(sequence_ids: Tensor, advantages: Tensor | None) -> int:
+    """S, which every id must be below."""
+    lowest, highest = 0, -1
+    if sequence_ids.numel():
+        lowest, highest = torch.stack(sequence_ids.aminmax()).tolist()
+    if lowest < 0:
+        raise ValueError(f"sequence_ids hold {lowest}: they count from 0")
+    count = highest + 1 if advantages is None else advantages.numel()
+    if highest >= count:
+        raise ValueError(f"sequence_ids reach {highest}, but there are {count} advantages")
+    return count
+
+
+def _check_advantages(
+    objective: Objective, tokens: dict[str, Tensor], advantages: Tensor | None
+) -> None:
+    if (advantages is None) == ("token_advantages" not in tokens):
+        raise ValueError("give either advantages, one per sequence, or token_advantages")
+    if advantages is not None and advantages.dim() != 1:
+        raise ValueError(f"advantages have shape {tuple(advantages.shape)}, not one per sequence")
+    if advantages is None and objective.one_ratio:
+        raise ValueError(
+            "level 'sequence' has one advantage per sequence; "
+            "for one per token use 'sequence_token' (preset gspo_token)"
+        )

@@ -1,0 +1,57 @@
+"""The gradient of one optimizer step: microbatch after microbatch, or a worker for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from gspo.core.timing import span
+from gspo.data.packing import Microbatch
+from gspo.policy.load import Policy
+from gspo.policy.workers import Workers
+
+T = TypeVar("T")
+
+
+def backward_each(
+    policy: Policy,
+    microbatches: Sequence[Microbatch],
+    loss_of: Callable[[Microbatch], tuple[Tensor, T]],
+    workers: Workers,
+) -> Iterator[T]:
+    """Add the gradient of each microbatch's loss to the parameters.
+
+    The result has the same bits whichever worker ends first: with several, each returns its
+    gradients, and they are added in the order of the microbatches.
+
+    Args:
+        policy: its trainable parameters get the gradient.
+        microbatches: of one optimizer step.
+        loss_of: the forward pass: the loss of a microbatch, and what is known of it.
+        workers: threads that compute a microbatch each.
+
+    Yields:
+        What `loss_of` knows of each microbatch, in their order.
+    """
+    parameters = list(policy.trainable.values())
+
+    def backward(microbatch: Microbatch) -> tuple[T, Sequence[Tensor | None]]:
+        loss, scored = loss_of(microbatch)
+        with span("backward"):
+            if workers.count > 1:
+                return scored, torch.autograd.grad(loss, parameters, allow_unused=True)
+            loss.backward()
+            return scored, ()
+
+    for start in range(0, len(microbatches), workers.count):
+        turn = microbatches[start : start + workers.count]
+        for scored, gradients in workers.map(backward, turn):
+            for parameter, gradient in zip(parameters, gradients, strict=False):
+                if parameter.grad is None:
+                    parameter.grad = gradient
+                elif gradient is not None:
+                    parameter.grad += gradient
+            yield scored

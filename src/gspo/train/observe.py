@@ -1,0 +1,292 @@
+"""What is seen of one call of `train`: every metric, and the trace of each trained sequence.
+
+Tensors stay on the device until an optimizer step's last backward pass, and come to the CPU in one
+transfer: each number that is read by itself would make the CPU wait for the GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gspo.core.errors import NumericsError
+from gspo.core.metrics import Metrics
+from gspo.data.packing import Microbatch
+from gspo.data.sample import TrajectorySamples
+from gspo.kernels.logprob import TokenLogprobs
+from gspo.kernels.shared_prompt_attention import RowAttention
+from gspo.objective import (
+    LossOutput,
+    Objective,
+    Segments,
+    clip_range,
+    clipped_surrogate,
+    sequence_log_ratio,
+)
+from gspo.policy.load import Policy
+from gspo.train.minibatches import RolloutBatch, reward_std
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A sequence of one optimizer step, for reports and for epsilon="auto".
+
+    Attributes:
+        log_ratio, advantage, length: l_i, A_i and L_i.
+        trajectory_id: of the rollout batch.
+        update: the optimizer step of the call, from 0.
+        trained_tokens, clipped_tokens: in the loss; of those, how many the range acts on.
+        token_log_ratios: [L_i] float32 d_t, in the order of sampling.
+    """
+
+    log_ratio: float
+    advantage: float
+    length: float
+    trajectory_id: int
+    update: int
+    trained_tokens: int
+    clipped_tokens: int
+    token_log_ratios: np.ndarray
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A microbatch of M sampled tokens after its forward pass, without gradient.
+
+    Attributes:
+        microbatch: on the CPU.
+        logprobs, entropy: [M] under the policy of this optimizer step.
+        out: what the objective returned; its `loss` is the one that backward got.
+    """
+
+    microbatch: Microbatch
+    logprobs: Tensor
+    entropy: Tensor
+    out: LossOutput
+
+    @classmethod
+    def of(
+        cls, microbatch: Microbatch, scored: TokenLogprobs, out: LossOutput, loss: Tensor
+    ) -> Scored:
+        """Detached: else the graph of a microbatch would live until the step's end."""
+        out = replace(out, loss=loss.detach())
+        return cls(microbatch, scored.logprobs.detach(), scored.entropy, out)
+
+
+class Observer:
+    """Metrics and traces of one call of `train`.
+
+    Attributes:
+        metrics: of the whole call.
+        updates: optimizer steps taken so far.
+    """
+
+    def __init__(self, policy: Policy, batch: RolloutBatch):
+        self.metrics = Metrics()
+        self.updates = 0
+        self.traces: list[Trace] = []
+        self._policy = policy
+        self._scored: list[Scored] = []
+        self._started = time.perf_counter()
+        _describe(self.metrics, batch, policy.version)
+
+    def on_policy(self, trajectories: Sequence[TrajectorySamples]) -> bool:
+        """Whether the weights are still those that sampled every token: then any log-ratio is a
+        mismatch between engine and trainer."""
+        versions = (s.policy_versions[s.ratio_mask] for samples in trajectories for s in samples)
+        return self.updates == 0 and all((v == self._policy.version).all() for v in versions)
+
+    def saw(self, scored: Scored) -> None:
+        """Keep a microbatch of the present optimizer step."""
+        self._scored.append(scored)
+
+    def backward_done(self, objective: Objective, *, on_policy: bool) -> None:
+        """Read what the optimizer step's microbatches left on the device, and record it.
+
+        Raises:
+            NumericsError: a loss is NaN or infinite. Its gradient may still be finite: the bound
+                on ratios gives NaN a gradient of 0.
+        """
+        step, self._scored = _on_cpu(self._scored), []
+        _check_finite(step)
+        self.metrics.mean("loss/policy", 0.0, 1)  # a sum over microbatches, a mean over steps
+        self.metrics.mean("loss/kl", 0.0, 1)
+        for scored in step:
+            _record_loss(self.metrics, scored)
+            _record_ratios(self.metrics, scored)
+            self._record_packing(scored.microbatch)
+            if on_policy:
+                _record_mismatch(self.metrics, scored, objective)
+            self.traces += _traces(scored, self.updates)
+
+    def updated(self, norm: float, rate: float) -> None:
+        """Count an optimizer step: the gradient's norm before clipping, the learning rate."""
+        self.updates += 1
+        self.metrics.mean("optim/grad_norm", norm, 1)
+        self.metrics.mean("optim/learning_rate", rate, 1)
+
+    def done(self, objective: Objective) -> None:
+        """Record what is known at the end of the call."""
+        if objective.has_range:
+            self.metrics.mean("ratio/epsilon_low", objective.epsilon_low, 1)
+            self.metrics.mean("ratio/epsilon_high", objective.epsilon_high, 1)
+        self.metrics.add("optim/updates", self.updates)
+        self.metrics.add("time/train", time.perf_counter() - self._started)
+
+    def by_trajectory(self) -> dict[int, list[Trace]]:
+        """The traces of each trajectory in the order of its turns, of its last optimizer step."""
+        out: dict[int, list[Trace]] = {}
+        for trace in self.traces:
+            earlier = out.setdefault(trace.trajectory_id, [])
+            if earlier and earlier[0].update < trace.update:
+                earlier.clear()
+            earlier.append(trace)
+        return out
+
+    def _record_packing(self, microbatch: Microbatch) -> None:
+        size, samples = microbatch.token_count, microbatch.sample_tokens
+        padded = RowAttention(microbatch).padded if self._policy.packing == "buckets" else size
+        self.metrics.mean("tokens/packed_efficiency", size, padded)
+        self.metrics.add("tokens/computed", size)
+        self.metrics.mean("tokens/shared_saving", samples - size, samples)
+
+
+def _describe(metrics: Metrics, batch: RolloutBatch, version: int) -> None:
+    """What is known of the rollout batch before any forward pass."""
+    by_group: dict[int, list[float]] = {}
+    for group, reward in zip(batch.groups, batch.rewards, strict=True):
+        by_group.setdefault(group, []).append(reward)
+    for rewards in by_group.values():
+        metrics.mean("train/reward_std", reward_std(rewards), 1)
+    count = len(batch.samples)
+    metrics.mean("train/reward", math.fsum(batch.rewards), count)
+    samples = [sample for trajectory in batch.samples for sample in trajectory]
+    if samples:
+        sampled = sum(sample.sampled for sample in samples)
+        metrics.mean("tokens/completion_mean", sampled, count)
+        metrics.add("tokens/completion", sampled)
+        metrics.add("tokens/prompt", sum(map(len, samples)) - sampled)
+        versions = np.concatenate([sample.policy_versions for sample in samples])
+        age = version - versions[versions >= 0]
+        if len(age):
+            metrics.mean("staleness/mean", float(age.sum()), len(age))
+            metrics.maximum("staleness/max", float(age.max()))
+    metrics.add("train/groups_zero_advantage", batch.flat_groups)
+    metrics.add("train/trajectories", count)
+    metrics.add("train/trajectories_too_long", batch.dropped)
+
+
+def _on_cpu(step: Sequence[Scored]) -> list[Scored]:
+    """The same with all tensors on the CPU, by one transfer."""
+    tensors = [[s.logprobs, s.entropy, *vars(s.out).values()] for s in step]
+    flat = [tensor.reshape(-1).float() for each in tensors for tensor in each]
+    values = iter(torch.cat(flat).cpu().split([len(part) for part in flat]))
+    read = [[next(values).view(t.shape).to(t.dtype) for t in each] for each in tensors]
+    return [
+        Scored(scored.microbatch, logprobs, entropy, LossOutput(*out))
+        for scored, (logprobs, entropy, *out) in zip(step, read, strict=True)
+    ]
+
+
+def _check_finite(step: Sequence[Scored]) -> None:
+    bad = [scored for scored in step if not scored.out.loss.isfinite()]
+    if not bad:
+        return
+    named = {
+        scored.microbatch.trajectory_ids[i]
+        for scored in bad
+        for i, l_i in enumerate(scored.out.log_ratio.tolist())
+        if not math.isfinite(l_i)
+    }
+    where = f"; log-ratios that are not finite: trajectory {min(named, default=0)}"
+    raise NumericsError(
+        f"the loss is {bad[0].out.loss.item()}{f'{where} ({len(named)} in all)' if named else ''}. "
+        "Look for a temperature, a log-prob or a weight that is not finite"
+    )
+
+
+def _record_loss(metrics: Metrics, scored: Scored) -> None:
+    """Loss and entropy of all that is trained on."""
+    metrics.mean("loss/policy", scored.out.policy.item(), 0)
+    metrics.mean("loss/kl", scored.out.kl.item(), 0)
+    trained = scored.microbatch.loss_mask
+    count = int(trained.sum())
+    metrics.mean("loss/entropy", scored.entropy[trained].double().sum().item(), count)
+    metrics.add("tokens/trained", count)
+
+
+def _record_ratios(metrics: Metrics, scored: Scored) -> None:
+    """Ratios and clipping of the sequences with an advantage.
+
+    The others can't be clipped. A KL term trains on them too, and must not change what a share of
+    clipped sequences is a share of.
+    """
+    microbatch, out = scored.microbatch, scored.out
+    share = (out.clipped_tokens / out.loss_tokens.clamp(min=1)).double()
+    _record_clipping(metrics, "ratio", share, microbatch.advantages)
+    counted = microbatch.advantages != 0
+    clipped, tokens = out.clipped_tokens[counted], out.loss_tokens[counted]
+    metrics.mean("ratio/clip_fraction_tokens", clipped.sum().item(), int(tokens.sum()))
+    log_ratio = out.log_ratio[counted].double()
+    metrics.distribution("ratio/log", log_ratio.tolist())
+    # Mean squares: their roots are the spreads of l_i and d_t, which 1/sqrt(L) relates.
+    d = scored.logprobs.double() - microbatch.old_logprobs
+    d = d[counted[microbatch.sequence_ids]]
+    metrics.mean("ratio/log_square", log_ratio.square().sum().item(), len(log_ratio))
+    metrics.mean("ratio/token_log_square", d.square().sum().item(), d.numel())
+    metrics.add("ratio/extreme", int(out.extreme[counted].sum()))
+
+
+def _record_mismatch(metrics: Metrics, scored: Scored, objective: Objective) -> None:
+    """On unchanged weights: what engine and trainer disagree by, and what that alone would clip."""
+    microbatch, advantages = scored.microbatch, scored.microbatch.advantages
+    d = scored.logprobs - microbatch.sampling_logprobs
+    metrics.mean("mismatch/log_ratio_mean", d.double().sum().item(), d.numel())
+    metrics.maximum("mismatch/log_ratio_abs_max", d.abs().max().item())
+    sampled = torch.ones_like(d, dtype=torch.bool)
+    segments = Segments(microbatch.sequence_ids, len(advantages), sampled, sampled)
+    noise = sequence_log_ratio(d, segments)
+    metrics.distribution("mismatch/sequence_log_ratio", noise.tolist())
+    if objective.per_sequence:
+        low, high = clip_range(objective, segments.lengths)
+        _, clipped = clipped_surrogate(noise.exp(), advantages, low, high)
+        _record_clipping(metrics, "mismatch", clipped.double(), advantages)
+
+
+def _record_clipping(metrics: Metrics, family: str, share: Tensor, advantages: Tensor) -> None:
+    """How much of each sequence is clipped, over those with an advantage, and by its sign."""
+    for name, chosen in (
+        ("clip_fraction", advantages != 0),
+        ("clip_fraction_positive", advantages > 0),
+        ("clip_fraction_negative", advantages < 0),
+    ):
+        metrics.mean(f"{family}/{name}", share[chosen].sum().item(), int(chosen.sum()))
+
+
+def _traces(scored: Scored, update: int) -> list[Trace]:
+    """The S sequences of a microbatch."""
+    microbatch, out = scored.microbatch, scored.out
+    d = (scored.logprobs - microbatch.old_logprobs).numpy()
+    ids = microbatch.sequence_ids.numpy()
+    counts = np.bincount(ids, minlength=len(microbatch.advantages))
+    by_sequence = np.split(d[np.argsort(ids, kind="stable")], np.cumsum(counts)[:-1])
+    columns = zip(
+        out.log_ratio.tolist(),
+        microbatch.advantages.tolist(),
+        out.lengths.tolist(),
+        microbatch.trajectory_ids,
+        out.loss_tokens.int().tolist(),
+        out.clipped_tokens.int().tolist(),
+        by_sequence,
+        strict=True,
+    )
+    return [
+        Trace(l_i, advantage, length, trajectory_id, update, trained, clipped, d)
+        for l_i, advantage, length, trajectory_id, trained, clipped, d in columns
+    ]
