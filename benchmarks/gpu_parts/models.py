@@ -162,7 +162,9 @@ def row_flops(policy: Policy, rows: Sequence[PackedBatch]) -> dict[str, float]:
     A shared prompt counts once, and what is computed again counts once: the layers under activation
     checkpointing, and the vocabulary projection in the backward pass.
     """
-    sizes = replace(Flops.of(policy), recomputes=False)
+    sizes = Flops.of(policy)
     layers = sum(sizes.forward(row.positions) + sizes.backward(row.positions) for row in rows)
+    if policy.checkpointing:  # all weights are trained: backward needs twice the forward pass
+        layers = sum(3 * sizes.forward(row.positions) for row in rows)
     head = sum(sum(head_flops(policy.head, len(row.targets))) for row in rows)
     return {"layers": layers, "head": head}

@@ -143,8 +143,7 @@ def _run(make_spec: Callable[[], Spec], model: str, as_json: bool, profiled: boo
     from gspo.experiment import loop as experiment
     from gspo.experiment.watch import LiveWatch
     from gspo.lab.picture import draw_run, require_plotting
-    from gspo.lab.profile import Profile
-    from gspo.lab.profile_text import render
+    from gspo.lab.profiling import Profile, render
     from gspo.lab.report.data import read_runs
     from gspo.lab.report.live import LiveReport
     from gspo.lab.report.notices import notices
@@ -170,9 +169,8 @@ def _run(make_spec: Callable[[], Spec], model: str, as_json: bool, profiled: boo
     found = experiment.as_json(outcome) | files
     if profile is not None:
         report = profile.report()
-        text = render(report)
-        found["profile"] = str(report.write(outcome.run, text))
-        print(f"\n{text}profile: {found['profile']}")
+        found["profile"] = str(report.write(outcome.run))
+        print(f"\n{render(report)}profile: {found['profile']}")
     if as_json:
         print(strict_json(found))
 

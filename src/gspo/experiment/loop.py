@@ -16,7 +16,7 @@ from gspo.core.files import strict_json, write_whole
 from gspo.core.timing import span
 from gspo.experiment.rollout import Rollouts
 from gspo.experiment.spec import Spec
-from gspo.lab.profile import Profile
+from gspo.lab.profiling import Profile
 from gspo.lab.statistics import Interval, reward_interval
 
 
