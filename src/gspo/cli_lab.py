@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,7 +44,7 @@ def audit(
     say_loading(model)
     from gspo.lab.audit import AuditSpec, run_audit
     from gspo.lab.audit_picture import draw_audit
-    from gspo.lab.audit_text import render
+    from gspo.lab.audit_report import render
     from gspo.lab.picture import require_plotting
 
     spec = AuditSpec(
@@ -64,7 +65,7 @@ def audit(
     if picture is not None:
         print(f"picture            {draw_audit(report, noise.log_ratios, picture)}")
     if as_json:
-        print(strict_json(report.as_json()))
+        print(strict_json(asdict(report)))
 
 
 def inspect(
@@ -80,9 +81,9 @@ def inspect(
 ) -> None:
     """Compare every method's loss, gradient and clipping on a batch that a run has stored."""
     say_loading(str(run))
-    from gspo.lab.inspection import InspectSpec, inspect_run
+    from gspo.lab.inspect_batch import InspectSpec, inspect_run
+    from gspo.lab.inspect_report import render
     from gspo.lab.inspection_picture import draw_inspection
-    from gspo.lab.inspection_text import render
     from gspo.lab.picture import require_plotting
 
     names = None if presets is None else [name.strip() for name in presets.split(",")]
@@ -99,7 +100,7 @@ def inspect(
     if picture is not None:
         print(f"picture: {draw_inspection(found, picture)}")
     if as_json:
-        print(strict_json(found.as_json()))
+        print(strict_json(asdict(found)))
 
 
 def compare(

@@ -28,16 +28,16 @@ class Flops:
     """Floating-point operations of a model's layers, below the vocabulary projection.
 
     Attributes:
-        token: of the forward and of the backward pass, per token, attention left out.
-        pair: of both, per pair of a query and a key that it may look at, in all layers together.
+        token: of forward and backward pass, per token, attention left out.
+        pair: of both, per pair of a query and a key that it may look at, over all layers.
         windows: share of the attention layers by their window; None: no window.
 
     The backward pass counts what it needs: without the gradients of frozen weights, and with the
     layers that activation checkpointing computes again.
     """
 
-    token: tuple[float, float]
-    pair: tuple[float, float]
+    token: tuple[float, ...]
+    pair: tuple[float, ...]
     windows: dict[int | None, float]
 
     @classmethod

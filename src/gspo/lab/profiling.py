@@ -205,7 +205,8 @@ def render(report: ProfileReport) -> str:
     whole = report.floor_seconds / report.seconds
     step = Phase("step", report.seconds, 1.0, 0, flops, report.floor_seconds, whole)
     names = ("phase", "calls", "ms", "share", "GFLOP", "ms at peak", "of peak")
-    shown = table(names, [_cells(p, report.steps) for p in report.phases], show_footer=True)
+    shown = table(names, [_cells(p, report.steps) for p in report.phases])
+    shown.show_footer = True
     for column, footer in zip(shown.columns, _cells(step, report.steps), strict=True):
         column.footer = footer
     return as_text([line, shown], width=100)

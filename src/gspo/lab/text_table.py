@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import Literal
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 
-def table(names: Sequence[str], rows: Sequence[Sequence[str]], **options: object) -> Table:
-    """A table whose columns are right-aligned, but for the first if its header is not a number.
+def table(
+    names: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    title: str | None = None,
+    labels: Literal["left", "right"] = "left",
+) -> Table:
+    """Make a table of numbers, which stand on the right of their columns.
 
     Args:
         names: headers of the columns.
         rows: the cells of each row.
-        options: of `rich.table.Table`, such as `title`.
+        title: what stands above it.
+        labels: the side on which the cells of the first column stand.
     """
-    out = Table(*names, box=box.SIMPLE_HEAD, title_justify="left", title_style="", **options)  # pyright: ignore[reportArgumentType]
-    for column in out.columns[1:]:
-        column.justify = "right"
+    out = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="")
+    for index, name in enumerate(names):
+        out.add_column(name, justify="right" if index else labels)
     for cells in rows:
         out.add_row(*cells)
     return out
