@@ -9,7 +9,7 @@ from gspo import dev
 from gspo.core.errors import DataError
 from gspo.core.metrics import Metrics
 from gspo.data.packing import pack
-from gspo.lab.gradients import MethodLoss, accumulate_gradients, cosines, gram
+from gspo.lab.gradients import MethodLoss, cosines, gram, measure
 from gspo.objective import PRESETS, policy_loss
 from gspo.policy.load import Policy
 from gspo.train.minibatches import RolloutBatch, prepare
@@ -58,10 +58,8 @@ def batch_of(policy: Policy, groups, settings: Settings) -> RolloutBatch:
 def measured(policy: Policy, groups, settings: dict[str, Settings], budget: int = 64, **options):
     losses = {n: MethodLoss.of(batch_of(policy, groups, s), s) for n, s in settings.items()}
     every = batch_of(policy, groups, next(iter(settings.values()))).samples
-    wanted = [t for t in every if any(m.wants(t[0].trajectory_id) for m in losses.values())]
-    unit = next(iter(settings.values())).options.sequence_unit
-    rows = pack([s for own in wanted for s in own], budget, unit)
-    return losses, accumulate_gradients(policy, rows, losses, **options)
+    given = next(iter(settings.values())).options
+    return losses, measure(policy, every, losses, given, budget, **options)
 
 
 def naive(policy: Policy, groups, settings: Settings) -> tuple[float, list[torch.Tensor]]:
@@ -187,9 +185,10 @@ def test_parameters_keep_their_own_gradients(policy: Policy, groups):
     policy.lm.zero_grad(set_to_none=True)
 
 
-def test_a_replay_without_routes_is_refused(policy: Policy, groups):
-    with pytest.raises(DataError, match="without routes"):
-        measured(policy, groups, {"gspo": settings_of("gspo")}, replay=True)
+def test_a_replay_without_expert_choices_is_refused(policy: Policy, groups):
+    replaying = settings_of("gspo", routing_replay="rollout")
+    with pytest.raises(DataError, match="without expert choices"):
+        measured(policy, groups, {"gspo": replaying})
 
 
 def test_no_method_has_a_gradient_on_flat_groups(policy: Policy, groups):

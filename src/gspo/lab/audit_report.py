@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
+from rich.table import Table
 
 from gspo.lab.text_table import as_text, table
 
@@ -244,7 +245,7 @@ def render(report: AuditReport) -> str:
         summary = _numbers(bucket.sequence_log_ratio)
         by_sequence.append([label, str(bucket.sequences), *summary, *clipped])
     names = ("mean", "spread", "p01", "p50", "p99")
-    parts = [
+    parts: list[str | Table] = [
         f"{report.model}, sampled in {report.rollout_dtype}, scored in float32, unchanged weights: "
         f"{total.sequences} sequences, {total.tokens} tokens",
         table(

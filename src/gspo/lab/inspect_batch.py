@@ -70,7 +70,7 @@ def inspect_run(spec: InspectSpec) -> Inspection:
     step = StoredStep(spec.run, spec.step)
     own = step.settings()
     names: tuple[Weights, ...] = ("before", "after")
-    chosen = [name for name in names if spec.weights in (name, "both")]
+    chosen = names if spec.weights == "both" else (spec.weights,)
     # Whether training fixed something by the weights before the step.
     by_trainer = own.options.routing_replay == "old_policy" or own.old_logprobs == "trainer"
     step.check_weights(chosen, needs_before=by_trainer)

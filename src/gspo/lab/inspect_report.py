@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from rich.table import Table
+
 from gspo.lab.audit_report import Summary
 from gspo.lab.stored_step import Weights
 from gspo.lab.text_table import as_text, table
@@ -89,7 +91,7 @@ class Inspection:
 def render(inspection: Inspection, *, matrix: bool = False) -> str:
     """The report as text; `matrix` prints the cosines of all pairs of however many methods."""
     options = ", ".join(f"{name}={value}" for name, value in inspection.options.items())
-    parts = [
+    parts: list[str | Table] = [
         f"{inspection.run}, step {inspection.step}: {_trajectories(inspection)}, "
         f"{inspection.tokens:,} sampled tokens",
         f"its method: {inspection.own} ({options or 'all options at their defaults'})",
