@@ -156,16 +156,15 @@ def sample(tokens: np.ndarray, prompt: int, number: int, group: int) -> Sample:
     )
 
 
-def row_flops(policy: Policy, microbatches: Sequence[Microbatch]) -> dict[str, float]:
+def row_flops(policy: Policy, rows: Sequence[Microbatch]) -> dict[str, float]:
     """Operations of a forward and backward pass over packed rows: what the method needs.
 
     A shared prompt counts once, and what is computed again counts once: the layers under activation
     checkpointing, and the vocabulary projection in the backward pass.
     """
-    sizes = replace(Flops.of(policy), recomputes=False)
-    layers = sum(
-        sizes.forward(microbatch.positions) + sizes.backward(microbatch.positions)
-        for microbatch in microbatches
-    )
-    head = sum(sum(head_flops(policy.head, len(microbatch.targets))) for microbatch in microbatches)
+    sizes = Flops.of(policy)
+    layers = sum(sizes.forward(row.positions) + sizes.backward(row.positions) for row in rows)
+    if policy.checkpointing:  # all weights are trained: backward needs twice the forward pass
+        layers = sum(3 * sizes.forward(row.positions) for row in rows)
+    head = sum(sum(head_flops(policy.head, len(row.targets))) for row in rows)
     return {"layers": layers, "head": head}

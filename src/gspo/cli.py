@@ -155,7 +155,7 @@ def _run(spec: Spec, profiled: bool, as_json: bool) -> None:
     from gspo.experiment.loop import run_experiment
     from gspo.experiment.stop import run_until_signal
     from gspo.experiment.watch import LiveWatch
-    from gspo.lab.profile import Profile
+    from gspo.lab.profiling import Profile
 
     profile = Profile() if profiled else None
     try:

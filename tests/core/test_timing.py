@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from gspo.core.compute import ComputeThread
-from gspo.core.timing import Clock, span, timed, timing
+from gspo.core.timing import Clock, beside, span, timed, timing
 
 
 def ticking() -> Clock:
@@ -94,6 +94,33 @@ def test_the_device_is_waited_for_at_each_edge():
     with clock.span("a"):
         pass
     assert len(waits) == 4
+
+
+def test_threads_beside_one_another_share_each_moment():
+    """They wait for one another, so that the clock ticks in the order of the comments."""
+    clock = ticking()
+    a_open, b_closed, one_ended = (threading.Event() for _ in range(3))
+
+    def first() -> None:  # 1
+        with span("a"):  # 2..6
+            a_open.set()
+            assert b_closed.wait(10)
+
+    def second() -> None:  # 3
+        with span("b"):  # 4..5
+            pass
+        b_closed.set()
+        assert one_ended.wait(10)
+
+    with timing(clock), span("step"):  # 0..9
+        one, two = (threading.Thread(target=beside(work)) for work in (first, second))
+        one.start()
+        assert a_open.wait(10)
+        two.start()
+        one.join()  # 7
+        one_ended.set()
+        two.join()  # 8
+    assert dict(clock.seconds) == {"step": 6.0, "a": 2.5, "b": 0.5}
 
 
 async def test_the_compute_thread_has_the_callers_clock():

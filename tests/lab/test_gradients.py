@@ -8,7 +8,7 @@ import torch
 from gspo import dev
 from gspo.core.errors import DataError
 from gspo.data.packing import pack
-from gspo.lab.gradients import MethodLoss, accumulate_gradients, cosines, gram
+from gspo.lab.gradients import MethodLoss, cosines, gram, measure
 from gspo.objective import PRESETS, policy_loss
 from gspo.policy.load import Policy
 from gspo.train.minibatches import RolloutBatch, prepare
@@ -28,12 +28,12 @@ def groups(policy: Policy):
     for trajectory in out[3]:
         trajectory.reward = 0.5
     batch = prepare(out, context=policy.context)
-    (microbatch,) = pack([s for own in batch.samples for s in own], 10_000)
+    (row,) = pack([s for own in batch.samples for s in own], 10_000)
     from gspo.policy.forward import forward
 
     noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        scored = forward(policy, microbatch).logprobs
+        scored = forward(policy, row).logprobs
     spread = 0.3 * torch.randn(len(scored), generator=noise)
     old = (scored - spread).clamp(max=0.0)
     at = 0
@@ -56,10 +56,8 @@ def batch_of(policy: Policy, groups, settings: Settings) -> RolloutBatch:
 def measured(policy: Policy, groups, settings: dict[str, Settings], budget: int = 64, **options):
     losses = {n: MethodLoss.of(batch_of(policy, groups, s), s) for n, s in settings.items()}
     every = batch_of(policy, groups, next(iter(settings.values()))).samples
-    wanted = [t for t in every if any(m.wants(t[0].trajectory_id) for m in losses.values())]
-    unit = next(iter(settings.values())).sequence_unit
-    microbatches = pack([s for own in wanted for s in own], budget, unit)
-    return losses, accumulate_gradients(policy, microbatches, losses, **options)
+    given = next(iter(settings.values()))
+    return losses, measure(policy, every, losses, given, budget, **options)
 
 
 def naive(policy: Policy, groups, settings: Settings) -> tuple[float, list[torch.Tensor]]:
@@ -174,8 +172,9 @@ def test_parameters_keep_their_own_gradients(policy: Policy, groups):
 
 
 def test_a_replay_without_expert_choices_is_refused(policy: Policy, groups):
+    replaying = settings_of("gspo", routing_replay="rollout")
     with pytest.raises(DataError, match="without expert choices"):
-        measured(policy, groups, {"gspo": settings_of("gspo")}, replay=True)
+        measured(policy, groups, {"gspo": replaying})
 
 
 def test_no_method_has_a_gradient_on_flat_groups(policy: Policy, groups):

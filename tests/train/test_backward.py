@@ -82,8 +82,6 @@ def test_microbatches_are_even_among_the_workers():
     policy.workers = Workers(2)
     workers = policy.workers.count
     sizes = [one.token_count for one in pack(samples, 10_000, workers=workers)]
-        microbatch.token_count for microbatch in pack(samples, 10_000, workers=policy.workers.count)
-    ]
     assert len(sizes) == 2
     assert max(sizes) < 1.2 * min(sizes)
     policy.workers = Workers(1)

@@ -21,6 +21,7 @@ from gspo.core.errors import ConfigError, DataError, ModelError, NumericsError
 from gspo.data.packing import Microbatch
 from gspo.data.sample import Sample, TrajectorySamples
 from gspo.policy.load import Policy, recompute_layers
+from gspo.train import expert_replay
 from gspo.train import trainer as trainer_module
 from gspo.train.expert_replay import ExpertReplay, changed_slots, with_own_choices
 from gspo.train.minibatches import RolloutBatch, prepare

@@ -11,6 +11,7 @@ clock.seconds                     # {"step": ..., "forward": ...}
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,7 +27,8 @@ class Clock:
     """Charges each moment inside its outermost span to the innermost open one.
 
     So the seconds of all names add up to those of the `root` spans. Spans outside of a root are not
-    counted. One span at a time is opened or closed: by one thread, or by threads in turns.
+    counted. Threads open and close spans in turns; only threads inside `beside` do so at the same
+    time, and then each moment is shared equally among these.
 
     Args:
         root: name of the outermost span; what is left to it belongs to no other.
@@ -60,6 +62,8 @@ class Clock:
         self.counts: Counter[tuple[str, str]] = Counter()
         self._now = now
         self._open: list[str] = []
+        self._beside: dict[int, list[str]] = {}
+        self._lock = threading.RLock()
         self._since = 0.0
         self._watchers: dict[str, Callable[..., None]] = {}
 
@@ -69,19 +73,36 @@ class Clock:
         if not self._open and name != self.root:
             yield
             return
-        self._charge()
-        self._open.append(name)
-        self.calls[name] += 1
+        with self._lock:
+            self._charge()
+            self._spans().append(name)
+            self.calls[name] += 1
         try:
             yield
         finally:
+            with self._lock:
+                self._charge()
+                self._spans().pop()
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """The spans that this thread opens inside the block lie beside those of other threads."""
+        thread = threading.get_ident()
+        with self._lock:
             self._charge()
-            self._open.pop()
+            self._beside[thread] = self._open[-1:]
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._charge()
+                del self._beside[thread]
 
     def count(self, name: str, kind: str, amount: float) -> None:
         """Add to a count of the root spans."""
-        if self._open:
-            self.counts[name, kind] += amount  # pyright: ignore[reportArgumentType]
+        with self._lock:
+            if self._open:
+                self.counts[name, kind] += amount  # pyright: ignore[reportArgumentType]
 
     def inside(self, name: str) -> bool:
         """Whether such a span is open."""
@@ -99,12 +120,18 @@ class Clock:
                 self._watchers[name](*args, **kwargs)
             yield
 
+    def _spans(self) -> list[str]:
+        return self._beside.get(threading.get_ident(), self._open)
+
     def _charge(self) -> None:
         if self.sync is not None:
             self.sync()
         now = self._now()
         if self._open:
-            self.seconds[self._open[-1]] += now - self._since  # pyright: ignore
+            # A thread that waits for those beside one another is not charged.
+            working = [spans[-1] for spans in self._beside.values() if spans] or self._open[-1:]
+            for name in working:
+                self.seconds[name] += (now - self._since) / len(working)  # pyright: ignore
         self._since = now
 
 
@@ -121,9 +148,17 @@ def timing(clock: Clock | None) -> Iterator[None]:
         _current.reset(token)
 
 
-def measured() -> bool:
-    """Whether a clock is held: then work is done in turns, so that each second has one owner."""
-    return _current.get() is not None
+def beside(function: Callable[P, T]) -> Callable[P, T]:
+    """The function to run in another thread: the caller's clock, if any, sees its spans there."""
+    clock = _current.get()
+    if clock is None:
+        return function
+
+    def inner(*args: P.args, **kwargs: P.kwargs) -> T:
+        with timing(clock), clock.beside():
+            return function(*args, **kwargs)
+
+    return inner
 
 
 def span(name: str) -> AbstractContextManager[None]:

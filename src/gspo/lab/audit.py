@@ -6,6 +6,7 @@ and compare l_i with the clip range. The path from engine to l_i is the one of t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,20 +17,19 @@ from pydantic import Field
 from gspo.core.errors import ConfigError
 from gspo.core.metrics import Metrics
 from gspo.core.options import Options
-from gspo.data.packing import Microbatch, pack
 from gspo.data.sample import Sample, trajectory_samples
 from gspo.dev import RolloutDtype
 from gspo.lab.audit_report import AuditReport, make_report
-from gspo.objective import Segments, sequence_log_ratio, token_log_ratio
+from gspo.objective import Segments, sequence_log_ratio
 from gspo.policy.embedded import PREFIX, embedded_task
-from gspo.policy.forward import forward
 from gspo.policy.load import Policy, load_policy
 from gspo.policy.probe import choose_packing
-from gspo.serve.engine import Completion, Engine, Request, SamplingParams
+from gspo.serve.engine import Completion, Request, SamplingParams
 from gspo.serve.selfcheck import make_engine
 from gspo.tasks import Task, load_task
 from gspo.train.budget import row_budget
-from gspo.train.expert_replay import record_agreement
+from gspo.train.expert_replay import record_agreement, with_own_choices
+from gspo.train.old_logprobs import with_trainer_logprobs
 from gspo.train.settings import resolve
 from gspo.trajectory import Trajectory
 from gspo.weights.publisher import publisher_for
@@ -62,16 +62,14 @@ class AuditSpec(Options):
 
     def clip_range(self) -> tuple[float, float]:
         """epsilon_low and epsilon_high that are audited."""
-        default = resolve().objective
-        low = default.epsilon_low if self.epsilon_low is None else self.epsilon_low
-        high = default.epsilon_high if self.epsilon_high is None else self.epsilon_high
-        return low, high
+        gspo = resolve().objective
+        return self.epsilon_low or gspo.epsilon_low, self.epsilon_high or gspo.epsilon_high
 
     def load_task(self) -> Task:
         """The task that the prompts come from.
 
         Raises:
-            ConfigError: none was named and the model has none of its own.
+            ConfigError: none was named, and the model has none of its own.
         """
         if self.task is not None:
             return load_task(self.task)
@@ -90,18 +88,13 @@ class Noise:
     Attributes:
         d: of each sequence, d_t of its sampled tokens; float64 of float32 values.
         log_ratios: [S] l_i as the trainer computes it.
-        routing_agreement: share of the experts' slots that engine and trainer choose alike; None
+        expert_agreement: share of the experts' slots that engine and trainer choose alike; None
             for a dense model.
     """
 
     d: tuple[np.ndarray, ...]
     log_ratios: np.ndarray
-    routing_agreement: float | None = None
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """L_i."""
-        return np.array([len(own) for own in self.d])
+    expert_agreement: float | None = None
 
 
 def run_audit(spec: AuditSpec) -> tuple[AuditReport, Noise]:
@@ -115,76 +108,60 @@ def run_audit(spec: AuditSpec) -> tuple[AuditReport, Noise]:
     choose_packing(policy)
     sampling, _ = publisher_for(policy, spec.rollout_dtype)
     engine = make_engine(sampling, seed=spec.seed)
-    requests = _requests(spec, task, engine, experts=bool(policy.routers.modules))
-    noise = measure(policy, _samples(policy, requests, engine.generate(requests)))
-    setting = spec.model_dump(exclude={"epsilon_low", "epsilon_high", "max_tokens", "seed"})
-    report = make_report(
-        noise.d,
-        noise.log_ratios,
-        spec.clip_range(),
-        routing_agreement=noise.routing_agreement,
-        **setting | {"task": task.name},
-    )
-    return report, noise
-
-
-@torch.no_grad()
-def measure(policy: Policy, samples: list[Sample]) -> Noise:
-    """Score samples, one a sequence, with the trainer's forward pass."""
-    policy.lm.eval()
-    d: dict[int, np.ndarray] = {}
-    log_ratios: dict[int, float] = {}
-    budget = row_budget(policy.lm.config.get_text_config(), policy.checkpointing)
-    metrics = Metrics()
-    for microbatch in pack(samples, budget, share=policy.shares_prefixes):
-        with policy.routers.watch(strict=False) as choices:
-            ratios, means = _log_ratios(policy, microbatch)
-        if choices.complete and microbatch.expert_choices is not None:
-            own = choices.preferred().cpu()[microbatch.index]
-            record_agreement(metrics, microbatch.expert_choices, own)
-        for row, number in enumerate(microbatch.trajectory_ids):
-            d[number] = ratios[microbatch.sequence_ids == row].double().numpy()
-            log_ratios[number] = means[row].item()
-    order = sorted(d)
-    return Noise(
-        tuple(d[i] for i in order),
-        np.array([log_ratios[i] for i in order]),
-        metrics.compute().get("moe/routing_agreement"),
-    )
-
-
-def _log_ratios(policy: Policy, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """d_t [M] and l_i [S] of a row, by the objective's own functions."""
-    every = torch.ones_like(microbatch.loss_mask)
-    d = token_log_ratio(forward(policy, microbatch).logprobs.cpu(), microbatch.old_logprobs, every)
-    count = len(microbatch.trajectory_ids)
-    return d, sequence_log_ratio(
-        d, Segments(microbatch.sequence_ids, count, every, microbatch.loss_mask)
-    )
-
-
-def _requests(spec: AuditSpec, task: Task, engine: Engine, *, experts: bool) -> list[Request]:
     params = SamplingParams(
         n=spec.completions,
         max_tokens=spec.max_tokens or task.max_tokens,
         temperature=spec.temperature,
-        expert_choices=experts,
+        expert_choices=bool(policy.routers.modules),
     )
     problems = (task.problem("heldout", index, spec.seed) for index in range(spec.prompts))
-    return [Request(tuple(engine.encode_chat(task.messages(p))), params) for p in problems]
+    requests = [Request(tuple(engine.encode_chat(task.messages(p))), params) for p in problems]
+    noise = measure(policy, _samples(policy, requests, engine.generate(requests)))
+    asked = spec.model_dump(exclude={"epsilon_low", "epsilon_high", "max_tokens", "seed"})
+    asked |= {"task": task.name, "routing_agreement": noise.expert_agreement}
+    return make_report(noise.d, noise.log_ratios, spec.clip_range(), **asked), noise
 
 
-def _samples(policy: Policy, requests: list[Request], done: list[list[Completion]]) -> list[Sample]:
+def measure(policy: Policy, samples: Sequence[Sample]) -> Noise:
+    """Score samples, one a sequence, as the trainer does."""
+    policy.lm.eval()
+    trajectories = [(sample,) for sample in samples]
+    budget = row_budget(policy.lm.config.get_text_config(), policy.checkpointing)
+    share = policy.shares_prefixes
+    scored = with_trainer_logprobs(policy, trajectories, budget, None, share=share)
+    d = [
+        torch.from_numpy((new.old_logprobs - sample.old_logprobs)[sample.ratio_mask])
+        for sample, (new,) in zip(samples, scored, strict=True)
+    ]
+    ids = torch.repeat_interleave(torch.tensor([len(tokens) for tokens in d]))
+    mask = torch.ones(len(ids), dtype=torch.bool)
+    log_ratios = sequence_log_ratio(torch.cat(d), Segments(ids, len(d), mask, mask))
+    metrics = Metrics()
+    if policy.routers.modules:
+        recorded = with_own_choices(policy, trajectories, budget, share=share)
+        for sample, (chosen,) in zip(samples, recorded, strict=True):
+            if sample.expert_choices is not None and chosen.expert_choices is not None:
+                engine = torch.from_numpy(sample.expert_choices.astype(np.int16))
+                own = torch.from_numpy(chosen.expert_choices[: len(engine)])
+                record_agreement(metrics, engine, own)
+    return Noise(
+        tuple(tokens.double().numpy() for tokens in d),
+        log_ratios.double().numpy(),
+        metrics.compute().get("moe/routing_agreement"),
+    )
+
+
+def _samples(
+    policy: Policy, requests: Sequence[Request], answers: Sequence[Sequence[Completion]]
+) -> list[Sample]:
     """The completions as training gets them: choices of trajectories, then samples."""
-    out: list[Sample] = []
-    for request, completions in zip(requests, done, strict=True):
-        for own in completions:
-            trajectory = Trajectory(messages_and_choices=[_choice(request, own)])
-            sample = trajectory_samples(
-                trajectory, trajectory_id=len(out), max_tokens=policy.context
-            )[0]
-            out.append(replace(sample, expert_choices=own.expert_choices))
-    return out
+    pairs = [(r, c) for r, answer in zip(requests, answers, strict=True) for c in answer]
+    samples = []
+    for number, (request, completion) in enumerate(pairs):
+        trajectory = Trajectory(messages_and_choices=[_choice(request, completion)])
+        (sample,) = trajectory_samples(trajectory, trajectory_id=number, max_tokens=policy.context)
+        samples.append(replace(sample, expert_choices=completion.expert_choices))
+    return samples
 
 
 def _choice(request: Request, completion: Completion) -> Choice:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gspo.core.files import explained, replacing
-from gspo.lab.audit_report import AuditReport
-from gspo.lab.noise import clip_band
+from gspo.lab.audit_report import AuditReport, clip_band
 from gspo.lab.picture import require_plotting
 
 if TYPE_CHECKING:

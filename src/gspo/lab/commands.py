@@ -9,6 +9,7 @@ import json
 import signal
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +19,7 @@ from gspo.core.errors import ConfigError, GspoError
 from gspo.core.files import strict_json
 
 if TYPE_CHECKING:
-    from gspo.lab.profile import Profile
+    from gspo.lab.profiling import Profile
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print a JSON object as the last line.")]
 
@@ -47,7 +48,7 @@ def audit(
     say_loading(model)
     from gspo.lab.audit import AuditSpec, run_audit
     from gspo.lab.audit_picture import draw_audit
-    from gspo.lab.audit_text import render
+    from gspo.lab.audit_report import render
     from gspo.lab.picture import require_plotting
 
     spec = AuditSpec(
@@ -68,7 +69,7 @@ def audit(
     if picture is not None:
         print(f"picture            {draw_audit(report, noise.log_ratios, picture)}")
     if as_json:
-        print(strict_json(report.as_json()))
+        print(strict_json(asdict(report)))
 
 
 def inspect(
@@ -84,9 +85,9 @@ def inspect(
 ) -> None:
     """Compare every method's loss, gradient and clipping on a batch that a run has stored."""
     say_loading(str(run))
-    from gspo.lab.inspection import InspectSpec, inspect_run
+    from gspo.lab.inspect_batch import InspectSpec, inspect_run
+    from gspo.lab.inspect_report import render
     from gspo.lab.inspection_picture import draw_inspection
-    from gspo.lab.inspection_text import render
     from gspo.lab.picture import require_plotting
 
     names = None if presets is None else [name.strip() for name in presets.split(",")]
@@ -103,7 +104,7 @@ def inspect(
     if picture is not None:
         print(f"picture: {draw_inspection(found, picture)}")
     if as_json:
-        print(strict_json(found.as_json()))
+        print(strict_json(asdict(found)))
 
 
 def compare(
@@ -215,10 +216,9 @@ def draw(run: Path) -> dict[str, str | None]:
 
 def print_profile(profile: Profile, run: Path) -> str:
     """Print where the time of the steps went, and write it to the run. Returns the file."""
-    from gspo.lab.profile_text import render
+    from gspo.lab.profiling import render
 
-    found = profile.report()
-    text = render(found)
-    path = found.write(run, text)
-    print(f"\n{text}profile: {path}")
+    report = profile.report()
+    path = report.write(run)
+    print(f"\n{render(report)}profile: {path}")
     return str(path)

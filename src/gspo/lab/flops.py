@@ -1,23 +1,14 @@
-"""Floating-point operations of a model's matrix products: what a step cannot do without.
+"""Floating-point operations of a model: what a step cannot do without.
 
-A multiply-add counts as two. Only matrix products count, as in `torch.utils.flop_counter`:
+They are those of its matrix products, as torch's own counter finds them: a multiply-add is two.
+The counter looks at two tiny samples when a model is loaded, and not at the steps, which it would
+slow down; from there on the positions of the tokens say how much is computed.
 
-- A weight of n numbers costs 2n a token in the forward pass; in the backward pass 2n for the
-  gradient of its input, and 2n more for its own where it is trained. Of E experts, k are computed.
-- Attention costs 2 H (D_qk + D_v) a layer for each pair of a query and a key that it may look at:
-  p + 1 keys for a token at position p, at most the window. The backward pass costs twice that.
-- The vocabulary projection costs 2 V D a row, and 2 V D in the backward pass for each of: the
-  logits, which are projected again, the gradient of the hidden states, and of the weight.
-- Activation checkpointing repeats the layers' forward pass.
-
-Left out: embeddings, norms, activations, softmax, and with LoRA on stacked experts the product that
-makes the adapted weights. Layers other than attention (state spaces, convolutions) count as their
-weights alone.
+Left out are embeddings, norms, activations and softmax, which have no matrix product.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -25,124 +16,115 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from gspo.core.errors import ModelError
 from gspo.kernels.logprob import Head
-from gspo.policy.load import Policy
-
-_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
-_LISTED = re.compile(r"\.experts\.\d+\.")
+from gspo.policy.load import Policy, autocast
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Sizes of a policy from which operations are counted.
+    """Floating-point operations of a model's layers, below the vocabulary projection.
 
     Attributes:
-        weights: numbers that one token is multiplied with below the vocabulary projection.
-        trained: those of them that are trained.
-        pair: operations of one query and one key in one layer.
-        windows: number of attention layers by their window; None: no window.
-        recomputes: layers are computed again in the backward pass.
+        token: of forward and backward pass, per token, attention left out.
+        pair: of both, per pair of a query and a key that it may look at, over all layers.
+        windows: share of the attention layers by their window; None: no window.
+
+    The backward pass counts what it needs: without the gradients of frozen weights, and with the
+    layers that activation checkpointing computes again.
     """
 
-    weights: float
-    trained: float
-    pair: int
-    windows: dict[int | None, int]
-    recomputes: bool
+    token: tuple[float, ...]
+    pair: tuple[float, ...]
+    windows: dict[int | None, float]
 
     @classmethod
     def of(cls, policy: Policy) -> Flops:
-        """The sizes of a policy.
+        """Count in samples of L = 1, 2 and 3 tokens: constant + token L + pair L^2.
 
-        Raises:
-            ModelError: experts, but no known name for how many of them compute a token.
+        torch counts attention as L^2 pairs. The constant is left out: it is what makes the adapted
+        weights where LoRA is on stacked experts.
         """
-        config = policy.lm.config.get_text_config()
-        found = active_weights(policy)
-        return cls(
-            weights=sum(found.values(), 0.0),
-            trained=sum((n for p, n in found.items() if p.requires_grad), 0.0),
-            pair=2 * config.num_attention_heads * sum(_head_widths(config)),
-            windows=_windows(config),
-            recomputes=policy.checkpointing,
-        )
-
-    def attention(self, positions: Int[Tensor, ...]) -> float:
-        """Forward pass of all layers' attention, of tokens at these positions."""
-        keys = positions.reshape(-1) + 1
-        pairs = {w: int((keys if w is None else keys.clamp(max=w)).sum()) for w in self.windows}
-        return float(sum(self.pair * n * pairs[w] for w, n in self.windows.items()))
+        one, two, three = (_counted(policy, length) for length in (1, 2, 3))
+        pair = tuple((c - 2 * b + a) / 2 for a, b, c in zip(one, two, three, strict=True))
+        token = tuple(b - a - 3 * p for a, b, p in zip(one, two, pair, strict=True))
+        return cls(token, pair, _windows(policy.lm.config.get_text_config()))
 
     def forward(self, positions: Int[Tensor, ...]) -> float:
-        """Forward pass below the vocabulary projection."""
-        return 2 * self.weights * positions.numel() + self.attention(positions)
+        """Operations of the forward pass of tokens at these positions in their samples."""
+        return self.token[0] * positions.numel() + self.pair[0] * self.pairs(positions)
 
     def backward(self, positions: Int[Tensor, ...]) -> float:
-        """Backward pass below the vocabulary projection."""
-        products = 2 * (self.weights + self.trained) * positions.numel()
-        again = self.forward(positions) if self.recomputes else 0.0
-        return products + 2 * self.attention(positions) + again
+        """Operations of the backward pass."""
+        return self.token[1] * positions.numel() + self.pair[1] * self.pairs(positions)
+
+    def pairs(self, positions: Int[Tensor, ...]) -> float:
+        """Pairs of a query and a key: p + 1 keys at position p, at most the layer's window.
+
+        It is a mean over the attention layers, whose windows may differ.
+        """
+        keys = positions.reshape(-1) + 1
+        return sum(
+            share * int((keys if window is None else keys.clamp(max=window)).sum())
+            for window, share in self.windows.items()
+        )
 
 
-def head_flops(head: Head, rows: int, *, grad: bool = True) -> tuple[float, float]:
-    """Log-probs of this many tokens from their hidden states: forward and backward pass.
+def head_flops(head: Head, tokens: int, *, grad: bool = True) -> tuple[float, float]:
+    """Operations of the vocabulary projection of this many tokens: forward and backward pass.
 
-    A frozen head's input gradient is made in the forward pass; logits that are made again in the
-    backward pass for want of memory don't count, since they need not be.
+    The input gradient of a frozen head is made in the forward pass. Logits that are made again in
+    the backward pass to save memory don't count, since the method doesn't need that.
     """
-    product = 2.0 * head.weight.numel() * rows
+    product = 2.0 * head.weight.numel() * tokens
     if not grad:
         return product, 0.0
     return (product, 2 * product) if head.weight.requires_grad else (2 * product, 0.0)
 
 
-def active_weights(policy: Policy) -> dict[torch.nn.Parameter, float]:
-    """Of each weight matrix below the vocabulary projection, the numbers that one token meets."""
-    config = policy.lm.config.get_text_config()
-    out: dict[torch.nn.Parameter, float] = {}
-    for path, module in policy.backbone.named_modules():
-        if isinstance(module, torch.nn.Embedding):
-            continue
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() not in (2, 3) or "bias" in name:
-                continue
-            share = 1.0
-            if parameter.dim() == 3 and "experts" in path:
-                share = _experts_per_token(config) / parameter.shape[0]
-            elif _LISTED.search(f".{path}."):
-                share = _experts_per_token(config) / policy.routers.experts
-            out[parameter] = share * parameter.numel()
-    return out
+def _grouped_mm(left: list[int], right: list[int], *_: Any, **__: Any) -> int:
+    """Operations of the experts' products, which torch's table lacks; the arguments are shapes."""
+    return 2 * left[0] * left[1] * right[-1]
 
 
-def _experts_per_token(config: Any) -> int:
-    for name in _PER_TOKEN:
-        if isinstance(value := getattr(config, name, None), int):
-            return value
-    raise ModelError(
-        f"{type(config).__name__} doesn't say how many experts compute a token (looked for "
-        f"{', '.join(_PER_TOKEN)}): its operations cannot be counted: train without --profile"
-    )
+def _counted(policy: Policy, length: int) -> tuple[int, int]:
+    """Operations of the forward and of the backward pass over one sample, as torch counts them."""
+    tokens = torch.arange(length, device=policy.device)[None]
+    passes = []
+    hidden = torch.empty(0)
+    for is_forward in (True, False):
+        counter = FlopCounterMode(
+            display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm}
+        )
+        # Only this implementation of attention is made of products that torch counts on the CPU.
+        with sdpa_kernel(SDPBackend.MATH), autocast(policy), torch.enable_grad(), counter:
+            if is_forward:
+                out = policy.backbone(input_ids=tokens, position_ids=tokens, use_cache=False)
+                hidden = out.last_hidden_state
+            elif hidden.requires_grad:
+                trained = list(policy.trainable.values())
+                torch.autograd.grad(hidden.sum(), trained, allow_unused=True)
+        by_module = counter.get_flop_counts()
+        # Without the angles of rotary embeddings, an outer product of positions and frequencies.
+        angles = [ops for name, ops in by_module.items() if name.endswith("rotary_emb")]
+        passes.append(
+            sum(by_module.get("Global", {}).values()) - sum(sum(ops.values()) for ops in angles)
+        )
+    return passes[0], passes[1]
 
 
-def _head_widths(config: Any) -> tuple[int, int]:
-    """Width of a head's queries and keys, and of its values."""
-    plain = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    keys = getattr(config, "qk_head_dim", None)  # DeepSeek's latent attention
-    return keys or plain, getattr(config, "v_head_dim", None) or plain
-
-
-def _windows(config: Any) -> dict[int | None, int]:
-    """Attention layers by their window."""
+def _windows(config: Any) -> dict[int | None, float]:
+    """Share of the attention layers by their window."""
     window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        return {window: config.num_hidden_layers}
     by_kind = {
         "full_attention": None,
         "sliding_attention": window,
         "chunked_attention": getattr(config, "attention_chunk_size", None),
     }
-    return dict(Counter(by_kind[kind] for kind in kinds if kind in by_kind))
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return {window: 1.0}
+    layers = Counter(by_kind[kind] for kind in kinds if kind in by_kind)
+    return {window: count / layers.total() for window, count in layers.items()}

@@ -1,21 +1,24 @@
-"""Several objectives on one rollout batch: the gradient that each would step along.
+"""Several methods on one rollout batch: the loss of each, and the gradient that it steps along.
 
-Their log-probs are the same, so each row is forwarded once. An objective is then the vector
-d loss / d log-probs, and its gradient that vector times the Jacobian: one backward pass each.
+The log-probs are the same for all methods, so each microbatch is forwarded once. A method is then
+the vector d loss / d log-probs, and its gradient that vector times the Jacobian: one backward pass
+per method.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gspo.data.packing import Microbatch
-from gspo.data.sample import unit_count
-from gspo.objective import LossOutput, policy_loss
+from gspo.data.packing import Microbatch, pack
+from gspo.data.sample import Sample, unit_count
+from gspo.dev import TrainConfig
+from gspo.objective import policy_loss
 from gspo.policy.forward import forward
 from gspo.policy.load import Policy
 from gspo.train.minibatches import RolloutBatch
@@ -27,7 +30,7 @@ _SLICE = 1 << 20  # elements of a parameter that are multiplied in float64 at on
 
 @dataclass
 class MethodLoss:
-    """One objective over the whole batch as one optimizer step, and what it found.
+    """One method over the whole batch as one optimizer step, and what it found so far.
 
     Attributes:
         settings: the objective, how its advantages are made, and whether flat groups count.
@@ -36,9 +39,9 @@ class MethodLoss:
         policy, kl: the loss's two parts, as `policy_loss` returns them.
         scored: sequences with an advantage.
         clipped: of those, how many the range silences; a partly clipped one counts its share.
-        scored_tokens, clipped_tokens: the same of trained tokens.
+        scored_tokens, clipped_tokens: the same of their trained tokens.
         log_ratios: l_i of those sequences.
-        gradient: of the loss, one tensor a trained parameter.
+        gradient: of the loss, one tensor per trained parameter.
     """
 
     settings: Settings
@@ -56,14 +59,16 @@ class MethodLoss:
 
     @classmethod
     def of(cls, batch: RolloutBatch, settings: Settings) -> MethodLoss:
-        """An objective that has seen nothing yet; `batch` has the advantages of `settings`."""
+        """A method that has seen nothing yet; `batch` has the advantages of `settings`."""
         counted = batch if settings.counts_flat else batch.with_signal()
         unit = settings.sequence_unit
         return cls(
             settings=settings,
-            advantages={own[0].trajectory_id: own[0].advantage for own in batch.samples},
-            sequences=sum(unit_count(own, unit) for own in counted.samples),
-            tokens=sum(int(s.loss_mask.sum()) for own in counted.samples for s in own),
+            advantages={
+                samples[0].trajectory_id: samples[0].advantage for samples in batch.samples
+            },
+            sequences=sum(unit_count(samples, unit) for samples in counted.samples),
+            tokens=sum(int(s.loss_mask.sum()) for samples in counted.samples for s in samples),
         )
 
     def wants(self, trajectory: int) -> bool:
@@ -73,74 +78,71 @@ class MethodLoss:
     def vector(
         self, microbatch: Microbatch, logprobs: Float[Tensor, " M"], reference: Tensor | None
     ) -> Float[Tensor, " M"]:
-        """d loss / d log-probs of a row, whose statistics are counted."""
+        """d loss / d log-probs of a microbatch, whose statistics are counted."""
         objective, device = self.settings.objective, logprobs.device
         leaf = logprobs.detach().requires_grad_()
-        chosen = torch.tensor([self.advantages[t] != 0 for t in microbatch.trajectory_ids])
-        own = [self.advantages[t] for t in microbatch.trajectory_ids]
+        advantages = torch.tensor([self.advantages[t] for t in microbatch.trajectory_ids])
+        sampling = microbatch.sampling_logprobs.to(device)
         out = policy_loss(
             leaf,
             microbatch.old_logprobs.to(device),
             microbatch.sequence_ids.to(device),
-            torch.tensor(own, dtype=torch.float32, device=device),
+            advantages.to(device, torch.float32),
             objective,
             loss_mask=microbatch.loss_mask.to(device),
             total_sequences=max(self.sequences, 1),
             total_tokens=self.tokens,
-            sampling_logprobs=None
-            if objective.correction is None
-            else microbatch.sampling_logprobs.to(device),
+            sampling_logprobs=None if objective.correction is None else sampling,
             reference_logprobs=reference if objective.kl_coef > 0 else None,
         )
-        self._count(out, chosen)
-        (vector,) = torch.autograd.grad(out.loss, leaf)
-        return vector
-
-    def _count(self, out: LossOutput, chosen: Tensor) -> None:
+        chosen = advantages != 0
+        clipped, tokens = out.clipped_tokens.cpu()[chosen], out.loss_tokens.cpu()[chosen]
         self.policy += out.policy.item()
         self.kl += out.kl.item()
-        share = (out.clipped_tokens / out.loss_tokens.clamp(min=1)).cpu().double()[chosen]
-        self.scored += len(share)
-        self.clipped += share.sum().item()
-        self.scored_tokens += int(out.loss_tokens.cpu()[chosen].sum())
-        self.clipped_tokens += int(out.clipped_tokens.cpu()[chosen].sum())
+        self.scored += len(tokens)
+        self.clipped += (clipped / tokens.clamp(min=1)).double().sum().item()
+        self.scored_tokens += int(tokens.sum())
+        self.clipped_tokens += int(clipped.sum())
         self.log_ratios += out.log_ratio.cpu()[chosen].tolist()
+        return torch.autograd.grad(out.loss, leaf)[0]
 
 
-def accumulate_gradients(
+def measure(
     policy: Policy,
-    microbatches: Iterable[Microbatch],
-    methods: Mapping[str, MethodLoss],
-    *,
-    chunk: int | None = None,
-    replay: bool = False,
+    trajectories: Sequence[tuple[Sample, ...]],
+    losses: Mapping[str, MethodLoss],
+    options: TrainConfig,
+    budget: int,
     reference: Reference | None = None,
 ) -> Float[Tensor, "P P"]:
-    """Run every method over the rows; returns the dot products of their gradients, float64.
+    """Run the methods over the batch as one optimizer step; dot products of their gradients.
 
-    One gradient a method is held in float32. The parameters' own `.grad` stay as they were.
+    Trajectories in which no method finds a gradient are left out, as in training. One gradient per
+    method is held in float32. The `.grad` of the parameters stay as they were.
 
     Args:
-        microbatches: of the trajectories that any method wants.
-        methods: by name; the result's axes are in their order.
-        chunk: tokens whose logits exist at once.
-        replay: use the expert choices that the samples carry.
-        reference: needed where a method has a KL term.
+        options: of the run; microbatches are made and routed as they say.
+        budget: tokens of a microbatch.
+        reference: needed if a method has a KL term.
 
     Raises:
-        DataError: a replay of microbatches without expert choices.
+        DataError: expert choices are to be replayed, and a microbatch has none.
     """
+    wanted = [t for t in trajectories if any(m.wants(t[0].trajectory_id) for m in losses.values())]
+    samples = [sample for of_trajectory in wanted for sample in of_trajectory]
     parameters = list(policy.trainable.values())
-    for method in methods.values():
+    for method in losses.values():
         method.gradient = [torch.zeros_like(p) for p in parameters]
+    replay = options.routing_replay != "none"
+    chunk = options.logprob_calculation_chunk_size
     policy.lm.eval()
-    for microbatch in microbatches:
+    for microbatch in pack(samples, budget, options.sequence_unit):
         replayed = microbatch.replayed_choices() if replay else None
         with policy.routers.watch(replayed, strict=replay):
             logprobs = forward(policy, microbatch, chunk).logprobs
-        known = None if reference is None else reference(microbatch)
-        for method in methods.values():
-            vector = method.vector(microbatch, logprobs, known)
+        base = None if reference is None else reference(microbatch)
+        for method in losses.values():
+            vector = method.vector(microbatch, logprobs, base)
             if not vector.any():
                 continue
             parts = torch.autograd.grad(
@@ -149,8 +151,8 @@ def accumulate_gradients(
             for total, part in zip(method.gradient, parts, strict=True):
                 if part is not None:
                     total += part
-        del logprobs  # and with it the graph, before the next row's is made
-    return gram([method.gradient for method in methods.values()])
+        del logprobs  # and with it the graph, before the next one is made
+    return gram([method.gradient for method in losses.values()])
 
 
 def gram(gradients: Sequence[Sequence[Tensor]]) -> Float[Tensor, "P P"]:
@@ -160,25 +162,20 @@ def gram(gradients: Sequence[Sequence[Tensor]]) -> Float[Tensor, "P P"]:
     [[25.0, 3.0], [3.0, 1.0]]
     """
     total = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
-    for parts in zip(*gradients, strict=True):
-        flat = [part.detach().reshape(-1) for part in parts]
-        for at in range(0, flat[0].numel(), _SLICE):
-            block = torch.stack([own[at : at + _SLICE] for own in flat]).double()
+    for tensors in zip(*gradients, strict=True):
+        flat = [tensor.detach().reshape(-1).split(_SLICE) for tensor in tensors]
+        for pieces in zip(*flat, strict=True):
+            block = torch.stack(pieces).double()
             total += (block @ block.t()).cpu()
     return (total + total.t()) / 2  # a product's two triangles may be rounded apart
 
 
 def cosines(products: Float[Tensor, "P P"]) -> list[list[float | None]]:
-    """Cosine of each pair of gradients; None where one of the two is 0.
+    """Cosine of each pair of gradients from their dot products; None if one of the two is 0.
 
     >>> cosines(torch.tensor([[4.0, 0.0], [0.0, 0.0]]))
     [[1.0, None], [None, None]]
     """
-    norms = products.diag().sqrt().tolist()
-    return [
-        [
-            max(-1.0, min(1.0, value / (norms[i] * norms[j]))) if norms[i] and norms[j] else None
-            for j, value in enumerate(row)
-        ]
-        for i, row in enumerate(products.tolist())
-    ]
+    norms = products.diag().sqrt()
+    matrix = (products / norms.outer(norms)).clamp(-1, 1).tolist()
+    return [[None if math.isnan(value) else value for value in row] for row in matrix]

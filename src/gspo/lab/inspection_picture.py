@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gspo.core.files import explained, replacing
-from gspo.lab.inspection_report import AtWeights, Inspection
+from gspo.lab.inspect_report import AtWeights, Inspection
 from gspo.lab.picture import require_plotting
 
 if TYPE_CHECKING:

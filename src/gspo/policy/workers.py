@@ -13,14 +13,14 @@ from typing import TypeVar
 
 import torch
 
-from gspo.core.timing import measured
+from gspo.core.timing import beside
 
 A = TypeVar("A")
 B = TypeVar("B")
 
 
 class Workers:
-    """`count` threads; with one, or under a clock (`gspo.core.timing`), the caller's own.
+    """`count` threads; with one, the caller's own.
 
     >>> Workers(2).map(lambda x: x + 1, [1, 2, 3])
     [2, 3, 4]
@@ -36,13 +36,14 @@ class Workers:
         Raises:
             Exception: the first that an item raised, once all have ended.
         """
-        if self.count == 1 or len(items) == 1 or measured():
+        if self.count == 1 or len(items) == 1:
             return [function(item) for item in items]
         if self._pool is None:
             self._pool = ThreadPoolExecutor(
                 self.count, "gspo-row", lambda: torch.set_num_threads(1)
             )
-        futures = [self._pool.submit(function, item) for item in items]
+        work = beside(function)  # a clock that is held sees what the threads do
+        futures = [self._pool.submit(work, item) for item in items]
         errors = [error for future in futures if (error := future.exception()) is not None]
         if errors:
             raise errors[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,25 +15,26 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from experiment.test_loop import Silent, records, small
 from gspo.backend.stored_batch import read_batch
 from gspo.core.timing import span, timing
+from gspo.data.packing import pack
 from gspo.experiment.loop import run_experiment
 from gspo.lab.flops import Flops, head_flops
-from gspo.lab.profile import PHASES, Phase, Profile, ProfileReport, peak_flops
-from gspo.lab.profile_text import render
+from gspo.lab.profiling import PHASES, Phase, Profile, ProfileReport, peak_flops, render
+from gspo.policy.forward import forward
 from gspo.serve.engine import Request, SamplingParams
 from gspo.serve.torch_engine import TorchEngine
 from gspo.train.minibatches import prepare
 from gspo.weights.rollout_copy import RoundedCopy
 from policy.test_forward import tiny
-from support import embedded
+from support import embedded, random_groups
 
 
 @pytest.fixture(autouse=True)
 def quick_peak(monkeypatch: pytest.MonkeyPatch):
     """A machine of one operation a nanosecond; bfloat16 is twice as fast."""
-    from gspo.lab import profile
+    from gspo.lab import profiling
 
     monkeypatch.setattr(
-        profile, "peak_flops", lambda dtype, device: 2e9 if dtype == torch.bfloat16 else 1e9
+        profiling, "peak_flops", lambda dtype, device: 2e9 if dtype == torch.bfloat16 else 1e9
     )
 
 
@@ -81,6 +83,25 @@ def needed(run: Path, steps: int) -> tuple[float, float, float, float]:
                     dtype=torch.float64,
                 )
     return tuple(totals.tolist())
+
+
+async def test_threads_that_train_side_by_side_share_the_time(tmp_path: Path):
+    """The profiled run computes as the plain one does, to the bit, and its phases still add up."""
+    fields: dict[str, Any] = {
+        "steps": 2,
+        "load": {"threads": 2},
+        "train": {"packed_sequence_length": 64, "share_prefixes": False},
+    }
+    plain = (await run_experiment(small(tmp_path / "plain", **fields), Silent())).run
+    run, report = await profiled(tmp_path / "timed", **fields)
+    weights = "checkpoints/0002/model.safetensors"
+    assert (plain / weights).read_bytes() == (run / weights).read_bytes()
+    assert sum(p.seconds for p in report.phases) == pytest.approx(report.seconds, rel=1e-12)
+    needed_forward, _, backward, head_backward = needed(run, 2)
+    phases = by_name(report)
+    assert phases["forward"].flops == pytest.approx(needed_forward, rel=1e-12)
+    assert phases["backward"].flops == pytest.approx(backward + head_backward, rel=1e-12)
+    assert phases["backward"].calls > 2 * 4
 
 
 async def test_operations_are_those_of_the_samples_trained_on(tmp_path: Path):
@@ -142,7 +163,7 @@ def test_sampling_counts_what_torch_counts():
     found = mode.get_flop_counts()
     rotary = sum(sum(v.values()) for name, v in found.items() if name.endswith("rotary_emb"))
     own = Flops.of(policy)
-    squares = own.pair * 3 * sum(len(p) * (len(p) - 1) // 2 for p in prompts)
+    squares = own.pair[0] * sum(len(p) * (len(p) - 1) // 2 for p in prompts)
     counted = by_name(profile.report())["sampling"].flops
     assert counted + squares == sum(found["Global"].values()) - rotary
 
@@ -158,8 +179,8 @@ async def test_a_profile_changes_nothing_but_its_own_files(tmp_path: Path):
 async def test_files_and_text(tmp_path: Path):
     run, report = await profiled(tmp_path, steps=1)
     text = render(report)
-    path = report.write(run, text)
-    assert json.loads(path.read_text()) == json.loads(json.dumps(report.as_json()))
+    path = report.write(run)
+    assert json.loads(path.read_text()) == json.loads(json.dumps(dataclasses.asdict(report)))
     assert (run / "profile.txt").read_text() == text
     lines = text.splitlines()
     assert "per step of 1" in lines[0] and "1.0 GFLOP/s in float32" in lines[0]
@@ -173,23 +194,23 @@ async def test_a_finished_run_has_nothing_to_profile(tmp_path: Path):
     _, report = await profiled(tmp_path, steps=1)
     assert (report.steps, report.phases) == (0, ())
     assert "nothing to profile" in render(report)
-    json.dumps(report.as_json())
+    report.write(tmp_path)
 
 
 def test_engine_and_trainer_are_counted_once_each():
     policy = embedded()
     engine, profile = RoundedCopy(policy, "bfloat16").policy, Profile()
     profile.attach(policy, engine)
-    profile.attach(policy, engine)
-    tokens = torch.arange(6, 10)[None]
-    positions = torch.arange(4)[None]
+    batch = prepare(random_groups(policy, groups=1), context=policy.context)
+    (row,) = pack([s for own in batch.samples for s in own], 10_000)
+    tokens, positions = torch.arange(6, 10)[None], torch.arange(4)[None]
     with timing(profile.clock), span("step"), torch.no_grad():
-        policy.backbone(input_ids=tokens, position_ids=positions, use_cache=False)
+        forward(policy, row)
         with span("sampling"):
             engine.backbone(input_ids=tokens, position_ids=positions, use_cache=False)
-    once = Flops.of(policy).forward(positions)
-    assert profile.clock.counts["forward", "float32"] == once
-    assert profile.clock.counts["sampling", "bfloat16"] == once
+    sizes = Flops.of(policy)
+    assert profile.clock.counts["forward", "float32"] == sizes.forward(row.positions)
+    assert profile.clock.counts["sampling", "bfloat16"] == sizes.forward(positions)
     assert profile.clock.counts["backward", "float32"] == 0
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,12 @@ import torch
 
 from gspo import LocalBackend, TrainableModel, TrajectoryGroup, dev
 from gspo.config import TrainConfig
-from gspo.core.errors import CheckpointError, ConfigError, ModelError, RunError
-from gspo.lab import inspection, inspection_source
-from gspo.lab.inspection import OWN, InspectSpec, inspect_run, make_methods
+from gspo.core.errors import ConfigError, RunError
+from gspo.lab import inspect_batch
+from gspo.lab.inspect_batch import OWN, InspectSpec, inspect_run, make_methods
+from gspo.lab.inspect_report import AtWeights, Inspection, Method, render
 from gspo.lab.inspection_picture import draw_inspection
-from gspo.lab.inspection_report import AtWeights, Inspection, Method
-from gspo.lab.inspection_source import Source, ranges
-from gspo.lab.inspection_text import render
+from gspo.lab.stored_step import StoredStep
 from gspo.objective import PRESETS
 from support import trajectory
 
@@ -210,7 +208,7 @@ def test_some_presets_keep_the_runs_own(run: Path):
 
 
 def test_a_method_of_ones_own_stands_beside_the_presets(run: Path):
-    record = Source(run).read(1).record
+    record = StoredStep(run, 1).record
     other = dataclasses.replace(record, options={"algorithm": "grpo", "epsilon": 0.1})
     methods = make_methods(other, other.settings())
     assert list(methods) == [OWN, *PRESETS]
@@ -232,7 +230,7 @@ def test_text_json_and_picture(whole: Inspection, tmp_path: Path):
     assert "its method: gspo (minibatches=2)" in text
     assert "cosines of the gradients" not in text
     assert "cosines of the gradients" in render(whole, matrix=True)
-    fields = json.loads(json.dumps(whole.as_json(), allow_nan=False))
+    fields = json.loads(json.dumps(dataclasses.asdict(whole), allow_nan=False))
     assert fields["at"][1]["methods"][0]["name"] == "gspo"
     assert len(fields["at"][0]["cosines"]) == len(PRESETS)
     path = draw_inspection(whole, tmp_path / "deep" / "a.png")
@@ -254,7 +252,7 @@ async def test_a_step_without_any_gradient(tmp_path: Path):
         assert all((m.grad_norm, m.cosine) == (0.0, None) for m in at.methods)
     text = render(found)
     assert "0 with an advantage" in text and "cosines of the gradients" in text
-    json.dumps(found.as_json(), allow_nan=False)
+    json.dumps(dataclasses.asdict(found), allow_nan=False)
     draw_inspection(found, tmp_path / "a.png")
 
 
@@ -288,38 +286,14 @@ async def test_the_trainers_own_pi_old_needs_the_weights_before(tmp_path: Path):
         inspect_run(InspectSpec(run=run, step=2, weights="after"))
 
 
-async def test_weights_of_another_version_are_refused(tmp_path: Path):
-    """A call of train that failed half-way has moved the weights without a checkpoint."""
-    run = await a_run(tmp_path)
-    state = run / "checkpoints" / "0001" / "trainer.json"
-    fields = json.loads(state.read_text()) | {"policy_version": 3}
-    source = Source(run)
-    record = dataclasses.replace(source.read(2).record, policy_version=4)
-    with pytest.raises(
-        CheckpointError, match=r"policy version 4, but checkpoint 0001 is version 1"
-    ):
-        source.load(2, "before", record)
-    state.write_text(json.dumps(fields))
-    with pytest.raises(CheckpointError, match=r"trainer\.json is damaged"):
-        source.load(2, "before", record)
-
-
-def test_what_is_no_run_is_named(tmp_path: Path, run: Path):
-    with pytest.raises(RunError, match=r"not the folder of a run.*<path>/<project>/<name>"):
-        inspect_run(InspectSpec(run=tmp_path))
-    shutil.copy(run / "config.json", tmp_path)
-    with pytest.raises(RunError, match="has not trained a step yet"):
-        inspect_run(InspectSpec(run=tmp_path))
-
-
 def test_gradients_that_do_not_fit_are_refused_before_the_work(run: Path, monkeypatch):
-    monkeypatch.setattr(inspection, "free_memory", lambda device: 3_000_000)
+    monkeypatch.setattr(inspect_batch, "free_memory", lambda device: 3_000_000)
     message = r"13 gradients of 1 MiB each don't fit the 3 MiB.*at most 3 methods with --presets"
     with pytest.raises(ConfigError, match=message):
         inspect_run(InspectSpec(run=run))
     assert len(inspect_run(InspectSpec(run=run, presets=("gspo", "dapo"))).at) == 2
     monkeypatch.undo()
-    free = inspection.free_memory(torch.device("cpu"))
+    free = inspect_batch.free_memory(torch.device("cpu"))
     assert free is None or 10**6 < free < 10**14
 
 
@@ -334,40 +308,3 @@ def test_gradients_that_do_not_fit_are_refused_before_the_work(run: Path, monkey
 def test_mistakes_are_named(options: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
         InspectSpec(run=Path("x"), **options)
-
-
-def test_a_model_without_a_longest_context_can_be_inspected(run: Path):
-    source = Source(run)
-    record = dataclasses.replace(source.read(1).record, context=2**31)
-    policy = source.load(1, "before", record)
-    policy.context = 2**31
-    assert source.reference(policy)
-
-
-def test_code_of_the_models_folder_runs_only_if_the_run_allowed_it(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    def load(source: str, config: dev.InternalModelConfig, **options: Any):
-        if not config.trust_remote_code:
-            raise ModelError("say so: dev.InternalModelConfig(trust_remote_code=True)")
-        raise ModelError("loaded with trust")
-
-    monkeypatch.setattr(inspection_source, "load_policy", load)
-    copy = tmp_path / "copy"
-    shutil.copytree(run, copy)
-    source = Source(copy)
-    record = source.read(1).record
-    with pytest.raises(RunError, match=r"no spec\.json of the run .* load\.trust_remote_code"):
-        source.load(1, "before", record)
-    for stored in ('{"load": {"trust_remote_code": false}}', "[", "[1]"):
-        (copy / "spec.json").write_text(stored)
-        with pytest.raises(RunError, match="cannot be inspected"):
-            source.load(1, "before", record)
-    (copy / "spec.json").write_text('{"load": {"trust_remote_code": true}}')
-    with pytest.raises(ModelError, match="loaded with trust"):
-        source.load(1, "before", record)
-
-
-def test_ranges_are_short():
-    assert ranges([1, 2, 3, 7]) == "1-3, 7"
-    assert ranges([]) == "none"

@@ -1,0 +1,176 @@
+"""A step of a stored run, as `gspo inspect` reads it: its rollout batch, and the weights around it.
+
+The run is only read, and may be training meanwhile.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from gspo.backend.metrics_file import read_metrics
+from gspo.backend.stored_batch import read_batch
+from gspo.core.errors import CheckpointError, ModelError, RunError
+from gspo.core.options import LARGEST_COUNT
+from gspo.dev import InternalModelConfig, LoraConfig
+from gspo.policy.load import Policy, load_policy
+from gspo.policy.probe import choose_packing
+from gspo.train.checkpoint import checkpoint_name, steps_saved, verify_checkpoint
+from gspo.train.settings import Settings
+from gspo.train.trainer import Reference, Trainer
+
+Weights = Literal["before", "after"]
+
+
+class StoredStep:
+    """One call of `train` of a run.
+
+    Args:
+        run: folder of the run.
+        number: of the step; None: the last that has a stored batch.
+
+    Attributes:
+        number: of the step.
+        groups: the rollout batch.
+        record: how the batch was trained on.
+
+    Raises:
+        RunError: no run, no such step, or a batch that cannot be read.
+    """
+
+    def __init__(self, run: Path, number: int | None = None):
+        self.run = run
+        try:
+            self._config: dict[str, Any] = json.loads((run / "config.json").read_text())
+        except (OSError, ValueError):
+            raise RunError(
+                f"{run} is not the folder of a run: it has no readable config.json. "
+                "Give <path>/<project>/<name>, such as .gspo/demo/sort-1"
+            ) from None
+        folder = run / "trajectories" / "train"
+        self._stored = sorted(int(p.stem) for p in folder.glob("*.parquet") if p.stem.isdigit())
+        if not self._stored:
+            raise RunError(f"{run} holds no rollout batch: it has not trained a step yet")
+        self.number = self._stored[-1] if number is None else number
+        if self.number not in self._stored:
+            stored = ranges(self._stored)
+            raise RunError(f"{run} has no batch of step {number}: it has {stored}")
+        batch = read_batch(folder / f"{checkpoint_name(self.number)}.parquet")
+        self.groups, self.record = batch.groups, batch.record
+
+    def settings(self) -> Settings:
+        """The settings of the step, with the clip range that was in force."""
+        settings = self.record.settings()
+        if not settings.auto_epsilon:
+            return settings
+        path = self.run / "metrics.jsonl"
+        logged = next((line for line in read_metrics(path) if line["step"] == self.number), {})
+        low, high = logged.get("ratio/epsilon_low"), logged.get("ratio/epsilon_high")
+        if low is None or high is None:
+            raise RunError(f"{path} lacks the clip range of step {self.number}")
+        return replace(settings, objective=settings.objective.with_epsilon(low, high))
+
+    def check_weights(self, wanted: Sequence[Weights], *, needs_before: bool) -> None:
+        """Refuse weights that are gone, naming the steps that can be inspected."""
+        step, saved = self.number, steps_saved(self.run / "checkpoints")
+        before = [s for s in self._stored if s == 1 or s - 1 in saved]
+        after = [s for s in self._stored if s in saved and (not needs_before or s in before)]
+        for name, usable in (("before", before), ("after", after)):
+            if name in wanted and step not in usable:
+                gone = step if name == "after" and step not in saved else step - 1
+                raise RunError(
+                    f"step {step} cannot be inspected with the weights {name} it: checkpoint "
+                    f"{gone} is not on disk (keep_checkpoints decides how many are kept). "
+                    f"There are: before: {ranges(before)}; after: {ranges(after)}. "
+                    "Choose with --step and --weights"
+                )
+
+    def weights_of(self, name: Weights) -> str:
+        """Where the weights come from, in words."""
+        number = self.number - (name == "before")
+        return f"checkpoint {checkpoint_name(number)}" if number else self._config["base_model"]
+
+    def load(self, name: Weights) -> Policy:
+        """The policy before or after the step.
+
+        Raises:
+            CheckpointError: a damaged checkpoint, or one of another policy version.
+        """
+        number = self.number - (name == "before")
+        checkpoint, version = None, 0
+        if number:
+            checkpoint = self.run / "checkpoints" / checkpoint_name(number)
+            verify_checkpoint(checkpoint)
+            version = json.loads((checkpoint / "trainer.json").read_text())["policy_version"]
+        if name == "before" and version != self.record.policy_version:
+            raise CheckpointError(
+                f"step {self.number} started from policy version {self.record.policy_version}, but "
+                f"{self.weights_of(name)} is version {version}: a call of train that failed "
+                "came between. Inspect it with --weights after"
+            )
+        lora = self._config.get("lora")
+        policy = self._policy(
+            self.record.context,
+            checkpoint,
+            dtype=self.record.dtype,
+            lora=lora and LoraConfig(**lora),
+        )
+        choose_packing(policy)
+        policy.version = version
+        return policy
+
+    def reference(self, policy: Policy) -> Reference:
+        """Log-probs of the base model, which a KL term is taken against."""
+
+        def load() -> Policy:
+            frozen = self._policy(policy.context)  # which may decide the RoPE
+            frozen.packing, frozen.compute_dtype = policy.packing, policy.compute_dtype
+            frozen.lm.requires_grad_(False)
+            return frozen
+
+        return Trainer(policy, load).reference
+
+    def _policy(self, context: int, checkpoint: Path | None = None, **options: Any) -> Policy:
+        """The run's model, loaded as the run did.
+
+        Raises:
+            RunError: it needs code of its folder, and the run does not say that this was allowed.
+        """
+        # A model that names no longest context has one beyond what `max_context` may be.
+        longest = context if context <= LARGEST_COUNT else None
+        config = InternalModelConfig(
+            max_context=longest, trust_remote_code=self._trusted(), **options
+        )
+        try:
+            return load_policy(self._config["base_model"], config, checkpoint=checkpoint)
+        except ModelError as error:
+            if config.trust_remote_code or "trust_remote_code" not in str(error):
+                raise
+            raise RunError(
+                f"{self.run} cannot be inspected: base_model {self._config['base_model']!r} needs "
+                "Python code of its own folder, and no spec.json of the run allows that with "
+                "load.trust_remote_code = true. Only `gspo train` writes a spec.json"
+            ) from error
+
+    def _trusted(self) -> bool:
+        """Whether the run was loaded with `trust_remote_code`; `gspo train` stores that."""
+        try:
+            stored = json.loads((self.run / "spec.json").read_bytes())
+            return stored["load"]["trust_remote_code"] is True
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers in few characters.
+
+    >>> ranges([1, 4, 5, 6]), ranges([])
+    ('1, 4-6', 'none')
+    """
+    runs = itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
+    parts = [[number for _, number in run] for _, run in runs]
+    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts) or "none"
