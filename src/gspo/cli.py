@@ -142,32 +142,22 @@ def _run(make_spec: Callable[[], Spec], model: str, as_json: bool, profiled: boo
     from gspo.core.timing import timing
     from gspo.experiment import loop as experiment
     from gspo.experiment.watch import LiveWatch
-    from gspo.lab.picture import draw_run, require_plotting
     from gspo.lab.profile import Profile
     from gspo.lab.profile_text import render
-    from gspo.lab.report.data import read_runs
-    from gspo.lab.report.live import LiveReport
-    from gspo.lab.report.notices import notices
+    from gspo.lab.report.write import try_report
 
-    require_plotting()
     spec = make_spec()
     profile = Profile() if profiled else None
-    with _ended_in_order(spec) as stop:
-        with LiveWatch() as watch, LiveReport(watch) as live, timing(profile and profile.clock):
-            outcome = stop.run(experiment.run_experiment(spec, live, profile))
-        picture = draw_run(outcome.run)
+    with _ended_in_order(spec) as stop, LiveWatch() as watch, timing(profile and profile.clock):
+        outcome = stop.run(experiment.run_experiment(spec, watch, profile))
     if outcome.before and outcome.after:
         print(f"held-out reward before  {outcome.before}   (95 % interval)")
         print(f"held-out reward after   {outcome.after}   over {outcome.prompts} prompts")
     print(f"{outcome.steps} steps in {outcome.seconds:.0f} s; run in {outcome.run}")
-    print(f"picture: {picture}")
-    if live.path:
-        print(f"report: {live.path}")
-    (run,) = read_runs([outcome.run])
-    for text in notices(run)["clip"]:
-        print(f"for information, the clip range: {text} See docs/epsilon.md")
-    files = {"picture": str(picture), "report": live.path and str(live.path)}
-    found = experiment.as_json(outcome) | files
+    page = try_report(outcome.run)
+    if page is not None:
+        print(f"report: {page}")
+    found = experiment.as_json(outcome) | {"report": page and str(page)}
     if profile is not None:
         report = profile.report()
         text = render(report)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gspo.core.errors import ConfigError, GspoError
+from gspo.core.errors import ConfigError
 from gspo.core.files import strict_json
 
 if TYPE_CHECKING:
@@ -36,15 +36,16 @@ def audit(
     temperature: Annotated[float, typer.Option(help="Above 0.")] = 1.0,
     epsilon_low: Annotated[float | None, typer.Option(help="Default: GSPO's 3e-4.")] = None,
     epsilon_high: Annotated[float | None, typer.Option(help="Default: GSPO's 4e-4.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Write a PNG here.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Write a picture here: .html; .png needs kaleido, Chrome.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Tell whether the clip range is wider than the noise between engine and trainer."""
     say_loading(model)
     from gspo.lab.audit import AuditSpec, run_audit
-    from gspo.lab.audit_picture import draw_audit
     from gspo.lab.audit_text import render
-    from gspo.lab.picture import require_plotting
+    from gspo.lab.pictures import draw_audit, require_plotly
 
     spec = AuditSpec(
         model=model,
@@ -58,7 +59,7 @@ def audit(
         epsilon_high=epsilon_high,
     )
     if picture is not None:
-        require_plotting()
+        require_plotly()
     report, noise = run_audit(spec)
     print(render(report), end="")
     if picture is not None:
@@ -75,15 +76,17 @@ def inspect(
     matrix: Annotated[
         bool, typer.Option("--matrix", help="Also print the cosines of all pairs.")
     ] = False,
-    picture: Annotated[Path | None, typer.Option(help="Write a PNG of the cosines here.")] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="Write the cosines as a picture: .html; .png needs kaleido, Chrome."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare every method's loss, gradient and clipping on a batch that a run has stored."""
     say_loading(str(run))
     from gspo.lab.inspection import InspectSpec, inspect_run
-    from gspo.lab.inspection_picture import draw_inspection
     from gspo.lab.inspection_text import render
-    from gspo.lab.picture import require_plotting
+    from gspo.lab.pictures import draw_inspection, require_plotly
 
     names = None if presets is None else [name.strip() for name in presets.split(",")]
     spec = InspectSpec(
@@ -93,7 +96,7 @@ def inspect(
         presets=names,  # pyright: ignore[reportArgumentType]  # it checks
     )
     if picture is not None:
-        require_plotting()
+        require_plotly()
     found = inspect_run(spec)
     print(render(found, matrix=matrix), end="")
     if picture is not None:
@@ -159,30 +162,19 @@ def _compare(
     from gspo.lab.compare.quick import ADVICE
     from gspo.lab.compare.session import run_comparison
     from gspo.lab.compare.table import LiveGrid, print_result, summary_line
+    from gspo.lab.report.write import try_report
 
     print(summary_line(plan))
     with LiveGrid(plan) as watch:
         path, content = run_comparison(resolved, plan, watch, quick=quick)
     print_result(content)
     print(f"data: {path}")
-    page = _comparison_page(resolved.folder)
+    page = try_report(resolved.folder)
     if page is not None:
         print(f"report: {page}")
     if quick:
         print(ADVICE)
     return content, page
-
-
-def _comparison_page(folder: Path) -> Path | None:
-    """The comparison's report.html; None, and why, where it cannot be written."""
-    from gspo.lab.report.command import make_report
-
-    try:
-        page, _ = make_report([folder], None, watch=False)
-    except GspoError as error:  # a comparison of hours is not lost by its picture
-        print(f"no report: {error}")
-        return None
-    return page
 
 
 def report(
@@ -192,13 +184,8 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="Default: <RUN>/report.html. Needed for several runs.")
     ] = None,
-    watch: Annotated[
-        bool, typer.Option("--watch", help="Keep it up to date until no run is alive.")
-    ] = False,
 ) -> None:
     """Write a run, or several side by side, as one HTML file that needs no network."""
-    from gspo.lab.report.command import make_report
+    from gspo.lab.report.write import make_report
 
-    path, keep_up = make_report(runs, out, watch)
-    print(f"report: {path}")
-    keep_up()
+    print(f"report: {make_report(runs, out)}")

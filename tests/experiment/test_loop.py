@@ -21,7 +21,6 @@ from gspo.experiment import loop as experiment
 from gspo.experiment.demo import demo_spec
 from gspo.experiment.loop import Estimate, as_json, estimate_reward, run_experiment
 from gspo.experiment.spec import Spec
-from gspo.lab.picture import draw_run
 
 
 class Silent:
@@ -68,8 +67,6 @@ async def test_the_demo_learns(tmp_path: Path):
     assert outcome.after.mean >= outcome.before.mean + 0.2  # 0.34 to 0.43 on three seeds
     assert outcome.after.low is not None and outcome.before.high is not None
     assert outcome.after.low > outcome.before.high
-    picture = draw_run(outcome.run)
-    assert picture.read_bytes().startswith(b"\x89PNG")
     assert {"reward_before", "reward_after", "prompts", "steps", "seconds", "run"} <= set(
         as_json(outcome)
     )

@@ -17,10 +17,10 @@ from gspo.config import TrainConfig
 from gspo.core.errors import CheckpointError, ConfigError, ModelError, RunError
 from gspo.lab import inspection, inspection_source
 from gspo.lab.inspection import OWN, InspectSpec, inspect_run, make_methods
-from gspo.lab.inspection_picture import draw_inspection
 from gspo.lab.inspection_report import AtWeights, Inspection, Method
 from gspo.lab.inspection_source import Source, ranges
 from gspo.lab.inspection_text import render
+from gspo.lab.pictures import draw_inspection
 from gspo.objective import PRESETS
 from support import trajectory
 
@@ -235,7 +235,7 @@ def test_text_json_and_picture(whole: Inspection, tmp_path: Path):
     fields = json.loads(json.dumps(whole.as_json(), allow_nan=False))
     assert fields["at"][1]["methods"][0]["name"] == "gspo"
     assert len(fields["at"][0]["cosines"]) == len(PRESETS)
-    path = draw_inspection(whole, tmp_path / "deep" / "a.png")
+    path = draw_inspection(whole, tmp_path / "deep" / "a.html")
     assert path.stat().st_size > 20_000
 
 
@@ -255,7 +255,7 @@ async def test_a_step_without_any_gradient(tmp_path: Path):
     text = render(found)
     assert "0 with an advantage" in text and "cosines of the gradients" in text
     json.dumps(found.as_json(), allow_nan=False)
-    draw_inspection(found, tmp_path / "a.png")
+    draw_inspection(found, tmp_path / "a.html")
 
 
 async def test_the_balance_loss_is_said_to_be_left_out(tmp_path: Path):
