@@ -125,7 +125,7 @@ def _add_spread(figure: go.Figure, report: AuditReport) -> None:
     longest = max(length for length, _ in [(1.5, 0.0), *blocks, *whole])
     levels = {"|mean of d<sub>t</sub>|": abs(token.mean), "ε below 1": report.epsilon_low}
     curves = {
-        "spread, blocks of L tokens": blocks,
+        "spread, blocks of L": blocks,
         "spread, whole sequences": whole,
         "spread of d<sub>t</sub> / √L": [(1, token.std), (longest, token.std / longest**0.5)],
     } | {name: [(1, level), (longest, level)] for name, level in levels.items()}
@@ -134,7 +134,7 @@ def _add_spread(figure: go.Figure, report: AuditReport) -> None:
         x, y = [length for length, _ in points], [value for _, value in points]
         figure.add_scatter(x=x, y=y, name=name, **place)
     figure.update_xaxes(type="log", title="sampled tokens L", **place)
-    figure.update_yaxes(type="log", exponentformat="power", **place)
+    figure.update_yaxes(type="log", dtick=1, **place)
 
 
 def draw_inspection(inspection: Inspection, path: Path) -> Path:

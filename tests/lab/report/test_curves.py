@@ -10,7 +10,7 @@ import pytest
 from gspo.experiment.spec import Spec
 from gspo.lab.report.curves import CLIPPED, NOISE, NORM, POINTS, RATIOS, REWARD, sections, thin
 from gspo.lab.report.run_data import RunData, read_runs, resolved
-from lab.report.report_cases import run_folder
+from lab.report.report_cases import run_folder, traces_of
 
 ENTROPY = "Entropy, in nats per trained token"
 SECONDS = "Seconds per step, without evaluations"
@@ -19,7 +19,7 @@ SECONDS = "Seconds per step, without evaluations"
 def charts_of(runs: list[RunData]) -> dict[str, dict[str, Any]]:
     """Title of a chart -> name of a curve -> the curve."""
     return {
-        title: {trace.name: trace for trace in figure.select_traces()}
+        title: {trace.name: trace for trace in traces_of(figure)}
         for section in sections(runs)
         for title, figure in section.charts.items()
     }

@@ -53,7 +53,7 @@ def test_a_runs_report(tmp_path: Path):
     folder = run_folder(tmp_path / "runs", text=ATTACK)
     dom, console = opened(run_page(read_runs([folder])), tmp_path)
     assert console == []
-    assert dom.count('class="plotly-graph-div js-plotly-plot"') == 11
+    assert dom.count('class="plotly-graph-div js-plotly-plot"') == 10
     tokens = re.findall(r'<i class="(up|down)"[^>]*>([^<]*)</i>', dom)
     assert tokens[:3] == [("up", "⟨7⟩"), ("down", "⟨8⟩"), ("up", "⟨9⟩")]
 

@@ -25,7 +25,7 @@ def test_the_page_tells_method_settings_and_result(tmp_path: Path):
     assert "<td>temperature</td><td>1.0</td>" in page
     assert re.search(r"Begun with python [\d.]+.*torch", page)
     assert "Sampled trajectories" in page and "strongest tint at |d_t| = 0.03" in page
-    assert Elements(page).charts == 11
+    assert Elements(page).charts == 10
 
 
 def test_what_should_not_happen_is_counted(tmp_path: Path):
@@ -48,8 +48,8 @@ def test_model_output_stays_text(tmp_path: Path):
     pq.write_table(stored.set_column(at, stored.schema.field(at), [messages]), path)
     elements = Elements(run_page(read_runs([folder])))
     assert "img" not in [tag for tag, _ in elements.tags]
-    assert len(elements.scripts) == elements.charts + 1
-    assert not any("alert(1)" in script for script in elements.scripts[1:])
+    assert len(elements.scripts) == elements.charts + 2
+    assert not any("alert(1)" in script for script in elements.scripts[2:])
     assert ATTACK in elements.text
     assert not any(name.startswith("on") for _, attributes in elements.tags for name in attributes)
 

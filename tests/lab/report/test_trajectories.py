@@ -48,7 +48,8 @@ def test_what_is_embedded_is_bounded(tmp_path: Path):
     run.log(1, {"train/reward": 0.0})
     run.close()
     groups = sampled_groups(read_runs([run.folder])[0])
-    assert [g["title"][15:23] for g in groups[:3]] == ["group 0:", "group 2:", "group 4:"]
+    numbers = [group["title"].split(":")[0] for group in groups[:3]]
+    assert numbers == [f"p/m, step 1, group {number}" for number in (0, 2, 4)]
     assert {len(group["trajectories"]) for group in groups} == {COMPLETIONS}
     assert all(f"{COMPLETIONS} of 16 trajectories" in group["title"] for group in groups)
     for group in groups:

@@ -5,11 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
-
-from markupsafe import Markup
 
 from gspo.lab.pictures import plain_text, styled
 from gspo.lab.report.page import Section, render
@@ -31,38 +27,29 @@ _PAIRED = {
 _CELLS = {
     "id": "", "arm": "", "stress": "", "seed": "", "status": "", "collapsed": "",
     "reward_before": ".3f", "reward_after": ".3f", "auc": ".3f", "seconds": ",.0f", "error": "",
+    "run": "",
 }  # fmt: skip
 """Fields of comparison.json, and the format of their numbers: the columns of a table."""
 
 
-def comparison_page(comparison: Row, folder: Path | None = None) -> str:
-    """The page of a comparison.
-
-    Args:
-        comparison: the object of comparison.json.
-        folder: where that lies; links go to the cells' own reports that exist there.
-    """
-    cells, summary, paired = (comparison.get(key, ()) for key in ("cells", "summary", "paired"))
+def comparison_page(comparison: Row) -> str:
+    """The page of a comparison: the object of comparison.json."""
+    cells, summary, paired = (rows_of(comparison, key) for key in ("cells", "summary", "paired"))
     counts = Counter(str(cell.get("status")) for cell in cells)
     status = [f"{count} {name}" for name, count in counts.items()]
     status += ["quick: smaller than the whole comparison"] if comparison.get("quick") else []
     troubles = [
         f"{cell['id']} ({cell['status']}): {cell['error']}" for cell in cells if cell.get("error")
     ]
-    linked = [{**cell, "id": _linked(cell, folder)} for cell in cells]
     origin = [[key, json.dumps(comparison.get(key))] for key in ("spec", "versions", "machine")]
     ends = [
-        (f"{row['arm']}, {stress_label(row)}", metric, row[metric])
+        (f"{row['arm']}, {row['stress']}, {metric}", row[metric])
         for metric in ("auc", "reward_after")
         for row in summary
         if row.get(metric)
     ]
     differences = [
-        (
-            f"{row['a']} - {row['b']}, {stress_label(row)}",
-            row["metric"],
-            row | {"mean": row["difference"]},
-        )
+        (f"{row['a']} - {row['b']}, {row['stress']}, {row['metric']}", row)
         for row in paired
         if row.get("difference") is not None
     ]
@@ -72,7 +59,7 @@ def comparison_page(comparison: Row, folder: Path | None = None) -> str:
             "Means over seeds; in brackets, the 95 % interval where there is one.",
             troubles,
             _table(_SUMMARY, summary),
-            {"Reward, 95 % intervals": interval_chart(ends)} if ends else {},
+            _interval_charts("Reward, 95 % intervals", ends),
         ),
         Section("Over steps", "Means over seeds, 95 % t interval.", charts=curve_charts(summary)),
         Section(
@@ -80,36 +67,30 @@ def comparison_page(comparison: Row, folder: Path | None = None) -> str:
             "First arm minus second, paired by seed, with the 95 % interval. An interval that "
             "holds 0 shows no difference.",
             table=_table(_PAIRED, paired),
-            charts={"Differences, 95 % intervals": interval_chart(differences)}
-            if differences
-            else {},
+            charts=_interval_charts("Differences, 95 % intervals", differences),
         ),
-        Section("All cells", table=_table(_CELLS, linked), folded=True),
+        Section("All cells", table=_table(_CELLS, cells), folded=True),
         Section("Specification", table=[["", ""], *origin], folded=True),
     ]
     return render(str(comparison.get("name", "comparison")), status, sections)
 
 
-def stress_label(row: Row) -> str:
-    """The stress of a row by its parts.
+def rows_of(comparison: Row, key: str) -> list[dict[str, Any]]:
+    """One of the lists of comparison.json, with each stress as text.
 
-    >>> stress_label({"stress": {"rollout_dtype": "int4", "epochs": 2}}), stress_label({})
-    ('rollout_dtype=int4, epochs=2', 'no stress')
+    >>> rows_of({"cells": [{"stress": {"epochs": 2}}, {"stress": {}}]}, "cells")
+    [{'stress': 'epochs=2'}, {'stress': 'no stress'}]
     """
-    parts = row.get("stress") or {}
-    return ", ".join(f"{key}={value}" for key, value in parts.items()) or "no stress"
+    rows = []
+    for row in comparison.get(key, ()):
+        parts = [f"{axis}={value}" for axis, value in (row.get("stress") or {}).items()]
+        rows.append({**row, "stress": ", ".join(parts) or "no stress"})
+    return rows
 
 
 def _table(columns: Mapping[str, str], rows: Sequence[Row]) -> list[list[str]]:
     header = [name.replace("_", " ") for name in columns]
-    texts = [
-        [
-            _text({**row, "stress": stress_label(row)}.get(name), form)
-            for name, form in columns.items()
-        ]
-        for row in rows
-    ]
-    return [header, *texts]
+    return [header, *([_text(row.get(name), columns[name]) for name in columns] for row in rows)]
 
 
 def _text(value: Any, form: str) -> str:
@@ -119,19 +100,7 @@ def _text(value: Any, form: str) -> str:
     if isinstance(value, Mapping):
         ends = [_text(value.get(end), form) for end in ("low", "high")]
         return _text(value.get("mean"), form) + (f" [{', '.join(ends)}]" if all(ends) else "")
-    return format(value, form) if form else value if isinstance(value, str) else str(value)
-
-
-def _linked(cell: Row, folder: Path | None) -> str:
-    """The name of a cell, as a link to its run's own report if that exists below `folder`."""
-    if not cell.get("run") or folder is None:
-        return str(cell["id"])
-    base = folder.resolve()
-    page = (base / str(cell["run"]) / "report.html").resolve()
-    if not page.is_relative_to(base) or not page.exists():
-        return str(cell["id"])
-    address = quote(page.relative_to(base).as_posix())
-    return Markup('<a href="./{}">{}</a>').format(address, cell["id"])
+    return format(value, form) if form else str(value)
 
 
 def curve_charts(summary: Sequence[Row]) -> dict[str, go.Figure]:
@@ -145,7 +114,7 @@ def curve_charts(summary: Sequence[Row]) -> dict[str, go.Figure]:
         for row in summary:
             curve = row.get("curves", {}).get(metric)
             if curve:
-                figure = charts.setdefault(f"{metric}, {stress_label(row)}", go.Figure())
+                figure = charts.setdefault(f"{metric}, {row['stress']}", go.Figure())
                 number = arms.index(str(row["arm"])) % len(qualitative.D3)
                 _add_curve(figure, str(row["arm"]), curve, qualitative.D3[number])
     return {title: styled(figure, showlegend=True) for title, figure in charts.items()}
@@ -166,26 +135,16 @@ def _add_curve(figure: go.Figure, arm: str, curve: Row, color: str) -> None:
     )
 
 
-def interval_chart(rows: Sequence[tuple[str, str, Row]]) -> go.Figure:
-    """Means with their intervals, one below the other.
-
-    Args:
-        rows: of each mean its label, its metric, and `mean`, `low` and `high`, which may be None.
-    """
+def _interval_charts(title: str, rows: Sequence[tuple[str, Row]]) -> dict[str, go.Figure]:
+    """Labels, and means or differences with `low` and `high`, which may be None."""
     import plotly.graph_objects as go
 
-    figure = go.Figure()
-    for metric in dict.fromkeys(metric for _, metric, _ in rows):
-        chosen = [(label, row) for label, name, row in rows if name == metric]
-        means = [row["mean"] for _, row in chosen]
-        above = [_minus(row["high"], row["mean"]) for _, row in chosen]
-        below = [_minus(row["mean"], row["low"]) for _, row in chosen]
-        names = [plain_text(f"{label}, {metric}") for label, _ in chosen]
-        error = {"type": "data", "array": above, "arrayminus": below}
-        figure.add_scatter(x=means, y=names, error_x=error, name=metric, mode="markers")
+    means = [row.get("difference", row.get("mean")) for _, row in rows]
+    error: dict[str, Any] = {"type": "data", "symmetric": False}
+    for side, end in (("array", "high"), ("arrayminus", "low")):
+        pairs = zip(means, (row[end] for _, row in rows), strict=True)
+        error[side] = [None if bound is None else abs(bound - mean) for mean, bound in pairs]
+    names = [plain_text(label) for label, _ in rows]
+    figure = go.Figure(go.Scatter(x=means, y=names, error_x=error, mode="markers"))
     styled(figure, height=120 + 30 * len(rows), yaxis_autorange="reversed")
-    return figure.update_xaxes(zerolinecolor="black")
-
-
-def _minus(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a - b
+    return {title: figure.update_xaxes(zerolinecolor="black")} if rows else {}

@@ -24,45 +24,35 @@ RATIOS = "Log-ratios of sequences, l_i = mean of d_t, in nats"
 NOISE = "Engine against trainer on unchanged weights, in nats"
 EXPERTS = "Experts' slots and tokens that changed; agreement of engine and trainer"
 NORM = "Gradient norm before clipping"
-CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
+CHARTS = {
     "Learning": {
-        REWARD: ("train/reward",),
-        "Entropy, in nats per trained token": ("loss/entropy",),
-        "KL to the base model, as it stands in the loss": ("loss/kl",),
-        "Groups without a signal: rewards are all equal": ("train/groups_zero_advantage",),
+        REWARD: "train/reward",
+        "Entropy, in nats per trained token": "loss/entropy",
+        "KL to the base model, as it stands in the loss": "loss/kl",
+        "Groups without a signal: rewards are all equal": "train/groups_zero_advantage",
     },
     "The clip": {
-        CLIPPED: (
-            *("ratio/clip_fraction", "ratio/clip_fraction_positive"),
-            *("ratio/clip_fraction_negative", "ratio/clip_fraction_tokens"),
-            "mismatch/clip_fraction",
-        ),
-        RATIOS: ("ratio/log_p50", "ratio/log_p01", "ratio/log_p99"),
-        NOISE: (
-            *("mismatch/sequence_log_ratio_abs_max", "mismatch/log_ratio_abs_max"),
-            *("mismatch/log_ratio_mean", "ratio/epsilon_low"),
-        ),
+        CLIPPED: "ratio/clip_fraction ratio/clip_fraction_positive ratio/clip_fraction_negative "
+        "ratio/clip_fraction_tokens mismatch/clip_fraction",
+        RATIOS: "ratio/log_p50 ratio/log_p01 ratio/log_p99",
+        NOISE: "mismatch/sequence_log_ratio_abs_max mismatch/log_ratio_abs_max "
+        "mismatch/log_ratio_mean ratio/epsilon_low",
     },
     "Optimizer": {
-        NORM: ("optim/grad_norm",),
-        "Learning rate": ("optim/learning_rate",),
+        NORM: "optim/grad_norm",
+        "Learning rate": "optim/learning_rate",
     },
     "Experts": {
-        EXPERTS: (*("moe/experts_changed", "moe/tokens_changed", "moe/routing_agreement"),),
-        "Load of the experts: std / mean of their tokens": ("moe/load_cv",),
+        EXPERTS: "moe/experts_changed moe/tokens_changed moe/routing_agreement",
+        "Load of the experts: std / mean of their tokens": "moe/load_cv",
     },
     "Cost": {
-        "Seconds per step, without evaluations": (
-            *("time/step", "time/rollout", "time/train", "time/publish", "time/checkpoint"),
-        ),
-        "Tokens per step; each completion with its own prompt": (
-            *("tokens/completion", "tokens/prompt"),
-        ),
-        "Sampled tokens per trajectory": ("tokens/completion_mean",),
-        "Tokens per second": (
-            *("throughput/tokens_per_second", "throughput/sampled_tokens_per_second"),
-            "throughput/trained_tokens_per_second",
-        ),
+        "Seconds per step, without evaluations": "time/step time/rollout time/train "
+        "time/publish time/checkpoint",
+        "Tokens per step; each completion with its own prompt": "tokens/completion tokens/prompt",
+        "Sampled tokens per trajectory": "tokens/completion_mean",
+        "Tokens per second": "throughput/tokens_per_second "
+        "throughput/sampled_tokens_per_second throughput/trained_tokens_per_second",
     },
 }
 """Section -> title -> metrics. Of several runs, only the first metric is drawn."""
@@ -72,7 +62,7 @@ def sections(runs: Sequence[RunData]) -> list[Section]:
     """The charts of `CHARTS`; one without data is left out, and so is a section without charts."""
     out = []
     for section, charts in CHARTS.items():
-        figures = {title: draw(title, metrics, runs) for title, metrics in charts.items()}
+        figures = {title: draw(title, keys.split(), runs) for title, keys in charts.items()}
         drawn = {title: figure for title, figure in figures.items() if figure is not None}
         out += [Section(section, charts=drawn)] if drawn else []
     return out

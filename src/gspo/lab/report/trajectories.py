@@ -65,15 +65,14 @@ def spaced(values: Sequence[Any], count: int) -> list[Any]:
 
 
 def _tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a checkpoint; None without one, or if only Python code can read it."""
+    """The tokenizer of the last checkpoint; None without one, or if only Python code reads it."""
     from tokenizers import Tokenizer
 
-    for path in sorted((folder / "checkpoints").glob("[0-9]*/tokenizer.json"), reverse=True):
-        try:
-            return Tokenizer.from_file(str(path))
-        except Exception:  # tokenizers raises nothing narrower; checkpoints come and go meanwhile
-            continue
-    return None
+    paths = sorted((folder / "checkpoints").glob("[0-9]*/tokenizer.json"))
+    try:
+        return Tokenizer.from_file(str(paths[-1])) if paths else None
+    except Exception:  # tokenizers raises nothing narrower; checkpoints come and go meanwhile
+        return None
 
 
 def _groups(run: RunData, path: Path, tokenizer: Tokenizer | None) -> Iterator[dict[str, Any]]:

@@ -31,7 +31,7 @@ def make_report(folders: Sequence[Path], out: Path | None = None) -> Path:
         raise ConfigError("several runs go into one page: say where, with --out FILE.html")
     path = out or folders[0] / "report.html"
     if compared:
-        page = comparison_page(_read_comparison(compared[0]), compared[0])
+        page = comparison_page(_read_comparison(compared[0]))
     else:
         page = run_page(read_runs(folders))
     write_whole(path, page)
