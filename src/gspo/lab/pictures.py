@@ -73,7 +73,7 @@ def styled(figure: go.Figure, **layout: Any) -> go.Figure:
     legend["traceorder"] = "normal"
     margin = {"l": 8, "r": 12, "t": 8, "b": 8}
     figure.update_layout(template="plotly_white", height=320, legend=legend, margin=margin)
-    return figure.update_yaxes(exponentformat="e").update_layout(layout)
+    return figure.update_yaxes(exponentformat="e", minexponent=5).update_layout(layout)
 
 
 def draw_audit(report: AuditReport, log_ratios: np.ndarray, path: Path) -> Path:
