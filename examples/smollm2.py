@@ -44,7 +44,7 @@ from reporting import print_step, print_totals
 
 import gspo as art
 from gspo.experiment.heldout import Estimate, estimate_reward
-from gspo.lab.picture import draw_run
+from gspo.lab.report.write import make_report
 from gspo.tasks import Problem, load_task
 
 GROUPS, GROUP_SIZE = 6, 8
@@ -147,7 +147,7 @@ async def run(name: str, path: Path, config: Config) -> None:
             reward_before=[before.mean, before.low, before.high],
             reward_after=[after.mean, after.low, after.high],
             seconds=round(time.perf_counter() - began, 1),
-            picture=str(draw_run(folder)),
+            report=str(make_report([folder])),
         )
     finally:
         await backend.close()

@@ -40,7 +40,6 @@ RUN: dict[str, tuple[str, ...]] = {
     "gspo inspect .gspo/demo/sort-1": ("--presets", "grpo"),
     "gspo report .gspo/demo/sort-1": (),
     "gspo report .gspo/demo/sort-1 .gspo/demo/sort-2 --out both.html": (),
-    "gspo report .gspo/demo/sort-1 --watch": (),
     # What a comparison computes is tested in tests/lab/test_compare_runs.py.
     "gspo compare --quick": ("--dry-run",),
     "gspo compare stability.toml": ("--dry-run",),

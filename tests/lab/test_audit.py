@@ -14,8 +14,8 @@ import torch
 from gspo import dev
 from gspo.core.errors import ConfigError, ModelError
 from gspo.lab.audit import AuditSpec, measure, run_audit
-from gspo.lab.audit_picture import draw_audit
 from gspo.lab.audit_report import AuditReport, render
+from gspo.lab.pictures import draw_audit
 from gspo.train.minibatches import prepare
 from support import embedded, random_groups
 
@@ -82,7 +82,7 @@ def test_text_json_and_picture(tmp_path: Path):
     fields = json.loads(json.dumps(dataclasses.asdict(report), allow_nan=False))
     assert fields["total"]["sequences"] == 64
     assert "routing agreement" in text and 0.9 < fields["routing_agreement"] < 1.0
-    path = draw_audit(report, noise.log_ratios, tmp_path / "deep" / "a.png")
+    path = draw_audit(report, noise.log_ratios, tmp_path / "deep" / "a.html")
     assert path.stat().st_size > 10_000
 
 

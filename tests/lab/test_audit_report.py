@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gspo.lab.audit_picture import draw_audit
 from gspo.lab.audit_report import AuditReport, clip_band, make_report, render
+from gspo.lab.pictures import draw_audit
 
 SETTING: dict[str, Any] = {
     "model": "m",
@@ -85,7 +85,7 @@ def test_degenerate_noise_is_drawn_too(tmp_path: Path, lengths: list[int], sprea
     report = synthetic(lengths, spread)
     assert render(report)
     json.dumps(dataclasses.asdict(report), allow_nan=False)
-    draw_audit(report, np.zeros(len(lengths)), tmp_path / "a.png")
+    draw_audit(report, np.zeros(len(lengths)), tmp_path / "a.html")
 
 
 def test_shares_by_sign_count_what_the_surrogate_clips():

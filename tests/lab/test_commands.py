@@ -11,7 +11,7 @@ from processes import gspo, gspo_without_lab
 
 
 def test_audit_prints_text_and_json_and_draws(tmp_path: Path):
-    picture = tmp_path / "audit.png"
+    picture = tmp_path / "audit.html"
     arguments = ("--rollout-dtype", "int4", "--prompts", "8", "--epsilon-low", "0.01")
     done = gspo("audit", "embedded:sort", *arguments, "--picture", str(picture), "--json")
     assert done.returncode == 0, done.stderr
@@ -26,7 +26,7 @@ def test_audit_prints_text_and_json_and_draws(tmp_path: Path):
 
 def test_inspect_prints_text_and_json_and_draws(tmp_path: Path):
     assert gspo("demo", "--steps", "2", "--path", str(tmp_path)).returncode == 0
-    picture = tmp_path / "cosines.png"
+    picture = tmp_path / "cosines.html"
     arguments = ("--presets", "grpo, reinforce", "--picture", str(picture), "--json")
     done = gspo("inspect", str(tmp_path / "demo" / "sort-1"), *arguments)
     assert done.returncode == 0, done.stderr
@@ -42,8 +42,8 @@ def test_inspect_prints_text_and_json_and_draws(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "package"),
     [
-        (("audit", "embedded:sort", "--picture", "audit.png"), "matplotlib"),
-        (("inspect", "somewhere", "--picture", "cosines.png"), "matplotlib"),
+        (("audit", "embedded:sort", "--picture", "audit.html"), "plotly"),
+        (("inspect", "somewhere", "--picture", "cosines.html"), "plotly"),
         (("compare", "--quick", "--dry-run"), "scipy"),
         (("report", "somewhere"), "plotly"),
     ],

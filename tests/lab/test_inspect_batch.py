@@ -17,7 +17,7 @@ from gspo.core.errors import ConfigError, RunError
 from gspo.lab import inspect_batch
 from gspo.lab.inspect_batch import OWN, InspectSpec, inspect_run, make_methods
 from gspo.lab.inspect_report import AtWeights, Inspection, Method, render
-from gspo.lab.inspection_picture import draw_inspection
+from gspo.lab.pictures import draw_inspection
 from gspo.lab.stored_step import StoredStep
 from gspo.objective import PRESETS
 from support import trajectory
@@ -233,7 +233,7 @@ def test_text_json_and_picture(whole: Inspection, tmp_path: Path):
     fields = json.loads(json.dumps(dataclasses.asdict(whole), allow_nan=False))
     assert fields["at"][1]["methods"][0]["name"] == "gspo"
     assert len(fields["at"][0]["cosines"]) == len(PRESETS)
-    path = draw_inspection(whole, tmp_path / "deep" / "a.png")
+    path = draw_inspection(whole, tmp_path / "deep" / "a.html")
     assert path.stat().st_size > 20_000
 
 
@@ -253,7 +253,7 @@ async def test_a_step_without_any_gradient(tmp_path: Path):
     text = render(found)
     assert "0 with an advantage" in text and "cosines of the gradients" in text
     json.dumps(dataclasses.asdict(found), allow_nan=False)
-    draw_inspection(found, tmp_path / "a.png")
+    draw_inspection(found, tmp_path / "a.html")
 
 
 async def test_the_balance_loss_is_said_to_be_left_out(tmp_path: Path):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gspo.core.errors import ConfigError, GspoError
+from gspo.core.errors import ConfigError
 from gspo.core.files import strict_json
 
 if TYPE_CHECKING:
@@ -41,15 +41,16 @@ def audit(
     temperature: Annotated[float, typer.Option(help="Above 0.")] = 1.0,
     epsilon_low: Annotated[float | None, typer.Option(help="Default: GSPO's 3e-4.")] = None,
     epsilon_high: Annotated[float | None, typer.Option(help="Default: GSPO's 4e-4.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Write a PNG here.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Write a picture here: .html; .png needs kaleido, Chrome.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Tell whether the clip range is wider than the noise between engine and trainer."""
     say_loading(model)
     from gspo.lab.audit import AuditSpec, run_audit
-    from gspo.lab.audit_picture import draw_audit
     from gspo.lab.audit_report import render
-    from gspo.lab.picture import require_plotting
+    from gspo.lab.pictures import draw_audit, require_plotly
 
     spec = AuditSpec(
         model=model,
@@ -63,7 +64,7 @@ def audit(
         epsilon_high=epsilon_high,
     )
     if picture is not None:
-        require_plotting()
+        require_plotly()
     report, noise = run_audit(spec)
     print(render(report), end="")
     if picture is not None:
@@ -80,15 +81,17 @@ def inspect(
     matrix: Annotated[
         bool, typer.Option("--matrix", help="Also print the cosines of all pairs.")
     ] = False,
-    picture: Annotated[Path | None, typer.Option(help="Write a PNG of the cosines here.")] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="Write the cosines as a picture: .html; .png needs kaleido, Chrome."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare every method's loss, gradient and clipping on a batch that a run has stored."""
     say_loading(str(run))
     from gspo.lab.inspect_batch import InspectSpec, inspect_run
     from gspo.lab.inspect_report import render
-    from gspo.lab.inspection_picture import draw_inspection
-    from gspo.lab.picture import require_plotting
+    from gspo.lab.pictures import draw_inspection, require_plotly
 
     names = None if presets is None else [name.strip() for name in presets.split(",")]
     spec = InspectSpec(
@@ -98,7 +101,7 @@ def inspect(
         presets=names,  # pyright: ignore[reportArgumentType]  # it checks
     )
     if picture is not None:
-        require_plotting()
+        require_plotly()
     found = inspect_run(spec)
     print(render(found, matrix=matrix), end="")
     if picture is not None:
@@ -135,7 +138,6 @@ def compare(
     from gspo.lab.compare_cells import make_cells
     from gspo.lab.compare_runs import default_workers, run_comparison
     from gspo.lab.compare_tables import QUICK_ADVICE, print_cells, print_result, summary_line
-    from gspo.lab.report.command import make_report
 
     require_scipy()
     placed = [*(overrides or []), *([f"path={json.dumps(path)}"] if path else [])]
@@ -154,17 +156,12 @@ def compare(
         raise SystemExit(128 + signal.SIGINT) from None
     print_result(content)
     print(f"data: {resolved.folder / 'comparison.json'}")
-    page = None
-    try:
-        page = str(make_report([resolved.folder], None, watch=False)[0])
-        print(f"report: {page}")
-    except GspoError as error:  # a comparison of hours is not lost by its picture
-        print(f"no report: {error}")
+    page = draw(resolved.folder)
     if quick:
         print(QUICK_ADVICE)
     count = Counter(cell.status for cell in cells)
     if as_json:
-        result: dict[str, Any] = {"folder": str(resolved.folder), "report": page}
+        result: dict[str, Any] = {"folder": str(resolved.folder), **page}
         result |= {status: count[status] for status in ("done", "failed", "refused")}
         print(strict_json(result | {"paired": content["paired"]}))
     if count["failed"]:
@@ -178,40 +175,25 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="Default: <RUN>/report.html. Needed for several runs.")
     ] = None,
-    watch: Annotated[
-        bool, typer.Option("--watch", help="Keep it up to date until no run is alive.")
-    ] = False,
 ) -> None:
     """Write a run, or several side by side, as one HTML file that needs no network."""
-    from gspo.lab.report.command import make_report
+    from gspo.lab.report.write import make_report
 
-    path, keep_up = make_report(runs, out, watch)
-    print(f"report: {path}")
-    keep_up()
+    print(f"report: {make_report(runs, out)}")
 
 
-def draw(run: Path) -> dict[str, str | None]:
-    """Draw a finished run: its picture and its report; or say why not, for the run is worth more.
+def draw(folder: Path) -> dict[str, str | None]:
+    """Write the report of a finished run or comparison; or say why not, for they are worth more.
 
     Returns:
-        The two files, as `--json` prints them; None for one that is not there.
+        `report`, as `--json` prints it; None if there is none.
     """
-    from gspo.lab.picture import draw_run
-    from gspo.lab.report.command import make_report
-    from gspo.lab.report.data import read_runs
-    from gspo.lab.report.notices import notices
+    from gspo.lab.report.write import try_report
 
-    files: dict[str, str | None] = {"picture": None, "report": None}
-    try:
-        files["picture"] = str(draw_run(run))
-        print(f"picture: {files['picture']}")
-        files["report"] = str(make_report([run], None, watch=False)[0])
-        print(f"report: {files['report']}")
-    except GspoError as error:
-        print(f"not drawn: {error}")
-    for text in notices(read_runs([run])[0])["clip"]:
-        print(f"for information, the clip range: {text} See docs/epsilon.md")
-    return files
+    page = try_report(folder)
+    if page is not None:
+        print(f"report: {page}")
+    return {"report": page and str(page)}
 
 
 def print_profile(profile: Profile, run: Path) -> str:

@@ -1,160 +1,85 @@
-"""The HTML around the figures: one file, no request, nothing executed but its own two scripts."""
+"""The HTML around charts and tables: one file that loads nothing and runs only plotly."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import json
-import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from gspo.core.errors import MissingDependencyError
-from gspo.core.files import write_whole
-from gspo.lab.report.figure import Chart
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
-ASSETS = Path(__file__).parent / "assets"
-SCRIPTS = ("charts.js", "trajectories.js", "live.js")
+FOLDER = Path(__file__).parent
+_SCRIPT = re.compile(r"<script[^>]*>(.*?)</script>", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Live:
-    """How long an open page waits before it loads itself anew; None: it is finished.
+class Section:
+    """A part of a page; one without any content is not shown.
 
     Attributes:
-        every: seconds.
-        patience: seconds without news after which the page takes the run for dead.
+        table: rows of cells, the first of them the header. A cell is text, or `Markup`.
+        charts: title -> figure.
+        folded: whether it is closed until somebody opens it. Not for charts.
     """
 
-    every: float
-    patience: float
-
-
-def require_plotly() -> str:
-    """The text of plotly.js.
-
-    Raises:
-        MissingDependencyError: plotly is not installed.
-    """
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError:
-        raise MissingDependencyError("plotly", "lab", "the report") from None
-    return get_plotlyjs()
+    title: str
+    note: str = ""
+    warnings: Sequence[str] = ()
+    table: Sequence[Sequence[str]] = ()
+    charts: Mapping[str, go.Figure] = field(default_factory=dict)
+    folded: bool = False
 
 
 def render(
-    template: str,
-    title: str,
-    charts: Iterable[Chart],
-    *,
-    trajectories: Any = None,
-    live: Live | None = None,
-    **values: Any,
+    title: str, status: Sequence[str], sections: Sequence[Section], groups: Sequence[Any] = ()
 ) -> str:
-    """The page of a template.
+    """The page of these sections.
 
     Args:
-        template: a file of `assets`.
-        charts: every figure that the template shows.
-        trajectories: for the browser of trajectories, or None.
-        live: None where nobody will write the page again.
-        values: for the template.
+        status: short words that stand below the title.
+        groups: sampled trajectories, see `trajectories.sampled_groups`.
     """
-    plotly, plotly_hash = _plotly()
-    script, script_hash = _script()
-    state = {"live": live is not None, "written": time.time()}
-    if live is not None:
-        state |= {"every": round(live.every), "patience": round(live.patience)}
-    return (
-        _environment()
-        .get_template(template)
-        .render(
-            title=title,
-            policy=(
-                f"default-src 'none'; script-src {plotly_hash} {script_hash}; "
-                "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
-            ),
-            style=Markup((ASSETS / "style.css").read_text()),
-            plotly=Markup(plotly),
-            script=Markup(script),
-            chart_data=embedded_json({chart.id: chart.figure() for chart in charts}),
-            trajectory_data=None if trajectories is None else embedded_json(trajectories),
-            live_data=embedded_json(state),
-            live=state,
-            written=datetime.now(UTC),
-            versions={"gspo": _version("gspo"), "plotly": _version("plotly")},
-            **values,
+    drawn: dict[int, Markup] = {}
+    for figure in (figure for section in sections for figure in section.charts.values()):
+        drawn[id(figure)] = Markup(
+            figure.to_html(
+                full_html=False,
+                include_plotlyjs=not drawn,  # only the first brings plotly.js
+                div_id=f"chart-{len(drawn) + 1}",
+                config={"displayModeBar": False},
+            )
         )
+    loader = FileSystemLoader(FOLDER)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    return environment.get_template("page.html").render(
+        title=title,
+        status=status,
+        sections=[s for s in sections if s.note or s.table or s.charts],
+        groups=groups,
+        drawn=lambda figure: drawn[id(figure)],
+        policy=_policy("".join(drawn.values())),
+        style=Markup((FOLDER / "style.css").read_text()),
+        versions={package: version(package) for package in ("gspo", "plotly")},
+        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
     )
 
 
-def embedded_json(value: Any) -> Markup:
-    """JSON that can stand inside a <script> element, whatever text it holds.
-
-    >>> embedded_json({"text": "</script>"})
-    Markup('{"text":"\\\\u003c/script\\\\u003e"}')
-    """
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False, default=_plain)
-    for character in "<>&":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)
-
-
-def write_page(path: Path, page: str) -> None:
-    """Write a file so that a reader sees the old page or the new one.
-
-    Raises:
-        RunError: it cannot be written.
-    """
-    write_whole(path, page)
-
-
-@cache
-def _plotly() -> tuple[str, str]:
-    return _as_script(require_plotly())
-
-
-@cache
-def _script() -> tuple[str, str]:
-    return _as_script("\n".join((ASSETS / name).read_text() for name in SCRIPTS))
-
-
-def _as_script(source: str) -> tuple[str, str]:
-    """Script text that HTML passes on unchanged, and its hash for the content security policy."""
-    source = (
-        source.replace("\r\n", "\n").replace("</script", "<\\/script").replace("<!--", "<\\!--")
+def _policy(charts: str) -> str:
+    """A content security policy under which only the scripts of these charts run."""
+    digests = [hashlib.sha256(script.encode()).digest() for script in _SCRIPT.findall(charts)]
+    hashes = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+    allowed = hashes or "'none'"
+    return (
+        f"default-src 'none'; script-src {allowed}; "
+        "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
     )
-    digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
-    return source, f"'sha256-{digest}'"
-
-
-@cache
-def _environment() -> Environment:
-    return Environment(
-        loader=FileSystemLoader(ASSETS),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=False,
-    )
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "of a source tree"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return dict(value)
-    raise TypeError(f"{type(value).__name__} in a report")

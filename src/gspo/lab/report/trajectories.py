@@ -6,177 +6,173 @@ Steps and groups are taken at even distances, whatever they hold.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from markupsafe import Markup
 
 from gspo.core.errors import RunError
-from gspo.lab.report.data import RunData
+from gspo.lab.report.run_data import RunData
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from tokenizers import Tokenizer
 
-STEPS, GROUPS, COMPLETIONS = 3, 3, 8
-TOKENS = 60_000
-"""Of all trajectories of a report together."""
-LONGEST = 2_000
-"""Tokens of a turn that are shown; of a message, four times as many characters."""
+STEPS, GROUPS, COMPLETIONS = 3, 3, 6
+LONGEST = 600
+"""Tokens of a trajectory that are shown; of a message, four times as many characters."""
 _FAINTEST = 1e-4
 """The scale of the tints never ends below this |d_t|."""
 _COLUMNS = (
-    "group",
-    "trajectory",
-    "reward",
-    "advantage",
-    "messages",
-    "token_ids",
-    "logprobs",
-    "update",
-    "sequence_log_ratios",
-    "trained_tokens",
-    "clipped_tokens",
-    "token_log_ratios",
+    *("group", "trajectory", "reward", "advantage", "messages", "token_ids", "logprobs", "update"),
+    *("sequence_log_ratios", "trained_tokens", "clipped_tokens", "token_log_ratios"),
 )
+_TOKEN = Markup('<i class="{}" style="--tint:{:.2f}" title="{}">{}</i>')
+
+Row = Mapping[str, Any]
+Part = tuple[str, str]
+"""Role and text of a message; the text of what was sampled is `Markup`, tinted by d_t."""
 
 
-def sampled_trajectories(run: RunData, tokens: int = TOKENS) -> dict[str, Any] | None:
-    """What the page's browser of trajectories reads; None where the run has none.
+def sampled_groups(run: RunData) -> list[dict[str, Any]]:
+    """Some groups of some steps, as page.html shows them.
 
-    `scale` is the |d_t| of the strongest tint: the 98 % quantile of the tokens shown.
+    Each has a `title`, the `prompt` that its trajectories begin with (parts), and the
+    `trajectories`: facts and parts of each.
+
+    Raises:
+        RunError: a file of trajectories is damaged.
     """
-    files = _train_files(run.folder)
-    if not files:
-        return None
-    tokenizer = _tokenizer(run.folder)
-    share = tokens // (STEPS * GROUPS)
-    chosen = [files[i] for i in spaced(len(files), STEPS)]
-    steps = [{"step": int(p.stem), "groups": _groups(p, share, tokenizer)} for p in chosen]
-    turns = (
-        part["d"]
-        for step in steps
-        for group in step["groups"]
-        for item in group["items"]
-        for part in item["parts"]
-        if part.get("d")
+    folder = run.folder / "trajectories" / "train"
+    files = sorted(
+        (p for p in folder.glob("*.parquet") if p.stem.isdigit()), key=lambda p: int(p.stem)
     )
-    sizes = [abs(d) for turn in turns for d in turn if d is not None]
-    scale = max(float(np.quantile(sizes, 0.98)), _FAINTEST) if sizes else None
-    return {"label": run.label, "scale": scale, "steps": steps, "batches": len(files)}
+    tokenizer = _tokenizer(run.folder)
+    return [group for path in spaced(files, STEPS) for group in _groups(run, path, tokenizer)]
 
 
-def spaced(size: int, count: int) -> list[int]:
-    """Up to `count` of the indices 0..size-1: the first, the last, and some evenly between.
+def spaced(values: Sequence[Any], count: int) -> list[Any]:
+    """Up to `count` of the values: the first, the last, and some evenly between.
 
-    >>> spaced(10, 3), spaced(2, 3)
-    ([0, 4, 9], [0, 1])
+    >>> spaced(range(10), 3), spaced("ab", 3)
+    ([0, 4, 9], ['a', 'b'])
     """
-    if size <= count:
-        return list(range(size))
-    return [i * (size - 1) // (count - 1) for i in range(count)]
-
-
-def _train_files(folder: Path) -> list[Path]:
-    found = (folder / "trajectories" / "train").glob("*.parquet")
-    return sorted((p for p in found if p.stem.isdigit()), key=lambda path: int(path.stem))
+    if len(values) <= count:
+        return list(values)
+    return [values[i * (len(values) - 1) // (count - 1)] for i in range(count)]
 
 
 def _tokenizer(folder: Path) -> Tokenizer | None:
-    """That of a checkpoint; None where there is none, or one that only Python code can read."""
+    """The tokenizer of the last checkpoint; None without one, or if only Python code reads it."""
     from tokenizers import Tokenizer
 
-    for path in sorted((folder / "checkpoints").glob("[0-9]*/tokenizer.json"), reverse=True):
-        try:
-            return Tokenizer.from_file(str(path))
-        except Exception:  # tokenizers raises nothing narrower; checkpoints come and go meanwhile
-            continue
-    return None
+    paths = sorted((folder / "checkpoints").glob("[0-9]*/tokenizer.json"))
+    try:
+        return Tokenizer.from_file(str(paths[-1])) if paths else None
+    except Exception:  # tokenizers raises nothing narrower; checkpoints come and go meanwhile
+        return None
 
 
-def _groups(path: Path, share: int, tokenizer: Tokenizer | None) -> list[dict[str, Any]]:
-    """Of each chosen group, the first completions that fit `share` tokens, at least two."""
+def _groups(run: RunData, path: Path, tokenizer: Tokenizer | None) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet as pq
 
-    # Files from before this report lack its columns: they are null here.
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path) as file:  # files of older versions lack some columns
             present = [name for name in _COLUMNS if name in file.schema_arrow.names]
             table = file.read(columns=present)
     except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
         remedy = "delete it, and the page does without"
         raise RunError(f"{path} is damaged ({error}): {remedy}") from None
-    numbers = table["group"].to_numpy()
-    known = np.unique(numbers)
-    out = []
-    for group in known[spaced(len(known), GROUPS)].tolist():
-        rows = table.take(np.flatnonzero(numbers == group)[:COMPLETIONS]).to_pylist()
-        used, kept = 0, []
-        for row in rows:
-            used += sum(min(len(turn), LONGEST) for turn in row["token_ids"])
-            if len(kept) >= 2 and used > share:
-                break
-            kept.append(row)
-        out.append(_group(group, kept, int((numbers == group).sum()), tokenizer))
-    return out
+    numbers, scale = table["group"].to_numpy(), _scale(table)
+    for number in spaced(np.unique(numbers).tolist(), GROUPS):
+        members = np.flatnonzero(numbers == number)
+        rows = table.take(members[:COMPLETIONS]).to_pylist()
+        messages = [json.loads(row["messages"]) for row in rows]
+        shared = _shared(messages)
+        yield {
+            "title": f"{run.label}, step {int(path.stem)}, group {number}: "
+            f"{len(rows)} of {len(members)} trajectories"
+            + (f", strongest tint at |d_t| = {scale:.2g}" if scale else ""),
+            "prompt": [_message(message) for message in messages[0][:shared]],
+            "trajectories": [
+                (_facts(row), list(_parts(row, rest[shared:], tokenizer, scale)))
+                for row, rest in zip(rows, messages, strict=True)
+            ],
+        }
 
 
-def _group(
-    number: int, rows: Sequence[Mapping[str, Any]], size: int, tokenizer: Tokenizer | None
-) -> dict[str, Any]:
-    """The messages that all completions begin with are stored once."""
-    messages = [json.loads(row["messages"]) for row in rows]
-    shared = 0
-    while all(len(own) > shared and own[shared] == messages[0][shared] for own in messages):
-        if messages[0][shared].get("sampled"):
+def _scale(table: pa.Table) -> float:
+    """The |d_t| of the strongest tint: the 98 % quantile of the step; 0 without any d_t."""
+    import pyarrow.compute as pc
+
+    if "token_log_ratios" not in table.column_names:
+        return 0.0
+    turns = pc.call_function("list_flatten", [table["token_log_ratios"]])
+    sizes = np.abs(pc.call_function("list_flatten", [turns]).to_numpy())
+    sizes = sizes[np.isfinite(sizes)]
+    return max(float(np.quantile(sizes, 0.98)), _FAINTEST) if len(sizes) else 0.0
+
+
+def _shared(messages: Sequence[Sequence[Row]]) -> int:
+    """How many messages all trajectories begin with, up to what the model says."""
+    count = 0
+    for column in zip(*messages, strict=False):
+        if column[0].get("sampled") or any(message != column[0] for message in column):
             break
-        shared += 1
-    return {
-        "group": number,
-        "size": size,
-        "prompt": [_message(message) for message in messages[0][:shared]],
-        "items": [
-            _item(row, own[shared:], tokenizer) for row, own in zip(rows, messages, strict=True)
-        ],
-    }
+        count += 1
+    return count
 
 
-def _item(
-    row: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer | None
-) -> dict[str, Any]:
+def _facts(row: Row) -> list[str]:
+    """Reward, advantage and update; per sequence its ratio and what of it was clipped."""
+    advantage, log_ratios = row["advantage"], row.get("sequence_log_ratios")
+    facts = [f"reward {row['reward']:.4g}"]
+    if advantage is not None:
+        facts.append(f"A = {advantage:+.3g}")
+    if log_ratios is None:
+        return [*facts, "no gradient: A = 0" if advantage == 0 else "no record of its update"]
+    turns = zip(log_ratios, row["clipped_tokens"], row["trained_tokens"], strict=True)
+    for number, (log_ratio, clipped, trained) in enumerate(turns, start=1):
+        name = f"turn {number}: " if len(log_ratios) > 1 else ""
+        facts.append(f"{name}s = {np.exp(log_ratio):.6g} (l = {log_ratio:+.3g})")
+        share = "clipped" if clipped == trained else f"{clipped} of {trained} tokens clipped"
+        facts.append(name + (share if clipped else "not clipped"))
+    return [*facts, f"update {row['update'] + 1} of the step"]
+
+
+def _parts(
+    row: Row, messages: Sequence[Row], tokenizer: Tokenizer | None, scale: float
+) -> Iterator[Part]:
+    turns, left = iter(range(len(row["token_ids"]))), LONGEST
     log_ratios = row.get("token_log_ratios")
-    parts, turn = [], 0
     for message in messages:
-        if not message.get("sampled") or turn >= len(row["token_ids"]):
-            parts.append(_message(message))
+        turn = next(turns, None) if message.get("sampled") else None
+        if turn is None:
+            yield _message(message)
             continue
-        ids, d = row["token_ids"][turn], log_ratios and log_ratios[turn]
-        parts.append(
-            {
-                "role": str(message.get("role", "assistant")),
-                "tokens": token_texts(ids[:LONGEST], tokenizer),
-                "ids": ids[:LONGEST],
-                "logprobs": [_short(value) for value in row["logprobs"][turn][:LONGEST]],
-                "d": None if d is None else [_short(value) for value in d[:LONGEST]],
-                "more": max(len(ids) - LONGEST, 0),
-            }
-        )
-        turn += 1
-    return {
-        "trajectory": row["trajectory"],
-        "reward": _short(row["reward"]),
-        "advantage": _short(row["advantage"]),
-        "update": row.get("update"),
-        "log_ratios": row.get("sequence_log_ratios"),
-        "trained": row.get("trained_tokens"),
-        "clipped": row.get("clipped_tokens"),
-        "parts": parts,
-    }
+        ids = row["token_ids"][turn]
+        d = log_ratios[turn] if log_ratios else [None] * len(ids)
+        texts = token_texts(ids[:left], tokenizer)
+        tokens = zip(ids[:left], texts, row["logprobs"][turn][:left], d[:left], strict=True)
+        text = Markup("").join(_token(*token, scale) for token in tokens)
+        if len(ids) > left:
+            text += f" … {len(ids) - left} more tokens"
+        left = max(left - len(ids), 0)
+        yield str(message.get("role", "assistant")), text
+
+
+def _token(token: int, text: str, logprob: float, d: float | None, scale: float) -> Markup:
+    about = f"id {token}, log-prob when sampled {logprob:.4g} ({np.exp(logprob):.3g})"
+    about += ", not trained on" if d is None else f", d_t = {d:+.3g}"
+    tint = 0.75 * min(1.0, abs(d) / scale) if d and scale else 0.0
+    shown = text.replace("\n", "↵\n") or "▫"
+    return _TOKEN.format("down" if d and d < 0 else "up", tint, about, shown)
 
 
 def token_texts(ids: Sequence[int], tokenizer: Tokenizer | None) -> list[str]:
-    """The text that each token adds; '' where a character is still incomplete.
+    """The text that each token adds; '' as long as a character is incomplete.
 
     Without a tokenizer, the ids:
 
@@ -191,18 +187,12 @@ def token_texts(ids: Sequence[int], tokenizer: Tokenizer | None) -> list[str]:
     return [stream.step(tokenizer, i) or "" for i in ids]
 
 
-def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+def _message(message: Row) -> Part:
+    """Role and text; what else a message holds, such as tool calls, is shown as JSON."""
     content = message.get("content")
     rest = {k: v for k, v in message.items() if k not in ("role", "content", "sampled") and v}
-    text = content if isinstance(content, str) else "" if content is None else json.dumps(content)
-    if rest:
-        text += ("\n" if text else "") + json.dumps(rest, ensure_ascii=False)
-    limit = 4 * LONGEST
-    if len(text) > limit:
-        text = f"{text[:limit]} … {len(text) - limit:,} more characters"
-    return {"role": str(message.get("role", "")), "text": text}
-
-
-def _short(value: float | None) -> float | None:
-    """Four digits; None for what is not finite, which JSON doesn't know."""
-    return float(f"{value:.4g}") if value is not None and math.isfinite(value) else None
+    texts = [content if isinstance(content, str) else json.dumps(content)] if content else []
+    text = "\n".join([*texts, *([json.dumps(rest, ensure_ascii=False)] if rest else [])])
+    if len(text) > 4 * LONGEST:
+        text = f"{text[: 4 * LONGEST]} … {len(text) - 4 * LONGEST:,} more characters"
+    return str(message.get("role", "")), text

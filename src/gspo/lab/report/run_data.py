@@ -17,37 +17,39 @@ from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.experiment.spec import Spec
 from gspo.train.settings import Settings, resolve
 
+Values = Sequence[float | None]
+
 
 @dataclass(frozen=True)
 class RunData:
     """What is known of a run.
 
     Attributes:
-        folder: of the run.
         label: its name, distinct among the runs of a report.
         config: config.json.
-        spec: spec.json, which `gspo demo` and `gspo train` write; else None.
-        settings: the resolved method; None without a spec, or with one that this gspo refuses.
+        spec: spec.json with dotted keys; empty for a run of another program than `gspo demo` and
+            `gspo train`.
+        settings: the resolved method; None without a spec, or if this gspo refuses it.
         records: lines of metrics.jsonl.
-        running: a process holds the run.
+        running: whether a process holds the run.
     """
 
     folder: Path
     label: str
     config: Mapping[str, Any]
-    spec: Mapping[str, Any] | None
+    spec: Mapping[str, Any]
     settings: Settings | None
     records: Sequence[Mapping[str, float]]
     running: bool
 
-    def series(self, key: str) -> tuple[list[int], list[float | None]]:
-        """Steps and values of a metric, where it was logged; None where it is not finite."""
-        found = [(int(r["step"]), r[key]) for r in self.records if key in r]
-        return [s for s, _ in found], [v if math.isfinite(v) else None for _, v in found]
+    def series(self, key: str) -> tuple[list[int], Values]:
+        """Steps and values of a metric, where it was logged; None for what is not finite."""
+        logged = [(int(record["step"]), record[key]) for record in self.records if key in record]
+        return [s for s, _ in logged], [v if math.isfinite(v) else None for _, v in logged]
 
     def values(self, key: str) -> list[float]:
         """The finite values of a metric."""
-        return [v for v in self.series(key)[1] if v is not None]
+        return [value for value in self.series(key)[1] if value is not None]
 
     @property
     def steps(self) -> int:
@@ -59,17 +61,15 @@ class RunData:
         """Whether the clip range is one of sequences, so that l_i is compared with it."""
         if self.settings is not None:
             return self.settings.objective.per_sequence
-        return bool(self.values("mismatch/clip_fraction"))  # logged for those alone
+        return bool(self.values("mismatch/clip_fraction"))  # logged only for those
 
     def heldout(self) -> list[tuple[int, float, float, float]]:
         """Step, mean, low and high of each evaluation; without an interval the mean thrice."""
-        out = []
-        for record in self.records:
-            if "val/reward" in record:
-                mean = record["val/reward"]
-                bounds = (record.get("val/reward_low", mean), record.get("val/reward_high", mean))
-                out.append((int(record["step"]), mean, *bounds))
-        return out
+        return [
+            (int(r["step"]), mean, r.get("val/reward_low", mean), r.get("val/reward_high", mean))
+            for r in self.records
+            if math.isfinite(mean := r.get("val/reward", math.nan))
+        ]
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunData]:
@@ -88,16 +88,15 @@ def _read(folder: Path, label: str) -> RunData:
             f"{folder} has neither metrics.jsonl nor config.json: it is not the folder of a run. "
             "A run is <path>/<project>/<model name>"
         )
-    running = in_use(folder)  # asked first: a run that ends meanwhile is read again
     spec = _json(folder / "spec.json")
     return RunData(
         folder=folder,
         label=label,
-        config=_json(config) or {},
-        spec=spec,
-        settings=None if spec is None else resolved(spec),
+        config=_json(config),
+        spec=flat(spec),
+        settings=resolved(spec) if spec else None,
         records=read_metrics(metrics),
-        running=running,
+        running=in_use(folder),
     )
 
 
@@ -108,25 +107,25 @@ def labels(folders: Sequence[Path]) -> list[str]:
     ['a/demo/sort-1', 'b/demo/sort-1']
     """
     parts = [folder.resolve().parts for folder in folders]
-    for count in range(2, max((len(own) for own in parts), default=0) + 1):
-        found = ["/".join(own[-count:]) for own in parts]
-        if len(set(found)) == len(found):
-            return found
+    for count in range(2, max(map(len, parts), default=0) + 1):
+        names = ["/".join(path[-count:]) for path in parts]
+        if len(set(names)) == len(names):
+            return names
     return [str(folder) for folder in folders]
 
 
-def changed(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """What a stored spec sets to another value than its default, with dotted keys.
+def changed(spec: Mapping[str, Any]) -> set[str]:
+    """The dotted keys that a stored spec sets to another value than the default.
 
-    >>> changed({"steps": 60, "seed": 3, "train": {"epochs": 2}})
-    {'seed': 3, 'train.epochs': 2}
+    >>> sorted(changed({"steps": 60, "seed": 3, "train.epochs": 2}))
+    ['seed', 'train.epochs']
     """
-    known = flat(Spec(task="sort").model_dump(mode="json"))
-    return {k: v for k, v in flat(spec).items() if k not in known or v != known[k]}
+    default = flat(Spec(task="sort").model_dump(mode="json"))
+    return {key for key, value in spec.items() if key not in default or value != default[key]}
 
 
 def resolved(spec: Mapping[str, Any]) -> Settings | None:
-    """The method of a stored spec; None where this gspo doesn't understand it."""
+    """The method of a stored spec; None if this gspo doesn't understand it."""
     # Options that were written out as their defaults are not options that were given.
     default = DevTrainConfig().model_dump(mode="json")
     stored = spec.get("train", {})
@@ -149,10 +148,10 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def _json(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None where there is none, or while it is being written."""
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty if there is none."""
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+        return {}
+    return content if isinstance(content, dict) else {}

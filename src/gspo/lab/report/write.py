@@ -1,0 +1,55 @@
+"""What `gspo report` does: which page, and where it goes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gspo.core.errors import ConfigError, RunError
+from gspo.core.files import write_whole
+from gspo.lab.pictures import require_plotly
+from gspo.lab.report.comparison_page import comparison_page
+from gspo.lab.report.run_data import read_runs
+from gspo.lab.report.run_page import run_page
+
+
+def make_report(folders: Sequence[Path], out: Path | None = None) -> Path:
+    """Write the page of runs, or of one comparison, and return its path.
+
+    Raises:
+        ConfigError: several runs without `out`, or a comparison beside others.
+        RunError: a folder that is not one of a run, or a page that cannot be written.
+        MissingDependencyError: plotly is not installed.
+    """
+    require_plotly()
+    compared = [folder for folder in folders if (folder / "comparison.json").exists()]
+    if len(folders) > 1 and compared:
+        raise ConfigError(f"{compared[0]} is a comparison: give only it, or the runs inside it")
+    if len(folders) > 1 and out is None:
+        raise ConfigError("several runs go into one page: say where, with --out FILE.html")
+    path = out or folders[0] / "report.html"
+    if compared:
+        page = comparison_page(_read_comparison(compared[0]))
+    else:
+        page = run_page(read_runs(folders))
+    write_whole(path, page)
+    return path
+
+
+def try_report(folder: Path) -> Path | None:
+    """`make_report` of one folder; if that fails, print why, and return None."""
+    try:
+        return make_report([folder])
+    except Exception as error:  # whatever it is: a run of hours is worth more than its page
+        print(f"no report: {error}")
+        return None
+
+
+def _read_comparison(folder: Path) -> Mapping[str, Any]:
+    path = folder / "comparison.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} is damaged ({error}): run the comparison again") from None

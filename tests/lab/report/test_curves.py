@@ -1,0 +1,92 @@
+"""The charts of runs: the numbers that they show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gspo.experiment.spec import Spec
+from gspo.lab.report.curves import CLIPPED, NOISE, NORM, POINTS, RATIOS, REWARD, sections, thin
+from gspo.lab.report.run_data import RunData, read_runs, resolved
+from lab.report.report_cases import run_folder, traces_of
+
+ENTROPY = "Entropy, in nats per trained token"
+SECONDS = "Seconds per step, without evaluations"
+
+
+def charts_of(runs: list[RunData]) -> dict[str, dict[str, Any]]:
+    """Title of a chart -> name of a curve -> the curve."""
+    return {
+        title: {trace.name: trace for trace in traces_of(figure)}
+        for section in sections(runs)
+        for title, figure in section.charts.items()
+    }
+
+
+def test_charts_hold_the_runs_numbers(tmp_path: Path):
+    charts = charts_of(read_runs([run_folder(tmp_path)]))
+    rewards = charts[REWARD]["train/reward"]
+    assert (list(rewards.x), list(rewards.y)) == ([1, 2, 3, 4], [0.1, 0.2, 0.3, 0.4])
+    heldout = charts[REWARD]["train/reward, held-out, 95 % interval"]
+    assert (list(heldout.x), list(heldout.y)) == ([0, 4], [0.25, 0.75])
+    assert list(heldout.error_y.array) == pytest.approx([0.05, 0.05])
+    assert list(charts[SECONDS]["time/train"].y) == [0.5] * 4
+    assert charts[RATIOS]["clip range, low"].y[0] == pytest.approx(-3.00045e-4)
+    assert charts[RATIOS]["clip range, high"].y[0] == pytest.approx(3.9992e-4)
+    assert not any("KL" in title for title in charts)  # logged as 0: not measured
+    assert "mismatch/clip_fraction" in charts[CLIPPED]  # 0 too, but measured
+
+
+def test_of_several_runs_the_first_metric_is_drawn(tmp_path: Path):
+    one, two = run_folder(tmp_path, "one"), run_folder(tmp_path, "<b>two", steps=6)
+    charts = charts_of(read_runs([one, two]))
+    assert list(charts[ENTROPY]) == ["p/one", "p/&lt;b&gt;two"]
+    assert len({trace.line.color for trace in charts[NORM].values()}) == 2
+    assert [len(trace.x) for trace in charts[SECONDS].values()] == [4, 6]
+    dots = charts[REWARD]["p/one, held-out, 95 % interval"]
+    assert dots.marker.color == charts[REWARD]["p/one"].line.color
+    assert "clip range, low" not in charts[RATIOS]
+
+
+def test_numbers_that_are_not_finite_leave_gaps(tmp_path: Path):
+    folder = run_folder(tmp_path)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "train/reward": NaN, "loss/entropy": Infinity}\n{"step": 6, "tr')
+    charts = charts_of(read_runs([folder]))
+    assert charts[ENTROPY]["loss/entropy"].y[-2:] == (0.4, None)
+    assert list(charts[REWARD]["train/reward"].x) == [1, 2, 3, 4, 5]
+
+
+def test_a_logarithmic_axis_takes_sizes_and_no_zero(tmp_path: Path):
+    records = [
+        {"step": 1, "mismatch/log_ratio_mean": -0.5},
+        {"step": 2, "mismatch/log_ratio_mean": 0.0},
+    ]
+    run = RunData(Path("p/m"), "p/m", {}, {}, None, records, running=False)
+    ((_, curves),) = charts_of([run]).items()
+    assert curves["mismatch/log_ratio_mean"].y == (0.5, None)
+    ((title, figure),) = sections([run])[0].charts.items()
+    assert title == NOISE and figure.layout.yaxis.type == "log"
+
+
+@pytest.mark.parametrize(("algorithm", "shown"), [("gspo", True), ("grpo", False)])
+def test_only_methods_that_clip_sequences_have_a_range_of_sequences(algorithm: str, shown: bool):
+    spec = Spec(task="sort", train={"algorithm": algorithm}).model_dump(mode="json")  # pyright: ignore[reportArgumentType]
+    records = [
+        {"step": 1, "ratio/log_p50": 0.1, "ratio/epsilon_low": 0.2, "ratio/epsilon_high": 0.2}
+    ]
+    run = RunData(Path("p/m"), "p/m", {}, {}, resolved(spec), records, running=False)
+    assert ("clip range, low" in charts_of([run])[RATIOS]) == shown
+
+
+def test_long_runs_are_smoothed_and_thinned_to_means():
+    steps = list(range(1, 2501))
+    x, y = thin(steps, [float(step) for step in steps])
+    assert len(x) <= POINTS
+    assert x[:2] == [3, 6] and y[:2] == [2.0, 5.0]
+    assert x[-1] == 2500
+    records = [{"step": step, "train/reward": float(step % 2)} for step in range(1, 41)]
+    run = RunData(Path("p/m"), "p/m", {}, {}, None, records, running=False)
+    assert max(charts_of([run])[REWARD]["train/reward"].y) < 0.61

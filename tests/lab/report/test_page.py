@@ -1,0 +1,41 @@
+"""The frame of a page: only plotly runs, and nothing is loaded."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from pathlib import Path
+
+from markupsafe import Markup
+
+from gspo.lab.report.page import Section, render
+from gspo.lab.report.run_data import read_runs
+from gspo.lab.report.run_page import run_page
+from lab.report.page_elements import Elements
+from lab.report.report_cases import run_folder
+
+
+def test_nothing_runs_but_the_charts_scripts_and_nothing_is_loaded(tmp_path: Path):
+    elements = Elements(run_page(read_runs([run_folder(tmp_path)])))
+    (policy,) = [
+        attributes["content"]
+        for tag, attributes in elements.tags
+        if tag == "meta" and attributes.get("http-equiv") == "Content-Security-Policy"
+    ]
+    assert policy is not None and policy.startswith("default-src 'none'; script-src 'sha256-")
+    for script in elements.scripts:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        assert f"'sha256-{digest}'" in policy
+    assert "http" not in policy and "connect-src" not in policy
+    for tag, attributes in elements.tags:
+        assert not {"src", "href", "srcset", "action"} & set(attributes), tag
+
+
+def test_tables_hold_text_and_empty_sections_are_left_out():
+    table = [["a", "<b>"], ["<i>", Markup("<b>bold</b>")]]
+    page = render(
+        "t", ["<s>"], [Section("One", table=table), Section("Two"), Section("x", "n", folded=True)]
+    )
+    assert "<th>&lt;b&gt;</th>" in page and "<td>&lt;i&gt;</td><td><b>bold</b></td>" in page
+    assert "Two" not in page and "<details><summary>x</summary>" in page
+    assert "script-src &#39;none&#39;" in page and "&lt;s&gt;" in page

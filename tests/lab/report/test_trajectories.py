@@ -1,0 +1,77 @@
+"""The trajectories of a report: what is chosen, and what is told of each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from gspo import TrajectoryGroup
+from gspo.backend.run import Run
+from gspo.core.errors import RunError
+from gspo.lab.report.run_data import read_runs
+from gspo.lab.report.trajectories import COMPLETIONS, LONGEST, sampled_groups, token_texts
+from lab.report.page_elements import Elements
+from lab.report.report_cases import run_folder
+from support import choice, trajectory
+
+
+def test_trajectories_are_shown_with_what_was_made_of_them(tmp_path: Path):
+    groups = sampled_groups(read_runs([run_folder(tmp_path, steps=9)])[0])
+    assert [group["title"].split(":")[0] for group in groups] == [
+        f"p/m, step {step}, group {number}" for step in (1, 5, 9) for number in (0, 1)
+    ]
+    trained, flat = groups[:2]
+    assert trained["title"].endswith("3 of 3 trajectories, strongest tint at |d_t| = 0.03")
+    assert trained["prompt"] == [("user", "?")]
+    facts, ((role, text),) = trained["trajectories"][0]
+    assert facts == [
+        "reward 0", "A = +1", "s = 1.00401 (l = +0.004)", "clipped", "update 1 of the step",
+    ]  # fmt: skip
+    assert role == "assistant"
+    tokens = [attributes for tag, attributes in Elements(text).tags if tag == "i"]
+    assert [token["class"] for token in tokens] == ["up", "down", "up"]
+    assert [token["style"] for token in tokens] == ["--tint:0.75", "--tint:0.50", "--tint:0.00"]
+    assert tokens[0]["title"] == "id 7, log-prob when sampled -0.5 (0.607), d_t = +0.03"
+    assert Elements(text).text == "⟨7⟩⟨8⟩⟨9⟩"
+    assert "not clipped" in trained["trajectories"][1][0]
+    facts, ((_, text),) = flat["trajectories"][0]
+    assert facts[-1] == "no gradient: A = 0" and "not trained on" in text
+
+
+def test_what_is_embedded_is_bounded(tmp_path: Path):
+    run = Run(tmp_path, "p", "m", {})
+    long = [trajectory(0.0, choice([5] * (LONGEST + 500))) for _ in range(16)]
+    for step in range(1, 5):
+        run.log_trajectories([TrajectoryGroup(long) for _ in range(5)], "train", step)
+    run.log(1, {"train/reward": 0.0})
+    run.close()
+    groups = sampled_groups(read_runs([run.folder])[0])
+    numbers = [group["title"].split(":")[0] for group in groups[:3]]
+    assert numbers == [f"p/m, step 1, group {number}" for number in (0, 2, 4)]
+    assert {len(group["trajectories"]) for group in groups} == {COMPLETIONS}
+    assert all(f"{COMPLETIONS} of 16 trajectories" in group["title"] for group in groups)
+    for group in groups:
+        for _, ((_, text),) in group["trajectories"]:
+            assert text.count("<i ") == LONGEST and text.endswith("… 500 more tokens")
+
+
+def test_tokens_are_shown_as_the_text_they_add():
+    text = "né 🙂\n<b>"
+    pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    ids = tokenizer.encode(text).ids
+    texts = token_texts(ids, tokenizer)
+    assert len(texts) == len(ids) == len(text.encode())
+    assert "".join(texts) == text
+    assert texts[1:3] == ["", "é"]
+
+
+def test_a_damaged_file_is_named_with_the_remedy(tmp_path: Path):
+    folder = run_folder(tmp_path)
+    (folder / "trajectories" / "train" / "0001.parquet").write_bytes(b"PAR1")
+    with pytest.raises(RunError, match=r"0001\.parquet is damaged.*delete it"):
+        sampled_groups(read_runs([folder])[0])
