@@ -9,7 +9,8 @@ from typing import Any
 from openai.types.chat.chat_completion import Choice
 
 import gspo as art
-from gspo.policy.load import Policy, load_policy
+from gspo.policy.load import load_policy
+from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
 
 

@@ -154,7 +154,6 @@ def check(service: Any, batch: Job) -> dict[str, Any]:
 
     from gspo.core.metrics import Metrics
     from gspo.data.packing import pack
-    from gspo.policy.forward import forward
     from gspo.train.settings import resolve
     from gspo.train.step import StepInput, accumulate
 
@@ -180,7 +179,7 @@ def check(service: Any, batch: Job) -> dict[str, Any]:
     logprobs: list[list[float]] = [[] for _ in samples]
     with torch.no_grad():
         for row in pack(samples, budget=4096):
-            values = forward(policy, row).logprobs.tolist()
+            values = policy.logprobs(row).logprobs.tolist()
             for trajectory_id in row.trajectory_ids:
                 count = samples[trajectory_id].sampled
                 logprobs[trajectory_id], values = values[:count], values[count:]

@@ -9,8 +9,7 @@ import torch
 
 import gspo as art
 from gspo.data.packing import pack
-from gspo.policy.forward import forward
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
 from gspo.train.minibatches import prepare
 from gspo.weights.rollout_copy import RolloutPolicy, rollout_copy
 
@@ -49,7 +48,7 @@ def gap(policy: Policy, groups: list[art.TrajectoryGroup]) -> float:
     batch = prepare(groups, context=policy.context)
     (packed,) = pack([s for own in batch.samples for s in own], budget=10_000)
     with torch.no_grad():
-        return (forward(policy, packed).logprobs - packed.old_logprobs).abs().max().item()
+        return (policy.logprobs(packed).logprobs - packed.old_logprobs).abs().max().item()
 
 
 async def test_choices_come_from_a_copy_that_follows(tmp_path: Path):

@@ -107,7 +107,7 @@ def test_the_probe_proves_it_on_the_whole_model(name: str, monkeypatch: pytest.M
     # Its gradient is the proof, and flex_attention has none on a CPU.
     monkeypatch.setattr(probe, "_leaks", lambda policy, row: False)
     policy = model(name)
-    assert (policy.packing, policy.shares_prefixes) == ("flex", True)
+    assert (policy.packing, policy.shares_prompts) == ("flex", True)
 
 
 def test_on_a_cpu_it_is_not_tried():
@@ -146,7 +146,7 @@ def test_on_a_gpu_shared_is_unshared_and_that_of_the_pieces(name: str):
     policy = model(name, **GPU)
     policy.lm.to(torch.device("cuda"))  # pyright: ignore[reportArgumentType]
     choose_packing(policy)
-    assert (policy.packing, policy.shares_prefixes) == ("flex", True)
+    assert (policy.packing, policy.shares_prompts) == ("flex", True)
     samples = samples_of(3, system=300)
     shared, apart = (pack(samples, 100_000, share=share) for share in (True, False))
     found = [of_rows(policy, rows) for rows in (shared, apart)]

@@ -27,8 +27,8 @@ from gspo.dev import LoraConfig
 from gspo.kernels import shared_prompt_attention as prefix
 from gspo.kernels.attention import packed_attention
 from gspo.kernels.shared_prompt_attention import RowAttention
-from gspo.policy.forward import forward
-from gspo.policy.load import Policy, recompute_layers
+from gspo.policy.load import recompute_layers
+from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
 from gspo.train.minibatches import prepare
 from policy.routers import MOE, moe
@@ -155,7 +155,7 @@ def model(name: str, **extra: Any) -> Policy:
 
 def of_rows(policy: Policy, rows: list[PackedBatch]) -> tuple[Tensor, dict[str, Tensor]]:
     """Log-probs of every sampled token in order, and the gradient of their weighted sum."""
-    logprobs = torch.cat([forward(policy, row).logprobs for row in rows])
+    logprobs = torch.cat([policy.logprobs(row).logprobs for row in rows])
     old = torch.cat([row.old_logprobs for row in rows])
     (logprobs * old.to(logprobs.device)).sum().backward()
     gradient = {n: p.grad for n, p in policy.trainable.items() if p.grad is not None}
@@ -173,7 +173,7 @@ def assert_close(one: dict[str, Tensor], two: dict[str, Tensor], scale: float = 
 @pytest.mark.parametrize("name", MODELS)
 def test_shared_is_unshared_and_the_models_own(name: str):
     policy = model(name)
-    assert policy.shares_prefixes
+    assert policy.shares_prompts
     samples = samples_of()
     (shared,) = pack(samples, 10_000, share=True)
     (apart,) = pack(samples, 10_000)
@@ -205,7 +205,7 @@ def test_lora_shares_too():
     with torch.no_grad():
         for parameter in policy.trainable.values():
             parameter.add_(torch.randn_like(parameter) * 0.05)
-    assert policy.shares_prefixes
+    assert policy.shares_prompts
     samples = samples_of()
     logprobs, gradient = of_rows(policy, pack(samples, 10_000, share=True))
     expected, wanted = of_rows(policy, pack(samples, 10_000))
@@ -232,7 +232,7 @@ def test_a_replayed_row_counts_its_copies():
     for share in (True, False):
         (row,) = pack(samples, 10_000, share=share)
         with policy.routing.observe(balance=weights, copies=row.copies) as tape:
-            forward(policy, row)
+            policy.logprobs(row)
         assert isinstance(tape.balance, Tensor)
         found.append((tape.loads(), tape.balance.detach(), tape.own()[row.index]))
     (loads, balance, own), (loads_apart, balance_apart, own_apart) = found
@@ -247,7 +247,7 @@ def test_a_shared_row_is_refused_where_it_would_be_wrong(packing: Any):
     policy.packing = packing
     (row,) = pack(samples_of(), 10_000, share=True)
     with pytest.raises(ValueError, match=f"shared prefixes.*{packing}"):
-        forward(policy, row)
+        policy.logprobs(row)
 
 
 def test_a_model_that_looks_at_the_row_is_packed_but_does_not_share(caplog):
@@ -264,7 +264,7 @@ def test_a_model_that_looks_at_the_row_is_packed_but_does_not_share(caplog):
     caplog.set_level("INFO", logger="gspo")
     choose_packing(policy)
     assert policy.packing == "buckets"
-    assert not policy.shares_prefixes
+    assert not policy.shares_prompts
     assert "sharing prefixes is off by" in caplog.text
     assert caplog.text.count("a prompt is computed once for each of its completions") == 1
 
@@ -276,7 +276,7 @@ def test_other_ways_of_packing_do_not_share(packing: Any, caplog, monkeypatch):
     monkeypatch.setattr(probe, "_ORDER", (packing,))
     policy = model("llama")
     assert policy.packing == packing
-    assert not policy.shares_prefixes
+    assert not policy.shares_prompts
     assert "a prompt is computed once" in caplog.text
 
 
@@ -289,7 +289,7 @@ def test_the_plan_is_made_once_for_layers_of_one_window(monkeypatch):
     policy = model("sliding")
     made.clear()
     with torch.no_grad():
-        forward(policy, pack(samples_of(), 10_000, share=True)[0])
+        policy.logprobs(pack(samples_of(), 10_000, share=True)[0])
     assert sorted(made, key=str) == [6, None]
 
 

@@ -22,8 +22,8 @@ from gspo.core.errors import ModelError
 from gspo.data.packing import PackedBatch, pack
 from gspo.lab import flops
 from gspo.lab.flops import Flops, active_weights, head_flops
-from gspo.policy.forward import forward
-from gspo.policy.load import Policy, recompute_layers
+from gspo.policy.load import recompute_layers
+from gspo.policy.policy import Policy
 from gspo.train.minibatches import prepare
 from policy.routers import MOE
 from policy.test_forward import tiny
@@ -87,10 +87,10 @@ def test_forward_and_backward_are_what_torch_counts(name: str):
     squares = whole_squares(own, row) - own.attention(every)
 
     with torch.no_grad():
-        found = counted(lambda: forward(policy, row))
+        found = counted(lambda: policy.logprobs(row))
     assert found == own.forward(every) + squares + head_flops(policy.head, heads)[0]
 
-    loss = forward(policy, row).logprobs.sum()
+    loss = policy.logprobs(row).logprobs.sum()
     found = counted(loss.backward)
     assert found == own.backward(every) + 2 * squares + head_flops(policy.head, heads)[1]
 
@@ -153,7 +153,7 @@ def test_recomputed_layers_are_counted_again():
     policy.lm.train()
     row, own = batch_of(policy), Flops.of(policy)
     squares = whole_squares(own, row) - own.attention(row.positions)
-    found = counted(forward(policy, row).logprobs.sum().backward)
+    found = counted(policy.logprobs(row).logprobs.sum().backward)
     head = head_flops(policy.head, len(row.targets))[1]
     expected = own.backward(row.positions) + 3 * squares + head
     # torch stops a layer's recomputation before its last product, whose result nobody needs.
@@ -168,10 +168,10 @@ def test_with_lora_frozen_weights_have_no_gradient_of_their_own():
     every, heads = row.positions, len(row.targets)
     squares = whole_squares(own, row) - own.attention(every)
     with torch.no_grad():
-        found = counted(lambda: forward(policy, row))
+        found = counted(lambda: policy.logprobs(row))
     assert found == own.forward(every) + squares + head_flops(policy.head, heads, grad=False)[0]
     assert own.trained < 0.1 * own.weights
-    found = counted(forward(policy, row).logprobs.sum().backward)
+    found = counted(policy.logprobs(row).logprobs.sum().backward)
     expected = own.backward(every) + 2 * squares + head_flops(policy.head, heads)[1]
     # Nobody needs the gradient of what goes into the first adapters.
     assert 0.8 * expected < found < expected

@@ -11,7 +11,7 @@ from gspo.core.metrics import Metrics
 from gspo.data.packing import pack
 from gspo.lab.gradients import MethodLoss, accumulate_gradients, cosines, gram
 from gspo.objective import PRESETS, policy_loss
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.settings import Settings, resolve
 from gspo.train.step import StepInput, accumulate
@@ -31,11 +31,10 @@ def groups(policy: Policy):
         trajectory.reward = 0.5
     batch = prepare(out, context=policy.context)
     (row,) = pack([s for own in batch.samples for s in own], 10_000)
-    from gspo.policy.forward import forward
 
     noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        scored = forward(policy, row).logprobs
+        scored = policy.logprobs(row).logprobs
     spread = 0.3 * torch.randn(len(scored), generator=noise)
     old = (scored - spread).clamp(max=0.0)
     at = 0

@@ -19,7 +19,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
 from policy.test_forward import tiny
 

@@ -12,8 +12,8 @@ from gspo import dev
 from gspo.core.errors import ModelError
 from gspo.data.packing import pack
 from gspo.policy.context import chunk_in, probe_length, settle_context
-from gspo.policy.forward import forward
-from gspo.policy.load import Policy, load_policy
+from gspo.policy.load import load_policy
+from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
 from gspo.serve.engine import Request, SamplingParams
 from gspo.serve.selfcheck import check_engine
@@ -31,7 +31,7 @@ def scored(policy: Policy, samples) -> dict[int, torch.Tensor]:
     out = {}
     with torch.no_grad():
         for row in pack(samples, budget=10_000):
-            logprobs = forward(policy, row).logprobs
+            logprobs = policy.logprobs(row).logprobs
             for s, trajectory in enumerate(row.trajectory_ids):
                 out[trajectory] = logprobs[row.sequence_ids == s]
     return out
@@ -104,8 +104,10 @@ def test_the_probe_reaches_past_a_window_where_that_is_cheap(monkeypatch: pytest
 def test_a_window_that_is_not_heeded_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from gspo.kernels import attention
 
-    plain = attention.RowAttention.within
-    monkeypatch.setattr(attention.RowAttention, "within", lambda self, window: plain(self, None))
+    plain = attention.SharedPromptAttention.within
+    monkeypatch.setattr(
+        attention.SharedPromptAttention, "within", lambda self, window: plain(self, None)
+    )
     assert loaded(tmp_path, "windows").packing == "mask"
 
 

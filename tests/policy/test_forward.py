@@ -20,8 +20,7 @@ from transformers import (
 from gspo.data.packing import pack
 from gspo.kernels import attention
 from gspo.policy.embedded import build_tokenizer
-from gspo.policy.forward import forward
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
 from gspo.train.minibatches import prepare
 from support import embedded, random_groups
@@ -47,7 +46,7 @@ def scored(policy: Policy, items, budget: int) -> dict[int, torch.Tensor]:
     out = {}
     with torch.no_grad():
         for row in pack(items, budget):
-            logprobs = forward(policy, row).logprobs
+            logprobs = policy.logprobs(row).logprobs
             for s, trajectory in enumerate(row.trajectory_ids):
                 out[trajectory] = logprobs[row.sequence_ids == s]
     return out
@@ -152,7 +151,7 @@ def test_activation_checkpointing_changes_no_gradient():
         policy = embedded(activation_checkpointing=checkpointing)
         policy.lm.train(checkpointing)
         for row in pack(samples(policy), 10_000):
-            forward(policy, row).logprobs.sum().backward()
+            policy.logprobs(row).logprobs.sum().backward()
         gradients.append([p.grad.clone() for p in policy.trainable.values() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1])
     for plainly, recomputed in zip(*gradients, strict=True):

@@ -11,7 +11,6 @@ from gspo import dev
 from gspo.core.errors import ModelError
 from gspo.data.packing import pack
 from gspo.kernels.logprob import full_logits
-from gspo.policy.forward import forward
 from gspo.policy.load import load_policy
 from gspo.policy.logits import logit_scale, soft_cap
 from gspo.policy.probe import choose_packing
@@ -49,7 +48,7 @@ def test_logprobs_and_gradients_are_the_models_own(kind: str, tmp_path: Path):
     wanted = torch.autograd.grad(torch.cat(expected).sum(), weights)
 
     (row,) = pack(items, budget=1000)
-    got = forward(policy, row).logprobs
+    got = policy.logprobs(row).logprobs
     order = sorted(range(2), key=lambda s: row.trajectory_ids[s])
     by_sample = torch.cat([got[row.sequence_ids == s] for s in order])
     torch.testing.assert_close(by_sample, torch.cat(expected), atol=1e-5, rtol=0)
@@ -88,7 +87,7 @@ def test_rows_behind_the_tokens_have_no_probability(tmp_path: Path):
     assert (policy.head.weight.shape[0], policy.head.size) == (128, 103)
     item = sample(text(12), 3)
     (row,) = pack([item], budget=100)
-    got = forward(policy, row).logprobs
+    got = policy.logprobs(row).logprobs
     torch.testing.assert_close(got, plain(policy, item.tokens, 3, 0.7), atol=1e-5, rtol=0)
     (grad,) = torch.autograd.grad(got.sum(), [policy.head.weight])
     assert not grad[103:].any() and bool(grad[:103].any())

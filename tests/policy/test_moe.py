@@ -10,8 +10,8 @@ from gspo.data.packing import PackedBatch, pack
 from gspo.dev import LoraConfig
 from gspo.policy import load
 from gspo.policy.expert_tape import Tape, as_array, changed_slots
-from gspo.policy.forward import forward
-from gspo.policy.load import Policy, recompute_layers
+from gspo.policy.load import recompute_layers
+from gspo.policy.policy import Policy
 from policy.routers import MOE, moe
 from policy.test_forward import samples
 from support import embedded
@@ -23,7 +23,7 @@ def row_of(policy: Policy) -> PackedBatch:
 
 def own_routes(policy: Policy, row: PackedBatch) -> Tensor:
     with torch.no_grad(), policy.routing.observe() as tape:
-        forward(policy, row)
+        policy.logprobs(row)
     return tape.own().short()
 
 
@@ -32,7 +32,7 @@ def passed(
 ) -> tuple[Tensor, dict[str, Tensor], Tape]:
     """Log-probs, the gradient of their weighted sum (taken outside the block), and the tape."""
     with policy.routing.observe(routes) as tape:
-        logprobs = forward(policy, row).logprobs
+        logprobs = policy.logprobs(row).logprobs
     (logprobs * torch.linspace(-1, 1, len(logprobs))).sum().backward()
     gradient = {n: p.grad for n, p in policy.trainable.items() if p.grad is not None}
     policy.lm.zero_grad(set_to_none=True)
@@ -70,7 +70,7 @@ def test_a_perturbed_policys_routes_are_taken_on_every_token(name: str):
             for weight in router.parameters():
                 weight.add_(torch.randn_like(weight))
     routes = own_routes(other, row)
-    plain = forward(policy, row).logprobs
+    plain = policy.logprobs(row).logprobs
     replayed, gradient, tape = passed(policy, row, routes)
     assert torch.equal(tape.used().short(), routes)
     assert (tape.own().short() != routes).any()
@@ -140,8 +140,8 @@ def test_recomputation_takes_its_own_tape_whatever_ran_in_between():
         for shift, row in enumerate(rows):
             routes = (own_routes(policy, row) + 1 + shift) % 8
             with policy.routing.observe(routes):
-                losses.append(forward(policy, row).logprobs.sum())
-        forward(policy, rows[0])
+                losses.append(policy.logprobs(row).logprobs.sum())
+        policy.logprobs(rows[0])
         with policy.routing.observe():
             torch.stack(losses).sum().backward()
         expected.append({n: p.grad for n, p in policy.trainable.items() if p.grad is not None})
@@ -167,7 +167,7 @@ def test_a_recorded_slot_is_one_byte_up_to_256_experts(experts: int, size: int):
     policy = moe(num_experts=experts)
     row = row_of(policy)
     with torch.no_grad(), policy.routing.observe() as tape:
-        forward(policy, row)
+        policy.logprobs(row)
     assert tape.own().element_size() == size
     stored = as_array(tape.own(), policy.routing.experts)
     assert stored.nbytes == size * row.token_count * 3 * 2
@@ -182,7 +182,7 @@ def test_the_router_computes_in_float32_under_autocast(name: str):
     for router, at in zip(policy.routing.routers, policy.routing._logits_at, strict=True):
         router.register_forward_hook(lambda _m, _a, out, at=at: logits.append(out[at]))
     row = row_of(policy)
-    scored = forward(policy, row).logprobs
+    scored = policy.logprobs(row).logprobs
     assert {value.dtype for value in logits} == {torch.float32}
     # Not bfloat16's values in a float32 tensor.
     assert any((value != value.bfloat16().float()).any() for value in logits)
@@ -194,7 +194,7 @@ def test_two_policies_on_one_model_do_not_disturb_each_other(policy: Policy):
     second = Policy(policy.lm, None, policy.tokenizer, "x", torch.bfloat16, 128)
     row = row_of(policy)
     with second.routing.observe() as theirs, policy.routing.observe() as ours:
-        forward(second, row)
+        second.logprobs(row)
     assert torch.equal(theirs.own(), ours.own())
     assert not torch.is_autocast_enabled("cpu")
 
@@ -208,7 +208,7 @@ def test_changed_slots_ignore_the_order():
 def test_loads_count_every_slot(policy: Policy):
     row = row_of(policy)
     with torch.no_grad(), policy.routing.observe() as tape:
-        forward(policy, row)
+        policy.logprobs(row)
     loads = tape.loads()
     assert loads.shape == (3, 8)
     assert loads.sum(-1).tolist() == [2 * row.token_count] * 3

@@ -13,7 +13,6 @@ from gspo import dev
 from gspo.core.errors import ModelError
 from gspo.data.packing import pack
 from gspo.policy import probe
-from gspo.policy.forward import forward
 from gspo.policy.load import load_policy
 from gspo.policy.probe import choose_packing
 from models import folder, sample, text
@@ -42,7 +41,7 @@ def test_recomputed_layers_compute_the_same(kind: str, tmp_path: Path):
         choose_packing(policy)
         (row,) = pack(items, budget=1000)
         for _ in range(2):
-            logprobs = forward(policy, row).logprobs
+            logprobs = policy.logprobs(row).logprobs
             grads = torch.autograd.grad(
                 logprobs.sum(), [*policy.trainable.values()], allow_unused=True
             )
@@ -60,12 +59,12 @@ def test_layers_are_really_computed_again(tmp_path: Path):
     calls = []
     backbone: Any = policy.backbone
     backbone.layers[1].mlp.register_forward_pre_hook(lambda *call: calls.append(1))
-    logprobs = forward(policy, row).logprobs
+    logprobs = policy.logprobs(row).logprobs
     assert len(calls) == 1
     logprobs.sum().backward()
     assert len(calls) == 2
     with torch.no_grad():
-        forward(policy, row)
+        policy.logprobs(row)
     assert len(calls) == 3
 
 

@@ -8,8 +8,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gspo.core.errors import ConfigError, DataError, ModelError, NumericsError
-from gspo.policy.forward import forward
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
 from policy.routers import moe, phimoe
 from policy.test_forward import tiny
 from policy.test_moe import own_routes, row_of
@@ -31,7 +30,7 @@ def test_a_replay_that_does_not_fit_is_an_error(policy: Policy):
         (routes + 7, "the model has 8"),
     ):
         with pytest.raises(DataError, match=message), policy.routing.observe(wrong):
-            forward(policy, row)
+            policy.logprobs(row)
     with pytest.raises(DataError, match="consumed whole"), policy.routing.observe(routes):
         pass
     assert torch.equal(own_routes(policy, row), routes), "nothing is left behind"
@@ -43,7 +42,7 @@ def test_a_layer_that_is_missed_is_an_error(policy: Policy):
     block = layers[1].mlp
     own, block.forward = block.forward, lambda x: x
     with pytest.raises(DataError, match="not the same"), policy.routing.observe():
-        forward(policy, row)
+        policy.logprobs(row)
     block.forward = own
 
 
@@ -58,9 +57,9 @@ def test_dense_models_and_strange_routers_are_refused():
         pytest.raises(ModelError, match=r"PhimoeForCausalLM.*makes 0 top-k choices"),
         strange.routing.observe(),
     ):
-        forward(strange, row)
+        strange.logprobs(row)
     with strange.routing.observe(strict=False) as tape:
-        forward(strange, row)
+        strange.logprobs(row)
     assert not tape.seen
 
 
@@ -81,7 +80,7 @@ def test_nan_router_logits_are_an_error():
         pytest.raises(NumericsError, match="router logits of MoE layer 1 are NaN"),
         policy.routing.observe(),
     ):
-        forward(policy, row)
+        policy.logprobs(row)
 
 
 def test_an_error_inside_a_router_leaves_no_mode_behind(policy: Policy):
@@ -94,7 +93,7 @@ def test_an_error_inside_a_router_leaves_no_mode_behind(policy: Policy):
 
     router.forward = broken
     with pytest.raises(RuntimeError, match="broken router"), policy.routing.observe():
-        forward(policy, row)
+        policy.logprobs(row)
     router.forward = own
     assert not policy.routing._state.open
     assert torch.topk(torch.eye(8), 1).indices.flatten().tolist() == list(range(8))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
 from gspo.serve.engine import Request, SamplingParams
 from gspo.serve.selfcheck import check_engine

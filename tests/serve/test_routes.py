@@ -18,7 +18,7 @@ from gspo.data.expert_choices import decode_routes, encode_routes
 from gspo.data.packing import pack
 from gspo.data.sample import trajectory_samples
 from gspo.policy.expert_tape import as_array
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
 from gspo.serve.app import create_app
 from gspo.serve.batcher import Batcher
 from gspo.serve.engine import Engine, Request, SamplingParams

@@ -11,8 +11,7 @@ from gspo import dev
 from gspo.core.errors import RequestError
 from gspo.data.packing import pack
 from gspo.data.sample import trajectory_samples
-from gspo.policy.forward import forward
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
 from gspo.serve import kv, torch_engine
 from gspo.serve.engine import Completion, Engine, Request, SamplingParams
 from gspo.serve.fake_engine import FakeEngine
@@ -60,7 +59,7 @@ def test_logprobs_are_the_trainers(policy: Policy, engine, temperature, packing,
     ]
     with torch.no_grad():
         for row in pack(items, budget):
-            error = (forward(policy, row).logprobs - row.old_logprobs).abs().max()
+            error = (policy.logprobs(row).logprobs - row.old_logprobs).abs().max()
             assert error < 1e-4
     policy.packing = "buckets"
 
@@ -221,7 +220,7 @@ def test_rows_that_join_see_their_own_prompt_alone(policy: Policy, engine, monke
                 trajectory(0.0, choice(c.token_ids, request.prompt, c.logprobs)), trajectory_id=i
             )[0]
             with torch.no_grad():
-                got = forward(policy, pack([item], 1)[0]).logprobs
+                got = policy.logprobs(pack([item], 1)[0]).logprobs
             torch.testing.assert_close(got, torch.tensor(c.logprobs), atol=1e-4, rtol=0)
 
 

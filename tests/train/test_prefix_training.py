@@ -17,7 +17,8 @@ from gspo import dev
 from gspo.config import TrainConfig
 from gspo.data.packing import pack
 from gspo.data.sample import Sample
-from gspo.policy.load import Policy, recompute_layers
+from gspo.policy.load import recompute_layers
+from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
 from gspo.train.expert_replay import recorded_routes
 from gspo.train.minibatches import RolloutBatch, prepare
@@ -202,7 +203,7 @@ def test_training_twice_is_the_same_to_the_bit():
 
 def test_a_model_that_cannot_share_trains_unshared():
     policy = dense()
-    policy.packing, policy.shares_prefixes = "single", False
+    policy.packing, policy.shares_prompts = "single", False
     batch = batch_of(policy)
     weights, metrics = trained(policy, batch)
     assert metrics["tokens/shared_saving"] == 0

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gspo.config import TrainConfig
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
 from gspo.train.expert_replay import recorded_routes
 from gspo.train.minibatches import RolloutBatch
 from gspo.train.settings import resolve

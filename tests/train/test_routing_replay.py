@@ -18,7 +18,8 @@ from gspo.core.metrics import Metrics
 from gspo.data.packing import PackedBatch
 from gspo.data.sample import Sample
 from gspo.objective import PRESETS
-from gspo.policy.load import Policy, recompute_layers
+from gspo.policy.load import recompute_layers
+from gspo.policy.policy import Policy
 from gspo.train import expert_replay as routing
 from gspo.train import step
 from gspo.train.expert_replay import StepRouting, recorded_routes

@@ -10,7 +10,7 @@ import torch
 
 from gspo import TrainConfig, TrajectoryGroup, dev
 from gspo.data.sample import Sample
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer, TrainOutput

@@ -13,7 +13,8 @@ from gspo.config import TrainConfig
 from gspo.core.errors import NumericsError
 from gspo.core.metrics import Metrics
 from gspo.objective import PRESETS
-from gspo.policy.load import Policy, load_policy
+from gspo.policy.load import load_policy
+from gspo.policy.policy import Policy
 from gspo.serve.engine import Request, SamplingParams
 from gspo.serve.torch_engine import TorchEngine
 from gspo.train import step

@@ -13,7 +13,8 @@ import torch
 from gspo import TrajectoryGroup, dev
 from gspo.config import TrainConfig
 from gspo.core.errors import NumericsError
-from gspo.policy.load import Policy, load_policy
+from gspo.policy.load import load_policy
+from gspo.policy.policy import Policy
 from gspo.policy.workers import Workers
 from gspo.train import trainer as trainer_module
 from gspo.train.epsilon import needed_epsilon

@@ -10,7 +10,7 @@ import torch
 import gspo as art
 from gspo import dev
 from gspo.core.errors import NumericsError
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
 from gspo.policy.workers import Workers
 from gspo.train.minibatches import prepare
 from gspo.train.rows import rows_of

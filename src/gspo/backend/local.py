@@ -20,7 +20,7 @@ from gspo.core.compute import ComputeThread
 from gspo.core.errors import RunError, check_arguments, check_whole
 from gspo.data.check import plain_groups
 from gspo.dev import TrainConfig as DevTrainConfig
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
 from gspo.serve.app import create_app
 from gspo.serve.batcher import Batcher
 from gspo.serve.selfcheck import check_engine

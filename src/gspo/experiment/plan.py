@@ -10,7 +10,7 @@ import torch
 from gspo.backend.trackers import check_loggers
 from gspo.experiment.rollout import check_rollout
 from gspo.experiment.spec import Spec
-from gspo.kernels.slab_cache import slab_bytes
+from gspo.kernels.kv_cache import kv_bytes
 from gspo.policy.embedded import PREFIX, build_model, build_tokenizer, embedded_task
 from gspo.policy.source import read_config, read_tokenizer, resolve
 from gspo.tasks import load_task
@@ -88,7 +88,7 @@ def make_plan(spec: Spec) -> Plan:
         memory_rollout_copy=_COPY_BYTES[spec.load.rollout_dtype] * parameters,
         memory_optimizer=8 * trained,
         memory_activations=row * activation_bytes(text, checkpointing),
-        memory_kv_cache=slab_bytes(rows, 2 * (limit or 256), text),
+        memory_kv_cache=kv_bytes(rows, 2 * (limit or 256), text),
     )
 
 

@@ -46,6 +46,7 @@ __all__ = [
     "decoder_kinds",
     "hub_address",
     "keep_long_rope",
+    "no_mask",
     "output_embeddings",
     "quiet",
     "recompute_layers",
@@ -63,6 +64,11 @@ def cache_argument(backbone: torch.nn.Module, kv_cache: Cache) -> dict[str, Any]
     transformers 5.24 renamed `past_key_values` to `cache`; the old name goes with 5.40.
     """
     return {_cache_keyword(type(backbone).forward): kv_cache}
+
+
+def no_mask(device: torch.device) -> torch.Tensor:
+    """A 4-d mask, which transformers takes as it is instead of making one."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
 def causal_mask(config: Any, embeddings: torch.Tensor, seen: Any) -> Any:

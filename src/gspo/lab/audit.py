@@ -22,8 +22,8 @@ from gspo.dev import RolloutDtype
 from gspo.lab.audit_report import AuditReport, make_report
 from gspo.objective import Segments, sequence_log_ratio, token_log_ratio
 from gspo.policy.embedded import PREFIX, embedded_task
-from gspo.policy.forward import forward
-from gspo.policy.load import Policy, load_policy
+from gspo.policy.load import load_policy
+from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
 from gspo.serve.engine import Completion, Request, SamplingParams
 from gspo.serve.torch_engine import TorchEngine
@@ -135,7 +135,7 @@ def measure(policy: Policy, samples: list[Sample]) -> Noise:
     log_ratios: dict[int, float] = {}
     budget = row_budget(policy.lm.config.get_text_config(), policy.checkpointing)
     metrics = Metrics()
-    for batch in pack(samples, budget, share=policy.shares_prefixes):
+    for batch in pack(samples, budget, share=policy.shares_prompts):
         with policy.routing.observe(strict=False) as tape:
             ratios, means = _log_ratios(policy, batch)
         if tape.seen and batch.routes is not None:
@@ -154,7 +154,7 @@ def measure(policy: Policy, samples: list[Sample]) -> Noise:
 def _log_ratios(policy: Policy, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """d_t [M] and l_i [S] of a row, by the objective's own functions."""
     every = torch.ones_like(batch.loss_mask)
-    d = token_log_ratio(forward(policy, batch).logprobs.cpu(), batch.old_logprobs, every)
+    d = token_log_ratio(policy.logprobs(batch).logprobs.cpu(), batch.old_logprobs, every)
     count = len(batch.trajectory_ids)
     return d, sequence_log_ratio(d, Segments(batch.sequence_ids, count, every, batch.loss_mask))
 

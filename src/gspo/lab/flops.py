@@ -28,7 +28,7 @@ from torch import Tensor
 
 from gspo.core.errors import ModelError
 from gspo.kernels.logprob import Head
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
 
 _PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 _LISTED = re.compile(r"\.experts\.\d+\.")

@@ -17,8 +17,7 @@ from gspo.core.errors import DataError
 from gspo.data.packing import PackedBatch
 from gspo.data.sample import unit_count
 from gspo.objective import LossOutput, policy_loss
-from gspo.policy.forward import forward
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
 from gspo.train.minibatches import RolloutBatch
 from gspo.train.settings import Settings
 from gspo.train.step import Reference
@@ -139,7 +138,7 @@ def accumulate_gradients(
         if replay and row.routes is None:
             raise DataError("a packed row without routes in a step that replays them")
         with policy.routing.observe(row.routes if replay else None, strict=replay):
-            logprobs = forward(policy, row, chunk).logprobs
+            logprobs = policy.logprobs(row, chunk).logprobs
         known = None if reference is None else reference(row)
         for method in methods.values():
             vector = method.vector(row, logprobs, known)

@@ -23,7 +23,7 @@ from gspo.lab.gradients import MethodLoss, accumulate_gradients
 from gspo.lab.inspection_report import Inspection, make_report
 from gspo.lab.inspection_source import Source, Weights
 from gspo.objective import PRESETS
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
 from gspo.train.budget import row_budget
 from gspo.train.expert_replay import BatchRouting, with_routes
 from gspo.train.minibatches import RolloutBatch, prepare

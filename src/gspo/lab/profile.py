@@ -14,7 +14,7 @@ from gspo.core.timing import Clock
 from gspo.data.packing import PackedBatch
 from gspo.kernels.logprob import Head
 from gspo.lab.flops import Flops, head_flops
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
 
 PHASES = (
     "sampling",

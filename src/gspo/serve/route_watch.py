@@ -10,7 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from gspo.policy.expert_tape import as_array
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
 from gspo.serve.decoding import Row
 
 

@@ -19,13 +19,19 @@ from gspo.core.errors import GspoError, RequestError
 from gspo.core.timing import timed
 from gspo.kernels.attention import PACKED
 from gspo.kernels.hf import attention_implementation
+from gspo.kernels.kv_cache import (
+    Layout,
+    ModelCache,
+    SharedPrompts,
+    kv_bytes,
+    padded,
+    prefill,
+)
 from gspo.kernels.logprob import full_logits
-from gspo.kernels.slab_cache import slab_bytes
-from gspo.policy.load import OWN, Policy, autocast
+from gspo.policy.policy import OWN, Policy
 from gspo.serve.decoding import Row, Running
 from gspo.serve.ends import end_tokens, ends_of
 from gspo.serve.engine import Completion, Request, SamplingParams, check_fits
-from gspo.serve.kv import KeyValues, Layout, SharedPrompts, padded, prefill
 from gspo.serve.route_watch import RouteWatch
 from gspo.serve.token_bytes import token_bytes
 
@@ -48,7 +54,7 @@ class TorchEngine:
         self.policy = policy
         self.max_rows = max_rows
         own = attention_implementation(policy.lm) == PACKED
-        self.layout: Layout = "shared" if own and policy.packing in OWN else "copied"
+        self.layout: Layout = "shared" if own and policy.packing in OWN else "model_cache"
         """How running rows are kept; `check_engine` goes on to the next where one isn't exact."""
         self._seed = seed
         self._drawn: Counter[int] = Counter()
@@ -120,7 +126,7 @@ class TorchEngine:
             keys = self._keys(request)
             rows += [Row(r, request.params, limit, key, ends) for key in keys]
         self.policy.lm.eval()
-        with torch.no_grad(), autocast(self.policy):
+        with torch.no_grad(), self.policy.autocast():
             self._decode(requests, rows)
         out: list[list[Completion]] = [[] for _ in requests]
         for row in rows:
@@ -174,7 +180,7 @@ class TorchEngine:
         allow beside those that run. A few alone wait for more, since their prompts cost a pass."""
         if not waiting or (running and not self.shared):
             return []
-        token = slab_bytes(1, 1, self.policy.lm.config.get_text_config())
+        token = kv_bytes(1, 1, self.policy.lm.config.get_text_config())
         busy = [row for row in running if row.finish is None]
         prompts = {requests[row.request].prompt for row in busy}
         limit = max((min(row.limit, _PLANNED) for row in busy), default=0)
@@ -201,15 +207,21 @@ class TorchEngine:
 
     def _start(
         self, requests: Sequence[Request], rows: Sequence[Row], watch: RouteWatch
-    ) -> tuple[KeyValues, Float[Tensor, "R V"]]:
+    ) -> tuple[SharedPrompts | ModelCache, Float[Tensor, "R V"]]:
         """Compute each distinct prompt once; the logits of every row's first token."""
         number: dict[tuple[int, ...], int] = {}
         owner = [number.setdefault(requests[row.request].prompt, len(number)) for row in rows]
-        tokens, real = padded(list(number), self.policy.device)
+        tokens, real = padded(list(number))
         longest = max(row.limit for row in rows)
         with watch.prefill(rows, owner, real):
             kv, hidden = prefill(
-                self.policy, tokens, real, np.array(owner), longest, layout=self.layout
+                self.policy.backbone,
+                tokens,
+                real,
+                np.array(owner),
+                longest,
+                layout=self.layout,
+                device=self.policy.device,
             )
         logits = full_logits(hidden, self.policy.head)
         return kv, logits[torch.tensor(owner, device=logits.device)]

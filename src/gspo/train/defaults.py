@@ -9,7 +9,7 @@ import math
 from dataclasses import replace
 
 from gspo.dev import TrainConfig
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
 from gspo.train.settings import Settings
 
 FULL = 0.072

@@ -21,8 +21,7 @@ from gspo.data.packing import PackedBatch
 from gspo.data.sample import Sample
 from gspo.dev import TrainConfig
 from gspo.policy.expert_tape import Tape, as_array, changed_slots
-from gspo.policy.forward import forward
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
 from gspo.train.rows import rows_of
 
 Trajectory = tuple[Sample, ...]
@@ -169,7 +168,7 @@ class StepRouting:
             for row in rows:
                 routing = self.policy.routing
                 with routing.observe(self._routes(row), copies=row.copies) as tape:
-                    forward(self.policy, row)
+                    self.policy.logprobs(row)
                 loads = tape.loads() + (loads if len(loads) else 0)
         tokens = sum(row.sample_tokens for row in rows)
         share = loads.float() / loads.sum(-1, keepdim=True)
@@ -216,7 +215,7 @@ class StepRouting:
 
 def shares(policy: Policy, options: TrainConfig) -> bool:
     """Whether prefixes that samples have in common are computed once."""
-    return options.share_prefixes and policy.shares_prefixes
+    return options.share_prefixes and policy.shares_prompts
 
 
 def recorded_routes(
@@ -229,7 +228,7 @@ def recorded_routes(
 
     def record(row: PackedBatch) -> np.ndarray:
         with torch.no_grad(), policy.routing.observe() as tape:
-            forward(policy, row)
+            policy.logprobs(row)
         return as_array(tape.own(), policy.routing.experts)[row.index.numpy()]
 
     for row, whole in zip(rows, policy.workers.map(record, rows), strict=True):

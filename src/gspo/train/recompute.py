@@ -10,8 +10,7 @@ import torch
 
 from gspo.data.packing import PackedBatch
 from gspo.data.sample import Sample
-from gspo.policy.forward import forward
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
 from gspo.train.rows import rows_of
 
 
@@ -38,7 +37,7 @@ def with_trainer_logprobs(
     def score(row: PackedBatch) -> np.ndarray:
         routes = row.row_routes() if replay else None
         with torch.no_grad(), policy.routing.observe(routes):
-            return forward(policy, row, chunk).logprobs.cpu().numpy()
+            return policy.logprobs(row, chunk).logprobs.cpu().numpy()
 
     for row, logprobs in zip(rows, policy.workers.map(score, rows), strict=True):
         at = 0

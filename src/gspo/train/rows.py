@@ -9,7 +9,7 @@ from typing import Literal
 from gspo.core.timing import timed
 from gspo.data.packing import PackedBatch, Packer
 from gspo.data.sample import Sample
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
 
 LEAST = 768
 """Tokens below which a row is not split for a second worker: threads that each call many small

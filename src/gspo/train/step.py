@@ -19,7 +19,7 @@ from gspo.core.timing import span
 from gspo.data.packing import PackedBatch
 from gspo.data.sample import Sample
 from gspo.kernels.logprob import TokenLogprobs
-from gspo.kernels.shared_prompt_attention import RowAttention
+from gspo.kernels.shared_prompt_attention import SharedPromptAttention
 from gspo.objective import (
     LossOutput,
     Objective,
@@ -28,8 +28,7 @@ from gspo.objective import (
     policy_loss,
     sequence_log_ratio,
 )
-from gspo.policy.forward import forward
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
 from gspo.policy.workers import Workers
 from gspo.train.expert_replay import StepRouting, Watched
 from gspo.train.rows import rows_of
@@ -135,7 +134,7 @@ def _score(
     """Forward and backward of one row. With `apart`, return the gradient instead of adding it, so
     that the caller can add the rows in a fixed order."""
     with nullcontext() if work.routing is None else work.routing.observe(batch) as watched:
-        scored = forward(policy, batch, work.chunk)
+        scored = policy.logprobs(batch, work.chunk)
     device = scored.logprobs.device
     out = policy_loss(
         scored.logprobs,
@@ -224,7 +223,7 @@ def _record(metrics: Metrics, batch: PackedBatch, scored: TokenLogprobs, out: Lo
 
 def _record_packing(metrics: Metrics, policy: Policy, batch: PackedBatch) -> None:
     size = batch.token_count
-    padded = RowAttention(batch).padded if policy.packing == "buckets" else size
+    padded = SharedPromptAttention(batch).padded if policy.packing == "buckets" else size
     metrics.mean("tokens/packed_efficiency", size, padded)
     metrics.add("tokens/computed", size)
     metrics.mean("tokens/shared_saving", batch.sample_tokens - size, batch.sample_tokens)

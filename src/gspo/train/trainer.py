@@ -19,8 +19,7 @@ from gspo.data.packing import PackedBatch
 from gspo.data.sample import Sample, unit_count
 from gspo.dev import TrainConfig
 from gspo.objective import CLIPPING, Objective
-from gspo.policy.forward import forward
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
 from gspo.train.budget import row_budget
 from gspo.train.defaults import with_defaults
 from gspo.train.epsilon import EpsilonController, is_noisy, noise_advice, spread
@@ -277,9 +276,9 @@ class Trainer:
         def score(batch: PackedBatch) -> Float[Tensor, " M"]:
             with torch.no_grad():
                 if self._frozen is not None:
-                    return forward(self._frozen, batch).logprobs
+                    return self._frozen.logprobs(batch).logprobs
                 with self.policy.reference():
-                    return forward(self.policy, batch).logprobs
+                    return self.policy.logprobs(batch).logprobs
 
         return score
 
