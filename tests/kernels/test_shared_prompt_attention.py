@@ -24,9 +24,9 @@ from data.test_shared_prompts import coincidences, paths, samples_of
 from gspo.data.packing import PackedBatch, pack
 from gspo.data.sample import Sample
 from gspo.dev import LoraConfig
-from gspo.kernels import shared_prompt_attention as prefix
+from gspo.kernels import shared_prompt_attention
 from gspo.kernels.attention import packed_attention
-from gspo.kernels.shared_prompt_attention import RowAttention
+from gspo.kernels.shared_prompt_attention import SharedPromptAttention
 from gspo.policy.load import recompute_layers
 from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
@@ -48,23 +48,23 @@ def brute_force(row: PackedBatch, window: int | None) -> np.ndarray:
     return seen
 
 
-def by_pieces(row: PackedBatch, window: int | None) -> np.ndarray:
+def by_calls(row: PackedBatch, window: int | None) -> np.ndarray:
     """The same from the plan; every key must be seen at most once."""
-    plan = RowAttention(row).within(window)
+    plan = SharedPromptAttention(row).within(window)
     counts = np.zeros((row.token_count, row.token_count), dtype=int)
     done: list[np.ndarray] = []
     at = 0
-    for piece in plan.pieces:
-        queries = plan.queries[sum(map(len, done)) :][: piece.blocks * piece.queries].numpy()
+    for call in plan.calls:
+        queries = plan.queries[sum(map(len, done)) :][: call.blocks * call.queries].numpy()
         done.append(queries)
-        keys = plan.keys[at : at + piece.blocks * piece.keys].view(piece.blocks, -1).numpy()
+        keys = plan.keys[at : at + call.blocks * call.keys].view(call.blocks, -1).numpy()
         at += keys.size
-        mask = torch.ones(piece.queries, piece.keys, dtype=torch.bool).tril()[None, None]
-        mask = (mask if piece.mask is None else piece.mask).expand(piece.blocks, -1, -1, -1)
-        queries = queries.reshape(piece.blocks, -1)
-        for b in range(piece.blocks):
-            for i in range(piece.queries):
-                place = sum(map(len, done[:-1])) + b * piece.queries + i
+        mask = torch.ones(call.queries, call.keys, dtype=torch.bool).tril()[None, None]
+        mask = (mask if call.mask is None else call.mask).expand(call.blocks, -1, -1, -1)
+        queries = queries.reshape(call.blocks, -1)
+        for b in range(call.blocks):
+            for i in range(call.queries):
+                place = sum(map(len, done[:-1])) + b * call.queries + i
                 if plan.order[queries[b, i]] == place:
                     np.add.at(counts[queries[b, i]], keys[b][mask[b, 0, i].numpy()], 1)
                 assert mask[b, 0, i].any()  # padding too: no NaN from a softmax over nothing
@@ -79,15 +79,15 @@ def by_pieces(row: PackedBatch, window: int | None) -> np.ndarray:
 @given(samples=coincidences())
 def test_every_token_sees_its_own_sample_and_nothing_else(window, share: bool, samples):
     (row,) = pack(samples, 10_000, share=share)
-    assert (by_pieces(row, window) == brute_force(row, window)).all()
+    assert (by_calls(row, window) == brute_force(row, window)).all()
 
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("system", [0, 3, 40, 100])
 def test_short_tails_of_long_contexts_are_attended_together(window: int | None, system: int):
     (row,) = pack(samples_of(1, system=system), 10_000, share=True)
-    assert (by_pieces(row, window) == brute_force(row, window)).all()
-    together = any(block.tails > 1 for block in RowAttention(row)._blocks(window))
+    assert (by_calls(row, window) == brute_force(row, window)).all()
+    together = any(block.tails > 1 for block in SharedPromptAttention(row)._blocks(window))
     assert together == (system >= 40 and (window is None or window >= 17))
 
 
@@ -95,7 +95,7 @@ def test_short_tails_of_long_contexts_are_attended_together(window: int | None, 
 def test_a_token_is_seen_up_to_the_end_of_its_subtree(samples: list[Sample]):
     (row,) = pack(samples, 10_000, share=True)
     place = np.arange(row.token_count)
-    until = RowAttention(row).until
+    until = SharedPromptAttention(row).until
     seen = (place[None, :] <= place[:, None]) & (place[:, None] < until[None, :])
     assert (seen == brute_force(row, None)).all()
 
@@ -118,9 +118,9 @@ def test_attention_and_its_gradient_are_those_of_a_dense_mask(window, kv_heads: 
             out = functional.scaled_dot_product_attention(q, k4, v4, mask, scale=0.3)
             out = out.transpose(1, 2)
         else:
-            plan = RowAttention(row)
+            plan = SharedPromptAttention(row)
             out, _ = packed_attention(
-                torch.nn.Module(), q, k, v, None, 0.3, sliding_window=window, gspo_row=plan
+                torch.nn.Module(), q, k, v, None, 0.3, sliding_window=window, gspo_plan=plan
             )
         (out[0] * weight).sum().backward()
         return [out.detach(), *(x.grad for x in (q, k, v) if x.grad is not None)]
@@ -241,12 +241,11 @@ def test_a_replayed_row_counts_its_copies():
     torch.testing.assert_close(balance, balance_apart, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("packing", ["mask", "single"])
-def test_a_shared_row_is_refused_where_it_would_be_wrong(packing: Any):
+def test_a_shared_microbatch_is_refused_where_it_would_be_wrong():
     policy = model("llama")
-    policy.packing = packing
+    policy.packing = "single"
     (row,) = pack(samples_of(), 10_000, share=True)
-    with pytest.raises(ValueError, match=f"shared prefixes.*{packing}"):
+    with pytest.raises(ValueError, match=r"shared prompts.*single"):
         policy.logprobs(row)
 
 
@@ -265,26 +264,28 @@ def test_a_model_that_looks_at_the_row_is_packed_but_does_not_share(caplog):
     choose_packing(policy)
     assert policy.packing == "buckets"
     assert not policy.shares_prompts
-    assert "sharing prefixes is off by" in caplog.text
+    assert "sharing prompts is off by" in caplog.text
     assert caplog.text.count("a prompt is computed once for each of its completions") == 1
 
 
 @pytest.mark.parametrize("packing", ["mask", "single"])
-def test_other_ways_of_packing_do_not_share(packing: Any, caplog, monkeypatch):
+def test_samples_packed_by_mask_share_too(packing: Any, caplog, monkeypatch):
     from gspo.policy import probe
 
     monkeypatch.setattr(probe, "_ORDER", (packing,))
     policy = model("llama")
     assert policy.packing == packing
-    assert not policy.shares_prompts
-    assert "a prompt is computed once" in caplog.text
+    assert policy.shares_prompts == (packing == "mask")
+    assert ("a prompt is computed once" in caplog.text) == (packing == "single")
 
 
 def test_the_plan_is_made_once_for_layers_of_one_window(monkeypatch):
     made: list[int | None] = []
-    own = RowAttention._attention
+    own = SharedPromptAttention._calls
     monkeypatch.setattr(
-        RowAttention, "_attention", lambda self, window: made.append(window) or own(self, window)
+        SharedPromptAttention,
+        "_calls",
+        lambda self, window: made.append(window) or own(self, window),
     )
     policy = model("sliding")
     made.clear()
@@ -298,9 +299,12 @@ def test_padding_is_bounded():
     samples = [s for own in batch.samples for s in own]
     for share in (True, False):
         (row,) = pack(samples, 10_000, share=share)
-        plan = RowAttention(row)
-        for group in plan._grouped(None):
+        plan = SharedPromptAttention(row)
+        for group in plan._groups(None):
             for block in group:
-                room = max(prefix.WASTE * block.width, block.width + prefix.SLACK)
+                room = max(
+                    shared_prompt_attention.WASTE * block.width,
+                    block.width + shared_prompt_attention.SLACK,
+                )
                 assert block.width <= group[0].width <= room
         assert plan.padded == len(plan.within(None).queries) >= row.token_count

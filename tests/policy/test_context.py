@@ -104,10 +104,9 @@ def test_the_probe_reaches_past_a_window_where_that_is_cheap(monkeypatch: pytest
 def test_a_window_that_is_not_heeded_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from gspo.kernels import attention
 
-    plain = attention.SharedPromptAttention.within
-    monkeypatch.setattr(
-        attention.SharedPromptAttention, "within", lambda self, window: plain(self, None)
-    )
+    kind = attention.SharedPromptAttention
+    plain = kind.within
+    monkeypatch.setattr(kind, "within", lambda self, window: plain(self, None))
     assert loaded(tmp_path, "windows").packing == "mask"
 
 

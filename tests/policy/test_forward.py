@@ -111,7 +111,7 @@ ARCHITECTURES = {
         GptOssForCausalLM,
         GptOssConfig,
         {"sliding_window": 6, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
-        "mask_by_type",
+        "mask",
     ),
 }
 

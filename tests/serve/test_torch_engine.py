@@ -11,8 +11,9 @@ from gspo import dev
 from gspo.core.errors import RequestError
 from gspo.data.packing import pack
 from gspo.data.sample import trajectory_samples
+from gspo.kernels import kv_cache
 from gspo.policy.policy import Policy
-from gspo.serve import kv, torch_engine
+from gspo.serve import torch_engine
 from gspo.serve.engine import Completion, Engine, Request, SamplingParams
 from gspo.serve.fake_engine import FakeEngine
 from gspo.serve.torch_engine import TorchEngine
@@ -157,7 +158,7 @@ def test_a_prompt_is_computed_once_for_its_completions(engine: TorchEngine, monk
 def fed(engine: TorchEngine, monkeypatch) -> list[int]:
     """Rows of each decoding pass."""
     seen: list[int] = []
-    for kind in (kv.SharedPrompts, kv.CopiedPrompts):
+    for kind in (kv_cache.SharedPrompts, kv_cache.ModelCache):
 
         def counted(self, tokens, own=kind.advance):
             seen.append(len(tokens))
@@ -210,7 +211,7 @@ def test_a_finished_rows_place_is_taken_at_once(engine: TorchEngine, fed, monkey
 
 def test_rows_that_join_see_their_own_prompt_alone(policy: Policy, engine, monkeypatch):
     """Against the trainer's forward pass, through joins, drops and a slab that grows."""
-    monkeypatch.setattr(kv, "FIRST_COLUMNS", 2)
+    monkeypatch.setattr(kv_cache, "FIRST_COLUMNS", 2)
     monkeypatch.setattr(engine, "max_rows", 4)
     asked = lasting(engine, [6, 17, 3, 9, 25, 1, 8, 14, 2, 11], n=2)
     done = engine.generate(asked)
@@ -293,7 +294,7 @@ def test_parameters_out_of_range_are_refused(params: dict):
 def test_a_long_completion_outgrows_its_first_slab(policy: Policy, engine, monkeypatch):
     asked = requests(engine, n=2, max_tokens=30, seed=2, temperature=3.0)
     expected = engine.generate(asked)
-    monkeypatch.setattr(kv, "FIRST_COLUMNS", 3)
+    monkeypatch.setattr(kv_cache, "FIRST_COLUMNS", 3)
     assert engine.generate(asked) == expected
 
 
