@@ -95,9 +95,7 @@ def test_autocast_reaches_it():
     (row,) = pack(samples_of(), 10_000, share=True)
     q, k = (torch.randn(1, 2, row.token_count, 16) for _ in range(2))
     with torch.autocast("cpu", torch.bfloat16):
-        out = FlexAttention(SharedPromptAttention(row)).attend(
-            torch.nn.Module(), q, k, k.bfloat16(), None, None
-        )
+        out = FlexAttention(SharedPromptAttention(row)).attend(None, q, k, k.bfloat16(), None, None)
     assert out.dtype == torch.bfloat16
 
 
@@ -132,9 +130,7 @@ def test_rows_of_any_length_and_window_are_compiled_twice(monkeypatch: pytest.Mo
         for system, window, share in ((3, None, True), (200, 5, True), (200, None, False)):
             (row,) = pack(samples_of(1, system=system)[:3], 10_000, share=share)
             q, k = (torch.randn(1, h, row.token_count, 16) for h in (4, 2))
-            FlexAttention(SharedPromptAttention(row)).attend(
-                torch.nn.Module(), q, k, k, scale, window
-            )
+            FlexAttention(SharedPromptAttention(row)).attend(None, q, k, k, scale, window)
         assert counter.frame_count == expected
     flex._compiled.cache_clear()
 

@@ -32,7 +32,7 @@ from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
 from gspo.train.minibatches import prepare
 from policy.routers import MOE, moe
-from policy.test_forward import plain, tiny
+from policy.test_policy import plain, tiny
 from support import embedded
 
 WINDOWS = [None, 1, 2, 5, 17, 30, 1000]

@@ -26,7 +26,7 @@ from gspo.policy.load import recompute_layers
 from gspo.policy.policy import Policy
 from gspo.train.minibatches import prepare
 from policy.routers import MOE
-from policy.test_forward import tiny
+from policy.test_policy import tiny
 from support import embedded, random_groups
 
 MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {

@@ -22,7 +22,7 @@ from gspo.serve.engine import Request, SamplingParams
 from gspo.serve.torch_engine import TorchEngine
 from gspo.train.minibatches import prepare
 from gspo.weights.rollout_copy import rollout_copy
-from policy.test_forward import tiny
+from policy.test_policy import tiny
 from support import embedded
 
 

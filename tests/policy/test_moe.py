@@ -13,7 +13,7 @@ from gspo.policy.expert_tape import Tape, as_array, changed_slots
 from gspo.policy.load import recompute_layers
 from gspo.policy.policy import Policy
 from policy.routers import MOE, moe
-from policy.test_forward import samples
+from policy.test_policy import samples
 from support import embedded
 
 

@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from gspo.core.errors import ConfigError, DataError, ModelError, NumericsError
 from gspo.policy.policy import Policy
 from policy.routers import moe, phimoe
-from policy.test_forward import tiny
 from policy.test_moe import own_routes, row_of
+from policy.test_policy import tiny
 
 
 @pytest.fixture(scope="module")

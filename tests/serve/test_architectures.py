@@ -11,7 +11,7 @@ from gspo.serve.engine import Request, SamplingParams
 from gspo.serve.selfcheck import check_engine
 from gspo.serve.torch_engine import TorchEngine
 from policy.routers import MOE
-from policy.test_forward import ARCHITECTURES, tiny
+from policy.test_policy import ARCHITECTURES, tiny
 
 KINDS = {name: entry[:3] for name, entry in ARCHITECTURES.items()} | MOE
 

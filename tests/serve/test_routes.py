@@ -29,7 +29,7 @@ from gspo.train.minibatches import prepare
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
 from policy.routers import phimoe
-from policy.test_forward import tiny
+from policy.test_policy import tiny
 from support import choice, embedded, trajectory
 
 

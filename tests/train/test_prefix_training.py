@@ -25,7 +25,7 @@ from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
 from policy.routers import moe
-from policy.test_forward import tiny
+from policy.test_policy import tiny
 from support import embedded
 
 DESCRIBE_THE_PACKING = {

@@ -28,7 +28,7 @@ from gspo.train.settings import resolve
 from gspo.train.step import StepInput, accumulate
 from gspo.train.trainer import Trainer
 from policy.routers import moe, phimoe
-from policy.test_forward import tiny
+from policy.test_policy import tiny
 from support import embedded, random_groups
 
 

@@ -23,7 +23,7 @@ from typing import no_type_check
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -95,7 +95,7 @@ class FlexAttention:
 
     def attend(
         self,
-        _module: nn.Module,
+        _layer: int | None,
         query: Float[Tensor, "1 H T D"],
         key: Float[Tensor, "1 K T D"],
         value: Float[Tensor, "1 K T E"],

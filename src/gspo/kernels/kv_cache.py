@@ -15,7 +15,7 @@ completion; `keep` drops those that have ended.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from gspo.kernels.decode_attention import decode_attention, prompt_groups
 from gspo.kernels.hf import (
     Cache,
-    CacheLayerMixin,
     cache_argument,
     no_mask,
     returned_cache,
@@ -38,128 +37,38 @@ Layout = Literal["shared", "model_cache", "equal_lengths"]
 LAYOUTS: tuple[Layout, ...] = ("shared", "model_cache", "equal_lengths")
 """Ways to decode, the fastest first."""
 
-Pair = tuple[Tensor, Tensor]
-"""Keys and values."""
-
-
-class SharedPromptLayer(CacheLayerMixin):
-    """Keys and values of one layer: those of the prompts, and a slab that the completions write.
-
-    The prompts come in the first pass. After `fan_out` each pass appends one column to the slab; a
-    completion that joins later starts at a later column.
-    """
-
-    is_sliding = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.columns = 0
-        self.prompts: Pair
-        self.slabs: Pair | None = None
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Do nothing: `fan_out` lays out the slabs."""
-
-    def update(
-        self,
-        key_states: Float[Tensor, "N K Q D"],
-        value_states: Float[Tensor, "N K Q E"],
-        *args: object,
-        **kwargs: object,
-    ) -> tuple[Float[Tensor, "N K C D"], Float[Tensor, "N K C E"]]:
-        """Take the prompts' keys and values in the first pass, then one column in each pass."""
-        if self.slabs is None:
-            self.prompts = (key_states, value_states)
-            return self.prompts
-        if self.columns == self.slabs[0].shape[2]:
-            self.slabs = _both(lambda x: torch.cat([x, torch.empty_like(x)], dim=2), self.slabs)
-        keys, values = self.slabs
-        keys[:, :, self.columns] = key_states[:, :, 0]
-        values[:, :, self.columns] = value_states[:, :, 0]
-        self.columns += 1
-        return keys[:, :, : self.columns], values[:, :, : self.columns]
-
-    def fan_out(self, completions: int, capacity: int) -> None:
-        """From now on so many completions write columns."""
-        self.slabs = _both(
-            lambda x: x.new_empty(completions, x.shape[1], capacity, x.shape[3]), self.prompts
-        )
-
-    def keep(
-        self, completions: Int[Tensor, " n"], first: int, prompts: Int[Tensor, " p"] | None
-    ) -> None:
-        """Keep these completions from column `first` on, and these prompts."""
-        assert self.slabs is not None
-        written, self.columns = slice(first, self.columns), self.columns - first
-
-        def taken(slab: Tensor) -> Tensor:
-            out = slab.new_empty(len(completions), *slab.shape[1:])
-            out[:, :, : self.columns] = slab[:, :, written].index_select(0, completions)
-            return out
-
-        self.slabs = _both(taken, self.slabs)
-        if prompts is not None:
-            self.prompts = _both(lambda x: x[prompts], self.prompts)
-
-    def join(self, other: SharedPromptLayer, completions: int, width: int) -> None:
-        """Append the other's prompts, all padded to `width`, and so many completions."""
-        assert self.slabs is not None
-
-        def widened(x: Tensor) -> Tensor:
-            return nn.functional.pad(x, (0, 0, width - x.shape[2], 0))
-
-        self.prompts = _both(
-            lambda mine, theirs: torch.cat([widened(mine), widened(theirs)]),
-            self.prompts,
-            other.prompts,
-        )
-        # Zeros, and not whatever lies in the memory: a NaN would pass through its weight of 0.
-        self.slabs = _both(
-            lambda x: torch.cat([x, x.new_zeros(completions, *x.shape[1:])]), self.slabs
-        )
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(key length, offset) for the pass of the prompts; later passes use no mask."""
-        return self.columns + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Columns written so far."""
-        return self.columns
-
-    def get_max_cache_shape(self) -> int:
-        """-1: there is no limit."""
-        return -1
-
-    get_max_length = get_max_cache_shape  # the name in transformers from 5.24 on
+Pair = tuple[Tensor, Tensor]  # keys and values
 
 
 class SharedPrompts:
     """N completions of P prompts, whose keys and values are held once; see `decode_attention`.
 
-    What says which completion belongs where stays on the host, so that no pass waits for a device.
+    Each pass appends one column to the slabs; a completion that joins later starts at a later
+    column. What says which completion belongs where stays on the host, so that no pass waits for a
+    device. No cache of transformers is used: attention hands over the keys and values.
 
     Args:
         backbone: the model below its output head.
-        layers: how many attention layers it has.
         lengths: [P] tokens of each prompt.
         prompt_of: [N] prompt of each completion.
+        capacity: columns that are laid out at first; they double when they are full.
         device: of the model.
     """
 
     def __init__(
         self,
         backbone: nn.Module,
-        layers: int,
         lengths: np.ndarray,
         prompt_of: np.ndarray,
+        capacity: int,
         device: torch.device,
     ):
-        self._backbone, self._device = backbone, device
-        self.layers = [SharedPromptLayer() for _ in range(layers)]
-        self.cache = Cache(layers=list(self.layers))
-        self._lengths, self._prompt_of = lengths, prompt_of
+        self._backbone, self._device, self._capacity = backbone, device, capacity
+        self._prompts: dict[int, Pair] = {}  # by layer
+        self._slabs: dict[int, Pair] = {}
+        self._columns = 0
         self._width = int(lengths.max())
+        self._lengths, self._prompt_of = lengths, prompt_of
         self._sizes = np.bincount(prompt_of, minlength=len(lengths))
         self._start = np.zeros(len(prompt_of), dtype=np.int64)  # first column of each completion
         self._rearrange()
@@ -175,91 +84,123 @@ class SharedPrompts:
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self._device)
 
-    @property
-    def columns(self) -> int:
-        """Columns written; inside a pass, the one that is being written included."""
-        return self.layers[0].columns
+    def take(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Hold a layer's keys and values of the prompts: [P, K, W, D] and [P, K, W, E]."""
+        self._prompts[layer] = (key, value)
 
     def advance(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N D"]:
         """Feed one token to each completion; returns the last hidden states."""
+        if self._columns == self._capacity:
+            self._capacity *= 2
+            self._change_slabs(lambda x: torch.cat([x, torch.empty_like(x)], dim=2))
+        positions = self._first_position + self._columns
+        self._columns += 1
         self._hidden: dict[int | None, Tensor | None] = {}
         return self._backbone(
             input_ids=tokens[:, None],
             attention_mask=no_mask(self._device),
-            position_ids=(self._first_position + self.columns)[:, None],
-            use_cache=True,
+            position_ids=positions[:, None],
+            use_cache=False,
             gspo_plan=self,
-            **cache_argument(self._backbone, self.cache),
         ).last_hidden_state[:, -1]
 
     def attend(
         self,
-        module: nn.Module,
+        layer: int,
         query: Float[Tensor, "N H 1 D"],
-        key: Float[Tensor, "N K C D"],
-        value: Float[Tensor, "N K C E"],
+        key: Float[Tensor, "N K 1 D"],
+        value: Float[Tensor, "N K 1 E"],
         scaling: float | None,
         window: int | None,
     ) -> Float[Tensor, "N 1 H E"]:
         """Attention of one layer inside `advance`."""
-        prompts = self.layers[module.layer_idx].prompts  # pyright: ignore[reportArgumentType, reportCallIssue]
-        if window is not None and self._width + self.columns <= window:
+        if layer not in self._slabs:
+            self._slabs[layer] = _both(
+                lambda x: x.new_empty(*x.shape[:2], self._capacity, x.shape[3]), (key, value)
+            )
+        for slab, new in zip(self._slabs[layer], (key, value), strict=True):
+            slab[:, :, self._columns - 1] = new[:, :, 0]
+        if window is not None and self._width + self._columns <= window:
             window = None
         if window not in self._hidden:
             self._hidden[window] = self._not_visible(window)
-        hidden = self._hidden[window]
-        return decode_attention(query, key, value, *prompts, self._groups, hidden, scaling)
+        return decode_attention(
+            query,
+            *(slab[:, :, : self._columns] for slab in self._slabs[layer]),
+            *self._prompts[layer],
+            self._groups,
+            self._hidden[window],
+            scaling,
+        )
 
     def _not_visible(self, window: int | None) -> Bool[Tensor, "N 1 1 L"] | None:
         """True at positions that a completion does not see: padding of its prompt, columns before
         it joined, and what lies outside the window. None: it sees everything."""
         if self._all_visible and window is None:
             return None
-        place = torch.arange(-self._width, self.columns, device=self._device)
+        place = torch.arange(-self._width, self._columns, device=self._device)
         first_of_prompt, first_column = self._edges[..., None].unbind()
         out = place < torch.where(place < 0, first_of_prompt, first_column)
         if window is not None:
-            distance = self.columns - 1 - place - torch.where(place < 0, first_column, 0)
+            distance = self._columns - 1 - place - torch.where(place < 0, first_column, 0)
             out |= distance >= window
         return out[:, None, None]
 
     def keep(self, completions: np.ndarray) -> None:
         """Keep these completions only; drop prompts and columns that none of them needs."""
         self._prompt_of, self._start = self._prompt_of[completions], self._start[completions]
-        first = int(self._start.min(initial=self.columns))
+        first = int(self._start.min(initial=self._columns))
+        written, self._columns = slice(first, self._columns), self._columns - first
         self._start = self._start - first
-        used, prompts = np.unique(self._prompt_of), None
+        chosen = self._tensor(completions)
+
+        def taken(slab: Tensor) -> Tensor:
+            out = slab.new_empty(len(chosen), *slab.shape[1:])
+            out[:, :, : self._columns] = slab[:, :, written].index_select(0, chosen)
+            return out
+
+        self._change_slabs(taken)
+        used = np.unique(self._prompt_of)
         if len(used) <= len(self._sizes) // 2:
-            prompts = self._tensor(used)
+            left = self._tensor(used)
+            for layer, pair in self._prompts.items():
+                self._prompts[layer] = _both(lambda x: x[left], pair)
             self._prompt_of = np.searchsorted(used, self._prompt_of)
             self._sizes, self._lengths = self._sizes[used], self._lengths[used]
-        chosen = self._tensor(completions)
-        for layer in self.layers:
-            layer.keep(chosen, first, prompts)
         self._rearrange()
 
     def join(self, other: SharedPrompts) -> None:
         """Let another's completions run beside these; they start at the next column."""
         added = len(other._prompt_of)
-        self._width = max(self._width, other._width)
-        for mine, theirs in zip(self.layers, other.layers, strict=True):
-            mine.join(theirs, added, self._width)
+        width = self._width = max(self._width, other._width)
+
+        def joined(mine: Tensor, theirs: Tensor) -> Tensor:
+            both = (mine, theirs)
+            return torch.cat([nn.functional.pad(x, (0, 0, width - x.shape[2], 0)) for x in both])
+
+        for layer, pair in self._prompts.items():
+            self._prompts[layer] = _both(joined, pair, other._prompts[layer])
+        # Zeros, and not whatever lies in the memory: a NaN would pass through its weight of 0.
+        self._change_slabs(lambda x: torch.cat([x, x.new_zeros(added, *x.shape[1:])]))
         self._prompt_of = np.concatenate([self._prompt_of, other._prompt_of + len(self._sizes)])
-        self._start = np.concatenate([self._start, np.full(added, self.columns, dtype=np.int64)])
+        self._start = np.concatenate([self._start, np.full(added, self._columns, dtype=np.int64)])
         self._sizes = np.concatenate([self._sizes, other._sizes])
         self._lengths = np.concatenate([self._lengths, other._lengths])
         self._rearrange()
+
+    def _change_slabs(self, change: Callable[[Tensor], Tensor]) -> None:
+        for layer, pair in self._slabs.items():
+            self._slabs[layer] = _both(change, pair)
 
 
 class ModelCache:
     """N completions in the cache that the model made, each with a copy of its prompt.
 
     Args:
-        backbone: the model below its output head.
+        backbone, device: as of `SharedPrompts`.
         cache: the model's cache after its pass over the prompts.
         real: [P, W] False where a prompt is padded, on the left; None: none is.
         length: W.
-        device: of the model.
     """
 
     def __init__(
@@ -326,33 +267,29 @@ def prefill(
     """Compute each prompt once.
 
     Args:
-        backbone: the model below its output head.
+        backbone, prompt_of, device: as of `SharedPrompts`.
         tokens, real: the prompts, as `padded` gives them.
-        prompt_of: [N] prompt of each completion.
         longest: tokens that a completion may have.
         layout: how the completions' keys and values are held.
-        device: of the model.
 
     Returns:
         The completions' keys and values, and the last hidden state of each prompt.
     """
-    positions = (real.cumsum(-1) - 1).clamp_(min=0).to(device)
     mask = None if bool(real.all()) else real.to(device)
+    given: dict[str, Any] = {"use_cache": True}
     shared = None
     if layout == "shared":
-        layers = backbone.config.get_text_config().num_hidden_layers  # pyright: ignore
-        shared = SharedPrompts(backbone, layers, real.sum(-1).numpy(), prompt_of, device)
+        capacity = min(longest, FIRST_COLUMNS)
+        shared = SharedPrompts(backbone, real.sum(-1).numpy(), prompt_of, capacity, device)
+        given = {"use_cache": False, "gspo_prompts": shared}
     output = backbone(
         input_ids=tokens.to(device),
         attention_mask=mask,
-        position_ids=positions,
-        use_cache=True,
-        **({} if shared is None else cache_argument(backbone, shared.cache)),
+        position_ids=(real.cumsum(-1) - 1).clamp_(min=0).to(device),
+        **given,
     )
     hidden = output.last_hidden_state[:, -1]
     if shared is not None:
-        for layer in shared.layers:
-            layer.fan_out(len(prompt_of), min(longest, FIRST_COLUMNS))
         return shared, hidden
     copied = ModelCache(backbone, returned_cache(output), mask, tokens.shape[1], device)
     copied.keep(prompt_of)

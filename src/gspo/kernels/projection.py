@@ -12,7 +12,7 @@ What the backward pass costs depends on what is trained:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -205,7 +205,41 @@ def _backward(
     live = None if len(chosen) == grad.shape[0] else torch.from_numpy(chosen).to(grad.device)
     if live is not None:
         tokens, grad = _Tokens(*(x.index_select(0, live) for x in tokens)), grad[live]
-    # Up by the target, down by every entry in proportion to its power.
+    pairs = iter(zip(kept[::2], kept[1::2], strict=True))
+
+    def powers(w: Tensor, b: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor | float]]:
+        """Of each block of tokens: power * cap's slope, kept or computed again, and a factor."""
+        for cut, (start, stop) in zip(cuts, pairwise(edges), strict=True):
+            rows, pair = slice(start, stop), next(pairs, None)
+            if pair is None:
+                yield rows, _powers(tokens, rows, w, b, blocks.softcap), 1.0
+                continue
+            power, top = pair if live is None else (x[live[rows] - cut.start] for x in pair)
+            yield rows, power, ((top - tokens.max[rows]) * tokens.scale[rows]).exp2()
+
+    d_hidden, d_weight, d_bias = _sums(weight, bias, tokens, grad, blocks, needs, powers)
+    if d_hidden is not None:
+        d_hidden = d_hidden.to(inputs.dtype)
+        if live is not None:
+            d_hidden = torch.zeros_like(inputs).index_copy_(0, live, d_hidden)
+    return (
+        d_hidden,
+        None if d_weight is None else d_weight.to(weight.dtype),
+        None if bias is None or d_bias is None else d_bias.to(bias),
+    )
+
+
+def _sums(
+    weight: Tensor,
+    bias: Tensor | None,
+    tokens: _Tokens,
+    grad: Float[Tensor, " M"],
+    blocks: Blocks,
+    needs: Sequence[bool],
+    powers: Callable[[Tensor, Tensor | None], Iterator[tuple[slice, Tensor, Tensor | float]]],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Float32 gradients, summed block by block: up by the target, down by every entry in proportion
+    to its power."""
     up, down = tokens.slope * grad, -LN_2 * tokens.scale * grad / tokens.total
     hidden = tokens.hidden.float()
     d_hidden = d_weight = d_bias = None
@@ -217,27 +251,16 @@ def _backward(
     if bias is not None and needs[2]:
         d_bias = torch.zeros_like(bias, dtype=torch.float32)
         d_bias.index_add_(0, tokens.targets, up)
-    pairs = iter(zip(kept[::2], kept[1::2], strict=True))
     for part, w, b in blocks.of_vocabulary(weight, bias):
-        for cut, (start, stop) in zip(cuts, pairwise(edges), strict=True):
-            rows, pair = slice(start, stop), next(pairs, None)
-            if pair is None:
-                power, pull = _powers(tokens, rows, w, b, blocks.softcap), down[rows]
-            else:
-                power, top = pair if live is None else (x[live[rows] - cut.start] for x in pair)
-                pull = down[rows] * ((top - tokens.max[rows]) * tokens.scale[rows]).exp2()
+        for rows, power, factor in powers(w, b):
+            pull = down[rows] * factor
             if d_hidden is not None:
                 d_hidden[rows].addcmul_(power @ w, pull[:, None])
             if d_weight is not None:
                 d_weight[part].addmm_(power.t(), hidden[rows] * pull[:, None])
             if d_bias is not None:
                 d_bias[part].addmv_(power.t(), pull)
-    if d_hidden is not None:
-        d_hidden = d_hidden.to(inputs.dtype)
-        if live is not None:
-            d_hidden = torch.zeros_like(inputs).index_copy_(0, live, d_hidden)
-    d_weight = None if d_weight is None else d_weight.to(weight.dtype)
-    return d_hidden, d_weight, d_bias if bias is None or d_bias is None else d_bias.to(bias)
+    return d_hidden, d_weight, d_bias
 
 
 def _powers(

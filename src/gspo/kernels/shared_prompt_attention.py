@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from gspo.data.packing import PackedBatch
@@ -115,7 +115,7 @@ class SharedPromptAttention:
 
     def attend(
         self,
-        _module: nn.Module,
+        _layer: int | None,
         query: Float[Tensor, "1 H T D"],
         key: Float[Tensor, "1 K T D"],
         value: Float[Tensor, "1 K T E"],
