@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional
@@ -28,7 +30,7 @@ def test_what_it_does_not_compute_is_refused(unknown: dict):
 
 def test_attention_that_is_not_causal_is_refused():
     plan, x = inputs()
-    layer = torch.nn.Module()
+    layer: Any = torch.nn.Module()
     layer.is_causal = False
     with pytest.raises(NotImplementedError, match="is causal"):
         packed_attention(layer, x, x, x, None, gspo_plan=plan)
@@ -36,7 +38,7 @@ def test_attention_that_is_not_causal_is_refused():
 
 def test_without_a_plan_it_is_sdpa():
     _, x = inputs()
-    layer = torch.nn.Module()
+    layer: Any = torch.nn.Module()
     layer.is_causal = True
     out, _ = packed_attention(layer, x, x, x, None, scaling=0.3)
     expected = functional.scaled_dot_product_attention(x, x, x, is_causal=True, scale=0.3)

@@ -124,13 +124,11 @@ class SharedPrompts:
             window = None
         if window not in self._hidden:
             self._hidden[window] = self._not_visible(window)
+        keys, values = (slab[:, :, : self._columns] for slab in self._slabs[layer])
+        prompt_keys, prompt_values = self._prompts[layer]
+        groups, hidden = self._groups, self._hidden[window]
         return decode_attention(
-            query,
-            *(slab[:, :, : self._columns] for slab in self._slabs[layer]),
-            *self._prompts[layer],
-            self._groups,
-            self._hidden[window],
-            scaling,
+            query, keys, values, prompt_keys, prompt_values, groups, hidden, scaling
         )
 
     def _not_visible(self, window: int | None) -> Bool[Tensor, "N 1 1 L"] | None:
@@ -197,22 +195,16 @@ class ModelCache:
     """N completions in the cache that the model made, each with a copy of its prompt.
 
     Args:
-        backbone, device: as of `SharedPrompts`.
+        backbone: the model below its output head.
         cache: the model's cache after its pass over the prompts.
         real: [P, W] False where a prompt is padded, on the left; None: none is.
         length: W.
     """
 
     def __init__(
-        self,
-        backbone: nn.Module,
-        cache: Cache,
-        real: Bool[Tensor, "P W"] | None,
-        length: int,
-        device: torch.device,
+        self, backbone: nn.Module, cache: Cache, real: Bool[Tensor, "P W"] | None, length: int
     ):
-        self._backbone, self._cache, self._device = backbone, cache, device
-        self._real, self._length = real, length
+        self._backbone, self._cache, self._real, self._length = backbone, cache, real, length
 
     def advance(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N D"]:
         """Feed one token to each completion; returns the last hidden states."""
@@ -233,7 +225,7 @@ class ModelCache:
 
     def keep(self, completions: np.ndarray) -> None:
         """Keep these only, in this order, repeated where an index repeats."""
-        chosen = torch.from_numpy(completions).to(self._device)
+        chosen = torch.from_numpy(completions).to(next(self._backbone.parameters()).device)
         select_rows(self._cache, chosen)
         if self._real is not None:
             self._real = self._real[chosen]
@@ -291,7 +283,7 @@ def prefill(
     hidden = output.last_hidden_state[:, -1]
     if shared is not None:
         return shared, hidden
-    copied = ModelCache(backbone, returned_cache(output), mask, tokens.shape[1], device)
+    copied = ModelCache(backbone, returned_cache(output), mask, tokens.shape[1])
     copied.keep(prompt_of)
     return copied, hidden
 

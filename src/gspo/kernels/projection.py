@@ -168,8 +168,8 @@ def _forward(
         powers = temperatures.new_empty(targets.shape[0], w.shape[0]) if keep else None
         for rows in blocks.of_tokens(targets.shape[0]):
             x = project(hidden[rows], w, b, blocks.softcap)
-            capped = blocks.softcap is not None and (pull or keep)
-            slope = _cap_slope(x, blocks.softcap) if capped else None
+            softcap = blocks.softcap if pull or keep else None
+            slope = None if softcap is None else _cap_slope(x, softcap)
             _pick(x, targets[rows] - part.start, picked[rows])
             out = None if powers is None else powers[rows]
             power, top, decay = softmax.add(rows, x, first=part.start == 0, out=out)

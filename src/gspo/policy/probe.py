@@ -112,7 +112,7 @@ def _check_checkpointing(policy: Policy, microbatch: PackedBatch, expected: Tens
         )
 
 
-def _trained(policy: Policy, microbatch: PackedBatch, parameters: list[Tensor]) -> Tensor:
+def _trained(policy: Policy, microbatch: PackedBatch, parameters: Sequence[Tensor]) -> Tensor:
     """Log-probs of a pass with gradients, whose backward pass has been run."""
     with torch.enable_grad():
         logprobs = policy.logprobs(microbatch).logprobs
