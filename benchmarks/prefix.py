@@ -29,7 +29,8 @@ from trl_jobs import long_embedded
 import gspo as art
 from gspo.dev import InternalModelConfig
 from gspo.dev import TrainConfig as DevTrainConfig
-from gspo.policy.load import Policy, load_policy
+from gspo.policy.load import load_policy
+from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.old_logprobs import with_trainer_logprobs
@@ -100,7 +101,7 @@ def _row(case: Case, model: Path, repeats: int) -> dict[str, Any]:
     say(f"  {case.what}, {case.shape}")
     policy = load_policy(str(model), InternalModelConfig(threads=case.threads))
     choose_packing(policy)
-    assert policy.shares_prefixes, "this model does not share prefixes"
+    assert policy.shares_prompts, "this model does not share prefixes"
     trainer = Trainer(policy)
     batch = make_batch(case, policy)
     on, off = settings(share=True), settings(share=False)

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from gspo.data.sample import Sample
 from gspo.policy.embedded import build_tokenizer
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
 from gspo.policy.probe import _sample
 
 VOCABULARY = 60

@@ -10,7 +10,8 @@ from openai.types.chat.chat_completion import Choice
 from torch import Tensor
 
 import gspo as art
-from gspo.policy.load import Policy, load_policy
+from gspo.policy.load import load_policy
+from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
 from gspo.train.expert_replay import ExpertReplay
 from gspo.train.minibatches import RolloutBatch

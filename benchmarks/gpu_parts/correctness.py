@@ -31,8 +31,7 @@ from gpu_parts.bare import ROOT
 from gpu_parts.bench import Bench, free
 from gspo.data.packing import Microbatch, pack
 from gspo.data.sample import Sample
-from gspo.policy.forward import forward
-from gspo.policy.load import Policy, autocast
+from gspo.policy.policy import Policy
 from gspo.serve.engine import Request, SamplingParams
 from gspo.serve.selfcheck import check_engine
 from gspo.serve.torch_engine import TorchEngine
@@ -69,8 +68,8 @@ def measure(bench: Bench) -> None:
         policy = None
         with bench.row(f"{name}: load") as row:
             policy = models.policy_of(config, bench.card, dtype="float32")
-            row["packing"], row["shares_prefixes"] = policy.packing, policy.shares_prefixes
-            row["ok"] = policy.shares_prefixes and policy.packing == bench.size("flex", "buckets")
+            row["packing"], row["shares_prompts"] = policy.packing, policy.shares_prompts
+            row["ok"] = policy.shares_prompts and policy.packing == bench.size("flex", "buckets")
         if policy is None:
             continue
         _packed(bench, policy, name)
@@ -141,7 +140,7 @@ def packed(policy: Policy, samples: Sequence[Sample], share: bool) -> Scored:
     """All samples in one row, as the trainer computes them."""
     (microbatch,) = pack(list(samples), 100_000, share=share)
     order = _in_order(microbatch, samples)
-    return _gradient(policy, forward(policy, microbatch).logprobs[order.to(policy.device)])
+    return _gradient(policy, policy.logprobs(microbatch).logprobs[order.to(policy.device)])
 
 
 def _in_order(microbatch: Microbatch, samples: Sequence[Sample]) -> Tensor:
@@ -161,7 +160,7 @@ def plain(policy: Policy, samples: Sequence[Sample]) -> Scored:
     parts = []
     for sample in samples:
         tokens = torch.from_numpy(sample.tokens)[None].to(policy.device)
-        with autocast(policy):
+        with policy.autocast():
             logits = policy.lm(input_ids=tokens, use_cache=False).logits[0, :-1]
         logprobs = logits.float().log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0]
         parts.append(logprobs[torch.from_numpy(sample.ratio_mask[1:]).to(policy.device)])
@@ -218,9 +217,9 @@ def _engine(bench: Bench, policy: Policy, sampler: Policy) -> dict[str, float]:
             sample = models.sample(tokens, len(requests[group].prompt), len(samples), group)
             sample.sampling_logprobs[sample.ratio_mask] = completion.logprobs
             samples.append(sample)
-    (microbatch,) = pack(samples, 100_000, share=policy.shares_prefixes)
+    (microbatch,) = pack(samples, 100_000, share=policy.shares_prompts)
     # With gradients, as in training: the kernels are those that were compiled before.
-    logprobs = forward(policy, microbatch).logprobs.detach().cpu().double()
+    logprobs = policy.logprobs(microbatch).logprobs.detach().cpu().double()
     gap = logprobs - microbatch.sampling_logprobs.double()
     means = torch.stack([part.mean() for part in gap.split(length)]).abs()
     return {

@@ -25,8 +25,8 @@ import torch
 from gpu_parts import models
 from gpu_parts.bench import Bench, free
 from gpu_parts.profiling import Profiled, host_share
-from gspo.kernels.slab_cache import slab_bytes
-from gspo.policy.load import Policy
+from gspo.kernels.kv_cache import kv_bytes
+from gspo.policy.policy import Policy
 from gspo.serve import torch_engine
 from gspo.serve.engine import Request, SamplingParams
 from gspo.serve.selfcheck import check_engine
@@ -55,7 +55,7 @@ def _dense(bench: Bench) -> None:
     copy = RoundedCopy(policy, "bfloat16").policy
     small, middle, large = bench.size((8, 64, 512), (8, 16, 24))
     given = torch_engine.KV_BYTES
-    tight = bench.size(given, slab_bytes(12, 16, copy.lm.config))
+    tight = bench.size(given, kv_bytes(12, 16, copy.lm.config))
     _run(bench, copy, large, RAISED, f"bfloat16 copy, {large} rows, KV_BYTES raised")
     for rows in (middle, small):
         _run(bench, copy, rows, tight, f"bfloat16 copy, {rows} rows, default KV_BYTES")
@@ -158,7 +158,7 @@ def _floor_bytes(policy: Policy, running: list[int], rows: int, prompt: int, len
     if policy.compute_dtype == torch.bfloat16:
         kind = torch.bfloat16
     config = policy.lm.config.get_text_config()
-    token = slab_bytes(1, 1, config) / torch.float32.itemsize * kind.itemsize
+    token = kv_bytes(1, 1, config) / torch.float32.itemsize * kind.itemsize
     weights = sum(p.numel() for p in policy.lm.parameters()) * kind.itemsize
     prompts = sum(-(-count // GROUP) for count in running) * prompt
     own = rows * sum(range(1, length))

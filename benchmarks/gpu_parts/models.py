@@ -22,7 +22,7 @@ from gspo.data.sample import Sample
 from gspo.dev import InternalModelConfig
 from gspo.lab.flops import Flops, head_flops
 from gspo.policy import load
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
 from gspo.train.minibatches import RolloutBatch
 from gspo.train.trainer import TrainOutput

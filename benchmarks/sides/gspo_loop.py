@@ -153,7 +153,6 @@ def check(service: Any, batch: Job) -> dict[str, Any]:
     import torch
 
     from gspo.data.packing import pack
-    from gspo.policy.forward import forward
     from gspo.train.minibatches import RolloutBatch
     from gspo.train.observe import Observer
     from gspo.train.settings import resolve
@@ -179,7 +178,7 @@ def check(service: Any, batch: Job) -> dict[str, Any]:
     logprobs: list[list[float]] = [[] for _ in samples]
     with torch.no_grad():
         for microbatch in pack(samples, budget=4096):
-            values = forward(policy, microbatch).logprobs.tolist()
+            values = policy.logprobs(microbatch).logprobs.tolist()
             for trajectory_id in microbatch.trajectory_ids:
                 count = samples[trajectory_id].sampled
                 logprobs[trajectory_id], values = values[:count], values[count:]

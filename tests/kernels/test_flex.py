@@ -11,8 +11,8 @@ from data.test_shared_prompts import coincidences, samples_of
 from gspo.data.packing import Microbatch, pack
 from gspo.kernels import flex
 from gspo.kernels.attention import packed_attention
-from gspo.kernels.flex import BLOCK, FlexRow
-from gspo.kernels.shared_prompt_attention import RowAttention
+from gspo.kernels.flex import BLOCK, FlexAttention
+from gspo.kernels.shared_prompt_attention import SharedPromptAttention
 from gspo.policy import probe
 from gspo.policy.probe import choose_packing
 from kernels.test_shared_prompt_attention import WINDOWS, assert_close, brute_force, model, of_rows
@@ -23,22 +23,22 @@ uncompiled = pytest.mark.filterwarnings(
 )
 
 
-def by_mask(microbatch: Microbatch, window: int | None) -> torch.Tensor:
+def by_mask(row: Microbatch, window: int | None) -> torch.Tensor:
     """[P, P]: the mask_mod, asked for every pair."""
-    sight = FlexRow(RowAttention(microbatch)).sight(window)
-    places = torch.arange(len(sight.until))
+    plan = FlexAttention(SharedPromptAttention(row))
+    places = torch.arange(plan.padded)
     nothing = torch.zeros((), dtype=torch.int32)
-    return sight.mask()(nothing, nothing, places[:, None], places[None, :])
+    return plan.mask_mod(window)(nothing, nothing, places[:, None], places[None, :])
 
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("share", [True, False])
 @given(samples=coincidences())
 def test_every_token_sees_its_own_sample_and_padding_itself(window, share: bool, samples):
-    (microbatch,) = pack(samples, 10_000, share=share)
-    found, size = by_mask(microbatch, window), microbatch.token_count
+    (row,) = pack(samples, 10_000, share=share)
+    found, size = by_mask(row, window), row.token_count
     expected = torch.eye(len(found), dtype=torch.bool)
-    expected[:size, :size] = torch.from_numpy(brute_force(microbatch, window))
+    expected[:size, :size] = torch.from_numpy(brute_force(row, window))
     assert torch.equal(found, expected)
 
 
@@ -46,10 +46,10 @@ def test_every_token_sees_its_own_sample_and_padding_itself(window, share: bool,
 @pytest.mark.parametrize("system", [3, 100, 400])
 @pytest.mark.parametrize("share", [True, False])
 def test_blocks_leave_out_nothing_that_is_seen(window, system: int, share: bool):
-    (microbatch,) = pack(samples_of(3, system=system)[:6], 10_000, share=share)
-    n = FlexRow(RowAttention(microbatch)).padded // BLOCK
-    seen = by_mask(microbatch, window).view(n, BLOCK, n, BLOCK)
-    some, whole = FlexRow(RowAttention(microbatch)).sight(window).blocks()
+    (row,) = pack(samples_of(3, system=system)[:6], 10_000, share=share)
+    n = FlexAttention(SharedPromptAttention(row)).padded // BLOCK
+    seen = by_mask(row, window).view(n, BLOCK, n, BLOCK)
+    some, whole = FlexAttention(SharedPromptAttention(row)).blocks(window)
     assert not (some & whole).any()
     assert (some | whole)[seen.any(3).any(1)].all()
     assert torch.equal(whole, seen.all(3).all(1))
@@ -58,45 +58,44 @@ def test_blocks_leave_out_nothing_that_is_seen(window, system: int, share: bool)
 def test_blocks_skip_what_is_not_seen():
     """Long unshared samples: their own triangles, and within a window a band of those."""
     samples = samples_of(1, system=400)[:6]
-    (microbatch,) = pack(samples, 10_000)
-    sight = FlexRow(RowAttention(microbatch)).sight
-    n = len(sight(None).until) // BLOCK
-    counts = [sum(int(x.sum()) for x in sight(window).blocks()) for window in (None, 100)]
+    (row,) = pack(samples, 10_000)
+    plan = FlexAttention(SharedPromptAttention(row))
+    n = plan.padded // BLOCK
+    counts = [sum(int(x.sum()) for x in plan.blocks(window)) for window in (None, 100)]
     assert n >= 16
     assert counts[0] < 0.5 * n * (n + 1) / 2
     assert counts[1] <= 3 * n
-    mask = FlexRow(RowAttention(microbatch)).within(None)
-    dense = mask.to_dense()[0, 0].bool()
-    some, whole = sight(None).blocks()
+    dense = plan.within(None).to_dense()[0, 0].bool()
+    some, whole = plan.blocks(None)
     assert torch.equal(dense, some | whole)
 
 
 @uncompiled
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_values_are_those_of_the_pieces(window: int | None, kv_heads: int):
+def test_values_are_those_of_the_calls(window: int | None, kv_heads: int):
     """Gradients: on a GPU, below. flex_attention has no backward pass on the CPU."""
-    (microbatch,) = pack(samples_of(2), 10_000, share=True)
+    (row,) = pack(samples_of(2), 10_000, share=True)
     generator = torch.Generator().manual_seed(0)
     heads = (4, kv_heads, kv_heads)
-    q, k, v = (torch.randn(1, h, microbatch.token_count, 16, generator=generator) for h in heads)
-    plan = RowAttention(microbatch)
+    q, k, v = (torch.randn(1, h, row.token_count, 16, generator=generator) for h in heads)
+    plan = SharedPromptAttention(row)
     for scaling in (None, 0.3):
-        pieces, flexible = (
+        by_calls, flexible = (
             packed_attention(
-                torch.nn.Module(), q, k, v, None, scaling, sliding_window=window, gspo_row=own
+                torch.nn.Module(), q, k, v, None, scaling, sliding_window=window, gspo_plan=own
             )[0]
-            for own in (plan, FlexRow(plan))
+            for own in (plan, FlexAttention(plan))
         )
-        torch.testing.assert_close(flexible, pieces, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(flexible, by_calls, atol=1e-5, rtol=1e-5)
 
 
 @uncompiled
 def test_autocast_reaches_it():
-    (microbatch,) = pack(samples_of(), 10_000, share=True)
-    q, k = (torch.randn(1, 2, microbatch.token_count, 16) for _ in range(2))
+    (row,) = pack(samples_of(), 10_000, share=True)
+    q, k = (torch.randn(1, 2, row.token_count, 16) for _ in range(2))
     with torch.autocast("cpu", torch.bfloat16):
-        out = FlexRow(RowAttention(microbatch)).attend(q, k, k.bfloat16(), None, None)
+        out = FlexAttention(SharedPromptAttention(row)).attend(None, q, k, k.bfloat16(), None, None)
     assert out.dtype == torch.bfloat16
 
 
@@ -107,7 +106,7 @@ def test_the_probe_proves_it_on_the_whole_model(name: str, monkeypatch: pytest.M
     # Its gradient is the proof, and flex_attention has none on a CPU.
     monkeypatch.setattr(probe, "_leaks", lambda policy, row: False)
     policy = model(name)
-    assert (policy.packing, policy.shares_prefixes) == ("flex", True)
+    assert (policy.packing, policy.shares_prompts) == ("flex", True)
 
 
 def test_on_a_cpu_it_is_not_tried():
@@ -116,8 +115,8 @@ def test_on_a_cpu_it_is_not_tried():
 
 def test_where_it_has_no_backward_pass_it_is_not_used(caplog: pytest.LogCaptureFixture):
     policy = model("llama")
-    (microbatch,) = pack(samples_of(), 10_000)
-    assert not probe._flex_trains(policy, microbatch)
+    (row,) = pack(samples_of(), 10_000)
+    assert not probe._flex_trains(policy, row)
     assert "without flex_attention: FlexAttention does not support backward" in caplog.text
 
 
@@ -129,9 +128,9 @@ def test_rows_of_any_length_and_window_are_compiled_twice(monkeypatch: pytest.Mo
     torch._dynamo.reset()
     for scale, expected in ((0.3, 2), (0.5, 3), (0.7, 4)):
         for system, window, share in ((3, None, True), (200, 5, True), (200, None, False)):
-            (microbatch,) = pack(samples_of(1, system=system)[:3], 10_000, share=share)
-            q, k = (torch.randn(1, h, microbatch.token_count, 16) for h in (4, 2))
-            FlexRow(RowAttention(microbatch)).attend(q, k, k, scale, window)
+            (row,) = pack(samples_of(1, system=system)[:3], 10_000, share=share)
+            q, k = (torch.randn(1, h, row.token_count, 16) for h in (4, 2))
+            FlexAttention(SharedPromptAttention(row)).attend(None, q, k, k, scale, window)
         assert counter.frame_count == expected
     flex._compiled.cache_clear()
 
@@ -142,11 +141,11 @@ GPU = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128, "
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["llama", "sliding", "gemma3", "qwen3_moe"])
-def test_on_a_gpu_shared_is_unshared_and_that_of_the_pieces(name: str):
+def test_on_a_gpu_shared_is_unshared_and_that_of_the_calls(name: str):
     policy = model(name, **GPU)
     policy.lm.to(torch.device("cuda"))  # pyright: ignore[reportArgumentType]
     choose_packing(policy)
-    assert (policy.packing, policy.shares_prefixes) == ("flex", True)
+    assert (policy.packing, policy.shares_prompts) == ("flex", True)
     samples = samples_of(3, system=300)
     shared, apart = (pack(samples, 100_000, share=share) for share in (True, False))
     found = [of_rows(policy, rows) for rows in (shared, apart)]

@@ -24,47 +24,47 @@ from data.test_shared_prompts import coincidences, paths, samples_of
 from gspo.data.packing import Microbatch, pack
 from gspo.data.sample import Sample
 from gspo.dev import LoraConfig
-from gspo.kernels import shared_prompt_attention as prefix
+from gspo.kernels import shared_prompt_attention
 from gspo.kernels.attention import packed_attention
-from gspo.kernels.shared_prompt_attention import RowAttention
-from gspo.policy.forward import forward
-from gspo.policy.load import Policy, recompute_layers
+from gspo.kernels.shared_prompt_attention import SharedPromptAttention
+from gspo.policy.load import recompute_layers
+from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
 from gspo.train.minibatches import prepare
 from policy.routers import MOE, moe
-from policy.test_forward import plain, tiny
+from policy.test_policy import plain, tiny
 from support import embedded
 
 WINDOWS = [None, 1, 2, 5, 17, 30, 1000]
 
 
-def brute_force(microbatch: Microbatch, window: int | None) -> np.ndarray:
+def brute_force(row: Microbatch, window: int | None) -> np.ndarray:
     """[T, T]: a token sees the tokens of its samples up to itself, inside the window."""
-    seen = np.zeros((microbatch.token_count, microbatch.token_count), dtype=bool)
-    for path in paths(microbatch):
+    seen = np.zeros((row.token_count, row.token_count), dtype=bool)
+    for path in paths(row):
         for i, query in enumerate(path):
             first = 0 if window is None else max(0, i - window + 1)
             seen[query, path[first : i + 1]] = True
     return seen
 
 
-def by_pieces(microbatch: Microbatch, window: int | None) -> np.ndarray:
+def by_calls(row: Microbatch, window: int | None) -> np.ndarray:
     """The same from the plan; every key must be seen at most once."""
-    plan = RowAttention(microbatch).within(window)
-    counts = np.zeros((microbatch.token_count, microbatch.token_count), dtype=int)
+    plan = SharedPromptAttention(row).within(window)
+    counts = np.zeros((row.token_count, row.token_count), dtype=int)
     done: list[np.ndarray] = []
     at = 0
-    for piece in plan.pieces:
-        queries = plan.queries[sum(map(len, done)) :][: piece.blocks * piece.queries].numpy()
+    for call in plan.calls:
+        queries = plan.queries[sum(map(len, done)) :][: call.blocks * call.queries].numpy()
         done.append(queries)
-        keys = plan.keys[at : at + piece.blocks * piece.keys].view(piece.blocks, -1).numpy()
+        keys = plan.keys[at : at + call.blocks * call.keys].view(call.blocks, -1).numpy()
         at += keys.size
-        mask = torch.ones(piece.queries, piece.keys, dtype=torch.bool).tril()[None, None]
-        mask = (mask if piece.mask is None else piece.mask).expand(piece.blocks, -1, -1, -1)
-        queries = queries.reshape(piece.blocks, -1)
-        for b in range(piece.blocks):
-            for i in range(piece.queries):
-                place = sum(map(len, done[:-1])) + b * piece.queries + i
+        mask = torch.ones(call.queries, call.keys, dtype=torch.bool).tril()[None, None]
+        mask = (mask if call.mask is None else call.mask).expand(call.blocks, -1, -1, -1)
+        queries = queries.reshape(call.blocks, -1)
+        for b in range(call.blocks):
+            for i in range(call.queries):
+                place = sum(map(len, done[:-1])) + b * call.queries + i
                 if plan.order[queries[b, i]] == place:
                     np.add.at(counts[queries[b, i]], keys[b][mask[b, 0, i].numpy()], 1)
                 assert mask[b, 0, i].any()  # padding too: no NaN from a softmax over nothing
@@ -78,34 +78,34 @@ def by_pieces(microbatch: Microbatch, window: int | None) -> np.ndarray:
 @pytest.mark.parametrize("share", [True, False])
 @given(samples=coincidences())
 def test_every_token_sees_its_own_sample_and_nothing_else(window, share: bool, samples):
-    (microbatch,) = pack(samples, 10_000, share=share)
-    assert (by_pieces(microbatch, window) == brute_force(microbatch, window)).all()
+    (row,) = pack(samples, 10_000, share=share)
+    assert (by_calls(row, window) == brute_force(row, window)).all()
 
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("system", [0, 3, 40, 100])
 def test_short_tails_of_long_contexts_are_attended_together(window: int | None, system: int):
-    (microbatch,) = pack(samples_of(1, system=system), 10_000, share=True)
-    assert (by_pieces(microbatch, window) == brute_force(microbatch, window)).all()
-    together = any(block.tails > 1 for block in RowAttention(microbatch)._blocks(window))
+    (row,) = pack(samples_of(1, system=system), 10_000, share=True)
+    assert (by_calls(row, window) == brute_force(row, window)).all()
+    together = any(block.tails > 1 for block in SharedPromptAttention(row)._blocks(window))
     assert together == (system >= 40 and (window is None or window >= 17))
 
 
 @given(samples=coincidences())
 def test_a_token_is_seen_up_to_the_end_of_its_subtree(samples: list[Sample]):
-    (microbatch,) = pack(samples, 10_000, share=True)
-    place = np.arange(microbatch.token_count)
-    until = RowAttention(microbatch).until
+    (row,) = pack(samples, 10_000, share=True)
+    place = np.arange(row.token_count)
+    until = SharedPromptAttention(row).until
     seen = (place[None, :] <= place[:, None]) & (place[:, None] < until[None, :])
-    assert (seen == brute_force(microbatch, None)).all()
+    assert (seen == brute_force(row, None)).all()
 
 
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_attention_and_its_gradient_are_those_of_a_dense_mask(window, kv_heads: int):
-    (microbatch,) = pack(samples_of(2), 10_000, share=True)
+    (row,) = pack(samples_of(2), 10_000, share=True)
     generator = torch.Generator().manual_seed(0)
-    size = microbatch.token_count
+    size = row.token_count
     heads = (4, kv_heads, kv_heads)
     inputs = [torch.randn(1, h, size, 8, generator=generator, dtype=torch.double) for h in heads]
     weight = torch.randn(size, 4, 8, generator=generator, dtype=torch.double)
@@ -113,14 +113,14 @@ def test_attention_and_its_gradient_are_those_of_a_dense_mask(window, kv_heads: 
     def result(dense: bool) -> list[Tensor]:
         q, k, v = (x.clone().requires_grad_() for x in inputs)
         if dense:
-            mask = torch.from_numpy(brute_force(microbatch, window))
+            mask = torch.from_numpy(brute_force(row, window))
             k4, v4 = (x.repeat_interleave(4 // kv_heads, 1) for x in (k, v))
             out = functional.scaled_dot_product_attention(q, k4, v4, mask, scale=0.3)
             out = out.transpose(1, 2)
         else:
-            plan = RowAttention(microbatch)
+            plan = SharedPromptAttention(row)
             out, _ = packed_attention(
-                torch.nn.Module(), q, k, v, None, 0.3, sliding_window=window, gspo_row=plan
+                torch.nn.Module(), q, k, v, None, 0.3, sliding_window=window, gspo_plan=plan
             )
         (out[0] * weight).sum().backward()
         return [out.detach(), *(x.grad for x in (q, k, v) if x.grad is not None)]
@@ -153,10 +153,10 @@ def model(name: str, **extra: Any) -> Policy:
     return policy
 
 
-def of_rows(policy: Policy, microbatches: list[Microbatch]) -> tuple[Tensor, dict[str, Tensor]]:
+def of_rows(policy: Policy, rows: list[Microbatch]) -> tuple[Tensor, dict[str, Tensor]]:
     """Log-probs of every sampled token in order, and the gradient of their weighted sum."""
-    logprobs = torch.cat([forward(policy, microbatch).logprobs for microbatch in microbatches])
-    old = torch.cat([microbatch.old_logprobs for microbatch in microbatches])
+    logprobs = torch.cat([policy.logprobs(row).logprobs for row in rows])
+    old = torch.cat([row.old_logprobs for row in rows])
     (logprobs * old.to(logprobs.device)).sum().backward()
     gradient = {n: p.grad for n, p in policy.trainable.items() if p.grad is not None}
     policy.lm.zero_grad(set_to_none=True)
@@ -173,7 +173,7 @@ def assert_close(one: dict[str, Tensor], two: dict[str, Tensor], scale: float = 
 @pytest.mark.parametrize("name", MODELS)
 def test_shared_is_unshared_and_the_models_own(name: str):
     policy = model(name)
-    assert policy.shares_prefixes
+    assert policy.shares_prompts
     samples = samples_of()
     (shared,) = pack(samples, 10_000, share=True)
     (apart,) = pack(samples, 10_000)
@@ -189,12 +189,12 @@ def test_shared_is_unshared_and_the_models_own(name: str):
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
 def test_checkpointing_recomputes_the_same(name: str):
     policy = model(name)
-    microbatches = pack(samples_of(), 120, share=True)
-    assert len(microbatches) > 1
-    expected, wanted = of_rows(policy, microbatches)
+    rows = pack(samples_of(), 120, share=True)
+    assert len(rows) > 1
+    expected, wanted = of_rows(policy, rows)
     recompute_layers(policy)
     policy.lm.train()
-    logprobs, gradient = of_rows(policy, microbatches)
+    logprobs, gradient = of_rows(policy, rows)
     assert torch.equal(logprobs, expected)
     for key, value in wanted.items():
         assert torch.equal(gradient[key], value), key
@@ -205,7 +205,7 @@ def test_lora_shares_too():
     with torch.no_grad():
         for parameter in policy.trainable.values():
             parameter.add_(torch.randn_like(parameter) * 0.05)
-    assert policy.shares_prefixes
+    assert policy.shares_prompts
     samples = samples_of()
     logprobs, gradient = of_rows(policy, pack(samples, 10_000, share=True))
     expected, wanted = of_rows(policy, pack(samples, 10_000))
@@ -230,26 +230,23 @@ def test_a_replayed_row_counts_its_copies():
     weights = torch.rand(3, 8)
     found = []
     for share in (True, False):
-        (microbatch,) = pack(samples, 10_000, share=share)
-        with policy.routers.watch(balance=weights, copies=microbatch.copies) as choices:
-            forward(policy, microbatch)
+        (row,) = pack(samples, 10_000, share=share)
+        with policy.routers.watch(balance=weights, copies=row.copies) as choices:
+            policy.logprobs(row)
         assert isinstance(choices.balance, Tensor)
-        found.append(
-            (choices.loads(), choices.balance.detach(), choices.preferred()[microbatch.index])
-        )
+        found.append((choices.loads(), choices.balance.detach(), choices.preferred()[row.index]))
     (loads, balance, own), (loads_apart, balance_apart, own_apart) = found
     assert torch.equal(loads, loads_apart)
     assert torch.equal(own, own_apart)
     torch.testing.assert_close(balance, balance_apart, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("packing", ["mask", "single"])
-def test_a_shared_row_is_refused_where_it_would_be_wrong(packing: Any):
+def test_a_shared_microbatch_is_refused_where_it_would_be_wrong():
     policy = model("llama")
-    policy.packing = packing
-    (microbatch,) = pack(samples_of(), 10_000, share=True)
-    with pytest.raises(ValueError, match=f"shared prefixes.*{packing}"):
-        forward(policy, microbatch)
+    policy.packing = "single"
+    (row,) = pack(samples_of(), 10_000, share=True)
+    with pytest.raises(ValueError, match=r"shared prompts.*single"):
+        policy.logprobs(row)
 
 
 def test_a_model_that_looks_at_the_row_is_packed_but_does_not_share(caplog):
@@ -266,32 +263,34 @@ def test_a_model_that_looks_at_the_row_is_packed_but_does_not_share(caplog):
     caplog.set_level("INFO", logger="gspo")
     choose_packing(policy)
     assert policy.packing == "buckets"
-    assert not policy.shares_prefixes
-    assert "sharing prefixes is off by" in caplog.text
+    assert not policy.shares_prompts
+    assert "sharing prompts is off by" in caplog.text
     assert caplog.text.count("a prompt is computed once for each of its completions") == 1
 
 
 @pytest.mark.parametrize("packing", ["mask", "single"])
-def test_other_ways_of_packing_do_not_share(packing: Any, caplog, monkeypatch):
+def test_samples_packed_by_mask_share_too(packing: Any, caplog, monkeypatch):
     from gspo.policy import probe
 
     monkeypatch.setattr(probe, "_ORDER", (packing,))
     policy = model("llama")
     assert policy.packing == packing
-    assert not policy.shares_prefixes
-    assert "a prompt is computed once" in caplog.text
+    assert policy.shares_prompts == (packing == "mask")
+    assert ("a prompt is computed once" in caplog.text) == (packing == "single")
 
 
 def test_the_plan_is_made_once_for_layers_of_one_window(monkeypatch):
     made: list[int | None] = []
-    own = RowAttention._attention
+    own = SharedPromptAttention._calls
     monkeypatch.setattr(
-        RowAttention, "_attention", lambda self, window: made.append(window) or own(self, window)
+        SharedPromptAttention,
+        "_calls",
+        lambda self, window: made.append(window) or own(self, window),
     )
     policy = model("sliding")
     made.clear()
     with torch.no_grad():
-        forward(policy, pack(samples_of(), 10_000, share=True)[0])
+        policy.logprobs(pack(samples_of(), 10_000, share=True)[0])
     assert sorted(made, key=str) == [6, None]
 
 
@@ -299,10 +298,13 @@ def test_padding_is_bounded():
     batch = prepare(branching_groups(groups=8, size=9), context=512)
     samples = [s for own in batch.samples for s in own]
     for share in (True, False):
-        (microbatch,) = pack(samples, 10_000, share=share)
-        plan = RowAttention(microbatch)
-        for group in plan._grouped(None):
+        (row,) = pack(samples, 10_000, share=share)
+        plan = SharedPromptAttention(row)
+        for group in plan._groups(None):
             for block in group:
-                room = max(prefix.WASTE * block.width, block.width + prefix.SLACK)
+                room = max(
+                    shared_prompt_attention.WASTE * block.width,
+                    block.width + shared_prompt_attention.SLACK,
+                )
                 assert block.width <= group[0].width <= room
-        assert plan.padded == len(plan.within(None).queries) >= microbatch.token_count
+        assert plan.padded == len(plan.within(None).queries) >= row.token_count

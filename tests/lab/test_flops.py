@@ -20,11 +20,10 @@ from transformers import (
 from gspo import dev
 from gspo.data.packing import Microbatch, pack
 from gspo.lab.flops import Flops, head_flops
-from gspo.policy.forward import forward
 from gspo.policy.load import Policy, recompute_layers
 from gspo.train.minibatches import prepare
 from policy.routers import MOE
-from policy.test_forward import tiny
+from policy.test_policy import tiny
 from support import embedded, random_groups
 
 MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
@@ -84,10 +83,10 @@ def test_forward_and_backward_are_what_torch_counts(name: str):
     squares = whole_squares(own, row) - own.pair[0] * own.pairs(every)
 
     with torch.no_grad():
-        found = counted(lambda: forward(policy, row))
+        found = counted(lambda: policy.logprobs(row))
     assert found == own.forward(every) + squares + head_flops(policy.head, heads)[0]
 
-    loss = forward(policy, row).logprobs.sum()
+    loss = policy.logprobs(row).logprobs.sum()
     found = counted(loss.backward)
     assert found == own.backward(every) + 2 * squares + head_flops(policy.head, heads)[1]
 
@@ -137,7 +136,7 @@ def test_recomputed_layers_are_counted_again(name: str):
     assert twice.token[0] == once.token[0]
     assert once.token[1] < twice.token[1] <= once.token[1] + once.token[0]
     squares = whole_squares(twice, row) - twice.pair[0] * twice.pairs(row.positions)
-    found = counted(forward(policy, row).logprobs.sum().backward)
+    found = counted(policy.logprobs(row).logprobs.sum().backward)
     head = head_flops(policy.head, len(row.targets))[1]
     assert found == twice.backward(row.positions) + 3 * squares + head
 
@@ -148,10 +147,10 @@ def test_with_lora_frozen_weights_have_no_gradient():
     every, heads = row.positions, len(row.targets)
     squares = sum(length**2 for length in row.lengths) - own.pairs(every)
     with torch.no_grad():
-        found = counted(lambda: forward(policy, row))
+        found = counted(lambda: policy.logprobs(row))
     head = head_flops(policy.head, heads, grad=False)[0]
     assert found == own.forward(every) + own.pair[0] * squares + head
-    found = counted(forward(policy, row).logprobs.sum().backward)
+    found = counted(policy.logprobs(row).logprobs.sum().backward)
     head = head_flops(policy.head, heads)[1]
     assert found == own.backward(every) + own.pair[1] * squares + head
     assert own.token[1] < 1.2 * own.token[0]  # twice as much is needed if all weights are trained

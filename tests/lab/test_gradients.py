@@ -10,7 +10,7 @@ from gspo.core.errors import DataError
 from gspo.data.packing import pack
 from gspo.lab.gradients import MethodLoss, cosines, gram, measure
 from gspo.objective import PRESETS, policy_loss
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.settings import Settings, resolve
 from support import embedded, gradient_of, random_groups
@@ -29,11 +29,10 @@ def groups(policy: Policy):
         trajectory.reward = 0.5
     batch = prepare(out, context=policy.context)
     (row,) = pack([s for own in batch.samples for s in own], 10_000)
-    from gspo.policy.forward import forward
 
     noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        scored = forward(policy, row).logprobs
+        scored = policy.logprobs(row).logprobs
     spread = 0.3 * torch.randn(len(scored), generator=noise)
     old = (scored - spread).clamp(max=0.0)
     at = 0

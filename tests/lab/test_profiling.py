@@ -19,12 +19,11 @@ from gspo.data.packing import pack
 from gspo.experiment.loop import run_experiment
 from gspo.lab.flops import Flops, head_flops
 from gspo.lab.profiling import PHASES, Phase, Profile, ProfileReport, peak_flops, render
-from gspo.policy.forward import forward
 from gspo.serve.engine import Request, SamplingParams
 from gspo.serve.torch_engine import TorchEngine
 from gspo.train.minibatches import prepare
 from gspo.weights.rollout_copy import RoundedCopy
-from policy.test_forward import tiny
+from policy.test_policy import tiny
 from support import embedded, random_groups
 
 
@@ -205,7 +204,7 @@ def test_engine_and_trainer_are_counted_once_each():
     (row,) = pack([s for own in batch.samples for s in own], 10_000)
     tokens, positions = torch.arange(6, 10)[None], torch.arange(4)[None]
     with timing(profile.clock), span("step"), torch.no_grad():
-        forward(policy, row)
+        policy.logprobs(row)
         with span("sampling"):
             engine.backbone(input_ids=tokens, position_ids=positions, use_cache=False)
     sizes = Flops.of(policy)

@@ -19,9 +19,9 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
-from policy.test_forward import tiny
+from policy.test_policy import tiny
 
 MOE: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "qwen3_moe": (

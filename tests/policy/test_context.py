@@ -12,8 +12,8 @@ from gspo import dev
 from gspo.core.errors import ModelError
 from gspo.data.packing import pack
 from gspo.policy.context import chunk_in, probe_length, settle_context
-from gspo.policy.forward import forward
-from gspo.policy.load import Policy, load_policy
+from gspo.policy.load import load_policy
+from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
 from gspo.serve.engine import Request, SamplingParams
 from gspo.serve.selfcheck import check_engine
@@ -30,10 +30,10 @@ def loaded(path: Path, kind: str, **config) -> Policy:
 def scored(policy: Policy, samples) -> dict[int, torch.Tensor]:
     out = {}
     with torch.no_grad():
-        for microbatch in pack(samples, budget=10_000):
-            logprobs = forward(policy, microbatch).logprobs
-            for s, trajectory in enumerate(microbatch.trajectory_ids):
-                out[trajectory] = logprobs[microbatch.sequence_ids == s]
+        for row in pack(samples, budget=10_000):
+            logprobs = policy.logprobs(row).logprobs
+            for s, trajectory in enumerate(row.trajectory_ids):
+                out[trajectory] = logprobs[row.sequence_ids == s]
     return out
 
 
@@ -104,8 +104,9 @@ def test_the_probe_reaches_past_a_window_where_that_is_cheap(monkeypatch: pytest
 def test_a_window_that_is_not_heeded_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from gspo.kernels import attention
 
-    plain = attention.RowAttention.within
-    monkeypatch.setattr(attention.RowAttention, "within", lambda self, window: plain(self, None))
+    kind = attention.SharedPromptAttention
+    plain = kind.within
+    monkeypatch.setattr(kind, "within", lambda self, window: plain(self, None))
     assert loaded(tmp_path, "windows").packing == "mask"
 
 

@@ -11,7 +11,6 @@ import torch
 
 from gspo import dev
 from gspo.core.errors import ModelError
-from gspo.policy.embedded import embedded_folder
 from gspo.policy.load import _threads, load_policy, resolve, save_weights
 from support import embedded
 
@@ -51,26 +50,6 @@ def test_context_cannot_exceed_the_models():
 def test_a_device_that_is_not_there_is_named(device: str, message: str):
     with pytest.raises(ModelError, match=message):
         load_policy("embedded:sort", dev.InternalModelConfig(device=device))
-
-
-def test_embedded_model_is_an_ordinary_folder():
-    folder = embedded_folder("embedded:sort")
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
-        path.name for path in folder.iterdir()
-    }
-    config = json.loads((folder / "config.json").read_text())
-    assert config["model_type"] == "qwen3_moe"
-    assert (config["num_local_experts"], config["num_experts_per_tok"]) == (8, 2)
-    policy = load_policy(str(folder))
-    assert 150_000 < sum(p.numel() for p in policy.lm.parameters()) < 300_000
-
-
-def test_embedded_tokenizer_has_one_token_a_character():
-    tokenizer = embedded().tokenizer
-    text = "<|user|>0123456789ab<|assistant|>"
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert len(ids) == 14
-    assert tokenizer.decode(ids) == text
 
 
 def test_lora_trains_adapters_alone_and_reaches_the_experts():

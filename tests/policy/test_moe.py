@@ -16,11 +16,10 @@ from gspo.core.errors import ConfigError, DataError, ModelError, NumericsError
 from gspo.data.packing import Microbatch, pack
 from gspo.dev import LoraConfig
 from gspo.policy import load
-from gspo.policy.forward import forward
 from gspo.policy.load import Policy, recompute_layers
 from gspo.policy.moe import ExpertChoices
 from policy.routers import MOE, moe, phimoe
-from policy.test_forward import samples, tiny
+from policy.test_policy import samples, tiny
 from support import embedded
 
 
@@ -30,7 +29,7 @@ def packed(policy: Policy) -> Microbatch:
 
 def own_choices(policy: Policy, microbatch: Microbatch) -> Tensor:
     with torch.no_grad(), policy.routers.watch() as choices:
-        forward(policy, microbatch)
+        policy.logprobs(microbatch)
     return choices.preferred().short()
 
 
@@ -39,7 +38,7 @@ def passed(
 ) -> tuple[Tensor, dict[str, Tensor], ExpertChoices]:
     """Log-probs, the gradient of their weighted sum (taken outside the block), and the choices."""
     with policy.routers.watch(replay) as choices:
-        logprobs = forward(policy, microbatch).logprobs
+        logprobs = policy.logprobs(microbatch).logprobs
     (logprobs * torch.linspace(-1, 1, len(logprobs))).sum().backward()
     gradient = {n: p.grad for n, p in policy.trainable.items() if p.grad is not None}
     policy.lm.zero_grad(set_to_none=True)
@@ -78,7 +77,7 @@ def test_a_perturbed_policys_experts_are_taken_on_every_token(name: str):
             for weight in router.parameters():
                 weight.add_(torch.randn_like(weight))
     replay = own_choices(other, microbatch)
-    plain = forward(policy, microbatch).logprobs
+    plain = policy.logprobs(microbatch).logprobs
     replayed, gradient, choices = passed(policy, microbatch, replay)
     assert torch.equal(choices.used().short(), replay)
     assert (choices.preferred().short() != replay).any()
@@ -148,8 +147,8 @@ def test_recomputation_takes_its_own_choices_whatever_ran_in_between():
         for shift, microbatch in enumerate(microbatches):
             replay = (own_choices(policy, microbatch) + 1 + shift) % 8
             with policy.routers.watch(replay):
-                losses.append(forward(policy, microbatch).logprobs.sum())
-        forward(policy, microbatches[0])
+                losses.append(policy.logprobs(microbatch).logprobs.sum())
+        policy.logprobs(microbatches[0])
         with policy.routers.watch():
             torch.stack(losses).sum().backward()
         expected.append({n: p.grad for n, p in policy.trainable.items() if p.grad is not None})
@@ -175,7 +174,7 @@ def test_a_recorded_slot_is_one_byte_up_to_256_experts(experts: int, size: int):
     policy = moe(num_experts=experts)
     microbatch = packed(policy)
     with torch.no_grad(), policy.routers.watch() as choices:
-        forward(policy, microbatch)
+        policy.logprobs(microbatch)
     assert choices.preferred().element_size() == size
     stored = choices.preferred().numpy()
     assert stored.nbytes == size * microbatch.token_count * 3 * 2
@@ -190,7 +189,7 @@ def test_the_router_computes_in_float32_under_autocast(name: str):
     for router, at in zip(policy.routers.modules, policy.routers._logits_index, strict=True):
         router.register_forward_hook(lambda _m, _a, out, at=at: logits.append(out[at]))
     microbatch = packed(policy)
-    scored = forward(policy, microbatch).logprobs
+    scored = policy.logprobs(microbatch).logprobs
     assert {value.dtype for value in logits} == {torch.float32}
     # Not bfloat16's values in a float32 tensor.
     assert any((value != value.bfloat16().float()).any() for value in logits)
@@ -202,7 +201,7 @@ def test_two_policies_on_one_model_do_not_disturb_each_other(policy: Policy):
     second = Policy(policy.lm, None, policy.tokenizer, "x", torch.bfloat16, 128)
     microbatch = packed(policy)
     with second.routers.watch() as theirs, policy.routers.watch() as ours:
-        forward(second, microbatch)
+        second.logprobs(microbatch)
     assert torch.equal(theirs.preferred(), ours.preferred())
     assert not torch.is_autocast_enabled("cpu")
 
@@ -210,7 +209,7 @@ def test_two_policies_on_one_model_do_not_disturb_each_other(policy: Policy):
 def test_loads_count_every_slot(policy: Policy):
     microbatch = packed(policy)
     with torch.no_grad(), policy.routers.watch() as choices:
-        forward(policy, microbatch)
+        policy.logprobs(microbatch)
     loads = choices.loads()
     assert loads.shape == (3, 8)
     assert loads.sum(-1).tolist() == [2 * microbatch.token_count] * 3
@@ -241,7 +240,7 @@ def test_a_replay_that_does_not_fit_is_an_error(policy: Policy):
         (replay + 7, "up to expert 14; the model has 3 MoE layers of 8"),
     ):
         with pytest.raises(DataError, match=message), policy.routers.watch(wrong):
-            forward(policy, microbatch)
+            policy.logprobs(microbatch)
     with pytest.raises(DataError, match="consumed whole"), policy.routers.watch(replay):
         pass
     assert torch.equal(own_choices(policy, microbatch), replay), "nothing is left behind"
@@ -253,7 +252,7 @@ def test_a_layer_that_is_missed_is_an_error(policy: Policy):
     block = layers[1].mlp
     own, block.forward = block.forward, lambda x: x
     with pytest.raises(DataError, match="each was to route"), policy.routers.watch():
-        forward(policy, microbatch)
+        policy.logprobs(microbatch)
     block.forward = own
 
 
@@ -268,9 +267,9 @@ def test_dense_models_and_strange_routers_are_refused():
         pytest.raises(ModelError, match=r"PhimoeForCausalLM.*makes 0 top-k choices"),
         strange.routers.watch(),
     ):
-        forward(strange, microbatch)
+        strange.logprobs(microbatch)
     with strange.routers.watch(strict=False) as choices:
-        forward(strange, microbatch)
+        strange.logprobs(microbatch)
     assert not choices.complete
 
 
@@ -291,7 +290,7 @@ def test_nan_router_logits_are_an_error():
         pytest.raises(NumericsError, match="router logits of MoE layer 1 are NaN"),
         policy.routers.watch(),
     ):
-        forward(policy, microbatch)
+        policy.logprobs(microbatch)
 
 
 def test_an_error_inside_a_router_leaves_no_mode_behind(policy: Policy):
@@ -299,7 +298,7 @@ def test_an_error_inside_a_router_leaves_no_mode_behind(policy: Policy):
     router: Any = policy.routers.modules[0]
     own, router.weight = router.weight, torch.nn.Parameter(torch.zeros(3, 3))
     with pytest.raises(RuntimeError, match="shape"), policy.routers.watch():
-        forward(policy, microbatch)
+        policy.logprobs(microbatch)
     router.weight = own
     assert not any(policy.routers._watched.values())
     assert torch.topk(torch.eye(8), 1).indices.flatten().tolist() == list(range(8))

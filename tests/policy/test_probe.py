@@ -13,7 +13,6 @@ from gspo import dev
 from gspo.core.errors import ModelError
 from gspo.data.packing import pack
 from gspo.policy import probe
-from gspo.policy.forward import forward
 from gspo.policy.load import load_policy
 from gspo.policy.probe import choose_packing
 from models import folder, sample, text
@@ -27,8 +26,8 @@ def test_a_convolution_over_the_row_is_a_leak(tmp_path: Path):
     choose_packing(policy)
     assert policy.packing == "single"
     policy.packing = "buckets"
-    (microbatch,) = pack(probe._random_samples(policy), budget=10_000)
-    assert probe._leaks(policy, microbatch)
+    (row,) = pack(probe._random_samples(policy), budget=10_000)
+    assert probe._leaks(policy, row)
 
 
 @pytest.mark.parametrize("kind", RANDOM_IN_TRAIN_MODE)
@@ -40,9 +39,9 @@ def test_recomputed_layers_compute_the_same(kind: str, tmp_path: Path):
         config = dev.InternalModelConfig(activation_checkpointing=recompute)
         policy = load_policy(folder(tmp_path, kind), config)
         choose_packing(policy)
-        (microbatch,) = pack(items, budget=1000)
+        (row,) = pack(items, budget=1000)
         for _ in range(2):
-            logprobs = forward(policy, microbatch).logprobs
+            logprobs = policy.logprobs(row).logprobs
             grads = torch.autograd.grad(
                 logprobs.sum(), [*policy.trainable.values()], allow_unused=True
             )
@@ -56,16 +55,16 @@ def test_layers_are_really_computed_again(tmp_path: Path):
     config = dev.InternalModelConfig(activation_checkpointing=True)
     policy = load_policy(folder(tmp_path, "llama"), config)
     choose_packing(policy)
-    (microbatch,) = pack([sample(text(9), 2)], budget=100)
+    (row,) = pack([sample(text(9), 2)], budget=100)
     calls = []
     backbone: Any = policy.backbone
     backbone.layers[1].mlp.register_forward_pre_hook(lambda *call: calls.append(1))
-    logprobs = forward(policy, microbatch).logprobs
+    logprobs = policy.logprobs(row).logprobs
     assert len(calls) == 1
     logprobs.sum().backward()
     assert len(calls) == 2
     with torch.no_grad():
-        forward(policy, microbatch)
+        policy.logprobs(row)
     assert len(calls) == 3
 
 

@@ -27,7 +27,7 @@ from gspo.train.minibatches import prepare
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
 from policy.routers import MOE, phimoe
-from policy.test_forward import ARCHITECTURES, tiny
+from policy.test_policy import ARCHITECTURES, tiny
 from support import embedded, trajectory
 
 

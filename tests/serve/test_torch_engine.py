@@ -11,9 +11,9 @@ from gspo import dev
 from gspo.core.errors import RequestError
 from gspo.data.packing import pack
 from gspo.data.sample import trajectory_samples
-from gspo.policy.forward import forward
+from gspo.kernels import kv_cache
 from gspo.policy.load import Policy
-from gspo.serve import kv, torch_engine
+from gspo.serve import torch_engine
 from gspo.serve.engine import Completion, Request, SamplingParams
 from gspo.serve.torch_engine import TorchEngine
 from support import choice, embedded, trajectory
@@ -54,7 +54,7 @@ def test_logprobs_are_the_trainers(policy: Policy, engine, temperature, packing,
     ]
     with torch.no_grad():
         for microbatch in pack(items, budget):
-            error = (forward(policy, microbatch).logprobs - microbatch.old_logprobs).abs().max()
+            error = (policy.logprobs(microbatch).logprobs - microbatch.old_logprobs).abs().max()
             assert error < 1e-4
     policy.packing = "buckets"
 
@@ -152,7 +152,7 @@ def test_a_prompt_is_computed_once_for_its_completions(engine: TorchEngine, monk
 def fed(engine: TorchEngine, monkeypatch) -> list[int]:
     """Rows of each decoding pass."""
     seen: list[int] = []
-    for kind in (kv.SharedPrompts, kv.CopiedPrompts):
+    for kind in (kv_cache.SharedPrompts, kv_cache.ModelCache):
 
         def counted(self, tokens, own=kind.advance):
             seen.append(len(tokens))
@@ -205,7 +205,7 @@ def test_a_finished_rows_place_is_taken_at_once(engine: TorchEngine, fed, monkey
 
 def test_rows_that_join_see_their_own_prompt_alone(policy: Policy, engine, monkeypatch):
     """Against the trainer's forward pass, through joins, drops and a slab that grows."""
-    monkeypatch.setattr(kv, "FIRST_COLUMNS", 2)
+    monkeypatch.setattr(kv_cache, "FIRST_COLUMNS", 2)
     monkeypatch.setattr(engine, "max_running", 4)
     asked = lasting(engine, [6, 17, 3, 9, 25, 1, 8, 14, 2, 11], n=2)
     done = engine.generate(asked)
@@ -215,7 +215,7 @@ def test_rows_that_join_see_their_own_prompt_alone(policy: Policy, engine, monke
                 trajectory(0.0, choice(c.token_ids, request.prompt, c.logprobs)), trajectory_id=i
             )[0]
             with torch.no_grad():
-                got = forward(policy, pack([item], 1)[0]).logprobs
+                got = policy.logprobs(pack([item], 1)[0]).logprobs
             torch.testing.assert_close(got, torch.tensor(c.logprobs), atol=1e-4, rtol=0)
 
 
@@ -273,7 +273,7 @@ def test_what_does_not_fit_is_refused(engine: TorchEngine):
 def test_a_long_completion_outgrows_its_first_slab(policy: Policy, engine, monkeypatch):
     asked = requests(engine, n=2, max_tokens=30, seed=2, temperature=3.0)
     expected = engine.generate(asked)
-    monkeypatch.setattr(kv, "FIRST_COLUMNS", 3)
+    monkeypatch.setattr(kv_cache, "FIRST_COLUMNS", 3)
     assert engine.generate(asked) == expected
 
 

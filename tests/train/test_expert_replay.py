@@ -21,14 +21,12 @@ from gspo.core.errors import ConfigError, DataError, ModelError, NumericsError
 from gspo.data.packing import Microbatch
 from gspo.data.sample import Sample, TrajectorySamples
 from gspo.policy.load import Policy, recompute_layers
-from gspo.train import expert_replay
-from gspo.train import trainer as trainer_module
 from gspo.train.expert_replay import ExpertReplay, changed_slots, with_own_choices
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
 from policy.routers import moe, phimoe
-from policy.test_forward import tiny
+from policy.test_policy import tiny
 from support import embedded, gradient_of, random_groups
 
 
@@ -212,8 +210,7 @@ def test_dense_models_are_refused_before_any_work(options: dict[str, Any]):
 def test_rollouts_without_choices_are_refused_before_any_work(monkeypatch):
     policy = moe()
     batch = batch_of(policy)
-    monkeypatch.setattr(trainer_module, "forward", None)
-    monkeypatch.setattr(expert_replay, "forward", None)
+    monkeypatch.setattr(Policy, "logprobs", None)
     with pytest.raises(ConfigError, match=r"no expert choices.*return_routes.*'old_policy'"):
         trained(batch, policy, routing_replay="rollout")
 

@@ -11,8 +11,7 @@ import torch
 from gspo import TrajectoryGroup, dev
 from gspo.data.packing import pack
 from gspo.data.sample import Sample
-from gspo.policy.forward import forward
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.old_logprobs import with_trainer_logprobs
 from gspo.train.settings import resolve
@@ -79,7 +78,7 @@ def test_replayed_experts_are_those_of_the_samples(budget: int):
     for sample, own, other in zip(given, replayed, free, strict=True):
         (microbatch,) = pack([sample], 10_000)
         with torch.no_grad(), policy.routers.watch(microbatch.expert_choices):
-            expected = forward(policy, microbatch).logprobs.numpy()
+            expected = policy.logprobs(microbatch).logprobs.numpy()
         np.testing.assert_allclose(own.old_logprobs[sample.ratio_mask], expected, atol=1e-5)
         np.testing.assert_allclose(other.old_logprobs, plain(policy, sample), atol=1e-5)
     pairs = zip(replayed, free, strict=True)

@@ -23,7 +23,6 @@ from gspo.data.packing import Microbatch, pack
 from gspo.data.sample import trajectory_samples
 from gspo.kernels.logprob import Head, TokenLogprobs, token_logprobs
 from gspo.objective import Segments, sequence_log_ratio, token_log_ratio
-from gspo.policy.forward import forward
 from gspo.serve.sampling import sample as draw
 from gspo.train.minibatches import prepare
 from support import choice, embedded, random_groups, trajectory
@@ -98,7 +97,7 @@ def test_the_trainers_log_probs_are_float32_under_bfloat16_autocast():
     assert policy.compute_dtype == torch.bfloat16
     batch = prepare(random_groups(policy), context=policy.context)
     for microbatch in pack([s for own in batch.samples for s in own], budget=64):
-        scored = forward(policy, microbatch)
+        scored = policy.logprobs(microbatch)
         assert scored.logprobs.dtype == scored.entropy.dtype == torch.float32
         # Not bfloat16 numbers in a float32 tensor.
         assert not torch.equal(scored.logprobs.bfloat16().float(), scored.logprobs)

@@ -17,14 +17,15 @@ from gspo import dev
 from gspo.config import TrainConfig
 from gspo.data.packing import pack
 from gspo.data.sample import Sample
-from gspo.policy.load import Policy, recompute_layers
+from gspo.policy.load import recompute_layers
+from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
 from gspo.train.expert_replay import with_own_choices
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
 from policy.routers import moe
-from policy.test_forward import tiny
+from policy.test_policy import tiny
 from support import embedded
 
 DESCRIBE_THE_PACKING = {
@@ -203,7 +204,7 @@ def test_training_twice_is_the_same_to_the_bit():
 
 def test_a_model_that_cannot_share_trains_unshared():
     policy = dense()
-    policy.packing, policy.shares_prefixes = "single", False
+    policy.packing, policy.shares_prompts = "single", False
     batch = batch_of(policy)
     weights, metrics = trained(policy, batch)
     assert metrics["tokens/shared_saving"] == 0

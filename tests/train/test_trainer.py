@@ -12,7 +12,8 @@ from gspo import TrajectoryGroup, dev
 from gspo.config import TrainConfig
 from gspo.core.errors import NumericsError
 from gspo.objective import PRESETS
-from gspo.policy.load import Policy, load_policy
+from gspo.policy.load import load_policy
+from gspo.policy.policy import Policy
 from gspo.serve.engine import Request, SamplingParams
 from gspo.serve.torch_engine import TorchEngine
 from gspo.train import trainer as trainer_module
@@ -230,12 +231,12 @@ def test_a_step_that_failed_leaves_no_gradient_behind(monkeypatch: pytest.Monkey
             rows = itertools.count()
             with monkeypatch.context() as patch:
 
-                def second_fails(*args, inner=trainer_module.forward, rows=rows, **kwargs):
+                def second_fails(*args, inner=Policy.logprobs, rows=rows, **kwargs):
                     if next(rows) == 1:
                         raise MemoryError("no room")
                     return inner(*args, **kwargs)
 
-                patch.setattr(trainer_module, "forward", second_fails)
+                patch.setattr(Policy, "logprobs", second_fails)
                 with pytest.raises(MemoryError):
                     trainer.train(batch, settings)
             assert next(rows) == 2

@@ -333,10 +333,10 @@ def test_layers_are_recomputed_without_train_mode(
 ):
     """In train mode a model may drop out or jitter, and be another policy than the one sampled."""
     policy, modes = embedded(activation_checkpointing=checkpointing), []
-    inner = trainer_module.forward
+    inner = Policy.logprobs
     monkeypatch.setattr(
-        trainer_module,
-        "forward",
+        Policy,
+        "logprobs",
         lambda policy, *args: modes.append(policy.lm.training) or inner(policy, *args),
     )
     Trainer(policy).train(batch_of(policy), resolve())

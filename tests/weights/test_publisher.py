@@ -15,7 +15,6 @@ import gspo as art
 from gspo.backend import service
 from gspo.core.errors import ServeError
 from gspo.data.packing import pack
-from gspo.policy.forward import forward
 from gspo.policy.load import Policy
 from gspo.serve.engine import Completion, Engine, Request, check_fits
 from gspo.train.minibatches import prepare
@@ -58,7 +57,7 @@ def gap(policy: Policy, groups: list[art.TrajectoryGroup]) -> float:
     batch = prepare(groups, context=policy.context)
     (packed,) = pack([s for own in batch.samples for s in own], budget=10_000)
     with torch.no_grad():
-        return (forward(policy, packed).logprobs - packed.old_logprobs).abs().max().item()
+        return (policy.logprobs(packed).logprobs - packed.old_logprobs).abs().max().item()
 
 
 async def test_choices_come_from_a_copy_that_follows(tmp_path: Path):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig
 
 from gspo import dev
 from gspo.core.errors import ModelError
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
 from gspo.serve.engine import Request, SamplingParams
 from gspo.serve.torch_engine import TorchEngine
 from gspo.weights.rollout_copy import (

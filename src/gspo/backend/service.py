@@ -20,7 +20,8 @@ from gspo.core.errors import RunError, ServeError
 from gspo.core.timing import timed
 from gspo.data.check import plain_groups
 from gspo.dev import InternalModelConfig
-from gspo.policy.load import Policy, load_policy
+from gspo.policy.load import load_policy
+from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
 from gspo.serve.selfcheck import make_engine
 from gspo.serve.server import Serving
@@ -238,7 +239,7 @@ def load_trainer(run: Run, base_model: str, config: InternalModelConfig) -> Trai
 
     def load_reference() -> Policy:
         frozen = load_policy(base_model, config)
-        frozen.packing, frozen.shares_prefixes = policy.packing, policy.shares_prefixes
+        frozen.packing, frozen.shares_prompts = policy.packing, policy.shares_prompts
         frozen.lm.requires_grad_(False)
         return frozen
 

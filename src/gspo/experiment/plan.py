@@ -10,7 +10,7 @@ from gspo.backend.trackers import check_loggers
 from gspo.core.byname import find_module
 from gspo.core.errors import ConfigError
 from gspo.experiment.spec import Spec
-from gspo.kernels.slab_cache import slab_bytes
+from gspo.kernels.kv_cache import kv_bytes
 from gspo.policy.embedded import PREFIX, build_model, build_tokenizer, embedded_task
 from gspo.policy.source import read_config, read_tokenizer, resolve
 from gspo.tasks import load_task
@@ -88,7 +88,7 @@ def _memory(spec: Spec, limit: int | None, config: Any, parameters: int) -> str:
     copy = _COPY_BYTES[spec.load.rollout_dtype] * parameters
     optimizer = 8 * (parameters if spec.load.lora is None else parameters // 50)
     activations = tokens * activation_bytes(config, checkpointing)
-    cache = slab_bytes(rollouts, 2 * (limit or 256), config)
+    cache = kv_bytes(rollouts, 2 * (limit or 256), config)
     gradients = weights
     total = weights + copy + optimizer + max(cache, activations + gradients)
     return (

@@ -1,8 +1,8 @@
-"""A packed row on a GPU: one call of flex_attention, whose kernel skips what no token sees.
+"""A microbatch on a GPU: one call of flex_attention, whose kernel skips what no token sees.
 
-Who sees whom is that of `policy/prefix.py`: `q` sees `k` where k <= q < until[k], and where `k` is
-not older than the layer's window. A BlockMask says it for blocks of 128 x 128 tokens; inside those
-that are seen in part, the kernel asks `sees`. No T x T mask is made.
+Who sees whom is that of `shared_prompt_attention`: `q` sees `k` where k <= q < until[k], and where
+`k` is not older than the layer's window. A BlockMask says it for blocks of 128 x 128 tokens; inside
+those that are seen in part, the kernel asks the mask_mod. No T x T mask is made.
 
     until = [3, 3, 3, 5, 5] of two samples, of 3 and of 2 tokens:  1 . . . .
                                                                    1 1 . . .
@@ -10,15 +10,14 @@ that are seen in part, the kernel asks `sees`. No T x T mask is made.
                                                                    . . . 1 .
                                                                    . . . 1 1
 
-The kernel is compiled once: rows differ in their lengths, which it takes for variables, and in
-what they show it, which are tensors of one shape whatever the window. On the CPU flex_attention has
-no backward pass and runs uncompiled, for tests.
+The kernel is compiled once: microbatches differ in their lengths, which it takes for variables, and
+in what they show it, which are tensors of one shape whatever the window. On the CPU flex_attention
+has no backward pass and runs uncompiled, for tests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import no_type_check
 
@@ -28,30 +27,40 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from gspo.kernels.shared_prompt_attention import RowAttention
+from gspo.kernels.shared_prompt_attention import SharedPromptAttention
 
 BLOCK = 128
-_FEWEST = 2  # blocks in a row: torch.compile takes a size of 1 for a constant
+_FEWEST = 2  # blocks in a microbatch: torch.compile takes a size of 1 for a constant
 _KERNELS = 64  # that a process may compile: one for each shape of heads, precision and need of grad
 
 
-@dataclass(frozen=True)
-class Sight:
-    """What a row's tokens see of it, in one kind of layer; P = T padded to whole blocks.
+class FlexAttention:
+    """Attention of one microbatch, for one forward pass, used by all of its layers.
 
     Attributes:
-        until: [P] first token after `k` that doesn't see it.
-        positions: [P] of `k` in its samples.
-        oldest: [P] the last position that `q` doesn't see.
+        padded: P, its tokens padded to whole blocks.
+        until: [P] the first token after `k` that doesn't see it.
+        positions: [P] position of each token in its samples.
     """
 
-    until: Int[Tensor, " P"]
-    positions: Int[Tensor, " P"]
-    oldest: Int[Tensor, " P"]
+    def __init__(self, sight: SharedPromptAttention):
+        self.size = sight.size
+        self.padded = max(-(-sight.size // BLOCK), _FEWEST) * BLOCK
+        extra = self.padded - sight.size
+        # A token of the padding sees itself: no softmax over nothing.
+        padding = torch.arange(sight.size + 1, self.padded + 1)
+        until = torch.cat([torch.from_numpy(sight.until), padding])
+        positions = functional.pad(torch.from_numpy(sight.positions), (0, extra))
+        self.until, self.positions = (x.to(sight.device, torch.int32) for x in (until, positions))
+        self._by_window: dict[int | None, BlockMask] = {}
 
-    def mask(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """A mask_mod of flex_attention."""
-        until, positions, oldest = self.until, self.positions, self.oldest
+    def oldest(self, window: int | None) -> Int[Tensor, " P"]:
+        """The last position that each token does not see, in layers with this window."""
+        return self.positions - (self.padded if window is None else window)
+
+    def mask_mod(self, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """Whether `q` sees `k`, as flex_attention asks."""
+        until, positions, oldest = self.until, self.positions, self.oldest(window)
 
         @no_type_check
         def sees(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -59,62 +68,41 @@ class Sight:
 
         return sees
 
-    def blocks(self) -> tuple[Bool[Tensor, "N N"], Bool[Tensor, "N N"]]:
+    def blocks(self, window: int | None) -> tuple[Bool[Tensor, "N N"], Bool[Tensor, "N N"]]:
         """Blocks of queries x blocks of keys: those that may be seen in part, and those that are
         seen wholly. From each key's span of queries, so that T x T / 128 is all that it costs."""
-        places = torch.arange(len(self.until), device=self.until.device)
-        start = places[::BLOCK, None]  # of each block of queries
+        token = torch.arange(self.padded, device=self.until.device)
+        start = token[::BLOCK, None]  # of each block of queries
         end = start + BLOCK
-        oldest = self.oldest.view(-1, BLOCK, 1)
-        some = (places < end) & (self.until > start) & (self.positions > oldest.amin(1))
-        every = (places <= start) & (self.until >= end) & (self.positions > oldest.amax(1))
-        whole = every.unflatten(1, (-1, BLOCK)).all(-1)
-        return some.unflatten(1, (-1, BLOCK)).any(-1) & ~whole, whole
-
-
-class FlexRow:
-    """Built for one forward pass of a row, used by all of its layers."""
-
-    def __init__(self, row: RowAttention):
-        self.size = row.size
-        self.padded = max(-(-row.size // BLOCK), _FEWEST) * BLOCK
-        extra = self.padded - row.size
-        until, positions = (
-            torch.from_numpy(own).to(row.device, torch.int32) for own in (row.until, row.positions)
-        )
-        padding = torch.arange(row.size, self.padded, dtype=torch.int32, device=row.device)
-        self._until = torch.cat([until, padding + 1])  # it sees itself: no softmax over nothing
-        self._positions = functional.pad(positions, (0, extra))
-        self._known: dict[int | None, BlockMask] = {}
-
-    def sight(self, window: int | None) -> Sight:
-        """For layers whose tokens see the last `window` positions, themselves included."""
-        oldest = self._positions - (self.padded if window is None else window)
-        return Sight(self._until, self._positions, oldest)
+        oldest = self.oldest(window).view(-1, BLOCK, 1)
+        by_some = (token < end) & (self.until > start) & (self.positions > oldest.amin(1))
+        by_all = (token <= start) & (self.until >= end) & (self.positions > oldest.amax(1))
+        whole = by_all.unflatten(1, (-1, BLOCK)).all(-1)
+        return by_some.unflatten(1, (-1, BLOCK)).any(-1) & ~whole, whole
 
     def within(self, window: int | None) -> BlockMask:
-        """The same for the kernel, made once for each window."""
-        if window not in self._known:
-            sight = self.sight(window)
-            some, whole = sight.blocks()
-            self._known[window] = BlockMask.from_kv_blocks(
+        """The kernel's mask for layers whose tokens see the last `window` positions."""
+        if window not in self._by_window:
+            some, whole = self.blocks(window)
+            self._by_window[window] = BlockMask.from_kv_blocks(
                 *_listed(some),
                 *_listed(whole),
                 BLOCK_SIZE=BLOCK,
-                mask_mod=sight.mask(),
+                mask_mod=self.mask_mod(window),
                 seq_lengths=(self.padded, self.padded),
             )
-        return self._known[window]
+        return self._by_window[window]
 
     def attend(
         self,
+        _layer: int | None,
         query: Float[Tensor, "1 H T D"],
         key: Float[Tensor, "1 K T D"],
         value: Float[Tensor, "1 K T E"],
         scaling: float | None,
         window: int | None,
     ) -> Float[Tensor, "1 T H E"]:
-        """Attention of the whole row."""
+        """Attention of the whole microbatch in one layer."""
         kind = query.device.type
         mixed = torch.is_autocast_enabled(kind)  # SDPA is cast by autocast, this is not everywhere
         dtype = torch.get_autocast_dtype(kind) if mixed else value.dtype
@@ -126,7 +114,7 @@ class FlexRow:
 
 
 def _listed(blocks: Bool[Tensor, "N N"]) -> tuple[Int[Tensor, "1 1 N"], Int[Tensor, "1 1 N N"]]:
-    """How many blocks each row of the table has, and which: these first."""
+    """How many blocks of keys each block of queries sees, and which: these first."""
     order = blocks.byte().argsort(dim=1, descending=True, stable=True)
     return blocks.sum(1).int()[None, None], order.int()[None, None]
 
@@ -136,9 +124,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: str) -> Ten
     """`scale` is written out: of a number that changes, torch.compile makes a variable, and the
     kernel needs a constant."""
     gqa = q.shape[1] != k.shape[1]
-    out = flex_attention(q, k, v, block_mask=mask, scale=float(scale), enable_gqa=gqa)
-    assert isinstance(out, Tensor)
-    return out
+    return flex_attention(q, k, v, block_mask=mask, scale=float(scale), enable_gqa=gqa)
 
 
 def _kernel(kind: str) -> Callable[..., Tensor]:

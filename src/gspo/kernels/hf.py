@@ -1,7 +1,8 @@
 """The one door to transformers' internals: what changes name from release to release.
 
 Nothing else in gspo imports a submodule of transformers or reads a name of it that begins with an
-underscore (`tests/kernels/test_hf.py`), so that a new release is mended here.
+underscore (`tests/kernels/test_hf.py`), so that a new release is mended here. `X as X` passes a
+name on.
 """
 
 from __future__ import annotations
@@ -18,43 +19,20 @@ from typing import Any
 import torch
 from huggingface_hub import constants
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
+from transformers import AttentionInterface as AttentionInterface
+from transformers import AttentionMaskInterface as AttentionMaskInterface
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache as Cache
+from transformers.integrations.sdpa_attention import (
+    sdpa_attention_forward as sdpa_attention_forward,
 )
-from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import create_causal_mask, sdpa_mask
+from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import sdpa_mask as sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.pytorch_utils import Conv1D
+from transformers.pytorch_utils import Conv1D as Conv1D
 from transformers.utils import logging
 
 from gspo.core.errors import ModelError
-
-__all__ = [
-    "AttentionInterface",
-    "AttentionMaskInterface",
-    "Cache",
-    "CacheLayerMixin",
-    "Conv1D",
-    "attention_implementation",
-    "backbone",
-    "cache_argument",
-    "causal_mask",
-    "decoder_kinds",
-    "find_routers",
-    "hub_address",
-    "keep_long_rope",
-    "output_embeddings",
-    "quiet",
-    "recompute_layers",
-    "returned_cache",
-    "sdpa_attention_forward",
-    "sdpa_mask",
-    "select_rows",
-]
 
 
 def cache_argument(backbone: torch.nn.Module, kv_cache: Cache) -> dict[str, Any]:
@@ -63,6 +41,11 @@ def cache_argument(backbone: torch.nn.Module, kv_cache: Cache) -> dict[str, Any]
     transformers 5.24 renamed `past_key_values` to `cache`; the old name goes with 5.40.
     """
     return {_cache_keyword(type(backbone).forward): kv_cache}
+
+
+def no_mask(device: torch.device) -> torch.Tensor:
+    """A 4-d mask, which transformers takes as it is instead of making one."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
 def causal_mask(config: Any, embeddings: torch.Tensor, seen: Any) -> Any:
@@ -89,16 +72,16 @@ def returned_cache(output: Any) -> Cache:
     Raises:
         TypeError: it returned none.
     """
-    found = next((value for value in output.values() if isinstance(value, Cache)), None)
-    if found is None:
-        raise TypeError("it returns no cache")
-    return found
+    for value in output.values():
+        if isinstance(value, Cache):
+            return value
+    raise TypeError("it returns no cache")
 
 
 def select_rows(cache: Cache, rows: torch.Tensor) -> None:
     """Keep these rows of a cache, in this order, repeated where an index repeats."""
     if type(cache).batch_select_indices is not Cache.batch_select_indices:
-        cache.batch_select_indices(rows)  # MiniMax's cache knows of its linear layers here alone
+        cache.batch_select_indices(rows)  # only here does MiniMax's cache heed its linear layers
     else:
         cache.reorder_cache(rows)  # pyright: ignore[reportArgumentType]
 
@@ -130,14 +113,18 @@ def find_routers(lm: torch.nn.Module) -> list[tuple[torch.nn.Module, int]]:
 
 
 def backbone(lm: PreTrainedModel) -> torch.nn.Module:
-    """The model below the vocabulary projection."""
+    """The model below the vocabulary projection.
+
+    Raises:
+        ModelError: there is none.
+    """
     named = getattr(lm, lm.base_model_prefix, None)
     # Llama 4's class names the attribute of its multimodal sister.
     children = (child for child in lm.children() if isinstance(child, PreTrainedModel))
-    found = named if named is not None else next(children, None)
-    if found is None:
+    below = named if named is not None else next(children, None)
+    if below is None:
         raise ModelError(f"{type(lm).__name__} has no model below its output head")
-    return found
+    return below
 
 
 def output_embeddings(lm: PreTrainedModel) -> torch.nn.Module | None:

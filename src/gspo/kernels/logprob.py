@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gspo.core.errors import DataError
 from gspo.core.timing import timed
-from gspo.kernels.projection import ChunkedLogprobs, Plan, project
+from gspo.kernels.projection import Blocks, ChunkedLogprobs, project
 
 CPU_BLOCK = (2048, 2**20)
 """Vocabulary entries, and logits, of one block: 4 MiB stay in the cache between two passes."""
@@ -85,7 +85,7 @@ def token_logprobs(
     Args:
         hidden: last hidden states at the positions before the targets.
         head: the projection; gradients reach `hidden` and, where it is trained, the head.
-        targets: token ids.
+        targets: token ids; on the host they are checked without waiting for a device.
         temperatures: above 0.
         chunk: tokens whose logits exist at once. None: what the device's block leaves room for.
         vocab_chunk: vocabulary entries whose logits exist at once. None: the device's block.
@@ -94,16 +94,17 @@ def token_logprobs(
         DataError: a target that is no entry of the head's vocabulary.
     """
     _check_targets(targets, head.size)
-    plan = _plan(hidden, head, chunk, vocab_chunk)
+    targets = targets.to(hidden.device)
+    blocks = _blocks(hidden, head, chunk, vocab_chunk)
     with torch.autocast(hidden.device.type, enabled=False):
         hidden, bias = head.scaled(hidden)
         logprobs, entropy = ChunkedLogprobs.apply(  # pyright: ignore[reportGeneralTypeIssues]
-            hidden, head.weight, bias, targets, temperatures, plan, torch.is_grad_enabled()
+            hidden, head.weight, bias, targets, temperatures, blocks, torch.is_grad_enabled()
         )
     return TokenLogprobs(logprobs, entropy)
 
 
-def full_logits(hidden: Float[Tensor, "R D"], head: Head) -> Float[Tensor, "R V"]:
+def full_logits(hidden: Float[Tensor, "N D"], head: Head) -> Float[Tensor, "N V"]:
     """Float32 logits of a few positions, as decoding needs them."""
     with torch.autocast(hidden.device.type, enabled=False):
         hidden, bias = head.scaled(hidden)
@@ -111,14 +112,14 @@ def full_logits(hidden: Float[Tensor, "R D"], head: Head) -> Float[Tensor, "R V"
             bias = None if bias is None else bias[: head.size]
             return project(hidden, head.weight[: head.size], bias, head.softcap)
         # A half-precision head is never copied whole to float32, which takes longer than the rest.
-        parts = _plan(hidden, head, None, None).vocabulary(head.weight, bias)
+        parts = _blocks(hidden, head, None, None).of_vocabulary(head.weight, bias)
         return torch.cat([project(hidden, w, b, head.softcap) for _, w, b in parts], dim=1)
 
 
-def _plan(hidden: Tensor, head: Head, chunk: int | None, vocab_chunk: int | None) -> Plan:
+def _blocks(hidden: Tensor, head: Head, chunk: int | None, vocab_chunk: int | None) -> Blocks:
     entries, logits = CPU_BLOCK if hidden.device.type == "cpu" else DEVICE_BLOCK
-    columns = min(head.size, vocab_chunk or entries)
-    return Plan(chunk or max(16, logits // columns), columns, head.softcap, head.size)
+    entries = min(head.size, vocab_chunk or entries)
+    return Blocks(chunk or max(16, logits // entries), entries, head.size, head.softcap)
 
 
 def _check_targets(targets: Int[Tensor, " M"], size: int) -> None:

@@ -1,10 +1,11 @@
-"""Who sees whom in a packed row, in which samples may share their prefixes.
+"""Who sees whom in a microbatch whose samples may share prompts, and its attention on a CPU.
 
-Each sample's tail (the tokens that no sample before it put into the row) sees its context (the
-prefix that was there already) and, causally, itself. Depth first, a token is seen by what follows
-it up to the end of its subtree: `q` sees `k` where k <= q < until[k].
+Each sample's tail (the tokens that no sample before it put into the microbatch) sees its context
+(the shared tokens before it) and, causally, itself. The tokens stand depth first, so that a token
+is seen by all that follows it up to the end of its subtree: `q` sees `k` where k <= q < until[k].
 
-No T x T mask is made. Tails of like size with contexts of like size are attended in one call.
+No T x T mask is made. Tails of like size with contexts of like size are attended in one call of
+scaled_dot_product_attention, padded inside that call only.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from gspo.data.packing import Microbatch
 
@@ -23,7 +25,7 @@ WASTE = 1.15
 SLACK = 4
 """Padding adds to no block more than 15 % or this many tokens."""
 SHORT = 64
-"""Contexts up to this length are padded to one another; longer ones meet in a call where equal."""
+"""Contexts up to this length are padded to one another; longer ones share a call if equal."""
 
 
 @dataclass
@@ -31,10 +33,10 @@ class Block:
     """Neighbouring tails of one tree that are attended together.
 
     Attributes:
-        start: its first token in the row.
+        start: its first token in the microbatch.
         width: its tokens, one after the other.
         context: tokens before it that all of it sees.
-        path: where the first tail's sample starts in the batch's `index`.
+        path: where the first tail's sample starts in the microbatch's `index`.
         tails: how many.
     """
 
@@ -46,7 +48,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Piece:
+class AttentionCall:
     """One call of scaled_dot_product_attention: B blocks of Q queries and K keys.
 
     Attributes:
@@ -60,24 +62,29 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionCalls:
     """How the layers with one attention window attend.
 
     Attributes:
-        queries: [sum of B Q] place in the row of each piece's queries, piece after piece.
-        keys: [sum of B K] the same of its keys.
-        pieces: their sizes and masks.
-        order: [T] place among `queries` of each token of the row; the other places are padding.
+        queries: [sum of B Q] token of each query, call after call.
+        keys: [sum of B K] token of each key, call after call.
+        calls: their sizes and masks.
+        order: [T] place among `queries` of each token; the other places are padding.
     """
 
     queries: Int[Tensor, " q"]
     keys: Int[Tensor, " k"]
-    pieces: tuple[Piece, ...]
+    calls: tuple[AttentionCall, ...]
     order: Int[Tensor, " T"]
 
 
-class RowAttention:
-    """Built for one forward pass of a row, used by all of its layers."""
+class SharedPromptAttention:
+    """Attention of one microbatch, for one forward pass, used by all of its layers.
+
+    Attributes:
+        size: T, the tokens of the microbatch.
+        positions: [T] position of each token in its samples.
+    """
 
     def __init__(self, microbatch: Microbatch, device: torch.device | None = None):
         self.device = device or torch.device("cpu")
@@ -86,38 +93,69 @@ class RowAttention:
         self.positions = microbatch.positions[0].numpy()
         lengths, shared = np.array(microbatch.lengths), np.array(microbatch.shared)
         paths = np.cumsum(lengths) - lengths
-        has = lengths > shared  # a sample that is another's prefix, or its equal, adds nothing
-        starts = self._index[(paths + shared)[has]]
-        order = np.argsort(starts)
-        columns = (starts, (lengths - shared)[has], shared[has], paths[has])
-        self._tails = np.stack(columns, axis=1)[order].tolist()
-        self._known: dict[int | None, Attention] = {}
+        adds = lengths > shared  # a sample that begins another, or equals it, adds no tokens
+        starts = self._index[(paths + shared)[adds]]
+        columns = (starts, (lengths - shared)[adds], shared[adds], paths[adds])
+        self._tails = np.stack(columns, axis=1)[np.argsort(starts)].tolist()
+        self._by_window: dict[int | None, AttentionCalls] = {}
 
     @cached_property
     def until(self) -> np.ndarray:
-        """[T] where the subtree of each token's run ends in the row."""
+        """[T] the first token after each that is not in its subtree, and does not see it."""
         out = np.zeros(self.size, dtype=np.int64)
-        for start, width, context, path in self._tails:  # the last one through a token counts
+        for start, width, context, path in self._tails:  # the last tail below a token counts
             out[self._index[path : path + context]] = start + width
             out[start : start + width] = start + width
         return out
 
     @property
     def padded(self) -> int:
-        """Positions computed where every layer sees everything: T and the padding."""
-        return sum(len(group) * group[0].width for group in self._grouped(None))
+        """Tokens and padding that layers without a window compute."""
+        return sum(len(group) * group[0].width for group in self._groups(None))
 
-    def within(self, window: int | None) -> Attention:
-        """For layers whose tokens see the last `window` positions, themselves included."""
+    def attend(
+        self,
+        _layer: int | None,
+        query: Float[Tensor, "1 H T D"],
+        key: Float[Tensor, "1 K T D"],
+        value: Float[Tensor, "1 K T E"],
+        scaling: float | None,
+        window: int | None,
+    ) -> Float[Tensor, "1 T H E"]:
+        """Attention of the whole microbatch in one layer."""
+        plan = self.within(window)
+        # Whole tokens are gathered, and parts of one tensor: many small operations cost more.
+        q = query.squeeze(0).transpose(0, 1).contiguous().index_select(0, plan.queries)
+        kv = torch.cat([key, value], dim=-1).squeeze(0).transpose(0, 1).contiguous()
+        k, v = kv.index_select(0, plan.keys).split([key.shape[-1], value.shape[-1]], dim=-1)
+        query_counts = [call.blocks * call.queries for call in plan.calls]
+        key_counts = [call.blocks * call.keys for call in plan.calls]
+        inputs = zip(q.split(query_counts), k.split(key_counts), v.split(key_counts), strict=True)
+        outputs = [
+            functional.scaled_dot_product_attention(
+                *(x.unflatten(0, (call.blocks, -1)).transpose(1, 2) for x in qkv),
+                attn_mask=call.mask,
+                is_causal=call.mask is None,
+                scale=scaling,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+            .transpose(1, 2)
+            .flatten(0, 1)
+            for call, qkv in zip(plan.calls, inputs, strict=True)
+        ]  # each [B Q, H, E]
+        return torch.cat(outputs).index_select(0, plan.order)[None]
+
+    def within(self, window: int | None) -> AttentionCalls:
+        """The calls for layers whose tokens see the last `window` positions, their own included."""
         if window is not None and window > int(self.positions.max()):
             window = None
-        if window not in self._known:
-            self._known[window] = self._attention(window)
-        return self._known[window]
+        if window not in self._by_window:
+            self._by_window[window] = self._calls(window)
+        return self._by_window[window]
 
     def _blocks(self, window: int | None) -> list[Block]:
-        """Tails, short ones next to one another together: a long context is gathered once for each
-        block, and the keys that a block gathers stay below nine times its own tokens."""
+        """Put short neighbouring tails together, so that a long context is gathered once per block,
+        and the keys that a block gathers stay below nine times its tokens."""
         blocks: list[Block] = []
         for start, width, context, path in self._tails:
             last = blocks[-1] if blocks else None
@@ -129,49 +167,50 @@ class RowAttention:
                 blocks.append(Block(start, width, context, path))
         return blocks
 
-    def _grouped(self, window: int | None) -> list[list[Block]]:
+    def _groups(self, window: int | None) -> list[list[Block]]:
         """Blocks that are attended in one call, the widest of each group first."""
 
-        def like(block: Block) -> int:
-            seen = _reach(block.context, window)
-            return -(-seen // 8) if seen <= SHORT else seen
+        def alike(block: Block) -> int:
+            reach = _reach(block.context, window)
+            return -(-reach // 8) if reach <= SHORT else reach
 
         groups: list[list[Block]] = []
-        for block in sorted(self._blocks(window), key=lambda b: (like(b), -b.width, b.start)):
+        for block in sorted(self._blocks(window), key=lambda b: (alike(b), -b.width, b.start)):
             first = groups[-1][0] if groups else None
             room = max(WASTE * block.width, block.width + SLACK)
-            if first and like(first) == like(block) and first.width <= room:
+            if first and alike(first) == alike(block) and first.width <= room:
                 groups[-1].append(block)
             else:
                 groups.append([block])
         return groups
 
-    def _attention(self, window: int | None) -> Attention:
-        queries, keys, pieces = [], [], []
+    def _calls(self, window: int | None) -> AttentionCalls:
+        queries, keys, calls = [], [], []
         order = np.empty(self.size, dtype=np.int64)
         done = 0
-        for group in self._grouped(window):
+        for group in self._groups(window):
             start = np.array([block.start for block in group])[:, None]
-            own = np.array([block.width for block in group])[:, None]
-            at = np.arange(group[0].width)[None]
-            rows = start + np.where(at < own, at, 0)  # padding repeats the first token
-            order[rows[at < own]] = done + np.flatnonzero(at < own)
-            seen, real = self._context(group, window)
-            piece = self._piece(group, rows, seen, real, window)
-            queries.append(rows.ravel())
-            keys.append(np.concatenate([seen, rows], axis=1).ravel())
-            pieces.append(piece)
-            done += rows.size
-        return Attention(
+            width = np.array([block.width for block in group])[:, None]
+            place = np.arange(group[0].width)[None]
+            tokens = start + np.where(place < width, place, 0)  # padding repeats the first token
+            order[tokens[place < width]] = done + np.flatnonzero(place < width)
+            context, real = self._context(group, window)
+            mask = self._mask(group, tokens, context, real, window)
+            queries.append(tokens.ravel())
+            keys.append(np.concatenate([context, tokens], axis=1).ravel())
+            sizes = (len(group), tokens.shape[1], context.shape[1] + tokens.shape[1])
+            calls.append(AttentionCall(*sizes, None if mask is None else self._tensor(mask)))
+            done += tokens.size
+        return AttentionCalls(
             self._tensor(np.concatenate(queries)),
             self._tensor(np.concatenate(keys)),
-            tuple(pieces),
+            tuple(calls),
             self._tensor(order),
         )
 
     def _context(self, group: list[Block], window: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """[B, C] places in the row of the last C tokens before each block; padding, which is not
-        real, is on the left."""
+        """[B, C] the last C tokens before each block, and which of them are real: padding is on the
+        left."""
         context = np.array([block.context for block in group])[:, None]
         reach = np.array([_reach(block.context, window) for block in group])[:, None]
         path = np.array([block.path for block in group])[:, None]
@@ -179,44 +218,39 @@ class RowAttention:
         real = back <= reach
         return self._index[path + np.where(real, context - back, 0)], real
 
-    def _piece(
+    def _mask(
         self,
         group: list[Block],
-        rows: np.ndarray,
-        seen: np.ndarray,
+        tokens: np.ndarray,
+        context: np.ndarray,
         real: np.ndarray,
         window: int | None,
-    ) -> Piece:
-        wide, before = rows.shape[1], seen.shape[1]
-        sizes = (len(group), wide, before + wide)
-        inside = window is None or before + wide <= window
+    ) -> np.ndarray | None:
+        """[B or 1, 1, Q, K] True where a query sees a key; None: plainly causal."""
+        width, before = tokens.shape[1], context.shape[1]
+        inside = window is None or before + width <= window
         if before == 0 and inside:
-            return Piece(*sizes, None)
-        whole = np.tri(wide, dtype=bool)[None]
+            return None
         single = all(block.tails == 1 for block in group)
+        among = np.tri(width, dtype=bool)[None]
         if not single:  # tails of a block don't see one another, unless one continues the other
-            whole = whole & (rows[:, :, None] < self.until[rows][:, None, :])
-        context = real[:, None, :] if not real.all() else np.ones((1, 1, before), dtype=bool)
-        count = max(len(whole), len(context))
-        mask = np.concatenate(
-            [
-                np.broadcast_to(context, (count, wide, before)),
-                np.broadcast_to(whole, (count, wide, wide)),
-            ],
-            axis=2,
-        )
+            among = among & (tokens[:, :, None] < self.until[tokens][:, None, :])
+        front = np.ones((1, 1, before), dtype=bool) if real.all() else real[:, None, :]
+        count = max(len(among), len(front))
+        shapes = ((count, width, before), (count, width, width))
+        both = zip((front, among), shapes, strict=True)
+        mask = np.concatenate([np.broadcast_to(part, shape) for part, shape in both], axis=2)
         if not inside:
             if single:
-                place = np.arange(before + wide)
+                place = np.arange(before + width)
                 distance = (place[before:, None] - place[None, :])[None]
             else:
-                columns = np.concatenate([seen, rows], axis=1)
-                at = self.positions
-                distance = at[rows][:, :, None] - at[columns][:, None, :]
+                keys = self.positions[np.concatenate([context, tokens], axis=1)]
+                distance = self.positions[tokens][:, :, None] - keys[:, None, :]
             mask = mask & (distance < window)
         if len(mask) > 1 and (mask == mask[:1]).all():
             mask = mask[:1]
-        return Piece(*sizes, self._tensor(mask[:, None]))
+        return mask[:, None]
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)

@@ -127,7 +127,7 @@ def measure(policy: Policy, samples: Sequence[Sample]) -> Noise:
     policy.lm.eval()
     trajectories = [(sample,) for sample in samples]
     budget = row_budget(policy.lm.config.get_text_config(), policy.checkpointing)
-    share = policy.shares_prefixes
+    share = policy.shares_prompts
     scored = with_trainer_logprobs(policy, trajectories, budget, None, share=share)
     d = [
         torch.from_numpy((new.old_logprobs - sample.old_logprobs)[sample.ratio_mask])

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from gspo.kernels.logprob import Head
-from gspo.policy.load import Policy, autocast
+from gspo.policy.load import Policy
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _counted(policy: Policy, length: int) -> tuple[int, int]:
             display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm}
         )
         # Only this implementation of attention is made of products that torch counts on the CPU.
-        with sdpa_kernel(SDPBackend.MATH), autocast(policy), torch.enable_grad(), counter:
+        with sdpa_kernel(SDPBackend.MATH), policy.autocast(), torch.enable_grad(), counter:
             if is_forward:
                 out = policy.backbone(input_ids=tokens, position_ids=tokens, use_cache=False)
                 hidden = out.last_hidden_state

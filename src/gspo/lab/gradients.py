@@ -19,7 +19,6 @@ from gspo.data.packing import Microbatch, pack
 from gspo.data.sample import Sample, unit_count
 from gspo.dev import TrainConfig
 from gspo.objective import policy_loss
-from gspo.policy.forward import forward
 from gspo.policy.load import Policy
 from gspo.train.minibatches import RolloutBatch
 from gspo.train.settings import Settings
@@ -139,7 +138,7 @@ def measure(
     for microbatch in pack(samples, budget, options.sequence_unit):
         replayed = microbatch.replayed_choices() if replay else None
         with policy.routers.watch(replayed, strict=replay):
-            logprobs = forward(policy, microbatch, chunk).logprobs
+            logprobs = policy.logprobs(microbatch, chunk).logprobs
         base = None if reference is None else reference(microbatch)
         for method in losses.values():
             vector = method.vector(microbatch, logprobs, base)

@@ -17,7 +17,8 @@ from gspo.backend.stored_batch import read_batch
 from gspo.core.errors import CheckpointError, ModelError, RunError
 from gspo.core.options import LARGEST_COUNT
 from gspo.dev import InternalModelConfig, LoraConfig
-from gspo.policy.load import Policy, load_policy
+from gspo.policy.load import load_policy
+from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
 from gspo.train.checkpoint import checkpoint_name, steps_saved, verify_checkpoint
 from gspo.train.settings import Settings

@@ -25,6 +25,9 @@ from gspo.tasks import Task, load_task, task_names
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen3MoeForCausalLM
 
+Progress = Callable[[int, int, float], None]
+"""Called with (step, steps, loss) while the warm start trains."""
+
 PREFIX = "embedded:"
 SPECIAL = ("<|pad|>", "<|unk|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 CHAT_TEMPLATE = (
@@ -36,7 +39,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the warm start is trained: just long enough that there is something left to learn."""
+    """How the warm start is trained: so briefly that there is something left to learn."""
 
     steps: int
     batch: int
@@ -55,9 +58,8 @@ RECIPES = {
 
 def cache_folder() -> Path:
     """$GSPO_CACHE, else gspo's folder below $XDG_CACHE_HOME or ~/.cache."""
-    if "GSPO_CACHE" in os.environ:
-        return Path(os.environ["GSPO_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gspo"
+    caches = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return Path(os.environ.get("GSPO_CACHE", caches / "gspo"))
 
 
 def embedded_task(name: str) -> str:
@@ -69,17 +71,17 @@ def embedded_task(name: str) -> str:
     task_name = name.removeprefix(PREFIX)
     if task_name not in RECIPES:
         near = suggestion(task_name, RECIPES)
-        known = ", ".join(PREFIX + task for task in task_names())
-        raise ModelError(f"unknown base_model {name!r}.{near} Embedded models: {known}.")
+        names = ", ".join(PREFIX + task for task in task_names())
+        raise ModelError(f"unknown base_model {name!r}.{near} Embedded models: {names}.")
     return task_name
 
 
-def embedded_folder(name: str, progress: Callable[[int, int, float], None] | None = None) -> Path:
+def embedded_folder(name: str, progress: Progress | None = None) -> Path:
     """The folder of `embedded:<task>`, built if it isn't there yet.
 
     Args:
         name: the whole name, `embedded:` included.
-        progress: called with (step, steps, loss) while the warm start trains.
+        progress: told of each step of the warm start.
 
     Raises:
         ModelError: no such task.
@@ -99,7 +101,19 @@ def embedded_folder(name: str, progress: Callable[[int, int, float], None] | Non
             "Set GSPO_CACHE to a folder that is writable."
         ) from None
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".building-") as building:
-        _build(load_task(task_name), recipe, Path(building), progress)
+        tokenizer = build_tokenizer()
+        model = build_model(tokenizer, recipe.seed)
+        # One thread, so that the same seed gives the same weights on any machine of this kind.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            _warm_start(model, tokenizer, load_task(task_name), recipe, progress)
+        finally:
+            torch.set_num_threads(threads)
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        with quiet():
+            model.save_pretrained(building)
+            tokenizer.save_pretrained(building)
         try:
             os.rename(building, folder)
         except OSError:
@@ -166,35 +180,14 @@ def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3MoeForCau
         return Qwen3MoeForCausalLM(config)
 
 
-def _build(
-    task: Task,
-    recipe: Recipe,
-    folder: Path,
-    progress: Callable[[int, int, float], None] | None,
-) -> None:
-    tokenizer = build_tokenizer()
-    model = build_model(tokenizer, recipe.seed)
-    # One thread, so that the same seed gives the same weights on any machine of this kind.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        _warm_start(model, tokenizer, task, recipe, progress)
-    finally:
-        torch.set_num_threads(threads)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    with quiet():
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-
 def _warm_start(
     model: Qwen3MoeForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     recipe: Recipe,
-    progress: Callable[[int, int, float], None] | None,
+    progress: Progress | None,
 ) -> None:
-    """Supervised next-token training on the train split's own solutions."""
+    """Train on the solutions of the train split, one token after the other."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.0)
     warmup = max(1, recipe.steps // 10)
     for step in range(recipe.steps):
@@ -219,8 +212,8 @@ def _examples(
     tokenizer: PreTrainedTokenizerBase, task: Task, indices: range, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids [B, T] and labels [B, T], -100 outside the solutions; padded on the right."""
-    rows: list[tuple[list[int], list[int]]] = []
-    # A stream of problems of its own: the RL run sees the seeds from 0 on.
+    texts, labels = [], []
+    # A separate stream of problems: the RL run sees the seeds from 0 on.
     stream = 1_000_003 + seed
     for index in indices:
         problem = task.problem("train", index, stream)
@@ -230,9 +223,7 @@ def _examples(
         prompt = tokenizer(str(text), add_special_tokens=False)["input_ids"]
         answer = tokenizer(problem.answer, add_special_tokens=False)["input_ids"]
         answer = [*answer, tokenizer.eos_token_id] if task.ends else answer
-        rows.append((prompt + answer, [-100] * len(prompt) + answer))
-    width = max(len(tokens) for tokens, _ in rows)
-    pad = tokenizer.pad_token_id
-    tokens = torch.tensor([t + [pad] * (width - len(t)) for t, _ in rows])
-    labels = torch.tensor([la + [-100] * (width - len(la)) for _, la in rows])
-    return tokens, labels
+        texts.append(torch.tensor(prompt + answer))
+        labels.append(torch.tensor([-100] * len(prompt) + answer))
+    pad, pad_token = torch.nn.utils.rnn.pad_sequence, SPECIAL.index("<|pad|>")
+    return pad(texts, True, pad_token), pad(labels, True, -100)

@@ -7,7 +7,7 @@ such a router picks its experts by `torch.topk` inside its own forward. So it is
 live, and a router in half precision is lifted to float32 on the way.
 
     with policy.routers.watch(replay) as choices:   # None: only record
-        scored = forward(policy, microbatch)
+        scored = policy.logprobs(microbatch)
     choices.preferred(), choices.used()             # [T, N, K]: T tokens, N layers, K of E experts
 
 Layers that are recomputed in the backward pass find their choices again (`recompute`), so backward

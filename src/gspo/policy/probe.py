@@ -1,9 +1,9 @@
 """Prove on the loaded model itself that the packed log-probs are the model's own.
 
 Architectures differ in what their attention and heads do. Instead of a list of names, random texts
-are scored both ways; the first way of packing that agrees is used, and prefixes are shared where
-that agrees too. One text is longer than the model's sliding window, where that costs little. Last,
-the pass that training makes, with gradients, is compared with the plain one.
+are scored both ways; the first way of packing that agrees is used, and prompts are shared if that
+agrees too. One text is longer than the model's sliding window, if that costs little. Last, the pass
+that training makes, with gradients, is compared with the plain one.
 """
 
 from __future__ import annotations
@@ -21,35 +21,36 @@ from gspo.core.errors import ModelError
 from gspo.data.packing import Microbatch, pack
 from gspo.data.sample import Sample
 from gspo.policy.context import chunk_in, probe_length
-from gspo.policy.forward import forward
-from gspo.policy.load import OWN, SHARING, Packing, Policy
+from gspo.policy.policy import OWN, Packing, Policy
 
 log = logging.getLogger("gspo")
 
-_ORDER: tuple[Packing, ...] = ("buckets", "mask", "mask_by_type", "single")
+_ORDER: tuple[Packing, ...] = ("buckets", "mask", "single")
 _REFUSALS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
-_ALONE = (9, 4, 7)
-_COMMON, _PROMPTS, _COMPLETIONS = 16, (19, 18), (5, 8)
+_UNRELATED = (9, 4, 7)  # tokens of texts that have nothing in common
+_SHARED, _PROMPTS, _COMPLETIONS = 16, (19, 18), (5, 8)  # tokens
 TOLERANCE = 1e-3  # nats; a leak between samples or an unknown logit transform costs far more
 
 
 def choose_packing(policy: Policy) -> None:
     """Set `policy.packing` to the fastest way that reproduces the model's own log-probs, and
-    `policy.shares_prefixes` where it still does so when prefixes are computed once.
+    `policy.shares_prompts` if it still does so when shared prompts are computed once.
 
     Raises:
-        ModelError: none does: the architecture transforms its logits in a way gspo doesn't know.
+        ModelError: none does: the architecture transforms its logits in a way gspo doesn't know; or
+            activation checkpointing doesn't work with it.
     """
     samples, gap = _random_samples(policy), float("nan")
-    (microbatch,) = pack(samples, budget=10_000)
-    policy.shares_prefixes = False
-    ways = _ways(policy, microbatch)
+    (apart,) = pack(samples, budget=10_000)
+    (shared,) = pack(samples, budget=10_000, share=True)
+    policy.shares_prompts = False
+    ways = _ways(policy, apart)
     with torch.no_grad(), _in_float32(policy):
         expected = _reference(policy, samples)
         for packing in ways:
             policy.packing = packing
-            gap = _gap(policy, microbatch, expected, f"{packing} packing")
-            if gap <= TOLERANCE and not _leaks(policy, microbatch):
+            gap = _gap(policy, apart, expected, f"{packing} packing")
+            if gap <= TOLERANCE and not _leaks(policy, apart):
                 break
         else:
             raise ModelError(
@@ -57,43 +58,19 @@ def choose_packing(policy: Policy) -> None:
                 "one text at a time too: between its last layer and its logits it computes "
                 f"something that gspo doesn't; {type(policy.lm).__name__} is not supported"
             )
-        if policy.packing in SHARING:
-            (shared,) = pack(samples, budget=10_000, share=True)
-            gap = _gap(policy, shared, expected, "sharing prefixes")
-            policy.shares_prefixes = gap <= TOLERANCE
+        if policy.packing != "single":
+            gap = _gap(policy, shared, expected, "sharing prompts")
+            policy.shares_prompts = gap <= TOLERANCE
         if policy.checkpointing:
-            _check_training(policy, microbatch, expected)
+            _check_checkpointing(policy, apart, expected)
     if policy.packing not in OWN:
         log.warning("%s: samples are packed by %r", policy.source, policy.packing)
-    if not policy.shares_prefixes:
+    if not policy.shares_prompts:
         log.warning("%s: a prompt is computed once for each of its completions", policy.source)
 
 
-def _check_training(policy: Policy, microbatch: Microbatch, expected: Tensor) -> None:
-    """Layers that are computed again in the backward pass compute what they did before.
-
-    Raises:
-        ModelError: a pass with gradients differs from one without, or its backward pass fails.
-    """
-    try:
-        with torch.enable_grad():
-            logprobs = forward(policy, microbatch).logprobs
-            torch.autograd.grad(logprobs.sum(), [*policy.trainable.values()], allow_unused=True)
-    except _REFUSALS as error:
-        raise ModelError(
-            f"{policy.source}: activation_checkpointing does not work with "
-            f"{type(policy.lm).__name__}: {error} Leave the option out"
-        ) from error
-    gap = (logprobs.detach() - expected).abs().max().item()
-    if not gap <= TOLERANCE:
-        raise ModelError(
-            f"{policy.source}: with activation_checkpointing, log-probs differ by {gap:.3g} nats; "
-            "leave the option out"
-        )
-
-
 def _ways(policy: Policy, microbatch: Microbatch) -> tuple[Packing, ...]:
-    """What to try: on a GPU, flex_attention first."""
+    """What to try; on a GPU, flex_attention first."""
     chunk = chunk_in(policy.lm, policy.context)
     if chunk is not None:
         # Chunks count from a sample's start, which neither gspo's attention nor a mask knows.
@@ -104,35 +81,62 @@ def _ways(policy: Policy, microbatch: Microbatch) -> tuple[Packing, ...]:
 
 
 def _flex_trains(policy: Policy, microbatch: Microbatch) -> bool:
-    """Do its kernels compile here as training uses them: backward, in the policy's precision?"""
+    """Whether its kernels compile here as training uses them, in the policy's precision."""
     policy.packing = "flex"
     try:
-        with torch.enable_grad():
-            total = forward(policy, microbatch).logprobs.sum()
-            torch.autograd.grad(total, list(policy.trainable.values())[:1], allow_unused=True)
+        _trained(policy, microbatch, list(policy.trainable.values())[:1])
     except _REFUSALS as error:
         log.warning("%s: without flex_attention: %s", policy.source, error)
         return False
     return True
 
 
-def _gap(policy: Policy, microbatch: Microbatch, expected: Tensor, what: str) -> float:
-    """The largest difference in nats; infinite where this way doesn't work at all."""
+def _check_checkpointing(policy: Policy, microbatch: Microbatch, expected: Tensor) -> None:
+    """Layers that are computed again in the backward pass compute what they did before.
+
+    Raises:
+        ModelError: a pass with gradients differs from one without, or its backward pass fails.
+    """
     try:
-        gap = (forward(policy, microbatch).logprobs - expected).abs().max().item()
+        logprobs = _trained(policy, microbatch, list(policy.trainable.values()))
     except _REFUSALS as error:
-        log.info("%s: %s: %s", policy.source, what, error)
+        raise ModelError(
+            f"{policy.source}: activation_checkpointing does not work with "
+            f"{type(policy.lm).__name__}: {error} Leave the option out"
+        ) from error
+    gap = (logprobs - expected).abs().max().item()
+    if not gap <= TOLERANCE:
+        raise ModelError(
+            f"{policy.source}: with activation_checkpointing, log-probs differ by {gap:.3g} nats; "
+            "leave the option out"
+        )
+
+
+def _trained(policy: Policy, microbatch: Microbatch, parameters: Sequence[Tensor]) -> Tensor:
+    """Log-probs of a pass with gradients, whose backward pass has been run."""
+    with torch.enable_grad():
+        logprobs = policy.logprobs(microbatch).logprobs
+        torch.autograd.grad(logprobs.sum(), parameters, allow_unused=True)
+    return logprobs.detach()
+
+
+def _gap(policy: Policy, microbatch: Microbatch, expected: Tensor, way: str) -> float:
+    """The largest difference in nats; infinite if this way doesn't work at all."""
+    try:
+        gap = (policy.logprobs(microbatch).logprobs - expected).abs().max().item()
+    except _REFUSALS as error:
+        log.info("%s: %s: %s", policy.source, way, error)
         return float("inf")
     if gap > TOLERANCE:
-        log.info("%s: %s is off by %.3g nats", policy.source, what, gap)
+        log.info("%s: %s is off by %.3g nats", policy.source, way, gap)
     return gap
 
 
 def _leaks(policy: Policy, microbatch: Microbatch) -> bool:
-    """Whether a sample's log-probs depend on its neighbours in the row.
+    """Whether a sample's log-probs depend on its neighbours in the microbatch.
 
-    Asked of the gradient, which is exactly 0 where they don't: a convolution over the row reaches
-    its neighbours by less than a gap in nats would show while its weights are small.
+    The gradient says so, which is exactly 0 if they don't: a convolution over the tokens reaches
+    the neighbours by less than a gap in nats would show while its weights are small.
     """
     if policy.packing == "single":
         return False
@@ -148,14 +152,19 @@ def _leaks(policy: Policy, microbatch: Microbatch) -> bool:
     stop = start + microbatch.lengths[middle]
     try:
         with torch.enable_grad():
-            logprobs = forward(policy, microbatch).logprobs
+            logprobs = policy.logprobs(microbatch).logprobs
             inside = (microbatch.targets >= start) & (microbatch.targets < stop)
             total = logprobs[inside.to(logprobs.device)].sum()
-            grads = torch.autograd.grad(total, inputs, allow_unused=True)
+            gradients = torch.autograd.grad(total, inputs, allow_unused=True)
     finally:
         hook.remove()
     others = [slice(0, start), slice(stop, None)]
-    leaked = any(bool(g[0, tokens].any()) for g in grads if g is not None for tokens in others)
+    leaked = any(
+        bool(gradient[0, tokens].any())
+        for gradient in gradients
+        if gradient is not None
+        for tokens in others
+    )
     if leaked:
         log.info("%s: %s packing lets a sample see its neighbours", policy.source, policy.packing)
     return leaked
@@ -172,36 +181,36 @@ def _in_float32(policy: Policy) -> Iterator[None]:
 
 
 def _random_samples(policy: Policy) -> list[Sample]:
-    """Some that have nothing in common; two prompts that start alike, with two completions; and
-    one that is longer than the model's window."""
+    """Some that have nothing in common; two prompts that start alike, with two completions; and one
+    that is longer than the model's window."""
     rng = np.random.default_rng(0)
 
     def text(length: int) -> np.ndarray:
         return rng.integers(0, policy.head.size, length)
 
-    samples = [_sample(text(length), 1, i) for i, length in enumerate(_ALONE)]
-    common = text(_COMMON)
+    samples = [_sample(text(length), 1, i) for i, length in enumerate(_UNRELATED)]
+    start = text(_SHARED)
     for length in _PROMPTS:
-        prompt = np.concatenate([common, text(length - _COMMON)])
+        prompt = np.concatenate([start, text(length - _SHARED)])
         for more in _COMPLETIONS:
             samples.append(_sample(np.concatenate([prompt, text(more)]), length, len(samples)))
     reach = probe_length(policy.lm, policy.context)
-    if reach > _COMMON:
-        samples.append(_sample(text(reach), reach - _COMMON, len(samples)))
+    if reach > _SHARED:
+        samples.append(_sample(text(reach), reach - _SHARED, len(samples)))
     return samples
 
 
 def _sample(tokens: np.ndarray, prompt: int, number: int) -> Sample:
-    mask = np.arange(len(tokens)) >= prompt
+    mask, zeros = np.arange(len(tokens)) >= prompt, np.zeros(len(tokens))
     return Sample(
         tokens=tokens,
         ratio_mask=mask,
         loss_mask=mask,
-        old_logprobs=np.zeros(len(tokens), np.float32),
-        sampling_logprobs=np.zeros(len(tokens), np.float32),
+        old_logprobs=zeros.astype(np.float32),
+        sampling_logprobs=zeros.astype(np.float32),
         temperatures=np.full(len(tokens), 0.7, np.float32),
-        turn_ids=np.zeros(len(tokens), np.int64),
-        policy_versions=np.zeros(len(tokens), np.int64),
+        turn_ids=zeros.astype(np.int64),
+        policy_versions=zeros.astype(np.int64),
         trajectory_id=number,
         group_id=0,
         advantage=0.0,
@@ -209,7 +218,7 @@ def _sample(tokens: np.ndarray, prompt: int, number: int) -> Sample:
 
 
 def _reference(policy: Policy, samples: Sequence[Sample]) -> Float[Tensor, " M"]:
-    """The plain way: one call of the whole model a sample, full logits, float32."""
+    """The plain way: one call of the whole model per sample, full logits, float32."""
     parts = []
     for sample in samples:
         tokens = torch.from_numpy(sample.tokens)[None].to(policy.device)

@@ -33,7 +33,7 @@ _REFUSALS = (OSError, ValueError, ImportError, AttributeError, KeyError, Safeten
 
 
 def resolve(base_model: str) -> str:
-    """The folder or hub id to load from.
+    """Find the folder or hub id to load from.
 
     Raises:
         ModelError: no such embedded model, no such folder, or a folder without a whole model.
@@ -55,33 +55,25 @@ def resolve(base_model: str) -> str:
 
 
 def read_config(source: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The model's config.
+    """Read the model's config.
 
     Raises:
         ModelError: it cannot be read, or asks for code of the folder.
     """
-    with quiet():
-        try:
-            return AutoConfig.from_pretrained(source, **_safely(source, trust_remote_code))
-        except _REFUSALS as error:
-            raise _refusal(source, error) from error
+    return _read(AutoConfig, source, trust_remote_code)
 
 
 def read_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
+    """Read the model's tokenizer.
 
     Raises:
         ModelError: there is none, or it asks for code of the folder.
     """
-    with quiet():
-        try:
-            return AutoTokenizer.from_pretrained(source, **_safely(source, trust_remote_code))
-        except _REFUSALS as error:
-            raise _refusal(source, error, what="the tokenizer of ") from error
+    return _read(AutoTokenizer, source, trust_remote_code, what="the tokenizer of ")
 
 
 def read_model(path: str, source: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A causal LM in float32.
+    """Read a causal LM in float32.
 
     Args:
         path: folder or hub id of the weights.
@@ -92,21 +84,26 @@ def read_model(path: str, source: str, *, trust_remote_code: bool = False) -> Pr
         ModelError: unknown model or architecture, pickled or quantized weights.
     """
     check_no_pickles(path)
-    config = read_config(path, trust_remote_code=trust_remote_code)
-    with quiet():
-        try:
-            lm = AutoModelForCausalLM.from_pretrained(
-                path,
-                config=config,
-                dtype=torch.float32,
-                use_safetensors=True,
-                **_safely(path, trust_remote_code),
-            )
-        except _REFUSALS as error:
-            raise _refusal(source, error) from error
+    options = {
+        "config": read_config(path, trust_remote_code=trust_remote_code),
+        "dtype": torch.float32,
+        "use_safetensors": True,
+    }
+    lm = _read(AutoModelForCausalLM, path, trust_remote_code, name=source, **options)
     if getattr(lm, "is_quantized", False):
         raise ModelError(f"{source!r} holds quantized weights; dequantize it to train it")
     return lm
+
+
+def _read(
+    auto: Any, path: str, trust_remote_code: bool, *, name: str = "", what: str = "", **options: Any
+) -> Any:
+    """Call `from_pretrained`; an error becomes a ModelError that calls the model `name`."""
+    with quiet():
+        try:
+            return auto.from_pretrained(path, **options, **_safely(path, trust_remote_code))
+        except _REFUSALS as error:
+            raise _refusal(name or path, error, what) from error
 
 
 def check_no_pickles(path: str) -> None:
@@ -128,8 +125,8 @@ def check_no_pickles(path: str) -> None:
 
 
 def _safely(source: str, trust_remote_code: bool) -> dict[str, Any]:
-    """Arguments of every `from_pretrained`. A hub that cannot be reached is not asked again and
-    again: its cache alone is looked at."""
+    """Arguments of each `from_pretrained`. A hub that cannot be reached is not asked again and
+    again: only its cache is searched."""
     return {
         "trust_remote_code": trust_remote_code,
         "local_files_only": not Path(source).is_dir() and not _hub_answers(),
@@ -147,7 +144,8 @@ def _hub_answers() -> bool:
     return True
 
 
-def _refusal(source: str, error: Exception, what: str = "") -> ModelError:
+def _refusal(source: str, error: Exception, what: str) -> ModelError:
+    """The error in gspo's words, with the remedy."""
     if "trust_remote_code" in str(error):
         return ModelError(
             f"base_model {source!r} needs Python code of its own folder. gspo runs none unless "
@@ -158,7 +156,7 @@ def _refusal(source: str, error: Exception, what: str = "") -> ModelError:
 
 
 def _without_config(folder: Path) -> str:
-    """Why a folder without config.json is no model."""
+    """Say why a folder without config.json is no model."""
     adapter = folder / "adapter_config.json"
     if not adapter.exists():
         return "the folder has no config.json"

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gspo.core.errors import RequestError
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
 from gspo.serve.engine import SamplingParams
 
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 
 from gspo.core.errors import ModelError
+from gspo.kernels.kv_cache import LAYOUTS, Layout
 from gspo.policy.context import probe_length
-from gspo.policy.load import Policy, autocast
+from gspo.policy.policy import Policy
 from gspo.serve.engine import Engine, Request, SamplingParams
-from gspo.serve.kv import LAYOUTS, Layout
 from gspo.serve.torch_engine import TorchEngine
 
 log = logging.getLogger("gspo")
@@ -20,8 +20,7 @@ _FAILURES = (RuntimeError, AttributeError, TypeError, ValueError, LookupError)
 _PROMPT = (1, 2, 3, 4, 5)
 _TOKENS = 3
 _SLOWER: dict[Layout, str] = {
-    "copied": "each completion is decoded with a copy of its prompt's keys",
-    "model_cache": "completions are decoded with the model's own cache, which is slower",
+    "model_cache": "each completion is decoded with a copy of its prompt's keys, which is slower",
     "equal_lengths": "only prompts of equal length are decoded together, which is slower",
 }
 
@@ -87,7 +86,7 @@ def _gap(engine: TorchEngine) -> float:
     for request, done in zip(requests, engine.generate(requests), strict=True):
         for completion in done:
             tokens = torch.tensor([[*request.prompt, *completion.token_ids]], device=policy.device)
-            with torch.no_grad(), autocast(policy):
+            with torch.no_grad(), policy.autocast():
                 logits = policy.lm(input_ids=tokens, use_cache=False).logits[0]
                 logits = logits[:, : policy.head.size]
             new = tokens[0, len(request.prompt) :]

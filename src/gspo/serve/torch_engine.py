@@ -19,13 +19,19 @@ from gspo.core.errors import GspoError, RequestError
 from gspo.core.timing import timed
 from gspo.kernels.attention import PACKED
 from gspo.kernels.hf import attention_implementation
+from gspo.kernels.kv_cache import (
+    Layout,
+    ModelCache,
+    SharedPrompts,
+    kv_bytes,
+    padded,
+    prefill,
+)
 from gspo.kernels.logprob import full_logits
-from gspo.kernels.slab_cache import slab_bytes
-from gspo.policy.load import OWN, Policy, autocast
+from gspo.policy.policy import OWN, Policy
 from gspo.serve.decoding import OpenCompletion, Running, record_expert_choices
 from gspo.serve.ends import end_tokens, ends_of
 from gspo.serve.engine import Completion, Request, check_fits
-from gspo.serve.kv import KeyValues, Layout, SharedPrompts, padded, prefill
 from gspo.serve.token_bytes import token_bytes
 
 KV_BYTES = 2 * 2**30
@@ -47,7 +53,7 @@ class TorchEngine:
         self.policy = policy
         self.max_running = max_running
         packed = attention_implementation(policy.lm) == PACKED
-        self.layout: Layout = "shared" if packed and policy.packing in OWN else "copied"
+        self.layout: Layout = "shared" if packed and policy.packing in OWN else "model_cache"
         """How keys and values are kept; `check_engine` goes on to the next if one isn't exact."""
         self._seed = seed
         self._drawn: Counter[int] = Counter()
@@ -111,7 +117,7 @@ class TorchEngine:
             keys = self._keys(request)
             opened.append([OpenCompletion(r, request.params, limit, key, ends) for key in keys])
         self.policy.lm.eval()
-        with torch.no_grad(), autocast(self.policy):
+        with torch.no_grad(), self.policy.autocast():
             self._decode(requests, [completion for group in opened for completion in group])
         return [[self._closed(completion) for completion in group] for group in opened]
 
@@ -171,7 +177,7 @@ class TorchEngine:
         shared = self.layout == "shared"
         if not waiting or (running and not shared):
             return []
-        token = slab_bytes(1, 1, self.policy.lm.config.get_text_config())
+        token = kv_bytes(1, 1, self.policy.lm.config.get_text_config())
         busy = [completion for completion in running if completion.finish is None]
         prompts = {requests[completion.request].prompt for completion in busy}
         limit = max((min(completion.limit, _PLANNED) for completion in busy), default=0)
@@ -198,18 +204,24 @@ class TorchEngine:
 
     def _start(
         self, requests: Sequence[Request], new: Sequence[OpenCompletion], asked: bool
-    ) -> tuple[KeyValues, Float[Tensor, "R V"]]:
+    ) -> tuple[SharedPrompts | ModelCache, Float[Tensor, "R V"]]:
         """Compute each distinct prompt once; the logits of each completion's first token."""
         number: dict[tuple[int, ...], int] = {}
         owner = [number.setdefault(requests[c.request].prompt, len(number)) for c in new]
-        tokens, real = padded(list(number), self.policy.device)
+        tokens, real = padded(list(number))
         longest = max(completion.limit for completion in new)
         ends = [(prompt + 1) * tokens.shape[1] for prompt in owner]  # padded on the left
         lengths = (len(requests[completion.request].prompt) for completion in new)
         places = (slice(end - length, end) for end, length in zip(ends, lengths, strict=True))
         with record_expert_choices(self.policy, new if asked else [], places):
             kv, hidden = prefill(
-                self.policy, tokens, real, np.array(owner), longest, layout=self.layout
+                self.policy.backbone,
+                tokens,
+                real,
+                np.array(owner),
+                longest,
+                layout=self.layout,
+                device=self.policy.device,
             )
         logits = full_logits(hidden, self.policy.head)
         return kv, logits[torch.tensor(owner, device=logits.device)]

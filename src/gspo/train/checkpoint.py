@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from gspo.core.errors import CheckpointError, GspoError
 from gspo.core.files import explained, replacing, strict_json
 from gspo.core.timing import timed
-from gspo.policy.load import Policy, save_weights
+from gspo.policy.load import save_weights
+from gspo.policy.policy import Policy
 from gspo.train.trainer import Trainer
 
 FORMAT = 1

@@ -21,7 +21,6 @@ from gspo.core.metrics import Metrics
 from gspo.data.packing import Microbatch, pack
 from gspo.data.sample import Sample, TrajectorySamples
 from gspo.dev import TrainConfig
-from gspo.policy.forward import forward
 from gspo.policy.load import Policy
 from gspo.policy.moe import ExpertChoices
 
@@ -127,7 +126,7 @@ class ExpertReplay:
             for microbatch in microbatches:
                 replay, copies = self._replayed(microbatch), microbatch.copies
                 with self.policy.routers.watch(replay, copies=copies) as choices:
-                    forward(self.policy, microbatch)
+                    self.policy.logprobs(microbatch)
                 loads = choices.loads() + (loads if len(loads) else 0)
         tokens = sum(microbatch.sample_tokens for microbatch in microbatches)
         share = loads.float() / loads.sum(-1, keepdim=True)
@@ -187,7 +186,7 @@ class ExpertReplay:
 
 def shares(policy: Policy, options: TrainConfig) -> bool:
     """Whether prompts that samples have in common are computed once."""
-    return options.share_prefixes and policy.shares_prefixes
+    return options.share_prefixes and policy.shares_prompts
 
 
 def with_own_choices(
@@ -200,7 +199,7 @@ def with_own_choices(
 
     def record(microbatch: Microbatch) -> np.ndarray:
         with torch.no_grad(), policy.routers.watch() as choices:
-            forward(policy, microbatch)
+            policy.logprobs(microbatch)
         return choices.preferred().cpu().numpy()[microbatch.index.numpy()]
 
     recorded: dict[int, TrajectorySamples] = {}

@@ -20,7 +20,7 @@ from gspo.core.metrics import Metrics
 from gspo.data.packing import Microbatch
 from gspo.data.sample import TrajectorySamples
 from gspo.kernels.logprob import TokenLogprobs
-from gspo.kernels.shared_prompt_attention import RowAttention
+from gspo.kernels.shared_prompt_attention import SharedPromptAttention
 from gspo.objective import (
     LossOutput,
     Objective,
@@ -151,7 +151,9 @@ class Observer:
 
     def _record_packing(self, microbatch: Microbatch) -> None:
         size, samples = microbatch.token_count, microbatch.sample_tokens
-        padded = RowAttention(microbatch).padded if self._policy.packing == "buckets" else size
+        padded = size
+        if self._policy.packing == "buckets":
+            padded = SharedPromptAttention(microbatch).padded
         self.metrics.mean("tokens/packed_efficiency", size, padded)
         self.metrics.add("tokens/computed", size)
         self.metrics.mean("tokens/shared_saving", samples - size, samples)

@@ -10,7 +10,6 @@ import torch
 
 from gspo.data.packing import Microbatch, pack
 from gspo.data.sample import TrajectorySamples
-from gspo.policy.forward import forward
 from gspo.policy.load import Policy
 
 
@@ -43,7 +42,7 @@ def with_trainer_logprobs(
     def score(microbatch: Microbatch) -> np.ndarray:
         replayed = microbatch.replayed_choices() if replay else None
         with torch.no_grad(), policy.routers.watch(replayed):
-            return forward(policy, microbatch, chunk).logprobs.cpu().numpy()
+            return policy.logprobs(microbatch, chunk).logprobs.cpu().numpy()
 
     by_id = {samples[0].trajectory_id: samples for samples in trajectories}
     scored = policy.workers.map(score, microbatches)

@@ -23,7 +23,6 @@ from gspo.core.metrics import Metrics
 from gspo.data.packing import Microbatch, pack
 from gspo.data.sample import TrajectorySamples, unit_count
 from gspo.objective import Objective, policy_loss
-from gspo.policy.forward import forward
 from gspo.policy.load import Policy
 from gspo.policy.moe import ExpertChoices
 from gspo.policy.workers import Workers
@@ -147,7 +146,7 @@ class Trainer:
 
         def loss_of(microbatch: Microbatch) -> tuple[Tensor, tuple[Scored, ExpertChoices]]:
             with experts.watch(microbatch) as choices:  # log pi_theta of the sampled tokens
-                scored = forward(self.policy, microbatch, settings.logprob_calculation_chunk_size)
+                scored = self.policy.logprobs(microbatch, settings.logprob_calculation_chunk_size)
             out = policy_loss(
                 scored.logprobs,
                 microbatch.old_logprobs,
@@ -179,9 +178,9 @@ class Trainer:
             self._frozen = self._load_reference()
         with torch.no_grad():
             if self._frozen is not None:
-                return forward(self._frozen, microbatch).logprobs
+                return self._frozen.logprobs(microbatch).logprobs
             with self.policy.reference():
-                return forward(self.policy, microbatch).logprobs
+                return self.policy.logprobs(microbatch).logprobs
 
     def _plan(
         self, batch: RolloutBatch, settings: Settings, metrics: Metrics

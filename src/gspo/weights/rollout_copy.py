@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from gspo.core.errors import ModelError
 from gspo.dev import RolloutDtype
 from gspo.kernels.hf import Conv1D
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
 
 GROUP = 32
 """Inputs that share a scale in int4."""

@@ -20,8 +20,7 @@ from transformers import (
 from gspo.data.packing import pack
 from gspo.kernels import attention
 from gspo.policy.embedded import build_tokenizer
-from gspo.policy.forward import forward
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
 from gspo.train.minibatches import prepare
 from support import embedded, random_groups
@@ -46,10 +45,10 @@ def scored(policy: Policy, items, budget: int) -> dict[int, torch.Tensor]:
     """Log-probs by trajectory."""
     out = {}
     with torch.no_grad():
-        for microbatch in pack(items, budget):
-            logprobs = forward(policy, microbatch).logprobs
-            for s, trajectory in enumerate(microbatch.trajectory_ids):
-                out[trajectory] = logprobs[microbatch.sequence_ids == s]
+        for row in pack(items, budget):
+            logprobs = policy.logprobs(row).logprobs
+            for s, trajectory in enumerate(row.trajectory_ids):
+                out[trajectory] = logprobs[row.sequence_ids == s]
     return out
 
 
@@ -112,7 +111,7 @@ ARCHITECTURES = {
         GptOssForCausalLM,
         GptOssConfig,
         {"sliding_window": 6, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
-        "mask_by_type",
+        "mask",
     ),
 }
 
@@ -151,8 +150,8 @@ def test_activation_checkpointing_changes_no_gradient():
     for checkpointing in (False, True):
         policy = embedded(activation_checkpointing=checkpointing)
         policy.lm.train(checkpointing)
-        for microbatch in pack(samples(policy), 10_000):
-            forward(policy, microbatch).logprobs.sum().backward()
+        for row in pack(samples(policy), 10_000):
+            policy.logprobs(row).logprobs.sum().backward()
         gradients.append([p.grad.clone() for p in policy.trainable.values() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1])
     for plainly, recomputed in zip(*gradients, strict=True):

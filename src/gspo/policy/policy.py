@@ -1,0 +1,186 @@
+"""What a model is to engine and trainer: `Policy`, and the log-probs that it gives to samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gspo.core.errors import ModelError
+from gspo.core.timing import timed
+from gspo.data.packing import Microbatch
+from gspo.kernels import hf
+from gspo.kernels.flex import FlexAttention
+from gspo.kernels.logprob import Head, TokenLogprobs, token_logprobs
+from gspo.kernels.shared_prompt_attention import SharedPromptAttention
+from gspo.policy.logits import logit_scale, soft_cap
+from gspo.policy.moe import Routers
+from gspo.policy.workers import Workers
+
+Packing = Literal["flex", "buckets", "mask", "single"]
+OWN: frozenset[Packing] = frozenset({"flex", "buckets"})
+"""Ways of packing that go through gspo's attention, where no T x T mask is made."""
+
+
+@dataclass
+class Policy:
+    """A model that can be sampled from and trained; engine and trainer share it.
+
+    Attributes:
+        lm: the causal LM (with adapters injected, if LoRA is used).
+        peft: the PeftModel around it, or None for full fine-tuning.
+        tokenizer: the model's tokenizer.
+        source: folder or id that the base weights came from.
+        compute_dtype: float32, or bfloat16 (autocast); weights are float32.
+        context: longest sample in tokens.
+        packing: how samples share a forward pass, the first that is exact: `flex` (gspo's attention
+            on a GPU) or `buckets` (on a CPU), `mask` (a T x T mask, handed to the model's own
+            attention), or `single` (one forward pass per sample).
+        shares_prompts: samples of a microbatch may share their prompts: proved on the model itself.
+        checkpointing: layers are recomputed in the backward pass.
+        version: policy version, counted up by every update.
+        workers: threads that train a microbatch each.
+        entries: entries of the vocabulary that are tokens, or None: all rows of the head. The rows
+            behind them pad the head; log-probs are over the tokens only.
+        logit_scale: factor between the head's product and the logits; None: found on the model.
+        routers: of an MoE model; none in a dense one.
+    """
+
+    lm: PreTrainedModel
+    peft: Any
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    compute_dtype: torch.dtype
+    context: int
+    packing: Packing = "buckets"
+    shares_prompts: bool = False
+    checkpointing: bool = False
+    version: int = 0
+    workers: Workers = field(default_factory=Workers, repr=False)
+    entries: int | None = None
+    logit_scale: float | None = None
+    routers: Routers = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.routers = Routers(self.lm, self.source)
+        if self.logit_scale is None:
+            self.logit_scale = logit_scale(self.lm, self.source)
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm.device
+
+    @property
+    def backbone(self) -> torch.nn.Module:
+        """The model below the vocabulary projection."""
+        return hf.backbone(self.lm)
+
+    @property
+    def head(self) -> Head:
+        """The vocabulary projection.
+
+        Raises:
+            ModelError: it is no linear layer.
+        """
+        module = hf.output_embeddings(self.lm)
+        if not isinstance(module, torch.nn.Linear):
+            raise ModelError(
+                f"{self.source}: the output head is a {type(module).__name__}; gspo computes "
+                "log-probs from a plain linear head (with LoRA, leave lm_head out)"
+            )
+        scale = 1.0 if self.logit_scale is None else self.logit_scale
+        return Head(module.weight, module.bias, soft_cap(self.lm), scale, self.entries)
+
+    @property
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """Trained parameters by name, in a fixed order."""
+        return {n: p for n, p in self.lm.named_parameters() if p.requires_grad}
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside the block the adapters are off: the base model (LoRA only)."""
+        assert self.peft is not None
+        with self.peft.disable_adapter():
+            yield
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Inside the block products are computed in `compute_dtype`."""
+        if self.compute_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+    @timed("forward")
+    def logprobs(self, microbatch: Microbatch, chunk: int | None = None) -> TokenLogprobs:
+        """Compute log-probs of the sampled tokens, at the temperatures they were sampled with.
+
+        Every sample sees only itself, whatever else is in the microbatch.
+
+        Args:
+            microbatch: packed samples; M of their tokens were sampled.
+            chunk: tokens whose logits exist at once; None: see `token_logprobs`.
+
+        Returns:
+            [M] float32 log-probs with gradient, and entropies without.
+        """
+        hidden = self._hidden_states(microbatch)
+        return token_logprobs(
+            hidden.index_select(0, microbatch.sources.to(self.device)),
+            self.head,
+            microbatch.tokens[0, microbatch.targets],
+            microbatch.temperatures.to(self.device),
+            chunk,
+        )
+
+    def _hidden_states(self, microbatch: Microbatch) -> Float[Tensor, "T D"]:
+        device = self.device
+        tokens, positions = microbatch.tokens.to(device), microbatch.positions.to(device)
+        if self.packing == "single" and microbatch.token_count < microbatch.sample_tokens:
+            raise ValueError("a microbatch with shared prompts, and a model packed by 'single'")
+        extra: dict[str, Any] = {}
+        lengths: tuple[int, ...] = (microbatch.token_count,)
+        if self.packing == "single":
+            lengths = microbatch.lengths
+        elif self.packing == "mask":
+            extra["attention_mask"] = self._masks(microbatch)
+        else:
+            plan = SharedPromptAttention(microbatch, device)
+            extra["attention_mask"] = hf.no_mask(device)
+            extra["gspo_plan"] = FlexAttention(plan) if self.packing == "flex" else plan
+        with self.autocast():
+            hidden = [
+                self.backbone(
+                    input_ids=part, position_ids=at, use_cache=False, **extra
+                ).last_hidden_state[0]
+                for part, at in zip(
+                    tokens.split(lengths, dim=1), positions.split(lengths, dim=1), strict=True
+                )
+            ]
+        return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
+
+    def _masks(self, microbatch: Microbatch) -> Any:
+        """The T x T mask in the form that the model's attention takes: one for each layer type of a
+        model with several, or one for all layers."""
+        config = self.lm.config.get_text_config()
+        window: Any = getattr(config, "sliding_window", None)
+        until = torch.from_numpy(SharedPromptAttention(microbatch).until).to(self.device)
+        positions = microbatch.positions[0].to(self.device)
+        embeddings = self.lm.get_input_embeddings()(microbatch.tokens.to(self.device)).detach()
+
+        def seen(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return query < until[key]
+
+        def near(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (query < until[key]) & (positions[query] < positions[key] + window)
+
+        if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+            return {
+                "full_attention": hf.causal_mask(config, embeddings, seen),
+                "sliding_attention": hf.causal_mask(config, embeddings, near),
+            }
+        return hf.causal_mask(config, embeddings, seen if window is None else near)

@@ -1,0 +1,45 @@
+"""The door between transformers' layers and gspo's plans."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from data.test_shared_prompts import samples_of
+from gspo.data.packing import pack
+from gspo.kernels.attention import packed_attention
+from gspo.kernels.shared_prompt_attention import SharedPromptAttention
+
+
+def inputs() -> tuple[SharedPromptAttention, torch.Tensor]:
+    (microbatch,) = pack(samples_of(1)[:2], 10_000, share=True)
+    plan = SharedPromptAttention(microbatch)
+    return plan, torch.randn(1, 2, plan.size, 8)
+
+
+@pytest.mark.parametrize("unknown", [{"softcap": 30.0}, {"s_aux": torch.ones(2)}, {"dropout": 0.1}])
+def test_what_it_does_not_compute_is_refused(unknown: dict):
+    plan, x = inputs()
+    with pytest.raises(NotImplementedError, match=next(iter(unknown))):
+        packed_attention(torch.nn.Module(), x, x, x, None, gspo_plan=plan, **unknown)
+    packed_attention(torch.nn.Module(), x, x, x, None, gspo_plan=plan, softcap=None)
+
+
+def test_attention_that_is_not_causal_is_refused():
+    plan, x = inputs()
+    layer: Any = torch.nn.Module()
+    layer.is_causal = False
+    with pytest.raises(NotImplementedError, match="is causal"):
+        packed_attention(layer, x, x, x, None, gspo_plan=plan)
+
+
+def test_without_a_plan_it_is_sdpa():
+    _, x = inputs()
+    layer: Any = torch.nn.Module()
+    layer.is_causal = True
+    out, _ = packed_attention(layer, x, x, x, None, scaling=0.3)
+    expected = functional.scaled_dot_product_attention(x, x, x, is_causal=True, scale=0.3)
+    torch.testing.assert_close(out, expected.transpose(1, 2))
