@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias
@@ -65,6 +65,11 @@ class Sample:
 
 TrajectorySamples: TypeAlias = tuple[Sample, ...]
 """The samples of one trajectory, in the order of its turns."""
+
+
+def flat(trajectories: Iterable[TrajectorySamples]) -> list[Sample]:
+    """The samples of all trajectories, one after the other."""
+    return [sample for samples in trajectories for sample in samples]
 
 
 def trajectory_samples(

@@ -59,7 +59,7 @@ class EpsilonController:
         learn.
         """
         target = settings.epsilon_target
-        if settings.auto_epsilon:
+        if settings.epsilon == "auto":
             self.observe(objective, watch.traces, target)
         elif objective.per_sequence:
             noise = watch.metrics.compute().get("mismatch/clip_fraction", 0.0)
