@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def plan_microbatches(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Which items share a microbatch of at most `budget` tokens. A larger item gets its own.
+    """Which items share a microbatch of at most `budget` tokens. A larger item gets one to itself.
 
     Best-fit (largest first, each into the fullest microbatch that still has room) says how many
     there are; if the items also fit into that many when spread evenly, they are. Indices inside a
@@ -55,7 +55,7 @@ def _best_fit(sizes: Sequence[int], order: Sequence[int], budget: int) -> list[l
 def _spread_evenly(
     sizes: Sequence[int], order: Sequence[int], budget: int, count: int
 ) -> list[list[int]] | None:
-    """Largest first, each into the emptiest of `count` microbatches; None if one overflows."""
+    """Largest first, each item into the emptiest of `count` microbatches; None if one overflows."""
     microbatches: list[list[int]] = [[] for _ in range(count)]
     loads = [(0, number) for number in range(count)]
     for item in order:

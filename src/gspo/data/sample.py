@@ -89,7 +89,7 @@ def trajectory_samples(
         trajectory_id, group_id, advantage: of the samples.
         max_tokens: the model's context; None: any length.
         vocabulary: tokens that the model has a probability for; None: any token id.
-        where: names the trajectory in errors; None: its two numbers do.
+        where: names the trajectory in errors; None: by its two numbers.
 
     Raises:
         MissingLogprobsError: no Choice, or one without token ids or log-probs.

@@ -100,7 +100,7 @@ def read_fields(choice: Any, where: str) -> Turn:
 
 
 def sampled_logprobs(choice: Any) -> Any:
-    """Log-probs of a Choice's tokens: gspo's field, else OpenAI's own; None if it has none."""
+    """Log-probs of a Choice's tokens: gspo's field, else OpenAI's; None if it has neither."""
     logprobs = getattr(choice, "token_logprobs", None)
     content = getattr(getattr(choice, "logprobs", None), "content", None)
     if logprobs is None and isinstance(content, list):

@@ -89,13 +89,13 @@ def policy_loss(
         logprobs: float32 log-probs of the tokens under the policy that is trained; any shape
             (packed [T], padded [B, T], ...). The only argument that gets a gradient.
         old_logprobs: float32 log-probs under the policy that the ratio is taken against.
-        sequence_ids: sequence of each token in 0..S-1. Where a sequence's tokens lie doesn't
+        sequence_ids: sequence of each token in 0..S-1. The place of a sequence's tokens doesn't
             matter. Ids under a False `ratio_mask` are ignored. None: each row of a [B, T] batch is
             a sequence.
         advantages: one per sequence; None if `token_advantages` are given instead.
         objective: level, clip range and KL weight; of a preset, its objective is taken. A preset's
             way to make advantages is the caller's part: see `gspo.objective.advantages`.
-        token_advantages: one per token, for every level but `sequence`; S is then the largest
+        token_advantages: one per token, for all levels but `sequence`; S is then the largest
             sequence id + 1.
         ratio_mask: tokens that were sampled; they give L_i and l_i. True or 1 is in. Default: all.
         loss_mask: tokens that are trained on. A token that is sampled and not trained on has no
@@ -149,7 +149,7 @@ def policy_loss(
         if objective.correction.per_token:
             token_weights, weights = weights, 1.0
 
-    d = new - old  # d_t of every sampled token
+    d = new - old  # d_t of each sampled token
     log_ratio = sequence_log_ratio(d, segments)  # l_i = (1/L_i) Σ_t d_t, equation 7
     ratio = bounded_exp(log_ratio)  # s_i = exp(l_i), equation 7
     if objective.level != "sequence":

@@ -1,7 +1,7 @@
 """The expert choices of an MoE model while it trains: replay, load balance, and their metrics.
 
 Replay is one mechanism with two sources: the expert choices of a sample are the engine's (R3, arXiv
-2510.11370), or are overwritten before the first update by those of the trainer's own forward pass
+2510.11370), or are overwritten before the first update by those of a forward pass of the trainer
 (R2, arXiv 2512.01374). From there on nothing knows the difference.
 """
 
@@ -90,7 +90,7 @@ class ExpertReplay:
     def start(
         self, minibatches: Sequence[Sequence[TrajectorySamples]]
     ) -> dict[int, TrajectorySamples]:
-        """Record the trainer's own choices, if that is asked for.
+        """Record the choices of the trainer, if that is asked for.
 
         Args:
             minibatches: the trajectories that each minibatch of one epoch will train on. Recorded
@@ -116,8 +116,9 @@ class ExpertReplay:
     def begin(self, microbatches: Sequence[Microbatch], *, on_policy: bool) -> None:
         """Count the loads of the whole step, which the load-balancing loss needs beforehand.
 
-        E * sum_e f_e * P_e is not linear in f and P together. With f known, which has no gradient,
-        the rest is a sum over tokens: the same however the step is split into microbatches.
+        E * sum_e f_e * P_e is not linear in f and P together. Once f is given, which has no
+        gradient, the rest is a sum over tokens: the same however the step is split into
+        microbatches.
         """
         self._compares = on_policy and self.options.routing_replay != "old_policy"
         self._weights = self._loads = None
@@ -135,7 +136,7 @@ class ExpertReplay:
         self._weights = share * (self.policy.routers.experts / tokens / len(share))
 
     def watch(self, microbatch: Microbatch) -> AbstractContextManager[ExpertChoices]:
-        """Around the forward pass of a microbatch, whose choices are replayed if that is asked."""
+        """Watch the forward pass of a microbatch; its choices are replayed if that is asked for."""
         return self.policy.routers.watch(
             self._replayed(microbatch),
             balance=self._weights,
@@ -144,7 +145,7 @@ class ExpertReplay:
         )
 
     def record(self, microbatch: Microbatch, choices: ExpertChoices) -> None:
-        """Metrics of a watched microbatch."""
+        """Record the metrics of a watched microbatch."""
         if isinstance(choices.balance, Tensor):
             self.metrics.mean("loss/router_aux", choices.balance.item(), 0)
         if not choices.complete:
@@ -156,7 +157,7 @@ class ExpertReplay:
             record_agreement(self.metrics, microbatch.expert_choices, preferred)
 
     def end(self) -> None:
-        """Metrics of the whole step, which don't add up over its microbatches."""
+        """Record the metrics of the whole step, which don't add up over its microbatches."""
         if self._loads is not None:
             loads = self._loads.double()
             spread = loads.std(-1, correction=0) / loads.mean(-1)
@@ -165,7 +166,7 @@ class ExpertReplay:
             self.metrics.mean("loss/router_aux", 0.0, 1)
 
     def finish(self) -> None:
-        """After the last update: how many choices are others than before the first."""
+        """After the last update, record how many choices changed since before the first."""
         if not self.options.measure_routing:
             return
         name, mean = "moe/experts_changed", self.metrics.mean

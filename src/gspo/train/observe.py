@@ -1,7 +1,7 @@
-"""What is seen of one call of `train`: every metric, and the trace of each trained sequence.
+"""What one call of `train` reports: all metrics, and the trace of each trained sequence.
 
 Tensors stay on the device until an optimizer step's last backward pass, and come to the CPU in one
-transfer: each number that is read by itself would make the CPU wait for the GPU.
+transfer: reading one number after the other would make the CPU wait for the GPU each time.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Observer:
         _describe(self.metrics, batch, policy.version)
 
     def on_policy(self, trajectories: Sequence[TrajectorySamples]) -> bool:
-        """Whether the weights are still those that sampled every token: then any log-ratio is a
+        """Whether the weights are still those that sampled all tokens: then any log-ratio is a
         mismatch between engine and trainer."""
         versions = (s.policy_versions[s.ratio_mask] for s in flat(trajectories))
         return self.updates == 0 and all((v == self._policy.version).all() for v in versions)
@@ -128,7 +128,7 @@ class Observer:
         self.metrics.mean("optim/learning_rate", rate, 1)
 
     def done(self, objective: Objective) -> None:
-        """Record what is known at the end of the call."""
+        """Record the metrics of the whole call."""
         if objective.has_range:
             self.metrics.mean("ratio/epsilon_low", objective.epsilon_low, 1)
             self.metrics.mean("ratio/epsilon_high", objective.epsilon_high, 1)
@@ -154,7 +154,7 @@ class Observer:
 
 
 def _describe(metrics: Metrics, batch: RolloutBatch, version: int) -> None:
-    """What is known of the rollout batch before any forward pass."""
+    """Record the metrics of the rollout batch, which need no forward pass."""
     by_group: dict[int, list[float]] = {}
     for group, reward in zip(batch.groups, batch.rewards, strict=True):
         by_group.setdefault(group, []).append(reward)
@@ -178,10 +178,10 @@ def _describe(metrics: Metrics, batch: RolloutBatch, version: int) -> None:
 
 
 def _on_cpu(step: Sequence[Scored]) -> list[Scored]:
-    """The same with all tensors on the CPU, by one transfer."""
+    """The microbatches with all tensors on the CPU, by one transfer."""
     tensors = [[s.logprobs, s.entropy, *vars(s.out).values()] for s in step]
     together = [tensor.reshape(-1).float() for of_one in tensors for tensor in of_one]
-    values = iter(torch.cat(together).cpu().split([len(part) for part in together]))
+    values = iter(torch.cat(together).cpu().split([len(values) for values in together]))
     read = [[next(values).view(t.shape).to(t.dtype) for t in of_one] for of_one in tensors]
     return [
         Scored(scored.microbatch, logprobs, entropy, LossOutput(*out))
@@ -199,10 +199,10 @@ def _check_finite(step: Sequence[Scored]) -> None:
         for number, l_i in zip(scored.microbatch.trajectory_ids, scored.out.log_ratio, strict=True)
         if not l_i.isfinite()
     }
-    where = "; log-ratios that are not finite: trajectory {} ({} in all)"
+    text = "; log-ratios that are not finite: trajectory {} ({} in all)"
     raise NumericsError(
         f"the loss is {bad[0].out.loss.item()}"
-        f"{where.format(min(named), len(named)) if named else ''}. "
+        f"{text.format(min(named), len(named)) if named else ''}. "
         "Look for a temperature, a log-prob or a weight that is not finite"
     )
 
@@ -240,7 +240,7 @@ def _record_ratios(metrics: Metrics, scored: Scored) -> None:
 
 
 def _record_mismatch(metrics: Metrics, scored: Scored, objective: Objective) -> None:
-    """On unchanged weights: what engine and trainer disagree by, and what that alone would clip."""
+    """On unchanged weights: what engine and trainer disagree by, and what only that would clip."""
     microbatch, advantages = scored.microbatch, scored.microbatch.advantages
     d = scored.logprobs - microbatch.sampling_logprobs
     metrics.mean("mismatch/log_ratio_mean", d.double().sum().item(), d.numel())
@@ -266,7 +266,7 @@ def _record_clipping(metrics: Metrics, family: str, share: Tensor, advantages: T
 
 
 def _traces(scored: Scored, update: int) -> list[Trace]:
-    """The S sequences of a microbatch."""
+    """The traces of the S sequences of a microbatch."""
     microbatch, out = scored.microbatch, scored.out
     d = (scored.logprobs - microbatch.old_logprobs).numpy()
     ids = microbatch.sequence_ids.numpy()

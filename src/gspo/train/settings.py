@@ -24,13 +24,13 @@ from gspo.train.algorithms import find_algorithm
 
 
 class Settings(dev.TrainConfig):
-    """A resolved call of `train`: every option of `dev.TrainConfig`, with the value that applies.
+    """A resolved call of `train`: all options of `dev.TrainConfig`, with the value that applies.
 
     Attributes:
         algorithm: name of the preset, or `level:<level>` for a level that has none.
         minibatches: a number.
         preset: the method, with the clip range, KL weight and advantage that apply.
-        learning_rate: peak; None until the model is known (`with_defaults`).
+        learning_rate: the peak; None until `with_defaults` fills it in for the model.
     """
 
     minibatches: int  # pyright: ignore[reportGeneralTypeIssues, reportIncompatibleVariableOverride]
@@ -60,7 +60,7 @@ class Settings(dev.TrainConfig):
         return self.overlong_max_tokens, self.overlong_cache
 
     def as_config(self) -> dict[str, Any]:
-        """The options by their own names, with the values that apply.
+        """The options by name, with the values that apply.
 
         >>> resolve().as_config()["epsilon_high"]
         0.0004
@@ -115,7 +115,7 @@ def resolve(config: TrainConfig | None = None, options: dev.TrainConfig | None =
         "correction_high": correction and correction.high,
         "minibatches": given.minibatches or preset.minibatches,
     }
-    # Checked already, each by its own class; which options the user gave stays known.
+    # Checked already, each by its own class; the copy remembers which options the user gave.
     return Settings.model_construct(
         given.model_fields_set,
         **(dict(given) | applies),

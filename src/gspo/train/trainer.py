@@ -95,7 +95,7 @@ class Trainer:
     def train(self, batch: RolloutBatch, settings: Settings) -> TrainOutput:
         """Take `minibatches` x `epochs` optimizer steps and count the policy version up.
 
-        A minibatch without a gradient is no step: AdamW's momentum alone must not move weights.
+        A minibatch without a gradient is no step: AdamW's momentum by itself must not move weights.
         That is one in which each advantage is 0, unless there is a KL term, which has a gradient
         there too.
 
@@ -158,8 +158,8 @@ class Trainer:
             loss = out.loss + experts.coefficient * choices.balance
             # Detached: else the graph of each microbatch would live until the end of the step.
             out = replace(out, loss=loss.detach())
-            kept = Scored(microbatch, scored.logprobs.detach(), scored.entropy, out)
-            return loss, (kept, choices)
+            result = Scored(microbatch, scored.logprobs.detach(), scored.entropy, out)
+            return loss, (result, choices)
 
         # A reference may be the policy itself with its adapters off, which is off for all threads.
         workers = Workers() if objective.kl_coef > 0 else self.policy.workers
