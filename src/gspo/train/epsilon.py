@@ -105,7 +105,7 @@ def spread_advice(spread: float, objective: Objective) -> str | None:
         objective: with the range that applied.
     """
     epsilon = objective.epsilon_low
-    if spread == 0 or 0.3 <= epsilon / spread <= 5:
+    if not spread > 0 or 0.3 <= epsilon / spread <= 5:
         return None
     how = "clips many of" if epsilon < spread else "hardly ever clips"
     return (

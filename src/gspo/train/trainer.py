@@ -140,35 +140,41 @@ class Trainer:
         )
         experts.begin(microbatches, on_policy=on_policy)
 
-        def loss_of(microbatch: Microbatch) -> tuple[Tensor, tuple[Scored, ExpertChoices]]:
-            with experts.watch(microbatch) as choices:  # log pi_theta of the sampled tokens
-                scored = self.policy.logprobs(microbatch, settings.logprob_calculation_chunk_size)
-            out = policy_loss(
-                scored.logprobs,
-                microbatch.old_logprobs,
-                microbatch.sequence_ids,
-                microbatch.advantages,
-                objective,
-                loss_mask=microbatch.loss_mask,
-                total_sequences=n,
-                total_tokens=t,
-                sampling_logprobs=microbatch.sampling_logprobs if objective.correction else None,
-                reference_logprobs=self.reference(microbatch) if objective.kl_coef > 0 else None,
-            )
-            loss = out.loss + experts.coefficient * choices.balance
-            # Detached: else the graph of each microbatch would live until the end of the step.
-            out = replace(out, loss=loss.detach())
-            result = Scored(microbatch, scored.logprobs.detach(), scored.entropy, out)
-            return loss, (result, choices)
+        def loss(microbatch: Microbatch) -> tuple[Tensor, tuple[Scored, ExpertChoices]]:
+            return self.loss(microbatch, call, n, t)
 
         # A reference may be the policy itself with its adapters off, which is off for all threads.
         workers = Workers() if objective.kl_coef > 0 else self.policy.workers
-        for scored, choices in backward_each(self.policy, microbatches, loss_of, workers):
+        for scored, choices in backward_each(self.policy, microbatches, loss, workers):
             experts.record(scored.microbatch, choices)
             call.watch.saw(scored)
         experts.end()
         call.watch.backward_done(objective, on_policy=on_policy)
         return True
+
+    def loss(
+        self, microbatch: Microbatch, call: Call, total_sequences: int, total_tokens: int
+    ) -> tuple[Tensor, tuple[Scored, ExpertChoices]]:
+        """The loss of a microbatch, a share of the minibatch's; and what is reported of it."""
+        settings, objective = call.settings, call.objective
+        with call.experts.watch(microbatch) as choices:  # log pi_theta of the sampled tokens
+            scored = self.policy.logprobs(microbatch, settings.logprob_calculation_chunk_size)
+        out = policy_loss(
+            scored.logprobs,
+            microbatch.old_logprobs,
+            microbatch.sequence_ids,
+            microbatch.advantages,
+            objective,
+            loss_mask=microbatch.loss_mask,
+            total_sequences=total_sequences,
+            total_tokens=total_tokens,
+            sampling_logprobs=microbatch.sampling_logprobs if objective.correction else None,
+            reference_logprobs=self.reference(microbatch) if objective.kl_coef > 0 else None,
+        )
+        loss = out.loss + call.experts.coefficient * choices.balance
+        # Detached: else the graph of each microbatch would live until the end of the step.
+        out = replace(out, loss=loss.detach())
+        return loss, (Scored(microbatch, scored.logprobs.detach(), scored.entropy, out), choices)
 
     def reference(self, microbatch: Microbatch) -> Float[Tensor, " M"]:
         """Log-probs of the frozen base model: LoRA's model without adapters, else a copy."""
