@@ -26,7 +26,7 @@ FLOORS = {
     "objective": 1,
     "tasks": 1,
     "trajectory": 1,
-    "dev": 1,
+    "dev": 2,
     "config": 1,
     "core": 0,
 }
