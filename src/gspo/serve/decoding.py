@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gspo.policy.load import Policy
-from gspo.serve.engine import FinishReason, SamplingParams
+from gspo.serve.engine import FinishReason, Request, SamplingParams
 from gspo.serve.sampling import RandomStreams, sample
 
 
@@ -25,19 +26,17 @@ class OpenCompletion:
     """A completion that is being made.
 
     Attributes:
-        request: position of its request.
-        params: of the request.
+        request: what asked for it.
         limit: most tokens.
         key: of its random numbers.
-        finish: why it ended, or None while it runs.
         ends: tokens that end it, beside the model's end tokens.
+        finish: why it ended, or None while it runs.
         text: what a stop text left of its text, if one was found.
         tokens, logprobs: once it has ended.
-        expert_choices: [n, N, K] experts of its tokens for each forward pass, if asked for.
+        expert_choices: for each forward pass, [n, N, K] experts of its n tokens, if asked for.
     """
 
-    request: int
-    params: SamplingParams
+    request: Request
     limit: int
     key: tuple[int, int]
     ends: frozenset[int] = frozenset()
@@ -46,6 +45,10 @@ class OpenCompletion:
     tokens: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
     expert_choices: list[np.ndarray] = field(default_factory=list)
+
+    @cached_property
+    def params(self) -> SamplingParams:
+        return self.request.params
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The bytes of single tokens: a token may be a part of a character, which has no text.
 
-Two families of tokenizers have such tokens. Byte-level ones (GPT-2, Llama 3, Qwen) write each byte
+Two families of tokenizers have such tokens. Byte-level tokenizers (GPT-2, Llama 3, Qwen) write each byte
 as a visible character; those with byte fallback (Llama 2, Gemma) have tokens such as `<0xE4>`.
 """
 
@@ -12,7 +12,7 @@ from functools import cache
 
 from transformers import PreTrainedTokenizerBase
 
-from gspo.kernels.hf import decoder_kinds
+from gspo.kernels.hf import bytes_to_unicode, decoder_kinds
 
 _FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 _SPACE = "\u2581"  # how sentencepiece writes a space
@@ -26,14 +26,14 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) ->
         token_ids: tokens that follow each other.
     """
     kinds = decoder_kinds(tokenizer)
-    parts = [_one(token, tokenizer, kinds) for token in token_ids]
+    parts = [_bytes_of(token, tokenizer, kinds) for token in token_ids]
     text = str(tokenizer.decode(list(token_ids), skip_special_tokens=False))
     if "ByteFallback" in kinds and parts and parts[0][:1] == b" " and not text.startswith(" "):
         parts[0] = parts[0][1:]  # sentencepiece puts a space before a text, which decoding drops
     return parts
 
 
-def _one(token_id: int, tokenizer: PreTrainedTokenizerBase, kinds: frozenset[str]) -> bytes:
+def _bytes_of(token_id: int, tokenizer: PreTrainedTokenizerBase, kinds: frozenset[str]) -> bytes:
     added = tokenizer.added_tokens_decoder
     if token_id in added:
         return str(added[token_id]).encode()
@@ -49,14 +49,9 @@ def _one(token_id: int, tokenizer: PreTrainedTokenizerBase, kinds: frozenset[str
 
 @cache
 def _byte_numbers() -> dict[str, int]:
-    """Byte of each character of a byte-level vocabulary: what is visible in Latin-1 stands for
-    itself, the other bytes in their order for the characters from 256 on.
+    """The byte that each character of a byte-level vocabulary stands for.
 
     >>> _byte_numbers()["A"], _byte_numbers()["Ġ"]
     (65, 32)
     """
-    visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {
-        chr(256 + i): byte for i, byte in enumerate(others)
-    }
+    return {character: byte for byte, character in bytes_to_unicode().items()}
