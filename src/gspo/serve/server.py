@@ -1,4 +1,4 @@
-"""Reach an engine without a port (`in_process_client`), on a port (`serve`), or both (`Serving`)."""
+"""Reach an engine without a port (`in_process_client`), on one (`serve`), or both (`Serving`)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STOP_SECONDS = 30
 
 
 def in_process_client(app: FastAPI) -> AsyncOpenAI:
-    """An OpenAI client whose requests go straight into the app; no socket is opened."""
+    """Make an OpenAI client whose requests go straight into the app; no socket is opened."""
     # httpx, or whatever the client is built on.
     modules = (base.__module__.partition(".")[0] for base in DefaultAsyncHttpxClient.__mro__)
     http = importlib.import_module(next(name for name in modules if name != "openai"))
@@ -42,7 +42,7 @@ def in_process_client(app: FastAPI) -> AsyncOpenAI:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket, taken before any model is loaded.
+    """Open a listening socket, before any model is loaded.
 
     Raises:
         ServeError: the port is in use, or the host is not this machine's.
@@ -75,8 +75,8 @@ def serve(app: FastAPI, listener: socket.socket) -> None:
 class Serving:
     """An engine that answers: to `client`, and on a port too if a listening socket is given.
 
-    The port is answered in its own thread and event loop: as long as the process lives, whatever
-    becomes of the loop that started it.
+    A thread with its own event loop answers the port as long as the process lives, whatever becomes
+    of the loop that started it.
 
     Args:
         engine: what samples.
@@ -134,7 +134,7 @@ class Serving:
             await asyncio.sleep(0.01)
 
     async def stop(self) -> None:
-        """Finish running requests, for `STOP_SECONDS` at most; let go of the port and the engine."""
+        """Finish running requests, for `STOP_SECONDS` at most; free the port and the engine."""
         if self._listener is not None:
             self._server.should_exit = True
             if self._thread.is_alive():

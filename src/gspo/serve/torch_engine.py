@@ -30,16 +30,15 @@ from gspo.kernels.kv_cache import (
 from gspo.kernels.logprob import full_logits
 from gspo.policy.policy import OWN, Policy
 from gspo.serve.decoding import OpenCompletion, Running, record_expert_choices
-from gspo.serve.ends import end_tokens, ends_of
 from gspo.serve.engine import Completion, Request, check_fits
-from gspo.serve.token_bytes import token_bytes
+from gspo.serve.tokens import end_tokens, ends_of, token_bytes
 
 KV_BYTES = 2 * 2**30
 """Memory that keys and values may take; completions beyond it wait for their turn."""
 _PLANNED = 1024  # a completion counts as no longer than this when memory is planned
 _REMEMBERED = 2**20
 """Unseeded requests whose repetitions are counted, about 100 bytes each."""
-_DEAD = 8  # finished ones are dropped once they are one in so many: dropping copies the others
+_DEAD = 8  # finished completions are dropped if they are 1 of 8: dropping copies the others
 
 
 class TorchEngine:
@@ -92,7 +91,7 @@ class TorchEngine:
         self._prepare(request)
 
     def _prepare(self, request: Request) -> tuple[int, frozenset[int]]:
-        """Most tokens of each of the request's completions, and the tokens that end one.
+        """Return how many tokens each completion may have, and the tokens that end one.
 
         Raises:
             RequestError: see `Engine.check`.
@@ -122,7 +121,7 @@ class TorchEngine:
         return [[self._closed(completion) for completion in group] for group in opened]
 
     def _keys(self, request: Request) -> list[tuple[int, int]]:
-        """Keys of the random numbers of the request's completions."""
+        """Return the keys of the random numbers of the request's completions."""
         params = request.params
         if params.seed is not None:
             return [(params.seed, index) for index in range(params.n)]
@@ -164,8 +163,8 @@ class TorchEngine:
     def _admitted(
         self, waiting: deque[OpenCompletion], running: Sequence[OpenCompletion]
     ) -> list[OpenCompletion]:
-        """Completions whose turn it is, taken from `waiting`: all that `max_running` and `KV_BYTES`
-        allow beside those that run. If they are few they wait for more: their prompts cost a pass.
+        """Take the completions whose turn it is from `waiting`: all that `max_running` and
+        `KV_BYTES` allow beside those that run. A few wait for more: their prompts cost a pass.
 
         Only the layout "shared" lets completions join while others run.
         """
@@ -200,10 +199,10 @@ class TorchEngine:
     def _start(
         self, new: Sequence[OpenCompletion]
     ) -> tuple[SharedPrompts | ModelCache, Float[Tensor, "R V"]]:
-        """Compute each distinct prompt once; the logits of each completion's first token."""
-        number: dict[tuple[int, ...], int] = {}
-        owner = [number.setdefault(completion.request.prompt, len(number)) for completion in new]
-        tokens, real = padded(list(number))
+        """Compute each distinct prompt once; returns keys, and logits of the first tokens."""
+        prompts: dict[tuple[int, ...], int] = {}
+        owner = [prompts.setdefault(completion.request.prompt, len(prompts)) for completion in new]
+        tokens, real = padded(list(prompts))
         longest = max(completion.limit for completion in new)
         ends = [(prompt + 1) * tokens.shape[1] for prompt in owner]  # padded on the left
         lengths = (len(completion.request.prompt) for completion in new)
