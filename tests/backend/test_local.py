@@ -30,7 +30,7 @@ from gspo.core.errors import (
     SampleTooLongError,
     ServeError,
 )
-from gspo.serve.server import PortServer, Serving
+from gspo.serve.server import Serving
 from models import folder
 from support import choice, trajectory
 
@@ -431,11 +431,11 @@ async def test_a_register_whose_server_fails_stops_all_it_began(
         stopped.append(self)
         await stop(self)
 
-    async def failing(self: PortServer) -> None:
+    async def failing(self: Serving) -> None:
         raise ServeError("no start")
 
     monkeypatch.setattr(Serving, "stop", noted)
-    monkeypatch.setattr(PortServer, "start", failing)
+    monkeypatch.setattr(Serving, "_start_port", failing)
     backend = art.LocalBackend(tmp_path, port=0)
     with pytest.raises(ServeError, match="no start"):
         await make().register(backend)

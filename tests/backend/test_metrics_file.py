@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from gspo.backend import metrics_file
 from gspo.backend.metrics_file import MetricsFile, read_metrics
 from gspo.core.errors import RunError
 
@@ -25,10 +24,6 @@ def lines(path: Path) -> list[dict]:
 
 def steps(path: Path) -> list[int]:
     return [line["step"] for line in lines(path)]
-
-
-def full(*args) -> int:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_step_has_one_line_that_grows(path: Path):
@@ -75,11 +70,11 @@ def test_a_bad_line_costs_no_other_and_is_kept_aside(path: Path, bad: bytes, cap
     assert [record["step"] for record in read_metrics(path)] == [0, 1, 2, 3]
 
 
-def test_a_torn_last_line_is_dropped_without_a_word(path: Path, caplog):
+def test_half_a_last_line_is_a_bad_line(path: Path, caplog):
     path.write_text('{"step": 1, "a": 1}\n{"step": 2, "a"')
     MetricsFile(path).put(2, {"a": 5.0})
     assert lines(path) == [{"step": 1, "a": 1}, {"step": 2, "a": 5.0}]
-    assert not caplog.records
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
 def test_a_last_line_without_its_end_is_kept(path: Path):
@@ -94,66 +89,37 @@ def test_lines_that_two_processes_wrote_are_put_in_order(path: Path):
     assert lines(path) == [{"step": 1, "a": 1, "b": 2}, {"step": 2}]
 
 
-@pytest.mark.parametrize("written", [0, 1, 20, 45, 60])
-def test_a_kill_in_the_midst_of_a_longer_last_line_loses_nothing(path: Path, written: int):
+@pytest.mark.parametrize("failing", ["replace", "fsync"])
+def test_a_write_that_fails_loses_no_line(
+    path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+):
     file = MetricsFile(path)
     file.put(1, {"a": 1.0})
-    file.put(2, {"a": 2.0})
     before = path.read_bytes()
-    line = b'{"step": 2, "a": 2.0, "time/rollout": 12.5, "time/step": 25.0}\n'
-    # As the file is when the process ends with so many bytes of the new line in place.
-    old = before[file._last :]
-    path.write_bytes(before[: file._last] + line[:written] + old[written:])
-    (path.parent / ".metrics.jsonl.last").write_bytes(line)
-    assert MetricsFile(path).read()[-1] == json.loads(line)
-    assert lines(path) == [{"step": 1, "a": 1.0}, json.loads(line)]
+
+    def full(*args) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for step in (2, 1):  # a new line, and a longer one
+        with monkeypatch.context() as patch:
+            patch.setattr(os, failing, full)
+            with pytest.raises(RunError, match=r"cannot write .*metrics\.jsonl: the disk is full"):
+                file.put(step, {"b": 2.0})
+        assert path.read_bytes() == before
+        assert file.read() == MetricsFile(path).read() == [{"step": 1, "a": 1.0}]
+    file.put(3, {"a": 3.0})  # the same process goes on
+    file.put(3, {"b": 3.0})
+    assert lines(path) == [{"step": 1, "a": 1.0}, {"step": 3, "a": 3.0, "b": 3.0}]
     assert [p.name for p in path.parent.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_full_disk_loses_no_line(path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_steps_beyond_a_checkpoint_are_dropped(path: Path, caplog):
     file = MetricsFile(path)
-    file.put(1, {"a": 1.0})
-    monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(RunError, match=r"cannot write .*metrics\.jsonl: the disk is full"):
-        file.put(2, {"a": 2.0})
-    assert steps(path) == [1]
-    with pytest.raises(RunError, match="the disk is full"):
-        file.put(1, {"b": 2.0})
-    assert MetricsFile(path).read() == [{"step": 1, "a": 1.0, "b": 2.0}]
-    monkeypatch.setattr(metrics_file, "write_whole", full)
-    with pytest.raises(OSError):
-        MetricsFile(path).put(1, {"c": 2.0})
-    assert lines(path) == [{"step": 1, "a": 1.0, "b": 2.0}]
-    monkeypatch.undo()
-    file.put(3, {"a": 3.0})  # the same process goes on
-    file.put(3, {"b": 3.0})
-    assert lines(path) == [{"step": 1, "a": 1.0, "b": 2.0}, {"step": 3, "a": 3.0, "b": 3.0}]
-
-
-def test_short_writes_are_finished(path: Path, monkeypatch: pytest.MonkeyPatch):
-    real = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda fd, data, place: real(fd, data[:7], place))
-    file = MetricsFile(path)
-    file.put(1, {"a": 1.0})
-    file.put(1, {"b": 1.0})
-    assert lines(path) == [{"step": 1, "a": 1.0, "b": 1.0}]
-
-
-def test_a_line_that_is_not_on_the_disk_is_taken_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    path = tmp_path / "metrics.jsonl"
-    file = MetricsFile(path)
-    file.put(1, {"a": 1.0})
-    before = path.read_bytes()
-
-    def full(handle: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(RunError, match="the disk is full"):
-            file.put(2, {"a": 2.0})
-    assert path.read_bytes() == before
-    file.put(2, {"a": 3.0})
-    assert [line["a"] for line in file.read()] == [1.0, 3.0]
+    for step in range(5):
+        file.put(step, {"a": float(step)})
+    with caplog.at_level(logging.WARNING, "gspo"):
+        file.truncate(3)
+        assert steps(path) == [0, 1, 2, 3] and not caplog.records
+        file.truncate(1)
+    assert steps(path) == [0, 1] and file.line(2) == {}
+    assert "the last 2 lines are of steps that have no checkpoint" in caplog.text

@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gspo as art
-from gspo.backend.service import sampling_seed
 from gspo.backend.stored_batch import read_batch
+from gspo.core.draws import seed_of
 from gspo.core.errors import GspoError, RunError
 from gspo.train.checkpoint import steps_saved
 from gspo.train.defaults import WARMUP, base_parameters, default_learning_rate
@@ -292,7 +292,7 @@ def test_the_engine_has_the_new_seed_whatever_becomes_of_the_call(
 
     asyncio.run(given_up())
     assert fresh.saved() == [1]
-    assert vars(engine)["_seed"] == sampling_seed(fresh.backend.seed, 1)
+    assert vars(engine)["_seed"] == seed_of(fresh.backend.seed, 1)
     assert len(threads) == 1 and threads[0].startswith("gspo-compute")
 
 

@@ -20,7 +20,7 @@ import pytest
 
 import gspo as art
 from gspo.backend.run import Run
-from gspo.backend.trackers import check_loggers
+from gspo.backend.trackers import Trackers, check_loggers
 from gspo.core.errors import ConfigError, MissingDependencyError
 from gspo.experiment.loop import run_experiment
 from gspo.experiment.plan import make_plan
@@ -89,7 +89,7 @@ def test_tensorboard_forgets_what_a_killed_process_logged(tmp_path: Path):
     first, again = {0: 0.0, 1: 1.0, 2: 2.0, 3: 3.0}, {3: 30.0, 4: 40.0}
     for step, logged in ((0, first), (2, again)):
         run = Run(tmp_path, "p", "m", CONFIG)
-        run.track(["tensorboard"], step, CONFIG)
+        run.trackers = Trackers(["tensorboard"], run, step, dict(CONFIG))
         for at, value in logged.items():
             run.log(at, {"a": value})
         run.close()
@@ -114,9 +114,10 @@ SESSION = """
 import sys
 from pathlib import Path
 from gspo.backend.run import Run
+from gspo.backend.trackers import Trackers
 path, logger, step, value = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
 run = Run(Path(path), "p", "m", {"base_model": "embedded:sort"})
-run.track([logger], step, {"base_model": "embedded:sort"})
+run.trackers = Trackers([logger], run, step, {"base_model": "embedded:sort"})
 run.trackers.configure("train", {"epsilon": value})
 run.log(step + 1, {"train/reward": value})
 run.log(step, {"val/reward": value / 2})

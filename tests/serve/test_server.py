@@ -12,10 +12,8 @@ from openai import AsyncOpenAI
 from gspo.core.compute import ComputeThread
 from gspo.core.errors import ServeError
 from gspo.serve import server as module
-from gspo.serve.app import create_app
-from gspo.serve.batcher import Batcher
 from gspo.serve.fake_engine import FakeEngine
-from gspo.serve.server import PortServer, bind, in_process_client
+from gspo.serve.server import Serving, bind, in_process_client
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 
@@ -28,21 +26,19 @@ async def ask(client: AsyncOpenAI) -> int:
 
 def test_it_outlives_the_loop_that_started_it():
     compute = ComputeThread()
-    app = create_app(Batcher(FakeEngine(), compute), lambda: ["m"])
-    server = PortServer(app, bind("127.0.0.1", 0))
+    server = Serving(FakeEngine(), compute, lambda: ["m"], bind("127.0.0.1", 0))
     port = int(server.url.split(":")[2].split("/")[0])
     asyncio.run(server.start())
     for _ in range(2):
         assert asyncio.run(ask(AsyncOpenAI(base_url=server.url, api_key="x"))) == 2
-        assert asyncio.run(ask(in_process_client(app))) == 2
+        assert asyncio.run(ask(in_process_client(server.app))) == 2
     asyncio.run(server.stop())
     bind("127.0.0.1", port).close()  # the port is free again
     compute.close()
 
 
 async def test_a_server_that_does_not_start_is_named(monkeypatch: pytest.MonkeyPatch):
-    app = create_app(Batcher(FakeEngine(), ComputeThread()), lambda: ["m"])
-    server = PortServer(app, bind("127.0.0.1", 0))
+    server = Serving(FakeEngine(), ComputeThread(), lambda: ["m"], bind("127.0.0.1", 0))
     monkeypatch.setattr(server._thread, "_target", lambda sockets: None)
     with pytest.raises(ServeError, match=r"127\.0\.0\.1:\d+/v1 did not start"):
         await asyncio.wait_for(server.start(), 20)
@@ -50,13 +46,12 @@ async def test_a_server_that_does_not_start_is_named(monkeypatch: pytest.MonkeyP
 
 async def test_a_client_that_holds_on_does_not_hold_up_the_stop(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "STOP_SECONDS", 1)
-    app = create_app(Batcher(FakeEngine(), ComputeThread()), lambda: ["m"])
+    server = Serving(FakeEngine(), ComputeThread(), lambda: ["m"], bind("127.0.0.1", 0))
 
-    @app.get("/slow")
+    @server.app.get("/slow")
     async def slow() -> None:
         await asyncio.sleep(60)
 
-    server = PortServer(app, bind("127.0.0.1", 0))
     await server.start()
     host, port = server.url.split("/")[2].split(":")
     with socket.create_connection((host, int(port))) as held:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import gspo as art
 from gspo.backend import service
+from gspo.core.draws import seed_of
 from gspo.core.errors import ServeError
 from gspo.data.packing import pack
 from gspo.policy.load import Policy
@@ -208,7 +209,7 @@ async def test_another_engine_and_another_publisher_are_new_classes(
             published = load_file(file)
             for name, weight in backend.policy(model).lm.named_parameters():
                 assert torch.equal(published[name], weight)
-    assert engine.seeds == [service.sampling_seed(0, 1), service.sampling_seed(0, 2)]
+    assert engine.seeds == [seed_of(0, 1), seed_of(0, 2)]
 
 
 async def gather_digits(model: art.TrainableModel) -> list[art.TrajectoryGroup]:

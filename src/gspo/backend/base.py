@@ -140,7 +140,7 @@ def train_options(
 
 
 def check_split(split: Any) -> str:
-    """The name of a split, which is that of a folder too.
+    """Return the name of a split, which is the name of a folder too.
 
     Raises:
         ConfigError: it is empty, `.` or `..`, or has a `/`, a `\\` or a NUL.
@@ -151,7 +151,7 @@ def check_split(split: Any) -> str:
 
 
 def user_metrics(metrics: Any, split: str, line: Mapping[str, float]) -> dict[str, float]:
-    """Metrics that a user logs, under names that replace none of gspo's.
+    """Return the metrics that a user logs, under names that replace none of gspo's.
 
     Args:
         metrics: name -> number, or None. A name without `/` belongs to the split.
@@ -172,7 +172,7 @@ def user_metrics(metrics: Any, split: str, line: Mapping[str, float]) -> dict[st
 
 
 def group_means(groups: Sequence[TrajectoryGroup], split: str) -> dict[str, float]:
-    """Mean reward, the means of the metrics that rollouts gave, and how many failed, by full name.
+    """Return mean reward, the means of the rollouts' metrics, and how many failed, by full name.
 
     A metric of a rollout that is named as one of gspo's stands at `<split>/user/<name>`.
     """

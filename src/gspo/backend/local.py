@@ -20,7 +20,7 @@ from gspo.backend.base import (
 )
 from gspo.backend.run import Run
 from gspo.backend.service import Service
-from gspo.backend.trackers import TrackerName, check_loggers
+from gspo.backend.trackers import TrackerName, Trackers, check_loggers
 from gspo.config import TrainConfig
 from gspo.core.compute import ComputeThread
 from gspo.core.errors import RunError, check_arguments, check_whole
@@ -33,7 +33,7 @@ from gspo.trajectory import TrajectoryGroup
 
 T = TypeVar("T")
 
-_KNOWN = ("path", "port", "keep_checkpoints", "seed", "logger")
+_ARGUMENTS = ("path", "port", "keep_checkpoints", "seed", "logger")
 _REFUSED = {"in_process": "everything is in this process; leave it out."}
 
 
@@ -66,7 +66,7 @@ class LocalBackend:
         logger: Sequence[TrackerName] = (),
         **unknown: Any,
     ):
-        check_arguments("LocalBackend", unknown, _KNOWN, _REFUSED)
+        check_arguments("LocalBackend", unknown, _ARGUMENTS, _REFUSED)
         check_whole("seed", seed)
         if port is not None:
             check_whole("port", port, 0, 65535)
@@ -114,7 +114,8 @@ class LocalBackend:
             )
             run.claim()
             step = service.trainer.step
-            await asyncio.to_thread(run.track, self.logger, step, _described(model))
+            described = _described(model)
+            run.trackers = await asyncio.to_thread(Trackers, self.logger, run, step, described)
             await service.serving.start()
         except BaseException:
             if listener is not None:
@@ -122,7 +123,7 @@ class LocalBackend:
             if run is not None:
                 run.close()
             raise
-        # Entered last: a model that is registered by half would train a step and lose it.
+        # Entered last: a model that is only half registered would train a step and lose it.
         self._services[key] = service
 
     def client(self, model: ModelLike) -> AsyncOpenAI:
@@ -150,7 +151,7 @@ class LocalBackend:
         if key not in self._logs:
             run = Run(self.path, model.project, model.name, {"base_model": None})
             run.claim()
-            run.track(self.logger, None, _described(model))
+            run.trackers = Trackers(self.logger, run, None, _described(model))
             self._logs[key] = run
         return self._logs[key]
 
@@ -220,7 +221,7 @@ class LocalBackend:
         groups = plain_groups(trajectory_groups)
         values = group_means(groups, check_split(split))
         if split == "train" and run.trajectories(split, step).exists():
-            # With advantages, which are not known here.
+            # `train` has written the file, with the advantages, which this call doesn't know.
             line = run.line(step)
             values = {name: value for name, value in values.items() if name not in line}
         elif groups:
@@ -246,7 +247,7 @@ class LocalBackend:
         services, logs = list(self._services.values()), list(self._logs.values())
         self._services.clear()
         self._logs.clear()
-        # The runs first: nothing that fails behind may leave one held.
+        # The runs first: no failure below may leave one of them locked.
         for run in [*(service.run for service in services), *logs]:
             await asyncio.to_thread(run.close)  # a tracker may have to send what is left
         for service in services:

@@ -8,7 +8,7 @@ import math
 import os
 import platform
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from gspo.backend.metrics_file import MetricsFile
 from gspo.backend.stored_batch import UpdateRecord, write_batch
-from gspo.backend.trackers import Config, Followed, TrackerName, Trackers
+from gspo.backend.trackers import Trackers
 from gspo.core.errors import ConfigError, RunError, suggestion
 from gspo.core.files import explained, remove, remove_leftovers, strict_json, write_whole
 from gspo.core.timing import timed
@@ -28,7 +28,7 @@ FORMAT = 1
 
 
 def versions() -> dict[str, str]:
-    """What computes here, as config.json and comparison.json record it."""
+    """The versions of what computes here, as config.json and comparison.json record them."""
     packages = {name: version(name) for name in ("gspo", "torch", "transformers")}
     return {"python": platform.python_version(), **packages}
 
@@ -48,8 +48,8 @@ class Run:
 
     def __init__(self, path: Path, project: str, name: str, identity: Mapping[str, Any]):
         for label, text in (("project", project), ("name", name)):
-            half = any("\ud800" <= character <= "\udfff" for character in text)
-            if not text or text in (".", "..") or set(text) & set("/\\\0") or half:
+            surrogate = any("\ud800" <= character <= "\udfff" for character in text)
+            if not text or text in (".", "..") or set(text) & set("/\\\0") or surrogate:
                 raise RunError(f"model {label} {text!r} cannot be the name of a folder")
         self.project, self.name = project, name
         self._identity = dict(identity)
@@ -76,11 +76,11 @@ class Run:
                 raise RunError(f"cannot read the run folder {self.folder}: {error}") from None
             raise
         self.metrics, self.line = self._lines.read, self._lines.line
-        self.trackers = Trackers()
+        self.trackers = Trackers((), self, None, {})
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """What is written inside is written to its end before another process can have the run.
+        """Write what is inside to its end before another process can have the run.
 
         Raises:
             RunError: the run is closed. A step that was being computed then is not saved.
@@ -109,8 +109,6 @@ class Run:
                 raise TypeError(f"format is {written!r}")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise RunError(f"{path} is damaged ({error}): delete the run or mend it") from None
-        except OSError as error:
-            raise RunError(f"cannot read {path}: {error.strerror}") from None
         if written > FORMAT:
             raise RunError(
                 f"{self.folder} was written by a newer gspo (format {written}, this one reads "
@@ -122,11 +120,6 @@ class Run:
                     f"{self.folder} is a run with {key} {stored.get(key)!r}, not {value!r}: "
                     "give the model another name, or delete that folder"
                 )
-
-    def track(self, names: Iterable[TrackerName], step: int | None, config: Config) -> None:
-        """Show trackers what is logged from now on; see `Followed` for `step`."""
-        followed = Followed(self.folder, self.project, self.name, step, bool(self.metrics()))
-        self.trackers = Trackers(names, followed, config)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of a step: one line per step, later calls add to its line."""
@@ -140,7 +133,7 @@ class Run:
             self._lines.truncate(step)
 
     def trajectories(self, split: str, step: int) -> Path:
-        """The file of a split's trajectories at a step."""
+        """Return the path of a split's trajectories at a step."""
         return self.folder / "trajectories" / split / f"{step:04d}.parquet"
 
     @timed("checkpoint")

@@ -6,8 +6,7 @@ import gc
 import logging
 import socket
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -78,7 +77,7 @@ class Service:
         self._loaded = _identity(model)
         self.trainer = load_trainer(run, model.source, config)
         self.sampling, self.publisher = publisher_for(self.trainer.policy, config.rollout_dtype)
-        self.engine = make_engine(self.sampling, seed=sampling_seed(seed, self.trainer.step))
+        self.engine = make_engine(self.sampling, seed=seed_of(seed, self.trainer.step))
         self.serving = Serving(self.engine, compute, lambda: [model.name], listener)
 
     def check_same(self, model: ModelLike) -> None:
@@ -132,14 +131,15 @@ class Service:
             published = self._publish()
         step = trainer.step
         # Here, so that no caller who gave up waiting leaves a trained step with the old seed.
-        self.engine.reseed(sampling_seed(self.seed, step))
+        self.engine.reseed(seed_of(self.seed, step))
         run.trackers.configure("train", out.settings.as_config())
         metrics = self._metrics(groups, out) | {"time/publish": published}
         started = time.perf_counter()
-        failures: list[tuple[str, Exception]] = []
+        failed: tuple[str, Exception] | None = None
         with run.writing():
             # Logged before the checkpoint: a resume drops the lines beyond the step that it finds.
-            with _noted(failures, "its metrics and trajectories could not be written"):
+            # A step whose weights have moved is saved all the same if that fails.
+            try:
                 run.log(step, metrics)
                 advantages = {s[0].trajectory_id: s[0].advantage for s in batch.samples}
                 dtype = str(trainer.policy.compute_dtype).removeprefix("torch.")
@@ -148,20 +148,24 @@ class Service:
                     out.settings, version=version, context=context, dtype=dtype
                 )
                 run.log_trajectories(groups, "train", step, advantages, out.traces, record)
+            except Exception as error:
+                failed = ("its metrics and trajectories could not be written", error)
             path = save_checkpoint(run.checkpoints, trainer)
-            if not failures:
-                late = "older checkpoints could not be deleted, or time/checkpoint not be written"
-                with _noted(failures, late):
+            if failed is None:
+                try:
                     if keep_checkpoints is not None:
                         run.prune(keep_checkpoints, "val/reward")
                     metrics["time/checkpoint"] = time.perf_counter() - started
                     run.log(step, {"time/checkpoint": metrics["time/checkpoint"]})
-            for failed, error in failures:
+                except Exception as error:
+                    late = "older checkpoints could not be deleted, or time/checkpoint not written"
+                    failed = (late, error)
+            if failed is not None:
                 raise RunError(
-                    f"step {step} is trained and its checkpoint {path} is saved, but {failed} in "
-                    f"{run.folder}: {error}. "
+                    f"step {step} is trained and its checkpoint {path} is saved, but {failed[0]} "
+                    f"in {run.folder}: {failed[1]}. "
                     "Mend that and go on; training on this batch again would train on it twice"
-                ) from error
+                ) from failed[1]
         return TrainResult(step, metrics, path, out.skipped)
 
     def _metrics(self, groups: Sequence[TrajectoryGroup], out: TrainOutput) -> dict[str, float]:
@@ -194,20 +198,6 @@ class Service:
 def _identity(model: ModelLike) -> dict[str, Any]:
     """What is loaded for a model, and how."""
     return {"base_model": model.source, **model.internal_config.model_dump()}
-
-
-def sampling_seed(seed: int, step: int) -> int:
-    """The engine's seed at a step, of a backend with this `seed`: the same after a resume."""
-    return seed_of(seed, step)
-
-
-@contextmanager
-def _noted(failures: list[tuple[str, Exception]], what: str) -> Iterator[None]:
-    """Note what fails inside: a step whose weights have moved is saved all the same."""
-    try:
-        yield
-    except Exception as error:
-        failures.append((what, error))
 
 
 @cache

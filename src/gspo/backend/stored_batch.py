@@ -85,13 +85,13 @@ class UpdateRecord:
         """The record of one call of `train`."""
         options = settings.model_dump(mode="json", exclude_unset=True, exclude={"learning_rate"})
         if settings.algorithm not in BUILT_IN and options.get("algorithm") is not None:
-            # As its fields: it is read back where nobody has registered it.
+            # Stored as its fields: nobody may have registered it in the process that reads it back.
             options["algorithm"] = asdict(settings.preset)
         kl = settings.objective.kl_coef
         return cls(version, context, dtype, settings.learning_rate, kl, options)
 
     def settings(self, **changes: Any) -> Settings:
-        """The resolved call, with the options that `changes` names put in; a None there drops one.
+        """Resolve the call again, with `changes` to its options; a None there drops an option.
 
         Raises:
             ConfigError: options that contradict one another.
@@ -144,7 +144,7 @@ def write_batch(
 
 
 def _columns(trajectory: Trajectory, traces: Sequence[Trace]) -> dict[str, Any]:
-    """The columns of a trajectory; `traces` are of its sequences, one or one per turn."""
+    """Return the columns of a trajectory; `traces` has one entry, or one per turn."""
     choices = trajectory.choices()
     messages = [
         {**m.message.model_dump(exclude_none=True), "sampled": True} if isinstance(m, Choice) else m
@@ -179,7 +179,7 @@ def _columns(trajectory: Trajectory, traces: Sequence[Trace]) -> dict[str, Any]:
 
 
 def read_batch(path: Path) -> StoredBatch:
-    """A batch that a call of `train` has stored.
+    """Read a batch that a call of `train` has stored.
 
     Raises:
         RunError: no such file, a damaged one, or one without what training read.
@@ -245,7 +245,7 @@ def _choice(row: dict[str, Any], turn: int, message: dict[str, Any]) -> Choice:
 
 
 def _packed(experts: Any) -> dict[str, Any] | None:
-    """A Choice's expert choices as bytes; None if it has none that could be trained on."""
+    """Return a Choice's expert choices as bytes; None if there are none to train on."""
     try:
         data = base64.b64decode(experts["data"], validate=True)
         return {"shape": list(experts["shape"]), "dtype": str(experts["dtype"]), "data": data}

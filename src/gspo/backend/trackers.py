@@ -3,8 +3,10 @@
 A tracker gets what metrics.jsonl gets: the same names at the same steps. No run ends because of
 one: what a client raises is a warning, once.
 
-An adapter is a class that is made with a `Followed` and the config, and has `configure` (the whole
-config, once more is known of it), `log` and `finish`. Any of them may raise.
+An adapter is a class that is made with the run, the step at which it goes on, and the config. What
+it shows of later steps was logged by a killed process and is logged again; without a step, the
+steps are the caller's (a prompted model). It has `configure` (the whole config, when there is more
+of it), `log` and `finish`. Any of them may raise.
 """
 
 from __future__ import annotations
@@ -14,13 +16,15 @@ import importlib.util
 import json
 import logging
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from gspo.core.errors import ConfigError, MissingDependencyError, suggestion
 from gspo.core.files import write_whole
+
+if TYPE_CHECKING:
+    from gspo.backend.run import Run
 
 log = logging.getLogger("gspo")
 
@@ -28,33 +32,15 @@ TrackerName = Literal["tensorboard", "trackio", "wandb"]
 Config = dict[str, Any]
 
 
-class Followed(NamedTuple):
-    """The run that a tracker shows.
-
-    Attributes:
-        folder: of the run.
-        project, name: of the model.
-        step: at which the run goes on; what a tracker has of later steps was logged by a killed
-            process, and is logged again. None: steps are the caller's (a prompted model).
-        begun: an earlier process has logged to the folder.
-    """
-
-    folder: Path
-    project: str
-    name: str
-    step: int | None
-    begun: bool
-
-
 class TensorBoard:
     """Event files in `<run>/tensorboard`, written through at every call."""
 
-    def __init__(self, run: Followed, config: Config):
+    def __init__(self, run: Run, step: int | None, config: Config):
         from torch.utils.tensorboard import SummaryWriter
 
-        purge = None if run.step is None else run.step + 1
+        purge = None if step is None else step + 1
         self._writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=purge)
-        self._step = run.step or 0
+        self._step = step or 0
         self.configure(config)
 
     def configure(self, config: Config) -> None:
@@ -74,7 +60,7 @@ class TensorBoard:
 class Wandb:
     """A W&B run whose id is kept in the run folder. Without a key it is written offline."""
 
-    def __init__(self, run: Followed, config: Config):
+    def __init__(self, run: Run, step: int | None, config: Config):
         import wandb
 
         path = run.folder / "wandb-id"
@@ -114,9 +100,9 @@ def _wandb_mode(wandb: Any) -> Literal["offline"] | None:
 class Trackio:
     """A Trackio run, which is known by project and name."""
 
-    def __init__(self, run: Followed, config: Config):
-        self._followed = run
-        self._open(config, resume="allow" if run.begun else "never")
+    def __init__(self, run: Run, step: int | None, config: Config):
+        self._project, self._name = run.project, run.name
+        self._open(config, resume="allow" if run.metrics() else "never")
 
     def _open(self, config: Config, resume: str) -> None:
         import trackio  # pyright: ignore[reportMissingImports]
@@ -124,8 +110,8 @@ class Trackio:
         # In a new context: in the caller's, it would end the run of another model.
         self._run: Any = contextvars.Context().run(
             trackio.init,
-            self._followed.project,
-            name=self._followed.name,
+            self._project,
+            name=self._name,
             resume=resume,
             config=config,
             embed=False,
@@ -143,10 +129,10 @@ class Trackio:
         self._run.finish()
 
 
-_ADAPTERS = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": Wandb}
+_ADAPTERS: dict[TrackerName, Any] = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": Wandb}
 
 
-def check_loggers(names: Iterable[str]) -> tuple[TrackerName, ...]:
+def check_loggers(names: Sequence[TrackerName]) -> tuple[TrackerName, ...]:
     """The trackers of `logger=[...]`, each once.
 
     Raises:
@@ -155,42 +141,33 @@ def check_loggers(names: Iterable[str]) -> tuple[TrackerName, ...]:
     """
     if isinstance(names, str):
         raise ConfigError(f"logger = {names!r}: give a list, [{names!r}]")
-    known: dict[str, TrackerName] = {name: name for name in get_args(TrackerName)}
-    asked = dict.fromkeys(names)
-    for name in asked:
-        if name not in known:
-            choices = ", ".join(repr(choice) for choice in known)
-            raise ConfigError(
-                f"logger: unknown tracker {name!r}.{suggestion(str(name), known)} Known: {choices}."
-            )
+    for name in names:
+        if name not in _ADAPTERS:
+            choices = ", ".join(map(repr, _ADAPTERS))
+            hint = suggestion(str(name), _ADAPTERS)
+            raise ConfigError(f"logger: unknown tracker {name!r}.{hint} Known: {choices}.")
         module = importlib.util.find_spec(name)
         # A folder named wandb/, which the client leaves behind, is a module without an origin.
         if module is None or module.origin is None:
             raise MissingDependencyError(name, name, f"logger = [{name!r}]")
-    return tuple(known[name] for name in asked)
+    return tuple(dict.fromkeys(names))
 
 
 class Trackers:
     """The trackers of one run. A call that fails is a warning the first time, and nothing more."""
 
-    def __init__(
-        self,
-        names: Iterable[TrackerName] = (),
-        run: Followed | None = None,
-        config: Config | None = None,
-    ):
-        self._config = dict(config or {})
+    def __init__(self, names: Iterable[TrackerName], run: Run, step: int | None, config: Config):
+        self._config = config
         self._warned: set[str] = set()
         self._open: dict[str, TensorBoard | Trackio | Wandb] = {}
         for name in names:
-            assert run is not None
             with self._warning(name, "start"):
-                self._open[name] = _ADAPTERS[name](run, dict(self._config))
+                self._open[name] = _ADAPTERS[name](run, step, dict(config))
 
-    def configure(self, part: str, values: Config) -> None:
-        """Add a part to the config, once."""
-        if part not in self._config:
-            self._config[part] = values
+    def configure(self, section: str, values: Config) -> None:
+        """Add a section to the config, unless it is there already."""
+        if section not in self._config:
+            self._config[section] = values
             for name, tracker in self._open.items():
                 with self._warning(name, "take the config"):
                     tracker.configure(dict(self._config))

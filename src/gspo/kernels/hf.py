@@ -23,6 +23,7 @@ from transformers import AttentionInterface as AttentionInterface
 from transformers import AttentionMaskInterface as AttentionMaskInterface
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache as Cache
+from transformers.convert_slow_tokenizer import bytes_to_unicode as bytes_to_unicode
 from transformers.integrations.sdpa_attention import (
     sdpa_attention_forward as sdpa_attention_forward,
 )

@@ -23,13 +23,13 @@ from gspo.serve.batcher import Batcher
 from gspo.serve.engine import Completion, Engine, Request
 from gspo.serve.schemas import ChatBody, CompletionBody
 
-# Functions of the module: FastAPI keeps what it knows of them for good, closures too.
+# The handlers are functions of the module, not closures: FastAPI never lets go of a handler.
 router = fastapi.APIRouter()
-_numbers = itertools.count(1)  # of the answers of this process
+_numbers = itertools.count(1)  # numbers the answers of this process
 
 
 def create_app(batcher: Batcher, names: Callable[[], list[str]]) -> fastapi.FastAPI:
-    """The app that answers for `batcher`'s engine.
+    """Make the app that answers for `batcher`'s engine.
 
     Args:
         batcher: where requests go.
@@ -64,7 +64,9 @@ async def chat(http: fastapi.Request, body: ChatBody) -> JSONResponse:
     for completion in await batcher.complete(Request(tuple(prompt), params)):
         message = {"role": "assistant", "content": completion.text}
         logprobs = {"content": _token_entries(engine, completion)} if body.logprobs else None
-        choices.append({"message": message, "logprobs": logprobs, **_common(prompt, completion)})
+        choices.append(
+            {"message": message, "logprobs": logprobs, **_training_fields(prompt, completion)}
+        )
     return _answer("chatcmpl", "chat.completion", body.model, choices, [prompt])
 
 
@@ -87,12 +89,16 @@ async def completions(http: fastapi.Request, body: CompletionBody) -> JSONRespon
         for completion in answer:
             logprobs = None if body.logprobs is None else _token_lists(engine, completion)
             fields = {"text": completion.text, "logprobs": logprobs}
-            choices.append(fields | _common(prompt, completion))
+            choices.append(fields | _training_fields(prompt, completion))
     return _answer("cmpl", "text_completion", body.model, choices, prompts)
 
 
 def _batcher(http: fastapi.Request, model: str) -> Batcher:
-    """Where requests to this model go."""
+    """The batcher of this model.
+
+    Raises:
+        RequestError: the server has no such model.
+    """
     names = http.app.state.names()
     if model not in names:
         raise RequestError(f"no model {model!r} here; this server has {names}", "model")
@@ -106,7 +112,7 @@ async def _refusal(http: fastapi.Request, error: Exception) -> JSONResponse:
         param, status = error.param, 400
     elif isinstance(error, RequestValidationError):
         first = error.errors()[0]
-        param, status = ".".join(str(part) for part in first["loc"] if part != "body"), 400
+        param, status = ".".join(str(name) for name in first["loc"] if name != "body"), 400
         message = f"{param}: {first['msg']}"
     kind = "invalid_request_error" if status == 400 else "server_error"
     detail = {"message": message, "type": kind, "param": param, "code": None}
@@ -114,14 +120,14 @@ async def _refusal(http: fastapi.Request, error: Exception) -> JSONResponse:
 
 
 def _answer(
-    prefix: str, kind: str, model: str, choices: list[dict[str, Any]], prompts: list[list[int]]
+    id_start: str, kind: str, model: str, choices: list[dict[str, Any]], prompts: list[list[int]]
 ) -> JSONResponse:
     prompt_tokens = sum(len(prompt) for prompt in prompts)
     completion_tokens = sum(len(choice["token_ids"]) for choice in choices)
     # Sent as it is: validating our own answer again would cost more than sampling it.
     return JSONResponse(
         {
-            "id": f"{prefix}-{next(_numbers)}",
+            "id": f"{id_start}-{next(_numbers)}",
             "object": kind,
             "created": int(time.time()),
             "model": model,
@@ -135,8 +141,8 @@ def _answer(
     )
 
 
-def _common(prompt: list[int], completion: Completion) -> dict[str, Any]:
-    """What a choice of either route has: why it ended, and what training needs."""
+def _training_fields(prompt: list[int], completion: Completion) -> dict[str, Any]:
+    """The fields that both kinds of choices have: why it ended, and what training needs."""
     fields = {
         "finish_reason": completion.finish_reason,
         "token_ids": list(completion.token_ids),
@@ -151,7 +157,7 @@ def _common(prompt: list[int], completion: Completion) -> dict[str, Any]:
 
 
 def _token_entries(engine: Engine, completion: Completion) -> list[dict[str, Any]]:
-    """Log-probs in the form of a chat's choice."""
+    """The log-probs of a completion, in the form of a chat's choice."""
     tokens = completion.token_ids
     return [
         {
@@ -167,7 +173,7 @@ def _token_entries(engine: Engine, completion: Completion) -> list[dict[str, Any
 
 
 def _token_lists(engine: Engine, completion: Completion) -> dict[str, Any]:
-    """Log-probs in the form of a text completion's choice."""
+    """The log-probs of a completion, in the form of a text completion's choice."""
     texts = [engine.decode([token], special=True) for token in completion.token_ids]
     return {
         "tokens": texts,

@@ -1,7 +1,7 @@
 """Requests that arrive together are sampled together.
 
 A batch is closed when the event loop has gone round `IDLE_TURNS` times without a new request.
-That counts turns and not milliseconds, so that a program whose rollouts run in this process
+Turns are counted, not milliseconds, so that a program whose rollouts run in this process
 forms the same batches each time it runs.
 """
 
@@ -33,7 +33,7 @@ class _Queue:
     worker: asyncio.Task[None] | None = None
 
     def take(self) -> list[_Waiting]:
-        """All that waits. A client that has gone needs no answer."""
+        """Take all that waits. A client that has gone needs no answer."""
         batch, self.waiting = self.waiting, []
         return [(request, answer) for request, answer in batch if not answer.done()]
 
@@ -69,11 +69,11 @@ class Batcher:
         return self._engine
 
     def close(self) -> None:
-        """Let go of the engine and its weights, whoever may still hold the routes to it."""
+        """Let go of the engine and its weights: a client may still hold the app."""
         self._engine = None
 
     async def complete(self, request: Request) -> list[Completion]:
-        """The request's n completions.
+        """Sample the request's n completions.
 
         Raises:
             RequestError: see `Engine.check`.
@@ -114,7 +114,7 @@ class Batcher:
                 raise
 
     async def _settle(self, queue: _Queue) -> None:
-        """Until no new request has come for a while."""
+        """Wait until no new request has come for a while."""
         if self.window:
             await asyncio.sleep(self.window)
         quiet, before = 0, len(queue.waiting)
@@ -125,7 +125,7 @@ class Batcher:
 
 
 def _fail(batch: Iterable[_Waiting], error: BaseException) -> None:
-    """Answer with the error, as one of gspo's."""
+    """Answer each request of a batch with the error, made one of gspo's."""
     if not isinstance(error, GspoError):
         if not isinstance(error, asyncio.CancelledError):
             log.error("sampling failed", exc_info=error)  # over HTTP the traceback is lost

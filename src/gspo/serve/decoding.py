@@ -1,7 +1,7 @@
 """The completions that are decoded together, and what they have sampled so far.
 
-Tensors are of R completions. Per token there is little Python: it looks at single completions only
-when one may have ended.
+Tensors are of R completions. There is little Python per token: it looks at single completions only
+if one may have ended.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from gspo.policy.load import Policy
-from gspo.serve.engine import FinishReason, SamplingParams
+from gspo.serve.engine import FinishReason, Request, SamplingParams
 from gspo.serve.sampling import RandomStreams, sample
 
 
@@ -25,19 +27,17 @@ class OpenCompletion:
     """A completion that is being made.
 
     Attributes:
-        request: position of its request.
-        params: of the request.
+        request: what asked for it.
         limit: most tokens.
-        key: of its random numbers.
-        finish: why it ended, or None while it runs.
+        key: names the stream of its random numbers.
         ends: tokens that end it, beside the model's end tokens.
+        finish: why it ended, or None while it runs.
         text: what a stop text left of its text, if one was found.
         tokens, logprobs: once it has ended.
-        expert_choices: [n, N, K] experts of its tokens for each forward pass, if asked for.
+        expert_choices: for each forward pass, [n, N, K] experts of its n tokens, if asked for.
     """
 
-    request: int
-    params: SamplingParams
+    request: Request
     limit: int
     key: tuple[int, int]
     ends: frozenset[int] = frozenset()
@@ -47,12 +47,16 @@ class OpenCompletion:
     logprobs: tuple[float, ...] = ()
     expert_choices: list[np.ndarray] = field(default_factory=list)
 
+    @cached_property
+    def params(self) -> SamplingParams:
+        return self.request.params
+
 
 @contextmanager
 def record_expert_choices(
     policy: Policy, completions: Sequence[OpenCompletion], places: Iterable[slice]
 ) -> Iterator[None]:
-    """Around a forward pass: note the experts of each completion's tokens, if its request asks.
+    """Note the experts of each completion's tokens in a forward pass, if its request asks.
 
     Args:
         policy: whose forward pass it is.
@@ -94,7 +98,7 @@ class Running:
         self.add(completions)
 
     def add(self, completions: Sequence[OpenCompletion]) -> None:
-        """Completions that begin now, behind the others."""
+        """Add completions that begin now."""
         self.completions += completions
         self.alive += len(completions)
         self._random.add([completion.key for completion in completions])
@@ -121,7 +125,7 @@ class Running:
         count = state["count"]
         for name, new in (("tokens", tokens.to(torch.int32)), ("logprobs", logprobs)):
             if int(count.max()) == state[name].shape[1]:
-                state[name] = _wider(state[name])
+                state[name] = functional.pad(state[name], (0, max(32, state[name].shape[1])))
             state[name].scatter_(1, count[:, None], new[:, None])
         count += 1
         stopped = self._ends[tokens] & state["heeds"]
@@ -135,7 +139,7 @@ class Running:
         return tokens
 
     def _barred(self) -> Bool[Tensor, "R V"] | None:
-        """End tokens of the completions that are shorter than their min_tokens, if any are."""
+        """Mark the end tokens of the completions that are shorter than their min_tokens, if any."""
         if not any(completion.params.min_tokens for completion in self.completions):
             return None
         counts = self._state["count"].tolist()
@@ -194,7 +198,3 @@ class Running:
         # It writes them over the start of its buffer.
         state["count"][i] = 0
         state["limit"][i] = torch.iinfo(torch.long).max
-
-
-def _wider(x: Tensor) -> Tensor:
-    return torch.cat([x, x.new_zeros(len(x), max(32, x.shape[1]))], dim=1)

@@ -12,7 +12,6 @@ from gspo.core.errors import RequestError, shown
 from gspo.core.options import TEMPERATURES
 
 FinishReason = Literal["stop", "length"]
-RANGE = f"[{TEMPERATURES[0]:g}, {TEMPERATURES[1]:g}]"
 
 
 @dataclass(frozen=True)
@@ -27,12 +26,12 @@ class SamplingParams:
         stop: texts at whose first occurrence a completion ends; they are cut from the text, but
             their tokens were sampled and stay in `token_ids`.
         seed: completion i of a seeded request depends on (seed, i) only, not on other requests.
-        purpose: of a request without a seed: what it is for, see `gspo.core.draws.purpose`.
+        purpose: what a request without a seed is for, see `gspo.core.draws.purpose`.
         expert_choices: return the experts that each token went through (MoE models only).
-        ignore_eos: sample on after an end token, up to `max_tokens`: for measurements.
+        ignore_eos: go on after an end token, up to `max_tokens`: for measurements.
         stop_token_ids: tokens that end a completion as an end token does, whatever `ignore_eos`.
-        min_tokens: end tokens are not drawn, and stop texts not looked for, among the first so
-            many tokens. `logprobs` stay those of the full distribution.
+        min_tokens: end tokens are not drawn, and stop texts not looked for, among this many first
+            tokens. `logprobs` stay those of the full distribution.
         skip_special_tokens: leave special tokens out of the text.
 
     Raises:
@@ -54,10 +53,12 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         limit = 1 if self.max_tokens is None else self.max_tokens
+        low, high = TEMPERATURES
+        warm = self.temperature == 0 or low <= self.temperature <= high
         for name, value, fine, rule in (
             ("n", self.n, 1 <= self.n <= 4096, "in 1..4096"),
             ("max_tokens", self.max_tokens, limit >= 1, "at least 1"),
-            ("temperature", self.temperature, _fine(self.temperature), f"0, or in {RANGE}"),
+            ("temperature", self.temperature, warm, f"0, or in [{low:g}, {high:g}]"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]"),
             ("stop", self.stop, all(self.stop), "texts that are not empty"),
             ("min_tokens", self.min_tokens, self.min_tokens >= 0, "at least 0"),
@@ -66,13 +67,17 @@ class SamplingParams:
                 raise RequestError(f"{name} = {value!r}: must be {rule}", param=name)
 
 
-def _fine(temperature: float) -> bool:
-    return temperature == 0 or TEMPERATURES[0] <= temperature <= TEMPERATURES[1]
-
-
 @dataclass(frozen=True)
 class Request:
-    """A prompt of at least one token, and how to continue it."""
+    """What is asked of an engine.
+
+    Attributes:
+        prompt: P >= 1 token ids.
+        params: how it is continued.
+
+    >>> Request((5, 6), SamplingParams(n=2)).params.n
+    2
+    """
 
     prompt: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
@@ -89,7 +94,7 @@ class Completion:
         text: decoded, without special tokens and without the stop text.
         finish_reason: `stop` at an end token or stop text, `length` at max_tokens or the context.
         policy_version: version of the weights that sampled it.
-        temperature: that `logprobs` are at: the request's, or 1 for greedy decoding.
+        temperature: of `logprobs`: the request's, or 1 for greedy decoding.
         expert_choices: if asked for, [R, N, K] experts of the prompt's and the completion's tokens
             but the last, which was never fed; R = prompt + L - 1. One byte per expert up to 256.
     """
@@ -146,12 +151,12 @@ class Engine(Protocol):
         ...
 
     def reseed(self, seed: int) -> None:
-        """Draw for requests without a seed, from now on, as an engine that starts with `seed`."""
+        """Start the draws of requests without a seed again, from `seed`."""
         ...
 
 
 def check_fits(request: Request, context: int, vocabulary: int) -> int:
-    """Most tokens that each completion of the request may have.
+    """Return how many tokens each completion of the request may have.
 
     Raises:
         RequestError: an empty prompt, one with an id that is no token of the model, or one that

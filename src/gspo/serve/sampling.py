@@ -1,4 +1,4 @@
-"""Draw tokens from logits: inverse-CDF sampling, from random numbers of each completion's own.
+"""Draw tokens from logits: inverse-CDF sampling, with a stream of random numbers per completion.
 
 Tensors are of R completions that are decoded together, and V tokens.
 """
@@ -31,7 +31,7 @@ class RandomStreams:
         self.add(keys)
 
     def add(self, keys: Sequence[tuple[int, int]]) -> None:
-        """More streams, whose first number comes with the next draw."""
+        """Add streams; their first numbers come with the next draw."""
         words = np.array([[word % 2**64 for word in key] for key in keys], dtype=np.uint64)
         new = [np.random.Philox(key=key) for key in words]
         self._streams += new
@@ -41,7 +41,7 @@ class RandomStreams:
         self._block = torch.cat([self._block, block], dim=1)
 
     def draw(self) -> Float[Tensor, " R"]:
-        """The next number in [0, 1) of each stream."""
+        """Draw the next number in [0, 1) of each stream."""
         if self._next == _BLOCK:
             self._block = self._numbers(self._streams, _BLOCK)
             self._next = 0
@@ -67,7 +67,7 @@ def sample(
     uniform: Float[Tensor, " R"],
     barred: Bool[Tensor, "R V"] | None = None,
 ) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"]]:
-    """Tokens, and their float32 log-probs under softmax(logits / temperature).
+    """Draw tokens; returns them and their float32 log-probs under softmax(logits / temperature).
 
     Temperature 0 takes the likeliest token, whose log-prob is at temperature 1. Tokens that are
     `barred` are not drawn; the log-probs are those of the full distribution all the same.

@@ -25,12 +25,14 @@ _UNSUPPORTED: tuple[tuple[Any, str], ...] = (
     ({"type": "text"}, "response_format"),
     (None, "stream_options"),
 )
-"""Parameters of OpenAI's and vLLM's APIs that this version doesn't have, after the values of them
-that ask for nothing. Any other value is refused by name: nothing is accepted and ignored."""
+"""Parameters of OpenAI's and vLLM's APIs that this version doesn't have, behind the value that asks
+for nothing. Any other value is refused by name: nothing is accepted and ignored."""
+_SAMPLING = {"n", "temperature", "top_p", "seed", "ignore_eos", "min_tokens", "skip_special_tokens"}
+"""Fields that are named as in `SamplingParams`; null means its default."""
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True)  # JSON has numbers: "2" or true is none
+    model_config = ConfigDict(extra="allow", strict=True)  # "2" and true are no numbers
 
     model: str
     n: int = 1
@@ -45,26 +47,19 @@ class _Body(BaseModel):
     skip_special_tokens: bool = True
 
     def sampling(self, max_tokens: int | None) -> SamplingParams:
-        """The engine's parameters.
+        """Return the engine's parameters.
 
         Raises:
             RequestError: an unknown parameter, or a value out of range.
         """
         self._refuse_unknown()
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return SamplingParams(
-            n=self.n,
+            **self.model_dump(include=_SAMPLING, exclude_none=True),
             max_tokens=max_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            stop=stop,
-            seed=self.seed,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
             purpose=purpose(),
             expert_choices=self.return_routes,
-            ignore_eos=self.ignore_eos,
-            stop_token_ids=tuple(self.stop_token_ids or ()),
-            min_tokens=self.min_tokens,
-            skip_special_tokens=self.skip_special_tokens,
         )
 
     def _refuse_unknown(self) -> None:
@@ -88,17 +83,17 @@ class ChatBody(_Body):
     logprobs: bool | None = None
 
     def limit(self) -> int | None:
-        """max_completion_tokens, under its new or its old name."""
+        """Return max_completion_tokens, or what is given under its old name."""
         new = self.max_completion_tokens
         return self.max_tokens if new is None else new
 
     def text_messages(self) -> list[dict[str, Any]]:
-        """The messages with their text parts joined.
+        """Return the messages with their text parts joined.
 
         Raises:
             RequestError: a message without a role, or with parts that are not text.
         """
-        return [_plain(message, i) for i, message in enumerate(self.messages)]
+        return [_with_plain_text(message, i) for i, message in enumerate(self.messages)]
 
 
 class CompletionBody(_Body):
@@ -110,15 +105,15 @@ class CompletionBody(_Body):
     add_special_tokens: bool = True
 
     def prompts(self) -> list[str | list[int]]:
-        """The prompts one by one, as text or as token ids.
+        """Return the prompts one by one, as text or as token ids.
 
         Raises:
             RequestError: there is none.
         """
         if not self.prompt and not isinstance(self.prompt, str):
             raise RequestError("prompt = []: give at least one prompt", param="prompt")
-        one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-        return [self.prompt] if one else list(self.prompt)  # pyright: ignore[reportReturnType]
+        single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return [self.prompt] if single else list(self.prompt)  # pyright: ignore[reportReturnType]
 
 
 def _same(value: Any, neutral: Any) -> bool:
@@ -126,7 +121,7 @@ def _same(value: Any, neutral: Any) -> bool:
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
-def _plain(message: dict[str, Any], index: int) -> dict[str, Any]:
+def _with_plain_text(message: dict[str, Any], index: int) -> dict[str, Any]:
     if not isinstance(message.get("role"), str):
         raise RequestError(f"messages[{index}] has no role", param="messages")
     content = message.get("content")

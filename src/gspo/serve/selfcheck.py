@@ -1,4 +1,4 @@
-"""Make the engine of a policy, and ask once whether it decodes the model rightly."""
+"""Make the engine of a policy, and check once that it decodes the model rightly."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SLOWER: dict[Layout, str] = {
 
 
 def make_engine(policy: Policy, *, seed: int = 0) -> Engine:
-    """The engine that samples from `policy` in this process, checked.
+    """Make the engine that samples from `policy` in this process, and check it.
 
     Args:
         policy: the weights.
@@ -73,7 +73,7 @@ def check_engine(engine: TorchEngine) -> None:
 
 
 def _gap(engine: TorchEngine) -> float:
-    """Largest difference between the engine's log-probs and the plain ones."""
+    """Return the largest difference between the engine's log-probs and the plain ones."""
     policy = engine.policy
     params = SamplingParams(max_tokens=_TOKENS, seed=0, n=2)
     # Two prompts of different lengths: the shorter one is padded.

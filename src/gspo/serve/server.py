@@ -28,7 +28,7 @@ STOP_SECONDS = 30
 
 
 def in_process_client(app: FastAPI) -> AsyncOpenAI:
-    """An OpenAI client whose requests go straight into the app; no socket is opened."""
+    """Make an OpenAI client whose requests go straight into the app; no socket is opened."""
     # httpx, or whatever the client is built on.
     modules = (base.__module__.partition(".")[0] for base in DefaultAsyncHttpxClient.__mro__)
     http = importlib.import_module(next(name for name in modules if name != "openai"))
@@ -42,7 +42,7 @@ def in_process_client(app: FastAPI) -> AsyncOpenAI:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket, taken before any model is loaded.
+    """Open a listening socket, before any model is loaded.
 
     Raises:
         ServeError: the port is in use, or the host is not this machine's.
@@ -72,57 +72,20 @@ def serve(app: FastAPI, listener: socket.socket) -> None:
     uvicorn.Server(_config(app)).run(sockets=[listener])
 
 
-class PortServer:
-    """The app on a listening socket, answered in its own thread and event loop.
-
-    So it answers as long as the process lives, whatever becomes of the loop that started it.
-    """
-
-    def __init__(self, app: FastAPI, listener: socket.socket):
-        self._listener = listener
-        self._server = uvicorn.Server(_config(app))
-        self._thread = threading.Thread(
-            target=self._server.run,
-            kwargs={"sockets": [listener]},
-            name="gspo-server",
-            daemon=True,
-        )
-        host, port = listener.getsockname()[:2]
-        self.url = f"http://{host}:{port}/v1"
-
-    async def start(self) -> None:
-        """Return once requests are answered.
-
-        Raises:
-            ServeError: the server ended, or did not start in time.
-        """
-        self._thread.start()
-        limit = time.monotonic() + START_SECONDS
-        while not self._server.started:
-            if not self._thread.is_alive() or time.monotonic() > limit:
-                await self.stop()
-                raise ServeError(
-                    f"the server on {self.url} did not start within {START_SECONDS} s: "
-                    "see what it has logged"
-                )
-            await asyncio.sleep(0.01)
-
-    async def stop(self) -> None:
-        """Finish running requests, for `STOP_SECONDS` at most, and free the port."""
-        self._server.should_exit = True
-        if self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join, STOP_SECONDS + 5)
-        self._listener.close()
-
-
 class Serving:
     """An engine that answers: to `client`, and on a port too if a listening socket is given.
+
+    A thread with its own event loop answers the port as long as the process lives, whatever becomes
+    of the loop that started it.
 
     Args:
         engine: what samples.
         compute: where it samples.
         names: the model names that requests may give.
         listener: see `bind`.
+
+    Attributes:
+        url: on the port; without one, a name that only `client` resolves.
     """
 
     def __init__(
@@ -133,29 +96,50 @@ class Serving:
         listener: socket.socket | None = None,
     ):
         self.batcher = Batcher(engine, compute, window=0.0 if listener is None else WINDOW)
-        app = create_app(self.batcher, names)
-        self.client = in_process_client(app)
-        self._port = None if listener is None else PortServer(app, listener)
-
-    @property
-    def url(self) -> str:
-        """On the port; without one, a name that only `client` resolves."""
-        return str(self.client.base_url) if self._port is None else self._port.url
+        self.app = create_app(self.batcher, names)
+        self.client = in_process_client(self.app)
+        self.url = str(self.client.base_url)
+        self._listener = listener
+        if listener is not None:  # else not: uvicorn's Config changes the process's logging
+            host, port = listener.getsockname()[:2]
+            self.url = f"http://{host}:{port}/v1"
+            self._server = uvicorn.Server(_config(self.app))
+            self._thread = threading.Thread(
+                target=self._server.run, args=([listener],), name="gspo-server", daemon=True
+            )
 
     async def start(self) -> None:
-        """Return once requests are answered. A failure stops all of it."""
+        """Return once requests are answered. A failure stops all of it.
+
+        Raises:
+            ServeError: the server on the port ended, or did not start in time.
+        """
         try:
             await self.client.models.list()  # the client looks its platform up, once, in a thread
-            if self._port is not None:
-                await self._port.start()
+            if self._listener is not None:
+                await self._start_port()
         except BaseException:
             await self.stop()
             raise
 
+    async def _start_port(self) -> None:
+        self._thread.start()
+        limit = time.monotonic() + START_SECONDS
+        while not self._server.started:
+            if not self._thread.is_alive() or time.monotonic() > limit:
+                raise ServeError(
+                    f"the server on {self.url} did not start within {START_SECONDS} s: "
+                    "see what it has logged"
+                )
+            await asyncio.sleep(0.01)
+
     async def stop(self) -> None:
-        """Finish running requests, and let go of the engine."""
-        if self._port is not None:
-            await self._port.stop()
+        """Finish running requests, for `STOP_SECONDS` at most; free the port and the engine."""
+        if self._listener is not None:
+            self._server.should_exit = True
+            if self._thread.is_alive():
+                await asyncio.to_thread(self._thread.join, STOP_SECONDS + 5)
+            self._listener.close()
         await self.client.close()
         self.batcher.close()
 

@@ -30,16 +30,15 @@ from gspo.kernels.kv_cache import (
 from gspo.kernels.logprob import full_logits
 from gspo.policy.policy import OWN, Policy
 from gspo.serve.decoding import OpenCompletion, Running, record_expert_choices
-from gspo.serve.ends import end_tokens, ends_of
 from gspo.serve.engine import Completion, Request, check_fits
-from gspo.serve.token_bytes import token_bytes
+from gspo.serve.tokens import end_tokens, ends_of, token_bytes
 
 KV_BYTES = 2 * 2**30
 """Memory that keys and values may take; completions beyond it wait for their turn."""
 _PLANNED = 1024  # a completion counts as no longer than this when memory is planned
 _REMEMBERED = 2**20
 """Unseeded requests whose repetitions are counted, about 100 bytes each."""
-_DEAD = 8  # finished ones are dropped once they are one in so many: dropping copies the others
+_DEAD = 8  # finished completions are dropped if they are 1 of 8: dropping copies the others
 
 
 class TorchEngine:
@@ -92,7 +91,7 @@ class TorchEngine:
         self._prepare(request)
 
     def _prepare(self, request: Request) -> tuple[int, frozenset[int]]:
-        """Most tokens of each of the request's completions, and the tokens that end one.
+        """Return how many tokens each completion may have, and the tokens that end one.
 
         Raises:
             RequestError: see `Engine.check`.
@@ -112,17 +111,17 @@ class TorchEngine:
     @timed("sampling")
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         opened: list[list[OpenCompletion]] = []
-        for r, request in enumerate(requests):
+        for request in requests:
             limit, ends = self._prepare(request)
             keys = self._keys(request)
-            opened.append([OpenCompletion(r, request.params, limit, key, ends) for key in keys])
+            opened.append([OpenCompletion(request, limit, key, ends) for key in keys])
         self.policy.lm.eval()
         with torch.no_grad(), self.policy.autocast():
-            self._decode(requests, [completion for group in opened for completion in group])
+            self._decode([completion for group in opened for completion in group])
         return [[self._closed(completion) for completion in group] for group in opened]
 
     def _keys(self, request: Request) -> list[tuple[int, int]]:
-        """Keys of the random numbers of the request's completions."""
+        """Return the keys of the random numbers of the request's completions."""
         params = request.params
         if params.seed is not None:
             return [(params.seed, index) for index in range(params.n)]
@@ -134,43 +133,38 @@ class TorchEngine:
         # Seeded and unseeded draws never meet: their second words differ in sign.
         return [(seed, -1 - index) for index in range(first, first + params.n)]
 
-    def _decode(self, requests: Sequence[Request], completions: Sequence[OpenCompletion]) -> None:
+    def _decode(self, completions: Sequence[OpenCompletion]) -> None:
         """Sample `completions` to their ends."""
-        asked = any(completion.params.expert_choices for completion in completions)
         waiting = deque(completions)
         while waiting:
-            new = self._admitted(requests, waiting, [])
-            kv, logits = self._start(requests, new, asked)
+            new = self._admitted(waiting, [])
+            kv, logits = self._start(new)
             running = Running(new, self._ends, self.decode)
             while True:
                 tokens = running.sample(logits)
                 if not running.alive:
                     break
                 dead = len(running.completions) - running.alive
-                new = self._admitted(requests, waiting, running.completions) if dead else []
+                new = self._admitted(waiting, running.completions) if dead else []
                 if new or dead * _DEAD > len(running.completions):
                     stay = running.keep()
                     kv.keep(stay)
                     tokens = tokens[torch.from_numpy(stay).to(tokens.device)]
                 places = (slice(i, i + 1) for i in range(len(running.completions)))
-                open_ones = running.completions if asked else []
-                with record_expert_choices(self.policy, open_ones, places):
+                with record_expert_choices(self.policy, running.completions, places):
                     logits = full_logits(kv.advance(tokens), self.policy.head)
                 if new:
-                    joining, first = self._start(requests, new, asked)
+                    joining, first = self._start(new)
                     assert isinstance(kv, SharedPrompts) and isinstance(joining, SharedPrompts)
                     kv.join(joining)
                     running.add(new)
                     logits = torch.cat([logits, first])
 
     def _admitted(
-        self,
-        requests: Sequence[Request],
-        waiting: deque[OpenCompletion],
-        running: Sequence[OpenCompletion],
+        self, waiting: deque[OpenCompletion], running: Sequence[OpenCompletion]
     ) -> list[OpenCompletion]:
-        """Completions whose turn it is, taken from `waiting`: all that `max_running` and `KV_BYTES`
-        allow beside those that run. If they are few they wait for more: their prompts cost a pass.
+        """Take the completions whose turn it is from `waiting`: all that `max_running` and
+        `KV_BYTES` allow beside those that run. A few wait for more: their prompts cost a pass.
 
         Only the layout "shared" lets completions join while others run.
         """
@@ -179,13 +173,13 @@ class TorchEngine:
             return []
         token = kv_bytes(1, 1, self.policy.lm.config.get_text_config())
         busy = [completion for completion in running if completion.finish is None]
-        prompts = {requests[completion.request].prompt for completion in busy}
+        prompts = {completion.request.prompt for completion in busy}
         limit = max((min(completion.limit, _PLANNED) for completion in busy), default=0)
         width = max((len(prompt) for prompt in prompts), default=0)
         new: list[OpenCompletion] = []
-        first = len(requests[waiting[0].request].prompt)
+        first = len(waiting[0].request.prompt)
         for completion in waiting:
-            prompt = requests[completion.request].prompt
+            prompt = completion.request.prompt
             prompts.add(prompt)
             limit, width = max(limit, min(completion.limit, _PLANNED)), max(width, len(prompt))
             size = len(busy) + len(new) + 1
@@ -203,17 +197,17 @@ class TorchEngine:
         return new
 
     def _start(
-        self, requests: Sequence[Request], new: Sequence[OpenCompletion], asked: bool
+        self, new: Sequence[OpenCompletion]
     ) -> tuple[SharedPrompts | ModelCache, Float[Tensor, "R V"]]:
-        """Compute each distinct prompt once; the logits of each completion's first token."""
-        number: dict[tuple[int, ...], int] = {}
-        owner = [number.setdefault(requests[c.request].prompt, len(number)) for c in new]
-        tokens, real = padded(list(number))
+        """Compute each distinct prompt once; returns keys, and logits of the first tokens."""
+        prompts: dict[tuple[int, ...], int] = {}
+        owner = [prompts.setdefault(completion.request.prompt, len(prompts)) for completion in new]
+        tokens, real = padded(list(prompts))
         longest = max(completion.limit for completion in new)
         ends = [(prompt + 1) * tokens.shape[1] for prompt in owner]  # padded on the left
-        lengths = (len(requests[completion.request].prompt) for completion in new)
+        lengths = (len(completion.request.prompt) for completion in new)
         places = (slice(end - length, end) for end, length in zip(ends, lengths, strict=True))
-        with record_expert_choices(self.policy, new if asked else [], places):
+        with record_expert_choices(self.policy, new, places):
             kv, hidden = prefill(
                 self.policy.backbone,
                 tokens,

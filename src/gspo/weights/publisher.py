@@ -44,7 +44,7 @@ class SharedMemory:
 
 
 def publisher_for(policy: Policy, rollout_dtype: RolloutDtype | None) -> tuple[Policy, Publisher]:
-    """What an engine in this process samples from, and how it gets new weights.
+    """Return what an engine in this process samples from, and how it gets new weights.
 
     Args:
         policy: the trainer's.

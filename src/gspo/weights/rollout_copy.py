@@ -1,4 +1,4 @@
-"""The engine's own copy of the weights, in the precision that it samples in.
+"""A copy of the weights for the engine, in the precision that it samples in.
 
 A rollout engine is faster than the trainer because it computes in less precision, and its
 log-probs differ from the trainer's on the same weights. This module makes that difference on
@@ -87,9 +87,7 @@ class RoundedCopy:
         return policy.version
 
 
-def fake_quantized(
-    weight: Float[Tensor, "*R C"], bits: Literal[8, 4], group: int = GROUP
-) -> Float[Tensor, "*R C"]:
+def fake_quantized(weight: Float[Tensor, "*R C"], bits: Literal[8, 4]) -> Float[Tensor, "*R C"]:
     """Symmetric round-to-nearest to `bits` bits and back: |w - q(w)| <= scale / 2.
 
     The largest magnitude of a channel (8 bits) or of a group of inputs (4 bits) is representable.
@@ -98,7 +96,7 @@ def fake_quantized(
     [[7.0, 3.0, -1.0, 0.0]]
     """
     width = weight.shape[-1]
-    size = width if bits == 8 else group
+    size = width if bits == 8 else GROUP
     padded = functional.pad(weight.float(), (0, -width % size))
     grouped = padded.unflatten(-1, (-1, size))
     scale = grouped.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
@@ -138,7 +136,7 @@ def _transposed(experts: torch.nn.Module, name: str) -> bool:
 
 
 def _merged(policy: Policy) -> PreTrainedModel:
-    """The model without adapters: the policy's itself, or with LoRA a copy with them merged."""
+    """Return the model without adapters: the policy's model, or a copy with its adapters merged."""
     if policy.peft is None:
         return policy.lm
     return copy.deepcopy(policy.peft).merge_and_unload()

@@ -1,13 +1,16 @@
-"""What ends a completion: stop texts that are tokens, stop_token_ids, min_tokens."""
+"""The bytes of tokens, and what ends a completion: stop texts, stop_token_ids, min_tokens."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from gspo.core.errors import RequestError
-from gspo.serve.ends import ends_of
+from gspo.policy.embedded import build_tokenizer
 from gspo.serve.engine import Completion, Request, SamplingParams
+from gspo.serve.tokens import ends_of, token_bytes
 from gspo.serve.torch_engine import TorchEngine
 from support import embedded
 
@@ -55,7 +58,7 @@ def test_stop_token_ids_end_as_well(engine: TorchEngine):
                 assert "7" not in completion.text
 
 
-def test_special_tokens_stay_in_the_text_where_that_is_asked_for(engine: TorchEngine):
+def test_special_tokens_stay_in_the_text_if_that_is_asked_for(engine: TorchEngine):
     number = engine.encode(USER)[0]
     shown = sampled(engine, skip_special_tokens=False)
     assert any(USER in completion.text for completion in shown)
@@ -81,7 +84,7 @@ def test_min_tokens_bars_ends_and_keeps_the_full_distributions_logprobs(engine: 
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
 
 
-def test_greedy_rows_heed_min_tokens(engine: TorchEngine):
+def test_greedy_completions_heed_min_tokens(engine: TorchEngine):
     done = sampled(engine, n=1, temperature=0.0, ignore_eos=False, min_tokens=25, max_tokens=26)
     assert len(done[0].token_ids) >= 25
 
@@ -114,3 +117,59 @@ def test_temperatures_that_leave_float32_are_refused(temperature: float):
 def test_the_smallest_temperature_has_finite_logprobs(engine: TorchEngine):
     for completion in sampled(engine, temperature=1e-3):
         assert torch.tensor(completion.logprobs).isfinite().all()
+
+
+TEXT = "a § é 漢字 🙂\n\tb"
+
+
+def byte_level() -> PreTrainedTokenizerFast:
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=260, initial_alphabet=alphabet, show_progress=False)
+    raw.train_from_iterator([], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|end|>")
+
+
+def byte_fallback() -> PreTrainedTokenizerFast:
+    pieces = ["<unk>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "a", "b", "▁a"]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    raw = Tokenizer(
+        models.BPE(vocabulary, [("▁", "a")], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    raw.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+         decoders.Strip(" ", 1, 0)]
+    )  # fmt: skip
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|end|>")
+
+
+@pytest.mark.parametrize("kind", [byte_level, byte_fallback])
+def test_joined_they_are_the_text(kind):
+    tokenizer = kind()
+    ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    each = token_bytes(tokenizer, ids)
+    assert b"".join(each).decode() == tokenizer.decode(ids) == TEXT
+    assert len(each) == len(ids)
+    assert any(len(raw) == 1 and raw[0] >= 128 for raw in each)  # parts of characters
+    assert token_bytes(tokenizer, []) == []
+
+
+def test_a_part_of_a_character():
+    tokenizer = byte_level()
+    ids = tokenizer("§", add_special_tokens=False)["input_ids"]
+    assert token_bytes(tokenizer, ids) == [bytes([194]), bytes([167])]
+    assert token_bytes(tokenizer, ids[1:]) == [bytes([167])]
+
+
+def test_special_tokens_are_written_out():
+    tokenizer = byte_level()
+    assert token_bytes(tokenizer, tokenizer("<|end|>")["input_ids"]) == [b"<|end|>"]
+
+
+def test_other_tokenizers_decode_each_token():
+    tokenizer = build_tokenizer()
+    ids = tokenizer("1 a<|end|>", add_special_tokens=False)["input_ids"]
+    assert token_bytes(tokenizer, ids) == [b"1", b" ", b"a", b"<|end|>"]

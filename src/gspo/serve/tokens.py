@@ -1,0 +1,113 @@
+"""What an engine must know of tokens: which of them end a completion, and their bytes.
+
+A token may be a part of a character, which has no text. Two families of tokenizers have such
+tokens. Byte-level tokenizers (GPT-2, Llama 3, Qwen) write each byte as a visible character; those
+with byte fallback (Llama 2, Gemma) have tokens such as `<0xE4>`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from gspo.core.errors import RequestError
+from gspo.kernels.hf import bytes_to_unicode, decoder_kinds
+from gspo.policy.policy import Policy
+from gspo.serve.engine import SamplingParams
+
+_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
+_SPACE = "\u2581"  # how sentencepiece writes a space
+
+
+def end_tokens(policy: Policy) -> Bool[Tensor, " V"]:
+    """Mark the end tokens that the model's generation config and its tokenizer name."""
+    config = getattr(policy.lm, "generation_config", None)
+    named = getattr(config, "eos_token_id", None)
+    ids = set(named if isinstance(named, list) else [named])
+    ids.add(policy.tokenizer.eos_token_id)
+    ends = torch.zeros(policy.head.size, dtype=torch.bool, device=policy.device)
+    ends[[i for i in ids if i is not None and i < len(ends)]] = True
+    return ends
+
+
+def ends_of(
+    params: SamplingParams, tokenizer: PreTrainedTokenizerBase, size: int
+) -> frozenset[int]:
+    """Return the tokens that end a completion of this request: its `stop_token_ids`, and each stop
+    text that is one token which the completion's text leaves out, such as `<|im_end|>`.
+
+    Raises:
+        RequestError: a token that the model doesn't have; or a stop text that can never be found,
+            because a part of it is a token that the text leaves out.
+    """
+    for token in params.stop_token_ids:
+        if not 0 <= token < size:
+            raise RequestError(
+                f"stop_token_ids: {token} is not among the model's {size} tokens",
+                param="stop_token_ids",
+            )
+    ends = set(params.stop_token_ids)
+    for text in params.stop if params.skip_special_tokens else ():
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        hidden = [
+            token
+            for token in ids
+            if token != tokenizer.unk_token_id
+            and not tokenizer.decode([token], skip_special_tokens=True)
+            and tokenizer.decode([token], skip_special_tokens=False)
+        ]
+        if hidden and len(ids) == 1:
+            ends |= {token for token in hidden if token < size}
+        elif hidden:
+            name = tokenizer.decode([hidden[0]], skip_special_tokens=False)
+            raise RequestError(
+                f"stop = {text!r} has the special token {name!r} in it, which the text of a "
+                f"completion leaves out: give only {name!r}, or skip_special_tokens=false",
+                param="stop",
+            )
+    return frozenset(ends)
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[bytes]:
+    """Return the bytes of each token, special tokens too. Joined, they are the decoded text.
+
+    Args:
+        tokenizer: what decodes them.
+        token_ids: tokens that follow each other.
+    """
+    kinds = decoder_kinds(tokenizer)
+    parts = [_bytes_of(token, tokenizer, kinds) for token in token_ids]
+    text = str(tokenizer.decode(list(token_ids), skip_special_tokens=False))
+    if "ByteFallback" in kinds and parts and parts[0][:1] == b" " and not text.startswith(" "):
+        parts[0] = parts[0][1:]  # sentencepiece puts a space before a text, which decoding drops
+    return parts
+
+
+def _bytes_of(token_id: int, tokenizer: PreTrainedTokenizerBase, kinds: frozenset[str]) -> bytes:
+    added = tokenizer.added_tokens_decoder
+    if token_id in added:
+        return str(added[token_id]).encode()
+    token = str(tokenizer.convert_ids_to_tokens(token_id))
+    if "ByteLevel" in kinds:
+        numbers = _byte_numbers()
+        return bytes(numbers[c] for c in token) if set(token) <= numbers.keys() else token.encode()
+    if "ByteFallback" in kinds:
+        byte = _FALLBACK.fullmatch(token)
+        return bytes([int(byte[1], 16)]) if byte else token.replace(_SPACE, " ").encode()
+    return str(tokenizer.decode([token_id])).encode()
+
+
+@cache
+def _byte_numbers() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for.
+
+    >>> _byte_numbers()["A"], _byte_numbers()["Ġ"]
+    (65, 32)
+    """
+    return {character: byte for byte, character in bytes_to_unicode().items()}

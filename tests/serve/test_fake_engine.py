@@ -1,0 +1,72 @@
+"""The engine without a model: deterministic, and bound by the request as a real one is."""
+
+from __future__ import annotations
+
+import pytest
+
+from gspo.core.errors import RequestError
+from gspo.serve.engine import Completion, Request, SamplingParams
+from gspo.serve.fake_engine import END, FakeEngine
+
+
+def one(engine: FakeEngine, prompt: str, **params) -> Completion:
+    request = Request(tuple(engine.encode(prompt)), SamplingParams(**params))
+    return engine.generate([request])[0][0]
+
+
+def test_it_says_what_it_was_told_to():
+    done = one(FakeEngine(lambda prompt, index: f"{prompt}{index}", logprob=-2.0), "hi")
+    assert done.text == "hi0" and done.token_ids == (*map(ord, "hi0"), END)
+    assert done.logprobs == (-2.0,) * 4
+    assert (done.finish_reason, done.policy_version, done.temperature) == ("stop", 0, 1.0)
+
+
+def test_replies_are_drawn_of_seed_prompt_and_index():
+    request = Request((1, 2), SamplingParams(n=4, seed=3))
+    first, again = (FakeEngine().generate([request])[0] for _ in range(2))
+    assert first == again and len({done.text for done in first}) > 1
+    engine = FakeEngine()  # without a seed, a counter takes its place
+    other = FakeEngine()
+    texts = [one(engine, "a").text for _ in range(5)]
+    assert len(set(texts)) > 1
+    assert [one(other, "a").text for _ in range(5)] == texts
+    assert [request.prompt for request in engine.requests] == [(97,)] * 5
+
+
+@pytest.mark.parametrize(
+    ("params", "text", "length", "reason"),
+    [
+        ({"max_tokens": 2}, "ab", 2, "length"),
+        ({"max_tokens": 5}, "abcd", 5, "stop"),
+        ({"stop": ("c",)}, "ab", 5, "stop"),
+        ({"stop_token_ids": (ord("b"),)}, "ab", 2, "stop"),
+        ({"skip_special_tokens": False}, "abcd\0", 5, "stop"),
+    ],
+)
+def test_the_request_bounds_the_reply(params: dict, text: str, length: int, reason: str):
+    done = one(FakeEngine(lambda prompt, index: "abcd"), "x", **params)
+    assert (done.text, len(done.token_ids), done.finish_reason) == (text, length, reason)
+
+
+def test_the_next_prompt_extends_a_turn_as_it_was_sampled():
+    engine = FakeEngine(lambda prompt, index: "yes")
+    messages = [{"role": "user", "content": "?"}]
+    prompt = engine.encode_chat(messages)
+    answer = engine.generate([Request(tuple(prompt))])[0][0]
+    longer = engine.encode_chat([*messages, {"role": "assistant", "content": answer.text}])
+    assert longer[: len(prompt) + 4] == [*prompt, *answer.token_ids]
+    assert b"".join(engine.token_bytes(engine.encode("é漢"))).decode() == "é漢"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ((), {}, "the prompt is empty"),
+        ((1,), {"max_tokens": 4096}, "context is 4096"),
+        ((1,), {"min_tokens": 2}, "min_tokens: FakeEngine replies"),
+        ((1,), {"expert_choices": True}, "return_routes: FakeEngine has no experts"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(prompt: tuple[int, ...], params: dict, message: str):
+    with pytest.raises(RequestError, match=message):
+        FakeEngine().generate([Request(prompt, SamplingParams(**params))])

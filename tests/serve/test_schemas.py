@@ -1,0 +1,135 @@
+"""Bodies of requests: what reaches the engine, and what is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from gspo.core.draws import drawing_for
+from gspo.core.errors import RequestError
+from gspo.serve.engine import SamplingParams
+from gspo.serve.schemas import ChatBody, CompletionBody
+
+MESSAGES = [{"role": "user", "content": "?"}]
+
+
+def chat(**fields: Any) -> ChatBody:
+    return ChatBody.model_validate({"model": "m", "messages": MESSAGES, **fields})
+
+
+def test_each_field_reaches_the_engine():
+    body = chat(
+        n=2,
+        temperature=0.5,
+        top_p=0.9,
+        stop="a",
+        seed=3,
+        return_routes=True,
+        ignore_eos=True,
+        stop_token_ids=[7],
+        min_tokens=1,
+        skip_special_tokens=False,
+    )
+    with drawing_for("train", 3):
+        params = body.sampling(9)
+    assert params == SamplingParams(
+        n=2,
+        max_tokens=9,
+        temperature=0.5,
+        top_p=0.9,
+        stop=("a",),
+        seed=3,
+        purpose=("train", 3),
+        expert_choices=True,
+        ignore_eos=True,
+        stop_token_ids=(7,),
+        min_tokens=1,
+        skip_special_tokens=False,
+    )
+
+
+def test_null_is_the_default():
+    fields = (
+        "temperature",
+        "top_p",
+        "stop",
+        "seed",
+        "stop_token_ids",
+        "stream_options",
+        "logprobs",
+    )
+    assert chat(**dict.fromkeys(fields)).sampling(None) == chat().sampling(None) == SamplingParams()
+    assert chat(stop=["a", "b"]).sampling(None).stop == ("a", "b")
+
+
+def test_the_limit_under_both_of_its_names():
+    assert chat().limit() is None
+    assert chat(max_tokens=3).limit() == 3
+    assert chat(max_tokens=3, max_completion_tokens=5).limit() == 5
+    assert CompletionBody(model="m", prompt="x").max_tokens == 16
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stream": False},
+        {"top_k": -1},
+        {"top_k": 0},
+        {"best_of": 1},
+        {"tools": []},
+        {"tool_choice": "auto"},
+        {"response_format": {"type": "text"}},
+        {"suffix": ""},
+        {"user": "me", "metadata": {"a": 1}},
+    ],
+)
+def test_values_that_ask_for_nothing_are_taken(fields: dict[str, Any]):
+    assert chat(**fields).sampling(None) == SamplingParams()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"stream": True}, "stream is not supported by this server yet"),
+        ({"stream": 0}, "stream is not supported"),  # 0 is not false
+        ({"presence_penalty": False}, "presence_penalty is not supported"),
+        ({"stream_options": {"include_usage": True}}, "stream_options is not supported"),
+        ({"temprature": 1.0}, "unknown parameter 'temprature'. Did you mean 'temperature'"),
+        ({"guided_json": {}}, r"unknown parameter 'guided_json'\.$"),
+    ],
+)
+def test_what_means_nothing_is_refused(fields: dict[str, Any], message: str):
+    with pytest.raises(RequestError, match=message):
+        chat(**fields).sampling(None)
+
+
+@pytest.mark.parametrize("fields", [{"n": "2"}, {"n": True}, {"messages": []}, {"seed": 1.5}])
+def test_values_of_another_type_are_refused(fields: dict[str, Any]):
+    with pytest.raises(ValidationError):
+        chat(**fields)
+
+
+def test_messages_with_their_text_joined():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    body = chat(messages=[{"role": "user", "content": parts}, {"role": "assistant", "x": 1}])
+    assert body.text_messages() == [
+        {"role": "user", "content": "ab"},
+        {"role": "assistant", "x": 1, "content": ""},
+    ]
+    with pytest.raises(RequestError, match=r"messages\[0\] has no role"):
+        chat(messages=[{"content": "a"}]).text_messages()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2]], [[1], [2]])],
+)
+def test_prompts_one_by_one(prompt: Any, prompts: list[Any]):
+    assert CompletionBody(model="m", prompt=prompt).prompts() == prompts
+
+
+def test_a_list_without_prompts_is_refused():
+    with pytest.raises(RequestError, match="at least one prompt"):
+        CompletionBody(model="m", prompt=[]).prompts()
