@@ -83,12 +83,15 @@ def test_a_hub_that_cannot_be_reached_is_not_asked(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(source.urllib.request, "getproxies", dict)
     monkeypatch.setattr(source.socket, "getaddrinfo", unknown)
-    assert source._safely("a/b", False)["local_files_only"] is True
     with pytest.raises(ModelError, match="network or its cache"):
         source.read_config("no-such-owner/no-such-model")
+    monkeypatch.setattr(
+        source.AutoConfig, "from_pretrained", lambda path, **options: options["local_files_only"]
+    )
+    assert source.read_config("a/b") is True
+    assert source.read_config("/tmp") is False
     monkeypatch.setattr(source.socket, "getaddrinfo", lambda *args: [])
-    assert source._safely("a/b", False)["local_files_only"] is False
-    assert source._safely("/tmp", False)["local_files_only"] is False
+    assert source.read_config("a/b") is False
 
 
 def test_a_missing_tokenizer_is_named(tmp_path: Path):

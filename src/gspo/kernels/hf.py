@@ -17,7 +17,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-from huggingface_hub import constants
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface as AttentionInterface
 from transformers import AttentionMaskInterface as AttentionMaskInterface
@@ -125,16 +124,6 @@ def backbone(lm: PreTrainedModel) -> torch.nn.Module:
     if below is None:
         raise ModelError(f"{type(lm).__name__} has no model below its output head")
     return below
-
-
-def output_embeddings(lm: PreTrainedModel) -> torch.nn.Module | None:
-    """The output head."""
-    return lm.get_output_embeddings()
-
-
-def hub_address() -> str:
-    """The URL of the hub, as the environment sets it."""
-    return constants.ENDPOINT
 
 
 def recompute_layers(lm: PreTrainedModel, context_fn: Callable[[], tuple[Any, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""LoRA adapters: put in anew, or from a checkpoint."""
+"""Put LoRA adapters into a model: new ones, or those of a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gspo.policy.source import check_no_pickles
 
 
 def add_lora(lm: PreTrainedModel, config: LoraConfig, checkpoint: Path | None) -> Any:
-    """The PeftModel around `lm`, whose adapters are the only weights that are trained.
+    """Make the PeftModel around `lm`, whose adapters are the only weights that are trained.
 
     Args:
         lm: the base model; adapters are put into it.
@@ -72,12 +72,8 @@ def _without_false_alarms() -> Iterator[None]:
 
 
 def _expert_parameters(lm: PreTrainedModel, config: LoraConfig) -> list[str] | None:
-    """The experts' stacked 3-d weights, which are parameters and not linear modules."""
+    """Name the experts' stacked 3-d weights, which are parameters and not linear modules."""
     if config.target_modules != "all-linear":
         return None
-    names = [
-        name
-        for name, parameter in lm.named_parameters()
-        if parameter.dim() == 3 and ".experts." in name
-    ]
+    names = [name for name, p in lm.named_parameters() if p.dim() == 3 and ".experts." in name]
     return names or None
