@@ -1,10 +1,10 @@
 """One optimizer step of the trainer: default microbatches, 512 to 16,384 tokens, shared prompts.
 
 Timed is `Trainer.train` of one minibatch in bfloat16 with float32 weights: packing, forward and
-backward pass, AdamW, and the metrics, as of any minibatch but a batch's first. The
-samples' old log-probs are the policy's, of the same microbatches, and the learning rate is too small to
-move a weight, so that nothing is clipped: `ok` says that `clip_fraction` is 0. `mfu` is the share
-of the data sheet's bfloat16 rate, of operations that the method needs.
+backward pass, AdamW, and the metrics, as of any minibatch but a batch's first. The samples' old
+log-probs are the policy's, of the same microbatches, and the learning rate is too small to move a
+weight, so that nothing is clipped: `ok` says that `clip_fraction` is 0. `mfu` is the share of the
+data sheet's bfloat16 rate, of operations that the method needs.
 
 Beside it, each from a step of its own: seconds by phase, with waits between them; kernels,
 launches and waits under torch.profiler; peak memory, of which `activations` is what the step adds

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedConfig
 
 from gspo import dev
 from gspo.core.errors import ModelError
@@ -85,13 +86,18 @@ def test_a_hub_that_cannot_be_reached_is_not_asked(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(source.socket, "getaddrinfo", unknown)
     with pytest.raises(ModelError, match="network or its cache"):
         source.read_config("no-such-owner/no-such-model")
-    monkeypatch.setattr(
-        source.AutoConfig, "from_pretrained", lambda path, **options: options["local_files_only"]
-    )
-    assert source.read_config("a/b") is True
-    assert source.read_config("/tmp") is False
+    offline = []
+
+    def read(path: str, **options) -> PreTrainedConfig:
+        offline.append(options["local_files_only"])
+        return PreTrainedConfig()
+
+    monkeypatch.setattr(source.AutoConfig, "from_pretrained", read)
+    source.read_config("a/b")
+    source.read_config("/tmp")
     monkeypatch.setattr(source.socket, "getaddrinfo", lambda *args: [])
-    assert source.read_config("a/b") is False
+    source.read_config("a/b")
+    assert offline == [True, False, False]
 
 
 def test_a_missing_tokenizer_is_named(tmp_path: Path):

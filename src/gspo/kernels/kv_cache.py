@@ -6,7 +6,7 @@
 - `ModelCache` (layout "model_cache"): the cache that the model makes for itself, with a copy of the
   prompt for each completion. It works with any attention of transformers, and holds whatever is in
   the cache: recurrent states of linear attention, convolutions.
-- "equal_lengths" is the same for prompts of one length, where padding would reach a model's states.
+- "equal_lengths" is the same for prompts of one length, if padding would reach a model's states.
 
 `prefill` computes the prompts and returns one of the two; `advance` feeds a token to each
 completion; `keep` drops those that have ended.
@@ -23,13 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gspo.kernels.decode_attention import decode_attention, prompt_groups
-from gspo.kernels.hf import (
-    Cache,
-    cache_argument,
-    no_mask,
-    returned_cache,
-    select_rows,
-)
+from gspo.kernels.hf import Cache, cache_argument, no_mask, returned_cache, select_completions
 
 FIRST_COLUMNS = 256
 
@@ -43,9 +37,10 @@ Pair = tuple[Tensor, Tensor]  # keys and values
 class SharedPrompts:
     """N completions of P prompts, whose keys and values are held once; see `decode_attention`.
 
-    Each pass appends one column to the slabs; a completion that joins later starts at a later
-    column. What says which completion belongs where stays on the host, so that no pass waits for a
-    device. No cache of transformers is used: attention hands over the keys and values.
+    The keys and values of decoded tokens are in slabs, two tensors per layer. Each pass appends
+    one column to them; a completion that joins later starts at a later column. Which completion
+    belongs to which prompt is known on the host, so that no pass waits for a device. No cache of
+    transformers is used: attention hands over the keys and values.
 
     Args:
         backbone: the model below its output head.
@@ -74,7 +69,7 @@ class SharedPrompts:
         self._rearrange()
 
     def _rearrange(self) -> None:
-        """Make what the passes need of the completions that are there now."""
+        """Prepare what the passes need to know about the completions that are there now."""
         self._groups = prompt_groups(self._prompt_of, self._sizes, self._device)
         lengths = self._lengths[self._prompt_of]
         self._all_visible = not (self._start.any() or (self._lengths < self._width).any())
@@ -132,8 +127,8 @@ class SharedPrompts:
         )
 
     def _not_visible(self, window: int | None) -> Bool[Tensor, "N 1 1 L"] | None:
-        """True at positions that a completion does not see: padding of its prompt, columns before
-        it joined, and what lies outside the window. None: it sees everything."""
+        """Mark what a completion does not see: padding of its prompt, columns before it joined,
+        and what lies outside the window. None: it sees everything."""
         if self._all_visible and window is None:
             return None
         place = torch.arange(-self._width, self._columns, device=self._device)
@@ -145,7 +140,7 @@ class SharedPrompts:
         return out[:, None, None]
 
     def keep(self, completions: np.ndarray) -> None:
-        """Keep these completions only; drop prompts and columns that none of them needs."""
+        """Keep only these completions; drop the prompts and columns that none of them needs."""
         self._prompt_of, self._start = self._prompt_of[completions], self._start[completions]
         first = int(self._start.min(initial=self._columns))
         written, self._columns = slice(first, self._columns), self._columns - first
@@ -224,26 +219,23 @@ class ModelCache:
         ).last_hidden_state[:, -1]
 
     def keep(self, completions: np.ndarray) -> None:
-        """Keep these only, in this order, repeated where an index repeats."""
+        """Keep these only, in this order; an index that occurs twice gives two copies."""
         chosen = torch.from_numpy(completions).to(next(self._backbone.parameters()).device)
-        select_rows(self._cache, chosen)
+        select_completions(self._cache, chosen)
         if self._real is not None:
             self._real = self._real[chosen]
 
 
 def padded(prompts: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "P W"], Bool[Tensor, "P W"]]:
-    """Token ids padded on the left, and where they are real; both on the host.
+    """Pad token ids on the left, and say which are real; both on the host.
 
     >>> padded([[5, 6], [7]])[0].tolist()
     [[5, 6], [0, 7]]
     """
-    width = max(len(prompt) for prompt in prompts)
-    tokens = torch.zeros(len(prompts), width, dtype=torch.long)
-    real = torch.zeros(len(prompts), width, dtype=torch.bool)
-    for i, prompt in enumerate(prompts):
-        tokens[i, width - len(prompt) :] = torch.tensor(prompt)
-        real[i, width - len(prompt) :] = True
-    return tokens, real
+    tokens = [torch.tensor(prompt) for prompt in prompts]
+    real = [torch.ones_like(prompt, dtype=torch.bool) for prompt in tokens]
+    pad = nn.utils.rnn.pad_sequence
+    return pad(tokens, True, padding_side="left"), pad(real, True, padding_side="left")
 
 
 def prefill(
@@ -289,7 +281,7 @@ def prefill(
 
 
 def kv_bytes(completions: int, positions: int, config: object) -> int:
-    """Memory of float32 keys and values, from the model's text config."""
+    """Bytes of float32 keys and values, from the model's text config."""
     heads = getattr(config, "num_attention_heads", 1)
     width = getattr(config, "head_dim", None) or config.hidden_size // heads  # type: ignore[attr-defined]
     kv_heads = getattr(config, "num_key_value_heads", None) or heads

@@ -23,9 +23,9 @@ from gspo.data.packing import Microbatch
 
 WASTE = 1.15
 SLACK = 4
-"""Padding adds to no block more than 15 % or this many tokens."""
+"""Padding adds at most 15 % to a block, or at most this many tokens."""
 SHORT = 64
-"""Contexts up to this length are padded to one another; longer ones share a call if equal."""
+"""Contexts up to this length are padded to share a call; longer ones share it if equal."""
 
 
 @dataclass
@@ -101,9 +101,9 @@ class SharedPromptAttention:
 
     @cached_property
     def until(self) -> np.ndarray:
-        """[T] the first token after each that is not in its subtree, and does not see it."""
+        """[T] for each token the first one after it that is not in its subtree: it is not seen."""
         out = np.zeros(self.size, dtype=np.int64)
-        for start, width, context, path in self._tails:  # the last tail below a token counts
+        for start, width, context, path in self._tails:  # the last tail below a token decides
             out[self._index[path : path + context]] = start + width
             out[start : start + width] = start + width
         return out
@@ -231,22 +231,18 @@ class SharedPromptAttention:
         inside = window is None or before + width <= window
         if before == 0 and inside:
             return None
-        single = all(block.tails == 1 for block in group)
         among = np.tri(width, dtype=bool)[None]
-        if not single:  # tails of a block don't see one another, unless one continues the other
+        if any(block.tails > 1 for block in group):
+            # Tails of a block don't see one another, unless one continues the other.
             among = among & (tokens[:, :, None] < self.until[tokens][:, None, :])
         front = np.ones((1, 1, before), dtype=bool) if real.all() else real[:, None, :]
         count = max(len(among), len(front))
         shapes = ((count, width, before), (count, width, width))
         both = zip((front, among), shapes, strict=True)
-        mask = np.concatenate([np.broadcast_to(part, shape) for part, shape in both], axis=2)
+        mask = np.concatenate([np.broadcast_to(half, shape) for half, shape in both], axis=2)
         if not inside:
-            if single:
-                place = np.arange(before + width)
-                distance = (place[before:, None] - place[None, :])[None]
-            else:
-                keys = self.positions[np.concatenate([context, tokens], axis=1)]
-                distance = self.positions[tokens][:, :, None] - keys[:, None, :]
+            keys = self.positions[np.concatenate([context, tokens], axis=1)]
+            distance = self.positions[tokens][:, :, None] - keys[:, None, :]
             mask = mask & (distance < window)
         if len(mask) > 1 and (mask == mask[:1]).all():
             mask = mask[:1]

@@ -212,10 +212,9 @@ def _examples(
     stream = 1_000_003 + seed
     for index in indices:
         problem = task.problem("train", index, stream)
-        text = tokenizer.apply_chat_template(
-            task.messages(problem), tokenize=False, add_generation_prompt=True
+        prompt: Any = tokenizer.apply_chat_template(
+            task.messages(problem), add_generation_prompt=True, return_dict=False
         )
-        prompt = tokenizer(str(text), add_special_tokens=False)["input_ids"]
         answer = tokenizer(problem.answer, add_special_tokens=False)["input_ids"]
         answer = [*answer, tokenizer.eos_token_id] if task.ends else answer
         texts.append(torch.tensor(prompt + answer))
