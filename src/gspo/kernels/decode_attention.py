@@ -1,7 +1,8 @@
 """Attention while decoding: the completions of a prompt share one copy of its keys and values.
 
 Each completion attends to its prompt's keys, which are multiplied once for all completions of that
-prompt, and to the keys of its own tokens; one softmax runs over both. `kv_cache` holds the keys.
+prompt, and to the keys of the tokens that it decoded; one softmax runs over both. `kv_cache` holds
+the keys.
 
 Shapes: N completions of P prompts, H query heads in K groups of g, W positions of the prompts, C
 columns that the completions have written, D wide keys, E wide values.
@@ -63,8 +64,8 @@ def prompt_groups(
 
     Args:
         prompt_of: [N] prompt of each completion.
-        sizes: [P] completions that each prompt had at first; a group ends where they differ by more
-            than a factor of 2.
+        sizes: [P] completions that each prompt had at first; a group ends before they differ by
+            more than a factor of 2.
         device: that uses the indices. They are computed on the host, so nothing waits for it.
     """
     counts = np.bincount(prompt_of, minlength=len(sizes))
@@ -119,7 +120,7 @@ def decode_attention(
         key, value: of the tokens that each completion has decoded, the new one included.
         prompt_key, prompt_value: of the prompts, padded on the left.
         groups: which completions belong to which prompts.
-        hidden: True where a completion does not see a position; L = W + C, prompts first. None: it
+        hidden: True if a completion does not see a position; L = W + C, prompts first. None: it
             sees all.
         scaling: factor of the scores; None: 1 / sqrt(D).
     """

@@ -109,7 +109,8 @@ class FlexAttention:
         extra = (0, 0, 0, self.padded - self.size)
         q, k, v = (functional.pad(x.to(dtype), extra) for x in (query, key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        out = _kernel(kind)(q, k, v, self.within(window), repr(scale))
+        kernel = _attend if kind == "cpu" else _compiled()
+        out = kernel(q, k, v, self.within(window), repr(scale))
         return out[:, :, : self.size].transpose(1, 2)
 
 
@@ -125,10 +126,6 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: str) -> Ten
     kernel needs a constant."""
     gqa = q.shape[1] != k.shape[1]
     return flex_attention(q, k, v, block_mask=mask, scale=float(scale), enable_gqa=gqa)
-
-
-def _kernel(kind: str) -> Callable[..., Tensor]:
-    return _attend if kind == "cpu" else _compiled()
 
 
 @cache

@@ -15,7 +15,7 @@ completion; `keep` drops those that have ended.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -192,7 +192,7 @@ class ModelCache:
     Args:
         backbone: the model below its output head.
         cache: the model's cache after its pass over the prompts.
-        real: [P, W] False where a prompt is padded, on the left; None: none is.
+        real: [P, W] False at the padding, which is on the left; None: there is none.
         length: W.
     """
 
@@ -260,24 +260,17 @@ def prefill(
         The completions' keys and values, and the last hidden state of each prompt.
     """
     mask = None if bool(real.all()) else real.to(device)
-    given: dict[str, Any] = {"use_cache": True}
-    shared = None
+    positions = (real.cumsum(-1) - 1).clamp_(min=0).to(device)
+    given = {"input_ids": tokens.to(device), "attention_mask": mask, "position_ids": positions}
     if layout == "shared":
         capacity = min(longest, FIRST_COLUMNS)
         shared = SharedPrompts(backbone, real.sum(-1).numpy(), prompt_of, capacity, device)
-        given = {"use_cache": False, "gspo_prompts": shared}
-    output = backbone(
-        input_ids=tokens.to(device),
-        attention_mask=mask,
-        position_ids=(real.cumsum(-1) - 1).clamp_(min=0).to(device),
-        **given,
-    )
-    hidden = output.last_hidden_state[:, -1]
-    if shared is not None:
-        return shared, hidden
+        output = backbone(use_cache=False, gspo_prompts=shared, **given)
+        return shared, output.last_hidden_state[:, -1]
+    output = backbone(use_cache=True, **given)
     copied = ModelCache(backbone, returned_cache(output), mask, tokens.shape[1])
     copied.keep(prompt_of)
-    return copied, hidden
+    return copied, output.last_hidden_state[:, -1]
 
 
 def kv_bytes(completions: int, positions: int, config: object) -> int:

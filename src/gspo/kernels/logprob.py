@@ -77,7 +77,6 @@ def token_logprobs(
     targets: Int[Tensor, " M"],
     temperatures: Float[Tensor, " M"],
     chunk: int | None = None,
-    vocab_chunk: int | None = None,
 ) -> TokenLogprobs:
     """log softmax(logits / temperature) at `targets`, in float32 whatever the head's dtype.
 
@@ -87,14 +86,13 @@ def token_logprobs(
         targets: token ids; on the host they are checked without waiting for a device.
         temperatures: above 0.
         chunk: tokens whose logits exist at once. None: what the device's block leaves room for.
-        vocab_chunk: vocabulary entries whose logits exist at once. None: the device's block.
 
     Raises:
         DataError: a target that is no entry of the head's vocabulary.
     """
     _check_targets(targets, head.size)
     targets = targets.to(hidden.device)
-    blocks = _blocks(hidden, head, chunk, vocab_chunk)
+    blocks = _blocks(hidden, head, chunk)
     with torch.autocast(hidden.device.type, enabled=False):
         hidden, bias = head.scaled(hidden)
         logprobs, entropy = ChunkedLogprobs.apply(  # pyright: ignore[reportGeneralTypeIssues]
@@ -111,13 +109,13 @@ def full_logits(hidden: Float[Tensor, "N D"], head: Head) -> Float[Tensor, "N V"
             bias = None if bias is None else bias[: head.size]
             return project(hidden, head.weight[: head.size], bias, head.softcap)
         # A half-precision head is never copied whole to float32, which takes longer than the rest.
-        parts = _blocks(hidden, head, None, None).of_vocabulary(head.weight, bias)
-        return torch.cat([project(hidden, w, b, head.softcap) for _, w, b in parts], dim=1)
+        blocks = _blocks(hidden, head).of_vocabulary(head.weight, bias)
+        return torch.cat([project(hidden, w, b, head.softcap) for _, w, b in blocks], dim=1)
 
 
-def _blocks(hidden: Tensor, head: Head, chunk: int | None, vocab_chunk: int | None) -> Blocks:
+def _blocks(hidden: Tensor, head: Head, chunk: int | None = None) -> Blocks:
     entries, logits = CPU_BLOCK if hidden.device.type == "cpu" else DEVICE_BLOCK
-    entries = min(head.size, vocab_chunk or entries)
+    entries = min(head.size, entries)
     return Blocks(chunk or max(16, logits // entries), entries, head.size, head.softcap)
 
 

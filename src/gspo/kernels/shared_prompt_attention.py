@@ -36,8 +36,8 @@ class Block:
         start: its first token in the microbatch.
         width: its tokens, one after the other.
         context: tokens before it that all of it sees.
-        path: where the first tail's sample starts in the microbatch's `index`.
-        tails: how many.
+        path: place in the microbatch's `index` at which the first tail's sample starts.
+        tails: how many there are.
     """
 
     start: int
@@ -52,7 +52,7 @@ class AttentionCall:
     """One call of scaled_dot_product_attention: B blocks of Q queries and K keys.
 
     Attributes:
-        mask: True where a query sees a key; None: plainly causal, Q = K.
+        mask: True if a query sees a key; None: plainly causal, Q = K.
     """
 
     blocks: int
@@ -146,7 +146,7 @@ class SharedPromptAttention:
         return torch.cat(outputs).index_select(0, plan.order)[None]
 
     def within(self, window: int | None) -> AttentionCalls:
-        """The calls for layers whose tokens see the last `window` positions, their own included."""
+        """Make the calls for layers whose tokens see the last `window` positions, with theirs."""
         if window is not None and window > int(self.positions.max()):
             window = None
         if window not in self._by_window:
@@ -226,7 +226,7 @@ class SharedPromptAttention:
         real: np.ndarray,
         window: int | None,
     ) -> np.ndarray | None:
-        """[B or 1, 1, Q, K] True where a query sees a key; None: plainly causal."""
+        """[B or 1, 1, Q, K] True if a query sees a key; None: plainly causal."""
         width, before = tokens.shape[1], context.shape[1]
         inside = window is None or before + width <= window
         if before == 0 and inside:

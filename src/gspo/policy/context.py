@@ -59,7 +59,7 @@ def settle_context(lm: PreTrainedModel, name: str, wanted: int | None) -> int:
         )
     if wanted is None:
         log.info(
-            "%s: context limited to %d tokens, where its RoPE frequencies change; "
+            "%s: context limited to %d tokens, at which its RoPE frequencies change; "
             "max_context=N above that uses the long frequencies for all texts",
             name,
             threshold,

@@ -2,7 +2,7 @@
 
 An expert choice is the K expert numbers of one token in one MoE layer, in the router's order.
 transformers names the router modules of a model (`_can_record_outputs["router_logits"]`), and such
-a router picks its experts by `torch.topk` inside its own forward. So it is enough to wrap the
+a router picks its experts by `torch.topk` inside its forward. So it is enough to wrap the
 `forward` of each router: inside it, torch's function mode sees that one call. Gate values stay
 live, and a router in half precision is lifted to float32 on the way.
 
@@ -262,7 +262,7 @@ class ExpertChoices(TorchFunctionMode):
             layer, calls = self._unseen
             raise ModelError(
                 f"{model}: the router of MoE layer {layer} makes {calls} top-k choices of its "
-                "experts in its own forward; they are recorded and replayed if it is 1"
+                "experts in its forward; they are recorded and replayed if it is 1"
             )
         # One read from the device, not one per layer.
         if self._finite and not bool(torch.stack([finite for _, finite in self._finite]).all()):

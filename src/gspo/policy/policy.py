@@ -23,8 +23,8 @@ from gspo.policy.moe import Routers
 from gspo.policy.workers import Workers
 
 Packing = Literal["flex", "buckets", "mask", "single"]
-OWN: frozenset[Packing] = frozenset({"flex", "buckets"})
-"""Ways of packing that go through gspo's attention, where no T x T mask is made."""
+WITH_GSPO_ATTENTION: frozenset[Packing] = frozenset({"flex", "buckets"})
+"""Ways of packing that go through gspo's attention, which makes no T x T mask."""
 
 
 @dataclass

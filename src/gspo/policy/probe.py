@@ -22,7 +22,7 @@ from gspo.data.packing import Microbatch, pack
 from gspo.data.sample import Sample, sample_of
 from gspo.data.turn import Turn
 from gspo.policy.context import chunk_in, probe_length
-from gspo.policy.policy import OWN, Packing, Policy
+from gspo.policy.policy import WITH_GSPO_ATTENTION, Packing, Policy
 
 log = logging.getLogger("gspo")
 
@@ -66,7 +66,7 @@ def choose_packing(policy: Policy) -> None:
         )
         if policy.checkpointing:
             _check_checkpointing(exact, apart, expected)
-    if policy.packing not in OWN:
+    if policy.packing not in WITH_GSPO_ATTENTION:
         log.warning("%s: samples are packed by %r", policy.source, policy.packing)
     if not policy.shares_prompts:
         log.warning("%s: a prompt is computed once for each of its completions", policy.source)
@@ -101,7 +101,7 @@ def _check_checkpointing(policy: Policy, microbatch: Microbatch, expected: Tenso
         ModelError: a pass with gradients differs from one without, or its backward pass fails.
     """
     try:
-        logprobs = _trained(policy, microbatch, list(policy.trainable.values()))
+        logprobs = _trained(policy, microbatch, [*policy.trainable.values()])
     except _REFUSALS as error:
         raise ModelError(
             f"{policy.source}: activation_checkpointing does not work with "
