@@ -31,8 +31,6 @@ Layout = Literal["shared", "model_cache", "equal_lengths"]
 LAYOUTS: tuple[Layout, ...] = ("shared", "model_cache", "equal_lengths")
 """Ways to decode, the fastest first."""
 
-Pair = tuple[Tensor, Tensor]  # keys and values
-
 
 class SharedPrompts:
     """N completions of P prompts, whose keys and values are held once; see `decode_attention`.
@@ -59,8 +57,8 @@ class SharedPrompts:
         device: torch.device,
     ):
         self._backbone, self._device, self._capacity = backbone, device, capacity
-        self._prompts: dict[int, Pair] = {}  # by layer
-        self._slabs: dict[int, Pair] = {}
+        self._prompts: dict[int, list[Tensor]] = {}  # keys and values, by layer
+        self._slabs: dict[int, list[Tensor]] = {}
         self._columns = 0
         self._width = int(lengths.max())
         self._lengths, self._prompt_of = lengths, prompt_of
@@ -81,7 +79,7 @@ class SharedPrompts:
 
     def take(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Hold a layer's keys and values of the prompts: [P, K, W, D] and [P, K, W, E]."""
-        self._prompts[layer] = (key, value)
+        self._prompts[layer] = [key, value]
 
     def advance(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N D"]:
         """Feed one token to each completion; returns the last hidden states."""
@@ -110,9 +108,9 @@ class SharedPrompts:
     ) -> Float[Tensor, "N 1 H E"]:
         """Attention of one layer inside `advance`."""
         if layer not in self._slabs:
-            self._slabs[layer] = _both(
-                lambda x: x.new_empty(*x.shape[:2], self._capacity, x.shape[3]), (key, value)
-            )
+            self._slabs[layer] = [
+                new.new_empty(*new.shape[:2], self._capacity, new.shape[3]) for new in (key, value)
+            ]
         for slab, new in zip(self._slabs[layer], (key, value), strict=True):
             slab[:, :, self._columns - 1] = new[:, :, 0]
         if window is not None and self._width + self._columns <= window:
@@ -157,7 +155,7 @@ class SharedPrompts:
         if len(used) <= len(self._sizes) // 2:
             left = self._tensor(used)
             for layer, pair in self._prompts.items():
-                self._prompts[layer] = _both(lambda x: x[left], pair)
+                self._prompts[layer] = [x[left] for x in pair]
             self._prompt_of = np.searchsorted(used, self._prompt_of)
             self._sizes, self._lengths = self._sizes[used], self._lengths[used]
         self._rearrange()
@@ -172,7 +170,8 @@ class SharedPrompts:
             return torch.cat([nn.functional.pad(x, (0, 0, width - x.shape[2], 0)) for x in both])
 
         for layer, pair in self._prompts.items():
-            self._prompts[layer] = _both(joined, pair, other._prompts[layer])
+            both = zip(pair, other._prompts[layer], strict=True)
+            self._prompts[layer] = [joined(mine, theirs) for mine, theirs in both]
         # Zeros, and not whatever lies in the memory: a NaN would pass through its weight of 0.
         self._change_slabs(lambda x: torch.cat([x, x.new_zeros(added, *x.shape[1:])]))
         self._prompt_of = np.concatenate([self._prompt_of, other._prompt_of + len(self._sizes)])
@@ -183,7 +182,7 @@ class SharedPrompts:
 
     def _change_slabs(self, change: Callable[[Tensor], Tensor]) -> None:
         for layer, pair in self._slabs.items():
-            self._slabs[layer] = _both(change, pair)
+            self._slabs[layer] = [change(x) for x in pair]
 
 
 class ModelCache:
@@ -280,9 +279,3 @@ def kv_bytes(completions: int, positions: int, config: object) -> int:
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     layers = config.num_hidden_layers  # type: ignore[attr-defined]
     return completions * positions * layers * kv_heads * width * 2 * torch.float32.itemsize
-
-
-def _both(change: Callable[..., Tensor], *pairs: Pair) -> Pair:
-    """A change of keys, and the same change of values."""
-    keys, values = (change(*tensors) for tensors in zip(*pairs, strict=True))
-    return keys, values

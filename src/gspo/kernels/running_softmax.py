@@ -28,11 +28,11 @@ class RunningSoftmax:
     It counts in powers of 2, as flash attention does: on the CPU torch's exp2 takes a third of the
     time of its exp, which takes up to thirty times as long for results near the smallest float.
 
-    Attributes, each [M]:
-        scale: 1 / (temperature * ln 2).
-        max: the largest logit so far. Powers are relative to it: 2^((logit - max) * scale).
-        total: the sum of the powers so far.
-        spread: the sum of power * log2(1 / power). The entropy is log2(total) + spread / total:
+    Attributes:
+        scale: [M] 1 / (temperature * ln 2).
+        max: [M] the largest logit so far. Powers are relative to it: 2^((logit - max) * scale).
+        total: [M] the sum of the powers so far.
+        spread: [M] the sum of power * log2(1 / power). The entropy is log2(total) + spread / total:
             neither term is negative, so nothing cancels.
 
     >>> softmax = RunningSoftmax(torch.ones(1))
