@@ -117,7 +117,6 @@ def make_batch(
             samples.append(sample(tokens, prompt, len(samples), group))
     return RolloutBatch(
         samples=tuple((each,) for each in samples),
-        groups=tuple(each.group_id for each in samples),
         rewards=tuple(each.advantage for each in samples),
         dropped=0,
     )

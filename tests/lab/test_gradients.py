@@ -62,7 +62,7 @@ def measured(policy: Policy, groups, settings: dict[str, Settings], budget: int 
 def naive(policy: Policy, groups, settings: Settings) -> tuple[float, list[torch.Tensor]]:
     """One forward of the whole model a sample, full logits, one loss, one backward."""
     batch = batch_of(policy, groups, settings)
-    counted = batch if settings.counts_flat else batch.with_signal()
+    counted = batch if settings.preset.counts_flat else batch.with_signal()
     logprobs, old, ids, advantages = [], [], [], []
     for (sample,) in counted.samples:
         tokens = torch.from_numpy(sample.tokens)[None]

@@ -27,8 +27,8 @@ from gspo.policy.probe import choose_packing
 from gspo.serve.engine import Completion, Request, SamplingParams
 from gspo.serve.selfcheck import make_engine
 from gspo.tasks import Task, load_task
-from gspo.train.budget import row_budget
-from gspo.train.expert_replay import record_agreement, with_own_choices
+from gspo.train.budget import token_budget
+from gspo.train.expert_replay import record_agreement, with_preferred_experts
 from gspo.train.old_logprobs import with_trainer_logprobs
 from gspo.train.settings import resolve
 from gspo.trajectory import Trajectory
@@ -126,7 +126,7 @@ def measure(policy: Policy, samples: Sequence[Sample]) -> Noise:
     """Score samples, one a sequence, as the trainer does."""
     policy.lm.eval()
     trajectories = [(sample,) for sample in samples]
-    budget = row_budget(policy.lm.config.get_text_config(), policy.checkpointing)
+    budget = token_budget(policy.lm.config.get_text_config(), policy.checkpointing)
     share = policy.shares_prompts
     scored = with_trainer_logprobs(policy, trajectories, budget, None, share=share)
     d = [
@@ -138,7 +138,7 @@ def measure(policy: Policy, samples: Sequence[Sample]) -> Noise:
     log_ratios = sequence_log_ratio(torch.cat(d), Segments(ids, len(d), mask, mask))
     metrics = Metrics()
     if policy.routers.modules:
-        recorded = with_own_choices(policy, trajectories, budget, share=share)
+        recorded = with_preferred_experts(policy, trajectories, budget, share=share)
         for sample, (chosen,) in zip(samples, recorded, strict=True):
             if sample.expert_choices is not None and chosen.expert_choices is not None:
                 engine = torch.from_numpy(sample.expert_choices.astype(np.int16))

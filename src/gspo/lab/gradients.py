@@ -59,7 +59,7 @@ class MethodLoss:
     @classmethod
     def of(cls, batch: RolloutBatch, settings: Settings) -> MethodLoss:
         """A method that has seen nothing yet; `batch` has the advantages of `settings`."""
-        counted = batch if settings.counts_flat else batch.with_signal()
+        counted = batch if settings.preset.counts_flat else batch.with_signal()
         unit = settings.sequence_unit
         return cls(
             settings=settings,

@@ -25,7 +25,7 @@ from gspo.lab.inspect_report import AtWeights, Inspection, Method
 from gspo.lab.stored_step import StoredStep, Weights
 from gspo.objective import PRESETS
 from gspo.policy.load import Policy
-from gspo.train.budget import row_budget
+from gspo.train.budget import token_budget
 from gspo.train.expert_replay import ExpertReplay
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.old_logprobs import with_trainer_logprobs
@@ -143,7 +143,7 @@ def make_methods(
     """
 
     def method(settings: Settings) -> tuple[object, ...]:
-        return settings.objective, settings.advantage, settings.counts_flat
+        return settings.objective, settings.advantage, settings.preset.counts_flat
 
     dropped = dict.fromkeys(_METHOD)
     by_name = {name: record.settings(**dropped | {"algorithm": name}) for name in PRESETS}
@@ -180,7 +180,7 @@ def _batch(step: StoredStep, settings: Settings) -> RolloutBatch:
 
 
 def _budget(policy: Policy) -> int:
-    return row_budget(policy.lm.config.get_text_config(), checkpointing=False)
+    return token_budget(policy.lm.config.get_text_config(), checkpointing=False)
 
 
 def _check_memory(policy: Policy, methods: int) -> None:

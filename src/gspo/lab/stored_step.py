@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,14 +65,14 @@ class StoredStep:
     def settings(self) -> Settings:
         """The settings of the step, with the clip range that was in force."""
         settings = self.record.settings()
-        if not settings.auto_epsilon:
+        if settings.epsilon != "auto":
             return settings
         path = self.run / "metrics.jsonl"
         logged = next((line for line in read_metrics(path) if line["step"] == self.number), {})
         low, high = logged.get("ratio/epsilon_low"), logged.get("ratio/epsilon_high")
         if low is None or high is None:
             raise RunError(f"{path} lacks the clip range of step {self.number}")
-        return replace(settings, objective=settings.objective.with_epsilon(low, high))
+        return settings.with_range(low, high)
 
     def check_weights(self, wanted: Sequence[Weights], *, needs_before: bool) -> None:
         """Refuse weights that are gone, naming the steps that can be inspected."""
