@@ -1,15 +1,16 @@
-"""Packing: how full the rows are on lengths of a real run, and what it costs to plan them.
+"""Packing: how full the microbatches are on lengths of a real run, and what it costs to plan them.
 
     python benchmarks/run.py packing
 
 The lengths are those of data/climb_lengths.json, whose answers have 15 to 160 tokens. Three rows:
 
-- efficiency: tokens against rows times the largest row, which is what a step costs where its rows
-  run side by side. A row itself has no padding. Pairs are the rollout batches of the run.
+- efficiency: tokens against microbatches times the largest one, which is what a step costs if its
+  microbatches run side by side. A microbatch itself has no padding. Pairs are the rollout batches
+  of the run.
 - padding: the tokens of microbatches that are padded to their longest sample, in the order of the
   rollout; sorted by length they are in `detail`.
-- planning: seconds, against first-fit-decreasing by a plain loop over the rows, which must not
-  need fewer rows. `detail` has what packing whole samples costs, from 10^3 tokens on.
+- planning: seconds, against first-fit-decreasing by a plain loop over the microbatches, which must
+  not need fewer of them. `detail` has what packing whole samples costs, from 10^3 tokens on.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def drawn(lengths: Sequence[int], count: int) -> list[int]:
 def _efficiency(batches: Sequence[Sequence[int]], many: Sequence[int]) -> dict[str, Any]:
     plans = [loads(own, plan_microbatches(own, BUDGET)) for own in batches]
     pairs = Pairs(
-        ours=tuple(float(len(rows) * max(rows)) for rows in plans),
+        ours=tuple(float(len(microbatches) * max(microbatches)) for microbatches in plans),
         other=tuple(float(sum(own)) for own in batches),
     )
     large = loads(many, plan_microbatches(many, BUDGET))
@@ -78,10 +79,10 @@ def _efficiency(batches: Sequence[Sequence[int]], many: Sequence[int]) -> dict[s
         unit="tokens",
         goal=GOAL,
         detail={
-            "rows": [len(rows) for rows in plans],
+            "rows": [len(microbatches) for microbatches in plans],
             "fewest_rows": [math.ceil(sum(own) / BUDGET) for own in batches],
-            # Where the batch is small, its last row has room whatever the packing does.
-            "filled": [sum(rows) / len(rows) / BUDGET for rows in plans],
+            # If the batch is small, its last microbatch has room whatever the packing does.
+            "filled": [sum(microbatches) / len(microbatches) / BUDGET for microbatches in plans],
             f"filled_{len(many)}": sum(large) / len(large) / BUDGET,
         },
     )
@@ -112,16 +113,16 @@ def _row(what: str, batches: Sequence[Sequence[int]], **fields: Any) -> dict[str
     ).as_dict()
 
 
-def loads(sizes: Sequence[int], rows: Sequence[Sequence[int]]) -> list[int]:
-    """Tokens of each row.
+def loads(sizes: Sequence[int], microbatches: Sequence[Sequence[int]]) -> list[int]:
+    """Count the tokens of each microbatch.
 
     Raises:
-        AssertionError: a sample is in no row, or in two, or a row is above the budget.
+        AssertionError: a sample is in no microbatch, or in two; or one is above the budget.
     """
-    placed = sorted(item for row in rows for item in row)
-    assert placed == list(range(len(sizes))), "not every sample is in one row"
-    found = [sum(sizes[item] for item in row) for row in rows]
-    assert max(found) <= BUDGET, f"a row of {max(found)} tokens"
+    placed = sorted(item for microbatch in microbatches for item in microbatch)
+    assert placed == list(range(len(sizes))), "not every sample is in one microbatch"
+    found = [sum(sizes[item] for item in microbatch) for microbatch in microbatches]
+    assert max(found) <= BUDGET, f"a microbatch of {max(found)} tokens"
     return found
 
 
@@ -141,22 +142,22 @@ def padded(lengths: Sequence[int], budget: int) -> int:
 
 
 def first_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Largest first, each into the first row that has room: a loop over all rows for each.
+    """Put the largest first, each into the first microbatch that has room: a loop for each.
 
     >>> first_fit([6, 3, 5, 2], budget=8)
     [[0, 3], [2, 1]]
     """
-    rows: list[list[int]] = []
+    microbatches: list[list[int]] = []
     free: list[int] = []
     for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         size = sizes[item]
-        row = next((row for row, left in enumerate(free) if size <= left), len(rows))
-        if row == len(rows):
-            rows.append([])
+        number = next((n for n, left in enumerate(free) if size <= left), len(microbatches))
+        if number == len(microbatches):
+            microbatches.append([])
             free.append(budget)
-        rows[row].append(item)
-        free[row] -= size
-    return rows
+        microbatches[number].append(item)
+        free[number] -= size
+    return microbatches
 
 
 def _planning(
@@ -166,7 +167,7 @@ def _planning(
     mine, theirs = plan_microbatches(sizes, BUDGET), first_fit(sizes, BUDGET)
     for plan in (mine, theirs):
         loads(sizes, plan)
-    assert len(mine) <= len(theirs), f"{len(mine)} rows, first-fit needs {len(theirs)}"
+    assert len(mine) <= len(theirs), f"{len(mine)} microbatches, first-fit needs {len(theirs)}"
     pairs = paired(
         lambda: plan_microbatches(sizes, BUDGET), lambda: first_fit(sizes, BUDGET), repeats=repeats
     )

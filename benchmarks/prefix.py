@@ -1,9 +1,10 @@
-"""Training with shared prefixes computed once, against without: the same step, on the CPU.
+"""Training with shared prompts computed once, against without: the same step, on the CPU.
 
     python benchmarks/run.py prefix
 
 One optimizer step of `Trainer.train` with `share_prefixes` on and off, in turns in one process, on
-the embedded MoE with a longer context. Rows have the default token budget; two threads, a row each.
+the embedded MoE with a longer context. Microbatches have the default token budget; each of two
+threads computes one.
 Before a figure is believed: same loss, same gradient, same number of trained tokens.
 """
 
@@ -101,7 +102,7 @@ def _row(case: Case, model: Path, repeats: int) -> dict[str, Any]:
     say(f"  {case.what}, {case.shape}")
     policy = load_policy(str(model), InternalModelConfig(threads=case.threads))
     choose_packing(policy)
-    assert policy.shares_prompts, "this model does not share prefixes"
+    assert policy.shares_prompts, "this model does not share prompts"
     trainer = Trainer(policy)
     batch = make_batch(case, policy)
     on, off = settings(share=True), settings(share=False)

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from gspo.data.sample import Sample
+from gspo.data.sample import Sample, sample_of
+from gspo.data.turn import Turn
 from gspo.policy.embedded import build_tokenizer
 from gspo.policy.policy import Policy
-from gspo.policy.probe import _sample
 
 VOCABULARY = 60
 BASE: dict[str, Any] = {
@@ -155,7 +155,9 @@ def text(length: int, seed: int = 0) -> np.ndarray:
 
 def sample(tokens: np.ndarray, prompt: int, number: int = 0) -> Sample:
     """A sample whose first `prompt` tokens were given; sampled at temperature 0.7."""
-    return _sample(tokens, prompt, number)
+    ids = tokens.tolist()
+    turn = Turn(ids[:prompt], ids[prompt:], [0.0] * (len(ids) - prompt), temperature=0.7)
+    return sample_of([turn], trajectory_id=number)
 
 
 def plain(policy: Policy, tokens: np.ndarray, prompt: int, temperature: float = 1.0):

@@ -1,7 +1,7 @@
-"""Are the numbers right on this device? Packed rows against plain ones, and engine against trainer.
+"""Are the numbers right on this device? Packed against plain, and engine against trainer.
 
 Small models of random weights (dense, Mixture of Experts, sliding windows; seven queries to a key)
-score samples of uneven lengths in groups that share prompts: packed into one row, with prompts
+score samples of uneven lengths in groups that share prompts: packed into a microbatch, with prompts
 computed once and without, against one plain forward pass of transformers for each sample, full
 logits, in float32. Compared are log-probs of tokens, means over sequences (l_i), and the gradient
 of a weighted sum of the log-probs. `ok` is said by these rules:
@@ -137,14 +137,14 @@ def _gradient(policy: Policy, logprobs: Tensor) -> Scored:
 
 
 def packed(policy: Policy, samples: Sequence[Sample], share: bool) -> Scored:
-    """All samples in one row, as the trainer computes them."""
+    """Score all samples in one microbatch, as the trainer computes them."""
     (microbatch,) = pack(list(samples), 100_000, share=share)
     order = _in_order(microbatch, samples)
     return _gradient(policy, policy.logprobs(microbatch).logprobs[order.to(policy.device)])
 
 
 def _in_order(microbatch: Microbatch, samples: Sequence[Sample]) -> Tensor:
-    """Places in the row of the sampled tokens of the samples, one after the other."""
+    """Find the places in the microbatch of the sampled tokens, one sample after the other."""
     sizes = {sample.trajectory_id: sample.sampled for sample in samples}
     ends = np.cumsum([sizes[t] for t in microbatch.trajectory_ids])
     begins = dict(zip(microbatch.trajectory_ids, ends, strict=True))

@@ -1,13 +1,13 @@
 """Decoding: tokens/s of the engine, and where the time of one decoded token goes.
 
-Each run decodes 512 tokens (no end token ends one) behind prompts of 128, in groups of 8
+Each run decodes 128 tokens (no end token ends one) behind prompts of 128, in groups of 8
 completions to a prompt. `seconds` and `tokens_per_s` are of the whole call of `generate`.
 `step_s` is the time of one decoded position, from the middle of the run. `floor_s` is what the
-memory of the data sheet needs for what the rows that really ran have to read: the weights at each
-decoded position, each running prompt's keys and values once, and those of each row's own tokens;
+memory of the data sheet needs for what the running completions have to read: the weights at each
+decoded position, each running prompt's keys and values once, and those of the decoded tokens;
 `of_floor` is the share that this is of `seconds`.
 
-`profile` counts a few positions of a short run of the same rows; `host_share` is the part of
+`profile` counts a few positions of a short run of the same completions; `host_share` is the part of
 `step_s` in which no kernel runs.
 """
 
@@ -40,57 +40,56 @@ RAISED = 32 * 2**30
 
 
 def measure(bench: Bench) -> None:
-    """Batches of three sizes on a bfloat16 copy, with the default memory for keys and values and
-    with more; the trainer's own weights, which an engine without `rollout_dtype` uses; an MoE."""
+    """Three numbers of completions on a bfloat16 copy; less memory for keys and values; the
+    trainer's weights, which an engine without `rollout_dtype` uses; an MoE."""
     _dense(bench)
     free()
     middle = bench.size(64, 16)
     sparse = models.policy_of(models.moe(tiny=bench.tiny), bench.card)
     copy = RoundedCopy(sparse, "bfloat16").policy
-    _run(bench, copy, middle, torch_engine.KV_BYTES, f"MoE copy, {middle} rows")
+    _run(bench, copy, middle, RAISED, f"MoE copy, {middle} completions")
 
 
 def _dense(bench: Bench) -> None:
     policy = models.policy_of(models.dense(tiny=bench.tiny), bench.card)
     copy = RoundedCopy(policy, "bfloat16").policy
     small, middle, large = bench.size((8, 64, 512), (8, 16, 24))
-    given = torch_engine.KV_BYTES
-    tight = bench.size(given, kv_bytes(12, 16, copy.lm.config))
-    _run(bench, copy, large, RAISED, f"bfloat16 copy, {large} rows, KV_BYTES raised")
-    for rows in (middle, small):
-        _run(bench, copy, rows, tight, f"bfloat16 copy, {rows} rows, default KV_BYTES")
-    _run(bench, policy, middle, given, f"the trainer's weights, {middle} rows")
-    _run(bench, copy, large, tight, f"bfloat16 copy, {large} rows, default KV_BYTES")
+    for count in (large, middle, small):
+        _run(bench, copy, count, RAISED, f"bfloat16 copy, {count} completions")
+    _run(bench, policy, middle, RAISED, f"the trainer's weights, {middle} completions")
+    # Half of the completions find room at a time.
+    tight = kv_bytes(large // 2, bench.size(256, 24), copy.lm.config)
+    _run(bench, copy, large, tight, f"bfloat16 copy, {large} completions, less KV_BYTES")
 
 
-def _run(bench: Bench, policy: Policy, rows: int, kv_bytes: int, what: str) -> None:
+def _run(bench: Bench, policy: Policy, count: int, kv_bytes: int, what: str) -> None:
     with bench.row(what) as row, mock.patch.object(torch_engine, "KV_BYTES", kv_bytes):
         engine = TorchEngine(policy)
         check_engine(engine)
-        prompt, length = bench.size((128, 512), (8, 16))
-        requests = _requests(policy, rows, prompt, length)
-        _decode(engine, _requests(policy, rows, prompt, LAST + 2), LAST + 2)  # warm-up
+        prompt, length = bench.size((128, 128), (8, 16))
+        requests = _requests(policy, count, prompt, length)
+        _decode(engine, _requests(policy, count, prompt, LAST + 2), LAST + 2)  # warm-up
         with watched(policy) as steps:
             marks = _marks(bench, steps, length // 4, length // 2)
             times = bench.time(lambda: _decode(engine, requests, length), repeats=1, warmup=0)
         first, second = marks
         step_s = (second - first) / (length // 2 - length // 4)
-        floor = _floor_bytes(policy, steps.rows, rows, prompt, length)
+        floor = _floor_bytes(policy, steps.running, count, prompt, length)
         limit = bench.card.bytes_per_s
         row |= {
             "seconds": times["median_s"],
-            "tokens_per_s": rows * length / times["median_s"],
+            "tokens_per_s": count * length / times["median_s"],
             "step_s": step_s,
             "kv_bytes": kv_bytes,
-            "decoded_positions": len(steps.rows),
-            "rows_at_once": max(steps.rows),
+            "decoded_positions": len(steps.running),
+            "completions_at_once": max(steps.running),
             "floor_s": None if limit is None else floor / limit,
             "of_floor": None if limit is None else floor / limit / times["median_s"],
         }
         with watched(policy) as steps:
             profiler = Profiled(bench.card)
-            steps.at = {FIRST: profiler.start, LAST: profiler.stop}
-            _decode(engine, _requests(policy, rows, prompt, LAST + 2), LAST + 2)
+            steps.calls = {FIRST: profiler.start, LAST: profiler.stop}
+            _decode(engine, _requests(policy, count, prompt, LAST + 2), LAST + 2)
         row["profile"] = profiler.counts(per=LAST - FIRST)
         row["host_share"] = host_share(row["profile"], step_s)
 
@@ -99,19 +98,19 @@ class Steps:
     """Decoded positions of the engine while it is watched.
 
     Attributes:
-        rows: that ran at each.
-        at: called before the decoding of a position, by its number.
+        running: how many completions ran at each.
+        calls: what is called before the decoding of a position, by its number.
     """
 
     def __init__(self) -> None:
-        self.rows: list[int] = []
-        self.at: dict[int, Callable[[], object]] = {}
+        self.running: list[int] = []
+        self.calls: dict[int, Callable[[], object]] = {}
 
     def __call__(self, _module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
         tokens = kwargs["input_ids"]
         if tokens.shape[1] == 1:  # a prompt has more
-            self.at.get(len(self.rows), lambda: None)()
-            self.rows.append(tokens.shape[0])
+            self.calls.get(len(self.running), lambda: None)()
+            self.running.append(tokens.shape[0])
 
 
 @contextmanager
@@ -133,27 +132,29 @@ def _marks(bench: Bench, steps: Steps, *positions: int) -> list[float]:
         bench.card.synchronize()
         marks.append(time.perf_counter())
 
-    steps.at = dict.fromkeys(positions, mark)
+    steps.calls = dict.fromkeys(positions, mark)
     return marks
 
 
-def _requests(policy: Policy, rows: int, prompt: int, length: int) -> list[Request]:
+def _requests(policy: Policy, count: int, prompt: int, length: int) -> list[Request]:
     rng = np.random.default_rng(0)
     vocabulary = policy.head.weight.shape[0]
     params = SamplingParams(n=GROUP, max_tokens=length, seed=0, ignore_eos=True)
     return [
         Request(tuple(rng.integers(vocabulary, size=prompt).tolist()), params)
-        for _ in range(rows // GROUP)
+        for _ in range(count // GROUP)
     ]
 
 
 def _decode(engine: TorchEngine, requests: list[Request], length: int) -> None:
     done = engine.generate(requests)
-    assert all(len(one.token_ids) == length for own in done for one in own)
+    assert all(len(one.token_ids) == length for group in done for one in group)
 
 
-def _floor_bytes(policy: Policy, running: list[int], rows: int, prompt: int, length: int) -> float:
-    """Bytes that have to be read, given the rows that ran at each decoded position."""
+def _floor_bytes(
+    policy: Policy, running: list[int], completions: int, prompt: int, length: int
+) -> float:
+    """Count the bytes that must be read, given how many completions ran at each position."""
     kind = next(policy.lm.parameters()).dtype
     if policy.compute_dtype == torch.bfloat16:
         kind = torch.bfloat16
@@ -161,5 +162,5 @@ def _floor_bytes(policy: Policy, running: list[int], rows: int, prompt: int, len
     token = kv_bytes(1, 1, config) / torch.float32.itemsize * kind.itemsize
     weights = sum(p.numel() for p in policy.lm.parameters()) * kind.itemsize
     prompts = sum(-(-count // GROUP) for count in running) * prompt
-    own = rows * sum(range(1, length))
-    return weights * len(running) + token * (prompts + own)
+    decoded = completions * sum(range(1, length))
+    return weights * len(running) + token * (prompts + decoded)

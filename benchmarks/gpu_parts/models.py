@@ -18,7 +18,8 @@ from vocabulary import full_tokenizer
 
 from gpu_parts.bench import Card
 from gspo.data.packing import Microbatch
-from gspo.data.sample import Sample
+from gspo.data.sample import Sample, sample_of
+from gspo.data.turn import Turn
 from gspo.dev import InternalModelConfig
 from gspo.lab.flops import Flops, head_flops
 from gspo.policy import load
@@ -115,8 +116,8 @@ def make_batch(
             tokens = np.concatenate([first, rng.integers(vocabulary, size=completion)])
             samples.append(sample(tokens, prompt, len(samples), group))
     return RolloutBatch(
-        samples=tuple((own,) for own in samples),
-        rewards=tuple(own.advantage for own in samples),
+        samples=tuple((each,) for each in samples),
+        rewards=tuple(each.advantage for each in samples),
         dropped=0,
     )
 
@@ -138,32 +139,21 @@ def with_logprobs(batch: RolloutBatch, out: TrainOutput) -> RolloutBatch:
 
 def sample(tokens: np.ndarray, prompt: int, number: int, group: int) -> Sample:
     """One sample whose log-probs, and the version that sampled it, are not known."""
-    mask = np.arange(len(tokens)) >= prompt
-    unknown = np.zeros(len(tokens), np.float32)
-    return Sample(
-        tokens=tokens,
-        ratio_mask=mask,
-        loss_mask=mask,
-        old_logprobs=unknown,
-        sampling_logprobs=unknown,
-        temperatures=np.ones(len(tokens), np.float32),
-        turn_ids=np.where(mask, 0, -1),
-        policy_versions=np.full(len(tokens), -1),
-        trajectory_id=number,
-        group_id=group,
-        advantage=1.0 if number % 2 else -1.0,
-    )
+    ids = tokens.tolist()
+    turn = Turn(ids[:prompt], ids[prompt:], [0.0] * (len(ids) - prompt))
+    return sample_of([turn], 0, number, group, advantage=1.0 if number % 2 else -1.0)
 
 
-def row_flops(policy: Policy, rows: Sequence[Microbatch]) -> dict[str, float]:
-    """Operations of a forward and backward pass over packed rows: what the method needs.
+def step_flops(policy: Policy, microbatches: Sequence[Microbatch]) -> dict[str, float]:
+    """Count the operations of forward and backward passes: what the method needs.
 
     A shared prompt counts once, and what is computed again counts once: the layers under activation
     checkpointing, and the vocabulary projection in the backward pass.
     """
     sizes = Flops.of(policy)
-    layers = sum(sizes.forward(row.positions) + sizes.backward(row.positions) for row in rows)
+    positions = [microbatch.positions for microbatch in microbatches]
+    layers = sum(sizes.forward(each) + sizes.backward(each) for each in positions)
     if policy.checkpointing:  # all weights are trained: backward needs twice the forward pass
-        layers = sum(3 * sizes.forward(row.positions) for row in rows)
-    head = sum(sum(head_flops(policy.head, len(row.targets))) for row in rows)
+        layers = sum(3 * sizes.forward(each) for each in positions)
+    head = sum(sum(head_flops(policy.head, len(one.targets))) for one in microbatches)
     return {"layers": layers, "head": head}

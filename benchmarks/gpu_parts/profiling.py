@@ -115,16 +115,17 @@ def profiled(work: Callable[[], object], card: Card) -> dict[str, Any]:
 def phases(card: Card) -> Iterator[dict[str, Any]]:
     """Charge what happens inside to gspo's own spans, waiting for the device at each border.
 
-    Yields a dict that is filled in at the end: seconds and calls by span, and the packed rows that
-    went through the trainer's forward pass. The waits make the whole slower than it is otherwise.
+    Yields a dict that is filled in at the end: seconds and calls by span, and the microbatches
+    that went through the trainer's forward pass. The waits make the whole slower than otherwise.
     """
-    found: dict[str, Any] = {"rows": []}
+    measured: dict[str, Any] = {"microbatches": []}
     clock = Clock("step", sync=card.synchronize)
-    clock.watch("forward", lambda _policy, row, *_args, **_kwargs: found["rows"].append(row))
+    microbatches = measured["microbatches"]
+    clock.watch("forward", lambda _policy, one, *_args, **_kwargs: microbatches.append(one))
     with timing(clock), clock.span("step"):
-        yield found
-    found["seconds"] = dict(clock.seconds)
-    found["calls"] = dict(clock.calls)
+        yield measured
+    measured["seconds"] = dict(clock.seconds)
+    measured["calls"] = dict(clock.calls)
 
 
 def host_share(counts: dict[str, Any], seconds: float) -> float | None:

@@ -1,10 +1,10 @@
-"""One optimizer step of the trainer: the default row, rows of 512 to 16,384 tokens, shared prompts.
+"""One optimizer step of the trainer: default microbatches, 512 to 16,384 tokens, shared prompts.
 
 Timed is `Trainer.train` of one minibatch in bfloat16 with float32 weights: packing, forward and
-backward pass of its rows, AdamW, and the metrics, as of any minibatch but a batch's first. The
-samples' old log-probs are the policy's own, of the same rows, and the learning rate is too small to
-move a weight, so that nothing is clipped: `ok` says that `clip_fraction` is 0. `mfu` is the share
-of the data sheet's bfloat16 rate, of operations that the method needs.
+backward pass, AdamW, and the metrics, as of any minibatch but a batch's first. The samples' old
+log-probs are the policy's, of the same microbatches, and the learning rate is too small to move a
+weight, so that nothing is clipped: `ok` says that `clip_fraction` is 0. `mfu` is the share of the
+data sheet's bfloat16 rate, of operations that the method needs.
 
 Beside it, each from a step of its own: seconds by phase, with waits between them; kernels,
 launches and waits under torch.profiler; peak memory, of which `activations` is what the step adds
@@ -43,7 +43,8 @@ ORDER = (
 )
 SHARING = ORDER[0]
 """Where a prompt that is shared is measured against one that is not."""
-LENGTHS = (8192, 2048, 512, 16_384)
+LENGTHS = (8192, 16_384, 2048, 512)
+"""Full training has all four. With LoRA and checkpointing the last two tell little more."""
 STANDING = 1e-12
 """A learning rate that moves no float32 weight."""
 SAME = 0.05
@@ -69,7 +70,7 @@ def measure(bench: Bench) -> None:
 def _same_gradient(bench: Bench) -> None:
     """A prompt that is computed once, and once for each sample: the gradient's norm is the same."""
     with bench.row("gradient norms, shared prompts or not") as row:
-        one, two = (own["grad_norm"] for own in bench.rows if "shared: " in own["what"])
+        one, two = (other["grad_norm"] for other in bench.rows if "shared: " in other["what"])
         row["gap"] = abs(one / two - 1)
         row["ok"] = row["gap"] < SAME
 
@@ -95,17 +96,17 @@ def _load(bench: Bench, row: dict[str, Any], config: Any, options: dict[str, Any
 def _work(
     bench: Bench, trainer: Trainer | None, kind: str, mode: str
 ) -> Iterator[tuple[str, RolloutBatch, dict[str, Any]]]:
-    """Of each row: what it is, its batch, and the options of the step."""
+    """Yield for each row of results: what is computed, its batch, and the options of the step."""
     if trainer is None:
         return
     policy = trainer.policy
-    if mode != "checkpointing":
+    if mode == "full" or (kind, mode) == ("dense", "LoRA"):
         sizes = bench.size((4, 4, 128, 256), (2, 2, 8, 24))
-        yield "default row", models.make_batch(policy, **_sizes(*sizes)), {}
-    for length in bench.size(LENGTHS, (64, 32)):
+        yield "default microbatches", models.make_batch(policy, **_sizes(*sizes)), {}
+    for length in bench.size(LENGTHS if mode == "full" else LENGTHS[:2], (64, 32)):
         size = min(1024, length // 4)
         batch = models.make_batch(policy, **_sizes(length // size, 1, size // 8, size - size // 8))
-        yield f"row of {length}", batch, {"packed_sequence_length": length}
+        yield f"microbatch of {length}", batch, {"packed_sequence_length": length}
     if (kind, mode) == SHARING:
         sizes = bench.size((1, 8, 4096, 512), (1, 4, 32, 8))
         batch = models.make_batch(policy, **_sizes(*sizes))
@@ -147,21 +148,21 @@ def _step(
     row["ok"] = row["clip_fraction"] == 0
     before = card.memory()["now"]
     card.reset_peak()
-    with phases(card) as found:
+    with phases(card) as measured:
         step()
     peak = card.memory()["peak"]
-    rows = found["rows"]
-    tokens = sum(own.token_count for own in rows)
+    microbatches = measured["microbatches"]
+    tokens = sum(microbatch.token_count for microbatch in microbatches)
     row |= {
-        "rows": len(rows),
+        "microbatches": len(microbatches),
         "tokens": tokens,
-        "largest_row": max(own.token_count for own in rows),
-        "sample_tokens": sum(own.sample_tokens for own in rows),
+        "largest_microbatch": max(microbatch.token_count for microbatch in microbatches),
+        "sample_tokens": sum(microbatch.sample_tokens for microbatch in microbatches),
         "tokens_per_s": tokens / row["median_s"],
     }
-    row |= _rates(bench, row["median_s"], models.row_flops(policy, rows))
-    row["memory"] = _memory(trainer, before, peak, row["largest_row"])
-    row["phases_s"] = found["seconds"]
+    row |= _rates(bench, row["median_s"], models.step_flops(policy, microbatches))
+    row["memory"] = _memory(trainer, before, peak, row["largest_microbatch"])
+    row["phases_s"] = measured["seconds"]
     row["profile"] = profiled(step, card)
     row["host_share"] = host_share(row["profile"], row["median_s"])
 
@@ -179,7 +180,7 @@ def _rates(bench: Bench, seconds: float, flops: dict[str, float]) -> dict[str, A
 def _memory(
     trainer: Trainer, before: int | None, peak: int | None, largest: int
 ) -> dict[str, int | None]:
-    """Bytes; `estimated` is what gspo counts on for the activations of the largest row."""
+    """Bytes; `estimated` is what gspo counts on for the activations of the largest microbatch."""
     policy = trainer.policy
     gradients = sum(p.numel() * p.itemsize for p in policy.trainable.values())
     config = policy.lm.config.get_text_config()

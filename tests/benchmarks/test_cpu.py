@@ -124,5 +124,5 @@ def test_first_fit_needs_as_few_rows_as_a_careful_packing() -> None:
 def test_a_lost_sample_and_a_full_row_are_noticed() -> None:
     with pytest.raises(AssertionError, match="not every sample"):
         packing.loads([1, 2], [[0]])
-    with pytest.raises(AssertionError, match="a row of 1200 tokens"):
+    with pytest.raises(AssertionError, match="a microbatch of 1200 tokens"):
         packing.loads([600, 600], [[0, 1]])

@@ -64,7 +64,7 @@ def test_operations_of_a_shared_prompt_count_once() -> None:
     batch = models.make_batch(policy, groups=1, size=2, prompt=16, completion=8)
     samples = [sample for own in batch.samples for sample in own]
     shared, apart = (
-        models.row_flops(policy, pack(samples, 1000, share=share)) for share in (True, False)
+        models.step_flops(policy, pack(samples, 1000, share=share)) for share in (True, False)
     )
     assert shared["head"] == apart["head"]
     assert shared["layers"] < 0.75 * apart["layers"]
@@ -77,7 +77,7 @@ def test_checkpointing_costs_time_and_adds_no_operation_that_is_needed() -> None
         assert policy.checkpointing == bool(options)
         batch = models.make_batch(policy, groups=2, size=1, prompt=4, completion=8)
         microbatches = pack([sample for own in batch.samples for sample in own], 1000)
-        found.append(models.row_flops(policy, microbatches))
+        found.append(models.step_flops(policy, microbatches))
     assert found[0] == found[1]
 
 

@@ -56,20 +56,20 @@ def test_every_part_writes_its_file_and_the_summary_has_all(folder: Path) -> Non
 def test_nothing_is_clipped_in_what_training_times(folder: Path) -> None:
     found = rows(folder, "training")
     timed = {what: row for what, row in found.items() if "clip_fraction" in row}
-    assert len(timed) == 18
+    assert len(timed) == 17
     for what, row in timed.items():
         assert row["clip_fraction"] == 0 and row["grad_norm"] > 0, what
         assert row["mfu"] == pytest.approx(row["tflops_per_s"], rel=1e-5)  # of 1 TFLOP/s
         assert {"forward", "head", "backward", "optimizer"} <= set(row["phases_s"])
         assert row["profile"]["operations"] > 100 and row["profile"]["kernels"] is None
-    assert timed["dense, full, row of 64"]["largest_row"] == 64
-    assert timed["MoE, LoRA, row of 32"]["tokens"] == 32
+    assert timed["dense, full, microbatch of 64"]["largest_microbatch"] == 64
+    assert timed["MoE, LoRA, microbatch of 32"]["tokens"] == 32
 
 
-def test_the_default_row_is_what_a_user_gets_and_shares_prompts(folder: Path) -> None:
-    row = rows(folder, "training")["dense, full, default row"]
+def test_the_default_is_what_a_user_gets_and_shares_prompts(folder: Path) -> None:
+    row = rows(folder, "training")["dense, full, default microbatches"]
     # Two groups of 2 x 24 tokens behind prompts of 8.
-    assert (row["rows"], row["tokens"], row["sample_tokens"]) == (1, 2 * (8 + 48), 4 * 32)
+    assert (row["microbatches"], row["tokens"], row["sample_tokens"]) == (1, 2 * (8 + 48), 4 * 32)
 
 
 def test_the_error_of_the_head_falls_with_the_precision(folder: Path) -> None:
@@ -91,13 +91,13 @@ def test_windows_are_not_the_dense_model(folder: Path) -> None:
     assert found["tests marked gpu"]["failed"] == 0
 
 
-def test_rows_that_wait_for_memory_are_seen(folder: Path) -> None:
+def test_completions_that_wait_for_memory_are_seen(folder: Path) -> None:
     found = rows(folder, "decoding")
-    tight = found["bfloat16 copy, 24 rows, default KV_BYTES"]
-    ample = found["bfloat16 copy, 24 rows, KV_BYTES raised"]
-    assert tight["rows_at_once"] < 24 == ample["rows_at_once"]
+    tight = found["bfloat16 copy, 24 completions, less KV_BYTES"]
+    ample = found["bfloat16 copy, 24 completions"]
+    assert tight["completions_at_once"] < 24 == ample["completions_at_once"]
     assert tight["decoded_positions"] > ample["decoded_positions"] == 15
-    # The weights are read at more positions; each row's own keys as often as before.
+    # The weights are read at more positions; the decoded keys as often as before.
     assert tight["floor_s"] > ample["floor_s"]
 
 

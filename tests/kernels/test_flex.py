@@ -1,4 +1,4 @@
-"""flex_attention over packed rows: who sees whom, its values, and on a GPU its gradients."""
+"""flex_attention over a microbatch: who sees whom, its values, and on a GPU its gradients."""
 
 from __future__ import annotations
 
@@ -15,17 +15,23 @@ from gspo.kernels.flex import BLOCK, FlexAttention
 from gspo.kernels.shared_prompt_attention import SharedPromptAttention
 from gspo.policy import probe
 from gspo.policy.probe import choose_packing
-from kernels.test_shared_prompt_attention import WINDOWS, assert_close, brute_force, model, of_rows
+from kernels.test_shared_prompt_attention import (
+    WINDOWS,
+    assert_close,
+    brute_force,
+    model,
+    of_microbatches,
+)
 
 uncompiled = pytest.mark.filterwarnings(
-    # What flex_attention does on the CPU is for tests alone.
+    # What flex_attention does on the CPU is only for tests.
     "ignore:flex_attention called without torch.compile:UserWarning"
 )
 
 
-def by_mask(row: Microbatch, window: int | None) -> torch.Tensor:
+def by_mask(microbatch: Microbatch, window: int | None) -> torch.Tensor:
     """[P, P]: the mask_mod, asked for every pair."""
-    plan = FlexAttention(SharedPromptAttention(row))
+    plan = FlexAttention(SharedPromptAttention(microbatch))
     places = torch.arange(plan.padded)
     nothing = torch.zeros((), dtype=torch.int32)
     return plan.mask_mod(window)(nothing, nothing, places[:, None], places[None, :])
@@ -35,10 +41,10 @@ def by_mask(row: Microbatch, window: int | None) -> torch.Tensor:
 @pytest.mark.parametrize("share", [True, False])
 @given(samples=coincidences())
 def test_every_token_sees_its_own_sample_and_padding_itself(window, share: bool, samples):
-    (row,) = pack(samples, 10_000, share=share)
-    found, size = by_mask(row, window), row.token_count
+    (microbatch,) = pack(samples, 10_000, share=share)
+    found, size = by_mask(microbatch, window), microbatch.token_count
     expected = torch.eye(len(found), dtype=torch.bool)
-    expected[:size, :size] = torch.from_numpy(brute_force(row, window))
+    expected[:size, :size] = torch.from_numpy(brute_force(microbatch, window))
     assert torch.equal(found, expected)
 
 
@@ -46,10 +52,10 @@ def test_every_token_sees_its_own_sample_and_padding_itself(window, share: bool,
 @pytest.mark.parametrize("system", [3, 100, 400])
 @pytest.mark.parametrize("share", [True, False])
 def test_blocks_leave_out_nothing_that_is_seen(window, system: int, share: bool):
-    (row,) = pack(samples_of(3, system=system)[:6], 10_000, share=share)
-    n = FlexAttention(SharedPromptAttention(row)).padded // BLOCK
-    seen = by_mask(row, window).view(n, BLOCK, n, BLOCK)
-    some, whole = FlexAttention(SharedPromptAttention(row)).blocks(window)
+    (microbatch,) = pack(samples_of(3, system=system)[:6], 10_000, share=share)
+    n = FlexAttention(SharedPromptAttention(microbatch)).padded // BLOCK
+    seen = by_mask(microbatch, window).view(n, BLOCK, n, BLOCK)
+    some, whole = FlexAttention(SharedPromptAttention(microbatch)).blocks(window)
     assert not (some & whole).any()
     assert (some | whole)[seen.any(3).any(1)].all()
     assert torch.equal(whole, seen.all(3).all(1))
@@ -58,8 +64,8 @@ def test_blocks_leave_out_nothing_that_is_seen(window, system: int, share: bool)
 def test_blocks_skip_what_is_not_seen():
     """Long unshared samples: their own triangles, and within a window a band of those."""
     samples = samples_of(1, system=400)[:6]
-    (row,) = pack(samples, 10_000)
-    plan = FlexAttention(SharedPromptAttention(row))
+    (microbatch,) = pack(samples, 10_000)
+    plan = FlexAttention(SharedPromptAttention(microbatch))
     n = plan.padded // BLOCK
     counts = [sum(int(x.sum()) for x in plan.blocks(window)) for window in (None, 100)]
     assert n >= 16
@@ -75,11 +81,11 @@ def test_blocks_skip_what_is_not_seen():
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_values_are_those_of_the_calls(window: int | None, kv_heads: int):
     """Gradients: on a GPU, below. flex_attention has no backward pass on the CPU."""
-    (row,) = pack(samples_of(2), 10_000, share=True)
+    (microbatch,) = pack(samples_of(2), 10_000, share=True)
     generator = torch.Generator().manual_seed(0)
     heads = (4, kv_heads, kv_heads)
-    q, k, v = (torch.randn(1, h, row.token_count, 16, generator=generator) for h in heads)
-    plan = SharedPromptAttention(row)
+    q, k, v = (torch.randn(1, h, microbatch.token_count, 16, generator=generator) for h in heads)
+    plan = SharedPromptAttention(microbatch)
     for scaling in (None, 0.3):
         by_calls, flexible = (
             packed_attention(
@@ -92,10 +98,12 @@ def test_values_are_those_of_the_calls(window: int | None, kv_heads: int):
 
 @uncompiled
 def test_autocast_reaches_it():
-    (row,) = pack(samples_of(), 10_000, share=True)
-    q, k = (torch.randn(1, 2, row.token_count, 16) for _ in range(2))
+    (microbatch,) = pack(samples_of(), 10_000, share=True)
+    q, k = (torch.randn(1, 2, microbatch.token_count, 16) for _ in range(2))
     with torch.autocast("cpu", torch.bfloat16):
-        out = FlexAttention(SharedPromptAttention(row)).attend(None, q, k, k.bfloat16(), None, None)
+        out = FlexAttention(SharedPromptAttention(microbatch)).attend(
+            None, q, k, k.bfloat16(), None, None
+        )
     assert out.dtype == torch.bfloat16
 
 
@@ -104,7 +112,7 @@ def test_autocast_reaches_it():
 def test_the_probe_proves_it_on_the_whole_model(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(probe, "_ORDER", ("flex",))
     # Its gradient is the proof, and flex_attention has none on a CPU.
-    monkeypatch.setattr(probe, "_leaks", lambda policy, row: False)
+    monkeypatch.setattr(probe, "_leaks", lambda policy, microbatch: False)
     policy = model(name)
     assert (policy.packing, policy.shares_prompts) == ("flex", True)
 
@@ -115,22 +123,22 @@ def test_on_a_cpu_it_is_not_tried():
 
 def test_where_it_has_no_backward_pass_it_is_not_used(caplog: pytest.LogCaptureFixture):
     policy = model("llama")
-    (row,) = pack(samples_of(), 10_000)
-    assert not probe._flex_trains(policy, row)
+    (microbatch,) = pack(samples_of(), 10_000)
+    assert not probe._flex_trains(policy, microbatch)
     assert "without flex_attention: FlexAttention does not support backward" in caplog.text
 
 
-def test_rows_of_any_length_and_window_are_compiled_twice(monkeypatch: pytest.MonkeyPatch):
+def test_microbatches_of_any_length_and_window_are_compiled_twice(monkeypatch: pytest.MonkeyPatch):
     """For the first length, and for all others; once more for each scale."""
     counter = CompileCounter()
     compiled = flex._compiled(counter)
-    monkeypatch.setattr(flex, "_kernel", lambda kind: compiled)
+    monkeypatch.setattr(flex, "_attend", compiled)
     torch._dynamo.reset()
     for scale, expected in ((0.3, 2), (0.5, 3), (0.7, 4)):
         for system, window, share in ((3, None, True), (200, 5, True), (200, None, False)):
-            (row,) = pack(samples_of(1, system=system)[:3], 10_000, share=share)
-            q, k = (torch.randn(1, h, row.token_count, 16) for h in (4, 2))
-            FlexAttention(SharedPromptAttention(row)).attend(None, q, k, k, scale, window)
+            (microbatch,) = pack(samples_of(1, system=system)[:3], 10_000, share=share)
+            q, k = (torch.randn(1, h, microbatch.token_count, 16) for h in (4, 2))
+            FlexAttention(SharedPromptAttention(microbatch)).attend(None, q, k, k, scale, window)
         assert counter.frame_count == expected
     flex._compiled.cache_clear()
 
@@ -148,9 +156,9 @@ def test_on_a_gpu_shared_is_unshared_and_that_of_the_calls(name: str):
     assert (policy.packing, policy.shares_prompts) == ("flex", True)
     samples = samples_of(3, system=300)
     shared, apart = (pack(samples, 100_000, share=share) for share in (True, False))
-    found = [of_rows(policy, rows) for rows in (shared, apart)]
+    found = [of_microbatches(policy, microbatches) for microbatches in (shared, apart)]
     policy.packing = "buckets"
-    expected, wanted = of_rows(policy, apart)
+    expected, wanted = of_microbatches(policy, apart)
     for logprobs, gradient in found:
         torch.testing.assert_close(logprobs, expected, atol=1e-4, rtol=1e-4)
         assert_close(gradient, wanted, 1e-3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -34,12 +36,19 @@ def inputs():
     return hidden, weight, bias, targets, temperatures
 
 
+def blockwise(hidden, head: Head, targets, temperatures, chunk, vocab_chunk):
+    """In blocks of so many tokens x vocabulary entries; None: as many as by default."""
+    entries, logits = logprob.CPU_BLOCK
+    with mock.patch.object(logprob, "CPU_BLOCK", (vocab_chunk or entries, logits)):
+        return token_logprobs(hidden, head, targets, temperatures, chunk)
+
+
 def check(inputs, head_of, trained, coefficients, chunk=None, vocab_chunk=None):
     """Values and gradients of (hidden, weight, bias), of which `trained` says which are."""
     *_, targets, temperatures = inputs
     ours = [x.clone().requires_grad_(on) for x, on in zip(inputs, trained, strict=False)]
     wide = [x.double().requires_grad_(on) for x, on in zip(inputs, trained, strict=False)]
-    out = token_logprobs(ours[0], head_of(*ours[1:]), targets, temperatures, chunk, vocab_chunk)
+    out = blockwise(ours[0], head_of(*ours[1:]), targets, temperatures, chunk, vocab_chunk)
     out.logprobs.backward(coefficients)
     logp, entropy = naive(wide[0], head_of(*wide[1:]), targets, temperatures.double())
     logp.backward(coefficients.double())
@@ -100,7 +109,7 @@ def test_a_token_without_gradient_leaks_nothing(inputs, monkeypatch, kept):
     hidden, weight, _, targets, temperatures = inputs
     hidden[7] = torch.nan
     weight.requires_grad_()
-    out = token_logprobs(hidden, Head(weight), targets, temperatures, 5, 10)
+    out = blockwise(hidden, Head(weight), targets, temperatures, 5, 10)
     torch.where(torch.arange(M) == 7, 0.0, out.logprobs).sum().backward()
     assert out.logprobs.isnan().sum() == 1
     assert weight.grad is not None and weight.grad.isfinite().all()
@@ -113,7 +122,7 @@ def test_a_tied_head_gets_both_gradients(monkeypatch, kept):
     tokens = torch.arange(M) % 11
     targets, temperatures = torch.arange(M) % V, torch.ones(M)
     ours, wide = table.clone().requires_grad_(), table.double().requires_grad_()
-    token_logprobs(ours[tokens], Head(ours), targets, temperatures, 5, 10).logprobs.sum().backward()
+    blockwise(ours[tokens], Head(ours), targets, temperatures, 5, 10).logprobs.sum().backward()
     naive(wide[tokens], Head(wide), targets, temperatures.double())[0].sum().backward()
     assert ours.grad is not None and wide.grad is not None
     torch.testing.assert_close(ours.grad, wide.grad.float(), atol=1e-5, rtol=1e-5)
@@ -124,7 +133,7 @@ def test_the_graph_can_be_used_twice(inputs, monkeypatch, kept):
     monkeypatch.setattr(projection, "KEPT_BYTES", kept)
     hidden, weight, _, targets, temperatures = inputs
     for leaves in ([hidden.requires_grad_()], [hidden, weight.requires_grad_()]):
-        out = token_logprobs(hidden, Head(weight, None, 3.0), targets, temperatures, 5, 10)
+        out = blockwise(hidden, Head(weight, None, 3.0), targets, temperatures, 5, 10)
         once = torch.autograd.grad(out.logprobs.sum(), leaves, retain_graph=True)
         again = torch.autograd.grad(out.logprobs.sum(), leaves)
         assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
@@ -136,7 +145,7 @@ def test_half_precision_is_summed_in_float32(inputs, dtype, trained):
     *floats, targets, temperatures = inputs
     halves = [x.to(dtype).requires_grad_(on) for x, on in zip(floats, trained, strict=True)]
     wide = [x.detach().double().requires_grad_() for x in halves]
-    out = token_logprobs(halves[0], Head(*halves[1:]), targets, temperatures, 5, 10)
+    out = blockwise(halves[0], Head(*halves[1:]), targets, temperatures, 5, 10)
     out.logprobs.sum().backward()
     logp, entropy = naive(wide[0], Head(*wide[1:]), targets, temperatures.double())
     logp.sum().backward()
@@ -170,7 +179,7 @@ def test_banned_entries_have_probability_zero(inputs):
         check(inputs, heads(None, True), trained, torch.ones(M), 5, 10)
     inputs[3][4] = 40
     inputs[3][5] = 2
-    out = token_logprobs(inputs[0], Head(inputs[1], bias), inputs[3], inputs[4], 5, 10)
+    out = blockwise(inputs[0], Head(inputs[1], bias), inputs[3], inputs[4], 5, 10)
     assert out.logprobs[5] == -torch.inf and out.logprobs[4] < -1e30
     assert out.logprobs.isfinite().sum() >= M - 2 and out.entropy.isfinite().all()
 
@@ -182,7 +191,7 @@ def test_extreme_logits(vocab_chunk, order):
     weight = logits[:, None].clone().requires_grad_()
     hidden = torch.ones(8, 1, requires_grad=True)
     targets, temperatures = torch.arange(8), torch.ones(8)
-    out = token_logprobs(hidden, Head(weight), targets, temperatures, None, vocab_chunk)
+    out = blockwise(hidden, Head(weight), targets, temperatures, None, vocab_chunk)
     out.logprobs.sum().backward()
     wide = weight.detach().double().requires_grad_()
     logp, entropy = naive(torch.ones(8, 1).double(), Head(wide), targets, temperatures.double())
@@ -197,7 +206,7 @@ def test_extreme_logits(vocab_chunk, order):
 def test_entropy_of_an_almost_certain_token_does_not_cancel(gap):
     weight = torch.tensor([[1000.0], [1000.0 - gap], [900.0]])
     hidden, one = torch.ones(1, 1), torch.ones(1)
-    out = token_logprobs(hidden, Head(weight), torch.zeros(1).long(), one, None, 1)
+    out = blockwise(hidden, Head(weight), torch.zeros(1).long(), one, None, 1)
     _, entropy = naive(hidden.double(), Head(weight.double()), torch.zeros(1).long(), one.double())
     assert abs(out.entropy.item() - entropy.item()) < 1e-7  # log-sum-exp minus mean: 6e-5
 

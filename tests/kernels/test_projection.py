@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -16,22 +18,23 @@ BLOCKS = (M // CHUNK) * (V // VOCAB_CHUNK)
 @pytest.fixture
 def shapes(monkeypatch) -> list[tuple[int, ...]]:
     """Shapes of all blocks of logits that are computed, in order."""
-    seen: list[tuple[int, ...]] = []
+    computed: list[tuple[int, ...]] = []
     original = projection.project
 
     def spied(*arguments):
         logits = original(*arguments)
-        seen.append(tuple(logits.shape))
+        computed.append(tuple(logits.shape))
         return logits
 
     monkeypatch.setattr(projection, "project", spied)
-    return seen
+    return computed
 
 
 def score(hidden, weight, bias=None, softcap=None):
     targets = torch.arange(M) % V
     head = Head(weight, bias, softcap)
-    return token_logprobs(hidden, head, targets, torch.ones(M), CHUNK, VOCAB_CHUNK).logprobs
+    with mock.patch.object(logprob, "CPU_BLOCK", (VOCAB_CHUNK, 2**20)):
+        return token_logprobs(hidden, head, targets, torch.ones(M), CHUNK).logprobs
 
 
 def leaves(*trained: bool):
@@ -78,7 +81,7 @@ def test_only_tokens_with_gradient_are_projected_again(shapes, monkeypatch):
     upstream = torch.zeros(M)
     upstream[[0, 1, 13]] = 1.0
     logprobs.backward(upstream)
-    assert sum(rows * columns for rows, columns in shapes[BLOCKS:]) == 3 * V
+    assert sum(tokens * entries for tokens, entries in shapes[BLOCKS:]) == 3 * V
 
 
 @pytest.mark.parametrize("trained", [(True, False, False), (True, True, True)])
@@ -116,8 +119,8 @@ def test_a_block_of_the_default_size_holds_no_more_than_it_says(shapes, monkeypa
     monkeypatch.setattr(logprob, "CPU_BLOCK", (16, 128))
     hidden, weight, _ = leaves(True, True, True)
     token_logprobs(hidden, Head(weight), torch.zeros(M).long(), torch.ones(M))
-    assert max(rows * columns for rows, columns in shapes) == 256  # at least 16 tokens
+    assert max(tokens * entries for tokens, entries in shapes) == 256  # at least 16 tokens
     monkeypatch.setattr(logprob, "CPU_BLOCK", (8, 192))
     shapes.clear()
     token_logprobs(hidden, Head(weight), torch.zeros(M).long(), torch.ones(M))
-    assert max(rows * columns for rows, columns in shapes) == 192
+    assert max(tokens * entries for tokens, entries in shapes) == 192

@@ -1,4 +1,4 @@
-"""Shared prefixes in the forward pass: who sees whom, on every kind of model, and its gradient."""
+"""Shared prompts in the forward pass: who sees whom, on every kind of model, and its gradient."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ from support import embedded
 WINDOWS = [None, 1, 2, 5, 17, 30, 1000]
 
 
-def brute_force(row: Microbatch, window: int | None) -> np.ndarray:
+def brute_force(microbatch: Microbatch, window: int | None) -> np.ndarray:
     """[T, T]: a token sees the tokens of its samples up to itself, inside the window."""
-    seen = np.zeros((row.token_count, row.token_count), dtype=bool)
-    for path in paths(row):
+    seen = np.zeros((microbatch.token_count, microbatch.token_count), dtype=bool)
+    for path in paths(microbatch):
         for i, query in enumerate(path):
             first = 0 if window is None else max(0, i - window + 1)
             seen[query, path[first : i + 1]] = True
     return seen
 
 
-def by_calls(row: Microbatch, window: int | None) -> np.ndarray:
+def by_calls(microbatch: Microbatch, window: int | None) -> np.ndarray:
     """The same from the plan; every key must be seen at most once."""
-    plan = SharedPromptAttention(row).within(window)
-    counts = np.zeros((row.token_count, row.token_count), dtype=int)
+    plan = SharedPromptAttention(microbatch).within(window)
+    counts = np.zeros((microbatch.token_count, microbatch.token_count), dtype=int)
     done: list[np.ndarray] = []
     at = 0
     for call in plan.calls:
@@ -78,34 +78,34 @@ def by_calls(row: Microbatch, window: int | None) -> np.ndarray:
 @pytest.mark.parametrize("share", [True, False])
 @given(samples=coincidences())
 def test_every_token_sees_its_own_sample_and_nothing_else(window, share: bool, samples):
-    (row,) = pack(samples, 10_000, share=share)
-    assert (by_calls(row, window) == brute_force(row, window)).all()
+    (microbatch,) = pack(samples, 10_000, share=share)
+    assert (by_calls(microbatch, window) == brute_force(microbatch, window)).all()
 
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("system", [0, 3, 40, 100])
 def test_short_tails_of_long_contexts_are_attended_together(window: int | None, system: int):
-    (row,) = pack(samples_of(1, system=system), 10_000, share=True)
-    assert (by_calls(row, window) == brute_force(row, window)).all()
-    together = any(block.tails > 1 for block in SharedPromptAttention(row)._blocks(window))
+    (microbatch,) = pack(samples_of(1, system=system), 10_000, share=True)
+    assert (by_calls(microbatch, window) == brute_force(microbatch, window)).all()
+    together = any(block.tails > 1 for block in SharedPromptAttention(microbatch)._blocks(window))
     assert together == (system >= 40 and (window is None or window >= 17))
 
 
 @given(samples=coincidences())
 def test_a_token_is_seen_up_to_the_end_of_its_subtree(samples: list[Sample]):
-    (row,) = pack(samples, 10_000, share=True)
-    place = np.arange(row.token_count)
-    until = SharedPromptAttention(row).until
+    (microbatch,) = pack(samples, 10_000, share=True)
+    place = np.arange(microbatch.token_count)
+    until = SharedPromptAttention(microbatch).until
     seen = (place[None, :] <= place[:, None]) & (place[:, None] < until[None, :])
-    assert (seen == brute_force(row, None)).all()
+    assert (seen == brute_force(microbatch, None)).all()
 
 
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_attention_and_its_gradient_are_those_of_a_dense_mask(window, kv_heads: int):
-    (row,) = pack(samples_of(2), 10_000, share=True)
+    (microbatch,) = pack(samples_of(2), 10_000, share=True)
     generator = torch.Generator().manual_seed(0)
-    size = row.token_count
+    size = microbatch.token_count
     heads = (4, kv_heads, kv_heads)
     inputs = [torch.randn(1, h, size, 8, generator=generator, dtype=torch.double) for h in heads]
     weight = torch.randn(size, 4, 8, generator=generator, dtype=torch.double)
@@ -113,12 +113,12 @@ def test_attention_and_its_gradient_are_those_of_a_dense_mask(window, kv_heads: 
     def result(dense: bool) -> list[Tensor]:
         q, k, v = (x.clone().requires_grad_() for x in inputs)
         if dense:
-            mask = torch.from_numpy(brute_force(row, window))
+            mask = torch.from_numpy(brute_force(microbatch, window))
             k4, v4 = (x.repeat_interleave(4 // kv_heads, 1) for x in (k, v))
             out = functional.scaled_dot_product_attention(q, k4, v4, mask, scale=0.3)
             out = out.transpose(1, 2)
         else:
-            plan = SharedPromptAttention(row)
+            plan = SharedPromptAttention(microbatch)
             out, _ = packed_attention(
                 torch.nn.Module(), q, k, v, None, 0.3, sliding_window=window, gspo_plan=plan
             )
@@ -147,16 +147,18 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 
 def model(name: str, **extra: Any) -> Policy:
-    model_class, config_class, own = MODELS[name]
-    policy = tiny(model_class, config_class, **(own | extra))
+    model_class, config_class, sizes = MODELS[name]
+    policy = tiny(model_class, config_class, **(sizes | extra))
     choose_packing(policy)
     return policy
 
 
-def of_rows(policy: Policy, rows: list[Microbatch]) -> tuple[Tensor, dict[str, Tensor]]:
+def of_microbatches(
+    policy: Policy, microbatches: list[Microbatch]
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Log-probs of every sampled token in order, and the gradient of their weighted sum."""
-    logprobs = torch.cat([policy.logprobs(row).logprobs for row in rows])
-    old = torch.cat([row.old_logprobs for row in rows])
+    logprobs = torch.cat([policy.logprobs(microbatch).logprobs for microbatch in microbatches])
+    old = torch.cat([microbatch.old_logprobs for microbatch in microbatches])
     (logprobs * old.to(logprobs.device)).sum().backward()
     gradient = {n: p.grad for n, p in policy.trainable.items() if p.grad is not None}
     policy.lm.zero_grad(set_to_none=True)
@@ -178,23 +180,23 @@ def test_shared_is_unshared_and_the_models_own(name: str):
     (shared,) = pack(samples, 10_000, share=True)
     (apart,) = pack(samples, 10_000)
     assert shared.token_count < 0.6 * apart.token_count
-    logprobs, gradient = of_rows(policy, [shared])
-    expected, wanted = of_rows(policy, [apart])
+    logprobs, gradient = of_microbatches(policy, [shared])
+    expected, wanted = of_microbatches(policy, [apart])
     torch.testing.assert_close(logprobs, expected, atol=5e-5, rtol=1e-5)
-    own = torch.cat([plain(policy, sample) for sample in samples])
-    torch.testing.assert_close(logprobs, own, atol=5e-5, rtol=1e-5)
+    expected = torch.cat([plain(policy, sample) for sample in samples])
+    torch.testing.assert_close(logprobs, expected, atol=5e-5, rtol=1e-5)
     assert_close(gradient, wanted, 1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
 def test_checkpointing_recomputes_the_same(name: str):
     policy = model(name)
-    rows = pack(samples_of(), 120, share=True)
-    assert len(rows) > 1
-    expected, wanted = of_rows(policy, rows)
+    microbatches = pack(samples_of(), 120, share=True)
+    assert len(microbatches) > 1
+    expected, wanted = of_microbatches(policy, microbatches)
     recompute_layers(policy)
     policy.lm.train()
-    logprobs, gradient = of_rows(policy, rows)
+    logprobs, gradient = of_microbatches(policy, microbatches)
     assert torch.equal(logprobs, expected)
     for key, value in wanted.items():
         assert torch.equal(gradient[key], value), key
@@ -207,8 +209,8 @@ def test_lora_shares_too():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     assert policy.shares_prompts
     samples = samples_of()
-    logprobs, gradient = of_rows(policy, pack(samples, 10_000, share=True))
-    expected, wanted = of_rows(policy, pack(samples, 10_000))
+    logprobs, gradient = of_microbatches(policy, pack(samples, 10_000, share=True))
+    expected, wanted = of_microbatches(policy, pack(samples, 10_000))
     torch.testing.assert_close(logprobs, expected, atol=5e-5, rtol=1e-5)
     assert_close(gradient, wanted, 1e-4)
 
@@ -217,24 +219,26 @@ def test_bfloat16_is_as_near_as_it_is_unshared():
     exact, rough = model("llama"), model("llama")
     rough.compute_dtype = torch.bfloat16
     samples = samples_of()
-    expected, _ = of_rows(exact, pack(samples, 10_000))
-    apart, _ = of_rows(rough, pack(samples, 10_000))
-    shared, _ = of_rows(rough, pack(samples, 10_000, share=True))
+    expected, _ = of_microbatches(exact, pack(samples, 10_000))
+    apart, _ = of_microbatches(rough, pack(samples, 10_000))
+    shared, _ = of_microbatches(rough, pack(samples, 10_000, share=True))
     assert (shared - expected).abs().mean() < 1.2 * (apart - expected).abs().mean()
 
 
 def test_a_replayed_row_counts_its_copies():
-    """Loads, and the balance, are those of the unshared row."""
+    """Loads, and the balance, are those of the unshared microbatch."""
     policy = moe()
     samples = samples_of()
     weights = torch.rand(3, 8)
     found = []
     for share in (True, False):
-        (row,) = pack(samples, 10_000, share=share)
-        with policy.routers.watch(balance=weights, copies=row.copies) as choices:
-            policy.logprobs(row)
+        (microbatch,) = pack(samples, 10_000, share=share)
+        with policy.routers.watch(balance=weights, copies=microbatch.copies) as choices:
+            policy.logprobs(microbatch)
         assert isinstance(choices.balance, Tensor)
-        found.append((choices.loads(), choices.balance.detach(), choices.preferred()[row.index]))
+        found.append(
+            (choices.loads(), choices.balance.detach(), choices.preferred()[microbatch.index])
+        )
     (loads, balance, own), (loads_apart, balance_apart, own_apart) = found
     assert torch.equal(loads, loads_apart)
     assert torch.equal(own, own_apart)
@@ -244,9 +248,9 @@ def test_a_replayed_row_counts_its_copies():
 def test_a_shared_microbatch_is_refused_where_it_would_be_wrong():
     policy = model("llama")
     policy.packing = "single"
-    (row,) = pack(samples_of(), 10_000, share=True)
+    (microbatch,) = pack(samples_of(), 10_000, share=True)
     with pytest.raises(ValueError, match=r"shared prompts.*single"):
-        policy.logprobs(row)
+        policy.logprobs(microbatch)
 
 
 def test_a_model_that_looks_at_the_row_is_packed_but_does_not_share(caplog):
@@ -281,11 +285,11 @@ def test_samples_packed_by_mask_share_too(packing: Any, caplog, monkeypatch):
 
 def test_the_plan_is_made_once_for_layers_of_one_window(monkeypatch):
     made: list[int | None] = []
-    own = SharedPromptAttention._calls
+    original = SharedPromptAttention._calls
     monkeypatch.setattr(
         SharedPromptAttention,
         "_calls",
-        lambda self, window: made.append(window) or own(self, window),
+        lambda self, window: made.append(window) or original(self, window),
     )
     policy = model("sliding")
     made.clear()
@@ -296,10 +300,10 @@ def test_the_plan_is_made_once_for_layers_of_one_window(monkeypatch):
 
 def test_padding_is_bounded():
     batch = prepare(branching_groups(groups=8, size=9), context=512)
-    samples = [s for own in batch.samples for s in own]
+    samples = [sample for group in batch.samples for sample in group]
     for share in (True, False):
-        (row,) = pack(samples, 10_000, share=share)
-        plan = SharedPromptAttention(row)
+        (microbatch,) = pack(samples, 10_000, share=share)
+        plan = SharedPromptAttention(microbatch)
         for group in plan._groups(None):
             for block in group:
                 room = max(
@@ -307,4 +311,4 @@ def test_padding_is_bounded():
                     block.width + shared_prompt_attention.SLACK,
                 )
                 assert block.width <= group[0].width <= room
-        assert plan.padded == len(plan.within(None).queries) >= row.token_count
+        assert plan.padded == len(plan.within(None).queries) >= microbatch.token_count

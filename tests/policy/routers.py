@@ -73,8 +73,8 @@ MOE = {
 
 def moe(name: str = "qwen3_moe", **extra: Any) -> Policy:
     """A tiny model of this architecture, ready for the trainer."""
-    model_class, config_class, own = MOE[name]
-    policy = tiny(model_class, config_class, **(own | extra))
+    model_class, config_class, sizes = MOE[name]
+    policy = tiny(model_class, config_class, **(sizes | extra))
     choose_packing(policy)
     return policy
 

@@ -30,10 +30,10 @@ def loaded(path: Path, kind: str, **config) -> Policy:
 def scored(policy: Policy, samples) -> dict[int, torch.Tensor]:
     out = {}
     with torch.no_grad():
-        for row in pack(samples, budget=10_000):
-            logprobs = policy.logprobs(row).logprobs
-            for s, trajectory in enumerate(row.trajectory_ids):
-                out[trajectory] = logprobs[row.sequence_ids == s]
+        for microbatch in pack(samples, budget=10_000):
+            logprobs = policy.logprobs(microbatch).logprobs
+            for s, trajectory in enumerate(microbatch.trajectory_ids):
+                out[trajectory] = logprobs[microbatch.sequence_ids == s]
     return out
 
 

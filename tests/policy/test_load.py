@@ -52,7 +52,7 @@ def test_a_device_that_is_not_there_is_named(device: str, message: str):
         load_policy("embedded:sort", dev.InternalModelConfig(device=device))
 
 
-def test_lora_trains_adapters_alone_and_reaches_the_experts():
+def test_lora_trains_only_adapters_and_reaches_the_experts():
     policy = embedded(lora=dev.LoraConfig(r=2))
     assert all("lora_" in name for name in policy.trainable)
     assert any("experts" in name for name in policy.trainable)

@@ -47,10 +47,10 @@ def test_logprobs_and_gradients_are_the_models_own(kind: str, tmp_path: Path):
         expected.append(picked[2:])
     wanted = torch.autograd.grad(torch.cat(expected).sum(), weights)
 
-    (row,) = pack(items, budget=1000)
-    got = policy.logprobs(row).logprobs
-    order = sorted(range(2), key=lambda s: row.trajectory_ids[s])
-    by_sample = torch.cat([got[row.sequence_ids == s] for s in order])
+    (microbatch,) = pack(items, budget=1000)
+    got = policy.logprobs(microbatch).logprobs
+    order = sorted(range(2), key=lambda s: microbatch.trajectory_ids[s])
+    by_sample = torch.cat([got[microbatch.sequence_ids == s] for s in order])
     torch.testing.assert_close(by_sample, torch.cat(expected), atol=1e-5, rtol=0)
     for name, g, w in zip(names, torch.autograd.grad(got.sum(), weights), wanted, strict=True):
         torch.testing.assert_close(g, w, atol=1e-4, rtol=1e-4, msg=name)
@@ -86,8 +86,8 @@ def test_rows_behind_the_tokens_have_no_probability(tmp_path: Path):
     choose_packing(policy)
     assert (policy.head.weight.shape[0], policy.head.size) == (128, 103)
     item = sample(text(12), 3)
-    (row,) = pack([item], budget=100)
-    got = policy.logprobs(row).logprobs
+    (microbatch,) = pack([item], budget=100)
+    got = policy.logprobs(microbatch).logprobs
     torch.testing.assert_close(got, plain(policy, item.tokens, 3, 0.7), atol=1e-5, rtol=0)
     (grad,) = torch.autograd.grad(got.sum(), [policy.head.weight])
     assert not grad[103:].any() and bool(grad[:103].any())

@@ -1,4 +1,4 @@
-"""Adapters: where they go, and errors in gspo's own words."""
+"""Adapters: their places in the model, and errors that name the remedy."""
 
 from __future__ import annotations
 

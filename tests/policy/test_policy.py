@@ -28,11 +28,11 @@ from support import embedded, random_groups
 
 def samples(policy: Policy, temperature: float = 1.0):
     batch = prepare(random_groups(policy, temperature=temperature), context=policy.context)
-    return [sample for own in batch.samples for sample in own]
+    return [sample for group in batch.samples for sample in group]
 
 
 def plain(policy: Policy, sample) -> torch.Tensor:
-    """Log-probs of one sample by the model's own forward, alone, from full logits."""
+    """Log-probs of one sample by a forward pass of the model on it only, from full logits."""
     tokens = torch.from_numpy(sample.tokens)[None]
     with torch.no_grad():
         logits = policy.lm(input_ids=tokens).logits[0, :-1].float()
@@ -45,10 +45,10 @@ def scored(policy: Policy, items, budget: int) -> dict[int, torch.Tensor]:
     """Log-probs by trajectory."""
     out = {}
     with torch.no_grad():
-        for row in pack(items, budget):
-            logprobs = policy.logprobs(row).logprobs
-            for s, trajectory in enumerate(row.trajectory_ids):
-                out[trajectory] = logprobs[row.sequence_ids == s]
+        for microbatch in pack(items, budget):
+            logprobs = policy.logprobs(microbatch).logprobs
+            for s, trajectory in enumerate(microbatch.trajectory_ids):
+                out[trajectory] = logprobs[microbatch.sequence_ids == s]
     return out
 
 
@@ -150,8 +150,8 @@ def test_activation_checkpointing_changes_no_gradient():
     for checkpointing in (False, True):
         policy = embedded(activation_checkpointing=checkpointing)
         policy.lm.train(checkpointing)
-        for row in pack(samples(policy), 10_000):
-            policy.logprobs(row).logprobs.sum().backward()
+        for microbatch in pack(samples(policy), 10_000):
+            policy.logprobs(microbatch).logprobs.sum().backward()
         gradients.append([p.grad.clone() for p in policy.trainable.values() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1])
     for plainly, recomputed in zip(*gradients, strict=True):

@@ -20,14 +20,14 @@ from models import folder, sample, text
 RANDOM_IN_TRAIN_MODE = ("opt", "bloom", "jitter", "xglm")
 
 
-def test_a_convolution_over_the_row_is_a_leak(tmp_path: Path):
+def test_a_convolution_over_the_microbatch_is_a_leak(tmp_path: Path):
     """Its weights are so small at first that log-probs hardly show it."""
     policy = load_policy(folder(tmp_path, "lfm2"))
     choose_packing(policy)
     assert policy.packing == "single"
     policy.packing = "buckets"
-    (row,) = pack(probe._random_samples(policy), budget=10_000)
-    assert probe._leaks(policy, row)
+    (microbatch,) = pack(probe._random_samples(policy), budget=10_000)
+    assert probe._leaks(policy, microbatch)
 
 
 @pytest.mark.parametrize("kind", RANDOM_IN_TRAIN_MODE)
@@ -39,9 +39,9 @@ def test_recomputed_layers_compute_the_same(kind: str, tmp_path: Path):
         config = dev.InternalModelConfig(activation_checkpointing=recompute)
         policy = load_policy(folder(tmp_path, kind), config)
         choose_packing(policy)
-        (row,) = pack(items, budget=1000)
+        (microbatch,) = pack(items, budget=1000)
         for _ in range(2):
-            logprobs = policy.logprobs(row).logprobs
+            logprobs = policy.logprobs(microbatch).logprobs
             grads = torch.autograd.grad(
                 logprobs.sum(), [*policy.trainable.values()], allow_unused=True
             )
@@ -55,16 +55,16 @@ def test_layers_are_really_computed_again(tmp_path: Path):
     config = dev.InternalModelConfig(activation_checkpointing=True)
     policy = load_policy(folder(tmp_path, "llama"), config)
     choose_packing(policy)
-    (row,) = pack([sample(text(9), 2)], budget=100)
+    (microbatch,) = pack([sample(text(9), 2)], budget=100)
     calls = []
     backbone: Any = policy.backbone
     backbone.layers[1].mlp.register_forward_pre_hook(lambda *call: calls.append(1))
-    logprobs = policy.logprobs(row).logprobs
+    logprobs = policy.logprobs(microbatch).logprobs
     assert len(calls) == 1
     logprobs.sum().backward()
     assert len(calls) == 2
     with torch.no_grad():
-        policy.logprobs(row)
+        policy.logprobs(microbatch)
     assert len(calls) == 3
 
 
@@ -93,6 +93,6 @@ def test_a_backward_pass_that_fails_is_a_model_error(
 
     monkeypatch.setattr("gspo.kernels.hf.checkpoint", failing)
     policy.packing = "single"
-    monkeypatch.setattr(probe, "_leaks", lambda policy, row: False)
+    monkeypatch.setattr(probe, "_leaks", lambda policy, microbatch: False)
     with pytest.raises(ModelError, match="activation_checkpointing does not work with Llama"):
         choose_packing(policy)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedConfig
 
 from gspo import dev
 from gspo.core.errors import ModelError
@@ -83,12 +84,20 @@ def test_a_hub_that_cannot_be_reached_is_not_asked(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(source.urllib.request, "getproxies", dict)
     monkeypatch.setattr(source.socket, "getaddrinfo", unknown)
-    assert source._safely("a/b", False)["local_files_only"] is True
     with pytest.raises(ModelError, match="network or its cache"):
         source.read_config("no-such-owner/no-such-model")
+    offline = []
+
+    def read(path: str, **options) -> PreTrainedConfig:
+        offline.append(options["local_files_only"])
+        return PreTrainedConfig()
+
+    monkeypatch.setattr(source.AutoConfig, "from_pretrained", read)
+    source.read_config("a/b")
+    source.read_config("/tmp")
     monkeypatch.setattr(source.socket, "getaddrinfo", lambda *args: [])
-    assert source._safely("a/b", False)["local_files_only"] is False
-    assert source._safely("/tmp", False)["local_files_only"] is False
+    source.read_config("a/b")
+    assert offline == [True, False, False]
 
 
 def test_a_missing_tokenizer_is_named(tmp_path: Path):

@@ -1,8 +1,8 @@
 """gspo's own attention, registered with transformers under the name `gspo_packed`.
 
-It is SDPA until a forward pass hands it a plan (`gspo_plan`), which says who sees whom:
+It is SDPA unless a forward pass hands it a plan (`gspo_plan`), which says who sees whom:
 
-- a microbatch on a CPU: `shared_prompt_attention`, samples of like length together;
+- a microbatch on a CPU: `shared_prompt_attention`, samples of about the same length together;
 - a microbatch on a GPU: `flex`, one call of flex_attention;
 - a decoding step: `kv_cache.SharedPrompts`, a prompt's keys once for all of its completions.
 

@@ -1,7 +1,8 @@
 """Attention while decoding: the completions of a prompt share one copy of its keys and values.
 
 Each completion attends to its prompt's keys, which are multiplied once for all completions of that
-prompt, and to the keys of its own tokens; one softmax runs over both. `kv_cache` holds the keys.
+prompt, and to the keys of the tokens that it decoded; one softmax runs over both. `kv_cache` holds
+the keys.
 
 Shapes: N completions of P prompts, H query heads in K groups of g, W positions of the prompts, C
 columns that the completions have written, D wide keys, E wide values.
@@ -20,7 +21,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PromptGroup:
-    """Prompts that have about as many completions each, and are multiplied in one product.
+    """Prompts that have about the same number of completions, and share one matrix product.
 
     Attributes:
         prompts: these prompts, a slice of all.
@@ -36,15 +37,15 @@ class PromptGroup:
     listed: Int[Tensor, " n"] | None
 
     def gather(self, values: Float[Tensor, "N K g X"]) -> Float[Tensor, "p K Gg X"]:
-        """Values of the group's completions, under their prompts."""
+        """Put the values of the group's completions under their prompts."""
         shape = self.completions.shape
-        taken = values[self.completions] if self.places is not None else values.unflatten(0, shape)
-        return taken.transpose(1, 2).flatten(2, 3)
+        under = values[self.completions] if self.places is not None else values.unflatten(0, shape)
+        return under.transpose(1, 2).flatten(2, 3)
 
     def scatter(
         self, target: Float[Tensor, "N K g X"], values: Float[Tensor, "p K Gg X"], *, add: bool
     ) -> None:
-        """Write values under the prompts to their completions' places in `target`, or add them."""
+        """Write values that are under the prompts to their completions in `target`, or add them."""
         count = self.completions.shape[1]
         values = values.unflatten(2, (count, -1)).transpose(1, 2)  # [p, G, K, g, X]
         if self.places is None or self.listed is None:
@@ -52,9 +53,8 @@ class PromptGroup:
             place.add_(values) if add else place.copy_(values)
             return
         values = values.flatten(0, 1).index_select(0, self.places).to(target.dtype)
-        target.index_add_(0, self.listed, values) if add else target.index_copy_(
-            0, self.listed, values
-        )
+        put = target.index_add_ if add else target.index_copy_
+        put(0, self.listed, values)
 
 
 def prompt_groups(
@@ -64,9 +64,9 @@ def prompt_groups(
 
     Args:
         prompt_of: [N] prompt of each completion.
-        sizes: [P] completions that each prompt had at first; a group ends where they differ by more
-            than a factor of 2.
-        device: where the indices are used. They are computed on the host: nothing waits for it.
+        sizes: [P] completions that each prompt had at first; a group ends before they differ by
+            more than a factor of 2.
+        device: that uses the indices. They are computed on the host, so nothing waits for it.
     """
     counts = np.bincount(prompt_of, minlength=len(sizes))
     order = np.argsort(prompt_of, kind="stable")
@@ -89,8 +89,8 @@ def prompt_groups(
             continue
         place = np.arange(width)
         real = place < counts[start:stop, None]
-        last = len(order) - 1
-        completions = np.where(real, order[np.minimum(first[start:stop, None] + place, last)], 0)
+        listed = np.minimum(first[start:stop, None] + place, len(order) - 1)
+        completions = np.where(real, order[listed], 0)
         whole = real.all() and np.array_equal(completions.ravel(), np.arange(len(prompt_of)))
         groups.append(
             PromptGroup(
@@ -113,14 +113,14 @@ def decode_attention(
     hidden: Bool[Tensor, "N 1 1 L"] | None,
     scaling: float | None,
 ) -> Float[Tensor, "N 1 H E"]:
-    """Attend with one new token of each completion.
+    """Compute the attention of one new token of each completion.
 
     Args:
         query: of the new tokens.
         key, value: of the tokens that each completion has decoded, the new one included.
         prompt_key, prompt_value: of the prompts, padded on the left.
         groups: which completions belong to which prompts.
-        hidden: True where a completion does not see a position; L = W + C, prompts first. None: it
+        hidden: True if a completion does not see a position; L = W + C, prompts first. None: it
             sees all.
         scaling: factor of the scores; None: 1 / sqrt(D).
     """

@@ -1,6 +1,6 @@
 """A microbatch on a GPU: one call of flex_attention, whose kernel skips what no token sees.
 
-Who sees whom is that of `shared_prompt_attention`: `q` sees `k` where k <= q < until[k], and where
+As in `shared_prompt_attention`, `q` sees `k` if k <= q < until[k] and
 `k` is not older than the layer's window. A BlockMask says it for blocks of 128 x 128 tokens; inside
 those that are seen in part, the kernel asks the mask_mod. No T x T mask is made.
 
@@ -10,9 +10,9 @@ those that are seen in part, the kernel asks the mask_mod. No T x T mask is made
                                                                    . . . 1 .
                                                                    . . . 1 1
 
-The kernel is compiled once: microbatches differ in their lengths, which it takes for variables, and
-in what they show it, which are tensors of one shape whatever the window. On the CPU flex_attention
-has no backward pass and runs uncompiled, for tests.
+The kernel is compiled once: it takes the lengths of a microbatch as variables, and who sees whom
+as tensors whose shape does not depend on the window. On the CPU flex_attention has no backward pass
+and runs uncompiled, for tests.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from gspo.kernels.shared_prompt_attention import SharedPromptAttention
 
 BLOCK = 128
 _FEWEST = 2  # blocks in a microbatch: torch.compile takes a size of 1 for a constant
-_KERNELS = 64  # that a process may compile: one for each shape of heads, precision and need of grad
+_KERNELS = 64  # a process may compile so many: per shape of heads, precision and need of grad
 
 
 class FlexAttention:
@@ -55,11 +55,11 @@ class FlexAttention:
         self._by_window: dict[int | None, BlockMask] = {}
 
     def oldest(self, window: int | None) -> Int[Tensor, " P"]:
-        """The last position that each token does not see, in layers with this window."""
+        """Return the last position that each token does not see, in layers with this window."""
         return self.positions - (self.padded if window is None else window)
 
     def mask_mod(self, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """Whether `q` sees `k`, as flex_attention asks."""
+        """Make the function by which flex_attention asks whether `q` sees `k`."""
         until, positions, oldest = self.until, self.positions, self.oldest(window)
 
         @no_type_check
@@ -69,8 +69,8 @@ class FlexAttention:
         return sees
 
     def blocks(self, window: int | None) -> tuple[Bool[Tensor, "N N"], Bool[Tensor, "N N"]]:
-        """Blocks of queries x blocks of keys: those that may be seen in part, and those that are
-        seen wholly. From each key's span of queries, so that T x T / 128 is all that it costs."""
+        """Find the blocks of queries x keys that may be seen in part, and those that are seen as
+        a whole. It looks at each key's span of queries, so that it costs only T x T / 128."""
         token = torch.arange(self.padded, device=self.until.device)
         start = token[::BLOCK, None]  # of each block of queries
         end = start + BLOCK
@@ -81,7 +81,7 @@ class FlexAttention:
         return by_some.unflatten(1, (-1, BLOCK)).any(-1) & ~whole, whole
 
     def within(self, window: int | None) -> BlockMask:
-        """The kernel's mask for layers whose tokens see the last `window` positions."""
+        """Make the kernel's mask for layers whose tokens see the last `window` positions."""
         if window not in self._by_window:
             some, whole = self.blocks(window)
             self._by_window[window] = BlockMask.from_kv_blocks(
@@ -104,36 +104,33 @@ class FlexAttention:
     ) -> Float[Tensor, "1 T H E"]:
         """Attention of the whole microbatch in one layer."""
         kind = query.device.type
-        mixed = torch.is_autocast_enabled(kind)  # SDPA is cast by autocast, this is not everywhere
+        mixed = torch.is_autocast_enabled(kind)  # autocast casts SDPA, but not this on all devices
         dtype = torch.get_autocast_dtype(kind) if mixed else value.dtype
         extra = (0, 0, 0, self.padded - self.size)
         q, k, v = (functional.pad(x.to(dtype), extra) for x in (query, key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        out = _kernel(kind)(q, k, v, self.within(window), repr(scale))
+        kernel = _attend if kind == "cpu" else _compiled()
+        out = kernel(q, k, v, self.within(window), repr(scale))
         return out[:, :, : self.size].transpose(1, 2)
 
 
 def _listed(blocks: Bool[Tensor, "N N"]) -> tuple[Int[Tensor, "1 1 N"], Int[Tensor, "1 1 N N"]]:
-    """How many blocks of keys each block of queries sees, and which: these first."""
+    """Count the blocks of keys that each block of queries sees, and list them, these first."""
     order = blocks.byte().argsort(dim=1, descending=True, stable=True)
     return blocks.sum(1).int()[None, None], order.int()[None, None]
 
 
-@no_type_check  # it is traced, as `sees` is: no place for the checks of the tests
+@no_type_check  # it is traced, as `sees` is, so the type checks of the tests must stay out
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: str) -> Tensor:
-    """`scale` is written out: of a number that changes, torch.compile makes a variable, and the
+    """Attend. `scale` is text: torch.compile makes a variable of a number that changes, and the
     kernel needs a constant."""
     gqa = q.shape[1] != k.shape[1]
     return flex_attention(q, k, v, block_mask=mask, scale=float(scale), enable_gqa=gqa)
 
 
-def _kernel(kind: str) -> Callable[..., Tensor]:
-    return _attend if kind == "cpu" else _compiled()
-
-
 @cache
 def _compiled(backend: str | Callable[..., object] = "inductor") -> Callable[..., Tensor]:
-    # Where it can't be compiled, an error: run uncompiled it would make all of the T x T scores.
+    # An error if it can't be compiled: uncompiled it would make all of the T x T scores.
     attend = torch.compile(_attend, fullgraph=True, backend=backend)
 
     def limited(*arguments: object) -> Tensor:

@@ -1,4 +1,4 @@
-"""The one door to transformers' internals: what changes name from release to release.
+"""The one door to transformers' internals, whose names change from release to release.
 
 Nothing else in gspo imports a submodule of transformers or reads a name of it that begins with an
 underscore (`tests/kernels/test_hf.py`), so that a new release is mended here. `X as X` passes a
@@ -17,7 +17,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-from huggingface_hub import constants
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface as AttentionInterface
 from transformers import AttentionMaskInterface as AttentionMaskInterface
@@ -37,7 +36,7 @@ from gspo.core.errors import ModelError
 
 
 def cache_argument(backbone: torch.nn.Module, kv_cache: Cache) -> dict[str, Any]:
-    """The keyword argument that hands a cache to a forward pass.
+    """Name the keyword argument that hands a cache to a forward pass.
 
     transformers 5.24 renamed `past_key_values` to `cache`; the old name goes with 5.40.
     """
@@ -45,12 +44,12 @@ def cache_argument(backbone: torch.nn.Module, kv_cache: Cache) -> dict[str, Any]
 
 
 def no_mask(device: torch.device) -> torch.Tensor:
-    """A 4-d mask, which transformers takes as it is instead of making one."""
+    """Return a 4-d mask, which transformers takes as it is instead of making one."""
     return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
 def causal_mask(config: Any, embeddings: torch.Tensor, seen: Any) -> Any:
-    """transformers' causal mask, without a cache, with `seen` as a further condition."""
+    """Make transformers' causal mask, without a cache, with `seen` as a further condition."""
     no_cache: dict[str, Any] = {_cache_keyword(create_causal_mask): None}
     return create_causal_mask(
         config=config,
@@ -68,7 +67,7 @@ def _cache_keyword(function: Any) -> str:
 
 
 def returned_cache(output: Any) -> Cache:
-    """The cache that a model made for itself in a forward pass.
+    """Find the cache that a model made for itself in a forward pass.
 
     Raises:
         TypeError: it returned none.
@@ -79,21 +78,21 @@ def returned_cache(output: Any) -> Cache:
     raise TypeError("it returns no cache")
 
 
-def select_rows(cache: Cache, rows: torch.Tensor) -> None:
-    """Keep these rows of a cache, in this order, repeated where an index repeats."""
+def select_completions(cache: Cache, chosen: torch.Tensor) -> None:
+    """Keep these of a cache, in this order; an index that occurs twice gives two copies."""
     if type(cache).batch_select_indices is not Cache.batch_select_indices:
-        cache.batch_select_indices(rows)  # only here does MiniMax's cache heed its linear layers
+        cache.batch_select_indices(chosen)  # only here does MiniMax's cache heed its linear layers
     else:
-        cache.reorder_cache(rows)  # pyright: ignore[reportArgumentType]
+        cache.reorder_cache(chosen)  # pyright: ignore[reportArgumentType]
 
 
 def attention_implementation(lm: PreTrainedModel) -> str | None:
-    """The name under which the model's attention is registered: "sdpa", "gspo_packed", ..."""
+    """Name the model's attention as it is registered: "sdpa", "gspo_packed", ..."""
     return lm.config._attn_implementation
 
 
 def find_routers(lm: torch.nn.Module) -> list[tuple[torch.nn.Module, int]]:
-    """Router modules of a model, each with the place of its logits in its output.
+    """Find the router modules of a model, each with the place of its logits in its output.
 
     Adapters don't hide them: peft wraps modules, and what it wraps stays a submodule.
     """
@@ -114,7 +113,7 @@ def find_routers(lm: torch.nn.Module) -> list[tuple[torch.nn.Module, int]]:
 
 
 def backbone(lm: PreTrainedModel) -> torch.nn.Module:
-    """The model below the vocabulary projection.
+    """Find the model below the vocabulary projection.
 
     Raises:
         ModelError: there is none.
@@ -126,16 +125,6 @@ def backbone(lm: PreTrainedModel) -> torch.nn.Module:
     if below is None:
         raise ModelError(f"{type(lm).__name__} has no model below its output head")
     return below
-
-
-def output_embeddings(lm: PreTrainedModel) -> torch.nn.Module | None:
-    """The output head."""
-    return lm.get_output_embeddings()
-
-
-def hub_address() -> str:
-    """The URL of the hub, as the environment sets it."""
-    return constants.ENDPOINT
 
 
 def recompute_layers(lm: PreTrainedModel, context_fn: Callable[[], tuple[Any, Any]]) -> None:
@@ -178,7 +167,7 @@ def keep_long_rope(lm: PreTrainedModel) -> None:
 
 
 def decoder_kinds(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
-    """Steps by which a tokenizer makes text of tokens: "ByteLevel", "ByteFallback", ...
+    """Name the steps by which a tokenizer makes text of tokens: "ByteLevel", "ByteFallback", ...
 
     Empty for a tokenizer that is not built on the `tokenizers` package.
     """
@@ -192,7 +181,7 @@ def decoder_kinds(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without progress bars, which would tear gspo's live display."""
+    """Show no progress bars inside the block: they would tear gspo's live display."""
     on = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -6,7 +6,7 @@
 - `ModelCache` (layout "model_cache"): the cache that the model makes for itself, with a copy of the
   prompt for each completion. It works with any attention of transformers, and holds whatever is in
   the cache: recurrent states of linear attention, convolutions.
-- "equal_lengths" is the same for prompts of one length, where padding would reach a model's states.
+- "equal_lengths" is the same for prompts of one length, if padding would reach a model's states.
 
 `prefill` computes the prompts and returns one of the two; `advance` feeds a token to each
 completion; `keep` drops those that have ended.
@@ -15,7 +15,7 @@ completion; `keep` drops those that have ended.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,13 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gspo.kernels.decode_attention import decode_attention, prompt_groups
-from gspo.kernels.hf import (
-    Cache,
-    cache_argument,
-    no_mask,
-    returned_cache,
-    select_rows,
-)
+from gspo.kernels.hf import Cache, cache_argument, no_mask, returned_cache, select_completions
 
 FIRST_COLUMNS = 256
 
@@ -37,15 +31,14 @@ Layout = Literal["shared", "model_cache", "equal_lengths"]
 LAYOUTS: tuple[Layout, ...] = ("shared", "model_cache", "equal_lengths")
 """Ways to decode, the fastest first."""
 
-Pair = tuple[Tensor, Tensor]  # keys and values
-
 
 class SharedPrompts:
     """N completions of P prompts, whose keys and values are held once; see `decode_attention`.
 
-    Each pass appends one column to the slabs; a completion that joins later starts at a later
-    column. What says which completion belongs where stays on the host, so that no pass waits for a
-    device. No cache of transformers is used: attention hands over the keys and values.
+    The keys and values of decoded tokens are in slabs, two tensors per layer. Each pass appends
+    one column to them; a completion that joins later starts at a later column. Which completion
+    belongs to which prompt is known on the host, so that no pass waits for a device. No cache of
+    transformers is used: attention hands over the keys and values.
 
     Args:
         backbone: the model below its output head.
@@ -64,8 +57,8 @@ class SharedPrompts:
         device: torch.device,
     ):
         self._backbone, self._device, self._capacity = backbone, device, capacity
-        self._prompts: dict[int, Pair] = {}  # by layer
-        self._slabs: dict[int, Pair] = {}
+        self._prompts: dict[int, list[Tensor]] = {}  # keys and values, by layer
+        self._slabs: dict[int, list[Tensor]] = {}
         self._columns = 0
         self._width = int(lengths.max())
         self._lengths, self._prompt_of = lengths, prompt_of
@@ -74,7 +67,7 @@ class SharedPrompts:
         self._rearrange()
 
     def _rearrange(self) -> None:
-        """Make what the passes need of the completions that are there now."""
+        """Prepare what the passes need to know about the completions that are there now."""
         self._groups = prompt_groups(self._prompt_of, self._sizes, self._device)
         lengths = self._lengths[self._prompt_of]
         self._all_visible = not (self._start.any() or (self._lengths < self._width).any())
@@ -86,7 +79,7 @@ class SharedPrompts:
 
     def take(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Hold a layer's keys and values of the prompts: [P, K, W, D] and [P, K, W, E]."""
-        self._prompts[layer] = (key, value)
+        self._prompts[layer] = [key, value]
 
     def advance(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N D"]:
         """Feed one token to each completion; returns the last hidden states."""
@@ -115,9 +108,9 @@ class SharedPrompts:
     ) -> Float[Tensor, "N 1 H E"]:
         """Attention of one layer inside `advance`."""
         if layer not in self._slabs:
-            self._slabs[layer] = _both(
-                lambda x: x.new_empty(*x.shape[:2], self._capacity, x.shape[3]), (key, value)
-            )
+            self._slabs[layer] = [
+                new.new_empty(*new.shape[:2], self._capacity, new.shape[3]) for new in (key, value)
+            ]
         for slab, new in zip(self._slabs[layer], (key, value), strict=True):
             slab[:, :, self._columns - 1] = new[:, :, 0]
         if window is not None and self._width + self._columns <= window:
@@ -132,8 +125,8 @@ class SharedPrompts:
         )
 
     def _not_visible(self, window: int | None) -> Bool[Tensor, "N 1 1 L"] | None:
-        """True at positions that a completion does not see: padding of its prompt, columns before
-        it joined, and what lies outside the window. None: it sees everything."""
+        """Mark what a completion does not see: padding of its prompt, columns before it joined,
+        and what lies outside the window. None: it sees everything."""
         if self._all_visible and window is None:
             return None
         place = torch.arange(-self._width, self._columns, device=self._device)
@@ -145,7 +138,7 @@ class SharedPrompts:
         return out[:, None, None]
 
     def keep(self, completions: np.ndarray) -> None:
-        """Keep these completions only; drop prompts and columns that none of them needs."""
+        """Keep only these completions; drop the prompts and columns that none of them needs."""
         self._prompt_of, self._start = self._prompt_of[completions], self._start[completions]
         first = int(self._start.min(initial=self._columns))
         written, self._columns = slice(first, self._columns), self._columns - first
@@ -162,7 +155,7 @@ class SharedPrompts:
         if len(used) <= len(self._sizes) // 2:
             left = self._tensor(used)
             for layer, pair in self._prompts.items():
-                self._prompts[layer] = _both(lambda x: x[left], pair)
+                self._prompts[layer] = [x[left] for x in pair]
             self._prompt_of = np.searchsorted(used, self._prompt_of)
             self._sizes, self._lengths = self._sizes[used], self._lengths[used]
         self._rearrange()
@@ -177,7 +170,8 @@ class SharedPrompts:
             return torch.cat([nn.functional.pad(x, (0, 0, width - x.shape[2], 0)) for x in both])
 
         for layer, pair in self._prompts.items():
-            self._prompts[layer] = _both(joined, pair, other._prompts[layer])
+            both = zip(pair, other._prompts[layer], strict=True)
+            self._prompts[layer] = [joined(mine, theirs) for mine, theirs in both]
         # Zeros, and not whatever lies in the memory: a NaN would pass through its weight of 0.
         self._change_slabs(lambda x: torch.cat([x, x.new_zeros(added, *x.shape[1:])]))
         self._prompt_of = np.concatenate([self._prompt_of, other._prompt_of + len(self._sizes)])
@@ -188,7 +182,7 @@ class SharedPrompts:
 
     def _change_slabs(self, change: Callable[[Tensor], Tensor]) -> None:
         for layer, pair in self._slabs.items():
-            self._slabs[layer] = _both(change, pair)
+            self._slabs[layer] = [change(x) for x in pair]
 
 
 class ModelCache:
@@ -197,7 +191,7 @@ class ModelCache:
     Args:
         backbone: the model below its output head.
         cache: the model's cache after its pass over the prompts.
-        real: [P, W] False where a prompt is padded, on the left; None: none is.
+        real: [P, W] False at the padding, which is on the left; None: there is none.
         length: W.
     """
 
@@ -224,26 +218,23 @@ class ModelCache:
         ).last_hidden_state[:, -1]
 
     def keep(self, completions: np.ndarray) -> None:
-        """Keep these only, in this order, repeated where an index repeats."""
+        """Keep these only, in this order; an index that occurs twice gives two copies."""
         chosen = torch.from_numpy(completions).to(next(self._backbone.parameters()).device)
-        select_rows(self._cache, chosen)
+        select_completions(self._cache, chosen)
         if self._real is not None:
             self._real = self._real[chosen]
 
 
 def padded(prompts: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "P W"], Bool[Tensor, "P W"]]:
-    """Token ids padded on the left, and where they are real; both on the host.
+    """Pad token ids on the left, and say which are real; both on the host.
 
     >>> padded([[5, 6], [7]])[0].tolist()
     [[5, 6], [0, 7]]
     """
-    width = max(len(prompt) for prompt in prompts)
-    tokens = torch.zeros(len(prompts), width, dtype=torch.long)
-    real = torch.zeros(len(prompts), width, dtype=torch.bool)
-    for i, prompt in enumerate(prompts):
-        tokens[i, width - len(prompt) :] = torch.tensor(prompt)
-        real[i, width - len(prompt) :] = True
-    return tokens, real
+    tokens = [torch.tensor(prompt) for prompt in prompts]
+    real = [torch.ones_like(prompt, dtype=torch.bool) for prompt in tokens]
+    pad = nn.utils.rnn.pad_sequence
+    return pad(tokens, True, padding_side="left"), pad(real, True, padding_side="left")
 
 
 def prefill(
@@ -268,36 +259,23 @@ def prefill(
         The completions' keys and values, and the last hidden state of each prompt.
     """
     mask = None if bool(real.all()) else real.to(device)
-    given: dict[str, Any] = {"use_cache": True}
-    shared = None
+    positions = (real.cumsum(-1) - 1).clamp_(min=0).to(device)
+    given = {"input_ids": tokens.to(device), "attention_mask": mask, "position_ids": positions}
     if layout == "shared":
         capacity = min(longest, FIRST_COLUMNS)
         shared = SharedPrompts(backbone, real.sum(-1).numpy(), prompt_of, capacity, device)
-        given = {"use_cache": False, "gspo_prompts": shared}
-    output = backbone(
-        input_ids=tokens.to(device),
-        attention_mask=mask,
-        position_ids=(real.cumsum(-1) - 1).clamp_(min=0).to(device),
-        **given,
-    )
-    hidden = output.last_hidden_state[:, -1]
-    if shared is not None:
-        return shared, hidden
+        output = backbone(use_cache=False, gspo_prompts=shared, **given)
+        return shared, output.last_hidden_state[:, -1]
+    output = backbone(use_cache=True, **given)
     copied = ModelCache(backbone, returned_cache(output), mask, tokens.shape[1])
     copied.keep(prompt_of)
-    return copied, hidden
+    return copied, output.last_hidden_state[:, -1]
 
 
 def kv_bytes(completions: int, positions: int, config: object) -> int:
-    """Memory of float32 keys and values, from the model's text config."""
+    """Bytes of float32 keys and values, from the model's text config."""
     heads = getattr(config, "num_attention_heads", 1)
     width = getattr(config, "head_dim", None) or config.hidden_size // heads  # type: ignore[attr-defined]
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     layers = config.num_hidden_layers  # type: ignore[attr-defined]
     return completions * positions * layers * kv_heads * width * 2 * torch.float32.itemsize
-
-
-def _both(change: Callable[..., Tensor], *pairs: Pair) -> Pair:
-    """A change of keys, and the same change of values."""
-    keys, values = (change(*tensors) for tensors in zip(*pairs, strict=True))
-    return keys, values

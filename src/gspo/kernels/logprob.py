@@ -1,7 +1,7 @@
 """Hidden states -> log-probs of given tokens, without ever holding the full logits.
 
-The arithmetic is in `projection`: blocks of tokens x vocabulary entries, so that memory doesn't
-grow with tokens x vocabulary.
+`token_logprobs` says what is computed; `projection` computes it in blocks of tokens x vocabulary
+entries, so that memory doesn't grow with tokens x vocabulary; `running_softmax` adds up the blocks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gspo.kernels.projection import Blocks, ChunkedLogprobs, project
 CPU_BLOCK = (2048, 2**20)
 """Vocabulary entries, and logits, of one block: 4 MiB stay in the cache between two passes."""
 DEVICE_BLOCK = (8192, 2**24)
-"""The same on other devices, where few large launches matter more. Not measured."""
+"""The same for other devices, on which few large launches are faster. Not measured."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,17 @@ class Head:
     scale: float = 1.0
     """Granite, Cohere and others multiply their logits by a constant."""
     entries: int | None = None
-    """Rows of the head that are tokens; None: all. The others pad it and have no probability."""
+    """How many entries of the head are tokens; None: all. The rest pads it, with probability 0."""
 
     @property
     def size(self) -> int:
         """V, the number of tokens that a distribution is over."""
-        rows = self.weight.shape[0]
-        return rows if self.entries is None else min(rows, self.entries)
+        return min(self.weight.shape[0], self.entries or self.weight.shape[0])
 
     def scaled(
         self, hidden: Float[Tensor, "M D"]
     ) -> tuple[Float[Tensor, "M D"], Float[Tensor, " W"] | None]:
-        """Hidden states and bias with the scale in them, in float32 where there is one."""
+        """Multiply hidden states and bias by the scale, in float32; unchanged if it is 1."""
         if self.scale == 1.0:
             return hidden, self.bias
         return hidden.float() * self.scale, None if self.bias is None else self.bias * self.scale
@@ -78,24 +77,22 @@ def token_logprobs(
     targets: Int[Tensor, " M"],
     temperatures: Float[Tensor, " M"],
     chunk: int | None = None,
-    vocab_chunk: int | None = None,
 ) -> TokenLogprobs:
     """log softmax(logits / temperature) at `targets`, in float32 whatever the head's dtype.
 
     Args:
         hidden: last hidden states at the positions before the targets.
-        head: the projection; gradients reach `hidden` and, where it is trained, the head.
+        head: the projection; gradients reach `hidden` and, if it is trained, the head.
         targets: token ids; on the host they are checked without waiting for a device.
         temperatures: above 0.
         chunk: tokens whose logits exist at once. None: what the device's block leaves room for.
-        vocab_chunk: vocabulary entries whose logits exist at once. None: the device's block.
 
     Raises:
         DataError: a target that is no entry of the head's vocabulary.
     """
     _check_targets(targets, head.size)
     targets = targets.to(hidden.device)
-    blocks = _blocks(hidden, head, chunk, vocab_chunk)
+    blocks = _blocks(hidden, head, chunk)
     with torch.autocast(hidden.device.type, enabled=False):
         hidden, bias = head.scaled(hidden)
         logprobs, entropy = ChunkedLogprobs.apply(  # pyright: ignore[reportGeneralTypeIssues]
@@ -112,13 +109,13 @@ def full_logits(hidden: Float[Tensor, "N D"], head: Head) -> Float[Tensor, "N V"
             bias = None if bias is None else bias[: head.size]
             return project(hidden, head.weight[: head.size], bias, head.softcap)
         # A half-precision head is never copied whole to float32, which takes longer than the rest.
-        parts = _blocks(hidden, head, None, None).of_vocabulary(head.weight, bias)
-        return torch.cat([project(hidden, w, b, head.softcap) for _, w, b in parts], dim=1)
+        blocks = _blocks(hidden, head).of_vocabulary(head.weight, bias)
+        return torch.cat([project(hidden, w, b, head.softcap) for _, w, b in blocks], dim=1)
 
 
-def _blocks(hidden: Tensor, head: Head, chunk: int | None, vocab_chunk: int | None) -> Blocks:
+def _blocks(hidden: Tensor, head: Head, chunk: int | None = None) -> Blocks:
     entries, logits = CPU_BLOCK if hidden.device.type == "cpu" else DEVICE_BLOCK
-    entries = min(head.size, vocab_chunk or entries)
+    entries = min(head.size, entries)
     return Blocks(chunk or max(16, logits // entries), entries, head.size, head.softcap)
 
 

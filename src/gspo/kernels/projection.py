@@ -1,18 +1,23 @@
-"""The vocabulary projection in blocks of tokens x vocabulary entries, with a running softmax.
+"""Log-probs from hidden states, block by block of the vocabulary, with their gradient.
 
-What the backward pass costs depends on what is trained:
+The logits of M tokens over V entries are never there as a whole. One block of tokens x entries is
+computed at a time and goes into a softmax that grows with each block (`running_softmax`). A power
+is 2^((logit - max) / (temperature * ln 2)), so a probability is a power over the sum of all powers.
 
-- A frozen head: the gradient of a token's log-prob by its hidden state is known up to one factor,
-  the upstream gradient. The forward pass computes it from the logits at hand; backward scales it.
-- A trained head: its gradient sums over tokens whose upstream gradients come only after the whole
-  sequence is known. Backward projects again what does not fit `KEPT_BYTES`. It leaves out tokens
-  whose upstream gradient is zero, as those of a clipped sequence.
-- No gradient: nothing is kept.
+The gradient of a token's log-prob by its hidden state is the target's weight less the mean of all
+weights, each weighed by its probability. What that costs depends on what is trained:
+
+- Nothing: no power is kept.
+- Only what lies below a frozen head: the forward pass has the powers at hand and computes this
+  gradient at once, but for one factor per token, the upstream gradient. Backward multiplies by it.
+- The head too: its gradient sums over tokens whose upstream gradients come only after the loss is
+  known. Powers that fit `KEPT_BYTES` wait for the backward pass, the others are computed again.
+  Tokens whose upstream gradient is zero, as those of a clipped sequence, are left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -25,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from gspo.kernels.running_softmax import LN_2, RunningSoftmax, log2_power_
 
 KEPT_BYTES = 256 * 2**20
-"""Exponentials of a trained head that wait for the backward pass instead of being recomputed."""
+"""Memory for the powers of a trained head that wait for the backward pass."""
 
 
 class Blocks(NamedTuple):
@@ -34,7 +39,7 @@ class Blocks(NamedTuple):
     Attributes:
         tokens: tokens of a block.
         entries: vocabulary entries of a block.
-        vocabulary: V, the entries that are tokens; the head's rows behind them are left out.
+        vocabulary: V, the entries that are tokens; what the head has behind them is left out.
         softcap: logits are softcap * tanh(logits / softcap).
     """
 
@@ -44,15 +49,15 @@ class Blocks(NamedTuple):
     softcap: float | None
 
     def of_tokens(self, count: int) -> list[slice]:
-        """Cut so many tokens."""
+        """Slices of `count` tokens."""
         return _slices(count, self.tokens)
 
     def of_vocabulary(
         self, weight: Tensor, bias: Tensor | None
     ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """Cut the head: slices of the vocabulary, their float32 weights and their biases."""
-        for part in _slices(self.vocabulary, self.entries):
-            yield part, weight[part].float(), None if bias is None else bias[part]
+        """Slices of the vocabulary, with their float32 weights and their biases."""
+        for entries in _slices(self.vocabulary, self.entries):
+            yield entries, weight[entries].float(), None if bias is None else bias[entries]
 
 
 def _slices(count: int, size: int) -> list[slice]:
@@ -100,15 +105,9 @@ class ChunkedLogprobs(torch.autograd.Function):
         ctx.frozen = grad_enabled and need_hidden and not trained
         ctx.blocks, ctx.dtype = blocks, hidden.dtype
         temperatures = temperatures.float()
+        inputs, keep_bytes = (hidden, weight, bias, targets), KEPT_BYTES if trained else -1
         softmax, picked, pulled, kept = _forward(
-            hidden,
-            weight,
-            bias,
-            targets,
-            temperatures,
-            blocks,
-            pull=ctx.frozen,
-            keep_bytes=KEPT_BYTES if trained else -1,
+            *inputs, temperatures, blocks, pull=ctx.frozen, keep_bytes=keep_bytes
         )
         if trained or ctx.frozen:
             slope = temperatures.reciprocal()
@@ -136,8 +135,7 @@ class ChunkedLogprobs(torch.autograd.Function):
             else:
                 weight, bias, *saved = ctx.saved_tensors
                 tokens, kept = _Tokens(*saved[:6]), saved[6:]
-                needs = ctx.needs_input_grad[:3]
-                gradients = _backward(weight, bias, tokens, grad, kept, ctx.blocks, needs)
+                gradients = _backward(weight, bias, tokens, grad, kept, ctx.blocks)
         return *gradients, None, None, None, None
 
 
@@ -161,22 +159,22 @@ def _forward(
     """
     softmax, picked, kept = RunningSoftmax(temperatures), torch.zeros_like(temperatures), []
     pulled = torch.zeros_like(hidden, dtype=torch.float32) if pull else None
-    for part, w, b in blocks.of_vocabulary(weight, bias):
+    for entries, w, b in blocks.of_vocabulary(weight, bias):
         keep_bytes -= 4 * targets.shape[0] * w.shape[0]
         keep = not pull and keep_bytes >= 0
         # In one piece: blocks that stay, between others that go, would leave holes in the heap.
         powers = temperatures.new_empty(targets.shape[0], w.shape[0]) if keep else None
-        for rows in blocks.of_tokens(targets.shape[0]):
-            x = project(hidden[rows], w, b, blocks.softcap)
+        for span in blocks.of_tokens(targets.shape[0]):
+            x = project(hidden[span], w, b, blocks.softcap)
             softcap = blocks.softcap if pull or keep else None
             slope = None if softcap is None else _cap_slope(x, softcap)
-            _pick(x, targets[rows] - part.start, picked[rows])
-            out = None if powers is None else powers[rows]
-            power, top, decay = softmax.add(rows, x, first=part.start == 0, out=out)
+            _pick(x, targets[span] - entries.start, picked[span])
+            out = None if powers is None else powers[span]
+            power, top, decay = softmax.add(span, x, first=entries.start == 0, out=out)
             if slope is not None:
                 power.mul_(slope)
             if pulled is not None:
-                older = pulled[rows] if decay is None else pulled[rows].mul_(decay[:, None])
+                older = pulled[span] if decay is None else pulled[span].mul_(decay[:, None])
                 older.addmm_(power, w)
             elif keep:
                 kept += power, top
@@ -196,8 +194,7 @@ def _backward(
     grad: Float[Tensor, " M"],
     kept: Sequence[Tensor],
     blocks: Blocks,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of hidden states, weight and bias. Tokens without gradient are left out."""
     inputs, cuts = tokens.hidden, blocks.of_tokens(grad.shape[0])
     chosen = np.flatnonzero(grad.cpu().numpy())  # on the host, so that a device is asked only once
@@ -210,66 +207,40 @@ def _backward(
     def powers(w: Tensor, b: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor | float]]:
         """Of each block of tokens: power * cap's slope, kept or computed again, and a factor."""
         for cut, (start, stop) in zip(cuts, pairwise(edges), strict=True):
-            rows, pair = slice(start, stop), next(pairs, None)
+            span, pair = slice(start, stop), next(pairs, None)
             if pair is None:
-                yield rows, _powers(tokens, rows, w, b, blocks.softcap), 1.0
+                yield span, _powers(tokens, span, w, b, blocks.softcap), 1.0
                 continue
-            power, top = pair if live is None else (x[live[rows] - cut.start] for x in pair)
-            yield rows, power, ((top - tokens.max[rows]) * tokens.scale[rows]).exp2()
+            power, top = pair if live is None else (x[live[span] - cut.start] for x in pair)
+            yield span, power, ((top - tokens.max[span]) * tokens.scale[span]).exp2()
 
-    d_hidden, d_weight, d_bias = _sums(weight, bias, tokens, grad, blocks, needs, powers)
-    if d_hidden is not None:
-        d_hidden = d_hidden.to(inputs.dtype)
-        if live is not None:
-            d_hidden = torch.zeros_like(inputs).index_copy_(0, live, d_hidden)
-    return (
-        d_hidden,
-        None if d_weight is None else d_weight.to(weight.dtype),
-        None if bias is None or d_bias is None else d_bias.to(bias),
-    )
-
-
-def _sums(
-    weight: Tensor,
-    bias: Tensor | None,
-    tokens: _Tokens,
-    grad: Float[Tensor, " M"],
-    blocks: Blocks,
-    needs: Sequence[bool],
-    powers: Callable[[Tensor, Tensor | None], Iterator[tuple[slice, Tensor, Tensor | float]]],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Float32 gradients, summed block by block: up by the target, down by every entry in proportion
-    to its power."""
+    # Up by the target, and down by every entry in proportion to its power.
     up, down = tokens.slope * grad, -LN_2 * tokens.scale * grad / tokens.total
     hidden = tokens.hidden.float()
-    d_hidden = d_weight = d_bias = None
-    if needs[0]:
-        d_hidden = weight.index_select(0, tokens.targets).float().mul_(up[:, None])
-    if needs[1]:
-        d_weight = torch.zeros_like(weight, dtype=torch.float32)
-        d_weight.index_add_(0, tokens.targets, hidden * up[:, None])
-    if bias is not None and needs[2]:
-        d_bias = torch.zeros_like(bias, dtype=torch.float32)
-        d_bias.index_add_(0, tokens.targets, up)
-    for part, w, b in blocks.of_vocabulary(weight, bias):
-        for rows, power, factor in powers(w, b):
-            pull = down[rows] * factor
-            if d_hidden is not None:
-                d_hidden[rows].addcmul_(power @ w, pull[:, None])
-            if d_weight is not None:
-                d_weight[part].addmm_(power.t(), hidden[rows] * pull[:, None])
-            if d_bias is not None:
-                d_bias[part].addmv_(power.t(), pull)
-    return d_hidden, d_weight, d_bias
+    d_hidden = weight.index_select(0, tokens.targets).float().mul_(up[:, None])
+    d_weight = torch.zeros_like(weight, dtype=torch.float32)
+    d_weight.index_add_(0, tokens.targets, hidden * up[:, None])
+    d_bias = up.new_zeros(weight.shape[0]).index_add_(0, tokens.targets, up)
+    for entries, w, b in blocks.of_vocabulary(weight, bias):
+        for span, power, factor in powers(w, b):
+            pull = down[span] * factor
+            d_hidden[span].addcmul_(power @ w, pull[:, None])
+            d_weight[entries].addmm_(power.t(), hidden[span] * pull[:, None])
+            if bias is not None:
+                d_bias[entries].addmv_(power.t(), pull)
+    d_hidden = d_hidden.to(inputs.dtype)
+    if live is not None:
+        d_hidden = torch.zeros_like(inputs).index_copy_(0, live, d_hidden)
+    return d_hidden, d_weight.to(weight.dtype), None if bias is None else d_bias.to(bias)
 
 
 def _powers(
-    tokens: _Tokens, rows: slice, w: Tensor, b: Tensor | None, softcap: float | None
+    tokens: _Tokens, span: slice, w: Tensor, b: Tensor | None, softcap: float | None
 ) -> Float[Tensor, "C K"]:
     """Compute the powers of a block again, times the slope of the cap."""
-    x = project(tokens.hidden[rows], w, b, softcap)
+    x = project(tokens.hidden[span], w, b, softcap)
     slope = None if softcap is None else _cap_slope(x, softcap)
-    power = log2_power_(x, tokens.max[rows], tokens.scale[rows]).exp2_()
+    power = log2_power_(x, tokens.max[span], tokens.scale[span]).exp2_()
     return power if slope is None else power.mul_(slope)
 
 

@@ -17,19 +17,23 @@ def log2_power_(
 ) -> Float[Tensor, "C K"]:
     """(x - top) * scale in place: log2 of exp((x - top) / temperature).
 
-    The max goes first: a product would round what the logits of a row have in common.
+    The max is subtracted first: a product would round what the logits of a token have in common.
     """
     return x.sub_(top[:, None]).mul_(scale[:, None])
 
 
 class RunningSoftmax:
-    """softmax(logits / temperature) of M rows, and its entropy.
+    """softmax(logits / temperature) of M tokens, and its entropy.
 
-    Powers of 2, as in flash attention: torch's exp2 takes a third of the time of its exp on the
-    CPU, and exp up to thirty times as long where the result is near the smallest float.
+    It counts in powers of 2, as flash attention does: on the CPU torch's exp2 takes a third of the
+    time of its exp, which takes up to thirty times as long for results near the smallest float.
 
-    `spread` is the sum of power * log2(1 / power). The entropy is log2(total) + spread / total:
-    neither term is negative, so nothing cancels.
+    Attributes:
+        scale: [M] 1 / (temperature * ln 2).
+        max: [M] the largest logit so far. Powers are relative to it: 2^((logit - max) * scale).
+        total: [M] the sum of the powers so far.
+        spread: [M] the sum of power * log2(1 / power). The entropy is log2(total) + spread / total:
+            neither term is negative, so nothing cancels.
 
     >>> softmax = RunningSoftmax(torch.ones(1))
     >>> for number, block in enumerate(([[0.0, 0.0]], [[math.log(2)]])):
@@ -44,38 +48,44 @@ class RunningSoftmax:
 
     def add(
         self,
-        rows: slice,
+        tokens: slice,
         x: Float[Tensor, "C K"],
         *,
         first: bool,
         out: Float[Tensor, "C K"] | None = None,
     ) -> tuple[Float[Tensor, "C K"], Float[Tensor, " C"], Float[Tensor, " C"] | None]:
-        """Take in the next logits `x` of some rows.
+        """Take in the next logits of some tokens.
+
+        Args:
+            tokens: whose logits they are.
+            x: the logits; they are overwritten.
+            first: these tokens have no logits yet.
+            out: where the powers are written; None: to new memory.
 
         Returns:
-            Their powers, the max that these are relative to, the factor that older powers shrink
-            by. `x` is overwritten. `first`: no older ones are there. `out`: where the powers go.
+            The powers of `x`, the max that these are relative to, and the factor by which the
+            powers that were added before shrink (None if there are none).
         """
-        top, total, spread = self.max[rows], self.total[rows], self.spread[rows]
+        top, total, spread = self.max[tokens], self.total[tokens], self.spread[tokens]
         decay = None
-        # A row whose entries are all banned so far would give -inf - -inf.
+        # A token whose entries are all banned so far would give -inf - -inf.
         new = x.amax(-1).clamp_(min=_LOWEST)
         if not first:
-            rise = (torch.maximum(top, new, out=new) - top).mul_(self.scale[rows])
+            rise = (torch.maximum(top, new, out=new) - top).mul_(self.scale[tokens])
             decay = (-rise).exp2_()
             spread.addcmul_(total, rise).mul_(decay)
             total.mul_(decay)
         top.copy_(new)
-        power = torch.exp2(log2_power_(x, new, self.scale[rows]), out=out)
+        power = torch.exp2(log2_power_(x, new, self.scale[tokens]), out=out)
         total.add_(power.sum(-1))
         # A banned entry's logit is -inf, and 0 * -inf would be NaN.
         spread.sub_(x.clamp_(min=-1e4).mul_(power).sum(-1))
         return power, new, decay
 
     def logprobs(self, logits: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
-        """Log-probs of one entry per row, in nats."""
+        """Log-probs in nats of one entry per token, given its logit."""
         return ((logits - self.max) * self.scale - self.total.log2()) * LN_2
 
     def entropy(self) -> Float[Tensor, " M"]:
-        """In nats."""
+        """Entropies in nats."""
         return (self.total.log2() + self.spread / self.total) * LN_2

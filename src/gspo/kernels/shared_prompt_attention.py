@@ -23,9 +23,9 @@ from gspo.data.packing import Microbatch
 
 WASTE = 1.15
 SLACK = 4
-"""Padding adds to no block more than 15 % or this many tokens."""
+"""Padding adds at most 15 % to a block, or at most this many tokens."""
 SHORT = 64
-"""Contexts up to this length are padded to one another; longer ones share a call if equal."""
+"""Contexts up to this length are padded to share a call; longer ones share it if equal."""
 
 
 @dataclass
@@ -36,8 +36,8 @@ class Block:
         start: its first token in the microbatch.
         width: its tokens, one after the other.
         context: tokens before it that all of it sees.
-        path: where the first tail's sample starts in the microbatch's `index`.
-        tails: how many.
+        path: place in the microbatch's `index` at which the first tail's sample starts.
+        tails: how many there are.
     """
 
     start: int
@@ -52,7 +52,7 @@ class AttentionCall:
     """One call of scaled_dot_product_attention: B blocks of Q queries and K keys.
 
     Attributes:
-        mask: True where a query sees a key; None: plainly causal, Q = K.
+        mask: True if a query sees a key; None: plainly causal, Q = K.
     """
 
     blocks: int
@@ -101,9 +101,9 @@ class SharedPromptAttention:
 
     @cached_property
     def until(self) -> np.ndarray:
-        """[T] the first token after each that is not in its subtree, and does not see it."""
+        """[T] for each token the first one after it that is not in its subtree: it is not seen."""
         out = np.zeros(self.size, dtype=np.int64)
-        for start, width, context, path in self._tails:  # the last tail below a token counts
+        for start, width, context, path in self._tails:  # the last tail below a token decides
             out[self._index[path : path + context]] = start + width
             out[start : start + width] = start + width
         return out
@@ -146,7 +146,7 @@ class SharedPromptAttention:
         return torch.cat(outputs).index_select(0, plan.order)[None]
 
     def within(self, window: int | None) -> AttentionCalls:
-        """The calls for layers whose tokens see the last `window` positions, their own included."""
+        """Make the calls for layers whose tokens see the last `window` positions, with theirs."""
         if window is not None and window > int(self.positions.max()):
             window = None
         if window not in self._by_window:
@@ -226,27 +226,23 @@ class SharedPromptAttention:
         real: np.ndarray,
         window: int | None,
     ) -> np.ndarray | None:
-        """[B or 1, 1, Q, K] True where a query sees a key; None: plainly causal."""
+        """[B or 1, 1, Q, K] True if a query sees a key; None: plainly causal."""
         width, before = tokens.shape[1], context.shape[1]
         inside = window is None or before + width <= window
         if before == 0 and inside:
             return None
-        single = all(block.tails == 1 for block in group)
         among = np.tri(width, dtype=bool)[None]
-        if not single:  # tails of a block don't see one another, unless one continues the other
+        if any(block.tails > 1 for block in group):
+            # Tails of a block don't see one another, unless one continues the other.
             among = among & (tokens[:, :, None] < self.until[tokens][:, None, :])
         front = np.ones((1, 1, before), dtype=bool) if real.all() else real[:, None, :]
         count = max(len(among), len(front))
         shapes = ((count, width, before), (count, width, width))
         both = zip((front, among), shapes, strict=True)
-        mask = np.concatenate([np.broadcast_to(part, shape) for part, shape in both], axis=2)
+        mask = np.concatenate([np.broadcast_to(half, shape) for half, shape in both], axis=2)
         if not inside:
-            if single:
-                place = np.arange(before + width)
-                distance = (place[before:, None] - place[None, :])[None]
-            else:
-                keys = self.positions[np.concatenate([context, tokens], axis=1)]
-                distance = self.positions[tokens][:, :, None] - keys[:, None, :]
+            keys = self.positions[np.concatenate([context, tokens], axis=1)]
+            distance = self.positions[tokens][:, :, None] - keys[:, None, :]
             mask = mask & (distance < window)
         if len(mask) > 1 and (mask == mask[:1]).all():
             mask = mask[:1]

@@ -1,9 +1,9 @@
-"""The longest sample, and what changes with the length of a call.
+"""Find the longest sample whose log-probs don't depend on the length of a call.
 
 A log-prob must not depend on what else is computed in the same call. Some models break that: with
 longrope (Phi-3, Phi-4-mini) the largest position of the call chooses one of two sets of RoPE
-frequencies for all of its tokens. Whether a model does so is seen on the model itself, with a few
-tokens at a far position, so that it costs the same whatever the threshold.
+frequencies for all of its tokens. The model itself shows whether it does so: a few tokens are
+computed beside others at a far position, which costs the same whatever the threshold.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from gspo.kernels.hf import backbone, keep_long_rope
 log = logging.getLogger("gspo")
 
 PROBE_WORK = 2e11
-"""Parameters x tokens that a probe may cost: some seconds on two cores."""
+"""Parameters x tokens that a probe may compute: some seconds on two cores."""
 PROBE_TOKENS = 2048
 """A probe is never longer than this: its attention and its logits are not chunked."""
 _UNBOUNDED = 2**31
-_FARTHEST = 2**17  # position to try where the model names no longest one
+_FARTHEST = 2**17  # position to try if the model names no longest one
 _SHORT = 8
 _NOISE = 1e-3  # of the largest hidden state; other RoPE frequencies change far more
 
 
 def settle_context(lm: PreTrainedModel, name: str, wanted: int | None) -> int:
-    """The longest prompt + completion in tokens, such that nothing depends on a call's length.
+    """Find the longest prompt + completion in tokens for which a call's length changes nothing.
 
-    Below the model's RoPE threshold every call has the short frequencies. Where more is wanted,
-    every call gets the long ones, as in vLLM.
+    Below the model's RoPE threshold each call has the short frequencies. If more is wanted, each
+    call gets the long ones, as in vLLM.
 
     Args:
         lm: the model; its long RoPE frequencies may be made the only ones.
@@ -59,7 +59,7 @@ def settle_context(lm: PreTrainedModel, name: str, wanted: int | None) -> int:
         )
     if wanted is None:
         log.info(
-            "%s: context limited to %d tokens, where its RoPE frequencies change; "
+            "%s: context limited to %d tokens, at which its RoPE frequencies change; "
             "max_context=N above that uses the long frequencies for all texts",
             name,
             threshold,
@@ -77,8 +77,8 @@ def settle_context(lm: PreTrainedModel, name: str, wanted: int | None) -> int:
 
 
 def probe_length(lm: PreTrainedModel, context: int) -> int:
-    """Tokens of a text that reaches past the model's sliding windows; 0 where there is none, or
-    where that many would take too long."""
+    """Count the tokens of a text that reaches past the model's sliding windows; 0 if it has none,
+    or if so many tokens would take too long."""
     config = lm.config.get_text_config()
     windows = (*_numbers(config, "sliding_window"), *_numbers(config, "attention_window_size"))
     allowed = min(context, PROBE_TOKENS, int(PROBE_WORK / sum(p.numel() for p in lm.parameters())))
@@ -87,7 +87,7 @@ def probe_length(lm: PreTrainedModel, context: int) -> int:
 
 
 def chunk_in(lm: PreTrainedModel, context: int) -> int | None:
-    """Tokens of the chunks that attention doesn't look across, if a sample may have several."""
+    """Count the tokens of the chunks that attention stays in, if a sample may have several."""
     sizes = _numbers(lm.config.get_text_config(), "attention_chunk_size")
     return min((size for size in sizes if size < context), default=None)
 
@@ -103,21 +103,20 @@ def _far_tokens_change_near_ones(lm: PreTrainedModel, limit: int) -> bool:
     tokens = tokens % lm.get_input_embeddings().weight.shape[0]  # pyright: ignore
     run = backbone(lm).eval()
 
-    def hidden(rows: int) -> torch.Tensor:
-        return run(
-            input_ids=tokens.expand(rows, -1), position_ids=positions[:rows], use_cache=False
-        ).last_hidden_state[0]
+    def hidden(texts: int) -> torch.Tensor:
+        given = {"input_ids": tokens.expand(texts, -1), "position_ids": positions[:texts]}
+        return run(**given, use_cache=False).last_hidden_state[0]
 
     try:
         with torch.no_grad():
-            alone, beside = hidden(1), hidden(2)
+            single, beside = hidden(1), hidden(2)
     except TypeError:  # a model without positions has no threshold among them
         return False
-    return bool((alone - beside).abs().max() > _NOISE * alone.abs().max())
+    return bool((single - beside).abs().max() > _NOISE * single.abs().max())
 
 
 def _numbers(config: Any, name: str) -> Iterator[int]:
-    """Values of an entry of the config, or of a table inside it, such as `rope_parameters`."""
+    """Yield the values of an entry of the config and of its tables, such as `rope_parameters`."""
     entries = config if isinstance(config, Mapping) else vars(config)
     for key, value in entries.items():
         if key == name and isinstance(value, int):

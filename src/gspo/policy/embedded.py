@@ -14,16 +14,15 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from gspo.core.errors import ModelError, suggestion
 from gspo.kernels.hf import quiet
 from gspo.tasks import Task, load_task, task_names
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, Qwen3MoeForCausalLM
 
 Progress = Callable[[int, int, float], None]
 """Called with (step, steps, loss) while the warm start trains."""
@@ -39,7 +38,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the warm start is trained: so briefly that there is something left to learn."""
+    """How the warm start is trained: so short that there is something left to learn."""
 
     steps: int
     batch: int
@@ -57,13 +56,13 @@ RECIPES = {
 
 
 def cache_folder() -> Path:
-    """$GSPO_CACHE, else gspo's folder below $XDG_CACHE_HOME or ~/.cache."""
+    """Return $GSPO_CACHE, else gspo's folder below $XDG_CACHE_HOME or ~/.cache."""
     caches = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     return Path(os.environ.get("GSPO_CACHE", caches / "gspo"))
 
 
 def embedded_task(name: str) -> str:
-    """The task of `embedded:<task>`.
+    """Return the task of `embedded:<task>`.
 
     Raises:
         ModelError: no such task.
@@ -77,7 +76,7 @@ def embedded_task(name: str) -> str:
 
 
 def embedded_folder(name: str, progress: Progress | None = None) -> Path:
-    """The folder of `embedded:<task>`, built if it isn't there yet.
+    """Return the folder of `embedded:<task>`, built if it isn't there yet.
 
     Args:
         name: the whole name, `embedded:` included.
@@ -100,7 +99,8 @@ def embedded_folder(name: str, progress: Progress | None = None) -> Path:
             f"cannot build {name} in {folder.parent}: {error}. "
             "Set GSPO_CACHE to a folder that is writable."
         ) from None
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".building-") as building:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".building-") as parent:
+        building = Path(parent) / "model"
         tokenizer = build_tokenizer()
         model = build_model(tokenizer, recipe.seed)
         # One thread, so that the same seed gives the same weights on any machine of this kind.
@@ -119,8 +119,6 @@ def embedded_folder(name: str, progress: Progress | None = None) -> Path:
         except OSError:
             if not (folder / "config.json").exists():  # another process was faster otherwise
                 raise
-        # TemporaryDirectory wants something to delete.
-        Path(building).mkdir(exist_ok=True)
     return folder
 
 
@@ -143,17 +141,14 @@ _CONFIG: dict[str, Any] = {
 }
 
 
-def build_tokenizer() -> PreTrainedTokenizerBase:
-    """One token per printable ASCII character, and the special tokens of a chat."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
+def build_tokenizer() -> transformers.PreTrainedTokenizerBase:
+    """Build a tokenizer: a token per printable ASCII character, and the special ones of a chat."""
     characters = [c for c in string.printable if c not in "\r\x0b\x0c"]
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *characters])}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unk|>"))
     raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     raw.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=raw,
         unk_token="<|unk|>",
         pad_token="<|pad|>",
@@ -164,11 +159,11 @@ def build_tokenizer() -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3MoeForCausalLM:
-    """A fresh model of `_CONFIG` for the tokenizer, from a seed."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    config = Qwen3MoeConfig(
+def build_model(
+    tokenizer: transformers.PreTrainedTokenizerBase, seed: int
+) -> transformers.Qwen3MoeForCausalLM:
+    """Draw the weights of a new model of `_CONFIG` from a seed."""
+    config = transformers.Qwen3MoeConfig(
         vocab_size=len(tokenizer),
         pad_token_id=SPECIAL.index("<|pad|>"),
         eos_token_id=SPECIAL.index("<|end|>"),
@@ -177,17 +172,17 @@ def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3MoeForCau
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Qwen3MoeForCausalLM(config)
+        return transformers.Qwen3MoeForCausalLM(config)
 
 
 def _warm_start(
-    model: Qwen3MoeForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
+    model: transformers.Qwen3MoeForCausalLM,
+    tokenizer: transformers.PreTrainedTokenizerBase,
     task: Task,
     recipe: Recipe,
     progress: Progress | None,
 ) -> None:
-    """Train on the solutions of the train split, one token after the other."""
+    """Train on the solutions of the train split: each token given those before it."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.0)
     warmup = max(1, recipe.steps // 10)
     for step in range(recipe.steps):
@@ -209,18 +204,17 @@ def _warm_start(
 
 
 def _examples(
-    tokenizer: PreTrainedTokenizerBase, task: Task, indices: range, seed: int
+    tokenizer: transformers.PreTrainedTokenizerBase, task: Task, indices: range, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [B, T] and labels [B, T], -100 outside the solutions; padded on the right."""
+    """Make token ids [B, T] and labels [B, T], -100 outside the solutions; padded on the right."""
     texts, labels = [], []
-    # A separate stream of problems: the RL run sees the seeds from 0 on.
+    # Other problems than those of the RL run, which sees the seeds from 0 on.
     stream = 1_000_003 + seed
     for index in indices:
         problem = task.problem("train", index, stream)
-        text = tokenizer.apply_chat_template(
-            task.messages(problem), tokenize=False, add_generation_prompt=True
+        prompt: Any = tokenizer.apply_chat_template(
+            task.messages(problem), add_generation_prompt=True, return_dict=False
         )
-        prompt = tokenizer(str(text), add_special_tokens=False)["input_ids"]
         answer = tokenizer(problem.answer, add_special_tokens=False)["input_ids"]
         answer = [*answer, tokenizer.eos_token_id] if task.ends else answer
         texts.append(torch.tensor(prompt + answer))

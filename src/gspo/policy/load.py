@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from gspo.core.compute import free_cores
 from gspo.core.errors import ModelError
@@ -30,7 +30,7 @@ def load_policy(
     Args:
         base_model: `embedded:<task>`, a folder in Hugging Face layout, or a hub id.
         config: precision, LoRA and context.
-        checkpoint: a folder written by `save_weights`, which then stands for the weights.
+        checkpoint: a folder written by `save_weights`, whose weights are taken instead.
 
     Raises:
         ModelError: unknown model, unusable architecture, or a context beyond the model's.
@@ -44,7 +44,7 @@ def load_policy(
     tokenizer = read_tokenizer(source, trust_remote_code=trust)
     if hf.attention_implementation(lm) == "sdpa":
         lm.set_attn_implementation(PACKED)
-    limit = settle_context(lm, base_model, config.max_context)
+    context = settle_context(lm, base_model, config.max_context)
     threads, workers = _threads(lm, config.threads)
     torch.set_num_threads(threads)
     peft = None if config.lora is None else add_lora(lm, config.lora, checkpoint)
@@ -55,8 +55,8 @@ def load_policy(
         tokenizer=tokenizer,
         source=source,
         compute_dtype=dtype,
-        context=limit,
-        entries=_entries(tokenizer),
+        context=context,
+        entries=max(tokenizer.get_vocab().values()) + 1,  # heads are often padded beyond them
         checkpointing=config.activation_checkpointing,
         # peft swaps the experts' weights on the module while it computes, for every thread.
         workers=Workers(1 if peft else workers),
@@ -67,23 +67,15 @@ def load_policy(
 
 
 def save_weights(policy: Policy, folder: Path) -> None:
-    """Weights and tokenizer in Hugging Face layout (with LoRA: the adapter in peft's)."""
+    """Write weights and tokenizer in Hugging Face layout (with LoRA: the adapter in peft's)."""
     with hf.quiet():
-        if policy.peft is not None:
-            policy.peft.save_pretrained(folder)
-        else:
-            policy.lm.save_pretrained(folder)
+        (policy.peft or policy.lm).save_pretrained(folder)
         policy.tokenizer.save_pretrained(folder)
 
 
 def recompute_layers(policy: Policy) -> None:
     """Recompute layers in the backward pass, with the same replayed choices of experts."""
     hf.recompute_layers(policy.lm, policy.routers.recompute)
-
-
-def _entries(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Token ids that the tokenizer has, added ones too; heads are often padded beyond them."""
-    return max(tokenizer.get_vocab().values()) + 1
 
 
 def _device(name: str) -> torch.device:

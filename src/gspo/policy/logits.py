@@ -14,28 +14,27 @@ import torch
 from transformers import PreTrainedModel
 
 from gspo.core.errors import ModelError
-from gspo.kernels.hf import output_embeddings
 
 _TOKENS = 5
 _TOLERANCE = 1e-5  # of the largest logit; two numbers of a config are further apart
 
 
 def soft_cap(lm: PreTrainedModel) -> float | None:
-    """c, where the model's logits are c * tanh(logits / c)."""
+    """Find c, if the model's logits are c * tanh(logits / c); None otherwise."""
     config = lm.config.get_text_config()
     names = ("final_logit_softcapping", "logits_soft_cap")
     return next((cap for name in names if (cap := getattr(config, name, None))), None)
 
 
 def logit_scale(lm: PreTrainedModel, source: str) -> float:
-    """The factor between the head's product and the logits: a number of the config, or 1 / it.
+    """Find the factor between the head's product and the logits: a number of the config, or 1 / it.
 
     It is exactly that number, not a measured one, so that it is the same whatever the weights are.
 
     Raises:
         ModelError: no number in the config turns the head's output into the logits.
     """
-    head, cap = output_embeddings(lm), soft_cap(lm)
+    head, cap = lm.get_output_embeddings(), soft_cap(lm)
     if not isinstance(head, torch.nn.Linear):
         return 1.0  # `Policy.head` refuses it
     products: list[Any] = []
@@ -47,7 +46,7 @@ def logit_scale(lm: PreTrainedModel, source: str) -> float:
     finally:
         hook.remove()
     if len(products) != 1 or products[0].shape != logits.shape:
-        return 1.0  # no plain head: what else happens, the probe of the log-probs finds out
+        return 1.0  # no plain head: the probe of the log-probs finds out what else happens
     plain = products[0].float().clone()
     for scale in _candidates(lm):
         expected = plain * scale
@@ -63,7 +62,7 @@ def logit_scale(lm: PreTrainedModel, source: str) -> float:
 
 
 def _candidates(lm: PreTrainedModel) -> Iterator[float]:
-    """1, then each number of the config and its inverse."""
+    """Yield 1, then each number of the config and its inverse."""
     yield 1.0
     for value in vars(lm.config.get_text_config()).values():
         if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:

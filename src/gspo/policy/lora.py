@@ -1,4 +1,4 @@
-"""LoRA adapters: put in anew, or from a checkpoint."""
+"""Put LoRA adapters into a model: new ones, or those of a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gspo.policy.source import check_no_pickles
 
 
 def add_lora(lm: PreTrainedModel, config: LoraConfig, checkpoint: Path | None) -> Any:
-    """The PeftModel around `lm`, whose adapters are the only weights that are trained.
+    """Make the PeftModel around `lm`, whose adapters are the only weights that are trained.
 
     Args:
         lm: the base model; adapters are put into it.
@@ -36,11 +36,13 @@ def add_lora(lm: PreTrainedModel, config: LoraConfig, checkpoint: Path | None) -
         check_no_pickles(str(checkpoint))
         with _without_false_alarms():
             return peft.PeftModel.from_pretrained(lm, checkpoint, is_trainable=True)
+    # The experts' weights are stacked: 3-d parameters, which are no linear modules.
+    experts = [name for name, p in lm.named_parameters() if p.dim() == 3 and ".experts." in name]
     spec = peft.LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
         target_modules=config.target_modules,
-        target_parameters=_expert_parameters(lm, config),
+        target_parameters=(experts or None) if config.target_modules == "all-linear" else None,
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )
@@ -69,15 +71,3 @@ def _without_false_alarms() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*")
         warnings.filterwarnings("ignore", message="Unsupported layer type.*Experts.*")
         yield
-
-
-def _expert_parameters(lm: PreTrainedModel, config: LoraConfig) -> list[str] | None:
-    """The experts' stacked 3-d weights, which are parameters and not linear modules."""
-    if config.target_modules != "all-linear":
-        return None
-    names = [
-        name
-        for name, parameter in lm.named_parameters()
-        if parameter.dim() == 3 and ".experts." in name
-    ]
-    return names or None

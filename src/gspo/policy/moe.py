@@ -1,8 +1,8 @@
-"""MoE routers of any transformers model: record their choice of experts, or replay one.
+"""Record which experts the routers of an MoE model choose, or replay a choice.
 
 An expert choice is the K expert numbers of one token in one MoE layer, in the router's order.
-transformers names a model's router modules itself (`_can_record_outputs["router_logits"]`), and
-such a router picks its experts by `torch.topk` inside its own forward. So it is enough to wrap the
+transformers names the router modules of a model (`_can_record_outputs["router_logits"]`), and such
+a router picks its experts by `torch.topk` inside its forward. So it is enough to wrap the
 `forward` of each router: inside it, torch's function mode sees that one call. Gate values stay
 live, and a router in half precision is lifted to float32 on the way.
 
@@ -25,8 +25,9 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Integer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
 from gspo.core.errors import ConfigError, DataError, ModelError, NumericsError
 from gspo.kernels.hf import find_routers
@@ -42,12 +43,11 @@ class Routers:
         experts: E, how many each of them chooses from; 0 in a dense model.
     """
 
-    def __init__(self, lm: nn.Module, source: str):
+    def __init__(self, lm: PreTrainedModel, source: str):
         named = find_routers(lm)
         self.modules = [router for router, _ in named]
         self._model = f"{type(lm).__name__} ({source})"
-        config = getattr(lm, "config", None)
-        self._configured = 0 if config is None else _count(config.get_text_config())
+        self._configured = _count(lm.config.get_text_config())
         self.experts = (_count(self.modules[0]) or self._configured) if self.modules else 0
         # By thread, since microbatches are computed side by side.
         self._watched: dict[int, ExpertChoices | None] = {}
@@ -71,8 +71,7 @@ class Routers:
                 "transformers names no router module of it (_can_record_outputs['router_logits'])"
             )
         raise ConfigError(
-            f"{what} asked of a dense model: {self._model} has no experts "
-            "to route to; leave the option out"
+            f"{what} asked of a dense model: {self._model} has no experts; leave the option out"
         )
 
     @contextmanager
@@ -87,12 +86,12 @@ class Routers:
         """Record every choice of experts inside the block, or replay one.
 
         Args:
-            replay: experts to use; a row with a negative number is left to the router.
+            replay: experts to use; the router chooses for a token whose numbers are negative.
             balance: weight of each expert's router probability in `ExpertChoices.balance`; takes
                 `copies` with it.
             copies: how often each token counts in sums; None: once.
-            strict: refuse a router whose choice cannot be seen. Otherwise `ExpertChoices.complete`
-                says so. A replay is always strict.
+            strict: refuse a router whose choice cannot be seen. If not strict,
+                `ExpertChoices.complete` says so. A replay is always strict.
 
         Raises:
             ModelError: strict, and a router without exactly one top-k over its experts.
@@ -105,9 +104,9 @@ class Routers:
         choices.check(self._model, strict or replay is not None)
 
     def recompute(self) -> tuple[Any, Any]:
-        """`context_fn` of torch's checkpoint: a recomputed layer meets the choices of its forward.
+        """`context_fn` of torch's checkpoint: a recomputed layer takes its earlier choices.
 
-        They are rewound to where this layer's tokens started, and record nothing again.
+        They are rewound to the first tokens of this layer; nothing is recorded a second time.
         """
         choices = self._watched.get(threading.get_ident())
         return nullcontext(), self._watching(None if choices is None else choices.rewound())
@@ -123,7 +122,7 @@ class Routers:
             self._watched[thread] = before
 
     def _run(self, layer: int, *args: Any, **kwargs: Any) -> Any:
-        """The `forward` of a router, in float32 and watched."""
+        """Run the `forward` of a router, in float32 and watched."""
         router = self.modules[layer]
         hidden = args[0] if args else next(iter(kwargs.values()))
         choices = self._watched.get(threading.get_ident())
@@ -131,8 +130,7 @@ class Routers:
         with ExitStack() as stack:
             if weight is None or weight.dtype == torch.float32:
                 # Digits that bfloat16 doesn't have decide between near-equal experts.
-                if torch.is_autocast_enabled(hidden.device.type):
-                    stack.enter_context(torch.autocast(hidden.device.type, enabled=False))
+                stack.enter_context(torch.autocast(hidden.device.type, enabled=False))
                 args = tuple(_lifted(value) for value in args)
                 kwargs = {name: _lifted(value) for name, value in kwargs.items()}
             if choices is not None:
@@ -188,7 +186,7 @@ class ExpertChoices(TorchFunctionMode):
                 )
 
     def rewound(self) -> ExpertChoices:
-        """For a layer that is recomputed: the same replay from here on, nothing recorded."""
+        """Copy this for a layer that is recomputed: same replay from here on, nothing recorded."""
         again = copy.copy(self)
         again._routed = list(self._routed)
         again._records = False
@@ -196,7 +194,7 @@ class ExpertChoices(TorchFunctionMode):
         return again
 
     def of_layer(self, layer: int, columns: int) -> ExpertChoices:
-        """The mode for one call of this layer's router, which chooses from `columns` experts."""
+        """Return the mode for one call of this layer's router, which has `columns` experts."""
         self._layer, self._columns, self._calls = layer, columns, 0
         return self
 
@@ -216,7 +214,7 @@ class ExpertChoices(TorchFunctionMode):
         return torch.return_types.topk((scores.gather(-1, used), used))  # pyright: ignore[reportCallIssue]
 
     def _choose(self, preferred: Int[Tensor, "n K"]) -> Int[Tensor, "n K"]:
-        """The experts that the router is to use, given those that it prefers."""
+        """Return the experts that the router must use, given those that it prefers."""
         layer, start = self._layer, self._routed[self._layer]
         self._routed[layer] += len(preferred)
         used = preferred
@@ -236,7 +234,7 @@ class ExpertChoices(TorchFunctionMode):
         return used
 
     def note(self, logits: Float[Tensor, "n E"]) -> None:
-        """A router has run, with these logits."""
+        """Note that a router has run, with these logits."""
         layer = self._layer
         if self._calls != 1:
             self._unseen = self._unseen or (layer, self._calls)
@@ -244,7 +242,7 @@ class ExpertChoices(TorchFunctionMode):
         if self._records:
             self._finite.append((layer, logits.detach().isfinite().all()))
         if self._weights is not None and self._copies is not None:
-            # Also when recomputed: checkpoint wants the same tensors saved, in the same order.
+            # Also if recomputed: checkpoint wants the same tensors saved, in the same order.
             probabilities = logits.float().softmax(-1)
             end = self._routed[layer]
             copies = self._copies[end - len(logits) : end].to(logits.device, torch.float32)
@@ -252,7 +250,7 @@ class ExpertChoices(TorchFunctionMode):
             self.balance = self.balance + copies @ probabilities @ weights
 
     def check(self, model: str, strict: bool) -> None:
-        """The forward pass is over: refuse what was left over, or could not be seen.
+        """Refuse, after the forward pass, what was left over or could not be seen.
 
         Raises:
             ModelError, DataError, NumericsError: see `Routers.watch`.
@@ -264,7 +262,7 @@ class ExpertChoices(TorchFunctionMode):
             layer, calls = self._unseen
             raise ModelError(
                 f"{model}: the router of MoE layer {layer} makes {calls} top-k choices of its "
-                "experts in its own forward; they are recorded and replayed if it is 1"
+                "experts in its forward; they are recorded and replayed if it is 1"
             )
         # One read from the device, not one per layer.
         if self._finite and not bool(torch.stack([finite for _, finite in self._finite]).all()):
@@ -280,26 +278,25 @@ class ExpertChoices(TorchFunctionMode):
             )
 
     def preferred(self) -> Integer[Tensor, "T N K"]:
-        """The experts that the routers preferred: uint8 up to 256 experts, int16 above."""
+        """Return the experts that the routers preferred: uint8 up to 256 experts, int16 above."""
         return torch.stack([torch.cat([first for first, _ in calls]) for calls in self._chosen], 1)
 
     def used(self) -> Integer[Tensor, "T N K"]:
-        """The experts that computed, replayed or preferred; same type."""
+        """Return the experts that computed, replayed or preferred; same type."""
         return torch.stack([torch.cat([used for _, used in calls]) for calls in self._chosen], 1)
 
     def loads(self) -> Int[Tensor, "N E"]:
-        """Tokens that each expert of each layer computed, each as often as it has copies."""
+        """Count the tokens that each expert of each layer computed, each as often as its copies."""
         used = self.used().long()
+        if self._copies is not None:
+            used = used.repeat_interleave(self._copies.to(used.device), dim=0)
         layers = torch.arange(used.shape[1], device=used.device)[:, None]
         slots = (used + layers * self._experts).flatten()
-        counts = used.new_ones(len(used)) if self._copies is None else self._copies.to(used.device)
-        each = counts[:, None, None].expand_as(used).flatten()
-        loads = each.new_zeros(used.shape[1] * self._experts).index_add_(0, slots, each)
-        return loads.view(-1, self._experts)
+        return slots.bincount(minlength=used.shape[1] * self._experts).view(-1, self._experts)
 
 
 def _count(named: Any) -> int:
-    """Number of experts, as a router or a config names it; 0 if it doesn't."""
+    """Read the number of experts of a router or a config; 0 if it names none."""
     values = (getattr(named, name, None) for name in _COUNTS)
     return next((value for value in values if isinstance(value, int)), 0)
 

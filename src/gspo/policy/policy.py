@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,8 +23,8 @@ from gspo.policy.moe import Routers
 from gspo.policy.workers import Workers
 
 Packing = Literal["flex", "buckets", "mask", "single"]
-OWN: frozenset[Packing] = frozenset({"flex", "buckets"})
-"""Ways of packing that go through gspo's attention, where no T x T mask is made."""
+WITH_GSPO_ATTENTION: frozenset[Packing] = frozenset({"flex", "buckets"})
+"""Ways of packing that go through gspo's attention, which makes no T x T mask."""
 
 
 @dataclass
@@ -46,8 +45,8 @@ class Policy:
         checkpointing: layers are recomputed in the backward pass.
         version: policy version, counted up by every update.
         workers: threads that train a microbatch each.
-        entries: entries of the vocabulary that are tokens, or None: all rows of the head. The rows
-            behind them pad the head; log-probs are over the tokens only.
+        entries: entries of the vocabulary that are tokens; None: the whole head. What lies behind
+            them pads the head; log-probs are over the tokens only.
         logit_scale: factor between the head's product and the logits; None: found on the model.
         routers: of an MoE model; none in a dense one.
     """
@@ -88,7 +87,7 @@ class Policy:
         Raises:
             ModelError: it is no linear layer.
         """
-        module = hf.output_embeddings(self.lm)
+        module = self.lm.get_output_embeddings()
         if not isinstance(module, torch.nn.Linear):
             raise ModelError(
                 f"{self.source}: the output head is a {type(module).__name__}; gspo computes "
@@ -102,12 +101,9 @@ class Policy:
         """Trained parameters by name, in a fixed order."""
         return {n: p for n, p in self.lm.named_parameters() if p.requires_grad}
 
-    @contextmanager
-    def reference(self) -> Iterator[None]:
+    def reference(self) -> AbstractContextManager[None]:
         """Inside the block the adapters are off: the base model (LoRA only)."""
-        assert self.peft is not None
-        with self.peft.disable_adapter():
-            yield
+        return self.peft.disable_adapter()
 
     def autocast(self) -> AbstractContextManager[object]:
         """Inside the block products are computed in `compute_dtype`."""
@@ -139,7 +135,6 @@ class Policy:
 
     def _hidden_states(self, microbatch: Microbatch) -> Float[Tensor, "T D"]:
         device = self.device
-        tokens, positions = microbatch.tokens.to(device), microbatch.positions.to(device)
         if self.packing == "single" and microbatch.token_count < microbatch.sample_tokens:
             raise ValueError("a microbatch with shared prompts, and a model packed by 'single'")
         extra: dict[str, Any] = {}
@@ -153,19 +148,16 @@ class Policy:
             extra["attention_mask"] = hf.no_mask(device)
             extra["gspo_plan"] = FlexAttention(plan) if self.packing == "flex" else plan
         with self.autocast():
-            hidden = [
-                self.backbone(
-                    input_ids=part, position_ids=at, use_cache=False, **extra
-                ).last_hidden_state[0]
-                for part, at in zip(
-                    tokens.split(lengths, dim=1), positions.split(lengths, dim=1), strict=True
-                )
-            ]
+            hidden = []
+            inputs = torch.stack([microbatch.tokens, microbatch.positions]).to(device)
+            for tokens, positions in inputs.split(lengths, dim=2):
+                given = {"input_ids": tokens, "position_ids": positions} | extra
+                hidden.append(self.backbone(use_cache=False, **given).last_hidden_state[0])
         return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 
     def _masks(self, microbatch: Microbatch) -> Any:
-        """The T x T mask in the form that the model's attention takes: one for each layer type of a
-        model with several, or one for all layers."""
+        """Make the T x T mask in the form that the model's attention takes: one for each layer type
+        of a model that has several, or one for all layers."""
         config = self.lm.config.get_text_config()
         window: Any = getattr(config, "sliding_window", None)
         until = torch.from_numpy(SharedPromptAttention(microbatch).until).to(self.device)
@@ -176,7 +168,8 @@ class Policy:
             return query < until[key]
 
         def near(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (query < until[key]) & (positions[query] < positions[key] + window)
+            near_enough = positions[query] < positions[key] + window
+            return (query < until[key]) & near_enough
 
         if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
             return {

@@ -8,9 +8,9 @@ that training makes, with gradients, is compared with the plain one.
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from gspo.core.errors import ModelError
 from gspo.data.packing import Microbatch, pack
-from gspo.data.sample import Sample
+from gspo.data.sample import Sample, sample_of
+from gspo.data.turn import Turn
 from gspo.policy.context import chunk_in, probe_length
-from gspo.policy.policy import OWN, Packing, Policy
+from gspo.policy.policy import WITH_GSPO_ATTENTION, Packing, Policy
 
 log = logging.getLogger("gspo")
 
@@ -29,7 +30,8 @@ _ORDER: tuple[Packing, ...] = ("buckets", "mask", "single")
 _REFUSALS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
 _UNRELATED = (9, 4, 7)  # tokens of texts that have nothing in common
 _SHARED, _PROMPTS, _COMPLETIONS = 16, (19, 18), (5, 8)  # tokens
-TOLERANCE = 1e-3  # nats; a leak between samples or an unknown logit transform costs far more
+_TEMPERATURE = 0.7
+_TOLERANCE = 1e-3  # nats; a leak between samples or an unknown logit transform costs far more
 
 
 def choose_packing(policy: Policy) -> None:
@@ -43,14 +45,15 @@ def choose_packing(policy: Policy) -> None:
     samples, gap = _random_samples(policy), float("nan")
     (apart,) = pack(samples, budget=10_000)
     (shared,) = pack(samples, budget=10_000, share=True)
-    policy.shares_prompts = False
-    ways = _ways(policy, apart)
-    with torch.no_grad(), _in_float32(policy):
-        expected = _reference(policy, samples)
-        for packing in ways:
-            policy.packing = packing
-            gap = _gap(policy, apart, expected, f"{packing} packing")
-            if gap <= TOLERANCE and not _leaks(policy, apart):
+    # What is proved is the structure; rounding would blur it.
+    exact = copy.copy(policy)
+    exact.compute_dtype = torch.float32
+    with torch.no_grad():
+        expected = _reference(exact, samples)
+        for packing in _ways(policy, apart):
+            policy.packing = exact.packing = packing
+            gap = _gap(exact, apart, expected, f"{packing} packing")
+            if gap <= _TOLERANCE and not _leaks(exact, apart):
                 break
         else:
             raise ModelError(
@@ -58,12 +61,12 @@ def choose_packing(policy: Policy) -> None:
                 "one text at a time too: between its last layer and its logits it computes "
                 f"something that gspo doesn't; {type(policy.lm).__name__} is not supported"
             )
-        if policy.packing != "single":
-            gap = _gap(policy, shared, expected, "sharing prompts")
-            policy.shares_prompts = gap <= TOLERANCE
+        policy.shares_prompts = (
+            packing != "single" and _gap(exact, shared, expected, "sharing prompts") <= _TOLERANCE
+        )
         if policy.checkpointing:
-            _check_checkpointing(policy, apart, expected)
-    if policy.packing not in OWN:
+            _check_checkpointing(exact, apart, expected)
+    if policy.packing not in WITH_GSPO_ATTENTION:
         log.warning("%s: samples are packed by %r", policy.source, policy.packing)
     if not policy.shares_prompts:
         log.warning("%s: a prompt is computed once for each of its completions", policy.source)
@@ -98,14 +101,14 @@ def _check_checkpointing(policy: Policy, microbatch: Microbatch, expected: Tenso
         ModelError: a pass with gradients differs from one without, or its backward pass fails.
     """
     try:
-        logprobs = _trained(policy, microbatch, list(policy.trainable.values()))
+        logprobs = _trained(policy, microbatch, [*policy.trainable.values()])
     except _REFUSALS as error:
         raise ModelError(
             f"{policy.source}: activation_checkpointing does not work with "
             f"{type(policy.lm).__name__}: {error} Leave the option out"
         ) from error
     gap = (logprobs - expected).abs().max().item()
-    if not gap <= TOLERANCE:
+    if not gap <= _TOLERANCE:
         raise ModelError(
             f"{policy.source}: with activation_checkpointing, log-probs differ by {gap:.3g} nats; "
             "leave the option out"
@@ -127,7 +130,7 @@ def _gap(policy: Policy, microbatch: Microbatch, expected: Tensor, way: str) -> 
     except _REFUSALS as error:
         log.info("%s: %s: %s", policy.source, way, error)
         return float("inf")
-    if gap > TOLERANCE:
+    if gap > _TOLERANCE:
         log.info("%s: %s is off by %.3g nats", policy.source, way, gap)
     return gap
 
@@ -158,26 +161,14 @@ def _leaks(policy: Policy, microbatch: Microbatch) -> bool:
             gradients = torch.autograd.grad(total, inputs, allow_unused=True)
     finally:
         hook.remove()
-    others = [slice(0, start), slice(stop, None)]
     leaked = any(
-        bool(gradient[0, tokens].any())
+        bool(gradient[0, :start].any() or gradient[0, stop:].any())
         for gradient in gradients
         if gradient is not None
-        for tokens in others
     )
     if leaked:
         log.info("%s: %s packing lets a sample see its neighbours", policy.source, policy.packing)
     return leaked
-
-
-@contextmanager
-def _in_float32(policy: Policy) -> Iterator[None]:
-    """What is proved is the structure; rounding would blur it."""
-    dtype, policy.compute_dtype = policy.compute_dtype, torch.float32
-    try:
-        yield
-    finally:
-        policy.compute_dtype = dtype
 
 
 def _random_samples(policy: Policy) -> list[Sample]:
@@ -185,45 +176,34 @@ def _random_samples(policy: Policy) -> list[Sample]:
     that is longer than the model's window."""
     rng = np.random.default_rng(0)
 
-    def text(length: int) -> np.ndarray:
-        return rng.integers(0, policy.head.size, length)
+    def text(length: int) -> list[int]:
+        return rng.integers(0, policy.head.size, length).tolist()
 
-    samples = [_sample(text(length), 1, i) for i, length in enumerate(_UNRELATED)]
+    texts = [(text(length), 1) for length in _UNRELATED]  # tokens, and how many are the prompt
     start = text(_SHARED)
     for length in _PROMPTS:
-        prompt = np.concatenate([start, text(length - _SHARED)])
-        for more in _COMPLETIONS:
-            samples.append(_sample(np.concatenate([prompt, text(more)]), length, len(samples)))
+        prompt = start + text(length - _SHARED)
+        texts += [(prompt + text(more), length) for more in _COMPLETIONS]
     reach = probe_length(policy.lm, policy.context)
     if reach > _SHARED:
-        samples.append(_sample(text(reach), reach - _SHARED, len(samples)))
-    return samples
-
-
-def _sample(tokens: np.ndarray, prompt: int, number: int) -> Sample:
-    mask, zeros = np.arange(len(tokens)) >= prompt, np.zeros(len(tokens))
-    return Sample(
-        tokens=tokens,
-        ratio_mask=mask,
-        loss_mask=mask,
-        old_logprobs=zeros.astype(np.float32),
-        sampling_logprobs=zeros.astype(np.float32),
-        temperatures=np.full(len(tokens), 0.7, np.float32),
-        turn_ids=zeros.astype(np.int64),
-        policy_versions=zeros.astype(np.int64),
-        trajectory_id=number,
-        group_id=0,
-        advantage=0.0,
-    )
+        texts.append((text(reach), reach - _SHARED))
+    return [
+        sample_of(
+            [Turn(tokens[:prompt], tokens[prompt:], [0.0] * (len(tokens) - prompt), _TEMPERATURE)],
+            trajectory_id=number,
+        )
+        for number, (tokens, prompt) in enumerate(texts)
+    ]
 
 
 def _reference(policy: Policy, samples: Sequence[Sample]) -> Float[Tensor, " M"]:
     """The plain way: one call of the whole model per sample, full logits, float32."""
-    parts = []
+    logprobs_of_samples = []
     for sample in samples:
         tokens = torch.from_numpy(sample.tokens)[None].to(policy.device)
         logits = policy.lm(input_ids=tokens, use_cache=False).logits[0, :-1, : policy.head.size]
-        logits = logits.float() / 0.7
-        logprobs = logits.log_softmax(-1).gather(-1, tokens[0, 1:, None]).squeeze(-1)
-        parts.append(logprobs[torch.from_numpy(sample.ratio_mask[1:]).to(policy.device)])
-    return torch.cat(parts)
+        logprobs = (logits.float() / _TEMPERATURE).log_softmax(-1)
+        logprobs = logprobs.gather(-1, tokens[0, 1:, None]).squeeze(-1)
+        sampled = torch.from_numpy(sample.ratio_mask[1:]).to(policy.device)
+        logprobs_of_samples.append(logprobs[sampled])
+    return torch.cat(logprobs_of_samples)

@@ -1,4 +1,4 @@
-"""Where a model comes from: names, folders, hub ids; and what is never done with them.
+"""Find and read a model by its name, folder or hub id.
 
 No pickle is loaded, and no code of a model folder is run unless `trust_remote_code=True` asks for
 it: there is no question at the terminal.
@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
+from huggingface_hub import constants
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -25,7 +26,7 @@ from transformers import (
 )
 
 from gspo.core.errors import ModelError, suggestion
-from gspo.kernels.hf import hub_address, quiet
+from gspo.kernels.hf import quiet
 from gspo.policy.embedded import PREFIX, RECIPES, embedded_folder
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -84,11 +85,8 @@ def read_model(path: str, source: str, *, trust_remote_code: bool = False) -> Pr
         ModelError: unknown model or architecture, pickled or quantized weights.
     """
     check_no_pickles(path)
-    options = {
-        "config": read_config(path, trust_remote_code=trust_remote_code),
-        "dtype": torch.float32,
-        "use_safetensors": True,
-    }
+    config = read_config(path, trust_remote_code=trust_remote_code)
+    options = {"config": config, "dtype": torch.float32, "use_safetensors": True}
     lm = _read(AutoModelForCausalLM, path, trust_remote_code, name=source, **options)
     if getattr(lm, "is_quantized", False):
         raise ModelError(f"{source!r} holds quantized weights; dequantize it to train it")
@@ -99,11 +97,24 @@ def _read(
     auto: Any, path: str, trust_remote_code: bool, *, name: str = "", what: str = "", **options: Any
 ) -> Any:
     """Call `from_pretrained`; an error becomes a ModelError that calls the model `name`."""
+    name, is_folder = name or path, Path(path).is_dir()
+    options |= {
+        "trust_remote_code": trust_remote_code,
+        # A hub that cannot be reached is not asked again and again: its cache is searched.
+        "local_files_only": not is_folder and not _hub_answers(),
+    }
     with quiet():
         try:
-            return auto.from_pretrained(path, **options, **_safely(path, trust_remote_code))
+            return auto.from_pretrained(path, **options)
         except _REFUSALS as error:
-            raise _refusal(name or path, error, what) from error
+            if "trust_remote_code" in str(error):
+                raise ModelError(
+                    f"base_model {name!r} needs Python code of its own folder. gspo runs none "
+                    "unless you say so: dev.InternalModelConfig(trust_remote_code=True), after you "
+                    "have read it"
+                ) from error
+            hint = "" if is_folder else " (hub ids need the network or its cache)"
+            raise ModelError(f"cannot load {what}base_model {name!r}{hint}: {error}") from error
 
 
 def check_no_pickles(path: str) -> None:
@@ -124,35 +135,15 @@ def check_no_pickles(path: str) -> None:
         )
 
 
-def _safely(source: str, trust_remote_code: bool) -> dict[str, Any]:
-    """Arguments of each `from_pretrained`. A hub that cannot be reached is not asked again and
-    again: only its cache is searched."""
-    return {
-        "trust_remote_code": trust_remote_code,
-        "local_files_only": not Path(source).is_dir() and not _hub_answers(),
-    }
-
-
 def _hub_answers() -> bool:
     if urllib.request.getproxies():
         return True  # the proxy resolves names
-    address = urlsplit(hub_address())
+    address = urlsplit(constants.ENDPOINT)
     try:
         socket.getaddrinfo(address.hostname, address.port or 443)
     except OSError:
         return False
     return True
-
-
-def _refusal(source: str, error: Exception, what: str) -> ModelError:
-    """The error in gspo's words, with the remedy."""
-    if "trust_remote_code" in str(error):
-        return ModelError(
-            f"base_model {source!r} needs Python code of its own folder. gspo runs none unless "
-            "you say so: dev.InternalModelConfig(trust_remote_code=True), after you have read it"
-        )
-    offline = "" if Path(source).is_dir() else " (hub ids need the network or its cache)"
-    return ModelError(f"cannot load {what}base_model {source!r}{offline}: {error}")
 
 
 def _without_config(folder: Path) -> str:

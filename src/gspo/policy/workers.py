@@ -1,14 +1,14 @@
-"""Threads that each compute a row of their own, where a model is too small to share one.
+"""Threads that compute a microbatch each, if a model is too small to split an operation.
 
 Torch's operations release the interpreter's lock, and so does the whole backward pass. Two threads
-with a row each do nearly twice the work of one, while two OpenMP threads inside each small
+with a microbatch each do nearly twice the work of one, while two OpenMP threads inside each small
 operation mostly wait for one another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -20,7 +20,7 @@ B = TypeVar("B")
 
 
 class Workers:
-    """`count` threads; with one, the caller's own.
+    """`count` threads; if it is one, the thread of the caller.
 
     >>> Workers(2).map(lambda x: x + 1, [1, 2, 3])
     [2, 3, 4]
@@ -28,25 +28,23 @@ class Workers:
 
     def __init__(self, count: int = 1):
         self.count = count
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool = ThreadPoolExecutor(
+            count, "gspo-microbatch", initializer=torch.set_num_threads, initargs=(1,)
+        )
 
     def map(self, function: Callable[[A], B], items: Sequence[A]) -> list[B]:
-        """The function of each item, in order. Grad mode and autocast are the thread's own.
+        """Call the function with each item; the results are in the order of the items.
+
+        Grad mode and autocast are set for each thread separately: the function sets its own.
 
         Raises:
             Exception: the first that an item raised, once all have ended.
         """
         if self.count == 1 or len(items) == 1:
             return [function(item) for item in items]
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(
-                self.count, "gspo-row", lambda: torch.set_num_threads(1)
-            )
         work = beside(function)  # a clock that is held sees what the threads do
         futures = [self._pool.submit(work, item) for item in items]
-        errors = [error for future in futures if (error := future.exception()) is not None]
-        if errors:
-            raise errors[0]
+        wait(futures)
         return [future.result() for future in futures]
 
     def __deepcopy__(self, memo: object) -> Workers:

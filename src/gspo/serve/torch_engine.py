@@ -28,7 +28,7 @@ from gspo.kernels.kv_cache import (
     prefill,
 )
 from gspo.kernels.logprob import full_logits
-from gspo.policy.policy import OWN, Policy
+from gspo.policy.policy import WITH_GSPO_ATTENTION, Policy
 from gspo.serve.decoding import OpenCompletion, Running, record_expert_choices
 from gspo.serve.engine import Completion, Request, check_fits
 from gspo.serve.tokens import end_tokens, ends_of, token_bytes
@@ -52,7 +52,9 @@ class TorchEngine:
         self.policy = policy
         self.max_running = max_running
         packed = attention_implementation(policy.lm) == PACKED
-        self.layout: Layout = "shared" if packed and policy.packing in OWN else "model_cache"
+        self.layout: Layout = (
+            "shared" if packed and policy.packing in WITH_GSPO_ATTENTION else "model_cache"
+        )
         """How keys and values are kept; `check_engine` goes on to the next if one isn't exact."""
         self._seed = seed
         self._drawn: Counter[int] = Counter()
