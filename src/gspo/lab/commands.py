@@ -102,12 +102,12 @@ def inspect(
     )
     if picture is not None:
         require_plotly()
-    found = inspect_run(spec)
-    print(render(found, matrix=matrix), end="")
+    inspection = inspect_run(spec)
+    print(render(inspection, matrix=matrix), end="")
     if picture is not None:
-        print(f"picture: {draw_inspection(found, picture)}")
+        print(f"picture: {draw_inspection(inspection, picture)}")
     if as_json:
-        print(strict_json(asdict(found)))
+        print(strict_json(asdict(inspection)))
 
 
 def compare(
@@ -183,17 +183,20 @@ def report(
 
 
 def draw(folder: Path) -> dict[str, str | None]:
-    """Write the report of a finished run or comparison; or say why not, for they are worth more.
+    """Write the report of a finished run or comparison; if that fails, print why.
 
     Returns:
         `report`, as `--json` prints it; None if there is none.
     """
-    from gspo.lab.report.write import try_report
+    from gspo.lab.report.write import make_report
 
-    page = try_report(folder)
-    if page is not None:
-        print(f"report: {page}")
-    return {"report": page and str(page)}
+    try:
+        page = str(make_report([folder]))
+    except Exception as error:  # whatever it is: a run of hours is worth more than its page
+        print(f"no report: {error}")
+        return {"report": None}
+    print(f"report: {page}")
+    return {"report": page}
 
 
 def print_profile(profile: Profile, run: Path) -> str:

@@ -40,8 +40,6 @@ from gspo.policy.embedded import PREFIX, embedded_folder
 
 _SPAWN = multiprocessing.get_context("spawn")
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-_PAUSE = 10.0
-"""Seconds between two writings of comparison.json."""
 
 
 def default_workers(cells: Sequence[Cell]) -> int:
@@ -91,7 +89,7 @@ def run_comparison(
 
 def _run_all(pending: Sequence[Cell], crew: Sequence[_Worker], write: Callable[[], Any]) -> None:
     """Run the cells, with a bar for each of those at work if there is a terminal."""
-    waiting, idle, written = deque(pending), deque(crew), time.monotonic()
+    waiting, idle = deque(pending), deque(crew)
     busy: dict[Any, _Worker] = {}  # by the worker's end of the pipe
     console = Console(highlight=False)
     with Progress(console=console, disable=not console.is_terminal) as progress:
@@ -110,9 +108,7 @@ def _run_all(pending: Sequence[Cell], crew: Sequence[_Worker], write: Callable[[
                     number = len(pending) - len(waiting) - len(busy)
                     line = f"{number}/{len(pending)}  {worker.outcome()}"
                     console.print(line, markup=False, soft_wrap=True)
-                    if time.monotonic() - written > _PAUSE:
-                        write()
-                        written = time.monotonic()
+                    write()
 
 
 class _Worker:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import logging
-import math
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +12,11 @@ import numpy as np
 
 from gspo.core.errors import MissingDependencyError
 from gspo.core.files import explained, replacing, write_whole
+from gspo.lab.audit_report import AuditReport, clip_band
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from gspo.lab.audit_report import AuditReport
     from gspo.lab.inspect_report import Inspection
 
 log = logging.getLogger("gspo")
@@ -100,8 +99,7 @@ def draw_audit(report: AuditReport, log_ratios: np.ndarray, path: Path) -> Path:
 
 def _add_histogram(figure: go.Figure, report: AuditReport, log_ratios: np.ndarray) -> None:
     """Sequences by l_i; what lies outside the axis is counted in its first and last bar."""
-    low = math.log1p(-report.epsilon_low) if report.epsilon_low < 1 else -math.inf
-    high = math.log1p(report.epsilon_high)
+    low, high = clip_band(report.epsilon_low, report.epsilon_high)
     left, right = np.quantile(log_ratios, (0.02, 0.98))
     left, right = min(left, max(low, -1.0)), max(right, high)
     margin = 0.1 * (right - left)

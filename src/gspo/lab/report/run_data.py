@@ -100,6 +100,13 @@ def _read(folder: Path, label: str) -> RunData:
     )
 
 
+def stored_batches(run: Path) -> dict[int, Path]:
+    """The files of the stored rollout batches by their step, in order."""
+    files = (run / "trajectories" / "train").glob("*.parquet")
+    by_step = {int(path.stem): path for path in files if path.stem.isdigit()}
+    return dict(sorted(by_step.items()))
+
+
 def labels(folders: Sequence[Path]) -> list[str]:
     """The last parts of the folders' paths: two, or as many as tell them apart.
 

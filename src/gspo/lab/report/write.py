@@ -38,15 +38,6 @@ def make_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     return path
 
 
-def try_report(folder: Path) -> Path | None:
-    """`make_report` of one folder; if that fails, print why, and return None."""
-    try:
-        return make_report([folder])
-    except Exception as error:  # whatever it is: a run of hours is worth more than its page
-        print(f"no report: {error}")
-        return None
-
-
 def _read_comparison(folder: Path) -> Mapping[str, Any]:
     path = folder / "comparison.json"
     try:
