@@ -69,11 +69,6 @@ class LengthBucket:
     clipped_negative: float
     epsilon_needed: float
 
-    @property
-    def mean_length(self) -> float:
-        """Mean L_i."""
-        return self.tokens / self.sequences
-
 
 @dataclass(frozen=True)
 class Block:

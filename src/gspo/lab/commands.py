@@ -1,4 +1,4 @@
-"""The verbs that look at runs and compare them, and what of the lab `gspo train` shows.
+"""The verbs that look at runs and compare them, and what `gspo train` shows of the lab.
 
 Nothing is imported before it is needed: the libraries of the extra `lab` may not be installed.
 """
@@ -25,7 +25,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print a JSON object as
 
 
 def say_loading(what: str) -> None:
-    """Show a sign of life before the imports, which take seconds; on stderr, beside the results."""
+    """Show a sign of life on stderr before the imports, which take seconds."""
     print(f"loading {what} ...", file=sys.stderr, flush=True)
 
 
@@ -94,12 +94,8 @@ def inspect(
     from gspo.lab.pictures import draw_inspection, require_plotly
 
     names = None if presets is None else [name.strip() for name in presets.split(",")]
-    spec = InspectSpec(
-        run=run,
-        step=step,
-        weights=weights,  # pyright: ignore[reportArgumentType]  # it checks
-        presets=names,  # pyright: ignore[reportArgumentType]  # it checks
-    )
+    options: dict[str, Any] = {"run": run, "step": step, "weights": weights, "presets": names}
+    spec = InspectSpec(**options)
     if picture is not None:
         require_plotly()
     inspection = inspect_run(spec)

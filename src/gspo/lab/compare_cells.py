@@ -59,9 +59,8 @@ class Cell:
         """Whether the run has made its last step and evaluated it."""
         assert self.spec is not None
         records = read_metrics(self.folder / "metrics.jsonl")
-        if not records:
-            return False
-        return records[-1]["step"] == self.spec.steps and "val/reward" in records[-1]
+        last = records[-1] if records else {}
+        return last.get("step") == self.spec.steps and "val/reward" in last
 
 
 def make_cells(compare: CompareSpec) -> list[Cell]:

@@ -66,16 +66,14 @@ def comparison(compare: CompareSpec, cells: Sequence[Cell], *, quick: bool = Fal
             pairs = ((arm, compare.baseline) for arm in arms if arm != compare.baseline)
         for a, b in pairs:
             paired += [_difference(arms[a], arms[b], metric) for metric in ROLES]
+    cores, system = os.cpu_count(), platform.system()
+    machine = {"machine": platform.machine(), "cores": cores, "system": system}
     return {
         "name": compare.name,
         "quick": quick,
         "spec": compare.model_dump(mode="json"),
         "versions": versions(),
-        "machine": {
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "system": platform.system(),
-        },
+        "machine": machine,
         "cells": rows,
         "summary": summary,
         "paired": [difference for difference in paired if difference["n"]],

@@ -174,9 +174,8 @@ class _Worker:
 def _ending(code: int) -> str:
     if code >= 0:
         return f"the worker process ended with exit code {code}"
-    name = signal.Signals(-code).name
-    hint = " (out of memory?)" if name == "SIGKILL" else ""
-    return f"the worker process was ended by {name}{hint}"
+    hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+    return f"the worker process was ended by {signal.Signals(-code).name}{hint}"
 
 
 def _run_cells(connection: Connection, log: Path) -> None:

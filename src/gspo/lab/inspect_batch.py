@@ -22,7 +22,7 @@ from gspo.lab.audit_report import summarise
 from gspo.lab.gradients import cosines, gram, method_gradient
 from gspo.lab.inspect_report import AtWeights, Inspection, Method
 from gspo.lab.stored_step import StoredStep, Weights
-from gspo.objective import PRESETS, AdvantageKind
+from gspo.objective import PRESETS
 from gspo.policy.load import Policy
 from gspo.train.budget import row_budget
 from gspo.train.expert_replay import ExpertReplay
@@ -112,7 +112,7 @@ def _at_weights(
     step: StoredStep,
     weights: Weights,
     methods: Mapping[str, Settings],
-    batches: Mapping[AdvantageKind, RolloutBatch],
+    batches: Mapping[str, RolloutBatch],
 ) -> AtWeights:
     trainer = step.trainer(step.load(weights))
     _check_memory(trainer.policy, len(methods))
@@ -204,9 +204,7 @@ def free_memory(device: torch.device) -> int | None:
     """Bytes that can still be had; None if the system doesn't tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        text = Path("/proc/meminfo").read_text()
-    except OSError:
-        return None
+    meminfo = Path("/proc/meminfo")
+    text = meminfo.read_text() if meminfo.exists() else ""
     match = re.search(r"MemAvailable:\s+(\d+) kB", text)
     return int(match[1]) * 1024 if match else None

@@ -117,8 +117,9 @@ def _add_histogram(figure: go.Figure, report: AuditReport, log_ratios: np.ndarra
 def _add_spread(figure: go.Figure, report: AuditReport) -> None:
     """Spread on log-log axes, where 1/sqrt(L) is a straight line."""
     blocks = [(b.tokens, b.std) for b in report.blocks if b.blocks > 1 and b.std > 0]
-    buckets = ((b.mean_length, b.sequence_log_ratio.std, b.sequences) for b in report.buckets)
-    whole = [(length, std) for length, std, count in buckets if count > 1 and std > 0]
+    sized = [bucket for bucket in report.buckets if bucket.sequences > 1]
+    points = [(bucket.tokens / bucket.sequences, bucket.sequence_log_ratio.std) for bucket in sized]
+    whole = [(length, std) for length, std in points if std > 0]
     token = report.total.token_log_ratio
     longest = max(length for length, _ in [(1.5, 0.0), *blocks, *whole])
     levels = {"|mean of d<sub>t</sub>|": abs(token.mean), "ε below 1": report.epsilon_low}

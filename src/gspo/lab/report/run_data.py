@@ -86,13 +86,13 @@ def _read(folder: Path, label: str) -> RunData:
     if not metrics.exists() and not config.exists():
         raise RunError(
             f"{folder} has neither metrics.jsonl nor config.json: it is not the folder of a run. "
-            "A run is <path>/<project>/<model name>"
+            "Give <path>/<project>/<name>, such as .gspo/demo/sort-1"
         )
-    spec = _json(folder / "spec.json")
+    spec = read_object(folder / "spec.json")
     return RunData(
         folder=folder,
         label=label,
-        config=_json(config),
+        config=read_object(config),
         spec=flat(spec),
         settings=resolved(spec) if spec else None,
         records=read_metrics(metrics),
@@ -155,8 +155,8 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty if there is none."""
+def read_object(path: Path) -> dict[str, Any]:
+    """A file's JSON object; empty if there is none."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):
