@@ -17,7 +17,7 @@ from gspo.train.expert_replay import ExpertReplay
 from gspo.train.minibatches import RolloutBatch
 from gspo.train.observe import Observer
 from gspo.train.settings import Settings
-from gspo.train.trainer import Trainer
+from gspo.train.trainer import Call, Trainer
 
 
 def choice(
@@ -73,11 +73,11 @@ def gradient_of(
     policy: Policy, batch: RolloutBatch, settings: Settings
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Gradient and metrics of the whole batch as one optimizer step, which is not taken."""
-    batch = batch if settings.counts_flat else batch.with_signal()
+    batch = batch if settings.preset.counts_flat else batch.with_signal()
     watch = Observer(policy, batch)
     experts = ExpertReplay(policy, settings, watch.metrics, budget=10**6)
-    trainer = Trainer(policy)
-    assert trainer.gradient(batch.samples, settings, settings.objective, watch, experts)
+    call = Call(settings, settings.objective, [batch.samples], experts, watch)
+    assert Trainer(policy).gradient(batch.samples, call)
     gradient = {n: p.grad for n, p in policy.trainable.items() if p.grad is not None}
     policy.lm.zero_grad(set_to_none=True)
     return gradient, watch.metrics.compute()

@@ -9,7 +9,11 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 SOURCE = TESTS.parent / "src" / "gspo"
 
-ACROSS: dict[str, str] = {}
+ACROSS: dict[str, str] = {
+    "objective/test_self_contained.py": "the objective imports torch and nothing of gspo",
+    "train/test_precision.py": "l_i in float32 over each hop from the engine to the objective",
+    "train/test_shared_prompt_training.py": "weights and metrics are those without sharing",
+}
 """Test files that belong to no single source file, and what they are about."""
 
 

@@ -116,7 +116,6 @@ def make_batch(
             samples.append(sample(tokens, prompt, len(samples), group))
     return RolloutBatch(
         samples=tuple((own,) for own in samples),
-        groups=tuple(own.group_id for own in samples),
         rewards=tuple(own.advantage for own in samples),
         dropped=0,
     )

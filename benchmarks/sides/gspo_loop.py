@@ -153,9 +153,11 @@ def check(service: Any, batch: Job) -> dict[str, Any]:
     import torch
 
     from gspo.data.packing import pack
+    from gspo.train.expert_replay import ExpertReplay
     from gspo.train.minibatches import RolloutBatch
     from gspo.train.observe import Observer
     from gspo.train.settings import resolve
+    from gspo.train.trainer import Call
 
     policy = service.trainer.policy
     samples = fixed_samples(batch)
@@ -168,10 +170,10 @@ def check(service: Any, batch: Job) -> dict[str, Any]:
     )
     settings = resolve(options=options)
     trajectories = tuple((sample,) for sample in samples)
-    watch = Observer(
-        policy, RolloutBatch(trajectories, (0,) * len(samples), (0.0,) * len(samples), 0)
-    )
-    service.trainer.gradient(trajectories, settings, settings.objective, watch)
+    watch = Observer(policy, RolloutBatch(trajectories, (0.0,) * len(samples), 0))
+    experts = ExpertReplay(policy, settings, watch.metrics, budget=4096)
+    call = Call(settings, settings.objective, [trajectories], experts, watch)
+    service.trainer.gradient(trajectories, call)
     gradients = [p.grad for p in policy.trainable.values() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients).item()
     service.trainer.optimizer.clear()

@@ -58,7 +58,7 @@ def test_nothing_left_at_all_tells_why() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e200, -1e300])
 def test_a_reward_that_is_no_number_is_named(bad: float) -> None:
     with pytest.raises(DataError, match=r"group 1, trajectory 2: reward is"):
-        check_groups([group(0.0, 1.0), group(0.0, 1.0, bad)])
+        plain_groups([group(0.0, 1.0), group(0.0, 1.0, bad)])
 
 
 class Rollout:
@@ -72,18 +72,18 @@ class Rollout:
 async def test_coroutines_must_have_run() -> None:
     pending = TrajectoryGroup([Rollout(), Rollout()])
     with pytest.raises(DataError, match="group 0 holds coroutines"):
-        check_groups([pending])
-    check_groups([await pending])
+        plain_groups([pending])
+    plain_groups([await pending])
 
 
 def test_a_list_of_trajectories_is_no_group() -> None:
     with pytest.raises(DataError, match="group 0 is a list, not a TrajectoryGroup"):
-        check_groups([list(group(0.0, 1.0))])
+        plain_groups([list(group(0.0, 1.0))])
 
 
 @pytest.mark.parametrize("groups", [None, 5])
 def test_what_is_no_list_at_all(groups: Any) -> None:
-    for function in (check_groups, plain_groups, listed):
+    for function in (plain_groups, listed):
         with pytest.raises(DataError, match="give a list"):
             function(groups)
 

@@ -55,7 +55,7 @@ def batch_of(policy: Policy, groups, settings: Settings) -> RolloutBatch:
 def naive(policy: Policy, groups, settings: Settings) -> tuple[float, list[torch.Tensor]]:
     """One forward pass of the whole model per sample, full logits, one loss, one backward."""
     batch = batch_of(policy, groups, settings)
-    counted = batch if settings.counts_flat else batch.with_signal()
+    counted = batch if settings.preset.counts_flat else batch.with_signal()
     logprobs, old, ids, advantages = [], [], [], []
     for (sample,) in counted.samples:
         tokens = torch.from_numpy(sample.tokens)[None]
@@ -81,7 +81,7 @@ def naive(policy: Policy, groups, settings: Settings) -> tuple[float, list[torch
 
 def measured(policy: Policy, groups, settings: Settings) -> tuple[dict[str, float], list]:
     batch = batch_of(policy, groups, settings)
-    batch = batch if settings.counts_flat else batch.with_signal()
+    batch = batch if settings.preset.counts_flat else batch.with_signal()
     watch, gradient = method_gradient(Trainer(policy), batch, settings)
     return watch.metrics.compute(), gradient
 

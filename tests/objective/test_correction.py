@@ -153,9 +153,10 @@ def test_tokens_of_a_sequence_ratio_cannot_be_weighed(kind: CorrectionKind, name
 
 
 def weights_of(kind: CorrectionKind, c: torch.Tensor) -> torch.Tensor:
-    every = torch.ones(len(c), dtype=torch.bool)
-    one = Segments(torch.zeros(len(c), dtype=torch.long), 1, every, every)
-    return Correction(kind).weights(c, c, torch.tensor([-1.0]), one)
+    sampled = torch.ones(len(c), dtype=torch.bool)
+    one = Segments(torch.zeros(len(c), dtype=torch.long), 1, sampled, sampled)
+    zero = torch.zeros_like(c)  # log mu - log pi_theta is c too
+    return Correction(kind).weights(-c, c, zero, torch.tensor([-1.0]), one)
 
 
 def test_the_product_collapses_on_long_sequences_and_the_geometric_mean_does_not() -> None:

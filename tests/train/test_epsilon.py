@@ -289,7 +289,7 @@ def test_what_is_allowed() -> None:
     for name in SEQUENCE:
         options: dict[str, Any] = {"algorithm": name, "epsilon": "auto"}
         options["epsilon_scale"] = "sqrt_length"
-        assert resolve(options=dev.TrainConfig(**options)).auto_epsilon
+        assert resolve(options=dev.TrainConfig(**options)).epsilon == "auto"
     trainers: list[dict[str, Any]] = [{"old_logprobs": "trainer"}, {"precalculate_logprobs": True}]
     for how in trainers:
         settings = resolve(options=dev.TrainConfig(**CORRECTED, **how))

@@ -21,7 +21,7 @@ from gspo.core.errors import ConfigError, DataError, ModelError, NumericsError
 from gspo.data.packing import Microbatch
 from gspo.data.sample import Sample, TrajectorySamples
 from gspo.policy.load import Policy, recompute_layers
-from gspo.train.expert_replay import ExpertReplay, changed_slots, with_own_choices
+from gspo.train.expert_replay import ExpertReplay, changed_slots, with_preferred_experts
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
@@ -36,7 +36,7 @@ def batch_of(policy: Policy, **extra: Any) -> RolloutBatch:
 
 def own_choices(policy: Policy, trajectories: Sequence[TrajectorySamples]) -> list[np.ndarray]:
     """What the routers prefer, for each sample."""
-    recorded = with_own_choices(policy, trajectories, 10_000)
+    recorded = with_preferred_experts(policy, trajectories, 10_000)
     chosen = [sample.expert_choices for samples in recorded for sample in samples]
     return [experts for experts in chosen if experts is not None]
 
@@ -49,7 +49,7 @@ def routed(policy: Policy, batch: RolloutBatch, shift: int = 0, missing: int = 1
         own = (sample.expert_choices[: len(sample) - missing] + shift) % policy.routers.experts
         return dataclasses.replace(sample, expert_choices=own.astype(np.uint8))
 
-    recorded = with_own_choices(policy, batch.samples, 10_000)
+    recorded = with_preferred_experts(policy, batch.samples, 10_000)
     samples = tuple(tuple(one(sample) for sample in own) for own in recorded)
     return dataclasses.replace(batch, samples=samples)
 

@@ -1,13 +1,10 @@
 from __future__ import annotations
 
-import statistics
-
-import numpy as np
 import pytest
 
 from gspo import TrajectoryGroup
 from gspo.core.errors import DataError, SampleTooLongError
-from gspo.train.minibatches import minibatches, prepare, reward_std
+from gspo.train.minibatches import minibatches, prepare, shaped_reward
 from support import choice, trajectory
 
 
@@ -37,14 +34,11 @@ def test_an_advantage_beyond_float32_is_refused_with_the_group():
         prepare(huge, context=99, advantage="group_mean")
 
 
-@pytest.mark.parametrize("rewards", [[1e200, 1.0, 1.0, 1.0], [0.0, 0.0], [1e-200, 0.0], [1.7e308]])
-def test_the_rewards_std_is_exact_at_any_size(rewards: list[float]):
-    assert reward_std(rewards) == pytest.approx(statistics.pstdev(rewards), rel=1e-12)
-
-
-def test_the_rewards_std_is_numpys_to_the_bit():
-    rewards = np.random.default_rng(0).normal(size=64).tolist()
-    assert reward_std(rewards) == np.std(rewards)
+@pytest.mark.parametrize(("length", "fall"), [(79, 0.0), (80, 0.0), (90, 0.5), (100, 1), (150, 1)])
+def test_the_overlong_punishment_falls_linearly_to_minus_one(length: int, fall: float):
+    long = trajectory(2.0, choice([4] * length))
+    assert shaped_reward(long, (100, 20)) == 2.0 - fall
+    assert shaped_reward(long, None) == 2.0
 
 
 def test_the_overlong_punishment_is_in_the_advantages_and_not_in_the_rewards():

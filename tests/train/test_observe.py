@@ -85,7 +85,7 @@ def of_a_step(
 ) -> tuple[Tensor, dict[str, float]]:
     """Gradient and metrics of one optimizer step of TOTAL sequences."""
     table: Any = Table(samples_of_a_step())
-    watch = Observer(table, RolloutBatch((), (), (), 0))
+    watch = Observer(table, RolloutBatch((), (), 0))
     tokens = sum(int(sample.loss_mask.sum()) for sample in samples)
 
     def loss_of(microbatch: Microbatch) -> tuple[Tensor, Scored]:
@@ -101,7 +101,9 @@ def of_a_step(
             total_tokens=tokens,
             reference_logprobs=reference(microbatch) if objective.kl_coef else None,
         )
-        return out.loss, Scored.of(microbatch, scored, out, out.loss)
+        loss = out.loss
+        out = replace(out, loss=out.loss.detach())
+        return loss, Scored(microbatch, scored.logprobs.detach(), scored.entropy, out)
 
     for scored in backward_each(table, pack(samples, budget), loss_of, Workers()):
         watch.saw(scored)

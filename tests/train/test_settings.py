@@ -87,9 +87,9 @@ def test_a_method_without_a_range_has_no_epsilon():
 
 def test_a_steered_range_is_told_in_both_places():
     settings = resolve(options=dev.TrainConfig(epsilon="auto"))
-    assert settings.auto_epsilon
+    assert settings.epsilon == "auto"
     steered = settings.with_range(0.01, 0.02)
-    assert (steered.epsilon, steered.epsilon_high, steered.auto_epsilon) == (0.01, 0.02, False)
+    assert (steered.epsilon, steered.epsilon_high) == (0.01, 0.02)
     objective = steered.objective
     assert (objective.epsilon_low, objective.epsilon_high) == (0.01, 0.02)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,49 +29,47 @@ def listed(groups: Any) -> list[Any]:
     return list(groups)
 
 
-def check_groups(groups: Any) -> None:
-    """Refuse batches that cannot be trained on.
+def check_groups(groups: Sequence[TrajectoryGroup]) -> None:
+    """Refuse groups that nothing can be learned from. Their values are those of `plain_groups`.
 
     A group of which failures left one trajectory, or none, is no mistake: it has no advantage.
 
     Raises:
-        DataError: no groups, nothing left in any of them, a group that was made of one trajectory,
-            or a reward that is no finite number.
+        DataError: no groups, nothing left in any of them, or a group that was made of one
+            trajectory.
     """
-    groups = listed(groups)
     if not groups:
         raise DataError("train got an empty list of trajectory groups: give at least one")
     for g, group in enumerate(groups):
-        _check_group(group, f"group {g}")
         if len(group) < 2 and not group.exceptions:
             raise DataError(
                 f"group {g} has {len(group)} trajectories and no failed ones: "
                 "an advantage compares rollouts of one prompt, so a group needs at least 2"
             )
-        for t, trajectory in enumerate(group):
-            _reward(trajectory, f"group {g}, trajectory {t}")
     if not any(len(group) for group in groups):
-        failed = sum(len(group.exceptions) for group in groups)
-        first = next(error for group in groups for error in group.exceptions)
+        failed = [error for group in groups for error in group.exceptions]
         raise DataError(
-            f"no trajectory is left in any group: all {failed} rollouts failed, the first with "
-            f"{first.type}: {first.message}"
+            f"no trajectory is left in any group: all {len(failed)} rollouts failed, the first "
+            f"with {failed[0].type}: {failed[0].message}"
         )
 
 
 def plain_groups(groups: Any) -> list[TrajectoryGroup]:
-    """The groups, their values replaced by Python's own numbers; refuse what cannot be written.
+    """The groups with Python's own numbers as values; refuse what cannot be written.
 
     Raises:
-        DataError: not a list of groups, a reward, metric or metadata of another kind, a message
-            that is no JSON, or a Choice whose fields mean nothing.
+        DataError: not a list of groups, a group whose rollouts have not run, a reward that is no
+            finite number, a metric or metadata of another kind, a message that is no JSON, or a
+            Choice whose fields mean nothing.
     """
     plain = []
     for g, group in enumerate(listed(groups)):
         _check_group(group, f"group {g}")
-        copies = [_plain(one, f"group {g}, trajectory {t}") for t, one in enumerate(group)]
-        metadata = plain_values(group.metadata, f"group {g}: metadata", texts=True)
-        plain.append(group.model_copy(update={"trajectories": copies, "metadata": metadata}))
+        values = {
+            "trajectories": [_plain(t, f"group {g}, trajectory {i}") for i, t in enumerate(group)],
+            "metadata": plain_values(group.metadata, f"group {g}: metadata", texts=True),
+        }
+        plain.append(group.model_copy(update=values))
     return plain
 
 
@@ -91,20 +89,16 @@ def _check_group(group: Any, where: str) -> None:
             raise DataError(f"{where}, trajectory {t} is {shown(trajectory)}, not a Trajectory")
 
 
-def _reward(trajectory: Trajectory, where: str) -> float:
+def _plain(trajectory: Trajectory, where: str) -> Trajectory:
     reward = plain_number(trajectory.reward)
     if reward is None or not abs(reward) <= _LARGEST_REWARD:
         raise DataError(
             f"{where}: reward is {shown(trajectory.reward)}; rewards must be finite numbers, "
             f"of {_LARGEST_REWARD:g} at most"
         )
-    return float(reward)
-
-
-def _plain(trajectory: Trajectory, where: str) -> Trajectory:
     values = {
         "messages_and_choices": _plain_items(trajectory.messages_and_choices, where),
-        "reward": _reward(trajectory, where),
+        "reward": float(reward),
         "metrics": plain_values(trajectory.metrics, f"{where}: metrics"),
         "metadata": plain_values(trajectory.metadata, f"{where}: metadata", texts=True),
     }
@@ -112,12 +106,12 @@ def _plain(trajectory: Trajectory, where: str) -> Trajectory:
 
 
 def plain_values(values: Any, where: str, *, texts: bool = False) -> dict[str, Any]:
-    """A dict of metrics, its values as Python's own numbers. `where` names it in errors.
+    """A dict of metrics or metadata with Python's own numbers as values.
 
     Args:
         values: what the user gave.
-        where: its name.
-        texts: texts and None are taken too, as metadata may hold them.
+        where: names the dict in errors.
+        texts: also take texts and None, which metadata may hold.
 
     Raises:
         DataError: not a dict, a name that is no text, or a value of another kind.
@@ -139,8 +133,7 @@ def plain_values(values: Any, where: str, *, texts: bool = False) -> dict[str, A
 
 
 def _plain_items(items: Any, where: str) -> list[Any]:
-    """The messages and Choices, whatever client they are of; refuse what cannot be written, and
-    Choices whose fields mean nothing."""
+    """The messages and the Choices of any client; refuse what cannot be written or trained on."""
     if not isinstance(items, list):
         raise DataError(f"{where}: messages_and_choices is {shown(items)}; it must be a list")
     plain: list[Any] = []
@@ -149,7 +142,7 @@ def _plain_items(items: Any, where: str) -> list[Any]:
         place = f"{where}, message {m}"
         try:
             item = as_choice(item) or item
-        except Exception as error:  # also whatever a foreign object raises
+        except Exception as error:  # an object of another library may raise anything
             raise DataError(f"{place} cannot be read: {error}") from None
         if isinstance(item, Choice):
             item = _plain_choice(item, f"{where}, choice {choices}")
@@ -186,5 +179,5 @@ def _plain_choice(choice: Choice, where: str) -> Choice:
 def _check_json(message: dict[Any, Any], where: str) -> None:
     try:
         json.dumps(message, default=str)  # as it will be written
-    except Exception as error:  # also whatever an object's __str__ raises
+    except Exception as error:  # __str__ of an object may raise anything
         raise DataError(f"{where} cannot be written as JSON: {error}") from None

@@ -47,7 +47,7 @@ class Microbatch:
         positions: [1, T] position of each token in its samples, from 0.
         lengths: tokens of each sample, B numbers that add up to U.
         shared: for each sample, how many of its first tokens another sample put there.
-        index: [U] place among the T of every token of the samples, one sample after the other.
+        index: [U] place among the T of each token of the samples, one sample after the other.
         targets: [M] place of each sampled token (never the first of its sample).
         sources: [M] place of the token before it, from which it is predicted.
         sequence_ids: [M] sequence (trajectory, or turn of one) of each sampled token, in 0..S-1.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias
@@ -67,6 +67,11 @@ TrajectorySamples: TypeAlias = tuple[Sample, ...]
 """The samples of one trajectory, in the order of its turns."""
 
 
+def flat(trajectories: Iterable[TrajectorySamples]) -> list[Sample]:
+    """The samples of all trajectories, one after the other."""
+    return [sample for samples in trajectories for sample in samples]
+
+
 def trajectory_samples(
     trajectory: Trajectory,
     *,
@@ -84,7 +89,7 @@ def trajectory_samples(
         trajectory_id, group_id, advantage: of the samples.
         max_tokens: the model's context; None: any length.
         vocabulary: tokens that the model has a probability for; None: any token id.
-        where: names the trajectory in errors; None: its two numbers do.
+        where: names the trajectory in errors; None: by its two numbers.
 
     Raises:
         MissingLogprobsError: no Choice, or one without token ids or log-probs.

@@ -51,7 +51,7 @@ class SharedPrompts:
         """A microbatch of some of the samples, each given by its number.
 
         Returns:
-            [U] the place in the microbatch of every token of these samples, one sample after the
+            [U] the place in the microbatch of each token of these samples, one sample after the
             other in the order in which they are given; and for each sample, how many of its first
             tokens another sample put there.
 
@@ -104,7 +104,7 @@ class SharedPrompts:
 
 
 def _completion_starts(mask: np.ndarray) -> list[int]:
-    """Where each run of sampled tokens starts, ascending.
+    """The first places of the runs of sampled tokens, ascending.
 
     >>> _completion_starts(np.array([False, True, True, False, True]))
     [1, 4]
@@ -113,7 +113,7 @@ def _completion_starts(mask: np.ndarray) -> list[int]:
 
 
 def _keys(samples: Sequence[Sample], lengths: Sequence[int], replay: bool) -> list[bytes]:
-    """As many bytes for every token; equal bytes are equal tokens (and expert choices)."""
+    """Each sample as bytes, a fixed number per token; tokens are equal if their bytes are."""
     columns = [sample.tokens.astype(np.int64).view(np.int16).reshape(-1, 4) for sample in samples]
     chosen = padded_expert_choices([s.expert_choices for s in samples], lengths) if replay else None
     if chosen is not None:

@@ -100,7 +100,7 @@ def read_fields(choice: Any, where: str) -> Turn:
 
 
 def sampled_logprobs(choice: Any) -> Any:
-    """Log-probs of a Choice's tokens: gspo's field, else OpenAI's own; None if it has none."""
+    """Log-probs of a Choice's tokens: gspo's field, else OpenAI's; None if it has neither."""
     logprobs = getattr(choice, "token_logprobs", None)
     content = getattr(getattr(choice, "logprobs", None), "content", None)
     if logprobs is None and isinstance(content, list):
@@ -109,10 +109,7 @@ def sampled_logprobs(choice: Any) -> Any:
 
 
 def _token_ids(choice: Any, name: str, where: str) -> list[int]:
-    values = getattr(choice, name, None)
-    if values is None:
-        return []
-    values = _as_list(values, DataError, f"{where}: {name}", "whole numbers")
+    values = _as_list(getattr(choice, name, None), DataError, f"{where}: {name}", "whole numbers")
     i = _first_odd(values, int, numbers.Integral, 0, _LARGEST_ID)
     if i is not None:
         raise DataError(
@@ -123,11 +120,9 @@ def _token_ids(choice: Any, name: str, where: str) -> list[int]:
 
 
 def _logprobs(values: Any, where: str) -> list[float]:
-    if values is None:
-        return []
     first = values[0] if isinstance(values, list | tuple) and values else values
     dtype = getattr(first, "dtype", None)
-    if getattr(dtype, "itemsize", 4) < 4:  # what rounding lost, no conversion brings back
+    if getattr(dtype, "itemsize", 4) < 4:  # no conversion brings back what rounding lost
         raise MissingLogprobsError(
             f"{where}: its log-probs are {dtype}; their rounding alone is as wide as the clip "
             "range of GSPO. Compute log_softmax in float32 and keep float32"
@@ -143,9 +138,9 @@ def _logprobs(values: Any, where: str) -> list[float]:
 
 
 def _as_list(values: Any, error: type[DataError], where: str, kind: str) -> list[Any]:
-    """The values of a list, a tuple or a numpy array as a list."""
-    if isinstance(values, list | tuple):
-        return list(values)
+    """The values of a list, a tuple or a numpy array as a list; [] for None."""
+    if values is None or isinstance(values, list | tuple):
+        return list(values or ())
     if isinstance(values, np.ndarray) and values.ndim == 1:
         return values.tolist()
     raise error(f"{where} is {shown(values)}; it must be a list of {kind}")
@@ -154,12 +149,12 @@ def _as_list(values: Any, error: type[DataError], where: str, kind: str) -> list
 def _first_odd(
     values: list[Any], usual: type, kind: type, low: int | float, high: int | float
 ) -> int | None:
-    """Place of the first value that is no number of this kind from `low` to `high`, or None.
+    """The index of the first value that is no number of this kind from `low` to `high`, or None.
 
     >>> _first_odd([3, -1, 4], int, numbers.Integral, 0, 9)
     1
     """
-    if set(map(type, values)) <= {usual}:  # a choice has thousands of them
+    if set(map(type, values)) <= {usual}:  # a choice has thousands of them: fast if all are usual
         array = np.array(values)
         good = (array >= low) & (array <= high)
         return None if good.all() else int(good.argmin())
@@ -168,6 +163,6 @@ def _first_odd(
 
 
 def _is_number(value: Any, kind: type, low: int | float, high: int | float) -> bool:
-    """Scalars of numpy count; True is no number."""
+    """Whether a value is a number in a range. numpy's scalars are numbers; True is none."""
     fits = isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
     return bool(fits)  # a comparison of numpy scalars is no bool

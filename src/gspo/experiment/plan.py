@@ -14,7 +14,7 @@ from gspo.kernels.kv_cache import kv_bytes
 from gspo.policy.embedded import PREFIX, build_model, build_tokenizer, embedded_task
 from gspo.policy.source import read_config, read_tokenizer, resolve
 from gspo.tasks import load_task
-from gspo.train.budget import activation_bytes, row_budget
+from gspo.train.budget import activation_bytes, token_budget
 from gspo.train.defaults import default_learning_rate
 from gspo.train.settings import Settings
 from gspo.train.settings import resolve as resolve_settings
@@ -82,7 +82,7 @@ def _clipping(settings: Settings, spec: Spec) -> str:
 def _memory(spec: Spec, limit: int | None, config: Any, parameters: int) -> str:
     """Tokens of a microbatch, and the memory of the parts of a run."""
     checkpointing = spec.load.activation_checkpointing
-    tokens = spec.train.packed_sequence_length or row_budget(config, checkpointing)
+    tokens = spec.train.packed_sequence_length or token_budget(config, checkpointing)
     rollouts = min(_LARGEST_ROLLOUTS, spec.prompts * spec.completions)
     weights = 4 * parameters
     copy = _COPY_BYTES[spec.load.rollout_dtype] * parameters

@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gspo.train.budget import row_budget
+from gspo.train.budget import token_budget
 from gspo.train.expert_replay import ExpertReplay
 from gspo.train.minibatches import RolloutBatch
 from gspo.train.observe import Observer
 from gspo.train.settings import Settings
-from gspo.train.trainer import Trainer
+from gspo.train.trainer import Call, Trainer
 
 _SLICE = 1 << 20  # elements of a parameter that are multiplied in float64 at once
 
@@ -44,9 +44,10 @@ def method_gradient(
     policy.lm.eval()
     settings = settings.model_copy(update={"router_aux_loss_coef": 0.0})
     watch = Observer(policy, batch)
-    budget = row_budget(policy.lm.config.get_text_config(), policy.checkpointing)
+    budget = token_budget(policy.lm.config.get_text_config(), policy.checkpointing)
     experts = ExpertReplay(policy, settings, watch.metrics, budget)
-    trainer.gradient(batch.samples, settings, settings.objective, watch, experts)
+    call = Call(settings, settings.objective, [batch.samples], experts, watch)
+    trainer.gradient(batch.samples, call)
     parameters = policy.trainable.values()
     gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     trainer.optimizer.clear()

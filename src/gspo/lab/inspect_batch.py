@@ -24,7 +24,7 @@ from gspo.lab.inspect_report import AtWeights, Inspection, Method
 from gspo.lab.stored_step import StoredStep, Weights
 from gspo.objective import PRESETS
 from gspo.policy.load import Policy
-from gspo.train.budget import row_budget
+from gspo.train.budget import token_budget
 from gspo.train.expert_replay import ExpertReplay
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.old_logprobs import with_trainer_logprobs
@@ -120,7 +120,7 @@ def _at_weights(
     rows: list[dict[str, Any]] = []
     for name, settings in methods.items():
         batch, objective = batches[settings.advantage], settings.objective
-        batch = batch if settings.counts_flat else batch.with_signal()
+        batch = batch if settings.preset.counts_flat else batch.with_signal()
         watch, gradient = method_gradient(trainer, batch, settings)
         gradients.append(gradient)
         log_ratios.append([trace.log_ratio for trace in watch.traces if trace.advantage])
@@ -151,7 +151,7 @@ def make_methods(
     """
 
     def method(settings: Settings) -> tuple[object, ...]:
-        return settings.objective, settings.advantage, settings.counts_flat
+        return settings.objective, settings.advantage, settings.preset.counts_flat
 
     dropped = dict.fromkeys(_METHOD)
     by_name = {name: record.settings(**dropped | {"algorithm": name}) for name in PRESETS}
@@ -167,7 +167,7 @@ def as_trained(
     policy: Policy, trajectories: Sequence[TrajectorySamples], settings: Settings
 ) -> tuple[TrajectorySamples, ...]:
     """The samples with what the trainer fixes before its first update: expert choices, pi_old."""
-    budget = row_budget(policy.lm.config.get_text_config(), policy.checkpointing)
+    budget = token_budget(policy.lm.config.get_text_config(), policy.checkpointing)
     with torch.no_grad():
         recorded = ExpertReplay(policy, settings, Metrics(), budget).start([trajectories])
     fixed = [recorded.get(samples[0].trajectory_id, samples) for samples in trajectories]

@@ -64,7 +64,7 @@ class StoredStep:
     def settings(self) -> Settings:
         """The settings of the step, with the clip range that was in force."""
         settings = self.record.settings()
-        if not settings.auto_epsilon:
+        if settings.epsilon != "auto":
             return settings
         logged = next((line for line in self._data.records if line["step"] == self.number), {})
         low, high = logged.get("ratio/epsilon_low"), logged.get("ratio/epsilon_high")

@@ -80,9 +80,9 @@ def group_advantages(
 def _powers_of_two(
     rewards: Float[Tensor, " S"], dense: Int[Tensor, " S"], groups: int
 ) -> Float[Tensor, " G"]:
-    """For each group a power of two near its largest |reward|; 1 where all rewards are 0."""
+    """For each group a power of two near its largest |reward|; 1 if all rewards are 0."""
     largest = rewards.new_zeros(groups).scatter_reduce(0, dense, rewards.abs(), "amax")
     mantissa, _ = torch.frexp(largest)  # largest = mantissa * 2^n, mantissa in [0.5, 1)
-    # Halved first: 2^n itself is beyond float64 where the largest reward is above 2^1023.
+    # Halved first: 2^n itself is beyond float64 if the largest reward is above 2^1023.
     power = (largest / 2 / mantissa).clamp(min=torch.finfo(rewards.dtype).tiny)
     return torch.where(largest > 0, power, 1.0)

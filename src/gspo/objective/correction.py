@@ -65,20 +65,27 @@ class Correction:
         return self.kind.startswith("token")
 
     def weights(
-        self, c: PerToken, off_policy: PerToken, advantages: PerSequence, segments: Segments
+        self,
+        logprobs: PerToken,
+        old_logprobs: PerToken,
+        sampling_logprobs: PerToken,
+        advantages: PerSequence,
+        segments: Segments,
     ) -> Float[Tensor, " N"]:
         """The weight of each token or sequence, without gradient.
 
         Args:
-            c: log pi_old - log mu, 0 outside the mask.
-            off_policy: log mu - log pi_theta, 0 outside the mask.
+            logprobs, old_logprobs, sampling_logprobs: log pi_theta, log pi_old and log mu.
             advantages: one per sequence.
+            segments: which token belongs to which sequence.
         """
+        mask = segments.ratio_mask
         if self.kind == "off_policy_sequence_mask":
             # DeepSeek-V3.2, arXiv 2512.02556: drop bad samples that have become unlikely.
-            stale = segments.mean(off_policy.detach()) > self.high
-            return (~(stale & (advantages < 0))).to(c.dtype)
-        c = c.detach()
+            moved = token_log_ratio(sampling_logprobs, logprobs.detach(), mask)
+            stale = segments.mean(moved) > self.high
+            return (~(stale & (advantages < 0))).to(logprobs.dtype)
+        c = token_log_ratio(old_logprobs, sampling_logprobs, mask).detach()
         if self.kind.startswith("sequence_product"):
             c = segments.sum(c)
         elif self.kind.startswith("sequence_geometric"):
@@ -88,30 +95,3 @@ class Correction:
             return weight.clamp(max=self.high)
         inside = (weight >= self.low) & (weight <= self.high)
         return torch.where(inside, weight, 0.0)
-
-
-def correction_weights(
-    correction: Correction | None,
-    logprobs: PerToken,
-    tokens: Mapping[str, Tensor],
-    a: PerToken,
-    advantages: PerSequence | None,
-    segments: Segments,
-) -> tuple[PerToken | None, PerSequence | float]:
-    """The weight of each token, or None, and of each sequence, or 1.
-
-    Args:
-        correction: None: nothing is corrected.
-        logprobs: log pi_theta.
-        tokens: `old_logprobs` and `sampling_logprobs`, [T] each.
-        a, advantages: of each token; of each sequence, or None if only those of tokens are given.
-        segments: which token belongs to which sequence.
-    """
-    if correction is None:
-        return None, 1.0
-    mask, sampling = segments.ratio_mask, tokens["sampling_logprobs"]
-    c = token_log_ratio(tokens["old_logprobs"], sampling, mask)
-    off_policy = token_log_ratio(sampling, logprobs, mask)
-    advantages = segments.mean(a) if advantages is None else advantages
-    weights = correction.weights(c, off_policy, advantages, segments)
-    return (weights, 1.0) if correction.per_token else (None, weights)

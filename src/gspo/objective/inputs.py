@@ -16,41 +16,30 @@ def checked(
     total_sequences: int | None,
     given: dict[str, Tensor | None],
 ) -> tuple[dict[str, Tensor], Segments]:
-    """The arguments of `policy_loss` by name, as flat tensors beside `logprobs`; the sequences.
+    """The arguments of `policy_loss` by name, flat and on the device of `logprobs`; the sequences.
 
-    Numbers are checked on the device that they lie on: those that come from the CPU don't make
-    it wait for a GPU.
+    Numbers are checked on the device that they lie on: checking those of the CPU doesn't wait for
+    a GPU.
 
     Raises:
         ValueError: shapes, dtypes, ids or masks that don't fit together.
     """
     tokens = {name: tensor for name, tensor in given.items() if tensor is not None}
-    ids = tokens.setdefault("sequence_ids", _ids_of_rows(logprobs, given["sequence_ids"]))
+    if "sequence_ids" not in tokens:
+        if logprobs.dim() != 2:
+            raise ValueError(
+                f"logprobs have shape {tuple(logprobs.shape)}: give sequence_ids, which may be "
+                "left out only for a [B, T] batch of one sequence per row"
+            )
+        rows = torch.arange(len(logprobs), device=logprobs.device)
+        tokens["sequence_ids"] = rows[:, None].expand(logprobs.shape)
+    ids = tokens["sequence_ids"]
     tokens.setdefault("ratio_mask", torch.ones_like(ids, dtype=torch.bool))
     tokens.setdefault("loss_mask", tokens["ratio_mask"])
     for name in ("ratio_mask", "loss_mask"):
         tokens[name] = _as_mask(name, tokens[name])
-    for name, tensor in tokens.items():
-        if tensor.shape != logprobs.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, logprobs {tuple(logprobs.shape)}"
-            )
-    for name, tensor in {"logprobs": logprobs, **tokens}.items():
-        if name.endswith("logprobs") and tensor.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"{name} are {tensor.dtype}: half precision alone costs more than the clip range; "
-                "compute log-probs in float32"
-            )
-    _check_advantages(objective, tokens, advantages)
-    for name, needed in (
-        ("reference_logprobs", objective.kl_coef > 0),
-        ("sampling_logprobs", objective.correction is not None),
-    ):
-        if needed != (name in tokens):
-            raise ValueError(
-                f"{name} are {'missing' if needed else 'given'}, but kl_coef = "
-                f"{objective.kl_coef} and correction = {objective.correction}"
-            )
+    _check_tokens(logprobs, tokens)
+    _check_objective(objective, tokens, advantages)
     if total_sequences is not None and total_sequences < 1:
         raise ValueError(f"total_sequences = {total_sequences}: must be at least 1")
     # Ids of tokens that were not sampled don't count.
@@ -64,16 +53,40 @@ def checked(
     return flat, Segments(flat["sequence_ids"], count, mask, flat["loss_mask"] & mask)
 
 
-def _ids_of_rows(logprobs: Tensor, sequence_ids: Tensor | None) -> Tensor:
-    """The ids, or those of a batch whose rows are sequences."""
-    if sequence_ids is not None:
-        return sequence_ids
-    if logprobs.dim() != 2:
+def _check_tokens(logprobs: Tensor, tokens: dict[str, Tensor]) -> None:
+    for name, tensor in {"logprobs": logprobs, **tokens}.items():
+        if tensor.shape != logprobs.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, logprobs {tuple(logprobs.shape)}"
+            )
+        if name.endswith("logprobs") and tensor.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{name} are {tensor.dtype}: the rounding of half precision costs more than the "
+                "clip range; compute log-probs in float32"
+            )
+
+
+def _check_objective(
+    objective: Objective, tokens: dict[str, Tensor], advantages: Tensor | None
+) -> None:
+    for name, needed in (
+        ("reference_logprobs", objective.kl_coef > 0),
+        ("sampling_logprobs", objective.correction is not None),
+    ):
+        if needed != (name in tokens):
+            raise ValueError(
+                f"{name} are {'missing' if needed else 'given'}, but kl_coef = "
+                f"{objective.kl_coef} and correction = {objective.correction}"
+            )
+    if (advantages is None) == ("token_advantages" not in tokens):
+        raise ValueError("give either advantages, one per sequence, or token_advantages")
+    if advantages is not None and advantages.dim() != 1:
+        raise ValueError(f"advantages have shape {tuple(advantages.shape)}, not one per sequence")
+    if advantages is None and objective.one_ratio:
         raise ValueError(
-            f"logprobs have shape {tuple(logprobs.shape)}: give sequence_ids, which may be left "
-            "out only for a [B, T] batch of one sequence per row"
+            "level 'sequence' has one advantage per sequence; "
+            "for one per token use 'sequence_token' (preset gspo_token)"
         )
-    return torch.arange(len(logprobs), device=logprobs.device)[:, None].expand(logprobs.shape)
 
 
 def _as_mask(name: str, mask: Tensor) -> Tensor:
@@ -89,7 +102,7 @@ def _as_mask(name: str, mask: Tensor) -> Tensor:
 
 
 def _count(sequence_ids: Tensor, advantages: Tensor | None) -> int:
-    """S, which every id must be below."""
+    """S; each id must be below it."""
     lowest, highest = 0, -1
     if sequence_ids.numel():
         lowest, highest = torch.stack(sequence_ids.aminmax()).tolist()
@@ -99,17 +112,3 @@ def _count(sequence_ids: Tensor, advantages: Tensor | None) -> int:
     if highest >= count:
         raise ValueError(f"sequence_ids reach {highest}, but there are {count} advantages")
     return count
-
-
-def _check_advantages(
-    objective: Objective, tokens: dict[str, Tensor], advantages: Tensor | None
-) -> None:
-    if (advantages is None) == ("token_advantages" not in tokens):
-        raise ValueError("give either advantages, one per sequence, or token_advantages")
-    if advantages is not None and advantages.dim() != 1:
-        raise ValueError(f"advantages have shape {tuple(advantages.shape)}, not one per sequence")
-    if advantages is None and objective.one_ratio:
-        raise ValueError(
-            "level 'sequence' has one advantage per sequence; "
-            "for one per token use 'sequence_token' (preset gspo_token)"
-        )

@@ -22,7 +22,6 @@ import torch
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
-from .correction import correction_weights
 from .inputs import checked
 from .presets import Objective, Preset, clip_range
 from .ratio import (
@@ -90,13 +89,13 @@ def policy_loss(
         logprobs: float32 log-probs of the tokens under the policy that is trained; any shape
             (packed [T], padded [B, T], ...). The only argument that gets a gradient.
         old_logprobs: float32 log-probs under the policy that the ratio is taken against.
-        sequence_ids: sequence of each token in 0..S-1. Where a sequence's tokens lie doesn't
+        sequence_ids: sequence of each token in 0..S-1. The place of a sequence's tokens doesn't
             matter. Ids under a False `ratio_mask` are ignored. None: each row of a [B, T] batch is
             a sequence.
-        advantages: one per sequence; None where `token_advantages` are given instead.
+        advantages: one per sequence; None if `token_advantages` are given instead.
         objective: level, clip range and KL weight; of a preset, its objective is taken. A preset's
             way to make advantages is the caller's part: see `gspo.objective.advantages`.
-        token_advantages: one per token, for every level but `sequence`; S is then the largest
+        token_advantages: one per token, for all levels but `sequence`; S is then the largest
             sequence id + 1.
         ratio_mask: tokens that were sampled; they give L_i and l_i. True or 1 is in. Default: all.
         loss_mask: tokens that are trained on. A token that is sampled and not trained on has no
@@ -109,9 +108,9 @@ def policy_loss(
             ranks, those with zero advantage included. Default: S.
         total_tokens: T, the trained tokens of the whole step, which `aggregate="token_mean"`
             divides by. Default: those given.
-        sampling_logprobs: log-probs under mu, the engine that sampled; needed exactly where the
-            objective has a correction for pi_old / mu.
-        reference_logprobs: needed exactly where `objective.kl_coef` is above 0.
+        sampling_logprobs: log-probs under mu, the engine that sampled; needed if the objective has
+            a correction for pi_old / mu, and only then.
+        reference_logprobs: needed if `objective.kl_coef` is above 0, and only then.
 
     Raises:
         ValueError: shapes, dtypes, ids or masks that don't fit together.
@@ -140,11 +139,17 @@ def policy_loss(
         advantages = advantages.to(new.device, new.dtype, non_blocking=True)
         a = segments.spread(advantages)
     a = torch.where(segments.loss_mask, a, 0.0)  # padding and what is not trained on may hold NaN
-    weights, sequence_weights = correction_weights(
-        objective.correction, new, tokens, a, advantages, segments
-    )
 
-    d = new - old  # d_t of every sampled token
+    token_weights, weights = None, 1.0  # for pi_old / mu: of each token, or of each sequence
+    if objective.correction is not None:
+        signs = segments.mean(a) if advantages is None else advantages
+        weights = objective.correction.weights(
+            new, old, tokens["sampling_logprobs"], signs, segments
+        )
+        if objective.correction.per_token:
+            token_weights, weights = weights, 1.0
+
+    d = new - old  # d_t of each sampled token
     log_ratio = sequence_log_ratio(d, segments)  # l_i = (1/L_i) Σ_t d_t, equation 7
     ratio = bounded_exp(log_ratio)  # s_i = exp(l_i), equation 7
     if objective.level != "sequence":
@@ -162,12 +167,12 @@ def policy_loss(
         high=high,
         constants=objective.constants,
         segments=segments,
-        weights=weights,
+        weights=token_weights,
     )
     # v_i; for the surrogate `clip` min(s_i A_i, clip(s_i, 1 - low, 1 + high) A_i), equation 5.
     value, clipped = SURROGATES[objective.surrogate].function(terms)
     total = _total(objective, segments, total_sequences, total_tokens)
-    policy = -_sum(value * sequence_weights, objective, segments) / total  # -(1/N) Σ_i v_i
+    policy = -_sum(value * weights, objective, segments) / total  # -(1/N) Σ_i v_i
     kl = torch.zeros_like(policy)
     if reference_logprobs is not None:
         estimate = k3(new, tokens["reference_logprobs"], segments.loss_mask)

@@ -24,7 +24,7 @@ class Objective:
 
     Attributes:
         level: over what the importance ratio is taken.
-        epsilon_low, epsilon_high: the range, in the surrogate's own units (see surrogates.py).
+        epsilon_low, epsilon_high: the clip range, in the surrogate's units (see surrogates.py).
         kl_coef: weight of the k3 term against reference log-probs.
         surrogate: what is done with ratio and advantage; a name of surrogates.py, or one that
             `register_surrogate` was given.
@@ -34,7 +34,7 @@ class Objective:
         epsilon_scale: `sqrt_length` divides epsilon by sqrt(L_i), so that the band on the summed
             log-ratio grows as sqrt(L_i) (FSPO, arXiv 2509.09177).
         correction: weight for pi_old / mu, if the two are kept apart.
-        constants: the surrogate's own numbers.
+        constants: the numbers of the surrogate.
 
     Raises:
         ValueError: a name that is none of the choices, or a number outside its range.

@@ -39,8 +39,8 @@ class Segments:
     Three tokens, two sequences (of 2 and 1 tokens):
 
     >>> ids = torch.tensor([0, 0, 1])
-    >>> every = torch.ones(3, dtype=torch.bool)
-    >>> Segments(ids, 2, every, every).mean(torch.tensor([1.0, 3.0, 5.0])).tolist()
+    >>> sampled = torch.ones(3, dtype=torch.bool)
+    >>> Segments(ids, 2, sampled, sampled).mean(torch.tensor([1.0, 3.0, 5.0])).tolist()
     [2.0, 5.0]
     """
 
@@ -70,7 +70,7 @@ class Segments:
 
 
 def token_log_ratio(logprobs: PerToken, old_logprobs: PerToken, mask: TokenMask) -> PerToken:
-    """d_t where `mask` is set, 0 elsewhere: NaN and infinities outside the mask never leak.
+    """d_t if `mask` is set, else 0: NaN and infinities outside the mask never leak.
 
     >>> mask = torch.tensor([True, True, False])
     >>> new, old = torch.tensor([-1.0, -1.5, float("nan")]), torch.tensor([-1.0, -1.0, 0.0])
@@ -84,10 +84,10 @@ def token_log_ratio(logprobs: PerToken, old_logprobs: PerToken, mask: TokenMask)
 def sequence_log_ratio(d: PerToken, segments: Segments) -> PerSequence:
     """l_i, the mean of d_t over the sampled tokens (GSPO, equation 7).
 
-    Only tokens of `loss_mask` carry gradient; every sampled token counts in the value.
+    Only tokens of `loss_mask` carry gradient; all sampled tokens count in the value.
 
-    >>> every = torch.ones(3, dtype=torch.bool)
-    >>> segments = Segments(torch.tensor([0, 0, 0]), 1, every, every)
+    >>> sampled = torch.ones(3, dtype=torch.bool)
+    >>> segments = Segments(torch.tensor([0, 0, 0]), 1, sampled, sampled)
     >>> sequence_log_ratio(torch.tensor([0.3, -0.6, 0.0]), segments).tolist()
     [-0.10000000149011612]
     """
@@ -155,5 +155,5 @@ def k3(logprobs: PerToken, reference: PerToken, mask: TokenMask) -> PerToken:
     [0.0, 0.3679, 0.0]
     """
     q = token_log_ratio(reference, logprobs, mask)
-    # expm1: at q = 1e-4 the plain difference would be rounding alone.
+    # expm1: at q = 1e-4 the plain difference would be nothing but rounding.
     return torch.expm1(q.clamp(max=MAX_LOG_RATIO)) - q

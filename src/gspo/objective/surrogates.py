@@ -34,7 +34,7 @@ class Terms:
         a: advantage of each token, 0 if it is not trained on.
         advantages: of each sequence, or None if they are given per token.
         low, high: the clip range's distances from 1, one number or one per ratio.
-        constants: the surrogate's own numbers.
+        constants: the numbers of the surrogate.
         segments: which token belongs to which sequence.
         weights: correction of each token for pi_old / mu, or None.
     """
@@ -86,9 +86,9 @@ def clipped_surrogate(
     epsilon_low: float | Float[Tensor, " N"],
     epsilon_high: float | Float[Tensor, " N"],
 ) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"]]:
-    """min(w A, clip(w, 1 - eps_low, 1 + eps_high) A), and where the clip is what acts.
+    """min(w A, clip(w, 1 - eps_low, 1 + eps_high) A), and whether the clip acts.
 
-    The gradient is exactly 0 where clipped and A dw elsewhere (GSPO, equation 5).
+    The gradient is exactly 0 if clipped, else A dw (GSPO, equation 5).
 
     >>> ratio, advantage = torch.tensor([1.5, 1.5, 0.5]), torch.tensor([1.0, -1.0, -1.0])
     >>> value, clipped = clipped_surrogate(ratio, advantage, 0.2, 0.2)
@@ -119,7 +119,7 @@ def geometric(terms: Terms) -> Result:
     """GMPO: A_i exp(mean_t of d_t, clipped in log space on the side that A_i pushes to)."""
     assert terms.advantages is not None
     d, segments, low, high = terms.d, terms.segments, terms.low, terms.high
-    # Every sampled token is in the mean, trained on or not, and clipped alike.
+    # All sampled tokens are in the mean, trained on or not, and are clipped alike.
     side = segments.spread(terms.advantages)
     above, below = (side > 0) & (d > high), (side < 0) & (d < -low)
     limited = torch.where(above, torch.ones_like(d) * high, d)
@@ -188,7 +188,7 @@ def register_surrogate(
     constants: Sequence[str] = (),
     levels: Sequence[Level] = ("token",),
 ) -> None:
-    """Make `Objective(..., surrogate=name)` mean a function of your own, in this process.
+    """Make `Objective(..., surrogate=name)` mean your function, in this process.
 
     Args:
         name: registered again, it is replaced.

@@ -1,4 +1,4 @@
-"""Objectives of the user's own, beside the named ones: by name, by import, or as they are."""
+"""Objectives of the user, beside the built-in ones: by name, by import, or as they are."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def register_algorithm(
     formula: str = "",
     source: str = "",
 ) -> None:
-    """Make `dev.TrainConfig(algorithm=name)` mean an objective of your own, in this process.
+    """Make `dev.TrainConfig(algorithm=name)` mean your objective, in this process.
 
     Args:
         name: for `algorithm`, the report and the metrics' labels; registered again, it is replaced.
@@ -37,7 +37,9 @@ def register_algorithm(
         options = dev.TrainConfig(algorithm="wide_gspo")
     """
     if name in BUILT_IN:
-        raise ConfigError(f"register_algorithm({name!r}): this is a built-in method; name it anew")
+        raise ConfigError(
+            f"register_algorithm({name!r}): this is a built-in method; give yours another name"
+        )
     if not isinstance(name, str) or not name.isidentifier():
         raise ConfigError(f"register_algorithm({name!r}): a name has letters, digits and '_' only")
     preset = as_preset(objective, name)
@@ -81,14 +83,14 @@ def as_preset(value: Any, name: str) -> Preset:
         )
     try:
         if "objective" not in value:
-            return Preset(name, _objective(value), "", "your own")
+            return as_preset(_objective(value), name)
         return Preset(**{**value, "objective": _objective(value["objective"])})
     except (TypeError, ValueError) as error:
         raise ConfigError(f"algorithm: these fields are no objective: {error}") from None
 
 
 def _objective(fields: Mapping[str, Any]) -> Objective:
-    """An objective of its fields, whose correction is a dict where they were in a file."""
+    """An objective from its fields; the correction is a dict if they were in a file."""
     correction = fields.get("correction")
     if isinstance(correction, Mapping):
         fields = {**fields, "correction": Correction(**correction)}

@@ -30,11 +30,11 @@ def backward_each(
     Args:
         policy: its trainable parameters get the gradient.
         microbatches: of one optimizer step.
-        loss_of: the forward pass: the loss of a microbatch, and what is known of it.
-        workers: threads that compute a microbatch each.
+        loss_of: the forward pass: the loss of a microbatch, and what else it returns.
+        workers: threads that compute one microbatch each.
 
     Yields:
-        What `loss_of` knows of each microbatch, in their order.
+        What else `loss_of` returned for each microbatch, in their order.
     """
     parameters = list(policy.trainable.values())
 

@@ -5,22 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 ACTIVATION_BYTES = 2 * 2**30
-_LARGEST_ROW = 16_384
+_FEWEST, _MOST = 256, 16_384
 
 
-def row_budget(config: Any, checkpointing: bool) -> int:
-    """Tokens of a packed row whose activations fit `ACTIVATION_BYTES`.
+def token_budget(config: Any, checkpointing: bool) -> int:
+    """Tokens of a microbatch whose activations fit `ACTIVATION_BYTES`.
 
     Args:
         config: the model's text config.
         checkpointing: layers are recomputed in the backward pass.
     """
-    fits = ACTIVATION_BYTES // activation_bytes(config, checkpointing)
-    return max(256, min(_LARGEST_ROW, fits))
+    fitting = ACTIVATION_BYTES // activation_bytes(config, checkpointing)
+    return max(_FEWEST, min(_MOST, fitting))
 
 
 def activation_bytes(config: Any, checkpointing: bool) -> int:
-    """Rough float32 activations kept for the backward pass, per token."""
+    """Rough number of bytes of float32 activations per token, kept for the backward pass."""
     width, layers = 4 * config.hidden_size, config.num_hidden_layers
-    # Some 34 vectors of the hidden width per layer; with checkpointing, one layer's at a time.
+    # About 34 vectors of the hidden width per layer; with checkpointing, those of one layer only.
     return width * (layers + 34) if checkpointing else width * layers * 34

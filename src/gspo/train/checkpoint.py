@@ -4,7 +4,7 @@
     config.json, model.safetensors, tokenizer.json, ...   (LoRA: adapter_model.safetensors)
     optimizer.safetensors   AdamW's moments by parameter name
     trainer.json            step, policy version, steered epsilon
-    manifest.json           format, and size and SHA-256 of every other file; written last
+    manifest.json           format, and size and SHA-256 of each other file; written last
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _OPTIMIZER, _STATE = "optimizer.safetensors", "trainer.json"
 
 
 def checkpoint_name(step: int) -> str:
-    """Folder name of a step.
+    """The name of the folder of a step.
 
     >>> checkpoint_name(7)
     '0007'
@@ -44,7 +44,7 @@ def checkpoint_name(step: int) -> str:
 def steps_saved(folder: Path) -> list[int]:
     """Steps that have a complete checkpoint below `folder`, ascending.
 
-    Other names, and files, are none of gspo's and are left alone.
+    Folders with other names, and files, are not gspo's; they are ignored.
     """
     if not folder.is_dir():
         return []
@@ -57,7 +57,7 @@ def save_checkpoint(folder: Path, trainer: Trainer) -> Path:
     """Write `folder/<step>`; it exists whole or not at all.
 
     Raises:
-        RunError: the disk is full or read-only. Earlier checkpoints are as they were.
+        RunError: the disk is full or read-only. Earlier checkpoints stay as they were.
     """
     target = folder / checkpoint_name(trainer.step)
     with explained(target):
@@ -66,7 +66,7 @@ def save_checkpoint(folder: Path, trainer: Trainer) -> Path:
             building.mkdir()
             try:
                 _write(building, trainer)
-            except SafetensorError as error:  # safetensors has no OSError of its own
+            except SafetensorError as error:  # safetensors raises no OSError
                 number = re.search(r"os error (\d+)", str(error))
                 raise OSError(int(number[1]) if number else errno.EIO, str(error)) from None
     return target
@@ -96,7 +96,7 @@ def load_trainer_state(folder: Path, trainer: Trainer) -> None:
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """Compare every file with the manifest.
+    """Compare each file with the manifest.
 
     Raises:
         CheckpointError: a file is missing, of another size, or of other content; or the
@@ -122,7 +122,7 @@ def verify_checkpoint(folder: Path) -> None:
 
 @contextmanager
 def understood(folder: Path, what: str) -> Iterator[None]:
-    """Read something of a checkpoint; what is raised there for odd content is a `CheckpointError`.
+    """Turn whatever is raised while `what` of a checkpoint is read into a `CheckpointError`.
 
     Raises:
         CheckpointError: with the remedy.
@@ -131,7 +131,7 @@ def understood(folder: Path, what: str) -> Iterator[None]:
         yield
     except GspoError:
         raise
-    except Exception as error:  # each library has errors of its own for a file it cannot read
+    except Exception as error:  # each library has other errors for a file that it cannot read
         raise CheckpointError(
             f"{folder}: {what} is damaged ({type(error).__name__}: {error}); {_remedy(folder)}"
         ) from error

@@ -19,7 +19,7 @@ LORA = 10
 """Adapters take this many times the rate of full fine-tuning."""
 WARMUP = 5
 """Calls of `train`. AdamW's first steps have the size of the learning rate whatever the gradient
-is; at full rate they can undo what the model knew."""
+is; at the full rate they can undo what the model has learned."""
 
 
 def default_learning_rate(parameters: int, lora: bool) -> float:
@@ -37,7 +37,7 @@ def default_learning_rate(parameters: int, lora: bool) -> float:
 def with_defaults(settings: Settings, policy: Policy) -> Settings:
     """The settings with the learning rate and the warmup that apply to `policy`.
 
-    A learning rate of the user's stays as it is, and has no warmup that was not asked for.
+    The user's learning rate stays as it is, without a warmup that was not asked for.
     """
     if settings.learning_rate is not None:
         return settings

@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from gspo.objective import MAX_LOG_RATIO, Objective
 from gspo.train.observe import Observer, Trace
 from gspo.train.settings import Settings
@@ -53,22 +55,24 @@ class EpsilonController:
         self.epsilon_low = _bounded(math.exp(moved), scale)
 
     def learn(self, objective: Objective, settings: Settings, watch: Observer, step: int) -> None:
-        """After a call: steer the range if that is asked; else say once that it doesn't fit.
+        """After a call: steer the range if that is asked for; else say once that it doesn't fit.
 
         It is a warning if noise clips, else information: most short runs at the paper's range
         learn.
         """
-        target = settings.epsilon_target
-        if settings.auto_epsilon:
-            self.observe(objective, watch.traces, target)
+        if settings.epsilon == "auto":
+            self.observe(objective, watch.traces, settings.epsilon_target)
         elif objective.per_sequence:
             noise = watch.metrics.compute().get("mismatch/clip_fraction", 0.0)
             if settings.old_logprobs == "trainer":  # the ratio is not taken against the engine
                 noise = 0.0
-            advice = noise_advice(
-                noise, spread(objective, watch.traces), objective.epsilon_low, target
+            noisy = noise > settings.epsilon_target / 2  # of what is meant to be clipped
+            level = logging.WARNING if noisy else logging.INFO
+            advice = (
+                noise_advice(noise, objective)
+                if noisy
+                else spread_advice(spread(objective, watch.traces), objective)
             )
-            level = logging.WARNING if is_noisy(noise, target) else logging.INFO
             if advice is not None and level not in self._told:
                 self._told.add(level)
                 log.log(level, "train step %d: %s", step, advice)
@@ -84,34 +88,31 @@ def needed_epsilon(objective: Objective, trace: Trace) -> float:
     return max(_in_epsilons(objective, distance, trace.length), 0.0)
 
 
-def is_noisy(noise: float, target: float) -> bool:
-    """Whether noise decides more than half of what is meant to be clipped."""
-    return noise > target / 2
+def noise_advice(noise: float, objective: Objective) -> str:
+    """What to change if noise alone, and not learning, clips this share of the sequences."""
+    return (
+        f"engine and trainer differ so much that noise alone clips {noise:.0%} of the "
+        f"sequences on unchanged weights (epsilon {objective.epsilon_low:.2g}): raise epsilon, "
+        "set epsilon='auto' or old_logprobs='trainer', or roll out in a finer dtype"
+    )
 
 
-def noise_advice(noise: float, spread: float, epsilon_low: float, target: float) -> str | None:
-    """What to change if noise, and not learning, decides what is clipped; None if all is well.
+def spread_advice(spread: float, objective: Objective) -> str | None:
+    """What to change if the range is much narrower or wider than the log-ratios; None if it fits.
 
     Args:
-        noise: share of the sequences that would be clipped on unchanged weights.
         spread: of the sequences' log-ratios, in the units of epsilon; 0: unknown.
-        epsilon_low: the range in force.
-        target: the share that is meant to be clipped.
+        objective: with the range that applied.
     """
-    if is_noisy(noise, target):
-        return (
-            f"engine and trainer differ so much that noise alone clips {noise:.0%} of the "
-            f"sequences on unchanged weights (epsilon {epsilon_low:.2g}): raise epsilon, "
-            "set epsilon='auto' or old_logprobs='trainer', or roll out in a finer dtype"
-        )
-    if spread > 0 and not 0.3 <= epsilon_low / spread <= 5:
-        how = "clips many of" if epsilon_low < spread else "hardly ever clips"
-        return (
-            f"epsilon {epsilon_low:.2g} is {epsilon_low / spread:.2g} x the "
-            f"spread of the sequences' log-ratios ({spread:.2g}) and {how} them: set "
-            "epsilon='auto', or a number near that spread"
-        )
-    return None
+    epsilon = objective.epsilon_low
+    if not spread > 0 or 0.3 <= epsilon / spread <= 5:
+        return None
+    how = "clips many of" if epsilon < spread else "hardly ever clips"
+    return (
+        f"epsilon {epsilon:.2g} is {epsilon / spread:.2g} x the spread of the sequences' "
+        f"log-ratios ({spread:.2g}) and {how} them: set epsilon='auto', or a number near that "
+        "spread"
+    )
 
 
 def spread(objective: Objective, traces: Sequence[Trace]) -> float:
@@ -120,10 +121,7 @@ def spread(objective: Objective, traces: Sequence[Trace]) -> float:
     Only sequences with an advantage count: the others can't be clipped.
     """
     values = [_in_epsilons(objective, t.log_ratio, t.length) for t in traces if t.advantage != 0]
-    if len(values) < 2:
-        return 0.0
-    mean = math.fsum(values) / len(values)
-    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / len(values))
+    return float(np.std(values)) if len(values) > 1 else 0.0
 
 
 def _in_epsilons(objective: Objective, distance: float, length: float) -> float:

@@ -1,15 +1,16 @@
 """The expert choices of an MoE model while it trains: replay, load balance, and their metrics.
 
 Replay is one mechanism with two sources: the expert choices of a sample are the engine's (R3, arXiv
-2510.11370), or are overwritten before the first update by those of the trainer's own forward pass
+2510.11370), or are overwritten before the first update by those of a forward pass of the trainer
 (R2, arXiv 2512.01374). From there on nothing knows the difference.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -18,11 +19,12 @@ from torch import Tensor
 
 from gspo.core.errors import ConfigError, DataError
 from gspo.core.metrics import Metrics
-from gspo.data.packing import Microbatch, pack
-from gspo.data.sample import Sample, TrajectorySamples
+from gspo.data.packing import Microbatch
+from gspo.data.sample import Sample, TrajectorySamples, flat
 from gspo.dev import TrainConfig
 from gspo.policy.load import Policy
 from gspo.policy.moe import ExpertChoices
+from gspo.train.old_logprobs import scored_samples
 
 
 def check_expert_options(
@@ -40,7 +42,7 @@ def check_expert_options(
         if getattr(options, name) != value:
             policy.routers.require(f"{name}={getattr(options, name)!r}")
     layers = len(policy.routers.modules)
-    for sample in (sample for samples in trajectories for sample in samples):
+    for sample in flat(trajectories):
         where = f"group {sample.group_id}, trajectory {sample.trajectory_id}"
         chosen = sample.expert_choices
         if chosen is None or len(chosen) < len(sample) - 1:
@@ -78,6 +80,7 @@ class ExpertReplay:
         self.budget = budget
         self.coefficient = options.router_aux_loss_coef
         self.replays = options.routing_replay != "none"
+        self.share = options.share_prefixes and policy.shares_prompts
         self._strict = self.replays or self.coefficient > 0 or options.measure_routing
         self._before: list[list[TrajectorySamples]] = []
         self._compares = False
@@ -87,7 +90,7 @@ class ExpertReplay:
     def start(
         self, minibatches: Sequence[Sequence[TrajectorySamples]]
     ) -> dict[int, TrajectorySamples]:
-        """Record the trainer's own choices, if that is asked for.
+        """Record the choices of the trainer, if that is asked for.
 
         Args:
             minibatches: the trajectories that each minibatch of one epoch will train on. Recorded
@@ -102,9 +105,8 @@ class ExpertReplay:
         self._before = [self._preferred(minibatch) for minibatch in minibatches]
         if not by_trainer:
             return {}
-        recorded = [samples for minibatch in self._before for samples in minibatch]
-        sampled = [samples for minibatch in minibatches for samples in minibatch]
-        for sample, preferred in zip(_flat(sampled), _flat(recorded), strict=True):
+        recorded = list(chain(*self._before))
+        for sample, preferred in zip(flat(chain(*minibatches)), flat(recorded), strict=True):
             fresh = (sample.policy_versions[sample.ratio_mask] == self.policy.version).all()
             if sample.expert_choices is not None and fresh:
                 engine = torch.from_numpy(sample.expert_choices.astype(np.int16))
@@ -114,8 +116,9 @@ class ExpertReplay:
     def begin(self, microbatches: Sequence[Microbatch], *, on_policy: bool) -> None:
         """Count the loads of the whole step, which the load-balancing loss needs beforehand.
 
-        E * sum_e f_e * P_e is not linear in f and P together. With f known, which has no gradient,
-        the rest is a sum over tokens: the same however the step is split into microbatches.
+        E * sum_e f_e * P_e is not linear in f and P together. Once f is given, which has no
+        gradient, the rest is a sum over tokens: the same however the step is split into
+        microbatches.
         """
         self._compares = on_policy and self.options.routing_replay != "old_policy"
         self._weights = self._loads = None
@@ -133,7 +136,7 @@ class ExpertReplay:
         self._weights = share * (self.policy.routers.experts / tokens / len(share))
 
     def watch(self, microbatch: Microbatch) -> AbstractContextManager[ExpertChoices]:
-        """Around the forward pass of a microbatch, whose choices are replayed if that is asked."""
+        """Watch the forward pass of a microbatch; its choices are replayed if that is asked for."""
         return self.policy.routers.watch(
             self._replayed(microbatch),
             balance=self._weights,
@@ -142,7 +145,7 @@ class ExpertReplay:
         )
 
     def record(self, microbatch: Microbatch, choices: ExpertChoices) -> None:
-        """Metrics of a watched microbatch."""
+        """Record the metrics of a watched microbatch."""
         if isinstance(choices.balance, Tensor):
             self.metrics.mean("loss/router_aux", choices.balance.item(), 0)
         if not choices.complete:
@@ -150,11 +153,11 @@ class ExpertReplay:
         loads = choices.loads()
         self._loads = loads if self._loads is None else self._loads + loads
         if self._compares and microbatch.expert_choices is not None:
-            own = choices.preferred().cpu()[microbatch.index]
-            record_agreement(self.metrics, microbatch.expert_choices, own)
+            preferred = choices.preferred().cpu()[microbatch.index]
+            record_agreement(self.metrics, microbatch.expert_choices, preferred)
 
     def end(self) -> None:
-        """Metrics of the whole step, which don't add up over its microbatches."""
+        """Record the metrics of the whole step, which don't add up over its microbatches."""
         if self._loads is not None:
             loads = self._loads.double()
             spread = loads.std(-1, correction=0) / loads.mean(-1)
@@ -163,7 +166,7 @@ class ExpertReplay:
             self.metrics.mean("loss/router_aux", 0.0, 1)
 
     def finish(self) -> None:
-        """After the last update: how many choices are others than before the first."""
+        """After the last update, record how many choices changed since before the first."""
         if not self.options.measure_routing:
             return
         name, mean = "moe/experts_changed", self.metrics.mean
@@ -177,51 +180,38 @@ class ExpertReplay:
             mean("moe/tokens_changed", int((changed > 0).any(-1).sum()), tokens)
 
     def _preferred(self, minibatch: Sequence[TrajectorySamples]) -> list[TrajectorySamples]:
-        share = shares(self.policy, self.options)
-        return with_own_choices(self.policy, minibatch, self.budget, share=share)
+        return with_preferred_experts(self.policy, minibatch, self.budget, share=self.share)
 
     def _replayed(self, microbatch: Microbatch) -> Tensor | None:
         return microbatch.replayed_choices() if self.replays else None
 
 
-def shares(policy: Policy, options: TrainConfig) -> bool:
-    """Whether prompts that samples have in common are computed once."""
-    return options.share_prefixes and policy.shares_prompts
-
-
-def with_own_choices(
+def with_preferred_experts(
     policy: Policy, trajectories: Sequence[TrajectorySamples], budget: int, *, share: bool = False
 ) -> list[TrajectorySamples]:
-    """The same samples with the experts that the routers prefer now, for every token: [L, N, K]."""
-    by_id = {samples[0].trajectory_id: samples for samples in trajectories}
-    workers = policy.workers
-    microbatches = pack(_flat(trajectories), budget, share=share, workers=workers.count)
+    """The same samples with the experts that the routers prefer now, for each token: [L, N, K]."""
 
-    def record(microbatch: Microbatch) -> np.ndarray:
-        with torch.no_grad(), policy.routers.watch() as choices:
+    def score(microbatch: Microbatch, samples: Sequence[Sample]) -> list[Sample]:
+        with policy.routers.watch() as choices:
             policy.logprobs(microbatch)
-        return choices.preferred().cpu().numpy()[microbatch.index.numpy()]
+        chosen = choices.preferred().cpu().numpy()[microbatch.index.numpy()]
+        by_sample = np.split(chosen, np.cumsum(microbatch.lengths)[:-1])
+        return [replace(s, expert_choices=c) for s, c in zip(samples, by_sample, strict=True)]
 
-    recorded: dict[int, TrajectorySamples] = {}
-    for microbatch, chosen in zip(microbatches, workers.map(record, microbatches), strict=True):
-        by_sample = iter(np.split(chosen, np.cumsum(microbatch.lengths)[:-1]))
-        for number in microbatch.trajectory_ids:
-            recorded[number] = tuple(
-                dataclasses.replace(sample, expert_choices=next(by_sample))
-                for sample in by_id[number]
-            )
-    return [recorded[samples[0].trajectory_id] for samples in trajectories]
+    return scored_samples(policy, trajectories, budget, score, share=share)
 
 
 def record_agreement(
-    metrics: Metrics, engine: Integer[Tensor, "T N K"], own: Integer[Tensor, "T N K"]
+    metrics: Metrics, engine: Integer[Tensor, "T N K"], trainer: Integer[Tensor, "T N K"]
 ) -> None:
     """Slots in which the engine took an expert that the trainer takes too; -1 is unknown."""
-    known = (engine >= 0).all(-1).all(-1)
-    engine, own = engine[known], own[known].to(engine.dtype)
-    if engine.shape[2:] != own.shape[2:]:
-        raise DataError(f"the engine chose {engine.shape[2]} experts per token, not {own.shape[2]}")
-    changed = int(changed_slots(engine, own).sum())
+    chosen = (engine >= 0).all(-1).all(-1)
+    engine, trainer = engine[chosen], trainer[chosen].to(engine.dtype)
+    if engine.shape[2:] != trainer.shape[2:]:
+        raise DataError(
+            f"the engine chose {engine.shape[2]} experts per token, not {trainer.shape[2]}"
+        )
+    changed = int(changed_slots(engine, trainer).sum())
     metrics.mean("moe/routing_agreement", engine.numel() - changed, engine.numel())
 
 
@@ -236,11 +226,7 @@ def changed_slots(
     return (before[..., :, None] != after[..., None, :]).all(-1).sum(-1)
 
 
-def _flat(trajectories: Sequence[TrajectorySamples]) -> list[Sample]:
-    return [sample for samples in trajectories for sample in samples]
-
-
 def _choices(trajectories: Sequence[TrajectorySamples]) -> Integer[Tensor, "U N K"]:
-    """Of all samples, one after the other."""
-    chosen = [sample.expert_choices for sample in _flat(trajectories)]
+    """The expert choices of all samples, one after the other."""
+    chosen = [sample.expert_choices for sample in flat(trajectories)]
     return torch.from_numpy(np.concatenate([c for c in chosen if c is not None]))

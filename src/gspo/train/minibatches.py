@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from gspo.core.errors import DataError, SampleTooLongError
@@ -24,42 +22,42 @@ class RolloutBatch:
     """What one call of `train` works on.
 
     Attributes:
-        samples: of each trajectory, its samples; `advantage` is set.
-        groups: of each trajectory, its group.
-        rewards: of each trajectory.
+        samples: for each trajectory its samples, group after group; `advantage` is set.
+        rewards: one for each trajectory.
         dropped: trajectories that were too long and left out, by the user's choice.
     """
 
     samples: tuple[TrajectorySamples, ...]
-    groups: tuple[int, ...]
     rewards: tuple[float, ...]
     dropped: int
 
     @property
-    def groups_with_signal(self) -> frozenset[int]:
-        """Groups in which some advantage is not 0."""
-        return frozenset(s[0].group_id for s in self.samples if s[0].advantage != 0)
+    def groups(self) -> tuple[int, ...]:
+        """The group of each trajectory."""
+        return tuple(samples[0].group_id for samples in self.samples)
 
     def with_signal(self) -> RolloutBatch:
-        """Without the groups whose rewards are all equal."""
-        wanted = self.groups_with_signal
-        columns = zip(self.samples, self.groups, self.rewards, strict=True)
-        signal = [column for column in columns if column[1] in wanted]
-        samples, groups, rewards = zip(*signal, strict=True) if signal else ((), (), ())
-        return RolloutBatch(samples, groups, rewards, self.dropped)
+        """The batch without the groups in which each advantage is 0."""
+        signal = self._groups_with_signal()
+        chosen = [i for i, group in enumerate(self.groups) if group in signal]
+        samples = tuple(self.samples[i] for i in chosen)
+        return RolloutBatch(samples, tuple(self.rewards[i] for i in chosen), self.dropped)
 
     @property
     def flat_groups(self) -> int:
-        """Groups in which every advantage is 0."""
-        return len(set(self.groups) - self.groups_with_signal)
+        """Groups in which each advantage is 0."""
+        return len(set(self.groups) - self._groups_with_signal())
+
+    def _groups_with_signal(self) -> set[int]:
+        return {samples[0].group_id for samples in self.samples if samples[0].advantage != 0}
 
 
 def why_no_update(trajectories: int, too_long: int) -> str:
-    """Why no step was taken on a batch.
+    """Why no optimizer step was taken on a rollout batch.
 
     Args:
-        trajectories: that had a sample.
-        too_long: that were dropped.
+        trajectories: how many had a sample.
+        too_long: how many were dropped.
 
     >>> why_no_update(0, 4)
     'all 4 trajectories are longer than the context'
@@ -99,7 +97,8 @@ def prepare(
         torch.tensor(shaped, dtype=torch.float64),
         torch.tensor([g for g, _, _ in flat]),
     ).tolist()
-    prepared: list[tuple[TrajectorySamples, int, float]] = []
+    trained: list[TrajectorySamples] = []
+    rewards: list[float] = []
     for i, (g, t, trajectory) in enumerate(flat):
         if abs(values[i]) > torch.finfo(torch.float32).max:
             raise DataError(
@@ -120,19 +119,19 @@ def prepare(
             if not drop_too_long:
                 raise
             continue
-        prepared.append((tuple(samples), g, float(trajectory.reward)))
-    trained, of_group, rewards = zip(*prepared, strict=True) if prepared else ((), (), ())
-    return RolloutBatch(trained, of_group, rewards, dropped=len(flat) - len(prepared))
+        trained.append(samples)
+        rewards.append(float(trajectory.reward))
+    return RolloutBatch(tuple(trained), tuple(rewards), dropped=len(flat) - len(trained))
 
 
 def minibatches(batch: RolloutBatch, count: int, seed: int) -> list[list[TrajectorySamples]]:
-    """Trajectories in `count` near-equal parts; groups in random order, kept together.
+    """Trajectories in `count` parts of nearly equal size; groups in random order, kept together.
 
-    Fewer parts where there are fewer trajectories.
+    There are fewer parts if there are fewer trajectories.
     """
     by_group: dict[int, list[TrajectorySamples]] = {}
-    for samples, group in zip(batch.samples, batch.groups, strict=True):
-        by_group.setdefault(group, []).append(samples)
+    for samples in batch.samples:
+        by_group.setdefault(samples[0].group_id, []).append(samples)
     order = sorted(by_group)
     random.Random(seed).shuffle(order)
     units = [samples for group in order for samples in by_group[group]]
@@ -148,30 +147,19 @@ def with_gradient(
     return [s for s in minibatch if objective.kl_coef > 0 or s[0].advantage != 0]
 
 
-def reward_std(rewards: Sequence[float]) -> float:
-    """Population standard deviation, of rewards of any size.
-
-    >>> reward_std([1.0, 3.0])
-    1.0
-    """
-    # Squares of rewards such as 1e200 overflow; dividing by a power of two rounds nothing.
-    power = math.ldexp(1.0, math.frexp(max(map(abs, rewards)))[1] - 1)
-    return float(np.std(np.array(rewards) / power)) * power
-
-
-def overlong_punishment(length: int, max_tokens: int, cache: int) -> float:
-    """0 up to max_tokens - cache, falling to -1 at max_tokens (DAPO, arXiv 2503.14476, eq. 13).
-
-    >>> [overlong_punishment(n, 100, 20) for n in (80, 90, 100, 150)]
-    [0.0, -0.5, -1.0, -1.0]
-    """
-    return min(0.0, max(-1.0, (max_tokens - cache - length) / cache))
-
-
 def shaped_reward(trajectory: Trajectory, overlong: tuple[int, int] | None) -> float:
-    """The reward that advantages are made of: with the punishment of (max_tokens, cache)."""
+    """The reward that advantages are made of: with DAPO's soft punishment of long completions.
+
+    The punishment is 0 up to max_tokens - cache sampled tokens, and falls to -1 at max_tokens
+    (arXiv 2503.14476, equation 13).
+
+    Args:
+        trajectory: with its reward.
+        overlong: (max_tokens, cache), or None for no punishment.
+    """
     reward = float(trajectory.reward)
     if overlong is None:
         return reward
+    max_tokens, cache = overlong
     length = sum(len(getattr(c, "token_ids", None) or ()) for c in trajectory.choices())
-    return reward + overlong_punishment(length, *overlong)
+    return reward + min(0.0, max(-1.0, (max_tokens - cache - length) / cache))

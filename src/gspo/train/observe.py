@@ -1,7 +1,7 @@
-"""What is seen of one call of `train`: every metric, and the trace of each trained sequence.
+"""What one call of `train` reports: all metrics, and the trace of each trained sequence.
 
 Tensors stay on the device until an optimizer step's last backward pass, and come to the CPU in one
-transfer: each number that is read by itself would make the CPU wait for the GPU.
+transfer: reading one number after the other would make the CPU wait for the GPU each time.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -18,8 +19,7 @@ from torch import Tensor
 from gspo.core.errors import NumericsError
 from gspo.core.metrics import Metrics
 from gspo.data.packing import Microbatch
-from gspo.data.sample import TrajectorySamples
-from gspo.kernels.logprob import TokenLogprobs
+from gspo.data.sample import TrajectorySamples, flat
 from gspo.kernels.shared_prompt_attention import SharedPromptAttention
 from gspo.objective import (
     LossOutput,
@@ -30,7 +30,7 @@ from gspo.objective import (
     sequence_log_ratio,
 )
 from gspo.policy.load import Policy
-from gspo.train.minibatches import RolloutBatch, reward_std
+from gspo.train.minibatches import RolloutBatch
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,6 @@ class Scored:
     entropy: Tensor
     out: LossOutput
 
-    @classmethod
-    def of(
-        cls, microbatch: Microbatch, scored: TokenLogprobs, out: LossOutput, loss: Tensor
-    ) -> Scored:
-        """Detached: else the graph of a microbatch would live until the step's end."""
-        out = replace(out, loss=loss.detach())
-        return cls(microbatch, scored.logprobs.detach(), scored.entropy, out)
-
 
 class Observer:
     """Metrics and traces of one call of `train`.
@@ -97,9 +89,9 @@ class Observer:
         _describe(self.metrics, batch, policy.version)
 
     def on_policy(self, trajectories: Sequence[TrajectorySamples]) -> bool:
-        """Whether the weights are still those that sampled every token: then any log-ratio is a
+        """Whether the weights are still those that sampled all tokens: then any log-ratio is a
         mismatch between engine and trainer."""
-        versions = (s.policy_versions[s.ratio_mask] for samples in trajectories for s in samples)
+        versions = (s.policy_versions[s.ratio_mask] for s in flat(trajectories))
         return self.updates == 0 and all((v == self._policy.version).all() for v in versions)
 
     def saw(self, scored: Scored) -> None:
@@ -125,6 +117,10 @@ class Observer:
                 _record_mismatch(self.metrics, scored, objective)
             self.traces += _traces(scored, self.updates)
 
+    def skipped(self) -> None:
+        """Count a minibatch without a gradient, on which no optimizer step was taken."""
+        self.metrics.add("optim/skipped", 1)
+
     def updated(self, norm: float, rate: float) -> None:
         """Count an optimizer step: the gradient's norm before clipping, the learning rate."""
         self.updates += 1
@@ -132,7 +128,7 @@ class Observer:
         self.metrics.mean("optim/learning_rate", rate, 1)
 
     def done(self, objective: Objective) -> None:
-        """Record what is known at the end of the call."""
+        """Record the metrics of the whole call."""
         if objective.has_range:
             self.metrics.mean("ratio/epsilon_low", objective.epsilon_low, 1)
             self.metrics.mean("ratio/epsilon_high", objective.epsilon_high, 1)
@@ -141,35 +137,32 @@ class Observer:
 
     def by_trajectory(self) -> dict[int, list[Trace]]:
         """The traces of each trajectory in the order of its turns, of its last optimizer step."""
-        out: dict[int, list[Trace]] = {}
+        last = {trace.trajectory_id: trace.update for trace in self.traces}
+        traces: dict[int, list[Trace]] = {number: [] for number in last}
         for trace in self.traces:
-            earlier = out.setdefault(trace.trajectory_id, [])
-            if earlier and earlier[0].update < trace.update:
-                earlier.clear()
-            earlier.append(trace)
-        return out
+            if trace.update == last[trace.trajectory_id]:
+                traces[trace.trajectory_id].append(trace)
+        return traces
 
     def _record_packing(self, microbatch: Microbatch) -> None:
         size, samples = microbatch.token_count, microbatch.sample_tokens
-        padded = size
-        if self._policy.packing == "buckets":
-            padded = SharedPromptAttention(microbatch).padded
+        buckets = self._policy.packing == "buckets"
+        padded = SharedPromptAttention(microbatch).padded if buckets else size
         self.metrics.mean("tokens/packed_efficiency", size, padded)
         self.metrics.add("tokens/computed", size)
         self.metrics.mean("tokens/shared_saving", samples - size, samples)
 
 
 def _describe(metrics: Metrics, batch: RolloutBatch, version: int) -> None:
-    """What is known of the rollout batch before any forward pass."""
+    """Record the metrics of the rollout batch, which need no forward pass."""
     by_group: dict[int, list[float]] = {}
     for group, reward in zip(batch.groups, batch.rewards, strict=True):
         by_group.setdefault(group, []).append(reward)
     for rewards in by_group.values():
-        metrics.mean("train/reward_std", reward_std(rewards), 1)
+        metrics.mean("train/reward_std", float(np.std(rewards)), 1)
     count = len(batch.samples)
     metrics.mean("train/reward", math.fsum(batch.rewards), count)
-    samples = [sample for trajectory in batch.samples for sample in trajectory]
-    if samples:
+    if samples := flat(batch.samples):
         sampled = sum(sample.sampled for sample in samples)
         metrics.mean("tokens/completion_mean", sampled, count)
         metrics.add("tokens/completion", sampled)
@@ -185,11 +178,11 @@ def _describe(metrics: Metrics, batch: RolloutBatch, version: int) -> None:
 
 
 def _on_cpu(step: Sequence[Scored]) -> list[Scored]:
-    """The same with all tensors on the CPU, by one transfer."""
+    """The microbatches with all tensors on the CPU, by one transfer."""
     tensors = [[s.logprobs, s.entropy, *vars(s.out).values()] for s in step]
-    flat = [tensor.reshape(-1).float() for each in tensors for tensor in each]
-    values = iter(torch.cat(flat).cpu().split([len(part) for part in flat]))
-    read = [[next(values).view(t.shape).to(t.dtype) for t in each] for each in tensors]
+    together = [tensor.reshape(-1).float() for of_one in tensors for tensor in of_one]
+    values = iter(torch.cat(together).cpu().split([len(values) for values in together]))
+    read = [[next(values).view(t.shape).to(t.dtype) for t in of_one] for of_one in tensors]
     return [
         Scored(scored.microbatch, logprobs, entropy, LossOutput(*out))
         for scored, (logprobs, entropy, *out) in zip(step, read, strict=True)
@@ -201,14 +194,15 @@ def _check_finite(step: Sequence[Scored]) -> None:
     if not bad:
         return
     named = {
-        scored.microbatch.trajectory_ids[i]
+        number
         for scored in bad
-        for i, l_i in enumerate(scored.out.log_ratio.tolist())
-        if not math.isfinite(l_i)
+        for number, l_i in zip(scored.microbatch.trajectory_ids, scored.out.log_ratio, strict=True)
+        if not l_i.isfinite()
     }
-    where = f"; log-ratios that are not finite: trajectory {min(named, default=0)}"
+    text = "; log-ratios that are not finite: trajectory {} ({} in all)"
     raise NumericsError(
-        f"the loss is {bad[0].out.loss.item()}{f'{where} ({len(named)} in all)' if named else ''}. "
+        f"the loss is {bad[0].out.loss.item()}"
+        f"{text.format(min(named), len(named)) if named else ''}. "
         "Look for a temperature, a log-prob or a weight that is not finite"
     )
 
@@ -246,7 +240,7 @@ def _record_ratios(metrics: Metrics, scored: Scored) -> None:
 
 
 def _record_mismatch(metrics: Metrics, scored: Scored, objective: Objective) -> None:
-    """On unchanged weights: what engine and trainer disagree by, and what that alone would clip."""
+    """On unchanged weights: what engine and trainer disagree by, and what only that would clip."""
     microbatch, advantages = scored.microbatch, scored.microbatch.advantages
     d = scored.logprobs - microbatch.sampling_logprobs
     metrics.mean("mismatch/log_ratio_mean", d.double().sum().item(), d.numel())
@@ -272,7 +266,7 @@ def _record_clipping(metrics: Metrics, family: str, share: Tensor, advantages: T
 
 
 def _traces(scored: Scored, update: int) -> list[Trace]:
-    """The S sequences of a microbatch."""
+    """The traces of the S sequences of a microbatch."""
     microbatch, out = scored.microbatch, scored.out
     d = (scored.logprobs - microbatch.old_logprobs).numpy()
     ids = microbatch.sequence_ids.numpy()
@@ -283,12 +277,10 @@ def _traces(scored: Scored, update: int) -> list[Trace]:
         microbatch.advantages.tolist(),
         out.lengths.tolist(),
         microbatch.trajectory_ids,
+        repeat(update),
         out.loss_tokens.int().tolist(),
         out.clipped_tokens.int().tolist(),
         by_sequence,
-        strict=True,
+        strict=False,  # one of them is repeated without an end
     )
-    return [
-        Trace(l_i, advantage, length, trajectory_id, update, trained, clipped, d)
-        for l_i, advantage, length, trajectory_id, trained, clipped, d in columns
-    ]
+    return [Trace(*values) for values in columns]

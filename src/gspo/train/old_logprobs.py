@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 
 from gspo.data.packing import Microbatch, pack
-from gspo.data.sample import TrajectorySamples
+from gspo.data.sample import Sample, TrajectorySamples, flat
 from gspo.policy.load import Policy
 
 
@@ -32,35 +33,48 @@ def with_trainer_logprobs(
         trajectories: in any order, which is kept.
         budget: tokens of a microbatch.
         chunk: tokens whose logits exist at once.
-        replay: go through the samples' own expert choices, as training will.
+        replay: go through the samples' expert choices, as training will.
         share: compute prompts that samples share once.
     """
-    flat = [sample for samples in trajectories for sample in samples]
-    workers = policy.workers.count
-    microbatches = pack(flat, budget, share=share, replay=replay, workers=workers)
 
-    def score(microbatch: Microbatch) -> np.ndarray:
+    def score(microbatch: Microbatch, samples: Sequence[Sample]) -> list[Sample]:
         replayed = microbatch.replayed_choices() if replay else None
-        with torch.no_grad(), policy.routers.watch(replayed):
-            return policy.logprobs(microbatch, chunk).logprobs.cpu().numpy()
+        with policy.routers.watch(replayed):
+            logprobs = policy.logprobs(microbatch, chunk).logprobs.cpu().numpy()
+        old = np.zeros(microbatch.sample_tokens, dtype=np.float32)
+        old[np.concatenate([sample.ratio_mask for sample in samples])] = logprobs
+        by_sample = np.split(old, np.cumsum(microbatch.lengths)[:-1])
+        return [replace(s, old_logprobs=o) for s, o in zip(samples, by_sample, strict=True)]
 
+    return scored_samples(policy, trajectories, budget, score, replay=replay, share=share)
+
+
+def scored_samples(
+    policy: Policy,
+    trajectories: Sequence[TrajectorySamples],
+    budget: int,
+    score: Callable[[Microbatch, Sequence[Sample]], list[Sample]],
+    *,
+    replay: bool = False,
+    share: bool = False,
+) -> list[TrajectorySamples]:
+    """The same trajectories after a forward pass without gradient, which changes their samples.
+
+    Args:
+        policy, trajectories, budget, replay, share: see `with_trainer_logprobs`.
+        score: makes the new samples of a microbatch from its samples, in their order.
+    """
     by_id = {samples[0].trajectory_id: samples for samples in trajectories}
-    scored = policy.workers.map(score, microbatches)
-    for microbatch, logprobs in zip(microbatches, scored, strict=True):
-        for trajectory_id in microbatch.trajectory_ids:  # whole, its samples in their order
-            samples = by_id[trajectory_id]
-            size = sum(sample.sampled for sample in samples)
-            by_id[trajectory_id] = _with_old(samples, logprobs[:size])
-            logprobs = logprobs[size:]
-    return [by_id[samples[0].trajectory_id] for samples in trajectories]
 
+    def run(microbatch: Microbatch) -> list[Sample]:
+        whole = [by_id[number] for number in microbatch.trajectory_ids]
+        with torch.no_grad():
+            return score(microbatch, flat(whole))
 
-def _with_old(samples: TrajectorySamples, logprobs: np.ndarray) -> TrajectorySamples:
-    """The samples with the log-probs of their sampled tokens, one sample after the other."""
-    changed = []
-    ends = np.cumsum([sample.sampled for sample in samples])
-    for sample, sampled in zip(samples, np.split(logprobs, ends[:-1]), strict=True):
-        old = np.zeros(len(sample), dtype=np.float32)
-        old[sample.ratio_mask] = sampled
-        changed.append(replace(sample, old_logprobs=old))
-    return tuple(changed)
+    count = policy.workers.count
+    microbatches = pack(flat(trajectories), budget, share=share, replay=replay, workers=count)
+    scored: defaultdict[int, list[Sample]] = defaultdict(list)
+    for samples in policy.workers.map(run, microbatches):
+        for sample in samples:
+            scored[sample.trajectory_id].append(sample)
+    return [tuple(scored[samples[0].trajectory_id]) for samples in trajectories]

@@ -24,13 +24,13 @@ from gspo.train.algorithms import find_algorithm
 
 
 class Settings(dev.TrainConfig):
-    """A resolved call of `train`: every option of `dev.TrainConfig`, with the value that applies.
+    """A resolved call of `train`: all options of `dev.TrainConfig`, with the value that applies.
 
     Attributes:
         algorithm: name of the preset, or `level:<level>` for a level that has none.
         minibatches: a number.
         preset: the method, with the clip range, KL weight and advantage that apply.
-        learning_rate: peak; None until the model is known (`with_defaults`).
+        learning_rate: the peak; None until `with_defaults` fills it in for the model.
     """
 
     minibatches: int  # pyright: ignore[reportGeneralTypeIssues, reportIncompatibleVariableOverride]
@@ -47,20 +47,10 @@ class Settings(dev.TrainConfig):
         """How A_i is made of the group's rewards."""
         return self.preset.advantage
 
-    @property
-    def counts_flat(self) -> bool:
-        """Whether groups with equal rewards count in N and T."""
-        return self.preset.counts_flat
-
     def with_range(self, low: float, high: float) -> Settings:
         """The same call with the clip range that was steered to."""
         preset = replace(self.preset, objective=self.objective.with_epsilon(low, high))
         return self.model_copy(update={"preset": preset, "epsilon": low, "epsilon_high": high})
-
-    @property
-    def auto_epsilon(self) -> bool:
-        """Whether the clip range is steered; the objective's is where it starts."""
-        return self.epsilon == "auto"
 
     @property
     def overlong(self) -> tuple[int, int] | None:
@@ -70,7 +60,7 @@ class Settings(dev.TrainConfig):
         return self.overlong_max_tokens, self.overlong_cache
 
     def as_config(self) -> dict[str, Any]:
-        """The options by their own names, with the values that apply.
+        """The options by name, with the values that apply.
 
         >>> resolve().as_config()["epsilon_high"]
         0.0004
@@ -89,9 +79,13 @@ def resolve(config: TrainConfig | None = None, options: dev.TrainConfig | None =
     """
     config, given = config or TrainConfig(), options or dev.TrainConfig()
     preset = _preset(given)
-    _check_epsilon(preset, given)
-    low, high = _range(preset.objective, given)
-    old = _old_logprobs(given)
+    _refuse(preset, given)
+    old = "trainer" if given.precalculate_logprobs else given.old_logprobs
+    low, high = preset.objective.epsilon_low, preset.objective.epsilon_high
+    if isinstance(given.epsilon, float | int):
+        low = high = float(given.epsilon)
+    if given.epsilon_high is not None:
+        high = given.epsilon_high
     try:
         objective = replace(
             preset.objective,
@@ -103,7 +97,9 @@ def resolve(config: TrainConfig | None = None, options: dev.TrainConfig | None =
         )
     except ValueError as error:
         raise ConfigError(f"dev.TrainConfig: {error}") from None
-    advantage, correction = _advantage(preset, given), objective.correction
+    advantage, correction = preset.advantage, objective.correction
+    if given.scale_rewards is not None:
+        advantage = "group_std" if given.scale_rewards else "group_mean"
     has_range = objective.has_range
     applies = {
         "algorithm": preset.name,
@@ -119,7 +115,7 @@ def resolve(config: TrainConfig | None = None, options: dev.TrainConfig | None =
         "correction_high": correction and correction.high,
         "minibatches": given.minibatches or preset.minibatches,
     }
-    # Checked already, each by its own class; which options the user gave stays known.
+    # Checked already, each by its own class; the copy remembers which options the user gave.
     return Settings.model_construct(
         given.model_fields_set,
         **(dict(given) | applies),
@@ -129,15 +125,16 @@ def resolve(config: TrainConfig | None = None, options: dev.TrainConfig | None =
 
 
 def _preset(options: dev.TrainConfig) -> Preset:
+    """The method that is asked for, by its name or by the level of its ratio."""
     level = options.importance_sampling_level
     if options.algorithm is None and level is not None:
         objective = LEVEL_DEFAULTS[level]
-        named = [p for p in PRESETS.values() if p.objective == objective]
+        named = [preset for preset in PRESETS.values() if preset.objective == objective]
         return named[0] if named else Preset(f"level:{level}", objective, "", "OpenPipe ART")
     preset = find_algorithm(options.algorithm or "gspo")
     if level is not None and level != preset.objective.level:
-        fits = [name for name, p in PRESETS.items() if p.objective.level == level]
-        remedy = f"use algorithm={fits[0]!r}" if fits else "leave algorithm out"
+        fitting = [name for name, p in PRESETS.items() if p.objective.level == level]
+        remedy = f"use algorithm={fitting[0]!r}" if fitting else "leave algorithm out"
         raise ConfigError(
             f"algorithm={preset.name!r} has importance_sampling_level="
             f"{preset.objective.level!r}, not {level!r}: {remedy}, or drop one of the two"
@@ -145,72 +142,71 @@ def _preset(options: dev.TrainConfig) -> Preset:
     return preset
 
 
+def _refuse(preset: Preset, options: dev.TrainConfig) -> None:
+    """Refuse options that contradict the method or one another."""
+    name, low, high = preset.name, options.epsilon, options.epsilon_high
+    scale, sequence = options.epsilon_scale, preset.objective.per_sequence
+    old_logprobs = options.old_logprobs if "old_logprobs" in options.model_fields_set else "trainer"
+    contradictions = (
+        (
+            (low, high) != (None, None) and not preset.objective.has_range,
+            f"algorithm={name!r} has no clip range: leave "
+            f"{'epsilon_high' if low is None else 'epsilon'} out",
+        ),
+        (
+            sequence and high is not None and high > 1,
+            f"epsilon_high = {high}: a sequence's ratio is a geometric mean near 1; give at most "
+            "1 (the paper: 4e-4)",
+        ),
+        (
+            low == "auto" and not sequence,
+            f"epsilon='auto' steers a sequence-level clip range, which {name!r} doesn't have: use "
+            "algorithm='gspo', or give a number",
+        ),
+        (
+            low is not None and preset.objective.surrogate == "truncate",
+            f"algorithm={name!r} bounds its weights from above only: use epsilon_high",
+        ),
+        (
+            low == "auto" and high is not None,
+            "epsilon='auto' sets both sides: leave epsilon_high out",
+        ),
+        (
+            scale == "sqrt_length" and not sequence,
+            f"epsilon_scale={scale!r} needs a sequence-level ratio, which {name!r} doesn't have",
+        ),
+        (
+            options.precalculate_logprobs and old_logprobs == "rollout",
+            "precalculate_logprobs=True means old_logprobs='trainer', not 'rollout': give one of "
+            "the two",
+        ),
+        (
+            options.scale_rewards is not None
+            and preset.advantage not in ("group_std", "group_mean"),
+            f"algorithm={name!r} doesn't centre rewards by group: leave scale_rewards out",
+        ),
+    )
+    for refused, reason in contradictions:
+        if refused:
+            raise ConfigError(reason)
+
+
 def _kl(objective: Objective, config: TrainConfig, options: dev.TrainConfig) -> float:
-    """The first that was given: the option, the public one, else the preset's own."""
+    """The option, else the public one if it was given, else the preset's weight."""
     if options.kl_penalty_coef is not None:
         return options.kl_penalty_coef
     given = "kl_penalty_coef" in config.model_fields_set
     return config.kl_penalty_coef if given else objective.kl_coef
 
 
-def _range(objective: Objective, options: dev.TrainConfig) -> tuple[float, float]:
-    low, high = objective.epsilon_low, objective.epsilon_high
-    if isinstance(options.epsilon, float | int):
-        low = high = float(options.epsilon)
-    if options.epsilon_high is not None:
-        high = options.epsilon_high
-    return low, high
-
-
-def _check_epsilon(preset: Preset, options: dev.TrainConfig) -> None:
-    given = [n for n in ("epsilon", "epsilon_high") if getattr(options, n) is not None]
-    if given and not preset.objective.has_range:
-        raise ConfigError(f"algorithm={preset.name!r} has no clip range: leave {given[0]} out")
-    sequence = preset.objective.per_sequence
-    if sequence and options.epsilon_high is not None and options.epsilon_high > 1:
-        raise ConfigError(
-            f"epsilon_high = {options.epsilon_high}: a sequence's ratio is a geometric mean near "
-            "1; give at most 1 (the paper: 4e-4)"
-        )
-    if options.epsilon == "auto" and not sequence:
-        raise ConfigError(
-            f"epsilon='auto' steers a sequence-level clip range, which {preset.name!r} doesn't "
-            "have: use algorithm='gspo', or give a number"
-        )
-    if options.epsilon is not None and preset.objective.surrogate == "truncate":
-        raise ConfigError(
-            f"algorithm={preset.name!r} bounds its weights from above alone: use epsilon_high"
-        )
-    if options.epsilon == "auto" and options.epsilon_high is not None:
-        raise ConfigError("epsilon='auto' sets both sides: leave epsilon_high out")
-    if options.epsilon_scale == "sqrt_length" and not sequence:
-        raise ConfigError(
-            f"epsilon_scale={options.epsilon_scale!r} needs a sequence-level ratio, which "
-            f"{preset.name!r} doesn't have"
-        )
-
-
-def _old_logprobs(options: dev.TrainConfig) -> str:
-    if not options.precalculate_logprobs:
-        return options.old_logprobs
-    if "old_logprobs" in options.model_fields_set and options.old_logprobs == "rollout":
-        raise ConfigError(
-            "precalculate_logprobs=True means old_logprobs='trainer', not 'rollout': "
-            "give one of the two"
-        )
-    return "trainer"
-
-
 def _correction(preset: Correction | None, options: dev.TrainConfig, old: str) -> Correction | None:
     """The option's, else the preset's, with the bounds that were given."""
     low, high = options.correction_low, options.correction_high
-    kind = options.correction
+    kind = options.correction or (preset and preset.kind)
     if kind is None:
-        if preset is None:
-            if (low, high) != (None, None):
-                raise ConfigError("correction_low and correction_high need a correction")
-            return None
-        kind = preset.kind
+        if (low, high) != (None, None):
+            raise ConfigError("correction_low and correction_high need a correction")
+        return None
     if old == "rollout" and kind != "off_policy_sequence_mask":
         raise ConfigError(
             f"correction={kind!r} weights by trainer / engine, but with "
@@ -223,13 +219,3 @@ def _correction(preset: Correction | None, options: dev.TrainConfig, old: str) -
         low = preset.low if low is None else low
         high = preset.high if high is None else high
     return Correction(kind, low, high)
-
-
-def _advantage(preset: Preset, options: dev.TrainConfig) -> AdvantageKind:
-    if options.scale_rewards is None:
-        return preset.advantage
-    if preset.advantage in ("group_std", "group_mean"):
-        return "group_std" if options.scale_rewards else "group_mean"
-    raise ConfigError(
-        f"algorithm={preset.name!r} doesn't centre rewards by group: leave scale_rewards out"
-    )

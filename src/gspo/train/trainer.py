@@ -11,8 +11,10 @@ For each minibatch (GSPO, Zheng et al., arXiv 2507.18071; the objective is in ob
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from jaxtyping import Float
@@ -21,16 +23,16 @@ from torch import Tensor
 from gspo.core.errors import NumericsError
 from gspo.core.metrics import Metrics
 from gspo.data.packing import Microbatch, pack
-from gspo.data.sample import TrajectorySamples, unit_count
+from gspo.data.sample import TrajectorySamples, flat, unit_count
 from gspo.objective import Objective, policy_loss
 from gspo.policy.load import Policy
 from gspo.policy.moe import ExpertChoices
 from gspo.policy.workers import Workers
 from gspo.train.backward import backward_each
-from gspo.train.budget import row_budget
+from gspo.train.budget import token_budget
 from gspo.train.defaults import with_defaults
 from gspo.train.epsilon import EpsilonController
-from gspo.train.expert_replay import ExpertReplay, check_expert_options, shares
+from gspo.train.expert_replay import ExpertReplay, check_expert_options
 from gspo.train.minibatches import RolloutBatch, minibatches, why_no_update, with_gradient
 from gspo.train.observe import Observer, Scored, Trace
 from gspo.train.old_logprobs import with_trainer_logprobs
@@ -60,6 +62,25 @@ class TrainOutput:
     traces: Mapping[int, Sequence[Trace]]
 
 
+@dataclass(frozen=True)
+class Call:
+    """What stays the same over the optimizer steps of one call of `Trainer.train`.
+
+    Attributes:
+        settings: with the defaults that apply to the model.
+        objective: that of the settings, with the clip range that applies to this call.
+        minibatches: those of all epochs, in order; their expert choices and pi_old are fixed.
+        experts: replays expert choices.
+        watch: gathers metrics and traces.
+    """
+
+    settings: Settings
+    objective: Objective
+    minibatches: Sequence[Sequence[TrajectorySamples]]
+    experts: ExpertReplay
+    watch: Observer
+
+
 class Trainer:
     """Owns the optimizer of a policy. `step` counts calls of `train` over the run's life."""
 
@@ -74,8 +95,8 @@ class Trainer:
     def train(self, batch: RolloutBatch, settings: Settings) -> TrainOutput:
         """Take `minibatches` x `epochs` optimizer steps and count the policy version up.
 
-        A minibatch without a gradient is no step: AdamW's momentum alone must not move weights.
-        That is one in which every advantage is 0, unless there is a KL term, which has a gradient
+        A minibatch without a gradient is no step: AdamW's momentum by itself must not move weights.
+        That is one in which each advantage is 0, unless there is a KL term, which has a gradient
         there too.
 
         Raises:
@@ -83,93 +104,77 @@ class Trainer:
                 those before that optimizer step.
             ConfigError, DataError: see `check_expert_options`.
         """
-        settings = with_defaults(settings, self.policy)
-        assert settings.learning_rate is not None
-        check_expert_options(self.policy, batch.samples, settings)
-        watch = Observer(self.policy, batch)
-        objective = settings.objective
-        if settings.auto_epsilon:
-            objective = self.epsilon.apply(objective)
-        self.policy.lm.eval()  # train mode is dropout and noise under any name: never wanted
-        plan, experts = self._plan(batch, settings, watch.metrics)  # fixes pi_old
-        try:
-            for k, minibatch in enumerate(plan):
-                if not self.gradient(minibatch, settings, objective, watch, experts):
-                    watch.metrics.add("optim/skipped", 1)
+        call = self._begin(batch, settings)  # refuses what cannot be done, then fixes pi_old
+        with self._updating(call):
+            for k, minibatch in enumerate(call.minibatches):
+                if not self.gradient(minibatch, call):
+                    call.watch.skipped()
                     continue
-                begin, end = (self.step + i / len(plan) for i in (k, k + 1))
-                rate = learning_rate(settings.learning_rate, settings, begin, end)
-                norm = self.optimizer.step(rate, settings)  # clips to max_grad_norm
-                watch.updated(norm, rate)
-        except NumericsError as error:
-            note = f"train step {self.step}: {error}; the update was not made"
-            raise NumericsError(note) from None
-        finally:
-            self.optimizer.clear()  # the next call must not add to what came before a failure
-            self.policy.version += watch.updates > 0  # the backend publishes these weights
+                rate = self._rate(call, k)
+                norm = self.optimizer.step(rate, call.settings)  # clips to max_grad_norm, AdamW
+                call.watch.updated(norm, rate)
         self.step += 1
-        experts.finish()
-        self.epsilon.learn(objective, settings, watch, self.step)
-        watch.done(objective)
-        skipped = None if watch.updates else why_no_update(len(batch.samples), batch.dropped)
-        return TrainOutput(watch.updates, skipped, watch.metrics, settings, watch.by_trajectory())
+        return self._end(batch, call)
 
-    def gradient(
-        self,
-        minibatch: Sequence[TrajectorySamples],
-        settings: Settings,
-        objective: Objective,
-        watch: Observer,
-        experts: ExpertReplay,
-    ) -> bool:
+    def gradient(self, minibatch: Sequence[TrajectorySamples], call: Call) -> bool:
         """Leave the gradient of a minibatch's loss on the parameters; False if it has none.
 
         N and T are counted before the first backward pass, over all of the minibatch, so that
         nothing depends on how it is split into microbatches.
         """
+        settings, objective, experts = call.settings, call.objective, call.experts
         trained = with_gradient(minibatch, objective)
         if not trained:
             return False
-        # N and T: those without a gradient count too.
+        # N and T: trajectories without a gradient count too.
         n = sum(unit_count(samples, settings.sequence_unit) for samples in minibatch)
-        t = sum(int(sample.loss_mask.sum()) for samples in minibatch for sample in samples)
-        on_policy = watch.on_policy(trained)
+        t = sum(int(sample.loss_mask.sum()) for sample in flat(minibatch))
+        on_policy = call.watch.on_policy(trained)
         microbatches = pack(
-            [sample for samples in trained for sample in samples],
+            flat(trained),
             self._budget(settings),
             settings.sequence_unit,
-            share=shares(self.policy, settings),
+            share=experts.share,
             replay=experts.replays,
             workers=self.policy.workers.count,
         )
         experts.begin(microbatches, on_policy=on_policy)
 
-        def loss_of(microbatch: Microbatch) -> tuple[Tensor, tuple[Scored, ExpertChoices]]:
-            with experts.watch(microbatch) as choices:  # log pi_theta of the sampled tokens
-                scored = self.policy.logprobs(microbatch, settings.logprob_calculation_chunk_size)
-            out = policy_loss(
-                scored.logprobs,
-                microbatch.old_logprobs,
-                microbatch.sequence_ids,
-                microbatch.advantages,
-                objective,
-                loss_mask=microbatch.loss_mask,
-                total_sequences=n,
-                total_tokens=t,
-                sampling_logprobs=microbatch.sampling_logprobs if objective.correction else None,
-                reference_logprobs=self.reference(microbatch) if objective.kl_coef > 0 else None,
-            )
-            loss = out.loss + experts.coefficient * choices.balance
-            return loss, (Scored.of(microbatch, scored, out, loss), choices)
+        def loss(microbatch: Microbatch) -> tuple[Tensor, tuple[Scored, ExpertChoices]]:
+            return self.loss(microbatch, call, n, t)
 
-        # A reference may be the policy itself with its adapters off, which is off for every thread.
+        # A reference may be the policy itself with its adapters off, which is off for all threads.
         workers = Workers() if objective.kl_coef > 0 else self.policy.workers
-        for scored, choices in backward_each(self.policy, microbatches, loss_of, workers):
+        for scored, choices in backward_each(self.policy, microbatches, loss, workers):
             experts.record(scored.microbatch, choices)
-            watch.saw(scored)
+            call.watch.saw(scored)
         experts.end()
-        watch.backward_done(objective, on_policy=on_policy)
+        call.watch.backward_done(objective, on_policy=on_policy)
         return True
+
+    def loss(
+        self, microbatch: Microbatch, call: Call, total_sequences: int, total_tokens: int
+    ) -> tuple[Tensor, tuple[Scored, ExpertChoices]]:
+        """The loss of a microbatch, a share of the minibatch's; and what is reported of it."""
+        settings, objective = call.settings, call.objective
+        with call.experts.watch(microbatch) as choices:  # log pi_theta of the sampled tokens
+            scored = self.policy.logprobs(microbatch, settings.logprob_calculation_chunk_size)
+        out = policy_loss(
+            scored.logprobs,
+            microbatch.old_logprobs,
+            microbatch.sequence_ids,
+            microbatch.advantages,
+            objective,
+            loss_mask=microbatch.loss_mask,
+            total_sequences=total_sequences,
+            total_tokens=total_tokens,
+            sampling_logprobs=microbatch.sampling_logprobs if objective.correction else None,
+            reference_logprobs=self.reference(microbatch) if objective.kl_coef > 0 else None,
+        )
+        loss = out.loss + call.experts.coefficient * choices.balance
+        # Detached: else the graph of each microbatch would live until the end of the step.
+        out = replace(out, loss=loss.detach())
+        return loss, (Scored(microbatch, scored.logprobs.detach(), scored.entropy, out), choices)
 
     def reference(self, microbatch: Microbatch) -> Float[Tensor, " M"]:
         """Log-probs of the frozen base model: LoRA's model without adapters, else a copy."""
@@ -182,22 +187,23 @@ class Trainer:
             with self.policy.reference():
                 return self.policy.logprobs(microbatch).logprobs
 
-    def _plan(
-        self, batch: RolloutBatch, settings: Settings, metrics: Metrics
-    ) -> tuple[list[list[TrajectorySamples]], ExpertReplay]:
-        """The minibatches of all epochs, in order.
-
-        What stays as it is over all updates is fixed here: the expert choices that are replayed,
-        and the old log-probs, if the trainer is to make them.
-        """
-        budget = self._budget(settings)
-        if not settings.counts_flat:
+    def _begin(self, batch: RolloutBatch, settings: Settings) -> Call:
+        """Fix what stays the same over all updates: settings, minibatches, experts and pi_old."""
+        settings = with_defaults(settings, self.policy)
+        check_expert_options(self.policy, batch.samples, settings)
+        watch = Observer(self.policy, batch)
+        objective = settings.objective
+        if settings.epsilon == "auto":
+            objective = self.epsilon.apply(objective)
+        self.policy.lm.eval()  # train mode is dropout and noise under any name: never wanted
+        if not settings.preset.counts_flat:
             batch = batch.with_signal()
         seeds = [_mix(settings.seed, self.step, epoch) for epoch in range(settings.epochs)]
         epochs = [minibatches(batch, settings.minibatches, seed) for seed in seeds]
-        experts = ExpertReplay(self.policy, settings, metrics, budget)
-        recorded = experts.start([with_gradient(m, settings.objective) for m in epochs[0]])
-        fixed = [recorded.get(s[0].trajectory_id, s) for minibatch in epochs[0] for s in minibatch]
+        budget = self._budget(settings)
+        experts = ExpertReplay(self.policy, settings, watch.metrics, budget)
+        recorded = experts.start([with_gradient(m, objective) for m in epochs[0]])
+        fixed = [recorded.get(s[0].trajectory_id, s) for s in chain(*epochs[0])]
         if settings.old_logprobs == "trainer":
             fixed = with_trainer_logprobs(
                 self.policy,
@@ -205,15 +211,48 @@ class Trainer:
                 budget,
                 settings.logprob_calculation_chunk_size,
                 replay=experts.replays,
-                share=shares(self.policy, settings),
+                share=experts.share,
             )
         by_id = {samples[0].trajectory_id: samples for samples in fixed}
-        plan = [[by_id[s[0].trajectory_id] for s in m] for epoch in epochs for m in epoch]
-        return plan, experts
+        plan = [[by_id[s[0].trajectory_id] for s in m] for m in chain(*epochs)]
+        return Call(settings, objective, plan, experts, watch)
+
+    @contextmanager
+    def _updating(self, call: Call) -> Iterator[None]:
+        """Around the updates: also after a failure, the next call finds things in order."""
+        try:
+            yield
+        except NumericsError as error:
+            note = f"train step {self.step}: {error}; the update was not made"
+            raise NumericsError(note) from None
+        finally:
+            self.optimizer.clear()  # the next call must not add to what came before a failure
+            self.policy.version += call.watch.updates > 0  # the backend publishes these weights
+
+    def _rate(self, call: Call, k: int) -> float:
+        """The learning rate of the k-th minibatch of a call, by the schedule of the run."""
+        begin, end = (self.step + i / len(call.minibatches) for i in (k, k + 1))
+        assert call.settings.learning_rate is not None  # `with_defaults` filled it in
+        return learning_rate(call.settings.learning_rate, call.settings, begin, end)
+
+    def _end(self, batch: RolloutBatch, call: Call) -> TrainOutput:
+        """What the call did; the clip range learns from it."""
+        call.experts.finish()
+        self.epsilon.learn(call.objective, call.settings, call.watch, self.step)
+        call.watch.done(call.objective)
+        return TrainOutput(
+            updates=call.watch.updates,
+            skipped=None
+            if call.watch.updates
+            else why_no_update(len(batch.samples), batch.dropped),
+            metrics=call.watch.metrics,
+            settings=call.settings,
+            traces=call.watch.by_trajectory(),
+        )
 
     def _budget(self, settings: Settings) -> int:
         config = self.policy.lm.config.get_text_config()
-        return settings.packed_sequence_length or row_budget(config, self.policy.checkpointing)
+        return settings.packed_sequence_length or token_budget(config, self.policy.checkpointing)
 
 
 def _mix(*numbers: int) -> int:

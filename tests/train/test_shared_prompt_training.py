@@ -20,7 +20,7 @@ from gspo.data.sample import Sample
 from gspo.policy.load import recompute_layers
 from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
-from gspo.train.expert_replay import with_own_choices
+from gspo.train.expert_replay import with_preferred_experts
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
@@ -158,7 +158,7 @@ def with_engine_choices(policy: Policy, batch: RolloutBatch, noise: float) -> Ro
         own[other] = (own[other] + 1) % policy.routers.experts
         return dataclasses.replace(sample, expert_choices=own)
 
-    recorded = with_own_choices(policy, batch.samples, 10_000)
+    recorded = with_preferred_experts(policy, batch.samples, 10_000)
     samples = tuple(tuple(one(sample) for sample in own) for own in recorded)
     return dataclasses.replace(batch, samples=samples)
 
