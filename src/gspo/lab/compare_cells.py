@@ -64,7 +64,7 @@ class Cell:
 
 
 def make_cells(compare: CompareSpec) -> list[Cell]:
-    """Every cell, resolved and checked before any of them runs; seed by seed.
+    """All cells, resolved and checked before any of them runs; seed by seed.
 
     Raises:
         ConfigError: a misspelt key or value, two settings of the same key, or an arm or a stressor

@@ -132,7 +132,7 @@ class _Worker:
             self.connection.send(cell.spec)
 
     def follow(self, progress: Progress) -> None:
-        """Take the next word of the process; at the end the cell's status is another."""
+        """Read the next message of the process, and set the status of the cell by it."""
         try:
             status, value = self.connection.recv()
         except (EOFError, OSError):

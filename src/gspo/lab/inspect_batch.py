@@ -75,23 +75,21 @@ def inspect_run(spec: InspectSpec) -> Inspection:
         ConfigError: too many presets for the memory.
     """
     step = StoredStep(spec.run, spec.step)
-    run_settings = step.settings()
+    training = step.settings()
     names: tuple[Weights, ...] = ("before", "after")
     chosen = names if spec.weights == "both" else (spec.weights,)
     # Whether training fixed something by the weights before the step.
-    by_trainer = (
-        run_settings.routing_replay == "old_policy" or run_settings.old_logprobs == "trainer"
-    )
+    by_trainer = training.routing_replay == "old_policy" or training.old_logprobs == "trainer"
     step.check_weights(chosen, needs_before=by_trainer)
-    methods = make_methods(step.record, run_settings, spec.presets)
+    methods = make_methods(step.record, training, spec.presets)
     batches = {settings.advantage: _batch(step, settings) for settings in methods.values()}
     if by_trainer:
         policy = step.load("before")
         for kind, batch in batches.items():
-            samples = as_trained(policy, batch.samples, run_settings)
+            samples = as_trained(policy, batch.samples, training)
             batches[kind] = replace(batch, samples=samples)
-    batch = batches[run_settings.advantage]
-    balance = run_settings.router_aux_loss_coef
+    batch = batches[training.advantage]
+    balance = training.router_aux_loss_coef
     return Inspection(
         run=str(spec.run),
         step=step.number,
@@ -143,7 +141,7 @@ def _at_weights(
 
 
 def make_methods(
-    record: UpdateRecord, run_settings: Settings, presets: tuple[Algorithm, ...] | None = None
+    record: UpdateRecord, training: Settings, presets: tuple[Algorithm, ...] | None = None
 ) -> dict[str, Settings]:
     """The run's own method first, then the presets with their own defaults.
 
@@ -155,8 +153,8 @@ def make_methods(
 
     dropped = dict.fromkeys(_METHOD)
     by_name = {name: record.settings(**dropped | {"algorithm": name}) for name in PRESETS}
-    run_name = next((n for n, s in by_name.items() if method(s) == method(run_settings)), OWN)
-    return {run_name: run_settings} | {
+    run_name = next((n for n, s in by_name.items() if method(s) == method(training)), OWN)
+    return {run_name: training} | {
         name: settings
         for name, settings in by_name.items()
         if name != run_name and (presets is None or name in presets)

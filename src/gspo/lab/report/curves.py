@@ -107,11 +107,9 @@ def _curve(title: str, run: RunData, key: str) -> tuple[list[int], Values]:
 
 def _add_heldout(figure: go.Figure, run: RunData, label: str, color: str) -> None:
     heldout = run.heldout()
-    error = {
-        "type": "data",
-        "array": [high - mean for _, mean, _, high in heldout],
-        "arrayminus": [mean - low for _, mean, low, _ in heldout],
-    }
+    above = [high - mean for _, mean, _, high in heldout]
+    below = [mean - low for _, mean, low, _ in heldout]
+    error = {"type": "data", "array": above, "arrayminus": below}
     steps, rewards = [step for step, *_ in heldout], [mean for _, mean, *_ in heldout]
     look: dict[str, Any] = {"mode": "markers", "marker_size": 9, "marker_color": color}
     name = f"{label}, held-out, 95 % interval"

@@ -43,7 +43,7 @@ class RunData:
     running: bool
 
     def series(self, key: str) -> tuple[list[int], Values]:
-        """Steps and values of a metric, where it was logged; None for what is not finite."""
+        """Steps and values of a metric, as far as it was logged; None for what is not finite."""
         logged = [(int(record["step"]), record[key]) for record in self.records if key in record]
         return [s for s, _ in logged], [v if math.isfinite(v) else None for _, v in logged]
 
