@@ -52,7 +52,7 @@ class AuditSpec(Options):
     completions: int = Field(default=8, ge=1)
     """Per prompt."""
     max_tokens: int | None = Field(default=None, ge=1)
-    """Longest completion. None: the task's own."""
+    """Longest completion. None: that of the task."""
     temperature: float = Field(default=1.0, gt=0, le=100)
     epsilon_low: float | None = Field(default=None, gt=0, le=1)
     """None: GSPO's."""

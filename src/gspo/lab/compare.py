@@ -42,7 +42,7 @@ _TABLES = {"train": DevTrainConfig, "load": InternalModelConfig}
 
 
 class CompareSpec(Options):
-    """A grid: every arm under every combination of stressors, with every seed.
+    """A grid: each arm under each combination of stressors, with each seed.
 
     >>> CompareSpec(base={"task": "sort"}, presets=["gspo", "grpo"], seeds=3).seeds
     (0, 1, 2)
@@ -58,9 +58,9 @@ class CompareSpec(Options):
     presets: tuple[Algorithm, ...] = ()
     """Arms that are a named method and nothing else."""
     arms: tuple[dict[str, Any], ...] = ()
-    """Arms with a `label` and their own keys."""
+    """Arms with a `label` and the keys that they set."""
     baseline: str | None = None
-    """Compare each arm with this one only. None: every two arms."""
+    """Compare each arm with this one only. None: all pairs of arms."""
     stress: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
     """Axes, crossed with each other. A list of values belongs to the key that names it; a list of
     tables sets several keys at once, under a `label`."""

@@ -115,7 +115,7 @@ def measured(run: Path) -> Row:
         if "val/reward" in r
     ]
     held_out = curves["val/reward"]
-    # The evaluations at the start and the end alone make no curve.
+    # Two evaluations, at the start and the end, make no curve.
     curve = held_out if len(evaluations) > 2 else curves["train/reward"]
     return {
         "reward_before": held_out["value"][0],

@@ -36,7 +36,7 @@ def write_picture(figure: go.Figure, path: Path) -> Path:
     """Write a figure, and return the path of the file that was written.
 
     A name that ends in `.html` needs nothing more; the file needs no network. An image (`.png`,
-    `.svg`, `.pdf`) is plotly's own export, by kaleido and an installed Chrome: without them the
+    `.svg`, `.pdf`) is plotly's export, by kaleido and an installed Chrome: without them the
     figure is written as HTML under the same name, with a warning that says why.
 
     Raises:
@@ -58,7 +58,7 @@ def write_picture(figure: go.Figure, path: Path) -> Path:
 
 
 def plain_text(label: str) -> str:
-    """A label in which plotly finds no markup of its own.
+    """Escape a label, in which plotly would look for markup.
 
     >>> plain_text("a<b>c")
     'a&lt;b&gt;c'

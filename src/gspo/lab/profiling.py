@@ -1,4 +1,4 @@
-"""`--profile`: where a step's time goes, and how much of it the arithmetic alone would need.
+"""`--profile`: where a step's time goes, and how much of it only the arithmetic would need.
 
 Times are those of the spans (`gspo.core.timing`), operations those of `gspo.lab.flops`.
 """

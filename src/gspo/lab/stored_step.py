@@ -151,7 +151,7 @@ class StoredStep:
                 raise
             raise RunError(
                 f"{self.run} cannot be inspected: base_model {self._base_model!r} needs "
-                "Python code of its own folder, and no spec.json of the run allows that with "
+                "Python code of its folder, and no spec.json of the run allows that with "
                 "load.trust_remote_code = true. Only `gspo train` writes a spec.json"
             ) from error
 

@@ -124,11 +124,11 @@ def _add_curve(figure: go.Figure, arm: str, curves: Sequence[Row], color: str) -
             by_step.setdefault(step, []).append(value)
     whole = {step: values for step, values in by_step.items() if len(values) == len(curves)}
     means = {step: t_interval(whole[step]) for step in sorted(whole)}
-    known = [step for step, mean in means.items() if mean.low is not None]
+    bounded = [step for step, mean in means.items() if mean.low is not None]
     look: dict[str, Any] = {"line_width": 0, "mode": "lines", "showlegend": False}
     look |= {"hoverinfo": "skip", "fillcolor": f"{color}33"}
-    figure.add_scatter(x=known, y=[means[step].low for step in known], **look)
-    figure.add_scatter(x=known, y=[means[step].high for step in known], fill="tonexty", **look)
+    figure.add_scatter(x=bounded, y=[means[step].low for step in bounded], **look)
+    figure.add_scatter(x=bounded, y=[means[step].high for step in bounded], fill="tonexty", **look)
     values = [mean.mean for mean in means.values()]
     name = plain_text(arm)
     figure.add_scatter(x=list(means), y=values, name=name, line_color=color, mode="lines")
