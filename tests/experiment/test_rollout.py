@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from experiment.small_runs import Silent, own_rollout, records, small
+from gspo import dev
 from gspo.backend.stored_batch import read_batch
 from gspo.core.byname import find_module
 from gspo.core.errors import ConfigError, DataError, RolloutError
@@ -247,3 +248,14 @@ def test_a_package_imports_from_itself(folder: Path):
     (package / "parts.py").write_text("from .whole import f\n")
     (package / "whole.py").write_text(FUNCTION)
     assert load_rollout("exp/rollouts_package/parts.py:f").__module__ == "rollouts_package.whole"
+
+
+@pytest.mark.parametrize("replay", ["rollout", "old_policy"])
+async def test_a_run_with_replay_measures_its_routing(tmp_path: Path, replay: str):
+    train = dev.TrainConfig(routing_replay=replay, measure_routing=True)  # pyright: ignore[reportArgumentType]
+    await run_experiment(small(tmp_path, steps=1, train=train), Silent())
+    text = (tmp_path / "gspo" / "run" / "metrics.jsonl").read_text()
+    trained = next(line for line in map(json.loads, text.splitlines()) if "loss/policy" in line)
+    assert trained["moe/routing_agreement"] == 1.0
+    assert 0 <= trained["moe/experts_changed"] <= trained["moe/tokens_changed"] <= 1
+    assert trained["moe/load_cv"] > 0

@@ -48,7 +48,7 @@ def test_buckets_are_powers_of_two():
     edges = [(b.longer_than, b.up_to, b.sequences, b.tokens) for b in report.buckets]
     assert edges == [(0, 1, 1, 1), (1, 2, 1, 2), (2, 4, 2, 7), (4, 8, 2, 13), (8, 16, 3, 41)]
     assert (report.total.sequences, report.total.tokens) == (9, 64)
-    assert report.total.mean_length == 64 / 9
+    assert report.total.tokens / report.total.sequences == 64 / 9
 
 
 def test_spread_falls_with_length_and_bias_does_not():

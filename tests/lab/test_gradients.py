@@ -1,4 +1,4 @@
-"""The gradients of several methods at once: each equals what training would compute alone."""
+"""The gradient of a method: what training steps along, and what a naive loop computes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import torch
 from gspo import dev
 from gspo.core.errors import DataError
 from gspo.data.packing import pack
-from gspo.lab.gradients import MethodLoss, cosines, gram, measure
+from gspo.lab.gradients import cosines, gram, method_gradient
 from gspo.objective import PRESETS, policy_loss
 from gspo.policy.policy import Policy
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.settings import Settings, resolve
+from gspo.train.trainer import Trainer
 from support import embedded, gradient_of, random_groups
 
 
@@ -28,19 +29,18 @@ def groups(policy: Policy):
     for trajectory in out[3]:
         trajectory.reward = 0.5
     batch = prepare(out, context=policy.context)
-    (row,) = pack([s for own in batch.samples for s in own], 10_000)
-
+    (microbatch,) = pack([s for samples in batch.samples for s in samples], 10_000)
     noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        scored = policy.logprobs(row).logprobs
+        scored = policy.logprobs(microbatch).logprobs
     spread = 0.3 * torch.randn(len(scored), generator=noise)
     old = (scored - spread).clamp(max=0.0)
-    at = 0
+    start = 0
     for trajectory in (t for group in out for t in group):
         (choice,) = trajectory.choices()
         size = len(choice.token_ids)  # pyright: ignore[reportAttributeAccessIssue]
-        choice.token_logprobs = old[at : at + size].tolist()  # pyright: ignore
-        at += size
+        choice.token_logprobs = old[start : start + size].tolist()  # pyright: ignore
+        start += size
     return out
 
 
@@ -52,15 +52,8 @@ def batch_of(policy: Policy, groups, settings: Settings) -> RolloutBatch:
     return prepare(groups, context=policy.context, advantage=settings.advantage)
 
 
-def measured(policy: Policy, groups, settings: dict[str, Settings], budget: int = 64, **options):
-    losses = {n: MethodLoss.of(batch_of(policy, groups, s), s) for n, s in settings.items()}
-    every = batch_of(policy, groups, next(iter(settings.values()))).samples
-    given = next(iter(settings.values()))
-    return losses, measure(policy, every, losses, given, budget, **options)
-
-
 def naive(policy: Policy, groups, settings: Settings) -> tuple[float, list[torch.Tensor]]:
-    """One forward of the whole model a sample, full logits, one loss, one backward."""
+    """One forward pass of the whole model per sample, full logits, one loss, one backward."""
     batch = batch_of(policy, groups, settings)
     counted = batch if settings.preset.counts_flat else batch.with_signal()
     logprobs, old, ids, advantages = [], [], [], []
@@ -80,108 +73,77 @@ def naive(policy: Policy, groups, settings: Settings) -> tuple[float, list[torch
         settings.objective,
     )
     parameters = list(policy.trainable.values())
-    found = torch.autograd.grad(out.loss, parameters, allow_unused=True)
+    gradients = torch.autograd.grad(out.loss, parameters, allow_unused=True)
     return out.loss.item(), [
-        torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)
+        torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)
     ]
 
 
-def test_all_at_once_equal_a_naive_loop_for_each(policy: Policy, groups):
-    methods = {name: settings_of(name) for name in PRESETS}
-    losses, products = measured(policy, groups, methods)
-    for i, (name, settings) in enumerate(methods.items()):
-        loss, expected = naive(policy, groups, settings)
-        assert losses[name].policy == pytest.approx(loss, rel=1e-4, abs=1e-6), name
-        scale = max(part.abs().max().item() for part in expected)
-        assert scale > 0
-        for got, part in zip(losses[name].gradient, expected, strict=True):
-            torch.testing.assert_close(got, part, rtol=1e-4, atol=1e-5 * scale, msg=name)
-        square = sum(part.double().square().sum().item() for part in expected)
-        assert products[i, i].item() == pytest.approx(square, rel=1e-4)
-    clipping = [n for n in methods if losses[n].clipped_tokens]
-    assert {"gspo", "gspo_token", "grpo", "dr_grpo", "dapo", "luspo"} <= set(clipping)
-    matrix = cosines(products)
-    names = list(methods)
-    pair = matrix[names.index("gspo")][names.index("grpo")]
-    assert pair is not None and pair < 0.99
+def measured(policy: Policy, groups, settings: Settings) -> tuple[dict[str, float], list]:
+    batch = batch_of(policy, groups, settings)
+    batch = batch if settings.preset.counts_flat else batch.with_signal()
+    watch, gradient = method_gradient(Trainer(policy), batch, settings)
+    return watch.metrics.compute(), gradient
 
 
-def test_statistics_are_those_of_a_training_step(policy: Policy, groups):
+def test_each_method_equals_a_naive_loop(policy: Policy, groups):
+    clipping, gradients = set(), {}
     for name in PRESETS:
         settings = settings_of(name)
-        losses, products = measured(policy, groups, {name: settings})
-        batch = batch_of(policy, groups, settings)
-        gradient, known = gradient_of(policy, batch, settings)
-        norm = torch.nn.utils.get_total_norm(list(gradient.values()))
-        one = losses[name]
-        assert one.policy == pytest.approx(known["loss/policy"], rel=1e-5, abs=1e-7), name
-        assert products[0, 0].sqrt().item() == pytest.approx(norm.item(), rel=1e-4), name
-        assert one.clipped / one.scored == pytest.approx(known["ratio/clip_fraction"]), name
-        tokens = one.clipped_tokens / one.scored_tokens
-        assert tokens == pytest.approx(known["ratio/clip_fraction_tokens"]), name
-        mean = sum(one.log_ratios) / len(one.log_ratios)
-        assert mean == pytest.approx(known["ratio/log_mean"], rel=1e-4), name
-
-
-def test_sequence_and_sequence_token_point_the_same_way(policy: Policy, groups):
-    methods = {name: settings_of(name) for name in ("gspo", "gspo_token")}
-    _, products = measured(policy, groups, methods)
-    (_, pair), _ = cosines(products)
+        metrics, gradient = measured(policy, groups, settings)
+        loss, expected = naive(policy, groups, settings)
+        assert metrics["loss/policy"] == pytest.approx(loss, rel=1e-4, abs=1e-6), name
+        scale = max(part.abs().max().item() for part in expected)
+        assert scale > 0
+        for got, part in zip(gradient, expected, strict=True):
+            torch.testing.assert_close(got, part, rtol=1e-4, atol=1e-5 * scale, msg=name)
+        square = sum(part.double().square().sum().item() for part in expected)
+        assert gram([gradient]).item() == pytest.approx(square, rel=1e-4)
+        clipping |= {name} if metrics["ratio/clip_fraction_tokens"] else set()
+        gradients[name] = gradient
+    assert {"gspo", "gspo_token", "grpo", "dr_grpo", "dapo", "luspo"} <= clipping
+    (_, pair), _ = cosines(gram([gradients["gspo"], gradients["grpo"]]))
+    assert pair is not None and pair < 0.99
+    (_, pair), _ = cosines(products := gram([gradients["gspo"], gradients["gspo_token"]]))
     assert pair == pytest.approx(1.0, abs=1e-6)
     assert products[0, 0].item() == pytest.approx(products[1, 1].item(), rel=1e-5)
 
 
-def test_nothing_depends_on_the_rows_or_on_the_company(policy: Policy, groups):
-    methods = {name: settings_of(name) for name in ("gspo", "dapo", "reinforce")}
-    whole, products = measured(policy, groups, methods, budget=10_000)
-    for budget in (1, 100):
-        split, again = measured(policy, groups, methods, budget=budget)
-        torch.testing.assert_close(again, products, rtol=1e-4, atol=1e-9)
-        for name in methods:
-            assert split[name].clipped == pytest.approx(whole[name].clipped)
-            assert split[name].scored_tokens == whole[name].scored_tokens
-    # REINFORCE alone needs the flat group's forward pass; the others don't notice it.
-    assert whole["reinforce"].scored == 16 and whole["gspo"].scored == 12
-    alone, product = measured(policy, groups, {"gspo": methods["gspo"]})
-    assert product[0, 0].item() == pytest.approx(products[0, 0].item(), rel=1e-4)
-    assert alone["gspo"].policy == pytest.approx(whole["gspo"].policy, rel=1e-5)
+@pytest.mark.parametrize("name", ["gspo", "dapo", "reinforce"])
+def test_gradient_and_metrics_are_those_of_a_training_step(policy: Policy, groups, name: str):
+    settings = settings_of(name)
+    metrics, gradient = measured(policy, groups, settings)
+    expected, known = gradient_of(policy, batch_of(policy, groups, settings), settings)
+    for got, part in zip(gradient, expected.values(), strict=True):
+        torch.testing.assert_close(got, part, rtol=1e-4, atol=1e-7)
+    for metric in ("loss/policy", "ratio/clip_fraction", "ratio/clip_fraction_tokens"):
+        assert metrics[metric] == pytest.approx(known[metric], rel=1e-5, abs=1e-7), metric
 
 
-def test_a_kl_term_needs_every_sequence(policy: Policy, groups):
-    methods = {n: settings_of(n, kl_penalty_coef=0.1) for n in ("gspo", "grpo")}
-
-    def reference(row):
-        return row.old_logprobs
-
-    losses, products = measured(policy, groups, methods, reference=reference)
-    free, without = measured(policy, groups, {"gspo": settings_of("gspo")})
-    assert losses["gspo"].scored == 12  # as without a KL term: the flat group can't be clipped
-    assert losses["gspo"].clipped == free["gspo"].clipped
-    assert losses["gspo"].kl == pytest.approx(losses["grpo"].kl) and losses["gspo"].kl > 0
-    assert losses["gspo"].policy == pytest.approx(free["gspo"].policy, abs=1e-6)
-    assert products[0, 0].item() != pytest.approx(without[0, 0].item(), rel=1e-3)
+def test_nothing_is_left_on_the_policy(policy: Policy, groups):
+    weights = {name: p.detach().clone() for name, p in policy.trainable.items()}
+    first = measured(policy, groups, settings_of("gspo"))
+    assert all(p.grad is None for p in policy.trainable.values())
+    assert all(torch.equal(p, weights[name]) for name, p in policy.trainable.items())
+    again = measured(policy, groups, settings_of("gspo"))
+    assert all(map(torch.equal, first[1], again[1]))
 
 
-def test_parameters_keep_their_own_gradients(policy: Policy, groups):
-    name, parameter = next(iter(policy.trainable.items()))
-    parameter.grad = torch.full_like(parameter, 7.0)
-    measured(policy, groups, {"gspo": settings_of("gspo")})
-    assert (parameter.grad == 7.0).all(), name
-    policy.lm.zero_grad(set_to_none=True)
+def test_the_load_balancing_loss_is_left_out(policy: Policy, groups):
+    _, plain = measured(policy, groups, settings_of("gspo"))
+    metrics, balanced = measured(policy, groups, settings_of("gspo", router_aux_loss_coef=1.0))
+    assert all(map(torch.equal, plain, balanced)) and "loss/router_aux" not in metrics
 
 
 def test_a_replay_without_expert_choices_is_refused(policy: Policy, groups):
-    replaying = settings_of("gspo", routing_replay="rollout")
     with pytest.raises(DataError, match="without expert choices"):
-        measured(policy, groups, {"gspo": replaying})
+        measured(policy, groups, settings_of("gspo", routing_replay="rollout"))
 
 
 def test_no_method_has_a_gradient_on_flat_groups(policy: Policy, groups):
-    flat = groups[3:]
-    losses, products = measured(policy, flat, {n: settings_of(n) for n in ("gspo", "dapo")})
-    assert products.tolist() == [[0.0, 0.0], [0.0, 0.0]]
-    assert cosines(products) == [[None, None], [None, None]]
-    assert (losses["gspo"].sequences, losses["dapo"].sequences) == (4, 0)
+    gradients = [measured(policy, groups[3:], settings_of(n))[1] for n in ("gspo", "dapo")]
+    assert gram(gradients).tolist() == [[0.0, 0.0], [0.0, 0.0]]
+    assert cosines(gram(gradients)) == [[None, None], [None, None]]
 
 
 def test_the_dot_products_are_exact_where_float32_is_not():

@@ -63,7 +63,7 @@ def test_a_model_without_a_longest_context_can_be_inspected(run: Path):
     step.record = dataclasses.replace(step.record, context=2**31)
     policy = step.load("before")
     policy.context = 2**31
-    assert step.reference(policy)
+    assert step.trainer(policy)
 
 
 def test_code_of_the_models_folder_runs_only_if_the_run_allowed_it(
@@ -77,16 +77,15 @@ def test_code_of_the_models_folder_runs_only_if_the_run_allowed_it(
     monkeypatch.setattr(stored_step, "load_policy", load)
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
-    step = StoredStep(copy, 1)
     with pytest.raises(RunError, match=r"no spec\.json of the run .* load\.trust_remote_code"):
-        step.load("before")
+        StoredStep(copy, 1).load("before")
     for stored in ('{"load": {"trust_remote_code": false}}', "[", "[1]"):
         (copy / "spec.json").write_text(stored)
         with pytest.raises(RunError, match="cannot be inspected"):
-            step.load("before")
+            StoredStep(copy, 1).load("before")
     (copy / "spec.json").write_text('{"load": {"trust_remote_code": true}}')
     with pytest.raises(ModelError, match="loaded with trust"):
-        step.load("before")
+        StoredStep(copy, 1).load("before")
 
 
 def test_ranges_are_short():

@@ -18,7 +18,7 @@ from gspo.core.errors import ConfigError
 from gspo.core.metrics import Metrics
 from gspo.core.options import Options
 from gspo.data.sample import Sample, trajectory_samples
-from gspo.dev import RolloutDtype
+from gspo.dev import RolloutDtype, TrainConfig
 from gspo.lab.audit_report import AuditReport, make_report
 from gspo.objective import Segments, sequence_log_ratio
 from gspo.policy.embedded import PREFIX, embedded_task
@@ -28,7 +28,7 @@ from gspo.serve.engine import Completion, Request, SamplingParams
 from gspo.serve.selfcheck import make_engine
 from gspo.tasks import Task, load_task
 from gspo.train.budget import token_budget
-from gspo.train.expert_replay import record_agreement, with_preferred_experts
+from gspo.train.expert_replay import ExpertReplay
 from gspo.train.old_logprobs import with_trainer_logprobs
 from gspo.train.settings import resolve
 from gspo.trajectory import Trajectory
@@ -36,7 +36,7 @@ from gspo.weights.publisher import publisher_for
 
 
 class AuditSpec(Options):
-    """What is audited. Prompts are the task's held-out ones.
+    """What is audited, on the held-out prompts of a task.
 
     >>> AuditSpec(model="embedded:sort").clip_range()
     (0.0003, 0.0004)
@@ -47,12 +47,12 @@ class AuditSpec(Options):
     rollout_dtype: RolloutDtype = "float32"
     """Precision of the engine. The trainer scores in float32."""
     task: str | None = None
-    """Where the prompts come from. None: the embedded model's own task."""
+    """Where the prompts come from. None: the task that an embedded model is made for."""
     prompts: int = Field(default=64, ge=1)
     completions: int = Field(default=8, ge=1)
     """Per prompt."""
     max_tokens: int | None = Field(default=None, ge=1)
-    """Longest completion. None: the task's own."""
+    """Longest completion. None: that of the task."""
     temperature: float = Field(default=1.0, gt=0, le=100)
     epsilon_low: float | None = Field(default=None, gt=0, le=1)
     """None: GSPO's."""
@@ -69,7 +69,7 @@ class AuditSpec(Options):
         """The task that the prompts come from.
 
         Raises:
-            ConfigError: none was named, and the model has none of its own.
+            ConfigError: none was named, and the model is no embedded one.
         """
         if self.task is not None:
             return load_task(self.task)
@@ -123,12 +123,11 @@ def run_audit(spec: AuditSpec) -> tuple[AuditReport, Noise]:
 
 
 def measure(policy: Policy, samples: Sequence[Sample]) -> Noise:
-    """Score samples, one a sequence, as the trainer does."""
+    """Score samples as the trainer does; each is one sequence."""
     policy.lm.eval()
     trajectories = [(sample,) for sample in samples]
     budget = token_budget(policy.lm.config.get_text_config(), policy.checkpointing)
-    share = policy.shares_prompts
-    scored = with_trainer_logprobs(policy, trajectories, budget, None, share=share)
+    scored = with_trainer_logprobs(policy, trajectories, budget, None, share=policy.shares_prompts)
     d = [
         torch.from_numpy((new.old_logprobs - sample.old_logprobs)[sample.ratio_mask])
         for sample, (new,) in zip(samples, scored, strict=True)
@@ -137,13 +136,9 @@ def measure(policy: Policy, samples: Sequence[Sample]) -> Noise:
     mask = torch.ones(len(ids), dtype=torch.bool)
     log_ratios = sequence_log_ratio(torch.cat(d), Segments(ids, len(d), mask, mask))
     metrics = Metrics()
-    if policy.routers.modules:
-        recorded = with_preferred_experts(policy, trajectories, budget, share=share)
-        for sample, (chosen,) in zip(samples, recorded, strict=True):
-            if sample.expert_choices is not None and chosen.expert_choices is not None:
-                engine = torch.from_numpy(sample.expert_choices.astype(np.int16))
-                own = torch.from_numpy(chosen.expert_choices[: len(engine)])
-                record_agreement(metrics, engine, own)
+    if policy.routers.modules:  # before a replay, training compares the trainer's choices too
+        settings = resolve(options=TrainConfig(routing_replay="old_policy"))
+        ExpertReplay(policy, settings, metrics, budget).start([trajectories])
     return Noise(
         tuple(tokens.double().numpy() for tokens in d),
         log_ratios.double().numpy(),
@@ -158,15 +153,7 @@ def _samples(
     pairs = [(r, c) for r, answer in zip(requests, answers, strict=True) for c in answer]
     samples = []
     for number, (request, completion) in enumerate(pairs):
-        trajectory = Trajectory(messages_and_choices=[_choice(request, completion)])
-        (sample,) = trajectory_samples(trajectory, trajectory_id=number, max_tokens=policy.context)
-        samples.append(replace(sample, expert_choices=completion.expert_choices))
-    return samples
-
-
-def _choice(request: Request, completion: Completion) -> Choice:
-    return Choice.model_validate(
-        {
+        choice = {
             "index": 0,
             "finish_reason": completion.finish_reason,
             "message": {"role": "assistant", "content": completion.text},
@@ -176,4 +163,7 @@ def _choice(request: Request, completion: Completion) -> Choice:
             "temperature": completion.temperature,
             "policy_version": completion.policy_version,
         }
-    )
+        trajectory = Trajectory(messages_and_choices=[Choice.model_validate(choice)])
+        (sample,) = trajectory_samples(trajectory, trajectory_id=number, max_tokens=policy.context)
+        samples.append(replace(sample, expert_choices=completion.expert_choices))
+    return samples

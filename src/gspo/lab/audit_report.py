@@ -69,11 +69,6 @@ class LengthBucket:
     clipped_negative: float
     epsilon_needed: float
 
-    @property
-    def mean_length(self) -> float:
-        """Mean L_i."""
-        return self.tokens / self.sequences
-
 
 @dataclass(frozen=True)
 class Block:
@@ -124,7 +119,7 @@ def make_report(
         d: of each sequence, d_t of its tokens.
         log_ratios: [S] l_i.
         clip_range: epsilon_low and epsilon_high.
-        asked: the report's own fields that say what was audited.
+        asked: the fields of the report that say what was audited.
     """
     lengths = np.array([len(tokens) for tokens in d])
     powers = np.unique(2 ** np.ceil(np.log2(lengths)).astype(int)).tolist()

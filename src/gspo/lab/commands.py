@@ -1,4 +1,4 @@
-"""The verbs that look at runs and compare them, and what of the lab `gspo train` shows.
+"""The verbs that look at runs and compare them, and what `gspo train` shows of the lab.
 
 Nothing is imported before it is needed: the libraries of the extra `lab` may not be installed.
 """
@@ -25,7 +25,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print a JSON object as
 
 
 def say_loading(what: str) -> None:
-    """Show a sign of life before the imports, which take seconds; on stderr, beside the results."""
+    """Show a sign of life on stderr before the imports, which take seconds."""
     print(f"loading {what} ...", file=sys.stderr, flush=True)
 
 
@@ -94,20 +94,16 @@ def inspect(
     from gspo.lab.pictures import draw_inspection, require_plotly
 
     names = None if presets is None else [name.strip() for name in presets.split(",")]
-    spec = InspectSpec(
-        run=run,
-        step=step,
-        weights=weights,  # pyright: ignore[reportArgumentType]  # it checks
-        presets=names,  # pyright: ignore[reportArgumentType]  # it checks
-    )
+    options: dict[str, Any] = {"run": run, "step": step, "weights": weights, "presets": names}
+    spec = InspectSpec(**options)
     if picture is not None:
         require_plotly()
-    found = inspect_run(spec)
-    print(render(found, matrix=matrix), end="")
+    inspection = inspect_run(spec)
+    print(render(inspection, matrix=matrix), end="")
     if picture is not None:
-        print(f"picture: {draw_inspection(found, picture)}")
+        print(f"picture: {draw_inspection(inspection, picture)}")
     if as_json:
-        print(strict_json(asdict(found)))
+        print(strict_json(asdict(inspection)))
 
 
 def compare(
@@ -183,17 +179,20 @@ def report(
 
 
 def draw(folder: Path) -> dict[str, str | None]:
-    """Write the report of a finished run or comparison; or say why not, for they are worth more.
+    """Write the report of a finished run or comparison; if that fails, print why.
 
     Returns:
         `report`, as `--json` prints it; None if there is none.
     """
-    from gspo.lab.report.write import try_report
+    from gspo.lab.report.write import make_report
 
-    page = try_report(folder)
-    if page is not None:
-        print(f"report: {page}")
-    return {"report": page and str(page)}
+    try:
+        page = str(make_report([folder]))
+    except Exception as error:  # whatever it is: a run of hours is worth more than its page
+        print(f"no report: {error}")
+        return {"report": None}
+    print(f"report: {page}")
+    return {"report": page}
 
 
 def print_profile(profile: Profile, run: Path) -> str:

@@ -13,6 +13,7 @@ from gspo.core.options import Options, check_names
 from gspo.dev import Algorithm, InternalModelConfig
 from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.experiment.spec import Spec, folder_name, named_beside, override, read_toml
+from gspo.lab.report.run_data import flat
 
 QUICK: dict[str, Any] = {
     "name": "quick",
@@ -41,7 +42,7 @@ _TABLES = {"train": DevTrainConfig, "load": InternalModelConfig}
 
 
 class CompareSpec(Options):
-    """A grid: every arm under every combination of stressors, with every seed.
+    """A grid: each arm under each combination of stressors, with each seed.
 
     >>> CompareSpec(base={"task": "sort"}, presets=["gspo", "grpo"], seeds=3).seeds
     (0, 1, 2)
@@ -57,9 +58,9 @@ class CompareSpec(Options):
     presets: tuple[Algorithm, ...] = ()
     """Arms that are a named method and nothing else."""
     arms: tuple[dict[str, Any], ...] = ()
-    """Arms with a `label` and their own keys."""
+    """Arms with a `label` and the keys that they set."""
     baseline: str | None = None
-    """Compare each arm with this one only. None: every two arms."""
+    """Compare each arm with this one only. None: all pairs of arms."""
     stress: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
     """Axes, crossed with each other. A list of values belongs to the key that names it; a list of
     tables sets several keys at once, under a `label`."""
@@ -149,23 +150,17 @@ def full_key(key: str, where: str) -> str:
     return key
 
 
-def flat(data: dict[str, Any], where: str, prefix: str = "") -> dict[str, Any]:
+def run_keys(data: dict[str, Any], where: str) -> dict[str, Any]:
     """Nested tables as dotted keys of a run.
 
-    >>> flat({"steps": 5, "train": {"epochs": 2}}, "base")
+    >>> run_keys({"steps": 5, "train": {"epochs": 2}}, "base")
     {'steps': 5, 'train.epochs': 2}
     """
-    keys: dict[str, Any] = {}
-    for key, value in data.items():
-        if isinstance(value, dict):
-            keys |= flat(value, where, f"{prefix}{key}.")
-        else:
-            keys[full_key(prefix + key, where)] = value
-    return keys
+    return {full_key(key, where): value for key, value in flat(data).items() if value != {}}
 
 
 def nested(keys: dict[str, Any]) -> dict[str, Any]:
-    """The reverse of `flat`.
+    """The reverse of `run_keys`.
 
     >>> nested({"steps": 5, "train.epochs": 2})
     {'steps': 5, 'train': {'epochs': 2}}

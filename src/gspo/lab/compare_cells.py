@@ -14,7 +14,7 @@ from gspo.backend.metrics_file import read_metrics
 from gspo.core.errors import ConfigError, suggestion
 from gspo.experiment.plan import make_plan
 from gspo.experiment.spec import Spec
-from gspo.lab.compare import CompareSpec, flat, nested
+from gspo.lab.compare import CompareSpec, nested, run_keys
 from gspo.tasks import load_task
 from gspo.train.settings import resolve
 
@@ -59,19 +59,18 @@ class Cell:
         """Whether the run has made its last step and evaluated it."""
         assert self.spec is not None
         records = read_metrics(self.folder / "metrics.jsonl")
-        if not records:
-            return False
-        return records[-1]["step"] == self.spec.steps and "val/reward" in records[-1]
+        last = records[-1] if records else {}
+        return last.get("step") == self.spec.steps and "val/reward" in last
 
 
 def make_cells(compare: CompareSpec) -> list[Cell]:
-    """Every cell, resolved and checked before any of them runs; seed by seed.
+    """All cells, resolved and checked before any of them runs; seed by seed.
 
     Raises:
         ConfigError: a misspelt key or value, two settings of the same key, or an arm or a stressor
             that is refused everywhere.
     """
-    base = _DEFAULTS | flat(compare.base, "base")
+    base = _DEFAULTS | run_keys(compare.base, "base")
     arms = _arms(compare)
     axes = {axis: _axis(axis, values) for axis, values in compare.stress.items()}
     _check_collisions(arms, axes)
@@ -107,7 +106,7 @@ def _levels(what: str, tables: list[dict[str, Any]]) -> list[Level]:
     for table in tables:
         keys = {key: value for key, value in table.items() if key != "label"}
         label = table.get("label", ", ".join(f"{key}={value}" for key, value in keys.items()))
-        levels.append((label, flat(keys, f"{what} = {label!r}")))
+        levels.append((label, run_keys(keys, f"{what} = {label!r}")))
     labels = [str(label) for label, _ in levels]
     if len(set(labels)) != len(labels):
         raise ConfigError(f"{what}: the same value or label twice: {labels}")

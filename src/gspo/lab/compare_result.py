@@ -66,16 +66,14 @@ def comparison(compare: CompareSpec, cells: Sequence[Cell], *, quick: bool = Fal
             pairs = ((arm, compare.baseline) for arm in arms if arm != compare.baseline)
         for a, b in pairs:
             paired += [_difference(arms[a], arms[b], metric) for metric in ROLES]
+    cores, system = os.cpu_count(), platform.system()
+    machine = {"machine": platform.machine(), "cores": cores, "system": system}
     return {
         "name": compare.name,
         "quick": quick,
         "spec": compare.model_dump(mode="json"),
         "versions": versions(),
-        "machine": {
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "system": platform.system(),
-        },
+        "machine": machine,
         "cells": rows,
         "summary": summary,
         "paired": [difference for difference in paired if difference["n"]],
@@ -117,7 +115,7 @@ def measured(run: Path) -> Row:
         if "val/reward" in r
     ]
     held_out = curves["val/reward"]
-    # The evaluations at the start and the end alone make no curve.
+    # Two evaluations, at the start and the end, make no curve.
     curve = held_out if len(evaluations) > 2 else curves["train/reward"]
     return {
         "reward_before": held_out["value"][0],

@@ -40,8 +40,6 @@ from gspo.policy.embedded import PREFIX, embedded_folder
 
 _SPAWN = multiprocessing.get_context("spawn")
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-_PAUSE = 10.0
-"""Seconds between two writings of comparison.json."""
 
 
 def default_workers(cells: Sequence[Cell]) -> int:
@@ -91,7 +89,7 @@ def run_comparison(
 
 def _run_all(pending: Sequence[Cell], crew: Sequence[_Worker], write: Callable[[], Any]) -> None:
     """Run the cells, with a bar for each of those at work if there is a terminal."""
-    waiting, idle, written = deque(pending), deque(crew), time.monotonic()
+    waiting, idle = deque(pending), deque(crew)
     busy: dict[Any, _Worker] = {}  # by the worker's end of the pipe
     console = Console(highlight=False)
     with Progress(console=console, disable=not console.is_terminal) as progress:
@@ -110,9 +108,7 @@ def _run_all(pending: Sequence[Cell], crew: Sequence[_Worker], write: Callable[[
                     number = len(pending) - len(waiting) - len(busy)
                     line = f"{number}/{len(pending)}  {worker.outcome()}"
                     console.print(line, markup=False, soft_wrap=True)
-                    if time.monotonic() - written > _PAUSE:
-                        write()
-                        written = time.monotonic()
+                    write()
 
 
 class _Worker:
@@ -136,7 +132,7 @@ class _Worker:
             self.connection.send(cell.spec)
 
     def follow(self, progress: Progress) -> None:
-        """Take the next word of the process; at the end the cell's status is another."""
+        """Read the next message of the process, and set the status of the cell by it."""
         try:
             status, value = self.connection.recv()
         except (EOFError, OSError):
@@ -178,9 +174,8 @@ class _Worker:
 def _ending(code: int) -> str:
     if code >= 0:
         return f"the worker process ended with exit code {code}"
-    name = signal.Signals(-code).name
-    hint = " (out of memory?)" if name == "SIGKILL" else ""
-    return f"the worker process was ended by {name}{hint}"
+    hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+    return f"the worker process was ended by {signal.Signals(-code).name}{hint}"
 
 
 def _run_cells(connection: Connection, log: Path) -> None:

@@ -29,7 +29,7 @@ serves until a cell has been timed."""
 
 
 def print_cells(cells: Sequence[Cell], workers: int) -> None:
-    """Every cell with its status, and what is left to do."""
+    """Print each cell with its status, and what is left to do."""
     for cell in cells:
         run = f"  {cell.spec.name}" if cell.spec else ""
         reason = f": {cell.error}" if cell.error else ""
@@ -85,7 +85,7 @@ def _print_table(
     rows: Sequence[dict[str, Any]],
     columns: dict[str, Callable[[dict[str, Any]], str]],
 ) -> None:
-    """One line a row: its names and its stress, then the columns."""
+    """Print a table: names and stress at the left, then the columns."""
     axes = list(dict.fromkeys(axis for row in rows for axis in row["stress"]))
     labels = [[str(row[n]) for n in names] + [str(row["stress"][a]) for a in axes] for row in rows]
     table = Table(title=title, box=box.SIMPLE)

@@ -118,11 +118,8 @@ def _counted(policy: Policy, length: int) -> tuple[int, int]:
 def _windows(config: Any) -> dict[int | None, float]:
     """Share of the attention layers by their window."""
     window = getattr(config, "sliding_window", None)
-    by_kind = {
-        "full_attention": None,
-        "sliding_attention": window,
-        "chunked_attention": getattr(config, "attention_chunk_size", None),
-    }
+    chunk = getattr(config, "attention_chunk_size", None)
+    by_kind = {"full_attention": None, "sliding_attention": window, "chunked_attention": chunk}
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         return {window: 1.0}

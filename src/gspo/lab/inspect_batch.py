@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
 
 from gspo.backend.stored_batch import UpdateRecord
 from gspo.core.errors import ConfigError
 from gspo.core.metrics import Metrics
 from gspo.core.options import Options
-from gspo.data.sample import Sample
+from gspo.data.sample import TrajectorySamples, unit_count
 from gspo.dev import Algorithm
 from gspo.lab.audit_report import summarise
-from gspo.lab.gradients import MethodLoss, cosines, measure
+from gspo.lab.gradients import cosines, gram, method_gradient
 from gspo.lab.inspect_report import AtWeights, Inspection, Method
 from gspo.lab.stored_step import StoredStep, Weights
 from gspo.objective import PRESETS
@@ -46,6 +45,14 @@ _METHOD = (
 )
 """Options that belong to the method: another preset has its own. The rest stays the run's."""
 
+_MEASURED = {
+    "loss": "loss/policy",
+    "kl": "loss/kl",
+    "clip_fraction": "ratio/clip_fraction",
+    "clip_fraction_tokens": "ratio/clip_fraction_tokens",
+}
+"""Fields of a `Method` that are metrics of training."""
+
 
 class InspectSpec(Options):
     """What is inspected."""
@@ -68,74 +75,73 @@ def inspect_run(spec: InspectSpec) -> Inspection:
         ConfigError: too many presets for the memory.
     """
     step = StoredStep(spec.run, spec.step)
-    own = step.settings()
+    training = step.settings()
     names: tuple[Weights, ...] = ("before", "after")
     chosen = names if spec.weights == "both" else (spec.weights,)
     # Whether training fixed something by the weights before the step.
-    by_trainer = own.routing_replay == "old_policy" or own.old_logprobs == "trainer"
+    by_trainer = training.routing_replay == "old_policy" or training.old_logprobs == "trainer"
     step.check_weights(chosen, needs_before=by_trainer)
-    methods = make_methods(step.record, own, spec.presets)
-    batches = {s.advantage: _batch(step, s) for s in methods.values()}
-    batch = batches[own.advantage]
-    samples = batch.samples
+    methods = make_methods(step.record, training, spec.presets)
+    batches = {settings.advantage: _batch(step, settings) for settings in methods.values()}
     if by_trainer:
-        samples = as_trained(step.load("before"), samples, own)
-    at = []
-    for name in chosen:
-        policy = step.load(name)
-        losses = {n: MethodLoss.of(batches[s.advantage], s) for n, s in methods.items()}
-        _check_memory(policy, len(losses))
-        reference = step.reference(policy) if own.objective.kl_coef > 0 else None
-        products = measure(policy, samples, losses, own, _budget(policy), reference)
-        at.append(_at(name, step.weights_of(name), losses, products))
-    balance = own.router_aux_loss_coef
+        policy = step.load("before")
+        for kind, batch in batches.items():
+            samples = as_trained(policy, batch.samples, training)
+            batches[kind] = replace(batch, samples=samples)
+    batch = batches[training.advantage]
+    balance = training.router_aux_loss_coef
     return Inspection(
         run=str(spec.run),
         step=step.number,
         own=next(iter(methods)),
-        options=own.model_dump(mode="json", exclude_unset=True),
+        options=step.record.options,
         trajectories=len(batch.samples),
         dropped=batch.dropped,
         groups=len(set(batch.groups)),
         flat_groups=batch.flat_groups,
-        trained=sum(of_trajectory[0].advantage != 0 for of_trajectory in batch.samples),
-        tokens=sum(s.sampled for of_trajectory in batch.samples for s in of_trajectory),
+        trained=sum(samples[0].advantage != 0 for samples in batch.samples),
+        tokens=sum(sample.sampled for samples in batch.samples for sample in samples),
         left_out=(f"router_aux_loss_coef={balance:g}",) if balance else (),
-        at=tuple(at),
+        at=tuple(_at_weights(step, weights, methods, batches) for weights in chosen),
     )
 
 
-def _at(
-    weights: Weights, source: str, losses: Mapping[str, MethodLoss], products: Float[Tensor, "P P"]
+def _at_weights(
+    step: StoredStep,
+    weights: Weights,
+    methods: Mapping[str, Settings],
+    batches: Mapping[str, RolloutBatch],
 ) -> AtWeights:
+    trainer = step.trainer(step.load(weights))
+    _check_memory(trainer.policy, len(methods))
+    gradients, log_ratios = [], []
+    rows: list[dict[str, Any]] = []
+    for name, settings in methods.items():
+        batch, objective = batches[settings.advantage], settings.objective
+        batch = batch if settings.preset.counts_flat else batch.with_signal()
+        watch, gradient = method_gradient(trainer, batch, settings)
+        gradients.append(gradient)
+        log_ratios.append([trace.log_ratio for trace in watch.traces if trace.advantage])
+        metrics, unit = watch.metrics.compute(), settings.sequence_unit
+        clip_range = (objective.epsilon_low, objective.epsilon_high)
+        rows.append(
+            {
+                "name": name,
+                "epsilon": clip_range if objective.has_range else None,
+                "sequences": sum(unit_count(samples, unit) for samples in batch.samples),
+            }
+            | {field: metrics.get(key, 0.0) for field, key in _MEASURED.items()}
+        )
+    products = gram(gradients)
     matrix, norms = cosines(products), products.diag().sqrt().tolist()
-    methods = [
-        _method(name, loss, norm, row[0])
-        for (name, loss), norm, row in zip(losses.items(), norms, matrix, strict=True)
-    ]
-    log_ratios = next(iter(losses.values())).log_ratios
-    summary = summarise(np.array(log_ratios)) if log_ratios else None
-    return AtWeights(weights, source, summary, tuple(methods), matrix)
-
-
-def _method(name: str, loss: MethodLoss, norm: float, cosine: float | None) -> Method:
-    objective = loss.settings.objective
-    ranged = objective.has_range
-    return Method(
-        name=name,
-        epsilon=(objective.epsilon_low, objective.epsilon_high) if ranged else None,
-        sequences=loss.sequences,
-        loss=loss.policy,
-        kl=loss.kl,
-        grad_norm=norm,
-        clip_fraction=loss.clipped / max(loss.scored, 1),
-        clip_fraction_tokens=loss.clipped_tokens / max(loss.scored_tokens, 1),
-        cosine=cosine,
-    )
+    columns = zip(rows, norms, matrix[0], strict=True)
+    measured = tuple(Method(**row, grad_norm=norm, cosine=cosine) for row, norm, cosine in columns)
+    summary = summarise(np.array(log_ratios[0])) if log_ratios[0] else None
+    return AtWeights(weights, step.weights_of(weights), summary, measured, matrix)
 
 
 def make_methods(
-    record: UpdateRecord, own: Settings, presets: tuple[Algorithm, ...] | None = None
+    record: UpdateRecord, training: Settings, presets: tuple[Algorithm, ...] | None = None
 ) -> dict[str, Settings]:
     """The run's own method first, then the presets with their own defaults.
 
@@ -147,26 +153,26 @@ def make_methods(
 
     dropped = dict.fromkeys(_METHOD)
     by_name = {name: record.settings(**dropped | {"algorithm": name}) for name in PRESETS}
-    own_name = next((n for n, s in by_name.items() if method(s) == method(own)), OWN)
-    return {own_name: own} | {
+    run_name = next((n for n, s in by_name.items() if method(s) == method(training)), OWN)
+    return {run_name: training} | {
         name: settings
         for name, settings in by_name.items()
-        if name != own_name and (presets is None or name in presets)
+        if name != run_name and (presets is None or name in presets)
     }
 
 
 def as_trained(
-    policy: Policy, trajectories: Sequence[tuple[Sample, ...]], settings: Settings
-) -> Sequence[tuple[Sample, ...]]:
+    policy: Policy, trajectories: Sequence[TrajectorySamples], settings: Settings
+) -> tuple[TrajectorySamples, ...]:
     """The samples with what the trainer fixes before its first update: expert choices, pi_old."""
-    budget = _budget(policy)
+    budget = token_budget(policy.lm.config.get_text_config(), policy.checkpointing)
     with torch.no_grad():
         recorded = ExpertReplay(policy, settings, Metrics(), budget).start([trajectories])
-    trajectories = [recorded.get(samples[0].trajectory_id, samples) for samples in trajectories]
-    if settings.old_logprobs != "trainer":
-        return trajectories
-    replay = settings.routing_replay != "none"
-    return with_trainer_logprobs(policy, trajectories, budget, None, replay=replay)
+    fixed = [recorded.get(samples[0].trajectory_id, samples) for samples in trajectories]
+    if settings.old_logprobs == "trainer":
+        replay = settings.routing_replay != "none"
+        fixed = with_trainer_logprobs(policy, fixed, budget, None, replay=replay)
+    return tuple(fixed)
 
 
 def _batch(step: StoredStep, settings: Settings) -> RolloutBatch:
@@ -177,10 +183,6 @@ def _batch(step: StoredStep, settings: Settings) -> RolloutBatch:
         overlong=settings.overlong,
         drop_too_long=settings.on_too_long == "drop",
     )
-
-
-def _budget(policy: Policy) -> int:
-    return token_budget(policy.lm.config.get_text_config(), checkpointing=False)
 
 
 def _check_memory(policy: Policy, methods: int) -> None:
@@ -200,9 +202,7 @@ def free_memory(device: torch.device) -> int | None:
     """Bytes that can still be had; None if the system doesn't tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        text = Path("/proc/meminfo").read_text()
-    except OSError:
-        return None
-    found = re.search(r"MemAvailable:\s+(\d+) kB", text)
-    return int(found[1]) * 1024 if found else None
+    meminfo = Path("/proc/meminfo")
+    text = meminfo.read_text() if meminfo.exists() else ""
+    match = re.search(r"MemAvailable:\s+(\d+) kB", text)
+    return int(match[1]) * 1024 if match else None

@@ -20,7 +20,7 @@ class Method:
     """One method on the whole batch, taken as one optimizer step.
 
     Attributes:
-        epsilon: (low, high) in the method's own units; None if it has no range.
+        epsilon: (low, high) in the units of the method; None if it has no range.
         sequences: N.
         loss: the surrogate's, without the KL term.
         kl: mean k3 against the base model; 0 without a KL term.

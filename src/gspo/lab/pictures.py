@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import logging
-import math
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +12,11 @@ import numpy as np
 
 from gspo.core.errors import MissingDependencyError
 from gspo.core.files import explained, replacing, write_whole
+from gspo.lab.audit_report import AuditReport, clip_band
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from gspo.lab.audit_report import AuditReport
     from gspo.lab.inspect_report import Inspection
 
 log = logging.getLogger("gspo")
@@ -37,7 +36,7 @@ def write_picture(figure: go.Figure, path: Path) -> Path:
     """Write a figure, and return the path of the file that was written.
 
     A name that ends in `.html` needs nothing more; the file needs no network. An image (`.png`,
-    `.svg`, `.pdf`) is plotly's own export, by kaleido and an installed Chrome: without them the
+    `.svg`, `.pdf`) is plotly's export, by kaleido and an installed Chrome: without them the
     figure is written as HTML under the same name, with a warning that says why.
 
     Raises:
@@ -59,7 +58,7 @@ def write_picture(figure: go.Figure, path: Path) -> Path:
 
 
 def plain_text(label: str) -> str:
-    """A label in which plotly finds no markup of its own.
+    """Escape a label, in which plotly would look for markup.
 
     >>> plain_text("a<b>c")
     'a&lt;b&gt;c'
@@ -100,8 +99,7 @@ def draw_audit(report: AuditReport, log_ratios: np.ndarray, path: Path) -> Path:
 
 def _add_histogram(figure: go.Figure, report: AuditReport, log_ratios: np.ndarray) -> None:
     """Sequences by l_i; what lies outside the axis is counted in its first and last bar."""
-    low = math.log1p(-report.epsilon_low) if report.epsilon_low < 1 else -math.inf
-    high = math.log1p(report.epsilon_high)
+    low, high = clip_band(report.epsilon_low, report.epsilon_high)
     left, right = np.quantile(log_ratios, (0.02, 0.98))
     left, right = min(left, max(low, -1.0)), max(right, high)
     margin = 0.1 * (right - left)
@@ -119,8 +117,9 @@ def _add_histogram(figure: go.Figure, report: AuditReport, log_ratios: np.ndarra
 def _add_spread(figure: go.Figure, report: AuditReport) -> None:
     """Spread on log-log axes, where 1/sqrt(L) is a straight line."""
     blocks = [(b.tokens, b.std) for b in report.blocks if b.blocks > 1 and b.std > 0]
-    buckets = ((b.mean_length, b.sequence_log_ratio.std, b.sequences) for b in report.buckets)
-    whole = [(length, std) for length, std, count in buckets if count > 1 and std > 0]
+    sized = [bucket for bucket in report.buckets if bucket.sequences > 1]
+    points = [(bucket.tokens / bucket.sequences, bucket.sequence_log_ratio.std) for bucket in sized]
+    whole = [(length, std) for length, std in points if std > 0]
     token = report.total.token_log_ratio
     longest = max(length for length, _ in [(1.5, 0.0), *blocks, *whole])
     levels = {"|mean of d<sub>t</sub>|": abs(token.mean), "ε below 1": report.epsilon_low}

@@ -1,4 +1,4 @@
-"""`--profile`: where a step's time goes, and how much of it the arithmetic alone would need.
+"""`--profile`: where a step's time goes, and how much of it only the arithmetic would need.
 
 Times are those of the spans (`gspo.core.timing`), operations those of `gspo.lab.flops`.
 """
@@ -21,19 +21,6 @@ from gspo.lab.flops import Flops, head_flops
 from gspo.lab.text_table import as_text, table
 from gspo.policy.load import Policy
 
-PHASES = (
-    "sampling",
-    "rollout",
-    "packing",
-    "forward",
-    "head",
-    "backward",
-    "optimizer",
-    "publish",
-    "checkpoint",
-)
-"""Spans of a step, in their order; the rest of it is `other`."""
-
 
 def peak_flops(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> float:
     """Operations per second of a large square matrix product, the fastest of several.
@@ -42,20 +29,17 @@ def peak_flops(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -
     """
     size = 8192 if device.type == "cuda" else 1024
     matrix = torch.randn(size, size, device=device).to(dtype)
-    timer = Timer(
-        "torch.mm(matrix, matrix)",
-        globals={"torch": torch, "matrix": matrix},
-        num_threads=torch.get_num_threads(),
-    )
+    threads = torch.get_num_threads()
+    timer = Timer("matrix @ matrix", globals={"matrix": matrix}, num_threads=threads)
     return 2.0 * size**3 / min(timer.blocked_autorange(min_run_time=seconds).times)
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One row of the table, over all steps.
+    """A line of the table, over all steps.
 
     Attributes:
-        seconds: of wall time, in which no other phase's is.
+        seconds: of wall time; that of the phases inside it is left out.
         share: of all steps' time.
         calls: how often it was entered.
         flops: operations of its matrix products.
@@ -81,7 +65,7 @@ class ProfileReport:
         seconds: of them all; the phases' add up to it.
         peak: measured operations per second of a matrix product, by its type.
         device, threads: where it was measured, and the run computed.
-        phases: their rows, `other` the last.
+        phases: in the order in which they were first entered, `other` the last.
     """
 
     steps: int
@@ -148,7 +132,7 @@ class Profile:
             if clock.inside("sampling"):  # the model may be the trainer's too
                 positions = kwargs["position_ids"]
                 clock.count("sampling", kind, sizes.forward(positions))
-                # The engine projects the last position of each row, in float32.
+                # The engine projects the last position of each completion, in float32.
                 head, _ = head_flops(engine.head, len(positions), grad=False)
                 clock.count("sampling", "float32", head)
 
@@ -158,7 +142,8 @@ class Profile:
         """The steps so far."""
         clock = self.clock
         total = sum(clock.seconds.values())
-        phases = [self._phase(name, name, total) for name in PHASES if clock.calls[name]]
+        spans = [name for name in clock.calls if name != clock.root]  # as they were first entered
+        phases = [self._phase(name, name, total) for name in spans]
         if total:
             phases.append(self._phase("other", clock.root, total))
         on_gpu = self._device.type == "cuda"
@@ -193,7 +178,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def render(report: ProfileReport) -> str:
-    """The report as text: one row a phase, per step; its table is at most 100 columns wide."""
+    """The report as text: a line for each phase, per step; at most 100 columns wide."""
     if report.steps == 0:
         return "profile: no step was trained, so there is nothing to profile\n"
     peak = ", ".join(f"{rate / 1e9:,.1f} GFLOP/s in {name}" for name, rate in report.peak.items())

@@ -11,17 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from gspo.backend.metrics_file import read_metrics
 from gspo.backend.stored_batch import read_batch
 from gspo.core.errors import CheckpointError, ModelError, RunError
 from gspo.core.options import LARGEST_COUNT
 from gspo.dev import InternalModelConfig, LoraConfig
+from gspo.lab.report.run_data import read_runs, stored_batches
 from gspo.policy.load import load_policy
 from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
 from gspo.train.checkpoint import checkpoint_name, steps_saved, verify_checkpoint
 from gspo.train.settings import Settings
-from gspo.train.trainer import Reference, Trainer
+from gspo.train.trainer import Trainer
 
 Weights = Literal["before", "after"]
 
@@ -44,22 +44,21 @@ class StoredStep:
 
     def __init__(self, run: Path, number: int | None = None):
         self.run = run
-        try:
-            self._config: dict[str, Any] = json.loads((run / "config.json").read_text())
-        except (OSError, ValueError):
+        (self._data,) = read_runs([run])
+        self._base_model: str = self._data.config.get("base_model", "")
+        if not self._base_model:
             raise RunError(
                 f"{run} is not the folder of a run: it has no readable config.json. "
                 "Give <path>/<project>/<name>, such as .gspo/demo/sort-1"
-            ) from None
-        folder = run / "trajectories" / "train"
-        self._stored = sorted(int(p.stem) for p in folder.glob("*.parquet") if p.stem.isdigit())
-        if not self._stored:
+            )
+        self._batches = stored_batches(run)
+        if not self._batches:
             raise RunError(f"{run} holds no rollout batch: it has not trained a step yet")
-        self.number = self._stored[-1] if number is None else number
-        if self.number not in self._stored:
-            stored = ranges(self._stored)
+        self.number = max(self._batches) if number is None else number
+        if self.number not in self._batches:
+            stored = ranges(list(self._batches))
             raise RunError(f"{run} has no batch of step {number}: it has {stored}")
-        batch = read_batch(folder / f"{checkpoint_name(self.number)}.parquet")
+        batch = read_batch(self._batches[self.number])
         self.groups, self.record = batch.groups, batch.record
 
     def settings(self) -> Settings:
@@ -67,18 +66,17 @@ class StoredStep:
         settings = self.record.settings()
         if settings.epsilon != "auto":
             return settings
-        path = self.run / "metrics.jsonl"
-        logged = next((line for line in read_metrics(path) if line["step"] == self.number), {})
+        logged = next((line for line in self._data.records if line["step"] == self.number), {})
         low, high = logged.get("ratio/epsilon_low"), logged.get("ratio/epsilon_high")
         if low is None or high is None:
-            raise RunError(f"{path} lacks the clip range of step {self.number}")
+            raise RunError(f"{self.run}/metrics.jsonl lacks the clip range of step {self.number}")
         return settings.with_range(low, high)
 
     def check_weights(self, wanted: Sequence[Weights], *, needs_before: bool) -> None:
         """Refuse weights that are gone, naming the steps that can be inspected."""
         step, saved = self.number, steps_saved(self.run / "checkpoints")
-        before = [s for s in self._stored if s == 1 or s - 1 in saved]
-        after = [s for s in self._stored if s in saved and (not needs_before or s in before)]
+        before = [s for s in self._batches if s == 1 or s - 1 in saved]
+        after = [s for s in self._batches if s in saved and (not needs_before or s in before)]
         for name, usable in (("before", before), ("after", after)):
             if name in wanted and step not in usable:
                 gone = step if name == "after" and step not in saved else step - 1
@@ -92,7 +90,9 @@ class StoredStep:
     def weights_of(self, name: Weights) -> str:
         """Where the weights come from, in words."""
         number = self.number - (name == "before")
-        return f"checkpoint {checkpoint_name(number)}" if number else self._config["base_model"]
+        return (
+            f"checkpoint {checkpoint_name(number)}" if number else self._data.config["base_model"]
+        )
 
     def load(self, name: Weights) -> Policy:
         """The policy before or after the step.
@@ -112,7 +112,7 @@ class StoredStep:
                 f"{self.weights_of(name)} is version {version}: a call of train that failed "
                 "came between. Inspect it with --weights after"
             )
-        lora = self._config.get("lora")
+        lora = self._data.config.get("lora")
         policy = self._policy(
             self.record.context,
             checkpoint,
@@ -123,8 +123,8 @@ class StoredStep:
         policy.version = version
         return policy
 
-    def reference(self, policy: Policy) -> Reference:
-        """Log-probs of the base model, which a KL term is taken against."""
+    def trainer(self, policy: Policy) -> Trainer:
+        """A trainer of the policy, with the base model that a KL term refers to."""
 
         def load() -> Policy:
             frozen = self._policy(policy.context)  # which may decide the RoPE
@@ -132,7 +132,7 @@ class StoredStep:
             frozen.lm.requires_grad_(False)
             return frozen
 
-        return Trainer(policy, load).reference
+        return Trainer(policy, load)
 
     def _policy(self, context: int, checkpoint: Path | None = None, **options: Any) -> Policy:
         """The run's model, loaded as the run did.
@@ -142,27 +142,18 @@ class StoredStep:
         """
         # A model that names no longest context has one beyond what `max_context` may be.
         longest = context if context <= LARGEST_COUNT else None
-        config = InternalModelConfig(
-            max_context=longest, trust_remote_code=self._trusted(), **options
-        )
+        trusted = self._data.spec.get("load.trust_remote_code") is True
+        config = InternalModelConfig(max_context=longest, trust_remote_code=trusted, **options)
         try:
-            return load_policy(self._config["base_model"], config, checkpoint=checkpoint)
+            return load_policy(self._base_model, config, checkpoint=checkpoint)
         except ModelError as error:
             if config.trust_remote_code or "trust_remote_code" not in str(error):
                 raise
             raise RunError(
-                f"{self.run} cannot be inspected: base_model {self._config['base_model']!r} needs "
-                "Python code of its own folder, and no spec.json of the run allows that with "
+                f"{self.run} cannot be inspected: base_model {self._base_model!r} needs "
+                "Python code of its folder, and no spec.json of the run allows that with "
                 "load.trust_remote_code = true. Only `gspo train` writes a spec.json"
             ) from error
-
-    def _trusted(self) -> bool:
-        """Whether the run was loaded with `trust_remote_code`; `gspo train` stores that."""
-        try:
-            stored = json.loads((self.run / "spec.json").read_bytes())
-            return stored["load"]["trust_remote_code"] is True
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -109,17 +109,7 @@ def _summary(arm: str, stress: dict[str, Any], cells: list[dict[str, Any]]) -> d
         "log_ratio_p99": 0.018,
         "seconds": mean("seconds"),
         "tokens": mean("tokens"),
-        "curves": {name: _band(own[0]["curves"][name]) for name in ("val/reward", "loss/entropy")},
     }
-
-
-def _band(curve: dict[str, Any]) -> dict[str, Any]:
-    """The first cell's curve, as if it were a mean; at its first step without an interval."""
-    around = {"low": [None], "high": [None]}
-    for value in curve["value"][1:]:
-        around["low"].append(value - 0.1)
-        around["high"].append(value + 0.1)
-    return {"step": curve["step"], "mean": curve["value"], **around}
 
 
 def _paired(

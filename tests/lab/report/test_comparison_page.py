@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
-import re
+from pathlib import Path
 from typing import Any
 
-import pytest
-
+from gspo.lab import compare_result
+from gspo.lab.compare import CompareSpec
+from gspo.lab.compare_cells import make_cells
 from gspo.lab.report.comparison_page import comparison_page, curve_charts, rows_of
+from gspo.lab.statistics import t_interval
 from lab.report.page_elements import Elements
 from lab.report.report_cases import comparison, traces_of
+from lab.written import write_run
 
 
 def test_the_page_has_every_part():
     case = comparison()
     page = comparison_page(case)
     elements = Elements(page)
-    assert elements.charts == 2 * 2 + 1 + 1
+    assert elements.charts == 2 * 3
     assert "1 failed" in page and "1 refused" in page and "17 done" in page
     assert "NumericsError: a gradient is not finite &lt;b&gt;" in page
     assert page.count("<td>no difference shown</td>") == 2
@@ -39,43 +42,53 @@ def test_numbers_stand_with_their_intervals():
     assert cells in page
 
 
-def test_curves_are_those_of_the_summary():
+def test_curves_are_means_over_the_seeds_with_their_intervals():
     case = comparison()
-    charts = curve_charts(rows_of(case, "summary"))
+    charts = curve_charts(rows_of(case, "cells"))
     assert list(charts) == [
         f"{metric}, {stress}"
-        for metric in ("val/reward", "loss/entropy")
+        for metric in ("val/reward", "loss/entropy", "ratio/clip_fraction")
         for stress in ("no stress", "rollout_dtype=int4")
     ]
     traces = traces_of(charts["val/reward, rollout_dtype=int4"])
     lines = [trace for trace in traces if trace.line.width != 0]
     assert [trace.name for trace in lines] == ["gspo", "gspo-auto", "grpo"]
-    stored = case["summary"][3]["curves"]["val/reward"]
-    assert list(lines[0].y) == stored["mean"]
-    low, high = traces[0], traces[1]
-    # The interval of the first step is not known.
-    assert (list(low.x), list(low.y)) == (stored["step"][1:], stored["low"][1:])
-    assert list(high.y) == stored["high"][1:] and high.fill == "tonexty"
-
-
-def test_intervals_reach_from_low_to_high():
-    paired = [
-        {
-            "a": "x",
-            "b": "y",
-            "stress": {},
-            "metric": "auc",
-            "difference": 0.2,
-            "low": low,
-            "high": high,
-        }
-        for low, high in ((0.1, 0.5), (None, None))
+    curves = [
+        cell["curves"]["val/reward"]
+        for cell in case["cells"]
+        if (cell["arm"], cell["status"]) == ("gspo", "done") and cell["stress"]
     ]
-    script = Elements(comparison_page({"paired": paired})).scripts[-1]
-    data = json.loads(re.search(r"newPlot\(\s*\"chart-1\",\s*(\[.*?\]),\s*{", script)[1])  # pyright: ignore[reportOptionalSubscript]
-    assert data[0]["x"] == [0.2, 0.2] and data[0]["y"] == ["x - y, no stress, auc"] * 2
-    assert data[0]["error_x"]["array"] == [pytest.approx(0.3), None]
-    assert data[0]["error_x"]["arrayminus"] == [pytest.approx(0.1), None]
+    intervals = [t_interval(values) for values in zip(*(c["value"] for c in curves), strict=True)]
+    low, high, mean = traces[:3]
+    assert list(mean.x) == list(low.x) == curves[0]["step"]
+    assert list(mean.y) == [interval.mean for interval in intervals]
+    assert list(low.y) == [interval.low for interval in intervals]
+    assert list(high.y) == [interval.high for interval in intervals] and high.fill == "tonexty"
+
+
+def test_a_step_that_a_seed_lacks_has_no_mean_and_one_seed_no_interval():
+    cells = [
+        {"arm": "a", "stress": "s", "curves": {"val/reward": {"step": steps, "value": values}}}
+        for steps, values in (([0, 1], [0.1, 0.3]), ([0], [0.2]))
+    ]
+    (figure,) = curve_charts(cells).values()
+    assert [list(trace.x) for trace in traces_of(figure)] == [[0], [0], [0]]
+    (figure,) = curve_charts(cells[:1]).values()
+    low, high, mean = traces_of(figure)
+    assert (list(low.x), list(high.x), list(mean.y)) == ([], [], [0.1, 0.3])
+
+
+def test_what_gspo_compare_stores_has_curves(tmp_path: Path):
+    options = {"base": {"task": "sort", "steps": 2}, "presets": ["gspo"], "seeds": 2}
+    spec = CompareSpec(**options, path=str(tmp_path))  # pyright: ignore[reportArgumentType]
+    cells = make_cells(spec)
+    for cell in cells:
+        write_run(cell, [0.3, 0.4, 0.5])
+    stored = compare_result.comparison(spec, cells)
+    charts = curve_charts(rows_of(stored, "cells"))
+    assert list(charts) == [
+        f"{metric}, no stress" for metric in ("val/reward", "train/reward", "ratio/clip_fraction")
+    ]
 
 
 def test_a_comparison_that_is_not_finished_has_a_page():
@@ -96,7 +109,7 @@ def test_names_stay_text():
     assert "img" not in tags and tags.count("script") == page.charts + 2
     names = {
         trace.name
-        for figure in curve_charts(rows_of(case, "summary")).values()
+        for figure in curve_charts(rows_of(case, "cells")).values()
         for trace in traces_of(figure)
     }
     assert "&lt;img src=x onerror=alert()&gt;" in names  # plotly's own markup is shut out too

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from gspo.cli import app
 from gspo.core.errors import ConfigError, MissingDependencyError, RunError
 from gspo.lab import pictures
-from gspo.lab.report.write import make_report, try_report
+from gspo.lab.commands import draw
+from gspo.lab.report.write import make_report
 from lab.report.report_cases import comparison, run_folder
 
 
@@ -51,7 +52,7 @@ def test_a_missing_plotly_is_named_with_the_command(tmp_path: Path, monkeypatch,
     folder = run_folder(tmp_path)
     with pytest.raises(MissingDependencyError, match=r"pip install -e '\.\[lab\]'"):
         make_report([folder])
-    assert try_report(folder) is None
+    assert draw(folder) == {"report": None}
     assert capsys.readouterr().out.startswith("no report: a report or a picture needs the package")
 
 
@@ -59,5 +60,5 @@ def test_a_report_that_cannot_be_written_stops_nothing(tmp_path: Path, capsys):
     folder = run_folder(tmp_path)
     (folder / "report.html").mkdir()
     (folder / "report.html" / "file").touch()
-    assert try_report(folder) is None
+    assert draw(folder) == {"report": None}
     assert "no report: cannot write" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gspo.lab.pictures import plain_text, styled
 from gspo.lab.report.page import Section, render
+from gspo.lab.statistics import t_interval
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -30,6 +32,8 @@ _CELLS = {
     "run": "",
 }  # fmt: skip
 """Fields of comparison.json, and the format of their numbers: the columns of a table."""
+_CURVES = ("val/reward", "train/reward", "loss/entropy", "ratio/clip_fraction")
+"""The metrics that are drawn over steps."""
 
 
 def comparison_page(comparison: Row) -> str:
@@ -42,32 +46,19 @@ def comparison_page(comparison: Row) -> str:
         f"{cell['id']} ({cell['status']}): {cell['error']}" for cell in cells if cell.get("error")
     ]
     origin = [[key, json.dumps(comparison.get(key))] for key in ("spec", "versions", "machine")]
-    ends = [
-        (f"{row['arm']}, {row['stress']}, {metric}", row[metric])
-        for metric in ("auc", "reward_after")
-        for row in summary
-        if row.get(metric)
-    ]
-    differences = [
-        (f"{row['a']} - {row['b']}, {row['stress']}, {row['metric']}", row)
-        for row in paired
-        if row.get("difference") is not None
-    ]
     sections = [
         Section(
             "Summary",
-            "Means over seeds; in brackets, the 95 % interval where there is one.",
+            "Means over seeds; in brackets, the 95 % interval if there is one.",
             troubles,
             _table(_SUMMARY, summary),
-            _interval_charts("Reward, 95 % intervals", ends),
         ),
-        Section("Over steps", "Means over seeds, 95 % t interval.", charts=curve_charts(summary)),
+        Section("Over steps", "Means over seeds, 95 % t interval.", charts=curve_charts(cells)),
         Section(
             "Paired differences",
             "First arm minus second, paired by seed, with the 95 % interval. An interval that "
             "holds 0 shows no difference.",
             table=_table(_PAIRED, paired),
-            charts=_interval_charts("Differences, 95 % intervals", differences),
         ),
         Section("All cells", table=_table(_CELLS, cells), folded=True),
         Section("Specification", table=[["", ""], *origin], folded=True),
@@ -103,48 +94,41 @@ def _text(value: Any, form: str) -> str:
     return format(value, form) if form else str(value)
 
 
-def curve_charts(summary: Sequence[Row]) -> dict[str, go.Figure]:
-    """Metrics over steps, a chart for each metric and stress: means of the arms, and intervals."""
+def curve_charts(cells: Sequence[Row]) -> dict[str, go.Figure]:
+    """Metrics over steps, one chart per metric and stress: means of the arms and their intervals.
+
+    Args:
+        cells: as `rows_of` returns them.
+    """
     import plotly.graph_objects as go
     from plotly.colors import qualitative
 
-    arms = list(dict.fromkeys(str(row["arm"]) for row in summary))
+    arms = list(dict.fromkeys(cell["arm"] for cell in cells))
+    stresses = list(dict.fromkeys(cell["stress"] for cell in cells))
     charts: dict[str, go.Figure] = {}
-    for metric in dict.fromkeys(name for row in summary for name in row.get("curves", {})):
-        for row in summary:
-            curve = row.get("curves", {}).get(metric)
-            if curve:
-                figure = charts.setdefault(f"{metric}, {row['stress']}", go.Figure())
-                number = arms.index(str(row["arm"])) % len(qualitative.D3)
-                _add_curve(figure, str(row["arm"]), curve, qualitative.D3[number])
+    for metric, stress, arm in itertools.product(_CURVES, stresses, arms):
+        of_arm = [cell for cell in cells if (cell["arm"], cell["stress"]) == (arm, stress)]
+        curves = [c["curves"][metric] for c in of_arm if metric in (c.get("curves") or ())]
+        if curves:
+            figure = charts.setdefault(f"{metric}, {stress}", go.Figure())
+            color = qualitative.D3[arms.index(arm) % len(qualitative.D3)]
+            _add_curve(figure, arm, curves, color)
     return {title: styled(figure, showlegend=True) for title, figure in charts.items()}
 
 
-def _add_curve(figure: go.Figure, arm: str, curve: Row, color: str) -> None:
-    """A mean over the band of its intervals, where they are known."""
-    known = [i for i, low in enumerate(curve["low"]) if low is not None]
-    steps = [curve["step"][i] for i in known]
-    edge: dict[str, Any] = {"line_width": 0, "mode": "lines", "showlegend": False}
-    for end, fill in (("low", None), ("high", "tonexty")):
-        values = [curve[end][i] for i in known]
-        figure.add_scatter(
-            x=steps, y=values, fill=fill, fillcolor=f"{color}33", hoverinfo="skip", **edge
-        )
-    figure.add_scatter(
-        x=curve["step"], y=curve["mean"], name=plain_text(arm), line_color=color, mode="lines"
-    )
-
-
-def _interval_charts(title: str, rows: Sequence[tuple[str, Row]]) -> dict[str, go.Figure]:
-    """Labels, and means or differences with `low` and `high`, which may be None."""
-    import plotly.graph_objects as go
-
-    means = [row.get("difference", row.get("mean")) for _, row in rows]
-    error: dict[str, Any] = {"type": "data", "symmetric": False}
-    for side, end in (("array", "high"), ("arrayminus", "low")):
-        pairs = zip(means, (row[end] for _, row in rows), strict=True)
-        error[side] = [None if bound is None else abs(bound - mean) for mean, bound in pairs]
-    names = [plain_text(label) for label, _ in rows]
-    figure = go.Figure(go.Scatter(x=means, y=names, error_x=error, mode="markers"))
-    styled(figure, height=120 + 30 * len(rows), yaxis_autorange="reversed")
-    return {title: figure.update_xaxes(zerolinecolor="black")} if rows else {}
+def _add_curve(figure: go.Figure, arm: str, curves: Sequence[Row], color: str) -> None:
+    """The mean over seeds at the steps that all of them have, over the band of its intervals."""
+    by_step: dict[int, list[float]] = {}
+    for curve in curves:
+        for step, value in zip(curve["step"], curve["value"], strict=True):
+            by_step.setdefault(step, []).append(value)
+    whole = {step: values for step, values in by_step.items() if len(values) == len(curves)}
+    means = {step: t_interval(whole[step]) for step in sorted(whole)}
+    bounded = [step for step, mean in means.items() if mean.low is not None]
+    look: dict[str, Any] = {"line_width": 0, "mode": "lines", "showlegend": False}
+    look |= {"hoverinfo": "skip", "fillcolor": f"{color}33"}
+    figure.add_scatter(x=bounded, y=[means[step].low for step in bounded], **look)
+    figure.add_scatter(x=bounded, y=[means[step].high for step in bounded], fill="tonexty", **look)
+    values = [mean.mean for mean in means.values()]
+    name = plain_text(arm)
+    figure.add_scatter(x=list(means), y=values, name=name, line_color=color, mode="lines")

@@ -13,11 +13,8 @@ from gspo.lab.report.run_data import RunData, Values
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-POINTS = 1000
-"""More steps than this are drawn as means of neighbours."""
-WINDOW = 9
-_SMOOTH_FROM = 30
-"""Runs with fewer steps are shown as they are."""
+_MARKED = 60
+"""Up to this many points, each one is marked."""
 
 REWARD, CLIPPED = "Reward", "Share clipped"
 RATIOS = "Log-ratios of sequences, l_i = mean of d_t, in nats"
@@ -82,7 +79,7 @@ def draw(title: str, metrics: Sequence[str], runs: Sequence[RunData]) -> go.Figu
         steps, values = _curve(title, run, key)
         if steps:
             color = qualitative.D3[number % len(qualitative.D3)]
-            mode = "lines" if len(steps) > 2 * _SMOOTH_FROM else "lines+markers"
+            mode = "lines" if len(steps) > _MARKED else "lines+markers"
             figure.add_scatter(x=steps, y=values, name=label, mode=mode, line_color=color)
             if title == REWARD:
                 _add_heldout(figure, run, label, color)
@@ -105,18 +102,14 @@ def _curve(title: str, run: RunData, key: str) -> tuple[list[int], Values]:
         return [], []  # logged as 0 if the loss has no KL term
     if title == NOISE:
         values = [abs(value) if value else None for value in values]
-    if title in (REWARD, CLIPPED) and len(steps) >= _SMOOTH_FROM:
-        values = smoothed(values)
-    return thin(steps, values)
+    return steps, values
 
 
 def _add_heldout(figure: go.Figure, run: RunData, label: str, color: str) -> None:
     heldout = run.heldout()
-    error = {
-        "type": "data",
-        "array": [high - mean for _, mean, _, high in heldout],
-        "arrayminus": [mean - low for _, mean, low, _ in heldout],
-    }
+    above = [high - mean for _, mean, _, high in heldout]
+    below = [mean - low for _, mean, low, _ in heldout]
+    error = {"type": "data", "array": above, "arrayminus": below}
     steps, rewards = [step for step, *_ in heldout], [mean for _, mean, *_ in heldout]
     look: dict[str, Any] = {"mode": "markers", "marker_size": 9, "marker_color": color}
     name = f"{label}, held-out, 95 % interval"
@@ -134,26 +127,3 @@ def _add_limits(figure: go.Figure, title: str, run: RunData) -> None:
             figure.add_scatter(x=steps, y=edges, name=f"clip range, {end}", **look)
     elif title == NORM and limit is not None:
         figure.add_hline(limit, line_dash="dash", annotation_text="clipped above")
-
-
-def smoothed(values: Values, width: int = WINDOW) -> Values:
-    """Centred moving mean of what is known; shorter at the ends.
-
-    >>> smoothed([0.0, 3.0, 6.0], width=3)
-    [1.5, 3.0, 4.5]
-    """
-    half = width // 2
-    return [_mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
-
-
-def thin(steps: list[int], values: Values) -> tuple[list[int], Values]:
-    """At most `POINTS` points: means of neighbours, at the last of their steps."""
-    width = -(-len(steps) // POINTS) or 1
-    starts = range(0, len(steps), width)
-    ends = [min(start + width, len(steps)) - 1 for start in starts]
-    return [steps[end] for end in ends], [_mean(values[i : i + width]) for i in starts]
-
-
-def _mean(values: Values) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None

@@ -77,9 +77,8 @@ def render(
 def _policy(charts: str) -> str:
     """A content security policy under which only the scripts of these charts run."""
     digests = [hashlib.sha256(script.encode()).digest() for script in _SCRIPT.findall(charts)]
-    hashes = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
-    allowed = hashes or "'none'"
+    hashes = [f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests] or ["'none'"]
     return (
-        f"default-src 'none'; script-src {allowed}; "
+        f"default-src 'none'; script-src {' '.join(hashes)}; "
         "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
     )

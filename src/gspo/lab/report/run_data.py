@@ -43,7 +43,7 @@ class RunData:
     running: bool
 
     def series(self, key: str) -> tuple[list[int], Values]:
-        """Steps and values of a metric, where it was logged; None for what is not finite."""
+        """Steps and values of a metric, as far as it was logged; None for what is not finite."""
         logged = [(int(record["step"]), record[key]) for record in self.records if key in record]
         return [s for s, _ in logged], [v if math.isfinite(v) else None for _, v in logged]
 
@@ -86,18 +86,25 @@ def _read(folder: Path, label: str) -> RunData:
     if not metrics.exists() and not config.exists():
         raise RunError(
             f"{folder} has neither metrics.jsonl nor config.json: it is not the folder of a run. "
-            "A run is <path>/<project>/<model name>"
+            "Give <path>/<project>/<name>, such as .gspo/demo/sort-1"
         )
-    spec = _json(folder / "spec.json")
+    spec = read_object(folder / "spec.json")
     return RunData(
         folder=folder,
         label=label,
-        config=_json(config),
+        config=read_object(config),
         spec=flat(spec),
         settings=resolved(spec) if spec else None,
         records=read_metrics(metrics),
         running=in_use(folder),
     )
+
+
+def stored_batches(run: Path) -> dict[int, Path]:
+    """The files of the stored rollout batches by their step, in order."""
+    files = (run / "trajectories" / "train").glob("*.parquet")
+    by_step = {int(path.stem): path for path in files if path.stem.isdigit()}
+    return dict(sorted(by_step.items()))
 
 
 def labels(folders: Sequence[Path]) -> list[str]:
@@ -148,8 +155,8 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty if there is none."""
+def read_object(path: Path) -> dict[str, Any]:
+    """A file's JSON object; empty if there is none."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):

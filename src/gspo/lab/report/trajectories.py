@@ -14,7 +14,7 @@ import numpy as np
 from markupsafe import Markup
 
 from gspo.core.errors import RunError
-from gspo.lab.report.run_data import RunData
+from gspo.lab.report.run_data import RunData, stored_batches
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,10 +25,10 @@ LONGEST = 600
 """Tokens of a trajectory that are shown; of a message, four times as many characters."""
 _FAINTEST = 1e-4
 """The scale of the tints never ends below this |d_t|."""
-_COLUMNS = (
+_COLUMNS = [
     *("group", "trajectory", "reward", "advantage", "messages", "token_ids", "logprobs", "update"),
     *("sequence_log_ratios", "trained_tokens", "clipped_tokens", "token_log_ratios"),
-)
+]
 _TOKEN = Markup('<i class="{}" style="--tint:{:.2f}" title="{}">{}</i>')
 
 Row = Mapping[str, Any]
@@ -45,10 +45,7 @@ def sampled_groups(run: RunData) -> list[dict[str, Any]]:
     Raises:
         RunError: a file of trajectories is damaged.
     """
-    folder = run.folder / "trajectories" / "train"
-    files = sorted(
-        (p for p in folder.glob("*.parquet") if p.stem.isdigit()), key=lambda p: int(p.stem)
-    )
+    files = list(stored_batches(run.folder).values())
     tokenizer = _tokenizer(run.folder)
     return [group for path in spaced(files, STEPS) for group in _groups(run, path, tokenizer)]
 
@@ -59,9 +56,8 @@ def spaced(values: Sequence[Any], count: int) -> list[Any]:
     >>> spaced(range(10), 3), spaced("ab", 3)
     ([0, 4, 9], ['a', 'b'])
     """
-    if len(values) <= count:
-        return list(values)
-    return [values[i * (len(values) - 1) // (count - 1)] for i in range(count)]
+    places = np.linspace(0, len(values) - 1, min(count, len(values)))
+    return [values[int(place)] for place in places]
 
 
 def _tokenizer(folder: Path) -> Tokenizer | None:
@@ -79,9 +75,8 @@ def _groups(run: RunData, path: Path, tokenizer: Tokenizer | None) -> Iterator[d
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:  # files of older versions lack some columns
-            present = [name for name in _COLUMNS if name in file.schema_arrow.names]
-            table = file.read(columns=present)
+        with pq.ParquetFile(path) as file:
+            table = file.read(columns=_COLUMNS)  # without those that an older version lacks
     except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
         remedy = "delete it, and the page does without"
         raise RunError(f"{path} is damaged ({error}): {remedy}") from None

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from gspo.core.errors import ConfigError, RunError
 from gspo.core.files import write_whole
 from gspo.lab.pictures import require_plotly
 from gspo.lab.report.comparison_page import comparison_page
-from gspo.lab.report.run_data import read_runs
+from gspo.lab.report.run_data import read_object, read_runs
 from gspo.lab.report.run_page import run_page
 
 
@@ -30,26 +28,12 @@ def make_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     if len(folders) > 1 and out is None:
         raise ConfigError("several runs go into one page: say where, with --out FILE.html")
     path = out or folders[0] / "report.html"
-    if compared:
-        page = comparison_page(_read_comparison(compared[0]))
-    else:
-        page = run_page(read_runs(folders))
-    write_whole(path, page)
+    if not compared:
+        write_whole(path, run_page(read_runs(folders)))
+        return path
+    stored = compared[0] / "comparison.json"
+    content = read_object(stored)
+    if not content:
+        raise RunError(f"{stored} is damaged: run the comparison again")
+    write_whole(path, comparison_page(content))
     return path
-
-
-def try_report(folder: Path) -> Path | None:
-    """`make_report` of one folder; if that fails, print why, and return None."""
-    try:
-        return make_report([folder])
-    except Exception as error:  # whatever it is: a run of hours is worth more than its page
-        print(f"no report: {error}")
-        return None
-
-
-def _read_comparison(folder: Path) -> Mapping[str, Any]:
-    path = folder / "comparison.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} is damaged ({error}): run the comparison again") from None

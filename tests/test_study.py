@@ -17,7 +17,7 @@ from gspo.lab.compare_cells import make_cells
 from gspo.lab.compare_result import comparison
 from lab.written import write_run
 
-STUDY = Path(__file__).parents[2] / "docs" / "study"
+STUDY = Path(__file__).parents[1] / "docs" / "study"
 
 
 @pytest.fixture
