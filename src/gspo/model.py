@@ -8,12 +8,11 @@ from typing import Any, Generic, TypeVar
 from openai import AsyncOpenAI
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, field_validator
 
+from gspo import dev
 from gspo.backend.base import Backend, TrainResult
 from gspo.config import TrainConfig
 from gspo.core.errors import ConfigError, RunError, check_arguments, shown
 from gspo.data.check import listed
-from gspo.dev import InternalModelConfig
-from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.trajectory import Trajectory, TrajectoryGroup
 
 UserConfig = TypeVar("UserConfig", bound=BaseModel | dict[str, Any] | None)
@@ -27,7 +26,7 @@ _ELSEWHERE = {
 """Arguments of ART's models, to what says the same here."""
 _CLIENTS = {
     "_openai_client_config": "the server takes what a request says; the context is "
-    "InternalModelConfig(max_context=), and the port LocalBackend(port=)."
+    "dev.InternalModelConfig(max_context=), and the port LocalBackend(port=)."
 }
 """An argument of ART's `register`."""
 
@@ -159,9 +158,9 @@ class Model(BaseModel, Generic[UserConfig]):
         return None
 
     @property
-    def internal_config(self) -> InternalModelConfig:
+    def internal_config(self) -> dev.InternalModelConfig:
         """How the model is loaded."""
-        return InternalModelConfig()
+        return dev.InternalModelConfig()
 
 
 class TrainableModel(Model[UserConfig], Generic[UserConfig]):
@@ -178,12 +177,12 @@ class TrainableModel(Model[UserConfig], Generic[UserConfig]):
 
     base_model: str
 
-    _internal: InternalModelConfig = PrivateAttr(default_factory=InternalModelConfig)
+    _internal: dev.InternalModelConfig = PrivateAttr(default_factory=dev.InternalModelConfig)
 
     def __init__(
         self,
         *,
-        _internal_config: InternalModelConfig | dict[str, Any] | None = None,
+        _internal_config: dev.InternalModelConfig | dict[str, Any] | None = None,
         **data: Any,
     ) -> None:
         super().__init__(**data)
@@ -199,24 +198,24 @@ class TrainableModel(Model[UserConfig], Generic[UserConfig]):
         return self.base_model
 
     @property
-    def internal_config(self) -> InternalModelConfig:
+    def internal_config(self) -> dev.InternalModelConfig:
         return self._internal
 
     @property
-    def _internal_config(self) -> InternalModelConfig:
+    def _internal_config(self) -> dev.InternalModelConfig:
         """`internal_config`, which may be set until the model is registered, as ART's users do."""
         return self._internal
 
     @_internal_config.setter
-    def _internal_config(self, value: InternalModelConfig | dict[str, Any]) -> None:
+    def _internal_config(self, value: dev.InternalModelConfig | dict[str, Any]) -> None:
         if self._backend is not None:
             raise ConfigError(
                 f"model {self.name!r} is registered, so it is loaded already: "
                 "set _internal_config before register"
             )
         if isinstance(value, dict):
-            value = InternalModelConfig(**value)
-        if not isinstance(value, InternalModelConfig):
+            value = dev.InternalModelConfig(**value)
+        if not isinstance(value, dev.InternalModelConfig):
             raise ConfigError(f"_internal_config is {shown(value)}; give a dev.InternalModelConfig")
         self._internal = value
 
@@ -238,7 +237,7 @@ class TrainableModel(Model[UserConfig], Generic[UserConfig]):
         self,
         trajectory_groups: Iterable[TrajectoryGroup],
         config: TrainConfig | None = None,
-        _config: DevTrainConfig | None = None,
+        _config: dev.TrainConfig | None = None,
         verbose: bool = False,
     ) -> TrainResult:
         """Train on one rollout batch, log it, and save a checkpoint.

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from openai import AsyncOpenAI
 
+from gspo import dev
 from gspo.backend.base import (
     ModelLike,
     TrainResult,
@@ -25,7 +26,6 @@ from gspo.config import TrainConfig
 from gspo.core.compute import ComputeThread
 from gspo.core.errors import RunError, check_arguments, check_whole
 from gspo.data.check import plain_groups
-from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.policy.load import Policy
 from gspo.serve.server import bind
 from gspo.train.settings import resolve
@@ -162,7 +162,7 @@ class LocalBackend:
         model: ModelLike,
         trajectory_groups: Sequence[TrajectoryGroup],
         config: TrainConfig | None = None,
-        _config: DevTrainConfig | None = None,
+        _config: dev.TrainConfig | None = None,
         **options: Any,
     ) -> TrainResult:
         """Train on one rollout batch, log it, and save a checkpoint.

@@ -11,13 +11,12 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
+from gspo import dev
 from gspo.backend.trackers import TrackerName
 from gspo.config import TrainConfig
 from gspo.core.byname import beside
 from gspo.core.errors import ConfigError, suggestion
 from gspo.core.options import LARGEST_COUNT, TEMPERATURES, Options
-from gspo.dev import InternalModelConfig
-from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.tasks import task_names
 
 
@@ -65,11 +64,11 @@ class Spec(Options):
     keep_checkpoints: int | None = Field(default=2, ge=1, le=LARGEST_COUNT)
     logger: list[TrackerName] = Field(default_factory=list)
     """Trackers that are shown the metrics too: `tensorboard`, `trackio`, `wandb`."""
-    train: DevTrainConfig = Field(default_factory=DevTrainConfig)
+    train: dev.TrainConfig = Field(default_factory=dev.TrainConfig)
     """The fields of `dev.TrainConfig`: algorithm, epsilon, minibatches, schedule, ..."""
     learning_rate: float | None = Field(default=None, gt=0, le=1)
     """Peak learning rate. None: by the model's size, with a warmup (docs/defaults.md)."""
-    load: InternalModelConfig = Field(default_factory=InternalModelConfig)
+    load: dev.InternalModelConfig = Field(default_factory=dev.InternalModelConfig)
     """The fields of `dev.InternalModelConfig`: dtype, lora, activation_checkpointing, ..."""
 
     @field_validator("name", "project", "path")
