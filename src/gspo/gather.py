@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
-from gspo.core.errors import DataError, check_arguments
+from gspo.core.errors import DataError, check_names
 from gspo.core.progress import Gather, all_or_cancel, gathering
 from gspo.trajectory import Trajectory, TrajectoryGroup, settled
 
@@ -44,7 +44,7 @@ async def gather_trajectory_groups(
         DataError: nothing was given.
         ConfigError: an unknown argument, or a budget that is no number from 0.
     """
-    check_arguments("gather_trajectory_groups", unknown, _KNOWN, _REFUSED)
+    check_names("gather_trajectory_groups", unknown, _KNOWN, _REFUSED)
     pending = list(groups)
     if not pending:
         raise DataError("gather_trajectory_groups got no groups: give at least one")
@@ -76,7 +76,7 @@ async def gather_trajectories(
     Raises:
         ConfigError: an unknown argument, or a budget that is no number from 0.
     """
-    check_arguments("gather_trajectories", unknown, _KNOWN[:2], _REFUSED)
+    check_names("gather_trajectories", unknown, _KNOWN[:2], _REFUSED)
     pending = list(trajectories)
     with _gathering(pbar_desc, len(pending), max_exceptions):
         return await all_or_cancel([settled(rollout) for rollout in pending])

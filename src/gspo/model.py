@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, field_
 from gspo import dev
 from gspo.backend.base import Backend, TrainResult
 from gspo.config import TrainConfig
-from gspo.core.errors import ConfigError, RunError, check_arguments, shown
+from gspo.core.errors import ConfigError, RunError, check_names, shown
 from gspo.data.check import listed
 from gspo.trajectory import Trajectory, TrajectoryGroup
 
@@ -54,9 +54,7 @@ class Model(BaseModel, Generic[UserConfig]):
     _client: AsyncOpenAI | None = PrivateAttr(default=None)
 
     def __init__(self, **data: Any) -> None:
-        known = [*type(self).model_fields]
-        unknown = [key for key in data if key not in known]
-        check_arguments(type(self).__name__, unknown, known, _ELSEWHERE)
+        check_names(type(self).__name__, data, type(self).model_fields, _ELSEWHERE)
         for key, spec in type(self).model_fields.items():
             if spec.is_required() and key not in data:
                 raise ConfigError(f"{type(self).__name__} needs {key}=...")
@@ -107,7 +105,7 @@ class Model(BaseModel, Generic[UserConfig]):
         Raises:
             ConfigError: an argument that is not there.
         """
-        check_arguments("register", unknown, ["backend"], _CLIENTS)
+        check_names("register", unknown, ["backend"], _CLIENTS)
         await backend.register(self)  # pyright: ignore[reportArgumentType]
         self._backend = backend
 

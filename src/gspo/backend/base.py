@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from gspo import dev
 from gspo.config import TrainConfig
-from gspo.core.errors import ConfigError, check_arguments, shown
+from gspo.core.errors import ConfigError, check_names, shown
 from gspo.core.metrics import is_ours, user_metric
 from gspo.data.check import plain_values
 from gspo.trajectory import TrajectoryGroup
@@ -117,7 +117,7 @@ def train_options(
     Raises:
         ConfigError: an option that neither has, or a configuration that is none.
     """
-    check_arguments("train", [name for name in options if name in _REFUSED], [], _REFUSED)
+    check_names("train", [name for name in options if name in _REFUSED], [], _REFUSED)
     if isinstance(_config, dict):
         _config = dev.TrainConfig(**_config)  # ART's is a dict
     config = TrainConfig() if config is None else config

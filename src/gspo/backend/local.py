@@ -24,7 +24,7 @@ from gspo.backend.service import Service
 from gspo.backend.trackers import TrackerName, check_loggers
 from gspo.config import TrainConfig
 from gspo.core.compute import ComputeThread
-from gspo.core.errors import RunError, check_arguments, check_whole
+from gspo.core.errors import RunError, check_names, check_whole
 from gspo.data.check import plain_groups
 from gspo.policy.load import Policy
 from gspo.serve.server import bind
@@ -66,7 +66,7 @@ class LocalBackend:
         logger: Sequence[TrackerName] = (),
         **unknown: Any,
     ):
-        check_arguments("LocalBackend", unknown, _KNOWN, _REFUSED)
+        check_names("LocalBackend", unknown, _KNOWN, _REFUSED)
         check_whole("seed", seed)
         if port is not None:
             check_whole("port", port, 0, 65535)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import re
 import shutil
@@ -30,16 +29,9 @@ def strict_json(
     try:
         return json.dumps(value, indent=indent, default=default, allow_nan=False)
     except ValueError:  # rare, so that others pay nothing for it
-        loose = json.loads(json.dumps(value, default=default))
-        return json.dumps(_finite(loose), indent=indent, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        text = json.dumps(value, default=default)
+        finite = json.loads(text, parse_constant=lambda name: None)
+        return json.dumps(finite, indent=indent, allow_nan=False)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

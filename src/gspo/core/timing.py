@@ -174,9 +174,7 @@ def timed(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
         @functools.wraps(function)
         def inner(*args: P.args, **kwargs: P.kwargs) -> T:
             clock = _current.get()
-            if clock is None:
-                return function(*args, **kwargs)
-            with clock.call(name, *args, **kwargs):
+            with nullcontext() if clock is None else clock.call(name, *args, **kwargs):
                 return function(*args, **kwargs)
 
         return inner

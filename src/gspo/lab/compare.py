@@ -9,8 +9,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from gspo import dev
-from gspo.core.errors import ConfigError, suggestion
-from gspo.core.options import Options, check_names
+from gspo.core.errors import ConfigError, check_names, suggestion
+from gspo.core.options import Options
 from gspo.experiment.spec import Spec, folder_name, named_beside, override, read_toml
 
 QUICK: dict[str, Any] = {
@@ -138,7 +138,7 @@ def full_key(key: str, where: str) -> str:
     if first not in Spec.model_fields:
         if not tables:
             if key in dev.TrainConfig.refused:
-                check_names(dev.TrainConfig, {key: None})
+                check_names("dev.TrainConfig", [key], [], dev.TrainConfig.refused)
             names = [*Spec.model_fields, *dev.TrainConfig.model_fields]
             near = suggestion(first, [*names, *dev.InternalModelConfig.model_fields])
             raise ConfigError(f"{where}: unknown key {key!r}.{near}")
