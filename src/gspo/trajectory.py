@@ -111,13 +111,11 @@ class Trajectory(_Record):
     @field_validator("metrics", "metadata", mode="before")
     @classmethod
     def _scalars_are_numbers(cls, values: Any) -> Any:
-        """Those of numpy and torch; what is no number stays as it is, to be judged by its type."""
+        """Make numbers of numpy and torch plain; what is no number is judged by its type."""
         if not isinstance(values, dict):
             return values
         plain = {name: plain_number(value) for name, value in values.items()}
-        return {
-            name: value if plain[name] is None else plain[name] for name, value in values.items()
-        }
+        return values | {name: value for name, value in plain.items() if value is not None}
 
     def choices(self) -> list[Choice]:
         """The model's own turns, in order."""

@@ -68,8 +68,8 @@ class Clock:
         self._watchers: dict[str, Callable[..., None]] = {}
 
     @contextmanager
-    def span(self, name: str) -> Iterator[None]:
-        """Charge the time inside to `name`."""
+    def span(self, name: str, /, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Charge the time inside to `name`; its watcher, if any, gets the other arguments."""
         if not self._open and name != self.root:
             yield
             return
@@ -78,6 +78,8 @@ class Clock:
             self._spans().append(name)
             self.calls[name] += 1
         try:
+            if name in self._watchers:
+                self._watchers[name](*args, **kwargs)
             yield
         finally:
             with self._lock:
@@ -111,14 +113,6 @@ class Clock:
     def watch(self, name: str, watcher: Callable[..., None]) -> None:
         """Call `watcher` with the arguments of each function that is `timed` by that name."""
         self._watchers[name] = watcher
-
-    @contextmanager
-    def call(self, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """The span of a function's call."""
-        with self.span(name):
-            if self._open and name in self._watchers:
-                self._watchers[name](*args, **kwargs)
-            yield
 
     def _spans(self) -> list[str]:
         return self._beside.get(threading.get_ident(), self._open)
@@ -161,10 +155,10 @@ def beside(function: Callable[P, T]) -> Callable[P, T]:
     return inner
 
 
-def span(name: str) -> AbstractContextManager[None]:
-    """A span of the clock around it; nothing if there is none."""
+def span(name: str, /, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+    """A span of the clock around it (see `Clock.span`); nothing if there is none."""
     clock = _current.get()
-    return nullcontext() if clock is None else clock.span(name)
+    return nullcontext() if clock is None else clock.span(name, *args, **kwargs)
 
 
 def timed(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
@@ -173,8 +167,7 @@ def timed(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(function)
         def inner(*args: P.args, **kwargs: P.kwargs) -> T:
-            clock = _current.get()
-            with nullcontext() if clock is None else clock.call(name, *args, **kwargs):
+            with span(name, *args, **kwargs):
                 return function(*args, **kwargs)
 
         return inner
