@@ -102,7 +102,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path):
     done = gspo("train", str(spec), "--dry-run", "--set", f"path={tmp_path / 'runs'}")
     assert done.returncode == 0, done.stderr
     assert '"prompts": 8' in done.stdout
-    assert "32 sequences a step, 8 an optimizer step" in done.stdout
+    assert "32 sequences per step, 8 per optimizer step" in done.stdout
     assert "MiB" in done.stdout
     assert not (tmp_path / "runs").exists()
 

@@ -16,6 +16,7 @@ from gspo.cli import app
 from gspo.objective import PRESETS
 from gspo.objective.surrogates import SURROGATES
 from gspo.tasks import load_task
+from gspo.train.settings import Settings
 
 MINE = '''
 """A preset, a surrogate, a task and a metric, as a user writes them."""
@@ -157,3 +158,7 @@ def test_gspo_presets_lists_a_preset_of_the_users(mine: Any):
 def test_an_option_of_the_task_that_it_lacks_is_named(mine: Any):
     with pytest.raises(art.errors.ConfigError, match="most"):
         load_task("additions:Large", {"most": "4"})
+
+
+def test_an_option_of_gspo_is_one_field_of_dev_train_config():
+    assert set(art.dev.TrainConfig.model_fields) <= set(Settings.model_fields)

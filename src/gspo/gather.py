@@ -51,13 +51,13 @@ async def gather_trajectory_groups(
     total = sum(g.size if isinstance(g, TrajectoryGroup) else 1 for g in pending)
 
     async def one(group: Awaitable[TrajectoryGroup]) -> list[TrajectoryGroup]:
-        whole = await group
-        if not isinstance(whole, TrajectoryGroup):
-            raise DataError(f"a group's coroutine returned {type(whole).__name__}")
-        if after_each is None:
-            return [whole]
-        instead = await after_each(whole)
-        return [] if instead is None else instead if isinstance(instead, list) else [instead]
+        finished = await group
+        if not isinstance(finished, TrajectoryGroup):
+            raise DataError(f"a group's coroutine returned {type(finished).__name__}")
+        result = finished if after_each is None else await after_each(finished)
+        if result is None:
+            return []
+        return result if isinstance(result, list) else [result]
 
     with _gathering(pbar_desc, total, max_exceptions):
         finished = await all_or_cancel([one(group) for group in pending])
@@ -71,7 +71,7 @@ async def gather_trajectories(
     max_exceptions: int | float = 0,
     **unknown: Any,
 ) -> list[Trajectory | BaseException]:
-    """Run rollouts concurrently; a tolerated failure stands as its exception, in its place.
+    """Run rollouts concurrently; in place of one that failed, if tolerated, is its exception.
 
     Raises:
         ConfigError: an unknown argument, or a budget that is no number from 0.

@@ -69,7 +69,7 @@ class Model(BaseModel, Generic[UserConfig]):
     @field_validator("config", mode="wrap")
     @classmethod
     def _dict_stays_a_dict(cls, value: Any, handler: Callable[[Any], Any]) -> Any:
-        """Where no class of config is named, there is none to make a dict into."""
+        """Leave a dict as it is if no class of config is named to make it into."""
         named = cls.model_fields["config"].annotation is not UserConfig
         return value if isinstance(value, dict) and not named else handler(value)
 
@@ -103,7 +103,7 @@ class Model(BaseModel, Generic[UserConfig]):
         """Make the model known to a backend.
 
         Raises:
-            ConfigError: an argument that is not there.
+            ConfigError: an unknown argument.
         """
         check_names("register", unknown, ["backend"], _CLIENTS)
         await backend.register(self)  # pyright: ignore[reportArgumentType]

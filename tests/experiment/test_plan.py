@@ -16,7 +16,7 @@ from gspo.experiment.spec import Spec
 def test_the_plan_of_the_embedded_model():
     plan = make_plan(Spec(task="add", prompts=8, completions=4))
     assert plan.splitlines()[0] == "gspo, ratios clipped to [0.9997, 1.0004]"
-    assert "32 sequences a step, 8 an optimizer step, 4 optimizer steps a step" in plan
+    assert "32 sequences per step, 8 per optimizer step, 4 optimizer steps per step" in plan
     assert "completions of up to 80 tokens; microbatches of up to 16384 tokens" in plan
     assert re.search(r"\n229,184 parameters, learning rate 0.00015 by the model's size\n", plan)
     (total,) = re.findall(r"about (\d+) MiB", plan)
@@ -28,7 +28,7 @@ def test_options_that_change_the_plan():
     plan = make_plan(Spec(task="sort", learning_rate=1e-3, train=train))
     assert "1.0004], to begin with\n" in plan
     assert "learning rate 0.001\n" in plan
-    assert "8 optimizer steps a step" in plan
+    assert "8 optimizer steps per step" in plan
     assert "of up to 512 tokens" in plan
     assert "no ratios are clipped" in make_plan(
         Spec(task="sort", train=dev.TrainConfig(algorithm="rloo"))

@@ -28,7 +28,7 @@ def strict_json(
     """
     try:
         return json.dumps(value, indent=indent, default=default, allow_nan=False)
-    except ValueError:  # rare, so that others pay nothing for it
+    except ValueError:  # rare: only these are written twice
         text = json.dumps(value, default=default)
         finite = json.loads(text, parse_constant=lambda name: None)
         return json.dumps(finite, indent=indent, allow_nan=False)
@@ -95,7 +95,7 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what killed processes had begun to write, or to delete, directly in `folder`."""
+    """Delete what killed processes had begun to write or to delete, directly in `folder`."""
     for path in folder.iterdir() if folder.is_dir() else ():
         match = _LEFTOVER.fullmatch(path.name)
         if match is not None and not _writes_now(int(match[1])):
@@ -104,7 +104,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _writes_now(process: int) -> bool:
-    """Whether another process of this number lives. Our own has only just begun."""
+    """Whether another process of this number is alive. (This process has only just begun.)"""
     if process == os.getpid():
         return False
     try:

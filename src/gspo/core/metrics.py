@@ -91,7 +91,7 @@ class Metrics:
 
 
 def _summarise(values: list[float]) -> dict[str, float]:
-    # fsum and sorting make the result independent of the order of microbatches.
+    """Mean, largest magnitude and quantiles of values, whatever their order; {} of none."""
     if not values:
         return {}
     ordered = sorted(values)

@@ -1,4 +1,4 @@
-"""Where the time goes: spans that cost next to nothing unless somebody holds a clock.
+"""Where the time goes: spans, which cost next to nothing unless there is a clock.
 
 @timed("forward")                 # or: with span("backward"): ...
 def policy.logprobs(batch): ...
@@ -88,7 +88,7 @@ class Clock:
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """The spans that this thread opens inside the block lie beside those of other threads."""
+        """Let this thread's spans inside the block run at the same time as other threads'."""
         thread = threading.get_ident()
         with self._lock:
             self._charge()
@@ -134,7 +134,7 @@ _current: ContextVar[Clock | None] = ContextVar("gspo_clock", default=None)
 
 @contextmanager
 def timing(clock: Clock | None) -> Iterator[None]:
-    """Inside the block, spans are charged to `clock`; None: to nobody."""
+    """Charge spans inside the block to `clock`; if None, to no clock."""
     token = _current.set(clock)
     try:
         yield
@@ -143,7 +143,7 @@ def timing(clock: Clock | None) -> Iterator[None]:
 
 
 def beside(function: Callable[P, T]) -> Callable[P, T]:
-    """The function to run in another thread: the caller's clock, if any, sees its spans there."""
+    """Wrap a function for another thread, so that the caller's clock sees its spans there."""
     clock = _current.get()
     if clock is None:
         return function

@@ -1,4 +1,4 @@
-"""What an experiment is: a TOML file, with every field overridable by key=value."""
+"""What an experiment is: a TOML file, of which each field can be overridden by key=value."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Spec(Options):
     """Held-out prompts before and after; 0 evaluates nothing."""
     eval_completions: int = Field(default=4, ge=1, le=LARGEST_COUNT)
     eval_every: int | None = Field(default=None, ge=1, le=LARGEST_COUNT)
-    """Also evaluate every so many steps."""
+    """Also evaluate each time after so many steps."""
     seed: int = 0
     """Of the prompts and of sampling."""
     keep_checkpoints: int | None = Field(default=2, ge=1, le=LARGEST_COUNT)
@@ -205,7 +205,7 @@ def override(
 
 
 def _value(text: str) -> Any:
-    """The text as a TOML value, or as it is if it is none."""
+    """The text as a TOML value; if it is none, the text itself."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except (tomllib.TOMLDecodeError, RecursionError):
