@@ -70,7 +70,7 @@ def test_without_the_lab_extra_demo_and_train_run_to_the_end(tmp_path: Path):
     result = json.loads(lines[-1])
     assert (result["steps"], result["report"]) == (2, None)
     assert 0 < result["reward_before"] < 1 and result["reward_before_95"] == [None, None]
-    (told,) = [line for line in lines if line.startswith("not drawn: ")]
+    (told,) = [line for line in lines if line.startswith("no report: ")]
     assert told.endswith("pip install -e '.[lab]' in your clone of gspo (it is not on PyPI)")
 
     spec = tmp_path / "run.toml"
