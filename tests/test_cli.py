@@ -68,9 +68,9 @@ def test_without_the_lab_extra_demo_and_train_run_to_the_end(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     result = json.loads(lines[-1])
-    assert (result["steps"], result["picture"], result["report"]) == (2, None, None)
+    assert (result["steps"], result["report"]) == (2, None)
     assert 0 < result["reward_before"] < 1 and result["reward_before_95"] == [None, None]
-    (told,) = [line for line in lines if line.startswith("not drawn: ")]
+    (told,) = [line for line in lines if line.startswith("no report: ")]
     assert told.endswith("pip install -e '.[lab]' in your clone of gspo (it is not on PyPI)")
 
     spec = tmp_path / "run.toml"
@@ -102,7 +102,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path):
     done = gspo("train", str(spec), "--dry-run", "--set", f"path={tmp_path / 'runs'}")
     assert done.returncode == 0, done.stderr
     assert '"prompts": 8' in done.stdout
-    assert "32 sequences a step, 8 an optimizer step" in done.stdout
+    assert "32 sequences per step, 8 per optimizer step" in done.stdout
     assert "MiB" in done.stdout
     assert not (tmp_path / "runs").exists()
 

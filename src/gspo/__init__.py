@@ -65,35 +65,27 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Backend": "gspo.backend.base",
-    "Engine": "gspo.serve.engine",
-    "FakeBackend": "gspo.backend.fake",
-    "FakeEngine": "gspo.serve.fake_engine",
-    "GspoError": "gspo.core.errors",
-    "LocalBackend": "gspo.backend.local",
-    "Messages": "gspo.trajectory",
-    "MessagesAndChoices": "gspo.trajectory",
-    "Model": "gspo.model",
-    "Tools": "gspo.trajectory",
-    "TrainConfig": "gspo.config",
-    "TrainResult": "gspo.backend.base",
-    "TrainableModel": "gspo.model",
-    "Trajectory": "gspo.trajectory",
-    "TrajectoryGroup": "gspo.trajectory",
-    "gather_trajectories": "gspo.gather",
-    "gather_trajectory_groups": "gspo.gather",
-    "register_algorithm": "gspo.train.algorithms",
-    "retry": "gspo.gather",
+    "backend.base": ("Backend", "TrainResult"),
+    "backend.fake": ("FakeBackend",),
+    "backend.local": ("LocalBackend",),
+    "config": ("TrainConfig",),
+    "core.errors": ("GspoError",),
+    "gather": ("gather_trajectories", "gather_trajectory_groups", "retry"),
+    "model": ("Model", "TrainableModel"),
+    "serve.engine": ("Engine",),
+    "serve.fake_engine": ("FakeEngine",),
+    "train.algorithms": ("register_algorithm",),
+    "trajectory": ("Messages", "MessagesAndChoices", "Tools", "Trajectory", "TrajectoryGroup"),
 }
-
-_MODULES = {"dev": "gspo.dev", "errors": "gspo.core.errors", "objective": "gspo.objective"}
+_MODULES = {"dev": "dev", "errors": "core.errors", "objective": "objective"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
     if name in _MODULES:
-        return importlib.import_module(_MODULES[name])
+        return importlib.import_module(f"gspo.{_MODULES[name]}")
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"gspo.{home}"), name)
     raise AttributeError(f"module 'gspo' has no attribute {name!r}")
 
 

@@ -27,7 +27,7 @@ ProfileOption = Annotated[
 
 
 def main() -> None:
-    """Run the command line; errors of gspo's own are told without a traceback."""
+    """Run the command line. An error that gspo raises on purpose is shown without a traceback."""
     try:
         app()
     except GspoError as error:
@@ -60,7 +60,7 @@ def options(
 def demo(
     path: PathOption = ".gspo",
     steps: Annotated[int | None, typer.Option(min=1, help="Rollout batches.")] = None,
-    seed: Annotated[int, typer.Option(help="Of prompts and sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the prompts and of sampling.")] = 0,
     profile: ProfileOption = False,
     as_json: commands.JsonOption = False,
 ) -> None:
@@ -118,30 +118,27 @@ def presets(as_json: commands.JsonOption = False) -> None:
     """List the named methods: formula, defaults and source."""
     from gspo.objective import PRESETS
 
-    rows = [_preset_row(preset) for preset in PRESETS.values()]
+    methods = [
+        {"name": p.name, "formula": p.formula, "defaults": _defaults(p), "source": p.source}
+        for p in PRESETS.values()
+    ]
     if as_json:
-        print(strict_json(rows))
+        print(strict_json(methods))
         return
-    for row in rows:
-        typer.secho(row["name"], bold=True)
-        defaults = ", ".join(f"{name}={value}" for name, value in row["defaults"].items())
-        for text in (row["formula"], defaults, row["source"]):
+    for method in methods:
+        typer.secho(method["name"], bold=True)
+        defaults = ", ".join(f"{name}={value}" for name, value in method["defaults"].items())
+        for text in (method["formula"], defaults, method["source"]):
             print(f"  {text}")
 
 
-def _preset_row(preset: Preset) -> dict[str, Any]:
-    """Name, formula, defaults and source."""
+def _defaults(preset: Preset) -> dict[str, Any]:
+    """What a preset sets, by the names of the options."""
     objective = preset.objective
     defaults: dict[str, Any] = {"ratio": objective.level, "advantage": preset.advantage}
     if objective.has_range:
         defaults |= {"epsilon": objective.epsilon_low, "epsilon_high": objective.epsilon_high}
-    defaults |= {**dict(objective.constants), "minibatches": preset.minibatches}
-    return {
-        "name": preset.name,
-        "formula": preset.formula,
-        "defaults": defaults,
-        "source": preset.source,
-    }
+    return defaults | {**dict(objective.constants), "minibatches": preset.minibatches}
 
 
 # In the order of the help: what a newcomer needs stands first.
@@ -175,7 +172,7 @@ def _run(spec: Spec, profiled: bool, as_json: bool) -> None:
 
 
 def _stopped(spec: Spec, status: int) -> NoReturn:
-    """Say what is saved of a run that a signal has ended, and end the process."""
+    """Say how much of a run is saved that a signal has ended, and end the process."""
     from gspo.experiment.stop import leave
     from gspo.train.checkpoint import steps_saved
 

@@ -28,7 +28,7 @@ CorrectionKind = Literal[
     "off_policy_sequence_mask",
 ]
 RolloutDtype = Literal["float32", "bfloat16", "float16", "int8", "int4"]
-_NO_BUNDLE = "routes travel with the rollouts: use routing_replay='old_policy' or 'rollout'."
+_NO_BUNDLE = "they travel with the rollouts: use routing_replay='old_policy' or 'rollout'."
 
 
 def _known_algorithm(name: Any) -> Any:
@@ -72,7 +72,7 @@ class TrainConfig(Options):
         "moe_routing_replay_strict": _NO_BUNDLE,
         "num_trajectories_learning_rate_multiplier_power": "the loss is a mean over sequences; "
         "set the learning rate.",
-        "plot_tensors": "read metrics.jsonl and the picture of the run instead.",
+        "plot_tensors": "read metrics.jsonl and the report of the run instead.",
         "scale_learning_rate_by_reward_std_dev": "advantages are already divided by the group's "
         "standard deviation (scale_rewards).",
         "truncated_importance_sampling": "use correction='token_truncate' with correction_high "
@@ -88,7 +88,7 @@ class TrainConfig(Options):
     }
 
     algorithm: Any = None
-    """A named preset, or one of your own: a name given to `gspo.register_algorithm`, `module:name`,
+    """A named preset, or your own: a name given to `gspo.register_algorithm`, `module:name`,
     or an `Objective` or `Preset` itself (kept as its fields). None: the preset that
     `importance_sampling_level` implies, else `gspo`."""
     importance_sampling_level: Level | None = None
@@ -102,7 +102,7 @@ class TrainConfig(Options):
     """`sqrt_length`: epsilon / sqrt(L_i), so that clip rates don't depend on length (FSPO,
     arXiv 2509.09177). None: the preset's, which is `constant` in gspo's own."""
     epsilon_high: float | None = Field(default=None, gt=0)
-    """Upper clip distance. None: `epsilon` where that was given, else the preset's."""
+    """Upper clip distance. None: `epsilon` if that was given, else the preset's."""
     scale_rewards: bool | None = None
     """Divide the group's centred rewards by their standard deviation. None: as the preset does."""
     sequence_unit: Literal["trajectory", "turn"] = "trajectory"
@@ -112,7 +112,7 @@ class TrainConfig(Options):
     """The policy that ratios are taken against: the engine's own likelihoods, as the paper
     proposes, or the trainer's at the start of the batch (one more forward pass)."""
     correction: CorrectionKind | None = None
-    """Weights for trainer / engine where the two are kept apart (old_logprobs="trainer"). None: the
+    """Weights for trainer / engine if the two are kept apart (old_logprobs="trainer"). None: the
     preset's; gspo's own have none."""
     correction_low: float | None = Field(default=None, ge=0)
     correction_high: float | None = Field(default=None, gt=0)
@@ -122,8 +122,8 @@ class TrainConfig(Options):
     `overlong_cache` tokens before this many. None: none."""
     overlong_cache: int | None = Field(default=None, ge=1, le=LARGEST_COUNT)
     kl_penalty_coef: float | None = Field(default=None, ge=0)
-    """As in `TrainConfig`, which it overrides where it is given. Where neither is given, an
-    `Objective` of your own keeps its `kl_coef`."""
+    """As in `TrainConfig`, which it overrides if it is given. If neither is given, your own
+    `Objective` keeps its `kl_coef`."""
     ppo: Literal[True] = True
     """ART's switch between the clipped surrogate and CISPO; here the algorithm says it."""
     normalize_by_length: Literal[True] = True
@@ -137,10 +137,10 @@ class TrainConfig(Options):
     epochs: int = Field(default=1, ge=1, le=LARGEST_COUNT)
     """Passes over the rollout batch."""
     packed_sequence_length: int | None = Field(default=None, ge=1, le=LARGEST_COUNT)
-    """Tokens of one packed row (one microbatch). None: what fits about 2 GiB of activations.
+    """Tokens of one microbatch, which is packed. None: what fits about 2 GiB of activations.
     The result doesn't depend on it."""
     share_prefixes: bool = True
-    """Compute a prompt once for all its completions, and the common history of a trajectory's turns
+    """Compute a prompt once for all its completions, and the shared history of a trajectory's turns
     once. The result doesn't depend on it. Models on which that is not exact do without."""
     logprob_calculation_chunk_size: int | None = Field(default=None, ge=1, le=LARGEST_COUNT)
     """Tokens of one block of logits, whose other side is 2,048 vocabulary entries (a GPU: 8,192).
@@ -169,7 +169,7 @@ class TrainConfig(Options):
     """Decay after the warmup, to `lr_final` of the peak at `lr_total_steps`."""
     lr_warmup_steps: int | None = Field(default=None, ge=0, le=LARGEST_COUNT)
     """Calls of `train` over which the learning rate rises in equal steps, one per minibatch: the
-    first minibatch has one step and not 0, the last one of these calls has the peak. None: 5 where
+    first minibatch has one step and not 0, the last one of these calls has the peak. None: 5 if
     `learning_rate` is left to gspo too, else 0."""
     lr_total_steps: int | None = Field(default=None, ge=1, le=LARGEST_COUNT)
     """Calls of `train` at which `cosine` or `linear` ends; needed by those two."""
@@ -265,7 +265,7 @@ class InternalModelConfig(Options):
     """Compute type. Weights and optimizer stay float32; `bfloat16` computes under autocast."""
     rollout_dtype: RolloutDtype | None = None
     """Precision of the engine. None: it samples from the trainer's own weights; else from a copy
-    (LoRA merged), made anew after every update."""
+    (LoRA merged), made again after each update."""
     lora: LoraConfig | None = None
     """None: full fine-tuning."""
     activation_checkpointing: bool = False
@@ -273,9 +273,9 @@ class InternalModelConfig(Options):
     max_context: int | None = Field(default=None, ge=2, le=LARGEST_COUNT)
     """Longest prompt + completion. None: the model's own limit, or where its RoPE changes."""
     threads: int | None = Field(default=None, ge=1, le=4096)
-    """CPU cores to use. None: OMP_NUM_THREADS, else all. Below 20M parameters each core trains rows
-    of its own, and one of them samples."""
+    """CPU cores to use. None: OMP_NUM_THREADS, else all. Below 20M parameters each core trains
+    microbatches of its own, and one of them samples."""
     device: str = "auto"
-    """`auto`: cuda where there is one, else cpu."""
+    """`auto`: cuda if there is one, else cpu."""
     trust_remote_code: bool = False
-    """Run Python code of the model's folder, where its config asks for it. Read it first."""
+    """Run Python code of the model's folder, if its config asks for it. Read it first."""

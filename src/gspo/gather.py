@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
-from gspo.core.errors import DataError, check_arguments
+from gspo.core.errors import DataError, check_names
 from gspo.core.progress import Gather, all_or_cancel, gathering
 from gspo.trajectory import Trajectory, TrajectoryGroup, settled
 
@@ -44,20 +44,20 @@ async def gather_trajectory_groups(
         DataError: nothing was given.
         ConfigError: an unknown argument, or a budget that is no number from 0.
     """
-    check_arguments("gather_trajectory_groups", unknown, _KNOWN, _REFUSED)
+    check_names("gather_trajectory_groups", unknown, _KNOWN, _REFUSED)
     pending = list(groups)
     if not pending:
         raise DataError("gather_trajectory_groups got no groups: give at least one")
     total = sum(g.size if isinstance(g, TrajectoryGroup) else 1 for g in pending)
 
     async def one(group: Awaitable[TrajectoryGroup]) -> list[TrajectoryGroup]:
-        whole = await group
-        if not isinstance(whole, TrajectoryGroup):
-            raise DataError(f"a group's coroutine returned {type(whole).__name__}")
-        if after_each is None:
-            return [whole]
-        instead = await after_each(whole)
-        return [] if instead is None else instead if isinstance(instead, list) else [instead]
+        finished = await group
+        if not isinstance(finished, TrajectoryGroup):
+            raise DataError(f"a group's coroutine returned {type(finished).__name__}")
+        result = finished if after_each is None else await after_each(finished)
+        if result is None:
+            return []
+        return result if isinstance(result, list) else [result]
 
     with _gathering(pbar_desc, total, max_exceptions):
         finished = await all_or_cancel([one(group) for group in pending])
@@ -71,12 +71,12 @@ async def gather_trajectories(
     max_exceptions: int | float = 0,
     **unknown: Any,
 ) -> list[Trajectory | BaseException]:
-    """Run rollouts concurrently; a tolerated failure stands as its exception, in its place.
+    """Run rollouts concurrently; in place of one that failed, if tolerated, is its exception.
 
     Raises:
         ConfigError: an unknown argument, or a budget that is no number from 0.
     """
-    check_arguments("gather_trajectories", unknown, _KNOWN[:2], _REFUSED)
+    check_names("gather_trajectories", unknown, _KNOWN[:2], _REFUSED)
     pending = list(trajectories)
     with _gathering(pbar_desc, len(pending), max_exceptions):
         return await all_or_cancel([settled(rollout) for rollout in pending])

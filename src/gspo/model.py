@@ -8,12 +8,11 @@ from typing import Any, Generic, TypeVar
 from openai import AsyncOpenAI
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, field_validator
 
+from gspo import dev
 from gspo.backend.base import Backend, TrainResult
 from gspo.config import TrainConfig
-from gspo.core.errors import ConfigError, RunError, check_arguments, shown
+from gspo.core.errors import ConfigError, RunError, check_names, shown
 from gspo.data.check import listed
-from gspo.dev import InternalModelConfig
-from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.trajectory import Trajectory, TrajectoryGroup
 
 UserConfig = TypeVar("UserConfig", bound=BaseModel | dict[str, Any] | None)
@@ -27,7 +26,7 @@ _ELSEWHERE = {
 """Arguments of ART's models, to what says the same here."""
 _CLIENTS = {
     "_openai_client_config": "the server takes what a request says; the context is "
-    "InternalModelConfig(max_context=), and the port LocalBackend(port=)."
+    "dev.InternalModelConfig(max_context=), and the port LocalBackend(port=)."
 }
 """An argument of ART's `register`."""
 
@@ -55,9 +54,7 @@ class Model(BaseModel, Generic[UserConfig]):
     _client: AsyncOpenAI | None = PrivateAttr(default=None)
 
     def __init__(self, **data: Any) -> None:
-        known = [*type(self).model_fields]
-        unknown = [key for key in data if key not in known]
-        check_arguments(type(self).__name__, unknown, known, _ELSEWHERE)
+        check_names(type(self).__name__, data, type(self).model_fields, _ELSEWHERE)
         for key, spec in type(self).model_fields.items():
             if spec.is_required() and key not in data:
                 raise ConfigError(f"{type(self).__name__} needs {key}=...")
@@ -72,7 +69,7 @@ class Model(BaseModel, Generic[UserConfig]):
     @field_validator("config", mode="wrap")
     @classmethod
     def _dict_stays_a_dict(cls, value: Any, handler: Callable[[Any], Any]) -> Any:
-        """Where no class of config is named, there is none to make a dict into."""
+        """Leave a dict as it is if no class of config is named to make it into."""
         named = cls.model_fields["config"].annotation is not UserConfig
         return value if isinstance(value, dict) and not named else handler(value)
 
@@ -106,9 +103,9 @@ class Model(BaseModel, Generic[UserConfig]):
         """Make the model known to a backend.
 
         Raises:
-            ConfigError: an argument that is not there.
+            ConfigError: an unknown argument.
         """
-        check_arguments("register", unknown, ["backend"], _CLIENTS)
+        check_names("register", unknown, ["backend"], _CLIENTS)
         await backend.register(self)  # pyright: ignore[reportArgumentType]
         self._backend = backend
 
@@ -159,9 +156,9 @@ class Model(BaseModel, Generic[UserConfig]):
         return None
 
     @property
-    def internal_config(self) -> InternalModelConfig:
+    def internal_config(self) -> dev.InternalModelConfig:
         """How the model is loaded."""
-        return InternalModelConfig()
+        return dev.InternalModelConfig()
 
 
 class TrainableModel(Model[UserConfig], Generic[UserConfig]):
@@ -178,12 +175,12 @@ class TrainableModel(Model[UserConfig], Generic[UserConfig]):
 
     base_model: str
 
-    _internal: InternalModelConfig = PrivateAttr(default_factory=InternalModelConfig)
+    _internal: dev.InternalModelConfig = PrivateAttr(default_factory=dev.InternalModelConfig)
 
     def __init__(
         self,
         *,
-        _internal_config: InternalModelConfig | dict[str, Any] | None = None,
+        _internal_config: dev.InternalModelConfig | dict[str, Any] | None = None,
         **data: Any,
     ) -> None:
         super().__init__(**data)
@@ -199,24 +196,24 @@ class TrainableModel(Model[UserConfig], Generic[UserConfig]):
         return self.base_model
 
     @property
-    def internal_config(self) -> InternalModelConfig:
+    def internal_config(self) -> dev.InternalModelConfig:
         return self._internal
 
     @property
-    def _internal_config(self) -> InternalModelConfig:
+    def _internal_config(self) -> dev.InternalModelConfig:
         """`internal_config`, which may be set until the model is registered, as ART's users do."""
         return self._internal
 
     @_internal_config.setter
-    def _internal_config(self, value: InternalModelConfig | dict[str, Any]) -> None:
+    def _internal_config(self, value: dev.InternalModelConfig | dict[str, Any]) -> None:
         if self._backend is not None:
             raise ConfigError(
                 f"model {self.name!r} is registered, so it is loaded already: "
                 "set _internal_config before register"
             )
         if isinstance(value, dict):
-            value = InternalModelConfig(**value)
-        if not isinstance(value, InternalModelConfig):
+            value = dev.InternalModelConfig(**value)
+        if not isinstance(value, dev.InternalModelConfig):
             raise ConfigError(f"_internal_config is {shown(value)}; give a dev.InternalModelConfig")
         self._internal = value
 
@@ -238,7 +235,7 @@ class TrainableModel(Model[UserConfig], Generic[UserConfig]):
         self,
         trajectory_groups: Iterable[TrajectoryGroup],
         config: TrainConfig | None = None,
-        _config: DevTrainConfig | None = None,
+        _config: dev.TrainConfig | None = None,
         verbose: bool = False,
     ) -> TrainResult:
         """Train on one rollout batch, log it, and save a checkpoint.

@@ -66,18 +66,17 @@ class _Record(BaseModel):
         try:
             super().__init__(**data)
         except ValidationError as error:
-            raise DataError(_explained(type(self).__name__, error)) from None
+            raise DataError(f"{type(self).__name__}: {_first_mistake(error)}") from None
 
 
-def _explained(title: str, error: ValidationError) -> str:
+def _first_mistake(error: ValidationError) -> str:
     """The first thing that is wrong with a record's fields."""
     first = error.errors()[0]
-    names = first["loc"]
-    if len(names) > 1 and names[0] in _KINDS:  # pydantic names one of several kinds only
-        value = shown(first.get("input"))
-        return f"{title}: {names[0]}[{names[1]!r}] is {value}; it must be {_KINDS[str(names[0])]}"
-    got = type(first.get("input")).__name__
-    return f"{title}: {'.'.join(map(str, names))}: {first['msg']} (got {got})"
+    names, value = first["loc"], first.get("input")
+    if len(names) > 1 and names[0] in _KINDS:  # pydantic names only one of several kinds
+        kinds = _KINDS[str(names[0])]
+        return f"{names[0]}[{names[1]!r}] is {shown(value)}; it must be {kinds}"
+    return f"{'.'.join(map(str, names))}: {first['msg']} (got {type(value).__name__})"
 
 
 class Trajectory(_Record):
@@ -111,13 +110,11 @@ class Trajectory(_Record):
     @field_validator("metrics", "metadata", mode="before")
     @classmethod
     def _scalars_are_numbers(cls, values: Any) -> Any:
-        """Those of numpy and torch; what is no number stays as it is, to be judged by its type."""
+        """Make numbers of numpy and torch plain; what is no number is judged by its type."""
         if not isinstance(values, dict):
             return values
         plain = {name: plain_number(value) for name, value in values.items()}
-        return {
-            name: value if plain[name] is None else plain[name] for name, value in values.items()
-        }
+        return values | {name: value for name, value in plain.items() if value is not None}
 
     def choices(self) -> list[Choice]:
         """The model's own turns, in order."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gspo import errors
-from gspo.core.errors import GspoError, check_arguments, shown, suggestion
+from gspo.core.errors import GspoError, check_names, shown, suggestion
 
 
 def test_the_tree_in_the_docstring_is_the_tree():
@@ -35,5 +35,5 @@ def test_a_value_is_shown_short_whatever_it_is():
 
 def test_an_argument_of_art_is_told_its_remedy():
     with pytest.raises(errors.ConfigError, match=r"'beta'.*use kl"):
-        check_arguments("train", ["beta"], ["config"], {"beta": "use kl."})
-    check_arguments("train", [], ["config"], {})
+        check_names("train", ["config", "beta"], ["config"], {"beta": "use kl."})
+    check_names("train", ["config"], ["config"], {})

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
+from gspo import dev
 from gspo.core.errors import ConfigError, ModelError
-from gspo.dev import InternalModelConfig
-from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.experiment.plan import make_plan
 from gspo.experiment.spec import Spec
 
@@ -17,7 +16,7 @@ from gspo.experiment.spec import Spec
 def test_the_plan_of_the_embedded_model():
     plan = make_plan(Spec(task="add", prompts=8, completions=4))
     assert plan.splitlines()[0] == "gspo, ratios clipped to [0.9997, 1.0004]"
-    assert "32 sequences a step, 8 an optimizer step, 4 optimizer steps a step" in plan
+    assert "32 sequences per step, 8 per optimizer step, 4 optimizer steps per step" in plan
     assert "completions of up to 80 tokens; microbatches of up to 16384 tokens" in plan
     assert re.search(r"\n229,184 parameters, learning rate 0.00015 by the model's size\n", plan)
     (total,) = re.findall(r"about (\d+) MiB", plan)
@@ -25,14 +24,14 @@ def test_the_plan_of_the_embedded_model():
 
 
 def test_options_that_change_the_plan():
-    train = DevTrainConfig(epsilon="auto", packed_sequence_length=512, epochs=2)
+    train = dev.TrainConfig(epsilon="auto", packed_sequence_length=512, epochs=2)
     plan = make_plan(Spec(task="sort", learning_rate=1e-3, train=train))
     assert "1.0004], to begin with\n" in plan
     assert "learning rate 0.001\n" in plan
-    assert "8 optimizer steps a step" in plan
+    assert "8 optimizer steps per step" in plan
     assert "of up to 512 tokens" in plan
     assert "no ratios are clipped" in make_plan(
-        Spec(task="sort", train=DevTrainConfig(algorithm="rloo"))
+        Spec(task="sort", train=dev.TrainConfig(algorithm="rloo"))
     )
 
 
@@ -52,7 +51,7 @@ def test_every_name_is_checked():
     [
         ({"max_tokens": 600}, "max_tokens = 600: 'embedded:sort' has a context of 512 tokens"),
         ({"max_tokens": 512}, "give max_tokens = 511 or less"),
-        ({"load": InternalModelConfig(max_context=16)}, "max_tokens = 16: .* context of 16"),
+        ({"load": dev.InternalModelConfig(max_context=16)}, "max_tokens = 16: .* context of 16"),
     ],
 )
 def test_completions_that_leave_no_room_for_a_prompt_are_refused(

@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 
+from gspo import dev
 from gspo.core.errors import ConfigError
 from gspo.core.options import TEMPERATURES
 from gspo.data.turn import read_fields
-from gspo.dev import InternalModelConfig
-from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.experiment.spec import Spec, read_spec
 from gspo.serve.engine import SamplingParams
 from support import choice
@@ -128,8 +127,8 @@ def test_a_rollout_beside_the_file_comes_before_the_working_directory(
 @pytest.mark.parametrize(
     "spec",
     [
-        Spec(task="sort", train=DevTrainConfig(lr_schedule="linear", lr_total_steps=60)),
-        Spec(rollout="mine:answer", model="embedded:sort", load=InternalModelConfig(threads=1)),
+        Spec(task="sort", train=dev.TrainConfig(lr_schedule="linear", lr_total_steps=60)),
+        Spec(rollout="mine:answer", model="embedded:sort", load=dev.InternalModelConfig(threads=1)),
     ],
     ids=("task", "rollout"),
 )

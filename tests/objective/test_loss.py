@@ -107,7 +107,7 @@ def test_microbatches_add_up_to_the_whole(level: Level, case: Case, seed: int) -
         out, part_gradient = run(part, Objective(level, 0.2, 0.2), layout, total=case.count)
         loss += out.loss.item()
         gradient[where] += part_gradient
-        metrics.merge(reduced(out))
+        reduced(out, metrics)
         assert out.log_ratio.tolist() == pytest.approx([expected.log_ratio[i] for i in sequences])
         assert out.extreme.tolist() == [expected.extreme[i] for i in sequences]
         for name in ("lengths", "loss_tokens", "clipped_tokens"):
@@ -117,14 +117,15 @@ def test_microbatches_add_up_to_the_whole(level: Level, case: Case, seed: int) -
     near(loss, expected.loss, 1e-10 * expected.loss_scale)
     near(gradient, expected.gradient, 1e-10 * expected.gradient_scale)
     whole, _ = run(case, Objective(level, 0.2, 0.2), in_order(case))
-    assert metrics.compute() == pytest.approx(reduced(whole).compute(), rel=1e-6, abs=1e-6)
+    assert metrics.compute() == pytest.approx(
+        reduced(whole, Metrics()).compute(), rel=1e-6, abs=1e-6
+    )
     assert metrics.compute()["clipped"] == sum(expected.clipped_tokens)
     assert metrics.compute()["extreme"] == sum(expected.extreme)
 
 
-def reduced(out: LossOutput) -> Metrics:
-    """A microbatch's statistics, as `gspo.core.metrics` reduces them."""
-    metrics = Metrics()
+def reduced(out: LossOutput, metrics: Metrics) -> Metrics:
+    """Add a microbatch's statistics, as `gspo.core.metrics` reduces them."""
     share = out.clipped_tokens / out.loss_tokens.clamp(min=1)
     metrics.mean("clip_fraction", share.sum().item(), share.numel())
     metrics.add("clipped", out.clipped_tokens.sum().item())

@@ -11,12 +11,11 @@ from typing import Any, Protocol
 from openai import AsyncOpenAI
 from pydantic import BaseModel
 
+from gspo import dev
 from gspo.config import TrainConfig
-from gspo.core.errors import ConfigError, check_arguments, shown
+from gspo.core.errors import ConfigError, check_names, shown
 from gspo.core.metrics import is_ours, user_metric
 from gspo.data.check import plain_values
-from gspo.dev import InternalModelConfig
-from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.trajectory import TrajectoryGroup
 
 
@@ -32,7 +31,7 @@ class ModelLike(Protocol):
     @property
     def source(self) -> str | None: ...
     @property
-    def internal_config(self) -> InternalModelConfig: ...
+    def internal_config(self) -> dev.InternalModelConfig: ...
     @property
     def config(self) -> BaseModel | dict[str, Any] | None: ...
 
@@ -71,7 +70,7 @@ class Backend(Protocol):
         model: ModelLike,
         trajectory_groups: Sequence[TrajectoryGroup],
         config: TrainConfig | None = None,
-        _config: DevTrainConfig | None = None,
+        _config: dev.TrainConfig | None = None,
         **options: Any,
     ) -> TrainResult:
         """Train on one rollout batch."""
@@ -111,31 +110,31 @@ _REFUSED = {
 
 
 def train_options(
-    config: TrainConfig | None, _config: DevTrainConfig | None, options: Mapping[str, Any]
-) -> tuple[TrainConfig, DevTrainConfig]:
+    config: TrainConfig | None, _config: dev.TrainConfig | None, options: Mapping[str, Any]
+) -> tuple[TrainConfig, dev.TrainConfig]:
     """Spread keyword options over the two configurations.
 
     Raises:
         ConfigError: an option that neither has, or a configuration that is none.
     """
-    check_arguments("train", [name for name in options if name in _REFUSED], [], _REFUSED)
+    check_names("train", [name for name in options if name in _REFUSED], [], _REFUSED)
     if isinstance(_config, dict):
-        _config = DevTrainConfig(**_config)  # ART's is a dict
+        _config = dev.TrainConfig(**_config)  # ART's is a dict
     config = TrainConfig() if config is None else config
-    _config = DevTrainConfig() if _config is None else _config
+    _config = dev.TrainConfig() if _config is None else _config
     for title, value, kind in (
         ("config", config, TrainConfig),
-        ("_config", _config, DevTrainConfig),
+        ("_config", _config, dev.TrainConfig),
     ):
         if not isinstance(value, kind):
-            module = "dev." if kind is DevTrainConfig else ""
+            module = "dev." if kind is dev.TrainConfig else ""
             raise ConfigError(f"{title} is {shown(value)}; give a {module}TrainConfig")
     public = {k: v for k, v in options.items() if k in TrainConfig.model_fields}
     private = {k: v for k, v in options.items() if k not in public}
     given = _config.model_dump(exclude_unset=True)
     return (
         TrainConfig(**{**config.model_dump(exclude_unset=True), **public}),
-        DevTrainConfig(**{**given, **private}),
+        dev.TrainConfig(**{**given, **private}),
     )
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from openai import AsyncOpenAI
 
+from gspo import dev
 from gspo.backend.base import ModelLike, TrainResult, check_split, train_options, user_metrics
 from gspo.config import TrainConfig
 from gspo.core.compute import ComputeThread
 from gspo.data.check import check_groups, listed, plain_groups
 from gspo.data.sample import trajectory_samples
-from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.serve.fake_engine import FakeEngine
 from gspo.serve.server import Serving
 from gspo.trajectory import TrajectoryGroup
@@ -58,7 +58,7 @@ class FakeBackend:
         model: ModelLike,
         trajectory_groups: Sequence[TrajectoryGroup],
         config: TrainConfig | None = None,
-        _config: DevTrainConfig | None = None,
+        _config: dev.TrainConfig | None = None,
         **options: Any,
     ) -> TrainResult:
         train_options(config, _config, options)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from openai import AsyncOpenAI
 
+from gspo import dev
 from gspo.backend.base import (
     ModelLike,
     TrainResult,
@@ -23,9 +24,8 @@ from gspo.backend.service import Service
 from gspo.backend.trackers import TrackerName, Trackers, check_loggers
 from gspo.config import TrainConfig
 from gspo.core.compute import ComputeThread
-from gspo.core.errors import RunError, check_arguments, check_whole
+from gspo.core.errors import RunError, check_names, check_whole
 from gspo.data.check import plain_groups
-from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.policy.load import Policy
 from gspo.serve.server import bind
 from gspo.train.settings import resolve
@@ -66,7 +66,7 @@ class LocalBackend:
         logger: Sequence[TrackerName] = (),
         **unknown: Any,
     ):
-        check_arguments("LocalBackend", unknown, _ARGUMENTS, _REFUSED)
+        check_names("LocalBackend", unknown, _ARGUMENTS, _REFUSED)
         check_whole("seed", seed)
         if port is not None:
             check_whole("port", port, 0, 65535)
@@ -163,7 +163,7 @@ class LocalBackend:
         model: ModelLike,
         trajectory_groups: Sequence[TrajectoryGroup],
         config: TrainConfig | None = None,
-        _config: DevTrainConfig | None = None,
+        _config: dev.TrainConfig | None = None,
         **options: Any,
     ) -> TrainResult:
         """Train on one rollout batch, log it, and save a checkpoint.

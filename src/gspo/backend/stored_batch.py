@@ -20,11 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from openai.types.chat.chat_completion import Choice
 
+from gspo import dev
 from gspo.config import TrainConfig
 from gspo.core.errors import RunError
 from gspo.core.files import explained, replacing, strict_json
 from gspo.data.turn import sampled_logprobs
-from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.train.algorithms import BUILT_IN
 from gspo.train.observe import Trace
 from gspo.train.settings import Settings, resolve
@@ -100,7 +100,7 @@ class UpdateRecord:
         dropped = {name for name, value in changes.items() if value is None}
         options = {k: v for k, v in (self.options | changes).items() if k not in dropped}
         config = TrainConfig(learning_rate=self.learning_rate, kl_penalty_coef=self.kl_penalty_coef)
-        return resolve(config, DevTrainConfig(**options))
+        return resolve(config, dev.TrainConfig(**options))
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ _FORMS = "write 'module:name' or 'folder/file.py:name'"
 
 
 def beside(name: str, folder: Path) -> str:
-    """`name` with the file below `folder` that it means, if there is one.
+    """Put the file below `folder` that `name` means into it, if there is such a file.
 
-    So a TOML file finds what stands beside it, from whatever folder the command is given.
+    So a TOML file finds what is beside it, whatever the working directory.
     """
     module, colon, object_name = name.rpartition(":")
     if not colon or module.endswith(".py"):

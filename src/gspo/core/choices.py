@@ -33,10 +33,13 @@ def as_choice(item: Any) -> Choice | None:
     fields = _fields(item)
     if fields is None or "role" in fields or not ({"message", "text"} & set(fields)):
         return None
-    # litellm keeps what OpenAI's class lacks in a place of its own.
+    # litellm keeps here what OpenAI's class lacks.
     fields = {**(fields.pop("provider_specific_fields", None) or {}), **fields}
-    if "text" in fields:
-        _from_text(fields)
+    if "text" in fields:  # of the completions route, whose log-probs stand elsewhere
+        fields["message"] = {"content": fields.pop("text")}
+        logprobs = _fields(fields.pop("logprobs", None)) or {}
+        if fields.get("token_logprobs") is None and logprobs.get("token_logprobs") is not None:
+            fields["token_logprobs"] = logprobs["token_logprobs"]
     message = _fields(fields["message"])
     if message is not None:
         fields["message"] = {"role": "assistant", **message}
@@ -50,14 +53,6 @@ def as_choice(item: Any) -> Choice | None:
             f"a {type(item).__name__} is no choice that can be trained on: "
             f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         ) from None
-
-
-def _from_text(fields: dict[str, Any]) -> None:
-    """Give the completions route's text the form of a message, and its log-probs their place."""
-    logprobs = _fields(fields.pop("logprobs", None)) or {}
-    fields["message"] = {"role": "assistant", "content": fields.pop("text")}
-    if fields.get("token_logprobs") is None and logprobs.get("token_logprobs") is not None:
-        fields["token_logprobs"] = logprobs["token_logprobs"]
 
 
 def _fields(item: Any) -> dict[str, Any] | None:

@@ -18,11 +18,11 @@ T = TypeVar("T")
 log = logging.getLogger("gspo")
 
 NOTICE_SECONDS = 600.0
-"""Whoever has waited so long is told once, in the log, what computes in the meantime."""
+"""After so long a wait, a caller is told once, in the log, what is computing."""
 
 
 def free_cores() -> int:
-    """Cores that this process may use: all of them if the system cannot say (macOS, Windows)."""
+    """Number of cores that this process may use; all of them if the system doesn't say."""
     allowed = getattr(os, "sched_getaffinity", None)
     return len(allowed(0)) if allowed else os.cpu_count() or 1
 
@@ -61,7 +61,7 @@ class ComputeThread:
             self._running = name
             try:
                 return context.run(function, *args, **kwargs)
-            except StopIteration as error:  # which no future can carry: it would wait for ever
+            except StopIteration as error:  # no future can carry it: the caller would wait for ever
                 raise RuntimeError(f"{name} raised StopIteration") from error
             finally:
                 self._running = "nothing"

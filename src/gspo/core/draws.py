@@ -36,7 +36,7 @@ def seed_of(*words: Word) -> int:
 
 
 def purpose() -> tuple[Word, ...]:
-    """What requests without a seed are for, such as ("train", 3, 0): split, prompt, rollout.
+    """The purpose of requests that have no seed, such as ("train", 3, 0): split, prompt, rollout.
 
     Empty outside a rollout.
     """
@@ -45,7 +45,7 @@ def purpose() -> tuple[Word, ...]:
 
 @contextmanager
 def drawing_for(*words: Word) -> Iterator[None]:
-    """Requests inside are for this, whatever the code around it is for."""
+    """Give requests inside the block this purpose."""
     token = _purpose.set(words)
     try:
         yield
@@ -54,7 +54,7 @@ def drawing_for(*words: Word) -> Iterator[None]:
 
 
 def numbered_task(number: int, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-    """A task whose requests are for rollout or group `number` of what this code is for."""
+    """Start a task whose requests have this code's purpose and, after it, the number."""
     context = contextvars.copy_context()
     context.run(_purpose.set, (*purpose(), number))
     return asyncio.get_running_loop().create_task(coroutine, context=context)

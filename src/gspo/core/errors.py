@@ -22,7 +22,7 @@ from __future__ import annotations
 import difflib
 import math
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 
@@ -118,29 +118,35 @@ def check_whole(name: str, value: Any, low: float = -math.inf, high: float = mat
         ConfigError: it names the argument, the value and the range.
     """
     if type(value) is not int or not low <= value <= high:
-        end = f" from {low} to {high}" if high < math.inf else f" from {low}"
-        limits = "" if low == -math.inf else end
+        limits = f" from {low}" * (low > -math.inf) + f" to {high}" * (high < math.inf)
         raise ConfigError(f"{name} = {shown(value)}: must be a whole number{limits}")
 
 
-def check_arguments(
-    title: str, given: Iterable[str], known: Sequence[str], refused: Mapping[str, str]
+def check_names(
+    title: str,
+    given: Iterable[str],
+    known: Collection[str],
+    refused: Mapping[str, str],
+    kind: str = "argument",
 ) -> None:
-    """Refuse the first argument that a function doesn't have.
+    """Refuse the first name that a function or a set of options doesn't have.
 
     Args:
-        title: of the function.
-        given: names of arguments that it doesn't have; none: nothing happens.
+        title: of the function or the options.
+        given: names that were given.
         known: names that it has.
         refused: names that another library knows, to the reason and the remedy.
+        kind: what it is that has these names.
 
     Raises:
         ConfigError: with the reason, or the nearest right name.
     """
     for name in given:
+        if name in known:
+            continue
         if name in refused:
             raise ConfigError(f"{title}: {name!r} is not supported: {refused[name]}")
         raise ConfigError(
-            f"{title}: unknown argument {name!r}.{suggestion(name, known)} "
-            f"Known arguments: {', '.join(known) or 'none'}."
+            f"{title}: unknown {kind} {name!r}.{suggestion(name, known)} "
+            f"Known {kind}s: {', '.join(known) or 'none'}."
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import re
 import shutil
@@ -29,17 +28,10 @@ def strict_json(
     """
     try:
         return json.dumps(value, indent=indent, default=default, allow_nan=False)
-    except ValueError:  # rare, so that others pay nothing for it
-        loose = json.loads(json.dumps(value, default=default))
-        return json.dumps(_finite(loose), indent=indent, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    except ValueError:  # rare: only these are written twice
+        text = json.dumps(value, default=default)
+        finite = json.loads(text, parse_constant=lambda name: None)
+        return json.dumps(finite, indent=indent, allow_nan=False)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -103,7 +95,7 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what killed processes had begun to write, or to delete, directly in `folder`."""
+    """Delete what killed processes had begun to write or to delete, directly in `folder`."""
     for path in folder.iterdir() if folder.is_dir() else ():
         match = _LEFTOVER.fullmatch(path.name)
         if match is not None and not _writes_now(int(match[1])):
@@ -112,7 +104,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _writes_now(process: int) -> bool:
-    """Whether another process of this number lives. Our own has only just begun."""
+    """Whether another process of this number is alive. (This process has only just begun.)"""
     if process == os.getpid():
         return False
     try:

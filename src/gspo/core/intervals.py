@@ -29,17 +29,10 @@ class Interval:
     low: float | None
     high: float | None
 
-    @property
-    def ends(self) -> str:
-        """The interval alone, as text; empty if there is none.
-
-        >>> Interval(0.5, 0.25, 0.75).ends
-        '[0.250, 0.750]'
-        """
-        return "" if self.low is None or self.high is None else f"[{self.low:.3f}, {self.high:.3f}]"
-
     def __str__(self) -> str:
-        return f"{self.mean:.3f} {self.ends}".rstrip()
+        if self.low is None or self.high is None:
+            return f"{self.mean:.3f}"
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 def share_interval(count: float, trials: float) -> Interval:

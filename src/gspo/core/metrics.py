@@ -1,10 +1,9 @@
 """Metrics that know how they are reduced, so that they are exact over any split of the work.
 
->>> a, b = Metrics(), Metrics()
->>> a.mean("reward", total=3.0, count=2)
->>> b.mean("reward", total=0.0, count=1)
->>> a.merge(b)
->>> a.compute()
+>>> metrics = Metrics()
+>>> metrics.mean("reward", total=3.0, count=2)
+>>> metrics.mean("reward", total=0.0, count=1)
+>>> metrics.compute()
 {'reward': 1.0}
 """
 
@@ -58,7 +57,7 @@ def user_metric(name: str, split: str) -> str:
 
 @dataclass
 class Metrics:
-    """Sums, means by count, maxima and distributions, mergeable in any order."""
+    """Sums, means by count, maxima and distributions, to which is added in any order."""
 
     _sums: dict[str, float] = field(default_factory=dict)
     _means: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -82,17 +81,6 @@ class Metrics:
         """Add values to a metric whose mean, quantiles and largest magnitude are reported."""
         self._values.setdefault(name, []).extend(values)
 
-    def merge(self, other: Metrics) -> None:
-        """Take over everything that `other` holds."""
-        for name, value in other._sums.items():
-            self.add(name, value)
-        for name, (total, count) in other._means.items():
-            self.mean(name, total, count)
-        for name, value in other._maxima.items():
-            self.maximum(name, value)
-        for name, values in other._values.items():
-            self.distribution(name, values)
-
     def compute(self) -> dict[str, float]:
         """Name -> value, sorted by name. A mean over nothing is left out; a zero has no sign."""
         out: dict[str, float] = dict(self._sums) | dict(self._maxima)
@@ -103,7 +91,7 @@ class Metrics:
 
 
 def _summarise(values: list[float]) -> dict[str, float]:
-    # fsum and sorting make the result independent of the order of microbatches.
+    """Mean, largest magnitude and quantiles of values, whatever their order; {} of none."""
     if not values:
         return {}
     ordered = sorted(values)
@@ -113,7 +101,7 @@ def _summarise(values: list[float]) -> dict[str, float]:
 
 def _quantile(ordered: list[float], q: float) -> float:
     """Linear interpolation between closest ranks."""
-    at = q * (len(ordered) - 1)
-    low = math.floor(at)
+    position = q * (len(ordered) - 1)
+    low = math.floor(position)
     high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)

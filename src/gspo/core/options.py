@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from gspo.core.errors import ConfigError, suggestion
+from gspo.core.errors import ConfigError, check_names, suggestion
 
 _NUMBERS = (int, float, int | None, float | None)
 LARGEST_COUNT = 10**9
@@ -28,10 +29,11 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     refused: ClassVar[Mapping[str, str]] = {}
     fixed: ClassVar[Mapping[str, str]] = {}
-    """Why an option has one value alone; told to whoever gives another."""
+    """Why an option has only one value; told to whoever gives another."""
 
     def __init__(self, **data: Any) -> None:
-        check_names(type(self), data)
+        names = sorted(type(self).model_fields)
+        check_names(_title(type(self)), data, names, self.refused, "option")
         _refuse_switches(type(self), data)
         try:
             super().__init__(**data)
@@ -43,23 +45,8 @@ class Options(BaseModel):
         return getattr(self, name) != type(self).model_fields[name].default
 
 
-def check_names(cls: type[Options], data: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` for the first name in `data` that `cls` doesn't have."""
-    title = _title(cls)
-    for name in data:
-        if name in cls.model_fields:
-            continue
-        if name in cls.refused:
-            raise ConfigError(f"{title}: {name!r} is not supported: {cls.refused[name]}")
-        known = ", ".join(sorted(cls.model_fields))
-        raise ConfigError(
-            f"{title}: unknown option {name!r}.{suggestion(name, cls.model_fields)} "
-            f"Known options: {known}."
-        )
-
-
 def _refuse_switches(cls: type[Options], data: Mapping[str, Any]) -> None:
-    """True and False are no numbers, though Python counts with them."""
+    """Refuse True and False as numbers, though Python counts with them."""
     for name, value in data.items():
         if isinstance(value, bool) and cls.model_fields[name].annotation in _NUMBERS:
             raise ConfigError(f"{_title(cls)}: {name} = {value}: must be a number.")
@@ -70,23 +57,18 @@ def _title(cls: type[Options]) -> str:
 
 
 def _explain(cls: type[Options], error: ValidationError) -> str:
-    """One line a field; of a union's several complaints, the one with a suggestion."""
+    """One line per field; if a union has several complaints, the one with a suggestion."""
     lines: dict[str, str] = {}
     for problem in error.errors():
-        where = str(problem["loc"][0]) if problem["loc"] else ""
+        option = str(problem["loc"][0]) if problem["loc"] else ""
         value = problem.get("input")
         message = problem["msg"].removeprefix("Value error, ")
         near = ""
         if problem["type"] == "literal_error" and isinstance(value, str):
-            expected = str(problem.get("ctx", {}).get("expected", ""))
-            near = suggestion(value, [part.strip("' ") for part in _split_choices(expected)])
-        message = cls.fixed.get(where, message)
-        line = f"{where} = {value!r}: {message}" if where else message
-        if near or where not in lines:
-            stop = "" if line.endswith("?") else "."  # a suggestion of the check's own
-            lines[where] = f"{_title(cls)}: {line}{stop}{near}"
+            near = suggestion(value, re.findall(r"'([^']+)'", message))
+        message = cls.fixed.get(option, message)
+        line = f"{option} = {value!r}: {message}" if option else message
+        if near or option not in lines:
+            stop = "" if line.endswith("?") else "."  # the check itself has made a suggestion
+            lines[option] = f"{_title(cls)}: {line}{stop}{near}"
     return "\n".join(lines.values())
-
-
-def _split_choices(expected: str) -> list[str]:
-    return expected.replace(" or ", ", ").split(",")

@@ -66,7 +66,7 @@ _current: contextvars.ContextVar[Gather] = contextvars.ContextVar("gspo_gather")
 
 
 def current_gather() -> Gather:
-    """The gather around this coroutine; if there is none, one that allows no failure."""
+    """Return the gather around this coroutine; if there is none, one that allows no failure."""
     return _current.get(Gather(total=0))
 
 
@@ -81,9 +81,10 @@ def gathering(gather: Gather) -> Iterator[Gather]:
 
 
 async def all_or_cancel(coroutines: list[Any]) -> list[Any]:
-    """Results in order; at the first error the rest is cancelled and awaited, then it raises.
+    """Run coroutines together; at the first error, cancel and await the others, and raise it.
 
-    Each coroutine's requests are seeded by its place among the others.
+    Returns:
+        Results in the order given. Each coroutine's requests are seeded by its place.
     """
     tasks = [numbered_task(number, coroutine) for number, coroutine in enumerate(coroutines)]
     try:

@@ -1,4 +1,4 @@
-"""Where the time goes: spans that cost next to nothing unless somebody holds a clock.
+"""Where the time goes: spans, which cost next to nothing unless there is a clock.
 
 @timed("forward")                 # or: with span("backward"): ...
 def policy.logprobs(batch): ...
@@ -68,8 +68,8 @@ class Clock:
         self._watchers: dict[str, Callable[..., None]] = {}
 
     @contextmanager
-    def span(self, name: str) -> Iterator[None]:
-        """Charge the time inside to `name`."""
+    def span(self, name: str, /, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Charge the time inside to `name`; its watcher, if any, gets the other arguments."""
         if not self._open and name != self.root:
             yield
             return
@@ -78,6 +78,8 @@ class Clock:
             self._spans().append(name)
             self.calls[name] += 1
         try:
+            if name in self._watchers:
+                self._watchers[name](*args, **kwargs)
             yield
         finally:
             with self._lock:
@@ -86,7 +88,7 @@ class Clock:
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """The spans that this thread opens inside the block lie beside those of other threads."""
+        """Let this thread's spans inside the block run at the same time as other threads'."""
         thread = threading.get_ident()
         with self._lock:
             self._charge()
@@ -112,14 +114,6 @@ class Clock:
         """Call `watcher` with the arguments of each function that is `timed` by that name."""
         self._watchers[name] = watcher
 
-    @contextmanager
-    def call(self, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """The span of a function's call."""
-        with self.span(name):
-            if self._open and name in self._watchers:
-                self._watchers[name](*args, **kwargs)
-            yield
-
     def _spans(self) -> list[str]:
         return self._beside.get(threading.get_ident(), self._open)
 
@@ -140,7 +134,7 @@ _current: ContextVar[Clock | None] = ContextVar("gspo_clock", default=None)
 
 @contextmanager
 def timing(clock: Clock | None) -> Iterator[None]:
-    """Inside the block, spans are charged to `clock`; None: to nobody."""
+    """Charge spans inside the block to `clock`; if None, to no clock."""
     token = _current.set(clock)
     try:
         yield
@@ -149,7 +143,7 @@ def timing(clock: Clock | None) -> Iterator[None]:
 
 
 def beside(function: Callable[P, T]) -> Callable[P, T]:
-    """The function to run in another thread: the caller's clock, if any, sees its spans there."""
+    """Wrap a function for another thread, so that the caller's clock sees its spans there."""
     clock = _current.get()
     if clock is None:
         return function
@@ -161,10 +155,10 @@ def beside(function: Callable[P, T]) -> Callable[P, T]:
     return inner
 
 
-def span(name: str) -> AbstractContextManager[None]:
-    """A span of the clock around it; nothing if there is none."""
+def span(name: str, /, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+    """A span of the clock around it (see `Clock.span`); nothing if there is none."""
     clock = _current.get()
-    return nullcontext() if clock is None else clock.span(name)
+    return nullcontext() if clock is None else clock.span(name, *args, **kwargs)
 
 
 def timed(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
@@ -173,10 +167,7 @@ def timed(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(function)
         def inner(*args: P.args, **kwargs: P.kwargs) -> T:
-            clock = _current.get()
-            if clock is None:
-                return function(*args, **kwargs)
-            with clock.call(name, *args, **kwargs):
+            with span(name, *args, **kwargs):
                 return function(*args, **kwargs)
 
         return inner

@@ -13,7 +13,7 @@ STEPS = 120
 
 
 def demo_spec(path: str, steps: int = STEPS, seed: int = 0) -> Spec:
-    """GSPO as in the paper on the embedded model; the schedule is all that is tuned."""
+    """The spec of the demo: GSPO as in the paper; only the schedule is tuned."""
     number = 1
     while True:
         spec = Spec(
@@ -32,7 +32,7 @@ def demo_spec(path: str, steps: int = STEPS, seed: int = 0) -> Spec:
 
 
 def _unfinished(spec: Spec) -> bool:
-    """Whether the folder holds this very demo, stopped half-way: then it goes on."""
+    """Whether the folder holds the same demo, stopped half-way: then it goes on."""
     try:
         stored = json.loads((spec.folder / "spec.json").read_bytes())
     except (OSError, ValueError):

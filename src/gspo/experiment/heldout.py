@@ -12,6 +12,14 @@ from gspo.core.errors import MissingDependencyError
 from gspo.core.intervals import Interval, reward_interval
 from gspo.trajectory import Trajectory, TrajectoryGroup
 
+_NAMES = {
+    "mean": "val/reward",
+    "low": "val/reward_low",
+    "high": "val/reward_high",
+    "prompts": "val/prompts",
+}
+"""Field of an estimate -> name of its metric."""
+
 
 @dataclass(frozen=True)
 class Estimate(Interval):
@@ -25,20 +33,13 @@ class Estimate(Interval):
 
     def metrics(self) -> dict[str, float]:
         """The estimate as a run logs it."""
-        values = {
-            "val/reward": self.mean,
-            "val/reward_low": self.low,
-            "val/reward_high": self.high,
-            "val/prompts": self.prompts,
-        }
+        values = {name: getattr(self, field) for field, name in _NAMES.items()}
         return {name: value for name, value in values.items() if value is not None}
 
     @classmethod
     def logged(cls, record: Mapping[str, float]) -> Estimate:
         """The estimate of a line of metrics.jsonl."""
-        low, high = record.get("val/reward_low"), record.get("val/reward_high")
-        prompts = record.get("val/prompts")
-        return cls(record["val/reward"], low, high, None if prompts is None else int(prompts))
+        return cls(**{field: record.get(name) for field, name in _NAMES.items()})  # pyright: ignore
 
 
 def estimate_reward(groups: Sequence[TrajectoryGroup]) -> Estimate:

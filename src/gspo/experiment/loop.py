@@ -23,8 +23,9 @@ class Outcome:
     """What a finished experiment found.
 
     Attributes:
-        run: its folder.
-        prompts: how many distinct held-out prompts were measured.
+        run: folder of the run.
+        steps: calls of `train` over the run's life.
+        prompts: number of distinct held-out prompts that were measured.
         seconds: the wall time of this process.
         before, after: held-out reward; None if the spec evaluates nothing.
     """
@@ -95,8 +96,8 @@ async def run_experiment(
 
         for step in range(await model.get_step(), spec.steps):
             if spec.eval_every and step % spec.eval_every == 0:
-                # Before the step, not behind the last one: a run that was killed between the two
-                # makes up for it.
+                # Before the step and not after it: so a run that was killed between training and
+                # evaluation evaluates when it goes on.
                 await _evaluate(spec, model, rollouts, watch, step)
             with span("step"):
                 began = time.perf_counter()
@@ -122,7 +123,7 @@ async def run_experiment(
 
 
 def _remember(spec: Spec) -> list[str]:
-    """Write the resolved spec to the run; returns what differs from the one it went by before."""
+    """Write the resolved spec to the run, and return what differs from the earlier one."""
     path = spec.folder / "spec.json"
     text = strict_json(spec.model_dump(mode="json"), indent=1) + "\n"
     new: dict[str, Any] = json.loads(text)
@@ -131,7 +132,7 @@ def _remember(spec: Spec) -> list[str]:
     except (OSError, ValueError, RecursionError):
         old = None
     write_whole(path, text)
-    if not isinstance(old, dict):  # nothing depends on it: the run goes on by today's
+    if not isinstance(old, dict):  # nothing depends on it: the run goes on with the new one
         return [f"{path} was damaged, and is written again"]
     return [f"{key}: {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
 
@@ -139,7 +140,7 @@ def _remember(spec: Spec) -> list[str]:
 async def _evaluate(
     spec: Spec, model: art.TrainableModel, rollouts: Rollouts, watch: Watch, step: int
 ) -> Estimate | None:
-    """Held-out reward at a step; from the run's log if it was measured before."""
+    """Measure held-out reward at a step, or read it from the run's log if it is there."""
     if spec.eval_prompts == 0:
         return None
     backend: Any = model.backend()
@@ -158,7 +159,7 @@ async def _evaluate(
 
 
 def _timing(metrics: dict[str, float], rolled: float, whole: float) -> dict[str, float]:
-    """Times and speeds of a step, from the seconds of its rollouts and of all of it."""
+    """Times and speeds of a step, from the seconds of its rollouts and of the whole step."""
     sampled = metrics.get("tokens/completion", 0.0)
     return {
         "time/rollout": rolled,

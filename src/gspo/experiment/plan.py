@@ -1,4 +1,4 @@
-"""What a spec will do, told before anything is loaded or written."""
+"""What a spec will do, said before anything is loaded or written."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from gspo.train.settings import resolve as resolve_settings
 _COPY_BYTES = {None: 0, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 4, "int4": 4}
 """Bytes per parameter of the engine's own copy; int8 and int4 are rounded float32 numbers."""
 _LARGEST_ROLLOUTS = 512
-"""Completions that are decoded at once, at most."""
+"""The most completions that are decoded at once."""
 
 
 def make_plan(spec: Spec) -> str:
-    """Check every name that the spec gives, and tell its sizes. Memory is an estimate.
+    """Check each name that the spec gives, and describe the run. Memory is an estimate.
 
     Raises:
         GspoError: a model, task, rollout or option that doesn't exist, or completions that the
@@ -50,8 +50,8 @@ def make_plan(spec: Spec) -> str:
         f"{settings.algorithm}, {_clipping(settings, spec)}\n"
         f"{parameters:,} parameters, learning rate {rate:.2g}{by_size}\n"
         f"{plain}"
-        f"{sequences} sequences a step, {-(-sequences // settings.minibatches)} an optimizer "
-        f"step, {settings.minibatches * spec.train.epochs} optimizer steps a step\n"
+        f"{sequences} sequences per step, {-(-sequences // settings.minibatches)} per optimizer "
+        f"step, {settings.minibatches * spec.train.epochs} optimizer steps per step\n"
         f"completions of up to {longest}; {_memory(spec, limit, config, parameters)}"
     )
 

@@ -26,7 +26,7 @@ from gspo.trajectory import Trajectory, TrajectoryGroup
 
 @dataclass(frozen=True)
 class Scenario:
-    """What a rollout function gets: which prompt it is, and the task's problem if there is one."""
+    """What a rollout function is given: which prompt it is, and the task's problem, if any."""
 
     split: Split
     index: int
@@ -35,12 +35,12 @@ class Scenario:
 
 
 _ROUNDS = 3
-"""With dynamic sampling, how often prompts are drawn for one step."""
+"""How often dynamic sampling draws prompts for one step, at most."""
 Rollout = Callable[[TrainableModel, Scenario], Awaitable[Trajectory]]
 
 
 class Rollouts:
-    """Makes the groups of an experiment. Every group is a function of the spec and its index."""
+    """Makes the groups of an experiment. Each group depends only on the spec and its index."""
 
     def __init__(self, spec: Spec, model: TrainableModel):
         self.spec = spec
@@ -49,7 +49,7 @@ class Rollouts:
         self.rollout = load_rollout(spec.rollout) if spec.rollout else None
 
     async def batch(self, step: int) -> list[TrajectoryGroup]:
-        """The groups of one step; with dynamic sampling, those of fresh prompts for flat ones."""
+        """Make the groups of one step; dynamic sampling replaces flat ones by fresh prompts'."""
         spec, size = self.spec, self.spec.prompts
         if not spec.dynamic_sampling:
             indices = range(step * size, (step + 1) * size)
@@ -64,16 +64,16 @@ class Rollouts:
                 (differing if len(rewards) > 1 else flat).append(group)
             if len(differing) == size:
                 break
-        # Too few with signal: the flat ones stay in the count, as they would without this.
+        # If too few have a signal, flat ones stay in the count, as without dynamic sampling.
         return [*differing, *flat][:size]
 
     async def groups(
         self, split: Split, indices: Iterable[int], size: int, step: int
     ) -> list[TrajectoryGroup]:
-        """`size` rollouts of each of these prompts, at the weights of a step.
+        """Run `size` rollouts of each of these prompts, at the weights of a step.
 
         What they sample depends on these numbers and the spec's seed, not on what was sampled
-        before: a run that was killed goes on as it would have, evaluations or not.
+        before. So a run that was killed goes on as it would have, evaluations or not.
 
         Raises:
             RolloutError: the user's own rollout or task raised.
@@ -96,24 +96,26 @@ class Rollouts:
             )
 
     async def _rolled(self, rollout: Rollout, scenario: Scenario, step: int) -> Trajectory:
-        """One rollout of the user's function, which runs in a task of its own."""
+        """Run the user's function once, in a task of its own."""
         with users_errors(scenario.split, scenario.index, step):
             return await rollout(self.model, scenario)
 
     async def _answers(self, scenario: Scenario, size: int, seed: int) -> TrajectoryGroup:
-        """One request for all completions: the prompt is computed once."""
+        """Ask for all completions in one request, which computes the prompt once."""
         task, problem, train = self.task, scenario.problem, self.spec.train
         assert task is not None and problem is not None
         messages = task.messages(problem)
-        # Training replays the engine's routes, or compares them with its own.
-        routes = train.routing_replay == "rollout" or train.measure_routing
+        # Training replays the engine's expert choices, or compares them with the trainer's.
+        expert_choices = scenario.split == "train" and (
+            train.routing_replay == "rollout" or train.measure_routing
+        )
         choices = await self._sample(
             messages,
             n=size,
             max_tokens=self.spec.max_tokens or task.max_tokens,
             temperature=self.spec.temperature,
             seed=seed,
-            extra_body={"return_routes": True} if routes and scenario.split == "train" else None,
+            extra_body={"return_routes": True} if expert_choices else None,
         )
         return TrajectoryGroup(
             Trajectory(
@@ -125,7 +127,7 @@ class Rollouts:
         )
 
     async def _sample(self, messages: list[Any], **options: Any) -> list[Choice]:
-        """The choices of one request; of a model without a chat template, by its plain text.
+        """Send one request; to a model without a chat template, the plain text of the messages.
 
         Raises:
             DataError: the engine refuses the prompt.

@@ -1,4 +1,4 @@
-"""What an experiment is: a TOML file, with every field overridable by key=value."""
+"""What an experiment is: a TOML file, of which each field can be overridden by key=value."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
+from gspo import dev
 from gspo.backend.trackers import TrackerName
 from gspo.config import TrainConfig
 from gspo.core.byname import beside
 from gspo.core.errors import ConfigError, suggestion
 from gspo.core.options import LARGEST_COUNT, TEMPERATURES, Options
-from gspo.dev import InternalModelConfig
-from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.tasks import task_names
 
 
@@ -59,17 +58,17 @@ class Spec(Options):
     """Held-out prompts before and after; 0 evaluates nothing."""
     eval_completions: int = Field(default=4, ge=1, le=LARGEST_COUNT)
     eval_every: int | None = Field(default=None, ge=1, le=LARGEST_COUNT)
-    """Also evaluate every so many steps."""
+    """Also evaluate each time after so many steps."""
     seed: int = 0
     """Of the prompts and of sampling."""
     keep_checkpoints: int | None = Field(default=2, ge=1, le=LARGEST_COUNT)
     logger: list[TrackerName] = Field(default_factory=list)
     """Trackers that are shown the metrics too: `tensorboard`, `trackio`, `wandb`."""
-    train: DevTrainConfig = Field(default_factory=DevTrainConfig)
+    train: dev.TrainConfig = Field(default_factory=dev.TrainConfig)
     """The fields of `dev.TrainConfig`: algorithm, epsilon, minibatches, schedule, ..."""
     learning_rate: float | None = Field(default=None, gt=0, le=1)
     """Peak learning rate. None: by the model's size, with a warmup (docs/defaults.md)."""
-    load: InternalModelConfig = Field(default_factory=InternalModelConfig)
+    load: dev.InternalModelConfig = Field(default_factory=dev.InternalModelConfig)
     """The fields of `dev.InternalModelConfig`: dtype, lora, activation_checkpointing, ..."""
 
     @field_validator("name", "project", "path")
@@ -206,7 +205,7 @@ def override(
 
 
 def _value(text: str) -> Any:
-    """The text as a TOML value, or as it is if it is none."""
+    """The text as a TOML value; if it is none, the text itself."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except (tomllib.TOMLDecodeError, RecursionError):

@@ -16,9 +16,9 @@ T = TypeVar("T")
 
 
 def run_until_signal(coroutine: Coroutine[Any, Any, T]) -> T:
-    """The coroutine's result, as of `asyncio.run`; a signal cancels it. In the main thread.
+    """Run a coroutine as `asyncio.run` does, in the main thread; a signal cancels it.
 
-    Signals that the program was started without, as under `nohup`, stay ignored.
+    A signal that the program ignores from its start, as under `nohup`, stays ignored.
 
     Raises:
         SystemExit: 128 + the signal's number, once the coroutine has ended.

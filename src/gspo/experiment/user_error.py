@@ -1,4 +1,4 @@
-"""A failure in the user's own rollout or task, told by the user's own lines."""
+"""Errors of the user's own rollout or task, shown by the user's own lines."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import gspo
 from gspo.core.errors import GspoError, RolloutError
 
 FRAMES = 4
-"""Innermost lines of the user's that are shown."""
+"""How many of the user's innermost lines are shown."""
 LINES = 4
-"""Lines of the exception's own text that are shown."""
+"""How many lines of the exception's text are shown."""
 _OURS = str(Path(gspo.__file__).parent) + os.sep
 _LIBRARIES = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib")})
 
 
 @contextmanager
 def users_errors(split: str, index: int, step: int) -> Iterator[None]:
-    """Run the user's code, and tell what it raises by the user's lines.
+    """Run the user's code in the block, and show what it raises by the user's lines.
 
     A call of `sys.exit` is an error too: it would end the run as if it had finished.
 

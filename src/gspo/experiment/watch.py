@@ -22,7 +22,7 @@ _FIELDS = (
     ("tokens/s", "throughput/tokens_per_second", "{:,.0f}"),
 )
 _PAUSE = 2.0
-"""Seconds between the lines of a log file, at least."""
+"""The least seconds between two lines of a log file."""
 
 
 class LiveWatch:
@@ -90,7 +90,7 @@ class LiveWatch:
 
 
 def _numbers(metrics: dict[str, float]) -> str:
-    """The numbers of a step."""
+    """The numbers of a step that are shown."""
     parts = [f"{label} {form.format(metrics[k])}" for label, k, form in _FIELDS if k in metrics]
     if "train/skipped" in metrics:
         counts = (int(metrics.get(f"train/trajectories{end}", 0)) for end in ("", "_too_long"))

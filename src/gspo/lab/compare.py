@@ -8,10 +8,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from gspo.core.errors import ConfigError, suggestion
-from gspo.core.options import Options, check_names
-from gspo.dev import Algorithm, InternalModelConfig
-from gspo.dev import TrainConfig as DevTrainConfig
+from gspo import dev
+from gspo.core.errors import ConfigError, check_names, suggestion
+from gspo.core.options import Options
 from gspo.experiment.spec import Spec, folder_name, named_beside, override, read_toml
 from gspo.lab.report.run_data import flat
 
@@ -37,7 +36,7 @@ _DECIDED = {
     "train.seed": "give seeds, beside [base]",
 }
 """Keys of a run that the comparison decides."""
-_TABLES = {"train": DevTrainConfig, "load": InternalModelConfig}
+_TABLES = {"train": dev.TrainConfig, "load": dev.InternalModelConfig}
 """Tables of a run whose names may be left out."""
 
 
@@ -55,7 +54,7 @@ class CompareSpec(Options):
     common."""
     base: dict[str, Any] = Field(default_factory=dict)
     """The fields of a run, as in a file for `gspo train`."""
-    presets: tuple[Algorithm, ...] = ()
+    presets: tuple[dev.Algorithm, ...] = ()
     """Arms that are a named method and nothing else."""
     arms: tuple[dict[str, Any], ...] = ()
     """Arms with a `label` and the keys that they set."""
@@ -139,10 +138,10 @@ def full_key(key: str, where: str) -> str:
     tables = [name for name, options in _TABLES.items() if key in options.model_fields]
     if first not in Spec.model_fields:
         if not tables:
-            if key in DevTrainConfig.refused:
-                check_names(DevTrainConfig, {key: None})
-            names = [*Spec.model_fields, *DevTrainConfig.model_fields]
-            near = suggestion(first, [*names, *InternalModelConfig.model_fields])
+            if key in dev.TrainConfig.refused:
+                check_names("dev.TrainConfig", [key], [], dev.TrainConfig.refused)
+            names = [*Spec.model_fields, *dev.TrainConfig.model_fields]
+            near = suggestion(first, [*names, *dev.InternalModelConfig.model_fields])
             raise ConfigError(f"{where}: unknown key {key!r}.{near}")
         key = f"{tables[0]}.{key}"
     if key in _DECIDED:

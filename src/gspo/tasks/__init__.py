@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gspo.core.byname import load_object
-from gspo.core.errors import ConfigError, check_arguments, suggestion
+from gspo.core.errors import ConfigError, check_names, suggestion
 from gspo.tasks.built_in import BUILT_IN
 from gspo.tasks.task import Problem, Split, Task
 
@@ -45,9 +45,8 @@ def load_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
         raise ConfigError(
             f"unknown task {name!r}.{suggestion(name, task_names())} Known: {', '.join(known)}."
         )
-    known = list(inspect.signature(BUILT_IN[name]).parameters)
-    unknown = [option for option in given if option not in known]
-    check_arguments(f"task_options of {name!r}", unknown, known, {})
+    known = inspect.signature(BUILT_IN[name]).parameters
+    check_names(f"task_options of {name!r}", given, known, {})
     return BUILT_IN[name](**given)
 
 

@@ -1,6 +1,6 @@
 """The built-in tasks: small enough for the embedded model, hard enough to need learning.
 
-`chain` sets the length of an answer, `climb` leaves it free; in the others it is the problem's.
+`chain` sets the length of an answer, `climb` leaves it free; in the others the problem sets it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Reverse(Task):
 class Add(Task):
     """Add two numbers of 6 digits on a scratchpad, column by column from the right.
 
-    A column is `a+b+carry=sum`; the result follows `;`. The reward looks at the result alone.
+    A column is `a+b+carry=sum`; the result follows `;`. The reward looks at the result only.
 
     >>> Add.scratchpad(47, 38, width=2)
     '7+8+0=15,4+3+1=08;85'
@@ -85,10 +85,10 @@ class Add(Task):
 
 
 class Chain(Task):
-    """Continue six digits by `length` more, each one above the digit six before it; 0 follows 9.
+    """Continue six digits by `length` more: each is the digit six before it plus 1; 0 follows 9.
 
-    The answer has no end of its own: it is cut at `length` tokens. The reward is the share of it
-    that is right before the first mistake, since a mistake is carried on.
+    The answer doesn't end by itself: it is cut at `length` tokens. The reward is the share of it
+    that is right before the first mistake, since each mistake leads to others.
 
     >>> Chain(length=4).draw(1).prompt, Chain(length=4).draw(1).answer
     ('291417', '3025')

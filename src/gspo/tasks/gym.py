@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
-from gspo.core.errors import ConfigError, MissingDependencyError, check_arguments, suggestion
+from gspo.core.errors import ConfigError, MissingDependencyError, check_names, suggestion
 from gspo.tasks.task import Problem, Task
 
 
@@ -29,29 +30,22 @@ class GymTask(Task):
             raise ConfigError(
                 f"reasoning-gym has no dataset {dataset!r}.{suggestion(dataset, DATASETS)}"
             )
-        known = {field.name for field in dataclasses.fields(DATASETS[dataset][1])}
-        unknown = [option for option in options if option not in known]
+        known = sorted(field.name for field in dataclasses.fields(DATASETS[dataset][1]))
         self.name = f"reasoning-gym:{dataset}"
-        check_arguments(f"task_options of {self.name}", unknown, sorted(known), {})
-        self._make = reasoning_gym.create_dataset
-        self._dataset = dataset
-        self._options = options
+        check_names(f"task_options of {self.name}", options, known, {})
+        self._make = functools.partial(reasoning_gym.create_dataset, dataset, **options)
         try:
-            self._scorer = self._make(dataset, **{**options, "size": 1, "seed": 0})
+            self._scorer = self._make(size=1, seed=0)
         except AssertionError as error:
             raise ConfigError(f"{self.name} refuses {options}: {error}") from None
 
     def draw(self, key: int) -> Problem:
-        options = {**self._options, "size": 1, "seed": key % 2**31}
-        entry = self._make(self._dataset, **options)[0]
+        entry = self._make(size=1, seed=key % 2**31)[0]
         return Problem(entry["question"], str(entry["answer"]), entry)
 
     def score(self, problem: Problem, completion: str) -> float:
         from reasoning_gym.utils import extract_answer
 
-        answer = extract_answer(completion)
-        return float(
-            self._scorer.score_answer(
-                completion.strip() if answer is None else answer, entry=dict(problem.entry)
-            )
-        )
+        tagged = extract_answer(completion)
+        answer = completion.strip() if tagged is None else tagged
+        return float(self._scorer.score_answer(answer, entry=dict(problem.entry)))

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gspo import dev
 from gspo.backend.metrics_file import read_metrics
 from gspo.backend.run import in_use
 from gspo.config import TrainConfig
 from gspo.core.errors import ConfigError, RunError
-from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.experiment.spec import Spec
 from gspo.train.settings import Settings, resolve
 
@@ -134,12 +134,12 @@ def changed(spec: Mapping[str, Any]) -> set[str]:
 def resolved(spec: Mapping[str, Any]) -> Settings | None:
     """The method of a stored spec; None if this gspo doesn't understand it."""
     # Options that were written out as their defaults are not options that were given.
-    default = DevTrainConfig().model_dump(mode="json")
+    default = dev.TrainConfig().model_dump(mode="json")
     stored = spec.get("train", {})
     given = {k: v for k, v in stored.items() if k not in default or v != default[k]}
     try:
         rate = TrainConfig(learning_rate=spec["learning_rate"])
-        return resolve(rate, DevTrainConfig(**given))
+        return resolve(rate, dev.TrainConfig(**given))
     except (ConfigError, KeyError, TypeError):
         return None
 
