@@ -116,7 +116,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path):
         (("train", "run.toml", "--dry-run", "--set", "max_tokens=512"), "has a context of 512"),
         (("audit", "embedded:sort", "--rollout-dtype", "int3"), "Did you mean 'int"),
         (("audit", "Qwen/Qwen3-0.6B"), "name one with --task"),
-        (("inspect", "nowhere"), "nowhere is not the folder of a run"),
+        (("inspect", "nowhere"), "it is not the folder of a run"),
     ],
 )
 def test_errors_are_one_line_without_a_traceback(

@@ -19,7 +19,7 @@ from openai import AsyncOpenAI, BadRequestError
 from openai.types.chat.chat_completion import Choice
 
 import gspo as art
-from gspo.backend import service
+from gspo.backend import local, service
 from gspo.backend.run import Run, in_use
 from gspo.core.errors import (
     ConfigError,
@@ -401,16 +401,16 @@ async def test_an_occupied_port_is_named(tmp_path: Path):
         await backend.close()
 
 
-@pytest.mark.parametrize("broken", ["claim", "track"])
+@pytest.mark.parametrize(("owner", "broken"), [(Run, "claim"), (local, "Trackers")])
 async def test_a_register_that_fails_leaves_nothing_behind(
-    tmp_path: Path, broken: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, owner: object, broken: str, monkeypatch: pytest.MonkeyPatch
 ):
     def full(*args: object) -> None:
         raise RunError("cannot write: No space left on device")
 
     backend, model = art.LocalBackend(tmp_path, port=0), make()
     with monkeypatch.context() as patch:
-        patch.setattr(Run, broken, full)
+        patch.setattr(owner, broken, full)
         with pytest.raises(RunError, match="No space left"):
             await model.register(backend)
     assert not in_use(tmp_path / "p" / "m")

@@ -122,7 +122,7 @@ async def test_a_failed_update_leaves_engine_and_trainer_alike(
     def fails_later(*arguments: object) -> float:
         calls.append(arguments)
         if len(calls) == 2:
-            raise FloatingPointError("the gradient is not finite")
+            raise art.errors.NumericsError("the gradient is not finite")
         return real(*arguments)  # pyright: ignore[reportArgumentType]
 
     monkeypatch.setattr(trainer.optimizer, "step", fails_later)
