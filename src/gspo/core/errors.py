@@ -125,7 +125,7 @@ def check_whole(name: str, value: Any, low: float = -math.inf, high: float = mat
 def check_names(
     title: str,
     given: Iterable[str],
-    known: Collection[str],
+    names: Collection[str],
     refused: Mapping[str, str],
     kind: str = "argument",
 ) -> None:
@@ -134,7 +134,7 @@ def check_names(
     Args:
         title: of the function or the options.
         given: names that were given.
-        known: names that it has.
+        names: those that it has.
         refused: names that another library knows, to the reason and the remedy.
         kind: what it is that has these names.
 
@@ -142,11 +142,11 @@ def check_names(
         ConfigError: with the reason, or the nearest right name.
     """
     for name in given:
-        if name in known:
+        if name in names:
             continue
         if name in refused:
             raise ConfigError(f"{title}: {name!r} is not supported: {refused[name]}")
         raise ConfigError(
-            f"{title}: unknown {kind} {name!r}.{suggestion(name, known)} "
-            f"Known {kind}s: {', '.join(known) or 'none'}."
+            f"{title}: unknown {kind} {name!r}.{suggestion(name, names)} "
+            f"Known {kind}s: {', '.join(names) or 'none'}."
         )

@@ -122,12 +122,12 @@ def _keys(samples: Sequence[Sample], lengths: Sequence[int], replay: bool) -> li
     return [array.tobytes() for array in columns]
 
 
-def _same_bytes(one: bytes, two: bytes) -> int:
+def _same_bytes(first: bytes, second: bytes) -> int:
     """Bytes that both start with.
 
     >>> _same_bytes(b"abc", b"abd"), _same_bytes(b"ab", b"abc")
     (2, 2)
     """
-    size = min(len(one), len(two))
-    differs = np.frombuffer(one, np.uint8, size) != np.frombuffer(two, np.uint8, size)
+    size = min(len(first), len(second))
+    differs = np.frombuffer(first, np.uint8, size) != np.frombuffer(second, np.uint8, size)
     return int(differs.argmax()) if differs.any() else size

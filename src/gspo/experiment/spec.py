@@ -176,9 +176,9 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def override(
-    data: dict[str, Any], overrides: Iterable[str], known: Collection[str] = Spec.model_fields
+    data: dict[str, Any], overrides: Iterable[str], keys: Collection[str] = Spec.model_fields
 ) -> dict[str, Any]:
-    """`data` with each `a.b=value` put in its place; `known` are the first parts of keys.
+    """`data` with each `a.b=value` put in its place; `keys` are their possible first parts.
 
     >>> override({"train": {"epochs": 1}}, ["train.epochs=2", "model=embedded:sort"])
     {'train': {'epochs': 2}, 'model': 'embedded:sort'}
@@ -189,8 +189,8 @@ def override(
         if not equals:
             raise ConfigError(f"--set {item!r}: write key=value")
         *tables, last = parts = key.strip().split(".")
-        if parts[0] not in known:
-            near = suggestion(parts[0], known)
+        if parts[0] not in keys:
+            near = suggestion(parts[0], keys)
             raise ConfigError(f"--set {item!r}: unknown key {key.strip()!r}.{near}")
         place = data
         for table in tables:

@@ -48,14 +48,14 @@ def no_mask(device: torch.device) -> torch.Tensor:
     return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
-def causal_mask(config: Any, embeddings: torch.Tensor, seen: Any) -> Any:
-    """Make transformers' causal mask, without a cache, with `seen` as a further condition."""
+def causal_mask(config: Any, embeddings: torch.Tensor, allowed: Any) -> Any:
+    """Make transformers' causal mask, without a cache, on pairs of tokens that are `allowed` too."""
     no_cache: dict[str, Any] = {_cache_keyword(create_causal_mask): None}
     return create_causal_mask(
         config=config,
         inputs_embeds=embeddings,
         attention_mask=None,
-        and_mask_function=seen,
+        and_mask_function=allowed,
         **no_cache,
     )
 

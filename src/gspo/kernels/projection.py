@@ -192,7 +192,7 @@ def _backward(
     bias: Tensor | None,
     tokens: _Tokens,
     grad: Float[Tensor, " M"],
-    kept: Sequence[Tensor],
+    stored: Sequence[Tensor],
     blocks: Blocks,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of hidden states, weight and bias. Tokens without gradient are left out."""
@@ -202,7 +202,7 @@ def _backward(
     live = None if len(chosen) == grad.shape[0] else torch.from_numpy(chosen).to(grad.device)
     if live is not None:
         tokens, grad = _Tokens(*(x.index_select(0, live) for x in tokens)), grad[live]
-    pairs = iter(zip(kept[::2], kept[1::2], strict=True))
+    pairs = iter(zip(stored[::2], stored[1::2], strict=True))
 
     def powers(w: Tensor, b: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor | float]]:
         """Of each block of tokens: power * cap's slope, kept or computed again, and a factor."""

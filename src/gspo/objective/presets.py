@@ -154,9 +154,9 @@ class Preset:
     minibatches: int = 4
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...], more: str = "") -> None:
+def _check_choice(name: str, value: object, choices: tuple[str, ...], remedy: str = "") -> None:
     if value not in choices:
-        raise ValueError(f"unknown {name} {value!r}: it is one of {', '.join(choices)}{more}")
+        raise ValueError(f"unknown {name} {value!r}: it is one of {', '.join(choices)}{remedy}")
 
 
 _SUMMED = "Tokens are summed: clipping the gradient to a norm of 1 cuts nearly every step"

@@ -153,13 +153,24 @@ class Observer:
         self.metrics.mean("tokens/shared_saving", samples - size, samples)
 
 
+def _spread(rewards: Sequence[float]) -> float:
+    """The population standard deviation, of rewards of any size.
+
+    >>> _spread([1e-200, 3e-200])
+    1e-200
+    """
+    # Squares of 1e-200 are 0. Dividing by a power of two rounds nothing.
+    power = math.ldexp(1.0, math.frexp(max(map(abs, rewards)))[1] - 1)
+    return float(np.std(np.array(rewards) / power)) * power
+
+
 def _describe(metrics: Metrics, batch: RolloutBatch, version: int) -> None:
     """Record the metrics of the rollout batch, which need no forward pass."""
     by_group: dict[int, list[float]] = {}
     for group, reward in zip(batch.groups, batch.rewards, strict=True):
         by_group.setdefault(group, []).append(reward)
     for rewards in by_group.values():
-        metrics.mean("train/reward_std", float(np.std(rewards)), 1)
+        metrics.mean("train/reward_std", _spread(rewards), 1)
     count = len(batch.samples)
     metrics.mean("train/reward", math.fsum(batch.rewards), count)
     if samples := flat(batch.samples):
