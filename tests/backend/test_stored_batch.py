@@ -195,3 +195,32 @@ def test_a_none_that_was_chosen_is_read_back(tmp_path: Path):
     back = read_batch(path).record.settings()
     assert back.max_grad_norm is None
     assert record.settings(epsilon=None).objective.epsilon_low == 3e-4  # a change that drops one
+
+
+DUMPED = dev.TrainConfig(algorithm="cispo").model_dump()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"epsilon": "auto", "epsilon_high": None},
+        {"algorithm": "cispo", "epsilon": None},
+        {"old_logprobs": "trainer", "correction": "sequence_product_truncate"}
+        | {"correction_low": None},
+        {"algorithm": "rloo", "scale_rewards": None},
+        DUMPED,
+    ],
+    ids=lambda options: ", ".join(list(options)[:3]),
+)
+def test_an_option_that_was_given_as_none_comes_back_as_none(options: dict):
+    settings = resolve(options=dev.TrainConfig(**options))
+    record = UpdateRecord.of(settings, version=0, context=8, dtype="float32")
+    assert record.settings().as_config() == settings.as_config()
+
+
+def test_another_method_has_its_own_defaults_even_if_all_options_were_given():
+    settings = resolve(options=dev.TrainConfig(**dev.TrainConfig().model_dump()))
+    record = UpdateRecord.of(settings, version=0, context=8, dtype="float32")
+    for name in ("dapo", "dr_grpo", "rloo"):
+        other = resolve(options=dev.TrainConfig(algorithm=name))
+        assert record.settings(algorithm=name).preset == other.preset

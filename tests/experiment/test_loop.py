@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import gspo as art
 from experiment.small_runs import Silent, own_rollout, records, small
+from gspo.core.errors import ConfigError
 from gspo.experiment import loop as experiment
 from gspo.experiment.demo import demo_spec
 from gspo.experiment.heldout import Estimate
@@ -226,3 +227,21 @@ async def test_a_run_that_is_killed_in_an_evaluation_makes_it_again(
     broken = (await run_experiment(small(tmp_path / "broken", eval_every=1), Silent())).run
     assert records(broken) == records(whole)
     assert weights(broken, 3) == weights(whole, 3)
+
+
+async def test_contradicting_options_are_refused_before_anything_is_written(tmp_path: Path):
+    spec = small(
+        tmp_path, train=art.dev.TrainConfig(algorithm="grpo", importance_sampling_level="sequence")
+    )
+    with pytest.raises(ConfigError, match="importance_sampling_level='token', not 'sequence'"):
+        await run_experiment(spec, Silent())
+    assert not spec.folder.exists()
+
+
+def test_a_change_in_a_table_is_told_by_its_option(tmp_path: Path):
+    spec = small(tmp_path)
+    spec.folder.mkdir(parents=True)
+    assert experiment._remember(spec) == []
+    changed = small(tmp_path, train=art.dev.TrainConfig(algorithm="grpo"), prompts=5)
+    told = experiment._remember(changed)
+    assert told == ["prompts: 4 -> 5", "train.algorithm: None -> grpo"]

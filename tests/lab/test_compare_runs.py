@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 from gspo.cli import app
 from gspo.core.errors import ConfigError, RunError
+from gspo.lab import compare_runs
 from gspo.lab.compare import read_compare_spec
 from gspo.lab.compare_cells import make_cells
 from gspo.lab.compare_runs import default_workers, run_comparison
@@ -42,6 +43,17 @@ def write_spec(folder: Path, steps: int = 3, more: str = "") -> Path:
 
 def command(spec: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "gspo.cli", "compare", str(spec), *arguments]
+
+
+def test_workers_leave_this_process_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    worker = compare_runs._Worker(tmp_path / "log")
+    worker._start()
+    worker.stop()
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+    assert "OMP_WAIT_POLICY" not in os.environ
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def compare(spec: Path, *arguments: str) -> Result:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 import pytest
 
 from gspo.core.errors import RunError
+from gspo.lab import pictures
 from gspo.lab.pictures import write_picture
+from lab.test_audit_report import synthetic
 
 FIGURE = go.Figure(go.Scatter(x=[1, 2], y=[3, 4]))
 
@@ -58,3 +62,17 @@ def test_a_png_comes_out_where_kaleido_and_chrome_are(tmp_path: Path):
     if path.suffix == ".html":
         pytest.skip("needs Chrome")
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_noise_far_below_the_clip_range_has_bars_inside_the_band(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    drawn: list[Any] = []
+    monkeypatch.setattr(pictures, "write_picture", lambda figure, path: drawn.append(figure))
+    report = synthetic([8] * 20, 1e-9)
+    pictures.draw_audit(report, np.linspace(-1e-9, 1e-9, 20), tmp_path / "a.html")
+    bars = drawn[0].data[0]
+    assert sum(bars.y) == 20
+    assert min(bars.x) < -3e-4 and max(bars.x) > 4e-4  # the axis holds the whole clip range
+    band = drawn[0].layout.shapes[0]
+    assert (band.x0, band.x1) == pytest.approx((-3e-4, 4e-4), rel=1e-3)

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GptOssConfig,
@@ -111,6 +113,13 @@ ARCHITECTURES = {
         GptOssForCausalLM,
         GptOssConfig,
         {"sliding_window": 6, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
+        "mask",
+    ),
+    # The config names a window, but no layer has it.
+    "gemma2_full": (
+        Gemma2ForCausalLM,
+        Gemma2Config,
+        {"sliding_window": 5, "layer_types": ["full_attention"] * 3},
         "mask",
     ),
 }

@@ -374,3 +374,15 @@ def test_no_update_changes_no_expert_and_it_is_off_by_default():
     _, quiet = trained(batch_of(moe()))
     assert not any(name.startswith(("moe/experts", "moe/tokens")) for name in quiet)
     assert "moe/load_cv" in quiet
+
+
+def test_a_call_that_fails_after_its_last_update_is_no_step(monkeypatch: pytest.MonkeyPatch):
+    def no_room(self: ExpertReplay) -> None:
+        raise MemoryError("no room")
+
+    policy = moe()
+    trainer = Trainer(policy)
+    monkeypatch.setattr(ExpertReplay, "finish", no_room)
+    with pytest.raises(MemoryError):
+        trainer.train(batch_of(policy), resolve(TrainConfig(learning_rate=1e-3)))
+    assert trainer.step == 0

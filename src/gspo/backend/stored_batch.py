@@ -25,7 +25,7 @@ from gspo.config import TrainConfig
 from gspo.core.errors import RunError
 from gspo.core.files import explained, replacing, strict_json
 from gspo.data.turn import sampled_logprobs
-from gspo.train.algorithms import BUILT_IN
+from gspo.train.algorithms import BUILT_IN, find_algorithm
 from gspo.train.observe import Trace
 from gspo.train.settings import Settings, resolve
 from gspo.trajectory import Trajectory, TrajectoryGroup
@@ -83,10 +83,13 @@ class UpdateRecord:
     @classmethod
     def of(cls, settings: Settings, *, version: int, context: int, dtype: str) -> UpdateRecord:
         """The record of one call of `train`."""
-        options = settings.model_dump(mode="json", exclude_unset=True, exclude={"learning_rate"})
-        if settings.algorithm not in BUILT_IN and options.get("algorithm") is not None:
+        options = settings.given.model_dump(mode="json", exclude_unset=True)
+        algorithm = settings.given.algorithm
+        if algorithm is not None and not (isinstance(algorithm, str) and algorithm in BUILT_IN):
             # Stored as its fields: nobody may have registered it in the process that reads it back.
-            options["algorithm"] = asdict(settings.preset)
+            options["algorithm"] = asdict(find_algorithm(algorithm))
+        if settings.lr_warmup_steps is not None:
+            options["lr_warmup_steps"] = settings.lr_warmup_steps
         kl = settings.objective.kl_coef
         return cls(version, context, dtype, settings.learning_rate, kl, options)
 

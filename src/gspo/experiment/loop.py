@@ -16,6 +16,7 @@ from gspo.experiment.heldout import Estimate, estimate_reward
 from gspo.experiment.rollout import Rollouts
 from gspo.experiment.spec import Spec
 from gspo.policy.load import Policy
+from gspo.train.settings import resolve
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ async def run_experiment(
         attach: is called with the trainer's and the engine's policy before the first step, for
             example by a profiler.
     """
+    resolve(spec.train_config(), spec.train)  # options that contradict cost no evaluation
     started = time.perf_counter()
     backend = art.LocalBackend(
         spec.path, keep_checkpoints=spec.keep_checkpoints, seed=spec.seed, logger=spec.logger
@@ -134,7 +136,15 @@ def _remember(spec: Spec) -> list[str]:
     write_whole(path, text)
     if not isinstance(old, dict):  # nothing depends on it: the run goes on with the new one
         return [f"{path} was damaged, and is written again"]
-    return [f"{key}: {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
+    before, now = _options(old), _options(new)
+    return [f"{key}: {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
+
+
+def _options(spec: dict[str, Any]) -> dict[str, Any]:
+    """The options of a spec by the names that `--set` takes: those of a table one by one."""
+    tables = {key: value for key, value in spec.items() if isinstance(value, dict)}
+    single = {key: value for key, value in spec.items() if key not in tables}
+    return single | {f"{t}.{key}": v for t, table in tables.items() for key, v in table.items()}
 
 
 async def _evaluate(

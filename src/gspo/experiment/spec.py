@@ -102,7 +102,10 @@ class Spec(Options):
             )
         if not self.model:
             near = suggestion(self.task or "", task_names())
-            raise ValueError(f"give a model: only the built-in tasks have one of their own.{near}")
+            raise ValueError(
+                f"task = {self.task!r} is no built-in task, and only those have a model of their "
+                f"own: give a model.{near}"
+            )
         return self
 
     @property

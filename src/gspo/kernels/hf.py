@@ -49,7 +49,7 @@ def no_mask(device: torch.device) -> torch.Tensor:
 
 
 def causal_mask(config: Any, embeddings: torch.Tensor, allowed: Any) -> Any:
-    """Make transformers' causal mask, without a cache, on pairs of tokens that are `allowed` too."""
+    """Make transformers' causal mask without a cache, of pairs of tokens that are `allowed`."""
     no_cache: dict[str, Any] = {_cache_keyword(create_causal_mask): None}
     return create_causal_mask(
         config=config,

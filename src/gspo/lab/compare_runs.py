@@ -21,6 +21,7 @@ from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from rich.console import Console
 from rich.markup import escape
@@ -163,11 +164,14 @@ class _Worker:
     def _start(self) -> None:
         self.connection, other_end = _SPAWN.Pipe()
         self._process = _SPAWN.Process(target=_run_cells, args=(other_end, self._log))
-        os.environ.update(_ONE_THREAD)  # read when torch is loaded, so never again by this process
         # Ctrl-C on the terminal is for this process only, which ends the others.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        self._process.start()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        try:
+            # Only for the worker: a model that this process loads later may use all cores.
+            with mock.patch.dict(os.environ, _ONE_THREAD):
+                self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         other_end.close()  # so that the end of the process is the end of the pipe
 
 

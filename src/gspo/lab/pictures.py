@@ -50,7 +50,7 @@ def write_picture(figure: go.Figure, path: Path) -> Path:
                 figure.write_image(building, format=path.suffix[1:] or "png", scale=1.5)
             return path
         except (ValueError, RuntimeError) as error:  # plotly says what is missing in many lines
-            why = str(error).strip().splitlines()[0]
+            why = str(error).strip().splitlines()[0].rstrip(",")
             log.warning("%s is written as HTML, an image needs kaleido and Chrome: %s", path, why)
             path = path.with_suffix(".html")
     write_whole(path, figure.to_html(config={"displayModeBar": False}))
@@ -104,7 +104,8 @@ def _add_histogram(figure: go.Figure, report: AuditReport, log_ratios: np.ndarra
     left, right = min(left, max(low, -1.0)), max(right, high)
     margin = 0.1 * (right - left)
     inside = np.clip(log_ratios, left - margin, right + margin)
-    counts, edges = np.histogram(inside, bins=60)
+    # Over the whole axis, so that noise far below the clip range still has bars to be seen.
+    counts, edges = np.histogram(inside, bins=60, range=(left - margin, right + margin))
     place: dict[str, Any] = {"row": 1, "col": 1}
     figure.add_bar(x=edges[:-1], y=counts, offset=0, name="sequences", **place)
     band = {"fillcolor": "green", "opacity": 0.25, "line_width": 0}

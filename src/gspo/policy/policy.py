@@ -171,7 +171,10 @@ class Policy:
             near_enough = positions[query] < positions[key] + window
             return (query < until[key]) & near_enough
 
-        if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        types = getattr(config, "layer_types", None)
+        if types is not None and "sliding_attention" not in types:
+            window = None  # the config names one, but no layer has it
+        if types is not None and window is not None:
             return {
                 "full_attention": hf.causal_mask(config, embeddings, seen),
                 "sliding_attention": hf.causal_mask(config, embeddings, near),

@@ -123,8 +123,9 @@ class Running:
         uniform, barred = self._random.draw(), self._barred()
         tokens, logprobs = sample(logits, state["temperature"], state["top_p"], uniform, barred)
         count = state["count"]
+        longest = int(count.max())  # a device is asked once
         for name, new in (("tokens", tokens.to(torch.int32)), ("logprobs", logprobs)):
-            if int(count.max()) == state[name].shape[1]:
+            if longest == state[name].shape[1]:
                 state[name] = functional.pad(state[name], (0, max(32, state[name].shape[1])))
             state[name].scatter_(1, count[:, None], new[:, None])
         count += 1

@@ -31,11 +31,13 @@ class Settings(dev.TrainConfig):
         minibatches: a number.
         preset: the method, with the clip range, KL weight and advantage that apply.
         learning_rate: the peak; None until `with_defaults` fills it in for the model.
+        given: the options as the user gave them, which a stored batch keeps.
     """
 
     minibatches: int  # pyright: ignore[reportGeneralTypeIssues, reportIncompatibleVariableOverride]
     preset: Preset
     learning_rate: float | None
+    given: dev.TrainConfig
 
     @property
     def objective(self) -> Objective:
@@ -65,7 +67,7 @@ class Settings(dev.TrainConfig):
         >>> resolve().as_config()["epsilon_high"]
         0.0004
         """
-        return self.model_dump(mode="json", exclude={"preset"})
+        return self.model_dump(mode="json", exclude={"preset", "given"})
 
 
 def resolve(config: TrainConfig | None = None, options: dev.TrainConfig | None = None) -> Settings:
@@ -115,11 +117,11 @@ def resolve(config: TrainConfig | None = None, options: dev.TrainConfig | None =
         "correction_high": correction and correction.high,
         "minibatches": given.minibatches or preset.minibatches,
     }
-    # Checked already, each by its own class; the copy remembers which options the user gave.
+    # Without a second check: each value was checked by its own class.
     return Settings.model_construct(
-        given.model_fields_set,
         **(dict(given) | applies),
         preset=replace(preset, objective=objective, advantage=advantage),
+        given=given,
         learning_rate=config.learning_rate,
     )
 

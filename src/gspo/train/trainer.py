@@ -113,7 +113,6 @@ class Trainer:
                 rate = self._rate(call, k)
                 norm = self.optimizer.step(rate, call.settings)  # clips to max_grad_norm, AdamW
                 call.watch.updated(norm, rate)
-        self.step += 1
         return self._end(batch, call)
 
     def gradient(self, minibatch: Sequence[TrajectorySamples], call: Call) -> bool:
@@ -178,14 +177,17 @@ class Trainer:
 
     def reference(self, microbatch: Microbatch) -> Float[Tensor, " M"]:
         """Log-probs of the frozen base model: LoRA's model without adapters, else a copy."""
-        if self.policy.peft is None and self._frozen is None:
-            assert self._load_reference is not None
-            self._frozen = self._load_reference()
+        self._load_frozen()
         with torch.no_grad():
             if self._frozen is not None:
                 return self._frozen.logprobs(microbatch).logprobs
             with self.policy.reference():
                 return self.policy.logprobs(microbatch).logprobs
+
+    def _load_frozen(self) -> None:
+        if self.policy.peft is None and self._frozen is None:
+            assert self._load_reference is not None
+            self._frozen = self._load_reference()
 
     def _begin(self, batch: RolloutBatch, settings: Settings) -> Call:
         """Fix what stays the same over all updates: settings, minibatches, experts and pi_old."""
@@ -195,6 +197,8 @@ class Trainer:
         objective = settings.objective
         if settings.epsilon == "auto":
             objective = self.epsilon.apply(objective)
+        if objective.kl_coef > 0:
+            self._load_frozen()
         self.policy.lm.eval()  # train mode is dropout and noise under any name: never wanted
         if not settings.preset.counts_flat:
             batch = batch.with_signal()
@@ -237,7 +241,8 @@ class Trainer:
 
     def _end(self, batch: RolloutBatch, call: Call) -> TrainOutput:
         """What the call did; the clip range learns from it."""
-        call.experts.finish()
+        call.experts.finish()  # a forward pass, which may fail: only after it the step is made
+        self.step += 1
         self.epsilon.learn(call.objective, call.settings, call.watch, self.step)
         call.watch.done(call.objective)
         return TrainOutput(

@@ -29,7 +29,7 @@ def test_charts_hold_the_runs_numbers(tmp_path: Path):
     charts = charts_of(read_runs([run_folder(tmp_path)]))
     rewards = charts[REWARD]["train/reward"]
     assert (list(rewards.x), list(rewards.y)) == ([1, 2, 3, 4], [0.1, 0.2, 0.3, 0.4])
-    heldout = charts[REWARD]["train/reward, held-out, 95 % interval"]
+    heldout = charts[REWARD]["val/reward, held-out, 95 % interval"]
     assert (list(heldout.x), list(heldout.y)) == ([0, 4], [0.25, 0.75])
     assert list(heldout.error_y.array) == pytest.approx([0.05, 0.05])
     assert list(charts[SECONDS]["time/train"].y) == [0.5] * 4

@@ -112,7 +112,7 @@ def _add_heldout(figure: go.Figure, run: RunData, label: str, color: str) -> Non
     error = {"type": "data", "array": above, "arrayminus": below}
     steps, rewards = [step for step, *_ in heldout], [mean for _, mean, *_ in heldout]
     look: dict[str, Any] = {"mode": "markers", "marker_size": 9, "marker_color": color}
-    name = f"{label}, held-out, 95 % interval"
+    name = f"{label.replace('train/reward', 'val/reward')}, held-out, 95 % interval"
     figure.add_scatter(x=steps, y=rewards, error_y=error, name=name, **look)
 
 
