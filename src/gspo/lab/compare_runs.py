@@ -40,7 +40,6 @@ from gspo.lab.compare_result import measured, write_comparison
 from gspo.policy.embedded import PREFIX, embedded_folder
 
 _SPAWN = multiprocessing.get_context("spawn")
-_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def default_workers(cells: Sequence[Cell]) -> int:
@@ -106,9 +105,8 @@ def _run_all(pending: Sequence[Cell], crew: Sequence[_Worker], write: Callable[[
                 if worker.cell.status != "running":
                     idle.append(busy.pop(connection))
                     progress.advance(whole)
-                    number = len(pending) - len(waiting) - len(busy)
-                    line = f"{number}/{len(pending)}  {worker.outcome()}"
-                    console.print(line, markup=False, soft_wrap=True)
+                    done = f"{len(pending) - len(waiting) - len(busy)}/{len(pending)}"
+                    console.print(f"{done}  {worker.outcome()}", markup=False, soft_wrap=True)
                     write()
 
 
@@ -168,7 +166,7 @@ class _Worker:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             # Only for the worker: a model that this process loads later may use all cores.
-            with mock.patch.dict(os.environ, _ONE_THREAD):
+            with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE"):
                 self._process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
