@@ -50,26 +50,27 @@ def brute_force(microbatch: Microbatch, window: int | None) -> np.ndarray:
 
 def by_calls(microbatch: Microbatch, window: int | None) -> np.ndarray:
     """The same from the plan; every key must be seen at most once."""
-    plan = SharedPromptAttention(microbatch).within(window)
+    calls = SharedPromptAttention(microbatch).within(window)
     counts = np.zeros((microbatch.token_count, microbatch.token_count), dtype=int)
-    done: list[np.ndarray] = []
-    at = 0
-    for call in plan.calls:
-        queries = plan.queries[sum(map(len, done)) :][: call.blocks * call.queries].numpy()
-        done.append(queries)
-        keys = plan.keys[at : at + call.blocks * call.keys].view(call.blocks, -1).numpy()
-        at += keys.size
-        mask = torch.ones(call.queries, call.keys, dtype=torch.bool).tril()[None, None]
-        mask = (mask if call.mask is None else call.mask).expand(call.blocks, -1, -1, -1)
-        queries = queries.reshape(call.blocks, -1)
-        for b in range(call.blocks):
-            for i in range(call.queries):
-                place = sum(map(len, done[:-1])) + b * call.queries + i
-                if plan.order[queries[b, i]] == place:
-                    np.add.at(counts[queries[b, i]], keys[b][mask[b, 0, i].numpy()], 1)
-                assert mask[b, 0, i].any()  # padding too: no NaN from a softmax over nothing
-    assert sorted(plan.order.tolist()) == sorted(set(plan.order.tolist()))
-    assert at == len(plan.keys)
+    queried: list[int] = []
+    for call in calls:
+        tails, queries = call.queries.shape
+        context_of = np.zeros(tails, dtype=int)
+        for group in call.groups:
+            contexts = np.arange(len(call.context))[group.contexts]
+            members, real = group.members.numpy(), group.real
+            for row, context in enumerate(contexts):
+                named = members[row] if real is None else members[row][real[row].numpy()]
+                context_of[named] = context
+        keys = torch.cat([call.context[torch.from_numpy(context_of)], call.keys], dim=1).numpy()
+        hidden = call.hidden.expand(tails, -1, -1, -1, -1)[:, 0, :, 0].numpy()
+        for n in range(tails):
+            for i in range(queries):
+                assert not hidden[n, i].all()  # padding too: no NaN from a softmax over nothing
+                if call.padding is None or not call.padding[n, i]:
+                    queried.append(int(call.queries[n, i]))
+                    np.add.at(counts[queried[-1]], keys[n][~hidden[n, i]], 1)
+    assert sorted(queried) == list(range(microbatch.token_count))
     assert counts.max() <= 1
     return counts > 0
 
@@ -84,11 +85,30 @@ def test_every_token_sees_its_own_sample_and_nothing_else(window, share: bool, s
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("system", [0, 3, 40, 100])
-def test_short_tails_of_long_contexts_are_attended_together(window: int | None, system: int):
+def test_whole_tiles_of_a_context_are_multiplied_once(window: int | None, system: int):
     (microbatch,) = pack(samples_of(1, system=system), 10_000, share=True)
     assert (by_calls(microbatch, window) == brute_force(microbatch, window)).all()
-    together = any(block.tails > 1 for block in SharedPromptAttention(microbatch)._blocks(window))
-    assert together == (system >= 40 and (window is None or window >= 17))
+    calls = SharedPromptAttention(microbatch).within(window)
+    shared = any(len(call.context) < len(call.queries) for call in calls if call.groups)
+    assert shared == (system >= 40 and (window is None or window > 17))
+
+
+def test_long_tails_are_cut(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shared_prompt_attention, "QUERIES", 16)
+    (microbatch,) = pack(samples_of(1, system=100), 10_000, share=True)
+    for window in WINDOWS:
+        assert (by_calls(microbatch, window) == brute_force(microbatch, window)).all()
+
+
+def test_weights_that_do_not_fit_are_computed_again(monkeypatch: pytest.MonkeyPatch):
+    (microbatch,) = pack(samples_of(2), 10_000, share=True)
+    policy = model("llama")
+    expected = of_microbatches(policy, [microbatch])
+    monkeypatch.setattr(shared_prompt_attention, "KEPT_BYTES", 0)
+    logprobs, gradient = of_microbatches(policy, [microbatch])
+    assert torch.equal(logprobs, expected[0])
+    for name, value in expected[1].items():
+        assert torch.equal(gradient[name], value)
 
 
 @given(samples=coincidences())
@@ -266,7 +286,7 @@ def test_a_model_that_looks_at_the_row_is_packed_but_does_not_share(caplog):
     inner.register_forward_pre_hook(shift, with_kwargs=True)
     caplog.set_level("INFO", logger="gspo")
     choose_packing(policy)
-    assert policy.packing == "buckets"
+    assert policy.packing == "tiles"
     assert not policy.shares_prompts
     assert "sharing prompts is off by" in caplog.text
     assert caplog.text.count("a prompt is computed once for each of its completions") == 1
@@ -285,10 +305,10 @@ def test_samples_packed_by_mask_share_too(packing: Any, caplog, monkeypatch):
 
 def test_the_plan_is_made_once_for_layers_of_one_window(monkeypatch):
     made: list[int | None] = []
-    original = SharedPromptAttention._calls
+    original = SharedPromptAttention._groups
     monkeypatch.setattr(
         SharedPromptAttention,
-        "_calls",
+        "_groups",
         lambda self, window: made.append(window) or original(self, window),
     )
     policy = model("sliding")
@@ -305,10 +325,7 @@ def test_padding_is_bounded():
         (microbatch,) = pack(samples, 10_000, share=share)
         plan = SharedPromptAttention(microbatch)
         for group in plan._groups(None):
-            for block in group:
-                room = max(
-                    shared_prompt_attention.WASTE * block.width,
-                    block.width + shared_prompt_attention.SLACK,
-                )
-                assert block.width <= group[0].width <= room
-        assert plan.padded == len(plan.within(None).queries) >= microbatch.token_count
+            for tail in group:
+                waste, slack = shared_prompt_attention.WASTE, shared_prompt_attention.SLACK
+                assert tail.width <= group[0].width <= max(waste * tail.width, tail.width + slack)
+        assert plan.padded >= microbatch.token_count

@@ -103,6 +103,13 @@ class Routers:
             yield choices
         choices.check(self._model, strict or replay is not None)
 
+    def ignore_last(self, tokens: int) -> None:
+        """In the forward pass that follows, the last tokens are padding: each router chooses for
+        them, and nothing is recorded."""
+        choices = self._watched.get(threading.get_ident())
+        if choices is not None:
+            choices.padding = tokens
+
     def recompute(self) -> tuple[Any, Any]:
         """`context_fn` of torch's checkpoint: a recomputed layer takes its earlier choices.
 
@@ -154,6 +161,7 @@ class ExpertChoices(TorchFunctionMode):
         balance: sum over layers and tokens of the weighted router probabilities, with gradient;
             0 without weights. A token counts as often as there are `copies` of it.
         complete: the choice of every router could be seen. Known when the block has ended.
+        padding: tokens at the end of a call that are not recorded.
     """
 
     def __init__(
@@ -177,6 +185,7 @@ class ExpertChoices(TorchFunctionMode):
         self._unseen: tuple[int, int] | None = None
         self._records = True
         self._layer = self._columns = self._calls = 0  # of the router that runs
+        self.padding = 0
         if replay is not None and replay.numel():
             most = int(replay.max())
             if replay.shape[1] != layers or most >= experts:
@@ -215,6 +224,12 @@ class ExpertChoices(TorchFunctionMode):
 
     def _choose(self, preferred: Int[Tensor, "n K"]) -> Int[Tensor, "n K"]:
         """Return the experts that the router must use, given those that it prefers."""
+        if self.padding:
+            real = len(preferred) - self.padding
+            padding, self.padding = self.padding, 0
+            used = torch.cat([self._choose(preferred[:real]), preferred[real:]])
+            self.padding = padding
+            return used
         layer, start = self._layer, self._routed[self._layer]
         self._routed[layer] += len(preferred)
         used = preferred
@@ -235,7 +250,7 @@ class ExpertChoices(TorchFunctionMode):
 
     def note(self, logits: Float[Tensor, "n E"]) -> None:
         """Note that a router has run, with these logits."""
-        layer = self._layer
+        layer, logits = self._layer, logits[: len(logits) - self.padding]
         if self._calls != 1:
             self._unseen = self._unseen or (layer, self._calls)
             return

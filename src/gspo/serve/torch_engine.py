@@ -24,7 +24,7 @@ from gspo.kernels.kv_cache import (
     ModelCache,
     SharedPrompts,
     kv_bytes,
-    padded,
+    places,
     prefill,
 )
 from gspo.kernels.logprob import full_logits
@@ -204,20 +204,16 @@ class TorchEngine:
         """Compute each distinct prompt once; returns keys, and logits of the first tokens."""
         prompts: dict[tuple[int, ...], int] = {}
         owner = [prompts.setdefault(completion.request.prompt, len(prompts)) for completion in new]
-        tokens, real = padded(list(prompts))
-        longest = max(completion.limit for completion in new)
-        ends = [(prompt + 1) * tokens.shape[1] for prompt in owner]  # padded on the left
-        lengths = (len(completion.request.prompt) for completion in new)
-        places = (slice(end - length, end) for end, length in zip(ends, lengths, strict=True))
-        with record_expert_choices(self.policy, new, places):
+        where = places(list(prompts), self.layout)
+        with record_expert_choices(self.policy, new, (where[prompt] for prompt in owner)):
             kv, hidden = prefill(
                 self.policy.backbone,
-                tokens,
-                real,
+                list(prompts),
                 np.array(owner),
-                longest,
+                max(completion.limit for completion in new),
                 layout=self.layout,
                 device=self.policy.device,
+                multiple=self.policy.multiple,
             )
         logits = full_logits(hidden, self.policy.head)
         return kv, logits[torch.tensor(owner, device=logits.device)]

@@ -146,7 +146,7 @@ class Observer:
 
     def _record_packing(self, microbatch: Microbatch) -> None:
         size, samples = microbatch.token_count, microbatch.sample_tokens
-        buckets = self._policy.packing == "buckets"
+        buckets = self._policy.packing == "tiles"
         padded = SharedPromptAttention(microbatch).padded if buckets else size
         self.metrics.mean("tokens/packed_efficiency", size, padded)
         self.metrics.add("tokens/computed", size)
@@ -215,6 +215,27 @@ def _check_finite(step: Sequence[Scored]) -> None:
         f"the loss is {bad[0].out.loss.item()}"
         f"{text.format(min(named), len(named)) if named else ''}. "
         "Look for a temperature, a log-prob or a weight that is not finite"
+    )
+
+
+def check_exact(logprobs: Tensor, microbatch: Microbatch) -> None:
+    """Refuse log-probs that are not the engine's to the bit, on the weights that it sampled with.
+
+    Raises:
+        NumericsError: how many tokens differ, by how much, and of which trajectory.
+    """
+    sampled = microbatch.sampling_logprobs
+    logprobs = logprobs.detach().cpu()
+    if torch.equal(logprobs, sampled):
+        return
+    different = logprobs != sampled
+    first = int(microbatch.sequence_ids[different][0])
+    raise NumericsError(
+        f"{int(different.sum())} of {len(sampled)} log-probs differ from the engine's, by up to "
+        f"{(logprobs - sampled).abs().max():.3g} nats, on the weights that sampled them (first in "
+        f"trajectory {microbatch.trajectory_ids[first]}). In exact mode they are equal to the bit: "
+        "were the log-probs or tokens changed, or sampled by another engine? `gspo audit MODEL "
+        "--exact` shows the parts; InternalModelConfig(exact=False) trains without this check"
     )
 
 
