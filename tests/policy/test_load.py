@@ -30,8 +30,8 @@ def test_unknown_models_name_the_remedy(name: str, message: str):
 
 
 def test_a_folder_without_config_is_refused(tmp_path: Path):
-    with pytest.raises(ModelError, match=r"no config\.json"):
-        resolve(str(tmp_path))
+    with pytest.raises(ModelError, match=r"cannot load base_model.*config\.json"):
+        load_policy(str(tmp_path))
 
 
 def test_a_folder_with_a_broken_config_is_refused(tmp_path: Path):
