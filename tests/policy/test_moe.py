@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from gspo.core.errors import ConfigError, DataError, ModelError, NumericsError
 from gspo.data.packing import Microbatch, pack
 from gspo.dev import LoraConfig
+from gspo.kernels.hf import find_routers
 from gspo.policy import load
 from gspo.policy.load import Policy, recompute_layers
 from gspo.policy.moe import ExpertChoices
@@ -186,7 +187,7 @@ def test_the_router_computes_in_float32_under_autocast(name: str):
     policy = moe(name)
     policy.compute_dtype = torch.bfloat16
     logits = []
-    for router, at in zip(policy.routers.modules, policy.routers._logits_index, strict=True):
+    for router, at in find_routers(policy.lm):
         router.register_forward_hook(lambda _m, _a, out, at=at: logits.append(out[at]))
     microbatch = packed(policy)
     scored = policy.logprobs(microbatch).logprobs

@@ -20,7 +20,7 @@ import copy
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -44,17 +44,15 @@ class Routers:
     """
 
     def __init__(self, lm: PreTrainedModel, source: str):
-        named = find_routers(lm)
-        self.modules = [router for router, _ in named]
-        self._model = f"{type(lm).__name__} ({source})"
+        routers = find_routers(lm)
+        self.modules = [router for router, _ in routers]
+        self.model = f"{type(lm).__name__} ({source})"
         self._configured = _count(lm.config.get_text_config())
         self.experts = (_count(self.modules[0]) or self._configured) if self.modules else 0
         # By thread, since microbatches are computed side by side.
         self._watched: dict[int, ExpertChoices | None] = {}
-        self._logits_index = [index for _, index in named]
-        self._forwards = [router.forward for router in self.modules]
-        for layer, router in enumerate(self.modules):
-            router.forward = functools.partial(self._run, layer)
+        for layer, (router, index) in enumerate(routers):
+            router.forward = functools.partial(self._run, layer, index, router.forward)
 
     def require(self, what: str) -> None:
         """Refuse `what` if the model has no routers that can be watched.
@@ -67,11 +65,11 @@ class Routers:
             return
         if self._configured > 1:
             raise ModelError(
-                f"{what}: {self._model} has {self._configured} experts, but "
-                "transformers names no router module of it (_can_record_outputs['router_logits'])"
+                f"{what}: {self.model} has {self._configured} experts, but transformers names no "
+                "router module of it (_can_record_outputs['router_logits'])"
             )
         raise ConfigError(
-            f"{what} asked of a dense model: {self._model} has no experts; leave the option out"
+            f"{what} asked of a dense model: {self.model} has no experts; leave the option out"
         )
 
     @contextmanager
@@ -98,10 +96,10 @@ class Routers:
             DataError: `replay` doesn't fit the model, or was not consumed whole.
             NumericsError: router logits that are not finite.
         """
-        choices = ExpertChoices(len(self.modules), self.experts, replay, balance, copies)
+        choices = ExpertChoices(self, replay, balance, copies)
         with self._watching(choices):
             yield choices
-        choices.check(self._model, strict or replay is not None)
+        choices.check(strict or replay is not None)
 
     def recompute(self) -> tuple[Any, Any]:
         """`context_fn` of torch's checkpoint: a recomputed layer takes its earlier choices.
@@ -121,24 +119,22 @@ class Routers:
         finally:
             self._watched[thread] = before
 
-    def _run(self, layer: int, *args: Any, **kwargs: Any) -> Any:
-        """Run the `forward` of a router, in float32 and watched."""
+    def _run(
+        self, layer: int, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Run the `forward` of a router watched, and in the precision of its weights: digits that
+        bfloat16 doesn't have decide between near-equal experts."""
         router = self.modules[layer]
-        hidden = args[0] if args else next(iter(kwargs.values()))
+        weight = next(router.parameters())
         choices = self._watched.get(threading.get_ident())
-        weight = next(router.parameters(), None)
-        with ExitStack() as stack:
-            if weight is None or weight.dtype == torch.float32:
-                # Digits that bfloat16 doesn't have decide between near-equal experts.
-                stack.enter_context(torch.autocast(hidden.device.type, enabled=False))
-                args = tuple(_lifted(value) for value in args)
-                kwargs = {name: _lifted(value) for name, value in kwargs.items()}
-            if choices is not None:
-                stack.enter_context(choices.of_layer(layer, _count(router) or self.experts))
-            output = self._forwards[layer](*args, **kwargs)
-        if choices is not None:
-            index = self._logits_index[layer]
-            choices.note(output[index] if isinstance(output, tuple) else output)
+        args = tuple(_cast(value, weight.dtype) for value in args)
+        kwargs = {name: _cast(value, weight.dtype) for name, value in kwargs.items()}
+        with torch.autocast(weight.device.type, enabled=False):
+            if choices is None:
+                return forward(*args, **kwargs)
+            with choices.of_layer(layer, _count(router) or self.experts):
+                output = forward(*args, **kwargs)
+        choices.note(output[index] if isinstance(output, tuple) else output)
         return output
 
 
@@ -158,32 +154,32 @@ class ExpertChoices(TorchFunctionMode):
 
     def __init__(
         self,
-        layers: int,
-        experts: int,
+        routers: Routers,
         replay: Integer[Tensor, "T N K"] | None,
         weights: Float[Tensor, "N E"] | None,
         copies: Int[Tensor, " T"] | None,
     ):
         super().__init__()
+        layers, experts = len(routers.modules), routers.experts
         self.balance: Tensor | float = 0.0
         self.complete = layers > 0
-        self._experts = experts
+        self._model, self._experts = routers.model, experts
         # One byte up to 256 experts: the choices of a rollout batch can be gigabytes.
         self._dtype = torch.uint8 if experts <= 256 else torch.int16
         self._replay, self._weights, self._copies = replay, weights, copies
         self._routed = [0] * layers  # tokens of each layer so far
-        self._chosen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(layers)]
+        self._preferred: list[list[Tensor]] = [[] for _ in range(layers)]
+        self._used: list[list[Tensor]] = [[] for _ in range(layers)]
         self._finite: list[tuple[int, Tensor]] = []
         self._unseen: tuple[int, int] | None = None
         self._records = True
         self._layer = self._columns = self._calls = 0  # of the router that runs
-        if replay is not None and replay.numel():
-            most = int(replay.max())
-            if replay.shape[1] != layers or most >= experts:
-                raise DataError(
-                    f"expert choices of {replay.shape[1]} layers, up to expert {most}; the model "
-                    f"has {layers} MoE layers of {experts} experts"
-                )
+        most = int(replay.max()) if replay is not None and replay.numel() else -1
+        if replay is not None and (replay.shape[1] != layers or most >= experts):
+            raise DataError(
+                f"expert choices of {replay.shape[1]} layers, up to expert {most}; the model "
+                f"has {layers} MoE layers of {experts} experts"
+            )
 
     def rewound(self) -> ExpertChoices:
         """Copy this for a layer that is recomputed: same replay from here on, nothing recorded."""
@@ -198,9 +194,7 @@ class ExpertChoices(TorchFunctionMode):
         self._layer, self._columns, self._calls = layer, columns, 0
         return self
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func not in (torch.topk, Tensor.topk):
             return out
@@ -228,9 +222,8 @@ class ExpertChoices(TorchFunctionMode):
             wanted = wanted.to(preferred.device, torch.long)
             used = torch.where((wanted < 0).any(-1, keepdim=True), preferred, wanted)
         if self._records:
-            small = preferred.detach().to(self._dtype)
-            replayed = small if self._replay is None else used.to(self._dtype)
-            self._chosen[layer].append((small, replayed))
+            self._preferred[layer].append(preferred.to(self._dtype))
+            self._used[layer].append(used.to(self._dtype))
         return used
 
     def note(self, logits: Float[Tensor, "n E"]) -> None:
@@ -249,7 +242,7 @@ class ExpertChoices(TorchFunctionMode):
             weights = self._weights[layer].to(logits.device)
             self.balance = self.balance + copies @ probabilities @ weights
 
-    def check(self, model: str, strict: bool) -> None:
+    def check(self, strict: bool) -> None:
         """Refuse, after the forward pass, what was left over or could not be seen.
 
         Raises:
@@ -258,32 +251,32 @@ class ExpertChoices(TorchFunctionMode):
         expected = max(self._routed, default=0) if self._replay is None else len(self._replay)
         whole = all(tokens == expected for tokens in self._routed)
         self.complete &= self._unseen is None and whole
-        if self._unseen is not None and strict:
+        if strict and self._unseen is not None:
             layer, calls = self._unseen
             raise ModelError(
-                f"{model}: the router of MoE layer {layer} makes {calls} top-k choices of its "
-                "experts in its forward; they are recorded and replayed if it is 1"
+                f"{self._model}: the router of MoE layer {layer} makes {calls} top-k choices of "
+                "its experts in its forward; they are recorded and replayed if it is 1"
             )
         # One read from the device, not one per layer.
-        if self._finite and not bool(torch.stack([finite for _, finite in self._finite]).all()):
-            bad = next(layer for layer, finite in self._finite if not finite)
+        finite = torch.stack([f for _, f in self._finite]).tolist() if self._finite else []
+        if not all(finite):
+            layer, _ = self._finite[finite.index(False)]
             raise NumericsError(
-                f"{model}: the router logits of MoE layer {bad} are NaN or infinite: "
-                "the weights, or what flows into the router, are broken"
+                f"{self._model}: the router logits of MoE layer {layer} are NaN or infinite"
             )
         if strict and not whole:
             raise DataError(
-                f"{model}: its MoE layers routed {self._routed} tokens, but each was to route "
-                f"{expected}; a replay must be consumed whole"
+                f"{self._model}: its MoE layers routed {self._routed} tokens, but each was to "
+                f"route {expected}; a replay must be consumed whole"
             )
 
     def preferred(self) -> Integer[Tensor, "T N K"]:
         """Return the experts that the routers preferred: uint8 up to 256 experts, int16 above."""
-        return torch.stack([torch.cat([first for first, _ in calls]) for calls in self._chosen], 1)
+        return torch.stack([torch.cat(calls) for calls in self._preferred], 1)
 
     def used(self) -> Integer[Tensor, "T N K"]:
         """Return the experts that computed, replayed or preferred; same type."""
-        return torch.stack([torch.cat([used for _, used in calls]) for calls in self._chosen], 1)
+        return torch.stack([torch.cat(calls) for calls in self._used], 1)
 
     def loads(self) -> Int[Tensor, "N E"]:
         """Count the tokens that each expert of each layer computed, each as often as its copies."""
@@ -301,6 +294,6 @@ def _count(named: Any) -> int:
     return next((value for value in values if isinstance(value, int)), 0)
 
 
-def _lifted(value: Any) -> Any:
-    half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
-    return value.float() if half else value
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    floats = isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(dtype) if floats else value
