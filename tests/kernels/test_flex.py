@@ -130,7 +130,7 @@ def test_where_it_has_no_backward_pass_it_is_not_used(
 ):
     monkeypatch.setattr(probe, "_ways", lambda policy: ("flex", "buckets"))
     assert model("llama").packing == "buckets"
-    assert "(flex: FlexAttention does not support backward" in caplog.text
+    assert "(flex: NotImplementedError: FlexAttention does not support backward" in caplog.text
 
 
 def test_microbatches_of_any_length_and_window_are_compiled_twice(monkeypatch: pytest.MonkeyPatch):

@@ -51,23 +51,17 @@ def settle_context(lm: PreTrainedModel, name: str, wanted: int | None) -> int:
     if not _far_tokens_change_near_ones(lm, wanted or longest):
         return wanted or longest
     threshold = min(_numbers(config, "original_max_position_embeddings"), default=longest)
-    if wanted is not None:
-        keep_long_rope(lm)
-        context, note = wanted, f"the RoPE frequencies of texts above {threshold} tokens, always"
+    if wanted is None:
+        log.info("%s: context limited to %d tokens, where its RoPE changes", name, threshold)
     else:
-        context = threshold
-        note = (
-            f"context limited to {threshold} tokens, at which its RoPE frequencies change; "
-            "max_context=N above that uses the long frequencies for all texts"
-        )
-    if _far_tokens_change_near_ones(lm, context):
+        keep_long_rope(lm)
+    if _far_tokens_change_near_ones(lm, wanted or threshold):
         remedy = "not supported" if wanted is None else f"give max_context={threshold} or less"
         raise ModelError(
             f"{name!r} computes a short text differently when a long one is in the same call, so "
             f"its log-probs depend on the batch: {remedy}"
         )
-    log.info("%s: %s", name, note)
-    return context
+    return wanted or threshold
 
 
 def probe_length(lm: PreTrainedModel, context: int) -> int:
@@ -89,11 +83,11 @@ def chunk_in(lm: PreTrainedModel, context: int) -> int | None:
 @torch.no_grad()
 def _far_tokens_change_near_ones(lm: PreTrainedModel, limit: int) -> bool:
     """Whether a short text is computed differently beside one that ends at position `limit`."""
-    last = min(limit, _FARTHEST) - 1
-    if last < 2 * _SHORT:
+    start = min(limit, _FARTHEST) - _SHORT
+    if start <= _SHORT:
         return False
     near = torch.arange(_SHORT, device=lm.device)[None]
-    positions = torch.cat([near, near + last + 1 - _SHORT])
+    positions = torch.cat([near, near + start])
     run = backbone(lm).eval()
     try:
         single, beside = (

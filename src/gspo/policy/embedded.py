@@ -16,8 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from gspo.core.errors import ModelError, suggestion
 from gspo.kernels.hf import quiet
@@ -41,7 +47,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "climb": {"steps": 400, "batch": 16, "learning_rate": 4e-3},
 }
 """How each warm start is trained: so short that there is something left to learn."""
-_SEED = 0
 
 
 def cache_folder() -> Path:
@@ -75,7 +80,7 @@ def embedded_folder(name: str) -> Path:
     """
     task_name = embedded_task(name)
     recipe = RECIPES[task_name]
-    key = json.dumps([recipe | {"seed": _SEED}, _CONFIG, CHAT_TEMPLATE], sort_keys=True)
+    key = json.dumps([recipe | {"seed": 0}, _CONFIG, CHAT_TEMPLATE], sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:8]
     folder = cache_folder() / "embedded" / f"{task_name}-{digest}"
     if (folder / "config.json").exists():
@@ -93,10 +98,8 @@ def embedded_folder(name: str) -> Path:
         # One thread, so that the same seed gives the same weights on any machine of this kind.
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        try:
-            warm_start(model, tokenizer, load_task(task_name), **recipe)
-        finally:
-            torch.set_num_threads(threads)
+        warm_start(model, tokenizer, load_task(task_name), recipe)
+        torch.set_num_threads(threads)
         model.generation_config.eos_token_id = tokenizer.eos_token_id
         model.save_pretrained(building)
         tokenizer.save_pretrained(building)
@@ -124,13 +127,13 @@ _CONFIG: dict[str, Any] = {
 }
 
 
-def build_tokenizer() -> transformers.PreTrainedTokenizerBase:
+def build_tokenizer() -> PreTrainedTokenizerBase:
     """Build a tokenizer: a token per printable ASCII character, and the special ones of a chat."""
     vocabulary = {token: i for i, token in enumerate(_VOCABULARY)}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unk|>"))
     raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     raw.decoder = decoders.Fuse()
-    tokenizer = transformers.PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw,
         unk_token="<|unk|>",
         pad_token="<|pad|>",
@@ -141,9 +144,9 @@ def build_tokenizer() -> transformers.PreTrainedTokenizerBase:
     return tokenizer
 
 
-def build_model() -> transformers.Qwen3MoeForCausalLM:
+def build_model() -> Qwen3MoeForCausalLM:
     """Draw the weights of a new model of `_CONFIG`."""
-    config = transformers.Qwen3MoeConfig(
+    config = Qwen3MoeConfig(
         vocab_size=len(_VOCABULARY),
         pad_token_id=SPECIAL.index("<|pad|>"),
         eos_token_id=SPECIAL.index("<|end|>"),
@@ -151,21 +154,16 @@ def build_model() -> transformers.Qwen3MoeForCausalLM:
         **_CONFIG,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_SEED)
-        return transformers.Qwen3MoeForCausalLM(config)
+        torch.manual_seed(0)
+        return Qwen3MoeForCausalLM(config)
 
 
 def warm_start(
-    model: transformers.PreTrainedModel,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    task: Task,
-    *,
-    steps: int,
-    batch: int,
-    learning_rate: float,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, recipe: dict[str, Any]
 ) -> None:
     """Train on the solutions of the train split: each token given those before it."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+    steps, batch, rate = recipe["steps"], recipe["batch"], recipe["learning_rate"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     warmup = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / (steps - warmup))
@@ -181,7 +179,7 @@ def warm_start(
 
 
 def _examples(
-    tokenizer: transformers.PreTrainedTokenizerBase, task: Task, indices: range
+    tokenizer: PreTrainedTokenizerBase, task: Task, indices: range
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Make token ids [B, T] and labels [B, T], -100 outside the solutions; padded on the right."""
     texts, labels = [], []
@@ -191,8 +189,7 @@ def _examples(
         prompt: Any = tokenizer.apply_chat_template(
             task.messages(problem), add_generation_prompt=True, return_dict=False
         )
-        answer = tokenizer(problem.answer, add_special_tokens=False)["input_ids"]
-        answer = [*answer, tokenizer.eos_token_id] if task.ends else answer
+        answer: Any = tokenizer(problem.answer + ("<|end|>" if task.ends else ""))["input_ids"]
         texts.append(torch.tensor(prompt + answer))
         labels.append(torch.tensor([-100] * len(prompt) + answer))
     pad = torch.nn.utils.rnn.pad_sequence

@@ -65,13 +65,11 @@ def choose_packing(policy: Policy) -> None:
             f"itself, one text at a time too ({faults[-1]}): {remedy}"
         )
     if faults:
-        reasons = "; ".join(faults)
-        log.warning("%s: samples are packed by %r (%s)", policy.source, policy.packing, reasons)
+        log.warning("%s is packed by %r (%s)", policy.source, packing, "; ".join(faults))
     fault = "one by one" if packing == "single" else _fault(exact, shared, expected)
     policy.shares_prompts = fault is None
     if fault is not None:
-        text = "%s: a prompt is computed once for each of its completions (shared: %s)"
-        log.warning(text, policy.source, fault)
+        log.warning("%s: prompts are computed per completion (%s)", policy.source, fault)
 
 
 def _ways(policy: Policy) -> tuple[Packing, ...]:
@@ -91,7 +89,7 @@ def _fault(
     try:
         logprobs, leaks = _trained(policy, microbatch)
     except _REFUSALS as error:
-        return str(error)
+        return f"{type(error).__name__}: {error}"
     gap = (logprobs - expected).abs().max().item()
     if not gap <= tolerance:  # also if it is NaN
         return f"off by {gap:.3g} nats"
@@ -123,12 +121,9 @@ def _trained(policy: Policy, microbatch: Microbatch) -> tuple[Tensor, bool]:
         hook.remove()
     outside = torch.ones(microbatch.token_count, dtype=torch.bool)
     outside[microbatch.index.split(microbatch.lengths)[middle]] = False
-    leaks = policy.packing != "single" and any(
-        bool(gradient[0, outside.to(gradient.device)].any())
-        for gradient in gradients
-        if gradient is not None
-    )
-    return logprobs.detach(), leaks
+    outside = outside.to(logprobs.device)
+    beyond = [g[0, outside] for g in gradients if g is not None and policy.packing != "single"]
+    return logprobs.detach(), any(bool(gradient.any()) for gradient in beyond)
 
 
 def _random_samples(policy: Policy) -> list[Sample]:
@@ -139,21 +134,16 @@ def _random_samples(policy: Policy) -> list[Sample]:
     def text(length: int) -> list[int]:
         return rng.integers(0, policy.head.size, length).tolist()
 
-    texts = [(text(length), 1) for length in _UNRELATED]  # tokens, and how many are the prompt
+    texts = [(text(1), text(length - 1)) for length in _UNRELATED]  # prompts and completions
     start = text(_SHARED)
     for length in _PROMPTS:
         prompt = start + text(length - _SHARED)
-        texts += [(prompt + text(more), length) for more in _COMPLETIONS]
+        texts += [(prompt, text(more)) for more in _COMPLETIONS]
     reach = probe_length(policy.lm, policy.context)
     if reach > _SHARED:
-        texts.append((text(reach), reach - _SHARED))
-    return [
-        sample_of(
-            [Turn(tokens[:prompt], tokens[prompt:], [0.0] * (len(tokens) - prompt), _TEMPERATURE)],
-            trajectory_id=number,
-        )
-        for number, (tokens, prompt) in enumerate(texts)
-    ]
+        texts.append((text(reach - _SHARED), text(_SHARED)))
+    turns = [Turn(prompt, new, [0.0] * len(new), _TEMPERATURE) for prompt, new in texts]
+    return [sample_of([turn], trajectory_id=number) for number, turn in enumerate(turns)]
 
 
 @torch.no_grad()
