@@ -2,8 +2,8 @@
 
 Architectures differ in what their attention and heads do. Instead of a list of names, random texts
 are scored both ways; the first way of packing that agrees is used, and prompts are shared if that
-agrees too. One text is longer than the model's sliding window, if that costs little. Last, the pass
-that training makes, with gradients, is compared with the plain one.
+agrees too. One text is longer than the model's sliding window, if that costs little. What is tried
+is the pass that training makes: with gradients, and with recomputed layers if these are asked for.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ def _trained(policy: Policy, microbatch: Microbatch) -> tuple[Tensor, bool]:
 
 
 def _random_samples(policy: Policy) -> list[Sample]:
-    """Some that have nothing in common; two prompts that start alike, with two completions; and one
-    that is longer than the model's window."""
+    """Draw texts that have nothing in common, two prompts that start alike with two completions
+    each, and one text that is longer than the model's window."""
     rng = np.random.default_rng(0)
 
     def text(length: int) -> list[int]:
