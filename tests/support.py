@@ -10,6 +10,7 @@ from openai.types.chat.chat_completion import Choice
 from torch import Tensor
 
 import gspo as art
+from gspo.kernels import hf
 from gspo.policy.load import load_policy
 from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
@@ -44,6 +45,11 @@ def trajectory(reward: float = 0.0, *choices: Choice) -> art.Trajectory:
     """A trajectory of the given turns."""
     items: list[Any] = [{"role": "user", "content": "?"}, *(choices or (choice([4, 5]),))]
     return art.Trajectory(messages_and_choices=items, reward=reward)
+
+
+def recompute_layers(policy: Policy) -> None:
+    """What loading does with `activation_checkpointing`."""
+    hf.recompute_layers(policy.lm, policy.routers.recompute)
 
 
 def random_groups(

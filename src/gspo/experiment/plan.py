@@ -11,7 +11,7 @@ from gspo.core.byname import find_module
 from gspo.core.errors import ConfigError
 from gspo.experiment.spec import Spec
 from gspo.kernels.kv_cache import kv_bytes
-from gspo.policy.embedded import PREFIX, build_model, build_tokenizer, embedded_task
+from gspo.policy.embedded import PREFIX, build_model, embedded_task
 from gspo.policy.source import read_config, read_tokenizer, resolve
 from gspo.tasks import load_task
 from gspo.train.budget import activation_bytes, token_budget
@@ -113,7 +113,7 @@ def _shape(name: str, trust_remote_code: bool) -> tuple[Any, int]:
 
     if name.startswith(PREFIX):
         embedded_task(name)
-        model = build_model(build_tokenizer(), 0)
+        model = build_model()
     else:
         config = read_config(resolve(name), trust_remote_code=trust_remote_code)
         with torch.device("meta"):

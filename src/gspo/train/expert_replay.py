@@ -41,7 +41,7 @@ def check_expert_options(
     for name, value in unset.items():
         if getattr(options, name) != value:
             policy.routers.require(f"{name}={getattr(options, name)!r}")
-    layers = len(policy.routers.modules)
+    layers, experts = len(policy.routers.modules), policy.routers.experts
     for sample in flat(trajectories):
         where = f"group {sample.group_id}, trajectory {sample.trajectory_id}"
         chosen = sample.expert_choices
@@ -53,10 +53,13 @@ def check_expert_options(
                     f"engine for {missing} of its tokens: roll out with "
                     "extra_body={'return_routes': True}, or use 'old_policy'"
                 )
-        elif len(chosen) > len(sample) or (layers and chosen.shape[1] != layers):
+        elif len(chosen) > len(sample) or (
+            layers and (chosen.shape[1] != layers or chosen.max(initial=0) >= experts)
+        ):
             raise DataError(
-                f"{where}: expert choices of shape {list(chosen.shape)} for {len(sample)} tokens "
-                f"and a model of {layers} MoE layers"
+                f"{where}: expert choices of shape {list(chosen.shape)}, up to expert "
+                f"{chosen.max(initial=0)}, for {len(sample)} tokens and a model of {layers} MoE "
+                f"layers of {experts} experts"
             )
 
 
