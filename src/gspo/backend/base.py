@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from openai import AsyncOpenAI
 from pydantic import BaseModel
@@ -22,12 +22,12 @@ from gspo.trajectory import TrajectoryGroup
 class ModelLike(Protocol):
     """What a backend needs to know of a model. `gspo.model` stands above it, and has the class."""
 
+    trainable: ClassVar[bool]
+
     @property
     def name(self) -> str: ...
     @property
     def project(self) -> str: ...
-    @property
-    def trainable(self) -> bool: ...
     @property
     def source(self) -> str | None: ...
     @property

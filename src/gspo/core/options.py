@@ -30,6 +30,8 @@ class Options(BaseModel):
     refused: ClassVar[Mapping[str, str]] = {}
     fixed: ClassVar[Mapping[str, str]] = {}
     """Why an option has only one value; told to whoever gives another."""
+    title: ClassVar[str] = ""
+    """What errors call the options; empty: the name of the class."""
 
     def __init__(self, **data: Any) -> None:
         names = sorted(type(self).model_fields)
@@ -53,7 +55,7 @@ def _refuse_switches(cls: type[Options], data: Mapping[str, Any]) -> None:
 
 
 def _title(cls: type[Options]) -> str:
-    return f"dev.{cls.__name__}" if cls.__module__ == "gspo.dev" else cls.__name__
+    return cls.title or "dev." * (cls.__module__ == "gspo.dev") + cls.__name__
 
 
 def _explain(cls: type[Options], error: ValidationError) -> str:
@@ -68,6 +70,8 @@ def _explain(cls: type[Options], error: ValidationError) -> str:
             near = suggestion(value, re.findall(r"'([^']+)'", message))
         message = cls.fixed.get(option, message)
         line = f"{option} = {value!r}: {message}" if option else message
+        if problem["type"] == "missing":
+            line = f"give {option}=..."
         if near or option not in lines:
             stop = "" if line.endswith("?") else "."  # the check itself has made a suggestion
             lines[option] = f"{_title(cls)}: {line}{stop}{near}"
