@@ -15,8 +15,7 @@ from gspo import dev
 from gspo.config import TrainConfig
 from gspo.core.errors import ConfigError, check_names, shown
 from gspo.core.metrics import is_ours, user_metric
-from gspo.data.check import plain_values
-from gspo.trajectory import TrajectoryGroup
+from gspo.trajectory import TrajectoryGroup, plain_values
 
 
 class ModelLike(Protocol):
