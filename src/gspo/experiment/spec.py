@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterable
 from copy import deepcopy
 from os.path import expanduser
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from gspo import dev
 from gspo.backend.trackers import TrackerName
@@ -26,6 +26,8 @@ class Spec(Options):
     >>> Spec(task="sort").model
     'embedded:sort'
     """
+
+    title: ClassVar[str] = "the run"
 
     name: str = "run"
     """Names the run folder `<path>/<project>/<name>`."""
@@ -73,7 +75,9 @@ class Spec(Options):
 
     @field_validator("name", "project", "path")
     @classmethod
-    def _names_a_folder(cls, value: str) -> str:
+    def _names_a_folder(cls, value: str, info: ValidationInfo) -> str:
+        if info.field_name != "path" and (value in (".", "..") or set(value) & set("/\\")):
+            raise ValueError("it names one folder: leave dots, '/' and '\\' out")
         return folder_name(value)
 
     @model_validator(mode="before")
@@ -118,20 +122,18 @@ class Spec(Options):
         return TrainConfig(learning_rate=self.learning_rate)
 
 
+TABLES = {"train": dev.TrainConfig, "load": dev.InternalModelConfig}
+"""The tables of a run's file."""
+
+
 def folder_name(text: str) -> str:
     """A name or path of a folder, with `~` as the home folder.
 
     Raises:
         ValueError: nothing, a NUL, or half a character (a lone surrogate): no file name has these.
     """
-    if not text:
-        raise ValueError("give a name: this one is empty")
-    if "\0" in text:
-        raise ValueError("it holds a NUL, which no file name does: remove it")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the character at {error.start} is half of one: remove it") from None
+    if not text or "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError("no file name is empty, or has a NUL or half a character")
     return expanduser(text)
 
 
@@ -154,9 +156,9 @@ def named_beside(run: dict[str, Any], folder: Path) -> dict[str, Any]:
     A comparison's keys may be dotted, or say `algorithm` for `train.algorithm`.
     """
     named = dict(run)
-    for key in _NAMES:
-        if isinstance(run.get(key), str):
-            named[key] = beside(run[key], folder)
+    for key, value in run.items():
+        if key in _NAMES and isinstance(value, str):
+            named[key] = beside(value, folder)
     if isinstance(run.get("train"), dict):
         named["train"] = named_beside(run["train"], folder)
     return named
@@ -188,13 +190,17 @@ def override(
     """
     data = deepcopy(data)
     for item in overrides:
-        key, equals, text = item.partition("=")
+        key, equals, text = map(str.strip, item.partition("="))
         if not equals:
             raise ConfigError(f"--set {item!r}: write key=value")
-        *tables, last = parts = key.strip().split(".")
-        if parts[0] not in keys:
-            near = suggestion(parts[0], keys)
-            raise ConfigError(f"--set {item!r}: unknown key {key.strip()!r}.{near}")
+        *tables, last = parts = key.split(".")
+        homes = [last] if last in Spec.model_fields else []
+        homes += [f"{name}.{last}" for name in TABLES if last in TABLES[name].model_fields]
+        misplaced = len(parts) == 2 and tables[0] in TABLES and homes and key not in homes
+        if parts[0] not in keys or misplaced:
+            near = [home for home in homes if home.partition(".")[0] in keys]
+            told = f" Did you mean {near[0]!r}?" if near else suggestion(parts[0], keys)
+            raise ConfigError(f"--set {item!r}: unknown key {key!r}.{told}")
         place = data
         for table in tables:
             if not isinstance(place.setdefault(table, {}), dict):
@@ -203,13 +209,8 @@ def override(
                     f"so it has no {last!r}"
                 )
             place = place[table]
-        place[last] = _value(text.strip())
+        try:
+            place[last] = tomllib.loads(f"value = {text}")["value"]
+        except (tomllib.TOMLDecodeError, RecursionError):  # no TOML: it is the text itself
+            place[last] = text
     return data
-
-
-def _value(text: str) -> Any:
-    """The text as a TOML value; if it is none, the text itself."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
-        return text
