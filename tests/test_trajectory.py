@@ -60,7 +60,9 @@ async def test_a_rollout_must_return_a_trajectory():
     async def rollout():
         return 3
 
-    with pytest.raises(DataError, match=r"the rollout '.*rollout' returned int"):
+    with pytest.raises(
+        DataError, match=r"the rollout '.*rollout' returned 3 .*must return a Trajectory"
+    ):
         await art.TrajectoryGroup([rollout()])  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 

@@ -33,20 +33,16 @@ def plain_number(value: Any) -> int | float | bool | None:
     >>> plain_number(True), plain_number("1"), plain_number(10**400)
     (True, None, None)
     """
-    if hasattr(value, "shape") and hasattr(value, "item"):  # of numpy or torch
-        try:
-            value = value.item()
-        except Exception:  # of several elements, or without data
-            return None
-    if isinstance(value, bool):
-        return value
-    if not isinstance(value, numbers.Real):
-        return None
     try:
-        wide = float(value)
-    except OverflowError:
+        scalar = value.item() if hasattr(value, "shape") and hasattr(value, "item") else value
+        if not isinstance(scalar, numbers.Real):
+            return None
+        wide = float(scalar)
+    except Exception:  # a tensor of several elements, or without data; a number beyond a float
         return None
-    return int(value) if isinstance(value, int) else wide
+    if isinstance(scalar, bool):
+        return scalar
+    return int(scalar) if isinstance(scalar, int) else wide
 
 
 def plain_values(values: Any, where: str, *, texts: bool = False) -> dict[str, Any]:
@@ -251,7 +247,7 @@ async def settled(rollout: Awaitable[Trajectory]) -> Trajectory | BaseException:
         gather.failed(error)
         return error
     if not isinstance(trajectory, Trajectory):
-        raise DataError(f"{name} returned {type(trajectory).__name__}; it must return a Trajectory")
+        raise DataError(f"{name} returned {shown(trajectory)}; it must return a Trajectory")
     reward = plain_number(trajectory.reward)
     if reward is None:
         raise DataError(

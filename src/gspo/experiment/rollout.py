@@ -14,6 +14,7 @@ from gspo.core.byname import load_object
 from gspo.core.choices import as_choice
 from gspo.core.draws import drawing_for, seed_of
 from gspo.core.errors import ConfigError, DataError
+from gspo.core.progress import all_or_cancel
 from gspo.experiment.spec import Spec
 from gspo.experiment.user_error import users_errors
 from gspo.gather import gather_trajectory_groups
@@ -21,7 +22,7 @@ from gspo.model import TrainableModel
 from gspo.tasks import Problem, Split, load_task
 from gspo.train.minibatches import shaped_reward
 from gspo.train.settings import resolve
-from gspo.trajectory import Trajectory, TrajectoryGroup
+from gspo.trajectory import Trajectory, TrajectoryGroup, settled
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,15 @@ class Rollouts:
             if self.rollout is None:
                 return await self._answers(scenario, size, seed_of(seed, step, split, index))
         with drawing_for(split, index):  # the backend adds its seed and its step
-            return await TrajectoryGroup(
-                self._rolled(self.rollout, scenario, step) for _ in range(size)
-            )
+            rollouts = [self._rolled(self.rollout, scenario, step) for _ in range(size)]
+            return TrajectoryGroup(await all_or_cancel(rollouts))
 
-    async def _rolled(self, rollout: Rollout, scenario: Scenario, step: int) -> Trajectory:
+    async def _rolled(
+        self, rollout: Rollout, scenario: Scenario, step: int
+    ) -> Trajectory | BaseException:
         """Run the user's function once, in a task of its own."""
         with users_errors(scenario.split, scenario.index, step):
-            return await rollout(self.model, scenario)
+            return await settled(rollout(self.model, scenario))
 
     async def _answers(self, scenario: Scenario, size: int, seed: int) -> TrajectoryGroup:
         """Ask for all completions in one request, which computes the prompt once."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Collection, Iterable
-from copy import deepcopy
 from os.path import expanduser
 from pathlib import Path
 from typing import Any, ClassVar
@@ -188,7 +187,6 @@ def override(
     >>> override({"train": {"epochs": 1}}, ["train.epochs=2", "model=embedded:sort"])
     {'train': {'epochs': 2}, 'model': 'embedded:sort'}
     """
-    data = deepcopy(data)
     for item in overrides:
         key, equals, text = map(str.strip, item.partition("="))
         if not equals:
@@ -201,16 +199,16 @@ def override(
             near = [home for home in homes if home.partition(".")[0] in keys]
             told = f" Did you mean {near[0]!r}?" if near else suggestion(parts[0], keys)
             raise ConfigError(f"--set {item!r}: unknown key {key!r}.{told}")
-        place = data
-        for table in tables:
-            if not isinstance(place.setdefault(table, {}), dict):
-                raise ConfigError(
-                    f"--set {item!r}: {table!r} is the value {place[table]!r} and not a table, "
-                    f"so it has no {last!r}"
-                )
-            place = place[table]
         try:
-            place[last] = tomllib.loads(f"value = {text}")["value"]
+            value = tomllib.loads(f"value = {text}")["value"]
         except (tomllib.TOMLDecodeError, RecursionError):  # no TOML: it is the text itself
-            place[last] = text
+            value = text
+        data = _put(data, parts, value)
     return data
+
+
+def _put(table: Any, keys: list[str], value: Any) -> dict[str, Any]:
+    """A copy of the table, with the value at the keys. What is no table is replaced by one."""
+    table = table if isinstance(table, dict) else {}
+    first, *rest = keys
+    return table | {first: _put(table.get(first), rest, value) if rest else value}
