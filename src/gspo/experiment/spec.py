@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from os.path import expanduser
 from pathlib import Path
 from typing import Any, ClassVar
@@ -179,6 +179,17 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not TOML in UTF-8: {error}") from None
 
 
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of options with dotted keys."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            out |= flat(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = value
+    return out
+
+
 def override(
     data: dict[str, Any], overrides: Iterable[str], keys: Collection[str] = Spec.model_fields
 ) -> dict[str, Any]:
@@ -208,7 +219,11 @@ def override(
 
 
 def _put(table: Any, keys: list[str], value: Any) -> dict[str, Any]:
-    """A copy of the table, with the value at the keys. What is no table is replaced by one."""
+    """A copy of the table, with the value at the keys. What is no table is replaced by one.
+
+    >>> _put({"steps": 5, "train": {"epochs": 2}}, ["train", "seed"], 1)
+    {'steps': 5, 'train': {'epochs': 2, 'seed': 1}}
+    """
     table = table if isinstance(table, dict) else {}
     first, *rest = keys
     return table | {first: _put(table.get(first), rest, value) if rest else value}

@@ -11,8 +11,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from gspo import dev
 from gspo.core.errors import ConfigError, check_names, suggestion
 from gspo.core.options import Options
-from gspo.experiment.spec import TABLES, Spec, folder_name, named_beside, override, read_toml
-from gspo.lab.report.run_data import flat
+from gspo.experiment.spec import TABLES, Spec, flat, folder_name, named_beside, override, read_toml
 
 QUICK: dict[str, Any] = {
     "name": "quick",

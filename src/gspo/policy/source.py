@@ -110,8 +110,7 @@ def _read(
             if "trust_remote_code" in str(error):
                 raise ModelError(
                     f"base_model {name!r} needs Python code of its own folder. gspo runs none "
-                    "unless you say so: dev.InternalModelConfig(trust_remote_code=True), after you "
-                    "have read it"
+                    "unless you set trust_remote_code=True, after you have read it"
                 ) from error
             hint = "" if is_folder else " (hub ids need the network or its cache)"
             raise ModelError(f"cannot load {what}base_model {name!r}{hint}: {error}") from error
