@@ -30,8 +30,6 @@ class Options(BaseModel):
     refused: ClassVar[Mapping[str, str]] = {}
     fixed: ClassVar[Mapping[str, str]] = {}
     """Why an option has only one value; told to whoever gives another."""
-    title: ClassVar[str] = ""
-    """What errors call the options; empty: the name of the class."""
 
     def __init__(self, **data: Any) -> None:
         names = sorted(type(self).model_fields)
@@ -55,7 +53,8 @@ def _refuse_switches(cls: type[Options], data: Mapping[str, Any]) -> None:
 
 
 def _title(cls: type[Options]) -> str:
-    return cls.title or "dev." * (cls.__module__ == "gspo.dev") + cls.__name__
+    """What errors call the options: `class Spec(Options, title="the run")`, else the class."""
+    return cls.model_config.get("title") or "dev." * (cls.__module__ == "gspo.dev") + cls.__name__
 
 
 def _explain(cls: type[Options], error: ValidationError) -> str:

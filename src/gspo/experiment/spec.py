@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Collection, Iterable, Mapping
 from os.path import expanduser
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -19,14 +19,12 @@ from gspo.core.options import LARGEST_COUNT, TEMPERATURES, Options
 from gspo.tasks import task_names
 
 
-class Spec(Options):
+class Spec(Options, title="the run"):
     """One run: a model, a task or a rollout function, an objective, sizes and seeds.
 
     >>> Spec(task="sort").model
     'embedded:sort'
     """
-
-    title: ClassVar[str] = "the run"
 
     name: str = "run"
     """Names the run folder `<path>/<project>/<name>`."""

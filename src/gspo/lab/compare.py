@@ -37,7 +37,7 @@ _DECIDED = {
 """Keys of a run that the comparison decides."""
 
 
-class CompareSpec(Options):
+class CompareSpec(Options, title="gspo compare"):
     """A grid: each arm under each combination of stressors, with each seed.
 
     >>> CompareSpec(base={"task": "sort"}, presets=["gspo", "grpo"], seeds=3).seeds
