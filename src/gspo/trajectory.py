@@ -179,7 +179,7 @@ class TrajectoryGroup(_Record):
         metadata: dict[str, MetadataValue] | None = None,
         exceptions: Iterable[BaseException | ExceptionRecord] = (),
     ) -> None:
-        super().__init__(metadata=metadata or {})
+        super().__init__(metadata=plain_values(metadata or {}, "metadata", texts=True))
         for item in (*trajectories, *exceptions):
             self._add(item)
 
