@@ -187,7 +187,7 @@ def test_numbers_that_are_not_finite_are_null_in_every_file(run: Run):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path):
     (tmp_path / "p").write_text("a file, where a folder is needed")
-    with pytest.raises(RunError, match=r"cannot write to the run folder.*LocalBackend\(path="):
+    with pytest.raises(RunError, match=r"cannot write to the run folder.*Choose another path"):
         Run(tmp_path, "p", "m", IDENTITY)
 
 

@@ -162,6 +162,13 @@ async def test_a_rollout_that_exits_is_an_error_told_by_its_line(tmp_path: Path)
         await run_experiment(own_rollout(tmp_path, EXITS), Silent())
 
 
+async def test_a_rollout_that_returns_nothing_is_named_with_its_prompt(tmp_path: Path):
+    told = r"prompt 0 \(train\), after step 0: the rollout 'rollout' returned None .*a Trajectory"
+    code = "async def rollout(model, scenario): ..."
+    with pytest.raises(DataError, match=told):
+        await run_experiment(own_rollout(tmp_path, code, **SIZES), Silent())
+
+
 async def test_dynamic_sampling_replaces_flat_groups(tmp_path: Path):
     sizes = {"steps": 1, "prompts": 8, "completions": 2}  # pairs: most have equal rewards
     plain = await run_experiment(small(tmp_path / "a", **sizes), Silent())

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from openai import AsyncOpenAI
 from pydantic import BaseModel
@@ -15,19 +15,18 @@ from gspo import dev
 from gspo.config import TrainConfig
 from gspo.core.errors import ConfigError, check_names, shown
 from gspo.core.metrics import is_ours, user_metric
-from gspo.data.check import plain_values
-from gspo.trajectory import TrajectoryGroup
+from gspo.trajectory import TrajectoryGroup, plain_values
 
 
 class ModelLike(Protocol):
     """What a backend needs to know of a model. `gspo.model` stands above it, and has the class."""
 
+    trainable: ClassVar[bool]
+
     @property
     def name(self) -> str: ...
     @property
     def project(self) -> str: ...
-    @property
-    def trainable(self) -> bool: ...
     @property
     def source(self) -> str | None: ...
     @property

@@ -63,7 +63,7 @@ class Run:
         except OSError as error:
             raise RunError(
                 f"cannot write to the run folder {self.folder}: {error.strerror}. "
-                "Choose another with LocalBackend(path=...)"
+                "Choose another path"
             ) from None
         try:
             self._check_identity()
@@ -199,7 +199,7 @@ def _locked(path: Path) -> IO[str]:
         file.close()
         raise RunError(
             f"the run {path.parent} is in use by process {holder}: "
-            "close that backend or stop that program first"
+            "stop that program, or close its backend, first"
         ) from None
     file.truncate(0)
     file.write(str(os.getpid()))

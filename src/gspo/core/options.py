@@ -53,7 +53,8 @@ def _refuse_switches(cls: type[Options], data: Mapping[str, Any]) -> None:
 
 
 def _title(cls: type[Options]) -> str:
-    return f"dev.{cls.__name__}" if cls.__module__ == "gspo.dev" else cls.__name__
+    """What errors call the options: `class Spec(Options, title="the run")`, else the class."""
+    return cls.model_config.get("title") or "dev." * (cls.__module__ == "gspo.dev") + cls.__name__
 
 
 def _explain(cls: type[Options], error: ValidationError) -> str:
@@ -68,6 +69,8 @@ def _explain(cls: type[Options], error: ValidationError) -> str:
             near = suggestion(value, re.findall(r"'([^']+)'", message))
         message = cls.fixed.get(option, message)
         line = f"{option} = {value!r}: {message}" if option else message
+        if problem["type"] == "missing":
+            line = f"give {option}=..."
         if near or option not in lines:
             stop = "" if line.endswith("?") else "."  # the check itself has made a suggestion
             lines[option] = f"{_title(cls)}: {line}{stop}{near}"

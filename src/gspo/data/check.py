@@ -12,7 +12,7 @@ from openai.types.chat.chat_completion import Choice
 from gspo.core.choices import as_choice
 from gspo.core.errors import DataError, shown
 from gspo.data.turn import read_fields
-from gspo.trajectory import NUMBER, Trajectory, TrajectoryGroup, plain_number
+from gspo.trajectory import Trajectory, TrajectoryGroup, plain_number, plain_values
 
 _LARGEST_REWARD = 1e100
 """The squares of larger ones leave float64, and with them the group's standard deviation."""
@@ -103,33 +103,6 @@ def _plain(trajectory: Trajectory, where: str) -> Trajectory:
         "metadata": plain_values(trajectory.metadata, f"{where}: metadata", texts=True),
     }
     return trajectory.model_copy(update=values)
-
-
-def plain_values(values: Any, where: str, *, texts: bool = False) -> dict[str, Any]:
-    """A dict of metrics or metadata with Python's own numbers as values.
-
-    Args:
-        values: what the user gave.
-        where: names the dict in errors.
-        texts: also take texts and None, which metadata may hold.
-
-    Raises:
-        DataError: not a dict, a name that is no text, or a value of another kind.
-    """
-    if not isinstance(values, dict):
-        raise DataError(f"{where} is {shown(values)}; it must be a dict")
-    kinds = f"{NUMBER}, not larger than a float"
-    if texts:
-        kinds = f"a text, {NUMBER}, or None: put anything else into the messages or the logs"
-    plain = {}
-    for name, value in values.items():
-        if not isinstance(name, str):
-            raise DataError(f"{where} has the key {shown(name)}; keys must be texts")
-        number = plain_number(value)
-        if number is None and not (texts and isinstance(value, str | None)):
-            raise DataError(f"{where}[{name!r}] is {shown(value)}; it must be {kinds}")
-        plain[name] = value if number is None else number
-    return plain
 
 
 def _plain_items(items: Any, where: str) -> list[Any]:

@@ -35,7 +35,7 @@ from gspo.trajectory import Trajectory
 from gspo.weights.publisher import publisher_for
 
 
-class AuditSpec(Options):
+class AuditSpec(Options, title="gspo audit"):
     """What is audited, on the held-out prompts of a task.
 
     >>> AuditSpec(model="embedded:sort").clip_range()

@@ -11,8 +11,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from gspo import dev
 from gspo.core.errors import ConfigError, check_names, suggestion
 from gspo.core.options import Options
-from gspo.experiment.spec import Spec, folder_name, named_beside, override, read_toml
-from gspo.lab.report.run_data import flat
+from gspo.experiment.spec import TABLES, Spec, flat, folder_name, named_beside, override, read_toml
 
 QUICK: dict[str, Any] = {
     "name": "quick",
@@ -36,11 +35,9 @@ _DECIDED = {
     "train.seed": "give seeds, beside [base]",
 }
 """Keys of a run that the comparison decides."""
-_TABLES = {"train": dev.TrainConfig, "load": dev.InternalModelConfig}
-"""Tables of a run whose names may be left out."""
 
 
-class CompareSpec(Options):
+class CompareSpec(Options, title="gspo compare"):
     """A grid: each arm under each combination of stressors, with each seed.
 
     >>> CompareSpec(base={"task": "sort"}, presets=["gspo", "grpo"], seeds=3).seeds
@@ -135,7 +132,7 @@ def full_key(key: str, where: str) -> str:
     ('train.epsilon', 'load.rollout_dtype', 'steps')
     """
     first = key.partition(".")[0]
-    tables = [name for name, options in _TABLES.items() if key in options.model_fields]
+    tables = [name for name, options in TABLES.items() if key in options.model_fields]
     if first not in Spec.model_fields:
         if not tables:
             if key in dev.TrainConfig.refused:

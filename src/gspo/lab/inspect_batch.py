@@ -54,7 +54,7 @@ _MEASURED = {
 """Fields of a `Method` that are metrics of training."""
 
 
-class InspectSpec(Options):
+class InspectSpec(Options, title="gspo inspect"):
     """What is inspected."""
 
     run: Path

@@ -123,8 +123,8 @@ def _read(auto: Any, path: str, trust_remote_code: bool, name: str = "", **optio
         reason = f"{hint}: {error}"
         if "trust_remote_code" in str(error):
             reason = (
-                ", which needs Python code of its own folder. gspo runs none unless you say so: "
-                "dev.InternalModelConfig(trust_remote_code=True), after you have read it"
+                ", which needs Python code of its own folder. gspo runs none unless you set "
+                "trust_remote_code=True, after you have read it"
             )
         what = "the tokenizer of " if auto is AutoTokenizer else ""
         raise ModelError(f"cannot load {what}base_model {name or path!r}{reason}") from error

@@ -14,7 +14,7 @@ from gspo.backend.metrics_file import read_metrics
 from gspo.backend.run import in_use
 from gspo.config import TrainConfig
 from gspo.core.errors import ConfigError, RunError
-from gspo.experiment.spec import Spec
+from gspo.experiment.spec import Spec, flat
 from gspo.train.settings import Settings, resolve
 
 Values = Sequence[float | None]
@@ -142,17 +142,6 @@ def resolved(spec: Mapping[str, Any]) -> Settings | None:
         return resolve(rate, dev.TrainConfig(**given))
     except (ConfigError, KeyError, TypeError):
         return None
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A tree of options with dotted keys."""
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            out |= flat(value, f"{prefix}{key}.")
-        else:
-            out[f"{prefix}{key}"] = value
-    return out
 
 
 def read_object(path: Path) -> dict[str, Any]:
