@@ -14,6 +14,7 @@ import pytest
 
 from gspo import TrajectoryGroup
 from gspo.backend.run import Run, in_use
+from gspo.backend.stored_batch import write_batch
 from gspo.core.errors import RunError
 from gspo.train.observe import Trace
 from support import choice, trajectory
@@ -147,7 +148,6 @@ def test_what_is_being_written_is_finished_before_another_process_has_the_run(ru
         lambda: run.log(2, {"a": 1.0}),
         lambda: run.forget_after(0),
         lambda: run.prune(1, "val/reward"),
-        lambda: run.log_trajectories([], "train", 2),
     ):
         with pytest.raises(RunError, match="is closed: nothing more is written"):
             late()
@@ -171,7 +171,7 @@ def test_a_full_disk_at_the_trajectories_is_named(run: Run, monkeypatch: pytest.
 
     monkeypatch.setattr(pq, "write_table", full)
     with pytest.raises(RunError, match=r"cannot write .*0003\.parquet: the disk is full"):
-        run.log_trajectories([TrajectoryGroup([trajectory(1.0)])], "train", 3)
+        write_batch(run.trajectories("train", 3), [TrajectoryGroup([trajectory(1.0)])])
     assert not list((run.folder / "trajectories" / "train").iterdir())
 
 
@@ -180,7 +180,8 @@ def test_numbers_that_are_not_finite_are_null_in_every_file(run: Run):
     assert lines(run) == [{"step": 1, "a": None}]
     odd = trajectory(1.0)
     odd.metrics["m"], odd.metadata["n"] = float("inf"), float("nan")
-    path = run.log_trajectories([TrajectoryGroup([odd])], "train", 1)
+    path = run.trajectories("train", 1)
+    write_batch(path, [TrajectoryGroup([odd])])
     row = pq.read_table(path).to_pylist()[0]
     assert (row["metrics"], row["metadata"]) == ('{"m": null}', '{"n": null}')
 
@@ -219,7 +220,8 @@ def test_a_run_has_one_process_at_a_time(run: Run, tmp_path: Path):
 
 def test_trajectories_are_stored_with_tokens_and_advantages(run: Run):
     group = TrajectoryGroup([trajectory(1.0, choice([4, 5])), trajectory(0.0)])
-    path = run.log_trajectories([group], "train", 3, {0: 1.0, 1: -1.0})
+    path = run.trajectories("train", 3)
+    write_batch(path, [group], {0: 1.0, 1: -1.0})
     assert path == run.folder / "trajectories" / "train" / "0003.parquet"
     rows = pq.read_table(path).to_pylist()
     assert [row["reward"] for row in rows] == [1.0, 0.0]
@@ -244,9 +246,9 @@ def test_traces_are_stored_by_turn_and_null_where_there_is_none(run: Run):
         clipped_tokens=5,
         token_log_ratios=d,
     )
-    plain, traced = pq.read_table(
-        run.log_trajectories(groups, "train", 1, traces={1: [trace]})
-    ).to_pylist()
+    path = run.trajectories("train", 1)
+    write_batch(path, groups, traces={1: [trace]})
+    plain, traced = pq.read_table(path).to_pylist()
     assert traced["token_log_ratios"] == [[0.5, -0.25], [0.125, 0.0, -1.0]]
     assert traced["sequence_log_ratios"] == [-0.125]
     assert (traced["update"], traced["clipped_tokens"], traced["trained_tokens"]) == (2, [5], [5])

@@ -164,8 +164,8 @@ def user_metrics(metrics: Any, split: str, line: Mapping[str, float]) -> dict[st
     values = {}
     for name, value in plain_values({} if metrics is None else metrics, "metrics").items():
         logged = line.get(name if "/" in name else f"{split}/{name}")
-        both_nan = logged is not None and math.isnan(logged) and math.isnan(value)
-        if logged != value and not both_nan:
+        # The file has null for any number that is not finite.
+        if logged is None or (logged != value and (math.isfinite(logged) or math.isfinite(value))):
             values[user_metric(name, split)] = value
     return values
 

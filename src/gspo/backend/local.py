@@ -21,6 +21,7 @@ from gspo.backend.base import (
 )
 from gspo.backend.run import Run
 from gspo.backend.service import Service
+from gspo.backend.stored_batch import write_batch
 from gspo.backend.trackers import TrackerName, Trackers, check_loggers
 from gspo.config import TrainConfig
 from gspo.core.compute import ComputeThread
@@ -220,13 +221,19 @@ class LocalBackend:
         run = self.run(model)
         groups = plain_groups(trajectory_groups)
         values = group_means(groups, check_split(split))
-        if split == "train" and run.trajectories(split, step).exists():
-            # `train` has written the file, with the advantages, which this call doesn't know.
-            line = run.line(step)
+        path, line = run.trajectories(split, step), run.line(step)
+        # `train` has written the file, with the advantages, which this call doesn't know.
+        trained = split == "train" and path.exists()
+        if trained:
             values = {name: value for name, value in values.items() if name not in line}
-        elif groups:
-            await asyncio.to_thread(run.log_trajectories, groups, split, step)
-        await asyncio.to_thread(run.log, step, values | dict(metrics))
+
+        def write() -> None:
+            with run.writing():
+                if groups and not trained:
+                    write_batch(path, groups)
+                run.log(step, values | dict(metrics))
+
+        await asyncio.to_thread(write)
 
     async def delete_checkpoints(
         self, model: ModelLike, best_checkpoint_metric: str = "val/reward"
