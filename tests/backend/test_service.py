@@ -247,9 +247,7 @@ def test_a_full_disk_behind_the_save_says_that_the_step_is_saved(
 
     with monkeypatch.context() as patch:
         patch.setattr(run, broken, full)
-        with pytest.raises(
-            RunError, match=r"step 1 is trained .* is saved, .* older.*No space"
-        ):
+        with pytest.raises(RunError, match=r"step 1 is trained .* is saved, .* older.*No space"):
             made.train(batch())
     assert made.saved() == [1]
     assert made.lines()[-1]["train/trajectories"] == 4

@@ -17,6 +17,7 @@ from gspo.backend.run import Run
 from gspo.backend.stored_batch import StoredBatch, UpdateRecord, read_batch, write_batch
 from gspo.config import TrainConfig
 from gspo.core.errors import RunError
+from gspo.data.check import plain_groups
 from gspo.data.expert_choices import encode_expert_choices
 from gspo.data.sample import Sample, trajectory_samples
 from gspo.train.settings import resolve
@@ -38,7 +39,7 @@ def run(tmp_path: Path):
 
 def stored_again(run: Run, groups: list[TrajectoryGroup]) -> StoredBatch:
     path = run.trajectories("train", 1)
-    write_batch(path, groups, record=RECORD)
+    write_batch(path, plain_groups(groups), record=RECORD)
     return read_batch(path)
 
 
@@ -164,11 +165,11 @@ def test_what_cannot_be_replayed_is_refused(run: Run, tmp_path: Path):
     with pytest.raises(RunError, match=r"cannot read the rollout batch .*0009\.parquet"):
         read_batch(run.folder / "trajectories" / "train" / "0009.parquet")
     path = run.trajectories("val", 1)
-    write_batch(path, groups())
+    write_batch(path, plain_groups(groups()))
     with pytest.raises(RunError, match="older gspo, or was only logged"):
         read_batch(path)
     path = run.trajectories("train", 1)
-    write_batch(path, groups(), record=RECORD)
+    write_batch(path, plain_groups(groups()), record=RECORD)
     old = pq.read_table(path).drop_columns(["prompt_token_ids", "routes"])
     pq.write_table(old, path)
     with pytest.raises(RunError, match="older gspo, or was only logged"):
@@ -180,7 +181,7 @@ def test_what_cannot_be_replayed_is_refused(run: Run, tmp_path: Path):
 
 def test_a_message_that_lost_its_tokens_is_named(run: Run):
     path = run.trajectories("train", 1)
-    write_batch(path, groups(), record=RECORD)
+    write_batch(path, plain_groups(groups()), record=RECORD)
     table = pq.read_table(path)
     rows = table.to_pylist()
     rows[2]["messages"] = json.dumps([{"role": "user", "content": "?"}])
@@ -200,7 +201,7 @@ def test_a_none_that_was_chosen_is_read_back(tmp_path: Path):
     options = dev.TrainConfig(max_grad_norm="off", epsilon=0.1)  # pyright: ignore[reportArgumentType]
     record = UpdateRecord.of(resolve(options=options), version=0, context=8, dtype="float32")
     path = tmp_path / "0001.parquet"
-    write_batch(path, groups(), record=record)
+    write_batch(path, plain_groups(groups()), record=record)
     back = read_batch(path).record.settings()
     assert back.max_grad_norm is None
     assert record.settings(epsilon=None).objective.epsilon_low == 3e-4  # a change that drops one

@@ -25,7 +25,6 @@ from gspo.config import TrainConfig
 from gspo.core.errors import RunError
 from gspo.core.files import explained, replacing, strict_json
 from gspo.core.timing import timed
-from gspo.data.turn import sampled_logprobs
 from gspo.train.algorithms import BUILT_IN, find_algorithm
 from gspo.train.observe import Trace
 from gspo.train.settings import Settings, resolve
@@ -162,12 +161,12 @@ def _columns(trajectory: Trajectory, traces: Sequence[Trace]) -> dict[str, Any]:
         "metrics": strict_json(trajectory.metrics),
         "metadata": strict_json(trajectory.metadata),
         **{
-            name: [_stored(choice, field) for choice in choices]
+            name: [getattr(choice, field, None) for choice in choices]
             for name, (field, _) in _OF_CHOICES.items()
         },
     }
-    if not any(columns["routes"]):
-        columns["routes"] = None
+    routes = [_routes(choice) for choice in choices]
+    columns["routes"] = routes if any(routes) else None
     if traces:
         log_ratios = np.concatenate([trace.token_log_ratios for trace in traces])
         ends = np.cumsum([len(tokens) for tokens in columns["token_ids"]])
@@ -181,20 +180,14 @@ def _columns(trajectory: Trajectory, traces: Sequence[Trace]) -> dict[str, Any]:
     return columns
 
 
-def _stored(choice: Choice, field: str) -> Any:
-    """A field of a Choice as it is stored; expert choices that mean nothing are stored as none."""
-    if field == "token_logprobs":
-        return list(sampled_logprobs(choice) or [])
-    value = getattr(choice, field, None)
-    if field.endswith("token_ids"):
-        return list(value or [])
-    if field == "routed_experts":
-        try:
-            data = base64.b64decode(value["data"], validate=True)
-            return {"shape": list(value["shape"]), "dtype": str(value["dtype"]), "data": data}
-        except (KeyError, TypeError, ValueError):
-            return None
-    return value
+def _routes(choice: Choice) -> dict[str, Any] | None:
+    """A Choice's expert choices as bytes; None if there are none to train on."""
+    try:
+        value = getattr(choice, "routed_experts", {})
+        data = base64.b64decode(value["data"], validate=True)
+        return {"shape": list(value["shape"]), "dtype": str(value["dtype"]), "data": data}
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def read_batch(path: Path) -> StoredBatch:
