@@ -64,7 +64,8 @@ class Run:
             ) from None
         try:
             self._check_identity()
-            for folder in (self.folder, self.checkpoints, *self.folder.glob("trajectories/*")):
+            remove_leftovers(self.folder, "*.json*")  # its pictures and reports are others'
+            for folder in (self.checkpoints, *self.folder.glob("trajectories/*")):
                 remove_leftovers(folder)
             self._lines = MetricsFile(self.folder / "metrics.jsonl")
         except BaseException as error:

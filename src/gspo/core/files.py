@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,7 +14,6 @@ from typing import Any
 from gspo.core.errors import RunError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_LEFTOVER = re.compile(r"\..+\.(\d+)\.tmp")  # see `_beside`
 
 
 def strict_json(
@@ -94,26 +92,14 @@ def remove(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what killed processes had begun to write or to delete, directly in `folder`."""
-    for path in folder.iterdir() if folder.is_dir() else ():
-        match = _LEFTOVER.fullmatch(path.name)
-        if match is not None and not _writes_now(int(match[1])):
-            with suppress(OSError):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+def remove_leftovers(folder: Path, pattern: str = "*") -> None:
+    """Delete what killed processes had begun to write to names like `pattern`, or to delete.
 
-
-def _writes_now(process: int) -> bool:
-    """Whether another process of this number is alive. (This process has only just begun.)"""
-    if process == os.getpid():
-        return False
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
+    Only a process that alone writes these names may call it.
+    """
+    for path in folder.glob(f".{pattern}.*.tmp"):
+        with suppress(OSError):
+            remove(path)
 
 
 def _beside(path: Path) -> Path:
