@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from openai import AsyncOpenAI
 
 from gspo import dev
 from gspo.backend.base import (
+    Backend,
     ModelLike,
     TrainResult,
     check_split,
@@ -38,7 +40,7 @@ _ARGUMENTS = ("path", "port", "keep_checkpoints", "seed", "logger")
 _REFUSED = {"in_process": "everything is in this process; leave it out."}
 
 
-class LocalBackend:
+class LocalBackend(Backend):
     """Samples and trains in this process.
 
     Args:
@@ -80,13 +82,7 @@ class LocalBackend:
         self.logger = check_loggers(logger)
         self._compute = ComputeThread()
         self._services: dict[tuple[str, str], Service] = {}
-        self._logs: dict[tuple[str, str], Run] = {}
-
-    async def __aenter__(self) -> LocalBackend:
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        await self.close()
+        self._runs: dict[tuple[str, str], Run] = {}
 
     async def register(self, model: ModelLike) -> None:
         """Make the model ready to sample and train; goes on from its last checkpoint.
@@ -104,12 +100,14 @@ class LocalBackend:
         if not model.trainable:
             self.run(model)
             return
-        listener = None if self.port is None else bind("127.0.0.1", self.port)
-        run = None
-        try:
+        with ExitStack() as undo:  # a model that is only half registered would lose a step
+            listener = None
+            if self.port is not None:
+                listener = undo.enter_context(bind("127.0.0.1", self.port))
             lora = model.internal_config.lora
             identity = {"base_model": model.source, "lora": lora and lora.model_dump()}
             run = Run(self.path, model.project, model.name, identity)
+            undo.callback(run.close)
             service = await self._compute.run(
                 Service, run, model, self.seed, self._compute, listener
             )
@@ -118,14 +116,8 @@ class LocalBackend:
             described = _described(model)
             run.trackers = await asyncio.to_thread(Trackers, self.logger, run, step, described)
             await service.serving.start()
-        except BaseException:
-            if listener is not None:
-                listener.close()
-            if run is not None:
-                run.close()
-            raise
-        # Entered last: a model that is only half registered would train a step and lose it.
-        self._services[key] = service
+            self._services[key], self._runs[key] = service, run
+            undo.pop_all()
 
     def client(self, model: ModelLike) -> AsyncOpenAI:
         """A client that samples from the model without a port."""
@@ -146,15 +138,15 @@ class LocalBackend:
 
     def run(self, model: ModelLike) -> Run:
         """The model's run folder; that of a prompted model is made when it is first asked for."""
-        if model.trainable:
-            return self._service(model).run
         key = (model.project, model.name)
-        if key not in self._logs:
+        if key not in self._runs:
+            if model.trainable:
+                self._service(model)
             run = Run(self.path, model.project, model.name, {"base_model": None})
             run.claim()
             run.trackers = Trackers(self.logger, run, None, _described(model))
-            self._logs[key] = run
-        return self._logs[key]
+            self._runs[key] = run
+        return self._runs[key]
 
     async def get_step(self, model: ModelLike) -> int:
         return self._service(model).trainer.step
@@ -251,11 +243,11 @@ class LocalBackend:
 
         A training step that is still being computed, since its `train` was cancelled, is lost.
         """
-        services, logs = list(self._services.values()), list(self._logs.values())
+        services, runs = list(self._services.values()), list(self._runs.values())
         self._services.clear()
-        self._logs.clear()
+        self._runs.clear()
         # The runs first: no failure below may leave one of them locked.
-        for run in [*(service.run for service in services), *logs]:
+        for run in runs:
             await asyncio.to_thread(run.close)  # a tracker may have to send what is left
         for service in services:
             await service.serving.stop()
