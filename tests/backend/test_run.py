@@ -107,18 +107,18 @@ def test_files_of_another_kind_are_named(run: Run, tmp_path: Path):
 
 def test_leftovers_of_killed_processes_are_removed(run: Run, tmp_path: Path):
     run.close()
-    gone = 2**22 + 1
-    for folder, name in (
-        (run.folder, f".config.json.{gone}.tmp"),
-        (run.folder / "checkpoints", f".0001.{gone}.tmp"),
-        (run.folder / "trajectories" / "train", f".0001.parquet.{gone}.tmp"),
-    ):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
-    before = {p for p in run.folder.rglob("*") if str(gone) in p.name}
-    assert len(before) == 3
+    (run.folder / "trajectories" / "train").mkdir(parents=True)
+    (run.folder / "checkpoints/.0003.old.7.tmp/inside").mkdir(parents=True)
+    stays = {".run.png.7.tmp", ".metrics.jsonl.last", "checkpoints/notes.12.tmp"}
+    goes = {
+        *(".config.json.7.tmp", f".metrics.jsonl.{os.getpid()}.tmp", "checkpoints/.0001.7.tmp"),
+        "trajectories/train/.0001.parquet.7.tmp",
+    }
+    for name in stays | goes:
+        (run.folder / name).touch()
     Run(tmp_path, "p", "m", IDENTITY).close()
-    assert not any(path.exists() for path in before)
+    assert all((run.folder / name).exists() for name in stays)
+    assert not any((run.folder / name).exists() for name in goes | {"checkpoints/.0003.old.7.tmp"})
 
 
 def test_what_is_being_written_is_finished_before_another_process_has_the_run(run: Run):

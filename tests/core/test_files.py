@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gspo.core.errors import RunError
-from gspo.core.files import remove, remove_leftovers, replacing, strict_json, write_whole
+from gspo.core.files import remove, replacing, strict_json, write_whole
 
 
 def names(folder: Path) -> set[str]:
@@ -91,18 +91,6 @@ def test_links_are_removed_and_what_they_lead_to_stays(tmp_path: Path):
     assert names(tmp_path) == {"real"}
     remove(tmp_path / "real")
     assert names(tmp_path) == set()
-
-
-def test_leftovers_go_and_names_of_others_stay(tmp_path: Path):
-    stays = {".run.png.7.tmp", ".lock", ".metrics.jsonl.last", "0001", "notes.12.tmp"}
-    for name in (".config.json.7.tmp", f".metrics.jsonl.{os.getpid()}.tmp", *stays):
-        (tmp_path / name).touch()
-    remove_leftovers(tmp_path, "*.json*")
-    assert names(tmp_path) == stays
-    (tmp_path / ".0003.old.7.tmp" / "inside").mkdir(parents=True)
-    remove_leftovers(tmp_path)
-    assert names(tmp_path) == stays - {".run.png.7.tmp"}
-    remove_leftovers(tmp_path / "nowhere")
 
 
 def test_strict_json_is_the_json_of_others(tmp_path: Path):

@@ -13,6 +13,7 @@ from openai import AsyncOpenAI
 from gspo import dev
 from gspo.config import TrainConfig
 from gspo.core.errors import ConfigError, check_names, shown
+from gspo.core.files import names_a_folder
 from gspo.core.metrics import is_ours, user_metric
 from gspo.core.options import Options, title_of
 from gspo.data.check import plain_values
@@ -145,9 +146,9 @@ def check_split(split: Any) -> str:
     """Return the name of a split, which is the name of a folder too.
 
     Raises:
-        ConfigError: it is empty, `.` or `..`, or has a `/`, a `\\` or a NUL.
+        ConfigError: it cannot name one, as `..` and `a/b`.
     """
-    if not isinstance(split, str) or split in ("", ".", "..") or set(split) & set("/\\\0"):
+    if not names_a_folder(split):
         raise ConfigError(f"split = {shown(split)}: give a plain name, such as 'val'")
     return split
 

@@ -17,7 +17,7 @@ from typing import IO, Any
 from gspo.backend.metrics_file import MetricsFile
 from gspo.backend.trackers import Trackers
 from gspo.core.errors import ConfigError, RunError, suggestion
-from gspo.core.files import explained, remove, remove_leftovers, strict_json, write_whole
+from gspo.core.files import explained, names_a_folder, remove, strict_json, write_whole
 from gspo.train.checkpoint import checkpoint_name, steps_saved
 
 FORMAT = 1
@@ -44,8 +44,7 @@ class Run:
 
     def __init__(self, path: Path, project: str, name: str, identity: Mapping[str, Any]):
         for label, text in (("project", project), ("name", name)):
-            surrogate = any("\ud800" <= character <= "\udfff" for character in text)
-            if not text or text in (".", "..") or set(text) & set("/\\\0") or surrogate:
+            if not names_a_folder(text):
                 raise RunError(f"model {label} {text!r} cannot be the name of a folder")
         self.project, self.name = project, name
         self._identity = dict(identity)
@@ -64,9 +63,10 @@ class Run:
             ) from None
         try:
             self._check_identity()
-            remove_leftovers(self.folder, "*.json*")  # its pictures and reports are others'
-            for folder in (self.checkpoints, *self.folder.glob("trajectories/*")):
-                remove_leftovers(folder)
+            # What a killed process had begun to write; pictures and reports may be another's.
+            for pattern in (".*.json*.tmp", "checkpoints/.*.tmp", "trajectories/*/.*.tmp"):
+                for leftover in self.folder.glob(pattern):
+                    remove(leftover)
             self._lines = MetricsFile(self.folder / "metrics.jsonl")
         except BaseException as error:
             self._lock.close()

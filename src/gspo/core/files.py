@@ -16,6 +16,17 @@ from gspo.core.errors import RunError
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+def names_a_folder(text: Any) -> bool:
+    """Whether a value can be the name of a folder.
+
+    >>> names_a_folder("val"), names_a_folder("a/b"), names_a_folder("..")
+    (True, False, False)
+    """
+    if not isinstance(text, str) or text in ("", ".", "..") or set(text) & set("/\\\0"):
+        return False
+    return not any("\ud800" <= character <= "\udfff" for character in text)  # half of one
+
+
 def strict_json(
     value: Any, *, indent: int | None = None, default: Callable[[Any], Any] | None = None
 ) -> str:
@@ -90,16 +101,6 @@ def remove(path: Path) -> None:
     if doomed != path:
         os.rename(path, doomed)
     shutil.rmtree(doomed)
-
-
-def remove_leftovers(folder: Path, pattern: str = "*") -> None:
-    """Delete what killed processes had begun to write to names like `pattern`, or to delete.
-
-    Only a process that alone writes these names may call it.
-    """
-    for path in folder.glob(f".{pattern}.*.tmp"):
-        with suppress(OSError):
-            remove(path)
 
 
 def _beside(path: Path) -> Path:

@@ -161,14 +161,8 @@ def _plain_choice(choice: Choice, where: str) -> Choice:
     if not hasattr(choice.message, "model_dump"):
         raise DataError(f"{where}: message is {shown(choice.message)}, not the client's message")
     _check_json(choice.message.model_dump(exclude_none=True), f"{where}, its message")
-    lists = {
-        "token_ids": turn.tokens,
-        "prompt_token_ids": turn.prompt,
-        "token_logprobs": turn.logprobs,
-    }
-    return choice.model_copy(
-        update={k: v for k, v in lists.items() if not isinstance(getattr(choice, k, None), list)}
-    )
+    fields = {"token_ids": turn.tokens, "prompt_token_ids": turn.prompt}
+    return choice.model_copy(update={**fields, "token_logprobs": turn.logprobs})
 
 
 def _check_json(message: dict[Any, Any], where: str) -> None:
