@@ -142,15 +142,14 @@ def _merged(kind: type[Kind], title: str, given: Any, options: Mapping[str, Any]
     return kind(**{**(given or {}), **options})
 
 
-def check_split(split: Any) -> str:
-    """Return the name of a split, which is the name of a folder too.
+def check_split(split: Any) -> None:
+    """Refuse the name of a split that cannot name a folder too.
 
     Raises:
         ConfigError: it cannot name one, as `..` and `a/b`.
     """
     if not names_a_folder(split):
         raise ConfigError(f"split = {shown(split)}: give a plain name, such as 'val'")
-    return split
 
 
 def user_metrics(metrics: Any, split: str, line: Mapping[str, float]) -> dict[str, float]:
@@ -164,7 +163,9 @@ def user_metrics(metrics: Any, split: str, line: Mapping[str, float]) -> dict[st
 
     Raises:
         DataError: not a dict of numbers.
+        ConfigError: see `check_split`.
     """
+    check_split(split)
     values = {}
     for name, value in plain_values({} if metrics is None else metrics, "metrics").items():
         logged = line.get(name if "/" in name else f"{split}/{name}")

@@ -8,14 +8,7 @@ from typing import Any
 from openai import AsyncOpenAI
 
 from gspo import dev
-from gspo.backend.base import (
-    Backend,
-    ModelLike,
-    TrainResult,
-    check_split,
-    train_options,
-    user_metrics,
-)
+from gspo.backend.base import Backend, ModelLike, TrainResult, train_options, user_metrics
 from gspo.config import TrainConfig
 from gspo.core.compute import ComputeThread
 from gspo.data.check import check_groups, listed, plain_groups
@@ -86,7 +79,7 @@ class FakeBackend(Backend):
     ) -> None:
         groups = listed(trajectory_groups)
         plain_groups(groups)
-        user_metrics(metrics, check_split(split), {})
+        user_metrics(metrics, split, {})
         self.logged.append((split, groups))
 
     async def delete_checkpoints(

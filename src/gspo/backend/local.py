@@ -16,7 +16,6 @@ from gspo.backend.base import (
     Backend,
     ModelLike,
     TrainResult,
-    check_split,
     group_means,
     train_options,
     user_metrics,
@@ -197,7 +196,7 @@ class LocalBackend(Backend):
         if step is None:
             step = await self.get_step(model) if model.trainable else 0
         check_whole("step", step, 0)
-        values = user_metrics(metrics, check_split(split), self.run(model).line(step))
+        values = user_metrics(metrics, split, self.run(model).line(step))
         await self.record(model, trajectory_groups, split, values, step)
 
     async def record(
@@ -212,7 +211,7 @@ class LocalBackend(Backend):
         names for, such as `time/rollout`."""
         run = self.run(model)
         groups = plain_groups(trajectory_groups)
-        values = group_means(groups, check_split(split))
+        values = group_means(groups, split)
         path, line = run.trajectories(split, step), run.line(step)
         # `train` has written the file, with the advantages, which this call doesn't know.
         trained = split == "train" and path.exists()
