@@ -154,15 +154,22 @@ def _plain_items(items: Any, where: str) -> list[Any]:
 
 
 def _plain_choice(choice: Choice, where: str) -> Choice:
-    """The Choice with gspo's fields as lists, whatever it has in their place."""
+    """The Choice with Python's own lists and numbers in gspo's fields."""
     turn = read_fields(choice, where)
     if not isinstance(choice.finish_reason, str | None):
         raise DataError(f"{where}: finish_reason is {shown(choice.finish_reason)}, not a text")
     if not hasattr(choice.message, "model_dump"):
         raise DataError(f"{where}: message is {shown(choice.message)}, not the client's message")
     _check_json(choice.message.model_dump(exclude_none=True), f"{where}, its message")
-    fields = {"token_ids": turn.tokens, "prompt_token_ids": turn.prompt}
-    return choice.model_copy(update={**fields, "token_logprobs": turn.logprobs})
+    fields = {
+        "token_ids": turn.tokens,
+        "prompt_token_ids": turn.prompt,
+        "token_logprobs": turn.logprobs,
+    }
+    for name in ("temperature", "policy_version"):
+        if getattr(choice, name, None) is not None:
+            fields[name] = getattr(turn, name)
+    return choice.model_copy(update=fields)
 
 
 def _check_json(message: dict[Any, Any], where: str) -> None:
