@@ -153,6 +153,7 @@ def test_an_odd_value_is_named_with_its_place(case: str) -> None:
     [
         ("message", None, "message is None"),
         ("finish_reason", 5, "finish_reason is 5"),
+        ("finish_reason", "\ud800", "finish_reason is .* not a word"),
         ("temperature", math.nan, "temperature is nan"),
     ],
 )

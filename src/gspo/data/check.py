@@ -156,8 +156,9 @@ def _plain_items(items: Any, where: str) -> list[Any]:
 def _plain_choice(choice: Choice, where: str) -> Choice:
     """The Choice with Python's own lists and numbers in gspo's fields."""
     turn = read_fields(choice, where)
-    if not isinstance(choice.finish_reason, str | None):
-        raise DataError(f"{where}: finish_reason is {shown(choice.finish_reason)}, not a text")
+    reason: Any = choice.finish_reason
+    if not isinstance(reason, str | None) or not str(reason).isascii():
+        raise DataError(f"{where}: finish_reason is {shown(reason)}, not a word in ASCII")
     if not hasattr(choice.message, "model_dump"):
         raise DataError(f"{where}: message is {shown(choice.message)}, not the client's message")
     _check_json(choice.message.model_dump(exclude_none=True), f"{where}, its message")
