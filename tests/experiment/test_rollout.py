@@ -195,7 +195,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("os", "write 'module:name'"),
         ("os:", "write 'module:name'"),
-        ("../mine:r", "is not the name of a module"),
+        ("../mine:r", "cannot import ../mine"),
         ("os:nothing", "os has no 'nothing'"),
         ("os.path:join", "is not an async function"),
         ("nothing_here:f", r"cannot import nothing_here: there is no nothing_here\.py beside"),

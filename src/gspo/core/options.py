@@ -33,7 +33,7 @@ class Options(BaseModel):
 
     def __init__(self, **data: Any) -> None:
         names = sorted(type(self).model_fields)
-        check_names(_title(type(self)), data, names, self.refused, "option")
+        check_names(title_of(type(self)), data, names, self.refused, "option")
         _refuse_switches(type(self), data)
         try:
             super().__init__(**data)
@@ -49,10 +49,10 @@ def _refuse_switches(cls: type[Options], data: Mapping[str, Any]) -> None:
     """Refuse True and False as numbers, though Python counts with them."""
     for name, value in data.items():
         if isinstance(value, bool) and cls.model_fields[name].annotation in _NUMBERS:
-            raise ConfigError(f"{_title(cls)}: {name} = {value}: must be a number.")
+            raise ConfigError(f"{title_of(cls)}: {name} = {value}: must be a number.")
 
 
-def _title(cls: type[Options]) -> str:
+def title_of(cls: type[Options]) -> str:
     """What errors call the options: `class Spec(Options, title="the run")`, else the class."""
     return cls.model_config.get("title") or "dev." * (cls.__module__ == "gspo.dev") + cls.__name__
 
@@ -73,5 +73,5 @@ def _explain(cls: type[Options], error: ValidationError) -> str:
             line = f"give {option}=..."
         if near or option not in lines:
             stop = "" if line.endswith("?") else "."  # the check itself has made a suggestion
-            lines[option] = f"{_title(cls)}: {line}{stop}{near}"
+            lines[option] = f"{title_of(cls)}: {line}{stop}{near}"
     return "\n".join(lines.values())

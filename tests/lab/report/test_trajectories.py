@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from gspo import TrajectoryGroup
 from gspo.backend.run import Run
+from gspo.backend.stored_batch import write_batch
 from gspo.core.errors import RunError
 from gspo.lab.report.run_data import read_runs
 from gspo.lab.report.trajectories import COMPLETIONS, LONGEST, sampled_groups, token_texts
@@ -44,7 +45,7 @@ def test_what_is_embedded_is_bounded(tmp_path: Path):
     run = Run(tmp_path, "p", "m", {})
     long = [trajectory(0.0, choice([5] * (LONGEST + 500))) for _ in range(16)]
     for step in range(1, 5):
-        run.log_trajectories([TrajectoryGroup(long) for _ in range(5)], "train", step)
+        write_batch(run.trajectories("train", step), [TrajectoryGroup(long) for _ in range(5)])
     run.log(1, {"train/reward": 0.0})
     run.close()
     groups = sampled_groups(read_runs([run.folder])[0])
