@@ -49,16 +49,18 @@ def render(
         status: short words that stand below the title.
         groups: sampled trajectories, see `trajectories.sampled_groups`.
     """
-    drawn: dict[int, Markup] = {}
-    for figure in (figure for section in sections for figure in section.charts.values()):
-        drawn[id(figure)] = Markup(
+    figures = (figure for section in sections for figure in section.charts.values())
+    charts = [
+        Markup(
             figure.to_html(
                 full_html=False,
-                include_plotlyjs=not drawn,  # only the first brings plotly.js
-                div_id=f"chart-{len(drawn) + 1}",
+                include_plotlyjs=number == 1,  # only the first brings plotly.js
+                div_id=f"chart-{number}",
                 config={"displayModeBar": False},
             )
         )
+        for number, figure in enumerate(figures, 1)
+    ]
     loader = FileSystemLoader(FOLDER)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     return environment.get_template("page.html").render(
@@ -66,8 +68,8 @@ def render(
         status=status,
         sections=[s for s in sections if s.note or s.table or s.charts],
         groups=groups,
-        drawn=lambda figure: drawn[id(figure)],
-        policy=_policy("".join(drawn.values())),
+        next_chart=iter(charts).__next__,
+        policy=_policy("".join(charts)),
         style=Markup((FOLDER / "style.css").read_text()),
         versions={package: version(package) for package in ("gspo", "plotly")},
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
