@@ -11,7 +11,7 @@ import torch
 
 from gspo import dev
 from gspo.core.errors import ConfigError, ModelError
-from gspo.lab.audit import AuditSpec, measure, run_audit
+from gspo.lab.audit import measure, run_audit
 from gspo.lab.audit_report import render
 from gspo.lab.pictures import draw_audit
 from gspo.train.minibatches import prepare
@@ -37,8 +37,8 @@ def test_measure_is_the_trainers_path():
 
 
 def audit(dtype: dev.RolloutDtype, **options: Any) -> Any:
-    spec = AuditSpec(model="embedded:sort", rollout_dtype=dtype, prompts=8, **options)
-    return as_object(run_audit(spec)[0])
+    report, _ = run_audit("embedded:sort", rollout_dtype=dtype, prompts=8, **options)
+    return as_object(report)
 
 
 def test_float32_is_fine_and_int4_is_not():
@@ -72,8 +72,7 @@ def test_the_same_spec_gives_the_same_report():
 
 
 def test_text_json_and_picture(tmp_path: Path):
-    spec = AuditSpec(model="embedded:sort", rollout_dtype="int4", prompts=8)
-    report, log_ratios = run_audit(spec)
+    report, log_ratios = run_audit("embedded:sort", rollout_dtype="int4", prompts=8)
     text = render(report)
     for wanted in (
         "9..16",
@@ -94,7 +93,7 @@ def test_text_json_and_picture(tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"epsilon_low": 0}, ConfigError, "epsilon_low = 0"),
+        ({"epsilon_low": 0}, ConfigError, "epsilon = 0"),
         ({"epsilon_high": 1.5}, ConfigError, "epsilon_high = 1.5"),
         ({"temperature": 0}, ConfigError, "temperature = 0"),
         ({"rollout_dtype": "bfloat"}, ConfigError, "Did you mean 'bfloat16'"),
@@ -106,4 +105,4 @@ def test_text_json_and_picture(tmp_path: Path):
 )
 def test_mistakes_are_named(options: dict[str, Any], error: type[Exception], message: str):
     with pytest.raises(error, match=message):
-        run_audit(AuditSpec(**{"model": "embedded:sort", "prompts": 1} | options))
+        run_audit(**{"model": "embedded:sort", "prompts": 1} | options)

@@ -48,7 +48,7 @@ def test_a_row_per_method():
     text = render(inspection(2))
     assert "weights after the step (checkpoint 0003); l_i 0.5 [-0.12, 0.036]" in text
     row = next(line.split() for line in text.splitlines() if line.startswith("  m1"))
-    assert row == ["m1", "0.0003/0.0004", "-0.5", "0.25", "50.0%", "12.5%", "-"]
+    assert row == ["m1", "0.0003/0.0004", "-0.5", "0.25", "0.5", "0.125", "-"]
 
 
 def test_the_matrix_of_many_methods_is_printed_if_asked_for():

@@ -11,21 +11,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 
 from gspo.core.errors import ConfigError
 from gspo.core.metrics import Metrics
-from gspo.core.options import Options
 from gspo.data.sample import Sample, sample_of
 from gspo.data.turn import Turn
 from gspo.dev import RolloutDtype, TrainConfig
+from gspo.experiment.spec import Spec
 from gspo.lab.audit_report import make_report
 from gspo.lab.gradients import experts_of
 from gspo.objective import PRESETS, Segments, sequence_log_ratio
 from gspo.policy.embedded import PREFIX, embedded_task
 from gspo.policy.load import Policy, load_policy
 from gspo.policy.probe import choose_packing
-from gspo.serve.engine import Request, SamplingParams
+from gspo.serve.engine import Completion, Request, SamplingParams
 from gspo.serve.selfcheck import make_engine
 from gspo.tasks import load_task
 from gspo.train.old_logprobs import with_trainer_logprobs
@@ -35,44 +34,28 @@ from gspo.weights.publisher import publisher_for
 _GSPO = PRESETS["gspo"].objective
 
 
-class AuditSpec(Options):
-    """What is audited, on the held-out prompts of a task.
+def run_audit(
+    model: str,
+    *,
+    rollout_dtype: RolloutDtype = "float32",
+    task: str | None = None,
+    prompts: int = 64,
+    completions: int = 8,
+    max_tokens: int | None = None,
+    temperature: float = 1.0,
+    epsilon_low: float | None = None,
+    epsilon_high: float | None = None,
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Sample, score and report, on the held-out prompts of a task.
 
-    >>> AuditSpec(model="embedded:sort").task
-    'sort'
-    """
-
-    model: str
-    """`embedded:<task>`, a folder, or a hub id."""
-    rollout_dtype: RolloutDtype = "float32"
-    """Precision of the engine. The trainer scores in float32."""
-    task: str = ""
-    """Where the prompts come from. Default: the task that an embedded model is made for."""
-    prompts: int = Field(default=64, ge=1)
-    completions: int = Field(default=8, ge=1)
-    """Per prompt."""
-    max_tokens: int | None = Field(default=None, ge=1)
-    """Longest completion. None: that of the task."""
-    temperature: float = Field(default=1.0, gt=0, le=100)
-    epsilon_low: float = Field(default=_GSPO.epsilon_low, gt=0, le=1)
-    epsilon_high: float = Field(default=_GSPO.epsilon_high, gt=0, le=1)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _model_names_the_task(cls, data: dict[str, Any]) -> dict[str, Any]:
-        model = str(data.get("model"))
-        if data.get("task"):
-            return data
-        if not model.startswith(PREFIX):
-            raise ConfigError(
-                f"{model!r} has no task of its own: name one with --task, "
-                "such as 'sort' or 'reasoning-gym:products'"
-            )
-        return data | {"task": embedded_task(model)}
-
-
-def run_audit(spec: AuditSpec) -> tuple[dict[str, Any], np.ndarray]:
-    """Sample, score and report.
+    Args:
+        model: `embedded:<task>`, a folder, or a hub id.
+        rollout_dtype: precision of the engine. The trainer scores in float32.
+        task: where the prompts come from; None: the task that an embedded model is made for.
+        prompts, completions: how many prompts, and of each.
+        max_tokens: longest completion; None: that of the task.
+        temperature: of the engine.
+        epsilon_low, epsilon_high: the clip range that noise is compared with; None: GSPO's.
 
     Returns:
         What `make_report` says, and [S] l_i of the sequences.
@@ -80,34 +63,47 @@ def run_audit(spec: AuditSpec) -> tuple[dict[str, Any], np.ndarray]:
     Raises:
         GspoError: a model, task or option that doesn't exist.
     """
-    task, policy = load_task(spec.task), load_policy(spec.model)
+    if task is None and not model.startswith(PREFIX):
+        raise ConfigError(
+            f"{model!r} has no task of its own: name one with --task, "
+            "such as 'sort' or 'reasoning-gym:products'"
+        )
+    # The options of training, which are checked as such.
+    clip = {"epsilon": epsilon_low, "epsilon_high": epsilon_high or _GSPO.epsilon_high}
+    spec = Spec(
+        **{"model": model, "task": task or embedded_task(model), "temperature": temperature},
+        **{"load": {"rollout_dtype": rollout_dtype}, "train": clip},
+    )
+    objective, source = resolve(options=spec.train).objective, load_task(str(spec.task))
+    policy = load_policy(model)
     choose_packing(policy)
-    sampling, _ = publisher_for(policy, spec.rollout_dtype)
+    sampling, _ = publisher_for(policy, rollout_dtype)
     engine = make_engine(sampling)
     params = SamplingParams(
-        n=spec.completions,
-        max_tokens=spec.max_tokens or task.max_tokens,
-        temperature=spec.temperature,
+        n=completions,
+        max_tokens=max_tokens or source.max_tokens,
+        temperature=temperature,
         expert_choices=bool(policy.routers.modules),
     )
-    problems = (task.problem("heldout", index, 0) for index in range(spec.prompts))
-    requests = [Request(tuple(engine.encode_chat(task.messages(p))), params) for p in problems]
-    turns = [
-        Turn(
-            list(request.prompt),
-            list(completion.token_ids),
-            list(completion.logprobs),
-            completion.temperature,
-            completion.policy_version,
-            completion.expert_choices,
-        )
-        for request, answer in zip(requests, engine.generate(requests), strict=True)
-        for completion in answer
-    ]
+    problems = (source.problem("heldout", index, 0) for index in range(prompts))
+    requests = [Request(tuple(engine.encode_chat(source.messages(p))), params) for p in problems]
+    answers = zip(requests, engine.generate(requests), strict=True)
+    turns = [_turn(request, c) for request, answer in answers for c in answer]
     samples = [sample_of([turn], trajectory_id=number) for number, turn in enumerate(turns)]
     d, log_ratios, agreement = measure(policy, samples)
-    asked = spec.model_dump(exclude={"max_tokens"}) | {"routing_agreement": agreement}
+    asked = {
+        **{"model": model, "rollout_dtype": rollout_dtype, "task": source.name},
+        **{"prompts": prompts, "completions": completions, "temperature": temperature},
+        **{"epsilon_low": objective.epsilon_low, "epsilon_high": objective.epsilon_high},
+        "routing_agreement": agreement,
+    }
     return make_report(d, log_ratios, asked), log_ratios
+
+
+def _turn(request: Request, completion: Completion) -> Turn:
+    tokens, logprobs = list(completion.token_ids), list(completion.logprobs)
+    versions = (completion.temperature, completion.policy_version, completion.expert_choices)
+    return Turn(list(request.prompt), tokens, logprobs, *versions)
 
 
 def measure(

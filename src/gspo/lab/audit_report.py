@@ -39,7 +39,7 @@ def make_report(
     Args:
         d: of each sequence, d_t of its tokens.
         log_ratios: [S] l_i.
-        asked: what was audited: the fields of an `AuditSpec`, `routing_agreement`.
+        asked: what was audited: what `run_audit` was given, and `routing_agreement`.
 
     Returns:
         A JSON object: what was asked, and

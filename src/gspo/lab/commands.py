@@ -10,7 +10,7 @@ import signal
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,7 +18,6 @@ from gspo.core.errors import ConfigError
 from gspo.core.files import strict_json
 
 if TYPE_CHECKING:
-    from gspo.core.options import Options
     from gspo.lab.profiling import Profile
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print a JSON object as the last line.")]
@@ -51,14 +50,14 @@ def audit(
 ) -> None:
     """Tell whether the clip range is wider than the noise between engine and trainer."""
     say_loading(model)
-    from gspo.lab.audit import AuditSpec, run_audit
+    from gspo.lab.audit import run_audit
     from gspo.lab.audit_report import render
     from gspo.lab.pictures import draw_audit, require_plotly
 
-    spec = AuditSpec(**_given(context, AuditSpec))
     if picture is not None:
         require_plotly()
-    report, log_ratios = run_audit(spec)
+    options = {k: v for k, v in context.params.items() if k not in ("picture", "as_json")}
+    report, log_ratios = run_audit(**options)
     print(render(report), end="")
     if picture is not None:
         print(f"picture            {draw_audit(report, log_ratios, picture)}")
@@ -66,14 +65,7 @@ def audit(
         print(strict_json(report))
 
 
-def _given(context: typer.Context, options: type[Options]) -> dict[str, Any]:
-    """What the command line says of a set of options."""
-    given = {name: context.params.get(name) for name in options.model_fields}
-    return {name: value for name, value in given.items() if value is not None}
-
-
 def inspect(
-    context: typer.Context,
     run: Annotated[Path, typer.Argument(help="Folder of the run.")],
     step: Annotated[int | None, typer.Option(min=1, help="Default: the last one.")] = None,
     weights: Annotated[str, typer.Option(help="before or after the step, or both.")] = "both",
@@ -84,14 +76,14 @@ def inspect(
 ) -> None:
     """Compare every method's loss, gradient and clipping on a batch that a run has stored."""
     say_loading(str(run))
-    from gspo.lab.inspect_batch import InspectSpec, inspect_run
+    from gspo.lab.inspect_batch import inspect_run
     from gspo.lab.inspect_report import render
     from gspo.lab.pictures import draw_inspection, require_plotly
 
-    spec = InspectSpec(**_given(context, InspectSpec))
     if picture is not None:
         require_plotly()
-    inspection = inspect_run(spec)
+    names = presets and [name.strip() for name in presets.split(",")]
+    inspection = inspect_run(run, step, weights, names or None)
     print(render(inspection, matrix=matrix), end="")
     if picture is not None:
         print(f"picture: {draw_inspection(inspection, picture)}")

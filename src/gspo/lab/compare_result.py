@@ -23,18 +23,6 @@ from gspo.lab.statistics import p_value, paired_difference, t_interval, verdict
 Row = dict[str, Any]
 """An object of comparison.json: a cell, or what is made of cells."""
 
-AVERAGED = {
-    "clip_fraction": "ratio/clip_fraction",
-    "clip_fraction_tokens": "ratio/clip_fraction_tokens",
-    "experts_changed": "moe/experts_changed",
-    "entropy": "loss/entropy",
-    "grad_norm": "optim/grad_norm",
-    "log_ratio_p01": "ratio/log_p01",
-    "log_ratio_p50": "ratio/log_p50",
-    "log_ratio_p99": "ratio/log_p99",
-    "completion_tokens": "tokens/completion_mean",
-}
-"""Columns of a summary: the mean over steps, then over seeds."""
 ROLES = {"auc": "primary", "reward_after": "secondary"}
 """What arms are judged by. The primary one was named before any run: the last evaluation is
 noisier than the whole curve."""
@@ -158,20 +146,17 @@ def _summary(arm: Sequence[Row]) -> Row:
     """One arm under one stress, over the seeds that are done."""
     done = [row for row in arm if row["status"] == "done"]
     summary: Row = {"arm": arm[0]["arm"], "stress": arm[0]["stress"], "seeds": len(done)}
-    for name in ROLES:
-        summary[name] = asdict(t_interval([row[name] for row in done])) if done else None
-    count = sum(row["collapsed"] for row in done)
-    summary["collapsed"] = asdict(share_interval(count, len(done))) if done else None
-    for name, metric in AVERAGED.items():
-        curves = [row["curves"][metric]["value"] for row in done if metric in row["curves"]]
-        summary[name] = _mean([statistics.fmean(values) for values in curves])
+    if not done:
+        return summary
+    summary |= {name: asdict(t_interval([row[name] for row in done])) for name in ROLES}
+    collapses = sum(row["collapsed"] for row in done)
+    summary["collapsed"] = asdict(share_interval(collapses, len(done)))
     for name in ("seconds", "tokens"):
-        summary[name] = _mean([row[name] for row in done])
-    return summary
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return statistics.fmean(values) if values else None
+        summary[name] = statistics.fmean(row[name] for row in done)
+    means: dict[str, list[float]] = {}  # over the steps of each seed
+    for metric, curve in (item for row in done for item in row["curves"].items()):
+        means.setdefault(metric, []).append(statistics.fmean(curve["value"]))
+    return summary | {"means": {name: statistics.fmean(means[name]) for name in means}}
 
 
 def _difference(a: Sequence[Row], b: Sequence[Row], metric: str) -> Row:

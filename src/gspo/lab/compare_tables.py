@@ -18,8 +18,8 @@ from gspo.policy.embedded import PREFIX
 Row = Mapping[str, Any]
 """An object of comparison.json."""
 
-SUMMARY = ("arm", "stress", "seeds", "reward_after", "auc", "collapsed", "clip_fraction")
-PAIRED = ("a", "b", "stress", "metric", "n", "difference", "low", "high", "verdict")
+SUMMARY = ("arm", "stress", "seeds", "reward_after", "auc", "collapsed", "ratio/clip_fraction")
+PAIRED = ("a", "b", "stress", "metric", "n", "difference", "verdict")
 """Fields of comparison.json: the columns of a table."""
 QUICK_ADVICE = (
     "Two seeds show nothing: read this as a look at the tool, not as a result. Next: write a spec "
@@ -95,8 +95,14 @@ def stressed_cells(names: Iterable[str], rows: Sequence[Row]) -> list[list[str]]
     """
     axes = list(dict.fromkeys(f"{axis}=" for row in rows for axis in row["stress"]))
     columns = [column for name in names for column in (axes if name == "stress" else [name])]
-    values = [{f"{axis}=": str(value) for axis, value in row["stress"].items()} for row in rows]
-    return cells(columns, [{**row, **stress} for row, stress in zip(rows, values, strict=True)])
+    flat = []
+    for row in rows:
+        stress = {f"{axis}=": str(value) for axis, value in row["stress"].items()}
+        fields = {**row, **row.get("means", {}), **stress}
+        if "difference" in row:
+            fields["difference"] = {**row, "mean": row["difference"]}
+        flat.append(fields)
+    return cells(columns, flat)
 
 
 def _counts(pairs: Sequence[Row]) -> Iterable[str]:

@@ -5,21 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator
 
 from gspo.backend.stored_batch import UpdateRecord
-from gspo.core.errors import ConfigError
+from gspo.core.errors import ConfigError, check_names
 from gspo.core.metrics import Metrics
-from gspo.core.options import Options
 from gspo.data.sample import TrajectorySamples, unit_count
-from gspo.dev import Algorithm
 from gspo.lab.audit_report import summarise
 from gspo.lab.gradients import cosines, experts_of, gram, method_gradient
-from gspo.lab.stored_step import StoredStep, Weights
+from gspo.lab.stored_step import WEIGHTS, StoredStep
 from gspo.objective import PRESETS
 from gspo.policy.load import Policy
 from gspo.train.minibatches import RolloutBatch, prepare
@@ -42,26 +39,20 @@ _MEASURED = {
 """What is told of a method, of the metrics of training."""
 
 
-class InspectSpec(Options):
-    """What is inspected."""
-
-    run: Path
-    """Folder of the run."""
-    step: int | None = Field(default=None, ge=1)
-    """Call of `train` whose batch is taken. None: the last one."""
-    weights: Literal["before", "after", "both"] = "both"
-    """`before`: those that the step's first update started from; `after`: those it ended with."""
-    presets: tuple[Algorithm, ...] | None = None
-    """None: all. The run's own method is always there. A text is split at its commas."""
-
-    @field_validator("presets", mode="before")
-    @classmethod
-    def _separated(cls, value: Any) -> Any:
-        return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
-
-
-def inspect_run(spec: InspectSpec) -> dict[str, Any]:
+def inspect_run(
+    run: Path,
+    number: int | None = None,
+    weights: str = "both",
+    presets: Sequence[str] | None = None,
+) -> dict[str, Any]:
     """Loss, gradient, clipping and the gradients' cosines of each method on a stored batch.
+
+    Args:
+        run: folder of the run.
+        number: of the step, whose batch is taken; None: the last one.
+        weights: `before`: those that the step's first update started from; `after`: those it ended
+            with; or `both`.
+        presets: None: all. The run's own method is always there.
 
     Returns:
         A JSON object: what the batch is, `own` (the name of the run's own method), `trained`
@@ -70,16 +61,17 @@ def inspect_run(spec: InspectSpec) -> dict[str, Any]:
 
     Raises:
         RunError: no such run or step, or the weights are no longer on disk.
-        ConfigError: too many presets for the memory.
+        ConfigError: an unknown name, or too many presets for the memory.
     """
-    step = StoredStep(spec.run, spec.step)
+    check_names("gspo inspect", presets or (), PRESETS, {}, "preset")
+    check_names("gspo inspect", [weights], (*WEIGHTS, "both"), {}, "value of --weights")
+    step = StoredStep(run, number)
     training = step.settings()
-    names: tuple[Weights, ...] = ("before", "after")
-    chosen = names if spec.weights == "both" else (spec.weights,)
+    chosen = [name for name in WEIGHTS if weights in (name, "both")]
     # Whether training fixed something by the weights before the step.
     by_trainer = training.routing_replay == "old_policy" or training.old_logprobs == "trainer"
     step.check_weights(chosen, needs_before=by_trainer)
-    methods = make_methods(step.record, training, spec.presets)
+    methods = make_methods(step.record, training, presets)
     batches = {settings.advantage: _batch(step, settings) for settings in methods.values()}
     if by_trainer:
         policy = step.load("before")
@@ -89,7 +81,7 @@ def inspect_run(spec: InspectSpec) -> dict[str, Any]:
     batch = batches[training.advantage]
     balance = training.router_aux_loss_coef
     return {
-        "run": str(spec.run),
+        "run": str(run),
         "step": step.number,
         "own": next(iter(methods)),
         "options": step.record.options,
@@ -100,13 +92,13 @@ def inspect_run(spec: InspectSpec) -> dict[str, Any]:
         "trained": sum(samples[0].advantage != 0 for samples in batch.samples),
         "tokens": sum(sample.sampled for samples in batch.samples for sample in samples),
         "left_out": [f"router_aux_loss_coef={balance:g}"] if balance else [],
-        "at": [_at_weights(step, weights, methods, batches) for weights in chosen],
+        "at": [_at_weights(step, name, methods, batches) for name in chosen],
     }
 
 
 def _at_weights(
     step: StoredStep,
-    weights: Weights,
+    weights: str,
     methods: Mapping[str, Settings],
     batches: Mapping[str, RolloutBatch],
 ) -> dict[str, Any]:
@@ -150,7 +142,7 @@ def _at_weights(
 
 
 def make_methods(
-    record: UpdateRecord, training: Settings, presets: tuple[Algorithm, ...] | None = None
+    record: UpdateRecord, training: Settings, presets: Sequence[str] | None = None
 ) -> dict[str, Settings]:
     """The run's own method first, then the presets with their own defaults.
 

@@ -97,12 +97,12 @@ def _add_histogram(figure: go.Figure, report: Mapping[str, Any], log_ratios: np.
     left, right = min(left, max(low, -1.0)), max(right, high)
     margin = 0.1 * (right - left)
     ends = (left - margin, right + margin)
-    # Over the whole axis, so that noise far below the clip range still has bars to be seen.
-    counts, edges = np.histogram(np.clip(log_ratios, *ends), bins=60, range=ends)
     place: dict[str, Any] = {"row": 1, "col": 1}
-    figure.add_bar(x=edges[:-1], y=counts, offset=0, name="sequences", **place)
+    # Over the whole axis, so that noise far below the clip range still has bars to be seen.
+    bins = {"start": ends[0], "end": ends[1], "size": (ends[1] - ends[0]) / 60}
+    figure.add_histogram(x=np.clip(log_ratios, *ends), xbins=bins, name="sequences", **place)
     band = {"fillcolor": "green", "opacity": 0.25, "line_width": 0}
-    figure.add_vrect(x0=max(low, edges[0]), x1=high, **band, **place)
+    figure.add_vrect(x0=max(low, ends[0]), x1=high, **band, **place)
     bias = report["total"]["sequence_log_ratio"]["mean"]
     figure.add_vline(x=bias, line_color="red", annotation_text="mean: the bias", **place)
     figure.update_xaxes(title="l<sub>i</sub> on unchanged weights; green: not clipped", **place)

@@ -55,13 +55,13 @@ class Profile:
         self._threads = torch.get_num_threads()
         if self._device.type == "cuda":
             self.clock.sync = torch.cuda.synchronize
-        for dtype in {_dtype(trainer), _dtype(engine), torch.float32}:
-            self._peak[_name(dtype)] = peak_flops(dtype, self._device)
+        for kind in {_dtype(trainer), _dtype(engine), "float32"}:
+            self._peak[kind] = peak_flops(getattr(torch, kind), self._device)
         self._watch_trainer(trainer)
         self._watch_engine(engine)
 
     def _watch_trainer(self, trainer: Policy) -> None:
-        clock, sizes, kind = self.clock, Flops.of(trainer), _name(_dtype(trainer))
+        clock, sizes, kind = self.clock, Flops.of(trainer), _dtype(trainer)
 
         def forward(policy: Policy, batch: Microbatch, *_: Any, **__: Any) -> None:
             # The frozen reference of a KL term has the trainer's sizes, and no backward pass.
@@ -78,7 +78,7 @@ class Profile:
         clock.watch("head", head)
 
     def _watch_engine(self, engine: Policy) -> None:
-        clock, sizes, kind = self.clock, Flops.of(engine), _name(_dtype(engine))
+        clock, sizes, kind = self.clock, Flops.of(engine), _dtype(engine)
 
         def begins(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             if clock.inside("sampling"):  # the model may be the trainer's too
@@ -133,14 +133,10 @@ class Profile:
         }
 
 
-def _dtype(policy: Policy) -> torch.dtype:
+def _dtype(policy: Policy) -> str:
     """What the layers compute in: under autocast its type, else the type of the weights."""
-    if policy.compute_dtype != torch.float32:
-        return policy.compute_dtype
-    return next(policy.lm.parameters()).dtype
-
-
-def _name(dtype: torch.dtype) -> str:
+    own = next(policy.lm.parameters()).dtype
+    dtype = own if policy.compute_dtype == torch.float32 else policy.compute_dtype
     return str(dtype).removeprefix("torch.")
 
 
@@ -152,7 +148,7 @@ def write_profile(report: Mapping[str, Any], run: Path) -> Path:
     return path
 
 
-def render(report: Mapping[str, Any]) -> str:
+def render(report: dict[str, Any]) -> str:
     """The report as text: a line for each phase, per step; at most 100 columns wide."""
     steps = report["steps"]
     if steps == 0:
@@ -162,12 +158,9 @@ def render(report: Mapping[str, Any]) -> str:
         f"profile, per step of {steps}; a matrix product on {report['device']} with "
         f"threads={report['threads']} reaches {', '.join(peak)}"
     )
-    whole = {
-        **{"name": "step", "calls": steps, "seconds": report["seconds"], "share": 1.0},
-        "flops": sum(phase["flops"] for phase in report["phases"]),
-        "floor_seconds": report["floor_seconds"],
-        "of_peak": report["floor_seconds"] / report["seconds"],
-    }
+    whole = report | {"name": "step", "calls": steps, "share": 1.0}
+    whole["flops"] = sum(phase["flops"] for phase in report["phases"])
+    whole["of_peak"] = report["floor_seconds"] / report["seconds"]
     rows = []
     for phase in (*report["phases"], whole):
         row = {"phase": phase["name"], "share": phase["share"], "of_peak": phase["of_peak"]}

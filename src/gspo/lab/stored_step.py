@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from gspo.backend.stored_batch import read_batch
 from gspo.core.errors import CheckpointError, ModelError, RunError
@@ -22,7 +22,7 @@ from gspo.train.checkpoint import checkpoint_name, steps_saved, verify_checkpoin
 from gspo.train.settings import Settings
 from gspo.train.trainer import Trainer
 
-Weights = Literal["before", "after"]
+WEIGHTS = ("before", "after")
 
 
 class StoredStep:
@@ -70,12 +70,12 @@ class StoredStep:
             raise RunError(f"{self.run}/metrics.jsonl lacks the clip range of step {self.number}")
         return settings.with_range(low, high)
 
-    def check_weights(self, wanted: Sequence[Weights], *, needs_before: bool) -> None:
+    def check_weights(self, wanted: Sequence[str], *, needs_before: bool) -> None:
         """Refuse weights that are gone, naming the steps that can be inspected."""
         step, saved = self.number, steps_saved(self.run / "checkpoints")
         before = [s for s in self._batches if s == 1 or s - 1 in saved]
         after = [s for s in self._batches if s in saved and (not needs_before or s in before)]
-        for name, usable in (("before", before), ("after", after)):
+        for name, usable in zip(WEIGHTS, (before, after), strict=True):
             if name in wanted and step not in usable:
                 gone = step if name == "after" and step not in saved else step - 1
                 raise RunError(
@@ -85,12 +85,12 @@ class StoredStep:
                     "Choose with --step and --weights"
                 )
 
-    def weights_of(self, name: Weights) -> str:
+    def weights_of(self, name: str) -> str:
         """Where the weights come from, in words."""
         number = self.number - (name == "before")
         return f"checkpoint {checkpoint_name(number)}" if number else self._base_model
 
-    def load(self, name: Weights) -> Policy:
+    def load(self, name: str) -> Policy:
         """The policy before or after the step.
 
         Raises:

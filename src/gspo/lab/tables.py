@@ -42,20 +42,15 @@ def text(value: Any) -> str:
 def table(rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
     """Draw the first row as a header above the others. Numbers stand on the right.
 
-    On a narrow terminal only the last column gets less width than its values need.
+    On a narrow terminal values are broken between their words, and only headers inside.
     """
     header, *rest = rows
     out = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="")
-    for number, name in enumerate(header):
-        values = [row[number] for row in rest]
-        words = not all(value[:1] in "0123456789+-.<" for value in values)
-        widest = max(map(len, values), default=0)
-        out.add_column(
-            name,
-            justify="left" if words else "right",
-            min_width=None if number == len(header) - 1 else widest,
-            overflow="fold",
-        )
+    for name, *values in zip(header, *rest, strict=True):
+        words = not all(value[:1] in "0123456789+-" for value in values)
+        longest = max((len(word) for value in values for word in value.split()), default=0)
+        justify = "left" if words else "right"
+        out.add_column(name, justify=justify, min_width=longest, overflow="fold")
     for row in rest:
         out.add_row(*row)
     return out

@@ -7,19 +7,19 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.colors import qualitative
 
 from gspo.lab.compare_tables import PAIRED, SUMMARY, Row, stressed_cells
 from gspo.lab.pictures import styled
-from gspo.lab.report.page import Section, render
+from gspo.lab.report.page import render
 from gspo.lab.statistics import t_interval
 
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
 _SUMMARY = (
-    *(*SUMMARY, "clip_fraction_tokens", "experts_changed", "entropy", "grad_norm"),
-    *("log_ratio_p01", "log_ratio_p50", "log_ratio_p99", "seconds", "tokens"),
+    *(*SUMMARY, "ratio/clip_fraction_tokens", "moe/experts_changed", "loss/entropy"),
+    *("optim/grad_norm", "ratio/log_p01", "ratio/log_p50", "ratio/log_p99", "seconds", "tokens"),
 )
 _CELLS = (
     *("id", "arm", "stress", "seed", "status", "collapsed", "reward_before", "reward_after"),
@@ -34,36 +34,23 @@ def comparison_page(comparison: Row) -> str:
     cells = comparison.get("cells", ())
     counts = Counter(str(cell.get("status")) for cell in cells)
     status = [f"{count} {name}" for name, count in counts.items()]
-    status += ["quick: smaller than the whole comparison"] if comparison.get("quick") else []
-    troubles = [
-        f"{cell['id']} ({cell['status']}): {cell['error']}" for cell in cells if cell.get("error")
-    ]
-    origin = [[key, json.dumps(comparison.get(key))] for key in ("spec", "versions", "machine")]
-    sections = [
-        Section(
-            "Summary",
-            "Means over seeds; in brackets, the 95 % interval if there is one.",
-            troubles,
-            stressed_cells(_SUMMARY, comparison.get("summary", ())),
-        ),
-        Section("Over steps", "Means over seeds, 95 % t interval.", charts=curve_charts(cells)),
-        Section(
-            "Paired differences",
-            "First arm minus second, paired by seed, with the 95 % interval. An interval that "
-            "holds 0 shows no difference.",
-            table=stressed_cells(PAIRED, comparison.get("paired", ())),
-        ),
-        Section("All cells", table=stressed_cells(_CELLS, cells), folded=True),
-        Section("Specification", table=[["", ""], *origin], folded=True),
-    ]
-    return render(str(comparison.get("name", "comparison")), status, sections)
+    charts = curve_charts(cells)
+    return render(
+        "comparison.html",
+        str(comparison.get("name", "comparison")),
+        status + ["quick: smaller than the whole comparison"] * bool(comparison.get("quick")),
+        {"Over steps": charts} if charts else {},
+        failed=[cell for cell in cells if cell.get("error")],
+        summary=stressed_cells(_SUMMARY, comparison.get("summary", ())),
+        paired=stressed_cells(PAIRED, comparison.get("paired", ())),
+        cells=stressed_cells(_CELLS, cells),
+        origin=[["", ""]]
+        + [[key, json.dumps(comparison.get(key))] for key in ("spec", "versions", "machine")],
+    )
 
 
 def curve_charts(cells: Sequence[Row]) -> dict[str, go.Figure]:
     """Metrics over steps, a chart per metric and stress: means of the arms and their intervals."""
-    import plotly.graph_objects as go
-    from plotly.colors import qualitative
-
     arms = list(dict.fromkeys(cell["arm"] for cell in cells))
     stresses = dict.fromkeys(_stress(cell) for cell in cells)
     charts: dict[str, go.Figure] = {}

@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.colors import qualitative
 
 from gspo.lab.pictures import styled
-from gspo.lab.report.page import Section
 from gspo.lab.report.run_data import RunData
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 CHARTS = tomllib.loads(Path(__file__).with_name("charts.toml").read_text(encoding="utf-8"))["chart"]
 _MARKED = 60
@@ -23,20 +22,17 @@ _MARKED = 60
 _DASHED = {"line_dash": "dash", "line_color": "black", "mode": "lines"}
 
 
-def sections(runs: Sequence[RunData]) -> list[Section]:
-    """The charts of `CHARTS`; one without data is left out, and so is a section without charts."""
+def charts_of(runs: Sequence[RunData]) -> dict[str, dict[str, go.Figure]]:
+    """Section -> title -> chart of `CHARTS`. Charts and sections without data are left out."""
     charts: dict[str, dict[str, go.Figure]] = {}
     for chart in CHARTS:
         if (figure := draw(chart, runs)).data:
             charts.setdefault(chart["section"], {})[chart["title"]] = figure
-    return [Section(title, charts=figures) for title, figures in charts.items()]
+    return charts
 
 
 def draw(chart: Mapping[str, Any], runs: Sequence[RunData]) -> go.Figure:
     """One chart of `CHARTS`; without a curve if no run has logged any of its metrics."""
-    import plotly.graph_objects as go
-    from plotly.colors import qualitative
-
     alone, axis, extra = len(runs) == 1, chart.get("axis"), chart.get("with")
     curves = [(name, runs[0], metric) for metric, name in chart["curves"].items()]
     if not alone:

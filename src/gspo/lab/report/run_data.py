@@ -15,6 +15,7 @@ from gspo.backend.run import in_use
 from gspo.config import TrainConfig
 from gspo.core.errors import ConfigError, RunError
 from gspo.experiment.spec import Spec
+from gspo.objective import PRESETS, Preset
 from gspo.train.settings import Settings, resolve
 
 Values = Sequence[float | None]
@@ -50,6 +51,11 @@ class RunData:
     def values(self, key: str) -> list[float]:
         """The finite values of a metric."""
         return [value for value in self.series(key)[1] if value is not None]
+
+    @property
+    def preset(self) -> Preset | None:
+        """The named method, if it is one."""
+        return PRESETS.get(self.settings.algorithm) if self.settings else None
 
     @property
     def steps(self) -> int:
