@@ -139,9 +139,9 @@ def _advice(total: Mapping[str, Any], share: float, verdict: str, rollout_dtype:
     remedies = ["take old_logprobs='trainer' with a correction of pi_old/mu"]
     if abs(total["sequence_log_ratio"]["mean"]) > total["sequence_log_ratio"]["std"]:
         remedies[0] += " (most of the noise is bias, which no length averages out)"
-    epsilon = total["epsilon_needed"] / (FINE if tight else 1)
-    # To two digits, which is more than the estimate is worth.
-    epsilon = Context(prec=2, rounding=ROUND_UP).create_decimal(f"{epsilon:.9g}")
+    needed = total["epsilon_needed"] / (FINE if tight else 1)
+    # Up to two digits, which is more than the estimate is worth.
+    epsilon = float(Context(prec=2, rounding=ROUND_UP).create_decimal(f"{needed:.9g}"))
     if epsilon < 1:  # the surest remedy stands first
         remedies.insert(0, f"raise epsilon to {'' if tight else 'at least '}{epsilon:g}")
     if rollout_dtype in _QUIETER:

@@ -30,7 +30,10 @@ def test_nothing_runs_but_the_charts_scripts_and_nothing_is_loaded(tmp_path: Pat
 
 
 def test_tables_hold_text_and_a_page_without_charts_runs_nothing():
-    case = {"name": "</title><b>", "cells": [{"id": "<i>", "stress": {}, "status": "<s>"}]}
+    case = {
+        "name": "</title><b>",
+        "cells": [{"id": "<i>", "arm": "a", "stress": {}, "status": "<s>"}],
+    }
     page = comparison_page(case)
     assert "<td>&lt;i&gt;</td>" in page and "1 &lt;s&gt;" in page and "&lt;/title&gt;" in page
     assert "script-src &#39;none&#39;" in page and "Over steps" not in page
