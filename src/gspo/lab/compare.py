@@ -16,9 +16,11 @@ from gspo.lab.report.run_data import flat
 
 QUICK = Path(__file__).with_name("quick.toml")
 """The comparison of `gspo compare --quick`."""
-_DECIDED = dict.fromkeys(("name", "project"), "each cell has its own folder")
-_DECIDED |= dict.fromkeys(("seed", "train.seed"), "give seeds, beside [base]")
-_DECIDED["path"] = "give the comparison's path, beside [base]"
+_DECIDED: dict[str, str] = {
+    **dict.fromkeys(("name", "project"), "each cell has its own folder"),
+    **dict.fromkeys(("seed", "train.seed"), "give seeds, beside [base]"),
+    "path": "give the comparison's path, beside [base]",
+}
 """Keys of a run that the comparison decides."""
 _TABLES = {"train": dev.TrainConfig, "load": dev.InternalModelConfig}
 """Tables of a run whose names may be left out."""

@@ -135,7 +135,7 @@ class _Job:
             status, value = "failed", f"{_ending(self._process.exitcode or 0)}; see {self.log}"
         self.cell.status = status
         if status == "running":
-            progress.update(self._bar, completed=value)
+            progress.update(self._bar, completed=int(value))
         else:
             self.cell.error = value
             progress.remove_task(self._bar)

@@ -147,7 +147,8 @@ def draw_inspection(inspection: Mapping[str, Any], path: Path) -> Path:
     names = [method["name"] for method in sides[0]["methods"]]
     cosines = np.array([at["cosines"] for at in sides], dtype=float)
     look: dict[str, Any] = {"color_continuous_scale": "RdBu", "zmin": -1, "zmax": 1}
-    figure = px.imshow(cosines, x=names, y=names, facet_col=0, text_auto=".2f", **look)
+    look["text_auto"] = ".2f"
+    figure = px.imshow(cosines, x=names, y=names, facet_col=0, **look)
     for at, title in zip(sides, figure.layout.annotations, strict=True):
         title.text = f"weights {at['weights']} the step ({at['source']})"
     about = "{run}, step {step}: {trained} trajectories with an advantage".format(**inspection)

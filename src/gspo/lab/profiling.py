@@ -5,7 +5,6 @@ Times are those of the spans (`gspo.core.timing`), operations those of `gspo.lab
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +139,7 @@ def _dtype(policy: Policy) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def write_profile(report: Mapping[str, Any], run: Path) -> Path:
+def write_profile(report: dict[str, Any], run: Path) -> Path:
     """Write `profile.json` and `profile.txt` into the run's folder; return the first."""
     path = run / "profile.json"
     write_whole(path, strict_json(report, indent=1) + "\n")
