@@ -70,9 +70,7 @@ def demo(
 @app.command()
 def train(
     spec: Annotated[Path, typer.Argument(help="The run, as TOML.")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value; dotted keys reach tables.")
-    ] = None,
+    overrides: commands.SetOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved run and its sizes, and stop.")
     ] = False,

@@ -55,7 +55,7 @@ class Run:
         self._config = self.folder / "config.json"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(self.folder / ".lock")
+            self._lock = locked(self.folder / ".lock")
         except OSError as error:
             raise RunError(
                 f"cannot write to the run folder {self.folder}: {error.strerror}. "
@@ -172,7 +172,12 @@ class Run:
                 self._lock.close()
 
 
-def _locked(path: Path) -> IO[str]:
+def locked(path: Path) -> IO[str]:
+    """Lock a file for this process, until it is closed.
+
+    Raises:
+        RunError: another process has it; the error names the process.
+    """
     file = path.open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
