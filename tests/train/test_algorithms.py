@@ -101,8 +101,8 @@ def test_registering_nonsense_is_refused(name: str, objective: object, message: 
     ("value", "message"),
     [
         ("mien", "no such method.*register_algorithm"),
-        (3, "give a name"),
-        (Objective, "give a name"),
+        (3, "no such method.*an Objective or a Preset"),
+        (Objective, "no such method"),
     ],
 )
 def test_other_values_are_refused_at_once(value: object, message: str):

@@ -27,7 +27,6 @@ from gspo.policy.probe import choose_packing
 from gspo.serve.engine import Completion, Request, SamplingParams
 from gspo.serve.selfcheck import make_engine
 from gspo.tasks import Task, load_task
-from gspo.train.budget import token_budget
 from gspo.train.expert_replay import ExpertReplay
 from gspo.train.old_logprobs import with_trainer_logprobs
 from gspo.train.settings import resolve
@@ -126,8 +125,7 @@ def measure(policy: Policy, samples: Sequence[Sample]) -> Noise:
     """Score samples as the trainer does; each is one sequence."""
     policy.lm.eval()
     trajectories = [(sample,) for sample in samples]
-    budget = token_budget(policy.lm.config.get_text_config(), policy.checkpointing)
-    scored = with_trainer_logprobs(policy, trajectories, budget, None, share=policy.shares_prompts)
+    scored = with_trainer_logprobs(policy, trajectories, resolve())
     d = [
         torch.from_numpy((new.old_logprobs - sample.old_logprobs)[sample.ratio_mask])
         for sample, (new,) in zip(samples, scored, strict=True)
@@ -138,7 +136,7 @@ def measure(policy: Policy, samples: Sequence[Sample]) -> Noise:
     metrics = Metrics()
     if policy.routers.modules:  # before a replay, training compares the trainer's choices too
         settings = resolve(options=TrainConfig(routing_replay="old_policy"))
-        ExpertReplay(policy, settings, metrics, budget).start([trajectories])
+        ExpertReplay(policy, settings, metrics).start([trajectories])
     return Noise(
         tuple(tokens.double().numpy() for tokens in d),
         log_ratios.double().numpy(),

@@ -24,7 +24,6 @@ from gspo.lab.inspect_report import AtWeights, Inspection, Method
 from gspo.lab.stored_step import StoredStep, Weights
 from gspo.objective import PRESETS
 from gspo.policy.load import Policy
-from gspo.train.budget import token_budget
 from gspo.train.expert_replay import ExpertReplay
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.old_logprobs import with_trainer_logprobs
@@ -82,7 +81,10 @@ def inspect_run(spec: InspectSpec) -> Inspection:
     by_trainer = training.routing_replay == "old_policy" or training.old_logprobs == "trainer"
     step.check_weights(chosen, needs_before=by_trainer)
     methods = make_methods(step.record, training, spec.presets)
-    batches = {settings.advantage: _batch(step, settings) for settings in methods.values()}
+    batches = {
+        settings.advantage: prepare(step.groups, settings, context=step.record.context)
+        for settings in methods.values()
+    }
     if by_trainer:
         policy = step.load("before")
         for kind, batch in batches.items():
@@ -165,24 +167,11 @@ def as_trained(
     policy: Policy, trajectories: Sequence[TrajectorySamples], settings: Settings
 ) -> tuple[TrajectorySamples, ...]:
     """The samples with what the trainer fixes before its first update: expert choices, pi_old."""
-    budget = token_budget(policy.lm.config.get_text_config(), policy.checkpointing)
-    with torch.no_grad():
-        recorded = ExpertReplay(policy, settings, Metrics(), budget).start([trajectories])
+    recorded = ExpertReplay(policy, settings, Metrics()).start([trajectories])
     fixed = [recorded.get(samples[0].trajectory_id, samples) for samples in trajectories]
     if settings.old_logprobs == "trainer":
-        replay = settings.routing_replay != "none"
-        fixed = with_trainer_logprobs(policy, fixed, budget, None, replay=replay)
+        fixed = with_trainer_logprobs(policy, fixed, settings)
     return tuple(fixed)
-
-
-def _batch(step: StoredStep, settings: Settings) -> RolloutBatch:
-    return prepare(
-        step.groups,
-        context=step.record.context,
-        advantage=settings.advantage,
-        overlong=settings.overlong,
-        drop_too_long=settings.on_too_long == "drop",
-    )
 
 
 def _check_memory(policy: Policy, methods: int) -> None:

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import repeat
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from gspo.objective import (
     clipped_surrogate,
     sequence_log_ratio,
 )
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
 from gspo.train.minibatches import RolloutBatch
 
 
@@ -40,19 +39,19 @@ class Trace:
     Attributes:
         log_ratio, advantage, length: l_i, A_i and L_i.
         trajectory_id: of the rollout batch.
-        update: the optimizer step of the call, from 0.
         trained_tokens, clipped_tokens: in the loss; of those, how many the range acts on.
         token_log_ratios: [L_i] float32 d_t, in the order of sampling.
+        update: the optimizer step of the call, from 0.
     """
 
     log_ratio: float
     advantage: float
     length: float
     trajectory_id: int
-    update: int
     trained_tokens: int
     clipped_tokens: int
     token_log_ratios: np.ndarray
+    update: int
 
 
 @dataclass(frozen=True)
@@ -116,10 +115,6 @@ class Observer:
             if on_policy:
                 _record_mismatch(self.metrics, scored, objective)
             self.traces += _traces(scored, self.updates)
-
-    def skipped(self) -> None:
-        """Count a minibatch without a gradient, on which no optimizer step was taken."""
-        self.metrics.add("optim/skipped", 1)
 
     def updated(self, norm: float, rate: float) -> None:
         """Count an optimizer step: the gradient's norm before clipping, the learning rate."""
@@ -202,20 +197,18 @@ def _on_cpu(step: Sequence[Scored]) -> list[Scored]:
 
 def _check_finite(step: Sequence[Scored]) -> None:
     bad = [scored for scored in step if not scored.out.loss.isfinite()]
-    if not bad:
-        return
     named = {
         number
         for scored in bad
         for number, l_i in zip(scored.microbatch.trajectory_ids, scored.out.log_ratio, strict=True)
         if not l_i.isfinite()
     }
-    text = "; log-ratios that are not finite: trajectory {} ({} in all)"
-    raise NumericsError(
-        f"the loss is {bad[0].out.loss.item()}"
-        f"{text.format(min(named), len(named)) if named else ''}. "
-        "Look for a temperature, a log-prob or a weight that is not finite"
-    )
+    where = f", as is l_i of trajectory {min(named)} ({len(named)} in all)" if named else ""
+    if bad:
+        raise NumericsError(
+            f"the loss is {bad[0].out.loss.item()}{where}: look for a temperature, a log-prob or a "
+            "weight that is not finite"
+        )
 
 
 def _record_loss(metrics: Metrics, scored: Scored) -> None:
@@ -288,10 +281,9 @@ def _traces(scored: Scored, update: int) -> list[Trace]:
         microbatch.advantages.tolist(),
         out.lengths.tolist(),
         microbatch.trajectory_ids,
-        repeat(update),
         out.loss_tokens.int().tolist(),
         out.clipped_tokens.int().tolist(),
         by_sequence,
-        strict=False,  # one of them is repeated without an end
+        strict=True,
     )
-    return [Trace(*values) for values in columns]
+    return [Trace(*values, update) for values in columns]
