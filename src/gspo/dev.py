@@ -32,13 +32,17 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 _NO_BUNDLE = "they travel with the rollouts: use routing_replay='old_policy' or 'rollout'."
 
 
-def _known_algorithm(name: Any) -> Any:
+def _known_algorithm(value: Any) -> Any:
+    """A name or the fields of an objective; of an `Objective` or `Preset` itself, its fields."""
     from gspo.objective import PRESETS  # here: it loads torch, which most errors do not need
 
-    if isinstance(name, str) and (":" in name or name in PRESETS):
-        return name
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    named = isinstance(value, str) and (":" in value or value in PRESETS)
+    if named or value is None or isinstance(value, Mapping):
+        return value
     raise ValueError(
-        f"there is no such method.{suggestion(str(name), PRESETS)} Known: {', '.join(PRESETS)}. "
+        f"there is no such method.{suggestion(str(value), PRESETS)} Known: {', '.join(PRESETS)}. "
         "One of your own: gspo.register_algorithm, 'module:name', an Objective or a Preset"
     )
 
@@ -83,7 +87,7 @@ class TrainConfig(Options):
         "max_grad_norm": "must be a number above 0, or 'off' for no gradient clipping",
     }
 
-    algorithm: Any = None
+    algorithm: Annotated[Any, BeforeValidator(_known_algorithm)] = None
     """A named preset, or your own: a name given to `gspo.register_algorithm`, `module:name`,
     or an `Objective` or `Preset` itself (kept as its fields). None: the preset that
     `importance_sampling_level` implies, else `gspo`."""
@@ -174,13 +178,6 @@ class TrainConfig(Options):
     `lr_total_steps` calls, so no minibatch within them has a rate of 0; later calls stay at it."""
     on_too_long: Literal["error", "drop"] = "error"
     """A trajectory longer than the context: an error that names it, or dropped and counted."""
-
-    @field_validator("algorithm", mode="before")
-    @classmethod
-    def _algorithm_is_known(cls, value: Any) -> Any:
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return dataclasses.asdict(value)
-        return value if value is None or isinstance(value, Mapping) else _known_algorithm(value)
 
     @field_validator("max_grad_norm", mode="before")
     @classmethod

@@ -530,13 +530,13 @@ def test_only_the_first_step_on_fresh_samples_measures_the_engine(
 ):
     """Later ones have moved weights, under the version that sampled until the call is over."""
     seen: list[bool] = []
-    inner = Observer.backward_done
+    inner = Observer.record
 
-    def backward_done(self: Observer, objective: Objective, *, on_policy: bool) -> None:
+    def record(self: Observer, step: Any, objective: Objective, *, on_policy: bool) -> None:
         seen.append(on_policy)
-        inner(self, objective, on_policy=on_policy)
+        inner(self, step, objective, on_policy=on_policy)
 
-    monkeypatch.setattr(Observer, "backward_done", backward_done)
+    monkeypatch.setattr(Observer, "record", record)
     policy = embedded()
     policy.version = version  # the samples' is 0
     options = dev.TrainConfig(epochs=2)

@@ -60,15 +60,10 @@ class EpsilonController:
         It is a warning if noise clips, else information: most short runs at the paper's range
         learn.
         """
-        objective = settings.objective
         if settings.epsilon == "auto":
-            self.observe(objective, watch.traces, settings.epsilon_target)
-        elif objective.per_sequence:
-            noise = watch.metrics.compute().get("mismatch/clip_fraction", 0.0)
-            # With pi_old of the trainer the ratio is not taken against the engine.
-            noisy = settings.old_logprobs == "rollout" and noise > settings.epsilon_target / 2
-            level = logging.WARNING if noisy else logging.INFO
-            advice = noise_advice(noise, objective) if noisy else spread_advice(objective, watch)
+            self.observe(settings.objective, watch.traces, settings.epsilon_target)
+        elif settings.objective.per_sequence:
+            level, advice = advice_on(settings, watch)
             if advice is not None and level not in self._told:
                 self._told.add(level)
                 log.log(level, "train step %d: %s", step, advice)
@@ -82,22 +77,26 @@ def needed_epsilon(objective: Objective, trace: Trace) -> float:
     return max(_in_epsilons(objective, distance, trace.length), 0.0)
 
 
-def noise_advice(noise: float, objective: Objective) -> str:
-    """What to change if noise alone, and not learning, clips this share of the sequences."""
-    return (
-        f"engine and trainer differ so much that noise alone clips {noise:.0%} of the "
-        f"sequences on unchanged weights (epsilon {objective.epsilon_low:.2g}): raise epsilon, "
-        "set epsilon='auto' or old_logprobs='trainer', or roll out in a finer dtype"
-    )
+def advice_on(settings: Settings, watch: Observer) -> tuple[int, str | None]:
+    """What to change if noise by itself clips, or if the range is not near the log-ratios' spread.
 
-
-def spread_advice(objective: Objective, watch: Observer) -> str | None:
-    """What to change if the range is much narrower or wider than log-ratios; None if it fits."""
-    epsilon, width = objective.epsilon_low, spread(objective, watch.traces)
+    Returns:
+        The level of the log that it belongs to, and the advice, or None.
+    """
+    objective, epsilon = settings.objective, settings.objective.epsilon_low
+    noise = watch.metrics.compute().get("mismatch/clip_fraction", 0.0)
+    # With pi_old of the trainer the ratio is not taken against the engine.
+    if settings.old_logprobs == "rollout" and noise > settings.epsilon_target / 2:
+        return logging.WARNING, (
+            f"engine and trainer differ so much that noise alone clips {noise:.0%} of the "
+            f"sequences on unchanged weights (epsilon {epsilon:.2g}): raise epsilon, set "
+            "epsilon='auto' or old_logprobs='trainer', or roll out in a finer dtype"
+        )
+    width = spread(objective, watch.traces)
     if not width > 0 or 0.3 <= epsilon / width <= 5:
-        return None
+        return logging.INFO, None
     how = "clips many of" if epsilon < width else "hardly ever clips"
-    return (
+    return logging.INFO, (
         f"epsilon {epsilon:.2g} is {epsilon / width:.2g} x the spread of the sequences' log-ratios "
         f"({width:.2g}) and {how} them: set epsilon='auto', or a number near that spread"
     )

@@ -116,9 +116,9 @@ class ExpertReplay:
         if self.coefficient == 0:
             return
         loads: list[Tensor] = []
+        self._weights = None
         for microbatch in microbatches:
-            replay, copies = self._replayed(microbatch), microbatch.copies
-            with torch.no_grad(), self.policy.routers.watch(replay, copies=copies) as choices:
+            with torch.no_grad(), self.watch(microbatch) as choices:
                 self.policy.logprobs(microbatch)
             loads.append(choices.loads())
         tokens = sum(microbatch.sample_tokens for microbatch in microbatches)
@@ -128,12 +128,9 @@ class ExpertReplay:
 
     def watch(self, microbatch: Microbatch) -> AbstractContextManager[ExpertChoices]:
         """Watch the forward pass of a microbatch; its choices are replayed if that is asked for."""
-        return self.policy.routers.watch(
-            self._replayed(microbatch),
-            balance=self._weights,
-            copies=microbatch.copies,
-            strict=self._strict,
-        )
+        replay = microbatch.replayed_choices() if self.replays else None
+        copies, watch = microbatch.copies, self.policy.routers.watch
+        return watch(replay, balance=self._weights, copies=copies, strict=self._strict)
 
     def record(self, microbatch: Microbatch, choices: ExpertChoices) -> None:
         """Record the metrics of a watched microbatch."""
@@ -171,9 +168,6 @@ class ExpertReplay:
 
     def _preferred(self, minibatch: Sequence[TrajectorySamples]) -> list[TrajectorySamples]:
         return with_preferred_experts(self.policy, minibatch, self.settings)
-
-    def _replayed(self, microbatch: Microbatch) -> Tensor | None:
-        return microbatch.replayed_choices() if self.replays else None
 
 
 def with_preferred_experts(

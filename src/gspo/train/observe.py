@@ -83,7 +83,6 @@ class Observer:
         self.updates = 0
         self.traces: list[Trace] = []
         self._policy = policy
-        self._scored: list[Scored] = []
         self._started = time.perf_counter()
         _describe(self.metrics, batch, policy.version)
 
@@ -93,18 +92,14 @@ class Observer:
         versions = (s.policy_versions[s.ratio_mask] for s in flat(trajectories))
         return self.updates == 0 and all((v == self._policy.version).all() for v in versions)
 
-    def saw(self, scored: Scored) -> None:
-        """Keep a microbatch of the present optimizer step."""
-        self._scored.append(scored)
-
-    def backward_done(self, objective: Objective, *, on_policy: bool) -> None:
-        """Read what the optimizer step's microbatches left on the device, and record it.
+    def record(self, step: Sequence[Scored], objective: Objective, *, on_policy: bool) -> None:
+        """Read what the microbatches of an optimizer step left on the device, and record it.
 
         Raises:
             NumericsError: a loss is NaN or infinite. Its gradient may still be finite: the bound
                 on ratios gives NaN a gradient of 0.
         """
-        step, self._scored = _on_cpu(self._scored), []
+        step = _on_cpu(step)
         _check_finite(step)
         self.metrics.mean("loss/policy", 0.0, 1)  # a sum over microbatches, a mean over steps
         self.metrics.mean("loss/kl", 0.0, 1)
@@ -286,4 +281,4 @@ def _traces(scored: Scored, update: int) -> list[Trace]:
         by_sequence,
         strict=True,
     )
-    return [Trace(*values, update) for values in columns]
+    return [Trace(*values, update=update) for values in columns]

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from itertools import chain
 
 import torch
@@ -130,11 +130,12 @@ class Trainer:
 
         # A reference may be the policy itself with its adapters off, which is off for all threads.
         workers = Workers() if settings.objective.kl_coef > 0 else self.policy.workers
-        for scored, choices in backward_each(self.policy, microbatches, loss, workers):
-            experts.record(scored.microbatch, choices)
-            watch.saw(scored)
+        scored = list[Scored]()
+        for one, choices in backward_each(self.policy, microbatches, loss, workers):
+            experts.record(one.microbatch, choices)
+            scored.append(one)
         experts.end()
-        watch.backward_done(settings.objective, on_policy=on_policy)
+        watch.record(scored, settings.objective, on_policy=on_policy)
         return True
 
     def loss(
@@ -230,7 +231,4 @@ class Trainer:
 
 def _mix(*numbers: int) -> int:
     """One seed of several numbers."""
-    seed = 0
-    for number in numbers:
-        seed = (seed * 1_000_003 + number) % 2**63
-    return seed
+    return reduce(lambda seed, number: (seed * 1_000_003 + number) % 2**63, numbers, 0)
