@@ -303,4 +303,4 @@ def test_what_is_allowed() -> None:
     assert resolve(options=masked).old_logprobs == "rollout"
     assert resolve(options=dev.TrainConfig(algorithm="dapo", epsilon_high=1.5)).algorithm == "dapo"
     unscaled = dev.TrainConfig(algorithm="gspo", scale_rewards=False)
-    assert resolve(options=unscaled).advantage == "group_mean"
+    assert resolve(options=unscaled).preset.advantage == "group_mean"

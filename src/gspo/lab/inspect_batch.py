@@ -82,7 +82,7 @@ def inspect_run(spec: InspectSpec) -> Inspection:
     step.check_weights(chosen, needs_before=by_trainer)
     methods = make_methods(step.record, training, spec.presets)
     batches = {
-        settings.advantage: prepare(step.groups, settings, context=step.record.context)
+        settings.preset.advantage: prepare(step.groups, settings, context=step.record.context)
         for settings in methods.values()
     }
     if by_trainer:
@@ -90,7 +90,7 @@ def inspect_run(spec: InspectSpec) -> Inspection:
         for kind, batch in batches.items():
             samples = as_trained(policy, batch.samples, training)
             batches[kind] = replace(batch, samples=samples)
-    batch = batches[training.advantage]
+    batch = batches[training.preset.advantage]
     balance = training.router_aux_loss_coef
     return Inspection(
         run=str(spec.run),
@@ -119,7 +119,7 @@ def _at_weights(
     gradients, log_ratios = [], []
     rows: list[dict[str, Any]] = []
     for name, settings in methods.items():
-        batch, objective = batches[settings.advantage], settings.objective
+        batch, objective = batches[settings.preset.advantage], settings.objective
         batch = batch if settings.preset.counts_flat else batch.with_signal()
         watch, gradient = method_gradient(trainer, batch, settings)
         gradients.append(gradient)
@@ -151,7 +151,7 @@ def make_methods(
     """
 
     def method(settings: Settings) -> tuple[object, ...]:
-        return settings.objective, settings.advantage, settings.preset.counts_flat
+        return settings.objective, settings.preset.advantage, settings.preset.counts_flat
 
     dropped = dict.fromkeys(_METHOD)
     by_name = {name: record.settings(**dropped | {"algorithm": name}) for name in PRESETS}

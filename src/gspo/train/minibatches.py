@@ -100,7 +100,7 @@ def prepare(
     numbered = [(g, t, one) for g, group in enumerate(groups) for t, one in enumerate(group)]
     shaped = [shaped_reward(trajectory, settings) for _, _, trajectory in numbered]
     values = advantages(
-        settings.advantage,
+        settings.preset.advantage,
         torch.tensor(shaped, dtype=torch.float64),
         torch.tensor([g for g, _, _ in numbered]),
     ).tolist()

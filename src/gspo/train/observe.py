@@ -100,7 +100,8 @@ class Observer:
                 on ratios gives NaN a gradient of 0.
         """
         step = _on_cpu(step)
-        _check_finite(step)
+        for scored in step:
+            _check_finite(scored)
         self.metrics.mean("loss/policy", 0.0, 1)  # a sum over microbatches, a mean over steps
         self.metrics.mean("loss/kl", 0.0, 1)
         for scored in step:
@@ -190,19 +191,14 @@ def _on_cpu(step: Sequence[Scored]) -> list[Scored]:
     ]
 
 
-def _check_finite(step: Sequence[Scored]) -> None:
-    bad = [scored for scored in step if not scored.out.loss.isfinite()]
-    named = {
-        number
-        for scored in bad
-        for number, l_i in zip(scored.microbatch.trajectory_ids, scored.out.log_ratio, strict=True)
-        if not l_i.isfinite()
-    }
-    where = f", as is l_i of trajectory {min(named)} ({len(named)} in all)" if named else ""
-    if bad:
+def _check_finite(scored: Scored) -> None:
+    loss, finite = scored.out.loss, scored.out.log_ratio.isfinite().tolist()
+    if not loss.isfinite():
+        ids = scored.microbatch.trajectory_ids
+        named = [number for number, fine in zip(ids, finite, strict=True) if not fine]
         raise NumericsError(
-            f"the loss is {bad[0].out.loss.item()}{where}: look for a temperature, a log-prob or a "
-            "weight that is not finite"
+            f"the loss is {loss.item()}; trajectories whose log-ratio is not finite: "
+            f"{sorted(set(named))[:9]}. Look for a temperature, a log-prob or a weight that is NaN"
         )
 
 

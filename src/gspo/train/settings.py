@@ -15,7 +15,6 @@ from gspo.objective import (
     BOUNDS,
     LEVEL_DEFAULTS,
     PRESETS,
-    AdvantageKind,
     Correction,
     Objective,
     Preset,
@@ -43,11 +42,6 @@ class Settings(dev.TrainConfig):
     def objective(self) -> Objective:
         """What `policy_loss` computes."""
         return self.preset.objective
-
-    @property
-    def advantage(self) -> AdvantageKind:
-        """How A_i is made of the group's rewards."""
-        return self.preset.advantage
 
     def with_objective(self, objective: Objective) -> Settings:
         """The same call with another objective, such as one of the clip range steered to."""
@@ -79,12 +73,16 @@ def resolve(config: TrainConfig | None = None, options: dev.TrainConfig | None =
     low, high = original.epsilon_low, original.epsilon_high
     if isinstance(given.epsilon, float):
         low = high = given.epsilon
+    kl = given.kl_penalty_coef
+    if kl is None:
+        public = "kl_penalty_coef" in config.model_fields_set
+        kl = config.kl_penalty_coef if public else original.kl_coef
     try:
         objective = replace(
             original,
             epsilon_low=low,
             epsilon_high=given.epsilon_high or high,
-            kl_coef=_kl(original, config, given),
+            kl_coef=kl,
             epsilon_scale=given.epsilon_scale or original.epsilon_scale,
             correction=_correction(original.correction, given),
         )
@@ -158,14 +156,6 @@ def _refuse(preset: Preset, options: dev.TrainConfig) -> None:
         reason = f"{title} doesn't centre rewards by group: leave scale_rewards out"
     if reason is not None:
         raise ConfigError(reason)
-
-
-def _kl(objective: Objective, config: TrainConfig, options: dev.TrainConfig) -> float:
-    """The option, else the public one if it was given, else the preset's weight."""
-    if options.kl_penalty_coef is not None:
-        return options.kl_penalty_coef
-    given = "kl_penalty_coef" in config.model_fields_set
-    return config.kl_penalty_coef if given else objective.kl_coef
 
 
 def _correction(preset: Correction | None, options: dev.TrainConfig) -> Correction | None:
