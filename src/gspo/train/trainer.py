@@ -130,7 +130,7 @@ class Trainer:
 
         # A reference may be the policy itself with its adapters off, which is off for all threads.
         workers = Workers() if settings.objective.kl_coef > 0 else self.policy.workers
-        scored = list[Scored]()
+        scored: list[Scored] = []
         for one, choices in backward_each(self.policy, microbatches, loss, workers):
             experts.record(one.microbatch, choices)
             scored.append(one)
