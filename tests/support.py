@@ -81,8 +81,8 @@ def gradient_of(
     """Gradient and metrics of the whole batch as one optimizer step, which is not taken."""
     batch = batch if settings.preset.counts_flat else batch.with_signal()
     watch = Observer(policy, batch)
-    experts = ExpertReplay(policy, settings, watch.metrics, budget=10**6)
-    call = Call(settings, settings.objective, [batch.samples], experts, watch)
+    experts = ExpertReplay(policy, settings, watch.metrics)
+    call = Call(settings, [batch.samples], experts, watch)
     assert Trainer(policy).gradient(batch.samples, call)
     gradient = {n: p.grad for n, p in policy.trainable.items() if p.grad is not None}
     policy.lm.zero_grad(set_to_none=True)

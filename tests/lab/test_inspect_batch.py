@@ -217,7 +217,7 @@ def test_a_method_of_ones_own_stands_beside_the_presets(run: Path):
     assert list(methods) == [OWN, *PRESETS]
     assert methods[OWN].objective.epsilon_high == 0.1
     assert methods["grpo"].objective == PRESETS["grpo"].objective
-    assert methods["dr_grpo"].advantage == "group_mean"
+    assert methods["dr_grpo"].preset.advantage == "group_mean"
     plain = dataclasses.replace(record, options={"algorithm": "grpo", "epochs": 2})
     assert next(iter(make_methods(plain, plain.settings()))) == "grpo"
     kl = dataclasses.replace(record, kl_penalty_coef=0.3, options={"old_logprobs": "trainer"})

@@ -29,6 +29,8 @@ from policy.routers import moe, phimoe
 from policy.test_policy import tiny
 from support import embedded, gradient_of, random_groups, recompute_layers
 
+WHOLE = resolve(options=dev.TrainConfig(packed_sequence_length=10_000, share_prefixes=False))
+
 
 def batch_of(policy: Policy, **extra: Any) -> RolloutBatch:
     return prepare(random_groups(policy, **extra), context=policy.context)
@@ -36,7 +38,7 @@ def batch_of(policy: Policy, **extra: Any) -> RolloutBatch:
 
 def own_choices(policy: Policy, trajectories: Sequence[TrajectorySamples]) -> list[np.ndarray]:
     """What the routers prefer, for each sample."""
-    recorded = with_preferred_experts(policy, trajectories, 10_000)
+    recorded = with_preferred_experts(policy, trajectories, WHOLE)
     chosen = [sample.expert_choices for samples in recorded for sample in samples]
     return [experts for experts in chosen if experts is not None]
 
@@ -49,7 +51,7 @@ def routed(policy: Policy, batch: RolloutBatch, shift: int = 0, missing: int = 1
         own = (sample.expert_choices[: len(sample) - missing] + shift) % policy.routers.experts
         return dataclasses.replace(sample, expert_choices=own.astype(np.uint8))
 
-    recorded = with_preferred_experts(policy, batch.samples, 10_000)
+    recorded = with_preferred_experts(policy, batch.samples, WHOLE)
     samples = tuple(tuple(one(sample) for sample in own) for own in recorded)
     return dataclasses.replace(batch, samples=samples)
 

@@ -157,7 +157,7 @@ def with_engine_choices(policy: Policy, batch: RolloutBatch, noise: float) -> Ro
         own[other] = (own[other] + 1) % policy.routers.experts
         return dataclasses.replace(sample, expert_choices=own)
 
-    recorded = with_preferred_experts(policy, batch.samples, 10_000)
+    recorded = with_preferred_experts(policy, batch.samples, resolve())
     samples = tuple(tuple(one(sample) for sample in own) for own in recorded)
     return dataclasses.replace(batch, samples=samples)
 

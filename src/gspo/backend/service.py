@@ -104,14 +104,7 @@ class Service:
         """
         groups = plain_groups(trajectory_groups)
         policy = self.trainer.policy
-        batch = prepare(
-            groups,
-            context=policy.context,
-            vocabulary=policy.head.size,
-            advantage=settings.advantage,
-            overlong=settings.overlong,
-            drop_too_long=settings.on_too_long == "drop",
-        )
+        batch = prepare(groups, settings, context=policy.context, vocabulary=policy.head.size)
         return groups, batch
 
     def train(

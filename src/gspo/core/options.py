@@ -29,7 +29,8 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     refused: ClassVar[Mapping[str, str]] = {}
     fixed: ClassVar[Mapping[str, str]] = {}
-    """Why an option has only one value; told to whoever gives another."""
+    """What an option may be, if pydantic's own words don't say it; told to whoever gives another
+    value."""
 
     def __init__(self, **data: Any) -> None:
         names = sorted(type(self).model_fields)

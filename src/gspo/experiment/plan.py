@@ -15,8 +15,8 @@ from gspo.kernels.kv_cache import kv_bytes
 from gspo.policy.embedded import PREFIX, build_model, build_tokenizer, embedded_task
 from gspo.policy.source import read_config, read_tokenizer, resolve
 from gspo.tasks import load_task
-from gspo.train.budget import activation_bytes, token_budget
 from gspo.train.defaults import default_learning_rate
+from gspo.train.minibatches import activation_bytes, token_budget
 from gspo.train.settings import resolve as resolve_settings
 
 _COPY_BYTES = {None: 0, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 4, "int4": 4}

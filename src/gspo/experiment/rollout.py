@@ -20,7 +20,6 @@ from gspo.gather import gather_trajectory_groups
 from gspo.model import TrainableModel
 from gspo.tasks import Problem, Split, load_task
 from gspo.train.minibatches import shaped_reward
-from gspo.train.settings import resolve
 from gspo.trajectory import Trajectory, TrajectoryGroup, settled
 
 
@@ -54,13 +53,12 @@ class Rollouts:
         if not spec.dynamic_sampling:
             indices = range(step * size, (step + 1) * size)
             return await self.groups("train", indices, spec.completions, step)
-        overlong = resolve(options=spec.train).overlong
         differing: list[TrajectoryGroup] = []
         flat: list[TrajectoryGroup] = []
         for first in range(step * _ROUNDS * size, (step + 1) * _ROUNDS * size, size):
             indices = range(first, first + size - len(differing))
             for group in await self.groups("train", indices, spec.completions, step):
-                rewards = {shaped_reward(trajectory, overlong) for trajectory in group}
+                rewards = {shaped_reward(trajectory, spec.train) for trajectory in group}
                 (differing if len(rewards) > 1 else flat).append(group)
             if len(differing) == size:
                 break

@@ -19,7 +19,6 @@ from gspo.data.turn import Turn
 from gspo.dev import RolloutDtype, TrainConfig
 from gspo.experiment.spec import Spec
 from gspo.lab.audit_report import make_report
-from gspo.lab.gradients import experts_of
 from gspo.objective import PRESETS, Segments, sequence_log_ratio
 from gspo.policy.embedded import PREFIX, embedded_task
 from gspo.policy.load import Policy, load_policy
@@ -27,6 +26,7 @@ from gspo.policy.probe import choose_packing
 from gspo.serve.engine import Completion, Request, SamplingParams
 from gspo.serve.selfcheck import make_engine
 from gspo.tasks import load_task
+from gspo.train.expert_replay import ExpertReplay
 from gspo.train.old_logprobs import with_trainer_logprobs
 from gspo.train.settings import resolve
 from gspo.weights.publisher import publisher_for
@@ -117,10 +117,7 @@ def measure(
     """
     policy.lm.eval()
     trajectories = [(sample,) for sample in samples]
-    metrics, settings = Metrics(), resolve(options=TrainConfig(routing_replay="old_policy"))
-    experts = experts_of(policy, settings, metrics)
-    share = policy.shares_prompts
-    scored = with_trainer_logprobs(policy, trajectories, experts.budget, None, share=share)
+    metrics, scored = Metrics(), with_trainer_logprobs(policy, trajectories, resolve())
     d = [
         torch.from_numpy((new.old_logprobs - sample.old_logprobs)[sample.ratio_mask])
         for sample, (new,) in zip(samples, scored, strict=True)
@@ -129,6 +126,7 @@ def measure(
     mask = torch.ones(len(ids), dtype=torch.bool)
     log_ratios = sequence_log_ratio(torch.cat(d), Segments(ids, len(d), mask, mask))
     if policy.routers.modules:  # before a replay, training compares the trainer's choices too
-        experts.start([trajectories])
+        settings = resolve(options=TrainConfig(routing_replay="old_policy"))
+        ExpertReplay(policy, settings, metrics).start([trajectories])
     agreement = metrics.compute().get("moe/routing_agreement")
     return [tokens.double().numpy() for tokens in d], log_ratios.double().numpy(), agreement

@@ -12,9 +12,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gspo.core.metrics import Metrics
-from gspo.policy.load import Policy
-from gspo.train.budget import token_budget
 from gspo.train.expert_replay import ExpertReplay
 from gspo.train.minibatches import RolloutBatch
 from gspo.train.observe import Observer
@@ -46,19 +43,12 @@ def method_gradient(
     policy.lm.eval()
     settings = settings.model_copy(update={"router_aux_loss_coef": 0.0})
     watch = Observer(policy, batch)
-    experts = experts_of(policy, settings, watch.metrics)
-    call = Call(settings, settings.objective, [batch.samples], experts, watch)
+    call = Call(settings, [batch.samples], ExpertReplay(policy, settings, watch.metrics), watch)
     trainer.gradient(batch.samples, call)
     parameters = policy.trainable.values()
     gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     trainer.optimizer.clear()
     return watch, gradient
-
-
-def experts_of(policy: Policy, settings: Settings, metrics: Metrics) -> ExpertReplay:
-    """The replay of a call that isn't one of training, with its `budget` of tokens at once."""
-    budget = token_budget(policy.lm.config.get_text_config(), policy.checkpointing)
-    return ExpertReplay(policy, settings, metrics, budget)
 
 
 def gram(gradients: Sequence[Sequence[Tensor]]) -> Float[Tensor, "P P"]:

@@ -15,10 +15,11 @@ from gspo.core.errors import ConfigError, check_names
 from gspo.core.metrics import Metrics
 from gspo.data.sample import TrajectorySamples, unit_count
 from gspo.lab.audit_report import summarise
-from gspo.lab.gradients import cosines, experts_of, gram, method_gradient
+from gspo.lab.gradients import cosines, gram, method_gradient
 from gspo.lab.stored_step import WEIGHTS, StoredStep
 from gspo.objective import PRESETS
 from gspo.policy.load import Policy
+from gspo.train.expert_replay import ExpertReplay
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.old_logprobs import with_trainer_logprobs
 from gspo.train.settings import Settings
@@ -72,13 +73,16 @@ def inspect_run(
     by_trainer = training.routing_replay == "old_policy" or training.old_logprobs == "trainer"
     step.check_weights(chosen, needs_before=by_trainer)
     methods = make_methods(step.record, training, presets)
-    batches = {settings.advantage: _batch(step, settings) for settings in methods.values()}
+    batches = {
+        settings.preset.advantage: prepare(step.groups, settings, context=step.record.context)
+        for settings in methods.values()
+    }
     if by_trainer:
         policy = step.load("before")
         for kind, batch in batches.items():
             samples = as_trained(policy, batch.samples, training)
             batches[kind] = replace(batch, samples=samples)
-    batch = batches[training.advantage]
+    batch = batches[training.preset.advantage]
     balance = training.router_aux_loss_coef
     return {
         "run": str(run),
@@ -115,7 +119,7 @@ def _at_weights(
     gradients, log_ratios = [], []
     rows: list[dict[str, Any]] = []
     for name, settings in methods.items():
-        batch, objective = batches[settings.advantage], settings.objective
+        batch, objective = batches[settings.preset.advantage], settings.objective
         batch = batch if settings.preset.counts_flat else batch.with_signal()
         watch, gradient = method_gradient(trainer, batch, settings)
         gradients.append(gradient)
@@ -150,7 +154,7 @@ def make_methods(
     """
 
     def method(settings: Settings) -> tuple[object, ...]:
-        return settings.objective, settings.advantage, settings.preset.counts_flat
+        return settings.objective, settings.preset.advantage, settings.preset.counts_flat
 
     dropped = dict.fromkeys(_METHOD)
     by_name = {name: record.settings(**dropped | {"algorithm": name}) for name in PRESETS}
@@ -163,24 +167,11 @@ def as_trained(
     policy: Policy, trajectories: Sequence[TrajectorySamples], settings: Settings
 ) -> tuple[TrajectorySamples, ...]:
     """The samples with what the trainer fixes before its first update: expert choices, pi_old."""
-    experts = experts_of(policy, settings, Metrics())
-    with torch.no_grad():
-        recorded = experts.start([trajectories])
+    recorded = ExpertReplay(policy, settings, Metrics()).start([trajectories])
     fixed = [recorded.get(samples[0].trajectory_id, samples) for samples in trajectories]
     if settings.old_logprobs == "trainer":
-        replay = settings.routing_replay != "none"
-        fixed = with_trainer_logprobs(policy, fixed, experts.budget, None, replay=replay)
+        fixed = with_trainer_logprobs(policy, fixed, settings)
     return tuple(fixed)
-
-
-def _batch(step: StoredStep, settings: Settings) -> RolloutBatch:
-    return prepare(
-        step.groups,
-        context=step.record.context,
-        advantage=settings.advantage,
-        overlong=settings.overlong,
-        drop_too_long=settings.on_too_long == "drop",
-    )
 
 
 def _check_memory(policy: Policy, methods: int) -> None:

@@ -68,7 +68,7 @@ class StoredStep:
         low, high = logged.get("ratio/epsilon_low"), logged.get("ratio/epsilon_high")
         if low is None or high is None:
             raise RunError(f"{self.run}/metrics.jsonl lacks the clip range of step {self.number}")
-        return settings.with_range(low, high)
+        return settings.with_objective(settings.objective.with_epsilon(low, high))
 
     def check_weights(self, wanted: Sequence[str], *, needs_before: bool) -> None:
         """Refuse weights that are gone, naming the steps that can be inspected."""
