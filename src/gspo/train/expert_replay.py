@@ -51,7 +51,7 @@ def check_expert_options(
                 f"for {missing} of its tokens: roll out with extra_body={{'return_routes': True}}, "
                 "or use 'old_policy'"
             )
-        largest = -1 if chosen is None else int(chosen.max(initial=-1))
+        largest = -1 if chosen is None or chosen.size == 0 else int(chosen.max())
         fits = layers == 0 or (shape[1] == layers and largest < experts)
         if missing < -1 or (missing <= 0 and not fits):
             raise DataError(
