@@ -15,7 +15,7 @@ completion; `keep` drops those that have ended.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ FIRST_COLUMNS = 256
 _SCORE_BYTES = 64 * 2**20
 """Memory for the scores of a pass over prompts, whose queries are attended piece by piece."""
 
+_Span: TypeAlias = tuple[int, int, int]
+"""The first position of the prompts that is seen, the first column of the slabs, and the last + 1.
+"""
 Layout = Literal["shared", "model_cache", "equal_lengths"]
 LAYOUTS: tuple[Layout, ...] = ("shared", "model_cache", "equal_lengths")
 """Ways to decode, the fastest first."""
@@ -96,7 +99,7 @@ class SharedPrompts:
             self._change_slabs(lambda x: functional.pad(x, (0, 0, 0, more)))
         self._columns = whole_tiles(columns)
         self._written = self._tensor(self._positions - self._base[:, None])
-        self._masks: dict[int | None, tuple[int, int, Tensor]] = {}
+        self._masks: dict[tuple[int, int, int | None], tuple[_Span, Tensor | None]] = {}
         missing = -tokens.numel() % self._multiple
         given = torch.stack([tokens.flatten(), self._tensor(self._positions).flatten()])
         ids, positions = functional.pad(given, (0, missing))[:, None]
@@ -160,20 +163,20 @@ class SharedPrompts:
         keys, values = (x[:, :, column:columns] for x in self._slabs[layer])
         context = None
         if first < self._width:
-            shared = (x[:, :, first:] for x in self._prompts[layer])
-            context = Context(*shared, self._groups)
+            shared = [x[:, :, first:] for x in self._prompts[layer]]
+            context = Context(shared[0], shared[1], self._groups)
         out, _, _ = attend(query.flatten(2, 3), keys, values, context, hidden, self._tile)
         return out.unflatten(2, query.shape[2:4])
 
     def _not_visible(
         self, queries: slice, window: int | None
-    ) -> tuple[tuple[int, int, int], Bool[Tensor, "N 1 Q 1 S"] | None]:
+    ) -> tuple[_Span, Bool[Tensor, "N 1 Q 1 S"] | None]:
         """Mark what completions do not see: what lies behind a token, outside its window, or at the
         end of a prompt that is shorter than others. Tiles that nobody sees are left out.
 
         Returns:
-            The first position of the prompts, the first column of the slabs, and the one behind the
-            last; and for the keys inside them, True if a token does not see one.
+            What is left of prompts and slabs; and for the keys inside, True if a token does not see
+            one.
         """
         key = (queries.start, queries.stop, window)
         if key not in self._masks:
