@@ -14,10 +14,11 @@ That nothing else makes engine and trainer differ is proved afterwards, end to e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -28,6 +29,7 @@ from torch.nn import functional
 from gspo.kernels.hf import backbone, no_mask, pad_experts
 from gspo.kernels.logprob import CPU_BLOCK, Head, full_logits
 from gspo.kernels.projection import project
+from gspo.kernels.running_softmax import VECTOR
 
 _MULTIPLES = (8, 16, 32, 64)
 _EXPERT_ROWS = (4, 8, 16, 32, 64)
@@ -114,7 +116,11 @@ def _settle_linear(call: _Call) -> Part:
             module.forward = MethodType(_by_blocks if half else _by_one_dnn, module)
         how = f"blocks of {_BLOCK} rows" if half else "oneDNN"
         multiple = _needed(modules[0], inputs)
-    return Part(name, _kind(modules), multiple, how)
+    # A function of its output, such as sigmoid, must find whole vectors only. Measuring it is not
+    # enough: rounding to bfloat16 hides a difference most of the time.
+    vector = VECTOR * torch.get_num_threads()
+    whole = vector // math.gcd(vector, cast(nn.Linear, modules[0]).out_features)
+    return Part(name, _kind(modules), None if multiple is None else max(multiple, whole), how)
 
 
 def _settle_experts(call: _Call) -> Part:

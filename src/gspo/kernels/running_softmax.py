@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 LN_2 = math.log(2)
-_VECTOR = 32  # numbers; vectors are shorter, and a thread's share is whole vectors
+VECTOR = 32  # numbers; vectors are shorter, and a thread's share is whole vectors
 _LOWEST = -1e30  # finite: the difference of two lowest values is 0 and not NaN
 
 
@@ -101,7 +101,7 @@ def _exp2(x: Float[Tensor, "C K"], out: Float[Tensor, "C K"] | None) -> Float[Te
     On the CPU torch computes the last numbers of a tensor, which don't fill a vector, otherwise
     than the rest. So they get company.
     """
-    missing = -x.numel() % (_VECTOR * torch.get_num_threads()) if x.device.type == "cpu" else 0
+    missing = -x.numel() % (VECTOR * torch.get_num_threads()) if x.device.type == "cpu" else 0
     if missing == 0:
         return torch.exp2(x, out=out)
     power = torch.nn.functional.pad(x.flatten(), (0, missing)).exp2_()[: x.numel()].view(x.shape)
