@@ -77,8 +77,13 @@ class Service:
         self._loaded = _identity(model)
         self.trainer = load_trainer(run, model.source, config)
         self.sampling, self.publisher = publisher_for(self.trainer.policy, config.rollout_dtype)
-        self.engine = make_engine(self.sampling, seed=seed_of(seed, self.trainer.step))
-        self.serving = Serving(self.engine, compute, lambda: [model.name], listener)
+        self.engine = make_engine(
+            self.sampling,
+            compute,
+            seed=seed_of(seed, self.trainer.step),
+            sockets=listener is not None,
+        )
+        self.serving = Serving(self.engine, lambda: [model.name], listener)
 
     def check_same(self, model: ModelLike) -> None:
         """Refuse this model's name for another model, or for one that is loaded otherwise.

@@ -57,6 +57,8 @@ _SCHEMA = {
     "trained_tokens": pa.list_(pa.int32()),
     "clipped_tokens": pa.list_(pa.int32()),
     "token_log_ratios": pa.list_(pa.list_(pa.float32())),
+    # Of each token of a turn, if they differ: null if none of the turns has them.
+    "token_policy_versions": pa.list_(pa.list_(pa.int64())),
     **_REPLAYED,
 }
 
@@ -154,6 +156,7 @@ def _columns(trajectory: Trajectory, traces: Sequence[Trace]) -> dict[str, Any]:
         for m in trajectory.turns()
     ]
     token_ids = [list(getattr(c, "token_ids", None) or []) for c in choices]
+    changing = [list(getattr(c, "policy_versions", None) or []) for c in choices]
     experts = [_packed(getattr(c, "routed_experts", None)) for c in choices]
     columns = {
         "reward": float(trajectory.reward),
@@ -165,6 +168,7 @@ def _columns(trajectory: Trajectory, traces: Sequence[Trace]) -> dict[str, Any]:
         "prompt_token_ids": [list(getattr(c, "prompt_token_ids", None) or []) for c in choices],
         "temperatures": [getattr(c, "temperature", None) for c in choices],
         "policy_versions": [getattr(c, "policy_version", None) for c in choices],
+        "token_policy_versions": changing if any(changing) else None,
         "finish_reasons": [c.finish_reason for c in choices],
         "routes": experts if any(experts) else None,
     }
@@ -240,6 +244,8 @@ def _choice(row: dict[str, Any], turn: int, message: dict[str, Any]) -> Choice:
         "temperature": row["temperatures"][turn],
         "policy_version": row["policy_versions"][turn],
     }
+    if changing := row.get("token_policy_versions"):  # an older file has no such column
+        fields["policy_versions"] = changing[turn] or None
     routes = row["routes"] and row["routes"][turn]
     if routes:
         data = base64.b64encode(routes["data"]).decode()

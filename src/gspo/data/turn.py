@@ -28,6 +28,7 @@ class Turn:
         logprobs: of the sampled tokens, at `temperature`.
         temperature: 1 if the Choice does not say.
         policy_version: of the weights that sampled; -1 if the Choice does not say.
+        policy_versions: of each token's, if they differ; else empty.
         expert_choices: [R, N, K] experts that computed the R = prompt + tokens - 1 first tokens;
             None if the Choice has none.
     """
@@ -38,6 +39,7 @@ class Turn:
     temperature: float = 1.0
     policy_version: int = -1
     expert_choices: np.ndarray | None = None
+    policy_versions: tuple[int, ...] = ()
 
 
 def read_turn(choice: Any, where: str) -> Turn:
@@ -88,6 +90,14 @@ def read_fields(choice: Any, where: str) -> Turn:
             f"{where}: policy_version is {shown(version)}; it must be a whole number from 0, "
             "or None if it is not known"
         )
+    versions = getattr(choice, "policy_versions", None)
+    versions = _as_list(versions, DataError, f"{where}: policy_versions", "whole numbers")
+    odd = _first_odd(versions, int, numbers.Integral, 0, _LARGEST_VERSION)
+    if odd is not None or len(versions) not in (0, len(tokens)):
+        raise DataError(
+            f"{where}: policy_versions is {shown(versions)}; it must be {len(tokens)} whole "
+            "numbers from 0, one for each token, or None if all are of policy_version"
+        )
     experts = getattr(choice, "routed_experts", None) if prompt and tokens else None
     return Turn(
         prompt=prompt,
@@ -96,6 +106,7 @@ def read_fields(choice: Any, where: str) -> Turn:
         temperature=1.0 if temperature is None else float(temperature),
         policy_version=-1 if version is None else int(version),
         expert_choices=decode_expert_choices(experts, len(prompt) + len(tokens) - 1, where),
+        policy_versions=tuple(int(number) for number in versions),
     )
 
 

@@ -6,6 +6,7 @@ and compare l_i with the clip range. The path from engine to l_i is the one of t
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,7 @@ import torch
 from openai.types.chat.chat_completion import Choice
 from pydantic import Field
 
+from gspo.core.compute import ComputeThread
 from gspo.core.errors import ConfigError
 from gspo.core.metrics import Metrics
 from gspo.core.options import Options
@@ -24,7 +26,7 @@ from gspo.objective import Segments, sequence_log_ratio
 from gspo.policy.embedded import PREFIX, embedded_task
 from gspo.policy.load import Policy, load_policy
 from gspo.policy.probe import choose_packing
-from gspo.serve.engine import Completion, Request, SamplingParams
+from gspo.serve.engine import Completion, Engine, Request, SamplingParams
 from gspo.serve.selfcheck import make_engine
 from gspo.tasks import Task, load_task
 from gspo.train.budget import token_budget
@@ -107,7 +109,8 @@ def run_audit(spec: AuditSpec) -> tuple[AuditReport, Noise]:
     policy = load_policy(spec.model)
     choose_packing(policy)
     sampling, _ = publisher_for(policy, spec.rollout_dtype)
-    engine = make_engine(sampling, seed=spec.seed)
+    compute = ComputeThread()
+    engine = make_engine(sampling, compute, seed=spec.seed)
     params = SamplingParams(
         n=spec.completions,
         max_tokens=spec.max_tokens or task.max_tokens,
@@ -116,10 +119,16 @@ def run_audit(spec: AuditSpec) -> tuple[AuditReport, Noise]:
     )
     problems = (task.problem("heldout", index, spec.seed) for index in range(spec.prompts))
     requests = [Request(tuple(engine.encode_chat(task.messages(p))), params) for p in problems]
-    noise = measure(policy, _samples(policy, requests, engine.generate(requests)))
+    answers = asyncio.run(_answers(engine, requests))
+    compute.close()
+    noise = measure(policy, _samples(policy, requests, answers))
     asked = spec.model_dump(exclude={"epsilon_low", "epsilon_high", "max_tokens", "seed"})
     asked |= {"task": task.name, "routing_agreement": noise.expert_agreement}
     return make_report(noise.d, noise.log_ratios, spec.clip_range(), **asked), noise
+
+
+async def _answers(engine: Engine, requests: Sequence[Request]) -> list[list[Completion]]:
+    return await asyncio.gather(*(engine.complete(request) for request in requests))
 
 
 def measure(policy: Policy, samples: Sequence[Sample]) -> Noise:
@@ -161,7 +170,7 @@ def _samples(
             "prompt_token_ids": list(request.prompt),
             "token_logprobs": list(completion.logprobs),
             "temperature": completion.temperature,
-            "policy_version": completion.policy_version,
+            "policy_version": completion.policy_versions[0],
         }
         trajectory = Trajectory(messages_and_choices=[Choice.model_validate(choice)])
         (sample,) = trajectory_samples(trajectory, trajectory_id=number, max_tokens=policy.context)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from gspo.serve.engine import FinishReason, Request, SamplingParams
 from gspo.serve.sampling import RandomStreams, sample
 
 
-@dataclass
+@dataclass(eq=False)
 class OpenCompletion:
     """A completion that is being made.
 
@@ -31,9 +32,10 @@ class OpenCompletion:
         limit: most tokens.
         key: names the stream of its random numbers.
         ends: tokens that end it, beside the model's end tokens.
-        finish: why it ended, or None while it runs.
+        finish: why it ended, or None while it waits or runs.
         text: what a stop text left of its text, if one was found.
         tokens, logprobs: once it has ended.
+        versions: pairs of a policy version and the number of the first token that it sampled.
         expert_choices: for each forward pass, [n, N, K] experts of its n tokens, if asked for.
     """
 
@@ -41,15 +43,30 @@ class OpenCompletion:
     limit: int
     key: tuple[int, int]
     ends: frozenset[int] = frozenset()
-    finish: FinishReason | None = None
+    finish: FinishReason | Literal["cancelled"] | None = None
     text: str | None = None
     tokens: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
+    versions: list[tuple[int, int]] = field(default_factory=list)
     expert_choices: list[np.ndarray] = field(default_factory=list)
 
     @cached_property
     def params(self) -> SamplingParams:
         return self.request.params
+
+    def versions_of(self, first: int, last: int) -> tuple[int, ...]:
+        """Policy versions of the tokens `first` to `last` - 1.
+
+        >>> done = OpenCompletion(Request((1,)), 9, (0, 0), versions=[(4, 0), (5, 2)])
+        >>> done.versions_of(0, 3)
+        (4, 4, 5)
+        """
+        if len(self.versions) == 1:
+            return (self.versions[0][0],) * (last - first)
+        return tuple(
+            next(version for version, start in reversed(self.versions) if start <= token)
+            for token in range(first, last)
+        )
 
 
 @contextmanager
@@ -75,7 +92,7 @@ def record_expert_choices(
 
 
 class Running:
-    """R completions that are decoded together. A finished one is carried along until `keep`.
+    """What R completions have sampled. A finished one is carried along until `keep`.
 
     Args:
         completions: all of them at their first token.
@@ -92,6 +109,7 @@ class Running:
         self.device, self._ends, self._decode = ends.device, ends, decode
         self.completions: list[OpenCompletion] = []
         self.alive = 0
+        self._version = -1
         self._random = RandomStreams([], self.device)
         # What each completion has: [R] its settings and count, [R, columns] what it has sampled.
         self._state: dict[str, Tensor] = {}
@@ -99,6 +117,8 @@ class Running:
 
     def add(self, completions: Sequence[OpenCompletion]) -> None:
         """Add completions that begin now."""
+        for completion in completions if self.completions else ():  # else `sample` does it
+            completion.versions.append((self._version, 0))
         self.completions += completions
         self.alive += len(completions)
         self._random.add([completion.key for completion in completions])
@@ -117,9 +137,15 @@ class Running:
             old = [self._state[name]] if name in self._state else []
             self._state[name] = torch.cat([*old, values.to(self.device)])
 
-    def sample(self, logits: Float[Tensor, "R V"]) -> Int[Tensor, " R"]:
-        """Draw a token for each completion, write it down, and mark those that it ended."""
+    def sample(self, logits: Float[Tensor, "R V"], version: int) -> Int[Tensor, " R"]:
+        """Draw a token for each completion, write it down, and mark those that it ended.
+
+        Args:
+            logits: of the next tokens.
+            version: of the weights that gave the logits.
+        """
         state = self._state
+        self._note(version)
         uniform, barred = self._random.draw(), self._barred()
         tokens, logprobs = sample(logits, state["temperature"], state["top_p"], uniform, barred)
         count = state["count"]
@@ -138,6 +164,31 @@ class Running:
         if bool(done.any()) or any(completion.params.stop for completion in self.completions):
             self._finish(stopped.tolist(), done.tolist())
         return tokens
+
+    def _note(self, version: int) -> None:
+        """Write the version down, if the last token was of another."""
+        if version != self._version:
+            self._version = version
+            counts = self._state["count"].tolist()
+            for completion, count in zip(self.completions, counts, strict=True):
+                if completion.finish is None:
+                    completion.versions.append((version, count))
+
+    def sampled(
+        self, completion: OpenCompletion, first: int
+    ) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Tokens and log-probs of one that runs, from number `first` on; none if it waits yet."""
+        if completion not in self.completions:
+            return (), ()
+        i = self.completions.index(completion)
+        new = slice(first, int(self._state["count"][i]))
+        tokens, logprobs = (self._state[name][i, new].tolist() for name in ("tokens", "logprobs"))
+        return tuple(tokens), tuple(logprobs)
+
+    def cancel(self, completion: OpenCompletion) -> None:
+        """End a completion that nobody wants any more."""
+        completion.finish = "cancelled"
+        self.alive -= 1
 
     def _barred(self) -> Bool[Tensor, "R V"] | None:
         """Mark the end tokens of the completions that are shorter than their min_tokens, if any."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from gspo.core.compute import ComputeThread
 from gspo.core.errors import ModelError
 from gspo.kernels.kv_cache import LAYOUTS, Layout
 from gspo.policy.context import probe_length
@@ -25,17 +26,18 @@ _SLOWER: dict[Layout, str] = {
 }
 
 
-def make_engine(policy: Policy, *, seed: int = 0) -> Engine:
+def make_engine(
+    policy: Policy, compute: ComputeThread, *, seed: int = 0, sockets: bool = False
+) -> Engine:
     """Make the engine that samples from `policy` in this process, and check it.
 
     Args:
-        policy: the weights.
-        seed: of requests that have none.
+        policy, compute, seed, sockets: see `TorchEngine`.
 
     Raises:
         ModelError: see `check_engine`.
     """
-    engine = TorchEngine(policy, seed=seed)
+    engine = TorchEngine(policy, compute, seed=seed, sockets=sockets)
     check_engine(engine)
     return engine
 
