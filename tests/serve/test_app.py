@@ -9,42 +9,26 @@ from typing import Any
 import pytest
 from openai import APIStatusError, AsyncOpenAI, BadRequestError
 
-from gspo.core.compute import ComputeThread
 from gspo.serve.app import create_app
-from gspo.serve.batcher import Batcher
 from gspo.serve.fake_engine import FakeEngine
 from gspo.serve.server import in_process_client
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 
 
-class Counted(FakeEngine):
-    """Remembers how requests were batched."""
-
-    def __init__(self, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.batches: list[int] = []
-
-    def generate(self, requests):
-        self.batches.append(len(requests))
-        return super().generate(requests)
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
 
 
 @pytest.fixture
-def engine() -> Counted:
-    return Counted()
-
-
-@pytest.fixture
-async def client(engine: Counted):
-    compute = ComputeThread()
-    client = in_process_client(create_app(Batcher(engine, compute), lambda: ["m"]))
+async def client(engine: FakeEngine):
+    client = in_process_client(create_app(engine, lambda: ["m"]))
     yield client
     await client.close()
-    compute.close()
 
 
-async def test_chat_choices_carry_what_training_needs(client: AsyncOpenAI, engine: Counted):
+async def test_chat_choices_carry_what_training_needs(client: AsyncOpenAI, engine: FakeEngine):
     response = await client.chat.completions.create(model="m", messages=HELLO, n=3, seed=1)
     assert [c.index for c in response.choices] == [0, 1, 2]
     for choice in response.choices:
@@ -65,7 +49,7 @@ async def test_logprobs_in_openais_form_where_asked(client: AsyncOpenAI):
     assert "".join(e.token for e in choice.logprobs.content).rstrip("\0") == choice.message.content
 
 
-async def test_completions_take_text_and_token_ids(client: AsyncOpenAI, engine: Counted):
+async def test_completions_take_text_and_token_ids(client: AsyncOpenAI, engine: FakeEngine):
     response = await client.completions.create(model="m", prompt=["ab", "cd"], n=2, logprobs=0)
     prompts = [c.prompt_token_ids for c in response.choices]  # pyright: ignore[reportAttributeAccessIssue]
     assert prompts == [[97, 98], [97, 98], [99, 100], [99, 100]]
@@ -76,15 +60,7 @@ async def test_completions_take_text_and_token_ids(client: AsyncOpenAI, engine: 
     assert ids.choices[0].text == text.choices[0].text
 
 
-async def test_requests_that_arrive_together_are_one_batch(client: AsyncOpenAI, engine: Counted):
-    await client.models.list()
-    await asyncio.gather(
-        *(client.chat.completions.create(model="m", messages=HELLO) for _ in range(40))
-    )
-    assert engine.batches == [40]
-
-
-async def test_text_parts_are_joined(client: AsyncOpenAI, engine: Counted):
+async def test_text_parts_are_joined(client: AsyncOpenAI, engine: FakeEngine):
     parts: Any = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
     message: Any = [{"role": "user", "content": parts}]
     response: Any = await client.chat.completions.create(model="m", messages=message)
@@ -135,7 +111,7 @@ async def test_hints_are_given_only_where_a_name_is_near(client, extra: dict, me
     assert body["message"].endswith(message)
 
 
-async def test_stop_token_ids_and_special_tokens_reach_the_engine(client, engine: Counted):
+async def test_stop_token_ids_and_special_tokens_reach_the_engine(client, engine: FakeEngine):
     await client.completions.create(
         model="m",
         prompt="x",
@@ -187,7 +163,7 @@ async def test_unknown_models_and_bad_messages(client: AsyncOpenAI):
     ],
 )
 async def test_a_bad_prompt_is_refused_and_its_neighbours_are_answered(
-    client, engine: Counted, prompt: Any, message: str
+    client, engine: FakeEngine, prompt: Any, message: str
 ):
     async def ask(value: Any) -> Any:
         return await client.completions.create(model="m", prompt=value)

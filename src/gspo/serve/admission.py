@@ -23,8 +23,9 @@ FREE_SHARE = 0.5
 """Share of the free memory that keys and values may take: training needs some too."""
 TURN = 32
 """Completions that a request may start before others that wait have their turn."""
-PROMPT_TOKENS = {"cpu": 512, "cuda": 8192}
-"""Prompt tokens that are computed between two decode steps, one whole prompt at least."""
+PROMPT_TOKENS = (512, 8192)
+"""Prompt tokens that are computed between two decode steps, one whole prompt at least: on a CPU, on
+a GPU."""
 _PLANNED = 1024  # a completion counts as no longer than this when memory is planned
 _FEW = 16  # completions that would be fewer than 1 of 16 wait for more: their prompts cost a pass
 
@@ -43,15 +44,6 @@ class Group:
     next: int = 0
     turn: int = 0
 
-    @property
-    def waiting(self) -> int:
-        return len(self.completions) - self.next
-
-    @property
-    def done(self) -> bool:
-        """Whether all have ended."""
-        return all(completion.finish is not None for completion in self.completions)
-
 
 class Line:
     """Completions that wait for a place: first come, first served, and in turns of `TURN`.
@@ -63,8 +55,8 @@ class Line:
     """
 
     def __init__(self, policy: Policy, layout: Layout, max_running: int):
-        self._device, self._shared = policy.device, layout == "shared"
-        self._equal_lengths = layout == "equal_lengths"
+        self._device = policy.device
+        self._layout: Layout = layout
         dtype = policy.lm.dtype if policy.compute_dtype == torch.float32 else policy.compute_dtype
         size = dtype.itemsize / torch.float32.itemsize
         self._token = kv_bytes(1, 1, policy.lm.config.get_text_config()) * size
@@ -91,71 +83,57 @@ class Line:
                 `PROMPT_TOKENS`, so that those who run are not held up.
         """
         full = len(busy) >= self._max_running
-        if not self._groups or (busy and (full or not self._shared)):
+        if not self._groups or (busy and (full or self._layout != "shared")):
             return []
         if not busy:
             self._budget = kv_budget(self._device)
-        plan = _Plan(busy, self._token, shared=self._shared)
+        prompts = {completion.request.prompt for completion in busy}
+        limit = max((min(completion.limit, _PLANNED) for completion in busy), default=0)
+        width = max((len(prompt) for prompt in prompts), default=0)
         new: list[OpenCompletion] = []
-        taken: list[Group] = []
-        tokens, most = 0, PROMPT_TOKENS.get(self._device.type, PROMPT_TOKENS["cpu"])
-        while self._groups:
-            group = self._groups[0]
-            if group.turn >= TURN and (busy or not new):
-                group.turn = 0
-                self._groups.rotate(-1)
-                continue
+        groups: list[Group] = []
+        begun: dict[tuple[int, ...], int] = {}  # tokens of the prompts that are computed now
+        most = PROMPT_TOKENS[self._device.type == "cuda"]
+        while self._groups and not full:
+            group = self._head(fair=bool(busy) or not new)
             completion = group.completions[group.next]
             prompt = completion.request.prompt
-            if busy and prompt not in plan.prompts:
-                # A longer prompt could be cut here, once `prefill` can go on within a prompt.
-                tokens += len(prompt)
-                if new and tokens > most:
-                    break
-            plan.add(completion)
-            full = plan.size > 1 and (plan.size > self._max_running or plan.bytes > self._budget)
-            if full or (self._equal_lengths and new and len(prompt) != len(new[0].request.prompt)):
+            begun[prompt] = len(prompt)
+            # A longer prompt could be cut here, once `prefill` can go on within a prompt.
+            long = len(busy) > 0 and sum(begun.values()) > most
+            other = self._layout == "equal_lengths" and len(prompt) != width
+            if new and (long or other):
                 break
-            new.append(completion)
-            taken.append(group)
-            group.next += 1
-            group.turn += 1
-            if not group.waiting:
-                self._groups.popleft()
+            prompts.add(prompt)
+            limit, width = max(limit, min(completion.limit, _PLANNED)), max(width, len(prompt))
+            size = len(busy) + len(new) + 1
+            copies = len(prompts) if self._layout == "shared" else size
+            planned = self._token * (size * limit + copies * width)
+            full = size > 1 and (size > self._max_running or planned > self._budget)
+            if not full:
+                new.append(completion)
+                groups.append(group)
+                self._move(group, 1)
         if full and len(new) * _FEW < len(busy):
-            self._put_back(taken)
+            for group in reversed(groups):
+                self._move(group, -1)
             return []
         return new
 
-    def _put_back(self, taken: Sequence[Group]) -> None:
-        for group in reversed(taken):
-            if not group.waiting:
-                self._groups.appendleft(group)
-            group.next -= 1
-            group.turn -= 1
+    def _head(self, *, fair: bool) -> Group:
+        """Return whose turn it is; with `fair`, who has had theirs goes to the end of the line."""
+        while fair and self._groups[0].turn >= TURN:
+            self._groups[0].turn = 0
+            self._groups.rotate(-1)
+        return self._groups[0]
 
-
-class _Plan:
-    """What completions would need in memory, at most."""
-
-    def __init__(self, busy: Sequence[OpenCompletion], token: float, *, shared: bool):
-        self._token, self._shared = token, shared
-        self.prompts = {completion.request.prompt for completion in busy}
-        self.size = len(busy)
-        self._limit = max((min(completion.limit, _PLANNED) for completion in busy), default=0)
-        self._width = max((len(prompt) for prompt in self.prompts), default=0)
-
-    def add(self, completion: OpenCompletion) -> None:
-        prompt = completion.request.prompt
-        self.prompts.add(prompt)
-        self.size += 1
-        self._limit = max(self._limit, min(completion.limit, _PLANNED))
-        self._width = max(self._width, len(prompt))
-
-    @property
-    def bytes(self) -> float:
-        copies = len(self.prompts) if self._shared else self.size
-        return self._token * (self.size * self._limit + copies * self._width)
+    def _move(self, group: Group, step: int) -> None:
+        """Take the next completion of the first group, or put the last one back."""
+        if step < 0 and group.next == len(group.completions):
+            self._groups.appendleft(group)
+        group.next, group.turn = group.next + step, group.turn + step
+        if group.next == len(group.completions):
+            self._groups.popleft()
 
 
 def kv_budget(device: torch.device) -> float:

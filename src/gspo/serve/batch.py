@@ -39,7 +39,8 @@ class Batch:
         ends: Bool[Tensor, " V"],
         decode: Callable[..., str],
     ):
-        self._policy, self._layout = policy, layout
+        self._policy = policy
+        self._layout: Layout = layout
         self._ends, self._decode = ends, decode
         self._running: Running | None = None
         self._cancelled = False
@@ -68,11 +69,12 @@ class Batch:
 
     def sampled(
         self, completion: OpenCompletion, first: int
-    ) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        """Tokens and log-probs of a completion from number `first` on."""
-        if completion.finish is None and self._running is not None:
-            return self._running.sampled(completion, first)
-        return completion.tokens[first:], completion.logprobs[first:]
+    ) -> tuple[tuple[int, ...], tuple[float, ...], tuple[int, ...]]:
+        """Tokens, log-probs and versions of a completion, from token `first` on."""
+        running = self._running.completions if self._running else []
+        if self._running and completion.finish is None and completion in running:
+            return self._running.read(running.index(completion), first)
+        return completion.tokens[first:], completion.logprobs[first:], completion.versions[first:]
 
     def cancel(self, completion: OpenCompletion) -> None:
         """End a completion that nobody wants any more; its place is free at once."""

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 import torch
@@ -34,8 +33,7 @@ class OpenCompletion:
         ends: tokens that end it, beside the model's end tokens.
         finish: why it ended, or None while it waits or runs.
         text: what a stop text left of its text, if one was found.
-        tokens, logprobs: once it has ended.
-        versions: pairs of a policy version and the number of the first token that it sampled.
+        tokens, logprobs, versions: once it has ended; versions are the weights' of each token.
         expert_choices: for each forward pass, [n, N, K] experts of its n tokens, if asked for.
     """
 
@@ -43,30 +41,16 @@ class OpenCompletion:
     limit: int
     key: tuple[int, int]
     ends: frozenset[int] = frozenset()
-    finish: FinishReason | Literal["cancelled"] | None = None
+    finish: FinishReason | None = None
     text: str | None = None
     tokens: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
-    versions: list[tuple[int, int]] = field(default_factory=list)
+    versions: tuple[int, ...] = ()
     expert_choices: list[np.ndarray] = field(default_factory=list)
 
     @cached_property
     def params(self) -> SamplingParams:
         return self.request.params
-
-    def versions_of(self, first: int, last: int) -> tuple[int, ...]:
-        """Policy versions of the tokens `first` to `last` - 1.
-
-        >>> done = OpenCompletion(Request((1,)), 9, (0, 0), versions=[(4, 0), (5, 2)])
-        >>> done.versions_of(0, 3)
-        (4, 4, 5)
-        """
-        if len(self.versions) == 1:
-            return (self.versions[0][0],) * (last - first)
-        return tuple(
-            next(version for version, start in reversed(self.versions) if start <= token)
-            for token in range(first, last)
-        )
 
 
 @contextmanager
@@ -109,7 +93,6 @@ class Running:
         self.device, self._ends, self._decode = ends.device, ends, decode
         self.completions: list[OpenCompletion] = []
         self.alive = 0
-        self._version = -1
         self._random = RandomStreams([], self.device)
         # What each completion has: [R] its settings and count, [R, columns] what it has sampled.
         self._state: dict[str, Tensor] = {}
@@ -117,8 +100,6 @@ class Running:
 
     def add(self, completions: Sequence[OpenCompletion]) -> None:
         """Add completions that begin now."""
-        for completion in completions if self.completions else ():  # else `sample` does it
-            completion.versions.append((self._version, 0))
         self.completions += completions
         self.alive += len(completions)
         self._random.add([completion.key for completion in completions])
@@ -132,6 +113,7 @@ class Running:
             "count": torch.zeros(len(params), dtype=torch.long),
             "tokens": torch.zeros(len(params), columns, dtype=torch.int32),
             "logprobs": torch.zeros(len(params), columns),
+            "versions": torch.zeros(len(params), columns, dtype=torch.long),
         }
         for name, values in new.items():
             old = [self._state[name]] if name in self._state else []
@@ -145,12 +127,13 @@ class Running:
             version: of the weights that gave the logits.
         """
         state = self._state
-        self._note(version)
         uniform, barred = self._random.draw(), self._barred()
         tokens, logprobs = sample(logits, state["temperature"], state["top_p"], uniform, barred)
         count = state["count"]
         longest = int(count.max())  # a device is asked once
-        for name, new in (("tokens", tokens.to(torch.int32)), ("logprobs", logprobs)):
+        versions = torch.full_like(count, version)
+        sampled = {"tokens": tokens.to(torch.int32), "logprobs": logprobs, "versions": versions}
+        for name, new in sampled.items():
             if longest == state[name].shape[1]:
                 state[name] = functional.pad(state[name], (0, max(32, state[name].shape[1])))
             state[name].scatter_(1, count[:, None], new[:, None])
@@ -165,29 +148,9 @@ class Running:
             self._finish(stopped.tolist(), done.tolist())
         return tokens
 
-    def _note(self, version: int) -> None:
-        """Write the version down, if the last token was of another."""
-        if version != self._version:
-            self._version = version
-            counts = self._state["count"].tolist()
-            for completion, count in zip(self.completions, counts, strict=True):
-                if completion.finish is None:
-                    completion.versions.append((version, count))
-
-    def sampled(
-        self, completion: OpenCompletion, first: int
-    ) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        """Tokens and log-probs of one that runs, from number `first` on; none if it waits yet."""
-        if completion not in self.completions:
-            return (), ()
-        i = self.completions.index(completion)
-        new = slice(first, int(self._state["count"][i]))
-        tokens, logprobs = (self._state[name][i, new].tolist() for name in ("tokens", "logprobs"))
-        return tuple(tokens), tuple(logprobs)
-
     def cancel(self, completion: OpenCompletion) -> None:
         """End a completion that nobody wants any more."""
-        completion.finish = "cancelled"
+        completion.finish = "length"
         self.alive -= 1
 
     def _barred(self) -> Bool[Tensor, "R V"] | None:
@@ -241,11 +204,20 @@ class Running:
         first = min((start for start in starts if start >= 0), default=None)
         return None if first is None else text[:first]
 
+    def read(
+        self, i: int, first: int = 0
+    ) -> tuple[tuple[int, ...], tuple[float, ...], tuple[int, ...]]:
+        """Tokens, log-probs and versions of completion i, from token `first` on."""
+        columns = slice(first, int(self._state["count"][i]))
+        tokens, logprobs, versions = (
+            tuple(self._state[name][i, columns].tolist())
+            for name in ("tokens", "logprobs", "versions")
+        )
+        return tokens, logprobs, versions
+
     def _write(self, i: int) -> None:
-        state = self._state
-        length = int(state["count"][i])
-        self.completions[i].tokens = tuple(state["tokens"][i, :length].tolist())
-        self.completions[i].logprobs = tuple(state["logprobs"][i, :length].tolist())
+        completion, state = self.completions[i], self._state
+        completion.tokens, completion.logprobs, completion.versions = self.read(i)
         # A finished completion is still computed until `keep` drops it; its tokens are ignored.
         # It writes them over the start of its buffer.
         state["count"][i] = 0

@@ -131,7 +131,7 @@ class TorchEngine:
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """For each request its n completions, sampled in the calling thread with nobody beside."""
-        groups = [self.opened(request) for request in requests]
+        groups = [Group(self.opened(request)) for request in requests]
         line, batch = self.line(), self.batch()
         for group in groups:
             line.add(group)
@@ -155,7 +155,7 @@ class TorchEngine:
         with span("sampling"), torch.no_grad(), self.policy.autocast():
             yield
 
-    def opened(self, request: Request) -> Group:
+    def opened(self, request: Request) -> list[OpenCompletion]:
         """The completions of a request, before their first token.
 
         Raises:
@@ -163,7 +163,7 @@ class TorchEngine:
         """
         limit, ends = self._prepare(request)
         keys = self._keys(request)
-        return Group([OpenCompletion(request, limit, key, ends) for key in keys])
+        return [OpenCompletion(request, limit, key, ends) for key in keys]
 
     def closed(self, group: Group) -> list[Completion]:
         """What became of a request's completions; all have ended."""
@@ -183,7 +183,7 @@ class TorchEngine:
         return [(seed, -1 - index) for index in range(first, first + params.n)]
 
     def _closed(self, completion: OpenCompletion) -> Completion:
-        assert completion.finish is not None and completion.finish != "cancelled"
+        assert completion.finish is not None
         params, tokens, text = completion.params, completion.tokens, completion.text
         if text is None:
             # The text is without a token of the request that ended it.
@@ -196,7 +196,7 @@ class TorchEngine:
             logprobs=completion.logprobs,
             text=text,
             finish_reason=completion.finish,
-            policy_versions=completion.versions_of(0, len(tokens)),
+            policy_versions=completion.versions,
             temperature=params.temperature or 1.0,
             expert_choices=np.concatenate(completion.expert_choices)
             if completion.expert_choices
