@@ -62,7 +62,7 @@ class Line:
         self._token = kv_bytes(1, 1, policy.lm.config.get_text_config()) * size
         self._max_running = max_running
         self._groups: deque[Group] = deque()
-        self._budget = 0.0
+        self._budget = kv_budget(self._device)
 
     def __bool__(self) -> bool:
         return bool(self._groups)

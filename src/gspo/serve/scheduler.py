@@ -19,6 +19,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
@@ -176,7 +177,8 @@ class Scheduler:
         """
         while True:
             try:
-                item = await asyncio.wait_for(ticket.box.get(), LOOK_SECONDS)
+                async with asyncio.timeout(LOOK_SECONDS):
+                    item = await ticket.box.get()
             except TimeoutError:
                 what, since, limit = self._doing
                 waited = time.monotonic() - since
@@ -242,7 +244,12 @@ class Scheduler:
             self._fail_all(error)
         else:
             self._queued = True
-            job.add_done_callback(lambda job: job.cancelled() and self._fail_all(_closed()))
+            job.add_done_callback(self._ended)
+
+    def _ended(self, job: Future[None]) -> None:
+        if job.cancelled():  # by `ComputeThread.close`
+            self._queued = False
+            self._fail_all(_closed())
 
     def _fail_all(self, error: Exception) -> None:
         def fail(desk: _Desk) -> None:
