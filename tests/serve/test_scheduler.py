@@ -100,7 +100,7 @@ def is_idle(engine: TorchEngine) -> bool:
     scheduler = engine._scheduler
     return not (
         scheduler._queued or scheduler._active or scheduler._inbox or scheduler._open
-    ) and all(not (d.sent or d.waiting) for d in scheduler._desks.values())
+    ) and all(not (d._sent or d._waiting) for d in scheduler._desks.values())
 
 
 @pytest.mark.parametrize("sockets", [True, False])
@@ -350,11 +350,11 @@ async def test_a_task_that_gathers_and_is_cancelled_answers_all(patient: TorchEn
     for _ in range(3):
         await asyncio.sleep(0)
     (desk,) = patient._scheduler._desks.values()
-    assert desk.gathering is not None
-    desk.gathering.cancel()
+    assert desk._gathering is not None
+    desk._gathering.cancel()
     results = await waiting
     assert [type(result) for result in results] == [ServeError] * 4
-    assert "CancelledError" in str(results[0])
+    assert "a program cancelled the task" in str(results[0])
     assert len(await patient.complete(request())) == 1
 
 

@@ -4,11 +4,6 @@ waits for the device has it.
 Requests come from event loops; steps run in the compute thread. A job there goes on from step to
 step as long as no other job waits, and is queued again behind those that do. A call of `train` or
 a publication is one job, so no token is sampled in the midst of it.
-
-A first batch begins when the event loop has gone round `IDLE_TURNS` times without a new request.
-Turns are counted, not milliseconds, so that a program whose rollouts run in this process forms the
-same batches each time it runs. For the same reason its later requests wait until the batch is
-over, unless the engine is exact.
 """
 
 from __future__ import annotations
@@ -18,24 +13,21 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from gspo.core.compute import ComputeThread
 from gspo.core.errors import BusyError, GspoError, ServeError
-from gspo.serve.admission import Group, Line
+from gspo.serve.admission import Line
 from gspo.serve.batch import Batch
+from gspo.serve.desk import Desk, Made, Ticket
 from gspo.serve.engine import Completion, Piece, Request
 
 if TYPE_CHECKING:
     from gspo.serve.torch_engine import TorchEngine
 
-IDLE_TURNS = 16
-WINDOW = 0.005
-"""Seconds for which a first batch waits for more requests, if they come through sockets."""
 MAX_OPEN = 16_384
 """Requests that may be unanswered at once."""
 STEP_SECONDS = 1800.0
@@ -46,46 +38,6 @@ LOOK_SECONDS = 30.0
 """Who waits looks so often whether the engine is stuck."""
 
 log = logging.getLogger("gspo")
-
-
-@dataclass(eq=False)
-class _Desk:
-    """One event loop's requests; only this loop touches it.
-
-    Attributes:
-        waiting: those that come together to the next batch.
-        sent: those that were handed over, and are not answered.
-        gathering: the task that waits until no new one comes.
-    """
-
-    loop: asyncio.AbstractEventLoop
-    waiting: list[_Ticket] = field(default_factory=list)
-    sent: set[_Ticket] = field(default_factory=set)
-    gathering: asyncio.Task[None] | None = None
-
-
-_Item: TypeAlias = Piece | list[Completion] | Exception
-
-
-@dataclass(eq=False, kw_only=True)
-class _Ticket(Group):
-    """A request.
-
-    Attributes:
-        desk: of the event loop that it came from.
-        box: what was made for it: pieces if it is a stream, then its answer.
-        sent: tokens of each completion that have been made pieces of; empty if it is no stream.
-        gone: nobody waits for it any more.
-    """
-
-    request: Request
-    desk: _Desk
-    sent: list[int]
-    box: asyncio.Queue[_Item] = field(default_factory=asyncio.Queue)
-    gone: bool = False
-
-
-_Made: TypeAlias = list[tuple[_Ticket, _Item]]
 
 
 class Scheduler:
@@ -100,14 +52,14 @@ class Scheduler:
 
     def __init__(self, engine: TorchEngine, compute: ComputeThread, *, sockets: bool = False):
         self._engine, self._compute, self._sockets = engine, compute, sockets
-        self._desks: dict[asyncio.AbstractEventLoop, _Desk] = {}
+        self._desks: dict[asyncio.AbstractEventLoop, Desk] = {}
         self._lock = threading.RLock()
         # Under the lock:
-        self._inbox: list[_Ticket] = []
+        self._inbox: list[Ticket] = []
         self._open = 0
         self._queued = self._closed = False  # whether a job runs or waits
         # Of the job that runs:
-        self._active: list[_Ticket] = []
+        self._active: list[Ticket] = []
         self._decoding: tuple[Line, Batch] | None = None
         self._steps = 0
         self._doing = ("", 0.0, TURN_SECONDS)
@@ -139,7 +91,7 @@ class Scheduler:
     # In the event loops.
 
     @contextmanager
-    def _ticket(self, request: Request, *, streams: bool) -> Iterator[_Ticket]:
+    def _ticket(self, request: Request, *, streams: bool) -> Iterator[Ticket]:
         """A request, as long as somebody waits for it."""
         loop = asyncio.get_running_loop()
         with self._lock:
@@ -153,23 +105,19 @@ class Scheduler:
             self._open += 1
             if loop not in self._desks:
                 alive = {k: desk for k, desk in self._desks.items() if not k.is_closed()}
-                self._desks = {**alive, loop: _Desk(loop)}
+                desk = Desk(loop, self._send, lambda: self.joins, sockets=self._sockets)
+                self._desks = {**alive, loop: desk}
             desk = self._desks[loop]
-        ticket = _Ticket(request=request, desk=desk, sent=[0] * request.params.n * streams)
-        desk.waiting.append(ticket)
-        self._hand_over(desk)
+        ticket = Ticket(request=request, desk=desk, sent=[0] * request.params.n * streams)
+        desk.enter(ticket)
         try:
             yield ticket
         finally:
-            ticket.gone = True
             with self._lock:
                 self._open -= 1
-            if ticket in desk.waiting:
-                desk.waiting.remove(ticket)
-            desk.sent.discard(ticket)
-            self._hand_over(desk)
+            desk.leave(ticket)
 
-    async def _next_item(self, ticket: _Ticket) -> Piece | list[Completion]:
+    async def _next_item(self, ticket: Ticket) -> Piece | list[Completion]:
         """What is made next for a request.
 
         Raises:
@@ -193,44 +141,12 @@ class Scheduler:
                     raise item
                 return item
 
-    def _hand_over(self, desk: _Desk) -> None:
-        """Send what waits, or wait for more first, or until a batch has ended."""
-        if not desk.waiting or (desk.gathering is not None and not desk.gathering.done()):
-            return
-        if not desk.sent:
-            desk.gathering = desk.loop.create_task(self._gather(desk))
-        elif self.joins:
-            self._send(desk)
-
-    async def _gather(self, desk: _Desk) -> None:
-        """Wait until no new request has come for a while, and send them."""
-        try:
-            if self._sockets:
-                await asyncio.sleep(WINDOW)
-            quiet, before = 0, len(desk.waiting)
-            while quiet < IDLE_TURNS:
-                await asyncio.sleep(0)
-                quiet = quiet + 1 if len(desk.waiting) == before else 0
-                before = len(desk.waiting)
-        except asyncio.CancelledError as error:  # by a program that cancels every task it finds
-            self._receive(desk, [(ticket, _as_ours(error)) for ticket in desk.waiting])
-            raise
-        self._send(desk)
-
-    def _send(self, desk: _Desk) -> None:
-        tickets, desk.waiting = desk.waiting, []
-        desk.sent.update(tickets)
+    def _send(self, tickets: list[Ticket]) -> None:
+        """Take what a desk has gathered."""
         with self._lock:
             self._inbox += tickets
-            if tickets and not self._queued:
+            if not self._queued:
                 self._queue()
-
-    def _receive(self, desk: _Desk, made: _Made) -> None:
-        for ticket, item in made:
-            ticket.box.put_nowait(item)
-            if not isinstance(item, Piece):
-                desk.sent.discard(ticket)
-        self._hand_over(desk)
 
     # In any thread.
 
@@ -252,25 +168,10 @@ class Scheduler:
             self._fail_all(_closed())
 
     def _fail_all(self, error: Exception) -> None:
-        def fail(desk: _Desk) -> None:
-            tickets = [*desk.sent, *desk.waiting]
-            desk.waiting.clear()
-            for ticket in tickets:
-                ticket.gone = True
-            self._receive(desk, [(ticket, error) for ticket in tickets])
-
         with self._lock:
             desks, self._inbox = list(self._desks.values()), []
         for desk in desks:
-            self._call(desk, fail)
-
-    def _call(self, desk: _Desk, function: Callable[..., None], *arguments: object) -> None:
-        """Call a function in a desk's event loop, if there still is one."""
-        try:
-            desk.loop.call_soon_threadsafe(function, desk, *arguments)
-        except RuntimeError:  # it is closed
-            for ticket in desk.sent:
-                ticket.gone = True
+            desk.call(desk.fail, error)
 
     # In the compute thread.
 
@@ -292,7 +193,7 @@ class Scheduler:
             else:
                 self._queued, self._decoding = False, None
 
-    def _step(self) -> _Made:
+    def _step(self) -> Made:
         """Let requests come and go, and decode one token of each completion."""
         made = self._admit()
         if self._decoding is None:
@@ -316,7 +217,7 @@ class Scheduler:
                     self._active.append(ticket)
         return made
 
-    def _admit(self) -> _Made:
+    def _admit(self) -> Made:
         """Take in what has arrived, unless it has to wait until the batch is over."""
         with self._lock:
             if self._active and not self.joins:
@@ -324,7 +225,7 @@ class Scheduler:
             arrived, self._inbox = self._inbox, []
         if arrived and self._decoding is None:
             self._decoding = (self._engine.line(), self._engine.batch())
-        made: _Made = []
+        made: Made = []
         for ticket in arrived:
             try:
                 ticket.completions = self._engine.opened(ticket.request)
@@ -345,7 +246,7 @@ class Scheduler:
                 if completion.finish is None:
                     batch.cancel(completion)
 
-    def _failed(self, error: Exception) -> _Made:
+    def _failed(self, error: Exception) -> Made:
         """Fail the requests that were in a step; the others go on."""
         failed = [ticket for ticket in self._active if ticket.next]
         if not failed:
@@ -357,8 +258,8 @@ class Scheduler:
         ours = _as_ours(error)
         return [(ticket, ours) for ticket in failed]
 
-    def _pieces(self, ticket: _Ticket, batch: Batch) -> _Made:
-        made: _Made = []
+    def _pieces(self, ticket: Ticket, batch: Batch) -> Made:
+        made: Made = []
         for index, first in enumerate(ticket.sent):
             completion = ticket.completions[index]
             tokens, logprobs, versions = batch.sampled(completion, first)
@@ -368,13 +269,13 @@ class Scheduler:
                 made.append((ticket, Piece(index, tokens, logprobs, versions, finish)))
         return made
 
-    def _deliver(self, made: _Made) -> None:
+    def _deliver(self, made: Made) -> None:
         """Wake each event loop once."""
-        by_desk: defaultdict[_Desk, _Made] = defaultdict(list)
+        by_desk: defaultdict[Desk, Made] = defaultdict(list)
         for ticket, item in made:
             by_desk[ticket.desk].append((ticket, item))
         for desk, items in by_desk.items():
-            self._call(desk, self._receive, items)
+            desk.call(desk.receive, items)
 
 
 def _closed() -> ServeError:
@@ -385,8 +286,7 @@ def _as_ours(error: BaseException) -> GspoError:
     """The error, made one of gspo's."""
     if isinstance(error, GspoError):
         return error
-    if not isinstance(error, asyncio.CancelledError):
-        log.error("sampling failed", exc_info=error)  # over HTTP the traceback is lost
+    log.error("sampling failed", exc_info=error)  # over HTTP the traceback is lost
     ours = ServeError(f"sampling failed: {type(error).__name__}: {error}")
     ours.__cause__ = error
     return ours
