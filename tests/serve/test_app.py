@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from openai import APIStatusError, AsyncOpenAI, BadRequestError
+import uvicorn
+from openai import APIStatusError, AsyncOpenAI, BadRequestError, RateLimitError
 
+from gspo.core.errors import BusyError
+from gspo.data.turn import read_turn
 from gspo.serve.app import create_app
+from gspo.serve.engine import Completion, Request
 from gspo.serve.fake_engine import FakeEngine
-from gspo.serve.server import in_process_client
+from gspo.serve.server import bind, in_process_client
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 
@@ -215,3 +220,74 @@ async def test_models_and_health(client: AsyncOpenAI):
     assert [m.id for m in (await client.models.list()).data] == ["m"]
     with pytest.raises(APIStatusError):
         await client.models.retrieve("x")
+
+
+class Busy(FakeEngine):
+    async def complete(self, request: Request) -> list[Completion]:
+        raise BusyError("9 requests are not answered yet")
+
+
+async def test_too_many_requests_are_told_to_come_again():
+    async with in_process_client(create_app(Busy(), lambda: ["m"])) as client:
+        with pytest.raises(RateLimitError, match="9 requests") as refused:
+            await client.completions.create(model="m", prompt="x")
+    assert refused.value.response.headers["retry-after"] == "1"
+
+
+class Changing(FakeEngine):
+    """New weights reach it after each first token."""
+
+    async def complete(self, request: Request) -> list[Completion]:
+        return [
+            replace(done, policy_versions=(0, *[1] * (len(done.token_ids) - 1)))
+            for done in await super().complete(request)
+        ]
+
+
+async def test_each_tokens_version_is_told_if_they_differ():
+    async with in_process_client(create_app(Changing(), lambda: ["m"])) as client:
+        answer = await client.completions.create(model="m", prompt="x", seed=0)
+    turn = read_turn(answer.choices[0], "c")
+    assert turn.policy_version == 0
+    assert turn.policy_versions == (0, *[1] * (len(turn.tokens) - 1))
+
+
+class Endless(FakeEngine):
+    """Never answers; remembers who gave up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.began, self.gone = asyncio.Event(), asyncio.Event()
+
+    async def complete(self, request: Request) -> list[Completion]:
+        self.began.set()
+        try:
+            return await asyncio.get_running_loop().create_future()
+        finally:
+            self.gone.set()
+
+
+@pytest.mark.parametrize("prompts", [["a"], ["a", "b"]])
+async def test_a_client_that_gives_up_is_let_go_of(prompts: list[str]):
+    engine = Endless()
+    async with in_process_client(create_app(engine, lambda: ["m"])) as client:
+        asking = asyncio.create_task(client.completions.create(model="m", prompt=prompts))
+        await asyncio.wait_for(engine.began.wait(), 20)
+        asking.cancel()
+        await asyncio.wait_for(engine.gone.wait(), 20)
+
+
+async def test_a_client_that_hangs_up_is_let_go_of():
+    engine = Endless()
+    listener = bind("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(create_app(engine, lambda: ["m"]), log_level="error"))
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    _, writer = await asyncio.open_connection(*listener.getsockname())
+    body = b'{"model": "m", "prompt": "x"}'
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    writer.write(head + b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+    await asyncio.wait_for(engine.began.wait(), 20)
+    writer.close()
+    await asyncio.wait_for(engine.gone.wait(), 20)
+    server.should_exit = True
+    await asyncio.wait_for(serving, 20)

@@ -139,6 +139,7 @@ class Serving:
         if (engine := self.app.state.engine) is not None:
             engine.close()
         self.app.state.engine = None  # a client may still hold the app
+        await asyncio.sleep(0)  # those that waited are told
 
 
 def _config(app: FastAPI) -> uvicorn.Config:
