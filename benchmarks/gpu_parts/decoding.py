@@ -27,7 +27,7 @@ from gpu_parts.bench import Bench, free
 from gpu_parts.profiling import Profiled, host_share
 from gspo.kernels.kv_cache import kv_bytes
 from gspo.policy.policy import Policy
-from gspo.serve import torch_engine
+from gspo.serve import admission
 from gspo.serve.engine import Request, SamplingParams
 from gspo.serve.selfcheck import check_engine
 from gspo.serve.torch_engine import TorchEngine
@@ -63,7 +63,8 @@ def _dense(bench: Bench) -> None:
 
 
 def _run(bench: Bench, policy: Policy, count: int, kv_bytes: int, what: str) -> None:
-    with bench.row(what) as row, mock.patch.object(torch_engine, "KV_BYTES", kv_bytes):
+    budget = mock.patch.object(admission, "kv_budget", lambda device: kv_bytes)
+    with bench.row(what) as row, budget:
         engine = TorchEngine(policy)
         check_engine(engine)
         prompt, length = bench.size((128, 128), (8, 16))
