@@ -57,8 +57,8 @@ def _dense(bench: Bench) -> None:
     for count in (large, middle, small):
         _run(bench, copy, count, RAISED, f"bfloat16 copy, {count} completions")
     _run(bench, policy, middle, RAISED, f"the trainer's weights, {middle} completions")
-    # Half of the completions find room at a time.
-    tight = kv_bytes(large // 2, bench.size(256, 24), copy.lm.config)
+    # Half of the completions find room at a time; the copy's keys have half of float32's bytes.
+    tight = kv_bytes(large // 2, bench.size(256, 24), copy.lm.config) // 2
     _run(bench, copy, large, tight, f"bfloat16 copy, {large} completions, less KV_BYTES")
 
 
