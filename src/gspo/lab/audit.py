@@ -119,8 +119,10 @@ def run_audit(spec: AuditSpec) -> tuple[AuditReport, Noise]:
     )
     problems = (task.problem("heldout", index, spec.seed) for index in range(spec.prompts))
     requests = [Request(tuple(engine.encode_chat(task.messages(p))), params) for p in problems]
-    answers = asyncio.run(_answers(engine, requests))
-    compute.close()
+    try:
+        answers = asyncio.run(_answers(engine, requests))
+    finally:
+        compute.close()
     noise = measure(policy, _samples(policy, requests, answers))
     asked = spec.model_dump(exclude={"epsilon_low", "epsilon_high", "max_tokens", "seed"})
     asked |= {"task": task.name, "routing_agreement": noise.expert_agreement}
