@@ -195,7 +195,9 @@ def make_batch(case: Case, policy: Policy) -> RolloutBatch:
         for prompt in (_tokens(case.prompt, rng) for _ in range(case.groups))
     ]
     batch = prepare(groups, context=policy.context)
-    scored = with_trainer_logprobs(policy, batch.samples, CONTEXT, None)
+    scored = with_trainer_logprobs(
+        policy, batch.samples, resolve(options=art.dev.TrainConfig(share_prefixes=False))
+    )
     samples = [
         tuple(dataclasses.replace(own, sampling_logprobs=own.old_logprobs) for own in trajectory)
         for trajectory in scored

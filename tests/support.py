@@ -10,6 +10,7 @@ from openai.types.chat.chat_completion import Choice
 from torch import Tensor
 
 import gspo as art
+from gspo.kernels import hf
 from gspo.policy.load import load_policy
 from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
@@ -46,6 +47,11 @@ def trajectory(reward: float = 0.0, *choices: Choice) -> art.Trajectory:
     return art.Trajectory(messages_and_choices=items, reward=reward)
 
 
+def recompute_layers(policy: Policy) -> None:
+    """What loading does with `activation_checkpointing`."""
+    hf.recompute_layers(policy.lm, policy.routers.recompute)
+
+
 def random_groups(
     policy: Policy, *, groups: int = 3, size: int = 4, seed: int = 0, temperature: float = 1.0
 ) -> list[art.TrajectoryGroup]:
@@ -75,8 +81,8 @@ def gradient_of(
     """Gradient and metrics of the whole batch as one optimizer step, which is not taken."""
     batch = batch if settings.preset.counts_flat else batch.with_signal()
     watch = Observer(policy, batch)
-    experts = ExpertReplay(policy, settings, watch.metrics, budget=10**6)
-    call = Call(settings, settings.objective, [batch.samples], experts, watch)
+    experts = ExpertReplay(policy, settings, watch.metrics)
+    call = Call(settings, [batch.samples], experts, watch)
     assert Trainer(policy).gradient(batch.samples, call)
     gradient = {n: p.grad for n, p in policy.trainable.items() if p.grad is not None}
     policy.lm.zero_grad(set_to_none=True)

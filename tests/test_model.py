@@ -77,6 +77,13 @@ def test_arguments_of_arts_models_are_told_where_they_are(options: dict, message
         make(**options)
 
 
+def test_an_argument_that_is_missing_or_of_another_type_is_named():
+    with pytest.raises(ConfigError, match=r"TrainableModel: give base_model=\.\.\."):
+        art.TrainableModel(name="m", project="p")  # pyright: ignore[reportCallIssue]
+    with pytest.raises(ConfigError, match="Model: name = 5: Input should be a valid string"):
+        art.Model(name=5, project="p")  # pyright: ignore[reportArgumentType]
+
+
 async def test_calls_with_arts_other_arguments_say_why_not():
     model = make()
     async with art.FakeBackend() as backend:

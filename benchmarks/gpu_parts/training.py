@@ -22,8 +22,7 @@ from gpu_parts.profiling import host_share, phases, profiled
 from gspo.config import TrainConfig
 from gspo.dev import LoraConfig
 from gspo.dev import TrainConfig as DevTrainConfig
-from gspo.train.budget import activation_bytes
-from gspo.train.minibatches import RolloutBatch
+from gspo.train.minibatches import RolloutBatch, activation_bytes
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
 

@@ -171,8 +171,8 @@ def check(service: Any, batch: Job) -> dict[str, Any]:
     settings = resolve(options=options)
     trajectories = tuple((sample,) for sample in samples)
     watch = Observer(policy, RolloutBatch(trajectories, (0.0,) * len(samples), 0))
-    experts = ExpertReplay(policy, settings, watch.metrics, budget=4096)
-    call = Call(settings, settings.objective, [trajectories], experts, watch)
+    experts = ExpertReplay(policy, settings, watch.metrics)
+    call = Call(settings, [trajectories], experts, watch)
     service.trainer.gradient(trajectories, call)
     gradients = [p.grad for p in policy.trainable.values() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients).item()

@@ -158,8 +158,8 @@ def dense_model() -> Path:
     config = Qwen3Config(**settings)
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(config)
-    recipe = embedded.Recipe(steps=70, batch=64, learning_rate=2e-3)
-    embedded._warm_start(model, tokenizer, load_task("sort"), recipe, None)  # pyright: ignore[reportArgumentType]
+    recipe = {"steps": 70, "batch": 64, "learning_rate": 2e-3}
+    embedded.warm_start(model, tokenizer, load_task("sort"), recipe)
     assert model.generation_config is not None
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)

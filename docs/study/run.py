@@ -20,7 +20,7 @@ from typing import Any
 from gspo.lab.compare import read_compare_spec
 from gspo.lab.compare_cells import make_cells
 from gspo.lab.compare_runs import default_workers, run_comparison
-from gspo.lab.compare_tables import print_result, summary_line
+from gspo.lab.compare_tables import result_text, summary_line
 
 HERE = Path(__file__).parent
 
@@ -46,7 +46,7 @@ def main() -> None:
         if arguments.dry_run:
             continue
         content = run_comparison(spec, cells, workers)
-        print_result(content)
+        print(result_text(content), end="")
         failed += sum(cell.status == "failed" for cell in cells)
         arguments.data.mkdir(exist_ok=True)
         data = json.dumps(essence(content), separators=(",", ":"))

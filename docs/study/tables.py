@@ -37,16 +37,17 @@ def rewards(data: Data) -> Rows:
     both, title = " / ".join(map(named, arms)), " - ".join(map(named, arms))
     rows = [[*data["summary"][0]["stress"], *(f"{named(arm)}, AUC" for arm in arms)]]
     rows[0] += [f"{title}, AUC", "at the end", f"collapsed, {both}", "clipped", "gradient norm"]
-    for stress, summaries in stresses(data):
+    for stress, _ in stresses(data):
         pairs = [[by_seed(data, arm, stress, metric) for arm in arms] for metric in (AUC, END)]
         norms = [mean_of(data, arm, stress, "optim/grad_norm") for arm in arms]
+        clipped = [mean_of(data, arm, stress, "ratio/clip_fraction") for arm in arms]
         rows.append(
             [
                 *map(plain, stress.values()),
                 *map(plus_minus, pairs[0]),
                 *(difference(*pair) for pair in pairs),
                 " / ".join(collapsed(data, arm, stress) for arm in arms),
-                " / ".join(percent(summaries[arm]["clip_fraction"]) for arm in arms),
+                " / ".join(percent(share) for share in clipped),
                 " / ".join("-" if norm is None else f"{norm:.2f}" for norm in norms),
             ]
         )
@@ -55,13 +56,14 @@ def rewards(data: Data) -> Rows:
 
 def clip_fractions(data: Data) -> Rows:
     """Shares of clipped tokens beside the paper's, and how narrow GSPO's range is here."""
-    axes = list(data["summary"][0]["stress"])
+    axes, arms = list(data["summary"][0]["stress"]), ("gspo", "grpo")
     rows = [
         [*axes, "GSPO", "without the first minibatch", "spread of l over 3e-4", "GRPO", "times"]
     ]
     rows.append(["paper, section 5.2", *[""] * len(axes[1:]), "15 %", "", "", "0.13 %", "115"])
-    for stress, summaries in stresses(data):
-        ours, theirs = (summaries[arm]["clip_fraction_tokens"] for arm in ("gspo", "grpo"))
+    for stress, _ in stresses(data):
+        clipped = [mean_of(data, arm, stress, "ratio/clip_fraction_tokens") for arm in arms]
+        ours, theirs = clipped
         count = stress["minibatches"]
         # Nothing is clipped in the first minibatch: there the ratio is 1.
         later = None if ours is None else ours * count / (count - 1)

@@ -2,7 +2,7 @@
 
     import gspo as art
 
-Public names are resolved when they are first used, so that importing gspo loads no torch.
+Names that load torch or openai are resolved when they are first used: importing gspo is light.
 """
 
 from __future__ import annotations
@@ -11,30 +11,26 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from gspo import dev
+from gspo.config import TrainConfig
+from gspo.core import errors
+from gspo.core.errors import GspoError
+
 # A waiting OpenMP thread that spins costs a small model up to 27 x when a core is taken. Read by
 # the OpenMP runtime when torch is first imported; a value that the user has set stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
-    from gspo import dev, objective
+    from gspo import objective
     from gspo.backend.base import Backend, TrainResult
     from gspo.backend.fake import FakeBackend
     from gspo.backend.local import LocalBackend
-    from gspo.config import TrainConfig
-    from gspo.core import errors
-    from gspo.core.errors import GspoError
     from gspo.gather import gather_trajectories, gather_trajectory_groups, retry
     from gspo.model import Model, TrainableModel
     from gspo.serve.engine import Engine
     from gspo.serve.fake_engine import FakeEngine
     from gspo.train.algorithms import register_algorithm
-    from gspo.trajectory import (
-        Messages,
-        MessagesAndChoices,
-        Tools,
-        Trajectory,
-        TrajectoryGroup,
-    )
+    from gspo.trajectory import Messages, MessagesAndChoices, Tools, Trajectory, TrajectoryGroup
 
 __version__ = "0.1.0"
 
@@ -68,24 +64,21 @@ _HOMES = {
     "backend.base": ("Backend", "TrainResult"),
     "backend.fake": ("FakeBackend",),
     "backend.local": ("LocalBackend",),
-    "config": ("TrainConfig",),
-    "core.errors": ("GspoError",),
     "gather": ("gather_trajectories", "gather_trajectory_groups", "retry"),
     "model": ("Model", "TrainableModel"),
+    "objective": ("objective",),
     "serve.engine": ("Engine",),
     "serve.fake_engine": ("FakeEngine",),
     "train.algorithms": ("register_algorithm",),
     "trajectory": ("Messages", "MessagesAndChoices", "Tools", "Trajectory", "TrajectoryGroup"),
 }
-_MODULES = {"dev": "dev", "errors": "core.errors", "objective": "objective"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"gspo.{_MODULES[name]}")
     for home, names in _HOMES.items():
         if name in names:
-            return getattr(importlib.import_module(f"gspo.{home}"), name)
+            module = importlib.import_module(f"gspo.{home}")
+            return module if name == home else getattr(module, name)
     raise AttributeError(f"module 'gspo' has no attribute {name!r}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,7 +16,6 @@ from gspo.lab import commands
 
 if TYPE_CHECKING:
     from gspo.experiment.spec import Spec
-    from gspo.objective import Preset
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
@@ -46,10 +45,7 @@ def options(
     version: Annotated[
         bool,
         typer.Option(
-            "--version",
-            callback=_print_version,
-            is_eager=True,
-            help="Print the version, and stop.",
+            "--version", callback=_print_version, is_eager=True, help="Print the version, and stop."
         ),
     ] = False,
 ) -> None:
@@ -74,9 +70,7 @@ def demo(
 @app.command()
 def train(
     spec: Annotated[Path, typer.Argument(help="The run, as TOML.")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value; dotted keys reach tables.")
-    ] = None,
+    overrides: commands.SetOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved run and its sizes, and stop.")
     ] = False,
@@ -118,27 +112,21 @@ def presets(as_json: commands.JsonOption = False) -> None:
     """List the named methods: formula, defaults and source."""
     from gspo.objective import PRESETS
 
-    methods = [
-        {"name": p.name, "formula": p.formula, "defaults": _defaults(p), "source": p.source}
-        for p in PRESETS.values()
-    ]
+    methods = []
+    for preset in PRESETS.values():
+        objective = preset.objective
+        defaults: dict[str, Any] = {"ratio": objective.level, "advantage": preset.advantage}
+        if objective.has_range:
+            defaults |= {"epsilon": objective.epsilon_low, "epsilon_high": objective.epsilon_high}
+        defaults |= {**dict(objective.constants), "minibatches": preset.minibatches}
+        method = {"name": preset.name, "formula": preset.formula, "defaults": defaults}
+        methods.append(method | {"source": preset.source})
+        if not as_json:
+            typer.secho(preset.name, bold=True)
+            told = ", ".join(f"{name}={value}" for name, value in defaults.items())
+            print(f"  {preset.formula}\n  {told}\n  {preset.source}")
     if as_json:
         print(strict_json(methods))
-        return
-    for method in methods:
-        typer.secho(method["name"], bold=True)
-        defaults = ", ".join(f"{name}={value}" for name, value in method["defaults"].items())
-        for text in (method["formula"], defaults, method["source"]):
-            print(f"  {text}")
-
-
-def _defaults(preset: Preset) -> dict[str, Any]:
-    """What a preset sets, by the names of the options."""
-    objective = preset.objective
-    defaults: dict[str, Any] = {"ratio": objective.level, "advantage": preset.advantage}
-    if objective.has_range:
-        defaults |= {"epsilon": objective.epsilon_low, "epsilon_high": objective.epsilon_high}
-    return defaults | {**dict(objective.constants), "minibatches": preset.minibatches}
 
 
 # In the order of the help: what a newcomer needs stands first.
@@ -150,40 +138,33 @@ def _run(spec: Spec, profiled: bool, as_json: bool) -> None:
     """Run an experiment, and show what it found."""
     from gspo.core.timing import timing
     from gspo.experiment.loop import run_experiment
-    from gspo.experiment.stop import run_until_signal
+    from gspo.experiment.stop import leave, run_until_signal
     from gspo.experiment.watch import LiveWatch
     from gspo.lab.profiling import Profile
+    from gspo.train.checkpoint import steps_saved
 
     profile = Profile() if profiled else None
     try:
         with LiveWatch() as watch, timing(profile and profile.clock):
             outcome = run_until_signal(run_experiment(spec, watch, profile and profile.attach))
     except SystemExit as stopped:
-        _stopped(spec, int(stopped.code or 0))
+        status = int(stopped.code or 0)
+        saved = max(steps_saved(spec.folder / "checkpoints"), default=0)
+        print(
+            f"stopped by {signal.Signals(status - 128).name}: {saved} of "
+            f"{spec.steps} steps are saved in {spec.folder}; the same command goes on from there",
+            file=sys.stderr,
+        )
+        leave(status)
     if outcome.before and outcome.after:
         print(f"held-out reward before  {outcome.before}   (95 % interval)")
         print(f"held-out reward after   {outcome.after}   over {outcome.prompts} prompts")
-    print(f"{outcome.steps} steps in {outcome.seconds:.0f} s; run in {outcome.run}")
+    print(f"steps: {outcome.steps}, in {outcome.seconds:.0f} s; run in {outcome.run}")
     files = commands.draw(outcome.run)
     if profile is not None:
         files["profile"] = commands.print_profile(profile, outcome.run)
     if as_json:
         print(strict_json(outcome.as_json() | files))
-
-
-def _stopped(spec: Spec, status: int) -> NoReturn:
-    """Say how much of a run is saved that a signal has ended, and end the process."""
-    from gspo.experiment.stop import leave
-    from gspo.train.checkpoint import steps_saved
-
-    name = signal.Signals(status - 128).name
-    saved = max(steps_saved(spec.folder / "checkpoints"), default=0)
-    print(
-        f"stopped by {name}: {saved} of {spec.steps} steps are saved in {spec.folder}; "
-        "the same command goes on from there",
-        file=sys.stderr,
-    )
-    leave(status)
 
 
 if __name__ == "__main__":

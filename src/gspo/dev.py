@@ -28,19 +28,23 @@ CorrectionKind = Literal[
     "off_policy_sequence_mask",
 ]
 RolloutDtype = Literal["float32", "bfloat16", "float16", "int8", "int4"]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 _NO_BUNDLE = "they travel with the rollouts: use routing_replay='old_policy' or 'rollout'."
 
 
-def _known_algorithm(name: Any) -> Any:
+def _known_algorithm(value: Any) -> Any:
+    """A name or the fields of an objective; of an `Objective` or `Preset` itself, its fields."""
     from gspo.objective import PRESETS  # here: it loads torch, which most errors do not need
 
-    if not isinstance(name, str) or (":" not in name and name not in PRESETS):
-        raise ValueError(
-            f"there is no such method.{suggestion(str(name), PRESETS)} "
-            f"Known: {', '.join(PRESETS)}. "
-            "One of your own: gspo.register_algorithm, or 'module:name'"
-        )
-    return name
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    named = isinstance(value, str) and (":" in value or value in PRESETS)
+    if named or value is None or isinstance(value, Mapping):
+        return value
+    raise ValueError(
+        f"there is no such method.{suggestion(str(value), PRESETS)} Known: {', '.join(PRESETS)}. "
+        "One of your own: gspo.register_algorithm, 'module:name', an Objective or a Preset"
+    )
 
 
 Algorithm = Annotated[str, BeforeValidator(_known_algorithm)]
@@ -58,42 +62,38 @@ class TrainConfig(Options):
     """
 
     refused: ClassVar[Mapping[str, str]] = {
-        "advantage_balance": "it reweights the objective by the sign of the advantage; "
-        "scale your rewards instead.",
-        "allow_training_without_logprobs": "the ratio needs the sampling log-probs; roll out "
-        "through model.openai_client(), which always returns them.",
+        "advantage_balance": "scale your rewards instead.",
+        "allow_training_without_logprobs": "roll out through model.openai_client().",
         "kimi_k2_tau": "no objective here has this term; leave it out.",
         "kl_ref_adapter_path": "the KL reference is the base model; leave it out.",
         "mask_prob_ratio": "masking by ratio is another objective than the clip; leave it out.",
-        "max_negative_advantage_importance_sampling_weight": "the unbounded branch is bounded at "
-        "exp(gspo.objective.MAX_LOG_RATIO) only; leave it out.",
+        "max_negative_advantage_importance_sampling_weight": "exp(40) bounds it; leave it out.",
         "moe_routing_replay_bundle": _NO_BUNDLE,
         "moe_routing_replay_path": _NO_BUNDLE,
         "moe_routing_replay_strict": _NO_BUNDLE,
-        "num_trajectories_learning_rate_multiplier_power": "the loss is a mean over sequences; "
-        "set the learning rate.",
+        "num_trajectories_learning_rate_multiplier_power": "set the learning rate.",
         "plot_tensors": "read metrics.jsonl and the report of the run instead.",
-        "scale_learning_rate_by_reward_std_dev": "advantages are already divided by the group's "
-        "standard deviation (scale_rewards).",
+        "scale_learning_rate_by_reward_std_dev": "scale_rewards divides advantages already.",
         "truncated_importance_sampling": "use correction='token_truncate' with correction_high "
         "and old_logprobs='trainer'.",
         "num_iterations": "use epochs.",
         "beta": "use kl_penalty_coef.",
         "num_minibatches": "use minibatches.",
     }
-
     fixed: ClassVar[Mapping[str, str]] = {
         "ppo": "ppo=False is ART's CISPO: use algorithm='cispo'",
         "normalize_by_length": "False is Dr. GRPO: use algorithm='dr_grpo'",
+        "adam_betas": "must be two finite numbers from 0 to below 1, such as (0.9, 0.999)",
+        "max_grad_norm": "must be a number above 0, or 'off' for no gradient clipping",
     }
 
-    algorithm: Any = None
+    algorithm: Annotated[Any, BeforeValidator(_known_algorithm)] = None
     """A named preset, or your own: a name given to `gspo.register_algorithm`, `module:name`,
     or an `Objective` or `Preset` itself (kept as its fields). None: the preset that
     `importance_sampling_level` implies, else `gspo`."""
     importance_sampling_level: Level | None = None
     """Over what the importance ratio is taken. None: the preset's."""
-    epsilon: float | Literal["auto"] | None = None
+    epsilon: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] | None = None
     """Lower clip distance: ratios below 1 - epsilon are clipped. None: the preset's. "auto" steers
     both sides so that `epsilon_target` of the sequences are clipped, in the preset's proportion."""
     epsilon_target: float = Field(default=0.15, gt=0, lt=1)
@@ -163,7 +163,7 @@ class TrainConfig(Options):
     Presets that sum a sequence's tokens (`dr_grpo`, `luspo`, `rloo`, `reinforce`) have gradients
     larger by about the length: at 1.0 nearly every step of theirs is cut to this norm."""
     weight_decay: float = Field(default=0.0, ge=0, le=100)
-    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_betas: tuple[Beta, Beta] = (0.9, 0.999)
     adam_epsilon: float = Field(default=1e-8, gt=0, le=1e6)
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
     """Decay after the warmup, to `lr_final` of the peak at `lr_total_steps`."""
@@ -179,70 +179,38 @@ class TrainConfig(Options):
     on_too_long: Literal["error", "drop"] = "error"
     """A trajectory longer than the context: an error that names it, or dropped and counted."""
 
-    @field_validator("algorithm", mode="before")
-    @classmethod
-    def _algorithm_is_known(cls, value: Any) -> Any:
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return dataclasses.asdict(value)
-        if isinstance(value, str):
-            return _known_algorithm(value)
-        if value is not None and not isinstance(value, Mapping):
-            raise ValueError("give a name, a gspo.objective.Objective or a gspo.objective.Preset")
-        return value
-
     @field_validator("max_grad_norm", mode="before")
     @classmethod
     def _no_limit_has_a_name(cls, limit: Any) -> Any:
-        if limit == "off" or limit == math.inf:
-            return None
-        if isinstance(limit, str):
-            raise ValueError("must be a number above 0, or 'off' for no gradient clipping")
-        return limit
-
-    @field_validator("epsilon")
-    @classmethod
-    def _epsilon_is_a_range(cls, epsilon: float | str | None) -> float | str | None:
-        if isinstance(epsilon, float) and not 0 < epsilon <= 1:
-            raise ValueError("must be above 0 and at most 1, or 'auto'")
-        return epsilon
-
-    @field_validator("adam_betas")
-    @classmethod
-    def _betas_are_shares(cls, betas: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError("must be two numbers from 0 to below 1, such as (0.9, 0.999)")
-        return betas
+        return None if limit in ("off", math.inf) else limit
 
     @model_validator(mode="before")
     @classmethod
     def _arts_name_sets_ours(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and data.get("precalculate_logprobs"):
-            return {"old_logprobs": "trainer", **data}
-        return data
-
-    @model_validator(mode="after")
-    def _overlong_is_whole(self) -> TrainConfig:
-        if (self.overlong_max_tokens is None) != (self.overlong_cache is None):
-            raise ValueError("overlong_max_tokens and overlong_cache belong together")
-        if self.overlong_cache and self.overlong_cache > (self.overlong_max_tokens or 0):
-            raise ValueError("overlong_cache must not be larger than overlong_max_tokens")
-        return self
-
-    @model_validator(mode="after")
-    def _schedule_has_an_end(self) -> TrainConfig:
-        if self.lr_schedule != "constant" and self.lr_total_steps is None:
+        if not isinstance(data, Mapping) or not data.get("precalculate_logprobs"):
+            return data
+        if data.get("old_logprobs") == "rollout":
             raise ValueError(
-                f"lr_schedule={self.lr_schedule!r} needs lr_total_steps, the number of train calls"
+                "precalculate_logprobs=True means old_logprobs='trainer': give one of the two"
             )
-        if self.lr_total_steps is not None and self.lr_total_steps <= (self.lr_warmup_steps or 0):
+        return {**data, "old_logprobs": "trainer"}
+
+    @model_validator(mode="after")
+    def _options_belong_together(self) -> TrainConfig:
+        longest, cache = self.overlong_max_tokens, self.overlong_cache
+        schedule, total = self.lr_schedule, self.lr_total_steps
+        if (longest is None) != (cache is None):
+            raise ValueError("overlong_max_tokens and overlong_cache belong together")
+        if cache and longest and cache > longest:
+            raise ValueError("overlong_cache must not be larger than overlong_max_tokens")
+        if schedule != "constant" and total is None:
+            raise ValueError(f"lr_schedule={schedule!r} needs lr_total_steps, a number of calls")
+        if total is not None and total <= (self.lr_warmup_steps or 0):
             raise ValueError("lr_total_steps must be larger than lr_warmup_steps")
         # By value and not by what was set: a config that was dumped whole must be readable again.
-        unread = [n for n in ("lr_final", "lr_total_steps") if self._differs(n)]
-        if self.lr_schedule == "constant" and unread:
-            raise ValueError(
-                f"{unread[0]} means nothing with lr_schedule='constant': "
-                "use 'cosine' or 'linear', or leave it out"
-            )
+        unread = [name for name in ("lr_final", "lr_total_steps") if self._differs(name)]
+        if schedule == "constant" and unread:
+            raise ValueError(f"{unread[0]} means nothing with lr_schedule='constant'")
         return self
 
 

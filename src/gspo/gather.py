@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
@@ -127,26 +128,17 @@ def _gathering(description: str | None, total: int, max_exceptions: float) -> It
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("reward {task.fields[reward]}  failed {task.fields[failed]}"),
-        console=console,
-        transient=True,
-        disable=description is None or not console.is_terminal,
-    )
+    hidden = description is None or not console.is_terminal
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    bar = Progress(*columns, console=console, transient=True, disable=hidden)
 
     def update(gather: Gather) -> None:
         reward = gather.mean_reward()
-        bar.update(
-            task,
-            completed=gather.done + gather.exceptions,
-            reward="-" if reward is None else f"{reward:.3f}",
-            failed=gather.exceptions,
-        )
+        told = f"{description}: reward {math.nan if reward is None else reward:.3f}"
+        done = gather.done + gather.exceptions
+        bar.update(task, completed=done, description=f"{told}, failed {gather.exceptions}")
 
     gather = Gather(total=total, max_exceptions=max_exceptions, update=update)
     with bar, gathering(gather):
-        task = bar.add_task(description or "", total=total, reward="-", failed=0)
+        task = bar.add_task(description or "", total=total)
         yield

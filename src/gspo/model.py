@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from openai import AsyncOpenAI
-from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, PrivateAttr, field_validator
 
 from gspo import dev
 from gspo.backend.base import Backend, TrainResult
 from gspo.config import TrainConfig
 from gspo.core.errors import ConfigError, RunError, check_names, shown
+from gspo.core.options import Options
 from gspo.data.check import listed
 from gspo.trajectory import Trajectory, TrajectoryGroup
 
 UserConfig = TypeVar("UserConfig", bound=BaseModel | dict[str, Any] | None)
 
-_ELSEWHERE = {
-    "run_name": "the run is named by name=, in the folder <path>/<project>/<name>.",
-    "report_metrics": "ask the backend for trackers: LocalBackend(logger=['wandb']).",
-    "base_path": "the backend has the folder: LocalBackend(path=...).",
-    "entity": "set WANDB_ENTITY; LocalBackend(logger=['wandb']) hands it on.",
-}
-"""Arguments of ART's models, to what says the same here."""
 _CLIENTS = {
     "_openai_client_config": "the server takes what a request says; the context is "
     "dev.InternalModelConfig(max_context=), and the port LocalBackend(port=)."
@@ -31,7 +25,7 @@ _CLIENTS = {
 """An argument of ART's `register`."""
 
 
-class Model(BaseModel, Generic[UserConfig]):
+class Model(Options, Generic[UserConfig]):
     """A model that can be asked and logged: a prompted one, to compare trained ones with.
 
     Args:
@@ -39,9 +33,21 @@ class Model(BaseModel, Generic[UserConfig]):
         config: anything of yours that rollouts need, as a pydantic model or a dict.
         inference_base_url, inference_api_key: where the model is served.
         inference_model_name: its name there, if not `name`.
+
+    Raises:
+        ConfigError: an argument is unknown, missing or of another type.
     """
 
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(frozen=False, arbitrary_types_allowed=True)
+
+    refused: ClassVar[Mapping[str, str]] = {
+        "run_name": "the run is named by name=, in the folder <path>/<project>/<name>.",
+        "report_metrics": "ask the backend for trackers: LocalBackend(logger=['wandb']).",
+        "base_path": "the backend has the folder: LocalBackend(path=...).",
+        "entity": "set WANDB_ENTITY; LocalBackend(logger=['wandb']) hands it on.",
+    }
+    trainable: ClassVar[bool] = False
+    """Whether `train` works."""
 
     name: str
     project: str
@@ -52,19 +58,7 @@ class Model(BaseModel, Generic[UserConfig]):
 
     _backend: Any = PrivateAttr(default=None)
     _client: AsyncOpenAI | None = PrivateAttr(default=None)
-
-    def __init__(self, **data: Any) -> None:
-        check_names(type(self).__name__, data, type(self).model_fields, _ELSEWHERE)
-        for key, spec in type(self).model_fields.items():
-            if spec.is_required() and key not in data:
-                raise ConfigError(f"{type(self).__name__} needs {key}=...")
-        try:
-            super().__init__(**data)
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise ConfigError(
-                f"{type(self).__name__}: {first['loc'][0]} = {first['input']!r}: {first['msg']}"
-            ) from None
+    _internal: dev.InternalModelConfig = PrivateAttr(default_factory=dev.InternalModelConfig)
 
     @field_validator("config", mode="wrap")
     @classmethod
@@ -74,9 +68,14 @@ class Model(BaseModel, Generic[UserConfig]):
         return value if isinstance(value, dict) and not named else handler(value)
 
     @property
-    def trainable(self) -> bool:
-        """Whether `train` works."""
-        return False
+    def source(self) -> str | None:
+        """The base model of a `TrainableModel`."""
+        return None
+
+    @property
+    def internal_config(self) -> dev.InternalModelConfig:
+        """How the model is loaded."""
+        return self._internal
 
     @property
     def inference_name(self) -> str:
@@ -115,14 +114,10 @@ class Model(BaseModel, Generic[UserConfig]):
         Raises:
             ConfigError: no `inference_base_url` or `inference_api_key`.
         """
-        if self._client is None:
-            if self.inference_base_url is None or self.inference_api_key is None:
-                raise ConfigError(
-                    f"model {self.name!r} needs inference_base_url and inference_api_key"
-                )
-            self._client = AsyncOpenAI(
-                base_url=self.inference_base_url, api_key=self.inference_api_key
-            )
+        url, key = self.inference_base_url, self.inference_api_key
+        if url is None or key is None:
+            raise ConfigError(f"model {self.name!r} needs inference_base_url and inference_api_key")
+        self._client = self._client or AsyncOpenAI(base_url=url, api_key=key)
         return self._client
 
     async def log(
@@ -150,16 +145,6 @@ class Model(BaseModel, Generic[UserConfig]):
         groups = items if grouped else [TrajectoryGroup(items)]
         await self.backend().log(self, groups, split, metrics, step)  # pyright: ignore[reportArgumentType]
 
-    @property
-    def source(self) -> str | None:
-        """The base model of a `TrainableModel`."""
-        return None
-
-    @property
-    def internal_config(self) -> dev.InternalModelConfig:
-        """How the model is loaded."""
-        return dev.InternalModelConfig()
-
 
 class TrainableModel(Model[UserConfig], Generic[UserConfig]):
     """A model that a backend samples and trains.
@@ -170,12 +155,11 @@ class TrainableModel(Model[UserConfig], Generic[UserConfig]):
         _internal_config: precision, LoRA and context; see `dev.InternalModelConfig`.
 
     Raises:
-        ConfigError: an unknown argument.
+        ConfigError: as `Model`.
     """
 
+    trainable: ClassVar[bool] = True
     base_model: str
-
-    _internal: dev.InternalModelConfig = PrivateAttr(default_factory=dev.InternalModelConfig)
 
     def __init__(
         self,
@@ -188,16 +172,8 @@ class TrainableModel(Model[UserConfig], Generic[UserConfig]):
             self._internal_config = _internal_config
 
     @property
-    def trainable(self) -> bool:
-        return True
-
-    @property
     def source(self) -> str | None:
         return self.base_model
-
-    @property
-    def internal_config(self) -> dev.InternalModelConfig:
-        return self._internal
 
     @property
     def _internal_config(self) -> dev.InternalModelConfig:

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, cast
 
 from openai.types.chat import ChatCompletionMessageParam
 from openai.types.chat.chat_completion import Choice
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from gspo.core.choices import as_choice
 from gspo.core.errors import DataError, shown, suggestion
@@ -25,7 +25,6 @@ MetadataValue: TypeAlias = float | int | str | bool | None
 
 NUMBER = "a number (int, float, bool, or a scalar of numpy or torch)"
 """What `plain_number` takes, for errors."""
-_KINDS = {"metrics": NUMBER, "metadata": f"a text, {NUMBER}, or None"}
 
 
 def plain_number(value: Any) -> int | float | bool | None:
@@ -34,20 +33,43 @@ def plain_number(value: Any) -> int | float | bool | None:
     >>> plain_number(True), plain_number("1"), plain_number(10**400)
     (True, None, None)
     """
-    if hasattr(value, "shape") and hasattr(value, "item"):  # of numpy or torch
-        try:
-            value = value.item()
-        except Exception:  # of several elements, or without data
-            return None
-    if isinstance(value, bool):
-        return value
-    if not isinstance(value, numbers.Real):
-        return None
     try:
-        wide = float(value)
-    except OverflowError:
+        scalar = value.item() if hasattr(value, "shape") and hasattr(value, "item") else value
+        if not isinstance(scalar, numbers.Real):
+            return None
+        wide = float(scalar)
+    except Exception:  # a tensor of several elements, or without data; a number beyond a float
         return None
-    return int(value) if isinstance(value, int) else wide
+    if isinstance(scalar, bool):
+        return scalar
+    return int(scalar) if isinstance(scalar, int) else wide
+
+
+def plain_values(values: Any, where: str, *, texts: bool = False) -> dict[str, Any]:
+    """A dict of metrics or metadata with Python's own numbers as values.
+
+    Args:
+        values: what the user gave.
+        where: names the dict in errors.
+        texts: also take texts and None, which metadata may hold.
+
+    Raises:
+        DataError: not a dict, a name that is no text, or a value of another kind.
+    """
+    if not isinstance(values, dict):
+        raise DataError(f"{where} is {shown(values)}; it must be a dict")
+    kinds = f"{NUMBER}, not larger than a float"
+    if texts:
+        kinds = f"a text, {NUMBER}, or None: put anything else into the messages or the logs"
+    plain = {}
+    for name, value in values.items():
+        if not isinstance(name, str):
+            raise DataError(f"{where} has the key {shown(name)}; keys must be texts")
+        number = plain_number(value)
+        if number is None and not (texts and isinstance(value, str | None)):
+            raise DataError(f"{where}[{name!r}] is {shown(value)}; it must be {kinds}")
+        plain[name] = value if number is None else number
+    return plain
 
 
 class _Record(BaseModel):
@@ -56,27 +78,16 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
     def __init__(self, **data: Any) -> None:
-        for name in data:
-            if name not in type(self).model_fields:
-                raise DataError(
-                    f"{type(self).__name__}: unknown field {name!r}."
-                    f"{suggestion(name, type(self).model_fields)} "
-                    f"Known fields: {', '.join(type(self).model_fields)}."
-                )
         try:
             super().__init__(**data)
         except ValidationError as error:
-            raise DataError(f"{type(self).__name__}: {_first_mistake(error)}") from None
-
-
-def _first_mistake(error: ValidationError) -> str:
-    """The first thing that is wrong with a record's fields."""
-    first = error.errors()[0]
-    names, value = first["loc"], first.get("input")
-    if len(names) > 1 and names[0] in _KINDS:  # pydantic names only one of several kinds
-        kinds = _KINDS[str(names[0])]
-        return f"{names[0]}[{names[1]!r}] is {shown(value)}; it must be {kinds}"
-    return f"{'.'.join(map(str, names))}: {first['msg']} (got {type(value).__name__})"
+            first, fields = error.errors()[0], type(self).model_fields
+            name = ".".join(map(str, first["loc"]))
+            why = f"{first['msg']} (got {type(first.get('input')).__name__})"
+            if name in set(data) - set(fields):
+                names = ", ".join(fields)
+                why = f"there is no such field.{suggestion(name, fields)} Known fields: {names}."
+            raise DataError(f"{type(self).__name__}: {name}: {why}") from None
 
 
 class Trajectory(_Record):
@@ -103,18 +114,15 @@ class Trajectory(_Record):
     def _in_one_form(cls, items: Any) -> Any:
         return [as_choice(item) or item for item in items] if isinstance(items, list) else items
 
+    @field_validator("metrics", "metadata", mode="before")
+    @classmethod
+    def _plain(cls, values: Any, info: ValidationInfo) -> Any:
+        name = info.field_name or ""
+        return plain_values(values, name, texts=name == "metadata")
+
     def turns(self) -> MessagesAndChoices:
         """All turns in order, each choice as a `Choice`: one that was appended later too."""
         return [as_choice(item) or item for item in self.messages_and_choices]
-
-    @field_validator("metrics", "metadata", mode="before")
-    @classmethod
-    def _scalars_are_numbers(cls, values: Any) -> Any:
-        """Make numbers of numpy and torch plain; what is no number is judged by its type."""
-        if not isinstance(values, dict):
-            return values
-        plain = {name: plain_number(value) for name, value in values.items()}
-        return values | {name: value for name, value in plain.items() if value is not None}
 
     def choices(self) -> list[Choice]:
         """The model's own turns, in order."""
@@ -171,27 +179,24 @@ class TrajectoryGroup(_Record):
         metadata: dict[str, MetadataValue] | None = None,
         exceptions: Iterable[BaseException | ExceptionRecord] = (),
     ) -> None:
-        done: list[Trajectory] = []
-        failed: list[BaseException | ExceptionRecord] = []
-        pending: list[Awaitable[Trajectory]] = []
-        for item in trajectories:
-            if isinstance(item, Trajectory):
-                done.append(item)
-            elif isinstance(item, BaseException):
-                failed.append(item)
-            elif isinstance(item, Awaitable):
-                pending.append(item)
-            else:
-                raise DataError(
-                    f"TrajectoryGroup got a {type(item).__name__}; "
-                    "it takes trajectories, exceptions and coroutines that return a Trajectory"
-                )
-        records = [
-            error if isinstance(error, ExceptionRecord) else ExceptionRecord.of(error)
-            for error in (*failed, *exceptions)
-        ]
-        super().__init__(trajectories=done, exceptions=records, metadata=metadata or {})
-        self._pending = pending
+        super().__init__(metadata=plain_values(metadata or {}, "metadata", texts=True))
+        for item in (*trajectories, *exceptions):
+            self._add(item)
+
+    def _add(self, item: Any) -> None:
+        if isinstance(item, Trajectory):
+            self.trajectories.append(item)
+        elif isinstance(item, BaseException):
+            self.exceptions.append(ExceptionRecord.of(item))
+        elif isinstance(item, ExceptionRecord):
+            self.exceptions.append(item)
+        elif isinstance(item, Awaitable):
+            self._pending.append(item)
+        else:
+            raise DataError(
+                f"TrajectoryGroup got a {type(item).__name__}; "
+                "it takes trajectories, exceptions and coroutines that return a Trajectory"
+            )
 
     @property
     def size(self) -> int:
@@ -205,12 +210,8 @@ class TrajectoryGroup(_Record):
         pending, self._pending = self._pending, []
 
         # In the order given, not in the order of completion: runs repeat exactly.
-        results = await all_or_cancel([settled(rollout) for rollout in pending])
-        for result in results:
-            if isinstance(result, Trajectory):
-                self.trajectories.append(result)
-            else:
-                self.exceptions.append(ExceptionRecord.of(result))
+        for result in await all_or_cancel([settled(rollout) for rollout in pending]):
+            self._add(result)
         return self
 
     def __iter__(self) -> Iterator[Trajectory]:  # type: ignore[override]  # as in ART
@@ -228,7 +229,7 @@ async def settled(rollout: Awaitable[Trajectory]) -> Trajectory | BaseException:
             by itself beyond the gather's budget.
         Exception: its failure, beyond the gather's budget.
     """
-    gather = current_gather()
+    gather, name = current_gather(), f"the rollout {getattr(rollout, '__qualname__', rollout)!r}"
     try:
         trajectory = await rollout
     except asyncio.CancelledError as error:
@@ -236,7 +237,7 @@ async def settled(rollout: Awaitable[Trajectory]) -> Trajectory | BaseException:
         if task is None or task.cancelling():
             raise
         failure = DataError(
-            "a rollout raised CancelledError, and nobody has cancelled it: catch what its own "
+            f"{name} raised CancelledError, and nobody has cancelled it: catch what its own "
             "timeout or task raises, or raise TimeoutError"
         )
         failure.__cause__ = error
@@ -246,13 +247,11 @@ async def settled(rollout: Awaitable[Trajectory]) -> Trajectory | BaseException:
         gather.failed(error)
         return error
     if not isinstance(trajectory, Trajectory):
-        raise DataError(
-            f"a rollout returned {type(trajectory).__name__}; it must return a Trajectory"
-        )
+        raise DataError(f"{name} returned {shown(trajectory)}; it must return a Trajectory")
     reward = plain_number(trajectory.reward)
     if reward is None:
         raise DataError(
-            f"a rollout returned a Trajectory whose reward is {shown(trajectory.reward)}; "
+            f"{name} returned a Trajectory whose reward is {shown(trajectory.reward)}; "
             f"it must be {NUMBER}"
         )
     gather.finished(float(reward))

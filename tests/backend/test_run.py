@@ -14,6 +14,7 @@ import pytest
 
 from gspo import TrajectoryGroup
 from gspo.backend.run import Run, in_use
+from gspo.backend.stored_batch import write_batch
 from gspo.core.errors import RunError
 from gspo.train.observe import Trace
 from support import choice, trajectory
@@ -106,18 +107,18 @@ def test_files_of_another_kind_are_named(run: Run, tmp_path: Path):
 
 def test_leftovers_of_killed_processes_are_removed(run: Run, tmp_path: Path):
     run.close()
-    gone = 2**22 + 1
-    for folder, name in (
-        (run.folder, f".config.json.{gone}.tmp"),
-        (run.folder / "checkpoints", f".0001.{gone}.tmp"),
-        (run.folder / "trajectories" / "train", f".0001.parquet.{gone}.tmp"),
-    ):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
-    before = {p for p in run.folder.rglob("*") if str(gone) in p.name}
-    assert len(before) == 3
+    (run.folder / "trajectories" / "train").mkdir(parents=True)
+    (run.folder / "checkpoints/.0003.old.7.tmp/inside").mkdir(parents=True)
+    stays = {".run.png.7.tmp", ".metrics.jsonl.last", "checkpoints/notes.12.tmp"}
+    goes = {
+        *(".config.json.7.tmp", f".metrics.jsonl.{os.getpid()}.tmp", "checkpoints/.0001.7.tmp"),
+        "trajectories/train/.0001.parquet.7.tmp",
+    }
+    for name in stays | goes:
+        (run.folder / name).touch()
     Run(tmp_path, "p", "m", IDENTITY).close()
-    assert not any(path.exists() for path in before)
+    assert all((run.folder / name).exists() for name in stays)
+    assert not any((run.folder / name).exists() for name in goes | {"checkpoints/.0003.old.7.tmp"})
 
 
 def test_what_is_being_written_is_finished_before_another_process_has_the_run(run: Run):
@@ -147,7 +148,6 @@ def test_what_is_being_written_is_finished_before_another_process_has_the_run(ru
         lambda: run.log(2, {"a": 1.0}),
         lambda: run.forget_after(0),
         lambda: run.prune(1, "val/reward"),
-        lambda: run.log_trajectories([], "train", 2),
     ):
         with pytest.raises(RunError, match="is closed: nothing more is written"):
             late()
@@ -171,7 +171,7 @@ def test_a_full_disk_at_the_trajectories_is_named(run: Run, monkeypatch: pytest.
 
     monkeypatch.setattr(pq, "write_table", full)
     with pytest.raises(RunError, match=r"cannot write .*0003\.parquet: the disk is full"):
-        run.log_trajectories([TrajectoryGroup([trajectory(1.0)])], "train", 3)
+        write_batch(run.trajectories("train", 3), [TrajectoryGroup([trajectory(1.0)])])
     assert not list((run.folder / "trajectories" / "train").iterdir())
 
 
@@ -180,14 +180,15 @@ def test_numbers_that_are_not_finite_are_null_in_every_file(run: Run):
     assert lines(run) == [{"step": 1, "a": None}]
     odd = trajectory(1.0)
     odd.metrics["m"], odd.metadata["n"] = float("inf"), float("nan")
-    path = run.log_trajectories([TrajectoryGroup([odd])], "train", 1)
+    path = run.trajectories("train", 1)
+    write_batch(path, [TrajectoryGroup([odd])])
     row = pq.read_table(path).to_pylist()[0]
     assert (row["metrics"], row["metadata"]) == ('{"m": null}', '{"n": null}')
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path):
     (tmp_path / "p").write_text("a file, where a folder is needed")
-    with pytest.raises(RunError, match=r"cannot write to the run folder.*LocalBackend\(path="):
+    with pytest.raises(RunError, match=r"cannot write to the run folder.*Choose another path"):
         Run(tmp_path, "p", "m", IDENTITY)
 
 
@@ -219,7 +220,8 @@ def test_a_run_has_one_process_at_a_time(run: Run, tmp_path: Path):
 
 def test_trajectories_are_stored_with_tokens_and_advantages(run: Run):
     group = TrajectoryGroup([trajectory(1.0, choice([4, 5])), trajectory(0.0)])
-    path = run.log_trajectories([group], "train", 3, {0: 1.0, 1: -1.0})
+    path = run.trajectories("train", 3)
+    write_batch(path, [group], {0: 1.0, 1: -1.0})
     assert path == run.folder / "trajectories" / "train" / "0003.parquet"
     rows = pq.read_table(path).to_pylist()
     assert [row["reward"] for row in rows] == [1.0, 0.0]
@@ -244,9 +246,9 @@ def test_traces_are_stored_by_turn_and_null_where_there_is_none(run: Run):
         clipped_tokens=5,
         token_log_ratios=d,
     )
-    plain, traced = pq.read_table(
-        run.log_trajectories(groups, "train", 1, traces={1: [trace]})
-    ).to_pylist()
+    path = run.trajectories("train", 1)
+    write_batch(path, groups, traces={1: [trace]})
+    plain, traced = pq.read_table(path).to_pylist()
     assert traced["token_log_ratios"] == [[0.5, -0.25], [0.125, 0.0, -1.0]]
     assert traced["sequence_log_ratios"] == [-0.125]
     assert (traced["update"], traced["clipped_tokens"], traced["trained_tokens"]) == (2, [5], [5])

@@ -14,9 +14,10 @@ from openai.types.chat.chat_completion import Choice
 
 from gspo import LocalBackend, TrainableModel, TrajectoryGroup, dev
 from gspo.backend.run import Run
-from gspo.backend.stored_batch import UpdateRecord, read_batch, write_batch
+from gspo.backend.stored_batch import StoredBatch, UpdateRecord, read_batch, write_batch
 from gspo.config import TrainConfig
 from gspo.core.errors import RunError
+from gspo.data.check import plain_groups
 from gspo.data.expert_choices import encode_expert_choices
 from gspo.data.sample import Sample, trajectory_samples
 from gspo.train.settings import resolve
@@ -34,6 +35,12 @@ def run(tmp_path: Path):
     run = Run(tmp_path, "p", "m", {"base_model": "embedded:sort"})
     yield run
     run.close()
+
+
+def stored_again(run: Run, groups: list[TrajectoryGroup]) -> StoredBatch:
+    path = run.trajectories("train", 1)
+    write_batch(path, plain_groups(groups), record=RECORD)
+    return read_batch(path)
 
 
 def routes(*shape: int) -> dict[str, Any]:
@@ -87,8 +94,7 @@ def assert_same(a: Sample, b: Sample) -> None:
 
 
 def test_samples_come_back_bit_for_bit(run: Run):
-    path = run.log_trajectories(groups(), "train", 1, record=RECORD)
-    stored = read_batch(path)
+    stored = stored_again(run, groups())
     before, after = samples(groups()), samples(stored.groups)
     assert len(before) == len(after) == 5
     assert any(sample.expert_choices is not None for sample in before)
@@ -101,7 +107,7 @@ def test_messages_metrics_and_finish_reasons_come_back(run: Run):
     before = groups()
     before[0].trajectories[0].metrics["acc"] = 0.5
     before[0].trajectories[0].metadata["answer"] = "12"
-    stored = read_batch(run.log_trajectories(before, "train", 1, record=RECORD))
+    stored = stored_again(run, before)
     for a, b in zip(before, stored.groups, strict=True):
         for one, two in zip(a, b, strict=True):
             assert one.messages() == two.messages()
@@ -115,7 +121,7 @@ def test_messages_metrics_and_finish_reasons_come_back(run: Run):
 
 
 def test_the_record_gives_the_settings_back(run: Run):
-    record = read_batch(run.log_trajectories(groups(), "train", 1, record=RECORD)).record
+    record = stored_again(run, groups()).record
     assert record == RECORD
     assert record.settings() == SETTINGS
     other = record.settings(algorithm="gspo", epsilon_high=None)
@@ -158,10 +164,12 @@ async def test_a_trained_batch_comes_back(tmp_path: Path):
 def test_what_cannot_be_replayed_is_refused(run: Run, tmp_path: Path):
     with pytest.raises(RunError, match=r"cannot read the rollout batch .*0009\.parquet"):
         read_batch(run.folder / "trajectories" / "train" / "0009.parquet")
-    path = run.log_trajectories(groups(), "val", 1)
+    path = run.trajectories("val", 1)
+    write_batch(path, plain_groups(groups()))
     with pytest.raises(RunError, match="older gspo, or was only logged"):
         read_batch(path)
-    path = run.log_trajectories(groups(), "train", 1, record=RECORD)
+    path = run.trajectories("train", 1)
+    write_batch(path, plain_groups(groups()), record=RECORD)
     old = pq.read_table(path).drop_columns(["prompt_token_ids", "routes"])
     pq.write_table(old, path)
     with pytest.raises(RunError, match="older gspo, or was only logged"):
@@ -172,7 +180,8 @@ def test_what_cannot_be_replayed_is_refused(run: Run, tmp_path: Path):
 
 
 def test_a_message_that_lost_its_tokens_is_named(run: Run):
-    path = run.log_trajectories(groups(), "train", 1, record=RECORD)
+    path = run.trajectories("train", 1)
+    write_batch(path, plain_groups(groups()), record=RECORD)
     table = pq.read_table(path)
     rows = table.to_pylist()
     rows[2]["messages"] = json.dumps([{"role": "user", "content": "?"}])
@@ -183,7 +192,8 @@ def test_a_message_that_lost_its_tokens_is_named(run: Run):
 
 def test_routes_that_no_training_would_take_are_stored_as_none(run: Run):
     group = TrajectoryGroup([trajectory(0.0, choice([3], routed_experts="garbage"))])
-    path = run.log_trajectories([group], "val", 1)
+    path = run.trajectories("val", 1)
+    write_batch(path, [group])
     assert pq.read_table(path).to_pylist()[0]["routes"] is None
 
 
@@ -191,7 +201,7 @@ def test_a_none_that_was_chosen_is_read_back(tmp_path: Path):
     options = dev.TrainConfig(max_grad_norm="off", epsilon=0.1)  # pyright: ignore[reportArgumentType]
     record = UpdateRecord.of(resolve(options=options), version=0, context=8, dtype="float32")
     path = tmp_path / "0001.parquet"
-    write_batch(path, groups(), record=record)
+    write_batch(path, plain_groups(groups()), record=record)
     back = read_batch(path).record.settings()
     assert back.max_grad_norm is None
     assert record.settings(epsilon=None).objective.epsilon_low == 3e-4  # a change that drops one

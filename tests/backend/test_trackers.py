@@ -259,10 +259,10 @@ class BrokenClient(types.ModuleType):
     ("broken", "said"),
     [
         (("init",), "wandb could not start: OSError: no init today"),
-        (("update",), "wandb could not take the config"),
+        (("update",), "wandb could not configure"),
         (("log",), "wandb could not log"),
         (("finish",), "wandb could not finish"),
-        (("update", "log", "finish"), "wandb could not log"),
+        (("update", "log", "finish"), "wandb could not configure"),
     ],
 )
 async def test_a_broken_tracker_is_one_warning_and_never_stops_a_run(

@@ -3,14 +3,12 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from gspo.core.errors import RunError
-from gspo.core.files import remove, remove_leftovers, replacing, strict_json, write_whole
+from gspo.core.files import remove, replacing, strict_json, write_whole
 
 
 def names(folder: Path) -> set[str]:
@@ -93,22 +91,6 @@ def test_links_are_removed_and_what_they_lead_to_stays(tmp_path: Path):
     assert names(tmp_path) == {"real"}
     remove(tmp_path / "real")
     assert names(tmp_path) == set()
-
-
-def test_leftovers_go_when_their_process_has_gone(tmp_path: Path):
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        gone = 2**22 + 1
-        for name in ("config.json", "run.png", "0001.parquet"):
-            (tmp_path / f".{name}.{gone}.tmp").touch()
-        (tmp_path / f".spec.json.{os.getpid()}.tmp").touch()
-        (tmp_path / f".0003.old.{gone}.tmp" / "inside").mkdir(parents=True)
-        stays = {f".spec.json.{other.pid}.tmp", ".lock", ".metrics.jsonl.last", "0001", "notes.12"}
-        for name in stays:
-            (tmp_path / name).touch()
-        remove_leftovers(tmp_path)
-        assert names(tmp_path) == stays
-        other.communicate(b"\n")
-    remove_leftovers(tmp_path / "nowhere")
 
 
 def test_strict_json_is_the_json_of_others(tmp_path: Path):

@@ -153,6 +153,7 @@ def test_an_odd_value_is_named_with_its_place(case: str) -> None:
     [
         ("message", None, "message is None"),
         ("finish_reason", 5, "finish_reason is 5"),
+        ("finish_reason", "\ud800", "finish_reason is .* not a word"),
         ("temperature", math.nan, "temperature is nan"),
     ],
 )
@@ -176,6 +177,15 @@ def test_a_choice_of_another_client_that_was_appended_is_taken() -> None:
     appended.messages_and_choices.append(CompletionChoice(text="x", **{**made, "logprobs": None}))  # pyright: ignore[reportArgumentType]
     (plain,) = plain_groups([TrajectoryGroup([appended])])[0].trajectories
     assert [c.token_ids for c in plain.choices()] == [[4, 5], [4, 5]]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), np.array(0.5), torch.tensor(0.5)])
+def test_a_temperature_becomes_a_number_of_pythons_own(value: Any):
+    made = choice([4])
+    made.temperature = value  # pyright: ignore[reportAttributeAccessIssue]
+    (group,) = plain_groups([TrajectoryGroup([trajectory(1.0, made), trajectory()])])
+    (plain,) = group.trajectories[0].choices()
+    assert type(plain.temperature) is float and plain.temperature == 0.5  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_arrays_in_a_choice_become_lists():

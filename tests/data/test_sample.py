@@ -141,7 +141,7 @@ def test_a_log_prob_for_each_token() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 0.5, 2.0])
 def test_an_impossible_log_prob_is_refused(bad: float) -> None:
-    with pytest.raises(MissingLogprobsError, match=r"choice 0: the log-prob of token 1 is"):
+    with pytest.raises(MissingLogprobsError, match=r"choice 0: token_logprobs\[1\] is"):
         one(choice([4, 5, 6], [1], [-1.0, bad, -1.0]))
 
 

@@ -162,6 +162,13 @@ async def test_a_rollout_that_exits_is_an_error_told_by_its_line(tmp_path: Path)
         await run_experiment(own_rollout(tmp_path, EXITS), Silent())
 
 
+async def test_a_rollout_that_returns_nothing_is_named_with_its_prompt(tmp_path: Path):
+    told = r"prompt 0 \(train\), after step 0: the rollout 'rollout' returned None .*a Trajectory"
+    code = "async def rollout(model, scenario): ..."
+    with pytest.raises(DataError, match=told):
+        await run_experiment(own_rollout(tmp_path, code, **SIZES), Silent())
+
+
 async def test_dynamic_sampling_replaces_flat_groups(tmp_path: Path):
     sizes = {"steps": 1, "prompts": 8, "completions": 2}  # pairs: most have equal rewards
     plain = await run_experiment(small(tmp_path / "a", **sizes), Silent())
@@ -188,7 +195,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("os", "write 'module:name'"),
         ("os:", "write 'module:name'"),
-        ("../mine:r", "is not the name of a module"),
+        ("../mine:r", "cannot import ../mine"),
         ("os:nothing", "os has no 'nothing'"),
         ("os.path:join", "is not an async function"),
         ("nothing_here:f", r"cannot import nothing_here: there is no nothing_here\.py beside"),

@@ -35,13 +35,16 @@ def test_what_gspo_refuses_is_told_at_the_users_line():
     assert "goes on" in lines[-1]
 
 
-def test_an_error_without_a_line_of_the_users_is_left_as_it_is():
+def test_an_error_without_a_line_of_the_users_says_which_prompt_it_is_about():
     error = DataError("a rollout returned int")
     text = "with users_errors('train', 0, 0):\n    raise error"
     code = compile(text, str(Path(art.__file__).parent / "x.py"), "exec")
     with pytest.raises(DataError) as caught:
         exec(code, {"error": error, "users_errors": users_errors})
-    assert caught.value is error
+    assert str(caught.value) == (
+        "the rollout of prompt 0 (train), after step 0: a rollout returned int"
+    )
+    assert caught.value.__cause__ is error
 
 
 def test_the_text_and_the_frames_are_bounded():

@@ -14,6 +14,7 @@ from gspo.kernels.attention import packed_attention
 from gspo.kernels.flex import BLOCK, FlexAttention
 from gspo.kernels.shared_prompt_attention import SharedPromptAttention
 from gspo.policy import probe
+from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
 from kernels.test_shared_prompt_attention import (
     WINDOWS,
@@ -110,9 +111,12 @@ def test_autocast_reaches_it():
 @uncompiled
 @pytest.mark.parametrize("name", ["llama", "sliding", "gemma3", "qwen3_moe"])
 def test_the_probe_proves_it_on_the_whole_model(name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(probe, "_ORDER", ("flex",))
-    # Its gradient is the proof, and flex_attention has none on a CPU.
-    monkeypatch.setattr(probe, "_leaks", lambda policy, microbatch: False)
+    def forward(policy: Policy, microbatch: Microbatch) -> tuple[torch.Tensor, bool]:
+        with torch.no_grad():  # flex_attention has no gradient on a CPU
+            return policy.logprobs(microbatch).logprobs, False
+
+    monkeypatch.setattr(probe, "_ways", lambda policy: ("flex",))
+    monkeypatch.setattr(probe, "_trained", forward)
     policy = model(name)
     assert (policy.packing, policy.shares_prompts) == ("flex", True)
 
@@ -121,11 +125,12 @@ def test_on_a_cpu_it_is_not_tried():
     assert model("llama").packing == "buckets"
 
 
-def test_where_it_has_no_backward_pass_it_is_not_used(caplog: pytest.LogCaptureFixture):
-    policy = model("llama")
-    (microbatch,) = pack(samples_of(), 10_000)
-    assert not probe._flex_trains(policy, microbatch)
-    assert "without flex_attention: FlexAttention does not support backward" in caplog.text
+def test_where_it_has_no_backward_pass_it_is_not_used(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(probe, "_ways", lambda policy: ("flex", "buckets"))
+    assert model("llama").packing == "buckets"
+    assert "(flex: NotImplementedError: FlexAttention does not support backward" in caplog.text
 
 
 def test_microbatches_of_any_length_and_window_are_compiled_twice(monkeypatch: pytest.MonkeyPatch):

@@ -27,13 +27,12 @@ from gspo.dev import LoraConfig
 from gspo.kernels import shared_prompt_attention
 from gspo.kernels.attention import packed_attention
 from gspo.kernels.shared_prompt_attention import SharedPromptAttention
-from gspo.policy.load import recompute_layers
 from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
 from gspo.train.minibatches import prepare
 from policy.routers import MOE, moe
 from policy.test_policy import plain, tiny
-from support import embedded
+from support import embedded, recompute_layers
 
 WINDOWS = [None, 1, 2, 5, 17, 30, 1000]
 
@@ -268,19 +267,18 @@ def test_a_model_that_looks_at_the_row_is_packed_but_does_not_share(caplog):
     choose_packing(policy)
     assert policy.packing == "buckets"
     assert not policy.shares_prompts
-    assert "sharing prompts is off by" in caplog.text
-    assert caplog.text.count("a prompt is computed once for each of its completions") == 1
+    assert caplog.text.count("prompts are computed per completion (off by") == 1
 
 
 @pytest.mark.parametrize("packing", ["mask", "single"])
 def test_samples_packed_by_mask_share_too(packing: Any, caplog, monkeypatch):
     from gspo.policy import probe
 
-    monkeypatch.setattr(probe, "_ORDER", (packing,))
+    monkeypatch.setattr(probe, "_ways", lambda policy: (packing,))
     policy = model("llama")
     assert policy.packing == packing
     assert policy.shares_prompts == (packing == "mask")
-    assert ("a prompt is computed once" in caplog.text) == (packing == "single")
+    assert ("prompts are computed per completion" in caplog.text) == (packing == "single")
 
 
 def test_the_plan_is_made_once_for_layers_of_one_window(monkeypatch):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,10 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gspo.lab.audit_report import AuditReport, clip_band, make_report, render
+from gspo.lab.audit_report import clip_band, make_report, render
 from gspo.lab.pictures import draw_audit
+from lab.written import as_object
 
 SETTING: dict[str, Any] = {
+    "routing_agreement": None,
+    "epsilon_low": 3e-4,
+    "epsilon_high": 4e-4,
     "model": "m",
     "rollout_dtype": "int4",
     "task": "t",
@@ -26,25 +28,25 @@ SETTING: dict[str, Any] = {
 
 def report_of(
     log_ratios: np.ndarray | list[float], low: float, high: float, dtype: str = "float32"
-) -> AuditReport:
+) -> Any:
     """The report of sequences of one token each, whose l_i is their d_t."""
     values = np.array(log_ratios, dtype=np.float64)
-    setting = SETTING | {"rollout_dtype": dtype}
-    return make_report(list(values[:, None]), values, (low, high), **setting)
+    setting = SETTING | {"rollout_dtype": dtype, "epsilon_low": low, "epsilon_high": high}
+    return as_object(make_report(list(values[:, None]), values, setting))
 
 
 def normal(spread: float, mean: float = 0.0, count: int = 20_000) -> np.ndarray:
     return mean + spread * np.random.default_rng(0).standard_normal(count)
 
 
-def synthetic(lengths: list[int], spread: float, bias: float = 0.0) -> AuditReport:
+def synthetic(lengths: list[int], spread: float, bias: float = 0.0) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     d = [bias + spread * rng.standard_normal(length) for length in lengths]
-    return make_report(d, np.array([own.mean() for own in d]), (3e-4, 4e-4), **SETTING)
+    return make_report(d, np.array([own.mean() for own in d]), SETTING)
 
 
 def test_buckets_are_powers_of_two():
-    report = synthetic([1, 2, 3, 4, 5, 8, 9, 16, 16], 0.1)
+    report = as_object(synthetic([1, 2, 3, 4, 5, 8, 9, 16, 16], 0.1))
     edges = [(b.longer_than, b.up_to, b.sequences, b.tokens) for b in report.buckets]
     assert edges == [(0, 1, 1, 1), (1, 2, 1, 2), (2, 4, 2, 7), (4, 8, 2, 13), (8, 16, 3, 41)]
     assert (report.total.sequences, report.total.tokens) == (9, 64)
@@ -53,7 +55,7 @@ def test_buckets_are_powers_of_two():
 
 def test_spread_falls_with_length_and_bias_does_not():
     sigma, bias = 0.1, -0.005
-    report = synthetic([16] * 2000 + [64] * 2000 + [256] * 2000, sigma, bias)
+    report = as_object(synthetic([16] * 2000 + [64] * 2000 + [256] * 2000, sigma, bias))
     for bucket in report.buckets:
         length = bucket.up_to
         own = bucket.sequence_log_ratio
@@ -74,7 +76,7 @@ def test_both_kl_estimates_agree_where_mu_sampled():
     mu, pi = np.array([0.5, 0.3, 0.2]), np.array([0.4, 0.3, 0.3])
     tokens = rng.choice(3, size=(4000, 50), p=mu)
     d = np.log(pi / mu)[tokens]
-    report = make_report(list(d), d.mean(axis=1), (3e-4, 4e-4), **SETTING)
+    report = as_object(make_report(list(d), d.mean(axis=1), SETTING))
     exact = float((mu * np.log(mu / pi)).sum())
     assert report.total.kl == pytest.approx(exact, rel=0.05)
     assert report.total.kl_k3 == pytest.approx(exact, rel=0.02)
@@ -84,7 +86,7 @@ def test_both_kl_estimates_agree_where_mu_sampled():
 def test_degenerate_noise_is_drawn_too(tmp_path: Path, lengths: list[int], spread: float):
     report = synthetic(lengths, spread)
     assert render(report)
-    json.dumps(dataclasses.asdict(report), allow_nan=False)
+    assert as_object(report)
     draw_audit(report, np.zeros(len(lengths)), tmp_path / "a.html")
 
 

@@ -70,8 +70,8 @@ def test_summaries_and_pairs_are_by_seed(tmp_path: Path):
         "high": expected.high,
     }
     assert (ours["seeds"], ours["collapsed"]) == (3, asdict(share_interval(0, 3)))
-    assert ours["clip_fraction"] == pytest.approx(0.2)
-    assert ours["entropy"] is None
+    assert ours["means"]["ratio/clip_fraction"] == pytest.approx(0.2)
+    assert "loss/entropy" not in ours["means"]
     primary, pair = content["paired"]
     assert (primary["metric"], primary["role"]) == ("auc", "primary")
     assert (pair["a"], pair["b"], pair["metric"], pair["n"]) == ("gspo", "grpo", "reward_after", 3)

@@ -17,7 +17,6 @@ from typer.testing import CliRunner, Result
 
 from gspo.cli import app
 from gspo.core.errors import ConfigError, RunError
-from gspo.lab import compare_runs
 from gspo.lab.compare import read_compare_spec
 from gspo.lab.compare_cells import make_cells
 from gspo.lab.compare_runs import default_workers, run_comparison
@@ -45,17 +44,6 @@ def command(spec: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "gspo.cli", "compare", str(spec), *arguments]
 
 
-def test_workers_leave_this_process_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    worker = compare_runs._Worker(tmp_path / "log")
-    worker._start()
-    worker.stop()
-    assert os.environ["OMP_NUM_THREADS"] == "7"
-    assert "OMP_WAIT_POLICY" not in os.environ
-    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
-
-
 def compare(spec: Path, *arguments: str) -> Result:
     return CliRunner().invoke(app, ["compare", str(spec), *arguments])
 
@@ -76,10 +64,16 @@ def logs(spec: Path) -> dict[str, list[dict[str, float]]]:
     return out
 
 
-def test_a_comparison_runs_once_and_pairs_prompts_and_weights(tmp_path: Path):
+def test_a_comparison_runs_once_and_pairs_prompts_and_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     spec = write_spec(tmp_path)
     first = compare(spec, "--json")
     assert first.exit_code == 0, first.output
+    # Workers leave this process as it was.
+    assert os.environ["OMP_NUM_THREADS"] == "7" and "OMP_WAIT_POLICY" not in os.environ
     last = json.loads(first.output.splitlines()[-1])
     assert "<html" in Path(last["report"]).read_text()[:200]
     assert Path(last["report"]) == read_compare_spec(spec).folder / "report.html"
@@ -122,8 +116,9 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def command_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_bytes().decode()
+def at_work(pid: int) -> list[int]:
+    """The processes of cells: children of the server that the command has started."""
+    return [worker for child in children(pid) for worker in children(child)]
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
@@ -133,19 +128,19 @@ def test_a_killed_comparison_repeats_no_finished_cell(tmp_path: Path):
     folders = [cell.folder for cell in make_cells(read_compare_spec(spec))]
     finished: dict[Path, int] = {}
     for victims in ("parent", "parent and workers"):
-        at_work = 2 if finished else 1  # the cells before it are finished
+        number = 2 if finished else 1  # the cells before it are finished
         process = subprocess.Popen(
             command(spec, "--workers", "1"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        wait_until(lambda at=at_work: (folders[at] / "checkpoints" / "0003").exists(), process)
-        workers = [child for child in children(process.pid) if "spawn_main" in command_of(child)]
+        wait_until(lambda at=number: (folders[at] / "checkpoints" / "0003").exists(), process)
+        workers = at_work(process.pid)
         assert len(workers) == 1
         process.send_signal(signal.SIGKILL)
         if victims == "parent and workers":
             os.kill(workers[0], signal.SIGKILL)
         process.wait()
         assert files_of(folders[:1]).items() >= finished.items()
-        finished = files_of(folders[:at_work])
+        finished = files_of(folders[:number])
 
     resumed = compare(spec, "--workers", "2")
     assert resumed.exit_code == 0, resumed.output
@@ -262,7 +257,8 @@ def test_an_interrupt_ends_in_order_and_leaves_what_can_go_on(tmp_path: Path):
         command(spec, "--workers", "1"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     wait_until(lambda: (folder / "checkpoints" / "0002").exists(), process)
-    workers = [child for child in children(process.pid) if "spawn_main" in command_of(child)]
+    workers = at_work(process.pid)
+    assert len(workers) == 1
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from gspo.lab.compare import CompareSpec, read_compare_spec
 from gspo.lab.compare_cells import Cell, make_cells
 from gspo.lab.compare_result import comparison
-from gspo.lab.compare_tables import QUICK_ADVICE, print_cells, print_result, summary_line
+from gspo.lab.compare_tables import QUICK_ADVICE, print_cells, result_text, summary_line
 from gspo.tasks import load_task
 from lab.written import write_run
 
@@ -25,9 +23,7 @@ def small(path: Path, **fields: Any) -> CompareSpec:
 
 
 def printed(compare: CompareSpec, cells: list[Cell], width: int = 120) -> str:
-    out = io.StringIO()
-    print_result(comparison(compare, cells), Console(file=out, width=width, markup=False))
-    return out.getvalue()
+    return result_text(comparison(compare, cells), width)
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -51,10 +47,10 @@ def test_the_tables_say_which_metric_counts_and_how_sure_shares_are(tmp_path: Pa
         gain = 0.1 * (cell.arm == "gspo") + 0.001 * cell.seed
         write_run(cell, [0.3, 0.4 + gain * (1 + cell.seed % 2 / 9), 0.5 + gain])
     text = printed(compare, cells)
-    assert "AUC, the primary metric: 1 of 1 differences shown, 1 after Holm's correction" in text
-    assert "reward, the secondary metric" not in text  # every seed differs by the same
+    assert "auc, the primary metric: 1 of 1 differences shown, 1 after Holm's correction" in text
+    assert "reward_after, the secondary metric" not in text  # every seed differs by the same
     assert "one in twenty" in text
-    assert "0% [0%, 60%]" in text
+    assert "0 [0, 0.602]" in text
 
 
 def test_cells_without_a_result_are_listed_by_their_reason(tmp_path: Path):

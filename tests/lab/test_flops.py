@@ -20,11 +20,11 @@ from transformers import (
 from gspo import dev
 from gspo.data.packing import Microbatch, pack
 from gspo.lab.flops import Flops, head_flops
-from gspo.policy.load import Policy, recompute_layers
+from gspo.policy.load import Policy
 from gspo.train.minibatches import prepare
 from policy.routers import MOE
 from policy.test_policy import tiny
-from support import embedded, random_groups
+from support import embedded, random_groups, recompute_layers
 
 MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaForCausalLM, LlamaConfig, {}),

@@ -49,7 +49,7 @@ def settings_of(name: str, **options) -> Settings:
 
 
 def batch_of(policy: Policy, groups, settings: Settings) -> RolloutBatch:
-    return prepare(groups, context=policy.context, advantage=settings.advantage)
+    return prepare(groups, settings, context=policy.context)
 
 
 def naive(policy: Policy, groups, settings: Settings) -> tuple[float, list[torch.Tensor]]:

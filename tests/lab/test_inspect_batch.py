@@ -15,11 +15,12 @@ from gspo import LocalBackend, TrainableModel, TrajectoryGroup, dev
 from gspo.config import TrainConfig
 from gspo.core.errors import ConfigError, RunError
 from gspo.lab import inspect_batch
-from gspo.lab.inspect_batch import OWN, InspectSpec, inspect_run, make_methods
-from gspo.lab.inspect_report import AtWeights, Inspection, Method, render
+from gspo.lab.inspect_batch import OWN, inspect_run, make_methods
+from gspo.lab.inspect_report import render
 from gspo.lab.pictures import draw_inspection
 from gspo.lab.stored_step import StoredStep
 from gspo.objective import PRESETS
+from lab.written import as_object
 from support import trajectory
 
 RATE = TrainConfig(learning_rate=1e-3)
@@ -63,11 +64,11 @@ def logged(run: Path, step: int) -> dict[str, float]:
     return next(line for line in lines if line["step"] == step)
 
 
-def own(at: AtWeights) -> Method:
+def own(at: Any) -> Any:
     return at.methods[0]
 
 
-def assert_as_logged(found: Inspection, metrics: dict[str, float]) -> None:
+def assert_as_logged(found: Any, metrics: dict[str, float]) -> None:
     """At the weights before, the run's own method is what the one optimizer step computed."""
     (before,) = found.at
     method = own(before)
@@ -82,11 +83,8 @@ def assert_as_logged(found: Inspection, metrics: dict[str, float]) -> None:
     assert before.log_ratio.mean == pytest.approx(metrics["ratio/log_mean"], rel=1e-3, abs=1e-7)
 
 
-def before(run: Path, step: int = 2, **options: Any) -> Inspection:
-    presets = options.pop("presets", ("gspo",))
-    return inspect_run(
-        InspectSpec(run=run, step=step, weights="before", presets=presets, **options)
-    )
+def before(run: Path, step: int = 2, presets: tuple[str, ...] = ("gspo",)) -> Any:
+    return as_object(inspect_run(run, step, "before", presets))
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -132,7 +130,7 @@ async def test_a_steered_range_is_the_one_that_was_in_force(tmp_path: Path):
     found = before(run, step=3)
     metrics = logged(run, 3)
     assert found.own == OWN
-    assert own(found.at[0]).epsilon == (metrics["ratio/epsilon_low"], metrics["ratio/epsilon_high"])
+    assert own(found.at[0]).epsilon == [metrics["ratio/epsilon_low"], metrics["ratio/epsilon_high"]]
     assert metrics["ratio/epsilon_low"] != 3e-4
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(RunError, match=r"metrics\.jsonl lacks the clip range of step 3"):
@@ -146,15 +144,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(run: Path) -> Inspection:
-    return inspect_run(InspectSpec(run=run))
+def stored(run: Path) -> dict[str, Any]:
+    return inspect_run(run)
 
 
-def named(at: AtWeights) -> dict[str, Method]:
+@pytest.fixture(scope="module")
+def whole(stored: dict[str, Any]) -> Any:
+    return as_object(stored)
+
+
+def named(at: Any) -> dict[str, Any]:
     return {method.name: method for method in at.methods}
 
 
-def test_all_presets_at_both_weights(whole: Inspection):
+def test_all_presets_at_both_weights(whole: Any):
     assert (whole.step, whole.own, whole.trained) == (3, "gspo", 8)
     assert [(at.weights, at.source) for at in whole.at] == [
         ("before", "checkpoint 0002"),
@@ -166,7 +169,7 @@ def test_all_presets_at_both_weights(whole: Inspection):
         for name, method in methods.items():
             objective = PRESETS[name].objective
             if method.epsilon is not None:
-                assert method.epsilon == (objective.epsilon_low, objective.epsilon_high)
+                assert method.epsilon == [objective.epsilon_low, objective.epsilon_high]
             assert method.sequences == (8 if name == "dapo" else 12)
             assert method.grad_norm > 0
         assert methods["gspo"].cosine == pytest.approx(1.0, abs=1e-12)
@@ -179,7 +182,7 @@ def test_all_presets_at_both_weights(whole: Inspection):
         assert row == at.cosines[0]
 
 
-def test_the_clip_acts_after_the_step_and_not_before(whole: Inspection):
+def test_the_clip_acts_after_the_step_and_not_before(whole: Any):
     before, after = (named(at) for at in whole.at)
     assert all(method.clip_fraction == 0 for method in before.values())
     # At ratio 1 these differ by their weights of sequences alone; the clip tells them apart.
@@ -194,15 +197,15 @@ def test_the_clip_acts_after_the_step_and_not_before(whole: Inspection):
     ]
 
 
-def test_the_run_is_only_read(run: Path, whole: Inspection):
+def test_the_run_is_only_read(run: Path, stored: dict[str, Any]):
     files = {p: p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file()}
-    again = inspect_run(InspectSpec(run=run))
-    assert again == whole
+    again = inspect_run(run)
+    assert again == stored
     assert {p: p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file()} == files
 
 
 def test_some_presets_keep_the_runs_own(run: Path):
-    found = inspect_run(InspectSpec(run=run, step=1, weights="before", presets=("dapo", "sapo")))
+    found = before(run, step=1, presets=("dapo", "sapo"))
     assert [method.name for method in found.at[0].methods] == ["gspo", "dapo", "sapo"]
     assert found.at[0].source == "embedded:sort"
 
@@ -214,7 +217,7 @@ def test_a_method_of_ones_own_stands_beside_the_presets(run: Path):
     assert list(methods) == [OWN, *PRESETS]
     assert methods[OWN].objective.epsilon_high == 0.1
     assert methods["grpo"].objective == PRESETS["grpo"].objective
-    assert methods["dr_grpo"].advantage == "group_mean"
+    assert methods["dr_grpo"].preset.advantage == "group_mean"
     plain = dataclasses.replace(record, options={"algorithm": "grpo", "epochs": 2})
     assert next(iter(make_methods(plain, plain.settings()))) == "grpo"
     kl = dataclasses.replace(record, kl_penalty_coef=0.3, options={"old_logprobs": "trainer"})
@@ -223,17 +226,17 @@ def test_a_method_of_ones_own_stands_beside_the_presets(run: Path):
     assert {(s.objective.kl_coef, s.old_logprobs) for s in methods.values()} == {(0.3, "trainer")}
 
 
-def test_text_json_and_picture(whole: Inspection, tmp_path: Path):
-    text = render(whole)
+def test_text_json_and_picture(stored: dict[str, Any], tmp_path: Path):
+    text = render(stored)
     assert "12 trajectories in 3 groups (1 with equal rewards), 8 with an advantage" in text
     assert "weights before the step (checkpoint 0002)" in text
     assert "its method: gspo (minibatches=2)" in text
     assert "cosines of the gradients" not in text
-    assert "cosines of the gradients" in render(whole, matrix=True)
-    fields = json.loads(json.dumps(dataclasses.asdict(whole), allow_nan=False))
-    assert fields["at"][1]["methods"][0]["name"] == "gspo"
-    assert len(fields["at"][0]["cosines"]) == len(PRESETS)
-    path = draw_inspection(whole, tmp_path / "deep" / "a.html")
+    assert "cosines of the gradients" in render(stored, matrix=True)
+    fields = as_object(stored)
+    assert fields.at[1].methods[0].name == "gspo"
+    assert len(fields.at[0].cosines) == len(PRESETS)
+    path = draw_inspection(stored, tmp_path / "deep" / "a.html")
     assert path.stat().st_size > 20_000
 
 
@@ -245,21 +248,21 @@ async def test_a_step_without_any_gradient(tmp_path: Path):
     stored = pq.read_table(table)
     rows = [row | {"reward": 0.5} for row in stored.to_pylist()]
     pq.write_table(type(stored).from_pylist(rows, schema=stored.schema), table)
-    found = inspect_run(InspectSpec(run=source, presets=("gspo", "dapo")))
+    inspection = inspect_run(source, presets=("gspo", "dapo"))
+    found = as_object(inspection)
     assert (found.flat_groups, found.trained) == (3, 0)
     for at in found.at:
         assert at.log_ratio is None
         assert all((m.grad_norm, m.cosine) == (0.0, None) for m in at.methods)
-    text = render(found)
+    text = render(inspection)
     assert "0 with an advantage" in text and "cosines of the gradients" in text
-    json.dumps(dataclasses.asdict(found), allow_nan=False)
-    draw_inspection(found, tmp_path / "a.html")
+    draw_inspection(inspection, tmp_path / "a.html")
 
 
 async def test_the_balance_loss_is_said_to_be_left_out(tmp_path: Path):
     run = await a_run(tmp_path, steps=1, router_aux_loss_coef=0.01)
-    found = before(run, step=1)
-    assert found.left_out == ("router_aux_loss_coef=0.01",)
+    found = inspect_run(run, 1, "before", ("gspo",))
+    assert found["left_out"] == ["router_aux_loss_coef=0.01"]
     assert "left out, being the same for every method: router_aux_loss_coef=0.01" in render(found)
 
 
@@ -267,31 +270,31 @@ async def test_gone_checkpoints_are_named_with_what_is_there(tmp_path: Path):
     run = await a_run(tmp_path, steps=5, keep_checkpoints=2)
     there = r"before: 1, 5; after: 4-5\. Choose with --step"
     with pytest.raises(RunError, match=rf"step 3 .* weights before it: checkpoint 2 .* {there}"):
-        inspect_run(InspectSpec(run=run, step=3))
+        inspect_run(run, number=3)
     with pytest.raises(RunError, match=rf"step 2 .* weights after it: checkpoint 2 .* {there}"):
-        inspect_run(InspectSpec(run=run, step=2, weights="after"))
+        inspect_run(run, number=2, weights="after")
     with pytest.raises(RunError, match=rf"step 4 .* weights before it: checkpoint 3 .* {there}"):
-        inspect_run(InspectSpec(run=run, step=4))
-    found = inspect_run(InspectSpec(run=run, step=4, weights="after", presets=("gspo",)))
-    assert [at.weights for at in found.at] == ["after"]
+        inspect_run(run, number=4)
+    found = inspect_run(run, number=4, weights="after", presets=("gspo",))
+    assert [at["weights"] for at in found["at"]] == ["after"]
     with pytest.raises(RunError, match="has no batch of step 6: it has 1-5"):
-        inspect_run(InspectSpec(run=run, step=6))
+        inspect_run(run, number=6)
 
 
 async def test_the_trainers_own_pi_old_needs_the_weights_before(tmp_path: Path):
     run = await a_run(tmp_path, steps=3, keep_checkpoints=2, old_logprobs="trainer")
-    found = inspect_run(InspectSpec(run=run, step=3, presets=("gspo",)))
+    found = as_object(inspect_run(run, number=3, presets=("gspo",)))
     assert [at.log_ratio and at.log_ratio.std > 1e-5 for at in found.at] == [False, True]
     with pytest.raises(RunError, match="weights after it: checkpoint 1 is not on disk"):
-        inspect_run(InspectSpec(run=run, step=2, weights="after"))
+        inspect_run(run, number=2, weights="after")
 
 
 def test_gradients_that_do_not_fit_are_refused_before_the_work(run: Path, monkeypatch):
     monkeypatch.setattr(inspect_batch, "free_memory", lambda device: 3_000_000)
     message = r"13 gradients of 1 MiB each don't fit the 3 MiB.*at most 3 methods with --presets"
     with pytest.raises(ConfigError, match=message):
-        inspect_run(InspectSpec(run=run))
-    assert len(inspect_run(InspectSpec(run=run, presets=("gspo", "dapo"))).at) == 2
+        inspect_run(run)
+    assert len(inspect_run(run, presets=("gspo", "dapo"))["at"]) == 2
     monkeypatch.undo()
     free = inspect_batch.free_memory(torch.device("cpu"))
     assert free is None or 10**6 < free < 10**14
@@ -302,9 +305,8 @@ def test_gradients_that_do_not_fit_are_refused_before_the_work(run: Path, monkey
     [
         ({"weights": "bevore"}, "Did you mean 'before'"),
         ({"presets": ("gspo", "cipso")}, "Did you mean 'cispo'"),
-        ({"step": 0}, "step = 0"),
     ],
 )
 def test_mistakes_are_named(options: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
-        InspectSpec(run=Path("x"), **options)
+        inspect_run(Path("x"), **options)

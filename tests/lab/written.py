@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 from gspo.lab.compare_cells import Cell
@@ -22,3 +23,9 @@ def write_run(cell: Cell, rewards: list[float], metrics: dict[str, float] | None
         lines.append(json.dumps(line))
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     cell.status = "done"
+
+
+def as_object(content: dict[str, Any]) -> Any:
+    """A JSON object whose fields are attributes; it is JSON without NaN, or this fails."""
+    text = json.dumps(content, allow_nan=False)
+    return json.loads(text, object_hook=lambda fields: SimpleNamespace(**fields))

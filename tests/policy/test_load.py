@@ -30,8 +30,8 @@ def test_unknown_models_name_the_remedy(name: str, message: str):
 
 
 def test_a_folder_without_config_is_refused(tmp_path: Path):
-    with pytest.raises(ModelError, match=r"no config\.json"):
-        resolve(str(tmp_path))
+    with pytest.raises(ModelError, match=r"cannot load base_model.*config\.json"):
+        load_policy(str(tmp_path))
 
 
 def test_a_folder_with_a_broken_config_is_refused(tmp_path: Path):
@@ -45,10 +45,10 @@ def test_context_cannot_exceed_the_models():
         load_policy("embedded:sort", dev.InternalModelConfig(max_context=513))
 
 
-@pytest.mark.parametrize(("device", "message"), [("cuda", "no CUDA"), ("gpu", "device = 'gpu'")])
+@pytest.mark.parametrize("device", ["cuda", "gpu"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_a_device_that_is_not_there_is_named(device: str, message: str):
-    with pytest.raises(ModelError, match=message):
+def test_a_device_that_is_not_there_is_named(device: str):
+    with pytest.raises(ModelError, match=f"device = '{device}'.*use 'auto' or 'cpu'"):
         load_policy("embedded:sort", dev.InternalModelConfig(device=device))
 
 

@@ -22,7 +22,7 @@ SCALES = {"llama": 1.0, "granite": 1 / 6.0, "cohere": 0.0625, "falcon_h1": 0.3, 
 
 @pytest.mark.parametrize("kind", SCALES)
 def test_the_factor_is_a_number_of_the_config(kind: str):
-    assert logit_scale(model(kind), kind) == SCALES[kind]
+    assert logit_scale(model(kind)) == SCALES[kind]
 
 
 def test_caps_have_two_names():
@@ -65,18 +65,19 @@ def test_a_rollout_copy_has_the_factor(tmp_path: Path):
     assert (rough - exact).abs().max() < 0.05 * exact.abs().max()
 
 
-def test_anything_else_is_refused_in_words(monkeypatch: pytest.MonkeyPatch):
-    lm = model("llama")
-    inner = lm.forward
+def test_anything_else_is_refused_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    policy = load_policy(folder(tmp_path, "llama"))
+    inner = policy.lm.forward
 
     def squared(*args, **kwargs):
         output = inner(*args, **kwargs)
         output.logits = output.logits.square()
         return output
 
-    monkeypatch.setattr(lm, "forward", squared)
-    with pytest.raises(ModelError, match="changes its logits after the output head"):
-        logit_scale(lm, "x")
+    monkeypatch.setattr(policy.lm, "forward", squared)
+    assert logit_scale(policy.lm) == 1.0
+    with pytest.raises(ModelError, match="log-probs differ from those of LlamaForCausalLM itself"):
+        choose_packing(policy)
 
 
 def test_rows_behind_the_tokens_have_no_probability(tmp_path: Path):

@@ -61,20 +61,15 @@ def test_code_of_a_folder_runs_only_where_that_is_asked_for(
     monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("asked at the terminal"))
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "c"))
     path = with_code(tmp_path / "mine")
-    with pytest.raises(ModelError, match=r"InternalModelConfig\(trust_remote_code=True\)"):
+    with pytest.raises(ModelError, match="unless you set trust_remote_code=True"):
         load_policy(path)
     policy = load_policy(path, dev.InternalModelConfig(trust_remote_code=True))
     assert type(policy.lm).__name__ == "MineForCausalLM"
 
 
-def test_an_adapter_says_what_it_is_of(tmp_path: Path):
-    (tmp_path / "adapter_config.json").write_text(
-        json.dumps({"base_model_name_or_path": "Qwen/Qwen3-0.6B"})
-    )
-    with pytest.raises(ModelError, match=r"LoRA adapter of 'Qwen/Qwen3-0\.6B'.*merge_and_unload"):
-        source.resolve(str(tmp_path))
-    (tmp_path / "adapter_config.json").write_text("{")
-    with pytest.raises(ModelError, match="LoRA adapter of 'another model'"):
+def test_an_adapter_says_what_it_is(tmp_path: Path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"is a LoRA adapter, not a model.*merge_and_unload"):
         source.resolve(str(tmp_path))
 
 
@@ -82,7 +77,7 @@ def test_a_hub_that_cannot_be_reached_is_not_asked(monkeypatch: pytest.MonkeyPat
     def unknown(*args):
         raise OSError("no such host")
 
-    monkeypatch.setattr(source.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(source, "getproxies", dict)
     monkeypatch.setattr(source.socket, "getaddrinfo", unknown)
     with pytest.raises(ModelError, match="network or its cache"):
         source.read_config("no-such-owner/no-such-model")
@@ -95,7 +90,7 @@ def test_a_hub_that_cannot_be_reached_is_not_asked(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(source.AutoConfig, "from_pretrained", read)
     source.read_config("a/b")
     source.read_config("/tmp")
-    monkeypatch.setattr(source.socket, "getaddrinfo", lambda *args: [])
+    monkeypatch.setattr(source.socket, "getaddrinfo", lambda *args: ["address"])
     source.read_config("a/b")
     assert offline == [True, False, False]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 import time
 
@@ -51,8 +50,3 @@ def test_the_first_error_is_raised_once_all_have_ended():
     with pytest.raises(ValueError, match="0"):
         Workers(3).map(work, [0, 1, 2])
     assert ended == [2]
-
-
-def test_a_copy_shares_the_threads():
-    workers = Workers(2)
-    assert copy.deepcopy(workers) is workers

@@ -32,7 +32,7 @@ def forgotten() -> Iterator[None]:
 def test_a_registered_objective_has_a_name():
     art.register_algorithm("mine", WIDE, advantage="group_mean", formula="f")
     settings = resolve(options=dev.TrainConfig(algorithm="mine"))
-    assert (settings.algorithm, settings.objective, settings.advantage) == (
+    assert (settings.algorithm, settings.objective, settings.preset.advantage) == (
         "mine",
         WIDE,
         "group_mean",
@@ -49,7 +49,7 @@ def test_an_objective_or_a_preset_may_be_given_itself(value: object):
     options = dev.TrainConfig(algorithm=value)
     settings = resolve(options=options)
     assert settings.objective == WIDE
-    assert settings.advantage == getattr(value, "advantage", "group_std")
+    assert settings.preset.advantage == getattr(value, "advantage", "group_std")
     again = dev.TrainConfig(**options.model_dump(mode="json", exclude_unset=True))
     assert resolve(options=again) == settings
 
@@ -101,8 +101,8 @@ def test_registering_nonsense_is_refused(name: str, objective: object, message: 
     ("value", "message"),
     [
         ("mien", "no such method.*register_algorithm"),
-        (3, "give a name"),
-        (Objective, "give a name"),
+        (3, "no such method.*an Objective or a Preset"),
+        (Objective, "no such method"),
     ],
 )
 def test_other_values_are_refused_at_once(value: object, message: str):

@@ -35,7 +35,7 @@ TARGET = 0.15
 
 def seen_at(log_ratio: float, advantage: float, length: float) -> Trace:
     """A sequence; the rest of its trace steers nothing."""
-    return Trace(log_ratio, advantage, length, 0, 0, 0, 0, np.zeros(0, np.float32))
+    return Trace(log_ratio, advantage, length, 0, 0, 0, np.zeros(0, np.float32), 0)
 
 
 def noise(
@@ -255,7 +255,10 @@ def test_the_lists_are_the_papers() -> None:
             for name in OTHERS
         ),
         *(
-            ({"algorithm": name, "epsilon_scale": "sqrt_length"}, f"needs a sequence.*'{name}'")
+            (
+                {"algorithm": name, "epsilon_scale": "sqrt_length"},
+                f"'{name}': epsilon_scale.*needs a sequence",
+            )
             for name in OTHERS
         ),
         *(
@@ -300,4 +303,4 @@ def test_what_is_allowed() -> None:
     assert resolve(options=masked).old_logprobs == "rollout"
     assert resolve(options=dev.TrainConfig(algorithm="dapo", epsilon_high=1.5)).algorithm == "dapo"
     unscaled = dev.TrainConfig(algorithm="gspo", scale_rewards=False)
-    assert resolve(options=unscaled).advantage == "group_mean"
+    assert resolve(options=unscaled).preset.advantage == "group_mean"

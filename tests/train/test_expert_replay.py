@@ -20,14 +20,16 @@ from gspo.config import TrainConfig
 from gspo.core.errors import ConfigError, DataError, ModelError, NumericsError
 from gspo.data.packing import Microbatch
 from gspo.data.sample import Sample, TrajectorySamples
-from gspo.policy.load import Policy, recompute_layers
+from gspo.policy.load import Policy
 from gspo.train.expert_replay import ExpertReplay, changed_slots, with_preferred_experts
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
 from policy.routers import moe, phimoe
 from policy.test_policy import tiny
-from support import embedded, gradient_of, random_groups
+from support import embedded, gradient_of, random_groups, recompute_layers
+
+WHOLE = resolve(options=dev.TrainConfig(packed_sequence_length=10_000, share_prefixes=False))
 
 
 def batch_of(policy: Policy, **extra: Any) -> RolloutBatch:
@@ -36,7 +38,7 @@ def batch_of(policy: Policy, **extra: Any) -> RolloutBatch:
 
 def own_choices(policy: Policy, trajectories: Sequence[TrajectorySamples]) -> list[np.ndarray]:
     """What the routers prefer, for each sample."""
-    recorded = with_preferred_experts(policy, trajectories, 10_000)
+    recorded = with_preferred_experts(policy, trajectories, WHOLE)
     chosen = [sample.expert_choices for samples in recorded for sample in samples]
     return [experts for experts in chosen if experts is not None]
 
@@ -49,7 +51,7 @@ def routed(policy: Policy, batch: RolloutBatch, shift: int = 0, missing: int = 1
         own = (sample.expert_choices[: len(sample) - missing] + shift) % policy.routers.experts
         return dataclasses.replace(sample, expert_choices=own.astype(np.uint8))
 
-    recorded = with_preferred_experts(policy, batch.samples, 10_000)
+    recorded = with_preferred_experts(policy, batch.samples, WHOLE)
     samples = tuple(tuple(one(sample) for sample in own) for own in recorded)
     return dataclasses.replace(batch, samples=samples)
 
@@ -221,9 +223,11 @@ def test_choices_that_cover_too_little_or_another_model_are_refused():
     with pytest.raises(ConfigError, match="for 2 of its tokens"):
         trained(routed(policy, batch, missing=3), policy, routing_replay="rollout")
     ((first, *_), *rest) = batch.samples
-    strange = dataclasses.replace(first, expert_choices=np.zeros((len(first) - 1, 7, 2), np.uint8))
-    with pytest.raises(DataError, match="model of 3 MoE layers"):
-        trained(dataclasses.replace(batch, samples=((strange,), *rest)), policy)
+    strange = np.zeros((len(first) - 1, 7, 2), np.uint8), np.full((len(first) - 1, 3, 2), 8)
+    for chosen in strange:
+        alone = dataclasses.replace(first, expert_choices=chosen)
+        with pytest.raises(DataError, match=r"up to expert [08].*3 MoE layers of 8 experts"):
+            trained(dataclasses.replace(batch, samples=((alone,), *rest)), policy)
     thin = dataclasses.replace(first, expert_choices=np.zeros((len(first) - 1, 3, 1), np.uint8))
     alone = dataclasses.replace(batch, samples=((thin,), *rest))
     with pytest.raises(DataError, match="1 experts per token, not 2"):

@@ -105,9 +105,8 @@ def of_a_step(
         out = replace(out, loss=out.loss.detach())
         return loss, Scored(microbatch, scored.logprobs.detach(), scored.entropy, out)
 
-    for scored in backward_each(table, pack(samples, budget), loss_of, Workers()):
-        watch.saw(scored)
-    watch.backward_done(objective, on_policy=False)
+    step = list(backward_each(table, pack(samples, budget), loss_of, Workers()))
+    watch.record(step, objective, on_policy=False)
     metrics = watch.metrics.compute()
     del metrics["tokens/packed_efficiency"]  # the one that describes the packing
     return table.weight.grad, {n: v for n, v in metrics.items() if not n.startswith("train/")}

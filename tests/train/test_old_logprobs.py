@@ -50,8 +50,9 @@ def plain(policy: Policy, sample: Sample) -> np.ndarray:
     return out
 
 
-def scored(policy: Policy, batch: RolloutBatch, budget: int, **options: Any) -> list[Sample]:
-    found = with_trainer_logprobs(policy, batch.samples, budget, None, **options)
+def scored(policy: Policy, batch: RolloutBatch, budget: int, **given: Any) -> list[Sample]:
+    options = dev.TrainConfig(**{"share_prefixes": False, "packed_sequence_length": budget} | given)
+    found = with_trainer_logprobs(policy, batch.samples, resolve(options=options))
     assert [own[0].trajectory_id for own in found] == [s[0].trajectory_id for s in batch.samples]
     return [sample for samples in found for sample in samples]
 
@@ -61,7 +62,9 @@ def scored(policy: Policy, batch: RolloutBatch, budget: int, **options: Any) -> 
 def test_every_sample_of_a_trajectory_has_its_own(budget: int, share: bool):
     policy, batch = embedded(), several_samples()
     before = [sample for samples in batch.samples for sample in samples]
-    for sample, given in zip(scored(policy, batch, budget, share=share), before, strict=True):
+    for sample, given in zip(
+        scored(policy, batch, budget, share_prefixes=share), before, strict=True
+    ):
         np.testing.assert_allclose(sample.old_logprobs, plain(policy, given), atol=1e-5)
         assert (sample.tokens == given.tokens).all()
         assert (sample.sampling_logprobs == given.sampling_logprobs).all()
@@ -73,7 +76,7 @@ def test_replayed_experts_are_those_of_the_samples(budget: int):
     policy = moe()
     batch = routed(policy, prepare(random_groups(policy), context=policy.context), shift=1)
     given = [sample for samples in batch.samples for sample in samples]
-    replayed = scored(policy, batch, budget, replay=True)
+    replayed = scored(policy, batch, budget, routing_replay="rollout")
     free = scored(policy, batch, budget)
     for sample, own, other in zip(given, replayed, free, strict=True):
         (microbatch,) = pack([sample], 10_000)

@@ -18,6 +18,7 @@ from openai.types.chat.chat_completion import Choice
 
 import gspo as art
 from gspo.backend.run import Run
+from gspo.backend.stored_batch import write_batch
 from gspo.core.errors import MissingLogprobsError
 from gspo.data.packing import Microbatch, pack
 from gspo.data.sample import trajectory_samples
@@ -115,9 +116,8 @@ def test_samples_and_rows_hold_float32():
 def test_parquet_files_hold_float32(tmp_path: Path):
     run = Run(tmp_path, "p", "m", {})
     value = float(np.float32(-1 / 3))
-    path = run.log_trajectories(
-        [art.TrajectoryGroup([trajectory(0.0, choice([7, 8], [1], [value, -2.0]))])], "train", 1
-    )
+    path = run.trajectories("train", 1)
+    write_batch(path, [art.TrajectoryGroup([trajectory(0.0, choice([7, 8], [1], [value, -2.0]))])])
     run.close()
     table = pq.read_table(path)
     assert table.schema.field("logprobs").type == pa.list_(pa.list_(pa.float32()))

@@ -85,13 +85,11 @@ def test_a_method_without_a_range_has_no_epsilon():
     assert (settings.epsilon, settings.epsilon_high, settings.scale_rewards) == (None, None, None)
 
 
-def test_a_steered_range_is_told_in_both_places():
+def test_a_steered_range_is_the_objectives():
     settings = resolve(options=dev.TrainConfig(epsilon="auto"))
-    assert settings.epsilon == "auto"
-    steered = settings.with_range(0.01, 0.02)
-    assert (steered.epsilon, steered.epsilon_high) == (0.01, 0.02)
-    objective = steered.objective
-    assert (objective.epsilon_low, objective.epsilon_high) == (0.01, 0.02)
+    steered = settings.with_objective(settings.objective.with_epsilon(0.01, 0.02))
+    assert steered.epsilon == settings.as_config()["epsilon"] == "auto"
+    assert (steered.objective.epsilon_low, steered.objective.epsilon_high) == (0.01, 0.02)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ from gspo import dev
 from gspo.config import TrainConfig
 from gspo.data.packing import pack
 from gspo.data.sample import Sample
-from gspo.policy.load import recompute_layers
 from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
 from gspo.train.expert_replay import with_preferred_experts
@@ -26,7 +25,7 @@ from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
 from policy.routers import moe
 from policy.test_policy import tiny
-from support import embedded
+from support import embedded, recompute_layers
 
 DESCRIBE_THE_PACKING = {
     "tokens/packed_efficiency",
@@ -158,7 +157,7 @@ def with_engine_choices(policy: Policy, batch: RolloutBatch, noise: float) -> Ro
         own[other] = (own[other] + 1) % policy.routers.experts
         return dataclasses.replace(sample, expert_choices=own)
 
-    recorded = with_preferred_experts(policy, batch.samples, 10_000)
+    recorded = with_preferred_experts(policy, batch.samples, resolve())
     samples = tuple(tuple(one(sample) for sample in own) for own in recorded)
     return dataclasses.replace(batch, samples=samples)
 

@@ -16,7 +16,7 @@ import gspo as art
 from gspo import TrajectoryGroup, dev
 from gspo.config import TrainConfig
 from gspo.core.errors import NumericsError
-from gspo.data.sample import Sample
+from gspo.data.sample import Sample, flat
 from gspo.objective import PRESETS, Objective
 from gspo.policy.load import Policy, load_policy
 from gspo.policy.probe import choose_packing
@@ -24,11 +24,12 @@ from gspo.policy.workers import Workers
 from gspo.serve.engine import Request, SamplingParams
 from gspo.serve.selfcheck import check_engine
 from gspo.serve.torch_engine import TorchEngine
+from gspo.train import minibatches
 from gspo.train import trainer as trainer_module
 from gspo.train.epsilon import needed_epsilon
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.observe import Observer
-from gspo.train.settings import resolve
+from gspo.train.settings import Settings, resolve
 from gspo.train.trainer import Trainer
 from models import folder, text
 from support import choice, embedded, gradient_of, random_groups, trajectory
@@ -118,9 +119,9 @@ def test_flat_groups_cost_no_forward_but_count_in_n(policy: Policy, monkeypatch)
     for t in groups[1]:
         t.reward = 0.5
     seen: list[int] = []
-    inner = trainer_module.pack
+    inner = minibatches.pack
     monkeypatch.setattr(
-        trainer_module,
+        minibatches,
         "pack",
         lambda samples, *args, **share: seen.append(len(samples)) or inner(samples, *args, **share),
     )
@@ -361,7 +362,7 @@ def test_every_preset_trains(algorithm: str):
     before = {n: p.detach().clone() for n, p in policy.trainable.items()}
     options = dev.TrainConfig(algorithm=algorithm)  # pyright: ignore[reportArgumentType]
     settings = resolve(TrainConfig(learning_rate=1e-4), options)
-    batch = prepare(engine_groups(policy), context=512, advantage=settings.advantage)
+    batch = prepare(engine_groups(policy), settings, context=512)
     out = Trainer(policy).train(batch, settings)
     assert out.updates == settings.minibatches == (1 if algorithm in ("rloo", "reinforce") else 4)
     assert all(math.isfinite(v) for v in out.metrics.compute().values())
@@ -441,18 +442,18 @@ class Step:
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     """The optimizer steps of a call; only the first microbatch of each has a forward pass."""
     seen: list[Step] = []
-    pack, loss = trainer_module.pack, trainer_module.policy_loss
+    pack, loss = minibatches.microbatches, trainer_module.policy_loss
 
-    def packed(samples: list[Sample], budget: int, unit: str, **how: Any) -> Any:
-        seen.append(Step(samples, unit))
-        return pack(samples, budget, unit, **how)  # pyright: ignore[reportArgumentType]
+    def packed(policy: Policy, minibatch: Any, settings: Settings, **how: Any) -> Any:
+        seen.append(Step(flat(minibatch), settings.sequence_unit))
+        return pack(policy, minibatch, settings, **how)
 
     def policy_loss(*args: Any, **given: Any) -> Any:
         step = seen[-1]
         step.total_sequences, step.total_tokens = given["total_sequences"], given["total_tokens"]
         return loss(*args, **given)
 
-    monkeypatch.setattr(trainer_module, "pack", packed)
+    monkeypatch.setattr(minibatches, "microbatches", packed)
     monkeypatch.setattr(trainer_module, "policy_loss", policy_loss)
     monkeypatch.setattr(trainer_module.Optimizer, "step", lambda self, *_: self.clear() or 1.0)
     return seen
@@ -529,13 +530,13 @@ def test_only_the_first_step_on_fresh_samples_measures_the_engine(
 ):
     """Later ones have moved weights, under the version that sampled until the call is over."""
     seen: list[bool] = []
-    inner = Observer.backward_done
+    inner = Observer.record
 
-    def backward_done(self: Observer, objective: Objective, *, on_policy: bool) -> None:
+    def record(self: Observer, step: Any, objective: Objective, *, on_policy: bool) -> None:
         seen.append(on_policy)
-        inner(self, objective, on_policy=on_policy)
+        inner(self, step, objective, on_policy=on_policy)
 
-    monkeypatch.setattr(Observer, "backward_done", backward_done)
+    monkeypatch.setattr(Observer, "record", record)
     policy = embedded()
     policy.version = version  # the samples' is 0
     options = dev.TrainConfig(epochs=2)
@@ -763,7 +764,7 @@ def test_a_loss_that_is_not_finite_is_no_update(algorithm: Any, threads: int):
     options = dev.TrainConfig(
         algorithm=algorithm, minibatches=1, max_grad_norm=None, packed_sequence_length=60
     )
-    with pytest.raises(NumericsError, match=r"loss is nan.*trajectory 5 \(1 in all\).*not made"):
+    with pytest.raises(NumericsError, match=r"loss is nan.*not finite: \[5\].*not made"):
         Trainer(policy).train(batch, resolve(options=options))
     for name, parameter in policy.trainable.items():
         assert torch.equal(parameter, before[name])

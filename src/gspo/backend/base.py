@@ -6,34 +6,35 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 from openai import AsyncOpenAI
-from pydantic import BaseModel
 
 from gspo import dev
 from gspo.config import TrainConfig
 from gspo.core.errors import ConfigError, check_names, shown
+from gspo.core.files import names_a_folder
 from gspo.core.metrics import is_ours, user_metric
-from gspo.data.check import plain_values
-from gspo.trajectory import TrajectoryGroup
+from gspo.core.options import Options, title_of
+from gspo.trajectory import TrajectoryGroup, plain_values
+
+Kind = TypeVar("Kind", bound=Options)
 
 
 class ModelLike(Protocol):
     """What a backend needs to know of a model. `gspo.model` stands above it, and has the class."""
+
+    trainable: ClassVar[bool]
+    config: Any
 
     @property
     def name(self) -> str: ...
     @property
     def project(self) -> str: ...
     @property
-    def trainable(self) -> bool: ...
-    @property
     def source(self) -> str | None: ...
     @property
     def internal_config(self) -> dev.InternalModelConfig: ...
-    @property
-    def config(self) -> BaseModel | dict[str, Any] | None: ...
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,13 @@ class TrainResult:
 
 
 class Backend(Protocol):
-    """Where a model is sampled, trained and logged."""
+    """Where a model is sampled, trained and logged. It is closed when an `async with` ends."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
 
     async def register(self, model: ModelLike) -> None:
         """Make the model ready; if it has a run already, go on with it."""
@@ -118,35 +125,31 @@ def train_options(
         ConfigError: an option that neither has, or a configuration that is none.
     """
     check_names("train", [name for name in options if name in _REFUSED], [], _REFUSED)
-    if isinstance(_config, dict):
-        _config = dev.TrainConfig(**_config)  # ART's is a dict
-    config = TrainConfig() if config is None else config
-    _config = dev.TrainConfig() if _config is None else _config
-    for title, value, kind in (
-        ("config", config, TrainConfig),
-        ("_config", _config, dev.TrainConfig),
-    ):
-        if not isinstance(value, kind):
-            module = "dev." if kind is dev.TrainConfig else ""
-            raise ConfigError(f"{title} is {shown(value)}; give a {module}TrainConfig")
     public = {k: v for k, v in options.items() if k in TrainConfig.model_fields}
     private = {k: v for k, v in options.items() if k not in public}
-    given = _config.model_dump(exclude_unset=True)
     return (
-        TrainConfig(**{**config.model_dump(exclude_unset=True), **public}),
-        dev.TrainConfig(**{**given, **private}),
+        _merged(TrainConfig, "config", config, public),
+        _merged(dev.TrainConfig, "_config", _config, private),
     )
 
 
-def check_split(split: Any) -> str:
-    """Return the name of a split, which is the name of a folder too.
+def _merged(kind: type[Kind], title: str, given: Any, options: Mapping[str, Any]) -> Kind:
+    """The configuration that was given for `title`, ART's dict too, with more options."""
+    if isinstance(given, kind):
+        given = given.model_dump(exclude_unset=True)
+    if not isinstance(given, dict | None):
+        raise ConfigError(f"{title} is {shown(given)}; give a {title_of(kind)}")
+    return kind(**{**(given or {}), **options})
+
+
+def check_split(split: Any) -> None:
+    """Refuse the name of a split that cannot name a folder too.
 
     Raises:
-        ConfigError: it is empty, `.` or `..`, or has a `/`, a `\\` or a NUL.
+        ConfigError: it cannot name one, as `..` and `a/b`.
     """
-    if not isinstance(split, str) or split in ("", ".", "..") or set(split) & set("/\\\0"):
+    if not names_a_folder(split):
         raise ConfigError(f"split = {shown(split)}: give a plain name, such as 'val'")
-    return split
 
 
 def user_metrics(metrics: Any, split: str, line: Mapping[str, float]) -> dict[str, float]:
@@ -160,12 +163,14 @@ def user_metrics(metrics: Any, split: str, line: Mapping[str, float]) -> dict[st
 
     Raises:
         DataError: not a dict of numbers.
+        ConfigError: see `check_split`.
     """
+    check_split(split)
     values = {}
     for name, value in plain_values({} if metrics is None else metrics, "metrics").items():
         logged = line.get(name if "/" in name else f"{split}/{name}")
-        both_nan = logged is not None and math.isnan(logged) and math.isnan(value)
-        if logged != value and not both_nan:
+        # The file has null for any number that is not finite.
+        if logged is None or (logged != value and (math.isfinite(logged) or math.isfinite(value))):
             values[user_metric(name, split)] = value
     return values
 

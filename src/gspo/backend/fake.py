@@ -8,7 +8,7 @@ from typing import Any
 from openai import AsyncOpenAI
 
 from gspo import dev
-from gspo.backend.base import ModelLike, TrainResult, check_split, train_options, user_metrics
+from gspo.backend.base import Backend, ModelLike, TrainResult, train_options, user_metrics
 from gspo.config import TrainConfig
 from gspo.data.check import check_groups, listed, plain_groups
 from gspo.data.sample import trajectory_samples
@@ -17,7 +17,7 @@ from gspo.serve.server import Serving
 from gspo.trajectory import TrajectoryGroup
 
 
-class FakeBackend:
+class FakeBackend(Backend):
     """Checks groups and options as the real backend does, and counts steps instead of training.
 
     Args:
@@ -34,12 +34,6 @@ class FakeBackend:
         self.logged: list[tuple[str, list[TrajectoryGroup]]] = []
         self._names: list[str] = []
         self._serving = Serving(self.engine, lambda: self._names)
-
-    async def __aenter__(self) -> FakeBackend:
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        await self.close()
 
     async def register(self, model: ModelLike) -> None:
         if model.name not in self._names:
@@ -83,7 +77,7 @@ class FakeBackend:
     ) -> None:
         groups = listed(trajectory_groups)
         plain_groups(groups)
-        user_metrics(metrics, check_split(split), {})
+        user_metrics(metrics, split, {})
         self.logged.append((split, groups))
 
     async def delete_checkpoints(

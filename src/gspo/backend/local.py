@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,15 +13,16 @@ from openai import AsyncOpenAI
 
 from gspo import dev
 from gspo.backend.base import (
+    Backend,
     ModelLike,
     TrainResult,
-    check_split,
     group_means,
     train_options,
     user_metrics,
 )
 from gspo.backend.run import Run
 from gspo.backend.service import Service
+from gspo.backend.stored_batch import write_batch
 from gspo.backend.trackers import TrackerName, Trackers, check_loggers
 from gspo.config import TrainConfig
 from gspo.core.compute import ComputeThread
@@ -37,7 +39,7 @@ _ARGUMENTS = ("path", "port", "keep_checkpoints", "seed", "logger")
 _REFUSED = {"in_process": "everything is in this process; leave it out."}
 
 
-class LocalBackend:
+class LocalBackend(Backend):
     """Samples and trains in this process.
 
     Args:
@@ -79,13 +81,7 @@ class LocalBackend:
         self.logger = check_loggers(logger)
         self._compute = ComputeThread()
         self._services: dict[tuple[str, str], Service] = {}
-        self._logs: dict[tuple[str, str], Run] = {}
-
-    async def __aenter__(self) -> LocalBackend:
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        await self.close()
+        self._runs: dict[tuple[str, str], Run] = {}
 
     async def register(self, model: ModelLike) -> None:
         """Make the model ready to sample and train; goes on from its last checkpoint.
@@ -103,12 +99,14 @@ class LocalBackend:
         if not model.trainable:
             self.run(model)
             return
-        listener = None if self.port is None else bind("127.0.0.1", self.port)
-        run = None
-        try:
+        with ExitStack() as undo:  # a model that is only half registered would lose a step
+            listener = None
+            if self.port is not None:
+                listener = undo.enter_context(bind("127.0.0.1", self.port))
             lora = model.internal_config.lora
             identity = {"base_model": model.source, "lora": lora and lora.model_dump()}
             run = Run(self.path, model.project, model.name, identity)
+            undo.callback(run.close)
             service = await self._compute.run(
                 Service, run, model, self.seed, self._compute, listener
             )
@@ -117,14 +115,8 @@ class LocalBackend:
             described = _described(model)
             run.trackers = await asyncio.to_thread(Trackers, self.logger, run, step, described)
             await service.serving.start()
-        except BaseException:
-            if listener is not None:
-                listener.close()
-            if run is not None:
-                run.close()
-            raise
-        # Entered last: a model that is only half registered would train a step and lose it.
-        self._services[key] = service
+            self._services[key], self._runs[key] = service, run
+            undo.pop_all()
 
     def client(self, model: ModelLike) -> AsyncOpenAI:
         """A client that samples from the model without a port."""
@@ -145,15 +137,15 @@ class LocalBackend:
 
     def run(self, model: ModelLike) -> Run:
         """The model's run folder; that of a prompted model is made when it is first asked for."""
-        if model.trainable:
-            return self._service(model).run
         key = (model.project, model.name)
-        if key not in self._logs:
+        if key not in self._runs:
+            if model.trainable:
+                self._service(model)
             run = Run(self.path, model.project, model.name, {"base_model": None})
             run.claim()
             run.trackers = Trackers(self.logger, run, None, _described(model))
-            self._logs[key] = run
-        return self._logs[key]
+            self._runs[key] = run
+        return self._runs[key]
 
     async def get_step(self, model: ModelLike) -> int:
         return self._service(model).trainer.step
@@ -204,7 +196,7 @@ class LocalBackend:
         if step is None:
             step = await self.get_step(model) if model.trainable else 0
         check_whole("step", step, 0)
-        values = user_metrics(metrics, check_split(split), self.run(model).line(step))
+        values = user_metrics(metrics, split, self.run(model).line(step))
         await self.record(model, trajectory_groups, split, values, step)
 
     async def record(
@@ -219,14 +211,20 @@ class LocalBackend:
         names for, such as `time/rollout`."""
         run = self.run(model)
         groups = plain_groups(trajectory_groups)
-        values = group_means(groups, check_split(split))
-        if split == "train" and run.trajectories(split, step).exists():
-            # `train` has written the file, with the advantages, which this call doesn't know.
-            line = run.line(step)
+        values = group_means(groups, split)
+        path, line = run.trajectories(split, step), run.line(step)
+        # `train` has written the file, with the advantages, which this call doesn't know.
+        trained = split == "train" and path.exists()
+        if trained:
             values = {name: value for name, value in values.items() if name not in line}
-        elif groups:
-            await asyncio.to_thread(run.log_trajectories, groups, split, step)
-        await asyncio.to_thread(run.log, step, values | dict(metrics))
+
+        def write() -> None:
+            with run.writing():
+                if groups and not trained:
+                    write_batch(path, groups)
+                run.log(step, values | dict(metrics))
+
+        await asyncio.to_thread(write)
 
     async def delete_checkpoints(
         self, model: ModelLike, best_checkpoint_metric: str = "val/reward"
@@ -244,11 +242,11 @@ class LocalBackend:
 
         A training step that is still being computed, since its `train` was cancelled, is lost.
         """
-        services, logs = list(self._services.values()), list(self._logs.values())
+        services, runs = list(self._services.values()), list(self._runs.values())
         self._services.clear()
-        self._logs.clear()
+        self._runs.clear()
         # The runs first: no failure below may leave one of them locked.
-        for run in [*(service.run for service in services), *logs]:
+        for run in runs:
             await asyncio.to_thread(run.close)  # a tracker may have to send what is left
         for service in services:
             await service.serving.stop()

@@ -29,8 +29,8 @@ class MetricsFile:
 
     def __init__(self, path: Path):
         self._path = path
-        self._records, damaged = _load(path)
-        self._lines = {step: _line(record) for step, record in self._records.items()}
+        records, damaged = _load(path)
+        self._lines = {step: strict_json(records[step]) for step in sorted(records)}
         if damaged:
             copy = path.with_name("metrics.damaged.jsonl")
             with explained(copy):
@@ -41,37 +41,37 @@ class MetricsFile:
                 "The file as it was is kept as %s",
                 *(path, which, copy.name),
             )
-        if damaged or list(self._records) != sorted(self._records):
+        if damaged or list(records) != list(self._lines):
             self._write(self._lines)
 
     def put(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add metrics to the line of a step, which may be a new one."""
-        record = {"step": step, **self._records.get(step, {}), **metrics}
-        self._write(self._lines | {step: _line(record)})
-        self._records[step] = record
+        line = strict_json({"step": step, **self.line(step), **metrics})
+        self._write(self._lines | {step: line})
 
     def truncate(self, step: int) -> None:
         """Drop the lines beyond a step."""
-        late = [number for number in self._records if number > step]
-        if len(late) > 1:  # a kill between log and checkpoint leaves one; more were deleted
+        lines = {number: line for number, line in self._lines.items() if number <= step}
+        late = len(self._lines) - len(lines)
+        if late > 1:  # a kill between log and checkpoint leaves one; more were deleted
             log.warning(
                 "%s: the last %d lines are of steps that have no checkpoint any more: left out",
-                *(self._path, len(late)),
+                *(self._path, late),
             )
         if late:
-            self._write({number: line for number, line in self._lines.items() if number <= step})
-            self._records = {n: record for n, record in self._records.items() if n <= step}
+            self._write(lines)
 
     def read(self) -> list[Record]:
         """The metrics of all steps."""
-        return [dict(self._records[step]) for step in sorted(self._records)]
+        return [self.line(step) for step in self._lines]
 
     def line(self, step: int) -> Record:
         """The metrics of a step; empty if it has none."""
-        return dict(self._records.get(step, {}))
+        return _record(self._lines.get(step, "{}")) or {}
 
     def _write(self, lines: dict[int, str]) -> None:
-        write_whole(self._path, "".join(lines[step] for step in sorted(lines)))
+        lines = dict(sorted(lines.items()))
+        write_whole(self._path, "".join(f"{line}\n" for line in lines.values()))
         self._lines = lines
 
 
@@ -99,7 +99,7 @@ def _load(path: Path) -> tuple[dict[int, Record], list[int]]:
     return records, damaged
 
 
-def _record(line: bytes) -> Record | None:
+def _record(line: str | bytes) -> Record | None:
     """A line's metrics; None if it holds something else."""
     try:
         values = json.loads(line)
@@ -110,7 +110,3 @@ def _record(line: bytes) -> Record | None:
     if not all(value is None or isinstance(value, int | float) for value in values.values()):
         return None
     return {key: math.nan if value is None else value for key, value in values.items()}
-
-
-def _line(record: Mapping[str, float]) -> str:
-    return strict_json(record) + "\n"

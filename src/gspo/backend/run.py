@@ -8,21 +8,17 @@ import math
 import os
 import platform
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
 from gspo.backend.metrics_file import MetricsFile
-from gspo.backend.stored_batch import UpdateRecord, write_batch
 from gspo.backend.trackers import Trackers
 from gspo.core.errors import ConfigError, RunError, suggestion
-from gspo.core.files import explained, remove, remove_leftovers, strict_json, write_whole
-from gspo.core.timing import timed
+from gspo.core.files import explained, names_a_folder, remove, strict_json, write_whole
 from gspo.train.checkpoint import checkpoint_name, steps_saved
-from gspo.train.observe import Trace
-from gspo.trajectory import TrajectoryGroup
 
 FORMAT = 1
 
@@ -48,8 +44,7 @@ class Run:
 
     def __init__(self, path: Path, project: str, name: str, identity: Mapping[str, Any]):
         for label, text in (("project", project), ("name", name)):
-            surrogate = any("\ud800" <= character <= "\udfff" for character in text)
-            if not text or text in (".", "..") or set(text) & set("/\\\0") or surrogate:
+            if not names_a_folder(text):
                 raise RunError(f"model {label} {text!r} cannot be the name of a folder")
         self.project, self.name = project, name
         self._identity = dict(identity)
@@ -57,18 +52,21 @@ class Run:
         self._closed = False
         self.folder = path / project / name
         self.checkpoints = self.folder / "checkpoints"
+        self._config = self.folder / "config.json"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(self.folder / ".lock")
+            self._lock = locked(self.folder / ".lock")
         except OSError as error:
             raise RunError(
                 f"cannot write to the run folder {self.folder}: {error.strerror}. "
-                "Choose another with LocalBackend(path=...)"
+                "Choose another path"
             ) from None
         try:
             self._check_identity()
-            for folder in (self.folder, self.checkpoints, *self.folder.glob("trajectories/*")):
-                remove_leftovers(folder)
+            # What a killed process had begun to write; pictures and reports may be another's.
+            for pattern in (".*.json*.tmp", "checkpoints/.*.tmp", "trajectories/*/.*.tmp"):
+                for leftover in self.folder.glob(pattern):
+                    remove(leftover)
             self._lines = MetricsFile(self.folder / "metrics.jsonl")
         except BaseException as error:
             self._lock.close()
@@ -92,23 +90,23 @@ class Run:
 
     def claim(self) -> None:
         """Write the identity, once it has proved usable: a misspelt model must not stay."""
-        path = self.folder / "config.json"
-        if not path.exists():
+        if not self._config.exists():
             stored = {"format": FORMAT, **self._identity, "versions": versions()}
             with self.writing():
-                write_whole(path, strict_json(stored, indent=1) + "\n")
+                write_whole(self._config, strict_json(stored, indent=1) + "\n")
 
     def _check_identity(self) -> None:
-        path = self.folder / "config.json"
-        if not path.exists():
+        if not self._config.exists():
             return
         try:
-            stored = json.loads(path.read_bytes())
+            stored = json.loads(self._config.read_bytes())
             written = stored["format"]
             if type(written) is not int:
                 raise TypeError(f"format is {written!r}")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise RunError(f"{path} is damaged ({error}): delete the run or mend it") from None
+            raise RunError(
+                f"{self._config} is damaged ({error}): delete the run or mend it"
+            ) from None
         if written > FORMAT:
             raise RunError(
                 f"{self.folder} was written by a newer gspo (format {written}, this one reads "
@@ -136,22 +134,6 @@ class Run:
         """Return the path of a split's trajectories at a step."""
         return self.folder / "trajectories" / split / f"{step:04d}.parquet"
 
-    @timed("checkpoint")
-    def log_trajectories(
-        self,
-        groups: Sequence[TrajectoryGroup],
-        split: str,
-        step: int,
-        advantages: Mapping[int, float] | None = None,
-        traces: Mapping[int, Sequence[Trace]] | None = None,
-        record: UpdateRecord | None = None,
-    ) -> Path:
-        """Write the trajectories of a split at a step; see `write_batch`."""
-        path = self.trajectories(split, step)
-        with self.writing():
-            write_batch(path, groups, advantages, traces, record)
-        return path
-
     def prune(self, latest: int, metric: str, *, required: bool = False) -> None:
         """Delete all checkpoints but the `latest` ones and the one with the highest metric.
 
@@ -161,16 +143,17 @@ class Run:
         Raises:
             ConfigError: it names what was logged. Nothing was deleted.
         """
-        saved, lines = steps_saved(self.checkpoints), self.metrics()
-        names = {name for line in lines for name in line} - {"step"}
-        if required and len(saved) > latest and metric not in names:
-            raise ConfigError(
-                f"delete_checkpoints: no metric {metric!r} was logged, so nothing is deleted."
-                f"{suggestion(str(metric), names)} Logged: {', '.join(sorted(names))}."
-            )
-        scores = {int(line["step"]): line.get(metric, math.nan) for line in lines}
-        measured = [step for step in saved if math.isfinite(scores.get(step, math.nan))]
-        best = max(measured, key=lambda step: scores[step], default=None)
+        saved = steps_saved(self.checkpoints)
+        if required and len(saved) > latest:
+            names = {name for line in self.metrics() for name in line} - {"step"}
+            if metric not in names:
+                raise ConfigError(
+                    f"delete_checkpoints: no metric {metric!r} was logged, so nothing is deleted."
+                    f"{suggestion(str(metric), names)} Logged: {', '.join(sorted(names))}."
+                )
+        scores = {step: self.line(step).get(metric, math.nan) for step in saved}
+        measured = [step for step in saved if math.isfinite(scores[step])]
+        best = max(measured, key=scores.__getitem__, default=None)
         with self.writing(), explained(self.checkpoints):
             for step in saved:
                 if step not in (*saved[-latest:], best):
@@ -189,7 +172,12 @@ class Run:
                 self._lock.close()
 
 
-def _locked(path: Path) -> IO[str]:
+def locked(path: Path) -> IO[str]:
+    """Lock a file for this process, until it is closed.
+
+    Raises:
+        RunError: another process has it; the error names the process.
+    """
     file = path.open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -199,7 +187,7 @@ def _locked(path: Path) -> IO[str]:
         file.close()
         raise RunError(
             f"the run {path.parent} is in use by process {holder}: "
-            "close that backend or stop that program first"
+            "stop that program, or close its backend, first"
         ) from None
     file.truncate(0)
     file.write(str(os.getpid()))

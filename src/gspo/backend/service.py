@@ -12,7 +12,7 @@ from typing import Any
 
 from gspo.backend.base import ModelLike, TrainResult, group_means
 from gspo.backend.run import Run
-from gspo.backend.stored_batch import UpdateRecord
+from gspo.backend.stored_batch import UpdateRecord, write_batch
 from gspo.core.compute import ComputeThread
 from gspo.core.draws import seed_of
 from gspo.core.errors import RunError, ServeError
@@ -109,14 +109,7 @@ class Service:
         """
         groups = plain_groups(trajectory_groups)
         policy = self.trainer.policy
-        batch = prepare(
-            groups,
-            context=policy.context,
-            vocabulary=policy.head.size,
-            advantage=settings.advantage,
-            overlong=settings.overlong,
-            drop_too_long=settings.on_too_long == "drop",
-        )
+        batch = prepare(groups, settings, context=policy.context, vocabulary=policy.head.size)
         return groups, batch
 
     def train(
@@ -140,37 +133,38 @@ class Service:
         run.trackers.configure("train", out.settings.as_config())
         metrics = self._metrics(groups, out) | {"time/publish": published}
         started = time.perf_counter()
-        failed: tuple[str, Exception] | None = None
+        failed: Exception | None = None
         with run.writing():
             # Logged before the checkpoint: a resume drops the lines beyond the step that it finds.
             # A step whose weights have moved is saved all the same if that fails.
             try:
                 run.log(step, metrics)
-                advantages = {s[0].trajectory_id: s[0].advantage for s in batch.samples}
-                dtype = str(trainer.policy.compute_dtype).removeprefix("torch.")
-                context = trainer.policy.context
                 record = UpdateRecord.of(
-                    out.settings, version=version, context=context, dtype=dtype
+                    out.settings,
+                    version=version,
+                    context=trainer.policy.context,
+                    dtype=str(trainer.policy.compute_dtype).removeprefix("torch."),
                 )
-                run.log_trajectories(groups, "train", step, advantages, out.traces, record)
+                advantages = {s[0].trajectory_id: s[0].advantage for s in batch.samples}
+                stored = run.trajectories("train", step)
+                write_batch(stored, groups, advantages, out.traces, record)
             except Exception as error:
-                failed = ("its metrics and trajectories could not be written", error)
+                failed = error
             path = save_checkpoint(run.checkpoints, trainer)
-            if failed is None:
-                try:
-                    if keep_checkpoints is not None:
-                        run.prune(keep_checkpoints, "val/reward")
-                    metrics["time/checkpoint"] = time.perf_counter() - started
-                    run.log(step, {"time/checkpoint": metrics["time/checkpoint"]})
-                except Exception as error:
-                    late = "older checkpoints could not be deleted, or time/checkpoint not written"
-                    failed = (late, error)
-            if failed is not None:
+            try:
+                if failed is not None:
+                    raise failed
+                if keep_checkpoints is not None:
+                    run.prune(keep_checkpoints, "val/reward")
+                metrics["time/checkpoint"] = time.perf_counter() - started
+                run.log(step, {"time/checkpoint": metrics["time/checkpoint"]})
+            except Exception as error:
                 raise RunError(
-                    f"step {step} is trained and its checkpoint {path} is saved, but {failed[0]} "
-                    f"in {run.folder}: {failed[1]}. "
+                    f"step {step} is trained and its checkpoint {path} is saved, but its metrics "
+                    "or trajectories could not be written, or older checkpoints not be deleted, in "
+                    f"{run.folder}: {error}. "
                     "Mend that and go on; training on this batch again would train on it twice"
-                ) from failed[1]
+                ) from error
         return TrainResult(step, metrics, path, out.skipped)
 
     def _metrics(self, groups: Sequence[TrajectoryGroup], out: TrainOutput) -> dict[str, float]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import nan
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,23 +24,27 @@ from gspo import dev
 from gspo.config import TrainConfig
 from gspo.core.errors import RunError
 from gspo.core.files import explained, replacing, strict_json
-from gspo.data.turn import sampled_logprobs
+from gspo.core.timing import timed
 from gspo.train.algorithms import BUILT_IN, find_algorithm
 from gspo.train.observe import Trace
 from gspo.train.settings import Settings, resolve
 from gspo.trajectory import Trajectory, TrajectoryGroup
 
 _KEY = b"gspo.update"
-_PER_TURN = pa.list_(pa.list_(pa.int32()))
-_ROUTES = pa.struct({"shape": pa.list_(pa.int32()), "dtype": pa.string(), "data": pa.binary()})
-_REPLAYED = {
-    "prompt_token_ids": _PER_TURN,
-    "temperatures": pa.list_(pa.float64()),
-    "policy_versions": pa.list_(pa.int64()),
-    "finish_reasons": pa.list_(pa.string()),
-    "routes": pa.list_(_ROUTES),
+_OF_CHOICES = {
+    "token_ids": ("token_ids", pa.list_(pa.int32())),
+    "logprobs": ("token_logprobs", pa.list_(pa.float32())),
+    "prompt_token_ids": ("prompt_token_ids", pa.list_(pa.int32())),
+    "temperatures": ("temperature", pa.float64()),
+    "policy_versions": ("policy_version", pa.int64()),
+    "finish_reasons": ("finish_reason", pa.string()),
+    "routes": (
+        "routed_experts",
+        pa.struct({"shape": pa.list_(pa.int32()), "dtype": pa.string(), "data": pa.binary()}),
+    ),
 }
-"""Columns that rebuild a trajectory's choices, beside its tokens; older files don't have them."""
+"""Columns with one entry per Choice, as the field of a Choice and its type. A file without one of
+them is of an older gspo, and cannot be trained on again."""
 _SCHEMA = {
     "group": pa.int32(),
     "trajectory": pa.int32(),
@@ -49,17 +53,15 @@ _SCHEMA = {
     "messages": pa.string(),
     "metrics": pa.string(),
     "metadata": pa.string(),
-    "token_ids": _PER_TURN,
-    "logprobs": pa.list_(pa.list_(pa.float32())),
+    **{name: pa.list_(kind) for name, (_, kind) in _OF_CHOICES.items()},
+    # One per token of each Choice, if they differ; older files don't have it.
+    "token_policy_versions": pa.list_(pa.list_(pa.int64())),
     # What training made of it: null if it was not trained on.
     "update": pa.int32(),
     "sequence_log_ratios": pa.list_(pa.float64()),
     "trained_tokens": pa.list_(pa.int32()),
     "clipped_tokens": pa.list_(pa.int32()),
     "token_log_ratios": pa.list_(pa.list_(pa.float32())),
-    # Of each token of a turn, if they differ: null if none of the turns has them.
-    "token_policy_versions": pa.list_(pa.list_(pa.int64())),
-    **_REPLAYED,
 }
 
 
@@ -108,14 +110,14 @@ class UpdateRecord:
         return resolve(config, dev.TrainConfig(**options))
 
 
-@dataclass(frozen=True)
-class StoredBatch:
+class StoredBatch(NamedTuple):
     """A rollout batch as it was trained on: its samples equal those of the update, bit for bit."""
 
     groups: list[TrajectoryGroup]
     record: UpdateRecord
 
 
+@timed("checkpoint")
 def write_batch(
     path: Path,
     groups: Sequence[TrajectoryGroup],
@@ -150,31 +152,28 @@ def write_batch(
 
 def _columns(trajectory: Trajectory, traces: Sequence[Trace]) -> dict[str, Any]:
     """Return the columns of a trajectory; `traces` has one entry, or one per turn."""
-    choices = trajectory.choices()
     messages = [
         {**m.message.model_dump(exclude_none=True), "sampled": True} if isinstance(m, Choice) else m
         for m in trajectory.turns()
     ]
-    token_ids = [list(getattr(c, "token_ids", None) or []) for c in choices]
-    changing = [list(getattr(c, "policy_versions", None) or []) for c in choices]
-    experts = [_packed(getattr(c, "routed_experts", None)) for c in choices]
+    choices = trajectory.choices()
     columns = {
         "reward": float(trajectory.reward),
         "messages": strict_json(messages, default=str),
         "metrics": strict_json(trajectory.metrics),
         "metadata": strict_json(trajectory.metadata),
-        "token_ids": token_ids,
-        "logprobs": [list(sampled_logprobs(c) or []) for c in choices],
-        "prompt_token_ids": [list(getattr(c, "prompt_token_ids", None) or []) for c in choices],
-        "temperatures": [getattr(c, "temperature", None) for c in choices],
-        "policy_versions": [getattr(c, "policy_version", None) for c in choices],
-        "token_policy_versions": changing if any(changing) else None,
-        "finish_reasons": [c.finish_reason for c in choices],
-        "routes": experts if any(experts) else None,
+        **{
+            name: [getattr(choice, field, None) for choice in choices]
+            for name, (field, _) in _OF_CHOICES.items()
+        },
     }
+    routes = [_routes(choice) for choice in choices]
+    columns["routes"] = routes if any(routes) else None
+    changing = [getattr(choice, "policy_versions", None) for choice in choices]
+    columns["token_policy_versions"] = changing if any(changing) else None
     if traces:
         log_ratios = np.concatenate([trace.token_log_ratios for trace in traces])
-        ends = np.cumsum([len(tokens) for tokens in token_ids])
+        ends = np.cumsum([len(tokens) for tokens in columns["token_ids"]])
         columns |= {
             "update": traces[0].update,
             "sequence_log_ratios": [trace.log_ratio for trace in traces],
@@ -183,6 +182,16 @@ def _columns(trajectory: Trajectory, traces: Sequence[Trace]) -> dict[str, Any]:
             "token_log_ratios": np.split(log_ratios, ends[:-1]),
         }
     return columns
+
+
+def _routes(choice: Choice) -> dict[str, Any] | None:
+    """A Choice's expert choices as bytes; None if there are none to train on."""
+    try:
+        value = getattr(choice, "routed_experts", {})
+        data = base64.b64decode(value["data"], validate=True)
+        return {"shape": list(value["shape"]), "dtype": str(value["dtype"]), "data": data}
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def read_batch(path: Path) -> StoredBatch:
@@ -196,14 +205,13 @@ def read_batch(path: Path) -> StoredBatch:
     except (OSError, pa.ArrowException) as error:
         raise RunError(f"cannot read the rollout batch {path}: {error}") from None
     record = (table.schema.metadata or {}).get(_KEY)
-    if record is None or not _REPLAYED.keys() <= set(table.column_names):
+    if record is None or not _OF_CHOICES.keys() <= set(table.column_names):
         raise RunError(
             f"{path} doesn't hold the prompts' tokens and the options that it was trained with: "
             "it is of an older gspo, or was only logged. Steps trained with this gspo have them"
         )
-    rows = sorted(table.to_pylist(), key=lambda row: (row["group"], row["trajectory"]))
     groups: dict[int, list[Trajectory]] = {}
-    for row in rows:
+    for row in table.sort_by([("group", "ascending"), ("trajectory", "ascending")]).to_pylist():
         groups.setdefault(row["group"], []).append(_trajectory(row, path))
     # A group of a single trajectory had failures, which are counted, not stored.
     lost = [RuntimeError("a rollout that was not stored")]
@@ -212,51 +220,23 @@ def read_batch(path: Path) -> StoredBatch:
 
 
 def _trajectory(row: dict[str, Any], path: Path) -> Trajectory:
-    items: list[Any] = []
-    turn = 0
-    for message in json.loads(row["messages"]):
-        if message.pop("sampled", False):
-            items.append(_choice(row, turn, message))
-            turn += 1
-        else:
-            items.append(message)
-    if turn != len(row["token_ids"]):
+    messages = json.loads(row["messages"])
+    sampled = [number for number, message in enumerate(messages) if message.pop("sampled", False)]
+    if len(sampled) != len(row["token_ids"]):
         raise RunError(
-            f"{path}: group {row['group']}, trajectory {row['trajectory']} has {turn} sampled "
-            f"messages and the tokens of {len(row['token_ids'])}: the file is damaged"
+            f"{path}: group {row['group']}, trajectory {row['trajectory']} has {len(sampled)} "
+            f"sampled messages and the tokens of {len(row['token_ids'])}: the file is damaged"
         )
+    for turn, number in enumerate(sampled):
+        fields = {field: row[name] and row[name][turn] for name, (field, _) in _OF_CHOICES.items()}
+        if changing := row.get("token_policy_versions"):
+            fields["policy_versions"] = changing[turn]
+        if routes := fields["routed_experts"]:
+            routes["data"] = base64.b64encode(routes["data"]).decode()
+        messages[number] = {**fields, "index": 0, "message": messages[number]}
     return Trajectory(
-        messages_and_choices=items,
+        messages_and_choices=messages,
         reward=row["reward"],
         metrics={k: nan if v is None else v for k, v in json.loads(row["metrics"]).items()},
         metadata=json.loads(row["metadata"]),
     )
-
-
-def _choice(row: dict[str, Any], turn: int, message: dict[str, Any]) -> Choice:
-    fields = {
-        "index": 0,
-        "finish_reason": row["finish_reasons"][turn],
-        "message": message,
-        "token_ids": row["token_ids"][turn],
-        "prompt_token_ids": row["prompt_token_ids"][turn],
-        "token_logprobs": row["logprobs"][turn],
-        "temperature": row["temperatures"][turn],
-        "policy_version": row["policy_versions"][turn],
-    }
-    if changing := row.get("token_policy_versions"):  # an older file has no such column
-        fields["policy_versions"] = changing[turn] or None
-    routes = row["routes"] and row["routes"][turn]
-    if routes:
-        data = base64.b64encode(routes["data"]).decode()
-        fields["routed_experts"] = {**routes, "data": data}
-    return Choice.model_validate(fields)
-
-
-def _packed(experts: Any) -> dict[str, Any] | None:
-    """Return a Choice's expert choices as bytes; None if there are none to train on."""
-    try:
-        data = base64.b64decode(experts["data"], validate=True)
-        return {"shape": list(experts["shape"]), "dtype": str(experts["dtype"]), "data": data}
-    except (KeyError, TypeError, ValueError):
-        return None

@@ -46,8 +46,6 @@ def find_module(name: str, what: str) -> tuple[Path | str, str]:
         if not Path(module).is_file():
             raise ConfigError(f"{what} = {name!r}: there is no file {Path(module).absolute()}")
         return Path(module), object_name
-    if not all(part.isidentifier() for part in module.split(".")):
-        raise ConfigError(f"{what} = {name!r}: {module!r} is not the name of a module. {_FORMS}")
     path = _file(module, Path())
     if path is not None:
         return path, object_name
@@ -59,7 +57,7 @@ def find_module(name: str, what: str) -> tuple[Path | str, str]:
         tail = module.replace(".", "/") + ".py"
         raise ConfigError(
             f"{what} = {name!r}: cannot import {module}: there is no {tail} beside the TOML file "
-            f"or in {Path.cwd()}, and no installed module of that name"
+            f"or in {Path.cwd()}, and no installed module of that name. {_FORMS.capitalize()}"
         )
     return module, object_name
 
@@ -103,34 +101,20 @@ def _file(module: str, folder: Path) -> Path | None:
 def _from_file(path: Path) -> ModuleType:
     path = path.resolve()
     top = path.parent if path.name == "__init__.py" else path
-    parts = [top.stem]
+    name = top.stem
     while (top.parent / "__init__.py").is_file():  # inside a package: it may import relatively
         top = top.parent
-        parts.insert(0, top.name)
+        name = f"{top.name}.{name}"
     for folder in (str(top.parent), str(Path.cwd())):
         if folder not in sys.path:
             sys.path.append(folder)
-    if len(parts) > 1:
-        return importlib.import_module(".".join(parts))
-    loaded = sys.modules.get(parts[0])
-    if loaded is not None and getattr(loaded, "__file__", None) == str(path):
-        return loaded
-    # A library of that name keeps it.
-    taken = loaded is not None or not _leads_to(parts[0], path)
-    spec = importlib.util.spec_from_file_location("gspo_user_" * taken + parts[0], path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[spec.name]
-        raise
-    return module
-
-
-def _leads_to(name: str, path: Path) -> bool:
-    """Whether `import name` would load this file."""
     importlib.invalidate_caches()
     spec = importlib.util.find_spec(name)
-    return spec is not None and spec.origin is not None and Path(spec.origin).resolve() == path
+    if spec is not None and spec.origin is not None and Path(spec.origin).resolve() == path:
+        return importlib.import_module(name)
+    # A library of that name keeps it.
+    spec = importlib.util.spec_from_file_location(f"gspo_user_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

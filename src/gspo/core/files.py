@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,7 +14,17 @@ from typing import Any
 from gspo.core.errors import RunError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_LEFTOVER = re.compile(r"\..+\.(\d+)\.tmp")  # see `_beside`
+
+
+def names_a_folder(text: Any) -> bool:
+    """Whether a value can be the name of a folder.
+
+    >>> names_a_folder("val"), names_a_folder("a/b"), names_a_folder("..")
+    (True, False, False)
+    """
+    if not isinstance(text, str) or text in ("", ".", "..") or set(text) & set("/\\\0"):
+        return False
+    return not any("\ud800" <= character <= "\udfff" for character in text)  # half of one
 
 
 def strict_json(
@@ -92,28 +101,6 @@ def remove(path: Path) -> None:
     if doomed != path:
         os.rename(path, doomed)
     shutil.rmtree(doomed)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete what killed processes had begun to write or to delete, directly in `folder`."""
-    for path in folder.iterdir() if folder.is_dir() else ():
-        match = _LEFTOVER.fullmatch(path.name)
-        if match is not None and not _writes_now(int(match[1])):
-            with suppress(OSError):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _writes_now(process: int) -> bool:
-    """Whether another process of this number is alive. (This process has only just begun.)"""
-    if process == os.getpid():
-        return False
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _beside(path: Path) -> Path:

@@ -29,11 +29,12 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     refused: ClassVar[Mapping[str, str]] = {}
     fixed: ClassVar[Mapping[str, str]] = {}
-    """Why an option has only one value; told to whoever gives another."""
+    """What an option may be, if pydantic's own words don't say it; told to whoever gives another
+    value."""
 
     def __init__(self, **data: Any) -> None:
         names = sorted(type(self).model_fields)
-        check_names(_title(type(self)), data, names, self.refused, "option")
+        check_names(title_of(type(self)), data, names, self.refused, "option")
         _refuse_switches(type(self), data)
         try:
             super().__init__(**data)
@@ -49,11 +50,12 @@ def _refuse_switches(cls: type[Options], data: Mapping[str, Any]) -> None:
     """Refuse True and False as numbers, though Python counts with them."""
     for name, value in data.items():
         if isinstance(value, bool) and cls.model_fields[name].annotation in _NUMBERS:
-            raise ConfigError(f"{_title(cls)}: {name} = {value}: must be a number.")
+            raise ConfigError(f"{title_of(cls)}: {name} = {value}: must be a number.")
 
 
-def _title(cls: type[Options]) -> str:
-    return f"dev.{cls.__name__}" if cls.__module__ == "gspo.dev" else cls.__name__
+def title_of(cls: type[Options]) -> str:
+    """What errors call the options: `class Spec(Options, title="the run")`, else the class."""
+    return cls.model_config.get("title") or "dev." * (cls.__module__ == "gspo.dev") + cls.__name__
 
 
 def _explain(cls: type[Options], error: ValidationError) -> str:
@@ -68,7 +70,9 @@ def _explain(cls: type[Options], error: ValidationError) -> str:
             near = suggestion(value, re.findall(r"'([^']+)'", message))
         message = cls.fixed.get(option, message)
         line = f"{option} = {value!r}: {message}" if option else message
+        if problem["type"] == "missing":
+            line = f"give {option}=..."
         if near or option not in lines:
             stop = "" if line.endswith("?") else "."  # the check itself has made a suggestion
-            lines[option] = f"{_title(cls)}: {line}{stop}{near}"
+            lines[option] = f"{title_of(cls)}: {line}{stop}{near}"
     return "\n".join(lines.values())

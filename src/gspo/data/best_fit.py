@@ -25,30 +25,20 @@ def plan_microbatches(sizes: Sequence[int], budget: int) -> list[list[int]]:
 
 def _best_fit(sizes: Sequence[int], order: Sequence[int], budget: int) -> list[list[int]]:
     microbatches: list[list[int]] = []
-    smallest = sizes[order[-1]] if order else 0
-    # Microbatches by their free tokens, the last one that changed first. A list of all of them,
-    # sorted, is slower: it is as long as there are microbatches, and this one as the budget.
-    by_room: dict[int, list[int]] = {}
-    rooms: list[int] = []  # the keys, ascending
-    for item in order:
+    # Microbatches that have room, the fullest first: their free tokens, when they last changed (of
+    # equally full ones the latest is taken), and their number.
+    rooms: list[tuple[int, int, int]] = []
+    for turn, item in enumerate(order):
         size = sizes[item]
-        tightest = bisect.bisect_left(rooms, size)
-        if tightest < len(rooms):
-            room = rooms[tightest]
-            number = by_room[room].pop()
-            if not by_room[room]:
-                del by_room[room], rooms[tightest]
+        place = bisect.bisect_left(rooms, (size,))
+        if place < len(rooms):
+            room, _, number = rooms.pop(place)
         else:
             room, number = max(budget, size), len(microbatches)
             microbatches.append([])
         microbatches[number].append(item)
-        room -= size
-        if room < smallest:  # nothing fits any more
-            continue
-        if room not in by_room:
-            bisect.insort(rooms, room)
-            by_room[room] = []
-        by_room[room].append(number)
+        if room - size >= sizes[order[-1]]:  # else not even the smallest item fits
+            bisect.insort(rooms, (room - size, -turn, number))
     return microbatches
 
 

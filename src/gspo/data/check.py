@@ -6,13 +6,12 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 from openai.types.chat.chat_completion import Choice
 
 from gspo.core.choices import as_choice
 from gspo.core.errors import DataError, shown
 from gspo.data.turn import read_fields
-from gspo.trajectory import NUMBER, Trajectory, TrajectoryGroup, plain_number
+from gspo.trajectory import Trajectory, TrajectoryGroup, plain_number, plain_values
 
 _LARGEST_REWARD = 1e100
 """The squares of larger ones leave float64, and with them the group's standard deviation."""
@@ -64,32 +63,28 @@ def plain_groups(groups: Any) -> list[TrajectoryGroup]:
     """
     plain = []
     for g, group in enumerate(listed(groups)):
-        _check_group(group, f"group {g}")
+        where = f"group {g}"
+        if not isinstance(group, TrajectoryGroup):
+            raise DataError(f"{where} is a {type(group).__name__}, not a TrajectoryGroup")
+        for name in ("trajectories", "exceptions"):
+            if not isinstance(values := getattr(group, name), list):
+                raise DataError(f"{where}: {name} is {shown(values)}; it must be a list")
+        if group.size > len(group) + len(group.exceptions):
+            raise DataError(
+                f"{where} holds coroutines that have not run: "
+                "await it, or pass it through gather_trajectory_groups"
+            )
         values = {
-            "trajectories": [_plain(t, f"group {g}, trajectory {i}") for i, t in enumerate(group)],
-            "metadata": plain_values(group.metadata, f"group {g}: metadata", texts=True),
+            "trajectories": [_plain(t, f"{where}, trajectory {i}") for i, t in enumerate(group)],
+            "metadata": plain_values(group.metadata, f"{where}: metadata", texts=True),
         }
         plain.append(group.model_copy(update=values))
     return plain
 
 
-def _check_group(group: Any, where: str) -> None:
-    if not isinstance(group, TrajectoryGroup):
-        raise DataError(f"{where} is a {type(group).__name__}, not a TrajectoryGroup")
-    for name in ("trajectories", "exceptions"):
-        if not isinstance(values := getattr(group, name), list):
-            raise DataError(f"{where}: {name} is {shown(values)}; it must be a list")
-    if group.size > len(group) + len(group.exceptions):
-        raise DataError(
-            f"{where} holds coroutines that have not run: "
-            "await it, or pass it through gather_trajectory_groups"
-        )
-    for t, trajectory in enumerate(group):
-        if not isinstance(trajectory, Trajectory):
-            raise DataError(f"{where}, trajectory {t} is {shown(trajectory)}, not a Trajectory")
-
-
-def _plain(trajectory: Trajectory, where: str) -> Trajectory:
+def _plain(trajectory: Any, where: str) -> Trajectory:
+    if not isinstance(trajectory, Trajectory):
+        raise DataError(f"{where} is {shown(trajectory)}, not a Trajectory")
     reward = plain_number(trajectory.reward)
     if reward is None or not abs(reward) <= _LARGEST_REWARD:
         raise DataError(
@@ -103,33 +98,6 @@ def _plain(trajectory: Trajectory, where: str) -> Trajectory:
         "metadata": plain_values(trajectory.metadata, f"{where}: metadata", texts=True),
     }
     return trajectory.model_copy(update=values)
-
-
-def plain_values(values: Any, where: str, *, texts: bool = False) -> dict[str, Any]:
-    """A dict of metrics or metadata with Python's own numbers as values.
-
-    Args:
-        values: what the user gave.
-        where: names the dict in errors.
-        texts: also take texts and None, which metadata may hold.
-
-    Raises:
-        DataError: not a dict, a name that is no text, or a value of another kind.
-    """
-    if not isinstance(values, dict):
-        raise DataError(f"{where} is {shown(values)}; it must be a dict")
-    kinds = f"{NUMBER}, not larger than a float"
-    if texts:
-        kinds = f"a text, {NUMBER}, or None: put anything else into the messages or the logs"
-    plain = {}
-    for name, value in values.items():
-        if not isinstance(name, str):
-            raise DataError(f"{where} has the key {shown(name)}; keys must be texts")
-        number = plain_number(value)
-        if number is None and not (texts and isinstance(value, str | None)):
-            raise DataError(f"{where}[{name!r}] is {shown(value)}; it must be {kinds}")
-        plain[name] = value if number is None else number
-    return plain
 
 
 def _plain_items(items: Any, where: str) -> list[Any]:
@@ -159,21 +127,23 @@ def _plain_items(items: Any, where: str) -> list[Any]:
 
 
 def _plain_choice(choice: Choice, where: str) -> Choice:
-    """The Choice with lists where it has arrays, which could not be written."""
+    """The Choice with Python's own lists and numbers in gspo's fields."""
     turn = read_fields(choice, where)
-    if not isinstance(choice.finish_reason, str | None):
-        raise DataError(f"{where}: finish_reason is {shown(choice.finish_reason)}, not a text")
+    reason: Any = choice.finish_reason
+    if not isinstance(reason, str | None) or not str(reason).isascii():
+        raise DataError(f"{where}: finish_reason is {shown(reason)}, not a word in ASCII")
     if not hasattr(choice.message, "model_dump"):
         raise DataError(f"{where}: message is {shown(choice.message)}, not the client's message")
     _check_json(choice.message.model_dump(exclude_none=True), f"{where}, its message")
-    lists = {
+    fields = {
         "token_ids": turn.tokens,
         "prompt_token_ids": turn.prompt,
         "token_logprobs": turn.logprobs,
     }
-    given = {name: getattr(choice, name, None) for name in lists}
-    arrays = {name for name, values in given.items() if isinstance(values, np.ndarray)}
-    return choice.model_copy(update={name: lists[name] for name in arrays}) if arrays else choice
+    for name in ("temperature", "policy_version"):
+        if getattr(choice, name, None) is not None:
+            fields[name] = getattr(turn, name)
+    return choice.model_copy(update=fields)
 
 
 def _check_json(message: dict[Any, Any], where: str) -> None:

@@ -156,41 +156,31 @@ class _Packer:
 
     def __init__(self, samples: Sequence[Sample], share: bool, replay: bool):
         self._samples = samples
-        self._lengths = [len(sample.tokens) for sample in samples]
         self._shared = SharedPrompts(samples, replay) if share else None
-        # Arrays and not a list for each trajectory: of 10^5 lists Python's garbage collector would
-        # take more time than the packing.
-        numbers: dict[int, int] = {}
-        self._owner = np.array(
-            [numbers.setdefault(sample.trajectory_id, len(numbers)) for sample in samples],
-            dtype=np.int64,
-        )
-        self._order = np.argsort(self._owner, kind="stable")
-        self._ends = np.cumsum(np.bincount(self._owner, minlength=len(numbers)))
-
-    def members(self, trajectory: int) -> list[int]:
-        """The numbers of its samples."""
-        start = self._ends[trajectory - 1] if trajectory else 0
-        return self._order[start : self._ends[trajectory]].tolist()
+        members: dict[int, list[int]] = {}
+        for number, sample in enumerate(samples):
+            members.setdefault(sample.trajectory_id, []).append(number)
+        self._members = list(members.values())  # of each trajectory, the numbers of its samples
 
     def plan(self, budget: int) -> Plan:
-        if self._shared is None:
-            sizes = np.bincount(self._owner, self._lengths).astype(np.int64).tolist()
-            plan = plan_microbatches(sizes, budget)
-            return [(items, sum(sizes[t] for t in items)) for items in plan]
-        units = list(self._groups(self._shared, budget))
+        units = list(self._units(budget))
         return [
             (sorted(t for u in items for t in units[u][0]), sum(units[u][1] for u in items))
             for items in plan_microbatches([size for _, size in units], budget)
         ]
 
-    def _groups(self, shared: SharedPrompts, budget: int) -> Iterator[tuple[list[int], int]]:
-        """Trajectories that are packed together, and how many tokens they take: groups, or if one
-        is larger than the budget, parts of it in which those that share most are neighbours."""
-        members = [self.members(trajectory) for trajectory in range(len(self._ends))]
+    def _units(self, budget: int) -> Iterator[tuple[list[int], int]]:
+        """Trajectories that are packed together, and how many tokens they take: one, or a group
+        that shares its prompt. A group that is larger than the budget is cut into parts in which
+        those that share most are neighbours."""
+        members, shared = self._members, self._shared
+        if shared is None:
+            for t, numbers in enumerate(members):
+                yield [t], sum(len(self._samples[number]) for number in numbers)
+            return
         groups: dict[int, list[int]] = {}
-        for trajectory, (first, *_) in enumerate(members):
-            groups.setdefault(self._samples[first].group_id, []).append(trajectory)
+        for t, numbers in enumerate(members):
+            groups.setdefault(self._samples[numbers[0]].group_id, []).append(t)
         for group in groups.values():
             numbers = [number for t in group for number in members[t]]
             size = shared.grow([], sorted(numbers, key=shared.rank.__getitem__))
@@ -210,62 +200,51 @@ class _Packer:
             yield together, size
 
     def microbatch(self, trajectories: Sequence[int], unit: Unit) -> Microbatch:
-        """The microbatch of one entry of the plan."""
-        members = [self.members(trajectory) for trajectory in trajectories]
-        flat = [number for numbers in members for number in numbers]
-        samples = [self._samples[number] for number in flat]
+        """The samples of some trajectories, one trajectory after the other."""
+        numbers = [number for t in trajectories for number in self._members[t]]
+        samples = [self._samples[number] for number in numbers]
+        lengths = [len(sample) for sample in samples]
+        ends = np.cumsum(lengths)
         if self._shared is None:
-            layout = np.arange(sum(self._lengths[number] for number in flat)), (0,) * len(flat)
+            index, shared = np.arange(ends[-1]), (0,) * len(samples)
         else:
-            layout = self._shared.layout(flat)
-        return _microbatch(samples, [len(numbers) for numbers in members], unit, *layout)
+            index, shared = self._shared.layout(numbers)
+        masks = np.concatenate([sample.ratio_mask for sample in samples])
+        # A turn's number is the same in whichever of its trajectory's samples it lies.
+        turns = np.concatenate([sample.turn_ids for sample in samples])[masks] * (unit == "turn")
+        counts = [len(self._members[t]) for t in trajectories]
+        owner = np.repeat(np.repeat(np.arange(len(counts)), counts), lengths)[masks]
+        stride = int(turns.max(initial=0)) + 1
+        present, sequence = np.unique(owner * stride + turns, return_inverse=True)
+        first = np.cumsum(counts) - counts  # sample of each trajectory
+        owners = [samples[i] for i in first[present // stride].tolist()]
+        chosen = padded_expert_choices([sample.expert_choices for sample in samples], lengths)
 
+        def placed(values: np.ndarray) -> Int[Tensor, "1 T"]:
+            out = np.empty(ends[-1] - sum(shared), dtype=np.int64)
+            out[index] = values
+            return torch.from_numpy(out)[None]
 
-def _microbatch(
-    samples: Sequence[Sample],
-    counts: Sequence[int],
-    unit: Unit,
-    index: np.ndarray,
-    shared: tuple[int, ...],
-) -> Microbatch:
-    """Samples of one trajectory after the other, `counts` of each, laid out by `index`."""
-    lengths = [len(sample) for sample in samples]
-    ends = np.cumsum(lengths)
-    masks = np.concatenate([sample.ratio_mask for sample in samples])
-    # A turn's number is the same in whichever of its trajectory's samples it lies.
-    turns = np.concatenate([sample.turn_ids for sample in samples])[masks] * (unit == "turn")
-    owner = np.repeat(np.repeat(np.arange(len(counts)), counts), lengths)[masks]
-    stride = int(turns.max(initial=0)) + 1
-    present, sequence = np.unique(owner * stride + turns, return_inverse=True)
-    first = np.cumsum(counts) - counts  # sample of each trajectory
-    owners = [samples[i] for i in first[present // stride].tolist()]
-    chosen = padded_expert_choices([sample.expert_choices for sample in samples], lengths)
+        def sampled(name: str) -> Tensor:
+            return torch.from_numpy(np.concatenate([getattr(s, name) for s in samples])[masks])
 
-    def placed(values: np.ndarray) -> Int[Tensor, "1 T"]:
-        out = np.empty(ends[-1] - sum(shared), dtype=np.int64)
-        out[index] = values
-        return torch.from_numpy(out)[None]
-
-    def sampled(name: str) -> Tensor:
-        return torch.from_numpy(np.concatenate([getattr(s, name) for s in samples])[masks])
-
-    return Microbatch(
-        tokens=placed(np.concatenate([sample.tokens for sample in samples])),
-        positions=placed(np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)),
-        lengths=tuple(lengths),
-        shared=shared,
-        index=torch.from_numpy(index),
-        targets=torch.from_numpy(index[masks]),
-        sources=torch.from_numpy(index[np.flatnonzero(masks) - 1]),
-        sequence_ids=torch.from_numpy(sequence.reshape(-1)),
-        loss_mask=sampled("loss_mask"),
-        old_logprobs=sampled("old_logprobs"),
-        sampling_logprobs=sampled("sampling_logprobs"),
-        temperatures=sampled("temperatures"),
-        advantages=torch.tensor([sample.advantage for sample in owners], dtype=torch.float32),
-        trajectory_ids=tuple(sample.trajectory_id for sample in owners),
-        expert_choices=None if chosen is None else torch.from_numpy(np.concatenate(chosen)),
-    )
+        return Microbatch(
+            tokens=placed(np.concatenate([sample.tokens for sample in samples])),
+            positions=placed(np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)),
+            lengths=tuple(lengths),
+            shared=shared,
+            index=torch.from_numpy(index),
+            targets=torch.from_numpy(index[masks]),
+            sources=torch.from_numpy(index[np.flatnonzero(masks) - 1]),
+            sequence_ids=torch.from_numpy(sequence.reshape(-1)),
+            loss_mask=sampled("loss_mask"),
+            old_logprobs=sampled("old_logprobs"),
+            sampling_logprobs=sampled("sampling_logprobs"),
+            temperatures=sampled("temperatures"),
+            advantages=torch.tensor([sample.advantage for sample in owners], dtype=torch.float32),
+            trajectory_ids=tuple(sample.trajectory_id for sample in owners),
+            expert_choices=None if chosen is None else torch.from_numpy(np.concatenate(chosen)),
+        )
 
 
 def _evened(packer: _Packer, plan: Plan, budget: int, workers: int) -> Plan:

@@ -179,5 +179,4 @@ def unit_count(samples: Sequence[Sample], unit: str) -> int:
     """Sequences that a trajectory's samples hold: one, or one for each of its turns."""
     if unit == "trajectory":
         return 1
-    turns = {int(turn) for s in samples for turn in s.turn_ids[s.ratio_mask]}
-    return len(turns)
+    return len({int(turn) for s in samples for turn in s.turn_ids[s.ratio_mask]})

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import numbers
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field, SkipValidation, TypeAdapter, ValidationError
 
 from gspo.core.errors import DataError, MissingLogprobsError, shown
 from gspo.core.options import TEMPERATURES
 from gspo.data.expert_choices import decode_expert_choices
 
-_LARGEST_ID = 2**31 - 1  # token ids are stored as int32
-_LARGEST_VERSION = 2**63 - 1
-_LOGPROBS = (-1e30, 1e-5)
-"""A log-prob of 0 may come out of float32 a little above it."""
+_TokenId = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]  # stored as int32
+# A log-prob of 0 may come out of float32 a little above it.
+_Logprob = Annotated[float, Field(strict=True, ge=-1e30, le=1e-5, allow_inf_nan=False)]
+_Temperature = Annotated[
+    float, Field(strict=True, ge=TEMPERATURES[0], le=TEMPERATURES[1], allow_inf_nan=False)
+]
+_Version = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)]
 
 
 @dataclass(frozen=True)
@@ -28,18 +31,30 @@ class Turn:
         logprobs: of the sampled tokens, at `temperature`.
         temperature: 1 if the Choice does not say.
         policy_version: of the weights that sampled; -1 if the Choice does not say.
-        policy_versions: of each token's, if they differ; else empty.
         expert_choices: [R, N, K] experts that computed the R = prompt + tokens - 1 first tokens;
             None if the Choice has none.
+        policy_versions: of each token's weights, if they differ; else empty.
     """
 
-    prompt: list[int]
-    tokens: list[int]
-    logprobs: list[float]
-    temperature: float = 1.0
-    policy_version: int = -1
-    expert_choices: np.ndarray | None = None
-    policy_versions: tuple[int, ...] = ()
+    prompt: Annotated[list[_TokenId], Field([], alias="prompt_token_ids")]
+    tokens: Annotated[list[_TokenId], Field([], alias="token_ids")]
+    logprobs: Annotated[list[_Logprob], Field([], alias="token_logprobs")]
+    temperature: _Temperature = 1.0
+    policy_version: _Version = -1
+    expert_choices: SkipValidation[Any] = None
+    policy_versions: tuple[_Version, ...] = ()
+
+
+_TURN = TypeAdapter(Turn)
+_RULES = {
+    "prompt_token_ids": "token ids are a list of whole numbers from 0 up to the vocabulary",
+    "token_ids": "token ids are a list of whole numbers from 0 up to the vocabulary",
+    "token_logprobs": "log-probs are a list of finite numbers <= 0",
+    "temperature": "it must be the number that the log-probs are taken at, from "
+    f"{TEMPERATURES[0]:g} to {TEMPERATURES[1]:g} (1 for greedy decoding)",
+    "policy_version": "it must be a whole number from 0, or None if it is not known",
+    "policy_versions": "it must be a list of whole numbers from 0, one for each token",
+}
 
 
 def read_turn(choice: Any, where: str) -> Turn:
@@ -75,62 +90,41 @@ def read_fields(choice: Any, where: str) -> Turn:
         DataError: token ids that are no whole numbers, or a temperature or policy version that
             means nothing, or expert choices that are damaged.
     """
-    prompt = _token_ids(choice, "prompt_token_ids", where)
-    tokens = _token_ids(choice, "token_ids", where)
-    temperature = getattr(choice, "temperature", None)
-    low, high = TEMPERATURES
-    if temperature is not None and not _is_number(temperature, numbers.Real, low, high):
-        raise DataError(
-            f"{where}: temperature is {shown(temperature)}; it must be the number that the "
-            f"log-probs are taken at, from {low:g} to {high:g} (1 for greedy decoding)"
-        )
-    version = getattr(choice, "policy_version", None)
-    if version is not None and not _is_number(version, numbers.Integral, 0, _LARGEST_VERSION):
-        raise DataError(
-            f"{where}: policy_version is {shown(version)}; it must be a whole number from 0, "
-            "or None if it is not known"
-        )
-    versions = getattr(choice, "policy_versions", None)
-    versions = _as_list(versions, DataError, f"{where}: policy_versions", "whole numbers")
-    odd = _first_odd(versions, int, numbers.Integral, 0, _LARGEST_VERSION)
-    if odd is not None or len(versions) not in (0, len(tokens)):
-        raise DataError(
-            f"{where}: policy_versions is {shown(versions)}; it must be {len(tokens)} whole "
-            "numbers from 0, one for each token, or None if all are of policy_version"
-        )
-    experts = getattr(choice, "routed_experts", None) if prompt and tokens else None
-    return Turn(
-        prompt=prompt,
-        tokens=tokens,
-        logprobs=_logprobs(sampled_logprobs(choice), where),
-        temperature=1.0 if temperature is None else float(temperature),
-        policy_version=-1 if version is None else int(version),
-        expert_choices=decode_expert_choices(experts, len(prompt) + len(tokens) - 1, where),
-        policy_versions=tuple(int(number) for number in versions),
-    )
+    values = {name: _plain(getattr(choice, name, None)) for name in _RULES}
+    values["token_logprobs"] = _plain(_logprobs(choice, where))
+    try:
+        turn = _TURN.validate_python({k: v for k, v in values.items() if v is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name, *index = first["loc"]
+        kind = MissingLogprobsError if name == "token_logprobs" else DataError
+        place = f"{where}: {name}{index or ''}"
+        raise kind(f"{place} is {shown(first['input'])}; {_RULES[str(name)]}") from None
+    if len(turn.policy_versions) not in (0, len(turn.tokens)):
+        versions = shown(values["policy_versions"])
+        raise DataError(f"{where}: policy_versions is {versions}; {_RULES['policy_versions']}")
+    if not turn.prompt or not turn.tokens:
+        return turn
+    experts = getattr(choice, "routed_experts", None)
+    count = len(turn.prompt) + len(turn.tokens) - 1
+    return replace(turn, expert_choices=decode_expert_choices(experts, count, where))
 
 
-def sampled_logprobs(choice: Any) -> Any:
+def _plain(value: Any) -> Any:
+    """A value with Python's own numbers in the place of numpy's."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, list | tuple) and not set(map(type, value)) <= {int, float}:
+        return [item.item() if isinstance(item, np.generic) else item for item in value]
+    return value
+
+
+def _logprobs(choice: Any, where: str) -> Any:
     """Log-probs of a Choice's tokens: gspo's field, else OpenAI's; None if it has neither."""
-    logprobs = getattr(choice, "token_logprobs", None)
+    values = getattr(choice, "token_logprobs", None)
     content = getattr(getattr(choice, "logprobs", None), "content", None)
-    if logprobs is None and isinstance(content, list):
-        logprobs = [getattr(entry, "logprob", None) for entry in content]
-    return logprobs
-
-
-def _token_ids(choice: Any, name: str, where: str) -> list[int]:
-    values = _as_list(getattr(choice, name, None), DataError, f"{where}: {name}", "whole numbers")
-    i = _first_odd(values, int, numbers.Integral, 0, _LARGEST_ID)
-    if i is not None:
-        raise DataError(
-            f"{where}: {name}[{i}] is {shown(values[i])}; token ids are whole numbers from 0 up to "
-            "the model's vocabulary"
-        )
-    return [int(value) for value in values]
-
-
-def _logprobs(values: Any, where: str) -> list[float]:
+    if values is None and isinstance(content, list):
+        values = [getattr(entry, "logprob", None) for entry in content]
     first = values[0] if isinstance(values, list | tuple) and values else values
     dtype = getattr(first, "dtype", None)
     if getattr(dtype, "itemsize", 4) < 4:  # no conversion brings back what rounding lost
@@ -138,42 +132,4 @@ def _logprobs(values: Any, where: str) -> list[float]:
             f"{where}: its log-probs are {dtype}; their rounding alone is as wide as the clip "
             "range of GSPO. Compute log_softmax in float32 and keep float32"
         )
-    values = _as_list(values, MissingLogprobsError, f"{where}: token_logprobs", "numbers")
-    i = _first_odd(values, float, numbers.Real, *_LOGPROBS)
-    if i is not None:
-        raise MissingLogprobsError(
-            f"{where}: the log-prob of token {i} is {shown(values[i])}; "
-            "it must be a finite number and <= 0"
-        )
-    return [float(value) for value in values]
-
-
-def _as_list(values: Any, error: type[DataError], where: str, kind: str) -> list[Any]:
-    """The values of a list, a tuple or a numpy array as a list; [] for None."""
-    if values is None or isinstance(values, list | tuple):
-        return list(values or ())
-    if isinstance(values, np.ndarray) and values.ndim == 1:
-        return values.tolist()
-    raise error(f"{where} is {shown(values)}; it must be a list of {kind}")
-
-
-def _first_odd(
-    values: list[Any], usual: type, kind: type, low: int | float, high: int | float
-) -> int | None:
-    """The index of the first value that is no number of this kind from `low` to `high`, or None.
-
-    >>> _first_odd([3, -1, 4], int, numbers.Integral, 0, 9)
-    1
-    """
-    if set(map(type, values)) <= {usual}:  # a choice has thousands of them: fast if all are usual
-        array = np.array(values)
-        good = (array >= low) & (array <= high)
-        return None if good.all() else int(good.argmin())
-    odd = (i for i, value in enumerate(values) if not _is_number(value, kind, low, high))
-    return next(odd, None)
-
-
-def _is_number(value: Any, kind: type, low: int | float, high: int | float) -> bool:
-    """Whether a value is a number in a range. numpy's scalars are numbers; True is none."""
-    fits = isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
-    return bool(fits)  # a comparison of numpy scalars is no bool
+    return values

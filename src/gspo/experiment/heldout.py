@@ -5,20 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from statistics import fmean
 
 from gspo.core.errors import MissingDependencyError
 from gspo.core.intervals import Interval, reward_interval
 from gspo.trajectory import Trajectory, TrajectoryGroup
 
-_NAMES = {
-    "mean": "val/reward",
-    "low": "val/reward_low",
-    "high": "val/reward_high",
-    "prompts": "val/prompts",
-}
-"""Field of an estimate -> name of its metric."""
+_NAMES = ("val/reward", "val/reward_low", "val/reward_high", "val/prompts")
+"""The metrics of an estimate, in the order of its fields."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +28,13 @@ class Estimate(Interval):
 
     def metrics(self) -> dict[str, float]:
         """The estimate as a run logs it."""
-        values = {name: getattr(self, field) for field, name in _NAMES.items()}
-        return {name: value for name, value in values.items() if value is not None}
+        values = zip(_NAMES, astuple(self), strict=True)
+        return {name: value for name, value in values if value is not None}
 
     @classmethod
     def logged(cls, record: Mapping[str, float]) -> Estimate:
         """The estimate of a line of metrics.jsonl."""
-        return cls(**{field: record.get(name) for field, name in _NAMES.items()})  # pyright: ignore
+        return cls(*(record.get(name) for name in _NAMES))  # pyright: ignore[reportArgumentType]
 
 
 def estimate_reward(groups: Sequence[TrajectoryGroup]) -> Estimate:

@@ -14,7 +14,7 @@ from gspo.core.files import strict_json, write_whole
 from gspo.core.timing import span
 from gspo.experiment.heldout import Estimate, estimate_reward
 from gspo.experiment.rollout import Rollouts
-from gspo.experiment.spec import Spec
+from gspo.experiment.spec import Spec, flat
 from gspo.policy.load import Policy
 from gspo.train.settings import resolve
 
@@ -78,9 +78,6 @@ async def run_experiment(
     """
     resolve(spec.train_config(), spec.train)  # options that contradict cost no evaluation
     started = time.perf_counter()
-    backend = art.LocalBackend(
-        spec.path, keep_checkpoints=spec.keep_checkpoints, seed=spec.seed, logger=spec.logger
-    )
     model = art.TrainableModel(
         name=spec.name,
         project=spec.project,
@@ -89,18 +86,20 @@ async def run_experiment(
         _internal_config=spec.load,
     )
     rollouts = Rollouts(spec, model)
-    try:
+    async with art.LocalBackend(
+        spec.path, keep_checkpoints=spec.keep_checkpoints, seed=spec.seed, logger=spec.logger
+    ) as backend:
         await model.register(backend)
         if attach is not None:
             await backend.with_policies(model, attach)
-        watch.started(spec, await model.get_step(), _remember(spec))
-        before = await _evaluate(spec, model, rollouts, watch, step=0)
-
-        for step in range(await model.get_step(), spec.steps):
+        first = await model.get_step()
+        watch.started(spec, first, _remember(spec))
+        before = await _evaluate(backend, rollouts, watch, 0)
+        for step in range(first, spec.steps):
             if spec.eval_every and step % spec.eval_every == 0:
                 # Before the step and not after it: so a run that was killed between training and
                 # evaluation evaluates when it goes on.
-                await _evaluate(spec, model, rollouts, watch, step)
+                await _evaluate(backend, rollouts, watch, step)
             with span("step"):
                 began = time.perf_counter()
                 with span("rollout"):
@@ -110,50 +109,34 @@ async def run_experiment(
                 timing = _timing(result.metrics, rolled, time.perf_counter() - began)
             await model.log([], "train", metrics=timing, step=result.step)
             watch.stepped(result.step, result.metrics | timing)
-
-        after = await _evaluate(spec, model, rollouts, watch, step=await model.get_step())
-        return Outcome(
-            run=spec.folder,
-            steps=await model.get_step(),
-            prompts=(after and after.prompts) or spec.eval_prompts,
-            seconds=time.perf_counter() - started,
-            before=before,
-            after=after,
-        )
-    finally:
-        await backend.close()
+        steps = await model.get_step()
+        after = await _evaluate(backend, rollouts, watch, steps)
+    prompts = (after and after.prompts) or spec.eval_prompts
+    return Outcome(spec.folder, steps, prompts, time.perf_counter() - started, before, after)
 
 
 def _remember(spec: Spec) -> list[str]:
     """Write the resolved spec to the run, and return what differs from the earlier one."""
     path = spec.folder / "spec.json"
     text = strict_json(spec.model_dump(mode="json"), indent=1) + "\n"
-    new: dict[str, Any] = json.loads(text)
+    new = flat(json.loads(text))
     try:
-        old = json.loads(path.read_bytes()) if path.exists() else new
-    except (OSError, ValueError, RecursionError):
-        old = None
+        old = flat(json.loads(path.read_bytes())) if path.exists() else new
+        told = [f"{key}: {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
+    except (OSError, ValueError, RecursionError, AttributeError):
+        # Nothing depends on it: the run goes on with the new one.
+        told = [f"{path} was damaged, and is written again"]
     write_whole(path, text)
-    if not isinstance(old, dict):  # nothing depends on it: the run goes on with the new one
-        return [f"{path} was damaged, and is written again"]
-    before, now = _options(old), _options(new)
-    return [f"{key}: {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
-
-
-def _options(spec: dict[str, Any]) -> dict[str, Any]:
-    """The options of a spec by the names that `--set` takes: those of a table one by one."""
-    tables = {key: value for key, value in spec.items() if isinstance(value, dict)}
-    single = {key: value for key, value in spec.items() if key not in tables}
-    return single | {f"{t}.{key}": v for t, table in tables.items() for key, v in table.items()}
+    return told
 
 
 async def _evaluate(
-    spec: Spec, model: art.TrainableModel, rollouts: Rollouts, watch: Watch, step: int
+    backend: art.LocalBackend, rollouts: Rollouts, watch: Watch, step: int
 ) -> Estimate | None:
     """Measure held-out reward at a step, or read it from the run's log if it is there."""
+    spec, model = rollouts.spec, rollouts.model
     if spec.eval_prompts == 0:
         return None
-    backend: Any = model.backend()
     for record in backend.run(model).metrics():
         if record["step"] == step and "val/reward" in record:
             return Estimate.logged(record)

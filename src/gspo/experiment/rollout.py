@@ -8,20 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from openai import BadRequestError
-from openai.types.chat.chat_completion import Choice
 
 from gspo.core.byname import load_object
 from gspo.core.choices import as_choice
 from gspo.core.draws import drawing_for, seed_of
 from gspo.core.errors import ConfigError, DataError
+from gspo.core.progress import all_or_cancel
 from gspo.experiment.spec import Spec
 from gspo.experiment.user_error import users_errors
 from gspo.gather import gather_trajectory_groups
 from gspo.model import TrainableModel
 from gspo.tasks import Problem, Split, load_task
 from gspo.train.minibatches import shaped_reward
-from gspo.train.settings import resolve
-from gspo.trajectory import Trajectory, TrajectoryGroup
+from gspo.trajectory import Trajectory, TrajectoryGroup, settled
 
 
 @dataclass(frozen=True)
@@ -54,13 +53,12 @@ class Rollouts:
         if not spec.dynamic_sampling:
             indices = range(step * size, (step + 1) * size)
             return await self.groups("train", indices, spec.completions, step)
-        overlong = resolve(options=spec.train).overlong
         differing: list[TrajectoryGroup] = []
         flat: list[TrajectoryGroup] = []
         for first in range(step * _ROUNDS * size, (step + 1) * _ROUNDS * size, size):
             indices = range(first, first + size - len(differing))
             for group in await self.groups("train", indices, spec.completions, step):
-                rewards = {shaped_reward(trajectory, overlong) for trajectory in group}
+                rewards = {shaped_reward(trajectory, spec.train) for trajectory in group}
                 (differing if len(rewards) > 1 else flat).append(group)
             if len(differing) == size:
                 break
@@ -90,61 +88,55 @@ class Rollouts:
             scenario = Scenario(split, index, seed, problem)
             if self.rollout is None:
                 return await self._answers(scenario, size, seed_of(seed, step, split, index))
-        with drawing_for(split, index):  # the backend adds its seed and its step
-            return await TrajectoryGroup(
-                self._rolled(self.rollout, scenario, step) for _ in range(size)
-            )
+        rollout = self.rollout
 
-    async def _rolled(self, rollout: Rollout, scenario: Scenario, step: int) -> Trajectory:
-        """Run the user's function once, in a task of its own."""
-        with users_errors(scenario.split, scenario.index, step):
-            return await rollout(self.model, scenario)
+        async def rolled() -> Trajectory | BaseException:
+            with users_errors(split, index, step):
+                return await settled(rollout(self.model, scenario))
+
+        with drawing_for(split, index):  # the backend adds its seed and its step
+            return TrajectoryGroup(await all_or_cancel([rolled() for _ in range(size)]))
 
     async def _answers(self, scenario: Scenario, size: int, seed: int) -> TrajectoryGroup:
-        """Ask for all completions in one request, which computes the prompt once."""
+        """Ask for all completions in one request, which computes the prompt once.
+
+        A model without a chat template is sent the plain text of the messages.
+
+        Raises:
+            DataError: the engine refuses the prompt.
+        """
         task, problem, train = self.task, scenario.problem, self.spec.train
         assert task is not None and problem is not None
-        messages = task.messages(problem)
+        messages: list[Any] = task.messages(problem)
         # Training replays the engine's expert choices, or compares them with the trainer's.
         expert_choices = scenario.split == "train" and (
             train.routing_replay == "rollout" or train.measure_routing
         )
-        choices = await self._sample(
-            messages,
-            n=size,
-            max_tokens=self.spec.max_tokens or task.max_tokens,
-            temperature=self.spec.temperature,
-            seed=seed,
-            extra_body={"return_routes": True} if expert_choices else None,
-        )
+        options: dict[str, Any] = {
+            "model": self.model.inference_name,
+            "n": size,
+            "max_tokens": self.spec.max_tokens or task.max_tokens,
+            "temperature": self.spec.temperature,
+            "seed": seed,
+            "extra_body": {"return_routes": True} if expert_choices else None,
+        }
+        client = self.model.openai_client()
+        backend: Any = self.model.backend()
+        try:
+            if backend.policy(self.model).tokenizer.chat_template is None:
+                answer = await client.completions.create(prompt=plain_prompt(messages), **options)
+            else:
+                answer = await client.chat.completions.create(messages=messages, **options)
+        except BadRequestError as error:
+            raise DataError(f"the engine refuses a prompt of the task: {error.message}") from None
         return TrajectoryGroup(
             Trajectory(
                 messages_and_choices=[*messages, choice],
                 reward=task.score(problem, choice.message.content or ""),
                 metadata={"answer": problem.answer},
             )
-            for choice in choices
+            for choice in filter(None, map(as_choice, answer.choices))
         )
-
-    async def _sample(self, messages: list[Any], **options: Any) -> list[Choice]:
-        """Send one request; to a model without a chat template, the plain text of the messages.
-
-        Raises:
-            DataError: the engine refuses the prompt.
-        """
-        client, name = self.model.openai_client(), self.model.inference_name
-        backend: Any = self.model.backend()
-        try:
-            if backend.policy(self.model).tokenizer.chat_template is None:
-                prompt = plain_prompt(messages)
-                answer = await client.completions.create(model=name, prompt=prompt, **options)
-            else:
-                answer = await client.chat.completions.create(
-                    model=name, messages=messages, **options
-                )
-        except BadRequestError as error:
-            raise DataError(f"the engine refuses a prompt of the task: {error.message}") from None
-        return [choice for item in answer.choices if (choice := as_choice(item))]
 
 
 def plain_prompt(messages: list[dict[str, Any]]) -> str:

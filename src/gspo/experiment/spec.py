@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Collection, Iterable
-from copy import deepcopy
+from collections.abc import Collection, Iterable, Mapping
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from gspo import dev
 from gspo.backend.trackers import TrackerName
@@ -20,7 +19,7 @@ from gspo.core.options import LARGEST_COUNT, TEMPERATURES, Options
 from gspo.tasks import task_names
 
 
-class Spec(Options):
+class Spec(Options, title="the run"):
     """One run: a model, a task or a rollout function, an objective, sizes and seeds.
 
     >>> Spec(task="sort").model
@@ -73,7 +72,9 @@ class Spec(Options):
 
     @field_validator("name", "project", "path")
     @classmethod
-    def _names_a_folder(cls, value: str) -> str:
+    def _names_a_folder(cls, value: str, info: ValidationInfo) -> str:
+        if info.field_name != "path" and (value in (".", "..") or set(value) & set("/\\")):
+            raise ValueError("it names one folder: leave dots, '/' and '\\' out")
         return folder_name(value)
 
     @model_validator(mode="before")
@@ -118,20 +119,18 @@ class Spec(Options):
         return TrainConfig(learning_rate=self.learning_rate)
 
 
+TABLES = {"train": dev.TrainConfig, "load": dev.InternalModelConfig}
+"""The tables of a run's file."""
+
+
 def folder_name(text: str) -> str:
     """A name or path of a folder, with `~` as the home folder.
 
     Raises:
         ValueError: nothing, a NUL, or half a character (a lone surrogate): no file name has these.
     """
-    if not text:
-        raise ValueError("give a name: this one is empty")
-    if "\0" in text:
-        raise ValueError("it holds a NUL, which no file name does: remove it")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the character at {error.start} is half of one: remove it") from None
+    if not text or "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError("no file name is empty, or has a NUL or half a character")
     return expanduser(text)
 
 
@@ -154,9 +153,9 @@ def named_beside(run: dict[str, Any], folder: Path) -> dict[str, Any]:
     A comparison's keys may be dotted, or say `algorithm` for `train.algorithm`.
     """
     named = dict(run)
-    for key in _NAMES:
-        if isinstance(run.get(key), str):
-            named[key] = beside(run[key], folder)
+    for key, value in run.items():
+        if key in _NAMES and isinstance(value, str):
+            named[key] = beside(value, folder)
     if isinstance(run.get("train"), dict):
         named["train"] = named_beside(run["train"], folder)
     return named
@@ -178,6 +177,17 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not TOML in UTF-8: {error}") from None
 
 
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of options with dotted keys."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            out |= flat(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = value
+    return out
+
+
 def override(
     data: dict[str, Any], overrides: Iterable[str], keys: Collection[str] = Spec.model_fields
 ) -> dict[str, Any]:
@@ -186,30 +196,32 @@ def override(
     >>> override({"train": {"epochs": 1}}, ["train.epochs=2", "model=embedded:sort"])
     {'train': {'epochs': 2}, 'model': 'embedded:sort'}
     """
-    data = deepcopy(data)
     for item in overrides:
-        key, equals, text = item.partition("=")
+        key, equals, text = map(str.strip, item.partition("="))
         if not equals:
             raise ConfigError(f"--set {item!r}: write key=value")
-        *tables, last = parts = key.strip().split(".")
-        if parts[0] not in keys:
-            near = suggestion(parts[0], keys)
-            raise ConfigError(f"--set {item!r}: unknown key {key.strip()!r}.{near}")
-        place = data
-        for table in tables:
-            if not isinstance(place.setdefault(table, {}), dict):
-                raise ConfigError(
-                    f"--set {item!r}: {table!r} is the value {place[table]!r} and not a table, "
-                    f"so it has no {last!r}"
-                )
-            place = place[table]
-        place[last] = _value(text.strip())
+        *tables, last = parts = key.split(".")
+        homes = [last] if last in Spec.model_fields else []
+        homes += [f"{name}.{last}" for name in TABLES if last in TABLES[name].model_fields]
+        misplaced = len(parts) == 2 and tables[0] in TABLES and homes and key not in homes
+        if parts[0] not in keys or misplaced:
+            near = [home for home in homes if home.partition(".")[0] in keys]
+            told = f" Did you mean {near[0]!r}?" if near else suggestion(parts[0], keys)
+            raise ConfigError(f"--set {item!r}: unknown key {key!r}.{told}")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except (tomllib.TOMLDecodeError, RecursionError):  # no TOML: it is the text itself
+            value = text
+        data = _put(data, parts, value)
     return data
 
 
-def _value(text: str) -> Any:
-    """The text as a TOML value; if it is none, the text itself."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
-        return text
+def _put(table: Any, keys: list[str], value: Any) -> dict[str, Any]:
+    """A copy of the table, with the value at the keys. What is no table is replaced by one.
+
+    >>> _put({"steps": 5, "train": {"epochs": 2}}, ["train", "seed"], 1)
+    {'steps': 5, 'train': {'epochs': 2, 'seed': 1}}
+    """
+    table = table if isinstance(table, dict) else {}
+    first, *rest = keys
+    return table | {first: _put(table.get(first), rest, value) if rest else value}

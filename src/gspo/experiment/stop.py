@@ -42,8 +42,8 @@ def run_until_signal(coroutine: Coroutine[Any, Any, T]) -> T:
         return await coroutine
 
     defaults = (signal.SIG_DFL, signal.default_int_handler)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    handlers = {number: handler for number, handler in handlers.items() if handler in defaults}
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = {n: handler for n in numbers if (handler := signal.getsignal(n)) in defaults}
     try:
         result = asyncio.run(cancellable())
         if not arrived:

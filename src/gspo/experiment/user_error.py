@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import gspo
-from gspo.core.errors import GspoError, RolloutError
+from gspo.core.errors import DataError, GspoError, RolloutError
 
 FRAMES = 4
 """How many of the user's innermost lines are shown."""
@@ -32,43 +32,32 @@ def users_errors(split: str, index: int, step: int) -> Iterator[None]:
 
     Raises:
         RolloutError: the user's code raised. A mistake in gspo itself keeps its traceback.
+        DataError: what it returned is refused, or a prompt is; the error says which prompt's.
     """
     try:
         yield
     except (Exception, SystemExit) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        frames = [frame for frame in frames if not _in_library(frame.filename)]
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if not _in_library(f)]
         users = [frame for frame in frames if not frame.filename.startswith(_OURS)]
+        place = f"the rollout of prompt {index} ({split}), after step {step}"
+        if not users and isinstance(error, DataError):
+            raise DataError(f"{place}: {error}") from error
         if not users or (users[-1] is not frames[-1] and not isinstance(error, GspoError)):
             raise
-        place = f"the rollout of prompt {index} ({split}), after step {step}"
-        text = [f"{place}, raised {_told(error)}", *map(_line, users[-FRAMES:])]
-        text.append(
-            f"Step {step} is saved: mend it, and the same command goes on from there."
-            if step
-            else "Nothing was trained yet: mend it, and give the same command again."
-        )
+        lines = str(error).splitlines() or ["(without a text)"]
+        text = [f"{place}, raised {type(error).__name__}: {lines[0]}", *lines[1:LINES]]
+        if len(lines) > LINES:
+            text.append("...")
+        if (cause := error.__cause__) is not None:
+            text += f"caused by {type(cause).__name__}: {cause}".splitlines()[:1]
+        text += [f"  {f.filename}, line {f.lineno}, in {f.name}: {f.line}" for f in users[-FRAMES:]]
+        saved = f"Step {step} is saved" if step else "Nothing was trained yet"
+        text.append(f"{saved}: mend it, and the same command goes on.")
         raise RolloutError("\n".join(text)) from error
 
 
-def _told(error: BaseException) -> str:
-    """The exception's type, its text and its cause."""
-    lines = str(error).splitlines() or ["(without a text)"]
-    text = [f"{type(error).__name__}: {lines[0]}", *lines[1:LINES]]
-    if len(lines) > LINES:
-        text.append("...")
-    if (cause := error.__cause__) is not None:
-        first_line = (str(cause).splitlines() or [""])[0]
-        text.append(f"caused by {type(cause).__name__}: {first_line}")
-    return "\n".join(text)
-
-
-def _line(frame: traceback.FrameSummary) -> str:
-    return f"  {frame.filename}, line {frame.lineno}, in {frame.name}: {frame.line}"
-
-
-def _in_library(filename: str) -> bool:
+def _in_library(frame: traceback.FrameSummary) -> bool:
     """Whether a frame lies in an installed package, in Python's own, or in no file."""
-    if filename.startswith(_OURS):
-        return False
-    return filename.startswith(("<", *_LIBRARIES)) or "site-packages" in filename
+    name = frame.filename
+    library = name.startswith(("<", *_LIBRARIES)) or "site-packages" in name
+    return library and not name.startswith(_OURS)

@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from rich import progress
 from rich.console import Console
@@ -25,7 +26,7 @@ _PAUSE = 2.0
 """The least seconds between two lines of a log file."""
 
 
-class LiveWatch:
+class LiveWatch(AbstractContextManager["LiveWatch"]):
     """Shows step, time left, reward, clip fraction and tokens per second. A context manager.
 
     Args:
@@ -53,9 +54,6 @@ class LiveWatch:
             get_time=clock,
         )
         self._next_line = -math.inf
-
-    def __enter__(self) -> LiveWatch:
-        return self
 
     def __exit__(self, *error: object) -> None:
         if self._bar.live.is_started:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from types import MethodType
 from typing import Any
 
@@ -50,17 +49,16 @@ def no_mask(device: torch.device) -> torch.Tensor:
 
 def causal_mask(config: Any, embeddings: torch.Tensor, allowed: Any) -> Any:
     """Make transformers' causal mask without a cache, of pairs of tokens that are `allowed`."""
-    no_cache: dict[str, Any] = {_cache_keyword(create_causal_mask): None}
     return create_causal_mask(
         config=config,
         inputs_embeds=embeddings,
         attention_mask=None,
         and_mask_function=allowed,
-        **no_cache,
+        **{_cache_keyword(create_causal_mask): None},  # pyright: ignore[reportArgumentType]
     )
 
 
-@cache
+@functools.cache
 def _cache_keyword(function: Any) -> str:
     names = inspect.signature(function).parameters
     return "cache" if "cache" in names else "past_key_values"
@@ -98,8 +96,7 @@ def find_routers(lm: torch.nn.Module) -> list[tuple[torch.nn.Module, int]]:
     """
     routers: dict[torch.nn.Module, int] = {}
     for model in lm.modules():
-        recorded: Mapping[str, Any] = getattr(model, "_can_record_outputs", None) or {}
-        named = recorded.get("router_logits")
+        named = (getattr(model, "_can_record_outputs", None) or {}).get("router_logits")
         for spec in named if isinstance(named, list) else [named]:
             target = getattr(spec, "target_class", spec)
             if not isinstance(target, type):
@@ -118,10 +115,9 @@ def backbone(lm: PreTrainedModel) -> torch.nn.Module:
     Raises:
         ModelError: there is none.
     """
-    named = getattr(lm, lm.base_model_prefix, None)
     # Llama 4's class names the attribute of its multimodal sister.
     children = (child for child in lm.children() if isinstance(child, PreTrainedModel))
-    below = named if named is not None else next(children, None)
+    below = getattr(lm, lm.base_model_prefix, None) or next(children, None)
     if below is None:
         raise ModelError(f"{type(lm).__name__} has no model below its output head")
     return below

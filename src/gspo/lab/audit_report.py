@@ -6,21 +6,18 @@ Noise is l_i on unchanged weights: engine and trainer disagree although the poli
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from decimal import ROUND_UP, Context
+from typing import Any
 
 import numpy as np
-from rich.table import Table
 
-from gspo.lab.text_table import as_text, table
+from gspo.lab.tables import as_text, cells, table
 
 TOLERATED = 0.05
 """Share of the sequences that noise may clip."""
 FINE = 0.5
 """Noise up to this share of the clip range leaves room for the update itself."""
-
-Verdict = Literal["fine", "tight", "noisy"]
 
 # Not int8 -> bfloat16: weights of 8 bits and a scale lose less than activations of 8 bits do.
 _QUIETER = {
@@ -29,125 +26,56 @@ _QUIETER = {
     "bfloat16": "float16 or float32",
     "float16": "float32",
 }
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Mean, standard deviation and quantiles."""
-
-    mean: float
-    std: float
-    p01: float
-    p50: float
-    p99: float
-
-
-@dataclass(frozen=True)
-class LengthBucket:
-    """Sequences of `longer_than` < L <= `up_to` sampled tokens.
-
-    Attributes:
-        token_log_ratio: d_t = log pi - log mu of the tokens.
-        sequence_log_ratio: l_i of the sequences. Its mean is a bias: the same at any length.
-        kl: KL(mu || pi) per token as the mean of -d_t over sampled tokens (unbiased).
-        kl_k3: the same as the mean of exp(d_t) - 1 - d_t (never negative, quieter).
-        clipped_positive: share that would be clipped had it A > 0: l_i > log(1 + epsilon_high).
-        clipped_negative: share that would be clipped had it A < 0: l_i < log(1 - epsilon_low).
-        epsilon_needed: the 95 % quantile of |exp(l_i) - 1|. A clip range of this on both sides
-            clips at most `TOLERATED` of the sequences by noise.
-    """
-
-    longer_than: int
-    up_to: int
-    sequences: int
-    tokens: int
-    token_log_ratio: Summary
-    sequence_log_ratio: Summary
-    kl: float
-    kl_k3: float
-    clipped_positive: float
-    clipped_negative: float
-    epsilon_needed: float
-
-
-@dataclass(frozen=True)
-class Block:
-    """Means of d_t over blocks of `tokens` consecutive tokens of all sequences.
-
-    If errors of tokens are independent, `std` is the spread of d_t over sqrt(tokens).
-    """
-
-    tokens: int
-    blocks: int
-    std: float
-
-
-@dataclass(frozen=True)
-class AuditReport:
-    """One audit; `asdict` of it is what `--json` prints.
-
-    Attributes:
-        total: all sequences.
-        buckets: by powers of two of the length.
-        blocks: how the spread falls as more tokens are averaged.
-        routing_agreement: share of the experts' slots that engine and trainer choose alike; None
-            if the engine returns no expert choices.
-    """
-
-    model: str
-    rollout_dtype: str
-    task: str
-    prompts: int
-    completions: int
-    temperature: float
-    epsilon_low: float
-    epsilon_high: float
-    total: LengthBucket
-    buckets: tuple[LengthBucket, ...]
-    blocks: tuple[Block, ...]
-    verdict: Verdict
-    advice: str
-    routing_agreement: float | None = None
+_SUMMARY = ("mean", "std", "p01", "p50", "p99")
+_BY_TOKEN = ("length", "tokens", *_SUMMARY, "kl", "kl_k3")
+_BY_SEQUENCE = ("length", "sequences", *_SUMMARY, "clipped_positive", "clipped_negative")
 
 
 def make_report(
-    d: Sequence[np.ndarray], log_ratios: np.ndarray, clip_range: tuple[float, float], **asked: Any
-) -> AuditReport:
+    d: Sequence[np.ndarray], log_ratios: np.ndarray, asked: Mapping[str, Any]
+) -> dict[str, Any]:
     """Report the noise of S sequences.
 
     Args:
         d: of each sequence, d_t of its tokens.
         log_ratios: [S] l_i.
-        clip_range: epsilon_low and epsilon_high.
-        asked: the fields of the report that say what was audited.
+        asked: what was audited: what `run_audit` was given, and `routing_agreement`.
+
+    Returns:
+        A JSON object: what was asked, and
+        `total` and `buckets`: all sequences, and those of each power of two of the length, see
+            `_bucket`;
+        `blocks`: the spread of the means of d_t over so many consecutive `tokens`. If errors of
+            tokens are independent, it is that of d_t over sqrt(tokens);
+        `verdict`, which is `fine`, `tight` or `noisy`, and `advice`.
     """
     lengths = np.array([len(tokens) for tokens in d])
     powers = np.unique(2 ** np.ceil(np.log2(lengths)).astype(int)).tolist()
     longest = int(lengths.max())
+    clip_range = asked["epsilon_low"], asked["epsilon_high"]
     edges = [(0, longest), *((power // 2, power) for power in powers)]
-    total, *buckets = (_bucket(d, log_ratios, clip_range, *pair) for pair in edges)
-    share = total.epsilon_needed / min(clip_range)
+    total, *buckets = (_bucket(d, log_ratios, clip_band(*clip_range), *pair) for pair in edges)
+    share = total["epsilon_needed"] / min(clip_range)
     verdict = "fine" if share <= FINE else "tight" if share <= 1 else "noisy"
-    return AuditReport(
+    return {
         **asked,
-        epsilon_low=clip_range[0],
-        epsilon_high=clip_range[1],
-        total=total,
-        buckets=tuple(buckets),
-        blocks=tuple(_block(d, 2**power) for power in range(longest.bit_length())),
-        verdict=verdict,
-        advice=_advice(total, share, verdict, asked.get("rollout_dtype")),
-    )
+        "total": total,
+        "buckets": buckets,
+        "blocks": [_block(d, 2**power) for power in range(longest.bit_length())],
+        "verdict": verdict,
+        "advice": _advice(total, share, verdict, asked["rollout_dtype"]),
+    }
 
 
-def summarise(values: np.ndarray) -> Summary:
+def summarise(values: np.ndarray) -> dict[str, float]:
     """Summarise values in float64.
 
     >>> summarise(np.array([1.0, 3.0]))
-    Summary(mean=2.0, std=1.0, p01=1.02, p50=2.0, p99=2.98)
+    {'mean': 2.0, 'std': 1.0, 'p01': 1.02, 'p50': 2.0, 'p99': 2.98}
     """
-    p01, p50, p99 = np.quantile(values, (0.01, 0.5, 0.99)).tolist()
-    return Summary(float(values.mean()), float(values.std()), p01, p50, p99)
+    quantiles = np.quantile(values, (0.01, 0.5, 0.99)).tolist()
+    mean_and_spread = (float(values.mean()), float(values.std()))
+    return dict(zip(_SUMMARY, (*mean_and_spread, *quantiles), strict=True))
 
 
 def clip_band(epsilon_low: float, epsilon_high: float) -> tuple[float, float]:
@@ -162,36 +90,41 @@ def clip_band(epsilon_low: float, epsilon_high: float) -> tuple[float, float]:
 def _bucket(
     d: Sequence[np.ndarray],
     log_ratios: np.ndarray,
-    clip_range: tuple[float, float],
+    band: tuple[float, float],
     longer_than: int,
     up_to: int,
-) -> LengthBucket:
+) -> dict[str, Any]:
+    """Sequences of `longer_than` < L <= `up_to` sampled tokens.
+
+    `clipped_positive` is the share that would be clipped had it A > 0. `epsilon_needed` on both
+    sides clips at most `TOLERATED` of the sequences by noise.
+    """
     chosen = [i for i, tokens in enumerate(d) if longer_than < len(tokens) <= up_to]
     tokens, log_ratios = np.concatenate([d[i] for i in chosen]), log_ratios[chosen]
-    low, high = clip_band(*clip_range)
-    return LengthBucket(
-        longer_than=longer_than,
-        up_to=up_to,
-        sequences=len(log_ratios),
-        tokens=len(tokens),
-        token_log_ratio=summarise(tokens),
-        sequence_log_ratio=summarise(log_ratios),
-        kl=float(-tokens.mean()),
-        # expm1 keeps the small differences that this is made of.
-        kl_k3=float((np.expm1(np.minimum(tokens, 40.0)) - tokens).mean()),
-        clipped_positive=float((log_ratios > high).mean()),
-        clipped_negative=float((log_ratios < low).mean()),
-        epsilon_needed=float(np.quantile(np.abs(np.expm1(log_ratios)), 1 - TOLERATED)),
-    )
+    return {
+        "longer_than": longer_than,
+        "up_to": up_to,
+        "sequences": len(log_ratios),
+        "tokens": len(tokens),
+        "token_log_ratio": summarise(tokens),
+        "sequence_log_ratio": summarise(log_ratios),
+        # KL(mu || pi) per token, unbiased; then as the mean of exp(d_t) - 1 - d_t, which is never
+        # negative. expm1 keeps the small differences that this is made of.
+        "kl": float(-tokens.mean()),
+        "kl_k3": float((np.expm1(np.minimum(tokens, 40.0)) - tokens).mean()),
+        "clipped_positive": float((log_ratios > band[1]).mean()),
+        "clipped_negative": float((log_ratios < band[0]).mean()),
+        "epsilon_needed": float(np.quantile(np.abs(np.expm1(log_ratios)), 1 - TOLERATED)),
+    }
 
 
-def _block(d: Sequence[np.ndarray], size: int) -> Block:
+def _block(d: Sequence[np.ndarray], size: int) -> dict[str, Any]:
     whole = [tokens[: len(tokens) // size * size].reshape(-1, size) for tokens in d]
     means = np.concatenate([blocks.mean(axis=1) for blocks in whole])
-    return Block(size, len(means), float(means.std()))
+    return {"tokens": size, "blocks": len(means), "std": float(means.std())}
 
 
-def _advice(total: LengthBucket, share: float, verdict: Verdict, rollout_dtype: str | None) -> str:
+def _advice(total: Mapping[str, Any], share: float, verdict: str, rollout_dtype: str) -> str:
     """One line: how wide the noise is, and what to change if it is too wide."""
     size = f"noise is {f'{share:.2g}' if share < 100 else f'{share:.0f}'}x of the clip range"
     if verdict == "fine":
@@ -200,13 +133,15 @@ def _advice(total: LengthBucket, share: float, verdict: Verdict, rollout_dtype: 
     effect = ": it clips little by itself but takes the update's room"
     if not tight:
         effect = (
-            f" and alone would clip {total.clipped_positive:.0%} of positive-advantage and "
-            f"{total.clipped_negative:.0%} of negative-advantage sequences"
+            f" and alone would clip {total['clipped_positive']:.0%} of positive-advantage and "
+            f"{total['clipped_negative']:.0%} of negative-advantage sequences"
         )
     remedies = ["take old_logprobs='trainer' with a correction of pi_old/mu"]
-    if abs(total.sequence_log_ratio.mean) > total.sequence_log_ratio.std:
+    if abs(total["sequence_log_ratio"]["mean"]) > total["sequence_log_ratio"]["std"]:
         remedies[0] += " (most of the noise is bias, which no length averages out)"
-    epsilon = _rounded_up(total.epsilon_needed / (FINE if tight else 1))
+    needed = total["epsilon_needed"] / (FINE if tight else 1)
+    # Up to two digits, which is more than the estimate is worth.
+    epsilon = float(Context(prec=2, rounding=ROUND_UP).create_decimal(f"{needed:.9g}"))
     if epsilon < 1:  # the surest remedy stands first
         remedies.insert(0, f"raise epsilon to {'' if tight else 'at least '}{epsilon:g}")
     if rollout_dtype in _QUIETER:
@@ -214,57 +149,33 @@ def _advice(total: LengthBucket, share: float, verdict: Verdict, rollout_dtype: 
     return f"{size}{effect}: {'; or '.join(remedies)}"
 
 
-def _rounded_up(value: float) -> float:
-    """Round up to two digits, which is more than the estimate is worth.
-
-    >>> _rounded_up(0.01734)
-    0.018
-    """
-    if not 0 < value < math.inf:
-        return value
-    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
-    return round(math.ceil(value / unit - 1e-9) * unit, 12)
-
-
-def render(report: AuditReport) -> str:
+def render(report: Mapping[str, Any]) -> str:
     """The report as text; its tables are at most 120 columns wide."""
-    total = report.total
-    labels = [f"{bucket.longer_than + 1}..{bucket.up_to}" for bucket in report.buckets]
-    labelled = [*zip(labels, report.buckets, strict=True), ("all", total)]
-    by_token, by_sequence = [], []
-    for label, bucket in labelled if len(labels) > 1 else labelled[:1]:
-        kl = (f"{bucket.kl:.2g}", f"{bucket.kl_k3:.2g}")
-        clipped = (f"{bucket.clipped_positive:.1%}", f"{bucket.clipped_negative:.1%}")
-        summary = _numbers(bucket.token_log_ratio)
-        by_token.append([label, str(bucket.tokens), *summary, *kl])
-        summary = _numbers(bucket.sequence_log_ratio)
-        by_sequence.append([label, str(bucket.sequences), *summary, *clipped])
-    names = ("mean", "spread", "p01", "p50", "p99")
-    parts: list[str | Table] = [
-        f"{report.model}, sampled in {report.rollout_dtype}, scored in float32, unchanged weights: "
-        f"{total.sequences} sequences, {total.tokens} tokens",
+    total, rows = report["total"], []
+    for bucket in (*report["buckets"], total) if len(report["buckets"]) > 1 else [total]:
+        length = "all" if bucket is total else f"{bucket['longer_than'] + 1}..{bucket['up_to']}"
+        rows.append(bucket | {"length": length})
+    parts = [
+        f"{report['model']}, sampled in {report['rollout_dtype']}, scored in float32, unchanged "
+        f"weights: {total['sequences']} sequences, {total['tokens']} tokens",
         table(
-            ("length", "tokens", *names, "KL", "KL (k3)"),
-            by_token,
-            title="d_t = log pi - log mu of the sampled tokens",
-            labels="right",
+            cells(_BY_TOKEN, [row | row["token_log_ratio"] for row in rows]),
+            "d_t = log pi - log mu of the sampled tokens",
         ),
         table(
-            ("length", "sequences", *names, "clip A>0", "clip A<0"),
-            by_sequence,
-            title="l_i = mean of d_t over a sequence; shares that noise alone would clip",
-            labels="right",
+            cells(_BY_SEQUENCE, [row | row["sequence_log_ratio"] for row in rows]),
+            "l_i = mean of d_t over a sequence; shares that noise alone would clip",
         ),
     ]
-    if report.routing_agreement is not None:
-        parts.append(f"routing agreement  {report.routing_agreement:.2%} of the experts' slots")
-    parts += [
-        f"clip range         [1 - {report.epsilon_low:g}, 1 + {report.epsilon_high:g}]",
-        f"noise allows       epsilon >= {total.epsilon_needed:.2g} (clips 5 % of the sequences)",
-        f"verdict            {report.advice}",
-    ]
-    return as_text(parts, width=120)
-
-
-def _numbers(values: Summary) -> list[str]:
-    return [f"{value:.2g}" for value in asdict(values).values()]
+    if (agreement := report["routing_agreement"]) is not None:
+        parts.append(f"routing agreement  {agreement:.2%} of the experts' slots")
+    return as_text(
+        [
+            *parts,
+            f"clip range         [1 - {report['epsilon_low']:g}, 1 + {report['epsilon_high']:g}]",
+            f"noise allows       epsilon >= {total['epsilon_needed']:.2g} "
+            "(clips 5 % of the sequences)",
+            f"verdict            {report['advice']}",
+        ],
+        width=120,
+    )

@@ -9,9 +9,8 @@ import json
 import signal
 import sys
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +21,12 @@ if TYPE_CHECKING:
     from gspo.lab.profiling import Profile
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print a JSON object as the last line.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="key=value; dotted keys reach tables.")
+]
+PictureOption = Annotated[
+    Path | None, typer.Option(help="Write a picture here: .html; .png needs kaleido, Chrome.")
+]
 
 
 def say_loading(what: str) -> None:
@@ -30,10 +35,9 @@ def say_loading(what: str) -> None:
 
 
 def audit(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="embedded:<task>, a folder or a hub id.")],
-    rollout_dtype: Annotated[
-        str, typer.Option(help="The engine's: float32, bfloat16, float16, int8 or int4.")
-    ] = "float32",
+    rollout_dtype: Annotated[str, typer.Option(help="The engine's, such as int4.")] = "float32",
     task: Annotated[str | None, typer.Option(help="Default: the embedded model's own.")] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts of the task.")] = 64,
     completions: Annotated[int, typer.Option(min=1, help="Per prompt.")] = 8,
@@ -41,36 +45,24 @@ def audit(
     temperature: Annotated[float, typer.Option(help="Above 0.")] = 1.0,
     epsilon_low: Annotated[float | None, typer.Option(help="Default: GSPO's 3e-4.")] = None,
     epsilon_high: Annotated[float | None, typer.Option(help="Default: GSPO's 4e-4.")] = None,
-    picture: Annotated[
-        Path | None, typer.Option(help="Write a picture here: .html; .png needs kaleido, Chrome.")
-    ] = None,
+    picture: PictureOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Tell whether the clip range is wider than the noise between engine and trainer."""
     say_loading(model)
-    from gspo.lab.audit import AuditSpec, run_audit
+    from gspo.lab.audit import run_audit
     from gspo.lab.audit_report import render
     from gspo.lab.pictures import draw_audit, require_plotly
 
-    spec = AuditSpec(
-        model=model,
-        rollout_dtype=rollout_dtype,  # pyright: ignore[reportArgumentType]  # it checks
-        task=task,
-        prompts=prompts,
-        completions=completions,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        epsilon_low=epsilon_low,
-        epsilon_high=epsilon_high,
-    )
     if picture is not None:
         require_plotly()
-    report, noise = run_audit(spec)
+    options = {k: v for k, v in context.params.items() if k not in ("picture", "as_json")}
+    report, log_ratios = run_audit(**options)
     print(render(report), end="")
     if picture is not None:
-        print(f"picture            {draw_audit(report, noise.log_ratios, picture)}")
+        print(f"picture            {draw_audit(report, log_ratios, picture)}")
     if as_json:
-        print(strict_json(asdict(report)))
+        print(strict_json(report))
 
 
 def inspect(
@@ -78,51 +70,34 @@ def inspect(
     step: Annotated[int | None, typer.Option(min=1, help="Default: the last one.")] = None,
     weights: Annotated[str, typer.Option(help="before or after the step, or both.")] = "both",
     presets: Annotated[str | None, typer.Option(help="Some of them, as a,b,c.")] = None,
-    matrix: Annotated[
-        bool, typer.Option("--matrix", help="Also print the cosines of all pairs.")
-    ] = False,
-    picture: Annotated[
-        Path | None,
-        typer.Option(help="Write the cosines as a picture: .html; .png needs kaleido, Chrome."),
-    ] = None,
+    matrix: Annotated[bool, typer.Option("--matrix", help="Print the cosines of all.")] = False,
+    picture: PictureOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare every method's loss, gradient and clipping on a batch that a run has stored."""
     say_loading(str(run))
-    from gspo.lab.inspect_batch import InspectSpec, inspect_run
+    from gspo.lab.inspect_batch import inspect_run
     from gspo.lab.inspect_report import render
     from gspo.lab.pictures import draw_inspection, require_plotly
 
-    names = None if presets is None else [name.strip() for name in presets.split(",")]
-    options: dict[str, Any] = {"run": run, "step": step, "weights": weights, "presets": names}
-    spec = InspectSpec(**options)
     if picture is not None:
         require_plotly()
-    inspection = inspect_run(spec)
+    names = presets and [name.strip() for name in presets.split(",")]
+    inspection = inspect_run(run, step, weights, names or None)
     print(render(inspection, matrix=matrix), end="")
     if picture is not None:
         print(f"picture: {draw_inspection(inspection, picture)}")
     if as_json:
-        print(strict_json(asdict(inspection)))
+        print(strict_json(inspection))
 
 
 def compare(
     spec: Annotated[Path | None, typer.Argument(help="The comparison, as TOML.")] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="GSPO and GRPO, two seeds, built in.")
-    ] = False,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value; dotted keys reach tables.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the cells and a rough cost, and stop.")
-    ] = False,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Cells at once. Default: one for each core.")
-    ] = None,
-    path: Annotated[
-        str | None, typer.Option("--path", help="Folder of the comparisons. Default: the spec's.")
-    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A small one, built in.")] = False,
+    overrides: SetOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List cells and cost.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="At once. Default: the cores.")] = None,
+    path: Annotated[str | None, typer.Option(help="Its folder. Default: the spec's.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare methods under stressors, over seeds. The same command goes on where it stopped."""
@@ -133,7 +108,7 @@ def compare(
     from gspo.lab.compare import read_compare_spec
     from gspo.lab.compare_cells import make_cells
     from gspo.lab.compare_runs import default_workers, run_comparison
-    from gspo.lab.compare_tables import QUICK_ADVICE, print_cells, print_result, summary_line
+    from gspo.lab.compare_tables import QUICK_ADVICE, print_cells, result_text, summary_line
 
     require_scipy()
     placed = [*(overrides or []), *([f"path={json.dumps(path)}"] if path else [])]
@@ -150,27 +125,22 @@ def compare(
         done = f"{sum(cell.status == 'done' for cell in cells)} of {len(cells)} cells are done"
         print(f"stopped: {done}; the same command goes on from there", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
-    print_result(content)
-    print(f"data: {resolved.folder / 'comparison.json'}")
+    print(f"{result_text(content)}data: {resolved.folder / 'comparison.json'}")
     page = draw(resolved.folder)
     if quick:
         print(QUICK_ADVICE)
     count = Counter(cell.status for cell in cells)
     if as_json:
-        result: dict[str, Any] = {"folder": str(resolved.folder), **page}
-        result |= {status: count[status] for status in ("done", "failed", "refused")}
-        print(strict_json(result | {"paired": content["paired"]}))
+        statuses = {status: count[status] for status in ("done", "failed", "refused")}
+        told = {"folder": str(resolved.folder), **page, **statuses, "paired": content["paired"]}
+        print(strict_json(told))
     if count["failed"]:
         raise SystemExit(1)
 
 
 def report(
-    runs: Annotated[
-        list[Path], typer.Argument(help="Folders of runs, or one folder of a comparison.")
-    ],
-    out: Annotated[
-        Path | None, typer.Option(help="Default: <RUN>/report.html. Needed for several runs.")
-    ] = None,
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or of one comparison.")],
+    out: Annotated[Path | None, typer.Option(help="Default: <RUN>/report.html.")] = None,
 ) -> None:
     """Write a run, or several side by side, as one HTML file that needs no network."""
     from gspo.lab.report.write import make_report
@@ -197,9 +167,9 @@ def draw(folder: Path) -> dict[str, str | None]:
 
 def print_profile(profile: Profile, run: Path) -> str:
     """Print where the time of the steps went, and write it to the run. Returns the file."""
-    from gspo.lab.profiling import render
+    from gspo.lab.profiling import render, write_profile
 
     report = profile.report()
-    path = report.write(run)
+    path = write_profile(report, run)
     print(f"\n{render(report)}profile: {path}")
     return str(path)

@@ -11,36 +11,19 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from gspo import dev
 from gspo.core.errors import ConfigError, check_names, suggestion
 from gspo.core.options import Options
-from gspo.experiment.spec import Spec, folder_name, named_beside, override, read_toml
-from gspo.lab.report.run_data import flat
+from gspo.experiment.spec import TABLES, Spec, flat, folder_name, named_beside, override, read_toml
 
-QUICK: dict[str, Any] = {
-    "name": "quick",
-    "presets": ["gspo", "grpo"],
-    "seeds": 2,
-    "base": {
-        "task": "sort",
-        "steps": 40,
-        "learning_rate": 3e-4,
-        "eval_prompts": 128,
-        "eval_every": 10,
-        "train.lr_warmup_steps": 5,
-    },
-}
-"""The comparison of `gspo compare --quick`: a look at the tool, not a result."""
-_DECIDED = {
-    "name": "each cell has its own folder",
-    "project": "each cell has its own folder",
+QUICK = Path(__file__).with_name("quick.toml")
+"""The comparison of `gspo compare --quick`."""
+_DECIDED: dict[str, str] = {
+    **dict.fromkeys(("name", "project"), "each cell has its own folder"),
+    **dict.fromkeys(("seed", "train.seed"), "give seeds, beside [base]"),
     "path": "give the comparison's path, beside [base]",
-    "seed": "give seeds, beside [base]",
-    "train.seed": "give seeds, beside [base]",
 }
 """Keys of a run that the comparison decides."""
-_TABLES = {"train": dev.TrainConfig, "load": dev.InternalModelConfig}
-"""Tables of a run whose names may be left out."""
 
 
-class CompareSpec(Options):
+class CompareSpec(Options, title="gspo compare"):
     """A grid: each arm under each combination of stressors, with each seed.
 
     >>> CompareSpec(base={"task": "sort"}, presets=["gspo", "grpo"], seeds=3).seeds
@@ -81,6 +64,9 @@ class CompareSpec(Options):
     def _has_arms(self) -> CompareSpec:
         if not self.presets and not self.arms:
             raise ValueError("give presets = [...] or [[arms]]: there is nothing to compare")
+        for arm in self.arms:
+            if not isinstance(arm.get("label"), str) or not arm["label"]:
+                raise ValueError(f"[[arms]] {arm}: give it a label")
         if self.name in ("cells", ".", "..") or set(self.name) & set("/\\"):
             raise ValueError(f"name = {self.name!r} cannot be the comparison's folder")
         return self
@@ -103,10 +89,9 @@ def read_compare_spec(path: Path | None, overrides: Iterable[str] = ()) -> Compa
     >>> read_compare_spec(None, ["seeds=1"]).seeds
     (0,)
     """
-    data = QUICK if path is None else {"name": path.stem} | read_toml(path)
+    path = path or QUICK
+    data = {"name": path.stem} | read_toml(path)
     spec = CompareSpec(**override(data, overrides, CompareSpec.model_fields))
-    if path is None:
-        return spec
     folder = path.parent
     stress = {
         axis: [_level_beside(axis, value, folder) for value in values]
@@ -135,14 +120,13 @@ def full_key(key: str, where: str) -> str:
     ('train.epsilon', 'load.rollout_dtype', 'steps')
     """
     first = key.partition(".")[0]
-    tables = [name for name, options in _TABLES.items() if key in options.model_fields]
     if first not in Spec.model_fields:
+        tables = [name for name, options in TABLES.items() if key in options.model_fields]
         if not tables:
+            names = [*Spec.model_fields, *(n for t in TABLES.values() for n in t.model_fields)]
             if key in dev.TrainConfig.refused:
                 check_names("dev.TrainConfig", [key], [], dev.TrainConfig.refused)
-            names = [*Spec.model_fields, *dev.TrainConfig.model_fields]
-            near = suggestion(first, [*names, *dev.InternalModelConfig.model_fields])
-            raise ConfigError(f"{where}: unknown key {key!r}.{near}")
+            raise ConfigError(f"{where}: unknown key {key!r}.{suggestion(first, names)}")
         key = f"{tables[0]}.{key}"
     if key in _DECIDED:
         raise ConfigError(f"{where}: {key!r} is not free here: {_DECIDED[key]}")

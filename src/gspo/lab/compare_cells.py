@@ -71,34 +71,23 @@ def make_cells(compare: CompareSpec) -> list[Cell]:
             that is refused everywhere.
     """
     base = _DEFAULTS | run_keys(compare.base, "base")
-    arms = _arms(compare)
-    axes = {axis: _axis(axis, values) for axis, values in compare.stress.items()}
-    _check_collisions(arms, axes)
-    cells: list[Cell] = []
-    for levels in itertools.product(*axes.values()):
-        stress = {axis: label for axis, (label, _) in zip(axes, levels, strict=True)}
-        for arm, keys in arms:
-            cells.append(_resolve(arm, stress, base | keys, levels))
-    _check_refusals(cells)
-    return [_with_seed(cell, seed, compare.path) for seed in compare.seeds for cell in cells]
-
-
-def _arms(compare: CompareSpec) -> list[Level]:
-    for table in compare.arms:
-        if not isinstance(table.get("label"), str) or not table["label"]:
-            raise ConfigError(f"[[arms]] {table}: give it a label")
     presets = [{"label": name, "train.algorithm": name} for name in compare.presets]
     arms = _levels("arm", [*presets, *compare.arms])
     labels = [label for label, _ in arms]
     if compare.baseline is not None and compare.baseline not in labels:
         near = suggestion(compare.baseline, labels)
         raise ConfigError(f"baseline = {compare.baseline!r} is no arm.{near} Arms: {labels}")
-    return arms
-
-
-def _axis(axis: str, values: list[Any]) -> list[Level]:
-    tables = [v if isinstance(v, dict) else {axis: v, "label": v} for v in values]
-    return _levels(f"stress {axis}", tables)
+    axes: dict[str, list[Level]] = {}
+    for axis, values in compare.stress.items():
+        tables = [v if isinstance(v, dict) else {axis: v, "label": v} for v in values]
+        axes[axis] = _levels(f"stress {axis}", tables)
+    _check_collisions(arms, axes)
+    cells: list[Cell] = []
+    for levels in itertools.product(*axes.values()):
+        stress = {axis: label for axis, (label, _) in zip(axes, levels, strict=True)}
+        cells += [_resolve(arm, stress, base | keys, levels) for arm, keys in arms]
+    _check_refusals(cells)
+    return [_with_seed(cell, seed, compare.path) for seed in compare.seeds for cell in cells]
 
 
 def _levels(what: str, tables: list[dict[str, Any]]) -> list[Level]:
@@ -116,18 +105,18 @@ def _levels(what: str, tables: list[dict[str, Any]]) -> list[Level]:
 def _check_collisions(arms: list[Level], axes: dict[str, list[Level]]) -> None:
     """Two settings of one key would hide one another; a factor only scales."""
     axis_of: dict[str, str] = {}
+    plain: set[str] = set()
     for axis, levels in axes.items():
-        for key in {key for _, keys in levels for key in keys}:
+        for key, value in ((key, value) for _, keys in levels for key, value in keys.items()):
             if axis_of.setdefault(key, axis) != axis:
                 raise ConfigError(f"stress {axis!r} and stress {axis_of[key]!r} both set {key}")
+            plain |= {key} if _factor(value) is None else set()
     for label, arm in arms:
-        for key in (key for key in arm if key in axis_of):
-            axis = axis_of[key]
-            if any(key in keys and _factor(keys[key]) is None for _, keys in axes[axis]):
-                raise ConfigError(
-                    f"arm {label!r} sets {key}, which the stress {axis!r} sets too: leave one "
-                    'out, or give the stressor as factors of the arm\'s value ("*0.5", "*2")'
-                )
+        for key in (key for key in arm if key in plain):
+            raise ConfigError(
+                f"arm {label!r} sets {key}, which the stress {axis_of[key]!r} sets too: leave one "
+                'out, or give the stressor as factors of the arm\'s value ("*0.5", "*2")'
+            )
 
 
 def _factor(value: Any) -> float | None:
@@ -177,20 +166,19 @@ def _check_refusals(cells: list[Cell]) -> None:
         for name in (f"arm {cell.arm!r}", *settings):
             reasons.setdefault(name, []).append(cell.error)
     for name, errors in reasons.items():
-        if all(error is not None for error in errors):
+        if None not in errors:
             raise ConfigError(f"{name} is refused in every cell: {errors[0]}")
 
 
 def _with_seed(cell: Cell, seed: int, path: str) -> Cell:
     settings = [f"{axis}={value}" for axis, value in cell.stress.items()]
     cell = replace(cell, seed=seed, id=" ".join([cell.arm, *settings, f"seed={seed}"]))
-    if cell.spec is None:
-        return cell
-    train = cell.spec.train.model_copy(update={"seed": seed})
-    place = {"seed": seed, "train": train, "path": path, "project": CELLS}
-    spec = cell.spec.model_copy(update=place)
-    cell.spec = spec.model_copy(update={"name": _run_name(spec)})
-    cell.status = "done" if cell.is_finished() else "pending"
+    if cell.spec is not None:
+        train = cell.spec.train.model_copy(update={"seed": seed})
+        place = {"seed": seed, "train": train, "path": path, "project": CELLS}
+        spec = cell.spec.model_copy(update=place)
+        cell.spec = spec.model_copy(update={"name": _run_name(spec)})
+        cell.status = "done" if cell.is_finished() else "pending"
     return cell
 
 
@@ -199,10 +187,9 @@ def _run_name(spec: Spec) -> str:
     # A method's own number of minibatches is that number, given or not.
     minibatches = resolve(options=spec.train).minibatches
     train = spec.train.model_copy(update={"minibatches": minibatches})
-    spec = spec.model_copy(update={"train": train})
-    content = spec.model_dump(mode="json", exclude_defaults=True)
-    for key in ("name", "path", "project"):
-        content.pop(key, None)
+    content = spec.model_copy(update={"train": train}).model_dump(
+        mode="json", exclude_defaults=True, exclude={"name", "path", "project"}
+    )
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
     method = spec.train.algorithm or "gspo"
     method = method if isinstance(method, str) else "own"

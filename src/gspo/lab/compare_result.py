@@ -21,34 +21,8 @@ from gspo.lab.compare_cells import Cell
 from gspo.lab.statistics import p_value, paired_difference, t_interval, verdict
 
 Row = dict[str, Any]
-"""A cell as comparison.json has it."""
+"""An object of comparison.json: a cell, or what is made of cells."""
 
-CURVES = (
-    *("train/reward", "train/reward_std", "train/groups_zero_advantage"),
-    *("val/reward", "val/reward_low", "val/reward_high"),
-    *("loss/policy", "loss/entropy", "loss/kl", "optim/grad_norm"),
-    *("ratio/clip_fraction", "ratio/clip_fraction_positive", "ratio/clip_fraction_negative"),
-    *("ratio/clip_fraction_tokens", "ratio/epsilon_low", "ratio/epsilon_high"),
-    *("ratio/log_mean", "ratio/log_p01", "ratio/log_p50", "ratio/log_p99", "ratio/log_abs_max"),
-    *("ratio/log_square", "ratio/token_log_square"),
-    *("mismatch/log_ratio_mean", "mismatch/clip_fraction", "mismatch/sequence_log_ratio_mean"),
-    *("mismatch/sequence_log_ratio_p01", "mismatch/sequence_log_ratio_p99"),
-    *("moe/experts_changed", "moe/routing_agreement", "moe/load_cv"),
-    *("tokens/completion", "tokens/completion_mean", "time/step"),
-)
-"""The metrics that a cell carries, as far as its run has them."""
-AVERAGED = {
-    "clip_fraction": "ratio/clip_fraction",
-    "clip_fraction_tokens": "ratio/clip_fraction_tokens",
-    "experts_changed": "moe/experts_changed",
-    "entropy": "loss/entropy",
-    "grad_norm": "optim/grad_norm",
-    "log_ratio_p01": "ratio/log_p01",
-    "log_ratio_p50": "ratio/log_p50",
-    "log_ratio_p99": "ratio/log_p99",
-    "completion_tokens": "tokens/completion_mean",
-}
-"""Columns of a summary: the mean over steps, then over seeds."""
 ROLES = {"auc": "primary", "reward_after": "secondary"}
 """What arms are judged by. The primary one was named before any run: the last evaluation is
 noisier than the whole curve."""
@@ -67,13 +41,12 @@ def comparison(compare: CompareSpec, cells: Sequence[Cell], *, quick: bool = Fal
         for a, b in pairs:
             paired += [_difference(arms[a], arms[b], metric) for metric in ROLES]
     cores, system = os.cpu_count(), platform.system()
-    machine = {"machine": platform.machine(), "cores": cores, "system": system}
     return {
         "name": compare.name,
         "quick": quick,
         "spec": compare.model_dump(mode="json"),
         "versions": versions(),
-        "machine": machine,
+        "machine": {"machine": platform.machine(), "cores": cores, "system": system},
         "cells": rows,
         "summary": summary,
         "paired": [difference for difference in paired if difference["n"]],
@@ -108,7 +81,8 @@ def _row(compare: CompareSpec, cell: Cell) -> Row:
 def measured(run: Path) -> Row:
     """What a finished run shows. It no longer changes."""
     records = read_metrics(run / "metrics.jsonl")
-    curves = {name: _curve(records, name) for name in CURVES if any(name in r for r in records)}
+    names = dict.fromkeys(name for record in records for name in record if name != "step")
+    curves = {name: _curve(records, name) for name in names}
     evaluations = [
         Interval(r["val/reward"], r.get("val/reward_low"), r.get("val/reward_high"))
         for r in records
@@ -142,9 +116,8 @@ def area(steps: Sequence[float], values: Sequence[float]) -> float:
     """
     if len(steps) < 2:
         return values[0]
-    points = list(zip(steps, values, strict=True))
-    total = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in itertools.pairwise(points))
-    return total / (steps[-1] - steps[0])
+    points = itertools.pairwise(zip(steps, values, strict=True))
+    return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in points) / (steps[-1] - steps[0])
 
 
 def collapsed(evaluations: Sequence[Interval]) -> bool:
@@ -173,36 +146,29 @@ def _summary(arm: Sequence[Row]) -> Row:
     """One arm under one stress, over the seeds that are done."""
     done = [row for row in arm if row["status"] == "done"]
     summary: Row = {"arm": arm[0]["arm"], "stress": arm[0]["stress"], "seeds": len(done)}
-    for name in ROLES:
-        summary[name] = asdict(t_interval([row[name] for row in done])) if done else None
-    count = sum(row["collapsed"] for row in done)
-    summary["collapsed"] = asdict(share_interval(count, len(done))) if done else None
-    for name, metric in AVERAGED.items():
-        curves = [row["curves"][metric]["value"] for row in done if metric in row["curves"]]
-        summary[name] = _mean([statistics.fmean(values) for values in curves])
+    if not done:
+        return summary
+    summary |= {name: asdict(t_interval([row[name] for row in done])) for name in ROLES}
+    collapses = sum(row["collapsed"] for row in done)
+    summary["collapsed"] = asdict(share_interval(collapses, len(done)))
     for name in ("seconds", "tokens"):
-        summary[name] = _mean([row[name] for row in done])
-    return summary
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return statistics.fmean(values) if values else None
+        summary[name] = statistics.fmean(row[name] for row in done)
+    means: dict[str, list[float]] = {}  # over the steps of each seed
+    for metric, curve in (item for row in done for item in row["curves"].items()):
+        means.setdefault(metric, []).append(statistics.fmean(curve["value"]))
+    return summary | {"means": {name: statistics.fmean(means[name]) for name in means}}
 
 
 def _difference(a: Sequence[Row], b: Sequence[Row], metric: str) -> Row:
     """What arm `a` is above arm `b` by under one stress, over the seeds that both have done."""
-    pairs = [
-        (x[metric], y[metric])
-        for x in a
-        for y in b
-        if x["seed"] == y["seed"] and x["status"] == y["status"] == "done"
-    ]
+    ours, theirs = ({r["seed"]: r[metric] for r in arm if r["status"] == "done"} for arm in (a, b))
+    pairs = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
     difference: Row = {"a": a[0]["arm"], "b": b[0]["arm"], "stress": a[0]["stress"]}
     difference |= {"metric": metric, "role": ROLES[metric], "n": len(pairs)}
     if pairs:
-        ours, theirs = zip(*pairs, strict=True)
-        interval = paired_difference(ours, theirs)
+        values = tuple(zip(*pairs, strict=True))
+        interval = paired_difference(*values)
         ends = {"difference": interval.mean, "low": interval.low, "high": interval.high}
         named = verdict(interval, difference["a"], difference["b"])
-        difference |= ends | {"p": p_value(ours, theirs), "verdict": named}
+        difference |= ends | {"p": p_value(*values), "verdict": named}
     return difference

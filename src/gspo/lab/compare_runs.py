@@ -1,8 +1,9 @@
 """Run the cells of a comparison, as many at once as there are cores, and write what comes of it.
 
-Each worker is a process that runs one cell after another: it is sent specs over its pipe, and tells
-how they go. `concurrent.futures.ProcessPoolExecutor` would not do: when one process dies it gives
-up all the others, it doesn't say which cell was at work nor how it ended, and it can't be stopped.
+Each cell is a process of its own, forked from a server that has loaded the libraries once; it tells
+over a pipe how it goes. `concurrent.futures.ProcessPoolExecutor` would not do: when one process
+dies it gives up all the others, it doesn't say which cell was at work nor how it ended, and it
+can't be stopped.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
-from gspo.backend.run import _locked
+from gspo.backend.run import locked
 from gspo.core.compute import free_cores
 from gspo.core.errors import GspoError
 from gspo.core.files import explained
@@ -39,7 +39,8 @@ from gspo.lab.compare_cells import CELLS, Cell
 from gspo.lab.compare_result import measured, write_comparison
 from gspo.policy.embedded import PREFIX, embedded_folder
 
-_SPAWN = multiprocessing.get_context("spawn")
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["gspo.experiment.loop"])
 
 
 def default_workers(cells: Sequence[Cell]) -> int:
@@ -66,20 +67,17 @@ def run_comparison(
     folder = Path(compare.path) / CELLS
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _locked(folder / ".lock")
+        lock = locked(folder / ".lock")
     with lock:
         write()
-        # Workers would each build the same embedded model.
+        # Each cell would build the same embedded model.
         for model in sorted({cell.spec.model for cell in pending if cell.spec}):
             if model.startswith(PREFIX):
                 embedded_folder(model)
-        count = min(workers, len(pending))
-        crew = [_Worker(compare.folder / f"worker-{number}.log") for number in range(count)]
+        logs = [compare.folder / f"worker-{number}.log" for number in range(workers)]
         try:
-            _run_all(pending, crew, write)
+            _run_all(pending, logs, write)
         finally:
-            for worker in crew:
-                worker.stop()
             for cell in pending:
                 if cell.status == "running":
                     cell.status = "pending"
@@ -87,48 +85,46 @@ def run_comparison(
     return content
 
 
-def _run_all(pending: Sequence[Cell], crew: Sequence[_Worker], write: Callable[[], Any]) -> None:
-    """Run the cells, with a bar for each of those at work if there is a terminal."""
-    waiting, idle = deque(pending), deque(crew)
-    busy: dict[Any, _Worker] = {}  # by the worker's end of the pipe
+def _run_all(pending: Sequence[Cell], logs: Sequence[Path], write: Callable[[], Any]) -> None:
+    """Run the cells, one per log at a time, with a bar for each of them on a terminal."""
+    waiting, free = deque(pending), deque(logs)
+    busy: dict[Any, _Job] = {}  # by the process's end of the pipe
     console = Console(highlight=False)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         whole = progress.add_task("cells", total=len(pending))
-        while waiting or busy:
-            while waiting and idle:
-                worker = idle.popleft()
-                worker.begin(waiting.popleft(), progress)
-                busy[worker.connection] = worker
-            for connection in wait(busy):
-                worker = busy[connection]
-                worker.follow(progress)
-                if worker.cell.status != "running":
-                    idle.append(busy.pop(connection))
-                    progress.advance(whole)
-                    done = f"{len(pending) - len(waiting) - len(busy)}/{len(pending)}"
-                    console.print(f"{done}  {worker.outcome()}", markup=False, soft_wrap=True)
-                    write()
+        try:
+            while waiting or busy:
+                while waiting and free:
+                    job = _Job(waiting.popleft(), free.popleft(), progress)
+                    busy[job.connection] = job
+                for connection in wait(busy):
+                    job = busy[connection]
+                    job.follow(progress)
+                    if job.cell.status != "running":
+                        free.append(busy.pop(connection).log)
+                        progress.advance(whole)
+                        done = f"{len(pending) - len(waiting) - len(busy)}/{len(pending)}"
+                        console.print(f"{done}  {job.outcome()}", markup=False, soft_wrap=True)
+                        write()
+        finally:
+            for job in busy.values():
+                job.stop()
 
 
-class _Worker:
-    """A process that runs cells; started for the first of them, and again after it has died."""
+class _Job:
+    """A process that runs a cell and prints to the end of `log`."""
 
-    def __init__(self, log: Path):
-        self._log = log
-        self._process: Any = None
-        self.connection: Connection
-        self.cell: Cell
-
-    def begin(self, cell: Cell, progress: Progress) -> None:
-        """Start to run a cell."""
+    def __init__(self, cell: Cell, log: Path, progress: Progress):
         assert cell.spec is not None
-        if self._process is None or not self._process.is_alive():
-            self._start()
         cell.status = "running"
-        self.cell, self._began = cell, time.perf_counter()
+        self.cell, self.log, self._began = cell, log, time.perf_counter()
         self._bar = progress.add_task(escape(cell.id), total=cell.spec.steps)
-        with suppress(ConnectionError):  # the process has died, which `follow` sees
-            self.connection.send(cell.spec)
+        self.connection, other_end = _SERVER.Pipe()
+        self._process = _SERVER.Process(target=_run_cell, args=(cell.spec, other_end, log))
+        # Only for the server: a model that this process loads later may use all cores.
+        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE"):
+            self._process.start()
+        other_end.close()  # so that the end of the process is the end of the pipe
 
     def follow(self, progress: Progress) -> None:
         """Read the next message of the process, and set the status of the cell by it."""
@@ -136,7 +132,7 @@ class _Worker:
             status, value = self.connection.recv()
         except (EOFError, OSError):
             self._process.join()
-            status, value = "failed", f"{_ending(self._process.exitcode)}; see {self._log}"
+            status, value = "failed", f"{_ending(self._process.exitcode or 0)}; see {self.log}"
         self.cell.status = status
         if status == "running":
             progress.update(self._bar, completed=int(value))
@@ -148,29 +144,14 @@ class _Worker:
         """One line on the cell that has ended."""
         text = f"failed: {self.cell.error}"
         if self.cell.status == "done":
-            text = "held-out {reward_before:.2f} to {reward_after:.2f}".format(
-                **measured(self.cell.folder)
-            )
+            rewards = measured(self.cell.folder)
+            text = "held-out {reward_before:.2f} to {reward_after:.2f}".format(**rewards)
         return f"{self.cell.id}  {text}  {time.perf_counter() - self._began:.0f} s"
 
     def stop(self) -> None:
-        """End the process. A run in progress goes on from its last checkpoint another time."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-
-    def _start(self) -> None:
-        self.connection, other_end = _SPAWN.Pipe()
-        self._process = _SPAWN.Process(target=_run_cells, args=(other_end, self._log))
-        # Ctrl-C on the terminal is for this process only, which ends the others.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            # Only for the worker: a model that this process loads later may use all cores.
-            with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE"):
-                self._process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        other_end.close()  # so that the end of the process is the end of the pipe
+        """End the process. The run goes on from its last checkpoint another time."""
+        self._process.kill()
+        self._process.join()
 
 
 def _ending(code: int) -> str:
@@ -180,22 +161,22 @@ def _ending(code: int) -> str:
     return f"the worker process was ended by {signal.Signals(-code).name}{hint}"
 
 
-def _run_cells(connection: Connection, log: Path) -> None:
-    """The life of a worker's process."""
+def _run_cell(spec: Spec, connection: Connection, log: Path) -> None:
+    """The life of a cell's process."""
+    # Ctrl-C on the terminal is for the parent only, which ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    while True:
-        spec: Spec = connection.recv()
-        try:
-            asyncio.run(run_experiment(spec, _Reporter(connection)))
-        except Exception as error:  # one cell's failure is not the others'
-            traceback.print_exc()
-            name = "" if isinstance(error, GspoError) else f"{type(error).__name__}: "
-            connection.send(("failed", f"{name}{error}"[:2000]))
-        else:
-            connection.send(("done", None))
+    try:
+        asyncio.run(run_experiment(spec, _Reporter(connection)))
+    except Exception as error:  # one cell's failure is not the others'
+        traceback.print_exc()
+        name = "" if isinstance(error, GspoError) else f"{type(error).__name__}: "
+        connection.send(("failed", f"{name}{error}"[:2000]))
+    else:
+        connection.send(("done", None))
 
 
 def _end_with_parent() -> None:

@@ -1,21 +1,26 @@
-"""A comparison on the terminal: the dry run's list, and the tables at its end."""
+"""A comparison as text: the list of a dry run, and the tables of the terminal and the report."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from gspo.core.intervals import LEVEL, Interval
+from gspo.core.intervals import LEVEL
 from gspo.lab.compare_cells import Cell
 from gspo.lab.compare_result import measured
 from gspo.lab.statistics import NO_DIFFERENCE, NO_INTERVAL, holm
+from gspo.lab.tables import as_text, cells, table
 from gspo.policy.embedded import PREFIX
 
+Row = Mapping[str, Any]
+"""An object of comparison.json."""
+
+SUMMARY = ("arm", "stress", "seeds", "reward_after", "auc", "collapsed", "ratio/clip_fraction")
+PAIRED = ("a", "b", "stress", "metric", "n", "difference", "verdict")
+"""Fields of comparison.json: the columns of a table."""
 QUICK_ADVICE = (
     "Two seeds show nothing: read this as a look at the tool, not as a result. Next: write a spec "
     "with seeds = 5 or more, several learning rates, and your own task (docs/compare.md), and run "
@@ -62,45 +67,45 @@ def _estimate(cells: Sequence[Cell], workers: int) -> str:
     return f"; roughly {time} ({source})"
 
 
-def print_result(content: dict[str, Any], console: Console | None = None) -> None:
-    """The summary, the paired differences, and what failed or was refused."""
-    if console is None:  # without a terminal it is wide enough for every column
-        width = None if Console().is_terminal else 140
-        console = Console(width=width, highlight=False, markup=False)
-    summary = [row for row in content["summary"] if row["seeds"]]
-    shown = [name for name in _COLUMNS if console.width >= _ROOMY or name not in _EXTRA]
-    title = f"{content['name']}: means over seeds ± half of the 95 % interval"
-    _print_table(console, title, ["arm"], summary, {name: _COLUMNS[name] for name in shown})
+def result_text(content: Row, width: int | None = None) -> str:
+    """The summary, the paired differences, and what failed or was refused.
+
+    Args:
+        content: that of comparison.json.
+        width: of the tables; None: that of the terminal, or wide enough if there is none.
+    """
+    console = Console()
+    width = width or (console.width if console.is_terminal else 140)
+    tables = []
+    if summary := [row for row in content["summary"] if row["seeds"]]:
+        title = f"{content['name']}: means over seeds with their 95 % interval"
+        tables.append(table(stressed_cells(SUMMARY, summary), title))
     if content["paired"]:
-        title = "differences, a - b, paired by seed"
-        _print_table(console, title, ["a", "b"], content["paired"], _PAIR_COLUMNS)
-    for line in [*_counts(content["paired"]), *_missing(content["cells"])]:
-        console.print(line, soft_wrap=True)
+        rows = stressed_cells(PAIRED, content["paired"])
+        tables.append(table(rows, "differences, a - b, paired by seed"))
+    lines = [*_counts(content["paired"]), *_missing(content["cells"])]
+    return as_text([*tables, *lines], width)
 
 
-def _print_table(
-    console: Console,
-    title: str,
-    names: list[str],
-    rows: Sequence[dict[str, Any]],
-    columns: dict[str, Callable[[dict[str, Any]], str]],
-) -> None:
-    """Print a table: names and stress at the left, then the columns."""
-    axes = list(dict.fromkeys(axis for row in rows for axis in row["stress"]))
-    labels = [[str(row[n]) for n in names] + [str(row["stress"][a]) for a in axes] for row in rows]
-    table = Table(title=title, box=box.SIMPLE)
-    for name, *values in zip([*names, *axes], *labels, strict=True):
-        # What says which row it is keeps its values whole, on a narrow terminal too.
-        table.add_column(name, min_width=max(map(len, values), default=0), overflow="fold")
-    for name in columns:
-        words = name == "verdict"
-        table.add_column(name, justify="left" if words else "right", no_wrap=not words)
-    for row, label in zip(rows, labels, strict=True):
-        table.add_row(*label, *(text(row) for text in columns.values()))
-    console.print(table)
+def stressed_cells(names: Iterable[str], rows: Sequence[Row]) -> list[list[str]]:
+    """The cells of a table in which each axis of the stress has a column.
+
+    >>> stressed_cells(["arm", "stress"], [{"arm": "gspo", "stress": {"epochs": 2}}])
+    [['arm', 'epochs='], ['gspo', '2']]
+    """
+    axes = list(dict.fromkeys(f"{axis}=" for row in rows for axis in row["stress"]))
+    columns = [column for name in names for column in (axes if name == "stress" else [name])]
+    flat = []
+    for row in rows:
+        stress = {f"{axis}=": str(value) for axis, value in row["stress"].items()}
+        fields = {**row, **row.get("means", {}), **stress}
+        if "difference" in row:
+            fields["difference"] = {**row, "mean": row["difference"]}
+        flat.append(fields)
+    return cells(columns, flat)
 
 
-def _counts(pairs: Sequence[dict[str, Any]]) -> Iterable[str]:
+def _counts(pairs: Sequence[Row]) -> Iterable[str]:
     """How many differences are shown of each metric, and how many would be by chance."""
     judged = [pair for pair in pairs if pair["verdict"] != NO_INTERVAL]
     for role in ("primary", "secondary"):
@@ -108,7 +113,7 @@ def _counts(pairs: Sequence[dict[str, Any]]) -> Iterable[str]:
         if not of_role:
             continue
         shown = sum(pair["verdict"] != NO_DIFFERENCE for pair in of_role)
-        line = f"{_METRICS[of_role[0]['metric']]}, the {role} metric: {shown} of {len(of_role)} "
+        line = f"{of_role[0]['metric']}, the {role} metric: {shown} of {len(of_role)} "
         line += "differences shown"
         if role == "primary":
             left = sum(p < 1 - LEVEL for p in holm([pair["p"] for pair in of_role]))
@@ -118,36 +123,11 @@ def _counts(pairs: Sequence[dict[str, Any]]) -> Iterable[str]:
         yield "Of differences that are none, about one in twenty is shown by chance."
 
 
-def _missing(cells: Sequence[dict[str, Any]]) -> Iterable[str]:
+def _missing(cells: Sequence[Row]) -> Iterable[str]:
     """The cells without a result, by the reason."""
-    for status in ("refused", "failed", "pending"):
-        rows = [cell for cell in cells if cell["status"] == status]
-        for reason in dict.fromkeys(cell["error"] for cell in rows):
-            ids = ", ".join(cell["id"] for cell in rows if cell["error"] == reason)
-            yield f"{status}: {ids}: {reason}" if reason else f"{status}: {ids}"
-
-
-def _plus_minus(value: dict[str, float]) -> str:
-    """Student's interval is symmetric."""
-    mean = f"{value['mean']:.3f}"
-    return mean if value["high"] is None else f"{mean} ± {value['high'] - value['mean']:.3f}"
-
-
-_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "seeds": lambda row: str(row["seeds"]),
-    "reward": lambda row: _plus_minus(row["reward_after"]),
-    "AUC": lambda row: _plus_minus(row["auc"]),
-    "collapsed": lambda row: "{mean:.0%} [{low:.0%}, {high:.0%}]".format(**row["collapsed"]),
-    "clipped": lambda row: "-" if row["clip_fraction"] is None else f"{row['clip_fraction']:.0%}",
-    "tokens": lambda row: f"{row['tokens'] / 1000:,.0f}k",
-    "s": lambda row: f"{row['seconds']:.0f}",
-}
-_EXTRA, _ROOMY = ("AUC", "tokens", "s"), 110
-"""Columns that a terminal of fewer characters does without; the report has them."""
-_METRICS = {"reward_after": "reward", "auc": "AUC"}
-_PAIR_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "metric": lambda pair: _METRICS[pair["metric"]],
-    "n": lambda pair: str(pair["n"]),
-    "difference": lambda pair: str(Interval(pair["difference"], pair["low"], pair["high"])),
-    "verdict": lambda pair: pair["verdict"],
-}
+    ids: dict[tuple[str, str | None], list[str]] = {}
+    for cell in cells:
+        if cell["status"] in ("refused", "failed", "pending"):
+            ids.setdefault((cell["status"], cell["error"]), []).append(cell["id"])
+    for (status, reason), names in ids.items():
+        yield f"{status}: {', '.join(names)}" + (f": {reason}" if reason else "")

@@ -94,10 +94,9 @@ def _counted(policy: Policy, length: int) -> tuple[int, int]:
     tokens = torch.arange(length, device=policy.device)[None]
     passes = []
     hidden = torch.empty(0)
+    experts = {torch.ops.aten._grouped_mm: _grouped_mm}
     for is_forward in (True, False):
-        counter = FlopCounterMode(
-            display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm}
-        )
+        counter = FlopCounterMode(display=False, custom_mapping=experts)
         # Only this implementation of attention is made of products that torch counts on the CPU.
         with sdpa_kernel(SDPBackend.MATH), policy.autocast(), torch.enable_grad(), counter:
             if is_forward:
@@ -106,12 +105,10 @@ def _counted(policy: Policy, length: int) -> tuple[int, int]:
             elif hidden.requires_grad:
                 trained = list(policy.trainable.values())
                 torch.autograd.grad(hidden.sum(), trained, allow_unused=True)
-        by_module = counter.get_flop_counts()
         # Without the angles of rotary embeddings, an outer product of positions and frequencies.
-        angles = [ops for name, ops in by_module.items() if name.endswith("rotary_emb")]
-        passes.append(
-            sum(by_module.get("Global", {}).values()) - sum(sum(ops.values()) for ops in angles)
-        )
+        counts = counter.get_flop_counts().items()
+        angles = sum(sum(ops.values()) for name, ops in counts if name.endswith("rotary_emb"))
+        passes.append(counter.get_total_flops() - angles)
     return passes[0], passes[1]
 
 

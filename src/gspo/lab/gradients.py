@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gspo.train.budget import token_budget
 from gspo.train.expert_replay import ExpertReplay
 from gspo.train.minibatches import RolloutBatch
 from gspo.train.observe import Observer
@@ -44,9 +43,7 @@ def method_gradient(
     policy.lm.eval()
     settings = settings.model_copy(update={"router_aux_loss_coef": 0.0})
     watch = Observer(policy, batch)
-    budget = token_budget(policy.lm.config.get_text_config(), policy.checkpointing)
-    experts = ExpertReplay(policy, settings, watch.metrics, budget)
-    call = Call(settings, settings.objective, [batch.samples], experts, watch)
+    call = Call(settings, [batch.samples], ExpertReplay(policy, settings, watch.metrics), watch)
     trainer.gradient(batch.samples, call)
     parameters = policy.trainable.values()
     gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 
 from gspo.backend.stored_batch import UpdateRecord
-from gspo.core.errors import ConfigError
+from gspo.core.errors import ConfigError, check_names
 from gspo.core.metrics import Metrics
-from gspo.core.options import Options
 from gspo.data.sample import TrajectorySamples, unit_count
-from gspo.dev import Algorithm
 from gspo.lab.audit_report import summarise
 from gspo.lab.gradients import cosines, gram, method_gradient
-from gspo.lab.inspect_report import AtWeights, Inspection, Method
-from gspo.lab.stored_step import StoredStep, Weights
+from gspo.lab.stored_step import WEIGHTS, StoredStep
 from gspo.objective import PRESETS
 from gspo.policy.load import Policy
-from gspo.train.budget import token_budget
 from gspo.train.expert_replay import ExpertReplay
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.old_logprobs import with_trainer_logprobs
@@ -33,115 +27,126 @@ from gspo.train.settings import Settings
 OWN = "this run"
 """Name of the run's own method if no preset equals it."""
 _METHOD = (
-    "algorithm",
-    "importance_sampling_level",
-    "epsilon",
-    "epsilon_high",
-    "epsilon_scale",
-    "scale_rewards",
-    "correction",
-    "correction_low",
-    "correction_high",
+    *("algorithm", "importance_sampling_level", "epsilon", "epsilon_high", "epsilon_scale"),
+    *("scale_rewards", "correction", "correction_low", "correction_high"),
 )
 """Options that belong to the method: another preset has its own. The rest stays the run's."""
-
 _MEASURED = {
     "loss": "loss/policy",
     "kl": "loss/kl",
     "clip_fraction": "ratio/clip_fraction",
     "clip_fraction_tokens": "ratio/clip_fraction_tokens",
 }
-"""Fields of a `Method` that are metrics of training."""
+"""What is told of a method, of the metrics of training."""
 
 
-class InspectSpec(Options):
-    """What is inspected."""
-
-    run: Path
-    """Folder of the run."""
-    step: int | None = Field(default=None, ge=1)
-    """Call of `train` whose batch is taken. None: the last one."""
-    weights: Literal["before", "after", "both"] = "both"
-    """`before`: those that the step's first update started from; `after`: those it ended with."""
-    presets: tuple[Algorithm, ...] | None = None
-    """None: all. The run's own method is always there."""
-
-
-def inspect_run(spec: InspectSpec) -> Inspection:
+def inspect_run(
+    run: Path,
+    number: int | None = None,
+    weights: str = "both",
+    presets: Sequence[str] | None = None,
+) -> dict[str, Any]:
     """Loss, gradient, clipping and the gradients' cosines of each method on a stored batch.
+
+    Args:
+        run: folder of the run.
+        number: of the step, whose batch is taken; None: the last one.
+        weights: `before`: those that the step's first update started from; `after`: those it ended
+            with; or `both`.
+        presets: None: all. The run's own method is always there.
+
+    Returns:
+        A JSON object: what the batch is, `own` (the name of the run's own method), `trained`
+        (trajectories with an advantage under it), `left_out` (terms of the run's loss that are the
+        same for every method), and `at`: what `_at_weights` returns, before and after the step.
 
     Raises:
         RunError: no such run or step, or the weights are no longer on disk.
-        ConfigError: too many presets for the memory.
+        ConfigError: an unknown name, or too many presets for the memory.
     """
-    step = StoredStep(spec.run, spec.step)
+    check_names("gspo inspect", presets or (), PRESETS, {}, "preset")
+    check_names("gspo inspect", [weights], (*WEIGHTS, "both"), {}, "value of --weights")
+    step = StoredStep(run, number)
     training = step.settings()
-    names: tuple[Weights, ...] = ("before", "after")
-    chosen = names if spec.weights == "both" else (spec.weights,)
+    chosen = [name for name in WEIGHTS if weights in (name, "both")]
     # Whether training fixed something by the weights before the step.
     by_trainer = training.routing_replay == "old_policy" or training.old_logprobs == "trainer"
     step.check_weights(chosen, needs_before=by_trainer)
-    methods = make_methods(step.record, training, spec.presets)
-    batches = {settings.advantage: _batch(step, settings) for settings in methods.values()}
+    methods = make_methods(step.record, training, presets)
+    batches = {
+        settings.preset.advantage: prepare(step.groups, settings, context=step.record.context)
+        for settings in methods.values()
+    }
     if by_trainer:
         policy = step.load("before")
         for kind, batch in batches.items():
             samples = as_trained(policy, batch.samples, training)
             batches[kind] = replace(batch, samples=samples)
-    batch = batches[training.advantage]
+    batch = batches[training.preset.advantage]
     balance = training.router_aux_loss_coef
-    return Inspection(
-        run=str(spec.run),
-        step=step.number,
-        own=next(iter(methods)),
-        options=step.record.options,
-        trajectories=len(batch.samples),
-        dropped=batch.dropped,
-        groups=len(set(batch.groups)),
-        flat_groups=batch.flat_groups,
-        trained=sum(samples[0].advantage != 0 for samples in batch.samples),
-        tokens=sum(sample.sampled for samples in batch.samples for sample in samples),
-        left_out=(f"router_aux_loss_coef={balance:g}",) if balance else (),
-        at=tuple(_at_weights(step, weights, methods, batches) for weights in chosen),
-    )
+    return {
+        "run": str(run),
+        "step": step.number,
+        "own": next(iter(methods)),
+        "options": step.record.options,
+        "trajectories": len(batch.samples),
+        "dropped": batch.dropped,
+        "groups": len(set(batch.groups)),
+        "flat_groups": batch.flat_groups,
+        "trained": sum(samples[0].advantage != 0 for samples in batch.samples),
+        "tokens": sum(sample.sampled for samples in batch.samples for sample in samples),
+        "left_out": [f"router_aux_loss_coef={balance:g}"] if balance else [],
+        "at": [_at_weights(step, name, methods, batches) for name in chosen],
+    }
 
 
 def _at_weights(
     step: StoredStep,
-    weights: Weights,
+    weights: str,
     methods: Mapping[str, Settings],
     batches: Mapping[str, RolloutBatch],
-) -> AtWeights:
+) -> dict[str, Any]:
+    """All methods at one set of weights, each on the whole batch as one optimizer step.
+
+    Returns:
+        `weights`, their `source`, the `log_ratio` of the sequences that the run's own method trains
+        on, the `methods` (the run's own first), and the `cosines` of each pair of gradients. Of a
+        method, `epsilon` is None if it has no range, `sequences` is N, `loss` is without the KL
+        term and `grad_norm` with it, before any clipping by norm; `cosine` is with the run's own.
+    """
     trainer = step.trainer(step.load(weights))
     _check_memory(trainer.policy, len(methods))
     gradients, log_ratios = [], []
     rows: list[dict[str, Any]] = []
     for name, settings in methods.items():
-        batch, objective = batches[settings.advantage], settings.objective
+        batch, objective = batches[settings.preset.advantage], settings.objective
         batch = batch if settings.preset.counts_flat else batch.with_signal()
         watch, gradient = method_gradient(trainer, batch, settings)
         gradients.append(gradient)
         log_ratios.append([trace.log_ratio for trace in watch.traces if trace.advantage])
         metrics, unit = watch.metrics.compute(), settings.sequence_unit
-        clip_range = (objective.epsilon_low, objective.epsilon_high)
-        rows.append(
-            {
-                "name": name,
-                "epsilon": clip_range if objective.has_range else None,
-                "sequences": sum(unit_count(samples, unit) for samples in batch.samples),
-            }
-            | {field: metrics.get(key, 0.0) for field, key in _MEASURED.items()}
-        )
+        clip_range = [objective.epsilon_low, objective.epsilon_high]
+        row = {
+            "name": name,
+            "epsilon": clip_range if objective.has_range else None,
+            "sequences": sum(unit_count(samples, unit) for samples in batch.samples),
+        }
+        rows.append(row | {field: metrics.get(key, 0.0) for field, key in _MEASURED.items()})
     products = gram(gradients)
     matrix, norms = cosines(products), products.diag().sqrt().tolist()
-    columns = zip(rows, norms, matrix[0], strict=True)
-    measured = tuple(Method(**row, grad_norm=norm, cosine=cosine) for row, norm, cosine in columns)
-    summary = summarise(np.array(log_ratios[0])) if log_ratios[0] else None
-    return AtWeights(weights, step.weights_of(weights), summary, measured, matrix)
+    for row, norm, cosine in zip(rows, norms, matrix[0], strict=True):
+        row |= {"grad_norm": norm, "cosine": cosine}
+    return {
+        "weights": weights,
+        "source": step.weights_of(weights),
+        "log_ratio": summarise(np.array(log_ratios[0])) if log_ratios[0] else None,
+        "methods": rows,
+        "cosines": matrix,
+    }
 
 
 def make_methods(
-    record: UpdateRecord, training: Settings, presets: tuple[Algorithm, ...] | None = None
+    record: UpdateRecord, training: Settings, presets: Sequence[str] | None = None
 ) -> dict[str, Settings]:
     """The run's own method first, then the presets with their own defaults.
 
@@ -149,40 +154,24 @@ def make_methods(
     """
 
     def method(settings: Settings) -> tuple[object, ...]:
-        return settings.objective, settings.advantage, settings.preset.counts_flat
+        return settings.objective, settings.preset.advantage, settings.preset.counts_flat
 
     dropped = dict.fromkeys(_METHOD)
     by_name = {name: record.settings(**dropped | {"algorithm": name}) for name in PRESETS}
     run_name = next((n for n, s in by_name.items() if method(s) == method(training)), OWN)
-    return {run_name: training} | {
-        name: settings
-        for name, settings in by_name.items()
-        if name != run_name and (presets is None or name in presets)
-    }
+    chosen = by_name if presets is None else {n: by_name[n] for n in by_name if n in presets}
+    return {run_name: training} | {n: s for n, s in chosen.items() if n != run_name}
 
 
 def as_trained(
     policy: Policy, trajectories: Sequence[TrajectorySamples], settings: Settings
 ) -> tuple[TrajectorySamples, ...]:
     """The samples with what the trainer fixes before its first update: expert choices, pi_old."""
-    budget = token_budget(policy.lm.config.get_text_config(), policy.checkpointing)
-    with torch.no_grad():
-        recorded = ExpertReplay(policy, settings, Metrics(), budget).start([trajectories])
+    recorded = ExpertReplay(policy, settings, Metrics()).start([trajectories])
     fixed = [recorded.get(samples[0].trajectory_id, samples) for samples in trajectories]
     if settings.old_logprobs == "trainer":
-        replay = settings.routing_replay != "none"
-        fixed = with_trainer_logprobs(policy, fixed, budget, None, replay=replay)
+        fixed = with_trainer_logprobs(policy, fixed, settings)
     return tuple(fixed)
-
-
-def _batch(step: StoredStep, settings: Settings) -> RolloutBatch:
-    return prepare(
-        step.groups,
-        context=step.record.context,
-        advantage=settings.advantage,
-        overlong=settings.overlong,
-        drop_too_long=settings.on_too_long == "drop",
-    )
 
 
 def _check_memory(policy: Policy, methods: int) -> None:
@@ -190,11 +179,10 @@ def _check_memory(policy: Policy, methods: int) -> None:
     free = free_memory(policy.device)
     size = 4 * sum(p.numel() for p in policy.trainable.values())
     if free is not None and methods * size > free:
-        fit = max(free // size, 1)
         raise ConfigError(
             f"{methods} gradients of {size / 2**20:,.0f} MiB each don't fit the "
-            f"{free / 2**20:,.0f} MiB that are free: name at most {fit} methods with --presets, "
-            "the run's own included"
+            f"{free / 2**20:,.0f} MiB that are free: name at most {max(free // size, 1)} methods "
+            "with --presets, the run's own included"
         )
 
 
@@ -203,6 +191,6 @@ def free_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
-    text = meminfo.read_text() if meminfo.exists() else ""
-    match = re.search(r"MemAvailable:\s+(\d+) kB", text)
-    return int(match[1]) * 1024 if match else None
+    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
+    kilobytes = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(kilobytes[0]) * 1024 if kilobytes else None

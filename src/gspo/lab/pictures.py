@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import html
 import logging
+from collections.abc import Mapping
+from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +13,10 @@ import numpy as np
 
 from gspo.core.errors import MissingDependencyError
 from gspo.core.files import explained, replacing, write_whole
-from gspo.lab.audit_report import AuditReport, clip_band
+from gspo.lab.audit_report import clip_band
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-
-    from gspo.lab.inspect_report import Inspection
 
 log = logging.getLogger("gspo")
 
@@ -37,7 +36,7 @@ def write_picture(figure: go.Figure, path: Path) -> Path:
 
     A name that ends in `.html` needs nothing more; the file needs no network. An image (`.png`,
     `.svg`, `.pdf`) is plotly's export, by kaleido and an installed Chrome: without them the
-    figure is written as HTML under the same name, with a warning that says why.
+    figure is written as `<name>.png.html`, with a warning that says why.
 
     Raises:
         RunError: the file cannot be written.
@@ -52,18 +51,11 @@ def write_picture(figure: go.Figure, path: Path) -> Path:
         except (ValueError, RuntimeError) as error:  # plotly says what is missing in many lines
             why = str(error).strip().splitlines()[0].rstrip(",")
             log.warning("%s is written as HTML, an image needs kaleido and Chrome: %s", path, why)
-            path = path.with_suffix(".html")
-    write_whole(path, figure.to_html(config={"displayModeBar": False}))
+            path = path.with_name(f"{path.name}.html")
+    page = figure.to_html(config={"displayModeBar": False})
+    title = f"<head><title>{figure.layout.title.text or path.stem} · gspo</title>"  # type: ignore
+    write_whole(path, page.replace("<head>", title, 1))
     return path
-
-
-def plain_text(label: str) -> str:
-    """Escape a label, in which plotly would look for markup.
-
-    >>> plain_text("a<b>c")
-    'a&lt;b&gt;c'
-    """
-    return html.escape(label, quote=False)
 
 
 def styled(figure: go.Figure, **layout: Any) -> go.Figure:
@@ -75,60 +67,65 @@ def styled(figure: go.Figure, **layout: Any) -> go.Figure:
     return figure.update_yaxes(exponentformat="e", minexponent=5).update_layout(layout)
 
 
-def draw_audit(report: AuditReport, log_ratios: np.ndarray, path: Path) -> Path:
+def draw_audit(report: Mapping[str, Any], log_ratios: np.ndarray, path: Path) -> Path:
     """Write the picture of an audit: l_i against the clip range, and its spread against length.
 
     Args:
+        report: see `audit_report.make_report`.
         log_ratios: [S] l_i of the sequences.
         path: see `write_picture`.
     """
     from plotly.subplots import make_subplots
 
-    clipped = (report.total.clipped_positive, report.total.clipped_negative)
     titles = (
-        "noise clips {:.0%} of A > 0, {:.0%} of A < 0".format(*clipped),
+        "noise clips {clipped_positive:.0%} of A > 0, {clipped_negative:.0%} of A < 0",
         "spread and bias of l<sub>i</sub> against length",
     )
+    titles = [title.format(**report["total"]) for title in titles]
     figure = make_subplots(1, 2, subplot_titles=titles)
     _add_histogram(figure, report, log_ratios)
     _add_spread(figure, report)
-    title = plain_text(f"{report.model}, sampled in {report.rollout_dtype}: {report.verdict}")
+    title = escape("{model}, sampled in {rollout_dtype}: {verdict}".format(**report))
     styled(figure, title=title, width=1150, height=480, margin_t=90, legend={"y": -0.3})
     return write_picture(figure, path)
 
 
-def _add_histogram(figure: go.Figure, report: AuditReport, log_ratios: np.ndarray) -> None:
+def _add_histogram(figure: go.Figure, report: Mapping[str, Any], log_ratios: np.ndarray) -> None:
     """Sequences by l_i; what lies outside the axis is counted in its first and last bar."""
-    low, high = clip_band(report.epsilon_low, report.epsilon_high)
+    low, high = clip_band(report["epsilon_low"], report["epsilon_high"])
     left, right = np.quantile(log_ratios, (0.02, 0.98))
     left, right = min(left, max(low, -1.0)), max(right, high)
     margin = 0.1 * (right - left)
-    inside = np.clip(log_ratios, left - margin, right + margin)
-    # Over the whole axis, so that noise far below the clip range still has bars to be seen.
-    counts, edges = np.histogram(inside, bins=60, range=(left - margin, right + margin))
+    ends = (left - margin, right + margin)
     place: dict[str, Any] = {"row": 1, "col": 1}
-    figure.add_bar(x=edges[:-1], y=counts, offset=0, name="sequences", **place)
+    # Over the whole axis, so that noise far below the clip range still has bars to be seen.
+    bins = {"start": ends[0], "end": ends[1], "size": (ends[1] - ends[0]) / 60}
+    figure.add_histogram(x=np.clip(log_ratios, *ends), xbins=bins, name="sequences", **place)
     band = {"fillcolor": "green", "opacity": 0.25, "line_width": 0}
-    figure.add_vrect(x0=max(low, edges[0]), x1=high, **band, **place)
-    bias = report.total.sequence_log_ratio.mean
+    figure.add_vrect(x0=max(low, ends[0]), x1=high, **band, **place)
+    bias = report["total"]["sequence_log_ratio"]["mean"]
     figure.add_vline(x=bias, line_color="red", annotation_text="mean: the bias", **place)
     figure.update_xaxes(title="l<sub>i</sub> on unchanged weights; green: not clipped", **place)
 
 
-def _add_spread(figure: go.Figure, report: AuditReport) -> None:
+def _add_spread(figure: go.Figure, report: Mapping[str, Any]) -> None:
     """Spread on log-log axes, where 1/sqrt(L) is a straight line."""
-    blocks = [(b.tokens, b.std) for b in report.blocks if b.blocks > 1 and b.std > 0]
-    sized = [bucket for bucket in report.buckets if bucket.sequences > 1]
-    points = [(bucket.tokens / bucket.sequences, bucket.sequence_log_ratio.std) for bucket in sized]
-    whole = [(length, std) for length, std in points if std > 0]
-    token = report.total.token_log_ratio
+    blocks = [(b["tokens"], b["std"]) for b in report["blocks"] if b["blocks"] > 1 and b["std"] > 0]
+    whole = [
+        (bucket["tokens"] / bucket["sequences"], bucket["sequence_log_ratio"]["std"])
+        for bucket in report["buckets"]
+        if bucket["sequences"] > 1 and bucket["sequence_log_ratio"]["std"] > 0
+    ]
+    token = report["total"]["token_log_ratio"]
     longest = max(length for length, _ in [(1.5, 0.0), *blocks, *whole])
-    levels = {"|mean of d<sub>t</sub>|": abs(token.mean), "ε below 1": report.epsilon_low}
+    bias, epsilon = abs(token["mean"]), report["epsilon_low"]
     curves = {
         "spread, blocks of L": blocks,
         "spread, whole sequences": whole,
-        "spread of d<sub>t</sub> / √L": [(1, token.std), (longest, token.std / longest**0.5)],
-    } | {name: [(1, level), (longest, level)] for name, level in levels.items()}
+        "spread of d<sub>t</sub> / √L": [(1, token["std"]), (longest, token["std"] / longest**0.5)],
+        "|mean of d<sub>t</sub>|": [(1, bias), (longest, bias)],
+        "ε below 1": [(1, epsilon), (longest, epsilon)],
+    }
     place: dict[str, Any] = {"row": 1, "col": 2}
     for name, points in curves.items():
         x, y = [length for length, _ in points], [value for _, value in points]
@@ -137,23 +134,24 @@ def _add_spread(figure: go.Figure, report: AuditReport) -> None:
     figure.update_yaxes(type="log", dtick=1, **place)
 
 
-def draw_inspection(inspection: Inspection, path: Path) -> Path:
+def draw_inspection(inspection: Mapping[str, Any], path: Path) -> Path:
     """Write the picture of an inspection: the cosines of all pairs of gradients.
 
     Args:
+        inspection: see `inspect_batch.inspect_run`.
         path: see `write_picture`.
     """
     import plotly.express as px
 
-    names = [method.name for method in inspection.at[0].methods]
-    cosines = np.array([at.cosines for at in inspection.at], dtype=float)
+    sides = inspection["at"]
+    names = [method["name"] for method in sides[0]["methods"]]
+    cosines = np.array([at["cosines"] for at in sides], dtype=float)
     look: dict[str, Any] = {"color_continuous_scale": "RdBu", "zmin": -1, "zmax": 1}
     look["text_auto"] = ".2f"
     figure = px.imshow(cosines, x=names, y=names, facet_col=0, **look)
-    for at, title in zip(inspection.at, figure.layout.annotations, strict=True):
-        title.text = f"weights {at.weights} the step ({at.source})"
-    about = f"{inspection.run}, step {inspection.step}: {inspection.trained} trajectories"
-    title = plain_text(f"{about} with an advantage")
+    for at, title in zip(sides, figure.layout.annotations, strict=True):
+        title.text = f"weights {at['weights']} the step ({at['source']})"
+    about = "{run}, step {step}: {trained} trajectories with an advantage".format(**inspection)
     size = 240 + 40 * len(names)
-    styled(figure, title=title, height=size, width=size * len(inspection.at), margin_t=90)
-    return write_picture(figure, path)
+    shape = {"height": size, "width": size * len(sides), "margin_t": 90}
+    return write_picture(styled(figure, title=escape(about), **shape), path)

@@ -5,7 +5,6 @@ Times are those of the spans (`gspo.core.timing`), operations those of `gspo.lab
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,10 @@ from gspo.core.timing import Clock
 from gspo.data.packing import Microbatch
 from gspo.kernels.logprob import Head
 from gspo.lab.flops import Flops, head_flops
-from gspo.lab.text_table import as_text, table
+from gspo.lab.tables import as_text, cells, table
 from gspo.policy.load import Policy
+
+_COLUMNS = ("phase", "calls", "ms", "share", "GFLOP", "ms_at_peak", "of_peak")
 
 
 def peak_flops(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> float:
@@ -32,56 +33,6 @@ def peak_flops(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -
     threads = torch.get_num_threads()
     timer = Timer("matrix @ matrix", globals={"matrix": matrix}, num_threads=threads)
     return 2.0 * size**3 / min(timer.blocked_autorange(min_run_time=seconds).times)
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A line of the table, over all steps.
-
-    Attributes:
-        seconds: of wall time; that of the phases inside it is left out.
-        share: of all steps' time.
-        calls: how often it was entered.
-        flops: operations of its matrix products.
-        floor_seconds: what those would take at the measured peak.
-        of_peak: floor_seconds / seconds; None if nothing is counted.
-    """
-
-    name: str
-    seconds: float
-    share: float
-    calls: int
-    flops: float
-    floor_seconds: float
-    of_peak: float | None
-
-
-@dataclass(frozen=True)
-class ProfileReport:
-    """What `profile.json` holds.
-
-    Attributes:
-        steps: that were timed.
-        seconds: of them all; the phases' add up to it.
-        peak: measured operations per second of a matrix product, by its type.
-        device, threads: where it was measured, and the run computed.
-        phases: in the order in which they were first entered, `other` the last.
-    """
-
-    steps: int
-    seconds: float
-    floor_seconds: float
-    peak: dict[str, float]
-    device: str
-    threads: int
-    phases: tuple[Phase, ...]
-
-    def write(self, run: Path) -> Path:
-        """Write `profile.json` and `profile.txt` into the run's folder; return the first."""
-        path = run / "profile.json"
-        write_whole(path, strict_json(asdict(self), indent=1) + "\n")
-        write_whole(run / "profile.txt", render(self))
-        return path
 
 
 class Profile:
@@ -103,13 +54,13 @@ class Profile:
         self._threads = torch.get_num_threads()
         if self._device.type == "cuda":
             self.clock.sync = torch.cuda.synchronize
-        for dtype in {_dtype(trainer), _dtype(engine), torch.float32}:
-            self._peak[_name(dtype)] = peak_flops(dtype, self._device)
+        for kind in {_dtype(trainer), _dtype(engine), "float32"}:
+            self._peak[kind] = peak_flops(getattr(torch, kind), self._device)
         self._watch_trainer(trainer)
         self._watch_engine(engine)
 
     def _watch_trainer(self, trainer: Policy) -> None:
-        clock, sizes, kind = self.clock, Flops.of(trainer), _name(_dtype(trainer))
+        clock, sizes, kind = self.clock, Flops.of(trainer), _dtype(trainer)
 
         def forward(policy: Policy, batch: Microbatch, *_: Any, **__: Any) -> None:
             # The frozen reference of a KL term has the trainer's sizes, and no backward pass.
@@ -126,7 +77,7 @@ class Profile:
         clock.watch("head", head)
 
     def _watch_engine(self, engine: Policy) -> None:
-        clock, sizes, kind = self.clock, Flops.of(engine), _name(_dtype(engine))
+        clock, sizes, kind = self.clock, Flops.of(engine), _dtype(engine)
 
         def begins(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             if clock.inside("sampling"):  # the model may be the trainer's too
@@ -138,73 +89,83 @@ class Profile:
 
         engine.backbone.register_forward_pre_hook(begins, with_kwargs=True)
 
-    def report(self) -> ProfileReport:
-        """The steps so far."""
+    def report(self) -> dict[str, Any]:
+        """Report the steps so far, as profile.json has it.
+
+        Returns:
+            `steps` and their `seconds`; the `peak`, measured operations per second of a matrix
+            product by its type; the `device` and `threads` of the run; and the `phases`, as they
+            were first entered, `other` the last. Of a phase, over all steps: `seconds` without
+            those of the phases inside it, their `share`, `calls`, the `flops` of its matrix
+            products, the `floor_seconds` that these would take at the peak, and `of_peak`, the
+            ratio of the two; None if nothing is counted. `floor_seconds` of the report is the sum.
+        """
         clock = self.clock
         total = sum(clock.seconds.values())
-        spans = [name for name in clock.calls if name != clock.root]  # as they were first entered
-        phases = [self._phase(name, name, total) for name in spans]
-        if total:
-            phases.append(self._phase("other", clock.root, total))
+        spans = {name: name for name in clock.calls if name != clock.root}
+        spans |= {"other": clock.root} if total else {}
+        phases = [self._phase(name, span, total) for name, span in spans.items()]
         on_gpu = self._device.type == "cuda"
-        return ProfileReport(
-            steps=clock.calls[clock.root],
-            seconds=total,
-            floor_seconds=sum(phase.floor_seconds for phase in phases),
-            peak=dict(sorted(self._peak.items())),
-            device=torch.cuda.get_device_name(self._device) if on_gpu else self._device.type,
-            threads=self._threads,
-            phases=tuple(phases),
-        )
+        return {
+            "steps": clock.calls[clock.root],
+            "seconds": total,
+            "floor_seconds": sum(phase["floor_seconds"] for phase in phases),
+            "peak": dict(sorted(self._peak.items())),
+            "device": torch.cuda.get_device_name(self._device) if on_gpu else self._device.type,
+            "threads": self._threads,
+            "phases": phases,
+        }
 
-    def _phase(self, name: str, span: str, total: float) -> Phase:
+    def _phase(self, name: str, span: str, total: float) -> dict[str, Any]:
         clock = self.clock
         counts = {kind: n for (counted, kind), n in clock.counts.items() if counted == span}
         floor = sum(n / self._peak[kind] for kind, n in counts.items())
-        seconds, flops = clock.seconds[span], sum(counts.values())
-        of_peak = floor / seconds if counts and seconds else None
-        return Phase(name, seconds, seconds / total, clock.calls[span], flops, floor, of_peak)
+        seconds = clock.seconds[span]
+        return {
+            "name": name,
+            "seconds": seconds,
+            "share": seconds / total,
+            "calls": clock.calls[span],
+            "flops": sum(counts.values()),
+            "floor_seconds": floor,
+            "of_peak": floor / seconds if counts and seconds else None,
+        }
 
 
-def _dtype(policy: Policy) -> torch.dtype:
+def _dtype(policy: Policy) -> str:
     """What the layers compute in: under autocast its type, else the type of the weights."""
-    if policy.compute_dtype != torch.float32:
-        return policy.compute_dtype
-    return next(policy.lm.parameters()).dtype
-
-
-def _name(dtype: torch.dtype) -> str:
+    own = next(policy.lm.parameters()).dtype
+    dtype = own if policy.compute_dtype == torch.float32 else policy.compute_dtype
     return str(dtype).removeprefix("torch.")
 
 
-def render(report: ProfileReport) -> str:
+def write_profile(report: dict[str, Any], run: Path) -> Path:
+    """Write `profile.json` and `profile.txt` into the run's folder; return the first."""
+    path = run / "profile.json"
+    write_whole(path, strict_json(report, indent=1) + "\n")
+    write_whole(run / "profile.txt", render(report))
+    return path
+
+
+def render(report: dict[str, Any]) -> str:
     """The report as text: a line for each phase, per step; at most 100 columns wide."""
-    if report.steps == 0:
+    steps = report["steps"]
+    if steps == 0:
         return "profile: no step was trained, so there is nothing to profile\n"
-    peak = ", ".join(f"{rate / 1e9:,.1f} GFLOP/s in {name}" for name, rate in report.peak.items())
+    peak = [f"{rate / 1e9:,.1f} GFLOP/s in {name}" for name, rate in report["peak"].items()]
     line = (
-        f"profile, per step of {report.steps}; a matrix product on {report.device} with threads="
-        f"{report.threads} reaches {peak}"
+        f"profile, per step of {steps}; a matrix product on {report['device']} with "
+        f"threads={report['threads']} reaches {', '.join(peak)}"
     )
-    flops = sum(phase.flops for phase in report.phases)
-    whole = report.floor_seconds / report.seconds
-    step = Phase("step", report.seconds, 1.0, 0, flops, report.floor_seconds, whole)
-    names = ("phase", "calls", "ms", "share", "GFLOP", "ms at peak", "of peak")
-    shown = table(names, [_cells(p, report.steps) for p in report.phases])
-    shown.show_footer = True
-    for column, footer in zip(shown.columns, _cells(step, report.steps), strict=True):
-        column.footer = footer
-    return as_text([line, shown], width=100)
-
-
-def _cells(phase: Phase, steps: int) -> list[str]:
-    cells = [
-        phase.name,
-        f"{phase.calls / steps:,.4g}" if phase.calls else "",
-        f"{1e3 * phase.seconds / steps:,.1f}",
-        f"{phase.share:.1%}",
-    ]
-    if phase.of_peak is None:
-        return [*cells, "", "", ""]
-    floor = 1e3 * phase.floor_seconds / steps
-    return [*cells, f"{phase.flops / steps / 1e9:,.3f}", f"{floor:,.1f}", f"{phase.of_peak:.1%}"]
+    whole = report | {"name": "step", "calls": steps, "share": 1.0}
+    whole["flops"] = sum(phase["flops"] for phase in report["phases"])
+    whole["of_peak"] = report["floor_seconds"] / report["seconds"]
+    rows = []
+    for phase in (*report["phases"], whole):
+        row = {"phase": phase["name"], "share": phase["share"], "of_peak": phase["of_peak"]}
+        row |= {"calls": phase["calls"] / steps, "ms": 1e3 * phase["seconds"] / steps}
+        if phase["of_peak"] is not None:
+            row["GFLOP"] = phase["flops"] / steps / 1e9
+            row["ms_at_peak"] = 1e3 * phase["floor_seconds"] / steps
+        rows.append(row)
+    return as_text([line, table(cells(_COLUMNS, rows))], width=100)

@@ -5,11 +5,10 @@ The run is only read, and may be training meanwhile.
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from gspo.backend.stored_batch import read_batch
 from gspo.core.errors import CheckpointError, ModelError, RunError
@@ -23,7 +22,7 @@ from gspo.train.checkpoint import checkpoint_name, steps_saved, verify_checkpoin
 from gspo.train.settings import Settings
 from gspo.train.trainer import Trainer
 
-Weights = Literal["before", "after"]
+WEIGHTS = ("before", "after")
 
 
 class StoredStep:
@@ -56,8 +55,7 @@ class StoredStep:
             raise RunError(f"{run} holds no rollout batch: it has not trained a step yet")
         self.number = max(self._batches) if number is None else number
         if self.number not in self._batches:
-            stored = ranges(list(self._batches))
-            raise RunError(f"{run} has no batch of step {number}: it has {stored}")
+            raise RunError(f"{run} has no batch of step {number}: it has {ranges(self._batches)}")
         batch = read_batch(self._batches[self.number])
         self.groups, self.record = batch.groups, batch.record
 
@@ -70,14 +68,14 @@ class StoredStep:
         low, high = logged.get("ratio/epsilon_low"), logged.get("ratio/epsilon_high")
         if low is None or high is None:
             raise RunError(f"{self.run}/metrics.jsonl lacks the clip range of step {self.number}")
-        return settings.with_range(low, high)
+        return settings.with_objective(settings.objective.with_epsilon(low, high))
 
-    def check_weights(self, wanted: Sequence[Weights], *, needs_before: bool) -> None:
+    def check_weights(self, wanted: Sequence[str], *, needs_before: bool) -> None:
         """Refuse weights that are gone, naming the steps that can be inspected."""
         step, saved = self.number, steps_saved(self.run / "checkpoints")
         before = [s for s in self._batches if s == 1 or s - 1 in saved]
         after = [s for s in self._batches if s in saved and (not needs_before or s in before)]
-        for name, usable in (("before", before), ("after", after)):
+        for name, usable in zip(WEIGHTS, (before, after), strict=True):
             if name in wanted and step not in usable:
                 gone = step if name == "after" and step not in saved else step - 1
                 raise RunError(
@@ -87,18 +85,18 @@ class StoredStep:
                     "Choose with --step and --weights"
                 )
 
-    def weights_of(self, name: Weights) -> str:
+    def weights_of(self, name: str) -> str:
         """Where the weights come from, in words."""
         number = self.number - (name == "before")
-        return (
-            f"checkpoint {checkpoint_name(number)}" if number else self._data.config["base_model"]
-        )
+        return f"checkpoint {checkpoint_name(number)}" if number else self._base_model
 
-    def load(self, name: Weights) -> Policy:
+    def load(self, name: str) -> Policy:
         """The policy before or after the step.
 
         Raises:
             CheckpointError: a damaged checkpoint, or one of another policy version.
+            RunError: the model needs code of its folder, and the run does not say that this was
+                allowed.
         """
         number = self.number - (name == "before")
         checkpoint, version = None, 0
@@ -113,12 +111,8 @@ class StoredStep:
                 "came between. Inspect it with --weights after"
             )
         lora = self._data.config.get("lora")
-        policy = self._policy(
-            self.record.context,
-            checkpoint,
-            dtype=self.record.dtype,
-            lora=lora and LoraConfig(**lora),
-        )
+        options = {"dtype": self.record.dtype, "lora": lora and LoraConfig(**lora)}
+        policy = self._policy(self.record.context, checkpoint, **options)
         choose_packing(policy)
         policy.version = version
         return policy
@@ -135,11 +129,6 @@ class StoredStep:
         return Trainer(policy, load)
 
     def _policy(self, context: int, checkpoint: Path | None = None, **options: Any) -> Policy:
-        """The run's model, loaded as the run did.
-
-        Raises:
-            RunError: it needs code of its folder, and the run does not say that this was allowed.
-        """
         # A model that names no longest context has one beyond what `max_context` may be.
         longest = context if context <= LARGEST_COUNT else None
         trusted = self._data.spec.get("load.trust_remote_code") is True
@@ -147,7 +136,7 @@ class StoredStep:
         try:
             return load_policy(self._base_model, config, checkpoint=checkpoint)
         except ModelError as error:
-            if config.trust_remote_code or "trust_remote_code" not in str(error):
+            if trusted or "trust_remote_code" not in str(error):
                 raise
             raise RunError(
                 f"{self.run} cannot be inspected: base_model {self._base_model!r} needs "
@@ -156,12 +145,16 @@ class StoredStep:
             ) from error
 
 
-def ranges(numbers: Sequence[int]) -> str:
+def ranges(numbers: Iterable[int]) -> str:
     """Ascending numbers in few characters.
 
     >>> ranges([1, 4, 5, 6]), ranges([])
     ('1, 4-6', 'none')
     """
-    runs = itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
-    parts = [[number for _, number in run] for _, run in runs]
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
     return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts) or "none"

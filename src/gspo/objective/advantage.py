@@ -55,14 +55,11 @@ def group_advantages(
         raise ValueError("rewards must be finite")
     if rewards.numel() == 0:
         return rewards.clone()
-    _, dense = group_ids.unique(return_inverse=True)
-    groups = int(dense.max()) + 1
-    power = _powers_of_two(rewards.double(), dense, groups)
+    _, dense, sizes = group_ids.unique(return_inverse=True, return_counts=True)
+    size = sizes.double()
+    power = _powers_of_two(rewards.double(), dense, len(size))
     # Squares of rewards such as 1e200 overflow, of 1e-200 underflow; powers of two round nothing.
     wide = rewards.double() / power[dense]
-    size = torch.zeros(groups, dtype=wide.dtype, device=wide.device).index_add(
-        0, dense, torch.ones_like(wide)
-    )
     mean = torch.zeros_like(size).index_add(0, dense, wide) / size
     centred = wide - mean[dense]
     std = (torch.zeros_like(size).index_add(0, dense, centred.square()) / size).sqrt()
@@ -70,10 +67,8 @@ def group_advantages(
     # Equal rewards such as 0.1 + 0.2 and 0.3 differ by rounding: that is not a signal.
     tolerance = max(1e-9, 4 * torch.finfo(rewards.dtype).eps)
     flat = (std <= tolerance * magnitude)[dense]
-    if scale:
-        out = centred / std.clamp(min=torch.finfo(wide.dtype).tiny)[dense]
-    else:
-        out = centred * power[dense]
+    tiny = torch.finfo(wide.dtype).tiny
+    out = centred / std.clamp(min=tiny)[dense] if scale else centred * power[dense]
     return torch.where(flat, 0.0, out).to(rewards.dtype)
 
 

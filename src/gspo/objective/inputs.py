@@ -25,26 +25,34 @@ def checked(
         ValueError: shapes, dtypes, ids or masks that don't fit together.
     """
     tokens = {name: tensor for name, tensor in given.items() if tensor is not None}
-    if "sequence_ids" not in tokens:
-        if logprobs.dim() != 2:
-            raise ValueError(
-                f"logprobs have shape {tuple(logprobs.shape)}: give sequence_ids, which may be "
-                "left out only for a [B, T] batch of one sequence per row"
-            )
-        rows = torch.arange(len(logprobs), device=logprobs.device)
-        tokens["sequence_ids"] = rows[:, None].expand(logprobs.shape)
-    ids = tokens["sequence_ids"]
-    tokens.setdefault("ratio_mask", torch.ones_like(ids, dtype=torch.bool))
-    tokens.setdefault("loss_mask", tokens["ratio_mask"])
-    for name in ("ratio_mask", "loss_mask"):
-        tokens[name] = _as_mask(name, tokens[name])
-    _check_tokens(logprobs, tokens)
     _check_objective(objective, tokens, advantages)
     if total_sequences is not None and total_sequences < 1:
         raise ValueError(f"total_sequences = {total_sequences}: must be at least 1")
+    shape = tuple(logprobs.shape)
+    if "sequence_ids" not in tokens:
+        if len(shape) != 2:
+            raise ValueError(f"logprobs have shape {shape}: give sequence_ids, or a [B, T] batch")
+        rows = torch.arange(len(logprobs), device=logprobs.device)
+        tokens["sequence_ids"] = rows[:, None].expand(shape)
+    ids = tokens["sequence_ids"]
+    tokens.setdefault("ratio_mask", torch.ones_like(ids, dtype=torch.bool))
+    tokens.setdefault("loss_mask", tokens["ratio_mask"])
+    for name, tensor in {"logprobs": logprobs, **tokens}.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, logprobs {shape}")
+        if name.endswith("logprobs") and tensor.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{name} are {tensor.dtype}: the rounding of half precision costs more than the "
+                "clip range; compute log-probs in float32"
+            )
+        if name.endswith("mask"):
+            tokens[name] = _as_mask(name, tensor)
     # Ids of tokens that were not sampled don't count.
-    tokens["sequence_ids"] = torch.where(tokens["ratio_mask"].to(ids.device), ids, 0)
-    count = _count(tokens["sequence_ids"], advantages)
+    ids = tokens["sequence_ids"] = torch.where(tokens["ratio_mask"].to(ids.device), ids, 0)
+    lowest, highest = torch.stack(ids.aminmax()).tolist() if ids.numel() else (0, -1)
+    count = highest + 1 if advantages is None else advantages.numel()
+    if lowest < 0 or highest >= count:
+        raise ValueError(f"sequence_ids are {lowest} to {highest}, but there are {count} sequences")
     flat = {
         name: tensor.reshape(-1).to(logprobs.device, non_blocking=True)
         for name, tensor in tokens.items()
@@ -53,26 +61,12 @@ def checked(
     return flat, Segments(flat["sequence_ids"], count, mask, flat["loss_mask"] & mask)
 
 
-def _check_tokens(logprobs: Tensor, tokens: dict[str, Tensor]) -> None:
-    for name, tensor in {"logprobs": logprobs, **tokens}.items():
-        if tensor.shape != logprobs.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, logprobs {tuple(logprobs.shape)}"
-            )
-        if name.endswith("logprobs") and tensor.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"{name} are {tensor.dtype}: the rounding of half precision costs more than the "
-                "clip range; compute log-probs in float32"
-            )
-
-
 def _check_objective(
     objective: Objective, tokens: dict[str, Tensor], advantages: Tensor | None
 ) -> None:
-    for name, needed in (
-        ("reference_logprobs", objective.kl_coef > 0),
-        ("sampling_logprobs", objective.correction is not None),
-    ):
+    """Refuse what the objective needs and isn't there, and what it wouldn't read."""
+    has_kl, has_correction = objective.kl_coef > 0, objective.correction is not None
+    for name, needed in (("reference_logprobs", has_kl), ("sampling_logprobs", has_correction)):
         if needed != (name in tokens):
             raise ValueError(
                 f"{name} are {'missing' if needed else 'given'}, but kl_coef = "
@@ -83,32 +77,15 @@ def _check_objective(
     if advantages is not None and advantages.dim() != 1:
         raise ValueError(f"advantages have shape {tuple(advantages.shape)}, not one per sequence")
     if advantages is None and objective.one_ratio:
-        raise ValueError(
-            "level 'sequence' has one advantage per sequence; "
-            "for one per token use 'sequence_token' (preset gspo_token)"
-        )
+        raise ValueError("one ratio per sequence has one advantage: use level 'sequence_token'")
 
 
 def _as_mask(name: str, mask: Tensor) -> Tensor:
     """The mask as booleans: tokenizers give attention masks of 0 and 1."""
     if mask.dtype == torch.bool:
         return mask
-    if mask.is_floating_point() or mask.is_complex():
-        raise ValueError(f"{name} is {mask.dtype}: give booleans, or integers that are 0 or 1")
     strange = mask[(mask != 0) & (mask != 1)]
-    if strange.numel():
-        raise ValueError(f"{name} holds {strange[0].item()}: give booleans, or integers 0 and 1")
+    if mask.is_floating_point() or strange.numel():
+        values = strange.unique().tolist()
+        raise ValueError(f"{name} is {mask.dtype}, holds {values}: give booleans, or 0 and 1")
     return mask.bool()
-
-
-def _count(sequence_ids: Tensor, advantages: Tensor | None) -> int:
-    """S; each id must be below it."""
-    lowest, highest = 0, -1
-    if sequence_ids.numel():
-        lowest, highest = torch.stack(sequence_ids.aminmax()).tolist()
-    if lowest < 0:
-        raise ValueError(f"sequence_ids hold {lowest}: they count from 0")
-    count = highest + 1 if advantages is None else advantages.numel()
-    if highest >= count:
-        raise ValueError(f"sequence_ids reach {highest}, but there are {count} advantages")
-    return count

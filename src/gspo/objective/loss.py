@@ -171,7 +171,9 @@ def policy_loss(
     )
     # v_i; for the surrogate `clip` min(s_i A_i, clip(s_i, 1 - low, 1 + high) A_i), equation 5.
     value, clipped = SURROGATES[objective.surrogate].function(terms)
-    total = _total(objective, segments, total_sequences, total_tokens)
+    total = segments.count if total_sequences is None else total_sequences  # N
+    if objective.aggregate == "token_mean":
+        total = max(int(segments.loss_mask.sum()) if total_tokens is None else total_tokens, 1)  # T
     policy = -_sum(value * weights, objective, segments) / total  # -(1/N) Σ_i v_i
     kl = torch.zeros_like(policy)
     if reference_logprobs is not None:
@@ -199,12 +201,3 @@ def _sum(means: PerSequence, objective: Objective, segments: Segments) -> Float[
     if objective.aggregate != "sequence_mean":
         means = means * segments.lengths.to(means.dtype)
     return means.sum()
-
-
-def _total(
-    objective: Objective, segments: Segments, sequences: int | None, tokens: int | None
-) -> int:
-    """What the sum is divided by: N, or T for `token_mean`."""
-    if objective.aggregate != "token_mean":
-        return segments.count if sequences is None else sequences
-    return max(int(segments.loss_mask.sum()) if tokens is None else tokens, 1)

@@ -54,38 +54,33 @@ class Objective:
     constants: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_choice("level", self.level, get_args(Level))
-        _check_choice("surrogate", self.surrogate, tuple(SURROGATES), ", or register_surrogate()'s")
-        _check_choice("aggregate", self.aggregate, get_args(Aggregate))
-        _check_choice("epsilon_scale", self.epsilon_scale, get_args(EpsilonScale))
-        self._check_surrogate()
+        choices = {"level": get_args(Level), "surrogate": SURROGATES}
+        choices |= {"aggregate": get_args(Aggregate), "epsilon_scale": get_args(EpsilonScale)}
+        for name, known in choices.items():
+            if (value := getattr(self, name)) not in known:
+                more = ", or register_surrogate()'s" if name == "surrogate" else ""
+                known = ", ".join(known)
+                raise ValueError(f"unknown {name} {value!r}: it is one of {known}{more}")
+        surrogate, scale = SURROGATES[self.surrogate], self.epsilon_scale
+        title = f"surrogate {self.surrogate!r}"
+        if self.level not in surrogate.levels:
+            levels = " or ".join(map(repr, surrogate.levels))
+            raise ValueError(f"{title} takes ratios of the level {levels}, not {self.level!r}")
+        if set(self.constants) != set(surrogate.constants):
+            wanted, given = (", ".join(c) or "none" for c in (surrogate.constants, self.constants))
+            raise ValueError(f"{title} has the constants {wanted}, but {given} were given")
         if self.has_range and not 0 < self.epsilon_low <= 1:
             raise ValueError(f"epsilon_low = {self.epsilon_low}: must be in (0, 1]")
         if self.has_range and not self.epsilon_high > 0:
             raise ValueError(f"epsilon_high = {self.epsilon_high}: must be above 0")
         if not self.kl_coef >= 0:
             raise ValueError(f"kl_coef = {self.kl_coef}: must not be negative")
-        if self.epsilon_scale != "constant" and not self.per_sequence:
-            raise ValueError(f"epsilon_scale={self.epsilon_scale!r} needs a sequence-level ratio")
+        if scale != "constant" and not self.per_sequence:
+            raise ValueError(f"epsilon_scale={scale!r} needs a sequence-level ratio")
         if self.correction is not None and self.correction.per_token and self.one_ratio:
             raise ValueError(
                 f"correction {self.correction.kind!r} weights tokens, but this objective has "
                 "one ratio per sequence: use a sequence_... correction"
-            )
-
-    def _check_surrogate(self) -> None:
-        surrogate = SURROGATES[self.surrogate]
-        if self.level not in surrogate.levels:
-            levels = " or ".join(map(repr, surrogate.levels))
-            raise ValueError(
-                f"surrogate {self.surrogate!r} takes ratios of the level {levels}, not "
-                f"{self.level!r}"
-            )
-        if set(self.constants) != set(surrogate.constants):
-            raise ValueError(
-                f"surrogate {self.surrogate!r} has the constants "
-                f"{', '.join(surrogate.constants) or 'none'}, "
-                f"but {', '.join(self.constants) or 'none'} were given"
             )
 
     @property
@@ -147,22 +142,15 @@ class Preset:
 
     name: str
     objective: Objective
-    formula: str
-    source: str
+    formula: str = ""
+    source: str = "your own"
     advantage: AdvantageKind = "group_std"
     counts_flat: bool = True
     minibatches: int = 4
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...], remedy: str = "") -> None:
-    if value not in choices:
-        raise ValueError(f"unknown {name} {value!r}: it is one of {', '.join(choices)}{remedy}")
-
-
-_SUMMED = "Tokens are summed: clipping the gradient to a norm of 1 cuts nearly every step"
-_ON_POLICY = "On-policy: one optimizer step per batch by default"
+_SUMMED = "It sums tokens: see max_grad_norm"
 _VESPO = {"k_pos": 2.0, "lambda_pos": 3.0, "k_neg": 3.0, "lambda_neg": 2.0}
-_DPPO = {"truncate": 20.0}
 
 _ALL = (
     Preset(
@@ -187,25 +175,22 @@ _ALL = (
         "dr_grpo",
         Objective("token", 0.2, 0.2, aggregate="sequence_sum"),
         "-(1/N) Σ_i Σ_t min(w_t A_i, clip(w_t) A_i),  A_i = r_i - mean(r)",
-        "Liu et al., Understanding R1-Zero-Like Training, arXiv 2503.20783, section 3.2, without "
-        f"its constant divisor. {_SUMMED}",
+        f"Liu et al., Dr. GRPO, arXiv 2503.20783, section 3.2, without its divisor. {_SUMMED}",
         advantage="group_mean",
     ),
     Preset(
         "dapo",
         Objective("token", 0.2, 0.28, aggregate="token_mean"),
         "-(1/T) Σ_i Σ_t min(w_t A_i, clip(w_t, 1 - 0.2, 1 + 0.28) A_i); flat groups left out",
-        "Yu et al., DAPO, arXiv 2503.14476, equations 8 to 10 and 12. Dynamic sampling (equation "
-        "11: dynamic_sampling) and the overlong punishment (equation 13: overlong_max_tokens, "
-        "overlong_cache) are options, and off",
+        "Yu et al., DAPO, arXiv 2503.14476, equations 8 to 10 and 12. Off, but options: dynamic "
+        "sampling (11: dynamic_sampling), overlong punishment (13: overlong_max_tokens)",
         counts_flat=False,
     ),
     Preset(
         "cispo",
         Objective("token", 1.0, 4.0, surrogate="truncate", aggregate="token_mean"),
         "-(1/T) Σ_i Σ_t sg[min(w_t, 1 + ε_high)] A_i log π(y_t)",
-        "MiniMax, MiniMax-M1, arXiv 2506.13585, equations 4 and 5, no lower bound; the upper bound "
-        "of 5 is ScaleRL's, arXiv 2510.13786",
+        "MiniMax-M1, arXiv 2506.13585, equations 4, 5; the bound of 5: ScaleRL, arXiv 2510.13786",
     ),
     Preset(
         "gmpo",
@@ -233,19 +218,15 @@ _ALL = (
     ),
     Preset(
         "dppo",
-        Objective(
-            "token", 0.2, 0.2, surrogate="divergence", aggregate="token_mean", constants=_DPPO
-        ),
-        "-(1/T) Σ_i Σ_t m_t sg[min(w_t, 20)] A_i log π(y_t); m_t = 0 where A > 0 and "
-        "π - π_old > 0.2, or A < 0 and π - π_old < -0.2",
-        "DPPO, Divergence PPO (binary total variation), arXiv 2602.04879. The range of 0.2 and "
-        "the token mean are SkyRL's and prime-rl's, the truncation verl's (docs/methods.md)",
+        Objective("token", 0.2, 0.2, 0.0, "divergence", "token_mean", constants={"truncate": 20.0}),
+        "-(1/T) Σ_i Σ_t m_t sg[min(w_t, 20)] A_i log π(y_t); m_t = 0 if A moved π - π_old by 0.2",
+        "DPPO (binary total variation), arXiv 2602.04879; numbers of SkyRL, prime-rl and verl",
     ),
     Preset(
         "rloo",
         Objective("token", 1.0, 1.0, surrogate="likelihood", aggregate="sequence_sum"),
         "-(1/N) Σ_i (r_i - mean of the others) Σ_t log π(y_t)",
-        f"Ahmadian et al., Back to Basics, arXiv 2402.14740, equation 8. {_ON_POLICY}. {_SUMMED}",
+        f"Ahmadian et al., Back to Basics, arXiv 2402.14740, equation 8. {_SUMMED}",
         advantage="leave_one_out",
         minibatches=1,
     ),
@@ -253,8 +234,7 @@ _ALL = (
         "reinforce",
         Objective("token", 1.0, 1.0, surrogate="likelihood", aggregate="sequence_sum"),
         "-(1/N) Σ_i r_i Σ_t log π(y_t)",
-        "Williams, REINFORCE, Machine Learning 8 (1992), theorem 1, baseline 0. "
-        f"{_ON_POLICY}. {_SUMMED}",
+        f"Williams, REINFORCE, Machine Learning 8 (1992), theorem 1, baseline 0. {_SUMMED}",
         advantage="reward",
         minibatches=1,
     ),

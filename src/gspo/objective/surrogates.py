@@ -163,17 +163,13 @@ def likelihood(terms: Terms) -> Result:
     return terms.mean(terms.a * terms.logprobs), None
 
 
+_GAMMA = ("k_pos", "lambda_pos", "k_neg", "lambda_neg")
 SURROGATES: dict[str, Surrogate] = {
     "clip": Surrogate(clip, has_range=True, levels=get_args(Level)),
     "geometric": Surrogate(geometric, has_range=True, exponent="sequence"),
     "truncate": Surrogate(truncate, has_range=True),
     "gate": Surrogate(gate, has_range=False, constants=("tau_pos", "tau_neg")),
-    "gamma": Surrogate(
-        gamma,
-        has_range=False,
-        constants=("k_pos", "lambda_pos", "k_neg", "lambda_neg"),
-        exponent="sum",
-    ),
+    "gamma": Surrogate(gamma, has_range=False, constants=_GAMMA, exponent="sum"),
     "divergence": Surrogate(divergence, has_range=True, constants=("truncate",)),
     "likelihood": Surrogate(likelihood, has_range=False, exponent="none"),
 }

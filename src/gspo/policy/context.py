@@ -48,32 +48,20 @@ def settle_context(lm: PreTrainedModel, name: str, wanted: int | None) -> int:
     longest = getattr(config, "max_position_embeddings", None) or _UNBOUNDED
     if wanted is not None and wanted > longest:
         raise ModelError(f"max_context = {wanted}, but {name!r} has a context of {longest}")
-    limit = wanted or longest
-    if not _far_tokens_change_near_ones(lm, limit):
-        return limit
-    threshold = min(_numbers(config, "original_max_position_embeddings"), default=None)
-    if threshold is None or _far_tokens_change_near_ones(lm, threshold):
+    if not _far_tokens_change_near_ones(lm, wanted or longest):
+        return wanted or longest
+    threshold = min(_numbers(config, "original_max_position_embeddings"), default=longest)
+    if wanted is None:
+        log.info("%s: context limited to %d tokens, where its RoPE changes", name, threshold)
+    else:
+        keep_long_rope(lm)
+    if _far_tokens_change_near_ones(lm, wanted or threshold):
+        remedy = "not supported" if wanted is None else f"give max_context={threshold} or less"
         raise ModelError(
             f"{name!r} computes a short text differently when a long one is in the same call, so "
-            "its log-probs depend on the batch; this architecture is not supported"
+            f"its log-probs depend on the batch: {remedy}"
         )
-    if wanted is None:
-        log.info(
-            "%s: context limited to %d tokens, at which its RoPE frequencies change; "
-            "max_context=N above that uses the long frequencies for all texts",
-            name,
-            threshold,
-        )
-        return threshold
-    keep_long_rope(lm)
-    if _far_tokens_change_near_ones(lm, limit):
-        raise ModelError(
-            f"max_context = {wanted}, but {name!r} changes its RoPE at {threshold} tokens by the "
-            "longest text of a call, in a way that cannot be fixed to one of the two: "
-            f"give max_context={threshold} or less"
-        )
-    log.info("%s: the RoPE frequencies of texts above %d tokens, for all texts", name, threshold)
-    return wanted
+    return wanted or threshold
 
 
 def probe_length(lm: PreTrainedModel, context: int) -> int:
@@ -92,27 +80,23 @@ def chunk_in(lm: PreTrainedModel, context: int) -> int | None:
     return min((size for size in sizes if size < context), default=None)
 
 
+@torch.no_grad()
 def _far_tokens_change_near_ones(lm: PreTrainedModel, limit: int) -> bool:
     """Whether a short text is computed differently beside one that ends at position `limit`."""
-    last = min(limit, _FARTHEST) - 1
-    if last < 2 * _SHORT:
+    start = min(limit, _FARTHEST) - _SHORT
+    if start <= _SHORT:
         return False
     near = torch.arange(_SHORT, device=lm.device)[None]
-    positions = torch.cat([near, near + last + 1 - _SHORT])
-    tokens = torch.arange(1, _SHORT + 1, device=lm.device)[None]
-    tokens = tokens % lm.get_input_embeddings().weight.shape[0]  # pyright: ignore
+    positions = torch.cat([near, near + start])
     run = backbone(lm).eval()
-
-    def hidden(texts: int) -> torch.Tensor:
-        given = {"input_ids": tokens.expand(texts, -1), "position_ids": positions[:texts]}
-        return run(**given, use_cache=False).last_hidden_state[0]
-
     try:
-        with torch.no_grad():
-            single, beside = hidden(1), hidden(2)
+        single, beside = (
+            run(input_ids=near.expand_as(ids), position_ids=ids, use_cache=False).last_hidden_state
+            for ids in (near, positions)
+        )
     except TypeError:  # a model without positions has no threshold among them
         return False
-    return bool((single - beside).abs().max() > _NOISE * single.abs().max())
+    return bool((single[0] - beside[0]).abs().max() > _NOISE * single.abs().max())
 
 
 def _numbers(config: Any, name: str) -> Iterator[int]:

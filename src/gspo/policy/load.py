@@ -39,8 +39,7 @@ def load_policy(
     source = resolve(base_model)
     weights = source if checkpoint is None or config.lora is not None else str(checkpoint)
     trust, device = config.trust_remote_code, _device(config.device)
-    lm = read_model(weights, base_model, trust_remote_code=trust)
-    lm = lm.to(device).eval()  # pyright: ignore[reportArgumentType]
+    lm = read_model(weights, base_model, trust_remote_code=trust).to(device)  # pyright: ignore[reportArgumentType]
     tokenizer = read_tokenizer(source, trust_remote_code=trust)
     if hf.attention_implementation(lm) == "sdpa":
         lm.set_attn_implementation(PACKED)
@@ -48,21 +47,20 @@ def load_policy(
     threads, workers = _threads(lm, config.threads)
     torch.set_num_threads(threads)
     peft = None if config.lora is None else add_lora(lm, config.lora, checkpoint)
-    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     policy = Policy(
         lm=lm.eval(),
         peft=peft,
         tokenizer=tokenizer,
         source=source,
-        compute_dtype=dtype,
+        compute_dtype=getattr(torch, config.dtype),
         context=context,
         entries=max(tokenizer.get_vocab().values()) + 1,  # heads are often padded beyond them
         checkpointing=config.activation_checkpointing,
         # peft swaps the experts' weights on the module while it computes, for every thread.
         workers=Workers(1 if peft else workers),
     )
-    if policy.checkpointing:
-        recompute_layers(policy)
+    if policy.checkpointing:  # with the same replayed choices of experts
+        hf.recompute_layers(lm, policy.routers.recompute)
     return policy
 
 
@@ -73,20 +71,13 @@ def save_weights(policy: Policy, folder: Path) -> None:
         policy.tokenizer.save_pretrained(folder)
 
 
-def recompute_layers(policy: Policy) -> None:
-    """Recompute layers in the backward pass, with the same replayed choices of experts."""
-    hf.recompute_layers(policy.lm, policy.routers.recompute)
-
-
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError(f"device = {name!r}, but torch sees no CUDA device: use 'auto' or 'cpu'")
     try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ModelError(f"device = {name!r}: {error}") from None
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # the second: torch was built without CUDA
+        raise ModelError(f"device = {name!r}: {error}: use 'auto' or 'cpu'") from None
 
 
 def _threads(lm: PreTrainedModel, wanted: int | None) -> tuple[int, int]:

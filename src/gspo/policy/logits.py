@@ -7,13 +7,10 @@ the head's plain product with the model's logits, whatever its name is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 from transformers import PreTrainedModel
 
-from gspo.core.errors import ModelError
+from gspo.kernels.hf import backbone
 
 _TOKENS = 5
 _TOLERANCE = 1e-5  # of the largest logit; two numbers of a config are further apart
@@ -26,45 +23,25 @@ def soft_cap(lm: PreTrainedModel) -> float | None:
     return next((cap for name in names if (cap := getattr(config, name, None))), None)
 
 
-def logit_scale(lm: PreTrainedModel, source: str) -> float:
+@torch.no_grad()
+def logit_scale(lm: PreTrainedModel) -> float:
     """Find the factor between the head's product and the logits: a number of the config, or 1 / it.
 
     It is exactly that number, not a measured one, so that it is the same whatever the weights are.
-
-    Raises:
-        ModelError: no number in the config turns the head's output into the logits.
+    If no number fits, it is 1, and `choose_packing` refuses the model.
     """
     head, cap = lm.get_output_embeddings(), soft_cap(lm)
     if not isinstance(head, torch.nn.Linear):
         return 1.0  # `Policy.head` refuses it
-    products: list[Any] = []
-    hook = head.register_forward_hook(lambda *call: products.append(call[-1]))
-    tokens = torch.arange(1, _TOKENS + 1, device=lm.device)[None] % head.weight.shape[0]
-    try:
-        with torch.no_grad():
-            logits = lm.eval()(input_ids=tokens, use_cache=False).logits.float()
-    finally:
-        hook.remove()
-    if len(products) != 1 or products[0].shape != logits.shape:
-        return 1.0  # no plain head: the probe of the log-probs finds out what else happens
-    plain = products[0].float().clone()
-    for scale in _candidates(lm):
+    call = {"input_ids": torch.arange(_TOKENS, device=lm.device)[None], "use_cache": False}
+    logits = lm.eval()(**call).logits.float()
+    plain = head(backbone(lm)(**call).last_hidden_state).float()
+    numbers = [v for v in vars(lm.config.get_text_config()).values() if type(v) in (int, float)]
+    for scale in (1.0, *numbers, *(1 / number for number in numbers if number)):
         expected = plain * scale
         if cap is not None:
             expected = cap * (expected / cap).tanh()
-        if (expected - logits).abs().max() <= _TOLERANCE * logits.abs().max():
-            return scale
-    raise ModelError(
-        f"{source}: {type(lm).__name__} changes its logits after the output head by something "
-        "else than a constant factor or a soft cap of its config; gspo cannot compute its "
-        "log-probs, so the architecture is not supported"
-    )
-
-
-def _candidates(lm: PreTrainedModel) -> Iterator[float]:
-    """Yield 1, then each number of the config and its inverse."""
-    yield 1.0
-    for value in vars(lm.config.get_text_config()).values():
-        if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
-            yield float(value)
-            yield 1.0 / value
+        room = _TOLERANCE * logits.abs().max().item()
+        if plain.shape == logits.shape and torch.allclose(expected, logits, rtol=0, atol=room):
+            return float(scale)
+    return 1.0

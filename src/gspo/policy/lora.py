@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +30,24 @@ def add_lora(lm: PreTrainedModel, config: LoraConfig, checkpoint: Path | None) -
         import peft
     except ImportError:
         raise MissingDependencyError("peft", "peft", "LoRA") from None
-    if checkpoint is not None:
-        check_no_pickles(str(checkpoint))
-        with _without_false_alarms():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # peft warns of rank patterns that it set itself, uses a deprecated name, and before 0.21
+        # calls the experts, whose parameters it then adapts, a layer that it doesn't know.
+        for message in (".*did not match any target", ".*gradient_checkpointing", ".*Experts"):
+            warnings.filterwarnings("ignore", message=message)
+        if checkpoint is not None:
+            check_no_pickles(str(checkpoint))
             return peft.PeftModel.from_pretrained(lm, checkpoint, is_trainable=True)
-    # The experts' weights are stacked: 3-d parameters, which are no linear modules.
-    experts = [name for name, p in lm.named_parameters() if p.dim() == 3 and ".experts." in name]
-    spec = peft.LoraConfig(
-        r=config.r,
-        lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
-        target_modules=config.target_modules,
-        target_parameters=(experts or None) if config.target_modules == "all-linear" else None,
-        lora_dropout=0.0,
-        task_type="CAUSAL_LM",
-    )
-    with torch.random.fork_rng(devices=[]), _without_false_alarms():
+        # The experts' weights are stacked: 3-d parameters, which are no linear modules.
+        experts = [n for n, p in lm.named_parameters() if p.dim() == 3 and ".experts." in n]
+        spec = peft.LoraConfig(
+            r=config.r,
+            lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
+            target_modules=config.target_modules,
+            target_parameters=(experts or None) if config.target_modules == "all-linear" else None,
+            lora_dropout=0.0,
+            task_type="CAUSAL_LM",
+        )
         torch.manual_seed(0)
         try:
             adapted = peft.get_peft_model(lm, spec)
@@ -60,14 +61,3 @@ def add_lora(lm: PreTrainedModel, config: LoraConfig, checkpoint: Path | None) -
                 f"lora. peft says: {error}"
             ) from error
     return adapted
-
-
-@contextmanager
-def _without_false_alarms() -> Iterator[None]:
-    """peft warns of rank patterns that it set itself, uses a deprecated name, and before 0.21 calls
-    the experts, whose parameters it then adapts, a layer that it doesn't know."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*did not match any targeted module.*")
-        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*")
-        warnings.filterwarnings("ignore", message="Unsupported layer type.*Experts.*")
-        yield

@@ -16,11 +16,10 @@ may run after the block, and other forward passes in between.
 
 from __future__ import annotations
 
-import copy
 import functools
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -44,35 +43,26 @@ class Routers:
     """
 
     def __init__(self, lm: PreTrainedModel, source: str):
-        named = find_routers(lm)
-        self.modules = [router for router, _ in named]
-        self._model = f"{type(lm).__name__} ({source})"
-        self._configured = _count(lm.config.get_text_config())
-        self.experts = (_count(self.modules[0]) or self._configured) if self.modules else 0
+        routers = find_routers(lm)
+        self.modules = [router for router, _ in routers]
+        self.model = f"{type(lm).__name__} ({source})"
+        self.experts = _count(self.modules[0], lm.config.get_text_config()) if self.modules else 0
         # By thread, since microbatches are computed side by side.
         self._watched: dict[int, ExpertChoices | None] = {}
-        self._logits_index = [index for _, index in named]
-        self._forwards = [router.forward for router in self.modules]
-        for layer, router in enumerate(self.modules):
-            router.forward = functools.partial(self._run, layer)
+        for layer, (router, index) in enumerate(routers):
+            router.forward = functools.partial(self._run, layer, index, router.forward)
 
     def require(self, what: str) -> None:
         """Refuse `what` if the model has no routers that can be watched.
 
         Raises:
-            ConfigError: a dense model.
-            ModelError: experts, but no router modules that transformers names.
+            ConfigError: a dense model, or one whose router modules transformers doesn't name.
         """
-        if self.modules:
-            return
-        if self._configured > 1:
-            raise ModelError(
-                f"{what}: {self._model} has {self._configured} experts, but "
-                "transformers names no router module of it (_can_record_outputs['router_logits'])"
+        if not self.modules:
+            raise ConfigError(
+                f"{what} asked of a dense model: {self.model} has no experts, or no router that "
+                "transformers names (_can_record_outputs['router_logits']); leave the option out"
             )
-        raise ConfigError(
-            f"{what} asked of a dense model: {self._model} has no experts; leave the option out"
-        )
 
     @contextmanager
     def watch(
@@ -95,18 +85,18 @@ class Routers:
 
         Raises:
             ModelError: strict, and a router without exactly one top-k over its experts.
-            DataError: `replay` doesn't fit the model, or was not consumed whole.
+            DataError: `replay` has other tokens or experts per token, or was not consumed whole.
             NumericsError: router logits that are not finite.
         """
-        choices = ExpertChoices(len(self.modules), self.experts, replay, balance, copies)
+        choices = ExpertChoices(self, replay, balance, copies)
         with self._watching(choices):
             yield choices
-        choices.check(self._model, strict or replay is not None)
+        choices.check(strict or replay is not None)
 
     def recompute(self) -> tuple[Any, Any]:
         """`context_fn` of torch's checkpoint: a recomputed layer takes its earlier choices.
 
-        They are rewound to the first tokens of this layer; nothing is recorded a second time.
+        They are rewound to the first tokens of this layer; the block's own record stays as it is.
         """
         choices = self._watched.get(threading.get_ident())
         return nullcontext(), self._watching(None if choices is None else choices.rewound())
@@ -121,24 +111,22 @@ class Routers:
         finally:
             self._watched[thread] = before
 
-    def _run(self, layer: int, *args: Any, **kwargs: Any) -> Any:
-        """Run the `forward` of a router, in float32 and watched."""
+    def _run(self, layer: int, index: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the `forward` of a router watched, and in the precision of its weights: digits that
+        bfloat16 doesn't have decide between near-equal experts."""
         router = self.modules[layer]
-        hidden = args[0] if args else next(iter(kwargs.values()))
+        weight = next(router.parameters())
         choices = self._watched.get(threading.get_ident())
-        weight = next(router.parameters(), None)
-        with ExitStack() as stack:
-            if weight is None or weight.dtype == torch.float32:
-                # Digits that bfloat16 doesn't have decide between near-equal experts.
-                stack.enter_context(torch.autocast(hidden.device.type, enabled=False))
-                args = tuple(_lifted(value) for value in args)
-                kwargs = {name: _lifted(value) for name, value in kwargs.items()}
-            if choices is not None:
-                stack.enter_context(choices.of_layer(layer, _count(router) or self.experts))
-            output = self._forwards[layer](*args, **kwargs)
-        if choices is not None:
-            index = self._logits_index[layer]
-            choices.note(output[index] if isinstance(output, tuple) else output)
+        args = tuple(_cast(value, weight.dtype) for value in args)
+        kwargs = {name: _cast(value, weight.dtype) for name, value in kwargs.items()}
+        with torch.autocast(weight.device.type, enabled=False):
+            if choices is None:
+                return forward(*args, **kwargs)
+            choices.layer, choices.columns = layer, _count(router) or self.experts
+            choices.calls = 0
+            with choices:
+                output = forward(*args, **kwargs)
+        choices.note(output[index] if isinstance(output, tuple) else output)
         return output
 
 
@@ -158,66 +146,43 @@ class ExpertChoices(TorchFunctionMode):
 
     def __init__(
         self,
-        layers: int,
-        experts: int,
+        routers: Routers,
         replay: Integer[Tensor, "T N K"] | None,
         weights: Float[Tensor, "N E"] | None,
         copies: Int[Tensor, " T"] | None,
     ):
         super().__init__()
+        layers, experts = len(routers.modules), routers.experts
         self.balance: Tensor | float = 0.0
         self.complete = layers > 0
-        self._experts = experts
+        self._routers = routers
         # One byte up to 256 experts: the choices of a rollout batch can be gigabytes.
         self._dtype = torch.uint8 if experts <= 256 else torch.int16
         self._replay, self._weights, self._copies = replay, weights, copies
         self._routed = [0] * layers  # tokens of each layer so far
-        self._chosen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(layers)]
+        self._preferred: list[list[Tensor]] = [[] for _ in range(layers)]
+        self._used: list[list[Tensor]] = [[] for _ in range(layers)]
         self._finite: list[tuple[int, Tensor]] = []
         self._unseen: tuple[int, int] | None = None
-        self._records = True
-        self._layer = self._columns = self._calls = 0  # of the router that runs
-        if replay is not None and replay.numel():
-            most = int(replay.max())
-            if replay.shape[1] != layers or most >= experts:
-                raise DataError(
-                    f"expert choices of {replay.shape[1]} layers, up to expert {most}; the model "
-                    f"has {layers} MoE layers of {experts} experts"
-                )
+        self.layer = self.columns = self.calls = 0  # of the router that runs
 
     def rewound(self) -> ExpertChoices:
-        """Copy this for a layer that is recomputed: same replay from here on, nothing recorded."""
-        again = copy.copy(self)
+        """Make the choices of a layer that is recomputed: the same replay, from here on."""
+        again = ExpertChoices(self._routers, self._replay, self._weights, self._copies)
         again._routed = list(self._routed)
-        again._records = False
-        again.balance = 0.0
         return again
 
-    def of_layer(self, layer: int, columns: int) -> ExpertChoices:
-        """Return the mode for one call of this layer's router, which has `columns` experts."""
-        self._layer, self._columns, self._calls = layer, columns, 0
-        return self
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func not in (torch.topk, Tensor.topk):
             return out
         scores = args[0] if args else kwargs["input"]
-        if scores.dim() != 2 or scores.shape[-1] != self._columns:
+        if scores.dim() != 2 or scores.shape[-1] != self.columns:
             return out
-        self._calls += 1
-        used = self._choose(out.indices)
-        if self._replay is None:
-            return out
-        return torch.return_types.topk((scores.gather(-1, used), used))  # pyright: ignore[reportCallIssue]
-
-    def _choose(self, preferred: Int[Tensor, "n K"]) -> Int[Tensor, "n K"]:
-        """Return the experts that the router must use, given those that it prefers."""
-        layer, start = self._layer, self._routed[self._layer]
+        self.calls += 1
+        preferred = used = out.indices
+        layer, start = self.layer, self._routed[self.layer]
         self._routed[layer] += len(preferred)
-        used = preferred
         if self._replay is not None:
             wanted = self._replay[start : self._routed[layer], layer]
             if wanted.shape != preferred.shape:
@@ -227,20 +192,18 @@ class ExpertChoices(TorchFunctionMode):
                 )
             wanted = wanted.to(preferred.device, torch.long)
             used = torch.where((wanted < 0).any(-1, keepdim=True), preferred, wanted)
-        if self._records:
-            small = preferred.detach().to(self._dtype)
-            replayed = small if self._replay is None else used.to(self._dtype)
-            self._chosen[layer].append((small, replayed))
-        return used
+            out = torch.return_types.topk((scores.gather(-1, used), used))  # pyright: ignore[reportCallIssue]
+        self._preferred[layer].append(preferred.to(self._dtype))
+        self._used[layer].append(used.to(self._dtype))
+        return out
 
     def note(self, logits: Float[Tensor, "n E"]) -> None:
         """Note that a router has run, with these logits."""
-        layer = self._layer
-        if self._calls != 1:
-            self._unseen = self._unseen or (layer, self._calls)
+        layer = self.layer
+        if self.calls != 1:
+            self._unseen = self._unseen or (layer, self.calls)
             return
-        if self._records:
-            self._finite.append((layer, logits.detach().isfinite().all()))
+        self._finite.append((layer, logits.detach().isfinite().all()))
         if self._weights is not None and self._copies is not None:
             # Also if recomputed: checkpoint wants the same tensors saved, in the same order.
             probabilities = logits.float().softmax(-1)
@@ -249,28 +212,27 @@ class ExpertChoices(TorchFunctionMode):
             weights = self._weights[layer].to(logits.device)
             self.balance = self.balance + copies @ probabilities @ weights
 
-    def check(self, model: str, strict: bool) -> None:
+    def check(self, strict: bool) -> None:
         """Refuse, after the forward pass, what was left over or could not be seen.
 
         Raises:
             ModelError, DataError, NumericsError: see `Routers.watch`.
         """
         expected = max(self._routed, default=0) if self._replay is None else len(self._replay)
+        model = self._routers.model
         whole = all(tokens == expected for tokens in self._routed)
         self.complete &= self._unseen is None and whole
-        if self._unseen is not None and strict:
+        if strict and self._unseen is not None:
             layer, calls = self._unseen
             raise ModelError(
                 f"{model}: the router of MoE layer {layer} makes {calls} top-k choices of its "
                 "experts in its forward; they are recorded and replayed if it is 1"
             )
         # One read from the device, not one per layer.
-        if self._finite and not bool(torch.stack([finite for _, finite in self._finite]).all()):
-            bad = next(layer for layer, finite in self._finite if not finite)
-            raise NumericsError(
-                f"{model}: the router logits of MoE layer {bad} are NaN or infinite: "
-                "the weights, or what flows into the router, are broken"
-            )
+        finite = torch.stack([f for _, f in self._finite]).tolist() if self._finite else []
+        if not all(finite):
+            layer, _ = self._finite[finite.index(False)]
+            raise NumericsError(f"{model}: router logits of MoE layer {layer} are NaN or infinite")
         if strict and not whole:
             raise DataError(
                 f"{model}: its MoE layers routed {self._routed} tokens, but each was to route "
@@ -279,28 +241,28 @@ class ExpertChoices(TorchFunctionMode):
 
     def preferred(self) -> Integer[Tensor, "T N K"]:
         """Return the experts that the routers preferred: uint8 up to 256 experts, int16 above."""
-        return torch.stack([torch.cat([first for first, _ in calls]) for calls in self._chosen], 1)
+        return torch.stack([torch.cat(calls) for calls in self._preferred], 1)
 
     def used(self) -> Integer[Tensor, "T N K"]:
         """Return the experts that computed, replayed or preferred; same type."""
-        return torch.stack([torch.cat([used for _, used in calls]) for calls in self._chosen], 1)
+        return torch.stack([torch.cat(calls) for calls in self._used], 1)
 
     def loads(self) -> Int[Tensor, "N E"]:
         """Count the tokens that each expert of each layer computed, each as often as its copies."""
-        used = self.used().long()
+        used, experts = self.used().long(), self._routers.experts
         if self._copies is not None:
             used = used.repeat_interleave(self._copies.to(used.device), dim=0)
-        layers = torch.arange(used.shape[1], device=used.device)[:, None]
-        slots = (used + layers * self._experts).flatten()
-        return slots.bincount(minlength=used.shape[1] * self._experts).view(-1, self._experts)
+        layers = used.shape[1]
+        slots = used + experts * torch.arange(layers, device=used.device)[:, None]
+        return slots.flatten().bincount(minlength=layers * experts).view(layers, experts)
 
 
-def _count(named: Any) -> int:
-    """Read the number of experts of a router or a config; 0 if it names none."""
-    values = (getattr(named, name, None) for name in _COUNTS)
+def _count(*owners: Any) -> int:
+    """Read the number of experts of the first router or config that names one; else 0."""
+    values = (getattr(owner, name, None) for owner in owners for name in _COUNTS)
     return next((value for value in values if isinstance(value, int)), 0)
 
 
-def _lifted(value: Any) -> Any:
-    half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
-    return value.float() if half else value
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    floats = isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(dtype) if floats else value

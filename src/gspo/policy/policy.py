@@ -69,7 +69,7 @@ class Policy:
     def __post_init__(self) -> None:
         self.routers = Routers(self.lm, self.source)
         if self.logit_scale is None:
-            self.logit_scale = logit_scale(self.lm, self.source)
+            self.logit_scale = logit_scale(self.lm)
 
     @property
     def device(self) -> torch.device:

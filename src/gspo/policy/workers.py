@@ -46,6 +46,3 @@ class Workers:
         futures = [self._pool.submit(work, item) for item in items]
         wait(futures)
         return [future.result() for future in futures]
-
-    def __deepcopy__(self, memo: object) -> Workers:
-        return self  # threads are shared, not copied

@@ -27,7 +27,8 @@ def load_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
     Your own class derives from `Task`; `options` are its constructor's keyword arguments.
 
     Raises:
-        ConfigError: no such task, class or dataset, or an option that it doesn't have.
+        ConfigError: no such task, class or dataset; a class that is no `Task` or lacks something;
+            or an option that it doesn't have.
         MissingDependencyError: reasoning-gym is not installed.
 
     >>> load_task("sort").problem("train", 0).prompt
@@ -37,32 +38,22 @@ def load_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
     if name.startswith(GYM):
         from gspo.tasks.gym import GymTask
 
-        return GymTask(name.removeprefix(GYM), given)
-    if ":" in name:
-        return _users_task(name, given)
-    if name not in BUILT_IN:
+        return GymTask(name, given)
+    if ":" not in name and name not in BUILT_IN:
         known = [*task_names(), GYM + "<dataset>", "<module>:<Class>"]
         raise ConfigError(
             f"unknown task {name!r}.{suggestion(name, task_names())} Known: {', '.join(known)}."
         )
-    known = inspect.signature(BUILT_IN[name]).parameters
-    check_names(f"task_options of {name!r}", given, known, {})
-    return BUILT_IN[name](**given)
-
-
-def _users_task(name: str, options: dict[str, Any]) -> Task:
-    """The task of a class that the user wrote.
-
-    Raises:
-        ConfigError: no subclass of `Task`, one that lacks something, or options it doesn't take.
-    """
-    kind = load_object(name, "task")
+    kind = BUILT_IN[name] if name in BUILT_IN else load_object(name, "task")
     if not (isinstance(kind, type) and issubclass(kind, Task)):
         raise ConfigError(f"task = {name!r} must be a class that derives from gspo.tasks.Task")
+    known = inspect.signature(kind).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        check_names(f"task_options of {name!r}", given, known, {})
     try:
-        task = kind(**options)
-    except TypeError as error:  # an unknown option, or draw() or score() is missing
-        raise ConfigError(f"task = {name!r} with options {options}: {error}") from None
+        task = kind(**given)
+    except TypeError as error:  # an argument or draw() is missing
+        raise ConfigError(f"task = {name!r} with options {given}: {error}") from None
     if not hasattr(task, "max_tokens"):
         raise ConfigError(f"task = {name!r} needs max_tokens, the default limit of a completion")
     if not hasattr(task, "name"):

@@ -22,7 +22,6 @@ class Sort(Task):
     ('291417776317', '111234677779')
     """
 
-    name = "sort"
     max_tokens = 16
     digits = 12
 
@@ -31,14 +30,10 @@ class Sort(Task):
         prompt = "".join(rng.choice("0123456789") for _ in range(self.digits))
         return Problem(prompt, "".join(sorted(prompt)))
 
-    def score(self, problem: Problem, completion: str) -> float:
-        return float(completion == problem.answer)
-
 
 class Reverse(Task):
     """Reverse 12 letters."""
 
-    name = "reverse"
     max_tokens = 16
     letters = 12
 
@@ -46,9 +41,6 @@ class Reverse(Task):
         rng = random.Random(key)
         prompt = "".join(rng.choice("abcdefghij") for _ in range(self.letters))
         return Problem(prompt, prompt[::-1])
-
-    def score(self, problem: Problem, completion: str) -> float:
-        return float(completion == problem.answer)
 
 
 class Add(Task):
@@ -60,7 +52,6 @@ class Add(Task):
     '7+8+0=15,4+3+1=08;85'
     """
 
-    name = "add"
     max_tokens = 80
     width = 6
 
@@ -94,7 +85,6 @@ class Chain(Task):
     ('291417', '3025')
     """
 
-    name = "chain"
     ends = False
 
     def __init__(self, length: int = 100):
@@ -130,7 +120,6 @@ class Climb(Task):
     [1.0, 1.0, 0.0, 0.0]
     """
 
-    name = "climb"
     max_tokens = 160
 
     def draw(self, key: int) -> Problem:
@@ -156,6 +145,6 @@ class Climb(Task):
 
 
 BUILT_IN: Mapping[str, type[Task]] = {
-    kind.name: kind for kind in (Add, Chain, Climb, Reverse, Sort)
+    kind.__name__.lower(): kind for kind in (Add, Chain, Climb, Reverse, Sort)
 }
-"""Name -> class. A new built-in task is a class in this file and its name here."""
+"""Name -> class. A new built-in task is a class in this file, and stands here."""

@@ -18,26 +18,26 @@ class GymTask(Task):
 
     max_tokens = 256
 
-    def __init__(self, dataset: str, options: dict[str, Any]):
+    def __init__(self, name: str, options: dict[str, Any]):
         try:
             import reasoning_gym
             from reasoning_gym.factory import DATASETS
         except ImportError:
-            raise MissingDependencyError(
-                "reasoning-gym", "reasoning-gym", f"the task reasoning-gym:{dataset}"
-            ) from None
+            needs = MissingDependencyError("reasoning-gym", "reasoning-gym", f"the task {name}")
+            raise needs from None
+        dataset = name.partition(":")[2]
         if dataset not in DATASETS:
             raise ConfigError(
                 f"reasoning-gym has no dataset {dataset!r}.{suggestion(dataset, DATASETS)}"
             )
         known = sorted(field.name for field in dataclasses.fields(DATASETS[dataset][1]))
-        self.name = f"reasoning-gym:{dataset}"
-        check_names(f"task_options of {self.name}", options, known, {})
+        check_names(f"task_options of {name}", options, known, {})
+        self.name = name
         self._make = functools.partial(reasoning_gym.create_dataset, dataset, **options)
         try:
             self._scorer = self._make(size=1, seed=0)
         except AssertionError as error:
-            raise ConfigError(f"{self.name} refuses {options}: {error}") from None
+            raise ConfigError(f"{name} refuses {options}: {error}") from None
 
     def draw(self, key: int) -> Problem:
         entry = self._make(size=1, seed=key % 2**31)[0]

@@ -24,8 +24,8 @@ class Problem:
 class Task(ABC):
     """Problems with a verifiable reward. The splits never share a prompt.
 
-    Your own task derives from it, and has `max_tokens`, `draw` and `score`; the rest has
-    defaults. `task = "module:Class"` in a run's file names it.
+    Your own task derives from it, and has `max_tokens` and `draw`; the rest has defaults.
+    `task = "module:Class"` in a run's file names it.
 
         class Parity(Task):
             max_tokens = 4
@@ -52,9 +52,9 @@ class Task(ABC):
     def draw(self, key: int) -> Problem:
         """The problem of a random key: the same key gives the same problem."""
 
-    @abstractmethod
     def score(self, problem: Problem, completion: str) -> float:
-        """The reward of a completion's text, usually in [0, 1]."""
+        """The reward of a completion's text, usually in [0, 1]. By default 1 for the answer."""
+        return float(completion == problem.answer)
 
     def problem(self, split: Split, index: int, seed: int = 0) -> Problem:
         """Problem `index` of a split: it depends on its arguments and nothing else.

@@ -36,12 +36,11 @@ def register_algorithm(
         register_algorithm("wide_gspo", Objective("sequence", 0.01, 0.02))
         options = dev.TrainConfig(algorithm="wide_gspo")
     """
-    if name in BUILT_IN:
+    if name in BUILT_IN or not str(name).isidentifier():
         raise ConfigError(
-            f"register_algorithm({name!r}): this is a built-in method; give yours another name"
+            f"register_algorithm({name!r}): a name has letters, digits and '_' only, and is not a "
+            "built-in method's"
         )
-    if not isinstance(name, str) or not name.isidentifier():
-        raise ConfigError(f"register_algorithm({name!r}): a name has letters, digits and '_' only")
     preset = as_preset(objective, name)
     changes: dict[str, Any] = {"advantage": advantage, "formula": formula, "source": source}
     given = {key: value for key, value in changes.items() if value}
@@ -75,23 +74,17 @@ def as_preset(value: Any, name: str) -> Preset:
     if isinstance(value, Preset):
         return value
     if isinstance(value, Objective):
-        return Preset(name, value, "", "your own")
+        return Preset(name, value)
     if not isinstance(value, Mapping):
         raise ConfigError(
             f"algorithm: {name} is a {type(value).__name__}; it must be a name, a "
             "gspo.objective.Objective or a gspo.objective.Preset"
         )
+    fields = dict(value.get("objective", value))
     try:
-        if "objective" not in value:
-            return as_preset(_objective(value), name)
-        return Preset(**{**value, "objective": _objective(value["objective"])})
+        if isinstance(fields.get("correction"), Mapping):  # from a file
+            fields["correction"] = Correction(**fields["correction"])
+        around = value if "objective" in value else {"name": name}
+        return Preset(**{**around, "objective": Objective(**fields)})
     except (TypeError, ValueError) as error:
         raise ConfigError(f"algorithm: these fields are no objective: {error}") from None
-
-
-def _objective(fields: Mapping[str, Any]) -> Objective:
-    """An objective from its fields; the correction is a dict if they were in a file."""
-    correction = fields.get("correction")
-    if isinstance(correction, Mapping):
-        fields = {**fields, "correction": Correction(**correction)}
-    return Objective(**fields)

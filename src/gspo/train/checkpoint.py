@@ -16,13 +16,12 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from gspo.core.errors import CheckpointError, GspoError
-from gspo.core.files import explained, replacing, strict_json
+from gspo.core.files import replacing, strict_json
 from gspo.core.timing import timed
 from gspo.policy.load import save_weights
 from gspo.policy.policy import Policy
@@ -46,9 +45,7 @@ def steps_saved(folder: Path) -> list[int]:
 
     Folders with other names, and files, are not gspo's; they are ignored.
     """
-    if not folder.is_dir():
-        return []
-    names = [p.name for p in folder.iterdir() if re.fullmatch("[0-9]+", p.name) and p.is_dir()]
+    names = [p.name for p in folder.glob("*") if p.is_dir() and p.name.isdecimal()]
     return sorted(int(name) for name in names if name == checkpoint_name(int(name)))
 
 
@@ -60,15 +57,13 @@ def save_checkpoint(folder: Path, trainer: Trainer) -> Path:
         RunError: the disk is full or read-only. Earlier checkpoints stay as they were.
     """
     target = folder / checkpoint_name(trainer.step)
-    with explained(target):
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing(target) as building:
-            building.mkdir()
-            try:
-                _write(building, trainer)
-            except SafetensorError as error:  # safetensors raises no OSError
-                number = re.search(r"os error (\d+)", str(error))
-                raise OSError(int(number[1]) if number else errno.EIO, str(error)) from None
+    with replacing(target) as building:
+        building.mkdir(parents=True)
+        try:
+            _write(building, trainer)
+        except SafetensorError as error:  # safetensors raises no OSError
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from None
     return target
 
 
@@ -104,20 +99,20 @@ def verify_checkpoint(folder: Path) -> None:
     """
     with understood(folder, "manifest.json"):
         manifest = json.loads((folder / "manifest.json").read_bytes())
-        written, files = manifest["format"], _listed(manifest["files"])
+        written, files = manifest["format"], manifest["files"]
         newer = written > FORMAT
+        weights = [n for n in files if n.endswith(".safetensors") and n != _OPTIMIZER]
+        if not weights or not {_OPTIMIZER, _STATE} <= files.keys():
+            raise ValueError(f"it lists no weights, no {_OPTIMIZER} or no {_STATE}")
     if newer:
         raise CheckpointError(
             f"{folder} has format {written}, this gspo reads up to {FORMAT}: upgrade gspo"
         )
-    for name, (size, digest) in files.items():
-        path = folder / name
+    for path, proof in ((folder / name, proof) for name, proof in files.items()):
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; {_remedy(folder)}")
-        if path.stat().st_size != size or _digest(path) != digest:
-            raise CheckpointError(
-                f"{path} is damaged: it differs from the manifest; {_remedy(folder)}"
-            )
+        if _proof(path) != proof:
+            raise CheckpointError(f"{path} is damaged: the manifest differs; {_remedy(folder)}")
 
 
 @contextmanager
@@ -141,34 +136,22 @@ def _remedy(folder: Path) -> str:
     return f"delete {folder} to go on from the checkpoint before it"
 
 
-def _listed(files: dict[str, dict[str, Any]]) -> dict[str, tuple[int, str]]:
-    """Size and digest of each file of a manifest, which must list what a resume needs."""
-    weights = [name for name in files if name.endswith(".safetensors") and name != _OPTIMIZER]
-    if not weights or not {_OPTIMIZER, _STATE} <= set(files):
-        raise ValueError(f"it lists no weights, no {_OPTIMIZER} or no {_STATE}")
-    return {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-
-
 def _write(folder: Path, trainer: Trainer) -> None:
     policy: Policy = trainer.policy
     save_weights(policy, folder)
     tensors = trainer.optimizer.state()
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / _OPTIMIZER)
-    state = {
-        "step": trainer.step,
-        "policy_version": policy.version,
-        "epsilon_low": trainer.epsilon.epsilon_low,
-    }
+    epsilon = trainer.epsilon.epsilon_low
+    state = {"step": trainer.step, "policy_version": policy.version, "epsilon_low": epsilon}
     (folder / _STATE).write_text(strict_json(state))
-    files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _digest(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    written = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = {str(path.relative_to(folder)): _proof(path) for path in written}
     manifest = {"format": FORMAT, "base_model": policy.source, "files": files}
     (folder / "manifest.json").write_text(strict_json(manifest, indent=1))
 
 
-def _digest(path: Path) -> str:
+def _proof(path: Path) -> dict[str, int | str]:
+    """What the manifest says of a file."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}

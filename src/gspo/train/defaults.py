@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
 from gspo.train.settings import Settings
 
 FULL = 0.072

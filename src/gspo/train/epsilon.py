@@ -54,25 +54,16 @@ class EpsilonController:
         moved = math.log(present) + RATE * (math.log(wanted) - math.log(present))
         self.epsilon_low = _bounded(math.exp(moved), scale)
 
-    def learn(self, objective: Objective, settings: Settings, watch: Observer, step: int) -> None:
+    def learn(self, settings: Settings, watch: Observer, step: int) -> None:
         """After a call: steer the range if that is asked for; else say once that it doesn't fit.
 
         It is a warning if noise clips, else information: most short runs at the paper's range
         learn.
         """
         if settings.epsilon == "auto":
-            self.observe(objective, watch.traces, settings.epsilon_target)
-        elif objective.per_sequence:
-            noise = watch.metrics.compute().get("mismatch/clip_fraction", 0.0)
-            if settings.old_logprobs == "trainer":  # the ratio is not taken against the engine
-                noise = 0.0
-            noisy = noise > settings.epsilon_target / 2  # of what is meant to be clipped
-            level = logging.WARNING if noisy else logging.INFO
-            advice = (
-                noise_advice(noise, objective)
-                if noisy
-                else spread_advice(spread(objective, watch.traces), objective)
-            )
+            self.observe(settings.objective, watch.traces, settings.epsilon_target)
+        elif settings.objective.per_sequence:
+            level, advice = advice_on(settings, watch)
             if advice is not None and level not in self._told:
                 self._told.add(level)
                 log.log(level, "train step %d: %s", step, advice)
@@ -81,37 +72,33 @@ class EpsilonController:
 def needed_epsilon(objective: Objective, trace: Trace) -> float:
     """The smallest epsilon_low at which the sequence is not clipped."""
     distance = math.expm1(min(trace.log_ratio, MAX_LOG_RATIO))
-    if trace.advantage > 0:
-        distance /= objective.epsilon_high / objective.epsilon_low
-    else:
-        distance = -distance
+    scale = objective.epsilon_high / objective.epsilon_low
+    distance = distance / scale if trace.advantage > 0 else -distance
     return max(_in_epsilons(objective, distance, trace.length), 0.0)
 
 
-def noise_advice(noise: float, objective: Objective) -> str:
-    """What to change if noise alone, and not learning, clips this share of the sequences."""
-    return (
-        f"engine and trainer differ so much that noise alone clips {noise:.0%} of the "
-        f"sequences on unchanged weights (epsilon {objective.epsilon_low:.2g}): raise epsilon, "
-        "set epsilon='auto' or old_logprobs='trainer', or roll out in a finer dtype"
-    )
+def advice_on(settings: Settings, watch: Observer) -> tuple[int, str | None]:
+    """What to change if noise by itself clips, or if the range is not near the log-ratios' spread.
 
-
-def spread_advice(spread: float, objective: Objective) -> str | None:
-    """What to change if the range is much narrower or wider than the log-ratios; None if it fits.
-
-    Args:
-        spread: of the sequences' log-ratios, in the units of epsilon; 0: unknown.
-        objective: with the range that applied.
+    Returns:
+        The level of the log that it belongs to, and the advice, or None.
     """
-    epsilon = objective.epsilon_low
-    if not spread > 0 or 0.3 <= epsilon / spread <= 5:
-        return None
-    how = "clips many of" if epsilon < spread else "hardly ever clips"
-    return (
-        f"epsilon {epsilon:.2g} is {epsilon / spread:.2g} x the spread of the sequences' "
-        f"log-ratios ({spread:.2g}) and {how} them: set epsilon='auto', or a number near that "
-        "spread"
+    objective, epsilon = settings.objective, settings.objective.epsilon_low
+    noise = watch.metrics.compute().get("mismatch/clip_fraction", 0.0)
+    # With pi_old of the trainer the ratio is not taken against the engine.
+    if settings.old_logprobs == "rollout" and noise > settings.epsilon_target / 2:
+        return logging.WARNING, (
+            f"engine and trainer differ so much that noise alone clips {noise:.0%} of the "
+            f"sequences on unchanged weights (epsilon {epsilon:.2g}): raise epsilon, set "
+            "epsilon='auto' or old_logprobs='trainer', or roll out in a finer dtype"
+        )
+    width = spread(objective, watch.traces)
+    if not width > 0 or 0.3 <= epsilon / width <= 5:
+        return logging.INFO, None
+    how = "clips many of" if epsilon < width else "hardly ever clips"
+    return logging.INFO, (
+        f"epsilon {epsilon:.2g} is {epsilon / width:.2g} x the spread of the sequences' log-ratios "
+        f"({width:.2g}) and {how} them: set epsilon='auto', or a number near that spread"
     )
 
 

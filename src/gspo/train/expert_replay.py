@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -21,14 +20,14 @@ from gspo.core.errors import ConfigError, DataError
 from gspo.core.metrics import Metrics
 from gspo.data.packing import Microbatch
 from gspo.data.sample import Sample, TrajectorySamples, flat
-from gspo.dev import TrainConfig
-from gspo.policy.load import Policy
 from gspo.policy.moe import ExpertChoices
-from gspo.train.old_logprobs import scored_samples
+from gspo.policy.policy import Policy
+from gspo.train.old_logprobs import rescored
+from gspo.train.settings import Settings
 
 
 def check_expert_options(
-    policy: Policy, trajectories: Sequence[TrajectorySamples], options: TrainConfig
+    policy: Policy, trajectories: Sequence[TrajectorySamples], settings: Settings
 ) -> None:
     """Refuse what cannot be done, before any work.
 
@@ -37,26 +36,27 @@ def check_expert_options(
             choices.
         DataError: expert choices that are not of this model.
     """
-    unset = {"routing_replay": "none", "router_aux_loss_coef": 0.0, "measure_routing": False}
-    for name, value in unset.items():
-        if getattr(options, name) != value:
-            policy.routers.require(f"{name}={getattr(options, name)!r}")
-    layers = len(policy.routers.modules)
+    for name in ("routing_replay", "router_aux_loss_coef", "measure_routing"):
+        if (value := getattr(settings, name)) not in ("none", 0):
+            policy.routers.require(f"{name}={value!r}")
+    layers, experts = len(policy.routers.modules), policy.routers.experts
     for sample in flat(trajectories):
         where = f"group {sample.group_id}, trajectory {sample.trajectory_id}"
         chosen = sample.expert_choices
-        if chosen is None or len(chosen) < len(sample) - 1:
-            if options.routing_replay == "rollout":
-                missing = "all" if chosen is None else len(sample) - 1 - len(chosen)
-                raise ConfigError(
-                    f"routing_replay='rollout', but {where} carries no expert choices of the "
-                    f"engine for {missing} of its tokens: roll out with "
-                    "extra_body={'return_routes': True}, or use 'old_policy'"
-                )
-        elif len(chosen) > len(sample) or (layers and chosen.shape[1] != layers):
+        shape = (0, layers) if chosen is None else chosen.shape
+        missing = len(sample) - 1 - shape[0]
+        if missing > 0 and settings.routing_replay == "rollout":
+            raise ConfigError(
+                f"routing_replay='rollout', but {where} carries no expert choices of the engine "
+                f"for {missing} of its tokens: roll out with extra_body={{'return_routes': True}}, "
+                "or use 'old_policy'"
+            )
+        largest = -1 if chosen is None or chosen.size == 0 else int(chosen.max())
+        fits = layers == 0 or (shape[1] == layers and largest < experts)
+        if missing < -1 or (missing <= 0 and not fits):
             raise DataError(
-                f"{where}: expert choices of shape {list(chosen.shape)} for {len(sample)} tokens "
-                f"and a model of {layers} MoE layers"
+                f"{where}: expert choices of shape {list(shape)}, up to expert {largest}, for "
+                f"{len(sample)} tokens and a model of {layers} MoE layers of {experts} experts"
             )
 
 
@@ -68,24 +68,19 @@ class ExpertReplay:
 
     Args:
         policy: its weights are those before the first update until `start` has returned.
-        options: what is asked for.
+        settings: what is asked for.
         metrics: of the call.
-        budget: tokens of a microbatch.
     """
 
-    def __init__(self, policy: Policy, options: TrainConfig, metrics: Metrics, budget: int):
-        self.policy = policy
-        self.options = options
-        self.metrics = metrics
-        self.budget = budget
-        self.coefficient = options.router_aux_loss_coef
-        self.replays = options.routing_replay != "none"
-        self.share = options.share_prefixes and policy.shares_prompts
-        self._strict = self.replays or self.coefficient > 0 or options.measure_routing
+    def __init__(self, policy: Policy, settings: Settings, metrics: Metrics):
+        self.policy, self.settings, self.metrics = policy, settings, metrics
+        self.coefficient = settings.router_aux_loss_coef
+        self.replays = settings.routing_replay != "none"
+        self._strict = self.replays or self.coefficient > 0 or settings.measure_routing
         self._before: list[list[TrajectorySamples]] = []
         self._compares = False
         self._weights: Tensor | None = None
-        self._loads: Tensor | None = None
+        self._loads: list[Tensor] = []
 
     def start(
         self, minibatches: Sequence[Sequence[TrajectorySamples]]
@@ -99,10 +94,9 @@ class ExpertReplay:
         Returns:
             R2: by trajectory id, these samples with the choices that are to be replayed; else {}.
         """
-        by_trainer = self.options.routing_replay == "old_policy"
-        if not (by_trainer or self.options.measure_routing):
-            return {}
-        self._before = [self._preferred(minibatch) for minibatch in minibatches]
+        by_trainer = self.settings.routing_replay == "old_policy"
+        if by_trainer or self.settings.measure_routing:
+            self._before = [self._preferred(minibatch) for minibatch in minibatches]
         if not by_trainer:
             return {}
         recorded = list(chain(*self._before))
@@ -120,29 +114,26 @@ class ExpertReplay:
         gradient, the rest is a sum over tokens: the same however the step is split into
         microbatches.
         """
-        self._compares = on_policy and self.options.routing_replay != "old_policy"
-        self._weights = self._loads = None
+        self._compares = on_policy and self.settings.routing_replay != "old_policy"
+        self._loads = []
         if self.coefficient == 0:
             return
-        loads = torch.zeros(0)
-        with torch.no_grad():
-            for microbatch in microbatches:
-                replay, copies = self._replayed(microbatch), microbatch.copies
-                with self.policy.routers.watch(replay, copies=copies) as choices:
-                    self.policy.logprobs(microbatch)
-                loads = choices.loads() + (loads if len(loads) else 0)
+        loads: list[Tensor] = []
+        self._weights = None
+        for microbatch in microbatches:
+            with torch.no_grad(), self.watch(microbatch) as choices:
+                self.policy.logprobs(microbatch)
+            loads.append(choices.loads())
         tokens = sum(microbatch.sample_tokens for microbatch in microbatches)
-        share = loads.float() / loads.sum(-1, keepdim=True)
+        total = sum(loads[1:], loads[0])
+        share = total.float() / total.sum(-1, keepdim=True)
         self._weights = share * (self.policy.routers.experts / tokens / len(share))
 
     def watch(self, microbatch: Microbatch) -> AbstractContextManager[ExpertChoices]:
         """Watch the forward pass of a microbatch; its choices are replayed if that is asked for."""
-        return self.policy.routers.watch(
-            self._replayed(microbatch),
-            balance=self._weights,
-            copies=microbatch.copies,
-            strict=self._strict,
-        )
+        replay = microbatch.replayed_choices() if self.replays else None
+        copies, watch = microbatch.copies, self.policy.routers.watch
+        return watch(replay, balance=self._weights, copies=copies, strict=self._strict)
 
     def record(self, microbatch: Microbatch, choices: ExpertChoices) -> None:
         """Record the metrics of a watched microbatch."""
@@ -150,16 +141,15 @@ class ExpertReplay:
             self.metrics.mean("loss/router_aux", choices.balance.item(), 0)
         if not choices.complete:
             return
-        loads = choices.loads()
-        self._loads = loads if self._loads is None else self._loads + loads
+        self._loads.append(choices.loads())
         if self._compares and microbatch.expert_choices is not None:
             preferred = choices.preferred().cpu()[microbatch.index]
             record_agreement(self.metrics, microbatch.expert_choices, preferred)
 
     def end(self) -> None:
         """Record the metrics of the whole step, which don't add up over its microbatches."""
-        if self._loads is not None:
-            loads = self._loads.double()
+        if self._loads:
+            loads = sum(self._loads[1:], self._loads[0]).double()
             spread = loads.std(-1, correction=0) / loads.mean(-1)
             self.metrics.mean("moe/load_cv", spread.mean().item(), 1)
         if self.coefficient > 0:
@@ -167,7 +157,7 @@ class ExpertReplay:
 
     def finish(self) -> None:
         """After the last update, record how many choices changed since before the first."""
-        if not self.options.measure_routing:
+        if not self.settings.measure_routing:
             return
         name, mean = "moe/experts_changed", self.metrics.mean
         for minibatch in filter(None, self._before):
@@ -180,25 +170,20 @@ class ExpertReplay:
             mean("moe/tokens_changed", int((changed > 0).any(-1).sum()), tokens)
 
     def _preferred(self, minibatch: Sequence[TrajectorySamples]) -> list[TrajectorySamples]:
-        return with_preferred_experts(self.policy, minibatch, self.budget, share=self.share)
-
-    def _replayed(self, microbatch: Microbatch) -> Tensor | None:
-        return microbatch.replayed_choices() if self.replays else None
+        return with_preferred_experts(self.policy, minibatch, self.settings)
 
 
 def with_preferred_experts(
-    policy: Policy, trajectories: Sequence[TrajectorySamples], budget: int, *, share: bool = False
+    policy: Policy, trajectories: Sequence[TrajectorySamples], settings: Settings
 ) -> list[TrajectorySamples]:
     """The same samples with the experts that the routers prefer now, for each token: [L, N, K]."""
 
-    def score(microbatch: Microbatch, samples: Sequence[Sample]) -> list[Sample]:
+    def score(microbatch: Microbatch, samples: Sequence[Sample]) -> np.ndarray:
         with policy.routers.watch() as choices:
             policy.logprobs(microbatch)
-        chosen = choices.preferred().cpu().numpy()[microbatch.index.numpy()]
-        by_sample = np.split(chosen, np.cumsum(microbatch.lengths)[:-1])
-        return [replace(s, expert_choices=c) for s, c in zip(samples, by_sample, strict=True)]
+        return choices.preferred().cpu().numpy()[microbatch.index.numpy()]
 
-    return scored_samples(policy, trajectories, budget, score, share=share)
+    return rescored(policy, trajectories, settings, "expert_choices", score)
 
 
 def record_agreement(

@@ -1,4 +1,4 @@
-"""Trajectory groups -> the samples and counts of one rollout batch, and its minibatches."""
+"""Trajectory groups -> a rollout batch -> its minibatches -> the microbatches of each."""
 
 from __future__ import annotations
 
@@ -6,15 +6,23 @@ import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from gspo import dev
 from gspo.core.errors import DataError, SampleTooLongError
 from gspo.core.timing import timed
 from gspo.data.check import check_groups
-from gspo.data.sample import TrajectorySamples, trajectory_samples
-from gspo.objective import AdvantageKind, Objective, advantages
+from gspo.data.packing import Microbatch, pack
+from gspo.data.sample import TrajectorySamples, flat, trajectory_samples
+from gspo.objective import Objective, advantages
+from gspo.policy.policy import Policy
+from gspo.train.settings import Settings, resolve
 from gspo.trajectory import Trajectory, TrajectoryGroup
+
+ACTIVATION_BYTES = 2 * 2**30
+_FEWEST, _MOST = 256, 16_384
 
 
 @dataclass(frozen=True)
@@ -70,36 +78,35 @@ def why_no_update(trajectories: int, too_long: int) -> str:
 @timed("packing")
 def prepare(
     groups: Sequence[TrajectoryGroup],
+    settings: Settings | None = None,
     *,
     context: int,
     vocabulary: int | None = None,
-    advantage: AdvantageKind = "group_std",
-    drop_too_long: bool = False,
-    overlong: tuple[int, int] | None = None,
 ) -> RolloutBatch:
     """Check the groups, tokenise nothing, and compute the advantages.
 
-    `context` and `vocabulary` are the model's, in tokens; None: any token id is taken.
-    `overlong` is (max_tokens, cache) of DAPO's soft punishment, added to the rewards first.
-
     Advantages are computed over the whole group, before anything is dropped.
+
+    Args:
+        groups: with a reward for each trajectory.
+        settings: how advantages are made, and whether trajectories may be dropped. None: GSPO's.
+        context, vocabulary: the model's, in tokens; a vocabulary of None takes any token id.
 
     Raises:
         DataError: see `check_groups` and `trajectory_samples`; an advantage beyond float32.
     """
+    settings = settings or resolve()
     check_groups(groups)
-    flat = [
-        (g, t, trajectory) for g, group in enumerate(groups) for t, trajectory in enumerate(group)
-    ]
-    shaped = [shaped_reward(trajectory, overlong) for _, _, trajectory in flat]
+    numbered = [(g, t, one) for g, group in enumerate(groups) for t, one in enumerate(group)]
+    shaped = [shaped_reward(trajectory, settings) for _, _, trajectory in numbered]
     values = advantages(
-        advantage,
+        settings.preset.advantage,
         torch.tensor(shaped, dtype=torch.float64),
-        torch.tensor([g for g, _, _ in flat]),
+        torch.tensor([g for g, _, _ in numbered]),
     ).tolist()
     trained: list[TrajectorySamples] = []
     rewards: list[float] = []
-    for i, (g, t, trajectory) in enumerate(flat):
+    for i, (g, t, trajectory) in enumerate(numbered):
         if abs(values[i]) > torch.finfo(torch.float32).max:
             raise DataError(
                 f"group {g}: an advantage is {values[i]:.3g}, which is beyond float32: divide the "
@@ -116,12 +123,12 @@ def prepare(
                 where=f"group {g}, trajectory {t}",
             )
         except SampleTooLongError:
-            if not drop_too_long:
+            if settings.on_too_long == "error":
                 raise
             continue
         trained.append(samples)
         rewards.append(float(trajectory.reward))
-    return RolloutBatch(tuple(trained), tuple(rewards), dropped=len(flat) - len(trained))
+    return RolloutBatch(tuple(trained), tuple(rewards), dropped=len(numbered) - len(trained))
 
 
 def minibatches(batch: RolloutBatch, count: int, seed: int) -> list[list[TrajectorySamples]]:
@@ -147,19 +154,55 @@ def with_gradient(
     return [s for s in minibatch if objective.kl_coef > 0 or s[0].advantage != 0]
 
 
-def shaped_reward(trajectory: Trajectory, overlong: tuple[int, int] | None) -> float:
-    """The reward that advantages are made of: with DAPO's soft punishment of long completions.
-
-    The punishment is 0 up to max_tokens - cache sampled tokens, and falls to -1 at max_tokens
-    (arXiv 2503.14476, equation 13).
+def microbatches(
+    policy: Policy, minibatch: Sequence[TrajectorySamples], settings: Settings, *, replay: bool
+) -> list[Microbatch]:
+    """The samples of a minibatch, packed; the result of training doesn't depend on how.
 
     Args:
-        trajectory: with its reward.
-        overlong: (max_tokens, cache), or None for no punishment.
+        policy: for the memory that its activations take.
+        minibatch: whole trajectories.
+        settings: how many tokens a microbatch has, and whether it shares prompts.
+        replay: expert choices will be replayed: tokens are shared only if theirs are the same.
     """
-    reward = float(trajectory.reward)
-    if overlong is None:
+    config = policy.lm.config.get_text_config()
+    return pack(
+        flat(minibatch),
+        settings.packed_sequence_length or token_budget(config, policy.checkpointing),
+        settings.sequence_unit,
+        share=settings.share_prefixes and policy.shares_prompts,
+        replay=replay,
+        workers=policy.workers.count,
+    )
+
+
+def token_budget(config: Any, checkpointing: bool) -> int:
+    """Tokens of a microbatch whose activations fit `ACTIVATION_BYTES`.
+
+    Args:
+        config: the model's text config.
+        checkpointing: layers are recomputed in the backward pass.
+    """
+    fitting = ACTIVATION_BYTES // activation_bytes(config, checkpointing)
+    return max(_FEWEST, min(_MOST, fitting))
+
+
+def activation_bytes(config: Any, checkpointing: bool) -> int:
+    """Rough number of bytes of float32 activations per token, kept for the backward pass."""
+    width, layers = 4 * config.hidden_size, config.num_hidden_layers
+    # About 34 vectors of the hidden width per layer; with checkpointing, those of one layer only.
+    return width * (layers + 34) if checkpointing else width * layers * 34
+
+
+def shaped_reward(trajectory: Trajectory, options: dev.TrainConfig) -> float:
+    """The reward that advantages are made of: with DAPO's soft punishment of long completions.
+
+    The punishment is 0 up to overlong_max_tokens - overlong_cache sampled tokens, and falls to -1
+    at overlong_max_tokens (arXiv 2503.14476, equation 13). Without these options there is none.
+    """
+    reward, longest = float(trajectory.reward), options.overlong_max_tokens
+    if longest is None or options.overlong_cache is None:
         return reward
-    max_tokens, cache = overlong
     length = sum(len(getattr(c, "token_ids", None) or ()) for c in trajectory.choices())
-    return reward + min(0.0, max(-1.0, (max_tokens - cache - length) / cache))
+    over = (longest - options.overlong_cache - length) / options.overlong_cache
+    return reward + min(0.0, max(-1.0, over))

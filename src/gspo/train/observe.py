@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import repeat
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from gspo.objective import (
     clipped_surrogate,
     sequence_log_ratio,
 )
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
 from gspo.train.minibatches import RolloutBatch
 
 
@@ -40,19 +39,19 @@ class Trace:
     Attributes:
         log_ratio, advantage, length: l_i, A_i and L_i.
         trajectory_id: of the rollout batch.
-        update: the optimizer step of the call, from 0.
         trained_tokens, clipped_tokens: in the loss; of those, how many the range acts on.
         token_log_ratios: [L_i] float32 d_t, in the order of sampling.
+        update: the optimizer step of the call, from 0.
     """
 
     log_ratio: float
     advantage: float
     length: float
     trajectory_id: int
-    update: int
     trained_tokens: int
     clipped_tokens: int
     token_log_ratios: np.ndarray
+    update: int
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,6 @@ class Observer:
         self.updates = 0
         self.traces: list[Trace] = []
         self._policy = policy
-        self._scored: list[Scored] = []
         self._started = time.perf_counter()
         _describe(self.metrics, batch, policy.version)
 
@@ -94,19 +92,16 @@ class Observer:
         versions = (s.policy_versions[s.ratio_mask] for s in flat(trajectories))
         return self.updates == 0 and all((v == self._policy.version).all() for v in versions)
 
-    def saw(self, scored: Scored) -> None:
-        """Keep a microbatch of the present optimizer step."""
-        self._scored.append(scored)
-
-    def backward_done(self, objective: Objective, *, on_policy: bool) -> None:
-        """Read what the optimizer step's microbatches left on the device, and record it.
+    def record(self, step: Sequence[Scored], objective: Objective, *, on_policy: bool) -> None:
+        """Read what the microbatches of an optimizer step left on the device, and record it.
 
         Raises:
             NumericsError: a loss is NaN or infinite. Its gradient may still be finite: the bound
                 on ratios gives NaN a gradient of 0.
         """
-        step, self._scored = _on_cpu(self._scored), []
-        _check_finite(step)
+        step = _on_cpu(step)
+        for scored in step:
+            _check_finite(scored)
         self.metrics.mean("loss/policy", 0.0, 1)  # a sum over microbatches, a mean over steps
         self.metrics.mean("loss/kl", 0.0, 1)
         for scored in step:
@@ -116,10 +111,6 @@ class Observer:
             if on_policy:
                 _record_mismatch(self.metrics, scored, objective)
             self.traces += _traces(scored, self.updates)
-
-    def skipped(self) -> None:
-        """Count a minibatch without a gradient, on which no optimizer step was taken."""
-        self.metrics.add("optim/skipped", 1)
 
     def updated(self, norm: float, rate: float) -> None:
         """Count an optimizer step: the gradient's norm before clipping, the learning rate."""
@@ -200,22 +191,15 @@ def _on_cpu(step: Sequence[Scored]) -> list[Scored]:
     ]
 
 
-def _check_finite(step: Sequence[Scored]) -> None:
-    bad = [scored for scored in step if not scored.out.loss.isfinite()]
-    if not bad:
-        return
-    named = {
-        number
-        for scored in bad
-        for number, l_i in zip(scored.microbatch.trajectory_ids, scored.out.log_ratio, strict=True)
-        if not l_i.isfinite()
-    }
-    text = "; log-ratios that are not finite: trajectory {} ({} in all)"
-    raise NumericsError(
-        f"the loss is {bad[0].out.loss.item()}"
-        f"{text.format(min(named), len(named)) if named else ''}. "
-        "Look for a temperature, a log-prob or a weight that is not finite"
-    )
+def _check_finite(scored: Scored) -> None:
+    loss, finite = scored.out.loss, scored.out.log_ratio.isfinite().tolist()
+    if not loss.isfinite():
+        ids = scored.microbatch.trajectory_ids
+        named = [number for number, fine in zip(ids, finite, strict=True) if not fine]
+        raise NumericsError(
+            f"the loss is {loss.item()}; trajectories whose log-ratio is not finite: "
+            f"{sorted(set(named))[:9]}. Look for a temperature, a log-prob or a weight that is NaN"
+        )
 
 
 def _record_loss(metrics: Metrics, scored: Scored) -> None:
@@ -288,10 +272,9 @@ def _traces(scored: Scored, update: int) -> list[Trace]:
         microbatch.advantages.tolist(),
         out.lengths.tolist(),
         microbatch.trajectory_ids,
-        repeat(update),
         out.loss_tokens.int().tolist(),
         out.clipped_tokens.int().tolist(),
         by_sequence,
-        strict=False,  # one of them is repeated without an end
+        strict=True,
     )
-    return [Trace(*values) for values in columns]
+    return [Trace(*values, update=update) for values in columns]

@@ -5,76 +5,66 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import torch
 
-from gspo.data.packing import Microbatch, pack
+from gspo.data.packing import Microbatch
 from gspo.data.sample import Sample, TrajectorySamples, flat
-from gspo.policy.load import Policy
+from gspo.policy.policy import Policy
+from gspo.train.minibatches import microbatches
+from gspo.train.settings import Settings
 
 
 def with_trainer_logprobs(
-    policy: Policy,
-    trajectories: Sequence[TrajectorySamples],
-    budget: int,
-    chunk: int | None,
-    *,
-    replay: bool = False,
-    share: bool = False,
+    policy: Policy, trajectories: Sequence[TrajectorySamples], settings: Settings
 ) -> list[TrajectorySamples]:
-    """The same samples with `old_logprobs` under the policy as it is now.
+    """The same samples, in their order, with `old_logprobs` under the policy as it is now.
 
     Called once per rollout batch: computed from the weights under update, every ratio would be 1
-    and the clip would never act.
-
-    Args:
-        policy: the trainer's, before the first update.
-        trajectories: in any order, which is kept.
-        budget: tokens of a microbatch.
-        chunk: tokens whose logits exist at once.
-        replay: go through the samples' expert choices, as training will.
-        share: compute prompts that samples share once.
+    and the clip would never act. Expert choices are replayed if training will replay them.
     """
+    replay = settings.routing_replay != "none"
 
-    def score(microbatch: Microbatch, samples: Sequence[Sample]) -> list[Sample]:
-        replayed = microbatch.replayed_choices() if replay else None
-        with policy.routers.watch(replayed):
-            logprobs = policy.logprobs(microbatch, chunk).logprobs.cpu().numpy()
+    def score(microbatch: Microbatch, samples: Sequence[Sample]) -> np.ndarray:
+        with policy.routers.watch(microbatch.replayed_choices() if replay else None):
+            scored = policy.logprobs(microbatch, settings.logprob_calculation_chunk_size)
         old = np.zeros(microbatch.sample_tokens, dtype=np.float32)
-        old[np.concatenate([sample.ratio_mask for sample in samples])] = logprobs
-        by_sample = np.split(old, np.cumsum(microbatch.lengths)[:-1])
-        return [replace(s, old_logprobs=o) for s, o in zip(samples, by_sample, strict=True)]
+        old[np.concatenate([s.ratio_mask for s in samples])] = scored.logprobs.cpu().numpy()
+        return old
 
-    return scored_samples(policy, trajectories, budget, score, replay=replay, share=share)
+    return rescored(policy, trajectories, settings, "old_logprobs", score, replay=replay)
 
 
-def scored_samples(
+def rescored(
     policy: Policy,
     trajectories: Sequence[TrajectorySamples],
-    budget: int,
-    score: Callable[[Microbatch, Sequence[Sample]], list[Sample]],
+    settings: Settings,
+    field: str,
+    score: Callable[[Microbatch, Sequence[Sample]], np.ndarray],
     *,
     replay: bool = False,
-    share: bool = False,
 ) -> list[TrajectorySamples]:
-    """The same trajectories after a forward pass without gradient, which changes their samples.
+    """The same samples after a forward pass without gradient that computes one of their fields.
 
     Args:
-        policy, trajectories, budget, replay, share: see `with_trainer_logprobs`.
-        score: makes the new samples of a microbatch from its samples, in their order.
+        policy, trajectories, settings: see `with_trainer_logprobs`.
+        field: of `Sample`.
+        score: its values for the tokens of a microbatch's samples, one sample after the other.
+        replay: see `microbatches`.
     """
     by_id = {samples[0].trajectory_id: samples for samples in trajectories}
 
     def run(microbatch: Microbatch) -> list[Sample]:
-        whole = [by_id[number] for number in microbatch.trajectory_ids]
+        samples = flat(by_id[number] for number in dict.fromkeys(microbatch.trajectory_ids))
         with torch.no_grad():
-            return score(microbatch, flat(whole))
+            values = score(microbatch, samples)
+        parts = np.split(values, np.cumsum(microbatch.lengths)[:-1])
+        return [replace(s, **{field: part}) for s, part in zip(samples, parts, strict=True)]
 
-    count = policy.workers.count
-    microbatches = pack(flat(trajectories), budget, share=share, replay=replay, workers=count)
+    packed = microbatches(policy, trajectories, settings, replay=replay)
     scored: defaultdict[int, list[Sample]] = defaultdict(list)
-    for samples in policy.workers.map(run, microbatches):
-        for sample in samples:
-            scored[sample.trajectory_id].append(sample)
+    for sample in chain(*policy.workers.map(run, packed)):
+        scored[sample.trajectory_id].append(sample)
     return [tuple(scored[samples[0].trajectory_id]) for samples in trajectories]

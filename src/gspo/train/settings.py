@@ -15,7 +15,6 @@ from gspo.objective import (
     BOUNDS,
     LEVEL_DEFAULTS,
     PRESETS,
-    AdvantageKind,
     Correction,
     Objective,
     Preset,
@@ -44,22 +43,10 @@ class Settings(dev.TrainConfig):
         """What `policy_loss` computes."""
         return self.preset.objective
 
-    @property
-    def advantage(self) -> AdvantageKind:
-        """How A_i is made of the group's rewards."""
-        return self.preset.advantage
-
-    def with_range(self, low: float, high: float) -> Settings:
-        """The same call with the clip range that was steered to."""
-        preset = replace(self.preset, objective=self.objective.with_epsilon(low, high))
-        return self.model_copy(update={"preset": preset, "epsilon": low, "epsilon_high": high})
-
-    @property
-    def overlong(self) -> tuple[int, int] | None:
-        """(max_tokens, cache) of the overlong punishment, or None."""
-        if self.overlong_max_tokens is None or self.overlong_cache is None:
-            return None
-        return self.overlong_max_tokens, self.overlong_cache
+    def with_objective(self, objective: Objective) -> Settings:
+        """The same call with another objective, such as one of the clip range steered to."""
+        preset = replace(self.preset, objective=objective)
+        return self.model_copy(update={"preset": preset})
 
     def as_config(self) -> dict[str, Any]:
         """The options by name, with the values that apply.
@@ -82,48 +69,47 @@ def resolve(config: TrainConfig | None = None, options: dev.TrainConfig | None =
     config, given = config or TrainConfig(), options or dev.TrainConfig()
     preset = _preset(given)
     _refuse(preset, given)
-    old = "trainer" if given.precalculate_logprobs else given.old_logprobs
-    low, high = preset.objective.epsilon_low, preset.objective.epsilon_high
-    if isinstance(given.epsilon, float | int):
-        low = high = float(given.epsilon)
-    if given.epsilon_high is not None:
-        high = given.epsilon_high
+    original = preset.objective
+    low, high = original.epsilon_low, original.epsilon_high
+    if isinstance(given.epsilon, float):
+        low = high = given.epsilon
+    kl = given.kl_penalty_coef
+    if kl is None:
+        public = "kl_penalty_coef" in config.model_fields_set
+        kl = config.kl_penalty_coef if public else original.kl_coef
     try:
         objective = replace(
-            preset.objective,
+            original,
             epsilon_low=low,
-            epsilon_high=high,
-            kl_coef=_kl(preset.objective, config, given),
-            epsilon_scale=given.epsilon_scale or preset.objective.epsilon_scale,
-            correction=_correction(preset.objective.correction, given, old),
+            epsilon_high=given.epsilon_high or high,
+            kl_coef=kl,
+            epsilon_scale=given.epsilon_scale or original.epsilon_scale,
+            correction=_correction(original.correction, given),
         )
     except ValueError as error:
-        raise ConfigError(f"dev.TrainConfig: {error}") from None
+        raise ConfigError(f"dev.TrainConfig: algorithm={preset.name!r}: {error}") from None
     advantage, correction = preset.advantage, objective.correction
     if given.scale_rewards is not None:
         advantage = "group_std" if given.scale_rewards else "group_mean"
-    has_range = objective.has_range
+    ranged = objective.has_range
     applies = {
         "algorithm": preset.name,
         "importance_sampling_level": objective.level,
-        "epsilon": (given.epsilon if given.epsilon == "auto" else low) if has_range else None,
-        "epsilon_high": high if has_range else None,
+        "epsilon": given.epsilon if given.epsilon == "auto" else low if ranged else None,
+        "epsilon_high": objective.epsilon_high if ranged else None,
         "epsilon_scale": objective.epsilon_scale,
         "scale_rewards": {"group_std": True, "group_mean": False}.get(advantage),
-        "old_logprobs": old,
         "kl_penalty_coef": objective.kl_coef,
         "correction": correction and correction.kind,
         "correction_low": correction and correction.low,
         "correction_high": correction and correction.high,
         "minibatches": given.minibatches or preset.minibatches,
+        "learning_rate": config.learning_rate,
+        "preset": replace(preset, objective=objective, advantage=advantage),
+        "given": given,
     }
     # Without a second check: each value was checked by its own class.
-    return Settings.model_construct(
-        **(dict(given) | applies),
-        preset=replace(preset, objective=objective, advantage=advantage),
-        given=given,
-        learning_rate=config.learning_rate,
-    )
+    return Settings.model_construct(**(dict(given) | applies))
 
 
 def _preset(options: dev.TrainConfig) -> Preset:
@@ -146,62 +132,33 @@ def _preset(options: dev.TrainConfig) -> Preset:
 
 def _refuse(preset: Preset, options: dev.TrainConfig) -> None:
     """Refuse options that contradict the method or one another."""
-    name, low, high = preset.name, options.epsilon, options.epsilon_high
-    scale, sequence = options.epsilon_scale, preset.objective.per_sequence
-    old_logprobs = options.old_logprobs if "old_logprobs" in options.model_fields_set else "trainer"
-    contradictions = (
-        (
-            (low, high) != (None, None) and not preset.objective.has_range,
-            f"algorithm={name!r} has no clip range: leave "
-            f"{'epsilon_high' if low is None else 'epsilon'} out",
-        ),
-        (
-            sequence and high is not None and high > 1,
+    low, high, title = options.epsilon, options.epsilon_high, f"algorithm={preset.name!r}"
+    objective, sequence = preset.objective, preset.objective.per_sequence
+    centres = preset.advantage in ("group_std", "group_mean")
+    reason = None
+    if (low or high) and not objective.has_range:
+        reason = f"{title} has no clip range: leave {'epsilon' if low else 'epsilon_high'} out"
+    elif high is not None and high > 1 and sequence:
+        reason = (
             f"epsilon_high = {high}: a sequence's ratio is a geometric mean near 1; give at most "
-            "1 (the paper: 4e-4)",
-        ),
-        (
-            low == "auto" and not sequence,
-            f"epsilon='auto' steers a sequence-level clip range, which {name!r} doesn't have: use "
-            "algorithm='gspo', or give a number",
-        ),
-        (
-            low is not None and preset.objective.surrogate == "truncate",
-            f"algorithm={name!r} bounds its weights from above only: use epsilon_high",
-        ),
-        (
-            low == "auto" and high is not None,
-            "epsilon='auto' sets both sides: leave epsilon_high out",
-        ),
-        (
-            scale == "sqrt_length" and not sequence,
-            f"epsilon_scale={scale!r} needs a sequence-level ratio, which {name!r} doesn't have",
-        ),
-        (
-            options.precalculate_logprobs and old_logprobs == "rollout",
-            "precalculate_logprobs=True means old_logprobs='trainer', not 'rollout': give one of "
-            "the two",
-        ),
-        (
-            options.scale_rewards is not None
-            and preset.advantage not in ("group_std", "group_mean"),
-            f"algorithm={name!r} doesn't centre rewards by group: leave scale_rewards out",
-        ),
-    )
-    for refused, reason in contradictions:
-        if refused:
-            raise ConfigError(reason)
+            "1 (the paper: 4e-4)"
+        )
+    elif low == "auto" and not sequence:
+        reason = (
+            f"epsilon='auto' steers a sequence-level clip range, which {preset.name!r} doesn't "
+            "have: use algorithm='gspo', or give a number"
+        )
+    elif low is not None and objective.surrogate == "truncate":
+        reason = f"{title} bounds its weights from above only: use epsilon_high"
+    elif low == "auto" and high is not None:
+        reason = "epsilon='auto' sets both sides: leave epsilon_high out"
+    elif options.scale_rewards is not None and not centres:
+        reason = f"{title} doesn't centre rewards by group: leave scale_rewards out"
+    if reason is not None:
+        raise ConfigError(reason)
 
 
-def _kl(objective: Objective, config: TrainConfig, options: dev.TrainConfig) -> float:
-    """The option, else the public one if it was given, else the preset's weight."""
-    if options.kl_penalty_coef is not None:
-        return options.kl_penalty_coef
-    given = "kl_penalty_coef" in config.model_fields_set
-    return config.kl_penalty_coef if given else objective.kl_coef
-
-
-def _correction(preset: Correction | None, options: dev.TrainConfig, old: str) -> Correction | None:
+def _correction(preset: Correction | None, options: dev.TrainConfig) -> Correction | None:
     """The option's, else the preset's, with the bounds that were given."""
     low, high = options.correction_low, options.correction_high
     kind = options.correction or (preset and preset.kind)
@@ -209,15 +166,13 @@ def _correction(preset: Correction | None, options: dev.TrainConfig, old: str) -
         if (low, high) != (None, None):
             raise ConfigError("correction_low and correction_high need a correction")
         return None
-    if old == "rollout" and kind != "off_policy_sequence_mask":
+    if options.old_logprobs == "rollout" and kind != "off_policy_sequence_mask":
         raise ConfigError(
-            f"correction={kind!r} weights by trainer / engine, but with "
-            "old_logprobs='rollout' the ratio is already taken against the engine: "
-            "set old_logprobs='trainer'"
+            f"correction={kind!r} weights by trainer / engine, but with old_logprobs='rollout' the "
+            "ratio is already taken against the engine: set old_logprobs='trainer'"
         )
     if low is not None and BOUNDS[kind][0] == 0:
         raise ConfigError(f"correction={kind!r} has no lower bound: leave correction_low out")
     if options.correction is None and preset is not None:
-        low = preset.low if low is None else low
-        high = preset.high if high is None else high
+        low, high = (preset.low if low is None else low), (preset.high if high is None else high)
     return Correction(kind, low, high)

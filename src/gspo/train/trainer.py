@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property, reduce
 from itertools import chain
 
 import torch
@@ -22,25 +23,21 @@ from torch import Tensor
 
 from gspo.core.errors import NumericsError
 from gspo.core.metrics import Metrics
-from gspo.data.packing import Microbatch, pack
+from gspo.data.packing import Microbatch
 from gspo.data.sample import TrajectorySamples, flat, unit_count
-from gspo.objective import Objective, policy_loss
-from gspo.policy.load import Policy
+from gspo.objective import policy_loss
 from gspo.policy.moe import ExpertChoices
+from gspo.policy.policy import Policy
 from gspo.policy.workers import Workers
+from gspo.train import minibatches as plan
 from gspo.train.backward import backward_each
-from gspo.train.budget import token_budget
 from gspo.train.defaults import with_defaults
 from gspo.train.epsilon import EpsilonController
 from gspo.train.expert_replay import ExpertReplay, check_expert_options
-from gspo.train.minibatches import RolloutBatch, minibatches, why_no_update, with_gradient
 from gspo.train.observe import Observer, Scored, Trace
 from gspo.train.old_logprobs import with_trainer_logprobs
 from gspo.train.optimizer import Optimizer, learning_rate
 from gspo.train.settings import Settings
-
-Reference = Callable[[Microbatch], Float[Tensor, " M"]]
-"""Log-probs of the M sampled tokens of a microbatch under the model that a KL term refers to."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +64,13 @@ class Call:
     """What stays the same over the optimizer steps of one call of `Trainer.train`.
 
     Attributes:
-        settings: with the defaults that apply to the model.
-        objective: that of the settings, with the clip range that applies to this call.
+        settings: with the defaults that apply to the model, and the clip range of this call.
         minibatches: those of all epochs, in order; their expert choices and pi_old are fixed.
         experts: replays expert choices.
         watch: gathers metrics and traces.
     """
 
     settings: Settings
-    objective: Objective
     minibatches: Sequence[Sequence[TrajectorySamples]]
     experts: ExpertReplay
     watch: Observer
@@ -90,9 +85,8 @@ class Trainer:
         self.step = 0
         self.epsilon = EpsilonController()
         self._load_reference = load_reference
-        self._frozen: Policy | None = None
 
-    def train(self, batch: RolloutBatch, settings: Settings) -> TrainOutput:
+    def train(self, batch: plan.RolloutBatch, settings: Settings) -> TrainOutput:
         """Take `minibatches` x `epochs` optimizer steps and count the policy version up.
 
         A minibatch without a gradient is no step: AdamW's momentum by itself must not move weights.
@@ -107,12 +101,10 @@ class Trainer:
         call = self._begin(batch, settings)  # refuses what cannot be done, then fixes pi_old
         with self._updating(call):
             for k, minibatch in enumerate(call.minibatches):
-                if not self.gradient(minibatch, call):
-                    call.watch.skipped()
-                    continue
-                rate = self._rate(call, k)
-                norm = self.optimizer.step(rate, call.settings)  # clips to max_grad_norm, AdamW
-                call.watch.updated(norm, rate)
+                if self.gradient(minibatch, call):
+                    rate = self._rate(call, k)
+                    norm = self.optimizer.step(rate, call.settings)  # clips to max_grad_norm, AdamW
+                    call.watch.updated(norm, rate)
         return self._end(batch, call)
 
     def gradient(self, minibatch: Sequence[TrajectorySamples], call: Call) -> bool:
@@ -121,41 +113,36 @@ class Trainer:
         N and T are counted before the first backward pass, over all of the minibatch, so that
         nothing depends on how it is split into microbatches.
         """
-        settings, objective, experts = call.settings, call.objective, call.experts
-        trained = with_gradient(minibatch, objective)
+        settings, experts, watch = call.settings, call.experts, call.watch
+        trained = plan.with_gradient(minibatch, settings.objective)
         if not trained:
+            watch.metrics.add("optim/skipped", 1)
             return False
         # N and T: trajectories without a gradient count too.
         n = sum(unit_count(samples, settings.sequence_unit) for samples in minibatch)
         t = sum(int(sample.loss_mask.sum()) for sample in flat(minibatch))
-        on_policy = call.watch.on_policy(trained)
-        microbatches = pack(
-            flat(trained),
-            self._budget(settings),
-            settings.sequence_unit,
-            share=experts.share,
-            replay=experts.replays,
-            workers=self.policy.workers.count,
-        )
+        on_policy = watch.on_policy(trained)
+        microbatches = plan.microbatches(self.policy, trained, settings, replay=experts.replays)
         experts.begin(microbatches, on_policy=on_policy)
 
         def loss(microbatch: Microbatch) -> tuple[Tensor, tuple[Scored, ExpertChoices]]:
             return self.loss(microbatch, call, n, t)
 
         # A reference may be the policy itself with its adapters off, which is off for all threads.
-        workers = Workers() if objective.kl_coef > 0 else self.policy.workers
-        for scored, choices in backward_each(self.policy, microbatches, loss, workers):
-            experts.record(scored.microbatch, choices)
-            call.watch.saw(scored)
+        workers = Workers() if settings.objective.kl_coef > 0 else self.policy.workers
+        scored: list[Scored] = []
+        for one, choices in backward_each(self.policy, microbatches, loss, workers):
+            experts.record(one.microbatch, choices)
+            scored.append(one)
         experts.end()
-        call.watch.backward_done(objective, on_policy=on_policy)
+        watch.record(scored, settings.objective, on_policy=on_policy)
         return True
 
     def loss(
         self, microbatch: Microbatch, call: Call, total_sequences: int, total_tokens: int
     ) -> tuple[Tensor, tuple[Scored, ExpertChoices]]:
         """The loss of a microbatch, a share of the minibatch's; and what is reported of it."""
-        settings, objective = call.settings, call.objective
+        settings, objective = call.settings, call.settings.objective
         with call.experts.watch(microbatch) as choices:  # log pi_theta of the sampled tokens
             scored = self.policy.logprobs(microbatch, settings.logprob_calculation_chunk_size)
         out = policy_loss(
@@ -177,49 +164,41 @@ class Trainer:
 
     def reference(self, microbatch: Microbatch) -> Float[Tensor, " M"]:
         """Log-probs of the frozen base model: LoRA's model without adapters, else a copy."""
-        self._load_frozen()
         with torch.no_grad():
             if self._frozen is not None:
                 return self._frozen.logprobs(microbatch).logprobs
             with self.policy.reference():
                 return self.policy.logprobs(microbatch).logprobs
 
-    def _load_frozen(self) -> None:
-        if self.policy.peft is None and self._frozen is None:
-            assert self._load_reference is not None
-            self._frozen = self._load_reference()
+    @cached_property
+    def _frozen(self) -> Policy | None:
+        if self.policy.peft is not None:
+            return None
+        assert self._load_reference is not None
+        return self._load_reference()
 
-    def _begin(self, batch: RolloutBatch, settings: Settings) -> Call:
+    def _begin(self, batch: plan.RolloutBatch, settings: Settings) -> Call:
         """Fix what stays the same over all updates: settings, minibatches, experts and pi_old."""
         settings = with_defaults(settings, self.policy)
         check_expert_options(self.policy, batch.samples, settings)
-        watch = Observer(self.policy, batch)
-        objective = settings.objective
         if settings.epsilon == "auto":
-            objective = self.epsilon.apply(objective)
-        if objective.kl_coef > 0:
-            self._load_frozen()
+            settings = settings.with_objective(self.epsilon.apply(settings.objective))
+        watch = Observer(self.policy, batch)
+        experts = ExpertReplay(self.policy, settings, watch.metrics)
+        if settings.objective.kl_coef > 0:
+            _ = self._frozen  # loaded before any work
         self.policy.lm.eval()  # train mode is dropout and noise under any name: never wanted
         if not settings.preset.counts_flat:
             batch = batch.with_signal()
         seeds = [_mix(settings.seed, self.step, epoch) for epoch in range(settings.epochs)]
-        epochs = [minibatches(batch, settings.minibatches, seed) for seed in seeds]
-        budget = self._budget(settings)
-        experts = ExpertReplay(self.policy, settings, watch.metrics, budget)
-        recorded = experts.start([with_gradient(m, objective) for m in epochs[0]])
+        epochs = [plan.minibatches(batch, settings.minibatches, seed) for seed in seeds]
+        recorded = experts.start([plan.with_gradient(m, settings.objective) for m in epochs[0]])
         fixed = [recorded.get(s[0].trajectory_id, s) for s in chain(*epochs[0])]
         if settings.old_logprobs == "trainer":
-            fixed = with_trainer_logprobs(
-                self.policy,
-                fixed,
-                budget,
-                settings.logprob_calculation_chunk_size,
-                replay=experts.replays,
-                share=experts.share,
-            )
+            fixed = with_trainer_logprobs(self.policy, fixed, settings)
         by_id = {samples[0].trajectory_id: samples for samples in fixed}
-        plan = [[by_id[s[0].trajectory_id] for s in m] for m in chain(*epochs)]
-        return Call(settings, objective, plan, experts, watch)
+        minibatches = [[by_id[s[0].trajectory_id] for s in m] for m in chain(*epochs)]
+        return Call(settings, minibatches, experts, watch)
 
     @contextmanager
     def _updating(self, call: Call) -> Iterator[None]:
@@ -239,30 +218,17 @@ class Trainer:
         assert call.settings.learning_rate is not None  # `with_defaults` filled it in
         return learning_rate(call.settings.learning_rate, call.settings, begin, end)
 
-    def _end(self, batch: RolloutBatch, call: Call) -> TrainOutput:
+    def _end(self, batch: plan.RolloutBatch, call: Call) -> TrainOutput:
         """What the call did; the clip range learns from it."""
+        watch, settings = call.watch, call.settings
         call.experts.finish()  # a forward pass, which may fail: only after it the step is made
         self.step += 1
-        self.epsilon.learn(call.objective, call.settings, call.watch, self.step)
-        call.watch.done(call.objective)
-        return TrainOutput(
-            updates=call.watch.updates,
-            skipped=None
-            if call.watch.updates
-            else why_no_update(len(batch.samples), batch.dropped),
-            metrics=call.watch.metrics,
-            settings=call.settings,
-            traces=call.watch.by_trajectory(),
-        )
-
-    def _budget(self, settings: Settings) -> int:
-        config = self.policy.lm.config.get_text_config()
-        return settings.packed_sequence_length or token_budget(config, self.policy.checkpointing)
+        self.epsilon.learn(settings, watch, self.step)
+        watch.done(settings.objective)
+        skipped = None if watch.updates else plan.why_no_update(len(batch.samples), batch.dropped)
+        return TrainOutput(watch.updates, skipped, watch.metrics, settings, watch.by_trajectory())
 
 
 def _mix(*numbers: int) -> int:
     """One seed of several numbers."""
-    seed = 0
-    for number in numbers:
-        seed = (seed * 1_000_003 + number) % 2**63
-    return seed
+    return reduce(lambda seed, number: (seed * 1_000_003 + number) % 2**63, numbers, 0)

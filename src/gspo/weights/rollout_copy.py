@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Literal
+from itertools import chain
 
 import torch
 from jaxtyping import Float
@@ -34,8 +34,7 @@ from gspo.policy.policy import Policy
 
 GROUP = 32
 """Inputs that share a scale in int4."""
-_BITS: dict[str, Literal[8, 4]] = {"int8": 8, "int4": 4}
-_CAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_BITS = {"int8": 8, "int4": 4}
 _ROUTERS = ("gate", "router", "shared_expert_gate")
 
 
@@ -55,39 +54,37 @@ class RoundedCopy:
 
     def __init__(self, policy: Policy, dtype: RolloutDtype):
         lm = copy.deepcopy(policy.lm) if policy.peft is None else _merged(policy)
-        lm.requires_grad_(False)
+        lm_dtype = torch.float32 if dtype in _BITS else getattr(torch, dtype)
+        lm.requires_grad_(False).zero_grad()
         for parameter in lm.parameters():
-            parameter.grad = None
             # Parameters only: buffers such as the rotary frequencies stay float32 in engines too.
-            parameter.data = parameter.data.to(_CAST.get(dtype, torch.float32))
+            parameter.data = parameter.data.to(lm_dtype)
         self.policy = replace(
             policy, lm=lm.eval(), peft=None, compute_dtype=torch.float32, checkpointing=False
         )
-        self._bits: Literal[8, 4] | None = _BITS.get(dtype)
+        self._bits = _BITS.get(dtype, 8)
+        self._transposed = dict(quantized_weights(lm)) if dtype in _BITS else {}
         self.publish(policy)
 
     @torch.no_grad()
     def publish(self, policy: Policy) -> int:
         """Round the trainer's weights again, in place; see `Publisher`."""
         source = _merged(policy)
-        weights = dict(source.named_parameters())
-        layouts = {} if self._bits is None else dict(quantized_weights(self.policy.lm))
-        for name, parameter in self.policy.lm.named_parameters():
-            value = weights[name]
-            if self._bits is not None and name in layouts:
+        values = dict(chain(source.named_parameters(), source.named_buffers()))
+        lm = self.policy.lm
+        for name, tensor in chain(lm.named_parameters(), lm.named_buffers()):
+            value = values[name]
+            if name in self._transposed:
                 # Scales belong to outputs; the inputs are the last axis unless it is transposed.
-                value = value.mT if layouts[name] else value
-                value = fake_quantized(value, self._bits)
-                value = value.mT if layouts[name] else value
-            parameter.copy_(value)
-        buffers = dict(source.named_buffers())
-        for name, buffer in self.policy.lm.named_buffers():
-            buffer.copy_(buffers[name])
+                transposed = self._transposed[name]
+                value = fake_quantized(value.mT if transposed else value, self._bits)
+                value = value.mT if transposed else value
+            tensor.copy_(value)
         self.policy.version = policy.version
         return policy.version
 
 
-def fake_quantized(weight: Float[Tensor, "*R C"], bits: Literal[8, 4]) -> Float[Tensor, "*R C"]:
+def fake_quantized(weight: Float[Tensor, "*R C"], bits: int) -> Float[Tensor, "*R C"]:
     """Symmetric round-to-nearest to `bits` bits and back: |w - q(w)| <= scale / 2.
 
     The largest magnitude of a channel (8 bits) or of a group of inputs (4 bits) is representable.
@@ -120,19 +117,13 @@ def quantized_weights(lm: PreTrainedModel) -> Iterator[tuple[str, bool]]:
         elif isinstance(module, Conv1D):
             yield f"{name}.weight", True
         elif "experts" in name.rpartition(".")[2]:
-            for weight, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() == 3:
-                    yield f"{name}.{weight}", _transposed(module, name)
-
-
-def _transposed(experts: torch.nn.Module, name: str) -> bool:
-    declared = getattr(experts, "is_transposed", None)
-    if declared is None:
-        raise ModelError(
-            f"{type(experts).__name__} ({name}) doesn't declare the layout of its weights, so "
-            "int8 and int4 have no output channels to scale: use bfloat16"
-        )
-    return bool(declared)
+            stacked = [n for n, p in module.named_parameters(recurse=False) if p.dim() == 3]
+            if stacked and not hasattr(module, "is_transposed"):
+                raise ModelError(
+                    f"{type(module).__name__} ({name}) doesn't declare the layout of its weights, "
+                    "so int8 and int4 have no output channels to scale: use bfloat16"
+                )
+            yield from ((f"{name}.{weight}", bool(module.is_transposed)) for weight in stacked)
 
 
 def _merged(policy: Policy) -> PreTrainedModel:

@@ -12,6 +12,7 @@ import numpy as np
 
 from gspo import TrajectoryGroup
 from gspo.backend.run import Run
+from gspo.backend.stored_batch import write_batch
 from gspo.experiment.spec import Spec
 from gspo.train.observe import Trace
 from support import choice, trajectory
@@ -99,14 +100,7 @@ def _summary(arm: str, stress: dict[str, Any], cells: list[dict[str, Any]]) -> d
         "reward_after": around("reward_after"),
         "auc": around("auc"),
         "collapsed": mean("collapsed"),
-        "clip_fraction": 0.31,
-        "clip_fraction_tokens": 0.3,
-        "experts_changed": 0.05,
-        "entropy": 0.31,
-        "grad_norm": 1.2,
-        "log_ratio_p01": -0.02,
-        "log_ratio_p50": 1e-8,
-        "log_ratio_p99": 0.018,
+        "means": {"ratio/clip_fraction": 0.31, "moe/experts_changed": 0.05, "loss/entropy": 0.3},
         "seconds": mean("seconds"),
         "tokens": mean("tokens"),
     }
@@ -131,7 +125,7 @@ def run_folder(path: Path, name: str = "m", *, steps: int = 4, text: str = "42")
         groups = [TrajectoryGroup([_answer(text, g + i) for i in range(3)]) for g in range(2)]
         traces = {number: [_trace(number, step)] for number in (0, 1, 2)}
         advantages = dict(enumerate([1.0, -0.5, -0.5, 0.0, 0.0, 0.0]))
-        run.log_trajectories(groups, "train", step, advantages, traces)
+        write_batch(run.trajectories("train", step), groups, advantages, traces)
     run.log(0, {"val/reward": 0.25, "val/reward_low": 0.2, "val/reward_high": 0.3})
     run.log(steps, {"val/reward": 0.75, "val/reward_low": 0.7, "val/reward_high": 0.8})
     run.close()

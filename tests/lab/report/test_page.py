@@ -6,9 +6,7 @@ import base64
 import hashlib
 from pathlib import Path
 
-from markupsafe import Markup
-
-from gspo.lab.report.page import Section, render
+from gspo.lab.report.comparison_page import comparison_page
 from gspo.lab.report.run_data import read_runs
 from gspo.lab.report.run_page import run_page
 from lab.report.page_elements import Elements
@@ -31,11 +29,11 @@ def test_nothing_runs_but_the_charts_scripts_and_nothing_is_loaded(tmp_path: Pat
         assert not {"src", "href", "srcset", "action"} & set(attributes), tag
 
 
-def test_tables_hold_text_and_empty_sections_are_left_out():
-    table = [["a", "<b>"], ["<i>", Markup("<b>bold</b>")]]
-    page = render(
-        "t", ["<s>"], [Section("One", table=table), Section("Two"), Section("x", "n", folded=True)]
-    )
-    assert "<th>&lt;b&gt;</th>" in page and "<td>&lt;i&gt;</td><td><b>bold</b></td>" in page
-    assert "Two" not in page and "<details><summary>x</summary>" in page
-    assert "script-src &#39;none&#39;" in page and "&lt;s&gt;" in page
+def test_tables_hold_text_and_a_page_without_charts_runs_nothing():
+    case = {
+        "name": "</title><b>",
+        "cells": [{"id": "<i>", "arm": "a", "stress": {}, "status": "<s>"}],
+    }
+    page = comparison_page(case)
+    assert "<td>&lt;i&gt;</td>" in page and "1 &lt;s&gt;" in page and "&lt;/title&gt;" in page
+    assert "script-src &#39;none&#39;" in page and "Over steps" not in page

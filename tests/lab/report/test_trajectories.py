@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from gspo import TrajectoryGroup
 from gspo.backend.run import Run
+from gspo.backend.stored_batch import write_batch
 from gspo.core.errors import RunError
 from gspo.lab.report.run_data import read_runs
+from gspo.lab.report.run_page import run_page
 from gspo.lab.report.trajectories import COMPLETIONS, LONGEST, sampled_groups, token_texts
 from lab.report.page_elements import Elements
 from lab.report.report_cases import run_folder
@@ -23,28 +26,39 @@ def test_trajectories_are_shown_with_what_was_made_of_them(tmp_path: Path):
         f"p/m, step {step}, group {number}" for step in (1, 5, 9) for number in (0, 1)
     ]
     trained, flat = groups[:2]
-    assert trained["title"].endswith("3 of 3 trajectories, strongest tint at |d_t| = 0.03")
+    assert trained["title"].endswith("3 of 3 trajectories")
+    assert trained["scale"] == pytest.approx(0.03, rel=0.02)
     assert trained["prompt"] == [("user", "?")]
-    facts, ((role, text),) = trained["trajectories"][0]
-    assert facts == [
-        "reward 0", "A = +1", "s = 1.00401 (l = +0.004)", "clipped", "update 1 of the step",
-    ]  # fmt: skip
-    assert role == "assistant"
-    tokens = [attributes for tag, attributes in Elements(text).tags if tag == "i"]
-    assert [token["class"] for token in tokens] == ["up", "down", "up"]
-    assert [token["style"] for token in tokens] == ["--tint:0.75", "--tint:0.50", "--tint:0.00"]
+    first = trained["trajectories"][0]
+    assert (first["reward"], first["advantage"], first["turns"]) == (0, 1, [(0.004, 3, 3)])
+    ((role, text, tokens),) = first["parts"]
+    assert (role, text) == ("assistant", "")
+    assert [token[:3] for token in tokens] == [(7, "⟨7⟩", -0.5), (8, "⟨8⟩", -1), (9, "⟨9⟩", -0.25)]
+    assert [token[3] for token in tokens] == pytest.approx([0.03, -0.02, 0.0])
+    ((_, _, tokens),) = flat["trajectories"][0]["parts"]
+    assert {token[3] for token in tokens} == {None}
+
+
+def test_the_page_tells_it_in_words_and_tints(tmp_path: Path):
+    page = run_page(read_runs([run_folder(tmp_path, steps=1)]))
+    facts = re.findall(r'<span class="pill">(.*?)</span>', page)
+    update = ["s = 1.00401 (l = +0.004)", "clipped", "update 1 of the step"]
+    assert facts[1:6] == ["reward 0", "A = +1", *update]
+    assert "not clipped" in facts and facts[-1] == "no gradient: A = 0"
+    tokens = [attributes for tag, attributes in Elements(page).tags if tag == "i"]
+    assert [token["class"] for token in tokens[:3]] == ["up", "down", "up"]
+    tints = [token["style"] for token in tokens[:3]]
+    assert tints == ["--tint:0.75", "--tint:0.50", "--tint:0.00"]
     assert tokens[0]["title"] == "id 7, log-prob when sampled -0.5 (0.607), d_t = +0.03"
-    assert Elements(text).text == "⟨7⟩⟨8⟩⟨9⟩"
-    assert "not clipped" in trained["trajectories"][1][0]
-    facts, ((_, text),) = flat["trajectories"][0]
-    assert facts[-1] == "no gradient: A = 0" and "not trained on" in text
+    assert (tokens[-1]["title"] or "").endswith("not trained on")
+    assert "strongest tint at |d_t| = 0.03" in page and "⟨7⟩</i><i" in page
 
 
 def test_what_is_embedded_is_bounded(tmp_path: Path):
     run = Run(tmp_path, "p", "m", {})
     long = [trajectory(0.0, choice([5] * (LONGEST + 500))) for _ in range(16)]
     for step in range(1, 5):
-        run.log_trajectories([TrajectoryGroup(long) for _ in range(5)], "train", step)
+        write_batch(run.trajectories("train", step), [TrajectoryGroup(long) for _ in range(5)])
     run.log(1, {"train/reward": 0.0})
     run.close()
     groups = sampled_groups(read_runs([run.folder])[0])
@@ -53,8 +67,9 @@ def test_what_is_embedded_is_bounded(tmp_path: Path):
     assert {len(group["trajectories"]) for group in groups} == {COMPLETIONS}
     assert all(f"{COMPLETIONS} of 16 trajectories" in group["title"] for group in groups)
     for group in groups:
-        for _, ((_, text),) in group["trajectories"]:
-            assert text.count("<i ") == LONGEST and text.endswith("… 500 more tokens")
+        for row in group["trajectories"]:
+            ((_, text, tokens),) = row["parts"]
+            assert len(tokens) == LONGEST and text.endswith("… 500 more tokens")
 
 
 def test_tokens_are_shown_as_the_text_they_add():

@@ -1,4 +1,7 @@
-"""The HTML around charts and tables: one file that loads nothing and runs only plotly."""
+"""The HTML around charts and tables: one file that loads nothing and runs only plotly.
+
+page.html is the frame, run.html and comparison.html are what stands in it.
+"""
 
 from __future__ import annotations
 
@@ -6,71 +9,54 @@ import base64
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
+from math import exp
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import plotly.graph_objects as go
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
-FOLDER = Path(__file__).parent
+Charts = Mapping[str, Mapping[str, go.Figure]]
+"""Section -> title -> figure."""
 _SCRIPT = re.compile(r"<script[^>]*>(.*?)</script>", re.DOTALL)
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+)
 
 
-@dataclass(frozen=True)
-class Section:
-    """A part of a page; one without any content is not shown.
-
-    Attributes:
-        table: rows of cells, the first of them the header. A cell is text, or `Markup`.
-        charts: title -> figure.
-        folded: whether it is closed until somebody opens it. Not for charts.
-    """
-
-    title: str
-    note: str = ""
-    warnings: Sequence[str] = ()
-    table: Sequence[Sequence[str]] = ()
-    charts: Mapping[str, go.Figure] = field(default_factory=dict)
-    folded: bool = False
-
-
-def render(
-    title: str, status: Sequence[str], sections: Sequence[Section], groups: Sequence[Any] = ()
-) -> str:
-    """The page of these sections.
+def render(template: str, title: str, status: Sequence[str], charts: Charts, **content: Any) -> str:
+    """The page of a template.
 
     Args:
         status: short words that stand below the title.
-        groups: sampled trajectories, see `trajectories.sampled_groups`.
+        content: what the template shows beside its charts. All text in it is escaped.
     """
-    drawn: dict[int, Markup] = {}
-    for figure in (figure for section in sections for figure in section.charts.values()):
-        drawn[id(figure)] = Markup(
+    scripts: list[str] = []
+
+    def drawn(figure: go.Figure) -> Markup:
+        scripts.append(
             figure.to_html(
                 full_html=False,
-                include_plotlyjs=not drawn,  # only the first brings plotly.js
-                div_id=f"chart-{len(drawn) + 1}",
+                include_plotlyjs=not scripts,  # only the first brings plotly.js
+                div_id=f"chart-{len(scripts) + 1}",
                 config={"displayModeBar": False},
             )
         )
-    loader = FileSystemLoader(FOLDER)
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
-    return environment.get_template("page.html").render(
+        return Markup(scripts[-1])
+
+    html = {name: {t: drawn(f) for t, f in figures.items()} for name, figures in charts.items()}
+    return _TEMPLATES.get_template(template).render(
         title=title,
         status=status,
-        sections=[s for s in sections if s.note or s.table or s.charts],
-        groups=groups,
-        drawn=lambda figure: drawn[id(figure)],
-        policy=_policy("".join(drawn.values())),
-        style=Markup((FOLDER / "style.css").read_text()),
+        charts=html,
+        exp=exp,
+        policy=_policy("".join(scripts)),
         versions={package: version(package) for package in ("gspo", "plotly")},
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
+        **content,
     )
 
 
@@ -78,7 +64,5 @@ def _policy(charts: str) -> str:
     """A content security policy under which only the scripts of these charts run."""
     digests = [hashlib.sha256(script.encode()).digest() for script in _SCRIPT.findall(charts)]
     hashes = [f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests] or ["'none'"]
-    return (
-        f"default-src 'none'; script-src {' '.join(hashes)}; "
-        "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
-    )
+    rest = "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+    return f"default-src 'none'; script-src {' '.join(hashes)}; {rest}"

@@ -14,7 +14,8 @@ from gspo.backend.metrics_file import read_metrics
 from gspo.backend.run import in_use
 from gspo.config import TrainConfig
 from gspo.core.errors import ConfigError, RunError
-from gspo.experiment.spec import Spec
+from gspo.experiment.spec import Spec, flat
+from gspo.objective import PRESETS, Preset
 from gspo.train.settings import Settings, resolve
 
 Values = Sequence[float | None]
@@ -52,16 +53,14 @@ class RunData:
         return [value for value in self.series(key)[1] if value is not None]
 
     @property
+    def preset(self) -> Preset | None:
+        """The named method, if it is one."""
+        return PRESETS.get(self.settings.algorithm) if self.settings else None
+
+    @property
     def steps(self) -> int:
         """Calls of `train` so far."""
         return max((int(record["step"]) for record in self.records), default=0)
-
-    @property
-    def by_sequence(self) -> bool:
-        """Whether the clip range is one of sequences, so that l_i is compared with it."""
-        if self.settings is not None:
-            return self.settings.objective.per_sequence
-        return bool(self.values("mismatch/clip_fraction"))  # logged only for those
 
     def heldout(self) -> list[tuple[int, float, float, float]]:
         """Step, mean, low and high of each evaluation; without an interval the mean thrice."""
@@ -78,26 +77,19 @@ def read_runs(folders: Sequence[Path]) -> list[RunData]:
     Raises:
         RunError: a folder that is not one of a run.
     """
-    return [_read(folder, label) for folder, label in zip(folders, labels(folders), strict=True)]
-
-
-def _read(folder: Path, label: str) -> RunData:
-    metrics, config = folder / "metrics.jsonl", folder / "config.json"
-    if not metrics.exists() and not config.exists():
-        raise RunError(
-            f"{folder} has neither metrics.jsonl nor config.json: it is not the folder of a run. "
-            "Give <path>/<project>/<name>, such as .gspo/demo/sort-1"
-        )
-    spec = read_object(folder / "spec.json")
-    return RunData(
-        folder=folder,
-        label=label,
-        config=read_object(config),
-        spec=flat(spec),
-        settings=resolved(spec) if spec else None,
-        records=read_metrics(metrics),
-        running=in_use(folder),
-    )
+    runs = []
+    for folder, label in zip(folders, labels(folders), strict=True):
+        metrics, config = folder / "metrics.jsonl", folder / "config.json"
+        if not metrics.exists() and not config.exists():
+            raise RunError(
+                f"{folder} has neither metrics.jsonl nor config.json: it is not the folder of a "
+                "run. Give <path>/<project>/<name>, such as .gspo/demo/sort-1"
+            )
+        spec = read_object(folder / "spec.json")
+        settings = resolved(spec) if spec else None
+        stored = (read_object(config), flat(spec), settings, read_metrics(metrics))
+        runs.append(RunData(folder, label, *stored, running=in_use(folder)))
+    return runs
 
 
 def stored_batches(run: Path) -> dict[int, Path]:
@@ -108,17 +100,13 @@ def stored_batches(run: Path) -> dict[int, Path]:
 
 
 def labels(folders: Sequence[Path]) -> list[str]:
-    """The last parts of the folders' paths: two, or as many as tell them apart.
+    """The last two parts of the folders' paths, or all of them if these are the same.
 
-    >>> labels([Path("/a/demo/sort-1"), Path("/b/demo/sort-1")])
-    ['a/demo/sort-1', 'b/demo/sort-1']
+    >>> labels([Path("/a/demo/sort-1"), Path("/b/demo/sort-2")])
+    ['demo/sort-1', 'demo/sort-2']
     """
-    parts = [folder.resolve().parts for folder in folders]
-    for count in range(2, max(map(len, parts), default=0) + 1):
-        names = ["/".join(path[-count:]) for path in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [str(folder) for folder in folders]
+    names = ["/".join(folder.resolve().parts[-2:]) for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
 def changed(spec: Mapping[str, Any]) -> set[str]:
@@ -142,17 +130,6 @@ def resolved(spec: Mapping[str, Any]) -> Settings | None:
         return resolve(rate, dev.TrainConfig(**given))
     except (ConfigError, KeyError, TypeError):
         return None
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A tree of options with dotted keys."""
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            out |= flat(value, f"{prefix}{key}.")
-        else:
-            out[f"{prefix}{key}"] = value
-    return out
 
 
 def read_object(path: Path) -> dict[str, Any]:

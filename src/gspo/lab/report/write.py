@@ -8,9 +8,7 @@ from pathlib import Path
 from gspo.core.errors import ConfigError, RunError
 from gspo.core.files import write_whole
 from gspo.lab.pictures import require_plotly
-from gspo.lab.report.comparison_page import comparison_page
 from gspo.lab.report.run_data import read_object, read_runs
-from gspo.lab.report.run_page import run_page
 
 
 def make_report(folders: Sequence[Path], out: Path | None = None) -> Path:
@@ -21,7 +19,10 @@ def make_report(folders: Sequence[Path], out: Path | None = None) -> Path:
         RunError: a folder that is not one of a run, or a page that cannot be written.
         MissingDependencyError: plotly is not installed.
     """
-    require_plotly()
+    require_plotly()  # before it is imported
+    from gspo.lab.report.comparison_page import comparison_page
+    from gspo.lab.report.run_page import run_page
+
     compared = [folder for folder in folders if (folder / "comparison.json").exists()]
     if len(folders) > 1 and compared:
         raise ConfigError(f"{compared[0]} is a comparison: give only it, or the runs inside it")

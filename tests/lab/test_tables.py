@@ -1,0 +1,25 @@
+"""Tables as text that fits and has no trailing spaces."""
+
+from __future__ import annotations
+
+from gspo.lab.tables import as_text, table
+
+
+def test_numbers_stand_on_the_right_and_words_on_the_left():
+    rows = [["", "n", "range"], ["a", "1", "0.1/0.2"], ["long", "-100", "-"]]
+    lines = as_text([table(rows)], width=40).splitlines()
+    assert lines[-3:-1] == ["  a         1   0.1/0.2", "  long   -100         -"]
+
+
+def test_a_narrow_terminal_breaks_no_value_inside_a_word():
+    rows = [["a_long_header", "verdict"], ["0.00012345", "no difference shown"]]
+    text = as_text([table(rows)], width=28)
+    assert all(word in text for word in ("0.00012345", "difference", "shown"))
+    assert all(len(line) <= 28 for line in text.splitlines())
+
+
+def test_only_tables_are_cut_to_the_width():
+    line = "[no markup] " + "x" * 200
+    text = as_text([line, table([["a"], ["y " * 100]])], width=50)
+    assert text.splitlines()[0] == line
+    assert all(len(cut) <= 50 and cut == cut.rstrip() for cut in text.splitlines()[1:])
