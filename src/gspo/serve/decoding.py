@@ -93,6 +93,7 @@ class Running:
         self.device, self._ends, self._decode = ends.device, ends, decode
         self.completions: list[OpenCompletion] = []
         self.alive = 0
+        self._versions: list[int] = []  # of the weights, in each step
         self._random = RandomStreams([], self.device)
         # What each completion has: [R] its settings and count, [R, columns] what it has sampled.
         self._state: dict[str, Tensor] = {}
@@ -113,7 +114,6 @@ class Running:
             "count": torch.zeros(len(params), dtype=torch.long),
             "tokens": torch.zeros(len(params), columns, dtype=torch.int32),
             "logprobs": torch.zeros(len(params), columns),
-            "versions": torch.zeros(len(params), columns, dtype=torch.long),
         }
         for name, values in new.items():
             old = [self._state[name]] if name in self._state else []
@@ -131,9 +131,10 @@ class Running:
         tokens, logprobs = sample(logits, state["temperature"], state["top_p"], uniform, barred)
         count = state["count"]
         longest = int(count.max())  # a device is asked once
-        versions = torch.full_like(count, version)
-        sampled = {"tokens": tokens.to(torch.int32), "logprobs": logprobs, "versions": versions}
-        for name, new in sampled.items():
+        self._versions.append(version)
+        if len(self._versions) > 2 * longest + 1024:
+            del self._versions[: -longest - 1]  # those of completions that have left
+        for name, new in (("tokens", tokens.to(torch.int32)), ("logprobs", logprobs)):
             if longest == state[name].shape[1]:
                 state[name] = functional.pad(state[name], (0, max(32, state[name].shape[1])))
             state[name].scatter_(1, count[:, None], new[:, None])
@@ -208,12 +209,12 @@ class Running:
         self, i: int, first: int = 0
     ) -> tuple[tuple[int, ...], tuple[float, ...], tuple[int, ...]]:
         """Tokens, log-probs and versions of completion i, from token `first` on."""
-        columns = slice(first, int(self._state["count"][i]))
-        tokens, logprobs, versions = (
-            tuple(self._state[name][i, columns].tolist())
-            for name in ("tokens", "logprobs", "versions")
+        count = int(self._state["count"][i])
+        tokens, logprobs = (
+            tuple(self._state[name][i, first:count].tolist()) for name in ("tokens", "logprobs")
         )
-        return tokens, logprobs, versions
+        # One that runs has sampled a token in each of the last steps.
+        return tokens, logprobs, tuple(self._versions[len(self._versions) - count + first :])
 
     def _write(self, i: int) -> None:
         completion, state = self.completions[i], self._state
