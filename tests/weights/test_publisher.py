@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from gspo.core.draws import seed_of
 from gspo.core.errors import ServeError
 from gspo.data.packing import pack
 from gspo.policy.load import Policy
-from gspo.serve.engine import Completion, Engine, Request, check_fits
+from gspo.serve.engine import Completion, Engine, Piece, Request, check_fits
 from gspo.train.minibatches import prepare
 from gspo.weights.publisher import SharedMemory, publisher_for
 from gspo.weights.rollout_copy import RoundedCopy
@@ -173,16 +173,21 @@ class FileEngine:
     def check(self, request: Request) -> None:
         check_fits(request, context=64, vocabulary=16)
 
-    def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        return [
-            [self._completion(index) for index in range(request.params.n)] for request in requests
-        ]
+    async def complete(self, request: Request) -> list[Completion]:
+        return [self._completion(index) for index in range(request.params.n)]
+
+    async def stream(self, request: Request) -> AsyncIterator[Piece]:
+        for i, done in enumerate(await self.complete(request)):
+            yield Piece(i, done.token_ids, done.logprobs, done.policy_versions, done.finish_reason)
+
+    def close(self) -> None:
+        pass
 
     def _completion(self, index: int) -> Completion:
         tokens = tuple(6 + (index + i) % 10 for i in range(3))
         logprobs = (-math.log(10),) * 3
         version = self.policy_version
-        return Completion(tokens, logprobs, self.decode(tokens), "length", version, 1.0)
+        return Completion(tokens, logprobs, self.decode(tokens), "length", (version,) * 3, 1.0)
 
     def reseed(self, seed: int) -> None:
         self.seeds.append(seed)
@@ -195,7 +200,7 @@ async def test_another_engine_and_another_publisher_are_new_classes(
     file = tmp_path / "weights.safetensors"
     engine = FileEngine(file)
     assert isinstance(engine, Engine)
-    monkeypatch.setattr(service, "make_engine", lambda policy, seed: engine)
+    monkeypatch.setattr(service, "make_engine", lambda *_, **__: engine)
     second = FilePublisher(file)
     monkeypatch.setattr(service, "publisher_for", lambda policy, dtype: (policy, second))
     model = make(None)

@@ -77,9 +77,14 @@ class Service:
         self._loaded = _identity(model)
         self.trainer = load_trainer(run, model.source, config)
         self.sampling, self.publisher = publisher_for(self.trainer.policy, config.rollout_dtype)
-        exact = config.exact if config.rollout_dtype is None else False
-        self.engine = make_engine(self.sampling, seed=seed_of(seed, self.trainer.step), exact=exact)
-        self.serving = Serving(self.engine, compute, lambda: [model.name], listener)
+        self.engine = make_engine(
+            self.sampling,
+            compute,
+            seed=seed_of(seed, self.trainer.step),
+            sockets=listener is not None,
+            exact=config.exact if config.rollout_dtype is None else False,
+        )
+        self.serving = Serving(self.engine, lambda: [model.name], listener)
 
     def check_same(self, model: ModelLike) -> None:
         """Refuse this model's name for another model, or for one that is loaded otherwise.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from gspo.core.errors import RequestError
-from gspo.serve.engine import Completion, Request, check_fits
+from gspo.serve.engine import Completion, Piece, Request, check_fits
 
 END = 0
 
@@ -21,7 +21,7 @@ class FakeEngine:
         logprob: log-prob that each token gets.
 
     >>> engine = FakeEngine(lambda prompt, index: prompt.upper())
-    >>> engine.generate([Request(tuple(engine.encode("hi")))])[0][0].text
+    >>> asyncio.run(engine.complete(Request(tuple(engine.encode("hi")))))[0].text
     'HI'
     """
 
@@ -69,10 +69,18 @@ class FakeEngine:
     def reseed(self, seed: int) -> None:
         """Nothing is drawn from an engine's seed here."""
 
-    def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        return [self._complete(request) for request in requests]
+    def close(self) -> None:
+        """Nothing is held here, so nothing is let go of."""
 
-    def _complete(self, request: Request) -> list[Completion]:
+    async def stream(self, request: Request) -> AsyncIterator[Piece]:
+        for index, done in enumerate(await self.complete(request)):
+            last = len(done.token_ids) - 1
+            columns = zip(done.token_ids, done.logprobs, done.policy_versions, strict=True)
+            for i, (token, logprob, version) in enumerate(columns):
+                reason = done.finish_reason if i == last else None
+                yield Piece(index, (token,), (logprob,), (version,), reason)
+
+    async def complete(self, request: Request) -> list[Completion]:
         self.check(request)
         count = len(self.requests)
         self.requests.append(request)
@@ -99,6 +107,6 @@ class FakeEngine:
             logprobs=(self.logprob,) * len(tokens),
             text=out[: min(cuts)] if cuts else out,
             finish_reason="stop" if tokens[-1] in ends or cuts else "length",
-            policy_version=self.policy_version,
+            policy_versions=(self.policy_version,) * len(tokens),
             temperature=params.temperature or 1.0,
         )

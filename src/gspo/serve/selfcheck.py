@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from gspo.core.compute import ComputeThread
 from gspo.core.errors import ModelError
 from gspo.data.packing import pack
 from gspo.data.sample import sample_of
@@ -31,18 +32,24 @@ _SLOWER: dict[Layout, str] = {
 }
 
 
-def make_engine(policy: Policy, *, seed: int = 0, exact: bool | None = False) -> Engine:
+def make_engine(
+    policy: Policy,
+    compute: ComputeThread,
+    *,
+    seed: int = 0,
+    sockets: bool = False,
+    exact: bool | None = False,
+) -> Engine:
     """Make the engine that samples from `policy` in this process, and check it.
 
     Args:
-        policy: the weights.
-        seed: of requests that have none.
+        policy, compute, seed, sockets: see `TorchEngine`.
         exact: make its log-probs equal to those of training, to the bit; None: if that can be.
 
     Raises:
         ModelError: see `check_engine` and `make_exact`.
     """
-    engine = TorchEngine(policy, seed=seed)
+    engine = TorchEngine(policy, compute, seed=seed, sockets=sockets)
     check_engine(engine)
     if exact or exact is None:
         make_exact(engine, required=exact is True)
