@@ -32,6 +32,7 @@ from gspo.policy.policy import WITH_GSPO_ATTENTION, Policy
 from gspo.serve.decoding import OpenCompletion, Running, record_expert_choices
 from gspo.serve.engine import Completion, Request, check_fits
 from gspo.serve.tokens import end_tokens, ends_of, token_bytes
+from gspo.weights.receipt import Probe, Receipts, score
 
 KV_BYTES = 2 * 2**30
 """Memory that keys and values may take; completions beyond it wait for their turn."""
@@ -50,6 +51,7 @@ class TorchEngine:
 
     def __init__(self, policy: Policy, *, seed: int = 0, max_running: int = 512):
         self.policy = policy
+        self.receipts: Receipts | None = None
         self.max_running = max_running
         packed = attention_implementation(policy.lm) == PACKED
         self.layout: Layout = (
@@ -62,7 +64,10 @@ class TorchEngine:
 
     @property
     def policy_version(self) -> int:
-        return self.policy.version
+        return self.policy.version if self.receipts is None else self.receipts.version
+
+    def score(self, probe: Probe) -> list[float]:
+        return score(self.policy, probe).tolist()
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         return self.policy.tokenizer(text, add_special_tokens=special)["input_ids"]
@@ -112,6 +117,8 @@ class TorchEngine:
 
     @timed("sampling")
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        if self.receipts is not None:
+            self.receipts.require(self.policy.version)
         opened: list[list[OpenCompletion]] = []
         for request in requests:
             limit, ends = self._prepare(request)
