@@ -69,7 +69,6 @@ class RoundedCopy:
     @torch.no_grad()
     def publish(self, policy: Policy) -> int:
         """Round the trainer's weights again, in place; see `Publisher`."""
-        lm = self.policy.lm
         tensors = {
             **dict(self.policy.lm.named_parameters()),
             **dict(self.policy.lm.named_buffers()),
