@@ -274,7 +274,7 @@ class Street:
         self.engine = TorchEngine(self.publisher.policy)
         self.receipts = Receipts(policy, self.publisher.policy, self.publisher)
         self.engine.receipts = self.receipts
-        self.receipts.prove(self.engine)
+        self.receipts.prove(self.engine, policy.version)
         self.older: list[State] = []
 
     def publish(self, fault: Fault | None = None) -> dict[str, float]:

@@ -188,7 +188,7 @@ class FileEngine:
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         assert self.receipts is not None
-        self.receipts.require(self.policy_version)
+        self.receipts.require(self.policy_version, self)
         return [
             [self._completion(index) for index in range(request.params.n)] for request in requests
         ]
@@ -256,7 +256,7 @@ async def test_an_engine_that_a_publication_does_not_reach_is_named(
     model = make(None)
     async with art.LocalBackend(tmp_path) as backend:
         await model.register(backend)
-        with pytest.raises(ServeError, match=r"TorchEngine of .* version 1 .* off by"):
+        with pytest.raises(ServeError, match=r"TorchEngine .* version 1 .* off by"):
             await backend.train(model, await gather(model), learning_rate=1e-3)
 
 

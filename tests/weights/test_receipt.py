@@ -72,7 +72,7 @@ def publish_honestly(model: str, dtype: dev.RolloutDtype | None, count: int) -> 
     policy, rng = MODELS[model](), random.Random(7)
     sampling, publisher = publisher_for(policy, dtype)
     engine, receipts = TorchEngine(sampling), Receipts(policy, sampling, publisher)
-    receipts.prove(engine)
+    receipts.prove(engine, policy.version)
     engine.receipts = receipts
     for number in range(count):
         update(policy, rng, size=rng.choice([1e-6, 1e-3, 0.03]))
@@ -94,7 +94,7 @@ def test_an_honest_publication_after_a_fault_is_proved():
     street = Street(dense(), "float32")
     with pytest.raises(ServeError, match=r"version 1 .*: the engine's .* \(off by"):
         street.publish(stale)
-    assert street.engine.policy_version == 1
+    assert street.engine.policy_version == 0
     street.publish()
     (done,) = street.engine.generate(ASKED)
     assert done[0].policy_version == street.engine.policy_version == 2
@@ -120,11 +120,11 @@ def test_shared_weights_are_not_sampled_before_their_receipt():
     engine.receipts = receipts
     with pytest.raises(ServeError, match=r"version 0 .*not proved yet"):
         engine.generate(ASKED)
-    receipts.prove(engine)
-    engine.generate(ASKED)
+    receipts.prove(engine, policy.version)
+    assert engine.generate(ASKED)[0][0].policy_version == 0
     update(policy, random.Random(0))
     assert engine.policy_version == 0
-    with pytest.raises(ServeError, match=r"version 1 .*got version 0"):
+    with pytest.raises(ServeError, match=r"version 1 .*last receipt is for version 0"):
         engine.generate(ASKED)
     receipts.publish(engine)
     assert engine.generate(ASKED)[0][0].policy_version == 1
@@ -135,26 +135,24 @@ def test_an_engine_with_a_model_of_its_own_is_no_shared_memory():
     _, publisher = publisher_for(policy, None)
     engine = TorchEngine(dense())  # the same weights, as long as the trainer's don't move
     receipts = Receipts(policy, policy, publisher)
-    receipts.prove(engine)
+    receipts.prove(engine, policy.version)
     update(policy, random.Random(0), size=1e-5)
-    with pytest.raises(ServeError, match=r"off by .* nats, where 0 is allowed"):
+    with pytest.raises(ServeError, match=r"off by .* nats \(0 allowed\)"):
         receipts.publish(engine)
 
 
-@pytest.mark.parametrize("size", [0.5, 0.01, 1e-4])
-def test_a_merge_that_leaves_the_adapters_out_is_seen(size: float, monkeypatch: pytest.MonkeyPatch):
+def test_a_merge_that_leaves_the_adapters_out_is_seen(monkeypatch: pytest.MonkeyPatch):
     """A fault that publication and comparison share."""
     policy = MODELS["lora"]()
 
     def unload(self: Any) -> Any:
         return self.unload()
 
-    monkeypatch.setattr("peft.PeftModel.merge_and_unload", unload, raising=False)
     monkeypatch.setattr(type(policy.peft), "merge_and_unload", unload, raising=False)
     sampling, publisher = publisher_for(policy, "int8")
     receipts = Receipts(policy, sampling, publisher)
     with pytest.raises(ServeError, match="merging the LoRA adapters moves log-probs"):
-        receipts.prove(TorchEngine(sampling))
+        receipts.prove(TorchEngine(sampling), policy.version)
 
 
 @pytest.mark.parametrize("name", MOE)
@@ -207,7 +205,7 @@ async def test_a_step_whose_publication_is_wrong_is_refused(tmp_path: Path):
 
         service.publisher.publish = wrong  # pyright: ignore[reportAttributeAccessIssue]
         groups = random_groups(service.trainer.policy)
-        with pytest.raises(ServeError, match=r"TorchEngine of .* version 1 .*model\.norm\.weight"):
+        with pytest.raises(ServeError, match=r"TorchEngine .* version 1 .*model\.norm\.weight"):
             await backend.train(model, groups, learning_rate=1e-3)
         with pytest.raises(Exception, match="no receipt for version 1"):
             await model.openai_client().completions.create(model="m", prompt="31")

@@ -82,7 +82,7 @@ class Service:
         self.sampling, self.publisher = publisher_for(self.trainer.policy, config.rollout_dtype)
         self.engine = make_engine(self.sampling, seed=seed_of(seed, self.trainer.step))
         self.receipts = Receipts(self.trainer.policy, self.sampling, self.publisher)
-        self.receipts.prove(self.engine)
+        self.receipts.prove(self.engine, self.trainer.policy.version)
         self.engine.receipts = self.receipts
         self.serving = Serving(self.engine, compute, lambda: [model.name], listener)
 

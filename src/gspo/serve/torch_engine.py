@@ -118,7 +118,7 @@ class TorchEngine:
     @timed("sampling")
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         if self.receipts is not None:
-            self.receipts.require(self.policy.version)
+            self.receipts.require(self.policy.version, self)
         opened: list[list[OpenCompletion]] = []
         for request in requests:
             limit, ends = self._prepare(request)

@@ -28,8 +28,8 @@ from gspo.weights.publisher import Publisher
 
 _TOKENS = 8
 """Fewest tokens of a probe: a pass over fewer takes as long."""
-_ROUNDINGS = 256
-"""Largest difference of two sums in another order, in roundings of the largest log-prob."""
+_NOISE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
+"""How far log-probs may differ if sums are taken in another order, in shares of the largest one."""
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -62,15 +62,13 @@ class Receipts:
         publisher: gives the engine the weights.
 
     Attributes:
-        version: of the weights that the engine got last.
+        version: of the weights that were proved last; -1 before the first receipt.
     """
 
     def __init__(self, policy: Policy, sampling: Policy, publisher: Publisher):
-        self.version = policy.version
+        self.version = -1
         self._policy, self._sampling, self._publisher = policy, sampling, publisher
         self._probe = probe_for(policy)
-        # The engine holds this, so that this doesn't hold the engine: a cycle outlives its users.
-        self._name = f"the engine of {policy.source}"
         self._fault = "they were not proved yet"
 
     def publish(self, engine: Scorer) -> dict[str, float]:
@@ -79,12 +77,12 @@ class Receipts:
         Raises:
             ServeError: see `prove`.
         """
-        self.version, self._fault = self._policy.version, "their publication did not end"
-        self._publisher.publish(self._policy)
-        return self.prove(engine)
+        self._fault = f"the publication of version {self._policy.version} did not end"
+        version = self._publisher.publish(self._policy)
+        return self.prove(engine, version)
 
     @torch.no_grad()
-    def prove(self, engine: Scorer) -> dict[str, float]:
+    def prove(self, engine: Scorer, version: int) -> dict[str, float]:
         """Prove that the engine computes with the weights that the trainer has now.
 
         Returns:
@@ -94,7 +92,6 @@ class Receipts:
             ServeError: it doesn't. Says which engine and version, and by how much it is off.
         """
         started = time.perf_counter()
-        self._name = f"{type(engine).__name__} of {self._policy.source}"
         expected, weights = self._publisher.expected(self._policy)
         wanted = _scored_with(weights, expected, self._probe)
         difference = _distance(torch.tensor(engine.score(self._probe)), wanted)
@@ -104,17 +101,18 @@ class Receipts:
         faults = list(_wrong_tensors(self._sampling.lm, weights)) if weights else []
         if not difference <= allowed:
             faults.append(
-                f"its log-probs of the probe are off by {difference:.3g} nats, where "
-                f"{allowed:.3g} is allowed"
+                f"its scores of the probe are off by {difference:.3g} > {allowed:.3g} nats"
             )
         if weights and self._policy.peft is not None:
             faults += _wrong_merge(self._policy, expected, self._probe)
         self._fault = "; ".join(faults)
-        self.require(self.version)
+        if faults:
+            self.require(version, engine)
+        self.version = version
         seconds = time.perf_counter() - started
         return {"publish/probe_max_diff": difference, "time/receipt": seconds}
 
-    def require(self, version: int) -> None:
+    def require(self, version: int, engine: Scorer) -> None:
         """Refuse to sample with a version of the weights that has no receipt.
 
         Raises:
@@ -122,13 +120,13 @@ class Receipts:
         """
         fault = self._fault
         if version != self.version:
-            fault = f"the engine got version {self.version}"
+            fault = fault or f"the last receipt is for version {self.version}"
         if fault:
             raise ServeError(
-                f"{self._name} has no receipt for version {version} of the weights: {fault}. "
-                "Nothing is sampled with them. Start the run again: it goes on from its last "
-                "checkpoint. If this happens again with a rollout_dtype, leave that out: the "
-                "engine then samples from the trainer's own weights"
+                f"{type(engine).__name__} has no receipt for version {version} of the weights of "
+                f"{self._policy.source}: {fault}. Nothing is sampled with them. Start the run "
+                "again: it goes on from its last checkpoint. If this happens again with a "
+                "rollout_dtype, leave that out: the engine then samples from the trainer's weights"
             )
 
 
@@ -206,8 +204,8 @@ def _wrong_merge(policy: Policy, merged: Policy, probe: Probe) -> Iterator[str]:
 
 
 def _noise(scores: Tensor, dtype: torch.dtype) -> float:
-    """How far log-probs may be off that are computed in this precision in another order."""
-    return _ROUNDINGS * torch.finfo(dtype).eps * max(1.0, scores.abs().max().item())
+    """How far these log-probs may be off, computed in this precision in another order."""
+    return _NOISE[dtype] * max(1.0, scores.abs().max().item())
 
 
 def _same_bits(left: Tensor, right: Tensor) -> bool:
