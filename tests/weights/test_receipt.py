@@ -92,7 +92,7 @@ def test_weights_that_are_not_finite_are_no_fault_of_the_publication():
 
 def test_an_honest_publication_after_a_fault_is_proved():
     street = Street(dense(), "float32")
-    with pytest.raises(ServeError, match=r"version 1 .*: the engine's .* \(off by"):
+    with pytest.raises(ServeError, match=r"version 1 .*: tensors that are not the .* \(off by"):
         street.publish(stale)
     assert street.engine.policy_version == 0
     street.publish()

@@ -101,7 +101,8 @@ class Receipts:
         faults = list(_wrong_tensors(self._sampling.lm, weights)) if weights else []
         if not difference <= allowed:
             faults.append(
-                f"its scores of the probe are off by {difference:.3g} > {allowed:.3g} nats"
+                f"its log-probs of the probe are off by {difference:.3g} nats "
+                f"({allowed:.3g} allowed)"
             )
         if weights and self._policy.peft is not None:
             faults += _wrong_merge(self._policy, expected, self._probe)
@@ -175,6 +176,8 @@ class _Scoring(nn.Module):
 
 def _scored_with(weights: Mapping[str, Tensor], policy: Policy, probe: Probe) -> Tensor:
     """Score the probe with other weights in the policy's model; with its own, if there are none."""
+    if not weights:
+        return score(policy, probe)
     named = {f"lm.{name}": weight for name, weight in weights.items()}
     return torch.func.functional_call(_Scoring(policy, probe), named, ())
 
@@ -190,7 +193,7 @@ def _wrong_tensors(lm: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[str
             wrong.append(f"{name} (off by {_distance(tensors[name], weights[name]):.3g})")
     if wrong:
         others = f" and {len(wrong) - 2} more" if len(wrong) > 2 else ""
-        yield f"the engine's {', '.join(wrong[:2])}{others} is not what the trainer has"
+        yield f"tensors that are not the trainer's: {', '.join(wrong[:2])}{others}"
 
 
 def _wrong_merge(policy: Policy, merged: Policy, probe: Probe) -> Iterator[str]:
