@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from gspo.core.errors import RequestError
 from gspo.serve.engine import Completion, Request, SamplingParams
 from gspo.serve.fake_engine import END, FakeEngine
+from gspo.weights.receipt import Probe
 
 
 def one(engine: FakeEngine, prompt: str, **params) -> Completion:
@@ -70,3 +72,8 @@ def test_the_next_prompt_extends_a_turn_as_it_was_sampled():
 def test_what_it_cannot_do_is_refused(prompt: tuple[int, ...], params: dict, message: str):
     with pytest.raises(RequestError, match=message):
         FakeEngine().generate([Request(prompt, SamplingParams(**params))])
+
+
+def test_its_score_of_a_probe_is_the_log_prob_of_its_tokens():
+    probe = Probe(torch.tensor([97, 98, 99]), None)
+    assert FakeEngine(logprob=-2.0).score(probe) == [-2.0, -2.0]

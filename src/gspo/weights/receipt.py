@@ -99,7 +99,8 @@ class Receipts:
         difference = _distance(torch.tensor(engine.score(self._probe)), wanted)
         allowed = self._publisher.tolerance
         if self._policy.device.type != "cpu":  # a GPU adds up a token's experts in any order
-            allowed = max(allowed, _noise(wanted, self._sampling.lm.dtype))
+            kinds = self._sampling.lm.dtype, self._sampling.compute_dtype
+            allowed = max(allowed, *(_noise(wanted, dtype) for dtype in kinds))
         faults = list(_wrong_tensors(self._sampling.lm, weights)) if weights else []
         if not difference <= allowed:
             faults.append(
