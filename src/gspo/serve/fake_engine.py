@@ -11,7 +11,7 @@ from gspo.core.errors import RequestError
 from gspo.serve.engine import Completion, Request, check_fits
 
 if TYPE_CHECKING:
-    from gspo.weights.receipt import Probe
+    from gspo.weights.receipt import Probe, Receipts
 
 END = 0
 
@@ -41,7 +41,7 @@ class FakeEngine:
         self.reply = reply
         self.logprob = logprob
         self.policy_version = 0
-        self.receipts = None
+        self.receipts: Receipts | None = None
         self.requests: list[Request] = []
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
