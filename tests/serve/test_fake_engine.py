@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+import torch
 
 from gspo.core.errors import RequestError
 from gspo.serve.engine import Completion, Request, SamplingParams
 from gspo.serve.fake_engine import END, FakeEngine
+from gspo.weights.receipt import Probe
 
 
 def one(engine: FakeEngine, prompt: str, **params) -> Completion:
@@ -72,6 +74,11 @@ def test_the_next_prompt_extends_a_turn_as_it_was_sampled():
 def test_what_it_cannot_do_is_refused(prompt: tuple[int, ...], params: dict, message: str):
     with pytest.raises(RequestError, match=message):
         asyncio.run(FakeEngine().complete(Request(prompt, SamplingParams(**params))))
+
+
+def test_its_score_of_a_probe_is_the_log_prob_of_its_tokens():
+    probe = Probe(torch.tensor([97, 98, 99]), None)
+    assert FakeEngine(logprob=-2.0).score(probe) == [-2.0, -2.0]
 
 
 async def test_a_stream_has_the_tokens_one_by_one():

@@ -4,7 +4,7 @@ It is SDPA unless a forward pass hands it a plan (`gspo_plan`), which says who s
 
 - a microbatch on a CPU: `shared_prompt_attention`, samples of about the same length together;
 - a microbatch on a GPU: `flex`, one call of flex_attention;
-- a decoding step: `kv_cache.SharedPrompts`, a prompt's keys once for all of its completions.
+- a decoding step: `prompt_cache.SharedPrompts`, a prompt's keys once for all of its completions.
 
 No mask over the whole microbatch is made: the cost is the sum of L^2 and not T^2. The name stays
 registered between passes: layers that are computed again in the backward pass must attend as they
@@ -26,7 +26,7 @@ from gspo.kernels.hf import (
     sdpa_attention_forward,
     sdpa_mask,
 )
-from gspo.kernels.kv_cache import SharedPrompts
+from gspo.kernels.prompt_cache import SharedPrompts
 from gspo.kernels.shared_prompt_attention import SharedPromptAttention
 
 PACKED = "gspo_packed"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from gspo.core.errors import RequestError, shown
 from gspo.core.options import TEMPERATURES
+
+if TYPE_CHECKING:  # `import gspo` is light
+    from gspo.weights.receipt import Probe, Receipts
 
 FinishReason = Literal["stop", "length"]
 
@@ -131,12 +134,22 @@ class Engine(Protocol):
     """Samples completions. Engines know nothing of HTTP or training.
 
     Nobody looks behind this protocol: new weights reach an engine through its `Publisher` only
-    (`gspo.weights.publisher`).
+    (`gspo.weights.publisher`), and each publication is proved (`gspo.weights.receipt`).
+
+    Attributes:
+        receipts: `generate` asks `receipts.require` first, so that nothing is sampled with weights
+            that were not proved. None: the weights never change.
     """
+
+    receipts: Receipts | None
 
     @property
     def policy_version(self) -> int:
         """Version of the weights that it samples with."""
+        ...
+
+    def score(self, probe: Probe) -> list[float]:
+        """Log-probs of the probe's tokens but the first, by the weights that it samples with."""
         ...
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:

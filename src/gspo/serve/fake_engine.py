@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import TYPE_CHECKING
 
 from gspo.core.errors import RequestError
 from gspo.serve.engine import Completion, Piece, Request, check_fits
+
+if TYPE_CHECKING:
+    from gspo.weights.receipt import Probe, Receipts
 
 END = 0
 
@@ -37,6 +41,7 @@ class FakeEngine:
         self.reply = reply
         self.logprob = logprob
         self.policy_version = 0
+        self.receipts: Receipts | None = None
         self.requests: list[Request] = []
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
@@ -65,6 +70,9 @@ class FakeEngine:
         if request.params.expert_choices:
             message = "return_routes: FakeEngine has no experts, so it returns no expert choices"
             raise RequestError(message, param="return_routes")
+
+    def score(self, probe: Probe) -> list[float]:
+        return [self.logprob] * (len(probe.tokens) - 1)
 
     def reseed(self, seed: int) -> None:
         """Nothing is drawn from an engine's seed here."""

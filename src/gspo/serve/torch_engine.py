@@ -23,6 +23,7 @@ from gspo.serve.decoding import OpenCompletion
 from gspo.serve.engine import Completion, Piece, Request, check_fits
 from gspo.serve.scheduler import Scheduler
 from gspo.serve.tokens import end_tokens, ends_of, token_bytes
+from gspo.weights.receipt import Probe, Receipts, score
 
 _REMEMBERED = 2**20
 """Unseeded requests whose repetitions are counted, about 100 bytes each."""
@@ -52,6 +53,7 @@ class TorchEngine:
         sockets: bool = False,
     ):
         self.policy = policy
+        self.receipts: Receipts | None = None
         self.max_running = max_running
         packed = attention_implementation(policy.lm) == PACKED
         self.layout: Layout = (
@@ -65,7 +67,10 @@ class TorchEngine:
 
     @property
     def policy_version(self) -> int:
-        return self.policy.version
+        return self.policy.version if self.receipts is None else self.receipts.version
+
+    def score(self, probe: Probe) -> list[float]:
+        return score(self.policy, probe).tolist()
 
     @property
     def exact(self) -> bool:
@@ -150,7 +155,13 @@ class TorchEngine:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """What steps of a `Batch` run in; the weights must stay the same inside."""
+        """What steps of a `Batch` run in; the weights must stay the same inside.
+
+        Raises:
+            ServeError: they have no receipt.
+        """
+        if self.receipts is not None:
+            self.receipts.require(self.policy.version, self)
         self.policy.lm.eval()
         with span("sampling"), torch.no_grad(), self.policy.autocast():
             yield
