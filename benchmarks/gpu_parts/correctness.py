@@ -69,7 +69,7 @@ def measure(bench: Bench) -> None:
         with bench.row(f"{name}: load") as row:
             policy = models.policy_of(config, bench.card, dtype="float32")
             row["packing"], row["shares_prompts"] = policy.packing, policy.shares_prompts
-            row["ok"] = policy.shares_prompts and policy.packing == bench.size("flex", "buckets")
+            row["ok"] = policy.shares_prompts and policy.packing == bench.size("flex", "tiles")
         if policy is None:
             continue
         _packed(bench, policy, name)

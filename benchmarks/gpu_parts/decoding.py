@@ -108,10 +108,11 @@ class Steps:
         self.calls: dict[int, Callable[[], object]] = {}
 
     def __call__(self, _module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
-        tokens = kwargs["input_ids"]
-        if tokens.shape[1] == 1:  # a prompt has more
+        plan = kwargs.get("gspo_plan")
+        completions, tokens = kwargs["input_ids"].shape if plan is None else plan.fed
+        if tokens == 1:  # a prompt has more
             self.calls.get(len(self.running), lambda: None)()
-            self.running.append(tokens.shape[0])
+            self.running.append(completions)
 
 
 @contextmanager

@@ -212,7 +212,9 @@ def other_adapter(on: Publication) -> None:
 
 def publish_merged(on: Publication, change: Callable[[str, Tensor], object]) -> None:
     """Publish what a copy of the trainer has after its adapters were changed."""
-    other = copy.deepcopy(on.policy)
+    other = copy.copy(on.policy)
+    other.peft = copy.deepcopy(on.policy.peft)
+    other.lm = other.peft.get_base_model()
     for name, parameter in other.trainable.items():
         change(name, parameter.data)
     wrong = RoundedCopy(other, on.dtype).policy.lm

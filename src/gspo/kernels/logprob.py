@@ -105,7 +105,9 @@ def token_logprobs(
         logprobs, entropy = ChunkedLogprobs.apply(  # pyright: ignore[reportGeneralTypeIssues]
             hidden, head.weight, bias, targets, temperatures, blocks, torch.is_grad_enabled()
         )
-    return TokenLogprobs(logprobs[:count], entropy[:count])
+    if missing:
+        logprobs, entropy = logprobs[:count], entropy[:count]
+    return TokenLogprobs(logprobs, entropy)
 
 
 def full_logits(hidden: Float[Tensor, "N D"], head: Head) -> Float[Tensor, "N V"]:

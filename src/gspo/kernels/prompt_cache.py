@@ -37,6 +37,9 @@ class SharedPrompts:
         capacity: columns of a slab that are laid out at first; they grow when they are full.
         device: of the model.
         multiple: the tokens of a pass are padded to a multiple of this (see `kernels.exact`).
+
+    Attributes:
+        fed: completions, and tokens of each, of the last pass.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class SharedPrompts:
         self._prompt_of = np.zeros(count, dtype=np.int64)
         self._sizes = np.full(1, count)  # completions that each prompt had at first
         self._width = 0  # W
+        self.fed = (0, 0)
         self._tile = TILE if device.type == "cpu" else None
         self._group()
 
@@ -73,7 +77,7 @@ class SharedPrompts:
 
     def feed(self, tokens: Int[Tensor, "N Q"]) -> Float[Tensor, "N Q D"]:
         """Feed Q tokens to each completion; returns the last hidden states."""
-        count, queries = tokens.shape
+        count, queries = self.fed = tuple(tokens.shape)
         self._positions = self._lengths[:, None] + np.arange(queries)
         columns = int((self._positions[:, -1] - self._base).max()) + 1
         if columns > self._capacity:

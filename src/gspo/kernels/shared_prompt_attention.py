@@ -5,8 +5,8 @@ Each sample's tail (the tokens that no sample before it put into the microbatch)
 is seen by all that follows it up to the end of its subtree: `q` sees `k` if k <= q < until[k].
 
 No T x T mask is made. Tails of about the same size are attended in one call of `tile_attention`,
-padded inside that call only. The whole tiles of a context are multiplied once for all tails that
-see it; the rest of it, less than a tile, is copied to the front of each tail.
+padded inside it. The whole tiles of a context are multiplied once for all tails that see it; the
+rest of it, less than a tile, is copied to the front of each tail.
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ from gspo.kernels.tile_attention import (
     whole_tiles,
 )
 
-WASTE = 1.3
-SLACK = 8
-"""Padding makes a tail at most 1.3 x as long, or at most this many tokens longer."""
+WASTE, SLACK = 1.3, 8
+"""Padding makes a tail at most 1.3 x as long, or at most 8 tokens longer."""
 QUERIES = 256
 """Longer tails are cut, so that what a piece cannot see is not multiplied."""
 KEPT_BYTES = 32 * 2**20
@@ -220,7 +219,7 @@ class SharedPromptAttention:
 
 def _rows(x: Float[Tensor, "1 H T D"]) -> Float[Tensor, "TH D"]:
     """Token by token, and inside a token head by head; in float32 at least."""
-    x = x.squeeze(0).transpose(0, 1).reshape(-1, x.shape[-1])
+    x = x[0].transpose(0, 1).reshape(-1, x.shape[-1])
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -256,9 +255,8 @@ class _Attention(torch.autograd.Function):
                 saved += (weights, sums) if room >= 0 else (weights.new_empty(0), sums)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(q, k, v, *saved)
-            ctx.plan, ctx.window, ctx.scale = plan, window, scale
+            ctx.plan, ctx.window, ctx.scale, ctx.dtype = plan, window, scale, query.dtype
             ctx.shapes = query.shape, key.shape, value.shape
-            ctx.dtype = query.dtype
         return out.view(total, heads, -1).to(query.dtype)
 
     @staticmethod

@@ -24,6 +24,7 @@ class FakeEngine:
             the request's seed (or a counter), the prompt and the index.
         logprob: log-prob that each token gets.
 
+    >>> import asyncio
     >>> engine = FakeEngine(lambda prompt, index: prompt.upper())
     >>> asyncio.run(engine.complete(Request(tuple(engine.encode("hi")))))[0].text
     'HI'
