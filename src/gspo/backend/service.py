@@ -85,7 +85,7 @@ class Service:
             compute,
             seed=seed_of(seed, self.trainer.step),
             sockets=listener is not None,
-            exact=config.exact if config.rollout_dtype is None else False,
+            exact=config.exact if self.sampling is self.trainer.policy else False,
         )
         self.receipts = Receipts(self.trainer.policy, self.sampling, self.publisher)
         self.receipts.prove(self.engine, self.trainer.policy.version)

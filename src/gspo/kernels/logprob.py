@@ -96,9 +96,11 @@ def token_logprobs(
     """
     _check_targets(targets, head.size)
     count, missing = len(targets), -len(targets) % head.multiple
-    targets = functional.pad(targets.to(hidden.device), (0, missing))
-    hidden = functional.pad(hidden, (0, 0, 0, missing))
-    temperatures = functional.pad(temperatures, (0, missing), value=1.0)
+    targets = targets.to(hidden.device)
+    if missing:
+        targets = functional.pad(targets, (0, missing))
+        hidden = functional.pad(hidden, (0, 0, 0, missing))
+        temperatures = functional.pad(temperatures, (0, missing), value=1.0)
     blocks = _blocks(hidden, head, chunk)
     with torch.autocast(hidden.device.type, enabled=False):
         hidden, bias = head.scaled(hidden)
@@ -114,7 +116,9 @@ def full_logits(hidden: Float[Tensor, "N D"], head: Head) -> Float[Tensor, "N V"
     """Float32 logits of a few positions, as decoding needs them."""
     with torch.autocast(hidden.device.type, enabled=False):
         count = len(hidden)
-        hidden, bias = head.scaled(functional.pad(hidden, (0, 0, 0, -count % head.multiple)))
+        if missing := -count % head.multiple:
+            hidden = functional.pad(hidden, (0, 0, 0, missing))
+        hidden, bias = head.scaled(hidden)
         if head.weight.dtype == torch.float32:
             bias = None if bias is None else bias[: head.size]
             return project(hidden, head.weight[: head.size], bias, head.softcap)[:count]
