@@ -16,6 +16,7 @@ from gspo.kernels.tile_attention import (
     attend,
     attend_backward,
     context_groups,
+    hiding,
 )
 
 CPU = torch.device("cpu")
@@ -52,7 +53,7 @@ def reference(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None) ->
     scores = q.double() @ keys.double().mT / LOG2_E
     if hidden is not None:
         shape = (*scores.shape[:2], hidden.shape[2], -1, scores.shape[-1])
-        scores = scores.view(shape).masked_fill(hidden, -torch.inf).view(scores.shape)
+        scores = (scores.view(shape) + hidden).view(scores.shape)
     return scores.softmax(-1) @ values.double()
 
 
@@ -64,8 +65,9 @@ def test_it_is_one_softmax_over_context_and_keys_with_its_gradient(sizes, querie
     q = random(0, n, 2, queries * share, 8)
     keys, values = random(1, n, 2, length, 8), random(2, n, 2, length, 5)
     shared = random(3, len(sizes), 2, width, 8), random(4, len(sizes), 2, width, 5)
-    hidden = random(5, n, 1, queries, 1, width + length) < -0.5
-    hidden[..., -1] = False
+    unseen = random(5, n, queries, width + length) < -0.5
+    unseen[..., -1] = False
+    hidden = hiding(unseen.numpy(), CPU)
     context = Context(*shared, context_groups(context_of, np.array(sizes), CPU))
     out, weights, total = attend(q, keys, values, context, hidden)
 
@@ -91,7 +93,8 @@ def test_no_bit_depends_on_sharing_width_padding_or_neighbours():
     keys, values = random(1, n, 2, length, 16), random(2, n, 2, length, 16)
     shared = random(3, 1, 2, width, 16), random(4, 1, 2, width, 16)
     causal = torch.arange(length)[None] > torch.arange(length - 7, length)[:, None]
-    hidden = torch.cat([torch.zeros(7, width, dtype=torch.bool), causal], 1)[None, None, :, None]
+    unseen = torch.cat([torch.zeros(7, width, dtype=torch.bool), causal], 1)[None]
+    hidden = hiding(unseen.numpy(), CPU)
 
     def context(count: int) -> Context:
         owner = np.zeros(count, dtype=np.int64)
@@ -107,7 +110,7 @@ def test_no_bit_depends_on_sharing_width_padding_or_neighbours():
         assert torch.equal(one[0], together[i])
     last, *_ = attend(q[:, :, -1:], whole_keys, whole_values, None, hidden[:, :, -1:])
     assert torch.equal(last[:, :, 0], together[:, :, -1])  # one query, as in decoding
-    behind = torch.ones(1, 1, 7, 1, 2 * TILE, dtype=torch.bool)
+    behind = hiding(np.ones((1, 7, 2 * TILE), dtype=bool), CPU)
     longer, *_ = attend(
         q,
         torch.cat([whole_keys, random(7, n, 2, 2 * TILE, 16)], 2),

@@ -146,7 +146,7 @@ def scored(policy: Policy, requests: list[Request], answers: list[list[Completio
     return equal
 
 
-def asked(policy: Policy, count: int = 3, tokens: int = 24) -> list[Request]:
+def asked(policy: Policy, count: int = 2, tokens: int = 12) -> list[Request]:
     generator = torch.Generator().manual_seed(1)
     text = torch.randint(policy.head.size, (200,), generator=generator).tolist()
     return [

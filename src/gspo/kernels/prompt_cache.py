@@ -7,12 +7,20 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
 from gspo.kernels.hf import no_mask
-from gspo.kernels.tile_attention import LOG2_E, TILE, Context, attend, context_groups, whole_tiles
+from gspo.kernels.tile_attention import (
+    LOG2_E,
+    TILE,
+    Context,
+    attend,
+    context_groups,
+    hiding,
+    whole_tiles,
+)
 
 _SCORE_BYTES = 64 * 2**20
 """Memory for the scores of a pass over prompts, whose queries are attended piece by piece."""
@@ -157,13 +165,13 @@ class SharedPrompts:
 
     def _not_visible(
         self, queries: slice, window: int | None
-    ) -> tuple[_Span, Bool[Tensor, "N 1 Q 1 S"] | None]:
+    ) -> tuple[_Span, Float[Tensor, "N 1 Q 1 S"] | None]:
         """Mark what completions do not see: what lies behind a token, outside its window, or at the
         end of a prompt that is shorter than others. Tiles that nobody sees are left out.
 
         Returns:
-            What is left of prompts and slabs; and for the keys inside, True if a token does not see
-            one.
+            What is left of prompts and slabs; and for the keys inside, what `tile_attention.hiding`
+            makes.
         """
         key = (queries.start, queries.stop, window)
         if key not in self._masks:
@@ -181,7 +189,7 @@ class SharedPrompts:
             hidden = place > at[:, :, None]
             if window is not None:
                 hidden |= place <= at[:, :, None] - window
-            mask = self._tensor(hidden)[:, None, :, None] if hidden.any() else None
+            mask = hiding(hidden, self._device) if hidden.any() else None
             self._masks[key] = ((first, column, columns), mask)
         return self._masks[key]
 

@@ -145,7 +145,7 @@ def attend(
     keys: Float[Tensor, "N K L D"],
     values: Float[Tensor, "N K L E"],
     context: Context | None,
-    hidden: Bool[Tensor, "n 1 Q 1 S"] | None,
+    hidden: Float[Tensor, "n 1 Q 1 S"] | None,
     tile: int | None = TILE,
 ) -> tuple[Float[Tensor, "N K M E"], Float[Tensor, "N K M S"], Float[Tensor, "N K M 1"]]:
     """Attention of all sequences of a call, in float32, without a gradient.
@@ -155,7 +155,8 @@ def attend(
             M = Q x heads.
         keys, values: of each sequence itself.
         context: what stands before them.
-        hidden: True if a query does not see a key; S = W + L, the context first. None: it sees all.
+        hidden: -inf if a query does not see a key, else 0, as `hiding` makes it; S = W + L, the
+            context first. None: it sees all.
         tile: positions that are summed in one product; None: all of them, where the order of the
             sum does not matter.
 
@@ -175,7 +176,7 @@ def attend(
             products = _product(group.gather(query), context.keys[group.contexts].mT)
             group.scatter(scores[..., :width], products, add=False)
     if hidden is not None:
-        scores.unflatten(2, (hidden.shape[2], -1)).masked_fill_(hidden, -torch.inf)
+        scores.unflatten(2, (hidden.shape[2], -1)).add_(hidden)
     # Powers of 2: torch's exp takes ten times as long for -inf.
     weights = scores.sub_(scores.amax(-1, keepdim=True)).exp2_()
     if tile is None or weights.shape[-1] <= tile:
@@ -232,6 +233,12 @@ def attend_backward(
         d_context_keys[group.contexts] = under.mT @ group.gather(query)
         d_context_values[group.contexts] = used.mT @ group.gather(grad)
     return d_query, d_keys, d_values, d_context_keys, d_context_values
+
+
+def hiding(hidden: np.ndarray, device: torch.device) -> Float[Tensor, "n 1 Q 1 S"]:
+    """[n, Q, S], True if a query does not see a key -> what is added to the scores."""
+    values = np.where(hidden, np.float32(-np.inf), np.float32(0))[:, None, :, None]
+    return torch.from_numpy(values).to(device)
 
 
 def _product(rows: Float[Tensor, "*B M D"], other: Float[Tensor, "*B D X"]) -> Tensor:

@@ -110,7 +110,7 @@ def _inexact(engine: TorchEngine) -> float:
     """Return the largest difference between sampled and scored log-probs; 0: all bits are equal."""
     policy = engine.policy
     small = sum(p.numel() for p in policy.lm.parameters()) < SMALL
-    tokens, count = (12, 3) if small else (4, 2)
+    tokens, count = (8, 2) if small else (4, 2)
     lengths = (1, TILE - 1, TILE, TILE + 1, 2 * TILE + 1) if small else (2, TILE + 1)
     reach = probe_length(policy.lm, policy.context - tokens)
     generator = torch.Generator().manual_seed(0)
@@ -124,7 +124,7 @@ def _inexact(engine: TorchEngine) -> float:
     worst = 0.0
     running = engine.max_running
     try:
-        for engine.max_running in (running, 2):
+        for engine.max_running in (running, 3):
             samples = [
                 sample_of([Turn([*request.prompt], [*c.token_ids], [*c.logprobs])], 0, number)
                 for request, completions in zip(requests, engine.generate(requests), strict=True)
