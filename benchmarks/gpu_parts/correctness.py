@@ -8,7 +8,8 @@ of a weighted sum of the log-probs. `ok` is said by these rules:
 
 - float32: no token is off by more than 1e-3, no gradient by more than 1e-3 of its largest entry.
 - bfloat16: the packed pass is no further from the float32 one than twice what the plain bfloat16
-  pass is: in root mean square over tokens, and in the norm of the whole gradient.
+  pass is: in root mean square over tokens, and in the norm of the whole gradient. Dense models
+  only: rounding flips experts, and one flipped expert decides how far two MoE passes are apart.
 - engine against trainer: float32 tokens within 1e-3. In bfloat16 the numbers are only reported.
 """
 
@@ -69,7 +70,7 @@ def measure(bench: Bench) -> None:
         with bench.row(f"{name}: load") as row:
             policy = models.policy_of(config, bench.card, dtype="float32")
             row["packing"], row["shares_prompts"] = policy.packing, policy.shares_prompts
-            row["ok"] = policy.shares_prompts and policy.packing == bench.size("flex", "buckets")
+            row["ok"] = policy.shares_prompts and policy.packing == bench.size("flex", "tiles")
         if policy is None:
             continue
         _packed(bench, policy, name)
@@ -106,7 +107,8 @@ def _packed(bench: Bench, policy: Policy, name: str) -> None:
         with bench.row(f"{name}, bfloat16, shared prompts: {share}") as row:
             row |= differences(packed(policy, samples, share), expected, samples)
             keys = ("token_rms", "gradient_norm")
-            row["ok"] = all(row[key] <= WORSE * noise[key] for key in keys)
+            if not policy.routers.modules:  # one flipped expert is more than rounding
+                row["ok"] = all(row[key] <= WORSE * noise[key] for key in keys)
     policy.compute_dtype = torch.float32
 
 

@@ -27,7 +27,7 @@ from gpu_parts.bench import Bench, free
 from gpu_parts.profiling import Profiled, host_share
 from gspo.kernels.kv_cache import kv_bytes
 from gspo.policy.policy import Policy
-from gspo.serve import torch_engine
+from gspo.serve import admission
 from gspo.serve.engine import Request, SamplingParams
 from gspo.serve.selfcheck import check_engine
 from gspo.serve.torch_engine import TorchEngine
@@ -57,13 +57,14 @@ def _dense(bench: Bench) -> None:
     for count in (large, middle, small):
         _run(bench, copy, count, RAISED, f"bfloat16 copy, {count} completions")
     _run(bench, policy, middle, RAISED, f"the trainer's weights, {middle} completions")
-    # Half of the completions find room at a time.
-    tight = kv_bytes(large // 2, bench.size(256, 24), copy.lm.config)
+    # Half of the completions find room at a time; the copy's keys have half of float32's bytes.
+    tight = kv_bytes(large // 2, bench.size(256, 24), copy.lm.config) // 2
     _run(bench, copy, large, tight, f"bfloat16 copy, {large} completions, less KV_BYTES")
 
 
 def _run(bench: Bench, policy: Policy, count: int, kv_bytes: int, what: str) -> None:
-    with bench.row(what) as row, mock.patch.object(torch_engine, "KV_BYTES", kv_bytes):
+    budget = mock.patch.object(admission, "kv_budget", lambda device: kv_bytes)
+    with bench.row(what) as row, budget:
         engine = TorchEngine(policy)
         check_engine(engine)
         prompt, length = bench.size((128, 128), (8, 16))
@@ -107,10 +108,11 @@ class Steps:
         self.calls: dict[int, Callable[[], object]] = {}
 
     def __call__(self, _module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
-        tokens = kwargs["input_ids"]
-        if tokens.shape[1] == 1:  # a prompt has more
+        plan = kwargs.get("gspo_plan")
+        completions, tokens = kwargs["input_ids"].shape if plan is None else plan.fed
+        if tokens == 1:  # a prompt has more
             self.calls.get(len(self.running), lambda: None)()
-            self.running.append(tokens.shape[0])
+            self.running.append(completions)
 
 
 @contextmanager

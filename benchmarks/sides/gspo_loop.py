@@ -216,7 +216,7 @@ def fixed_samples(batch: Job) -> list[Any]:
                 sampling_logprobs=logprobs,
                 temperatures=np.ones(length, np.float32),
                 turn_ids=np.where(mask, 0, -1),
-                policy_versions=np.where(mask, 0, -1),
+                policy_versions=np.full(length, -1),  # no engine gave them these log-probs
                 trajectory_id=i,
                 group_id=0,
                 advantage=advantage,

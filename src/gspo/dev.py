@@ -234,6 +234,10 @@ class InternalModelConfig(Options):
     rollout_dtype: RolloutDtype | None = None
     """Precision of the engine. None: it samples from the trainer's own weights; else from a copy
     (LoRA merged), made again after each update."""
+    exact: bool | None = None
+    """The engine's log-probs are those of training, to the bit, and a completion depends on its
+    prompt and seed only, whatever is decoded beside it. True: an error if this model or machine
+    can't; None: if it can (on the CPU); False: faster by some per cent."""
     lora: LoraConfig | None = None
     """None: full fine-tuning."""
     activation_checkpointing: bool = False
@@ -247,3 +251,12 @@ class InternalModelConfig(Options):
     """`auto`: cuda if there is one, else cpu."""
     trust_remote_code: bool = False
     """Run Python code of the model's folder, if its config asks for it. Read it first."""
+
+    @model_validator(mode="after")
+    def _exact_needs_the_same_weights(self) -> InternalModelConfig:
+        if self.exact and self.rollout_dtype is not None:
+            raise ValueError(
+                f"exact=True and rollout_dtype={self.rollout_dtype!r}: a copy of the weights in "
+                "another precision has other log-probs. Leave one of the two out."
+            )
+        return self

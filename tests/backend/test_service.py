@@ -69,7 +69,11 @@ class Registered:
 
 def registered(path: Path, **options: Any) -> Registered:
     backend = art.LocalBackend(path, **options)
-    model = art.TrainableModel(name="m", project="p", base_model="embedded:sort")
+    # Tests train on Choices that no engine sampled.
+    loading = art.dev.InternalModelConfig(exact=False)
+    model = art.TrainableModel(
+        name="m", project="p", base_model="embedded:sort", _internal_config=loading
+    )
     asyncio.run(model.register(backend))
     return Registered(backend, model)
 

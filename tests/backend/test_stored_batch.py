@@ -61,7 +61,7 @@ def openai_choice(tokens: list[int], logprobs: list[float]) -> Choice:
 def groups() -> list[TrajectoryGroup]:
     first = choice([4, 5], (1, 2), [-0.1, -1 / 3], temperature=0.7, finish_reason="length")
     extends = choice([9], (1, 2, 4, 5, 8), [-2.7182817], temperature=1.3, policy_version=3)
-    breaks = choice([7, 7], (1, 8), [-0.25, -1e-7])
+    breaks = choice([7, 7], (1, 8), [-0.25, -1e-7], policy_versions=[3, 4])
     return [
         TrajectoryGroup([trajectory(1.0, first, extends, breaks), trajectory(0.1)]),
         TrajectoryGroup(

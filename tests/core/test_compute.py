@@ -66,6 +66,32 @@ async def test_an_exception_that_no_future_can_carry_arrives(compute: ComputeThr
         await asyncio.wait_for(compute.run(ends), timeout=10)
 
 
+async def test_a_job_knows_whether_others_wait(compute: ComputeThread):
+    """So it can be cut, and queue the rest of its work behind them."""
+    seen: list[str] = []
+    begun, waits, over = threading.Event(), threading.Event(), threading.Event()
+
+    def rest() -> None:
+        seen.append(f"rest {compute.contended()}")
+        over.set()
+
+    def first() -> None:
+        seen.append(f"first {compute.contended()}")
+        begun.set()
+        waits.wait(10)
+        seen.append(f"first {compute.contended()}")
+        compute.submit(rest)
+
+    compute.submit(first)
+    await asyncio.to_thread(begun.wait, 10)
+    other = asyncio.create_task(compute.run(seen.append, "other"))
+    await asyncio.sleep(0)
+    waits.set()
+    await other
+    await asyncio.to_thread(over.wait, 10)
+    assert seen == ["first False", "first True", "other", "rest False"]
+
+
 async def test_after_close_it_says_so(compute: ComputeThread):
     compute.close()
     with pytest.raises(RunError, match="the backend is closed"):

@@ -30,6 +30,8 @@ def test_a_single_turn() -> None:
     assert sample.turn_ids.tolist() == [-1, -1, -1, 0, 0]
     assert sample.policy_versions.tolist() == [-1, -1, -1, 4, 4]
     assert (sample.trajectory_id, sample.group_id, sample.advantage) == (5, 2, -1.5)
+    changing = choice([7, 8], [1, 2, 3], policy_version=4, policy_versions=[4, 5])
+    assert one(changing).policy_versions.tolist() == [-1, -1, -1, 4, 5]
     assert (len(sample), sample.sampled) == (5, 2)
 
 

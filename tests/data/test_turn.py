@@ -98,6 +98,17 @@ def test_a_policy_version_that_means_nothing(value: Any):
         read_fields(changed(policy_version=value), "c")
 
 
+def test_a_version_for_each_token():
+    assert read_turn(changed(policy_versions=[3, np.int64(4)]), "c").policy_versions == (3, 4)
+    assert read_turn(changed(policy_versions=None), "c").policy_versions == ()
+
+
+@pytest.mark.parametrize("value", [[1], [1, -1], [1, 2.0], "ab", [1, 2, 3], [True, 1]])
+def test_versions_of_tokens_that_mean_nothing(value: Any):
+    with pytest.raises(DataError, match=r"c: policy_versions.* is .*must be"):
+        read_fields(changed(policy_versions=value), "c")
+
+
 @pytest.mark.parametrize(
     "value", [5, "x", {"a": 1}, {"shape": [10**30], "dtype": "uint8", "data": ""}]
 )

@@ -11,20 +11,20 @@ import time
 import pytest
 
 SERVER = """
-import time
+import asyncio
 from gspo.experiment import serving
 from gspo.serve import server
 from gspo.serve.fake_engine import FakeEngine
 
 class Slow(FakeEngine):
-    def generate(self, requests):
+    async def complete(self, request):
         print("sampling", flush=True)
-        time.sleep(120)
+        await asyncio.sleep(120)
 
 server.STOP_SECONDS = 1
 serving.load_policy = lambda model: None
 serving.choose_packing = lambda policy: None
-serving.make_engine = lambda policy: Slow()
+serving.make_engine = lambda *_, **__: Slow()
 serving.serve_model("x", "127.0.0.1", 0, "m")
 """
 REQUEST = b'{"model": "m", "prompt": "hello"}'

@@ -122,14 +122,14 @@ def test_the_probe_proves_it_on_the_whole_model(name: str, monkeypatch: pytest.M
 
 
 def test_on_a_cpu_it_is_not_tried():
-    assert model("llama").packing == "buckets"
+    assert model("llama").packing == "tiles"
 
 
 def test_where_it_has_no_backward_pass_it_is_not_used(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(probe, "_ways", lambda policy: ("flex", "buckets"))
-    assert model("llama").packing == "buckets"
+    monkeypatch.setattr(probe, "_ways", lambda policy: ("flex", "tiles"))
+    assert model("llama").packing == "tiles"
     assert "(flex: NotImplementedError: FlexAttention does not support backward" in caplog.text
 
 
@@ -162,7 +162,7 @@ def test_on_a_gpu_shared_is_unshared_and_that_of_the_calls(name: str):
     samples = samples_of(3, system=300)
     shared, apart = (pack(samples, 100_000, share=share) for share in (True, False))
     found = [of_microbatches(policy, microbatches) for microbatches in (shared, apart)]
-    policy.packing = "buckets"
+    policy.packing = "tiles"
     expected, wanted = of_microbatches(policy, apart)
     for logprobs, gradient in found:
         torch.testing.assert_close(logprobs, expected, atol=1e-4, rtol=1e-4)

@@ -25,7 +25,6 @@ from gspo.data.packing import Microbatch, pack
 from gspo.data.sample import Sample
 from gspo.dev import LoraConfig
 from gspo.kernels import shared_prompt_attention
-from gspo.kernels.attention import packed_attention
 from gspo.kernels.shared_prompt_attention import SharedPromptAttention
 from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
@@ -49,26 +48,27 @@ def brute_force(microbatch: Microbatch, window: int | None) -> np.ndarray:
 
 def by_calls(microbatch: Microbatch, window: int | None) -> np.ndarray:
     """The same from the plan; every key must be seen at most once."""
-    plan = SharedPromptAttention(microbatch).within(window)
+    calls = SharedPromptAttention(microbatch).within(window)
     counts = np.zeros((microbatch.token_count, microbatch.token_count), dtype=int)
-    done: list[np.ndarray] = []
-    at = 0
-    for call in plan.calls:
-        queries = plan.queries[sum(map(len, done)) :][: call.blocks * call.queries].numpy()
-        done.append(queries)
-        keys = plan.keys[at : at + call.blocks * call.keys].view(call.blocks, -1).numpy()
-        at += keys.size
-        mask = torch.ones(call.queries, call.keys, dtype=torch.bool).tril()[None, None]
-        mask = (mask if call.mask is None else call.mask).expand(call.blocks, -1, -1, -1)
-        queries = queries.reshape(call.blocks, -1)
-        for b in range(call.blocks):
-            for i in range(call.queries):
-                place = sum(map(len, done[:-1])) + b * call.queries + i
-                if plan.order[queries[b, i]] == place:
-                    np.add.at(counts[queries[b, i]], keys[b][mask[b, 0, i].numpy()], 1)
-                assert mask[b, 0, i].any()  # padding too: no NaN from a softmax over nothing
-    assert sorted(plan.order.tolist()) == sorted(set(plan.order.tolist()))
-    assert at == len(plan.keys)
+    queried: list[int] = []
+    for call in calls:
+        tails, queries = call.queries.shape
+        context_of = np.zeros(tails, dtype=int)
+        for group in call.groups:
+            contexts = np.arange(len(call.context))[group.contexts]
+            members, real = group.members.numpy(), group.real
+            for row, context in enumerate(contexts):
+                named = members[row] if real is None else members[row][real[row].numpy()]
+                context_of[named] = context
+        keys = torch.cat([call.context[torch.from_numpy(context_of)], call.keys], dim=1).numpy()
+        hidden = (call.hidden < 0).expand(tails, -1, -1, -1, -1)[:, 0, :, 0].numpy()
+        for n in range(tails):
+            for i in range(queries):
+                assert not hidden[n, i].all()  # padding too: no NaN from a softmax over nothing
+                if call.padding is None or not call.padding[n, i]:
+                    queried.append(int(call.queries[n, i]))
+                    np.add.at(counts[queried[-1]], keys[n][~hidden[n, i]], 1)
+    assert sorted(queried) == list(range(microbatch.token_count))
     assert counts.max() <= 1
     return counts > 0
 
@@ -83,11 +83,20 @@ def test_every_token_sees_its_own_sample_and_nothing_else(window, share: bool, s
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("system", [0, 3, 40, 100])
-def test_short_tails_of_long_contexts_are_attended_together(window: int | None, system: int):
+def test_whole_tiles_of_a_context_are_multiplied_once(window: int | None, system: int):
     (microbatch,) = pack(samples_of(1, system=system), 10_000, share=True)
     assert (by_calls(microbatch, window) == brute_force(microbatch, window)).all()
-    together = any(block.tails > 1 for block in SharedPromptAttention(microbatch)._blocks(window))
-    assert together == (system >= 40 and (window is None or window >= 17))
+    calls = SharedPromptAttention(microbatch).within(window)
+    shared = any(len(call.context) < len(call.queries) for call in calls if call.groups)
+    if window is None or window >= 30:
+        assert shared == (system >= 40)
+
+
+def test_long_tails_are_cut(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shared_prompt_attention, "QUERIES", 16)
+    (microbatch,) = pack(samples_of(1, system=100), 10_000, share=True)
+    for window in WINDOWS:
+        assert (by_calls(microbatch, window) == brute_force(microbatch, window)).all()
 
 
 @given(samples=coincidences())
@@ -97,35 +106,6 @@ def test_a_token_is_seen_up_to_the_end_of_its_subtree(samples: list[Sample]):
     until = SharedPromptAttention(microbatch).until
     seen = (place[None, :] <= place[:, None]) & (place[:, None] < until[None, :])
     assert (seen == brute_force(microbatch, None)).all()
-
-
-@pytest.mark.parametrize("window", [None, 7])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_attention_and_its_gradient_are_those_of_a_dense_mask(window, kv_heads: int):
-    (microbatch,) = pack(samples_of(2), 10_000, share=True)
-    generator = torch.Generator().manual_seed(0)
-    size = microbatch.token_count
-    heads = (4, kv_heads, kv_heads)
-    inputs = [torch.randn(1, h, size, 8, generator=generator, dtype=torch.double) for h in heads]
-    weight = torch.randn(size, 4, 8, generator=generator, dtype=torch.double)
-
-    def result(dense: bool) -> list[Tensor]:
-        q, k, v = (x.clone().requires_grad_() for x in inputs)
-        if dense:
-            mask = torch.from_numpy(brute_force(microbatch, window))
-            k4, v4 = (x.repeat_interleave(4 // kv_heads, 1) for x in (k, v))
-            out = functional.scaled_dot_product_attention(q, k4, v4, mask, scale=0.3)
-            out = out.transpose(1, 2)
-        else:
-            plan = SharedPromptAttention(microbatch)
-            out, _ = packed_attention(
-                torch.nn.Module(), q, k, v, None, 0.3, sliding_window=window, gspo_plan=plan
-            )
-        (out[0] * weight).sum().backward()
-        return [out.detach(), *(x.grad for x in (q, k, v) if x.grad is not None)]
-
-    for one, two in zip(result(False), result(True), strict=True):
-        torch.testing.assert_close(one, two, atol=1e-12, rtol=1e-12)
 
 
 MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
@@ -265,7 +245,7 @@ def test_a_model_that_looks_at_the_row_is_packed_but_does_not_share(caplog):
     inner.register_forward_pre_hook(shift, with_kwargs=True)
     caplog.set_level("INFO", logger="gspo")
     choose_packing(policy)
-    assert policy.packing == "buckets"
+    assert policy.packing == "tiles"
     assert not policy.shares_prompts
     assert caplog.text.count("prompts are computed per completion (off by") == 1
 
@@ -283,10 +263,10 @@ def test_samples_packed_by_mask_share_too(packing: Any, caplog, monkeypatch):
 
 def test_the_plan_is_made_once_for_layers_of_one_window(monkeypatch):
     made: list[int | None] = []
-    original = SharedPromptAttention._calls
+    original = SharedPromptAttention._groups
     monkeypatch.setattr(
         SharedPromptAttention,
-        "_calls",
+        "_groups",
         lambda self, window: made.append(window) or original(self, window),
     )
     policy = model("sliding")
@@ -303,10 +283,7 @@ def test_padding_is_bounded():
         (microbatch,) = pack(samples, 10_000, share=share)
         plan = SharedPromptAttention(microbatch)
         for group in plan._groups(None):
-            for block in group:
-                room = max(
-                    shared_prompt_attention.WASTE * block.width,
-                    block.width + shared_prompt_attention.SLACK,
-                )
-                assert block.width <= group[0].width <= room
-        assert plan.padded == len(plan.within(None).queries) >= microbatch.token_count
+            for tail in group:
+                waste, slack = shared_prompt_attention.WASTE, shared_prompt_attention.SLACK
+                assert tail.width <= group[0].width <= max(waste * tail.width, tail.width + slack)
+        assert plan.padded >= microbatch.token_count

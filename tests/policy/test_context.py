@@ -113,4 +113,4 @@ def test_a_window_that_is_not_heeded_is_seen(tmp_path: Path, monkeypatch: pytest
 def test_samples_longer_than_a_chunk_are_not_packed(tmp_path: Path):
     assert chunk_in(model("llama4"), 256) == 32
     assert loaded(tmp_path, "llama4").packing == "single"
-    assert loaded(tmp_path, "llama4", max_context=32).packing == "buckets"
+    assert loaded(tmp_path, "llama4", max_context=32).packing == "tiles"

@@ -60,7 +60,7 @@ def policy() -> Policy:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("packing", ["buckets", "mask", "single"])
+@pytest.mark.parametrize("packing", ["tiles", "mask", "single"])
 def test_packed_equals_the_models_own(policy: Policy, packing, temperature: float):
     policy.packing = packing
     items = samples(policy, temperature)
@@ -69,7 +69,7 @@ def test_packed_equals_the_models_own(policy: Policy, packing, temperature: floa
         for sample in items:
             expected = plain(policy, sample)
             torch.testing.assert_close(got[sample.trajectory_id], expected, atol=2e-5, rtol=0)
-    policy.packing = "buckets"
+    policy.packing = "tiles"
 
 
 def tiny(model_class, config_class, **extra) -> Policy:
@@ -100,13 +100,13 @@ def tiny(model_class, config_class, **extra) -> Policy:
 
 
 ARCHITECTURES = {
-    "llama": (LlamaForCausalLM, LlamaConfig, {}, "buckets"),
-    "mixtral": (MixtralForCausalLM, MixtralConfig, {"num_local_experts": 4}, "buckets"),
+    "llama": (LlamaForCausalLM, LlamaConfig, {}, "tiles"),
+    "mixtral": (MixtralForCausalLM, MixtralConfig, {"num_local_experts": 4}, "tiles"),
     "gemma3": (
         Gemma3ForCausalLM,
         Gemma3TextConfig,
         {"sliding_window": 5, "final_logit_softcapping": 4.0},
-        "buckets",
+        "tiles",
     ),
     # Attention sinks: gspo's own attention refuses, transformers' masks take over.
     "gpt_oss": (

@@ -25,7 +25,7 @@ def test_a_convolution_over_the_microbatch_is_a_leak(tmp_path: Path):
     policy = load_policy(folder(tmp_path, "lfm2"))
     choose_packing(policy)
     assert policy.packing == "single"
-    policy.packing = "buckets"
+    policy.packing = "tiles"
     (microbatch,) = pack(probe._random_samples(policy), budget=10_000)
     assert probe._trained(policy, microbatch)[1]
 

@@ -4,47 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from openai import APIStatusError, AsyncOpenAI, BadRequestError
+import uvicorn
+from openai import APIStatusError, AsyncOpenAI, BadRequestError, RateLimitError
 
-from gspo.core.compute import ComputeThread
+from gspo.core.errors import BusyError
+from gspo.data.turn import read_turn
 from gspo.serve.app import create_app
-from gspo.serve.batcher import Batcher
+from gspo.serve.engine import Completion, Request
 from gspo.serve.fake_engine import FakeEngine
-from gspo.serve.server import in_process_client
+from gspo.serve.server import bind, in_process_client
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 
 
-class Counted(FakeEngine):
-    """Remembers how requests were batched."""
-
-    def __init__(self, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.batches: list[int] = []
-
-    def generate(self, requests):
-        self.batches.append(len(requests))
-        return super().generate(requests)
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
 
 
 @pytest.fixture
-def engine() -> Counted:
-    return Counted()
-
-
-@pytest.fixture
-async def client(engine: Counted):
-    compute = ComputeThread()
-    client = in_process_client(create_app(Batcher(engine, compute), lambda: ["m"]))
+async def client(engine: FakeEngine):
+    client = in_process_client(create_app(engine, lambda: ["m"]))
     yield client
     await client.close()
-    compute.close()
 
 
-async def test_chat_choices_carry_what_training_needs(client: AsyncOpenAI, engine: Counted):
+async def test_chat_choices_carry_what_training_needs(client: AsyncOpenAI, engine: FakeEngine):
     response = await client.chat.completions.create(model="m", messages=HELLO, n=3, seed=1)
     assert [c.index for c in response.choices] == [0, 1, 2]
     for choice in response.choices:
@@ -65,7 +54,7 @@ async def test_logprobs_in_openais_form_where_asked(client: AsyncOpenAI):
     assert "".join(e.token for e in choice.logprobs.content).rstrip("\0") == choice.message.content
 
 
-async def test_completions_take_text_and_token_ids(client: AsyncOpenAI, engine: Counted):
+async def test_completions_take_text_and_token_ids(client: AsyncOpenAI, engine: FakeEngine):
     response = await client.completions.create(model="m", prompt=["ab", "cd"], n=2, logprobs=0)
     prompts = [c.prompt_token_ids for c in response.choices]  # pyright: ignore[reportAttributeAccessIssue]
     assert prompts == [[97, 98], [97, 98], [99, 100], [99, 100]]
@@ -76,15 +65,7 @@ async def test_completions_take_text_and_token_ids(client: AsyncOpenAI, engine: 
     assert ids.choices[0].text == text.choices[0].text
 
 
-async def test_requests_that_arrive_together_are_one_batch(client: AsyncOpenAI, engine: Counted):
-    await client.models.list()
-    await asyncio.gather(
-        *(client.chat.completions.create(model="m", messages=HELLO) for _ in range(40))
-    )
-    assert engine.batches == [40]
-
-
-async def test_text_parts_are_joined(client: AsyncOpenAI, engine: Counted):
+async def test_text_parts_are_joined(client: AsyncOpenAI, engine: FakeEngine):
     parts: Any = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
     message: Any = [{"role": "user", "content": parts}]
     response: Any = await client.chat.completions.create(model="m", messages=message)
@@ -135,7 +116,7 @@ async def test_hints_are_given_only_where_a_name_is_near(client, extra: dict, me
     assert body["message"].endswith(message)
 
 
-async def test_stop_token_ids_and_special_tokens_reach_the_engine(client, engine: Counted):
+async def test_stop_token_ids_and_special_tokens_reach_the_engine(client, engine: FakeEngine):
     await client.completions.create(
         model="m",
         prompt="x",
@@ -187,7 +168,7 @@ async def test_unknown_models_and_bad_messages(client: AsyncOpenAI):
     ],
 )
 async def test_a_bad_prompt_is_refused_and_its_neighbours_are_answered(
-    client, engine: Counted, prompt: Any, message: str
+    client, engine: FakeEngine, prompt: Any, message: str
 ):
     async def ask(value: Any) -> Any:
         return await client.completions.create(model="m", prompt=value)
@@ -239,3 +220,74 @@ async def test_models_and_health(client: AsyncOpenAI):
     assert [m.id for m in (await client.models.list()).data] == ["m"]
     with pytest.raises(APIStatusError):
         await client.models.retrieve("x")
+
+
+class Busy(FakeEngine):
+    async def complete(self, request: Request) -> list[Completion]:
+        raise BusyError("9 requests are not answered yet")
+
+
+async def test_too_many_requests_are_told_to_come_again():
+    async with in_process_client(create_app(Busy(), lambda: ["m"])) as client:
+        with pytest.raises(RateLimitError, match="9 requests") as refused:
+            await client.completions.create(model="m", prompt="x")
+    assert refused.value.response.headers["retry-after"] == "1"
+
+
+class Changing(FakeEngine):
+    """New weights reach it after each first token."""
+
+    async def complete(self, request: Request) -> list[Completion]:
+        return [
+            replace(done, policy_versions=(0, *[1] * (len(done.token_ids) - 1)))
+            for done in await super().complete(request)
+        ]
+
+
+async def test_each_tokens_version_is_told_if_they_differ():
+    async with in_process_client(create_app(Changing(), lambda: ["m"])) as client:
+        answer = await client.completions.create(model="m", prompt="x", seed=0)
+    turn = read_turn(answer.choices[0], "c")
+    assert turn.policy_version == 0
+    assert turn.policy_versions == (0, *[1] * (len(turn.tokens) - 1))
+
+
+class Endless(FakeEngine):
+    """Never answers; remembers who gave up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.began, self.gone = asyncio.Event(), asyncio.Event()
+
+    async def complete(self, request: Request) -> list[Completion]:
+        self.began.set()
+        try:
+            return await asyncio.get_running_loop().create_future()
+        finally:
+            self.gone.set()
+
+
+@pytest.mark.parametrize("prompts", [["a"], ["a", "b"]])
+async def test_a_client_that_gives_up_is_let_go_of(prompts: list[str]):
+    engine = Endless()
+    async with in_process_client(create_app(engine, lambda: ["m"])) as client:
+        asking = asyncio.create_task(client.completions.create(model="m", prompt=prompts))
+        await asyncio.wait_for(engine.began.wait(), 20)
+        asking.cancel()
+        await asyncio.wait_for(engine.gone.wait(), 20)
+
+
+async def test_a_client_that_hangs_up_is_let_go_of():
+    engine = Endless()
+    listener = bind("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(create_app(engine, lambda: ["m"]), log_level="error"))
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    _, writer = await asyncio.open_connection(*listener.getsockname())
+    body = b'{"model": "m", "prompt": "x"}'
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    writer.write(head + b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+    await asyncio.wait_for(engine.began.wait(), 20)
+    writer.close()
+    await asyncio.wait_for(engine.gone.wait(), 20)
+    server.should_exit = True
+    await asyncio.wait_for(serving, 20)

@@ -17,7 +17,6 @@ from gspo.core.errors import ModelError, RequestError
 from gspo.policy.load import Policy
 from gspo.policy.probe import choose_packing
 from gspo.serve.app import create_app
-from gspo.serve.batcher import Batcher
 from gspo.serve.engine import Engine, Request, SamplingParams
 from gspo.serve.fake_engine import FakeEngine
 from gspo.serve.selfcheck import check_engine
@@ -80,7 +79,7 @@ def test_engines_without_experts_say_so():
     with pytest.raises(RequestError, match="return_routes asked of a dense model"):
         dense.generate([request])
     with pytest.raises(RequestError, match="FakeEngine has no experts"):
-        FakeEngine().generate([request])
+        FakeEngine().check(request)
     with pytest.raises(ModelError, match="makes 0 top-k choices"):
         TorchEngine(phimoe()).generate([request])
 
@@ -88,7 +87,7 @@ def test_engines_without_experts_say_so():
 async def test_choices_over_http_become_the_samples_and_train(policy: Policy):
     policy = embedded()
     compute = ComputeThread()
-    client = in_process_client(create_app(Batcher(TorchEngine(policy), compute), lambda: ["m"]))
+    client = in_process_client(create_app(TorchEngine(policy, compute), lambda: ["m"]))
     groups = []
     for text in ("918273645546", "192837465501"):
         messages: Any = [{"role": "user", "content": text}]
@@ -116,8 +115,7 @@ async def test_choices_over_http_become_the_samples_and_train(policy: Policy):
 
 
 async def test_asking_in_vain_is_a_bad_request_and_spoils_no_other():
-    compute = ComputeThread()
-    client = in_process_client(create_app(Batcher(FakeEngine(), compute), lambda: ["m"]))
+    client = in_process_client(create_app(FakeEngine(), lambda: ["m"]))
     vain, fine = await asyncio.gather(
         client.completions.create(model="m", prompt="ab", extra_body={"return_routes": True}),
         client.completions.create(model="m", prompt="ab"),
@@ -127,7 +125,6 @@ async def test_asking_in_vain_is_a_bad_request_and_spoils_no_other():
     assert "FakeEngine has no experts" in str(vain)
     assert not isinstance(fine, BaseException)
     await client.close()
-    compute.close()
 
 
 KINDS = {name: entry[:3] for name, entry in ARCHITECTURES.items()} | MOE

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
+import torch
 
 from gspo.core.errors import RequestError
 from gspo.serve.engine import Completion, Request, SamplingParams
 from gspo.serve.fake_engine import END, FakeEngine
+from gspo.weights.receipt import Probe
 
 
 def one(engine: FakeEngine, prompt: str, **params) -> Completion:
     request = Request(tuple(engine.encode(prompt)), SamplingParams(**params))
-    return engine.generate([request])[0][0]
+    return asyncio.run(engine.complete(request))[0]
 
 
 def test_it_says_what_it_was_told_to():
     done = one(FakeEngine(lambda prompt, index: f"{prompt}{index}", logprob=-2.0), "hi")
     assert done.text == "hi0" and done.token_ids == (*map(ord, "hi0"), END)
     assert done.logprobs == (-2.0,) * 4
-    assert (done.finish_reason, done.policy_version, done.temperature) == ("stop", 0, 1.0)
+    assert (done.finish_reason, done.policy_versions, done.temperature) == ("stop", (0,) * 4, 1.0)
 
 
 def test_replies_are_drawn_of_seed_prompt_and_index():
     request = Request((1, 2), SamplingParams(n=4, seed=3))
-    first, again = (FakeEngine().generate([request])[0] for _ in range(2))
+    first, again = (asyncio.run(FakeEngine().complete(request)) for _ in range(2))
     assert first == again and len({done.text for done in first}) > 1
     engine = FakeEngine()  # without a seed, a counter takes its place
     other = FakeEngine()
@@ -52,7 +56,7 @@ def test_the_next_prompt_extends_a_turn_as_it_was_sampled():
     engine = FakeEngine(lambda prompt, index: "yes")
     messages = [{"role": "user", "content": "?"}]
     prompt = engine.encode_chat(messages)
-    answer = engine.generate([Request(tuple(prompt))])[0][0]
+    answer = asyncio.run(engine.complete(Request(tuple(prompt))))[0]
     longer = engine.encode_chat([*messages, {"role": "assistant", "content": answer.text}])
     assert longer[: len(prompt) + 4] == [*prompt, *answer.token_ids]
     assert b"".join(engine.token_bytes(engine.encode("é漢"))).decode() == "é漢"
@@ -69,4 +73,22 @@ def test_the_next_prompt_extends_a_turn_as_it_was_sampled():
 )
 def test_what_it_cannot_do_is_refused(prompt: tuple[int, ...], params: dict, message: str):
     with pytest.raises(RequestError, match=message):
-        FakeEngine().generate([Request(prompt, SamplingParams(**params))])
+        asyncio.run(FakeEngine().complete(Request(prompt, SamplingParams(**params))))
+
+
+def test_its_score_of_a_probe_is_the_log_prob_of_its_tokens():
+    probe = Probe(torch.tensor([97, 98, 99]), None)
+    assert FakeEngine(logprob=-2.0).score(probe) == [-2.0, -2.0]
+
+
+async def test_a_stream_has_the_tokens_one_by_one():
+    request = Request((1, 2), SamplingParams(n=2, seed=3))
+    done = await FakeEngine().complete(request)
+    pieces = [piece async for piece in FakeEngine().stream(request)]
+    for index, whole in enumerate(done):
+        mine = [piece for piece in pieces if piece.index == index]
+        assert tuple(token for piece in mine for token in piece.token_ids) == whole.token_ids
+        assert tuple(x for piece in mine for x in piece.logprobs) == whole.logprobs
+        assert tuple(x for piece in mine for x in piece.policy_versions) == whole.policy_versions
+        assert [piece.finish_reason for piece in mine[:-1]] == [None] * (len(mine) - 1)
+        assert mine[-1].finish_reason == whole.finish_reason

@@ -11,12 +11,20 @@ import transformers
 from packaging.version import Version
 
 from gspo.core.errors import ModelError
+from gspo.data.packing import pack
+from gspo.data.sample import sample_of
+from gspo.data.turn import Turn
+from gspo.dev import LoraConfig
 from gspo.policy.load import load_policy
+from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
-from gspo.serve.engine import Request, SamplingParams
-from gspo.serve.selfcheck import check_engine
+from gspo.serve.engine import Completion, Request, SamplingParams
+from gspo.serve.selfcheck import check_engine, make_exact
 from gspo.serve.torch_engine import TorchEngine
 from models import folder, plain, text
+from policy.routers import MOE
+from policy.test_policy import tiny
+from support import embedded
 
 LAYOUTS = {
     "llama": "shared",
@@ -86,3 +94,129 @@ def test_routes_of_a_model_with_its_own_cache(tmp_path: Path):
     for completion in engine.generate([Request((5, 6, 7), params)])[0]:
         assert completion.expert_choices is not None
         assert completion.expert_choices.shape == (6, 4, 2)
+
+
+EXACT: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig, {"intermediate_size": 333}),
+    "qwen2": (transformers.Qwen2ForCausalLM, transformers.Qwen2Config, {}),
+    "qwen3": (transformers.Qwen3ForCausalLM, transformers.Qwen3Config, {}),
+    "qwen2_moe": (  # its shared expert has a gate with one output
+        transformers.Qwen2MoeForCausalLM,
+        transformers.Qwen2MoeConfig,
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+        },
+    ),
+    "gemma3": (
+        transformers.Gemma3ForCausalLM,
+        transformers.Gemma3TextConfig,
+        {"sliding_window": 16},
+    ),
+    **{name: MOE[name] for name in ("qwen3_moe", "mixtral", "olmoe")},
+}
+
+
+def engine_of(policy: Policy) -> TorchEngine:
+    choose_packing(policy)
+    return TorchEngine(policy)
+
+
+def scored(policy: Policy, requests: list[Request], answers: list[list[Completion]]) -> list[bool]:
+    """Whether each completion's log-probs are those of training, however it is packed."""
+    samples = [
+        sample_of(
+            [Turn([*request.prompt], [*c.token_ids], [*c.logprobs], c.temperature)],
+            trajectory_id=number,
+        )
+        for number, (request, c) in enumerate(
+            (request, c) for request, answer in zip(requests, answers, strict=True) for c in answer
+        )
+    ]
+    equal = [True] * len(samples)
+    for budget, share in ((10_000, True), (90, True), (10_000, False), (1, False)):
+        for microbatch in pack(samples, budget, share=share):
+            different = (
+                policy.logprobs(microbatch).logprobs.detach() != microbatch.sampling_logprobs
+            )
+            for sequence in microbatch.sequence_ids[different].tolist():
+                equal[microbatch.trajectory_ids[sequence]] = False
+    return equal
+
+
+def asked(policy: Policy, count: int = 2, tokens: int = 12) -> list[Request]:
+    generator = torch.Generator().manual_seed(1)
+    text = torch.randint(policy.head.size, (200,), generator=generator).tolist()
+    return [
+        Request(
+            (*text[: length // 2], *text[-(length - length // 2) :]),
+            SamplingParams(
+                n=count, max_tokens=tokens, temperature=0.8, seed=length, ignore_eos=True
+            ),
+        )
+        for length in (1, 7, 31, 32, 40)
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", EXACT)
+def test_engine_and_trainer_are_equal_to_the_bit(kind: str, dtype: torch.dtype):
+    model_class, config_class, sizes = EXACT[kind]
+    policy = tiny(model_class, config_class, **sizes)
+    policy.compute_dtype = dtype
+    engine = engine_of(policy)
+    make_exact(engine, required=True)
+    assert policy.exact
+    requests = asked(policy)
+    answers = []
+    for engine.max_running in (512, 3):
+        answers.append(engine.generate(requests))
+        assert all(scored(policy, requests, answers[-1]))
+    alone = [engine.generate([request])[0] for request in requests]
+    assert answers[0] == answers[1] == alone
+
+
+def test_without_it_they_are_not():
+    """The test above can fail."""
+    policy = embedded()
+    engine = engine_of(policy)
+    requests = asked(policy)
+    assert not all(scored(policy, requests, engine.generate(requests)))
+    assert not policy.exact
+
+
+def test_lora_and_recomputed_layers_are_exact_too():
+    policy = embedded(lora=LoraConfig(r=4), activation_checkpointing=True)
+    with torch.no_grad():
+        for parameter in policy.trainable.values():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    engine = engine_of(policy)
+    make_exact(engine, required=True)
+    requests = asked(policy)
+    assert all(scored(policy, requests, engine.generate(requests)))
+
+
+def test_what_cannot_be_exact_says_why(caplog: pytest.LogCaptureFixture):
+    policy = tiny(*MOE["gpt_oss"][:2], **MOE["gpt_oss"][2])  # attention sinks
+    engine = engine_of(policy)
+    check_engine(engine)
+    with pytest.raises(ModelError, match=r"exact=True, but the attention of \w+ is not gspo's"):
+        make_exact(engine, required=True)
+    caplog.set_level("INFO", logger="gspo")
+    make_exact(engine, required=False)
+    assert "not equal to the bit: the attention of" in caplog.text
+    assert not policy.exact
+    assert policy.multiple == 1
+
+
+def test_a_part_that_depends_on_its_call_is_named(monkeypatch: pytest.MonkeyPatch):
+    policy = embedded()
+    engine = engine_of(policy)
+    layer: Any = policy.lm.model.layers[1]
+    original = layer.mlp.forward
+    monkeypatch.setattr(layer.mlp, "forward", lambda x: original(x) * (1 + 1e-6 * x.shape[1]))
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\b|still differ by"):
+        make_exact(engine, required=True)
+    assert policy.multiple == 1

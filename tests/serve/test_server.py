@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from openai import AsyncOpenAI
 
-from gspo.core.compute import ComputeThread
 from gspo.core.errors import ServeError
 from gspo.serve import server as module
 from gspo.serve.fake_engine import FakeEngine
@@ -25,8 +24,7 @@ async def ask(client: AsyncOpenAI) -> int:
 
 
 def test_it_outlives_the_loop_that_started_it():
-    compute = ComputeThread()
-    server = Serving(FakeEngine(), compute, lambda: ["m"], bind("127.0.0.1", 0))
+    server = Serving(FakeEngine(), lambda: ["m"], bind("127.0.0.1", 0))
     port = int(server.url.split(":")[2].split("/")[0])
     asyncio.run(server.start())
     for _ in range(2):
@@ -34,11 +32,10 @@ def test_it_outlives_the_loop_that_started_it():
         assert asyncio.run(ask(in_process_client(server.app))) == 2
     asyncio.run(server.stop())
     bind("127.0.0.1", port).close()  # the port is free again
-    compute.close()
 
 
 async def test_a_server_that_does_not_start_is_named(monkeypatch: pytest.MonkeyPatch):
-    server = Serving(FakeEngine(), ComputeThread(), lambda: ["m"], bind("127.0.0.1", 0))
+    server = Serving(FakeEngine(), lambda: ["m"], bind("127.0.0.1", 0))
     monkeypatch.setattr(server._thread, "_target", lambda sockets: None)
     with pytest.raises(ServeError, match=r"127\.0\.0\.1:\d+/v1 did not start"):
         await asyncio.wait_for(server.start(), 20)
@@ -46,7 +43,7 @@ async def test_a_server_that_does_not_start_is_named(monkeypatch: pytest.MonkeyP
 
 async def test_a_client_that_holds_on_does_not_hold_up_the_stop(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "STOP_SECONDS", 1)
-    server = Serving(FakeEngine(), ComputeThread(), lambda: ["m"], bind("127.0.0.1", 0))
+    server = Serving(FakeEngine(), lambda: ["m"], bind("127.0.0.1", 0))
 
     @server.app.get("/slow")
     async def slow() -> None:

@@ -151,7 +151,7 @@ def test_r3_with_other_choices_changes_the_step_and_agreement_says_so():
     assert r2["moe/routing_agreement"] == unreplayed["moe/routing_agreement"]
 
 
-@pytest.mark.parametrize("packing", ["buckets", "mask", "single"])
+@pytest.mark.parametrize("packing", ["tiles", "mask", "single"])
 @pytest.mark.parametrize("budget", [1, 40, 10_000])
 def test_nothing_depends_on_the_split_into_microbatches(packing: Any, budget: int):
     policy = moe()
@@ -169,7 +169,7 @@ def test_nothing_depends_on_the_split_into_microbatches(packing: Any, budget: in
         torch.testing.assert_close(got[name], value, atol=1e-4, rtol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize("packing", ["buckets", "single"])
+@pytest.mark.parametrize("packing", ["tiles", "single"])
 def test_checkpointing_replays_the_same_step(packing: Any):
     policy = moe()
     policy.packing = packing

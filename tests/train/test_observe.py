@@ -36,7 +36,7 @@ BUDGETS = [1, 40, 90, 10_000]
 class Table:
     """A policy whose log-probs are a table, by the token's (unique) number."""
 
-    packing = "buckets"
+    packing = "tiles"
     version = 0
 
     def __init__(self, samples: list[Sample]):

@@ -60,7 +60,7 @@ def naive_loss(policy: Policy, batch: RolloutBatch, low: float, high: float) -> 
     return -torch.stack(losses).mean()
 
 
-def accumulated(policy: Policy, batch: RolloutBatch, budget: int, packing: str = "buckets"):
+def accumulated(policy: Policy, batch: RolloutBatch, budget: int, packing: str = "tiles"):
     policy.packing = packing  # pyright: ignore[reportAttributeAccessIssue]
     options = dev.TrainConfig(
         epsilon=0.3,
@@ -70,7 +70,7 @@ def accumulated(policy: Policy, batch: RolloutBatch, budget: int, packing: str =
         share_prefixes=False,
     )
     gradient, metrics = gradient_of(policy, batch, resolve(options=options))
-    policy.packing = "buckets"
+    policy.packing = "tiles"
     return metrics, gradient
 
 
@@ -88,7 +88,7 @@ def test_loss_and_gradient_equal_the_naive_loop(policy: Policy):
         torch.testing.assert_close(got[name], value, atol=2e-6, rtol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("packing", ["buckets", "mask", "single"])
+@pytest.mark.parametrize("packing", ["tiles", "mask", "single"])
 @pytest.mark.parametrize("budget", [1, 40, 100])
 def test_nothing_depends_on_the_split_into_rows(policy: Policy, budget: int, packing: str):
     batch = batch_of(policy)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,9 +17,10 @@ from gspo.core.draws import seed_of
 from gspo.core.errors import ServeError
 from gspo.data.packing import pack
 from gspo.policy.load import Policy
-from gspo.serve.engine import Completion, Engine, Request, check_fits
+from gspo.serve.engine import Completion, Engine, Piece, Request, check_fits
 from gspo.train.minibatches import prepare
 from gspo.weights.publisher import SharedMemory, publisher_for
+from gspo.weights.receipt import Probe, Receipts, score
 from gspo.weights.rollout_copy import RoundedCopy
 from support import embedded
 
@@ -136,12 +137,17 @@ async def test_a_failed_update_leaves_engine_and_trainer_alike(
 class FilePublisher:
     """A second publisher: the weights go to a file, as to an engine in another process."""
 
+    tolerance = 0.0
+
     def __init__(self, file: Path):
         self.file = file
 
     def publish(self, policy: Policy) -> int:
         save_file(dict(policy.lm.named_parameters()), self.file, {"version": str(policy.version)})
         return policy.version
+
+    def expected(self, policy: Policy) -> tuple[Policy, dict[str, torch.Tensor]]:
+        return policy, {}
 
 
 class FileEngine:
@@ -150,6 +156,7 @@ class FileEngine:
     def __init__(self, file: Path):
         self.file = file
         self.seeds: list[int] = []
+        self.receipts: Receipts | None = None
 
     @property
     def policy_version(self) -> int:
@@ -173,16 +180,29 @@ class FileEngine:
     def check(self, request: Request) -> None:
         check_fits(request, context=64, vocabulary=16)
 
-    def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        return [
-            [self._completion(index) for index in range(request.params.n)] for request in requests
-        ]
+    def score(self, probe: Probe) -> list[float]:
+        policy = embedded()
+        if self.file.exists():
+            policy.lm.load_state_dict(load_file(self.file), strict=False)  # the head is tied
+        return score(policy, probe).tolist()
+
+    async def complete(self, request: Request) -> list[Completion]:
+        assert self.receipts is not None
+        self.receipts.require(self.policy_version, self)
+        return [self._completion(index) for index in range(request.params.n)]
+
+    async def stream(self, request: Request) -> AsyncIterator[Piece]:
+        for i, done in enumerate(await self.complete(request)):
+            yield Piece(i, done.token_ids, done.logprobs, done.policy_versions, done.finish_reason)
+
+    def close(self) -> None:
+        pass
 
     def _completion(self, index: int) -> Completion:
         tokens = tuple(6 + (index + i) % 10 for i in range(3))
         logprobs = (-math.log(10),) * 3
         version = self.policy_version
-        return Completion(tokens, logprobs, self.decode(tokens), "length", version, 1.0)
+        return Completion(tokens, logprobs, self.decode(tokens), "length", (version,) * 3, 1.0)
 
     def reseed(self, seed: int) -> None:
         self.seeds.append(seed)
@@ -195,7 +215,7 @@ async def test_another_engine_and_another_publisher_are_new_classes(
     file = tmp_path / "weights.safetensors"
     engine = FileEngine(file)
     assert isinstance(engine, Engine)
-    monkeypatch.setattr(service, "make_engine", lambda policy, seed: engine)
+    monkeypatch.setattr(service, "make_engine", lambda *_, **__: engine)
     second = FilePublisher(file)
     monkeypatch.setattr(service, "publisher_for", lambda policy, dtype: (policy, second))
     model = make(None)
@@ -241,15 +261,20 @@ async def test_an_engine_that_a_publication_does_not_reach_is_named(
     model = make(None)
     async with art.LocalBackend(tmp_path) as backend:
         await model.register(backend)
-        with pytest.raises(ServeError, match=r"version 1 .* samples with version 0: Lost"):
+        with pytest.raises(ServeError, match=r"TorchEngine .* version 1 .* off by"):
             await backend.train(model, await gather(model), learning_rate=1e-3)
 
 
 class Lost:
     """Publishes to nobody."""
 
+    tolerance = 0.0
+
     def publish(self, policy: Policy) -> int:
         return policy.version
+
+    def expected(self, policy: Policy) -> tuple[Policy, dict[str, torch.Tensor]]:
+        return policy, {}
 
 
 @pytest.mark.parametrize("dtype", [None, "float32", "int8"])

@@ -236,7 +236,7 @@ def test_an_engine_samples_in_every_precision_and_says_float32(dtype: dev.Rollou
     prompt = tuple(engine.encode_chat([{"role": "user", "content": "918273645546"}]))
     params = SamplingParams(n=8, max_tokens=16)
     completions = engine.generate([Request(prompt, params)])[0]
-    assert {c.policy_version for c in completions} == {5}
+    assert {version for c in completions for version in c.policy_versions} == {5}
     values = [value for c in completions for value in c.logprobs]
     assert all(isinstance(value, float) for value in values)
     stored = torch.tensor(values, dtype=torch.float64)

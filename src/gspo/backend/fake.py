@@ -10,7 +10,6 @@ from openai import AsyncOpenAI
 from gspo import dev
 from gspo.backend.base import Backend, ModelLike, TrainResult, train_options, user_metrics
 from gspo.config import TrainConfig
-from gspo.core.compute import ComputeThread
 from gspo.data.check import check_groups, listed, plain_groups
 from gspo.data.sample import trajectory_samples
 from gspo.serve.fake_engine import FakeEngine
@@ -34,8 +33,7 @@ class FakeBackend(Backend):
         self.trained: list[list[TrajectoryGroup]] = []
         self.logged: list[tuple[str, list[TrajectoryGroup]]] = []
         self._names: list[str] = []
-        self._compute = ComputeThread()
-        self._serving = Serving(self.engine, self._compute, lambda: self._names)
+        self._serving = Serving(self.engine, lambda: self._names)
 
     async def register(self, model: ModelLike) -> None:
         if model.name not in self._names:
@@ -89,4 +87,3 @@ class FakeBackend(Backend):
 
     async def close(self) -> None:
         await self._serving.stop()
-        self._compute.close()

@@ -15,7 +15,7 @@ from gspo.backend.run import Run
 from gspo.backend.stored_batch import UpdateRecord, write_batch
 from gspo.core.compute import ComputeThread
 from gspo.core.draws import seed_of
-from gspo.core.errors import RunError, ServeError
+from gspo.core.errors import RunError
 from gspo.core.timing import timed
 from gspo.data.check import plain_groups
 from gspo.dev import InternalModelConfig
@@ -37,6 +37,7 @@ from gspo.train.settings import Settings
 from gspo.train.trainer import Trainer, TrainOutput
 from gspo.trajectory import TrajectoryGroup
 from gspo.weights.publisher import publisher_for
+from gspo.weights.receipt import Receipts
 
 log = logging.getLogger("gspo")
 
@@ -56,11 +57,13 @@ class Service:
         sampling: what the engine samples from: the trainer's policy, or a copy of it.
         engine: samples.
         publisher: gives the engine the weights after each step.
+        receipts: publishes, and proves each publication before anything is sampled.
         serving: answers for the engine, once it is started.
 
     Raises:
         ModelError: the base model cannot be loaded, or not be sampled from.
         CheckpointError: the checkpoint is damaged.
+        ServeError: the engine doesn't compute with the weights that were loaded.
     """
 
     def __init__(
@@ -77,8 +80,17 @@ class Service:
         self._loaded = _identity(model)
         self.trainer = load_trainer(run, model.source, config)
         self.sampling, self.publisher = publisher_for(self.trainer.policy, config.rollout_dtype)
-        self.engine = make_engine(self.sampling, seed=seed_of(seed, self.trainer.step))
-        self.serving = Serving(self.engine, compute, lambda: [model.name], listener)
+        self.engine = make_engine(
+            self.sampling,
+            compute,
+            seed=seed_of(seed, self.trainer.step),
+            sockets=listener is not None,
+            exact=config.exact if self.sampling is self.trainer.policy else False,
+        )
+        self.receipts = Receipts(self.trainer.policy, self.sampling, self.publisher)
+        self.receipts.prove(self.engine, self.trainer.policy.version)
+        self.engine.receipts = self.receipts
+        self.serving = Serving(self.engine, lambda: [model.name], listener)
 
     def check_same(self, model: ModelLike) -> None:
         """Refuse this model's name for another model, or for one that is loaded otherwise.
@@ -126,7 +138,7 @@ class Service:
         # Here, so that no caller who gave up waiting leaves a trained step with the old seed.
         self.engine.reseed(seed_of(self.seed, step))
         run.trackers.configure("train", out.settings.as_config())
-        metrics = self._metrics(groups, out) | {"time/publish": published}
+        metrics = self._metrics(groups, out) | published
         started = time.perf_counter()
         failed: Exception | None = None
         with run.writing():
@@ -176,17 +188,15 @@ class Service:
         return metrics
 
     @timed("publish")
-    def _publish(self) -> float:
-        """Give the engine the trainer's weights; seconds that it took."""
+    def _publish(self) -> dict[str, float]:
+        """Give the engine the trainer's weights and prove it; the metrics of it.
+
+        Raises:
+            ServeError: the engine doesn't compute with these weights.
+        """
         started = time.perf_counter()
-        version = self.publisher.publish(self.trainer.policy)
-        if self.engine.policy_version != version:
-            raise ServeError(
-                f"version {version} of the weights was published, but the engine samples with "
-                f"version {self.engine.policy_version}: {type(self.publisher).__name__} doesn't "
-                f"reach this {type(self.engine).__name__}"
-            )
-        return time.perf_counter() - started
+        proved = self.receipts.publish(self.engine)
+        return proved | {"time/publish": time.perf_counter() - started}
 
 
 def _identity(model: ModelLike) -> dict[str, Any]:

@@ -54,6 +54,8 @@ _SCHEMA = {
     "metrics": pa.string(),
     "metadata": pa.string(),
     **{name: pa.list_(kind) for name, (_, kind) in _OF_CHOICES.items()},
+    # One per token of each Choice, if they differ; older files don't have it.
+    "token_policy_versions": pa.list_(pa.list_(pa.int64())),
     # What training made of it: null if it was not trained on.
     "update": pa.int32(),
     "sequence_log_ratios": pa.list_(pa.float64()),
@@ -167,6 +169,8 @@ def _columns(trajectory: Trajectory, traces: Sequence[Trace]) -> dict[str, Any]:
     }
     routes = [_routes(choice) for choice in choices]
     columns["routes"] = routes if any(routes) else None
+    changing = [getattr(choice, "policy_versions", None) for choice in choices]
+    columns["token_policy_versions"] = changing if any(changing) else None
     if traces:
         log_ratios = np.concatenate([trace.token_log_ratios for trace in traces])
         ends = np.cumsum([len(tokens) for tokens in columns["token_ids"]])
@@ -225,6 +229,8 @@ def _trajectory(row: dict[str, Any], path: Path) -> Trajectory:
         )
     for turn, number in enumerate(sampled):
         fields = {field: row[name] and row[name][turn] for name, (field, _) in _OF_CHOICES.items()}
+        if changing := row.get("token_policy_versions"):
+            fields["policy_versions"] = changing[turn]
         if routes := fields["routed_experts"]:
             routes["data"] = base64.b64encode(routes["data"]).decode()
         messages[number] = {**fields, "index": 0, "message": messages[number]}

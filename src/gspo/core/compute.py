@@ -6,9 +6,11 @@ import asyncio
 import contextvars
 import logging
 import os
+import threading
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, ParamSpec, TypeVar
 
 from gspo.core.errors import RunError
 
@@ -38,18 +40,19 @@ class ComputeThread:
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gspo-compute")
         self._process = os.getpid()
-        self._running = "nothing"
+        self._jobs: deque[Future[Any]] = deque()
+        self._lock = threading.Lock()
         self._closed = False
+        self.running = "nothing"
+        """Name of the job that runs."""
 
-    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The function's result, in the caller's context, after all work that was given earlier.
+    def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Queue work, from any thread; it runs in the caller's context. `close` cancels it.
 
         Raises:
             RunError: after `close`, or in a process that was forked from the one with the thread.
         """
         name = getattr(function, "__qualname__", repr(function))
-        if self._closed:
-            raise RunError(f"the backend is closed: {name} cannot run")
         if os.getpid() != self._process:
             raise RunError(
                 f"this model was loaded in process {self._process}, and a fork has no threads: "
@@ -58,18 +61,35 @@ class ComputeThread:
         context = contextvars.copy_context()
 
         def work() -> T:
-            self._running = name
+            self.running = name
             try:
                 return context.run(function, *args, **kwargs)
             except StopIteration as error:  # no future can carry it: the caller would wait for ever
                 raise RuntimeError(f"{name} raised StopIteration") from error
             finally:
-                self._running = "nothing"
+                self.running = "nothing"
 
-        loop = asyncio.get_running_loop()
-        notice = loop.call_later(NOTICE_SECONDS, self._tell, name)
+        with self._lock:
+            if self._closed:
+                raise RunError(f"the backend is closed: {name} cannot run")
+            while self._jobs and self._jobs[0].done():
+                self._jobs.popleft()
+            job = self._executor.submit(work)
+            self._jobs.append(job)
+        return job
+
+    def contended(self) -> bool:
+        """Whether other work waits for the thread: asked by a job that could be cut here."""
+        with self._lock:
+            return any(not (job.running() or job.done()) for job in self._jobs)
+
+    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The function's result, after all work that was given earlier; see `submit`."""
+        job = self.submit(function, *args, **kwargs)
+        name = getattr(function, "__qualname__", repr(function))
+        notice = asyncio.get_running_loop().call_later(NOTICE_SECONDS, self._tell, name)
         try:
-            return await loop.run_in_executor(self._executor, work)
+            return await asyncio.wrap_future(job)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if self._closed and task is not None and not task.cancelling():
@@ -80,8 +100,10 @@ class ComputeThread:
 
     def close(self) -> None:
         """End the thread. The running job finishes; waiting jobs get a RunError."""
-        self._closed = True
+        with self._lock:
+            self._closed = True
+            self._jobs.clear()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _tell(self, name: str) -> None:
-        log.warning("%s has waited %.0f s; running: %s", name, NOTICE_SECONDS, self._running)
+        log.warning("%s has waited %.0f s; running: %s", name, NOTICE_SECONDS, self.running)

@@ -9,7 +9,8 @@
     ├── RunError               a run folder in conflict, read-only or from a newer version
     │   └── CheckpointError        a checkpoint that is incomplete or damaged
     ├── ServeError             the server cannot start or cannot answer
-    │   └── RequestError           a request that the engine refuses (HTTP 400)
+    │   ├── RequestError           a request that the engine refuses (HTTP 400)
+    │   └── BusyError              more requests than the engine lets wait (HTTP 429)
     ├── NumericsError          a gradient or a probability that is not finite
     ├── RolloutError           a rollout function or a task of the user raised
     └── MissingDependencyError an optional package is not installed
@@ -68,6 +69,10 @@ class RequestError(ServeError):
     def __init__(self, message: str, param: str | None = None):
         super().__init__(message)
         self.param = param
+
+
+class BusyError(ServeError):
+    """More requests than the engine lets wait; the server answers it with HTTP 429."""
 
 
 class NumericsError(GspoError):

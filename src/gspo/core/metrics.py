@@ -19,7 +19,8 @@ OF_A_SPLIT = frozenset(
 )
 """gspo's names below a split, such as `train/reward`."""
 OF_TRAINING = frozenset(
-    {"time/train", "time/publish", "time/checkpoint", "throughput/trained_tokens_per_second"}
+    {"time/train", "time/publish", "time/receipt", "time/checkpoint"}
+    | {"throughput/trained_tokens_per_second"}
 )
 """gspo's names in families that a user's loop may extend, for example with `time/rollout`."""
 FAMILIES = frozenset(

@@ -157,7 +157,7 @@ def sample_of(
         logprobs[span] = turn.logprobs
         temperatures[span] = turn.temperature
         turn_ids[span] = number
-        versions[span] = turn.policy_version
+        versions[span] = turn.policy_versions or turn.policy_version
         expert_choices = joined_expert_choices(expert_choices, turn.expert_choices)
     return Sample(
         tokens=np.asarray(tokens, dtype=np.int64),

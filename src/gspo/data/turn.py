@@ -33,6 +33,7 @@ class Turn:
         policy_version: of the weights that sampled; -1 if the Choice does not say.
         expert_choices: [R, N, K] experts that computed the R = prompt + tokens - 1 first tokens;
             None if the Choice has none.
+        policy_versions: of each token's weights, if they differ; else empty.
     """
 
     prompt: Annotated[list[_TokenId], Field([], alias="prompt_token_ids")]
@@ -41,6 +42,7 @@ class Turn:
     temperature: _Temperature = 1.0
     policy_version: _Version = -1
     expert_choices: SkipValidation[Any] = None
+    policy_versions: tuple[_Version, ...] = ()
 
 
 _TURN = TypeAdapter(Turn)
@@ -51,6 +53,7 @@ _RULES = {
     "temperature": "it must be the number that the log-probs are taken at, from "
     f"{TEMPERATURES[0]:g} to {TEMPERATURES[1]:g} (1 for greedy decoding)",
     "policy_version": "it must be a whole number from 0, or None if it is not known",
+    "policy_versions": "it must be a list of whole numbers from 0, one for each token",
 }
 
 
@@ -97,6 +100,9 @@ def read_fields(choice: Any, where: str) -> Turn:
         kind = MissingLogprobsError if name == "token_logprobs" else DataError
         place = f"{where}: {name}{index or ''}"
         raise kind(f"{place} is {shown(first['input'])}; {_RULES[str(name)]}") from None
+    if len(turn.policy_versions) not in (0, len(turn.tokens)):
+        versions = shown(values["policy_versions"])
+        raise DataError(f"{where}: policy_versions is {versions}; {_RULES['policy_versions']}")
     if not turn.prompt or not turn.tokens:
         return turn
     experts = getattr(choice, "routed_experts", None)

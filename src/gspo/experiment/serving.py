@@ -10,9 +10,8 @@ from gspo.experiment.stop import leave
 from gspo.policy.load import load_policy
 from gspo.policy.probe import choose_packing
 from gspo.serve.app import create_app
-from gspo.serve.batcher import Batcher
 from gspo.serve.selfcheck import make_engine
-from gspo.serve.server import WINDOW, bind, serve
+from gspo.serve.server import bind, serve
 
 
 def serve_model(model: str, host: str, port: int, name: str) -> None:
@@ -27,9 +26,8 @@ def serve_model(model: str, host: str, port: int, name: str) -> None:
     listener = bind(host, port)
     policy = load_policy(model)
     choose_packing(policy)
-    engine = make_engine(policy)
     compute = ComputeThread()
-    app = create_app(Batcher(engine, compute, window=WINDOW), lambda: [name])
+    app = create_app(make_engine(policy, compute, sockets=True), lambda: [name])
     bound = listener.getsockname()
     print(f"serving {name} on http://{bound[0]}:{bound[1]}/v1", flush=True)
     status = 0

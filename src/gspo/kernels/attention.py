@@ -4,7 +4,7 @@ It is SDPA unless a forward pass hands it a plan (`gspo_plan`), which says who s
 
 - a microbatch on a CPU: `shared_prompt_attention`, samples of about the same length together;
 - a microbatch on a GPU: `flex`, one call of flex_attention;
-- a decoding step: `kv_cache.SharedPrompts`, a prompt's keys once for all of its completions.
+- a decoding step: `prompt_cache.SharedPrompts`, a prompt's keys once for all of its completions.
 
 No mask over the whole microbatch is made: the cost is the sum of L^2 and not T^2. The name stays
 registered between passes: layers that are computed again in the backward pass must attend as they
@@ -26,7 +26,7 @@ from gspo.kernels.hf import (
     sdpa_attention_forward,
     sdpa_mask,
 )
-from gspo.kernels.kv_cache import SharedPrompts
+from gspo.kernels.prompt_cache import SharedPrompts
 from gspo.kernels.shared_prompt_attention import SharedPromptAttention
 
 PACKED = "gspo_packed"
@@ -43,21 +43,17 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     gspo_plan: SharedPromptAttention | FlexAttention | SharedPrompts | None = None,
-    gspo_prompts: SharedPrompts | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "N Q H E"], None]:
     """Causal attention by the plan of the forward pass; SDPA if there is none.
 
-    With a plan, `attention_mask` is a placeholder that kept transformers from making a mask. In the
-    pass over prompts that will be decoded, `gspo_prompts` takes the keys and values.
+    With a plan, `attention_mask` is a placeholder that kept transformers from making a mask.
 
     Raises:
         NotImplementedError: the architecture asks for something that this doesn't compute (soft
             caps, attention sinks, biases); the caller then packs by mask instead.
     """
     layer: Any = getattr(module, "layer_idx", None)
-    if gspo_prompts is not None:
-        gspo_prompts.take(layer, key, value)
     if gspo_plan is None:
         kwargs |= {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)

@@ -185,3 +185,32 @@ def quiet() -> Iterator[None]:
     finally:
         if on:
             logging.enable_progress_bar()
+
+
+def pad_experts(experts: Any, rows: int) -> None:
+    """Let each expert of a module compute at least so many tokens, if it computes any.
+
+    The tokens that are missing are zeros, whose results are dropped. Any implementation of the
+    experts may compute them.
+    """
+
+    def forward(
+        self: Any, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        run = functools.partial(type(self).forward, self)
+        counts = torch.bincount(chosen.flatten(), minlength=self.num_experts)
+        missing = torch.where(counts > 0, self.gspo_rows - counts, 0).clamp_(min=0)
+        extra = torch.arange(len(missing), device=chosen.device).repeat_interleave(missing)
+        if len(extra) == 0:
+            return run(hidden, chosen, weights)
+        tokens = -(-len(extra) // chosen.shape[1])
+        # Places of the last token that are left over go to an expert that has enough.
+        filler = extra.new_full((tokens * chosen.shape[1] - len(extra),), int(counts.argmax()))
+        more = torch.cat([extra, filler]).view(tokens, -1).to(chosen.dtype)
+        chosen = torch.cat([chosen, more])
+        hidden_more = hidden.new_zeros(tokens, hidden.shape[1])
+        weights = torch.cat([weights, weights.new_zeros(tokens, weights.shape[1])])
+        return run(torch.cat([hidden, hidden_more]), chosen, weights)[: len(hidden)]
+
+    experts.gspo_rows = rows
+    experts.forward = MethodType(forward, experts)

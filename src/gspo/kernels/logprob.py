@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from gspo.core.errors import DataError
 from gspo.core.timing import timed
 from gspo.kernels.projection import Blocks, ChunkedLogprobs, project
+from gspo.kernels.running_softmax import RunningSoftmax
 
 CPU_BLOCK = (2048, 2**20)
 """Vocabulary entries, and logits, of one block: 4 MiB stay in the cache between two passes."""
@@ -36,6 +38,8 @@ class Head:
     """Final logits are softcap * tanh(logits / softcap), as in Gemma 2."""
     scale: float = 1.0
     """Granite, Cohere and others multiply their logits by a constant."""
+    multiple: int = 1
+    """Rows of a product are padded to a multiple of this (see `kernels.exact`)."""
     entries: int | None = None
     """How many entries of the head are tokens; None: all. The rest pads it, with probability 0."""
 
@@ -91,32 +95,69 @@ def token_logprobs(
         DataError: a target that is no entry of the head's vocabulary.
     """
     _check_targets(targets, head.size)
+    count, missing = len(targets), -len(targets) % head.multiple
     targets = targets.to(hidden.device)
+    if missing:
+        targets = functional.pad(targets, (0, missing))
+        hidden = functional.pad(hidden, (0, 0, 0, missing))
+        temperatures = functional.pad(temperatures, (0, missing), value=1.0)
     blocks = _blocks(hidden, head, chunk)
     with torch.autocast(hidden.device.type, enabled=False):
         hidden, bias = head.scaled(hidden)
         logprobs, entropy = ChunkedLogprobs.apply(  # pyright: ignore[reportGeneralTypeIssues]
             hidden, head.weight, bias, targets, temperatures, blocks, torch.is_grad_enabled()
         )
+    if missing:
+        logprobs, entropy = logprobs[:count], entropy[:count]
     return TokenLogprobs(logprobs, entropy)
 
 
 def full_logits(hidden: Float[Tensor, "N D"], head: Head) -> Float[Tensor, "N V"]:
     """Float32 logits of a few positions, as decoding needs them."""
     with torch.autocast(hidden.device.type, enabled=False):
+        count = len(hidden)
+        if missing := -count % head.multiple:
+            hidden = functional.pad(hidden, (0, 0, 0, missing))
         hidden, bias = head.scaled(hidden)
         if head.weight.dtype == torch.float32:
             bias = None if bias is None else bias[: head.size]
-            return project(hidden, head.weight[: head.size], bias, head.softcap)
+            return project(hidden, head.weight[: head.size], bias, head.softcap)[:count]
         # A half-precision head is never copied whole to float32, which takes longer than the rest.
         blocks = _blocks(hidden, head).of_vocabulary(head.weight, bias)
-        return torch.cat([project(hidden, w, b, head.softcap) for _, w, b in blocks], dim=1)
+        parts = [project(hidden, w, b, head.softcap) for _, w, b in blocks]
+        return torch.cat(parts, dim=1)[:count]
+
+
+def softmax_of(
+    logits: Float[Tensor, "R V"], temperatures: Float[Tensor, " R"]
+) -> tuple[Float[Tensor, "R V"], RunningSoftmax]:
+    """softmax(logits / temperature) of a few positions, with the bits of `token_logprobs`.
+
+    Returns:
+        The probabilities, each times the same factor per position, at least 1 (`total`); and the
+        softmax, whose `logprobs` takes the logit of a token.
+    """
+    softmax, powers = RunningSoftmax(temperatures), torch.empty_like(logits)
+    entries = (CPU_BLOCK if logits.device.type == "cpu" else DEVICE_BLOCK)[0]
+    everyone, tops = slice(0, len(logits)), []
+    spans = [slice(start, start + entries) for start in range(0, logits.shape[1], entries)]
+    for span in spans:
+        x = logits[:, span].clone(memory_format=torch.contiguous_format)
+        first, out = span.start == 0, powers if len(spans) == 1 else None
+        power, top, _ = softmax.add(everyone, x, first=first, out=out, spread=False)
+        if out is None:
+            powers[:, span] = power
+        tops.append(top)
+    for span, top in zip(spans[:-1], tops, strict=False):  # relative to the largest logit of all
+        powers[:, span] *= ((top - softmax.max) * softmax.scale).exp2_()[:, None]
+    return powers, softmax
 
 
 def _blocks(hidden: Tensor, head: Head, chunk: int | None = None) -> Blocks:
     entries, logits = CPU_BLOCK if hidden.device.type == "cpu" else DEVICE_BLOCK
     entries = min(head.size, entries)
-    return Blocks(chunk or max(16, logits // entries), entries, head.size, head.softcap)
+    tokens = (chunk or max(16, logits // entries)) // head.multiple * head.multiple
+    return Blocks(max(tokens, head.multiple), entries, head.size, head.softcap)
 
 
 def _check_targets(targets: Int[Tensor, " M"], size: int) -> None:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 LN_2 = math.log(2)
+VECTOR = 32  # numbers; vectors are shorter, and a thread's share is whole vectors
 _LOWEST = -1e30  # finite: the difference of two lowest values is 0 and not NaN
 
 
@@ -53,6 +54,7 @@ class RunningSoftmax:
         *,
         first: bool,
         out: Float[Tensor, "C K"] | None = None,
+        spread: bool = True,
     ) -> tuple[Float[Tensor, "C K"], Float[Tensor, " C"], Float[Tensor, " C"] | None]:
         """Take in the next logits of some tokens.
 
@@ -61,25 +63,27 @@ class RunningSoftmax:
             x: the logits; they are overwritten.
             first: these tokens have no logits yet.
             out: where the powers are written; None: to new memory.
+            spread: add up what the entropy needs.
 
         Returns:
             The powers of `x`, the max that these are relative to, and the factor by which the
             powers that were added before shrink (None if there are none).
         """
-        top, total, spread = self.max[tokens], self.total[tokens], self.spread[tokens]
+        top, total = self.max[tokens], self.total[tokens]
         decay = None
         # A token whose entries are all banned so far would give -inf - -inf.
         new = x.amax(-1).clamp_(min=_LOWEST)
         if not first:
             rise = (torch.maximum(top, new, out=new) - top).mul_(self.scale[tokens])
-            decay = (-rise).exp2_()
-            spread.addcmul_(total, rise).mul_(decay)
+            decay = (rise * -LN_2).exp_()  # not exp2: its last numbers differ (see `_exp2`)
+            self.spread[tokens].addcmul_(total, rise).mul_(decay)
             total.mul_(decay)
         top.copy_(new)
-        power = torch.exp2(log2_power_(x, new, self.scale[tokens]), out=out)
+        power = _exp2(log2_power_(x, new, self.scale[tokens]), out)
         total.add_(power.sum(-1))
         # A banned entry's logit is -inf, and 0 * -inf would be NaN.
-        spread.sub_(x.clamp_(min=-1e4).mul_(power).sum(-1))
+        if spread:
+            self.spread[tokens] -= x.clamp_(min=-1e4).mul_(power).sum(-1)
         return power, new, decay
 
     def logprobs(self, logits: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
@@ -89,3 +93,16 @@ class RunningSoftmax:
     def entropy(self) -> Float[Tensor, " M"]:
         """Entropies in nats."""
         return (self.total.log2() + self.spread / self.total) * LN_2
+
+
+def _exp2(x: Float[Tensor, "C K"], out: Float[Tensor, "C K"] | None) -> Float[Tensor, "C K"]:
+    """2^x, of the same bits wherever a number stands.
+
+    On the CPU torch computes the last numbers of a tensor, which don't fill a vector, otherwise
+    than the rest. So they get company.
+    """
+    missing = -x.numel() % (VECTOR * torch.get_num_threads()) if x.device.type == "cpu" else 0
+    if missing == 0:
+        return torch.exp2(x, out=out)
+    power = torch.nn.functional.pad(x.flatten(), (0, missing)).exp2_()[: x.numel()].view(x.shape)
+    return power if out is None else out.copy_(power)

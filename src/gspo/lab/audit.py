@@ -6,12 +6,14 @@ and compare l_i with the clip range. The path from engine to l_i is the one of t
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from gspo.core.compute import ComputeThread
 from gspo.core.errors import ConfigError
 from gspo.core.metrics import Metrics
 from gspo.data.sample import Sample, sample_of
@@ -23,7 +25,7 @@ from gspo.objective import PRESETS, Segments, sequence_log_ratio
 from gspo.policy.embedded import PREFIX, embedded_task
 from gspo.policy.load import Policy, load_policy
 from gspo.policy.probe import choose_packing
-from gspo.serve.engine import Completion, Request, SamplingParams
+from gspo.serve.engine import Completion, Engine, Request, SamplingParams
 from gspo.serve.selfcheck import make_engine
 from gspo.tasks import load_task
 from gspo.train.expert_replay import ExpertReplay
@@ -78,7 +80,8 @@ def run_audit(
     policy = load_policy(model)
     choose_packing(policy)
     sampling, _ = publisher_for(policy, rollout_dtype)
-    engine = make_engine(sampling)
+    compute = ComputeThread()
+    engine = make_engine(sampling, compute)
     params = SamplingParams(
         n=completions,
         max_tokens=max_tokens or source.max_tokens,
@@ -87,8 +90,12 @@ def run_audit(
     )
     problems = (source.problem("heldout", index, 0) for index in range(prompts))
     requests = [Request(tuple(engine.encode_chat(source.messages(p))), params) for p in problems]
-    answers = zip(requests, engine.generate(requests), strict=True)
-    turns = [_turn(request, c) for request, answer in answers for c in answer]
+    try:
+        answers = asyncio.run(_answers(engine, requests))
+    finally:
+        compute.close()
+    pairs = zip(requests, answers, strict=True)
+    turns = [_turn(request, c) for request, answer in pairs for c in answer]
     samples = [sample_of([turn], trajectory_id=number) for number, turn in enumerate(turns)]
     d, log_ratios, agreement = measure(policy, samples)
     asked = {
@@ -100,9 +107,13 @@ def run_audit(
     return make_report(d, log_ratios, asked), log_ratios
 
 
+async def _answers(engine: Engine, requests: Sequence[Request]) -> list[list[Completion]]:
+    return await asyncio.gather(*(engine.complete(request) for request in requests))
+
+
 def _turn(request: Request, completion: Completion) -> Turn:
     tokens, logprobs = list(completion.token_ids), list(completion.logprobs)
-    versions = (completion.temperature, completion.policy_version, completion.expert_choices)
+    versions = (completion.temperature, completion.policy_versions[0], completion.expert_choices)
     return Turn(list(request.prompt), tokens, logprobs, *versions)
 
 

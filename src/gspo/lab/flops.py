@@ -93,6 +93,11 @@ def _counted(policy: Policy, length: int) -> tuple[int, int]:
     """Operations of the forward and of the backward pass over one sample, as torch counts them."""
     tokens = torch.arange(length, device=policy.device)[None]
     passes = []
+    # Tokens that `hf.pad_experts` adds are not needed.
+    padded: list[Any] = [m for m in policy.lm.modules() if hasattr(m, "gspo_rows")]
+    rows = [module.gspo_rows for module in padded]
+    for module in padded:
+        module.gspo_rows = 0
     hidden = torch.empty(0)
     experts = {torch.ops.aten._grouped_mm: _grouped_mm}
     for is_forward in (True, False):
@@ -109,6 +114,8 @@ def _counted(policy: Policy, length: int) -> tuple[int, int]:
         counts = counter.get_flop_counts().items()
         angles = sum(sum(ops.values()) for name, ops in counts if name.endswith("rotary_emb"))
         passes.append(counter.get_total_flops() - angles)
+    for module, count in zip(padded, rows, strict=True):
+        module.gspo_rows = count
     return passes[0], passes[1]
 
 

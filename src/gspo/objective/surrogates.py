@@ -4,8 +4,8 @@ A surrogate takes the `Terms` of a microbatch. It returns the value v_i of each 
 loss adds up, and which tokens the clip range acts on (None: no token): it silences them (zero
 gradient), or bounds their weight (`truncate`). `register_surrogate` adds one from outside.
 
->>> sorted(SURROGATES)
-['clip', 'divergence', 'gamma', 'gate', 'geometric', 'likelihood', 'truncate']
+>>> sorted(SURROGATES)[:3]
+['clip', 'divergence', 'gamma']
 """
 
 from __future__ import annotations

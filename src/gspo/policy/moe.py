@@ -93,6 +93,13 @@ class Routers:
             yield choices
         choices.check(strict or replay is not None)
 
+    def ignore_last(self, tokens: int) -> None:
+        """In the forward pass that follows, the last tokens are padding: each router chooses for
+        them, and nothing is recorded."""
+        choices = self._watched.get(threading.get_ident())
+        if choices is not None:
+            choices.padding = tokens
+
     def recompute(self) -> tuple[Any, Any]:
         """`context_fn` of torch's checkpoint: a recomputed layer takes its earlier choices.
 
@@ -142,6 +149,7 @@ class ExpertChoices(TorchFunctionMode):
         balance: sum over layers and tokens of the weighted router probabilities, with gradient;
             0 without weights. A token counts as often as there are `copies` of it.
         complete: the choice of every router could be seen. Known when the block has ended.
+        padding: tokens at the end of a call that are not recorded.
     """
 
     def __init__(
@@ -165,11 +173,12 @@ class ExpertChoices(TorchFunctionMode):
         self._finite: list[tuple[int, Tensor]] = []
         self._unseen: tuple[int, int] | None = None
         self.layer = self.columns = self.calls = 0  # of the router that runs
+        self.padding = 0
 
     def rewound(self) -> ExpertChoices:
         """Make the choices of a layer that is recomputed: the same replay, from here on."""
         again = ExpertChoices(self._routers, self._replay, self._weights, self._copies)
-        again._routed = list(self._routed)
+        again._routed, again.padding = list(self._routed), self.padding
         return again
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -180,7 +189,8 @@ class ExpertChoices(TorchFunctionMode):
         if scores.dim() != 2 or scores.shape[-1] != self.columns:
             return out
         self.calls += 1
-        preferred = used = out.indices
+        real = len(scores) - self.padding
+        preferred = used = out.indices[:real]
         layer, start = self.layer, self._routed[self.layer]
         self._routed[layer] += len(preferred)
         if self._replay is not None:
@@ -192,14 +202,15 @@ class ExpertChoices(TorchFunctionMode):
                 )
             wanted = wanted.to(preferred.device, torch.long)
             used = torch.where((wanted < 0).any(-1, keepdim=True), preferred, wanted)
-            out = torch.return_types.topk((scores.gather(-1, used), used))  # pyright: ignore[reportCallIssue]
+            chosen = torch.cat([used, out.indices[real:]])
+            out = torch.return_types.topk((scores.gather(-1, chosen), chosen))  # pyright: ignore[reportCallIssue]
         self._preferred[layer].append(preferred.to(self._dtype))
         self._used[layer].append(used.to(self._dtype))
         return out
 
     def note(self, logits: Float[Tensor, "n E"]) -> None:
         """Note that a router has run, with these logits."""
-        layer = self.layer
+        layer, logits = self.layer, logits[: len(logits) - self.padding]
         if self.calls != 1:
             self._unseen = self._unseen or (layer, self.calls)
             return

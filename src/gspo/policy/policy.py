@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gspo.core.errors import ModelError
@@ -22,8 +23,8 @@ from gspo.policy.logits import logit_scale, soft_cap
 from gspo.policy.moe import Routers
 from gspo.policy.workers import Workers
 
-Packing = Literal["flex", "buckets", "mask", "single"]
-WITH_GSPO_ATTENTION: frozenset[Packing] = frozenset({"flex", "buckets"})
+Packing = Literal["flex", "tiles", "mask", "single"]
+WITH_GSPO_ATTENTION: frozenset[Packing] = frozenset({"flex", "tiles"})
 """Ways of packing that go through gspo's attention, which makes no T x T mask."""
 
 
@@ -39,12 +40,15 @@ class Policy:
         compute_dtype: float32, or bfloat16 (autocast); weights are float32.
         context: longest sample in tokens.
         packing: how samples share a forward pass, the first that is exact: `flex` (gspo's attention
-            on a GPU) or `buckets` (on a CPU), `mask` (a T x T mask, handed to the model's own
+            on a GPU) or `tiles` (on a CPU), `mask` (a T x T mask, handed to the model's own
             attention), or `single` (one forward pass per sample).
         shares_prompts: samples of a microbatch may share their prompts: proved on the model itself.
         checkpointing: layers are recomputed in the backward pass.
         version: policy version, counted up by every update.
         workers: threads that train a microbatch each.
+        multiple: the tokens of a forward pass are padded to a multiple of this, so that log-probs
+            don't depend on how many there are (see `kernels.exact`).
+        exact: the engine's log-probs are the trainer's, to the bit: proved on the model itself.
         entries: entries of the vocabulary that are tokens; None: the whole head. What lies behind
             them pads the head; log-probs are over the tokens only.
         logit_scale: factor between the head's product and the logits; None: found on the model.
@@ -57,11 +61,13 @@ class Policy:
     source: str
     compute_dtype: torch.dtype
     context: int
-    packing: Packing = "buckets"
+    packing: Packing = "tiles"
     shares_prompts: bool = False
     checkpointing: bool = False
     version: int = 0
     workers: Workers = field(default_factory=Workers, repr=False)
+    multiple: int = 1
+    exact: bool = False
     entries: int | None = None
     logit_scale: float | None = None
     routers: Routers = field(init=False, repr=False)
@@ -94,7 +100,8 @@ class Policy:
                 "log-probs from a plain linear head (with LoRA, leave lm_head out)"
             )
         scale = 1.0 if self.logit_scale is None else self.logit_scale
-        return Head(module.weight, module.bias, soft_cap(self.lm), scale, self.entries)
+        cap = soft_cap(self.lm)
+        return Head(module.weight, module.bias, cap, scale, self.multiple, self.entries)
 
     @property
     def trainable(self) -> dict[str, torch.nn.Parameter]:
@@ -150,10 +157,14 @@ class Policy:
         with self.autocast():
             hidden = []
             inputs = torch.stack([microbatch.tokens, microbatch.positions]).to(device)
+            if self.multiple > 1:
+                padding = -inputs.shape[2] % self.multiple
+                self.routers.ignore_last(padding)
+                inputs, lengths = functional.pad(inputs, (0, padding)), (lengths[0] + padding,)
             for tokens, positions in inputs.split(lengths, dim=2):
                 given = {"input_ids": tokens, "position_ids": positions} | extra
                 hidden.append(self.backbone(use_cache=False, **given).last_hidden_state[0])
-        return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
+        return hidden[0][: microbatch.token_count] if len(hidden) == 1 else torch.cat(hidden)
 
     def _masks(self, microbatch: Microbatch) -> Any:
         """Make the T x T mask in the form that the model's attention takes: one for each layer type

@@ -27,7 +27,7 @@ from gspo.policy.policy import Packing, Policy
 
 log = logging.getLogger("gspo")
 
-_ORDER: tuple[Packing, ...] = ("flex", "buckets", "mask", "single")
+_ORDER: tuple[Packing, ...] = ("flex", "tiles", "mask", "single")
 _REFUSALS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
 _UNRELATED = (9, 4, 7)  # tokens of texts that have nothing in common
 _SHARED, _PROMPTS, _COMPLETIONS = 16, (19, 18), (5, 8)  # tokens

@@ -22,7 +22,7 @@ from gspo.serve.engine import FinishReason, Request, SamplingParams
 from gspo.serve.sampling import RandomStreams, sample
 
 
-@dataclass
+@dataclass(eq=False)
 class OpenCompletion:
     """A completion that is being made.
 
@@ -31,9 +31,9 @@ class OpenCompletion:
         limit: most tokens.
         key: names the stream of its random numbers.
         ends: tokens that end it, beside the model's end tokens.
-        finish: why it ended, or None while it runs.
+        finish: why it ended, or None while it waits or runs.
         text: what a stop text left of its text, if one was found.
-        tokens, logprobs: once it has ended.
+        tokens, logprobs, versions: once it has ended; versions are the weights' of each token.
         expert_choices: for each forward pass, [n, N, K] experts of its n tokens, if asked for.
     """
 
@@ -45,6 +45,7 @@ class OpenCompletion:
     text: str | None = None
     tokens: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
+    versions: tuple[int, ...] = ()
     expert_choices: list[np.ndarray] = field(default_factory=list)
 
     @cached_property
@@ -75,7 +76,7 @@ def record_expert_choices(
 
 
 class Running:
-    """R completions that are decoded together. A finished one is carried along until `keep`.
+    """What R completions have sampled. A finished one is carried along until `keep`.
 
     Args:
         completions: all of them at their first token.
@@ -92,6 +93,7 @@ class Running:
         self.device, self._ends, self._decode = ends.device, ends, decode
         self.completions: list[OpenCompletion] = []
         self.alive = 0
+        self._versions: list[int] = []  # of the weights, in each step
         self._random = RandomStreams([], self.device)
         # What each completion has: [R] its settings and count, [R, columns] what it has sampled.
         self._state: dict[str, Tensor] = {}
@@ -117,13 +119,21 @@ class Running:
             old = [self._state[name]] if name in self._state else []
             self._state[name] = torch.cat([*old, values.to(self.device)])
 
-    def sample(self, logits: Float[Tensor, "R V"]) -> Int[Tensor, " R"]:
-        """Draw a token for each completion, write it down, and mark those that it ended."""
+    def sample(self, logits: Float[Tensor, "R V"], version: int) -> Int[Tensor, " R"]:
+        """Draw a token for each completion, write it down, and mark those that it ended.
+
+        Args:
+            logits: of the next tokens.
+            version: of the weights that gave the logits.
+        """
         state = self._state
         uniform, barred = self._random.draw(), self._barred()
         tokens, logprobs = sample(logits, state["temperature"], state["top_p"], uniform, barred)
         count = state["count"]
         longest = int(count.max())  # a device is asked once
+        self._versions.append(version)
+        if len(self._versions) > 2 * longest + 1024:
+            del self._versions[: -longest - 1]  # those of completions that have left
         for name, new in (("tokens", tokens.to(torch.int32)), ("logprobs", logprobs)):
             if longest == state[name].shape[1]:
                 state[name] = functional.pad(state[name], (0, max(32, state[name].shape[1])))
@@ -138,6 +148,11 @@ class Running:
         if bool(done.any()) or any(completion.params.stop for completion in self.completions):
             self._finish(stopped.tolist(), done.tolist())
         return tokens
+
+    def cancel(self, completion: OpenCompletion) -> None:
+        """End a completion that nobody wants any more."""
+        completion.finish = "length"
+        self.alive -= 1
 
     def _barred(self) -> Bool[Tensor, "R V"] | None:
         """Mark the end tokens of the completions that are shorter than their min_tokens, if any."""
@@ -190,11 +205,20 @@ class Running:
         first = min((start for start in starts if start >= 0), default=None)
         return None if first is None else text[:first]
 
+    def read(
+        self, i: int, first: int = 0
+    ) -> tuple[tuple[int, ...], tuple[float, ...], tuple[int, ...]]:
+        """Tokens, log-probs and versions of completion i, from token `first` on."""
+        count = int(self._state["count"][i])
+        tokens, logprobs = (
+            tuple(self._state[name][i, first:count].tolist()) for name in ("tokens", "logprobs")
+        )
+        # One that runs has sampled a token in each of the last steps.
+        return tokens, logprobs, tuple(self._versions[len(self._versions) - count + first :])
+
     def _write(self, i: int) -> None:
-        state = self._state
-        length = int(state["count"][i])
-        self.completions[i].tokens = tuple(state["tokens"][i, :length].tolist())
-        self.completions[i].logprobs = tuple(state["logprobs"][i, :length].tolist())
+        completion, state = self.completions[i], self._state
+        completion.tokens, completion.logprobs, completion.versions = self.read(i)
         # A finished completion is still computed until `keep` drops it; its tokens are ignored.
         # It writes them over the start of its buffer.
         state["count"][i] = 0

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from gspo.core.errors import RequestError, shown
 from gspo.core.options import TEMPERATURES
+
+if TYPE_CHECKING:  # `import gspo` is light
+    from gspo.weights.receipt import Probe, Receipts
 
 FinishReason = Literal["stop", "length"]
 
@@ -93,7 +96,8 @@ class Completion:
             renormalised by top_p: what the trainer's ratio needs.
         text: decoded, without special tokens and without the stop text.
         finish_reason: `stop` at an end token or stop text, `length` at max_tokens or the context.
-        policy_version: version of the weights that sampled it.
+        policy_versions: version of the weights that sampled each token. They differ if weights were
+            published in between.
         temperature: of `logprobs`: the request's, or 1 for greedy decoding.
         expert_choices: if asked for, [R, N, K] experts of the prompt's and the completion's tokens
             but the last, which was never fed; R = prompt + L - 1. One byte per expert up to 256.
@@ -103,9 +107,26 @@ class Completion:
     logprobs: tuple[float, ...]
     text: str
     finish_reason: FinishReason
-    policy_version: int
+    policy_versions: tuple[int, ...]
     temperature: float
     expert_choices: np.ndarray | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one decode step added to one of a request's completions.
+
+    Attributes:
+        index: number of the completion, 0 to n - 1.
+        token_ids, logprobs, policy_versions: of its new tokens, as in `Completion`.
+        finish_reason: with its last piece; None before.
+    """
+
+    index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    policy_versions: tuple[int, ...]
+    finish_reason: FinishReason | None = None
 
 
 @runtime_checkable
@@ -113,12 +134,22 @@ class Engine(Protocol):
     """Samples completions. Engines know nothing of HTTP or training.
 
     Nobody looks behind this protocol: new weights reach an engine through its `Publisher` only
-    (`gspo.weights.publisher`).
+    (`gspo.weights.publisher`), and each publication is proved (`gspo.weights.receipt`).
+
+    Attributes:
+        receipts: `generate` asks `receipts.require` first, so that nothing is sampled with weights
+            that were not proved. None: the weights never change.
     """
+
+    receipts: Receipts | None
 
     @property
     def policy_version(self) -> int:
         """Version of the weights that it samples with."""
+        ...
+
+    def score(self, probe: Probe) -> list[float]:
+        """Log-probs of the probe's tokens but the first, by the weights that it samples with."""
         ...
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
@@ -146,12 +177,32 @@ class Engine(Protocol):
         """
         ...
 
-    def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        """For each request its n completions. Blocking; callers run it in a thread."""
+    async def complete(self, request: Request) -> list[Completion]:
+        """Sample the request's n completions. To cancel it, cancel the task that awaits it.
+
+        Requests may come from several event loops. Those that arrive together are decoded together.
+
+        Raises:
+            RequestError: see `check`.
+            BusyError: too many requests wait.
+            ServeError: the engine failed, is stuck or closed.
+        """
+        ...
+
+    def stream(self, request: Request) -> AsyncIterator[Piece]:
+        """Sample as `complete` does, and hand over each step's tokens. To cancel it, close it.
+
+        Raises:
+            ServeError: as of `complete`, at the first or a later piece.
+        """
         ...
 
     def reseed(self, seed: int) -> None:
         """Start the draws of requests without a seed again, from `seed`."""
+        ...
+
+    def close(self) -> None:
+        """Refuse new requests, and fail those that are not answered."""
         ...
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import TYPE_CHECKING
 
 from gspo.core.errors import RequestError
-from gspo.serve.engine import Completion, Request, check_fits
+from gspo.serve.engine import Completion, Piece, Request, check_fits
+
+if TYPE_CHECKING:
+    from gspo.weights.receipt import Probe, Receipts
 
 END = 0
 
@@ -20,8 +24,9 @@ class FakeEngine:
             the request's seed (or a counter), the prompt and the index.
         logprob: log-prob that each token gets.
 
+    >>> import asyncio
     >>> engine = FakeEngine(lambda prompt, index: prompt.upper())
-    >>> engine.generate([Request(tuple(engine.encode("hi")))])[0][0].text
+    >>> asyncio.run(engine.complete(Request(tuple(engine.encode("hi")))))[0].text
     'HI'
     """
 
@@ -37,6 +42,7 @@ class FakeEngine:
         self.reply = reply
         self.logprob = logprob
         self.policy_version = 0
+        self.receipts: Receipts | None = None
         self.requests: list[Request] = []
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
@@ -66,13 +72,24 @@ class FakeEngine:
             message = "return_routes: FakeEngine has no experts, so it returns no expert choices"
             raise RequestError(message, param="return_routes")
 
+    def score(self, probe: Probe) -> list[float]:
+        return [self.logprob] * (len(probe.tokens) - 1)
+
     def reseed(self, seed: int) -> None:
         """Nothing is drawn from an engine's seed here."""
 
-    def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        return [self._complete(request) for request in requests]
+    def close(self) -> None:
+        """Nothing is held here, so nothing is let go of."""
 
-    def _complete(self, request: Request) -> list[Completion]:
+    async def stream(self, request: Request) -> AsyncIterator[Piece]:
+        for index, done in enumerate(await self.complete(request)):
+            last = len(done.token_ids) - 1
+            columns = zip(done.token_ids, done.logprobs, done.policy_versions, strict=True)
+            for i, (token, logprob, version) in enumerate(columns):
+                reason = done.finish_reason if i == last else None
+                yield Piece(index, (token,), (logprob,), (version,), reason)
+
+    async def complete(self, request: Request) -> list[Completion]:
         self.check(request)
         count = len(self.requests)
         self.requests.append(request)
@@ -99,6 +116,6 @@ class FakeEngine:
             logprobs=(self.logprob,) * len(tokens),
             text=out[: min(cuts)] if cuts else out,
             finish_reason="stop" if tokens[-1] in ends or cuts else "length",
-            policy_version=self.policy_version,
+            policy_versions=(self.policy_version,) * len(tokens),
             temperature=params.temperature or 1.0,
         )

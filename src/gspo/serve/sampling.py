@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from gspo.kernels.logprob import softmax_of
+
 _BLOCK = 64
 _LARGEST = 1.0 - 2.0**-23  # below 1 after rounding to float32 and scaling
 
@@ -79,14 +81,14 @@ def sample(
     """
     greedy = temperature == 0
     scale = torch.where(greedy, 1.0, temperature)
-    logprobs = (logits.float() / scale[:, None]).log_softmax(-1)
-    drawn = logprobs
+    probabilities, softmax = softmax_of(logits, scale)
+    drawn = logits
     if barred is not None:
-        drawn = logprobs.masked_fill(barred, -math.inf).log_softmax(-1)
+        drawn = logits.masked_fill(barred, -math.inf)
+        probabilities = probabilities.masked_fill(barred, 0)
     if bool(greedy.all()):
         tokens = drawn.argmax(-1)
     else:
-        probabilities = drawn.exp()
         if bool((top_p < 1).any()):
             probabilities = _nucleus(probabilities, top_p)
         cumulative = probabilities.cumsum(-1)
@@ -96,13 +98,14 @@ def sample(
         tokens = tokens.clamp_(max=logits.shape[-1] - 1)
         if bool(greedy.any()):
             tokens = torch.where(greedy, drawn.argmax(-1), tokens)
-    return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
+    return tokens, softmax.logprobs(logits.gather(-1, tokens[:, None]).squeeze(-1))
 
 
 def _nucleus(
     probabilities: Float[Tensor, "R V"], top_p: Float[Tensor, " R"]
 ) -> Float[Tensor, "R V"]:
     """Zero all but the likeliest tokens that together hold `top_p`; at least one stays."""
+    probabilities = probabilities / probabilities.sum(-1, keepdim=True)
     ordered, index = probabilities.sort(dim=-1, descending=True)
     before = ordered.cumsum(-1) - ordered
     ordered = torch.where(before < top_p[:, None], ordered, 0.0)

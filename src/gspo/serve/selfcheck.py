@@ -7,9 +7,16 @@ from dataclasses import replace
 
 import torch
 
+from gspo.core.compute import ComputeThread
 from gspo.core.errors import ModelError
+from gspo.data.packing import pack
+from gspo.data.sample import sample_of
+from gspo.data.turn import Turn
+from gspo.kernels.exact import measure
 from gspo.kernels.kv_cache import LAYOUTS, Layout
+from gspo.kernels.tile_attention import TILE
 from gspo.policy.context import probe_length
+from gspo.policy.load import SMALL
 from gspo.policy.policy import Policy
 from gspo.serve.engine import Engine, Request, SamplingParams
 from gspo.serve.torch_engine import TorchEngine
@@ -25,19 +32,111 @@ _SLOWER: dict[Layout, str] = {
 }
 
 
-def make_engine(policy: Policy, *, seed: int = 0) -> Engine:
+def make_engine(
+    policy: Policy,
+    compute: ComputeThread,
+    *,
+    seed: int = 0,
+    sockets: bool = False,
+    exact: bool | None = False,
+) -> Engine:
     """Make the engine that samples from `policy` in this process, and check it.
 
     Args:
-        policy: the weights.
-        seed: of requests that have none.
+        policy, compute, seed, sockets: see `TorchEngine`.
+        exact: make its log-probs equal to those of training, to the bit; None: if that can be.
 
     Raises:
-        ModelError: see `check_engine`.
+        ModelError: see `check_engine` and `make_exact`.
     """
-    engine = TorchEngine(policy, seed=seed)
+    engine = TorchEngine(policy, compute, seed=seed, sockets=sockets)
     check_engine(engine)
+    if exact or exact is None:
+        make_exact(engine, required=exact is True)
     return engine
+
+
+def make_exact(engine: TorchEngine, *, required: bool) -> None:
+    """Set `policy.exact`, and what it takes, if engine and trainer can be equal to the bit.
+
+    The modules are measured first; then completions of the engine, decoded beside many others and
+    beside few, are scored as training scores them. Only if each log-prob is the same is it exact.
+
+    Raises:
+        ModelError: it is required and cannot be; the error says why.
+    """
+    policy = engine.policy
+    reason = _obstacle(engine)
+    if reason is None:
+        parts = measure(policy.lm, policy.head, policy.compute_dtype)
+        bad = [part for part in parts if part.multiple is None]
+        if bad:
+            reason = (
+                f"{bad[0].kind} ({bad[0].name}) computes a row differently beside other rows, at "
+                "any number of them"
+            )
+        else:
+            needed = max(part.multiple or 1 for part in parts)
+            gap = 0.0
+            for policy.multiple in (m for m in (8, 16, 32, 64) if m >= needed):
+                gap = _inexact(engine)
+                if gap == 0:
+                    policy.exact = True
+                    return
+            reason = f"its log-probs still differ by {gap:.3g} nats from those of training"
+    policy.multiple = 1
+    if required:
+        raise ModelError(
+            f"{policy.source}: exact=True, but {reason}. `gspo audit MODEL --exact` shows each "
+            "part; leave exact out to train with a difference of rounding"
+        )
+    log.info("%s: engine and trainer are not equal to the bit: %s", policy.source, reason)
+
+
+def _obstacle(engine: TorchEngine) -> str | None:
+    """Say what rules exactness out before anything is measured."""
+    policy = engine.policy
+    if policy.device.type != "cpu":
+        return f"gspo has no kernels with fixed tiles for device {policy.device.type!r}"
+    if policy.packing != "tiles" or engine.layout != "shared":
+        return (
+            f"the attention of {type(policy.lm).__name__} is not gspo's (samples are packed by "
+            f"{policy.packing!r})"
+        )
+    return None
+
+
+def _inexact(engine: TorchEngine) -> float:
+    """Return the largest difference between sampled and scored log-probs; 0: all bits are equal."""
+    policy = engine.policy
+    small = sum(p.numel() for p in policy.lm.parameters()) < SMALL
+    tokens, count = (8, 2) if small else (4, 2)
+    lengths = (1, TILE - 1, TILE, TILE + 1, 2 * TILE + 1) if small else (2, TILE + 1)
+    reach = probe_length(policy.lm, policy.context - tokens)
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(policy.head.size, (max(reach, lengths[-1]),), generator=generator).tolist()
+    requests = []
+    for length in (*lengths, *([reach] if reach and small else [])):
+        length = max(1, min(length, policy.context - tokens))
+        prompt = (*text[: length // 2], *text[-(length - length // 2) :])  # they begin alike
+        params = SamplingParams(n=count, max_tokens=tokens, seed=length, ignore_eos=True)
+        requests.append(Request(prompt, params))
+    worst = 0.0
+    running = engine.max_running
+    try:
+        for engine.max_running in (running, 3):
+            samples = [
+                sample_of([Turn([*request.prompt], [*c.token_ids], [*c.logprobs])], 0, number)
+                for request, completions in zip(requests, engine.generate(requests), strict=True)
+                for number, c in enumerate(completions)
+            ]
+            for budget, share in ((10**6, policy.shares_prompts), (1, False)):
+                for microbatch in pack(samples, budget, share=share):
+                    logprobs = policy.logprobs(microbatch).logprobs.detach()
+                    worst = max(worst, (logprobs - microbatch.sampling_logprobs).abs().max().item())
+    finally:
+        engine.max_running = running
+    return worst
 
 
 def check_engine(engine: TorchEngine) -> None:

@@ -13,15 +13,11 @@ import uvicorn
 from fastapi import FastAPI
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
-from gspo.core.compute import ComputeThread
 from gspo.core.errors import ServeError
-from gspo.serve.app import create_app
-from gspo.serve.batcher import Batcher
+from gspo.serve.app import IN_PROCESS, create_app
 from gspo.serve.engine import Engine
 
 BASE_URL = "http://gspo.local/v1"
-WINDOW = 0.005
-"""Seconds for which a batch waits for more requests from behind a socket."""
 START_SECONDS = 60
 STOP_SECONDS = 30
 """How long requests that run when the server is stopped may go on."""
@@ -37,7 +33,9 @@ def in_process_client(app: FastAPI) -> AsyncOpenAI:
         api_key="gspo",
         max_retries=0,
         timeout=None,
-        http_client=DefaultAsyncHttpxClient(transport=http.ASGITransport(app=app)),
+        http_client=DefaultAsyncHttpxClient(
+            transport=http.ASGITransport(app=app, client=(IN_PROCESS, 0))
+        ),
     )
 
 
@@ -80,7 +78,6 @@ class Serving:
 
     Args:
         engine: what samples.
-        compute: where it samples.
         names: the model names that requests may give.
         listener: see `bind`.
 
@@ -91,12 +88,10 @@ class Serving:
     def __init__(
         self,
         engine: Engine,
-        compute: ComputeThread,
         names: Callable[[], list[str]],
         listener: socket.socket | None = None,
     ):
-        self.batcher = Batcher(engine, compute, window=0.0 if listener is None else WINDOW)
-        self.app = create_app(self.batcher, names)
+        self.app = create_app(engine, names)
         self.client = in_process_client(self.app)
         self.url = str(self.client.base_url)
         self._listener = listener
@@ -141,7 +136,10 @@ class Serving:
                 await asyncio.to_thread(self._thread.join, STOP_SECONDS + 5)
             self._listener.close()
         await self.client.close()
-        self.batcher.close()
+        if (engine := self.app.state.engine) is not None:
+            engine.close()
+        self.app.state.engine = None  # a client may still hold the app
+        await asyncio.sleep(0)  # those that waited are told
 
 
 def _config(app: FastAPI) -> uvicorn.Config:

@@ -1,55 +1,59 @@
-"""The embedded engine: samples from the trainer's own weights, in this process.
-
-Prompts are computed once each. Completions are decoded together; a finished one leaves, and one
-that waits takes its place.
-"""
+"""The embedded engine: samples from the trainer's own weights, in this process."""
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
+from gspo.core.compute import ComputeThread
 from gspo.core.draws import seed_of
 from gspo.core.errors import GspoError, RequestError
-from gspo.core.timing import timed
+from gspo.core.timing import span
 from gspo.kernels.attention import PACKED
 from gspo.kernels.hf import attention_implementation
-from gspo.kernels.kv_cache import (
-    Layout,
-    ModelCache,
-    SharedPrompts,
-    kv_bytes,
-    padded,
-    prefill,
-)
-from gspo.kernels.logprob import full_logits
+from gspo.kernels.kv_cache import Layout
 from gspo.policy.policy import WITH_GSPO_ATTENTION, Policy
-from gspo.serve.decoding import OpenCompletion, Running, record_expert_choices
-from gspo.serve.engine import Completion, Request, check_fits
+from gspo.serve.admission import Group, Line
+from gspo.serve.batch import Batch
+from gspo.serve.decoding import OpenCompletion
+from gspo.serve.engine import Completion, Piece, Request, check_fits
+from gspo.serve.scheduler import Scheduler
 from gspo.serve.tokens import end_tokens, ends_of, token_bytes
+from gspo.weights.receipt import Probe, Receipts, score
 
-KV_BYTES = 2 * 2**30
-"""Memory that keys and values may take; completions beyond it wait for their turn."""
-_PLANNED = 1024  # a completion counts as no longer than this when memory is planned
 _REMEMBERED = 2**20
 """Unseeded requests whose repetitions are counted, about 100 bytes each."""
-_DEAD = 8  # finished completions are dropped if they are 1 of 8: dropping copies the others
 
 
 class TorchEngine:
-    """Batched decoding of a `Policy`.
+    """Batched decoding of a `Policy`, which its `Scheduler` shares with whoever trains it.
 
     What a request without a seed gets depends on the engine's own `seed`, on what the request is
     for, on its prompt, and on how often the same was asked since `reseed`; not on other requests.
+
+    Args:
+        policy: the weights, as they are at each step.
+        compute: the thread that samples; None: one of its own.
+        seed: of requests that have none.
+        max_running: completions that run at once.
+        sockets: whether requests come through sockets too, see `Scheduler`.
     """
 
-    def __init__(self, policy: Policy, *, seed: int = 0, max_running: int = 512):
+    def __init__(
+        self,
+        policy: Policy,
+        compute: ComputeThread | None = None,
+        *,
+        seed: int = 0,
+        max_running: int = 512,
+        sockets: bool = False,
+    ):
         self.policy = policy
+        self.receipts: Receipts | None = None
         self.max_running = max_running
         packed = attention_implementation(policy.lm) == PACKED
         self.layout: Layout = (
@@ -59,10 +63,19 @@ class TorchEngine:
         self._seed = seed
         self._drawn: Counter[int] = Counter()
         self._ends = end_tokens(policy)
+        self._scheduler = Scheduler(self, compute or ComputeThread(), sockets=sockets)
 
     @property
     def policy_version(self) -> int:
-        return self.policy.version
+        return self.policy.version if self.receipts is None else self.receipts.version
+
+    def score(self, probe: Probe) -> list[float]:
+        return score(self.policy, probe).tolist()
+
+    @property
+    def exact(self) -> bool:
+        """Whether a completion's numbers don't depend on what is decoded beside it."""
+        return self.policy.exact
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         return self.policy.tokenizer(text, add_special_tokens=special)["input_ids"]
@@ -110,17 +123,62 @@ class TorchEngine:
         self._seed = seed
         self._drawn.clear()
 
-    @timed("sampling")
+    async def complete(self, request: Request) -> list[Completion]:
+        self.check(request)
+        return await self._scheduler.complete(request)
+
+    def stream(self, request: Request) -> AsyncIterator[Piece]:
+        self.check(request)
+        return self._scheduler.stream(request)
+
+    def close(self) -> None:
+        self._scheduler.close()
+
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        opened: list[list[OpenCompletion]] = []
-        for request in requests:
-            limit, ends = self._prepare(request)
-            keys = self._keys(request)
-            opened.append([OpenCompletion(request, limit, key, ends) for key in keys])
+        """For each request its n completions, sampled in the calling thread with nobody beside."""
+        groups = [Group(self.opened(request)) for request in requests]
+        line, batch = self.line(), self.batch()
+        for group in groups:
+            line.add(group)
+        with self.computing():
+            while line or batch.busy:
+                batch.step(line.take(batch.busy))
+        return [self.closed(group) for group in groups]
+
+    def line(self) -> Line:
+        """Make the line in which completions wait."""
+        return Line(self.policy, self.layout, self.max_running)
+
+    def batch(self) -> Batch:
+        """Make what decodes completions together."""
+        return Batch(self.policy, self.layout, self._ends, self.decode)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """What steps of a `Batch` run in; the weights must stay the same inside.
+
+        Raises:
+            ServeError: they have no receipt.
+        """
+        if self.receipts is not None:
+            self.receipts.require(self.policy.version, self)
         self.policy.lm.eval()
-        with torch.no_grad(), self.policy.autocast():
-            self._decode([completion for group in opened for completion in group])
-        return [[self._closed(completion) for completion in group] for group in opened]
+        with span("sampling"), torch.no_grad(), self.policy.autocast():
+            yield
+
+    def opened(self, request: Request) -> list[OpenCompletion]:
+        """The completions of a request, before their first token.
+
+        Raises:
+            RequestError: see `Engine.check`.
+        """
+        limit, ends = self._prepare(request)
+        keys = self._keys(request)
+        return [OpenCompletion(request, limit, key, ends) for key in keys]
+
+    def closed(self, group: Group) -> list[Completion]:
+        """What became of a request's completions; all have ended."""
+        return [self._closed(completion) for completion in group.completions]
 
     def _keys(self, request: Request) -> list[tuple[int, int]]:
         """Return the keys of the random numbers of the request's completions."""
@@ -134,93 +192,6 @@ class TorchEngine:
         self._drawn[seed] += params.n
         # Seeded and unseeded draws never meet: their second words differ in sign.
         return [(seed, -1 - index) for index in range(first, first + params.n)]
-
-    def _decode(self, completions: Sequence[OpenCompletion]) -> None:
-        """Sample `completions` to their ends."""
-        waiting = deque(completions)
-        while waiting:
-            new = self._admitted(waiting, [])
-            kv, logits = self._start(new)
-            running = Running(new, self._ends, self.decode)
-            while True:
-                tokens = running.sample(logits)
-                if not running.alive:
-                    break
-                dead = len(running.completions) - running.alive
-                new = self._admitted(waiting, running.completions) if dead else []
-                if new or dead * _DEAD > len(running.completions):
-                    stay = running.keep()
-                    kv.keep(stay)
-                    tokens = tokens[torch.from_numpy(stay).to(tokens.device)]
-                places = (slice(i, i + 1) for i in range(len(running.completions)))
-                with record_expert_choices(self.policy, running.completions, places):
-                    logits = full_logits(kv.advance(tokens), self.policy.head)
-                if new:
-                    joining, first = self._start(new)
-                    assert isinstance(kv, SharedPrompts) and isinstance(joining, SharedPrompts)
-                    kv.join(joining)
-                    running.add(new)
-                    logits = torch.cat([logits, first])
-
-    def _admitted(
-        self, waiting: deque[OpenCompletion], running: Sequence[OpenCompletion]
-    ) -> list[OpenCompletion]:
-        """Take the completions whose turn it is from `waiting`: all that `max_running` and
-        `KV_BYTES` allow beside those that run. A few wait for more: their prompts cost a pass.
-
-        Only the layout "shared" lets completions join while others run.
-        """
-        shared = self.layout == "shared"
-        if not waiting or (running and not shared):
-            return []
-        token = kv_bytes(1, 1, self.policy.lm.config.get_text_config())
-        busy = [completion for completion in running if completion.finish is None]
-        prompts = {completion.request.prompt for completion in busy}
-        limit = max((min(completion.limit, _PLANNED) for completion in busy), default=0)
-        width = max((len(prompt) for prompt in prompts), default=0)
-        new: list[OpenCompletion] = []
-        first = len(waiting[0].request.prompt)
-        for completion in waiting:
-            prompt = completion.request.prompt
-            prompts.add(prompt)
-            limit, width = max(limit, min(completion.limit, _PLANNED)), max(width, len(prompt))
-            size = len(busy) + len(new) + 1
-            copies = len(prompts) if shared else size
-            planned = token * (size * limit + copies * width)
-            if size > 1 and (size > self.max_running or planned > KV_BYTES):
-                break
-            if self.layout == "equal_lengths" and new and len(prompt) != first:
-                break
-            new.append(completion)
-        if busy and len(new) < min(len(waiting), self.max_running // 16):
-            return []
-        for _ in new:
-            waiting.popleft()
-        return new
-
-    def _start(
-        self, new: Sequence[OpenCompletion]
-    ) -> tuple[SharedPrompts | ModelCache, Float[Tensor, "R V"]]:
-        """Compute each distinct prompt once; returns keys, and logits of the first tokens."""
-        prompts: dict[tuple[int, ...], int] = {}
-        owner = [prompts.setdefault(completion.request.prompt, len(prompts)) for completion in new]
-        tokens, real = padded(list(prompts))
-        longest = max(completion.limit for completion in new)
-        ends = [(prompt + 1) * tokens.shape[1] for prompt in owner]  # padded on the left
-        lengths = (len(completion.request.prompt) for completion in new)
-        places = (slice(end - length, end) for end, length in zip(ends, lengths, strict=True))
-        with record_expert_choices(self.policy, new, places):
-            kv, hidden = prefill(
-                self.policy.backbone,
-                tokens,
-                real,
-                np.array(owner),
-                longest,
-                layout=self.layout,
-                device=self.policy.device,
-            )
-        logits = full_logits(hidden, self.policy.head)
-        return kv, logits[torch.tensor(owner, device=logits.device)]
 
     def _closed(self, completion: OpenCompletion) -> Completion:
         assert completion.finish is not None
@@ -236,7 +207,7 @@ class TorchEngine:
             logprobs=completion.logprobs,
             text=text,
             finish_reason=completion.finish,
-            policy_version=self.policy_version,
+            policy_versions=completion.versions,
             temperature=params.temperature or 1.0,
             expert_choices=np.concatenate(completion.expert_choices)
             if completion.expert_choices

@@ -137,8 +137,8 @@ class Observer:
 
     def _record_packing(self, microbatch: Microbatch) -> None:
         size, samples = microbatch.token_count, microbatch.sample_tokens
-        buckets = self._policy.packing == "buckets"
-        padded = SharedPromptAttention(microbatch).padded if buckets else size
+        tiles = self._policy.packing == "tiles"
+        padded = SharedPromptAttention(microbatch).padded if tiles else size
         self.metrics.mean("tokens/packed_efficiency", size, padded)
         self.metrics.add("tokens/computed", size)
         self.metrics.mean("tokens/shared_saving", samples - size, samples)
@@ -200,6 +200,27 @@ def _check_finite(scored: Scored) -> None:
             f"the loss is {loss.item()}; trajectories whose log-ratio is not finite: "
             f"{sorted(set(named))[:9]}. Look for a temperature, a log-prob or a weight that is NaN"
         )
+
+
+def check_exact(logprobs: Tensor, microbatch: Microbatch) -> None:
+    """Refuse log-probs that are not the engine's to the bit, on the weights that it sampled with.
+
+    Raises:
+        NumericsError: how many tokens differ, by how much, and of which trajectory.
+    """
+    sampled = microbatch.sampling_logprobs
+    logprobs = logprobs.detach().cpu()
+    if torch.equal(logprobs, sampled):
+        return
+    different = logprobs != sampled
+    first = int(microbatch.sequence_ids[different][0])
+    raise NumericsError(
+        f"{int(different.sum())} of {len(sampled)} log-probs differ from the engine's, by up to "
+        f"{(logprobs - sampled).abs().max():.3g} nats, on the weights that sampled them (first in "
+        f"trajectory {microbatch.trajectory_ids[first]}). In exact mode they are equal to the bit: "
+        "were the log-probs or tokens changed, or sampled by another engine? `gspo audit MODEL "
+        "--exact` shows the parts; InternalModelConfig(exact=False) trains without this check"
+    )
 
 
 def _record_loss(metrics: Metrics, scored: Scored) -> None:

@@ -34,7 +34,7 @@ from gspo.train.backward import backward_each
 from gspo.train.defaults import with_defaults
 from gspo.train.epsilon import EpsilonController
 from gspo.train.expert_replay import ExpertReplay, check_expert_options
-from gspo.train.observe import Observer, Scored, Trace
+from gspo.train.observe import Observer, Scored, Trace, check_exact
 from gspo.train.old_logprobs import with_trainer_logprobs
 from gspo.train.optimizer import Optimizer, learning_rate
 from gspo.train.settings import Settings
@@ -126,7 +126,7 @@ class Trainer:
         experts.begin(microbatches, on_policy=on_policy)
 
         def loss(microbatch: Microbatch) -> tuple[Tensor, tuple[Scored, ExpertChoices]]:
-            return self.loss(microbatch, call, n, t)
+            return self.loss(microbatch, call, n, t, exact=on_policy and self.policy.exact)
 
         # A reference may be the policy itself with its adapters off, which is off for all threads.
         workers = Workers() if settings.objective.kl_coef > 0 else self.policy.workers
@@ -139,12 +139,20 @@ class Trainer:
         return True
 
     def loss(
-        self, microbatch: Microbatch, call: Call, total_sequences: int, total_tokens: int
+        self,
+        microbatch: Microbatch,
+        call: Call,
+        total_sequences: int,
+        total_tokens: int,
+        *,
+        exact: bool = False,
     ) -> tuple[Tensor, tuple[Scored, ExpertChoices]]:
         """The loss of a microbatch, a share of the minibatch's; and what is reported of it."""
         settings, objective = call.settings, call.settings.objective
         with call.experts.watch(microbatch) as choices:  # log pi_theta of the sampled tokens
             scored = self.policy.logprobs(microbatch, settings.logprob_calculation_chunk_size)
+        if exact:
+            check_exact(scored.logprobs, microbatch)
         out = policy_loss(
             scored.logprobs,
             microbatch.old_logprobs,

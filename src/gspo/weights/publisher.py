@@ -1,11 +1,14 @@
 """How new weights reach an engine.
 
-A second way is a second class with `publish`, in a file of its own, and a line in `publisher_for`.
+A second way is a second class of the protocol, in a file of its own, and a line in `publisher_for`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
+
+from torch import Tensor
 
 from gspo.dev import RolloutDtype
 from gspo.policy.load import Policy
@@ -13,7 +16,15 @@ from gspo.weights.rollout_copy import RoundedCopy
 
 
 class Publisher(Protocol):
-    """Brings the trainer's weights to one engine. `publish` is the whole protocol."""
+    """Brings the trainer's weights to one engine, and says what that must compute then.
+
+    Attributes:
+        tolerance: nats by which the engine's log-probs may differ from `expected`'s on a CPU. 0: it
+            computes the same in the same way. A publisher to an engine that computes otherwise
+            measures it when the model is loaded.
+    """
+
+    tolerance: float
 
     def publish(self, policy: Policy) -> int:
         """Give the engine the weights of `policy`; returns their version.
@@ -25,7 +36,8 @@ class Publisher(Protocol):
         Before: the engine answers with the weights, and as the version, of the last publication
             (or of the load). The new weights are in `policy`, and `policy.version` counts them.
         After: each token that the engine samples is drawn under the new weights, and
-            `Engine.policy_version` is the returned version, which is `policy.version`.
+            `Engine.policy_version` is the returned version, which is `policy.version`. A
+            receipt proves it (`gspo.weights.receipt`) before anything is sampled.
         Again: a second call with the same weights changes nothing.
         Failure: whatever is raised ends the call of `train` before its checkpoint is written. The
             engine may hold a mixture then; a run that is started again trains that step again.
@@ -35,12 +47,26 @@ class Publisher(Protocol):
         """
         ...
 
+    def expected(self, policy: Policy) -> tuple[Policy, Mapping[str, Tensor]]:
+        """Make again what the engine must compute with by now, from the trainer's weights only.
+
+        Returns:
+            A policy whose scores the engine must reproduce, and the weights and buffers to be put
+            into it for that, which are those that the engine must hold. Empty: its own.
+        """
+        ...
+
 
 class SharedMemory:
     """Publishes by doing nothing: the engine samples from the trainer's own module."""
 
+    tolerance = 0.0
+
     def publish(self, policy: Policy) -> int:
         return policy.version
+
+    def expected(self, policy: Policy) -> tuple[Policy, Mapping[str, Tensor]]:
+        return policy, {}
 
 
 def publisher_for(policy: Policy, rollout_dtype: RolloutDtype | None) -> tuple[Policy, Publisher]:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain
 
 import torch
 from jaxtyping import Float
@@ -52,36 +51,49 @@ class RoundedCopy:
         ModelError: int8 or int4 of experts whose layout transformers doesn't declare.
     """
 
+    tolerance = 0.0
+
     def __init__(self, policy: Policy, dtype: RolloutDtype):
-        lm = copy.deepcopy(policy.lm) if policy.peft is None else _merged(policy)
-        lm_dtype = torch.float32 if dtype in _BITS else getattr(torch, dtype)
-        lm.requires_grad_(False).zero_grad()
+        self._type = torch.float32 if dtype in _BITS else getattr(torch, dtype)
+        self._bits = _BITS.get(dtype)
+        lm = copy.deepcopy(policy.lm) if policy.peft is None else _merged(policy).lm
+        lm.requires_grad_(False)
         for parameter in lm.parameters():
-            # Parameters only: buffers such as the rotary frequencies stay float32 in engines too.
-            parameter.data = parameter.data.to(lm_dtype)
-        self.policy = replace(
-            policy, lm=lm.eval(), peft=None, compute_dtype=torch.float32, checkpointing=False
-        )
-        self._bits = _BITS.get(dtype, 8)
-        self._transposed = dict(quantized_weights(lm)) if dtype in _BITS else {}
+            parameter.grad = None
+            parameter.data = parameter.data.to(self._type)
+        self.policy = _plain(policy, lm.eval())
         self.publish(policy)
 
     @torch.no_grad()
     def publish(self, policy: Policy) -> int:
         """Round the trainer's weights again, in place; see `Publisher`."""
-        source = _merged(policy)
-        values = dict(chain(source.named_parameters(), source.named_buffers()))
-        lm = self.policy.lm
-        for name, tensor in chain(lm.named_parameters(), lm.named_buffers()):
-            value = values[name]
-            if name in self._transposed:
-                # Scales belong to outputs; the inputs are the last axis unless it is transposed.
-                transposed = self._transposed[name]
-                value = fake_quantized(value.mT if transposed else value, self._bits)
-                value = value.mT if transposed else value
-            tensor.copy_(value)
+        tensors = {
+            **dict(self.policy.lm.named_parameters()),
+            **dict(self.policy.lm.named_buffers()),
+        }
+        for name, value in self._rounded(_merged(policy).lm):
+            tensors[name].copy_(value)
         self.policy.version = policy.version
         return policy.version
+
+    @torch.no_grad()
+    def expected(self, policy: Policy) -> tuple[Policy, dict[str, Tensor]]:
+        """Round the trainer's weights again, beside the copy; see `Publisher`."""
+        merged = _merged(policy)
+        return merged, dict(self._rounded(merged.lm))
+
+    def _rounded(self, lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+        """Yield what the engine holds of a model without adapters."""
+        layouts = {} if self._bits is None else dict(quantized_weights(lm))
+        for name, value in lm.named_parameters():
+            if self._bits is not None and name in layouts:
+                # Scales belong to outputs; the inputs are the last axis unless it is transposed.
+                value = value.mT if layouts[name] else value
+                value = fake_quantized(value, self._bits)
+                value = value.mT if layouts[name] else value
+            yield name, value.detach().to(self._type)
+        # Buffers such as the rotary frequencies stay float32 in engines too.
+        yield from lm.named_buffers()
 
 
 def fake_quantized(weight: Float[Tensor, "*R C"], bits: int) -> Float[Tensor, "*R C"]:
@@ -126,8 +138,17 @@ def quantized_weights(lm: PreTrainedModel) -> Iterator[tuple[str, bool]]:
             yield from ((f"{name}.{weight}", bool(module.is_transposed)) for weight in stacked)
 
 
-def _merged(policy: Policy) -> PreTrainedModel:
-    """Return the model without adapters: the policy's model, or a copy with its adapters merged."""
-    if policy.peft is None:
-        return policy.lm
-    return copy.deepcopy(policy.peft).merge_and_unload()
+def _merged(policy: Policy) -> Policy:
+    """Return the policy in float32 without adapters: they are merged into a copy of its model."""
+    if policy.peft is not None:
+        return _plain(policy, copy.deepcopy(policy.peft).merge_and_unload())
+    same = copy.copy(policy)  # `replace` would watch the routers of the model a second time
+    same.compute_dtype = torch.float32
+    return same
+
+
+def _plain(policy: Policy, lm: PreTrainedModel) -> Policy:
+    """Make a policy of a model without adapters, which is not trained."""
+    same = replace(policy, lm=lm, peft=None, compute_dtype=torch.float32, checkpointing=False)
+    same.multiple, same.exact = 1, False
+    return same

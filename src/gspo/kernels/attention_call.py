@@ -1,0 +1,156 @@
+"""The attention of a microbatch as calls of `tile_attention`, with its gradient.
+
+Queries, keys and values are gathered from the microbatch's tokens call by call, and the outputs
+written back; so no tensor has the shape of all calls together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gspo.kernels.tile_attention import LOG2_E, Context, ContextGroup, attend, attend_backward
+
+KEPT_BYTES = 32 * 2**20
+"""Memory per layer for weights that wait for the backward pass; others are computed again."""
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """One call of `tile_attention`: N tails of Q queries and L keys, P contexts of W keys.
+
+    Attributes:
+        queries: the token of each query; padding repeats a tail's first token.
+        padding: True at the padding; None: there is none.
+        keys: the token of each key; padding is token 0.
+        context: the token of each key of the contexts. W may be 0.
+        groups: which tails belong to which contexts.
+        hidden: which keys a query does not see, the context's first; see `tile_attention.attend`.
+    """
+
+    queries: Int[Tensor, "N Q"]
+    padding: Bool[Tensor, "N Q"] | None
+    keys: Int[Tensor, "N L"]
+    context: Int[Tensor, "P W"]
+    groups: Sequence[ContextGroup]
+    hidden: Float[Tensor, "n 1 Q 1 S"]
+    _rows: dict[tuple[int, int], Any] = field(default_factory=dict, repr=False)
+
+    def rows(self, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Places of queries, keys and context among rows that are token by token and head by head;
+        ordered by tail, key head, token, and head that shares the key head."""
+
+        def places(tokens: Tensor, share: int) -> Tensor:
+            head = torch.arange(kv_heads * share, device=tokens.device).view(kv_heads, 1, share)
+            return (tokens[:, None, :, None] * (kv_heads * share) + head).flatten()
+
+        if (heads, kv_heads) not in self._rows:
+            shares = (heads // kv_heads, 1, 1)
+            places_of = map(places, (self.queries, self.keys, self.context), shares)
+            self._rows[heads, kv_heads] = tuple(places_of)
+        return self._rows[heads, kv_heads]
+
+
+def attend_calls(
+    query: Float[Tensor, "1 H T D"],
+    key: Float[Tensor, "1 K T D"],
+    value: Float[Tensor, "1 K T E"],
+    calls: Sequence[AttentionCall],
+    scale: float,
+) -> Float[Tensor, "1 T H E"]:
+    """Attend, in float32 whatever the inputs are.
+
+    Each token is a query of at most one call; the output of the others is 0.
+    """
+    return _Attention.apply(query, key, value, calls, scale)[None]  # pyright: ignore[reportGeneralTypeIssues, reportOptionalSubscript]
+
+
+def _rows(x: Float[Tensor, "1 H T D"]) -> Float[Tensor, "TH D"]:
+    """Token by token, and inside a token head by head; in float32 at least."""
+    x = x[0].transpose(0, 1).reshape(-1, x.shape[-1])
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        calls: Sequence[AttentionCall],
+        scale: float,
+    ) -> Float[Tensor, "T H E"]:
+        heads, kv, total = query.shape[1], key.shape[1], query.shape[2]
+        with torch.autocast(query.device.type, enabled=False):
+            q, k, v = _rows(query) * (scale * LOG2_E), _rows(key), _rows(value)
+            out = v.new_zeros(total * heads, v.shape[-1])
+            saved: list[Tensor] = []
+            room = KEPT_BYTES if any(ctx.needs_input_grad) else 0
+            for call in calls:
+                inputs = _gathered(call, q, k, v, heads, kv)
+                output, weights, sums = attend(*inputs, call.hidden)
+                out.index_copy_(0, call.rows(heads, kv)[0], output.reshape(-1, v.shape[-1]))
+                room -= weights.numel() * weights.itemsize
+                saved += (weights, sums) if room >= 0 else (weights.new_empty(0), sums)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(q, k, v, *saved)
+            ctx.calls, ctx.scale, ctx.dtype = calls, scale, query.dtype
+            ctx.shapes = query.shape, key.shape, value.shape
+        return out.view(total, heads, -1).to(query.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Float[Tensor, "T H E"]):  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, *saved = ctx.saved_tensors
+        heads, kv = ctx.shapes[0][1], ctx.shapes[1][1]
+        with torch.autocast(grad.device.type, enabled=False):
+            upstream = grad.to(q.dtype).reshape(-1, grad.shape[-1])
+            d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+            for call, weights, sums in zip(ctx.calls, saved[::2], saved[1::2], strict=True):
+                inputs = _gathered(call, q, k, v, heads, kv)
+                if weights.numel() == 0:
+                    _, weights, _ = attend(*inputs, call.hidden)
+                index, own, shared = call.rows(heads, kv)
+                up = upstream.index_select(0, index).view(*inputs[0].shape[:3], -1)
+                if call.padding is not None:
+                    by_token = up.unflatten(2, (call.queries.shape[1], -1))
+                    by_token.masked_fill_(call.padding[:, None, :, None, None], 0)
+                grads = attend_backward(up, *inputs, weights, sums)
+                d_q.index_add_(0, index, grads[0].reshape(-1, q.shape[-1]))
+                d_k.index_add_(0, own, grads[1].reshape(-1, k.shape[-1]))
+                d_v.index_add_(0, own, grads[2].reshape(-1, v.shape[-1]))
+                if grads[3] is not None and grads[4] is not None:
+                    d_k.index_add_(0, shared, grads[3].reshape(-1, k.shape[-1]))
+                    d_v.index_add_(0, shared, grads[4].reshape(-1, v.shape[-1]))
+            d_q *= ctx.scale
+            d_k /= LOG2_E
+        gradients = (
+            d.view(shape[2], shape[1], -1).transpose(0, 1)[None].to(ctx.dtype)
+            for d, shape in zip((d_q, d_k, d_v), ctx.shapes, strict=True)
+        )
+        return *gradients, None, None
+
+
+def _gathered(
+    call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, heads: int, kv: int
+) -> tuple[Tensor, Tensor, Tensor, Context | None]:
+    """Queries, keys and values of a call, of all of the microbatch's rows."""
+
+    queries, keys, shared = call.rows(heads, kv)
+    tails = len(call.queries), kv, -1
+
+    def of(rows: Tensor, index: Tensor, shape: tuple[int, int, int] = tails) -> Tensor:
+        return rows.index_select(0, index).view(*shape, rows.shape[-1])
+
+    context = None
+    if call.groups:
+        contexts = len(call.context), kv, -1
+        context = Context(of(k, shared, contexts), of(v, shared, contexts), call.groups)
+    return of(q, queries), of(k, keys), of(v, keys), context

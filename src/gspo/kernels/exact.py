@@ -1,0 +1,226 @@
+"""Give each row of a model's products the same bits, whatever rows are computed beside it.
+
+A product of 3 rows and one of 300 rows may sum in different orders; torch's vectorised functions
+treat the last few numbers of a tensor otherwise than the rest; with several threads, MKL cuts some
+sums in two. So passes get a number of tokens that is a multiple of some number, each expert gets at
+least so many tokens, and linear layers for which that is not enough are computed in another way:
+in float32 by oneDNN, whose products were the same from 2 rows on for every shape and number of
+threads that was tried; in bfloat16 (oneDNN's on AMX are not) in blocks of the same number of rows.
+
+`measure` finds out what the loaded model needs, with this machine, library and number of threads.
+That nothing else makes engine and trainer differ is proved afterwards, end to end
+(`serve.selfcheck`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from types import MethodType
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from gspo.kernels.hf import backbone, no_mask, pad_experts
+from gspo.kernels.logprob import CPU_BLOCK, Head, full_logits
+from gspo.kernels.projection import project
+from gspo.kernels.running_softmax import VECTOR
+
+_MULTIPLES = (8, 16, 32, 64)
+_EXPERT_ROWS = (4, 8, 16, 32, 64)
+_FEW = 16  # a linear layer that needs more rows than this is computed in another way
+_BLOCK = 64  # rows
+_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Part:
+    """Modules of one kind and shape, and what they need.
+
+    Attributes:
+        name: of the first of them.
+        kind: name of their class.
+        multiple: the rows of a call must be a multiple of this; None: none of `_MULTIPLES` helps.
+        how: what was changed, or "".
+    """
+
+    name: str
+    kind: str
+    multiple: int | None
+    how: str = ""
+
+
+_Call = tuple[str, list[nn.Module], tuple[Tensor, ...]]
+
+
+@torch.no_grad()
+def measure(lm: Any, head: Head, dtype: torch.dtype) -> list[Part]:
+    """Measure each kind of module of a model, and change those that need it.
+
+    Args:
+        lm: the model. Its experts may be padded from now on, its linear layers replaced.
+        head: its vocabulary projection.
+        dtype: that it computes in.
+    """
+    with torch.autocast(lm.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        calls = list(_calls(lm))
+        experts = [call for call in calls if is_experts(call[1][0])]
+        linear = [call for call in calls if isinstance(call[1][0], nn.Linear)]
+        rest = [call for call in calls if call not in experts and call not in linear]
+        # Blocks contain the others, so they come last.
+        return [
+            *(_settle_linear(call) for call in linear),
+            *(_settle_experts(call) for call in experts),
+            *(Part(name, _kind(same), _needed(same[0], inputs)) for name, same, inputs in rest),
+            _head(head),
+        ]
+
+
+def _head(head: Head) -> Part:
+    """Logits of few rows over the whole vocabulary, against many rows over a block of it."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(_TOKENS, head.weight.shape[1], generator=generator)
+    block = min(CPU_BLOCK[0], head.size)
+    spans = [slice(0, block), slice((head.size - 1) // block * block, head.size)]
+    with torch.autocast(hidden.device.type, enabled=False):
+        pairs = [(span, project(hidden, head.weight[span], None, None)) for span in spans]
+        for multiple in _MULTIPLES:
+            few = [
+                full_logits(hidden[:count], replace(head, bias=None, softcap=None, scale=1.0))
+                for count in (multiple, 2 * multiple)
+            ]
+            if all(torch.equal(x[:, s], w[: len(x)]) for x in few for s, w in pairs):
+                return Part("lm_head", "head", multiple)
+    return Part("lm_head", "head", None)
+
+
+def is_experts(module: nn.Module) -> bool:
+    return hasattr(module, "_is_expert_parallel")  # transformers' mark of such a module
+
+
+def _kind(modules: list[nn.Module]) -> str:
+    return type(modules[0]).__name__
+
+
+def _settle_linear(call: _Call) -> Part:
+    name, modules, inputs = call
+    multiple, how = _needed(modules[0], inputs), ""
+    if multiple is None or multiple > _FEW:
+        half = torch.is_autocast_enabled(inputs[0].device.type)
+        for module in modules:
+            module.forward = MethodType(_by_blocks if half else _by_one_dnn, module)
+        how = f"blocks of {_BLOCK} rows" if half else "oneDNN"
+        multiple = _needed(modules[0], inputs)
+    # A function of its output, such as sigmoid, must find whole vectors only. Measuring it is not
+    # enough: rounding to bfloat16 hides a difference most of the time.
+    vector = VECTOR * torch.get_num_threads()
+    whole = vector // math.gcd(vector, cast(nn.Linear, modules[0]).out_features)
+    return Part(name, _kind(modules), None if multiple is None else max(multiple, whole), how)
+
+
+def _settle_experts(call: _Call) -> Part:
+    name, modules, inputs = call
+    multiple, rows = None, 0
+    for rows in _EXPERT_ROWS:
+        for module in modules:
+            pad_experts(module, rows)
+        multiple = _needed(modules[0], inputs)
+        if multiple is not None and multiple <= _FEW:
+            break
+    return Part(name, _kind(modules), multiple, f"at least {rows} tokens each")
+
+
+def _calls(lm: Any) -> Iterator[_Call]:
+    """Yield the modules of each kind with the inputs that one has in a pass over random tokens."""
+    calls: dict[object, _Call] = {}
+    names = {module: name for name, module in lm.named_modules()}
+
+    def note(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        values = (*inputs, *named.values())
+        by_token = [x for x in values if isinstance(x, Tensor) and _TOKENS in x.shape[:2]]
+        if named or not by_token or len(by_token) != len(values):
+            return
+        shapes = tuple(tuple(p.shape) for p in module.parameters())
+        kind = (type(module), shapes, *(tuple(x.shape) for x in by_token))
+        given = tuple(x.detach().clone() for x in by_token)
+        calls.setdefault(kind, (names[module], [], given))[1].append(module)
+
+    hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in lm.modules()]
+    generator = torch.Generator().manual_seed(0)
+    size = lm.get_input_embeddings().weight.shape[0]
+    tokens = torch.randint(size, (1, _TOKENS), generator=generator).to(lm.device)
+    # Positions that begin again: short samples, so that any context holds them.
+    positions = (torch.arange(_TOKENS, device=lm.device) % 16)[None]
+    try:
+        backbone(lm)(
+            input_ids=tokens,
+            position_ids=positions,
+            attention_mask=no_mask(lm.device),
+            use_cache=False,
+        )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    yield from calls.values()
+
+
+def _needed(module: nn.Module, inputs: tuple[Tensor, ...]) -> int | None:
+    """Find the smallest multiple of rows at which rows have the bits of a call of many rows."""
+    whole = _first(module(*inputs))
+    return next((m for m in _MULTIPLES if _same(module, inputs, whole, m)), None)
+
+
+def _same(module: nn.Module, inputs: tuple[Tensor, ...], whole: Tensor, multiple: int) -> bool:
+    several = range(multiple, 4 * multiple + 1, multiple)
+    for count in sorted({*several, 64, 96, 128, 192, 256, 384}):
+        first = (_TOKENS - count) // 2
+        part = _first(module(*(_rows(x, first, count) for x in inputs)))
+        if count % multiple == 0 and not torch.equal(part, _rows(whole, first, count)):
+            return False
+    return True
+
+
+def _rows(x: Tensor, first: int, count: int) -> Tensor:
+    return x.narrow(x.shape.index(_TOKENS), first, count)
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _by_blocks(self: nn.Linear, x: Float[Tensor, "*B K"]) -> Float[Tensor, "*B N"]:
+    """A linear layer whose products all have the same number of rows."""
+    rows = x.reshape(-1, x.shape[-1])
+    blocks = functional.pad(rows, (0, 0, 0, -len(rows) % _BLOCK)).split(_BLOCK)
+    out = torch.cat([functional.linear(block, self.weight, self.bias) for block in blocks])
+    return out[: len(rows)].view(*x.shape[:-1], -1)
+
+
+def _by_one_dnn(self: nn.Linear, x: Float[Tensor, "*B K"]) -> Float[Tensor, "*B N"]:
+    """A linear layer that is computed by oneDNN instead of MKL."""
+    return _OneDnnLinear.apply(x, self.weight, self.bias)  # pyright: ignore[reportReturnType]
+
+
+class _OneDnnLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.biased = bias is not None
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        needed = ctx.needs_input_grad
+        return (
+            grad @ weight if needed[0] else None,
+            rows.mT @ x.reshape(-1, x.shape[-1]) if needed[1] else None,
+            rows.sum(0) if ctx.biased and needed[2] else None,
+        )

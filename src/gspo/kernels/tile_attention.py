@@ -1,0 +1,274 @@
+"""Attention whose result for a token does not depend on how much is computed beside it.
+
+Training, prefill and decoding attend by one function, so that their log-probs can be equal to the
+bit. The keys of a sample are cut into tiles at multiples of `TILE` positions, and what a query
+gathers is added up tile after tile, in the order of the positions. A tile that a query does not see
+adds exact zeros; so neither the width of a call, nor padding, nor which completions share a prompt
+changes a bit. Inside a tile, torch's products give a row the same bits whatever stands beside it if
+there are at least `ROWS` rows (measured at load: `exact`).
+
+No running maximum is needed, as in flash attention: the largest score is the same in any order, so
+all powers are taken relative to it before anything is added.
+
+Shapes: N sequences of M query rows (tokens x the heads that share a key head) in K key heads; each
+has L keys of itself, a multiple of the tile, and W keys of a context that several sequences share.
+P contexts; D wide keys, E wide values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+TILE = 32
+"""Positions of a tile. 32 was faster than 64 and 128 on all shapes that were tried."""
+LOG2_E = math.log2(math.e)
+ROWS = 4
+"""Fewest rows of a product: with 1 to 3, MKL sums in another order."""
+
+
+def whole_tiles(length: int) -> int:
+    """Round up to whole tiles.
+
+    >>> whole_tiles(33)
+    64
+    """
+    return -(-length // TILE) * TILE
+
+
+@dataclass(frozen=True)
+class ContextGroup:
+    """Contexts that about the same number of sequences share; one product serves them all.
+
+    Attributes:
+        contexts: these contexts, a slice of all.
+        members: [p, n] the sequences of each context; padding repeats sequence 0.
+        real: [p, n] False at the padding. None: there is none, and the group holds all sequences in
+            their order.
+        places: flat places of `members` that are real.
+        listed: the sequence in each of these places.
+    """
+
+    contexts: slice
+    members: Int[Tensor, "p n"]
+    real: Bool[Tensor, "p n"] | None = None
+    places: Int[Tensor, " r"] | None = None
+    listed: Int[Tensor, " r"] | None = None
+
+    def gather(self, values: Float[Tensor, "N K M X"]) -> Float[Tensor, "p K nM X"]:
+        """Put the values of the group's sequences under their contexts."""
+        if self.real is None:
+            values = values.unflatten(0, self.members.shape)
+        else:
+            values = values[self.members]
+        return values.transpose(1, 2).flatten(2, 3)
+
+    def scatter(
+        self, target: Float[Tensor, "N K M X"], values: Float[Tensor, "p K nM X"], *, add: bool
+    ) -> None:
+        """Write values that are under the contexts to their sequences in `target`, or add them."""
+        values = values.unflatten(2, (self.members.shape[1], -1)).transpose(1, 2)
+        if self.places is None or self.listed is None:
+            place = target.view(values.shape)
+            place.add_(values) if add else place.copy_(values)
+            return
+        put = target.index_add_ if add else target.index_copy_
+        put(0, self.listed, values.flatten(0, 1).index_select(0, self.places))
+
+    def clear_padding_(self, values: Float[Tensor, "p K nM X"]) -> None:
+        """Zero what `gather` repeated."""
+        if self.real is not None:
+            parts = values.unflatten(2, (self.members.shape[1], -1))
+            parts.masked_fill_(~self.real[:, None, :, None, None], 0)
+
+
+def context_groups(
+    context_of: np.ndarray, sizes: np.ndarray, device: torch.device
+) -> list[ContextGroup]:
+    """Cut the contexts into groups in which padding at most doubles the work.
+
+    Args:
+        context_of: [N] context of each sequence.
+        sizes: [P] sequences that each context had at first; a group ends before they differ by more
+            than a factor of 2.
+        device: that uses the indices. They are computed on the host, so nothing waits for it.
+    """
+    counts = np.bincount(context_of, minlength=len(sizes))
+    order = np.argsort(context_of, kind="stable")
+    first = np.cumsum(counts) - counts
+    edges = [0]
+    largest = smallest = sizes[0]
+    for context, size in enumerate(sizes):
+        largest, smallest = max(largest, size), min(smallest, size)
+        if largest > 2 * smallest:
+            edges.append(context)
+            largest = smallest = size
+
+    def tensor(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(device)
+
+    groups = []
+    for start, stop in zip(edges, [*edges[1:], len(sizes)], strict=True):
+        width = int(counts[start:stop].max())
+        if width == 0:
+            continue
+        place = np.arange(width)
+        real = place < counts[start:stop, None]
+        listed = np.minimum(first[start:stop, None] + place, len(order) - 1)
+        members = np.where(real, order[listed], 0)
+        if real.all() and np.array_equal(members.ravel(), np.arange(len(context_of))):
+            groups.append(ContextGroup(slice(start, stop), tensor(members)))
+            continue
+        picks = (real, np.flatnonzero(real), members[real])
+        groups.append(ContextGroup(slice(start, stop), tensor(members), *map(tensor, picks)))
+    return groups
+
+
+@dataclass(frozen=True)
+class Context:
+    """Keys and values that several sequences see before those of themselves."""
+
+    keys: Float[Tensor, "P K W D"]
+    values: Float[Tensor, "P K W E"]
+    groups: Sequence[ContextGroup]
+
+
+def attend(
+    query: Float[Tensor, "N K M D"],
+    keys: Float[Tensor, "N K L D"],
+    values: Float[Tensor, "N K L E"],
+    context: Context | None,
+    hidden: Float[Tensor, "n 1 Q 1 S"] | None,
+    tile: int | None = TILE,
+) -> tuple[Float[Tensor, "N K M E"], Float[Tensor, "N K M S"], Float[Tensor, "N K M 1"]]:
+    """Attention of all sequences of a call, in float32, without a gradient.
+
+    Args:
+        query: times the scale and `LOG2_E`; token by token, and inside a token head by head:
+            M = Q x heads.
+        keys, values: of each sequence itself.
+        context: what stands before them.
+        hidden: -inf if a query does not see a key, else 0, as `hiding` makes it; S = W + L, the
+            context first. None: it sees all.
+        tile: positions that are summed in one product; None: all of them, where the order of the
+            sum does not matter.
+
+    Returns:
+        The output; the weights of the keys, 2^(score - largest score); and their sums.
+    """
+    width = 0 if context is None else context.keys.shape[2]
+    rows = query.shape[2]
+    if context is None and (hidden is None or hidden.shape[2] == 1):
+        query = _enough(query)  # one token each: padded once, not for each product
+    scores = _product(query, keys.mT)
+    if context is not None:
+        own = scores
+        scores = query.new_empty(*query.shape[:3], width + keys.shape[2])
+        scores[..., width:] = own
+        for group in context.groups:
+            products = _product(group.gather(query), context.keys[group.contexts].mT)
+            group.scatter(scores[..., :width], products, add=False)
+    if hidden is not None:
+        scores.unflatten(2, (hidden.shape[2], -1)).add_(hidden)
+    # Powers of 2: torch's exp takes ten times as long for -inf.
+    weights = scores.sub_(scores.amax(-1, keepdim=True)).exp2_()
+    if tile is None or weights.shape[-1] <= tile:
+        total = weights.sum(-1, keepdim=True)
+    else:
+        total = weights.unflatten(-1, (-1, tile)).sum(-1).cumsum(-1)[..., -1:]
+    out = None
+    if context is not None:
+        out = query.new_empty(*query.shape[:3], values.shape[-1])
+        for group in context.groups:
+            weighted = group.gather(weights[..., :width])
+            products = _add_tiles(None, weighted, context.values[group.contexts], tile)
+            group.scatter(out, products, add=False)
+    out = _add_tiles(out, weights[..., width:], values, tile)
+    return (out / total)[:, :, :rows], weights[:, :, :rows], total[:, :, :rows]
+
+
+def attend_backward(
+    grad: Float[Tensor, "N K M E"],
+    query: Float[Tensor, "N K M D"],
+    keys: Float[Tensor, "N K L D"],
+    values: Float[Tensor, "N K L E"],
+    context: Context | None,
+    weights: Float[Tensor, "N K M S"],
+    total: Float[Tensor, "N K M 1"],
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of query and keys, each times log2(e), of values, and of the context's keys (times
+    log2(e)) and values. The order of sums is free here: only forward passes are equal to the bit.
+    """
+    width = 0 if context is None else context.keys.shape[2]
+    grad = grad / total
+    d_weights = grad @ values.mT
+    if context is not None:
+        own = d_weights
+        d_weights = torch.empty_like(weights)
+        d_weights[..., width:] = own
+        for group in context.groups:
+            products = group.gather(grad) @ context.values[group.contexts].mT
+            group.scatter(d_weights[..., :width], products, add=False)
+    mean = (d_weights * weights).sum(-1, keepdim=True).div_(total)
+    d_scores = d_weights.sub_(mean).mul_(weights)
+    d_query = d_scores[..., width:] @ keys
+    d_keys = d_scores[..., width:].mT @ query
+    d_values = weights[..., width:].mT @ grad
+    if context is None:
+        return d_query, d_keys, d_values, None, None
+    d_context_keys = torch.zeros_like(context.keys)
+    d_context_values = torch.zeros_like(context.values)
+    for group in context.groups:
+        under, used = group.gather(d_scores[..., :width]), group.gather(weights[..., :width])
+        group.clear_padding_(under)
+        group.clear_padding_(used)
+        group.scatter(d_query, under @ context.keys[group.contexts], add=True)
+        d_context_keys[group.contexts] = under.mT @ group.gather(query)
+        d_context_values[group.contexts] = used.mT @ group.gather(grad)
+    return d_query, d_keys, d_values, d_context_keys, d_context_values
+
+
+def hiding(hidden: np.ndarray, device: torch.device) -> Float[Tensor, "n 1 Q 1 S"]:
+    """[n, Q, S], True if a query does not see a key -> what is added to the scores."""
+    values = np.where(hidden, np.float32(-np.inf), np.float32(0))[:, None, :, None]
+    return torch.from_numpy(values).to(device)
+
+
+def _product(rows: Float[Tensor, "*B M D"], other: Float[Tensor, "*B D X"]) -> Tensor:
+    """rows @ other, of at least `ROWS` rows."""
+    count = rows.shape[-2]
+    return (_enough(rows) @ other)[..., :count, :] if count < ROWS else rows @ other
+
+
+def _add_tiles(
+    out: Float[Tensor, "N K M E"] | None,
+    weights: Float[Tensor, "N K M L"],
+    values: Float[Tensor, "N K L E"],
+    tile: int | None,
+) -> Float[Tensor, "N K M E"]:
+    """out + weights @ values, tile after tile."""
+    shape = (*weights.shape[:3], values.shape[-1])
+    count, length = weights.shape[2], weights.shape[3]
+    weights = _enough(weights).flatten(0, 1)
+    values = values.flatten(0, 1)
+    total = None if out is None else _enough(out).flatten(0, 1)
+    for start in range(0, length, tile or length):
+        span = slice(start, start + (tile or length))
+        if total is None:
+            total = torch.bmm(weights[..., span], values[:, span])
+        else:
+            total = total.baddbmm_(weights[..., span], values[:, span])
+    assert total is not None
+    return total.view(*shape[:2], -1, shape[3])[:, :, :count]
+
+
+def _enough(rows: Float[Tensor, "*B M X"]) -> Float[Tensor, "*B R X"]:
+    missing = ROWS - rows.shape[-2]
+    return functional.pad(rows, (0, 0, 0, missing)) if missing > 0 else rows

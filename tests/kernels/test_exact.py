@@ -1,0 +1,107 @@
+"""What is measured so that a row has the same bits beside any others."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gspo.kernels import exact
+from gspo.kernels.exact import _by_blocks, _by_one_dnn, measure
+from gspo.kernels.hf import pad_experts
+from gspo.kernels.logprob import Head
+from models import model
+from support import embedded
+
+
+def head_of(lm: Any) -> Head:
+    return Head(lm.get_output_embeddings().weight)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_next", "jitter"])
+def test_each_kind_of_module_is_measured_once(kind: str):
+    lm = model(kind)
+    parts = measure(lm, head_of(lm), torch.float32)
+    assert all(part.multiple in exact._MULTIPLES for part in parts)
+    assert len({(part.kind, part.name) for part in parts}) == len(parts)
+    kinds = {part.kind for part in parts}
+    assert {"Linear", "Embedding", "head"} <= kinds
+    assert any("RMSNorm" in name for name in kinds)
+    experts = [part for part in parts if part.kind.endswith("Experts")]
+    assert len(experts) == (kind != "llama")
+    assert all("at least" in part.how for part in experts)
+
+
+def test_a_module_that_looks_at_its_call_is_found():
+    class Normed(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x / x.shape[-2]
+
+    lm: Any = model("llama")
+    lm.model.layers[0].mlp.act_fn = Normed()
+    bad = [part for part in measure(lm, head_of(lm), torch.float32) if part.multiple is None]
+    assert {(part.name, part.kind) for part in bad} == {
+        ("model.layers.0.mlp.act_fn", "Normed"),
+        ("model.layers.0.mlp", "LlamaMLP"),
+    }
+
+
+@pytest.mark.parametrize("way", [_by_blocks, _by_one_dnn])
+@pytest.mark.parametrize("bias", [True, False])
+def test_other_ways_of_a_linear_layer_are_the_layer_with_its_gradient(way: Any, bias: bool):
+    torch.manual_seed(0)
+    layer, x = nn.Linear(24, 10, bias=bias), torch.randn(1, 130, 24, requires_grad=True)
+    weight = torch.randn(1, 130, 10)
+
+    def run() -> list[torch.Tensor]:
+        layer.zero_grad()
+        x.grad = None
+        out = layer(x)
+        (out * weight).sum().backward()
+        grads = [x.grad, *(p.grad for p in layer.parameters())]
+        return [out.detach(), *(grad.clone() for grad in grads if grad is not None)]
+
+    expected = run()
+    layer.forward = MethodType(way, layer)
+    for found, wanted in zip(run(), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    whole = layer(x)
+    for rows in (2, 3, 64, 65):
+        assert torch.equal(layer(x[:, :rows]), whole[:, :rows])
+
+
+@pytest.mark.parametrize("rows", [1, 5, 64])
+def test_padded_experts_compute_the_same(rows: int):
+    policy = embedded()
+    experts: Any = next(m for m in policy.lm.modules() if exact.is_experts(m))
+    torch.manual_seed(0)
+    hidden = torch.randn(7, experts.hidden_dim, requires_grad=True)
+    chosen = torch.stack([torch.randperm(experts.num_experts)[:2] for _ in range(7)])
+    chosen[:, 0] = 3  # one has enough tokens, some have one, some none
+    weights = torch.rand(7, 2)
+    counts: list[int] = []
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        hidden.grad = None
+        out = experts(hidden, chosen, weights)
+        out.square().sum().backward()
+        assert hidden.grad is not None
+        return out.detach(), hidden.grad.clone()
+
+    expected = run()
+    pad_experts(experts, rows)
+    forward = type(experts).forward
+
+    def counted(self: Any, tokens: torch.Tensor, index: torch.Tensor, *rest: Any) -> Any:
+        counts.extend(torch.bincount(index.flatten()).tolist())
+        return forward(self, tokens, index, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(experts), "forward", counted)
+        found = run()
+    assert min(count for count in counts if count) >= min(rows, 7)
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)

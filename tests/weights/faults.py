@@ -1,0 +1,299 @@
+"""Ways in which a publication goes wrong, each of which leaves the engine with other weights."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gspo import dev
+from gspo.policy.lora import add_lora
+from gspo.policy.policy import Policy
+from gspo.policy.probe import choose_packing
+from gspo.serve.torch_engine import TorchEngine
+from gspo.weights.receipt import Receipts
+from gspo.weights.rollout_copy import RoundedCopy
+from policy.routers import moe
+from policy.test_policy import tiny
+
+State = Mapping[str, Tensor]
+
+
+def dense() -> Policy:
+    """A dense model with a tied head; one tensor of attention is square."""
+    policy = tiny(LlamaForCausalLM, LlamaConfig, tie_word_embeddings=True)
+    choose_packing(policy)
+    return policy
+
+
+def experts() -> Policy:
+    """A Mixture of Experts with a head of its own."""
+    return moe("qwen3_moe", tie_word_embeddings=False)
+
+
+def adapted() -> Policy:
+    """A dense model with LoRA adapters, which have been trained."""
+    policy = dense()
+    policy.peft = add_lora(policy.lm, dev.LoraConfig(r=2), None)
+    update(policy, random.Random(0))
+    return policy
+
+
+MODELS: dict[str, Callable[[], Policy]] = {"dense": dense, "moe": experts, "lora": adapted}
+
+
+def update(policy: Policy, rng: random.Random, size: float = 0.01) -> None:
+    """A step of the trainer: every trained weight moves."""
+    generator = torch.Generator().manual_seed(rng.getrandbits(32))
+    with torch.no_grad():
+        for parameter in policy.trainable.values():
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+    policy.version += 1
+
+
+def state(lm: nn.Module) -> dict[str, Tensor]:
+    tensors = {**dict(lm.named_parameters()), **dict(lm.named_buffers())}
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+@dataclass
+class Publication:
+    """What a fault may use.
+
+    Attributes:
+        lm: the engine's model, after the publication.
+        policy: the trainer's.
+        older: the engine's tensors before each publication, the latest last.
+        dtype: of the engine.
+        unused: token ids that the probe doesn't have.
+        rng: chooses which tensor.
+    """
+
+    lm: nn.Module
+    policy: Policy
+    older: list[State]
+    dtype: dev.RolloutDtype
+    unused: list[int]
+    rng: random.Random
+
+    def matrices(self, name: str = "") -> list[nn.Parameter]:
+        """Weights whose name has this in it, in the order of their layers."""
+        named = [(n, p) for n, p in self.lm.named_parameters() if p.dim() > 1 and name in n]
+        return [parameter for _, parameter in sorted(named)]
+
+    def pick(self, name: str = "", old: int = -1) -> tuple[nn.Parameter, Tensor]:
+        """A weight whose name has this in it, and an older value of it."""
+        names = [n for n, _ in self.lm.named_parameters() if name in n]
+        if self.policy.peft is not None:  # the others never change
+            names = [n for n in names if "_proj" in n] or names
+        chosen = self.rng.choice(names)
+        return self.lm.get_parameter(chosen), self.older[old][chosen]
+
+
+def dropped(on: Publication) -> None:
+    weight, loaded = on.pick(old=0)
+    weight.copy_(loaded)
+
+
+def stale(on: Publication) -> None:
+    weight, old = on.pick()
+    weight.copy_(old)
+
+
+def step_before_last(on: Publication) -> None:
+    weight, old = on.pick(old=-2)
+    weight.copy_(old)
+
+
+def half_written(on: Publication) -> None:
+    weight, old = on.pick("_proj")
+    half = weight.numel() // 2
+    weight.view(-1)[half:] = old.view(-1)[half:]
+
+
+def swapped(on: Publication) -> None:
+    first, second = on.rng.sample(on.matrices("q_proj"), 2)
+    kept = first.clone()
+    first.copy_(second)
+    second.copy_(kept)
+
+
+def wrong_dtype(on: Publication) -> None:
+    weight, _ = on.pick("_proj")
+    fewer = torch.float8_e4m3fn if on.dtype == "bfloat16" else torch.bfloat16
+    weight.copy_(weight.to(fewer).to(weight.dtype))
+
+
+def transposed(on: Publication) -> None:
+    square = [w for w in on.matrices() if w.dim() == 2 and w.shape[0] == w.shape[1]]
+    weight = on.rng.choice(square)
+    weight.copy_(weight.T.clone())
+
+
+def permuted_experts(on: Publication) -> None:
+    weight, _ = on.pick("mlp.experts")
+    weight.copy_(weight.roll(1, dims=0))
+
+
+def one_old_expert(on: Publication) -> None:
+    weight, old = on.pick("mlp.experts")
+    expert = on.rng.randrange(len(weight))
+    weight[expert] = old[expert]
+
+
+def old_router_row(on: Publication) -> None:
+    weight, old = on.pick("mlp.gate.weight")
+    expert = on.rng.randrange(len(weight))
+    weight[expert] = old[expert]
+
+
+def old_head(on: Publication) -> None:
+    head = on.lm.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    old = on.older[-1]
+    name = "lm_head.weight" if "lm_head.weight" in old else "model.embed_tokens.weight"
+    head.weight = nn.Parameter(old[name].clone(), requires_grad=False)
+
+
+def scaled_layer(on: Publication) -> None:
+    layer = on.rng.randrange(3)
+    for name, parameter in on.lm.named_parameters():
+        if f"layers.{layer}." in name:
+            parameter.mul_(1.01)
+
+
+def renamed_layers(on: Publication) -> None:
+    new = state(on.lm)
+    for name, parameter in on.lm.named_parameters():
+        for layer in range(3):
+            if f"layers.{layer}." in name:
+                source = name.replace(f"layers.{layer}.", f"layers.{(layer + 1) % 3}.")
+                parameter.copy_(new[source])
+
+
+def zeroed_norm(on: Publication) -> None:
+    on.pick("norm")[0].zero_()
+
+
+def unused_row(on: Publication) -> None:
+    weight, old = on.pick("embed_tokens")
+    row = on.rng.choice(on.unused)
+    weight[row] = old[row]
+
+
+def other_frequencies(on: Publication) -> None:
+    buffer = on.rng.choice([b for n, b in on.lm.named_buffers() if n.endswith(".inv_freq")])
+    buffer[on.rng.randrange(len(buffer))] *= 1.01
+
+
+def flipped_sign(on: Publication) -> None:
+    on.rng.choice(on.matrices("_proj")).neg_()
+
+
+def frozen_base(on: Publication) -> None:
+    publish_merged(on, lambda name, weight: weight.zero_())
+
+
+def empty_adapter(on: Publication) -> None:
+    chosen = on.rng.choice([n for n, _ in on.policy.lm.named_parameters() if "lora_B" in n])
+    publish_merged(on, lambda name, weight: weight.zero_() if name == chosen else None)
+
+
+def other_adapter(on: Publication) -> None:
+    generator = torch.Generator().manual_seed(on.rng.getrandbits(32))
+    publish_merged(
+        on, lambda name, weight: weight.copy_(torch.randn(weight.shape, generator=generator) / 50)
+    )
+
+
+def publish_merged(on: Publication, change: Callable[[str, Tensor], object]) -> None:
+    """Publish what a copy of the trainer has after its adapters were changed."""
+    other = copy.copy(on.policy)
+    other.peft = copy.deepcopy(on.policy.peft)
+    other.lm = other.peft.get_base_model()
+    for name, parameter in other.trainable.items():
+        change(name, parameter.data)
+    wrong = RoundedCopy(other, on.dtype).policy.lm
+    for name, parameter in on.lm.named_parameters():
+        parameter.copy_(wrong.get_parameter(name))
+
+
+def left_hook(on: Publication) -> None:
+    """No tensor differs: only what is computed with them does."""
+    layers = on.lm.get_submodule("model.layers")
+    layer = layers.get_submodule(str(on.rng.randrange(3)))
+    layer.get_submodule("self_attn.o_proj").register_forward_hook(lambda *call: call[-1] * 1.01)
+
+
+EVERYWHERE = {
+    "dropped tensor": dropped,
+    "stale tensor": stale,
+    "tensor of the step before last": step_before_last,
+    "half-written tensor": half_written,
+    "two tensors swapped": swapped,
+    "wrong dtype": wrong_dtype,
+    "transposed matrix": transposed,
+    "layer scaled by 1.01": scaled_layer,
+    "layers renamed by one": renamed_layers,
+    "zeroed norm": zeroed_norm,
+    "one rotary frequency": other_frequencies,
+    "sign flip": flipped_sign,
+    "a hook left on a module": left_hook,
+}
+OF_TRAINED_EMBEDDINGS = {
+    "old head": old_head,
+    "one row of the embedding": unused_row,
+}
+OF_EXPERTS = {
+    "experts permuted": permuted_experts,
+    "one expert of one layer old": one_old_expert,
+    "one router row old": old_router_row,
+}
+OF_ADAPTERS = {
+    "frozen base under LoRA": frozen_base,
+    "empty adapter of one weight": empty_adapter,
+    "adapter of another seed": other_adapter,
+}
+Fault = Callable[[Publication], None]
+FAULTS: dict[str, dict[str, Fault]] = {
+    "dense": EVERYWHERE | OF_TRAINED_EMBEDDINGS,
+    "moe": EVERYWHERE | OF_TRAINED_EMBEDDINGS | OF_EXPERTS,
+    "lora": EVERYWHERE | OF_ADAPTERS,
+}
+
+
+class Street:
+    """A trainer, an engine with a copy of its own, and the receipts between them."""
+
+    def __init__(self, policy: Policy, dtype: dev.RolloutDtype, seed: int = 0):
+        self.policy, self.rng = policy, random.Random(seed)
+        self.dtype: dev.RolloutDtype = dtype
+        self.publisher = RoundedCopy(policy, dtype)
+        self.engine = TorchEngine(self.publisher.policy)
+        self.receipts = Receipts(policy, self.publisher.policy, self.publisher)
+        self.engine.receipts = self.receipts
+        self.receipts.prove(self.engine, policy.version)
+        self.older: list[State] = []
+
+    def publish(self, fault: Fault | None = None) -> dict[str, float]:
+        """Train a step and publish it, with a fault."""
+        update(self.policy, self.rng)
+        lm, honest = self.publisher.policy.lm, type(self.publisher).publish
+        self.older.append(state(lm))
+        used = self.receipts._probe.tokens.tolist()
+        unused = [token for token in range(100) if token not in used]
+
+        def publish(policy: Policy) -> int:
+            version = honest(self.publisher, policy)
+            if fault is not None:
+                on = Publication(lm, self.policy, self.older, self.dtype, unused, self.rng)
+                with torch.no_grad():
+                    fault(on)
+            return version
+
+        self.publisher.publish = publish
+        return self.receipts.publish(self.engine)

@@ -1,0 +1,216 @@
+"""A publication is proved before anything is sampled with it; see faults.py."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+
+import gspo as art
+from gspo import dev
+from gspo.core.errors import ServeError
+from gspo.policy.policy import Policy
+from gspo.serve.engine import Request, SamplingParams
+from gspo.serve.torch_engine import TorchEngine
+from gspo.weights.publisher import publisher_for
+from gspo.weights.receipt import Receipts, probe_for
+from policy.routers import MOE, moe, phimoe
+from support import embedded, random_groups
+from weights.faults import FAULTS, MODELS, Fault, Street, dense, stale, update
+
+DTYPES: tuple[dev.RolloutDtype, ...] = get_args(dev.RolloutDtype)
+ASKED = [Request((1, 2, 3), SamplingParams(max_tokens=1))]
+CASES = [(model, name) for model, faults in FAULTS.items() for name in faults]
+
+
+def refused(policy: Policy, fault: Fault, dtype: dev.RolloutDtype, seed: int) -> str:
+    """Inject a fault into the third publication; returns what the engine answers then."""
+    street = Street(policy, dtype, seed)
+    street.publish()
+    street.publish()
+    with pytest.raises(ServeError) as error:
+        street.publish(fault)
+    with pytest.raises(ServeError) as answer:
+        street.engine.generate(ASKED)
+    assert str(answer.value) == str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("model", "name"), CASES)
+def test_a_fault_is_caught_before_the_first_token(model: str, name: str):
+    policy = MODELS[model]()
+    for seed, dtype in enumerate(random.Random(f"{model}/{name}").sample(DTYPES, 2)):
+        message = refused(policy, FAULTS[model][name], dtype, seed)
+        assert "has no receipt for version" in message and "off by" in message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "name"), CASES)
+def test_a_fault_is_caught_each_of_fifty_times(model: str, name: str):
+    policy = MODELS[model]()
+    for seed in range(50):
+        refused(policy, FAULTS[model][name], DTYPES[seed % len(DTYPES)], 100 + seed)
+
+
+@pytest.mark.parametrize("dtype", [None, *DTYPES])
+@pytest.mark.parametrize("model", MODELS)
+def test_honest_publications_raise_no_alarm(model: str, dtype: dev.RolloutDtype | None):
+    publish_honestly(model, dtype, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [None, *DTYPES])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_thousand_honest_publications_raise_no_alarm(model: str, dtype: dev.RolloutDtype | None):
+    publish_honestly(model, dtype, 1000)
+
+
+def publish_honestly(model: str, dtype: dev.RolloutDtype | None, count: int) -> None:
+    policy, rng = MODELS[model](), random.Random(7)
+    sampling, publisher = publisher_for(policy, dtype)
+    engine, receipts = TorchEngine(sampling), Receipts(policy, sampling, publisher)
+    receipts.prove(engine, policy.version)
+    engine.receipts = receipts
+    for number in range(count):
+        update(policy, rng, size=rng.choice([1e-6, 1e-3, 0.03]))
+        assert receipts.publish(engine)["publish/probe_max_diff"] == 0
+        assert engine.policy_version == policy.version
+        if number % 100 == 0:
+            (done,) = engine.generate(ASKED)
+            assert done[0].policy_versions[-1] == policy.version
+
+
+def test_weights_that_are_not_finite_are_no_fault_of_the_publication():
+    street = Street(dense(), "bfloat16")
+    with torch.no_grad():
+        next(iter(street.policy.trainable.values())).fill_(torch.nan)
+    assert street.publish()["publish/probe_max_diff"] == 0
+
+
+def test_an_honest_publication_after_a_fault_is_proved():
+    street = Street(dense(), "float32")
+    with pytest.raises(ServeError, match=r"version 1 .*: tensors that are not the .* \(off by"):
+        street.publish(stale)
+    assert street.engine.policy_version == 0
+    street.publish()
+    (done,) = street.engine.generate(ASKED)
+    assert done[0].policy_versions[-1] == street.engine.policy_version == 2
+
+
+def test_a_publication_that_fails_half_way_leaves_no_receipt():
+    street = Street(dense(), "float32")
+
+    def fails(on: Any) -> None:
+        raise OSError("no space")
+
+    with pytest.raises(OSError):
+        street.publish(fails)
+    with pytest.raises(ServeError, match=r"version 1 .*did not end"):
+        street.engine.generate(ASKED)
+
+
+def test_shared_weights_are_not_sampled_before_their_receipt():
+    """The trainer has moved them; nobody has published yet."""
+    policy = dense()
+    sampling, publisher = publisher_for(policy, None)
+    engine, receipts = TorchEngine(sampling), Receipts(policy, sampling, publisher)
+    engine.receipts = receipts
+    with pytest.raises(ServeError, match=r"version 0 .*not proved yet"):
+        engine.generate(ASKED)
+    receipts.prove(engine, policy.version)
+    assert engine.generate(ASKED)[0][0].policy_versions[-1] == 0
+    update(policy, random.Random(0))
+    assert engine.policy_version == 0
+    with pytest.raises(ServeError, match=r"version 1 .*last receipt is for version 0"):
+        engine.generate(ASKED)
+    receipts.publish(engine)
+    assert engine.generate(ASKED)[0][0].policy_versions[-1] == 1
+
+
+def test_an_engine_with_a_model_of_its_own_is_no_shared_memory():
+    policy = dense()
+    _, publisher = publisher_for(policy, None)
+    engine = TorchEngine(dense())  # the same weights, as long as the trainer's don't move
+    receipts = Receipts(policy, policy, publisher)
+    receipts.prove(engine, policy.version)
+    update(policy, random.Random(0), size=1e-5)
+    with pytest.raises(ServeError, match=r"off by .* nats \(0 allowed\)"):
+        receipts.publish(engine)
+
+
+def test_a_merge_that_leaves_the_adapters_out_is_seen(monkeypatch: pytest.MonkeyPatch):
+    """A fault that publication and comparison share."""
+    policy = MODELS["lora"]()
+
+    def unload(self: Any) -> Any:
+        return self.unload()
+
+    monkeypatch.setattr(type(policy.peft), "merge_and_unload", unload, raising=False)
+    sampling, publisher = publisher_for(policy, "int8")
+    receipts = Receipts(policy, sampling, publisher)
+    with pytest.raises(ServeError, match="merging the LoRA adapters moves log-probs"):
+        receipts.prove(TorchEngine(sampling), policy.version)
+
+
+@pytest.mark.parametrize("name", MOE)
+def test_each_expert_of_each_layer_computes_a_token_with_a_score(name: str):
+    policy = moe(name)
+    choices = probe_for(policy).expert_choices
+    assert choices is not None
+    for layer in choices[:-1].unbind(1):
+        assert set(layer.flatten().tolist()) == set(range(policy.routers.experts))
+        assert all(len(set(token)) == len(token) for token in layer.tolist())
+
+
+def test_routers_that_cannot_be_replayed_choose_for_themselves():
+    assert probe_for(phimoe()).expert_choices is None
+
+
+def test_every_weight_moves_the_score_of_the_probe():
+    """Of one engine whose tensors nobody can see: all weights but rows of the embedding."""
+    for policy in (MODELS["moe"](), MODELS["dense"](), embedded()):
+        engine, probe = TorchEngine(policy), probe_for(policy)
+        before = engine.score(probe)
+        for name, parameter in policy.lm.named_parameters():
+            by_expert = parameter.dim() == 3 or "mlp.gate." in name
+            for part in parameter.unbind(0) if by_expert else [parameter]:
+                kept = part.detach().clone()
+                with torch.no_grad():
+                    part.mul_(1.01)
+                    assert engine.score(probe) != before, name
+                    part.copy_(kept)
+        assert engine.score(probe) == before
+
+
+async def test_a_step_whose_publication_is_wrong_is_refused(tmp_path: Path):
+    model = art.TrainableModel(
+        name="m",
+        project="p",
+        base_model="embedded:sort",
+        _internal_config=dev.InternalModelConfig(rollout_dtype="bfloat16"),
+    )
+    async with art.LocalBackend(tmp_path) as backend:
+        await model.register(backend)
+        service = backend._service(model)
+        honest = service.publisher.publish
+
+        def wrong(policy: Any) -> int:
+            version = honest(policy)
+            with torch.no_grad():
+                service.sampling.lm.get_parameter("model.norm.weight")[3] = 0
+            return version
+
+        service.publisher.publish = wrong  # pyright: ignore[reportAttributeAccessIssue]
+        groups = random_groups(service.trainer.policy)
+        with pytest.raises(ServeError, match=r"TorchEngine .* version 1 .*model\.norm\.weight"):
+            await backend.train(model, groups, learning_rate=1e-3)
+        with pytest.raises(Exception, match="no receipt for version 1"):
+            await model.openai_client().completions.create(model="m", prompt="31")
+        service.publisher.publish = honest  # pyright: ignore[reportAttributeAccessIssue]
+        metrics = (await backend.train(model, groups, learning_rate=1e-3)).metrics
+        assert metrics["publish/probe_max_diff"] == 0
+        assert 0 < metrics["time/receipt"] < metrics["time/publish"]
+        await model.openai_client().completions.create(model="m", prompt="31")
