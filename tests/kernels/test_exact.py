@@ -25,7 +25,7 @@ def head_of(lm: Any) -> Head:
 def test_each_kind_of_module_is_measured_once(kind: str):
     lm = model(kind)
     parts = measure(lm, head_of(lm), torch.float32)
-    assert all(part.multiple in exact._MULTIPLES for part in parts)
+    assert all(part.multiple in exact.MULTIPLES for part in parts)
     assert len({(part.kind, part.name) for part in parts}) == len(parts)
     kinds = {part.kind for part in parts}
     assert {"Linear", "Embedding", "head"} <= kinds

@@ -56,3 +56,12 @@ def test_without_its_libraries_a_verb_says_what_to_install(
     error = done.stderr.splitlines()[-1]
     assert f"needs the package {package!r}: pip install -e '.[lab]' in your clone" in error
     assert "Traceback" not in done.stderr
+
+
+def test_audit_exact_lists_the_parts_and_refuses_what_says_nothing_there():
+    done = gspo("audit", "embedded:sort", "--exact", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["exact"] is True
+    done = gspo("audit", "embedded:sort", "--exact", "--prompts", "3")
+    assert done.returncode != 0
+    assert "--prompts says nothing with --exact" in done.stderr

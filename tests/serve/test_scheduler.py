@@ -22,6 +22,7 @@ from gspo.policy.policy import Policy
 from gspo.serve import scheduler as module
 from gspo.serve.batch import Batch
 from gspo.serve.engine import Completion, Piece, Request, SamplingParams
+from gspo.serve.selfcheck import make_exact
 from gspo.serve.torch_engine import TorchEngine
 from support import embedded
 
@@ -426,3 +427,45 @@ def test_completions_are_answered_in_their_order(engine: TorchEngine):
     asked = request(5, n=4, seed=2)
     done: list[Completion] = asyncio.run(engine.complete(asked))
     assert [c.token_ids for c in done] == [c.token_ids for c in engine.generate([asked])[0]]
+
+
+@pytest.fixture(scope="module")
+def exact() -> Policy:
+    policy = embedded()
+    make_exact(TorchEngine(policy), required=True)
+    return policy
+
+
+async def arrive(engine: TorchEngine, rng: random.Random) -> dict[int, list[Completion]]:
+    """Eight requests that come when they like, some of which are cancelled and asked again."""
+
+    async def one(number: int) -> list[Completion]:
+        while True:
+            for _ in range(rng.randrange(60)):
+                await asyncio.sleep(0)
+            asked = request(4 + number, n=1 + number % 3, seed=number, prompt=3 + 9 * (number % 5))
+            task = asyncio.ensure_future(engine.complete(asked))
+            if rng.random() < 0.3:
+                await asyncio.sleep(rng.random() * 0.01)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                continue
+            return await task
+
+    numbers = rng.sample(range(8), 8)
+    answers = await asyncio.gather(*map(one, numbers))
+    return dict(zip(numbers, answers, strict=True))
+
+
+@pytest.mark.parametrize("orders", [6, pytest.param(1000, marks=pytest.mark.slow)])
+async def test_a_completion_is_a_function_of_its_request(
+    exact: Policy, compute: ComputeThread, orders: int
+):
+    """Whatever the order of arrival, the joins, the cancellations and the size of the batch: the
+    same tokens, the same bits of their log-probs."""
+    expected = await arrive(TorchEngine(exact, compute), random.Random(0))
+    for seed in range(1, orders + 1):
+        rng = random.Random(seed)
+        engine = TorchEngine(exact, compute, max_running=rng.choice([1, 2, 3, 5, 8, 64, 512]))
+        assert engine.exact
+        assert await arrive(engine, rng) == expected

@@ -22,7 +22,7 @@ from gspo.policy.load import Policy, load_policy
 from gspo.policy.probe import choose_packing
 from gspo.policy.workers import Workers
 from gspo.serve.engine import Request, SamplingParams
-from gspo.serve.selfcheck import check_engine
+from gspo.serve.selfcheck import check_engine, make_exact
 from gspo.serve.torch_engine import TorchEngine
 from gspo.train import minibatches
 from gspo.train import trainer as trainer_module
@@ -809,3 +809,62 @@ def test_the_first_step_has_ratio_one(kind: str, recompute: bool, tmp_path: Path
     assert values["ratio/clip_fraction"] == 0
     moved = zip(before, policy.trainable.values(), strict=True)
     assert any(bool((old != new).any()) for old, new in moved)
+
+
+def exact_rollouts(seed: int = 0) -> tuple[Policy, list[TrajectoryGroup]]:
+    """A policy that is exact, and groups that its engine sampled."""
+    policy = embedded()
+    engine = TorchEngine(policy)
+    make_exact(engine, required=True)
+    params = SamplingParams(n=4, max_tokens=9, seed=seed, expert_choices=True, temperature=0.7)
+    groups = []
+    for prompt in ((7, 8, 9), tuple(range(6, 46))):
+        (answer,) = engine.generate([Request(prompt, params)])
+        choices = [
+            choice(
+                c.token_ids,
+                prompt,
+                c.logprobs,
+                policy_versions=list(c.policy_versions),
+                temperature=0.7,
+            )
+            for c in answer
+        ]
+        groups.append(TrajectoryGroup([trajectory(float(i), c) for i, c in enumerate(choices)]))
+    return policy, groups
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"packed_sequence_length": 64},
+        {"routing_replay": "old_policy"},
+        {"router_aux_loss_coef": 0.01},
+        {"old_logprobs": "trainer"},
+        {"logprob_calculation_chunk_size": 8},
+    ],
+)
+def test_in_exact_mode_the_first_update_finds_no_difference(options: dict[str, Any]):
+    policy, groups = exact_rollouts()
+    settings = resolve(options=dev.TrainConfig.model_validate(options))
+    out = Trainer(policy).train(prepare(groups, settings, context=128), settings)
+    assert out.updates == 4
+    assert out.metrics.compute()["mismatch/log_ratio_abs_max"] == 0.0
+
+
+def test_a_log_prob_that_differs_by_one_bit_refuses_the_step():
+    policy, groups = exact_rollouts()
+    settings = resolve()
+    batch = prepare(groups, settings, context=128)
+    sample = next(s for samples in batch.samples for s in samples if s.advantage)
+    last = len(sample) - 1
+    sample.sampling_logprobs[last] = np.nextafter(sample.sampling_logprobs[last], np.float32(-9))
+    before = {name: p.detach().clone() for name, p in policy.trainable.items()}
+    trainer = Trainer(policy)
+    with pytest.raises(NumericsError, match=r"train step 0: 1 of \d+ log-probs differ") as caught:
+        trainer.train(batch, resolve(options=dev.TrainConfig(minibatches=1)))
+    assert "the update was not made" in str(caught.value)
+    assert all(torch.equal(before[name], p) for name, p in policy.trainable.items())
+    policy.exact = False
+    assert trainer.train(batch, settings).updates == 4

@@ -31,7 +31,7 @@ from gspo.kernels.logprob import CPU_BLOCK, Head, full_logits
 from gspo.kernels.projection import project
 from gspo.kernels.running_softmax import VECTOR
 
-_MULTIPLES = (8, 16, 32, 64)
+MULTIPLES = (8, 16, 32, 64)
 _EXPERT_ROWS = (4, 8, 16, 32, 64)
 _FEW = 16  # a linear layer that needs more rows than this is computed in another way
 _BLOCK = 64  # rows
@@ -45,7 +45,7 @@ class Part:
     Attributes:
         name: of the first of them.
         kind: name of their class.
-        multiple: the rows of a call must be a multiple of this; None: none of `_MULTIPLES` helps.
+        multiple: the rows of a call must be a multiple of this; None: none of `MULTIPLES` helps.
         how: what was changed, or "".
     """
 
@@ -89,7 +89,7 @@ def _head(head: Head) -> Part:
     spans = [slice(0, block), slice((head.size - 1) // block * block, head.size)]
     with torch.autocast(hidden.device.type, enabled=False):
         pairs = [(span, project(hidden, head.weight[span], None, None)) for span in spans]
-        for multiple in _MULTIPLES:
+        for multiple in MULTIPLES:
             few = [
                 full_logits(hidden[:count], replace(head, bias=None, softcap=None, scale=1.0))
                 for count in (multiple, 2 * multiple)
@@ -172,7 +172,7 @@ def _calls(lm: Any) -> Iterator[_Call]:
 def _needed(module: nn.Module, inputs: tuple[Tensor, ...]) -> int | None:
     """Find the smallest multiple of rows at which rows have the bits of a call of many rows."""
     whole = _first(module(*inputs))
-    return next((m for m in _MULTIPLES if _same(module, inputs, whole, m)), None)
+    return next((m for m in MULTIPLES if _same(module, inputs, whole, m)), None)
 
 
 def _same(module: nn.Module, inputs: tuple[Tensor, ...], whole: Tensor, multiple: int) -> bool:

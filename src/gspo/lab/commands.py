@@ -45,10 +45,16 @@ def audit(
     temperature: Annotated[float, typer.Option(help="Above 0.")] = 1.0,
     epsilon_low: Annotated[float | None, typer.Option(help="Default: GSPO's 3e-4.")] = None,
     epsilon_high: Annotated[float | None, typer.Option(help="Default: GSPO's 4e-4.")] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Tell which parts can be equal to the bit instead.")
+    ] = False,
     picture: PictureOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Tell whether the clip range is wider than the noise between engine and trainer."""
+    if exact:
+        _audit_exact(context, model, as_json)
+        return
     say_loading(model)
     from gspo.lab.audit import run_audit
     from gspo.lab.audit_report import render
@@ -56,11 +62,26 @@ def audit(
 
     if picture is not None:
         require_plotly()
-    options = {k: v for k, v in context.params.items() if k not in ("picture", "as_json")}
+    options = {k: v for k, v in context.params.items() if k not in ("exact", "picture", "as_json")}
     report, log_ratios = run_audit(**options)
     print(render(report), end="")
     if picture is not None:
         print(f"picture            {draw_audit(report, log_ratios, picture)}")
+    if as_json:
+        print(strict_json(report))
+
+
+def _audit_exact(context: typer.Context, model: str, as_json: bool) -> None:
+    """`gspo audit --exact`, where --rollout-dtype is that of engine and trainer alike."""
+    for name in context.params.keys() - {"model", "exact", "rollout_dtype", "as_json"}:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise ConfigError(f"--{name.replace('_', '-')} says nothing with --exact: leave it out")
+    say_loading(model)
+    from gspo.lab.audit_exact import audit_exact, render
+
+    report = audit_exact(model, context.params["rollout_dtype"])
+    print(render(report))
     if as_json:
         print(strict_json(report))
 

@@ -12,7 +12,7 @@ from gspo.core.errors import ModelError
 from gspo.data.packing import pack
 from gspo.data.sample import sample_of
 from gspo.data.turn import Turn
-from gspo.kernels.exact import measure
+from gspo.kernels.exact import MULTIPLES, Part, measure
 from gspo.kernels.kv_cache import LAYOUTS, Layout
 from gspo.kernels.tile_attention import TILE
 from gspo.policy.context import probe_length
@@ -59,38 +59,49 @@ def make_engine(
 def make_exact(engine: TorchEngine, *, required: bool) -> None:
     """Set `policy.exact`, and what it takes, if engine and trainer can be equal to the bit.
 
-    The modules are measured first; then completions of the engine, decoded beside many others and
-    beside few, are scored as training scores them. Only if each log-prob is the same is it exact.
-
     Raises:
         ModelError: it is required and cannot be; the error says why.
     """
-    policy = engine.policy
-    reason = _obstacle(engine)
+    _, reason = measure_exactness(engine)
     if reason is None:
-        parts = measure(policy.lm, policy.head, policy.compute_dtype)
-        bad = [part for part in parts if part.multiple is None]
-        if bad:
-            reason = (
-                f"{bad[0].kind} ({bad[0].name}) computes a row differently beside other rows, at "
-                "any number of them"
-            )
-        else:
-            needed = max(part.multiple or 1 for part in parts)
-            gap = 0.0
-            for policy.multiple in (m for m in (8, 16, 32, 64) if m >= needed):
-                gap = _inexact(engine)
-                if gap == 0:
-                    policy.exact = True
-                    return
-            reason = f"its log-probs still differ by {gap:.3g} nats from those of training"
-    policy.multiple = 1
+        return
+    source = engine.policy.source
     if required:
         raise ModelError(
-            f"{policy.source}: exact=True, but {reason}. `gspo audit MODEL --exact` shows each "
-            "part; leave exact out to train with a difference of rounding"
+            f"{source}: exact=True, but {reason}. `gspo audit MODEL --exact` shows each part; "
+            "leave exact out to train with a difference of rounding"
         )
-    log.info("%s: engine and trainer are not equal to the bit: %s", policy.source, reason)
+    log.info("%s: engine and trainer are not equal to the bit: %s", source, reason)
+
+
+def measure_exactness(engine: TorchEngine) -> tuple[list[Part], str | None]:
+    """Make engine and trainer equal to the bit, if that can be; `policy.exact` says so.
+
+    The modules are measured first; then completions of the engine, decoded beside many others and
+    beside few, are scored as training scores them. Only if each log-prob is the same is it exact.
+
+    Returns:
+        The parts of the model, and why it is not exact (None: it is).
+    """
+    policy = engine.policy
+    reason = _obstacle(engine)
+    if reason is not None:
+        return [], reason
+    parts = measure(policy.lm, policy.head, policy.compute_dtype)
+    bad = next((part for part in parts if part.multiple is None), None)
+    if bad is not None:
+        return parts, (
+            f"{bad.kind} ({bad.name}) computes a row differently beside other rows, at any number "
+            "of them"
+        )
+    needed, gap = max(part.multiple or 1 for part in parts), 0.0
+    for policy.multiple in (m for m in MULTIPLES if m >= needed):
+        gap = _inexact(engine)
+        if gap == 0:
+            policy.exact = True
+            return parts, None
+    policy.multiple = 1
+    return parts, f"its log-probs still differ by {gap:.3g} nats from those of training"
 
 
 def _obstacle(engine: TorchEngine) -> str | None:
