@@ -105,3 +105,13 @@ def test_padded_experts_compute_the_same(rows: int):
     assert min(count for count in counts if count) >= min(rows, 7)
     for one, two in zip(found, expected, strict=True):
         torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+
+
+def test_what_was_changed_can_be_undone():
+    lm: Any = model("jitter")
+    measure(lm, head_of(lm), torch.float32)
+    layer = lm.model.layers[0].self_attn.q_proj
+    layer.forward = MethodType(_by_blocks, layer)
+    assert any(hasattr(m, "gspo_rows") for m in lm.modules())
+    exact.undo(lm)
+    assert not any(hasattr(m, "gspo_rows") or "forward" in vars(m) for m in lm.modules())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from gspo.serve.sampling import RandomStreams, sample
@@ -66,3 +67,14 @@ def test_a_row_draws_the_same_numbers_in_any_company():
 def test_negative_and_large_seeds_have_streams_of_their_own():
     numbers = RandomStreams([(0, 0), (-1, 0), (0, -1), (2**63, 0), (2**63 - 1, 5)], DEVICE).draw()
     assert len(set(numbers.tolist())) == 5
+
+
+def test_a_barred_token_far_above_the_others_leaves_their_distribution():
+    """Powers relative to it would all be 0."""
+    logits = torch.tensor([[5.0, 3.0, 1.0, 9.0, 0.0]])
+    barred = torch.tensor([[False, False, False, True, False]])
+    for top_p in (1.0, 0.9):
+        given = (torch.tensor([0.02]), torch.tensor([top_p]), torch.tensor([0.5]), barred)
+        token, logprob = sample(logits, *given)
+        assert token.tolist() == [0]
+        assert logprob.item() == pytest.approx(-200, rel=1e-4)  # of the whole distribution

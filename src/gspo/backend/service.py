@@ -234,6 +234,7 @@ def load_trainer(run: Run, base_model: str, config: InternalModelConfig) -> Trai
     def load_reference() -> Policy:
         frozen = load_policy(base_model, config)
         frozen.packing, frozen.shares_prompts = policy.packing, policy.shares_prompts
+        frozen.multiple = policy.multiple
         frozen.lm.requires_grad_(False)
         return frozen
 

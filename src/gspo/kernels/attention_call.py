@@ -39,7 +39,7 @@ class AttentionCall:
     keys: Int[Tensor, "N L"]
     context: Int[Tensor, "P W"]
     groups: Sequence[ContextGroup]
-    hidden: Float[Tensor, "n 1 Q 1 S"]
+    hidden: Float[Tensor, "n 1 Q 1 S"] | Bool[Tensor, "n 1 Q 1 S"]
     _rows: dict[tuple[int, int], Any] = field(default_factory=dict, repr=False)
 
     def rows(self, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:

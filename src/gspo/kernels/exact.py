@@ -99,6 +99,16 @@ def _head(head: Head) -> Part:
     return Part("lm_head", "head", None)
 
 
+def undo(lm: Any) -> None:
+    """Compute a model's modules as before `measure`."""
+    for module in lm.modules():
+        forward = getattr(module.__dict__.get("forward"), "__func__", None)
+        if hasattr(module, "gspo_rows"):
+            del module.gspo_rows, module.forward
+        elif forward in (_by_blocks, _by_one_dnn):
+            del module.forward
+
+
 def is_experts(module: nn.Module) -> bool:
     return hasattr(module, "_is_expert_parallel")  # transformers' mark of such a module
 
@@ -120,7 +130,7 @@ def _settle_linear(call: _Call) -> Part:
     # enough: rounding to bfloat16 hides a difference most of the time.
     vector = VECTOR * torch.get_num_threads()
     whole = vector // math.gcd(vector, cast(nn.Linear, modules[0]).out_features)
-    return Part(name, _kind(modules), None if multiple is None else max(multiple, whole), how)
+    return Part(name, _kind(modules), None if multiple is None else math.lcm(multiple, whole), how)
 
 
 def _settle_experts(call: _Call) -> Part:
@@ -197,7 +207,10 @@ def _by_blocks(self: nn.Linear, x: Float[Tensor, "*B K"]) -> Float[Tensor, "*B N
     """A linear layer whose products all have the same number of rows."""
     rows = x.reshape(-1, x.shape[-1])
     blocks = functional.pad(rows, (0, 0, 0, -len(rows) % _BLOCK)).split(_BLOCK)
-    out = torch.cat([functional.linear(block, self.weight, self.bias) for block in blocks])
+    weight = self.weight
+    if not weight.requires_grad and torch.is_autocast_enabled(x.device.type):
+        weight = weight.to(torch.get_autocast_dtype(x.device.type))  # autocast would for each block
+    out = torch.cat([functional.linear(block, weight, self.bias) for block in blocks])
     return out[: len(rows)].view(*x.shape[:-1], -1)
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 from gspo.core.errors import DataError
 from gspo.core.timing import timed
 from gspo.kernels.projection import Blocks, ChunkedLogprobs, project
-from gspo.kernels.running_softmax import RunningSoftmax
+from gspo.kernels.running_softmax import LN_2, RunningSoftmax
 
 CPU_BLOCK = (2048, 2**20)
 """Vocabulary entries, and logits, of one block: 4 MiB stay in the cache between two passes."""
@@ -149,7 +149,8 @@ def softmax_of(
             powers[:, span] = power
         tops.append(top)
     for span, top in zip(spans[:-1], tops, strict=False):  # relative to the largest logit of all
-        powers[:, span] *= ((top - softmax.max) * softmax.scale).exp2_()[:, None]
+        # Not exp2, whose last numbers differ.
+        powers[:, span] *= ((top - softmax.max) * softmax.scale * LN_2).exp_()[:, None]
     return powers, softmax
 
 

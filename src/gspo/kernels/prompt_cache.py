@@ -24,6 +24,7 @@ from gspo.kernels.tile_attention import (
 
 _SCORE_BYTES = 64 * 2**20
 """Memory for the scores of a pass over prompts, whose queries are attended piece by piece."""
+_LARGEST_MASK = 2**24  # bytes
 _Span: TypeAlias = tuple[int, int, int]
 """The first position of the prompts that is seen, the first column of the slabs, and the last + 1.
 """
@@ -163,9 +164,7 @@ class SharedPrompts:
         out, _, _ = attend(query.flatten(2, 3), keys, values, context, hidden, self._tile)
         return out.unflatten(2, query.shape[2:4])
 
-    def _not_visible(
-        self, queries: slice, window: int | None
-    ) -> tuple[_Span, Float[Tensor, "N 1 Q 1 S"] | None]:
+    def _not_visible(self, queries: slice, window: int | None) -> tuple[_Span, Tensor | None]:
         """Mark what completions do not see: what lies behind a token, outside its window, or at the
         end of a prompt that is shorter than others. Tiles that nobody sees are left out.
 
@@ -190,7 +189,10 @@ class SharedPrompts:
             if window is not None:
                 hidden |= place <= at[:, :, None] - window
             mask = hiding(hidden, self._device) if hidden.any() else None
-            self._masks[key] = ((first, column, columns), mask)
+            found = (first, column, columns), mask
+            if hidden.size > _LARGEST_MASK:  # of a long prompt: made again for each layer
+                return found
+            self._masks[key] = found
         return self._masks[key]
 
     def fan_out(self, lengths: np.ndarray, prompt_of: np.ndarray, capacity: int) -> None:

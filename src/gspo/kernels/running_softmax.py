@@ -75,11 +75,11 @@ class RunningSoftmax:
         new = x.amax(-1).clamp_(min=_LOWEST)
         if not first:
             rise = (torch.maximum(top, new, out=new) - top).mul_(self.scale[tokens])
-            decay = (rise * -LN_2).exp_()  # not exp2: its last numbers differ (see `_exp2`)
+            decay = (rise * -LN_2).exp_()  # not exp2: its last numbers differ (see `exp2`)
             self.spread[tokens].addcmul_(total, rise).mul_(decay)
             total.mul_(decay)
         top.copy_(new)
-        power = _exp2(log2_power_(x, new, self.scale[tokens]), out)
+        power = exp2(log2_power_(x, new, self.scale[tokens]), out)
         total.add_(power.sum(-1))
         # A banned entry's logit is -inf, and 0 * -inf would be NaN.
         if spread:
@@ -95,7 +95,7 @@ class RunningSoftmax:
         return (self.total.log2() + self.spread / self.total) * LN_2
 
 
-def _exp2(x: Float[Tensor, "C K"], out: Float[Tensor, "C K"] | None) -> Float[Tensor, "C K"]:
+def exp2(x: Float[Tensor, "*C"], out: Float[Tensor, "*C"] | None) -> Float[Tensor, "*C"]:
     """2^x, of the same bits wherever a number stands.
 
     On the CPU torch computes the last numbers of a tensor, which don't fill a vector, otherwise

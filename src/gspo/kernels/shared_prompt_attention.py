@@ -4,9 +4,9 @@ Each sample's tail (the tokens that no sample before it put into the microbatch)
 (the shared tokens before it) and, causally, itself. The tokens stand depth first, so that a token
 is seen by all that follows it up to the end of its subtree: `q` sees `k` if k <= q < until[k].
 
-No T x T mask is made. Tails of about the same size are attended in one call of `tile_attention`,
-padded inside it. The whole tiles of a context are multiplied once for all tails that see it; the
-rest of it, less than a tile, is copied to the front of each tail.
+Only pairs inside a sample are looked at. Tails of about the same size are attended in one call of
+`tile_attention`, padded inside it. The whole tiles of a context are multiplied once for all tails
+that see it; the rest of it, less than a tile, is copied to the front of each tail.
 """
 
 from __future__ import annotations
@@ -172,8 +172,6 @@ class SharedPromptAttention:
         hidden = seen[:, None, :] > at[:, :, None]
         if window is not None:
             hidden |= seen[:, None, :] <= at[:, :, None] - window
-        if len(hidden) > 1 and (hidden == hidden[:1]).all():
-            hidden = hidden[:1]
         sizes = np.bincount(context_of)
         return AttentionCall(
             self._tensor(queries),

@@ -27,8 +27,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from gspo.kernels.running_softmax import exp2
+
 TILE = 32
 """Positions of a tile. 32 was faster than 64 and 128 on all shapes that were tried."""
+_LARGE = 2**21  # pairs of a query and a key
 LOG2_E = math.log2(math.e)
 ROWS = 4
 """Fewest rows of a product: with 1 to 3, MKL sums in another order."""
@@ -74,7 +77,7 @@ class ContextGroup:
         self, target: Float[Tensor, "N K M X"], values: Float[Tensor, "p K nM X"], *, add: bool
     ) -> None:
         """Write values that are under the contexts to their sequences in `target`, or add them."""
-        values = values.unflatten(2, (self.members.shape[1], -1)).transpose(1, 2)
+        values = values.to(target.dtype).unflatten(2, (self.members.shape[1], -1)).transpose(1, 2)
         if self.places is None or self.listed is None:
             place = target.view(values.shape)
             place.add_(values) if add else place.copy_(values)
@@ -145,18 +148,18 @@ def attend(
     keys: Float[Tensor, "N K L D"],
     values: Float[Tensor, "N K L E"],
     context: Context | None,
-    hidden: Float[Tensor, "n 1 Q 1 S"] | None,
+    hidden: Float[Tensor, "n 1 Q 1 S"] | Bool[Tensor, "n 1 Q 1 S"] | None,
     tile: int | None = TILE,
 ) -> tuple[Float[Tensor, "N K M E"], Float[Tensor, "N K M S"], Float[Tensor, "N K M 1"]]:
-    """Attention of all sequences of a call, in float32, without a gradient.
+    """Attention of all sequences of a call, without a gradient. The softmax is in float32.
 
     Args:
         query: times the scale and `LOG2_E`; token by token, and inside a token head by head:
             M = Q x heads.
         keys, values: of each sequence itself.
         context: what stands before them.
-        hidden: -inf if a query does not see a key, else 0, as `hiding` makes it; S = W + L, the
-            context first. None: it sees all.
+        hidden: which keys a query does not see, as `hiding` makes it; S = W + L, the context first.
+            None: it sees all.
         tile: positions that are summed in one product; None: all of them, where the order of the
             sum does not matter.
 
@@ -168,17 +171,21 @@ def attend(
     if context is None and (hidden is None or hidden.shape[2] == 1):
         query = _enough(query)  # one token each: padded once, not for each product
     scores = _product(query, keys.mT)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if context is not None:
         own = scores
-        scores = query.new_empty(*query.shape[:3], width + keys.shape[2])
+        scores = own.new_empty(*query.shape[:3], width + keys.shape[2])
         scores[..., width:] = own
         for group in context.groups:
             products = _product(group.gather(query), context.keys[group.contexts].mT)
             group.scatter(scores[..., :width], products, add=False)
     if hidden is not None:
-        scores.unflatten(2, (hidden.shape[2], -1)).add_(hidden)
+        by_token = scores.unflatten(2, (hidden.shape[2], -1))
+        large = hidden.dtype == torch.bool
+        by_token.masked_fill_(hidden, -torch.inf) if large else by_token.add_(hidden)
     # Powers of 2: torch's exp takes ten times as long for -inf.
-    weights = scores.sub_(scores.amax(-1, keepdim=True)).exp2_()
+    scores.sub_(scores.amax(-1, keepdim=True))
+    weights = exp2(scores, scores)
     if tile is None or weights.shape[-1] <= tile:
         total = weights.sum(-1, keepdim=True)
     else:
@@ -235,10 +242,16 @@ def attend_backward(
     return d_query, d_keys, d_values, d_context_keys, d_context_values
 
 
-def hiding(hidden: np.ndarray, device: torch.device) -> Float[Tensor, "n 1 Q 1 S"]:
-    """[n, Q, S], True if a query does not see a key -> what is added to the scores."""
-    values = np.where(hidden, np.float32(-np.inf), np.float32(0))[:, None, :, None]
-    return torch.from_numpy(values).to(device)
+def hiding(
+    hidden: np.ndarray, device: torch.device
+) -> Float[Tensor, "n 1 Q 1 S"] | Bool[Tensor, "n 1 Q 1 S"]:
+    """[n, Q, S], True if a query does not see a key -> what is added to the scores; the mask itself
+    if it is large: adding is faster, but takes four times the memory."""
+    if len(hidden) > 1 and (hidden == hidden[:1]).all():
+        hidden = hidden[:1]
+    if hidden.size <= _LARGE:
+        hidden = np.where(hidden, np.float32(-np.inf), np.float32(0))
+    return torch.from_numpy(hidden[:, None, :, None]).to(device)
 
 
 def _product(rows: Float[Tensor, "*B M D"], other: Float[Tensor, "*B D X"]) -> Tensor:
@@ -256,7 +269,7 @@ def _add_tiles(
     """out + weights @ values, tile after tile."""
     shape = (*weights.shape[:3], values.shape[-1])
     count, length = weights.shape[2], weights.shape[3]
-    weights = _enough(weights).flatten(0, 1)
+    weights = _enough(weights.to(values.dtype)).flatten(0, 1)
     values = values.flatten(0, 1)
     total = None if out is None else _enough(out).flatten(0, 1)
     for start in range(0, length, tile or length):

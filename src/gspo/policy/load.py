@@ -54,6 +54,7 @@ def load_policy(
         source=source,
         compute_dtype=getattr(torch, config.dtype),
         context=context,
+        threads=threads,
         entries=max(tokenizer.get_vocab().values()) + 1,  # heads are often padded beyond them
         checkpointing=config.activation_checkpointing,
         # peft swaps the experts' weights on the module while it computes, for every thread.

@@ -46,6 +46,7 @@ class Policy:
         checkpointing: layers are recomputed in the backward pass.
         version: policy version, counted up by every update.
         workers: threads that train a microbatch each.
+        threads: OpenMP threads that compute it; None: as many as are set.
         multiple: the tokens of a forward pass are padded to a multiple of this, so that log-probs
             don't depend on how many there are (see `kernels.exact`).
         exact: the engine's log-probs are the trainer's, to the bit: proved on the model itself.
@@ -66,6 +67,7 @@ class Policy:
     checkpointing: bool = False
     version: int = 0
     workers: Workers = field(default_factory=Workers, repr=False)
+    threads: int | None = None
     multiple: int = 1
     exact: bool = False
     entries: int | None = None
@@ -111,6 +113,11 @@ class Policy:
     def reference(self) -> AbstractContextManager[None]:
         """Inside the block the adapters are off: the base model (LoRA only)."""
         return self.peft.disable_adapter()
+
+    def use_threads(self) -> None:
+        """Compute with this model's number of threads: another one may have set its own."""
+        if self.threads is not None and torch.get_num_threads() != self.threads:
+            torch.set_num_threads(self.threads)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Inside the block products are computed in `compute_dtype`."""

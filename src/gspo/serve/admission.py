@@ -58,6 +58,8 @@ class Line:
         self._device = policy.device
         self._layout: Layout = layout
         dtype = policy.lm.dtype if policy.compute_dtype == torch.float32 else policy.compute_dtype
+        if layout == "shared" and self._device.type == "cpu":
+            dtype = torch.float32  # as attention in tiles needs them
         size = dtype.itemsize / torch.float32.itemsize
         self._token = kv_bytes(1, 1, policy.lm.config.get_text_config()) * size
         self._max_running = max_running

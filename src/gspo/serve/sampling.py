@@ -85,7 +85,7 @@ def sample(
     drawn = logits
     if barred is not None:
         drawn = logits.masked_fill(barred, -math.inf)
-        probabilities = probabilities.masked_fill(barred, 0)
+        probabilities, _ = softmax_of(drawn, scale)  # relative to the likeliest that may be drawn
     if bool(greedy.all()):
         tokens = drawn.argmax(-1)
     else:

@@ -12,7 +12,7 @@ from gspo.core.errors import ModelError
 from gspo.data.packing import pack
 from gspo.data.sample import sample_of
 from gspo.data.turn import Turn
-from gspo.kernels.exact import MULTIPLES, Part, measure
+from gspo.kernels.exact import MULTIPLES, Part, measure, undo
 from gspo.kernels.kv_cache import LAYOUTS, Layout
 from gspo.kernels.tile_attention import TILE
 from gspo.policy.context import probe_length
@@ -84,24 +84,37 @@ def measure_exactness(engine: TorchEngine) -> tuple[list[Part], str | None]:
         The parts of the model, and why it is not exact (None: it is).
     """
     policy = engine.policy
+    parts: list[Part] = []
     reason = _obstacle(engine)
     if reason is not None:
-        return [], reason
-    parts = measure(policy.lm, policy.head, policy.compute_dtype)
-    bad = next((part for part in parts if part.multiple is None), None)
-    if bad is not None:
-        return parts, (
-            f"{bad.kind} ({bad.name}) computes a row differently beside other rows, at any number "
-            "of them"
+        return parts, reason
+    try:
+        parts = measure(policy.lm, policy.head, policy.compute_dtype)
+        reason = _fault(engine, parts)
+    except _FAILURES as error:
+        reason = f"measuring it fails: {error}"
+    policy.exact = reason is None
+    if not policy.exact:
+        policy.multiple = 1
+        undo(policy.lm)
+    return parts, reason
+
+
+def _fault(engine: TorchEngine, parts: list[Part]) -> str | None:
+    """Find the multiple of tokens with which the engine is exact; or say why there is none."""
+    policy = engine.policy
+    worst = max(parts, key=lambda part: part.multiple or 2**31)
+    needed, gap = worst.multiple, float("inf")
+    if needed is None or needed > MULTIPLES[-1]:
+        return (
+            f"{worst.kind} ({worst.name}) computes a row differently beside other rows, at any "
+            "number of them"
         )
-    needed, gap = max(part.multiple or 1 for part in parts), 0.0
     for policy.multiple in (m for m in MULTIPLES if m >= needed):
         gap = _inexact(engine)
         if gap == 0:
-            policy.exact = True
-            return parts, None
-    policy.multiple = 1
-    return parts, f"its log-probs still differ by {gap:.3g} nats from those of training"
+            return None
+    return f"its log-probs still differ by {gap:.3g} nats from those of training"
 
 
 def _obstacle(engine: TorchEngine) -> str | None:
@@ -109,6 +122,11 @@ def _obstacle(engine: TorchEngine) -> str | None:
     policy = engine.policy
     if policy.device.type != "cpu":
         return f"gspo has no kernels with fixed tiles for device {policy.device.type!r}"
+    if torch.get_num_threads() > 2:
+        return (
+            f"with {torch.get_num_threads()} threads torch cuts tensors at places that gspo does "
+            "not know: InternalModelConfig(threads=2) or threads=1"
+        )
     if policy.packing != "tiles" or engine.layout != "shared":
         return (
             f"the attention of {type(policy.lm).__name__} is not gspo's (samples are packed by "

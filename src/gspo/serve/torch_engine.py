@@ -163,6 +163,7 @@ class TorchEngine:
         if self.receipts is not None:
             self.receipts.require(self.policy.version, self)
         self.policy.lm.eval()
+        self.policy.use_threads()
         with span("sampling"), torch.no_grad(), self.policy.autocast():
             yield
 

@@ -218,8 +218,9 @@ def check_exact(logprobs: Tensor, microbatch: Microbatch) -> None:
         f"{int(different.sum())} of {len(sampled)} log-probs differ from the engine's, by up to "
         f"{(logprobs - sampled).abs().max():.3g} nats, on the weights that sampled them (first in "
         f"trajectory {microbatch.trajectory_ids[first]}). In exact mode they are equal to the bit: "
-        "were the log-probs or tokens changed, or sampled by another engine? `gspo audit MODEL "
-        "--exact` shows the parts; InternalModelConfig(exact=False) trains without this check"
+        "were the log-probs or tokens changed, or sampled by another model, engine or process? "
+        "Without `policy_version` in their Choices, or with InternalModelConfig(exact=False), they "
+        "are trained on without this check"
     )
 
 

@@ -98,6 +98,7 @@ class Trainer:
                 those before that optimizer step.
             ConfigError, DataError: see `check_expert_options`.
         """
+        self.policy.use_threads()
         call = self._begin(batch, settings)  # refuses what cannot be done, then fixes pi_old
         with self._updating(call):
             for k, minibatch in enumerate(call.minibatches):
