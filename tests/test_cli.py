@@ -41,6 +41,7 @@ def test_surface_is_frozen():
             "temperature",
             "epsilon_low",
             "epsilon_high",
+            "exact",
             "picture",
             "as_json",
         ],

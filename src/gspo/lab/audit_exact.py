@@ -9,8 +9,7 @@ from gspo.dev import InternalModelConfig
 from gspo.lab.tables import as_text, cells, table
 from gspo.policy.load import load_policy
 from gspo.policy.probe import choose_packing
-from gspo.serve.selfcheck import check_engine, measure_exactness
-from gspo.serve.torch_engine import TorchEngine
+from gspo.serve.selfcheck import examine
 
 _COLUMNS = ("name", "kind", "multiple", "how")
 
@@ -32,9 +31,7 @@ def audit_exact(model: str, dtype: str = "float32") -> dict[str, Any]:
     """
     policy = load_policy(model, InternalModelConfig.model_validate({"dtype": dtype}))
     choose_packing(policy)
-    engine = TorchEngine(policy)
-    check_engine(engine)
-    parts, reason = measure_exactness(engine)
+    parts, reason = examine(policy)
     return {
         "model": model,
         "dtype": dtype,

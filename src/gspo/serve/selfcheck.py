@@ -74,6 +74,17 @@ def make_exact(engine: TorchEngine, *, required: bool) -> None:
     log.info("%s: engine and trainer are not equal to the bit: %s", source, reason)
 
 
+def examine(policy: Policy) -> tuple[list[Part], str | None]:
+    """Do what `measure_exactness` does with an engine that is made for it.
+
+    Raises:
+        ModelError: see `check_engine`.
+    """
+    engine = TorchEngine(policy)
+    check_engine(engine)
+    return measure_exactness(engine)
+
+
 def measure_exactness(engine: TorchEngine) -> tuple[list[Part], str | None]:
     """Make engine and trainer equal to the bit, if that can be; `policy.exact` says so.
 
