@@ -160,8 +160,18 @@ def asked(policy: Policy, count: int = 2, tokens: int = 12) -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", EXACT)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        *((kind, torch.float32) for kind in EXACT),
+        *((kind, torch.bfloat16) for kind in ("qwen2_moe", "gemma3")),
+        *(
+            pytest.param(kind, torch.bfloat16, marks=pytest.mark.slow)
+            for kind in EXACT
+            if kind not in ("qwen2_moe", "gemma3")
+        ),
+    ],
+)
 def test_engine_and_trainer_are_equal_to_the_bit(kind: str, dtype: torch.dtype):
     model_class, config_class, sizes = EXACT[kind]
     policy = tiny(model_class, config_class, **sizes)
