@@ -51,6 +51,8 @@ class FakeTokenizer:
 class FakeEngine:
     """Tokens are Unicode code points; 0 ends a completion.
 
+    What changes a distribution is noted in `altered_by`, and changes no reply.
+
     Args:
         reply: text of completion `index` of a prompt; default: random letters a to d, drawn from
             the request's seed (or a counter), the prompt and the index.
@@ -111,6 +113,9 @@ class FakeEngine:
         if request.params.min_tokens:
             message = "min_tokens: FakeEngine replies with the text that it was given"
             raise RequestError(message, param="min_tokens")
+        if request.params.grammar and self.reply is None:
+            message = "grammar: FakeEngine draws letters; give it a reply that keeps to the grammar"
+            raise RequestError(message, param="response_format")
         if request.params.expert_choices:
             message = "return_routes: FakeEngine has no experts, so it returns no expert choices"
             raise RequestError(message, param="return_routes")
@@ -129,8 +134,9 @@ class FakeEngine:
             last = len(done.token_ids) - 1
             columns = zip(done.token_ids, done.logprobs, done.policy_versions, strict=True)
             for i, (token, logprob, version) in enumerate(columns):
-                ended = (done.finish_reason, done) if i == last else (None, None)
-                yield Piece(index, (token,), (logprob,), (version,), *ended)
+                reason, whole = (done.finish_reason, done) if i == last else (None, None)
+                top, altered = done.top_logprobs[i : i + 1], done.altered_by
+                yield Piece(index, (token,), (logprob,), (version,), reason, top, altered, whole)
 
     async def complete(self, request: Request) -> list[Completion]:
         self.check(request)
@@ -167,4 +173,8 @@ class FakeEngine:
             finish_reason="stop" if tokens[-1] in ends or cuts else "length",
             policy_versions=(self.policy_version,) * len(tokens),
             temperature=params.temperature or 1.0,
+            top_logprobs=tuple(((token, self.logprob),) for token in tokens)
+            if params.top_logprobs
+            else (),
+            altered_by=params.altered_by,
         )
