@@ -25,7 +25,7 @@ FLOORS = {
     "gather": 2,
     "objective": 1,
     "tasks": 1,
-    "trajectory": 1,
+    "trajectories": 1,
     "dev": 2,
     "config": 1,
     "core": 0,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from gspo.serve.engine import Engine
     from gspo.serve.fake_engine import FakeEngine
     from gspo.train.algorithms import register_algorithm
-    from gspo.trajectory import Messages, MessagesAndChoices, Tools, Trajectory, TrajectoryGroup
+    from gspo.trajectories import Messages, MessagesAndChoices, Tools, Trajectory, TrajectoryGroup
 
 __version__ = "0.1.0"
 
@@ -70,7 +70,7 @@ _HOMES = {
     "serve.engine": ("Engine",),
     "serve.fake_engine": ("FakeEngine",),
     "train.algorithms": ("register_algorithm",),
-    "trajectory": ("Messages", "MessagesAndChoices", "Tools", "Trajectory", "TrajectoryGroup"),
+    "trajectories": ("Messages", "MessagesAndChoices", "Tools", "Trajectory", "TrajectoryGroup"),
 }
 
 

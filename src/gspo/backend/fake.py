@@ -14,7 +14,7 @@ from gspo.data.check import check_groups, listed, plain_groups
 from gspo.data.sample import trajectory_samples
 from gspo.serve.fake_engine import FakeEngine
 from gspo.serve.server import Serving
-from gspo.trajectory import TrajectoryGroup
+from gspo.trajectories import TrajectoryGroup
 
 
 class FakeBackend(Backend):

@@ -31,7 +31,7 @@ from gspo.data.check import plain_groups
 from gspo.policy.load import Policy
 from gspo.serve.server import bind
 from gspo.train.settings import resolve
-from gspo.trajectory import TrajectoryGroup
+from gspo.trajectories import TrajectoryGroup
 
 T = TypeVar("T")
 

@@ -28,7 +28,7 @@ from gspo.core.timing import timed
 from gspo.train.algorithms import BUILT_IN, find_algorithm
 from gspo.train.observe import Trace
 from gspo.train.settings import Settings, resolve
-from gspo.trajectory import Trajectory, TrajectoryGroup
+from gspo.trajectories import Trajectory, TrajectoryGroup
 
 _KEY = b"gspo.update"
 _OF_CHOICES = {

@@ -12,7 +12,7 @@ import numpy as np
 from gspo.core.errors import DataError, MissingLogprobsError, SampleTooLongError
 from gspo.data.expert_choices import joined_expert_choices
 from gspo.data.turn import Turn, read_turn
-from gspo.trajectory import Trajectory
+from gspo.trajectories import Trajectory
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from gspo.data.sample import TrajectorySamples, flat, trajectory_samples
 from gspo.objective import Objective, advantages
 from gspo.policy.policy import Policy
 from gspo.train.settings import Settings, resolve
-from gspo.trajectory import Trajectory, TrajectoryGroup
+from gspo.trajectories import Trajectory, TrajectoryGroup
 
 ACTIVATION_BYTES = 2 * 2**30
 _FEWEST, _MOST = 256, 16_384
