@@ -14,6 +14,8 @@ FLOORS = {
     "cli": 13,
     "lab": 10,
     "experiment": 9,
+    "langgraph": 10,
+    "capture": 9,
     "model": 8,
     "backend": 7,
     "train": 6,

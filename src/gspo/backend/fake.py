@@ -12,6 +12,7 @@ from gspo.backend.base import Backend, ModelLike, TrainResult, train_options, us
 from gspo.config import TrainConfig
 from gspo.data.check import check_groups, listed, plain_groups
 from gspo.data.sample import trajectory_samples
+from gspo.serve.episodes import Episode
 from gspo.serve.fake_engine import FakeEngine
 from gspo.serve.server import Serving
 from gspo.trajectories import TrajectoryGroup
@@ -44,6 +45,9 @@ class FakeBackend(Backend):
 
     def base_url(self, model: ModelLike) -> str:
         return self._serving.url
+
+    def episode_url(self, model: ModelLike, episode: Episode) -> str:
+        return self._serving.episode_url(episode)
 
     async def train(
         self,

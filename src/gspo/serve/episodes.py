@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from gspo.core.choices import as_choice
 from gspo.core.draws import Word, drawing_for
-from gspo.core.errors import BusyError, RequestError
+from gspo.core.errors import BusyError, ConfigError, RequestError
 from gspo.serve.conversations import Conversations
 from gspo.trajectories import Trajectory
 
@@ -52,6 +52,8 @@ class Episode:
 
     Attributes:
         memory: a `TokenMemory` for `Engine.encode_chat`.
+        server: the one server whose answers are recorded: the first that is asked. What another
+            model says inside the block is none of this model's samples.
         ended: nothing more is recorded.
         tokens: of all prompts and answers recorded.
     """
@@ -67,6 +69,7 @@ class Episode:
         self.trajectory = Trajectory() if trajectory is None else trajectory
         self.purpose = ("episode", self.id) if purpose is None else purpose
         self.memory: Any = None
+        self.server: Episodes | None = None
         self.ended = False
         self.tokens = 0
         self._conversations = Conversations(self.trajectory)
@@ -97,6 +100,12 @@ class Episode:
             if self._takes(choice):
                 self._conversations.add_text(prompt, _choice(choice))
 
+    def belongs_to(self, server: Episodes) -> bool:
+        """Whether the answers of this server are recorded."""
+        with self._lock:
+            self.server = self.server or server
+            return self.server is server
+
     def as_json(self) -> str:
         """The trajectory so far, as ART writes it."""
         with self._lock:
@@ -107,6 +116,8 @@ class Episode:
         with self._lock:
             self.ended, self.memory = True, None
             self._conversations = Conversations(Trajectory())
+        if self.server is not None:
+            self.server.drop(self.id)
 
     def _takes(self, choice: Mapping[str, Any]) -> bool:
         """Count the choice's tokens; False if it comes too late."""
@@ -126,8 +137,14 @@ _current: contextvars.ContextVar[Episode | None] = contextvars.ContextVar(
 )
 
 
-def current(http: fastapi.Request | None = None) -> Episode | None:
+def current(http: fastapi.Request) -> Episode | None:
     """The episode that a request belongs to, or None. To be called by the request's handler."""
+    episode, server = _current.get(), http.app.state.episodes
+    return episode if episode is not None and episode.belongs_to(server) else None
+
+
+def current_episode() -> Episode | None:
+    """The episode that the code that asks is in, or None."""
     return _current.get()
 
 
@@ -180,7 +197,13 @@ class Episodes:
             return self._put(Episode(id=id))
 
     def add(self, episode: Episode) -> None:
-        """Let requests come to an episode that was made in this process."""
+        """Let requests come to an episode that was made in this process.
+
+        Raises:
+            ConfigError: it records another server.
+        """
+        if not episode.belongs_to(self):
+            raise ConfigError("this art.trajectory() records another model: give each its own")
         with self._lock:
             self._put(episode)
 
