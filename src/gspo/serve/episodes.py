@@ -23,12 +23,13 @@ from typing import Annotated, Any
 
 import fastapi
 from fastapi.responses import JSONResponse, Response
+from openai.types.chat.chat_completion import Choice
 from pydantic import BaseModel, ConfigDict, Field
 
 from gspo.core.choices import as_choice
 from gspo.core.draws import Word, drawing_for
 from gspo.core.errors import BusyError, ConfigError, RequestError
-from gspo.serve.conversations import Conversations
+from gspo.serve.histories import Conversations
 from gspo.trajectories import Trajectory
 
 log = logging.getLogger("gspo")
@@ -92,13 +93,13 @@ class Episode:
         offered = [copy.deepcopy(dict(tool)) for tool in tools or ()] or None
         with self._lock:
             if self._takes(choice):
-                self._conversations.add(asked, offered, _choice(choice))
+                self._conversations.add(asked, offered, _choice_of(choice))
 
     def record_text(self, prompt: str, choice: Mapping[str, Any]) -> None:
         """Record a choice of a text completion's answer."""
         with self._lock:
             if self._takes(choice):
-                self._conversations.add_text(prompt, _choice(choice))
+                self._conversations.add_text(prompt, _choice_of(choice))
 
     def belongs_to(self, server: Episodes) -> bool:
         """Whether the answers of this server are recorded."""
@@ -128,8 +129,10 @@ class Episode:
         return True
 
 
-def _choice(fields: Mapping[str, Any]) -> Any:
-    return as_choice({"index": 0, **fields})
+def _choice_of(fields: Mapping[str, Any]) -> Choice:
+    choice = as_choice(fields)
+    assert choice is not None, "a choice has a message or a text"
+    return choice
 
 
 _current: contextvars.ContextVar[Episode | None] = contextvars.ContextVar(
