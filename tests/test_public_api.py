@@ -26,6 +26,7 @@ def test_surface_is_frozen():
         "FakeBackend",
         "FakeEngine",
         "GspoError",
+        "History",
         "LocalBackend",
         "Messages",
         "MessagesAndChoices",
@@ -37,13 +38,19 @@ def test_surface_is_frozen():
         "Trajectory",
         "TrajectoryGroup",
         "__version__",
+        "auto_trajectory",
+        "capture_auto_trajectory",
+        "capture_yielded_trajectory",
         "dev",
         "errors",
         "gather_trajectories",
         "gather_trajectory_groups",
+        "langgraph",
         "objective",
         "register_algorithm",
         "retry",
+        "trajectory",
+        "yield_trajectory",
     ]
 
 

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from gspo.core.errors import RequestError
+from gspo.serve import episodes
 from gspo.serve.conversation import Conversation, chat_chunks
 from gspo.serve.engine import Completion, Engine, Piece, Request
 from gspo.serve.meters import Metered, Meters
@@ -25,7 +26,7 @@ T = TypeVar("T")
 Find = Callable[[str], Awaitable[Engine]]
 
 # The handlers are functions of the module, not closures: FastAPI never lets go of a handler.
-router = fastapi.APIRouter(responses=DOCUMENTED)
+router, v1 = (fastapi.APIRouter(responses=DOCUMENTED) for _ in range(2))
 IN_PROCESS = "in-process"
 """The client's host in requests that come through no socket."""
 MOST_COMPLETIONS = 4096
@@ -48,6 +49,8 @@ def create_app(find: Find, names: Callable[[], list[str]]) -> fastapi.FastAPI:
     app.state.meters = Meters()
     app.state.began = int(time.time())
     app.include_router(router)
+    app.include_router(v1, prefix="/v1")
+    episodes.include_episodes(app, v1)
     app.add_middleware(Metered, meters=app.state.meters)
     add_handlers(app)
     return app
@@ -78,20 +81,20 @@ async def metrics(http: fastapi.Request) -> Response:
     return Response(state.meters.text(engines), media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/v1/models")
+@v1.get("/models")
 async def models(http: fastapi.Request) -> dict[str, Any]:
     data = [_model_entry(http, name) for name in http.app.state.names()]
     return {"object": "list", "data": data}
 
 
-@router.get("/v1/models/{model:path}")
+@v1.get("/models/{model:path}")
 async def model(http: fastapi.Request, model: str) -> dict[str, Any]:
     if model not in http.app.state.names():
         raise UnknownModelError(_no_model(http, model), "model")
     return _model_entry(http, model)
 
 
-@router.post("/v1/chat/completions")
+@v1.post("/chat/completions")
 async def chat(http: fastapi.Request, body: ChatBody) -> Response:
     if not body.stream:
         # Sent as it is: validating our own answer again would cost more than sampling it.
@@ -131,7 +134,7 @@ async def _conversation(
     )
 
 
-@router.post("/v1/completions")
+@v1.post("/completions")
 async def completions(http: fastapi.Request, body: CompletionBody) -> Response:
     engine, params = await _engine(http.app, body.model), body.sampling(body.max_tokens)
     if body.logprobs not in (None, 0):
