@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 import fastapi
 from fastapi.exceptions import RequestValidationError
@@ -28,6 +28,7 @@ router = fastapi.APIRouter()
 IN_PROCESS = "in-process"
 """The client's host in requests that come through no socket."""
 RETRY_SECONDS = 1
+T = TypeVar("T")
 _numbers = itertools.count(1)  # numbers the answers of this process
 
 
@@ -60,10 +61,15 @@ async def models(http: fastapi.Request) -> dict[str, Any]:
 
 @router.post("/v1/chat/completions")
 async def chat(http: fastapi.Request, body: ChatBody) -> JSONResponse:
-    engine, params = _engine(http, body.model), body.sampling(body.limit())
+    return JSONResponse(await _unless_gone(http, chat_answer(http.app, body)))
+
+
+async def chat_answer(app: fastapi.FastAPI, body: ChatBody) -> dict[str, Any]:
+    """The answer to a chat. To cancel it, cancel the task that awaits it."""
+    engine, params = _engine(app, body.model), body.sampling(body.limit())
     prompt = engine.encode_chat(body.text_messages())
     choices = []
-    (answer,) = await _sampled(http, engine, [Request(tuple(prompt), params)])
+    answer = await engine.complete(Request(tuple(prompt), params))
     for completion in answer:
         message = {"role": "assistant", "content": completion.text}
         logprobs = {"content": _token_entries(engine, completion)} if body.logprobs else None
@@ -75,59 +81,55 @@ async def chat(http: fastapi.Request, body: ChatBody) -> JSONResponse:
 
 @router.post("/v1/completions")
 async def completions(http: fastapi.Request, body: CompletionBody) -> JSONResponse:
-    engine, params = _engine(http, body.model), body.sampling(body.max_tokens)
+    engine, params = _engine(http.app, body.model), body.sampling(body.max_tokens)
     if body.logprobs not in (None, 0):
         raise RequestError("logprobs: only 0, the chosen tokens', is supported", "logprobs")
     special = body.add_special_tokens
     prompts = [
         engine.encode(p, special=special) if isinstance(p, str) else p for p in body.prompts()
     ]
-    answers = await _sampled(http, engine, [Request(tuple(prompt), params) for prompt in prompts])
+    requests = [Request(tuple(prompt), params) for prompt in prompts]
+    for request in requests:  # all of them, before the first is sampled
+        engine.check(request)
+    answers = await _unless_gone(http, asyncio.gather(*map(engine.complete, requests)))
     choices = []
     for prompt, answer in zip(prompts, answers, strict=True):
         for completion in answer:
             logprobs = None if body.logprobs is None else _token_lists(engine, completion)
             fields = {"text": completion.text, "logprobs": logprobs}
             choices.append(fields | _training_fields(prompt, completion))
-    return _answer("cmpl", "text_completion", body.model, choices, prompts)
+    return JSONResponse(_answer("cmpl", "text_completion", body.model, choices, prompts))
 
 
-def _engine(http: fastapi.Request, model: str) -> Engine:
+def _engine(app: fastapi.FastAPI, model: str) -> Engine:
     """The engine of this model.
 
     Raises:
         RequestError: the server has no such model.
         ServeError: it is closed.
     """
-    names = http.app.state.names()
+    names = app.state.names()
     if model not in names:
         raise RequestError(f"no model {model!r} here; this server has {names}", "model")
-    if http.app.state.engine is None:
+    if app.state.engine is None:
         raise ServeError("the backend that served this model is closed")
-    return http.app.state.engine
+    return app.state.engine
 
 
-async def _sampled(
-    http: fastapi.Request, engine: Engine, requests: Sequence[Request]
-) -> list[list[Completion]]:
-    """Sample what is asked, unless the client hangs up."""
-    in_process = http.client is not None and http.client.host == IN_PROCESS
-    if in_process and len(requests) == 1:  # its client cancels this task itself
-        return [await engine.complete(requests[0])]
-    for request in requests:  # all of them, before the first is sampled
-        engine.check(request)
-    work = asyncio.gather(*(engine.complete(request) for request in requests))
-    if in_process:
-        return await work
+async def _unless_gone(http: fastapi.Request, work: Awaitable[T]) -> T:
+    """Wait for an answer, unless the client hangs up."""
+    if http.client is not None and http.client.host == IN_PROCESS:
+        return await work  # its client cancels this task itself
+    job = asyncio.ensure_future(work)
     # The body is read: the next message is that the client is gone.
     gone = asyncio.ensure_future(http.receive())
     try:
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
+        await asyncio.wait({job, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not job.done():
             raise ServeError("the client hung up")
-        return work.result()
+        return job.result()
     finally:
-        work.cancel()
+        job.cancel()
         gone.cancel()
 
 
@@ -151,24 +153,22 @@ async def _refusal(http: fastapi.Request, error: Exception) -> JSONResponse:
 
 def _answer(
     id_start: str, kind: str, model: str, choices: list[dict[str, Any]], prompts: list[list[int]]
-) -> JSONResponse:
+) -> dict[str, Any]:
     prompt_tokens = sum(len(prompt) for prompt in prompts)
     completion_tokens = sum(len(choice["token_ids"]) for choice in choices)
     # Sent as it is: validating our own answer again would cost more than sampling it.
-    return JSONResponse(
-        {
-            "id": f"{id_start}-{next(_numbers)}",
-            "object": kind,
-            "created": int(time.time()),
-            "model": model,
-            "choices": [{"index": i, **choice} for i, choice in enumerate(choices)],
-            "usage": {
-                "prompt_tokens": prompt_tokens,
-                "completion_tokens": completion_tokens,
-                "total_tokens": prompt_tokens + completion_tokens,
-            },
-        }
-    )
+    return {
+        "id": f"{id_start}-{next(_numbers)}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": model,
+        "choices": [{"index": i, **choice} for i, choice in enumerate(choices)],
+        "usage": {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        },
+    }
 
 
 def _training_fields(prompt: list[int], completion: Completion) -> dict[str, Any]:

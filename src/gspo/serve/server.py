@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import socket
 import threading
 import time
@@ -11,32 +10,15 @@ from collections.abc import Callable
 
 import uvicorn
 from fastapi import FastAPI
-from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 from gspo.core.errors import ServeError
-from gspo.serve.app import IN_PROCESS, create_app
+from gspo.serve.app import create_app
 from gspo.serve.engine import Engine
+from gspo.serve.local_client import in_process_client
 
-BASE_URL = "http://gspo.local/v1"
 START_SECONDS = 60
 STOP_SECONDS = 30
 """How long requests that run when the server is stopped may go on."""
-
-
-def in_process_client(app: FastAPI) -> AsyncOpenAI:
-    """Make an OpenAI client whose requests go straight into the app; no socket is opened."""
-    # httpx, or whatever the client is built on.
-    modules = (base.__module__.partition(".")[0] for base in DefaultAsyncHttpxClient.__mro__)
-    http = importlib.import_module(next(name for name in modules if name != "openai"))
-    return AsyncOpenAI(
-        base_url=BASE_URL,
-        api_key="gspo",
-        max_retries=0,
-        timeout=None,
-        http_client=DefaultAsyncHttpxClient(
-            transport=http.ASGITransport(app=app, client=(IN_PROCESS, 0))
-        ),
-    )
 
 
 def bind(host: str, port: int) -> socket.socket:
