@@ -25,7 +25,7 @@ server.STOP_SECONDS = 1
 serving.load_policy = lambda model: None
 serving.choose_packing = lambda policy: None
 serving.make_engine = lambda *_, **__: Slow()
-serving.serve_model("x", "127.0.0.1", 0, "m")
+serving.serve_model("x", "127.0.0.1", 0, "m", None)
 """
 REQUEST = b'{"model": "m", "prompt": "hello"}'
 
@@ -40,7 +40,7 @@ def test_a_signal_ends_a_server_that_is_sampling(number: signal.Signals, status:
             host, port = address.split("/")[2].split(":")
             with socket.create_connection((host, int(port))) as asking:
                 asking.sendall(
-                    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json"
+                    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
                     b"\r\nContent-Length: %d\r\n\r\n%s" % (len(REQUEST), REQUEST)
                 )
                 assert process.stdout.readline() == "sampling\n"

@@ -52,6 +52,6 @@ async def test_a_client_that_holds_on_does_not_hold_up_the_stop(monkeypatch: pyt
     await server.start()
     host, port = server.url.split("/")[2].split(":")
     with socket.create_connection((host, int(port))) as held:
-        held.sendall(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
+        held.sendall(b"GET /slow HTTP/1.1\r\nHost: localhost\r\n\r\n")
         await asyncio.sleep(0.1)
         await asyncio.wait_for(server.stop(), 20)

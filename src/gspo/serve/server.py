@@ -8,12 +8,13 @@ import threading
 import time
 from collections.abc import Callable
 
-import uvicorn
 from fastapi import FastAPI
 
-from gspo.core.errors import ServeError
+from gspo.core.errors import ConfigError, ServeError
 from gspo.serve.app import create_app
+from gspo.serve.connection import FLUSH_SECONDS, PortServer
 from gspo.serve.engine import Engine
+from gspo.serve.guard import is_loopback
 from gspo.serve.local_client import in_process_client
 
 START_SECONDS = 60
@@ -21,16 +22,26 @@ STOP_SECONDS = 30
 """How long requests that run when the server is stopped may go on."""
 
 
-def bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int, api_key: str | None = None) -> socket.socket:
     """Open a listening socket, before any model is loaded.
 
     Raises:
+        ConfigError: others than this machine could reach the address, and there is no key.
         ServeError: the port is in use, or the host is not this machine's.
     """
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    if not (api_key or is_loopback(host)):
+        raise ConfigError(
+            f"host = {host!r}: whoever reaches this machine could use the model. Choose an API key "
+            "that requests must bring (GSPO_API_KEY, or --api-key), or listen on 127.0.0.1"
+        )
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ServeError(f"cannot listen on {host}: {error.strerror}") from None
+    listener = socket.socket(family, kind)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((host, port))
+        listener.bind(address)
         listener.listen()
     except OSError as error:
         listener.close()
@@ -41,15 +52,23 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def serve(app: FastAPI, listener: socket.socket) -> None:
-    """Answer requests on `listener` until SIGINT or SIGTERM, and running ones `STOP_SECONDS` more.
+def address(listener: socket.socket) -> str:
+    """The base URL of what listens there."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
+
+
+def serve(app: FastAPI, listener: socket.socket, api_key: str | None = None) -> None:
+    """Answer requests on `listener` until SIGINT or SIGTERM. Running ones get `STOP_SECONDS` more,
+    and are then answered with an error; new ones are refused.
 
     The signal is then raised again: SIGTERM ends the process.
 
     Raises:
         KeyboardInterrupt: after SIGINT.
     """
-    uvicorn.Server(_config(app)).run(sockets=[listener])
+    host = listener.getsockname()[0]
+    PortServer(app, host, api_key, STOP_SECONDS).run(sockets=[listener])
 
 
 class Serving:
@@ -78,9 +97,9 @@ class Serving:
         self.url = str(self.client.base_url)
         self._listener = listener
         if listener is not None:  # else not: uvicorn's Config changes the process's logging
-            host, port = listener.getsockname()[:2]
-            self.url = f"http://{host}:{port}/v1"
-            self._server = uvicorn.Server(_config(self.app))
+            self.url = address(listener)
+            host = listener.getsockname()[0]
+            self._server = PortServer(self.app, host, None, STOP_SECONDS)
             self._thread = threading.Thread(
                 target=self._server.run, args=([listener],), name="gspo-server", daemon=True
             )
@@ -115,16 +134,10 @@ class Serving:
         if self._listener is not None:
             self._server.should_exit = True
             if self._thread.is_alive():
-                await asyncio.to_thread(self._thread.join, STOP_SECONDS + 5)
+                await asyncio.to_thread(self._thread.join, STOP_SECONDS + FLUSH_SECONDS + 5)
             self._listener.close()
         await self.client.close()
         if (engine := self.app.state.engine) is not None:
             engine.close()
         self.app.state.engine = None  # a client may still hold the app
         await asyncio.sleep(0)  # those that waited are told
-
-
-def _config(app: FastAPI) -> uvicorn.Config:
-    return uvicorn.Config(
-        app, log_level="warning", lifespan="off", timeout_graceful_shutdown=STOP_SECONDS
-    )
