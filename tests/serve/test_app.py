@@ -16,7 +16,8 @@ from gspo.data.turn import read_turn
 from gspo.serve.app import create_app
 from gspo.serve.engine import Completion, Request
 from gspo.serve.fake_engine import FakeEngine
-from gspo.serve.server import bind, in_process_client
+from gspo.serve.local_client import in_process_client
+from gspo.serve.server import bind
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 
