@@ -15,7 +15,8 @@ from gspo.core.errors import BusyError
 from gspo.data.turn import read_turn
 from gspo.serve.engine import Completion, Request
 from gspo.serve.fake_engine import FakeEngine
-from gspo.serve.server import bind, in_process_client
+from gspo.serve.local_client import in_process_client
+from gspo.serve.server import bind
 from support import app_of
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
