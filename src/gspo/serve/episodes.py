@@ -140,9 +140,9 @@ _current: contextvars.ContextVar[Episode | None] = contextvars.ContextVar(
 )
 
 
-def current(http: fastapi.Request) -> Episode | None:
-    """The episode that a request belongs to, or None. To be called by the request's handler."""
-    episode, server = _current.get(), http.app.state.episodes
+def current(app: fastapi.FastAPI) -> Episode | None:
+    """The episode that a request to this app belongs to, or None. To be called by its handler."""
+    episode, server = _current.get(), app.state.episodes
     return episode if episode is not None and episode.belongs_to(server) else None
 
 
