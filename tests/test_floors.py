@@ -14,6 +14,7 @@ FLOORS = {
     "cli": 13,
     "lab": 10,
     "experiment": 9,
+    "rewards": 9,
     "model": 8,
     "backend": 7,
     "train": 6,

@@ -21,7 +21,7 @@ from gspo.core.errors import GspoError
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
-    from gspo import objective
+    from gspo import objective, rewards
     from gspo.backend.base import Backend, TrainResult
     from gspo.backend.fake import FakeBackend
     from gspo.backend.local import LocalBackend
@@ -58,6 +58,7 @@ __all__ = [
     "objective",
     "register_algorithm",
     "retry",
+    "rewards",
 ]
 
 _HOMES = {
@@ -67,6 +68,7 @@ _HOMES = {
     "gather": ("gather_trajectories", "gather_trajectory_groups", "retry"),
     "model": ("Model", "TrainableModel"),
     "objective": ("objective",),
+    "rewards": ("rewards",),
     "serve.engine": ("Engine",),
     "serve.fake_engine": ("FakeEngine",),
     "train.algorithms": ("register_algorithm",),
