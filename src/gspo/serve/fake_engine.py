@@ -19,6 +19,8 @@ END = 0
 class FakeEngine:
     """Tokens are Unicode code points; 0 ends a completion.
 
+    What changes a distribution is noted in `altered_by`, and changes no reply.
+
     Args:
         reply: text of completion `index` of a prompt; default: random letters a to d, drawn from
             the request's seed (or a counter), the prompt and the index.
@@ -68,6 +70,9 @@ class FakeEngine:
         if request.params.min_tokens:
             message = "min_tokens: FakeEngine replies with the text that it was given"
             raise RequestError(message, param="min_tokens")
+        if request.params.grammar and self.reply is None:
+            message = "grammar: FakeEngine draws letters; give it a reply that keeps to the grammar"
+            raise RequestError(message, param="response_format")
         if request.params.expert_choices:
             message = "return_routes: FakeEngine has no experts, so it returns no expert choices"
             raise RequestError(message, param="return_routes")
@@ -87,7 +92,8 @@ class FakeEngine:
             columns = zip(done.token_ids, done.logprobs, done.policy_versions, strict=True)
             for i, (token, logprob, version) in enumerate(columns):
                 reason = done.finish_reason if i == last else None
-                yield Piece(index, (token,), (logprob,), (version,), reason)
+                top, altered = done.top_logprobs[i : i + 1], done.altered_by
+                yield Piece(index, (token,), (logprob,), (version,), reason, top, altered)
 
     async def complete(self, request: Request) -> list[Completion]:
         self.check(request)
@@ -118,4 +124,8 @@ class FakeEngine:
             finish_reason="stop" if tokens[-1] in ends or cuts else "length",
             policy_versions=(self.policy_version,) * len(tokens),
             temperature=params.temperature or 1.0,
+            top_logprobs=tuple(((token, self.logprob),) for token in tokens)
+            if params.top_logprobs
+            else (),
+            altered_by=params.altered_by,
         )
