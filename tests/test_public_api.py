@@ -27,6 +27,7 @@ def test_surface_is_frozen():
         "FakeBackend",
         "FakeEngine",
         "GspoError",
+        "History",
         "LocalBackend",
         "Messages",
         "MessagesAndChoices",
@@ -38,14 +39,20 @@ def test_surface_is_frozen():
         "Trajectory",
         "TrajectoryGroup",
         "__version__",
+        "auto_trajectory",
+        "capture_auto_trajectory",
+        "capture_yielded_trajectory",
         "dev",
         "errors",
         "gather_trajectories",
         "gather_trajectory_groups",
+        "langgraph",
         "objective",
         "register_algorithm",
         "retry",
         "rewards",
+        "trajectory",
+        "yield_trajectory",
     ]
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from gspo.core.errors import ConfigError, JudgeError, check_names, shown
 from gspo.core.files import write_whole
 from gspo.model import Model
-from gspo.trajectory import Message, Tools, TrajectoryGroup
+from gspo.trajectories import Message, Tools, TrajectoryGroup
 
 __all__ = ["DEFAULT_RUBRIC", "TrajectoryScore", "ruler", "ruler_score_group"]
 
