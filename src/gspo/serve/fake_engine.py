@@ -2,18 +2,50 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import AddedToken
 
 from gspo.core.errors import RequestError
+from gspo.serve.chat import ChatFormat
 from gspo.serve.engine import Completion, Piece, Request, check_fits
+from gspo.serve.verbatim import TokenMemory, chat_tokens
 
 if TYPE_CHECKING:
     from gspo.weights.receipt import Probe, Receipts
 
 END = 0
+
+
+class FakeTokenizer:
+    """Writes a conversation as `<role>content`, with tools and calls in Hermes' form."""
+
+    chat_template = '<tools> <tool_call>{"name": ..., "arguments": ...}</tool_call>'
+    eos_token = chr(END)
+    added_tokens_decoder: Mapping[int, Any] = {END: AddedToken(chr(END), special=True)}
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[dict],
+        /,
+        *,
+        tools: Sequence[dict] = (),
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        **options: Any,
+    ) -> str:
+        text = f"<tools>{json.dumps(tools)}\n" if tools else ""
+        for message in conversation:
+            text += f"<{message['role']}>{message['content']}"
+            for call in message.get("tool_calls", ()):
+                text += f"<tool_call>{json.dumps(call['function'])}</tool_call>"
+            # A turn of the model ends as it did when it was sampled: the next prompt extends it.
+            text += chr(END) if message["role"] == "assistant" else "\n"
+        return text[:-1] if continue_final_message else text + "<assistant>" * add_generation_prompt
 
 
 class FakeEngine:
@@ -45,19 +77,29 @@ class FakeEngine:
         self.logprob = logprob
         self.policy_version = 0
         self.receipts: Receipts | None = None
+        self.chat = ChatFormat(FakeTokenizer(), "FakeEngine")
         self.requests: list[Request] = []
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         return [ord(character) for character in text]
 
-    def encode_chat(self, messages: Sequence[dict]) -> list[int]:
-        # A turn of the model ends as it did when it was sampled: the next prompt extends it.
-        parts = [
-            f"<{m['role']}>{m.get('content') or ''}"
-            + (chr(END) if m["role"] == "assistant" else "\n")
-            for m in messages
-        ]
-        return self.encode("".join(parts) + "<assistant>")
+    def encode_chat(
+        self,
+        messages: Sequence[dict],
+        *,
+        tools: Sequence[dict] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        continue_final: bool = False,
+        memory: TokenMemory | None = None,
+    ) -> list[int]:
+        return chat_tokens(
+            self,
+            messages,
+            tools=tools,
+            template_kwargs=template_kwargs,
+            continue_final=continue_final,
+            memory=memory,
+        )
 
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
         return "".join(chr(token) for token in token_ids if special or token != END)
