@@ -14,6 +14,7 @@ FLOORS = {
     "cli": 13,
     "lab": 10,
     "experiment": 9,
+    "rewards": 9,
     "langgraph": 10,
     "capture": 9,
     "model": 8,

@@ -21,7 +21,7 @@ from gspo.core.errors import GspoError
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
-    from gspo import langgraph, objective
+    from gspo import langgraph, objective, rewards
     from gspo.backend.base import Backend, TrainResult
     from gspo.backend.fake import FakeBackend
     from gspo.backend.local import LocalBackend
@@ -77,6 +77,7 @@ __all__ = [
     "objective",
     "register_algorithm",
     "retry",
+    "rewards",
     "trajectory",
     "yield_trajectory",
 ]
@@ -93,6 +94,7 @@ _HOMES = {
     "langgraph": ("langgraph",),
     "model": ("Model", "TrainableModel"),
     "objective": ("objective",),
+    "rewards": ("rewards",),
     "serve.engine": ("Engine",),
     "serve.fake_engine": ("FakeEngine",),
     "train.algorithms": ("register_algorithm",),
