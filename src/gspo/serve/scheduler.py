@@ -273,7 +273,9 @@ class Scheduler:
                 ticket.sent[index] += len(tokens)
                 finish = completion.finish
                 whole = self._engine.whole(completion) if finish else None
-                made.append((ticket, Piece(index, tokens, logprobs, versions, finish, completion=whole)))
+                made.append(
+                    (ticket, Piece(index, tokens, logprobs, versions, finish, completion=whole))
+                )
         return made
 
     def _deliver(self, made: Made) -> None:
