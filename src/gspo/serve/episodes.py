@@ -30,6 +30,7 @@ from gspo.core.choices import as_choice
 from gspo.core.draws import Word, drawing_for
 from gspo.core.errors import BusyError, ConfigError, RequestError
 from gspo.serve.histories import Conversations
+from gspo.serve.verbatim import TokenMemory
 from gspo.trajectories import Trajectory
 
 log = logging.getLogger("gspo")
@@ -52,7 +53,7 @@ class Episode:
         purpose: what its draws are for, see `gspo.core.draws.purpose`; None: its id.
 
     Attributes:
-        memory: a `TokenMemory` for `Engine.encode_chat`.
+        memory: for `Engine.encode_chat`; None once the episode has ended.
         server: the one server whose answers are recorded: the first that is asked. What another
             model says inside the block is none of this model's samples.
         ended: nothing more is recorded.
@@ -69,7 +70,7 @@ class Episode:
         self.id = _BLOCK + uuid.uuid4().hex if id is None else id
         self.trajectory = Trajectory() if trajectory is None else trajectory
         self.purpose = ("episode", self.id) if purpose is None else purpose
-        self.memory: Any = None
+        self.memory: TokenMemory | None = TokenMemory()
         self.server: Episodes | None = None
         self.ended = False
         self.tokens = 0
@@ -140,8 +141,13 @@ _current: contextvars.ContextVar[Episode | None] = contextvars.ContextVar(
 )
 
 
-def current(app: fastapi.FastAPI) -> Episode | None:
-    """The episode that a request to this app belongs to, or None. To be called by its handler."""
+def current(asked: fastapi.Request | fastapi.FastAPI) -> Episode | None:
+    """The episode that a request belongs to, or None. To be called by what handles the request.
+
+    Args:
+        asked: the request; or the app, for a chat of this process that skips HTTP.
+    """
+    app = asked if isinstance(asked, fastapi.FastAPI) else asked.app
     episode, server = _current.get(), app.state.episodes
     return episode if episode is not None and episode.belongs_to(server) else None
 

@@ -98,12 +98,12 @@ class TokenMemory:
             text: of all of them, with special tokens.
             ids: of the tool calls that were read from it.
         """
+        asked = self._asked.get(array("i", prompt).tobytes())
+        if asked is None:
+            return
+        end = next((end for end in asked.chat.ends if text.endswith(end)), "")
+        said = text[: len(text) - len(end)]
         with self._lock:
-            asked = self._asked.get(array("i", prompt).tobytes())
-            if asked is None:
-                return
-            end = next((end for end in asked.chat.ends if text.endswith(end)), "")
-            said = text[: len(text) - len(end)]
             asked.sampled.append(_Sampled(array("i", tokens), said, end, frozenset(ids)))
 
     def _extended(
