@@ -12,11 +12,11 @@ from openai import APIStatusError, AsyncOpenAI, AuthenticationError
 
 from gspo.core.errors import ConfigError, ServeError
 from gspo.serve import server as module
-from gspo.serve.app import create_app
 from gspo.serve.connection import PortServer
 from gspo.serve.fake_engine import FakeEngine
 from gspo.serve.local_client import in_process_client
 from gspo.serve.server import Serving, bind
+from support import app_of
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 
@@ -77,7 +77,7 @@ def test_a_host_that_is_not_this_machines_is_named():
 
 async def test_a_port_has_its_key_and_its_limits():
     listener = bind("0.0.0.0", 0, "secret")
-    server = PortServer(create_app(FakeEngine(), lambda: ["m"]), "0.0.0.0", "secret", 1)
+    server = PortServer(app_of(FakeEngine()), "0.0.0.0", "secret", 1)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"

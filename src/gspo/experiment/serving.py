@@ -9,7 +9,7 @@ from gspo.core.compute import ComputeThread
 from gspo.experiment.stop import leave
 from gspo.policy.load import load_policy
 from gspo.policy.probe import choose_packing
-from gspo.serve.app import create_app
+from gspo.serve.app import create_app, one_engine
 from gspo.serve.selfcheck import make_engine
 from gspo.serve.server import address, bind, serve
 
@@ -34,7 +34,8 @@ def serve_model(model: str, host: str, port: int, name: str, api_key: str | None
     policy = load_policy(model)
     choose_packing(policy)
     compute = ComputeThread()
-    app = create_app(make_engine(policy, compute, sockets=True), lambda: [name])
+    engine = make_engine(policy, compute, sockets=True)
+    app = create_app(one_engine(engine, lambda: [name]), lambda: [name])
     print(f"serving {name} on {address(listener)}", flush=True)
     status = 0
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
@@ -120,6 +120,7 @@ class Piece:
         index: number of the completion, 0 to n - 1.
         token_ids, logprobs, policy_versions: of its new tokens, as in `Completion`.
         finish_reason: with its last piece; None before.
+        completion: with its last piece: the whole of it.
     """
 
     index: int
@@ -127,6 +128,7 @@ class Piece:
     logprobs: tuple[float, ...]
     policy_versions: tuple[int, ...]
     finish_reason: FinishReason | None = None
+    completion: Completion | None = None
 
 
 @runtime_checkable
@@ -142,6 +144,16 @@ class Engine(Protocol):
     """
 
     receipts: Receipts | None
+
+    @property
+    def most_characters(self) -> int:
+        """A text of more characters has more tokens than the model's context."""
+        ...
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """How many requests run, and how many wait."""
+        ...
 
     @property
     def policy_version(self) -> int:
@@ -189,7 +201,7 @@ class Engine(Protocol):
         """
         ...
 
-    def stream(self, request: Request) -> AsyncIterator[Piece]:
+    def stream(self, request: Request) -> AsyncGenerator[Piece, None]:
         """Sample as `complete` does, and hand over each step's tokens. To cancel it, close it.
 
         Raises:

@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -71,6 +71,12 @@ class Scheduler:
         """Whether requests join those that run."""
         return self._sockets or self._engine.exact
 
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """How many requests run, and how many wait."""
+        running = sum(ticket.next > 0 for ticket in self._active)
+        return running, max(0, self._open - running)
+
     async def complete(self, request: Request) -> list[Completion]:
         """See `Engine.complete`."""
         with self._ticket(request, streams=False) as ticket:
@@ -78,7 +84,7 @@ class Scheduler:
             assert isinstance(answer, list)
             return answer
 
-    async def stream(self, request: Request) -> AsyncIterator[Piece]:
+    async def stream(self, request: Request) -> AsyncGenerator[Piece, None]:
         """See `Engine.stream`."""
         with self._ticket(request, streams=True) as ticket:
             while isinstance(piece := await self._next_item(ticket), Piece):
@@ -271,7 +277,8 @@ class Scheduler:
             if tokens:
                 ticket.sent[index] += len(tokens)
                 finish = completion.finish
-                made.append((ticket, Piece(index, tokens, logprobs, versions, finish)))
+                whole = self._engine.whole(completion) if finish else None
+                made.append((ticket, Piece(index, tokens, logprobs, versions, finish, whole)))
         return made
 
     def _deliver(self, made: Made) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from fastapi import FastAPI
 
 from gspo.core.errors import ConfigError, ServeError
-from gspo.serve.app import create_app
+from gspo.serve.app import create_app, one_engine
 from gspo.serve.connection import FLUSH_SECONDS, PortServer
 from gspo.serve.engine import Engine
 from gspo.serve.guard import is_loopback
@@ -92,7 +92,9 @@ class Serving:
         names: Callable[[], list[str]],
         listener: socket.socket | None = None,
     ):
-        self.app = create_app(engine, names)
+        self._engine: Engine | None = engine
+        self._names = names
+        self.app = create_app(self._find, names)
         self.client = in_process_client(self.app)
         self.url = str(self.client.base_url)
         self._listener = listener
@@ -103,6 +105,11 @@ class Serving:
             self._thread = threading.Thread(
                 target=self._server.run, args=([listener],), name="gspo-server", daemon=True
             )
+
+    async def _find(self, name: str) -> Engine:
+        if self._engine is None:
+            raise ServeError("the backend that served this model is closed")
+        return await one_engine(self._engine, self._names)(name)
 
     async def start(self) -> None:
         """Return once requests are answered. A failure stops all of it.
@@ -137,7 +144,8 @@ class Serving:
                 await asyncio.to_thread(self._thread.join, STOP_SECONDS + FLUSH_SECONDS + 5)
             self._listener.close()
         await self.client.close()
-        if (engine := self.app.state.engine) is not None:
+        engine, self._engine = self._engine, None  # a client may still hold the app
+        if engine is not None:
             engine.close()
-        self.app.state.engine = None  # a client may still hold the app
+        self.app.state.engines.clear()
         await asyncio.sleep(0)  # those that waited are told

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -22,7 +22,7 @@ from gspo.serve.batch import Batch
 from gspo.serve.decoding import OpenCompletion
 from gspo.serve.engine import Completion, Piece, Request, check_fits
 from gspo.serve.scheduler import Scheduler
-from gspo.serve.tokens import end_tokens, ends_of, token_bytes
+from gspo.serve.tokens import end_tokens, ends_of, text_of, token_bytes
 from gspo.weights.receipt import Probe, Receipts, score
 
 _REMEMBERED = 2**20
@@ -60,6 +60,7 @@ class TorchEngine:
             "shared" if packed and policy.packing in WITH_GSPO_ATTENTION else "model_cache"
         )
         """How keys and values are kept; `check_engine` goes on to the next if one isn't exact."""
+        self.most_characters = policy.context * max(map(len, policy.tokenizer.get_vocab()))
         self._seed = seed
         self._drawn: Counter[int] = Counter()
         self._ends = end_tokens(policy)
@@ -76,6 +77,10 @@ class TorchEngine:
     def exact(self) -> bool:
         """Whether a completion's numbers don't depend on what is decoded beside it."""
         return self.policy.exact
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        return self._scheduler.traffic
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         return self.policy.tokenizer(text, add_special_tokens=special)["input_ids"]
@@ -96,8 +101,7 @@ class TorchEngine:
         return self.encode(str(text))
 
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
-        ids = list(token_ids)
-        return str(self.policy.tokenizer.decode(ids, skip_special_tokens=not special))
+        return text_of(self.policy.tokenizer, token_ids, special=special)
 
     def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
         return token_bytes(self.policy.tokenizer, token_ids)
@@ -127,7 +131,7 @@ class TorchEngine:
         self.check(request)
         return await self._scheduler.complete(request)
 
-    def stream(self, request: Request) -> AsyncIterator[Piece]:
+    def stream(self, request: Request) -> AsyncGenerator[Piece, None]:
         self.check(request)
         return self._scheduler.stream(request)
 
@@ -179,7 +183,7 @@ class TorchEngine:
 
     def closed(self, group: Group) -> list[Completion]:
         """What became of a request's completions; all have ended."""
-        return [self._closed(completion) for completion in group.completions]
+        return [self.whole(completion) for completion in group.completions]
 
     def _keys(self, request: Request) -> list[tuple[int, int]]:
         """Return the keys of the random numbers of the request's completions."""
@@ -194,7 +198,8 @@ class TorchEngine:
         # Seeded and unseeded draws never meet: their second words differ in sign.
         return [(seed, -1 - index) for index in range(first, first + params.n)]
 
-    def _closed(self, completion: OpenCompletion) -> Completion:
+    def whole(self, completion: OpenCompletion) -> Completion:
+        """What became of a completion that has ended."""
         assert completion.finish is not None
         params, tokens, text = completion.params, completion.tokens, completion.text
         if text is None:
