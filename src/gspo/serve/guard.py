@@ -13,6 +13,8 @@ import re
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gspo.serve.refusals import RETRY_SECONDS, error_body
+
 MAX_HEADERS = 100
 HEADER_BYTES = 32 * 2**10
 """All headers of a request together."""
@@ -26,13 +28,11 @@ SEND_SECONDS = 60.0
 """How long a client may leave a part of its answer unread."""
 PART_BYTES = 64 * 2**10
 """An answer is sent in parts of so many bytes: what a client that doesn't read can hold."""
-RETRY_SECONDS = 1
 OPEN_PATHS = {"/health"}
 """They tell nothing, and need no key."""
 
 LOOPBACK = {"localhost", "127.0.0.1", "[::1]"}
 _HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[^:/@\[\]\s]+?)\.?(?::\d{1,5})?")
-_KINDS = {401: "authentication_error", 429: "rate_limit_error", 503: "server_error"}
 
 
 class Refusal(Exception):
@@ -51,9 +51,7 @@ class Refusal(Exception):
 
     def answer(self) -> tuple[Message, Message]:
         """It in OpenAI's form, as ASGI's messages."""
-        kind = _KINDS.get(self.status, "invalid_request_error")
-        detail = {"message": str(self), "type": kind, "param": None, "code": self.code}
-        body = json.dumps({"error": detail}).encode()
+        body = json.dumps(error_body(self.status, str(self), code=self.code)).encode()
         headers = {"content-type": "application/json", "content-length": str(len(body))}
         if self.status in (429, 503):
             headers["retry-after"] = str(RETRY_SECONDS)

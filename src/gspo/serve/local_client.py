@@ -11,21 +11,26 @@ import asyncio
 import contextvars
 import importlib
 import json
+import logging
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-import fastapi
 import pydantic
 from fastapi import FastAPI
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from openai.types.chat import ChatCompletion
 
+from gspo.core.errors import GspoError
 from gspo.serve.app import IN_PROCESS, chat_answer
+from gspo.serve.refusals import RETRY_SECONDS, refusal
 from gspo.serve.schemas import ChatBody
+
+log = logging.getLogger("gspo")
 
 BASE_URL = "http://gspo.local/v1"
 STREAM_MESSAGES = 16
 """Messages of an answer that may wait for their reader; then what makes them waits too."""
+_LATE = "the answer took too long"
 _CHAT = "/chat/completions"
 _PLAIN = {"extra_json", "timeout", "security"}
 """Options of a request that leave it a plain one: headers or a query of its own don't."""
@@ -75,12 +80,13 @@ class LocalClient(AsyncOpenAI):
         app, body = self._app, self._chat_body(path, **call)
         if app is None or body is None:
             return await super().post(path, **call)
-        limit = call.get("options", {}).get("timeout", self.timeout)
+        seconds = call.get("options", {}).get("timeout", self.timeout)
+        limit = asyncio.timeout(getattr(seconds, "read", seconds))
         try:
-            async with asyncio.timeout(getattr(limit, "read", limit)):
+            async with limit:
                 answer = await chat_answer(app, body)
         except Exception as error:
-            token = _failed.set([error])
+            token = _failed.set([http.ReadTimeout(_LATE) if limit.expired() else error])
             try:
                 return await super().post(path, **call)
             finally:
@@ -135,7 +141,7 @@ class _Transport(http.AsyncBaseTransport):
 
     async def handle_async_request(self, request: Any) -> Any:
         if failed := _failed.get([]):
-            return await self._failure(failed.pop(), request)
+            return _failure(failed.pop())
         scope = {
             "type": "http",
             "asgi": {"version": "3.0"},
@@ -155,17 +161,16 @@ class _Transport(http.AsyncBaseTransport):
         start = await body.next()
         return http.Response(start["status"], headers=start["headers"], stream=body)
 
-    async def _failure(self, error: Exception, request: Any) -> Any:
-        """What the app answers if this is raised in it."""
-        if isinstance(error, TimeoutError):
-            raise http.ReadTimeout("the answer took too long", request=request) from error
-        handlers = self._app.exception_handlers
-        handler: Any = next((handlers[k] for k in type(error).__mro__ if k in handlers), None)
-        if handler is None:
-            raise error
-        asked = fastapi.Request({"type": "http", "app": self._app, "headers": []})
-        answer = await handler(asked, error)
-        return http.Response(answer.status_code, headers=answer.raw_headers, content=answer.body)
+
+def _failure(error: Exception) -> Any:
+    """What the app answers if this is raised in it."""
+    if isinstance(error, http.ReadTimeout):
+        raise error
+    if not isinstance(error, GspoError):
+        log.error("a chat failed", exc_info=error)
+    status, body = refusal(error)
+    headers = {"Retry-After": str(RETRY_SECONDS)} if status == 429 else None
+    return http.Response(status, headers=headers, json=body)
 
 
 class _Body(http.AsyncByteStream):
@@ -186,7 +191,8 @@ class _Body(http.AsyncByteStream):
     async def _run(self) -> None:
         try:
             await self._app(self._scope, self._receive, self._messages.put)
-        except Exception as error:
+        except Exception as error:  # the app has answered with it, as far as it could
+            log.error("a request failed", exc_info=error)
             await self._messages.put(error)
 
     async def _receive(self) -> dict[str, Any]:
@@ -209,7 +215,7 @@ class _Body(http.AsyncByteStream):
             return message
         except TimeoutError as error:
             await self.aclose()
-            raise http.ReadTimeout("the answer took too long") from error
+            raise http.ReadTimeout(_LATE) from error
         except BaseException:
             await self.aclose()
             raise
