@@ -265,8 +265,10 @@ class Scheduler:
             tokens, logprobs, versions = batch.sampled(completion, first)
             if tokens:
                 ticket.sent[index] += len(tokens)
-                finish = completion.finish
-                made.append((ticket, Piece(index, tokens, logprobs, versions, finish)))
+                finish, altered = completion.finish, completion.params.altered_by
+                top = tuple(completion.top_logprobs[first : first + len(tokens)])
+                piece = Piece(index, tokens, logprobs, versions, finish, top, altered)
+                made.append((ticket, piece))
         return made
 
     def _deliver(self, made: Made) -> None:

@@ -14,13 +14,14 @@ from gspo.core.draws import seed_of
 from gspo.core.errors import GspoError, RequestError
 from gspo.core.timing import span
 from gspo.kernels.attention import PACKED
-from gspo.kernels.hf import attention_implementation
+from gspo.kernels.hf import attention_implementation, decode
 from gspo.kernels.kv_cache import Layout
 from gspo.policy.policy import WITH_GSPO_ATTENTION, Policy
 from gspo.serve.admission import Group, Line
 from gspo.serve.batch import Batch
 from gspo.serve.decoding import OpenCompletion
 from gspo.serve.engine import Completion, Piece, Request, check_fits
+from gspo.serve.grammar import Grammars
 from gspo.serve.scheduler import Scheduler
 from gspo.serve.tokens import end_tokens, ends_of, token_bytes
 from gspo.weights.receipt import Probe, Receipts, score
@@ -63,6 +64,8 @@ class TorchEngine:
         self._seed = seed
         self._drawn: Counter[int] = Counter()
         self._ends = end_tokens(policy)
+        ends = self._ends.nonzero().flatten().tolist()
+        self._grammars = Grammars(policy.tokenizer, policy.head.size, ends)
         self._scheduler = Scheduler(self, compute or ComputeThread(), sockets=sockets)
 
     @property
@@ -96,8 +99,7 @@ class TorchEngine:
         return self.encode(str(text))
 
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
-        ids = list(token_ids)
-        return str(self.policy.tokenizer.decode(ids, skip_special_tokens=not special))
+        return decode(self.policy.tokenizer, list(token_ids), special=special)
 
     def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
         return token_bytes(self.policy.tokenizer, token_ids)
@@ -117,6 +119,8 @@ class TorchEngine:
                 self.policy.routers.require("return_routes")
             except GspoError as error:
                 raise RequestError(str(error), param="return_routes") from None
+        if request.params.grammar:
+            self._grammars.start(request.params.grammar)
         return limit, ends_of(request.params, self.policy.tokenizer, self.policy.head.size)
 
     def reseed(self, seed: int) -> None:
@@ -174,8 +178,11 @@ class TorchEngine:
             RequestError: see `Engine.check`.
         """
         limit, ends = self._prepare(request)
-        keys = self._keys(request)
-        return [OpenCompletion(request, limit, key, ends) for key in keys]
+        opened = [OpenCompletion(request, limit, key, ends) for key in self._keys(request)]
+        if request.params.grammar:
+            for completion in opened:
+                completion.matcher = self._grammars.start(request.params.grammar)
+        return opened
 
     def closed(self, group: Group) -> list[Completion]:
         """What became of a request's completions; all have ended."""
@@ -213,4 +220,6 @@ class TorchEngine:
             expert_choices=np.concatenate(completion.expert_choices)
             if completion.expert_choices
             else None,
+            top_logprobs=tuple(completion.top_logprobs),
+            altered_by=params.altered_by,
         )
