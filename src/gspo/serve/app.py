@@ -23,7 +23,6 @@ from gspo.serve.refusals import DOCUMENTED, HungUpError, UnknownModelError, add_
 from gspo.serve.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, texts_in
 from gspo.serve.streaming import EventStream, begun, pieces
 from gspo.serve.text_completion import TextCompletion
-from gspo.serve.verbatim import TokenMemory
 
 T = TypeVar("T")
 Find = Callable[[str], Awaitable[Engine]]
@@ -145,14 +144,11 @@ async def _conversation(
         parallel=body.parallel_tool_calls is not False,
         schema=schema,
     )
-    memory = None
-    if episode is not None and not episode.ended:
-        memory = episode.memory = episode.memory or TokenMemory()
     options = {
         "tools": tools,
         "template_kwargs": body.template_kwargs(engine.chat),
         "continue_final": bool(body.continue_final_message),
-        "memory": memory,
+        "memory": None if episode is None else episode.memory,
     }
     texts = texts_in([messages, tools, options["template_kwargs"]])
     prompt = await _tokenized(http, engine, texts, lambda: engine.encode_chat(messages, **options))
