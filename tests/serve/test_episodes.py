@@ -131,7 +131,7 @@ def test_draws_depend_on_the_episode(app: fastapi.FastAPI):
 async def test_requests_of_an_episode_draw_for_it(client: AsyncOpenAI, app: fastapi.FastAPI):
     await of(client, "a").chat.completions.create(model="m", messages=HI)
     await client.chat.completions.create(model="m", messages=HI)
-    purposes = [request.params.purpose for request in app.state.engine.requests]
+    purposes = [request.params.purpose for request in app.state.engines["m"].requests]
     assert purposes == [("episode", "a"), ()]
     assert current_episode() is None
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gspo.core.draws import purpose
 from gspo.core.errors import RequestError, shown, suggestion
-from gspo.serve.chat import ChatFormat
+from gspo.serve.chat import ChatFormat, tools_of
 from gspo.serve.engine import SamplingParams
 
 _IGNORABLE = {"user", "metadata", "service_tier", "prompt_cache_key", "prompt_cache_retention"}
@@ -20,7 +20,7 @@ _UNSUPPORTED: tuple[tuple[Any, str], ...] = (
     (0, "prompt_logprobs"),
     (1, "best_of length_penalty"),
     ("", "suffix chat_template"),
-    ([], "functions documents include"),
+    ([], "functions documents"),
     (["text"], "modalities"),
     ("disabled", "truncation"),
     (None, "audio prediction web_search_options previous_response_id conversation prompt"),
@@ -190,7 +190,7 @@ class ChatBody(_Sampled):
                     '{"type": "function", "function": {"name": ...}}',
                     "tool_choice",
                 )
-        names = [(tool.get("function") or {}).get("name") for tool in self.tools or ()]
+        names = list(tools_of(self.tools or ()))
         if not names or (isinstance(wanted, str) and wanted not in names):
             raise RequestError(
                 f"tool_choice = {shown(choice)}: the request's tools are {names}", "tool_choice"
@@ -245,6 +245,38 @@ class CompletionBody(_Sampled):
             raise RequestError("prompt = []: give at least one prompt", param="prompt")
         single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
         return [self.prompt] if single else list(self.prompt)  # pyright: ignore[reportReturnType]
+
+
+class NoOptions(BaseModel):
+    """What a stream of `/v1/responses` carries besides: nothing."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_obfuscation: Literal[False] | None = None
+
+
+class ResponsesBody(_Sampled):
+    """POST /v1/responses: see `gspo.serve.responses`."""
+
+    input: str | list[dict[str, Any]]
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    text: dict[str, Any] | None = None
+    reasoning: dict[str, Any] | None = None
+    include: list[Literal["message.output_text.logprobs"]] | None = None
+    top_logprobs: int | None = None
+    metadata: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    stream_options: NoOptions | None = None
+
+    @model_validator(mode="after")
+    def _single(self) -> Self:
+        if self.n not in (None, 1):
+            raise ValueError("n: a response is one completion")
+        return self
 
 
 class TokenizeBody(_Asked):
