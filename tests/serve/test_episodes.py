@@ -13,7 +13,7 @@ from openai import APIStatusError, AsyncOpenAI, BadRequestError, RateLimitError
 import gspo as art
 from gspo.core.errors import ConfigError
 from gspo.serve import episodes
-from gspo.serve.app import create_app
+from gspo.serve.app import create_app, one_engine
 from gspo.serve.episodes import Episode, Episodes, current, current_episode, recording
 from gspo.serve.fake_engine import FakeEngine
 from gspo.serve.server import in_process_client
@@ -24,7 +24,7 @@ HI: Any = [{"role": "user", "content": "hi"}]
 
 @pytest.fixture
 def app() -> fastapi.FastAPI:
-    return create_app(FakeEngine(), lambda: ["m"])
+    return create_app(one_engine(FakeEngine(), names), names)
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ async def test_calls_of_this_process_are_recorded_in_its_episode(client: AsyncOp
 
 
 async def test_only_one_server_is_recorded(app: fastapi.FastAPI, client: AsyncOpenAI):
-    other = in_process_client(create_app(FakeEngine(), lambda: ["m"]))
+    other = in_process_client(create_app(one_engine(FakeEngine(), names), names))
     episode = Episode()
     with recording(episode):
         mine = await client.chat.completions.create(model="m", messages=HI)
@@ -213,8 +213,8 @@ def test_the_document_names_the_routes_of_episodes(app: fastapi.FastAPI):
 
 
 def test_current_asks_which_server():
-    app = create_app(FakeEngine(), lambda: ["m"])
-    http = fastapi.Request({"type": "http", "app": app, "headers": []})
-    assert current(http) is None
+    app = create_app(one_engine(FakeEngine(), names), names)
+    assert current(app) is None
     with recording(episode := Episode()):
-        assert current(http) is episode
+        assert current(app) is episode
+        assert current(create_app(one_engine(FakeEngine(), names), names)) is None

@@ -141,13 +141,8 @@ _current: contextvars.ContextVar[Episode | None] = contextvars.ContextVar(
 )
 
 
-def current(asked: fastapi.Request | fastapi.FastAPI) -> Episode | None:
-    """The episode that a request belongs to, or None. To be called by what handles the request.
-
-    Args:
-        asked: the request; or the app, for a chat of this process that skips HTTP.
-    """
-    app = asked if isinstance(asked, fastapi.FastAPI) else asked.app
+def current(app: fastapi.FastAPI) -> Episode | None:
+    """The episode that a request to this app belongs to, or None. To be called by its handler."""
     episode, server = _current.get(), app.state.episodes
     return episode if episode is not None and episode.belongs_to(server) else None
 
