@@ -11,6 +11,7 @@ token ids), give it a reward (`POST /episodes/<id>/reward`) and drop it (`DELETE
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import copy
 import logging
@@ -19,7 +20,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import fastapi
 from fastapi.responses import JSONResponse, Response
@@ -31,8 +32,9 @@ from gspo.core.draws import Word, drawing_for
 from gspo.core.errors import BusyError, ConfigError, RequestError
 from gspo.serve.histories import Conversations
 from gspo.serve.verbatim import TokenMemory
-from gspo.trajectories import Trajectory
+from gspo.trajectories import History, Trajectory
 
+AnyHistory = TypeVar("AnyHistory", History, Trajectory)
 log = logging.getLogger("gspo")
 
 MOST_EPISODES = 4096
@@ -108,10 +110,12 @@ class Episode:
             self.server = self.server or server
             return self.server is server
 
-    def as_json(self) -> str:
-        """The trajectory so far, as ART writes it."""
+    def so_far(self) -> Trajectory:
+        """What is recorded by now; later calls leave it as it is."""
         with self._lock:
-            return self.trajectory.model_dump_json()
+            t = self.trajectory
+            further = [_copied(history) for history in t.additional_histories]
+            return _copied(t).model_copy(update={"additional_histories": further})
 
     def end(self) -> None:
         """Record nothing more, and let go of what recording needed."""
@@ -128,6 +132,10 @@ class Episode:
             return False
         self.tokens += len(choice["prompt_token_ids"]) + len(choice["token_ids"])
         return True
+
+
+def _copied(history: AnyHistory) -> AnyHistory:
+    return history.model_copy(update={"messages_and_choices": [*history.messages_and_choices]})
 
 
 def _choice_of(fields: Mapping[str, Any]) -> Choice:
@@ -274,7 +282,8 @@ async def read_episode(http: fastapi.Request, id: Id) -> Response:
     episode = http.app.state.episodes.find(id)
     if episode is None:
         return _unknown(id)
-    return Response(episode.as_json(), media_type="application/json")
+    text = await asyncio.to_thread(episode.so_far().model_dump_json)  # which may take a while
+    return Response(text, media_type="application/json")
 
 
 @router.post("/episodes/{episode}/reward")
