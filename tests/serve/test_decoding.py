@@ -18,8 +18,8 @@ from gspo.policy.load import Policy
 from gspo.policy.probe import choose_packing
 from gspo.serve.engine import Engine, Request, SamplingParams
 from gspo.serve.fake_engine import FakeEngine
+from gspo.serve.local_client import in_process_client
 from gspo.serve.selfcheck import check_engine
-from gspo.serve.server import in_process_client
 from gspo.serve.torch_engine import TorchEngine
 from gspo.train.minibatches import prepare
 from gspo.train.settings import resolve

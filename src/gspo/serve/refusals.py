@@ -73,10 +73,17 @@ def refusal(error: Exception) -> tuple[int, dict[str, Any]]:
         message, status = str(error.detail), error.status_code
     elif not isinstance(error, GspoError):
         message = f"an error of the server itself, {type(error).__name__}: see its log"
-    kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
     message = message.encode(errors="backslashreplace").decode()  # half a surrogate pair is no text
     param = param if param is None else param.encode(errors="backslashreplace").decode()
-    return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return status, error_body(status, message, param, code)
+
+
+def error_body(
+    status: int, message: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """Return the body that goes with a status."""
+    kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def _of_validation(error: RequestValidationError) -> tuple[str, str | None]:

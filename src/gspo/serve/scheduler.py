@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 MAX_OPEN = 16_384
 """Requests that may be unanswered at once."""
+MAX_PIECES = 256
+"""Of a stream, that may wait for their reader."""
 STEP_SECONDS = 1800.0
 """A longer step is stuck. The prompts of a first batch may take minutes on a CPU."""
 TURN_SECONDS = 24 * 3600.0
@@ -265,17 +267,20 @@ class Scheduler:
         return [(ticket, ours) for ticket in failed]
 
     def _pieces(self, ticket: Ticket, batch: Batch) -> Made:
+        """What a step added to a stream; a slow reader gets it later, with what comes after it."""
         made: Made = []
+        if ticket.box.qsize() >= MAX_PIECES and not all(c.finish for c in ticket.completions):
+            return made
         for index, first in enumerate(ticket.sent):
             completion = ticket.completions[index]
             tokens, logprobs, versions = batch.sampled(completion, first)
             if tokens:
                 ticket.sent[index] += len(tokens)
-                finish = completion.finish
+                finish, altered = completion.finish, completion.params.altered_by
+                top = tuple(completion.top_logprobs[first : first + len(tokens)])
                 whole = self._engine.whole(completion) if finish else None
-                made.append(
-                    (ticket, Piece(index, tokens, logprobs, versions, finish, completion=whole))
-                )
+                piece = Piece(index, tokens, logprobs, versions, finish, top, altered, whole)
+                made.append((ticket, piece))
         return made
 
     def _deliver(self, made: Made) -> None:

@@ -18,6 +18,8 @@ from gspo.serve.refusals import refusal
 
 log = logging.getLogger("gspo")
 
+MAX_WAITING = 64
+"""Pieces of one answer that may wait for their reader here."""
 _UNKNOWN = "\ufffd"  # how decoders write a part of a character
 
 
@@ -87,16 +89,17 @@ async def pieces(
     Raises:
         GspoError: see `Engine.stream`. The other requests are let go of.
     """
-    box: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue()
+    # Few: while their reader is slow, those of one completion become one (see `MAX_PIECES`).
+    box: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue(MAX_WAITING)
 
     async def pump(number: int, request: Request) -> None:
         try:
             async with aclosing(engine.stream(request)) as stream:
                 async for piece in stream:
-                    box.put_nowait((number, piece))
-            box.put_nowait((number, None))
+                    await box.put((number, piece))
+            await box.put((number, None))
         except Exception as error:
-            box.put_nowait((number, error))
+            await box.put((number, error))
 
     tasks = [asyncio.create_task(pump(i, request)) for i, request in enumerate(requests)]
     try:

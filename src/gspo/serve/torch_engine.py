@@ -15,7 +15,7 @@ from gspo.core.draws import seed_of
 from gspo.core.errors import GspoError, RequestError
 from gspo.core.timing import span
 from gspo.kernels.attention import PACKED
-from gspo.kernels.hf import attention_implementation
+from gspo.kernels.hf import attention_implementation, decode
 from gspo.kernels.kv_cache import Layout
 from gspo.policy.policy import WITH_GSPO_ATTENTION, Policy
 from gspo.serve.admission import Group, Line
@@ -23,6 +23,7 @@ from gspo.serve.batch import Batch
 from gspo.serve.chat import ChatFormat
 from gspo.serve.decoding import OpenCompletion
 from gspo.serve.engine import Completion, Piece, Request, check_fits
+from gspo.serve.grammar import Grammars
 from gspo.serve.scheduler import Scheduler
 from gspo.serve.tokens import end_tokens, ends_of, text_of, token_bytes
 from gspo.serve.verbatim import TokenMemory, chat_tokens
@@ -67,8 +68,10 @@ class TorchEngine:
         self._seed = seed
         self._drawn: Counter[int] = Counter()
         self._ends = end_tokens(policy)
-        ends = [self.decode([i], special=True) for i in self._ends.nonzero().flatten().tolist()]
-        self.chat = ChatFormat(policy.tokenizer, str(policy.source), ends)
+        ends = self._ends.nonzero().flatten().tolist()
+        texts = [self.decode([token], special=True) for token in ends]
+        self.chat = ChatFormat(policy.tokenizer, str(policy.source), texts)
+        self._grammars = Grammars(policy.tokenizer, policy.head.size, ends)
         self._scheduler = Scheduler(self, compute or ComputeThread(), sockets=sockets)
 
     @property
@@ -129,6 +132,8 @@ class TorchEngine:
                 self.policy.routers.require("return_routes")
             except GspoError as error:
                 raise RequestError(str(error), param="return_routes") from None
+        if request.params.grammar:
+            self._grammars.start(request.params.grammar)
         return limit, ends_of(request.params, self.policy.tokenizer, self.policy.head.size)
 
     def reseed(self, seed: int) -> None:
@@ -186,8 +191,11 @@ class TorchEngine:
             RequestError: see `Engine.check`.
         """
         limit, ends = self._prepare(request)
-        keys = self._keys(request)
-        return [OpenCompletion(request, limit, key, ends) for key in keys]
+        opened = [OpenCompletion(request, limit, key, ends) for key in self._keys(request)]
+        if request.params.grammar:
+            for completion in opened:
+                completion.matcher = self._grammars.start(request.params.grammar)
+        return opened
 
     def closed(self, group: Group) -> list[Completion]:
         """What became of a request's completions; all have ended."""
@@ -226,4 +234,6 @@ class TorchEngine:
             expert_choices=np.concatenate(completion.expert_choices)
             if completion.expert_choices
             else None,
+            top_logprobs=tuple(completion.top_logprobs),
+            altered_by=params.altered_by,
         )
