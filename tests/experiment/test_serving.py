@@ -51,7 +51,8 @@ def test_a_signal_ends_a_server_that_is_sampling(number: signal.Signals, status:
             with socket.create_connection((host, int(port))) as asking:
                 asking.sendall(
                     b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
-                    b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(REQUEST), REQUEST)
+                    b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
+                    % (len(REQUEST), REQUEST)
                 )
                 assert process.stdout.readline() == "sampling\n"
                 began = time.monotonic()

@@ -106,7 +106,7 @@ async def test_what_means_nothing_is_refused_by_name(client, extra: dict, messag
         ({"stop_tokens_please": [1]}, "unknown parameter 'stop_tokens_please'."),
         ({"guided_json": "x"}, "unknown parameter 'guided_json'."),
         ({"min_tokens": 3}, "FakeEngine replies with the text that it was given"),
-        ({"temperature": 1e-40}, "temperature = 1e-40: must be 0, or in [0.001, 100]"),
+        ({"temperature": 1e-40}, "temperature = 1e-40 (float): must be 0, or in [0.001, 100]"),
     ],
 )
 async def test_hints_are_given_only_where_a_name_is_near(client, extra: dict, message: str):

@@ -2,7 +2,8 @@
 
 Beside OpenAI's fields, each choice carries what training needs: `token_ids`, `prompt_token_ids`,
 `token_logprobs`, `temperature` and `policy_version`; `policy_versions`, one of each token, if
-weights were published while it was sampled; with `return_routes: true`, an MoE engine's
+weights were published while it was sampled; `altered_by`, if tokens were drawn from another
+distribution than that of the log-probs; with `return_routes: true`, an MoE engine's
 `routed_experts`.
 """
 
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gspo.data.expert_choices import encode_expert_choices
-from gspo.serve.engine import Completion, Engine
+from gspo.serve.engine import Completion, Engine, Piece
 
 _numbers = itertools.count(1)  # numbers the answers of this process
 
@@ -46,6 +47,8 @@ def training_fields(completion: Completion) -> dict[str, Any]:
     }
     if len(set(completion.policy_versions)) > 1:
         fields["policy_versions"] = list(completion.policy_versions)
+    if completion.altered_by:
+        fields["altered_by"] = list(completion.altered_by)
     if completion.expert_choices is not None:
         fields["routed_experts"] = encode_expert_choices(completion.expert_choices)
     return fields
@@ -56,24 +59,24 @@ def token_fields(token_ids: Sequence[int], logprobs: Sequence[float]) -> dict[st
 
 
 def chat_logprobs(
-    engine: Engine,
-    token_ids: Sequence[int],
-    logprobs: Sequence[float],
-    before: Sequence[int] = (),
+    engine: Engine, sampled: Completion | Piece, before: Sequence[int] = ()
 ) -> dict[str, Any]:
     """Log-probs of tokens in the form of a chat's choice.
 
     Args:
         engine: what decodes them.
-        token_ids: tokens that follow each other.
-        logprobs: theirs.
+        sampled: the tokens.
         before: tokens before them: a tokenizer may drop the space that a text begins with.
     """
-    raws = engine.token_bytes([*before, *token_ids])[len(before) :]
-    entries = [
-        _entry(engine, token, logprob, raw) | {"top_logprobs": []}
-        for token, logprob, raw in zip(token_ids, logprobs, raws, strict=True)
-    ]
+    raws = engine.token_bytes([*before, *sampled.token_ids])[len(before) :]
+    entries = []
+    for i, (token, logprob) in enumerate(zip(sampled.token_ids, sampled.logprobs, strict=True)):
+        top = [
+            _entry(engine, other, its, *engine.token_bytes([other]))
+            for others in sampled.top_logprobs[i : i + 1]
+            for other, its in others
+        ]
+        entries.append(_entry(engine, token, logprob, raws[i]) | {"top_logprobs": top})
     return {"content": entries, "refusal": None}
 
 
@@ -82,21 +85,22 @@ def _entry(engine: Engine, token: int, logprob: float, raw: bytes) -> dict[str, 
     return {"token": text, "logprob": logprob, "bytes": list(raw)}
 
 
-def text_logprobs(
-    engine: Engine, token_ids: Sequence[int], logprobs: Sequence[float], offset: int = 0
-) -> dict[str, Any]:
+def text_logprobs(engine: Engine, sampled: Completion | Piece, offset: int = 0) -> dict[str, Any]:
     """Log-probs of tokens in the form of a text completion's choice.
 
     Args:
         engine: what decodes them.
-        token_ids: tokens that follow each other.
-        logprobs: theirs.
+        sampled: the tokens.
         offset: characters of the tokens before them.
     """
-    texts = [engine.decode([token], special=True) for token in token_ids]
+    texts = [engine.decode([token], special=True) for token in sampled.token_ids]
+    top = [
+        {engine.decode([token], special=True): logprob for token, logprob in reversed(others)}
+        for others in sampled.top_logprobs
+    ]
     return {
         "tokens": texts,
-        "token_logprobs": list(logprobs),
-        "top_logprobs": None,
+        "token_logprobs": list(sampled.logprobs),
+        "top_logprobs": top or None,
         "text_offset": list(itertools.accumulate(map(len, texts), initial=offset))[:-1],
     }

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import fastapi
@@ -13,6 +14,8 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from gspo.core.errors import RequestError
+from gspo.serve import episodes
+from gspo.serve.constraint import answer_grammar
 from gspo.serve.conversation import Conversation, chat_chunks
 from gspo.serve.engine import Completion, Engine, Piece, Request
 from gspo.serve.meters import Metered, Meters
@@ -25,7 +28,7 @@ T = TypeVar("T")
 Find = Callable[[str], Awaitable[Engine]]
 
 # The handlers are functions of the module, not closures: FastAPI never lets go of a handler.
-router = fastapi.APIRouter(responses=DOCUMENTED)
+router, v1 = (fastapi.APIRouter(responses=DOCUMENTED) for _ in range(2))
 IN_PROCESS = "in-process"
 """The client's host in requests that come through no socket."""
 MOST_COMPLETIONS = 4096
@@ -48,6 +51,8 @@ def create_app(find: Find, names: Callable[[], list[str]]) -> fastapi.FastAPI:
     app.state.meters = Meters()
     app.state.began = int(time.time())
     app.include_router(router)
+    app.include_router(v1, prefix="/v1")
+    episodes.include_episodes(app, v1)
     app.add_middleware(Metered, meters=app.state.meters)
     add_handlers(app)
     return app
@@ -78,20 +83,20 @@ async def metrics(http: fastapi.Request) -> Response:
     return Response(state.meters.text(engines), media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/v1/models")
+@v1.get("/models")
 async def models(http: fastapi.Request) -> dict[str, Any]:
     data = [_model_entry(http, name) for name in http.app.state.names()]
     return {"object": "list", "data": data}
 
 
-@router.get("/v1/models/{model:path}")
+@v1.get("/models/{model:path}")
 async def model(http: fastapi.Request, model: str) -> dict[str, Any]:
     if model not in http.app.state.names():
         raise UnknownModelError(_no_model(http, model), "model")
     return _model_entry(http, model)
 
 
-@router.post("/v1/chat/completions")
+@v1.post("/chat/completions")
 async def chat(http: fastapi.Request, body: ChatBody) -> Response:
     if not body.stream:
         # Sent as it is: validating our own answer again would cost more than sampling it.
@@ -121,21 +126,54 @@ async def _conversation(
     app: fastapi.FastAPI, body: ChatBody, http: fastapi.Request | None
 ) -> Conversation:
     """Prepare a chat."""
-    engine, params = await _engine(app, body.model), body.sampling(body.limit())
-    messages = body.text_messages()
-    prompt = await _tokenized(
-        http, engine, texts_in(messages), lambda: engine.encode_chat(messages)
+    engine, params, episode = await _engine(app, body.model), body.params(), episodes.current(app)
+    messages, tools = body.text_messages(), body.tools or None
+    must_call, schema = body.must_call(), body.answer_schema()
+    calls = tools if body.tool_choice != "none" else None
+    reads = engine.chat.wants_special(calls)
+    if reads and body.skip_special_tokens is False:
+        raise RequestError(
+            "skip_special_tokens = false: calls of tools are read from the special tokens, which "
+            "are no part of the message",
+            "skip_special_tokens",
+        )
+    grammar = answer_grammar(
+        engine.chat,
+        calls,
+        must_call=must_call,
+        parallel=body.parallel_tool_calls is not False,
+        schema=schema,
     )
+    options = {
+        "tools": tools,
+        "template_kwargs": body.template_kwargs(engine.chat),
+        "continue_final": bool(body.continue_final_message),
+        "memory": None if episode is None else episode.memory,
+    }
+    texts = texts_in([messages, tools, options["template_kwargs"]])
+    prompt = await _tokenized(http, engine, texts, lambda: engine.encode_chat(messages, **options))
     return Conversation(
-        engine, body.model, tuple(prompt), params, bool(body.logprobs), body.tokens_asked()
+        engine=engine,
+        model=body.model,
+        messages=body.messages,
+        prompt=tuple(prompt),
+        params=replace(
+            params,
+            grammar=grammar,
+            skip_special_tokens=params.skip_special_tokens and not reads,
+        ),
+        tools=tools,
+        reads=reads,
+        calls=calls is not None,
+        logprobs=bool(body.logprobs),
+        tokens=body.tokens_asked(),
+        episode=episode,
     )
 
 
-@router.post("/v1/completions")
+@v1.post("/completions")
 async def completions(http: fastapi.Request, body: CompletionBody) -> Response:
-    engine, params = await _engine(http.app, body.model), body.sampling(body.max_tokens)
-    if body.logprobs not in (None, 0):
-        raise RequestError("logprobs: only 0, the chosen tokens', is supported", "logprobs")
+    engine, params = await _engine(http.app, body.model), body.params()
     given = body.prompts()
     if len(given) * params.n > MOST_COMPLETIONS:
         raise RequestError(
@@ -150,8 +188,15 @@ async def completions(http: fastapi.Request, body: CompletionBody) -> Response:
         ]
 
     prompts = await _tokenized(http, engine, [p for p in given if isinstance(p, str)], encode)
-    with_logprobs = body.logprobs is not None
-    call = TextCompletion(engine, body.model, prompts, params, with_logprobs, body.tokens_asked())
+    call = TextCompletion(
+        engine=engine,
+        model=body.model,
+        prompts=prompts,
+        params=params,
+        logprobs=body.logprobs is not None,
+        tokens=body.tokens_asked(),
+        episode=episodes.current(http.app),
+    )
     if body.stream:
         events = call.chunks(_pieces(http, engine, call.requests), body.usage_asked())
         return EventStream(await _unless_gone(http, begun(events)))
@@ -167,9 +212,9 @@ async def tokenize(http: fastapi.Request, body: TokenizeBody) -> dict[str, Any]:
     engine = await _engine(http.app, body.model)
     text, messages = body.content()
     if messages is not None:
-        ids = await _tokenized(
-            http, engine, texts_in(messages), lambda: engine.encode_chat(messages)
-        )
+        options = {"tools": body.tools, "template_kwargs": body.chat_template_kwargs}
+        texts = texts_in([messages, *options.values()])
+        ids = await _tokenized(http, engine, texts, lambda: engine.encode_chat(messages, **options))
     else:
         special = body.add_special_tokens is not False
         ids = await _tokenized(http, engine, [text], lambda: engine.encode(text, special=special))

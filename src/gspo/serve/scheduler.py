@@ -276,9 +276,11 @@ class Scheduler:
             tokens, logprobs, versions = batch.sampled(completion, first)
             if tokens:
                 ticket.sent[index] += len(tokens)
-                finish = completion.finish
+                finish, altered = completion.finish, completion.params.altered_by
+                top = tuple(completion.top_logprobs[first : first + len(tokens)])
                 whole = self._engine.whole(completion) if finish else None
-                made.append((ticket, Piece(index, tokens, logprobs, versions, finish, whole)))
+                piece = Piece(index, tokens, logprobs, versions, finish, top, altered, whole)
+                made.append((ticket, piece))
         return made
 
     def _deliver(self, made: Made) -> None:

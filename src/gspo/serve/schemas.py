@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from gspo.core.draws import purpose
 from gspo.core.errors import RequestError, shown, suggestion
+from gspo.serve.chat import ChatFormat
 from gspo.serve.engine import SamplingParams
 
-_IGNORABLE = {"user", "metadata", "service_tier", "prompt_cache_key", "safety_identifier"}
-"""Labels for the provider's own books: they ask for nothing that changes an answer."""
+_IGNORABLE = {"user", "metadata", "service_tier", "prompt_cache_key", "prompt_cache_retention"}
+_IGNORABLE |= {"safety_identifier", "verbosity"}
+"""Labels for the provider's own books, and hints: they ask for nothing that changes an answer."""
 _UNSUPPORTED: tuple[tuple[Any, str], ...] = (
-    (False, "store echo use_beam_search add_special_tokens continue_final_message"),
-    (0, "frequency_penalty presence_penalty top_logprobs top_k min_p prompt_logprobs"),
-    (1, "best_of repetition_penalty length_penalty"),
+    (False, "store echo use_beam_search add_special_tokens background"),
+    (0, "prompt_logprobs"),
+    (1, "best_of length_penalty"),
     ("", "suffix chat_template"),
-    ({}, "logit_bias chat_template_kwargs"),
-    ([], "tools"),
-    (-1, "top_k"),
-    ("none", "tool_choice"),
-    ("auto", "tool_choice"),
-    ({"type": "text"}, "response_format"),
+    ([], "functions documents include"),
+    (["text"], "modalities"),
+    ("disabled", "truncation"),
+    (None, "audio prediction web_search_options previous_response_id conversation prompt"),
+    (None, "max_tool_calls context_management function_call"),
 )
 """Parameters of OpenAI's and vLLM's APIs that this version doesn't have, behind the value that asks
 for nothing. Any other value is refused by name: nothing is accepted and ignored."""
 _SAMPLING = {"n", "temperature", "top_p", "seed", "ignore_eos", "min_tokens", "skip_special_tokens"}
+_SAMPLING |= {"min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
 """Fields that are named as in `SamplingParams`; null means its default."""
 
 
@@ -77,10 +79,16 @@ class _Sampled(_Asked):
     stop_token_ids: list[int] | None = None
     min_tokens: int | None = None
     skip_special_tokens: bool | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    def sampling(self, max_tokens: int | None) -> SamplingParams:
+    def sampling(self, max_tokens: int | None, top_logprobs: int = 0) -> SamplingParams:
         """Return the engine's parameters.
 
         Raises:
@@ -96,7 +104,16 @@ class _Sampled(_Asked):
             stop_token_ids=tuple(self.stop_token_ids or ()),
             purpose=purpose(),
             expert_choices=bool(self.return_routes),
+            top_k=0 if self.top_k in (-1, None) else self.top_k,
+            logit_bias=tuple(self._biases()),
+            top_logprobs=top_logprobs,
         )
+
+    def _biases(self) -> Iterator[tuple[int, float]]:
+        for name, bias in sorted((self.logit_bias or {}).items()):
+            if not (name.isascii() and name.isdecimal() and len(name) < 10):
+                raise RequestError(f"logit_bias: {shown(name)} is no token id", "logit_bias")
+            yield int(name), bias
 
     def usage_asked(self) -> bool:
         """Whether a stream ends with its counts of tokens."""
@@ -114,15 +131,94 @@ class ChatBody(_Sampled):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool | None = None
+    reasoning_effort: str | None = None
 
-    def limit(self) -> int | None:
-        """Return max_completion_tokens, or what is given under its old name."""
+    def params(self) -> SamplingParams:
+        """See `sampling`."""
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs is for logprobs = true", "top_logprobs")
+        # The new name, or the old one.
         new = self.max_completion_tokens
-        return self.max_tokens if new is None else new
+        limit = self.max_tokens if new is None else new
+        return self.sampling(limit, self.top_logprobs or 0)
 
     def text_messages(self) -> list[dict[str, Any]]:
         """See `text_messages`."""
         return text_messages(self.messages)
+
+    def template_kwargs(self, chat: ChatFormat) -> dict[str, Any]:
+        """Variables of the chat template.
+
+        Raises:
+            RequestError: reasoning_effort, for a template that knows none.
+        """
+        given = dict(self.chat_template_kwargs or {})
+        if self.reasoning_effort is not None:
+            if not chat.mentions("reasoning_effort"):
+                raise RequestError(
+                    f"reasoning_effort: the chat template of {chat.source} knows none; see its own "
+                    "variables, for chat_template_kwargs",
+                    "reasoning_effort",
+                )
+            given.setdefault("reasoning_effort", self.reasoning_effort)
+        return given
+
+    def must_call(self) -> str | bool:
+        """Whether the answer must be a call of a tool: its name, or True for any.
+
+        Raises:
+            RequestError: a tool_choice that means nothing, or names no tool of the request.
+        """
+        choice = self.tool_choice
+        if choice in (None, "auto", "none"):
+            return False
+        if choice == "required":
+            wanted: str | bool = True
+        else:
+            function = choice.get("function") if isinstance(choice, dict) else None
+            wanted = function.get("name", "") if isinstance(function, dict) else ""
+            if not isinstance(wanted, str) or not wanted:
+                raise RequestError(
+                    f"tool_choice = {shown(choice)}: must be auto, none, required, or "
+                    '{"type": "function", "function": {"name": ...}}',
+                    "tool_choice",
+                )
+        names = [(tool.get("function") or {}).get("name") for tool in self.tools or ()]
+        if not names or (isinstance(wanted, str) and wanted not in names):
+            raise RequestError(
+                f"tool_choice = {shown(choice)}: the request's tools are {names}", "tool_choice"
+            )
+        return wanted
+
+    def answer_schema(self) -> Any:
+        """The JSON schema that the answer must keep to; None if it is text.
+
+        Raises:
+            RequestError: a response_format that means nothing.
+        """
+        given = self.response_format or {"type": "text"}
+        kind, inner = given.get("type"), given.get("json_schema")
+        if kind == "text":
+            return None
+        if kind == "json_object":
+            return {"type": "object"}
+        if kind == "json_schema" and isinstance(inner, dict):
+            schema = inner.get("schema")
+            if isinstance(schema, dict | bool):
+                return schema
+        raise RequestError(
+            f'response_format = {shown(given)}: must be {{"type": "text"}}, '
+            '{"type": "json_object"} or {"type": "json_schema", "json_schema": {"name": ..., '
+            '"schema": a JSON schema}}',
+            "response_format",
+        )
 
 
 class CompletionBody(_Sampled):
@@ -132,6 +228,12 @@ class CompletionBody(_Sampled):
     max_tokens: int | None = 16
     logprobs: int | None = None
     add_special_tokens: bool | None = None
+
+    def params(self) -> SamplingParams:
+        """See `sampling`. `logprobs` is how many tokens have theirs, beside the chosen one."""
+        if self.logprobs is not None and not 0 <= self.logprobs <= 20:
+            raise RequestError(f"logprobs = {self.logprobs}: must be in 0..20", "logprobs")
+        return self.sampling(self.max_tokens, self.logprobs or 0)
 
     def prompts(self) -> list[str | list[int]]:
         """Return the prompts one by one, as text or as token ids.
@@ -151,6 +253,8 @@ class TokenizeBody(_Asked):
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def content(self) -> tuple[str, list[dict[str, Any]] | None]:
         """Return the text, and the messages if it is them that are given.

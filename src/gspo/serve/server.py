@@ -14,6 +14,7 @@ from gspo.core.errors import ConfigError, ServeError
 from gspo.serve.app import create_app, one_engine
 from gspo.serve.connection import FLUSH_SECONDS, PortServer
 from gspo.serve.engine import Engine
+from gspo.serve.episodes import Episode
 from gspo.serve.guard import is_loopback
 from gspo.serve.local_client import in_process_client
 
@@ -124,6 +125,20 @@ class Serving:
         except BaseException:
             await self.stop()
             raise
+
+    def episode_url(self, episode: Episode) -> str:
+        """The base URL at which requests belong to this episode.
+
+        Raises:
+            ConfigError: there is no port, or the episode records another model.
+        """
+        if self._listener is None:
+            raise ConfigError(
+                "an episode has a base URL only if the model is served on a port: "
+                "LocalBackend(port=0), where 0 is a free one"
+            )
+        self.app.state.episodes.add(episode)
+        return f"{self.url.removesuffix('/v1')}/episodes/{episode.id}/v1"
 
     async def _start_port(self) -> None:
         self._thread.start()

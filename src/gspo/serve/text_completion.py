@@ -9,6 +9,7 @@ from typing import Any
 
 from gspo.serve.answers import head, text_logprobs, token_fields, training_fields, usage
 from gspo.serve.engine import Completion, Engine, Piece, Request, SamplingParams
+from gspo.serve.episodes import Episode
 from gspo.serve.streaming import GrowingText
 
 
@@ -23,6 +24,7 @@ class TextCompletion:
         params: how they are continued.
         logprobs: whether choices carry log-probs in OpenAI's form.
         tokens: whether they carry token ids.
+        episode: what records the choices.
     """
 
     engine: Engine
@@ -31,6 +33,7 @@ class TextCompletion:
     params: SamplingParams
     logprobs: bool = False
     tokens: bool = True
+    episode: Episode | None = None
 
     @property
     def requests(self) -> list[Request]:
@@ -48,6 +51,7 @@ class TextCompletion:
             end = {"finish_reason": completion.finish_reason, **training_fields(completion)}
             choice = self._choice(index, completion.text, completion)
             choices.append(choice | self._prompt_fields(prompt) | end)
+            self._record(prompt, choices[-1], completion)
         sampled = sum(len(completion.token_ids) for _, completion in pairs)
         start = head("cmpl", "text_completion", self.model)
         return start | {"choices": choices, "usage": self._usage(sampled)}
@@ -78,6 +82,9 @@ class TextCompletion:
                 if choice["logprobs"]:
                     lengths = map(len, choice["logprobs"]["tokens"])
                     offsets[index] = offsets.get(index, 0) + sum(lengths)
+                if piece.completion is not None:
+                    whole = {**choice, **fields, "text": piece.completion.text}
+                    self._record(self.prompts[number], whole, piece.completion)
                 yield start | {"choices": [choice | fields]}
         if with_usage:
             yield start | {"choices": [], "usage": self._usage(sampled)}
@@ -85,14 +92,23 @@ class TextCompletion:
     def _choice(
         self, index: int, text: str, sampled: Completion | Piece, offset: int = 0
     ) -> dict[str, Any]:
-        tokens = (sampled.token_ids, sampled.logprobs)
+        logprobs = text_logprobs(self.engine, sampled, offset) if self.logprobs else None
         return {
             "index": index,
             "text": text,
-            "logprobs": text_logprobs(self.engine, *tokens, offset) if self.logprobs else None,
+            "logprobs": logprobs,
             "finish_reason": None,
-            **(token_fields(*tokens) if self.tokens else {}),
+            **(token_fields(sampled.token_ids, sampled.logprobs) if self.tokens else {}),
         }
+
+    def _record(
+        self, prompt: tuple[int, ...], choice: dict[str, Any], completion: Completion
+    ) -> None:
+        """Keep a whole choice in its episode, its tokens too."""
+        if self.episode is not None:
+            tokens = token_fields(completion.token_ids, completion.logprobs)
+            fields = {**choice, **tokens, "prompt_token_ids": list(prompt)}
+            self.episode.record_text(self.engine.decode(prompt, special=True), fields)
 
     def _prompt_fields(self, prompt: tuple[int, ...]) -> dict[str, Any]:
         return {"prompt_token_ids": list(prompt)} if self.tokens else {}

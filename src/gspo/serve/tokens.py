@@ -8,13 +8,13 @@ with byte fallback (Llama 2, Gemma) have tokens such as `<0xE4>`.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedTokenizerBase
 
 from gspo.core.errors import RequestError
 from gspo.kernels.hf import bytes_to_unicode, decoder_kinds
@@ -100,16 +100,27 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) ->
         tokenizer: what decodes them.
         token_ids: tokens that follow each other.
     """
-    kinds = decoder_kinds(tokenizer)
-    parts = [_bytes_of(token, tokenizer, kinds) for token in token_ids]
+    kinds, added = decoder_kinds(tokenizer), tokenizer.added_tokens_decoder
+    parts = [_bytes_of(token, tokenizer, kinds, added) for token in token_ids]
     text = str(tokenizer.decode(list(token_ids), skip_special_tokens=False))
     if "ByteFallback" in kinds and parts and parts[0][:1] == b" " and not text.startswith(" "):
         parts[0] = parts[0][1:]  # sentencepiece puts a space before a text, which decoding drops
     return parts
 
 
-def _bytes_of(token_id: int, tokenizer: PreTrainedTokenizerBase, kinds: frozenset[str]) -> bytes:
-    added = tokenizer.added_tokens_decoder
+def vocabulary_bytes(tokenizer: PreTrainedTokenizerBase, size: int) -> list[bytes]:
+    """Return the bytes of the tokens 0 to size - 1; none of those that the tokenizer lacks."""
+    kinds, added = decoder_kinds(tokenizer), tokenizer.added_tokens_decoder
+    known = [_bytes_of(i, tokenizer, kinds, added) for i in range(min(size, len(tokenizer)))]
+    return known + [b""] * (size - len(known))
+
+
+def _bytes_of(
+    token_id: int,
+    tokenizer: PreTrainedTokenizerBase,
+    kinds: frozenset[str],
+    added: Mapping[int, AddedToken],
+) -> bytes:
     if token_id in added:
         return str(added[token_id]).encode()
     token = str(tokenizer.convert_ids_to_tokens(token_id))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,15 +15,18 @@ from gspo.core.draws import seed_of
 from gspo.core.errors import GspoError, RequestError
 from gspo.core.timing import span
 from gspo.kernels.attention import PACKED
-from gspo.kernels.hf import attention_implementation
+from gspo.kernels.hf import attention_implementation, decode
 from gspo.kernels.kv_cache import Layout
 from gspo.policy.policy import WITH_GSPO_ATTENTION, Policy
 from gspo.serve.admission import Group, Line
 from gspo.serve.batch import Batch
+from gspo.serve.chat import ChatFormat
 from gspo.serve.decoding import OpenCompletion
 from gspo.serve.engine import Completion, Piece, Request, check_fits
+from gspo.serve.grammar import Grammars
 from gspo.serve.scheduler import Scheduler
 from gspo.serve.tokens import end_tokens, ends_of, text_of, token_bytes
+from gspo.serve.verbatim import TokenMemory, chat_tokens
 from gspo.weights.receipt import Probe, Receipts, score
 
 _REMEMBERED = 2**20
@@ -64,6 +68,10 @@ class TorchEngine:
         self._seed = seed
         self._drawn: Counter[int] = Counter()
         self._ends = end_tokens(policy)
+        ends = self._ends.nonzero().flatten().tolist()
+        texts = [self.decode([token], special=True) for token in ends]
+        self.chat = ChatFormat(policy.tokenizer, str(policy.source), texts)
+        self._grammars = Grammars(policy.tokenizer, policy.head.size, ends)
         self._scheduler = Scheduler(self, compute or ComputeThread(), sockets=sockets)
 
     @property
@@ -85,20 +93,23 @@ class TorchEngine:
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         return self.policy.tokenizer(text, add_special_tokens=special)["input_ids"]
 
-    def encode_chat(self, messages: Sequence[dict]) -> list[int]:
-        tokenizer = self.policy.tokenizer
-        if tokenizer.chat_template is None:
-            raise RequestError(
-                f"{self.policy.source} has no chat template: use the completions route",
-                param="messages",
-            )
-        try:
-            text = tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # templates raise whatever their author wrote
-            raise RequestError(f"the chat template refuses: {error}", param="messages") from None
-        return self.encode(str(text))
+    def encode_chat(
+        self,
+        messages: Sequence[dict],
+        *,
+        tools: Sequence[dict] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        continue_final: bool = False,
+        memory: TokenMemory | None = None,
+    ) -> list[int]:
+        return chat_tokens(
+            self,
+            messages,
+            tools=tools,
+            template_kwargs=template_kwargs,
+            continue_final=continue_final,
+            memory=memory,
+        )
 
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
         return text_of(self.policy.tokenizer, token_ids, special=special)
@@ -121,6 +132,8 @@ class TorchEngine:
                 self.policy.routers.require("return_routes")
             except GspoError as error:
                 raise RequestError(str(error), param="return_routes") from None
+        if request.params.grammar:
+            self._grammars.start(request.params.grammar)
         return limit, ends_of(request.params, self.policy.tokenizer, self.policy.head.size)
 
     def reseed(self, seed: int) -> None:
@@ -178,8 +191,11 @@ class TorchEngine:
             RequestError: see `Engine.check`.
         """
         limit, ends = self._prepare(request)
-        keys = self._keys(request)
-        return [OpenCompletion(request, limit, key, ends) for key in keys]
+        opened = [OpenCompletion(request, limit, key, ends) for key in self._keys(request)]
+        if request.params.grammar:
+            for completion in opened:
+                completion.matcher = self._grammars.start(request.params.grammar)
+        return opened
 
     def closed(self, group: Group) -> list[Completion]:
         """What became of a request's completions; all have ended."""
@@ -218,4 +234,6 @@ class TorchEngine:
             expert_choices=np.concatenate(completion.expert_choices)
             if completion.expert_choices
             else None,
+            top_logprobs=tuple(completion.top_logprobs),
+            altered_by=params.altered_by,
         )
