@@ -181,11 +181,11 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], *, special:
     As `tokenizer.decode`, which takes three times as long: it first looks for tensors in the list.
     """
     kind = type(tokenizer)
-    plain = (
-        getattr(kind, "_decode", None) is PreTrainedTokenizerFast._decode
+    if (
+        isinstance(tokenizer, PreTrainedTokenizerFast)
+        and kind._decode is PreTrainedTokenizerFast._decode
         and kind.decode is PreTrainedTokenizerBase.decode
-    )
-    if plain:
+    ):
         return tokenizer.backend_tokenizer.decode(token_ids, skip_special_tokens=not special)
     options = {"skip_special_tokens": not special, "clean_up_tokenization_spaces": False}
     return str(tokenizer.decode(token_ids, **options))
