@@ -34,6 +34,8 @@ def chat_of(body: ResponsesBody) -> ChatBody:
         RequestError: an item, a tool or a format that means nothing here.
     """
     body.refuse_unknown()
+    if body.n not in (None, 1):
+        raise RequestError(f"n = {body.n}: a response is one completion", "n")
     logprobs = "message.output_text.logprobs" in (body.include or ())
     fields: dict[str, Any] = {
         **body.model_dump(include=_SHARED, exclude_none=True),
@@ -294,14 +296,14 @@ class GrowingResponse:
         name = "completed" if whole else "incomplete"
         return self._event(f"response.{name}", response=self._whole)
 
-    def _of_content(self, name: str, **fields: Any) -> dict[str, Any]:
+    def _of_content(self, name: str, /, **fields: Any) -> dict[str, Any]:
         item = self._output[-1]
         return self._of_item(name, item_id=item["id"], content_index=0, **fields)
 
-    def _of_item(self, name: str, **fields: Any) -> dict[str, Any]:
+    def _of_item(self, name: str, /, **fields: Any) -> dict[str, Any]:
         return self._event(f"response.{name}", output_index=len(self._output) - 1, **fields)
 
-    def _event(self, name: str, **fields: Any) -> dict[str, Any]:
+    def _event(self, name: str, /, **fields: Any) -> dict[str, Any]:
         self._events += 1
         return {"type": name, "sequence_number": self._events - 1, **fields}
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from gspo.core.draws import purpose
 from gspo.core.errors import RequestError, shown, suggestion
@@ -86,7 +86,6 @@ class _Sampled(_Asked):
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
 
     def sampling(self, max_tokens: int | None, top_logprobs: int = 0) -> SamplingParams:
         """Return the engine's parameters.
@@ -95,8 +94,6 @@ class _Sampled(_Asked):
             RequestError: an unknown parameter, or a value out of range.
         """
         self.refuse_unknown()
-        if self.stream_options is not None and not self.stream:
-            raise RequestError("stream_options is for streams: stream = true", "stream_options")
         return SamplingParams(
             **self.model_dump(include=_SAMPLING, exclude_none=True),
             max_tokens=max_tokens,
@@ -115,16 +112,27 @@ class _Sampled(_Asked):
                 raise RequestError(f"logit_bias: {shown(name)} is no token id", "logit_bias")
             yield int(name), bias
 
-    def usage_asked(self) -> bool:
-        """Whether a stream ends with its counts of tokens."""
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
-
     def tokens_asked(self) -> bool:
         """Whether choices carry token ids: they do, unless somebody says no."""
         return self.return_token_ids is not False
 
 
-class ChatBody(_Sampled):
+class _Chunked(_Sampled):
+    """What the routes have in common whose streams are chunks."""
+
+    stream_options: StreamOptions | None = None
+
+    def sampling(self, max_tokens: int | None, top_logprobs: int = 0) -> SamplingParams:
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options is for streams: stream = true", "stream_options")
+        return super().sampling(max_tokens, top_logprobs)
+
+    def usage_asked(self) -> bool:
+        """Whether a stream ends with its counts of tokens."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class ChatBody(_Chunked):
     """POST /v1/chat/completions."""
 
     messages: list[dict[str, Any]] = Field(min_length=1)
@@ -221,7 +229,7 @@ class ChatBody(_Sampled):
         )
 
 
-class CompletionBody(_Sampled):
+class CompletionBody(_Chunked):
     """POST /v1/completions."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
@@ -271,12 +279,6 @@ class ResponsesBody(_Sampled):
     metadata: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     stream_options: NoOptions | None = None
-
-    @model_validator(mode="after")
-    def _single(self) -> Self:
-        if self.n not in (None, 1):
-            raise ValueError("n: a response is one completion")
-        return self
 
 
 class TokenizeBody(_Asked):
