@@ -105,6 +105,5 @@ def test_any_text_has_no_grammar():
     chat = ChatFormat(Template("<tool_call> arguments"))
     assert answer_grammar(chat, TOOLS) == answer_grammar(chat, None) == ""
     assert fits(answer_grammar(chat, None, schema=SCHEMA), '{"z": 1}')
-    assert fits(answer_grammar(chat, None, schema=True), "[1]")
     with pytest.raises(RequestError, match="is not known here"):
         answer_grammar(ChatFormat(Template("none")), TOOLS, must_call=True)
