@@ -1,4 +1,4 @@
-"""Run rollouts: all at once, with a failure budget and a progress bar."""
+"""Run rollouts: all at once, with limits of failures and of time, and a progress bar."""
 
 from __future__ import annotations
 
@@ -9,26 +9,31 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
-from gspo.core.errors import DataError, check_names
-from gspo.core.progress import Gather, all_or_cancel, gathering
-from gspo.trajectories import Trajectory, TrajectoryGroup, settled
+from gspo.core.errors import DataError, RolloutTimeoutError, check_names, check_whole
+from gspo.core.progress import LET_GO_SECONDS, Gather, all_or_cancel, gathering
+from gspo.trajectories import Rolled, Trajectory, TrajectoryGroup, settled
 
 P = ParamSpec("P")
 T = TypeVar("T")
-_KNOWN = ("pbar_desc", "max_exceptions", "after_each")
-_REFUSED = {
-    "pbar_total_completion_tokens": "the bar shows rewards and failures; leave it out.",
-    "max_metrics": "the bar shows the mean reward only; leave it out.",
-}
 AfterEach = Callable[[TrajectoryGroup], Awaitable[TrajectoryGroup | list[TrajectoryGroup] | None]]
+_KNOWN = (
+    *("pbar_desc", "pbar_total_completion_tokens", "max_exceptions", "max_metrics"),
+    *("rollout_timeout", "timeout"),
+)
+_MARGIN = LET_GO_SECONDS + 1.0
+"""Seconds that a group has after its rollouts' time is over."""
 
 
 async def gather_trajectory_groups(
     groups: Iterable[Awaitable[TrajectoryGroup] | TrajectoryGroup],
     *,
     pbar_desc: str | None = "gather",
+    pbar_total_completion_tokens: bool = False,
     max_exceptions: int | float = 0,
+    max_metrics: int | None = None,
     after_each: AfterEach | None = None,
+    rollout_timeout: float | None = None,
+    timeout: float | None = None,
     **unknown: Any,
 ) -> list[TrajectoryGroup]:
     """Run all groups concurrently and return them in the order given.
@@ -36,51 +41,76 @@ async def gather_trajectory_groups(
     Args:
         groups: `TrajectoryGroup`s of coroutines, or coroutines that return a group.
         pbar_desc: label of the progress bar on a terminal; None shows none.
+        pbar_total_completion_tokens: also show how many tokens the rollouts have sampled.
         max_exceptions: rollouts that may fail; below 1, their share. One more raises its error,
             after the others were cancelled.
+        max_metrics: of the rollouts' metrics, how many the bar shows; None: all.
         after_each: awaited with each finished group; what it returns (a group, several, or None
-            to drop it) takes the group's place.
+            to drop it) takes the group's place. It may take `timeout` too.
+        rollout_timeout: seconds that each rollout may take. One that takes longer is cancelled,
+            with what it had asked of the engine, and left out of its group, whose `exceptions`
+            name it; it doesn't count against `max_exceptions`.
+        timeout: seconds after which all rollouts that still run are given up in the same way.
 
     Raises:
         DataError: nothing was given.
-        ConfigError: an unknown argument, or a budget that is no number from 0.
+        ConfigError: an unknown argument, a budget that is no number from 0, or no time limit.
+        RolloutTimeoutError: no rollout came to its end in time, or a group's own coroutine or
+            `after_each` did not.
     """
-    check_names("gather_trajectory_groups", unknown, _KNOWN, _REFUSED)
+    check_names("gather_trajectory_groups", unknown, (*_KNOWN, "after_each"), {})
     pending = list(groups)
     if not pending:
         raise DataError("gather_trajectory_groups got no groups: give at least one")
     total = sum(g.size if isinstance(g, TrajectoryGroup) else 1 for g in pending)
 
     async def one(group: Awaitable[TrajectoryGroup]) -> list[TrajectoryGroup]:
-        finished = await group
+        # Its rollouts have the limit. A coroutine has a little more, and may wait for other things.
+        own = None if isinstance(group, TrajectoryGroup) or not timeout else timeout + _MARGIN
+        finished = await _limited(group, own, "a group")
         if not isinstance(finished, TrajectoryGroup):
             raise DataError(f"a group's coroutine returned {type(finished).__name__}")
-        result = finished if after_each is None else await after_each(finished)
+        if after_each is None:
+            return [finished]
+        result = await _limited(after_each(finished), timeout, "after_each")
         if result is None:
             return []
         return result if isinstance(result, list) else [result]
 
-    with _gathering(pbar_desc, total, max_exceptions):
+    gather = Gather(total, max_exceptions, rollout_timeout=rollout_timeout, timeout=timeout)
+    with _shown(gather, pbar_desc, max_metrics, tokens=pbar_total_completion_tokens):
         finished = await all_or_cancel([one(group) for group in pending])
+    gather.check_some_left()
     return [group for groups_of_one in finished for group in groups_of_one]
 
 
 async def gather_trajectories(
-    trajectories: Iterable[Awaitable[Trajectory]],
+    trajectories: Iterable[Awaitable[Rolled]],
     *,
     pbar_desc: str | None = "gather",
+    pbar_total_completion_tokens: bool = False,
     max_exceptions: int | float = 0,
+    max_metrics: int | None = None,
+    rollout_timeout: float | None = None,
+    timeout: float | None = None,
     **unknown: Any,
 ) -> list[Trajectory | BaseException]:
     """Run rollouts concurrently; in place of one that failed, if tolerated, is its exception.
 
+    A rollout that returns a list of trajectories has all of them in the result. For the arguments,
+    see `gather_trajectory_groups`.
+
     Raises:
-        ConfigError: an unknown argument, or a budget that is no number from 0.
+        ConfigError: an unknown argument, a budget that is no number from 0, or no time limit.
+        RolloutTimeoutError: no rollout came to its end in time.
     """
-    check_names("gather_trajectories", unknown, _KNOWN[:2], _REFUSED)
+    check_names("gather_trajectories", unknown, _KNOWN, {})
     pending = list(trajectories)
-    with _gathering(pbar_desc, len(pending), max_exceptions):
-        return await all_or_cancel([settled(rollout) for rollout in pending])
+    gather = Gather(len(pending), max_exceptions, rollout_timeout=rollout_timeout, timeout=timeout)
+    with _shown(gather, pbar_desc, max_metrics, tokens=pbar_total_completion_tokens):
+        finished = await all_or_cancel([settled(rollout) for rollout in pending])
+    gather.check_some_left()
+    return [trajectory for results in finished for trajectory in results]
 
 
 def retry(
@@ -121,12 +151,30 @@ def retry(
     return decorate
 
 
+async def _limited(work: Awaitable[T], seconds: float | None, name: str) -> T:
+    """Await what is no rollout, for so long at most."""
+    try:
+        async with asyncio.timeout(seconds) as limit:
+            return await work
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise RolloutTimeoutError(
+            f"{name} ({getattr(work, '__qualname__', type(work).__name__)}) has not ended after "
+            f"{seconds:g} s (timeout): give it more time, or find out what it waits for"
+        ) from error
+
+
 @contextmanager
-def _gathering(description: str | None, total: int, max_exceptions: float) -> Iterator[None]:
+def _shown(
+    gather: Gather, description: str | None, most: int | None, *, tokens: bool
+) -> Iterator[None]:
     """Inside the block, rollouts are counted: with a bar on a terminal, unseen elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+    if most is not None:
+        check_whole("max_metrics", most, 0)
     console = Console(stderr=True)
     hidden = description is None or not console.is_terminal
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -134,11 +182,14 @@ def _gathering(description: str | None, total: int, max_exceptions: float) -> It
 
     def update(gather: Gather) -> None:
         reward = gather.mean_reward()
-        told = f"{description}: reward {math.nan if reward is None else reward:.3f}"
-        done = gather.done + gather.exceptions
-        bar.update(task, completed=done, description=f"{told}, failed {gather.exceptions}")
+        told = [f"{description}: reward {math.nan if reward is None else reward:.3f}"]
+        means = [f"{name} {total / count:.3g}" for name, (total, count) in gather.metrics.items()]
+        told += [f"failed {gather.exceptions + gather.timed_out}", *means[:most]]
+        told += [f"{gather.completion_tokens:,} tokens"] * tokens
+        done = gather.done + gather.exceptions + gather.timed_out
+        bar.update(task, completed=done, description=", ".join(told))
 
-    gather = Gather(total=total, max_exceptions=max_exceptions, update=update)
+    gather.update = update
     with bar, gathering(gather):
-        task = bar.add_task(description or "", total=total)
+        task = bar.add_task(description or "", total=gather.total)
         yield
