@@ -236,8 +236,9 @@ class InternalModelConfig(Options):
     (LoRA merged), made again after each update."""
     exact: bool | None = None
     """The engine's log-probs are those of training, to the bit, and a completion depends on its
-    prompt and seed only, whatever is decoded beside it. True: an error if this model or machine
-    can't; None: if it can (on the CPU); False: faster by some per cent."""
+    prompt and seed only, whatever is decoded beside it. None: on where this can be proved when the
+    model is loaded (on the CPU), and off with a `rollout_dtype`. True: an error where it can't be.
+    False: off, which is faster by some per cent."""
     lora: LoraConfig | None = None
     """None: full fine-tuning."""
     activation_checkpointing: bool = False

@@ -217,16 +217,16 @@ def override(
             value = tomllib.loads(f"value = {text}")["value"]
         except (tomllib.TOMLDecodeError, RecursionError):  # no TOML: it is the text itself
             value = text
-        data = _put(data, parts, value)
+        data = put(data, parts, value)
     return data
 
 
-def _put(table: Any, keys: list[str], value: Any) -> dict[str, Any]:
+def put(table: Any, keys: list[str], value: Any) -> dict[str, Any]:
     """A copy of the table, with the value at the keys. What is no table is replaced by one.
 
-    >>> _put({"steps": 5, "train": {"epochs": 2}}, ["train", "seed"], 1)
+    >>> put({"steps": 5, "train": {"epochs": 2}}, ["train", "seed"], 1)
     {'steps': 5, 'train': {'epochs': 2, 'seed': 1}}
     """
     table = table if isinstance(table, dict) else {}
     first, *rest = keys
-    return table | {first: _put(table.get(first), rest, value) if rest else value}
+    return table | {first: put(table.get(first), rest, value) if rest else value}

@@ -23,12 +23,13 @@ from typing import Annotated, Any
 
 import fastapi
 from fastapi.responses import JSONResponse, Response
+from openai.types.chat.chat_completion import Choice
 from pydantic import BaseModel, ConfigDict, Field
 
 from gspo.core.choices import as_choice
 from gspo.core.draws import Word, drawing_for
-from gspo.core.errors import BusyError, RequestError
-from gspo.serve.conversations import Conversations
+from gspo.core.errors import BusyError, ConfigError, RequestError
+from gspo.serve.histories import Conversations
 from gspo.trajectories import Trajectory
 
 log = logging.getLogger("gspo")
@@ -52,6 +53,8 @@ class Episode:
 
     Attributes:
         memory: a `TokenMemory` for `Engine.encode_chat`.
+        server: the one server whose answers are recorded: the first that is asked. What another
+            model says inside the block is none of this model's samples.
         ended: nothing more is recorded.
         tokens: of all prompts and answers recorded.
     """
@@ -67,6 +70,7 @@ class Episode:
         self.trajectory = Trajectory() if trajectory is None else trajectory
         self.purpose = ("episode", self.id) if purpose is None else purpose
         self.memory: Any = None
+        self.server: Episodes | None = None
         self.ended = False
         self.tokens = 0
         self._conversations = Conversations(self.trajectory)
@@ -89,13 +93,19 @@ class Episode:
         offered = [copy.deepcopy(dict(tool)) for tool in tools or ()] or None
         with self._lock:
             if self._takes(choice):
-                self._conversations.add(asked, offered, _choice(choice))
+                self._conversations.add(asked, offered, _choice_of(choice))
 
     def record_text(self, prompt: str, choice: Mapping[str, Any]) -> None:
         """Record a choice of a text completion's answer."""
         with self._lock:
             if self._takes(choice):
-                self._conversations.add_text(prompt, _choice(choice))
+                self._conversations.add_text(prompt, _choice_of(choice))
+
+    def belongs_to(self, server: Episodes) -> bool:
+        """Whether the answers of this server are recorded."""
+        with self._lock:
+            self.server = self.server or server
+            return self.server is server
 
     def as_json(self) -> str:
         """The trajectory so far, as ART writes it."""
@@ -107,6 +117,8 @@ class Episode:
         with self._lock:
             self.ended, self.memory = True, None
             self._conversations = Conversations(Trajectory())
+        if self.server is not None:
+            self.server.drop(self.id)
 
     def _takes(self, choice: Mapping[str, Any]) -> bool:
         """Count the choice's tokens; False if it comes too late."""
@@ -117,8 +129,10 @@ class Episode:
         return True
 
 
-def _choice(fields: Mapping[str, Any]) -> Any:
-    return as_choice({"index": 0, **fields})
+def _choice_of(fields: Mapping[str, Any]) -> Choice:
+    choice = as_choice(fields)
+    assert choice is not None, "a choice has a message or a text"
+    return choice
 
 
 _current: contextvars.ContextVar[Episode | None] = contextvars.ContextVar(
@@ -126,8 +140,14 @@ _current: contextvars.ContextVar[Episode | None] = contextvars.ContextVar(
 )
 
 
-def current(http: fastapi.Request | None = None) -> Episode | None:
+def current(http: fastapi.Request) -> Episode | None:
     """The episode that a request belongs to, or None. To be called by the request's handler."""
+    episode, server = _current.get(), http.app.state.episodes
+    return episode if episode is not None and episode.belongs_to(server) else None
+
+
+def current_episode() -> Episode | None:
+    """The episode that the code that asks is in, or None."""
     return _current.get()
 
 
@@ -180,7 +200,13 @@ class Episodes:
             return self._put(Episode(id=id))
 
     def add(self, episode: Episode) -> None:
-        """Let requests come to an episode that was made in this process."""
+        """Let requests come to an episode that was made in this process.
+
+        Raises:
+            ConfigError: it records another server.
+        """
+        if not episode.belongs_to(self):
+            raise ConfigError("this art.trajectory() records another model: give each its own")
         with self._lock:
             self._put(episode)
 
