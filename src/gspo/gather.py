@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 import math
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
+from gspo.core.draws import numbered_task
 from gspo.core.errors import DataError, RolloutTimeoutError, check_names, check_whole
 from gspo.core.progress import LET_GO_SECONDS, Gather, all_or_cancel, gathering
 from gspo.trajectories import Rolled, Trajectory, TrajectoryGroup, settled
@@ -113,6 +116,73 @@ async def gather_trajectories(
     return [trajectory for results in finished for trajectory in results]
 
 
+async def trajectory_group_batches(
+    groups: Iterable[Awaitable[TrajectoryGroup] | TrajectoryGroup],
+    *,
+    batch_size: int,
+    max_batch_exceptions: int | float = 0,
+    max_concurrent_batches: int = 4,
+    skip_batches: int = 0,
+    pbar_desc: str | None = "batches",
+    **options: Any,
+) -> AsyncIterator[list[TrajectoryGroup]]:
+    """Gather groups batch by batch, in the order given, while later batches run already.
+
+        async for batch in art.trajectory_group_batches(groups, batch_size=8):
+            await model.train(batch)
+
+    What runs ahead is sampled by older weights, partly, as soon as `train` publishes new ones: with
+    `max_concurrent_batches=1` nothing runs ahead, and a run repeats exactly.
+
+    Args:
+        groups: as of `gather_trajectory_groups`.
+        batch_size: groups of one batch; the last one may have fewer.
+        max_batch_exceptions: rollouts of one batch that may fail; below 1, their share.
+        max_concurrent_batches: how many batches run at once.
+        skip_batches: batches that are done, such as `await model.get_step()`; they don't run.
+        pbar_desc, options: see `gather_trajectory_groups`; `timeout` is each batch's.
+
+    Raises:
+        ConfigError: a number out of range, or an unknown argument.
+        Exception: what `gather_trajectory_groups` raises for a batch; the others are cancelled.
+    """
+    for name, value in (
+        ("batch_size", batch_size),
+        ("max_concurrent_batches", max_concurrent_batches),
+    ):
+        check_whole(name, value, 1)
+    check_whole("skip_batches", skip_batches, 0)
+    unstarted = list(groups)
+    _close(unstarted[: skip_batches * batch_size])
+    running: deque[asyncio.Task[list[TrajectoryGroup]]] = deque()
+    first = skip_batches * batch_size
+    try:
+        while first < len(unstarted) or running:
+            while first < len(unstarted) and len(running) < max_concurrent_batches:
+                work = gather_trajectory_groups(
+                    unstarted[first : first + batch_size],
+                    pbar_desc=None if running else pbar_desc,  # a terminal has room for one bar
+                    max_exceptions=max_batch_exceptions,
+                    **options,
+                )
+                running.append(numbered_task(first // batch_size, work))
+                first += batch_size
+            yield await running[0]
+            running.popleft()
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        _close(unstarted[first:])
+
+
+def _close(groups: list[Any]) -> None:
+    """Give up groups that have not begun; else Python warns that nobody has awaited them."""
+    for group in groups:
+        if isinstance(group, TrajectoryGroup) or inspect.iscoroutine(group):
+            group.close()
+
+
 def retry(
     max_attempts: int = 3,
     delay: float = 1.0,
@@ -153,8 +223,9 @@ def retry(
 
 async def _limited(work: Awaitable[T], seconds: float | None, name: str) -> T:
     """Await what is no rollout, for so long at most."""
+    limit = asyncio.timeout(seconds)
     try:
-        async with asyncio.timeout(seconds) as limit:
+        async with limit:
             return await work
     except TimeoutError as error:
         if not limit.expired():
