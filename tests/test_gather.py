@@ -378,3 +378,49 @@ async def test_the_bar_counts_metrics_and_tokens():
     await art.gather_trajectories(
         [rollout(1.0)], max_metrics=1, pbar_total_completion_tokens=True, pbar_desc=None
     )
+
+
+async def test_batches_come_in_the_order_given_while_later_ones_run():
+    began: list[int] = []
+
+    async def rollout(number: int) -> art.Trajectory:
+        began.append(number)
+        await asyncio.sleep(0.02 if number % 2 else 0)
+        return trajectory(float(number))
+
+    def groups() -> list[art.TrajectoryGroup]:
+        return [art.TrajectoryGroup([rollout(g)]) for g in range(7)]
+
+    seen = []
+    async for batch in art.trajectory_group_batches(
+        groups(), batch_size=2, max_concurrent_batches=2, skip_batches=1
+    ):
+        seen.append([group.trajectories[0].reward for group in batch])
+        if len(seen) == 1:
+            assert sorted(began) == [2, 3, 4, 5]  # one batch runs ahead, and no more
+    assert seen == [[2.0, 3.0], [4.0, 5.0], [6.0]]
+    batches = art.trajectory_group_batches(groups(), batch_size=2)
+    async for _ in batches:
+        break
+    await batches.aclose()  # type: ignore[attr-defined]
+    for options in ({"batch_size": 0}, {"batch_size": 1, "skip_batches": -1}, {"batch_size": True}):
+        with pytest.raises(ConfigError, match="must be a whole number"):
+            async for _ in art.trajectory_group_batches([], **options):  # type: ignore[arg-type]
+                pass
+
+
+async def test_a_batch_that_fails_cancels_those_that_run_ahead():
+    cancelled = asyncio.Event()
+
+    async def slow() -> art.Trajectory:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            cancelled.set()
+        return trajectory()
+
+    groups = [art.TrajectoryGroup([broken()]), art.TrajectoryGroup([slow()])]
+    with pytest.raises(RuntimeError, match="broken"):
+        async for _ in art.trajectory_group_batches(groups, batch_size=1):
+            pass
+    assert cancelled.is_set()

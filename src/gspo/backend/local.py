@@ -292,6 +292,7 @@ class LocalBackend(Backend):
             await asyncio.to_thread(run.close)  # a tracker may have to send what is left
         for service in services:
             await service.serving.stop()
+            service.engines.close()
         self._compute.close()
 
     def _service(self, model: ModelLike) -> Service:
