@@ -121,10 +121,10 @@ def _at_weights(
     for name, settings in methods.items():
         batch, objective = batches[settings.preset.advantage], settings.objective
         batch = batch if settings.preset.counts_flat else batch.with_signal()
-        watch, gradient = method_gradient(trainer, batch, settings)
+        observer, gradient = method_gradient(trainer, batch, settings)
         gradients.append(gradient)
-        log_ratios.append([trace.log_ratio for trace in watch.traces if trace.advantage])
-        metrics, unit = watch.metrics.compute(), settings.sequence_unit
+        log_ratios.append([trace.log_ratio for trace in observer.traces if trace.advantage])
+        metrics, unit = observer.metrics.compute(), settings.sequence_unit
         clip_range = [objective.epsilon_low, objective.epsilon_high]
         row = {
             "name": name,

@@ -54,16 +54,16 @@ class EpsilonController:
         moved = math.log(present) + RATE * (math.log(wanted) - math.log(present))
         self.epsilon_low = _bounded(math.exp(moved), scale)
 
-    def learn(self, settings: Settings, watch: Observer, step: int) -> None:
+    def learn(self, settings: Settings, observer: Observer, step: int) -> None:
         """After a call: steer the range if that is asked for; else say once that it doesn't fit.
 
         It is a warning if noise clips, else information: most short runs at the paper's range
         learn.
         """
         if settings.epsilon == "auto":
-            self.observe(settings.objective, watch.traces, settings.epsilon_target)
+            self.observe(settings.objective, observer.traces, settings.epsilon_target)
         elif settings.objective.per_sequence:
-            level, advice = advice_on(settings, watch)
+            level, advice = advice_on(settings, observer)
             if advice is not None and level not in self._told:
                 self._told.add(level)
                 log.log(level, "train step %d: %s", step, advice)
@@ -77,14 +77,14 @@ def needed_epsilon(objective: Objective, trace: Trace) -> float:
     return max(_in_epsilons(objective, distance, trace.length), 0.0)
 
 
-def advice_on(settings: Settings, watch: Observer) -> tuple[int, str | None]:
+def advice_on(settings: Settings, observer: Observer) -> tuple[int, str | None]:
     """What to change if noise by itself clips, or if the range is not near the log-ratios' spread.
 
     Returns:
         The level of the log that it belongs to, and the advice, or None.
     """
     objective, epsilon = settings.objective, settings.objective.epsilon_low
-    noise = watch.metrics.compute().get("mismatch/clip_fraction", 0.0)
+    noise = observer.metrics.compute().get("mismatch/clip_fraction", 0.0)
     # With pi_old of the trainer the ratio is not taken against the engine.
     if settings.old_logprobs == "rollout" and noise > settings.epsilon_target / 2:
         return logging.WARNING, (
@@ -92,7 +92,7 @@ def advice_on(settings: Settings, watch: Observer) -> tuple[int, str | None]:
             f"sequences on unchanged weights (epsilon {epsilon:.2g}): raise epsilon, set "
             "epsilon='auto' or old_logprobs='trainer', or roll out in a finer dtype"
         )
-    width = spread(objective, watch.traces)
+    width = spread(objective, observer.traces)
     if not width > 0 or 0.3 <= epsilon / width <= 5:
         return logging.INFO, None
     how = "clips many of" if epsilon < width else "hardly ever clips"
