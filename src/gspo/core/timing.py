@@ -26,9 +26,9 @@ T = TypeVar("T")
 class Clock:
     """Charges each moment inside its outermost span to the innermost open one.
 
-    So the seconds of all names add up to those of the `root` spans. Spans outside of a root are not
-    counted. Threads open and close spans in turns; only threads inside `beside` do so at the same
-    time, and then each moment is shared equally among these.
+    So the seconds of all names add up to those of the `root` spans. Spans outside a root are not
+    counted. Only threads inside `beside` have spans at the same time; then each moment is divided
+    equally among them.
 
     Args:
         root: name of the outermost span; what is left to it belongs to no other.
@@ -88,7 +88,7 @@ class Clock:
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """Let this thread's spans inside the block run at the same time as other threads'."""
+        """Inside the block, this thread may have spans while other threads have theirs."""
         thread = threading.get_ident()
         with self._lock:
             self._charge()

@@ -43,7 +43,7 @@ class EpsilonController:
         return objective.with_epsilon(self.epsilon_low, self.epsilon_low * scale)
 
     def observe(self, objective: Objective, traces: Sequence[Trace], target: float) -> None:
-        """Learn from the sequences of one call, made under `objective`."""
+        """Move the range towards the target, by the sequences of one call under `objective`."""
         can_clip = [t for t in traces if t.advantage != 0 and not math.isnan(t.log_ratio)]
         needed = sorted(needed_epsilon(objective, trace) for trace in can_clip)
         wanted = needed[min(int((1 - target) * len(needed)), len(needed) - 1)] if needed else 0.0

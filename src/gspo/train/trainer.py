@@ -78,7 +78,7 @@ class Call:
 
 
 class Trainer:
-    """Owns the optimizer of a policy. `step` counts calls of `train` over the run's life."""
+    """Trains a policy: owns its optimizer. `step` counts calls of `train` over the run's life."""
 
     def __init__(self, policy: Policy, load_reference: Callable[[], Policy] | None = None):
         self.policy = policy
@@ -217,7 +217,7 @@ class Trainer:
 
     @contextmanager
     def _updating(self, call: Call) -> Iterator[None]:
-        """Around the updates: also after a failure, the next call finds things in order."""
+        """Around the updates: clear gradients and set the version, also after a failure."""
         try:
             yield
         except NumericsError as error:
