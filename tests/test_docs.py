@@ -43,6 +43,7 @@ NOT_RUN = {
     ("run.md", 1): "needs two clients",
     ("run.md", 2): "reads the run that `make demo` leaves",
     ("coming-from.md", 0): "TRL's",
+    ("judges.md", 0): "asks a server of others; tests/test_rewards.py has one",
 }
 
 

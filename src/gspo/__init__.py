@@ -21,16 +21,30 @@ from gspo.core.errors import GspoError
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
-    from gspo import objective
+    from gspo import langgraph, objective, rewards
     from gspo.backend.base import Backend, TrainResult
     from gspo.backend.fake import FakeBackend
     from gspo.backend.local import LocalBackend
+    from gspo.capture import (
+        auto_trajectory,
+        capture_auto_trajectory,
+        capture_yielded_trajectory,
+        trajectory,
+        yield_trajectory,
+    )
     from gspo.gather import gather_trajectories, gather_trajectory_groups, retry
     from gspo.model import Model, TrainableModel
     from gspo.serve.engine import Engine
     from gspo.serve.fake_engine import FakeEngine
     from gspo.train.algorithms import register_algorithm
-    from gspo.trajectory import Messages, MessagesAndChoices, Tools, Trajectory, TrajectoryGroup
+    from gspo.trajectories import (
+        History,
+        Messages,
+        MessagesAndChoices,
+        Tools,
+        Trajectory,
+        TrajectoryGroup,
+    )
 
 __version__ = "0.1.0"
 
@@ -40,6 +54,7 @@ __all__ = [
     "FakeBackend",
     "FakeEngine",
     "GspoError",
+    "History",
     "LocalBackend",
     "Messages",
     "MessagesAndChoices",
@@ -51,26 +66,42 @@ __all__ = [
     "Trajectory",
     "TrajectoryGroup",
     "__version__",
+    "auto_trajectory",
+    "capture_auto_trajectory",
+    "capture_yielded_trajectory",
     "dev",
     "errors",
     "gather_trajectories",
     "gather_trajectory_groups",
+    "langgraph",
     "objective",
     "register_algorithm",
     "retry",
+    "rewards",
+    "trajectory",
+    "yield_trajectory",
 ]
 
 _HOMES = {
     "backend.base": ("Backend", "TrainResult"),
     "backend.fake": ("FakeBackend",),
     "backend.local": ("LocalBackend",),
+    "capture": (
+        *("auto_trajectory", "capture_auto_trajectory", "capture_yielded_trajectory"),
+        *("trajectory", "yield_trajectory"),
+    ),
     "gather": ("gather_trajectories", "gather_trajectory_groups", "retry"),
+    "langgraph": ("langgraph",),
     "model": ("Model", "TrainableModel"),
     "objective": ("objective",),
+    "rewards": ("rewards",),
     "serve.engine": ("Engine",),
     "serve.fake_engine": ("FakeEngine",),
     "train.algorithms": ("register_algorithm",),
-    "trajectory": ("Messages", "MessagesAndChoices", "Tools", "Trajectory", "TrajectoryGroup"),
+    "trajectories": (
+        *("History", "Messages", "MessagesAndChoices", "Tools"),
+        *("Trajectory", "TrajectoryGroup"),
+    ),
 }
 
 

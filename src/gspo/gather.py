@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from gspo.core.errors import DataError, check_names
 from gspo.core.progress import Gather, all_or_cancel, gathering
-from gspo.trajectory import Trajectory, TrajectoryGroup, settled
+from gspo.trajectories import Trajectory, TrajectoryGroup, settled
 
 P = ParamSpec("P")
 T = TypeVar("T")

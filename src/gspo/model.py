@@ -14,7 +14,7 @@ from gspo.config import TrainConfig
 from gspo.core.errors import ConfigError, RunError, check_names, shown
 from gspo.core.options import Options
 from gspo.data.check import listed
-from gspo.trajectory import Trajectory, TrajectoryGroup
+from gspo.trajectories import Trajectory, TrajectoryGroup
 
 UserConfig = TypeVar("UserConfig", bound=BaseModel | dict[str, Any] | None)
 

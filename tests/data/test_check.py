@@ -14,7 +14,7 @@ from openai.types.completion_choice import CompletionChoice
 
 from gspo.core.errors import DataError
 from gspo.data.check import check_groups, listed, plain_groups
-from gspo.trajectory import Trajectory, TrajectoryGroup
+from gspo.trajectories import Trajectory, TrajectoryGroup
 from support import choice, trajectory
 
 

@@ -52,6 +52,17 @@ def test_the_request_bounds_the_reply(params: dict, text: str, length: int, reas
     assert (done.text, len(done.token_ids), done.finish_reason) == (text, length, reason)
 
 
+async def test_it_says_what_was_asked_of_the_distribution():
+    engine = FakeEngine(lambda prompt, index: "{}", logprob=-2.0)
+    request = Request((1,), SamplingParams(top_logprobs=2, grammar="{}", top_p=0.5))
+    (done,) = await engine.complete(request)
+    assert done.altered_by == ("top_p", "grammar")
+    assert done.top_logprobs == tuple(((token, -2.0),) for token in done.token_ids)
+    pieces = [piece async for piece in engine.stream(request)]
+    assert tuple(piece.top_logprobs[0] for piece in pieces) == done.top_logprobs
+    assert all(piece.altered_by == done.altered_by for piece in pieces)
+
+
 def test_the_next_prompt_extends_a_turn_as_it_was_sampled():
     engine = FakeEngine(lambda prompt, index: "yes")
     messages = [{"role": "user", "content": "?"}]
@@ -68,6 +79,7 @@ def test_the_next_prompt_extends_a_turn_as_it_was_sampled():
         ((), {}, "the prompt is empty"),
         ((1,), {"max_tokens": 4096}, "context is 4096"),
         ((1,), {"min_tokens": 2}, "min_tokens: FakeEngine replies"),
+        ((1,), {"grammar": "{}"}, "grammar: FakeEngine draws letters"),
         ((1,), {"expert_choices": True}, "return_routes: FakeEngine has no experts"),
     ],
 )

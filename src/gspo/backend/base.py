@@ -16,7 +16,8 @@ from gspo.core.errors import ConfigError, check_names, shown
 from gspo.core.files import names_a_folder
 from gspo.core.metrics import is_ours, user_metric
 from gspo.core.options import Options, title_of
-from gspo.trajectory import TrajectoryGroup, plain_values
+from gspo.serve.episodes import Episode
+from gspo.trajectories import TrajectoryGroup, plain_values
 
 Kind = TypeVar("Kind", bound=Options)
 
@@ -71,6 +72,14 @@ class Backend(Protocol):
     def client(self, model: ModelLike) -> AsyncOpenAI:
         """A client that samples from the model."""
         ...
+
+    def episode_url(self, model: ModelLike, episode: Episode) -> str:
+        """The base URL at which requests to the model belong to this episode.
+
+        Raises:
+            ConfigError: the model is not served on a port of this process.
+        """
+        raise ConfigError(f"{type(self).__name__} gives episodes no base URL: use LocalBackend")
 
     async def train(
         self,

@@ -29,9 +29,10 @@ from gspo.core.compute import ComputeThread
 from gspo.core.errors import RunError, check_names, check_whole
 from gspo.data.check import plain_groups
 from gspo.policy.load import Policy
+from gspo.serve.episodes import Episode
 from gspo.serve.server import bind
 from gspo.train.settings import resolve
-from gspo.trajectory import TrajectoryGroup
+from gspo.trajectories import TrajectoryGroup
 
 T = TypeVar("T")
 
@@ -125,6 +126,9 @@ class LocalBackend(Backend):
     def base_url(self, model: ModelLike) -> str:
         """Where the model is served: on its port, or a name that only `client` resolves."""
         return self._service(model).serving.url
+
+    def episode_url(self, model: ModelLike, episode: Episode) -> str:
+        return self._service(model).serving.episode_url(episode)
 
     def policy(self, model: ModelLike) -> Policy:
         """The model itself, for tools that look inside."""

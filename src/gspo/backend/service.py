@@ -35,7 +35,7 @@ from gspo.train.checkpoint import (
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.settings import Settings
 from gspo.train.trainer import Trainer, TrainOutput
-from gspo.trajectory import TrajectoryGroup
+from gspo.trajectories import TrajectoryGroup
 from gspo.weights.publisher import publisher_for
 from gspo.weights.receipt import Receipts
 

@@ -13,6 +13,7 @@
     │   └── BusyError              more requests than the engine lets wait (HTTP 429)
     ├── NumericsError          a gradient or a probability that is not finite
     ├── RolloutError           a rollout function or a task of the user raised
+    ├── JudgeError             a judge cannot be reached, or answers nonsense
     └── MissingDependencyError an optional package is not installed
 
 Every message names the thing, its value and the remedy.
@@ -81,6 +82,10 @@ class NumericsError(GspoError):
 
 class RolloutError(GspoError):
     """A rollout function or a task of the user raised, in `gspo train`."""
+
+
+class JudgeError(GspoError):
+    """A judge cannot be reached, or answers nonsense; the rewards are untouched."""
 
 
 class MissingDependencyError(GspoError):

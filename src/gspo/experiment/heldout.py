@@ -10,7 +10,7 @@ from statistics import fmean
 
 from gspo.core.errors import MissingDependencyError
 from gspo.core.intervals import Interval, reward_interval
-from gspo.trajectory import Trajectory, TrajectoryGroup
+from gspo.trajectories import Trajectory, TrajectoryGroup
 
 _NAMES = ("val/reward", "val/reward_low", "val/reward_high", "val/prompts")
 """The metrics of an estimate, in the order of its fields."""

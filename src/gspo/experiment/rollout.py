@@ -20,7 +20,7 @@ from gspo.gather import gather_trajectory_groups
 from gspo.model import TrainableModel
 from gspo.tasks import Problem, Split, load_task
 from gspo.train.minibatches import shaped_reward
-from gspo.trajectory import Trajectory, TrajectoryGroup, settled
+from gspo.trajectories import Trajectory, TrajectoryGroup, settled
 
 
 @dataclass(frozen=True)

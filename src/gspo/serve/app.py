@@ -20,11 +20,12 @@ from fastapi.responses import JSONResponse
 
 from gspo.core.errors import BusyError, GspoError, RequestError, ServeError
 from gspo.data.expert_choices import encode_expert_choices
+from gspo.serve import episodes
 from gspo.serve.engine import Completion, Engine, Request
 from gspo.serve.schemas import ChatBody, CompletionBody
 
 # The handlers are functions of the module, not closures: FastAPI never lets go of a handler.
-router = fastapi.APIRouter()
+router, v1 = fastapi.APIRouter(), fastapi.APIRouter()
 IN_PROCESS = "in-process"
 """The client's host in requests that come through no socket."""
 RETRY_SECONDS = 1
@@ -41,6 +42,8 @@ def create_app(engine: Engine, names: Callable[[], list[str]]) -> fastapi.FastAP
     app = fastapi.FastAPI(title="gspo", docs_url=None, redoc_url=None)
     app.state.engine, app.state.names = engine, names
     app.include_router(router)
+    app.include_router(v1, prefix="/v1")
+    episodes.include_episodes(app, v1)
     for kind in (GspoError, RequestValidationError):
         app.add_exception_handler(kind, _refusal)
     return app
@@ -51,14 +54,14 @@ async def health() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/v1/models")
+@v1.get("/models")
 async def models(http: fastapi.Request) -> dict[str, Any]:
     names = http.app.state.names()
     entries = [{"id": n, "object": "model", "created": 0, "owned_by": "gspo"} for n in names]
     return {"object": "list", "data": entries}
 
 
-@router.post("/v1/chat/completions")
+@v1.post("/chat/completions")
 async def chat(http: fastapi.Request, body: ChatBody) -> JSONResponse:
     engine, params = _engine(http, body.model), body.sampling(body.limit())
     prompt = engine.encode_chat(body.text_messages())
@@ -70,10 +73,13 @@ async def chat(http: fastapi.Request, body: ChatBody) -> JSONResponse:
         choices.append(
             {"message": message, "logprobs": logprobs, **_training_fields(prompt, completion)}
         )
+    if (episode := episodes.current(http)) is not None:
+        for choice in choices:
+            episode.record(body.messages, None, choice)
     return _answer("chatcmpl", "chat.completion", body.model, choices, [prompt])
 
 
-@router.post("/v1/completions")
+@v1.post("/completions")
 async def completions(http: fastapi.Request, body: CompletionBody) -> JSONResponse:
     engine, params = _engine(http, body.model), body.sampling(body.max_tokens)
     if body.logprobs not in (None, 0):
@@ -89,6 +95,8 @@ async def completions(http: fastapi.Request, body: CompletionBody) -> JSONRespon
             logprobs = None if body.logprobs is None else _token_lists(engine, completion)
             fields = {"text": completion.text, "logprobs": logprobs}
             choices.append(fields | _training_fields(prompt, completion))
+            if (episode := episodes.current(http)) is not None:
+                episode.record_text(engine.decode(prompt, special=True), choices[-1])
     return _answer("cmpl", "text_completion", body.model, choices, prompts)
 
 

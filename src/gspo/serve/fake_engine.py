@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import AddedToken
 
 from gspo.core.errors import RequestError
+from gspo.serve.chat import ChatFormat
 from gspo.serve.engine import Completion, Piece, Request, check_fits
+from gspo.serve.verbatim import TokenMemory, chat_tokens
 
 if TYPE_CHECKING:
     from gspo.weights.receipt import Probe, Receipts
@@ -16,8 +21,37 @@ if TYPE_CHECKING:
 END = 0
 
 
+class FakeTokenizer:
+    """Writes a conversation as `<role>content`, with tools and calls in Hermes' form."""
+
+    chat_template = '<tools> <tool_call>{"name": ..., "arguments": ...}</tool_call>'
+    eos_token = chr(END)
+    added_tokens_decoder: Mapping[int, Any] = {END: AddedToken(chr(END), special=True)}
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[dict],
+        /,
+        *,
+        tools: Sequence[dict] = (),
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        **options: Any,
+    ) -> str:
+        text = f"<tools>{json.dumps(tools)}\n" if tools else ""
+        for message in conversation:
+            text += f"<{message['role']}>{message['content']}"
+            for call in message.get("tool_calls", ()):
+                text += f"<tool_call>{json.dumps(call['function'])}</tool_call>"
+            # A turn of the model ends as it did when it was sampled: the next prompt extends it.
+            text += chr(END) if message["role"] == "assistant" else "\n"
+        return text[:-1] if continue_final_message else text + "<assistant>" * add_generation_prompt
+
+
 class FakeEngine:
     """Tokens are Unicode code points; 0 ends a completion.
+
+    What changes a distribution is noted in `altered_by`, and changes no reply.
 
     Args:
         reply: text of completion `index` of a prompt; default: random letters a to d, drawn from
@@ -43,19 +77,29 @@ class FakeEngine:
         self.logprob = logprob
         self.policy_version = 0
         self.receipts: Receipts | None = None
+        self.chat = ChatFormat(FakeTokenizer(), "FakeEngine")
         self.requests: list[Request] = []
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         return [ord(character) for character in text]
 
-    def encode_chat(self, messages: Sequence[dict]) -> list[int]:
-        # A turn of the model ends as it did when it was sampled: the next prompt extends it.
-        parts = [
-            f"<{m['role']}>{m.get('content') or ''}"
-            + (chr(END) if m["role"] == "assistant" else "\n")
-            for m in messages
-        ]
-        return self.encode("".join(parts) + "<assistant>")
+    def encode_chat(
+        self,
+        messages: Sequence[dict],
+        *,
+        tools: Sequence[dict] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        continue_final: bool = False,
+        memory: TokenMemory | None = None,
+    ) -> list[int]:
+        return chat_tokens(
+            self,
+            messages,
+            tools=tools,
+            template_kwargs=template_kwargs,
+            continue_final=continue_final,
+            memory=memory,
+        )
 
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
         return "".join(chr(token) for token in token_ids if special or token != END)
@@ -68,6 +112,9 @@ class FakeEngine:
         if request.params.min_tokens:
             message = "min_tokens: FakeEngine replies with the text that it was given"
             raise RequestError(message, param="min_tokens")
+        if request.params.grammar and self.reply is None:
+            message = "grammar: FakeEngine draws letters; give it a reply that keeps to the grammar"
+            raise RequestError(message, param="response_format")
         if request.params.expert_choices:
             message = "return_routes: FakeEngine has no experts, so it returns no expert choices"
             raise RequestError(message, param="return_routes")
@@ -87,7 +134,8 @@ class FakeEngine:
             columns = zip(done.token_ids, done.logprobs, done.policy_versions, strict=True)
             for i, (token, logprob, version) in enumerate(columns):
                 reason = done.finish_reason if i == last else None
-                yield Piece(index, (token,), (logprob,), (version,), reason)
+                top, altered = done.top_logprobs[i : i + 1], done.altered_by
+                yield Piece(index, (token,), (logprob,), (version,), reason, top, altered)
 
     async def complete(self, request: Request) -> list[Completion]:
         self.check(request)
@@ -118,4 +166,8 @@ class FakeEngine:
             finish_reason="stop" if tokens[-1] in ends or cuts else "length",
             policy_versions=(self.policy_version,) * len(tokens),
             temperature=params.temperature or 1.0,
+            top_logprobs=tuple(((token, self.logprob),) for token in tokens)
+            if params.top_logprobs
+            else (),
+            altered_by=params.altered_by,
         )

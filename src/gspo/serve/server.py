@@ -13,9 +13,10 @@ import uvicorn
 from fastapi import FastAPI
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
-from gspo.core.errors import ServeError
+from gspo.core.errors import ConfigError, ServeError
 from gspo.serve.app import IN_PROCESS, create_app
 from gspo.serve.engine import Engine
+from gspo.serve.episodes import Episode
 
 BASE_URL = "http://gspo.local/v1"
 START_SECONDS = 60
@@ -116,6 +117,20 @@ class Serving:
         except BaseException:
             await self.stop()
             raise
+
+    def episode_url(self, episode: Episode) -> str:
+        """The base URL at which requests belong to this episode.
+
+        Raises:
+            ConfigError: there is no port, or the episode records another model.
+        """
+        if self._listener is None:
+            raise ConfigError(
+                "an episode has a base URL only if the model is served on a port: "
+                "LocalBackend(port=0), where 0 is a free one"
+            )
+        self.app.state.episodes.add(episode)
+        return f"{self.url.removesuffix('/v1')}/episodes/{episode.id}/v1"
 
     async def _start_port(self) -> None:
         self._thread.start()

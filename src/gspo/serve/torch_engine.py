@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +20,12 @@ from gspo.kernels.kv_cache import Layout
 from gspo.policy.policy import WITH_GSPO_ATTENTION, Policy
 from gspo.serve.admission import Group, Line
 from gspo.serve.batch import Batch
+from gspo.serve.chat import ChatFormat
 from gspo.serve.decoding import OpenCompletion
 from gspo.serve.engine import Completion, Piece, Request, check_fits
 from gspo.serve.scheduler import Scheduler
 from gspo.serve.tokens import end_tokens, ends_of, token_bytes
+from gspo.serve.verbatim import TokenMemory, chat_tokens
 from gspo.weights.receipt import Probe, Receipts, score
 
 _REMEMBERED = 2**20
@@ -63,6 +66,8 @@ class TorchEngine:
         self._seed = seed
         self._drawn: Counter[int] = Counter()
         self._ends = end_tokens(policy)
+        ends = [self.decode([i], special=True) for i in self._ends.nonzero().flatten().tolist()]
+        self.chat = ChatFormat(policy.tokenizer, str(policy.source), ends)
         self._scheduler = Scheduler(self, compute or ComputeThread(), sockets=sockets)
 
     @property
@@ -80,20 +85,23 @@ class TorchEngine:
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         return self.policy.tokenizer(text, add_special_tokens=special)["input_ids"]
 
-    def encode_chat(self, messages: Sequence[dict]) -> list[int]:
-        tokenizer = self.policy.tokenizer
-        if tokenizer.chat_template is None:
-            raise RequestError(
-                f"{self.policy.source} has no chat template: use the completions route",
-                param="messages",
-            )
-        try:
-            text = tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # templates raise whatever their author wrote
-            raise RequestError(f"the chat template refuses: {error}", param="messages") from None
-        return self.encode(str(text))
+    def encode_chat(
+        self,
+        messages: Sequence[dict],
+        *,
+        tools: Sequence[dict] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        continue_final: bool = False,
+        memory: TokenMemory | None = None,
+    ) -> list[int]:
+        return chat_tokens(
+            self,
+            messages,
+            tools=tools,
+            template_kwargs=template_kwargs,
+            continue_final=continue_final,
+            memory=memory,
+        )
 
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
         ids = list(token_ids)

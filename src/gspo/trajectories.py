@@ -90,35 +90,16 @@ class _Record(BaseModel):
             raise DataError(f"{type(self).__name__}: {name}: {why}") from None
 
 
-class Trajectory(_Record):
-    """One rollout: messages as dicts, and the model's own turns as the `Choice` it returned.
-
-    Choices carry the sampled token ids and their log-probs; they are what is trained on. What other
-    clients call a choice (a `CompletionChoice`, litellm's `Choices`) is taken too, as a `Choice`. A
-    plain assistant dict is context, as a user or tool message is.
-
-    >>> t = Trajectory(messages_and_choices=[{"role": "user", "content": "hi"}], reward=1.0)
-    >>> t.messages()
-    [{'role': 'user', 'content': 'hi'}]
-    """
+class _Conversation(_Record):
+    """Messages as dicts, and the model's own turns as the `Choice` it returned."""
 
     messages_and_choices: MessagesAndChoices = Field(default_factory=list)
     tools: Tools | None = None
-    reward: float = 0.0
-    metrics: dict[str, float | int | bool] = Field(default_factory=dict)
-    metadata: dict[str, MetadataValue] = Field(default_factory=dict)
-    logs: list[str] = Field(default_factory=list)
 
     @field_validator("messages_and_choices", mode="before")
     @classmethod
     def _in_one_form(cls, items: Any) -> Any:
         return [as_choice(item) or item for item in items] if isinstance(items, list) else items
-
-    @field_validator("metrics", "metadata", mode="before")
-    @classmethod
-    def _plain(cls, values: Any, info: ValidationInfo) -> Any:
-        name = info.field_name or ""
-        return plain_values(values, name, texts=name == "metadata")
 
     def turns(self) -> MessagesAndChoices:
         """All turns in order, each choice as a `Choice`: one that was appended later too."""
@@ -135,6 +116,47 @@ class Trajectory(_Record):
             for item in self.turns()
         ]
         return cast(list[ChatCompletionMessageParam], plain)
+
+
+class History(_Conversation):
+    """A further conversation of a rollout: a sub-agent's, or one after the context was rewritten.
+
+    >>> History(messages_and_choices=[{"role": "user", "content": "hi"}]).choices()
+    []
+    """
+
+
+class Trajectory(_Conversation):
+    """One rollout: messages as dicts, and the model's own turns as the `Choice` it returned.
+
+    Choices carry the sampled token ids and their log-probs; they are what is trained on. What other
+    clients call a choice (a `CompletionChoice`, litellm's `Choices`) is taken too, as a `Choice`. A
+    plain assistant dict is context, as a user or tool message is.
+
+    An agent that holds several conversations has the others in `additional_histories`. All of them
+    are one rollout: they share its reward and advantage, and its sequence ratio is over the sampled
+    tokens of all (`sequence_unit="trajectory"`).
+
+    >>> t = Trajectory(messages_and_choices=[{"role": "user", "content": "hi"}], reward=1.0)
+    >>> t.messages()
+    [{'role': 'user', 'content': 'hi'}]
+    """
+
+    reward: float = 0.0
+    metrics: dict[str, float | int | bool] = Field(default_factory=dict)
+    metadata: dict[str, MetadataValue] = Field(default_factory=dict)
+    logs: list[str] = Field(default_factory=list)
+    additional_histories: list[History] = Field(default_factory=list)
+
+    @field_validator("metrics", "metadata", mode="before")
+    @classmethod
+    def _plain(cls, values: Any, info: ValidationInfo) -> Any:
+        name = info.field_name or ""
+        return plain_values(values, name, texts=name == "metadata")
+
+    def histories(self) -> list[Trajectory | History]:
+        """All conversations: its own, then the additional ones."""
+        return [self, *self.additional_histories]
 
     def __str__(self) -> str:
         return f"Trajectory(reward={self.reward}, metrics={self.metrics})"
