@@ -11,6 +11,7 @@ token ids), give it a reward (`POST /episodes/<id>/reward`) and drop it (`DELETE
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import copy
 import logging
@@ -19,7 +20,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import fastapi
 from fastapi.responses import JSONResponse, Response
@@ -32,8 +33,9 @@ from gspo.core.errors import BusyError, ConfigError, RequestError
 from gspo.serve.histories import Conversations
 from gspo.serve.refusals import DOCUMENTED, error_body
 from gspo.serve.verbatim import TokenMemory
-from gspo.trajectories import Trajectory
+from gspo.trajectories import History, Trajectory
 
+AnyHistory = TypeVar("AnyHistory", History, Trajectory)
 log = logging.getLogger("gspo")
 
 MOST_EPISODES = 4096
@@ -109,10 +111,12 @@ class Episode:
             self.server = self.server or server
             return self.server is server
 
-    def as_json(self) -> str:
-        """The trajectory so far, as ART writes it."""
+    def so_far(self) -> Trajectory:
+        """What is recorded by now; later calls leave it as it is."""
         with self._lock:
-            return self.trajectory.model_dump_json()
+            t = self.trajectory
+            further = [_copied(history) for history in t.additional_histories]
+            return _copied(t).model_copy(update={"additional_histories": further})
 
     def end(self) -> None:
         """Record nothing more, and let go of what recording needed."""
@@ -131,6 +135,10 @@ class Episode:
         return True
 
 
+def _copied(history: AnyHistory) -> AnyHistory:
+    return history.model_copy(update={"messages_and_choices": [*history.messages_and_choices]})
+
+
 def _choice_of(fields: Mapping[str, Any]) -> Choice:
     choice = as_choice(fields)
     assert choice is not None, "a choice has a message or a text"
@@ -142,13 +150,8 @@ _current: contextvars.ContextVar[Episode | None] = contextvars.ContextVar(
 )
 
 
-def current(asked: fastapi.Request | fastapi.FastAPI) -> Episode | None:
-    """The episode that a request belongs to, or None. To be called by what handles the request.
-
-    Args:
-        asked: the request; or the app, for a chat of this process that skips HTTP.
-    """
-    app = asked if isinstance(asked, fastapi.FastAPI) else asked.app
+def current(app: fastapi.FastAPI) -> Episode | None:
+    """The episode that a request to this app belongs to, or None. To be called by its handler."""
     episode, server = _current.get(), app.state.episodes
     return episode if episode is not None and episode.belongs_to(server) else None
 
@@ -280,7 +283,8 @@ async def read_episode(http: fastapi.Request, id: Id) -> Response:
     episode = http.app.state.episodes.find(id)
     if episode is None:
         return _unknown(id)
-    return Response(episode.as_json(), media_type="application/json")
+    text = await asyncio.to_thread(episode.so_far().model_dump_json)  # which may take a while
+    return Response(text, media_type="application/json")
 
 
 @router.post("/episodes/{episode}/reward")
