@@ -10,6 +10,7 @@ TESTS = Path(__file__).parent
 SOURCE = TESTS.parent / "src" / "gspo"
 
 ACROSS: dict[str, str] = {
+    "backend/test_concurrent_rollouts.py": "whole runs in exact mode, noisy tools, kills",
     "objective/test_self_contained.py": "the objective imports torch and nothing of gspo",
     "serve/test_load.py": "many clients at once over real sockets",
     "serve/test_malformed.py": "bodies that are wrong by the thousand, and by the document",

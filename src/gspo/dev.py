@@ -12,8 +12,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from gspo import absent
 from gspo.core.errors import suggestion
 from gspo.core.options import LARGEST_COUNT, Options
+
+
+def __getattr__(name: str) -> Any:
+    raise absent.refusal("gspo.dev", name, absent.DEV)
+
 
 __all__ = ["InternalModelConfig", "LoraConfig", "RolloutDtype", "TrainConfig"]
 
@@ -112,8 +118,8 @@ class TrainConfig(Options):
     """The policy that ratios are taken against: the engine's own likelihoods, as the paper
     proposes, or the trainer's at the start of the batch (one more forward pass)."""
     correction: CorrectionKind | None = None
-    """Weights for trainer / engine if the two are kept apart (old_logprobs="trainer"). None: the
-    preset's; gspo's own have none."""
+    """Importance weights pi_old / mu, for tokens that an engine with other log-probs (mu) sampled;
+    needs old_logprobs="trainer". None: the preset's; those of gspo have none."""
     correction_low: float | None = Field(default=None, ge=0)
     correction_high: float | None = Field(default=None, gt=0)
     """Bounds of the correction. None: those of the preset's, else `gspo.objective.BOUNDS`."""
@@ -228,6 +234,13 @@ class InternalModelConfig(Options):
     >>> InternalModelConfig(lora=LoraConfig(r=4)).dtype
     'float32'
     """
+
+    refused: ClassVar[Mapping[str, str]] = {
+        "engine_args": "the engine takes what is needed: max_context=, rollout_dtype=, threads=.",
+        "init_args": "the length is max_context=; device=, dtype= and threads= say the rest.",
+        "peft_args": "give lora=dev.LoraConfig(r=, alpha=, target_modules=).",
+        "trainer_args": "they are options of dev.TrainConfig, in each call of train.",
+    }
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type. Weights and optimizer stay float32; `bfloat16` computes under autocast."""

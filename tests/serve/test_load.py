@@ -136,6 +136,8 @@ async def load(count: int, leaving: int, checked: int, *, memory: bool) -> Count
         asked = chats(count, leaving, rng)
         outcomes = await at_once(asked)
         await left_nothing()
+        if memory:
+            await asyncio.sleep(3)  # see `QUIET_TICKS`
         after = resident()
         async with in_process_client(app) as alone:
             whole = [c for c in asked if isinstance(outcomes[c.number], dict)]

@@ -42,7 +42,7 @@ def test_a_stream_goes_on_whoever_comes_and_goes(events: list[int | str]):
         if event == "add":
             new = [(len(keys), -1), (2**70 + 5, len(keys))]
             streams.add(new)
-            keys, drawn = keys + new, drawn + [0, 0]
+            keys, drawn = keys + new, [*drawn, 0, 0]
         elif event == "keep":
             streams.keep(torch.arange(0, len(keys), 2))
             keys, drawn = keys[::2], drawn[::2]

@@ -77,6 +77,7 @@ def plain_groups(groups: Any) -> list[TrajectoryGroup]:
         values = {
             "trajectories": [_plain(t, f"{where}, trajectory {i}") for i, t in enumerate(group)],
             "metadata": plain_values(group.metadata, f"{where}: metadata", texts=True),
+            "metrics": plain_values(group.metrics, f"{where}: metrics"),
         }
         plain.append(group.model_copy(update=values))
     return plain

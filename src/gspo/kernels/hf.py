@@ -181,12 +181,12 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], *, special:
     As `tokenizer.decode`, which takes three times as long: it first looks for tensors in the list.
     """
     kind = type(tokenizer)
-    plain = (
-        getattr(kind, "_decode", None) is PreTrainedTokenizerFast._decode
+    if (
+        isinstance(tokenizer, PreTrainedTokenizerFast)
+        and kind._decode is PreTrainedTokenizerFast._decode
         and kind.decode is PreTrainedTokenizerBase.decode
         and not tokenizer.clean_up_tokenization_spaces
-    )
-    if plain:
+    ):
         return tokenizer.backend_tokenizer.decode(token_ids, skip_special_tokens=not special)
     return str(tokenizer.decode(token_ids, skip_special_tokens=not special))
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,7 +41,7 @@ class Grammars:
         ends: its end tokens, which are allowed where the grammar may end.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int, ends: Collection[int]):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int, ends: Sequence[int]):
         self._tokenizer, self._size, self._ends = tokenizer, size, sorted(ends)
         self._compiled: OrderedDict[str, Matcher] = OrderedDict()
         self._lock = threading.Lock()
@@ -63,14 +63,15 @@ class Grammars:
 
     def _compile(self, grammar: str) -> Matcher:
         try:
-            from llguidance import LLMatcher
+            from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
         except ImportError:
             raise _refusal(
                 "decoding under a grammar needs llguidance: pip install 'gspo[structured]' on the "
                 "machine that serves"
             ) from None
         if self._vocabulary is None:
-            self._vocabulary = _vocabulary(self._tokenizer, self._size, self._ends)
+            wrapped = TokenizerWrapper(_Vocabulary(self._tokenizer, self._size, self._ends))
+            self._vocabulary = LLTokenizer(wrapped, n_vocab=self._size, eos_token=self._ends)
         schema = grammar.lstrip()[:1] in ("{", "[") or grammar.strip() in ("true", "false")
         try:
             text = (
@@ -83,7 +84,7 @@ class Grammars:
         matcher = LLMatcher(self._vocabulary, text, log_level=0)
         kind = "schema" if schema else "grammar"
         if matcher.is_error():
-            why = matcher.get_error().partition("\n<state>")[0]
+            why = matcher.get_error().partition("\n<state>")[0][:200]
             raise _refusal(f"the {kind} {shown(grammar)} means nothing here: {why}")
         begun = Matcher(matcher, self._size)
         if begun.finish is not None:
@@ -132,24 +133,37 @@ class Matcher:
             self.finish = "stop" if done else "length"
 
 
-def _vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, ends: list[int]) -> Any:
-    """The tokens as llguidance wants them."""
-    from llguidance import LLTokenizer, TokenizerWrapper
+class _Vocabulary:
+    """A tokenizer, as llguidance wants to see one."""
 
-    class Wrapped:
-        eos_token_id, bos_token_id = ends[0], None
-        tokens = vocabulary_bytes(tokenizer, size)
-        special_token_ids = [  # noqa: RUF012
-            i for i, token in tokenizer.added_tokens_decoder.items() if token.special and i < size
-        ]
+    bos_token_id = None
 
-        def __call__(self, text: bytes) -> list[int]:
-            """Tokens of text that the grammar leaves no choice of, as the model would write it."""
-            ids = tokenizer(text.decode(errors="replace"), add_special_tokens=False)["input_ids"]
-            unknown = ids.index(tokenizer.unk_token_id) if tokenizer.unk_token_id in ids else None
-            return ids[:unknown]
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int, ends: Sequence[int]):
+        self._tokenizer, self.eos_token_id = tokenizer, ends[0]
+        self.tokens = vocabulary_bytes(tokenizer, size)
+        added = tokenizer.added_tokens_decoder.items()
+        self.special_token_ids = [i for i, token in added if token.special and i < size]
+        special = set(self.special_token_ids)
+        pairs = reversed(list(enumerate(self.tokens)))  # the first of equal tokens wins
+        self._ids = {token: i for i, token in pairs if token and i not in special}
+        self._longest = max(map(len, self._ids))
 
-    return LLTokenizer(TokenizerWrapper(Wrapped()), n_vocab=size, eos_token=ends)
+    def __call__(self, text: bytes) -> list[int]:
+        """The tokens of a text that the grammar leaves no choice of."""
+        written = text.decode(errors="replace")
+        ids = self._tokenizer(written, add_special_tokens=False)["input_ids"]
+        if b"".join(self.tokens[i] for i in ids) == text:
+            return ids
+        # The tokenizer puts a space before it, or cannot spell it: the longest tokens that fit.
+        ids = []
+        while text:
+            sizes = range(min(self._longest, len(text)), 0, -1)
+            size = next((size for size in sizes if text[:size] in self._ids), None)
+            if size is None:
+                break
+            ids.append(self._ids[text[:size]])
+            text = text[size:]
+        return ids
 
 
 def _refusal(message: str) -> RequestError:

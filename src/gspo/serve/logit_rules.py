@@ -116,16 +116,15 @@ class LogitRules:
         some = any(completion.params.min_tokens for completion in self._completions)
         lengths = counts.tolist() if some else [0] * len(self._completions)
         for i, completion in enumerate(self._completions):
-            mask = None
-            if lengths[i] < completion.params.min_tokens:
-                mask = self._ends_of(completion)
+            short = lengths[i] < completion.params.min_tokens
+            mask = self._ends_of(completion) if short else None
             if completion.matcher is not None and completion.finish is None:
                 allowed = torch.from_numpy(completion.matcher.allowed).to(self._ends.device)
                 if completion.ends and completion.matcher.accepting:
                     allowed = allowed | self._ends_of(completion)
                 # Where a grammar has to end, it ends, though there are fewer than min_tokens.
-                free = mask is None or not bool((allowed & ~mask).any())
-                mask = ~allowed if free else ~allowed | mask
+                more = mask is not None and bool((allowed & ~mask).any())
+                mask = ~allowed | mask if mask is not None and more else ~allowed
             if mask is not None:
                 barred.append((i, mask))
         return barred
