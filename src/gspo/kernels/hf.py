@@ -176,7 +176,7 @@ def decoder_kinds(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], *, special: bool) -> str:
-    """The text of token ids; with `special`, special tokens too.
+    """The text of token ids, not cleaned up; with `special`, special tokens too.
 
     As `tokenizer.decode`, which takes three times as long: it first looks for tensors in the list.
     """
@@ -185,10 +185,10 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], *, special:
         isinstance(tokenizer, PreTrainedTokenizerFast)
         and kind._decode is PreTrainedTokenizerFast._decode
         and kind.decode is PreTrainedTokenizerBase.decode
-        and not tokenizer.clean_up_tokenization_spaces
     ):
         return tokenizer.backend_tokenizer.decode(token_ids, skip_special_tokens=not special)
-    return str(tokenizer.decode(token_ids, skip_special_tokens=not special))
+    options = {"skip_special_tokens": not special, "clean_up_tokenization_spaces": False}
+    return str(tokenizer.decode(token_ids, **options))
 
 
 @contextmanager

@@ -20,7 +20,15 @@ from gspo.serve.conversation import Conversation, chat_chunks
 from gspo.serve.engine import Completion, Engine, Piece, Request
 from gspo.serve.meters import Metered, Meters
 from gspo.serve.refusals import DOCUMENTED, HungUpError, UnknownModelError, add_handlers
-from gspo.serve.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, texts_in
+from gspo.serve.responses import GrowingResponse, chat_of
+from gspo.serve.schemas import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    ResponsesBody,
+    TokenizeBody,
+    texts_in,
+)
 from gspo.serve.streaming import EventStream, begun, pieces
 from gspo.serve.text_completion import TextCompletion
 
@@ -169,6 +177,18 @@ async def _conversation(
         tokens=body.tokens_asked(),
         episode=episode,
     )
+
+
+@v1.post("/responses")
+async def responses(http: fastapi.Request, body: ResponsesBody) -> Response:
+    call = await _unless_gone(http, _conversation(http.app, chat_of(body), http))
+    answer = GrowingResponse(body, call)
+    if body.stream:
+        events = answer.events(_pieces(http, call.engine, [call.request]))
+        return EventStream(await _unless_gone(http, begun(events)), named=True)
+    (completion,) = await _unless_gone(http, call.engine.complete(call.request))
+    _count(http.app, [call.request], len(completion.token_ids))
+    return JSONResponse(answer.answer(completion))
 
 
 @v1.post("/completions")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from gspo.core.draws import purpose
 from gspo.core.errors import RequestError, shown, suggestion
-from gspo.serve.chat import ChatFormat
+from gspo.serve.chat import ChatFormat, tools_of
 from gspo.serve.engine import SamplingParams
 
 _IGNORABLE = {"user", "metadata", "service_tier", "prompt_cache_key", "prompt_cache_retention"}
@@ -20,7 +20,7 @@ _UNSUPPORTED: tuple[tuple[Any, str], ...] = (
     (0, "prompt_logprobs"),
     (1, "best_of length_penalty"),
     ("", "suffix chat_template"),
-    ([], "functions documents include"),
+    ([], "functions documents"),
     (["text"], "modalities"),
     ("disabled", "truncation"),
     (None, "audio prediction web_search_options previous_response_id conversation prompt"),
@@ -86,7 +86,6 @@ class _Sampled(_Asked):
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
 
     def sampling(self, max_tokens: int | None, top_logprobs: int = 0) -> SamplingParams:
         """Return the engine's parameters.
@@ -95,8 +94,6 @@ class _Sampled(_Asked):
             RequestError: an unknown parameter, or a value out of range.
         """
         self.refuse_unknown()
-        if self.stream_options is not None and not self.stream:
-            raise RequestError("stream_options is for streams: stream = true", "stream_options")
         return SamplingParams(
             **self.model_dump(include=_SAMPLING, exclude_none=True),
             max_tokens=max_tokens,
@@ -115,16 +112,27 @@ class _Sampled(_Asked):
                 raise RequestError(f"logit_bias: {shown(name)} is no token id", "logit_bias")
             yield int(name), bias
 
-    def usage_asked(self) -> bool:
-        """Whether a stream ends with its counts of tokens."""
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
-
     def tokens_asked(self) -> bool:
         """Whether choices carry token ids: they do, unless somebody says no."""
         return self.return_token_ids is not False
 
 
-class ChatBody(_Sampled):
+class _Chunked(_Sampled):
+    """What the routes have in common whose streams are chunks."""
+
+    stream_options: StreamOptions | None = None
+
+    def sampling(self, max_tokens: int | None, top_logprobs: int = 0) -> SamplingParams:
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options is for streams: stream = true", "stream_options")
+        return super().sampling(max_tokens, top_logprobs)
+
+    def usage_asked(self) -> bool:
+        """Whether a stream ends with its counts of tokens."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class ChatBody(_Chunked):
     """POST /v1/chat/completions."""
 
     messages: list[dict[str, Any]] = Field(min_length=1)
@@ -190,7 +198,7 @@ class ChatBody(_Sampled):
                     '{"type": "function", "function": {"name": ...}}',
                     "tool_choice",
                 )
-        names = [(tool.get("function") or {}).get("name") for tool in self.tools or ()]
+        names = list(tools_of(self.tools or ()))
         if not names or (isinstance(wanted, str) and wanted not in names):
             raise RequestError(
                 f"tool_choice = {shown(choice)}: the request's tools are {names}", "tool_choice"
@@ -221,7 +229,7 @@ class ChatBody(_Sampled):
         )
 
 
-class CompletionBody(_Sampled):
+class CompletionBody(_Chunked):
     """POST /v1/completions."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
@@ -245,6 +253,32 @@ class CompletionBody(_Sampled):
             raise RequestError("prompt = []: give at least one prompt", param="prompt")
         single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
         return [self.prompt] if single else list(self.prompt)  # pyright: ignore[reportReturnType]
+
+
+class NoOptions(BaseModel):
+    """What a stream of `/v1/responses` carries besides: nothing."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_obfuscation: Literal[False] | None = None
+
+
+class ResponsesBody(_Sampled):
+    """POST /v1/responses: see `gspo.serve.responses`."""
+
+    input: str | list[dict[str, Any]]
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    text: dict[str, Any] | None = None
+    reasoning: dict[str, Any] | None = None
+    include: list[Literal["message.output_text.logprobs"]] | None = None
+    top_logprobs: int | None = None
+    metadata: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    stream_options: NoOptions | None = None
 
 
 class TokenizeBody(_Asked):
