@@ -139,6 +139,35 @@ async def test_streams_with_tools_are_captured_token_by_token(port: int | None):
     assert sample.tokens[sample.ratio_mask].tolist() == [*first, *second]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_responses_route_is_captured_as_the_chat_that_it_is(stream: bool):
+    model = art.TrainableModel(name="m", project="p", base_model="any")
+    tools: Any = [{"type": "function", **TOOLS[0]["function"]}]
+
+    async def respond(items: list[Any]) -> list[Any]:
+        create = model.openai_client().responses.create
+        answer: Any = await create(model="m", input=items, tools=tools, stream=stream)
+        if stream:
+            *_, last = [event async for event in answer]
+            answer = last.response
+        return [item.model_dump(exclude_none=True) for item in answer.output]
+
+    async with art.FakeBackend(calls_once) as backend:
+        await model.register(backend)
+        async with art.trajectory() as t:
+            items: list[Any] = [user("1 + 2?")]
+            items += await respond(items)
+            call_id = items[-1]["call_id"]
+            items.append({"type": "function_call_output", "call_id": call_id, "output": "3"})
+            items += await respond(items)
+    assert items[-1]["content"][0]["text"] == "3"
+    assert t.additional_histories == []
+    assert [m["role"] for m in t.messages()] == ["user", "assistant", "tool", "assistant"]
+    assert t.tools and t.tools[0]["function"]["name"] == "add"
+    (sample,) = trajectory_samples(t)
+    assert sample.sampled == sum(len(c.token_ids) for c in t.choices())  # pyright: ignore
+
+
 async def test_a_stream_that_is_left_is_not_recorded():
     model = art.TrainableModel(name="m", project="p", base_model="any")
     async with art.FakeBackend(lambda prompt, index: "a" * 500) as backend:
@@ -222,7 +251,8 @@ async def test_a_decorated_rollout_returns_its_trajectory(model: art.TrainableMo
         return 0.5
 
     one, two = await asyncio.gather(rollout(model, "a"), rollout(model, task="b"))
-    assert (one.reward, one.metrics, one.messages()[0]) == (0.5, {"n": 2}, user("a"))
+    assert (one.reward, one.metrics["n"], one.messages()[0]) == (0.5, 2, user("a"))
+    assert 0 <= one.metrics["duration"] < 60
     assert two.messages()[0] == user("b")
     assert rollout.__doc__ == "Talk."
 
