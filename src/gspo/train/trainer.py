@@ -31,6 +31,7 @@ from gspo.policy.policy import Policy
 from gspo.policy.workers import Workers
 from gspo.train import minibatches as plan
 from gspo.train.backward import backward_each
+from gspo.train.batch_metrics import warn_of_altered
 from gspo.train.defaults import with_defaults
 from gspo.train.epsilon import EpsilonController
 from gspo.train.expert_replay import ExpertReplay, check_expert_options
@@ -85,6 +86,7 @@ class Trainer:
         self.step = 0
         self.epsilon = EpsilonController()
         self._load_reference = load_reference
+        self._warned: set[str] = set()
 
     def train(self, batch: plan.RolloutBatch, settings: Settings) -> TrainOutput:
         """Take `minibatches` x `epochs` optimizer steps and count the policy version up.
@@ -193,6 +195,7 @@ class Trainer:
         if settings.epsilon == "auto":
             settings = settings.with_objective(self.epsilon.apply(settings.objective))
         watch = Observer(self.policy, batch)
+        warn_of_altered(batch, self._warned)
         experts = ExpertReplay(self.policy, settings, watch.metrics)
         if settings.objective.kl_coef > 0:
             _ = self._frozen  # loaded before any work
@@ -234,7 +237,11 @@ class Trainer:
         self.step += 1
         self.epsilon.learn(settings, watch, self.step)
         watch.done(settings.objective)
-        skipped = None if watch.updates else plan.why_no_update(len(batch.samples), batch.dropped)
+        skipped = (
+            None
+            if watch.updates
+            else plan.why_no_update(len(batch.samples), batch.dropped, batch.stale)
+        )
         return TrainOutput(watch.updates, skipped, watch.metrics, settings, watch.by_trajectory())
 
 
