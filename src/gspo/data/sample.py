@@ -12,7 +12,7 @@ import numpy as np
 from gspo.core.errors import DataError, MissingLogprobsError, SampleTooLongError
 from gspo.data.expert_choices import joined_expert_choices
 from gspo.data.turn import Turn, read_turn
-from gspo.trajectory import Trajectory
+from gspo.trajectories import Trajectory
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,8 @@ def trajectory_samples(
 ) -> TrajectorySamples:
     """The samples of one trajectory: one, or more if a prompt doesn't extend the last tokens.
 
+    The turns of its additional histories follow those of its own; all of them share its advantage.
+
     Args:
         trajectory: with at least one Choice.
         trajectory_id, group_id, advantage: of the samples.
@@ -103,8 +105,7 @@ def trajectory_samples(
         SampleTooLongError: a sample is longer than `max_tokens`.
     """
     where = where or f"group {group_id}, trajectory {trajectory_id}"
-    choices = enumerate(trajectory.choices())
-    turns = [read_turn(choice, f"{where}, choice {c}") for c, choice in choices]
+    turns = _turns(trajectory, where)
     if not turns:
         raise MissingLogprobsError(
             f"{where} has no Choice: append response.choices[0] to messages_and_choices, "
@@ -131,6 +132,16 @@ def trajectory_samples(
                 "shorten the rollout (max_tokens), or set on_too_long='drop' in dev.TrainConfig"
             )
     return samples
+
+
+def _turns(trajectory: Trajectory, where: str) -> list[Turn]:
+    """The model's turns in all histories of a trajectory."""
+    turns = []
+    for number, history in enumerate(trajectory.histories()):
+        place = f"{where}, additional history {number - 1}" if number else where
+        choices = enumerate(history.choices())
+        turns += [read_turn(choice, f"{place}, choice {c}") for c, choice in choices]
+    return turns
 
 
 def sample_of(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
@@ -12,6 +12,8 @@ from gspo.core.errors import RequestError, shown
 from gspo.serve.params import SamplingParams
 
 if TYPE_CHECKING:  # `import gspo` is light
+    from gspo.serve.chat import ChatFormat
+    from gspo.serve.verbatim import TokenMemory
     from gspo.weights.receipt import Probe, Receipts
 
 FinishReason = Literal["stop", "length"]
@@ -77,6 +79,7 @@ class Piece:
         finish_reason: with its last piece; None before.
         top_logprobs: of its new tokens, as in `Completion`.
         altered_by: as in `Completion`, with each piece.
+        completion: with its last piece: the whole of it.
     """
 
     index: int
@@ -86,6 +89,7 @@ class Piece:
     finish_reason: FinishReason | None = None
     top_logprobs: tuple[TopLogprobs, ...] = ()
     altered_by: tuple[str, ...] = ()
+    completion: Completion | None = None
 
 
 @runtime_checkable
@@ -96,11 +100,23 @@ class Engine(Protocol):
     (`gspo.weights.publisher`), and each publication is proved (`gspo.weights.receipt`).
 
     Attributes:
+        chat: how its conversations are written, and its answers read.
         receipts: `generate` asks `receipts.require` first, so that nothing is sampled with weights
             that were not proved. None: the weights never change.
     """
 
+    chat: ChatFormat
     receipts: Receipts | None
+
+    @property
+    def most_characters(self) -> int:
+        """A text of more characters has more tokens than the model's context."""
+        ...
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """How many requests run, and how many wait."""
+        ...
 
     @property
     def policy_version(self) -> int:
@@ -115,8 +131,25 @@ class Engine(Protocol):
         """Token ids of a text; `special` adds what the tokenizer puts around one (a BOS)."""
         ...
 
-    def encode_chat(self, messages: Sequence[dict]) -> list[int]:
-        """Token ids of a conversation that asks for the assistant's next turn."""
+    def encode_chat(
+        self,
+        messages: Sequence[dict],
+        *,
+        tools: Sequence[dict] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        continue_final: bool = False,
+        memory: TokenMemory | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation that asks for the assistant's next turn.
+
+        Args:
+            messages, tools, template_kwargs, continue_final: see `ChatFormat.render`.
+            memory: of the episode that the conversation belongs to: what was sampled in it is used
+                word for word.
+
+        Raises:
+            RequestError: see `ChatFormat.render`.
+        """
         ...
 
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
@@ -148,7 +181,7 @@ class Engine(Protocol):
         """
         ...
 
-    def stream(self, request: Request) -> AsyncIterator[Piece]:
+    def stream(self, request: Request) -> AsyncGenerator[Piece, None]:
         """Sample as `complete` does, and hand over each step's tokens. To cancel it, close it.
 
         Raises:

@@ -2,18 +2,50 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import AddedToken
 
 from gspo.core.errors import RequestError
+from gspo.serve.chat import ChatFormat
 from gspo.serve.engine import Completion, Piece, Request, check_fits
+from gspo.serve.verbatim import TokenMemory, chat_tokens
 
 if TYPE_CHECKING:
     from gspo.weights.receipt import Probe, Receipts
 
 END = 0
+
+
+class FakeTokenizer:
+    """Writes a conversation as `<role>content`, with tools and calls in Hermes' form."""
+
+    chat_template = '<tools> <tool_call>{"name": ..., "arguments": ...}</tool_call>'
+    eos_token = chr(END)
+    added_tokens_decoder: Mapping[int, Any] = {END: AddedToken(chr(END), special=True)}
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[dict],
+        /,
+        *,
+        tools: Sequence[dict] = (),
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        **options: Any,
+    ) -> str:
+        text = f"<tools>{json.dumps(tools)}\n" if tools else ""
+        for message in conversation:
+            text += f"<{message['role']}>{message['content']}"
+            for call in message.get("tool_calls", ()):
+                text += f"<tool_call>{json.dumps(call['function'])}</tool_call>"
+            # A turn of the model ends as it did when it was sampled: the next prompt extends it.
+            text += chr(END) if message["role"] == "assistant" else "\n"
+        return text[:-1] if continue_final_message else text + "<assistant>" * add_generation_prompt
 
 
 class FakeEngine:
@@ -32,8 +64,9 @@ class FakeEngine:
     'HI'
     """
 
-    context = 4096
+    context = most_characters = 4096
     vocabulary = 0x110000
+    traffic = (0, 0)
 
     def __init__(
         self,
@@ -45,19 +78,29 @@ class FakeEngine:
         self.logprob = logprob
         self.policy_version = 0
         self.receipts: Receipts | None = None
+        self.chat = ChatFormat(FakeTokenizer(), "FakeEngine")
         self.requests: list[Request] = []
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         return [ord(character) for character in text]
 
-    def encode_chat(self, messages: Sequence[dict]) -> list[int]:
-        # A turn of the model ends as it did when it was sampled: the next prompt extends it.
-        parts = [
-            f"<{m['role']}>{m.get('content') or ''}"
-            + (chr(END) if m["role"] == "assistant" else "\n")
-            for m in messages
-        ]
-        return self.encode("".join(parts) + "<assistant>")
+    def encode_chat(
+        self,
+        messages: Sequence[dict],
+        *,
+        tools: Sequence[dict] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        continue_final: bool = False,
+        memory: TokenMemory | None = None,
+    ) -> list[int]:
+        return chat_tokens(
+            self,
+            messages,
+            tools=tools,
+            template_kwargs=template_kwargs,
+            continue_final=continue_final,
+            memory=memory,
+        )
 
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
         return "".join(chr(token) for token in token_ids if special or token != END)
@@ -86,14 +129,14 @@ class FakeEngine:
     def close(self) -> None:
         """Nothing is held here, so nothing is let go of."""
 
-    async def stream(self, request: Request) -> AsyncIterator[Piece]:
+    async def stream(self, request: Request) -> AsyncGenerator[Piece, None]:
         for index, done in enumerate(await self.complete(request)):
             last = len(done.token_ids) - 1
             columns = zip(done.token_ids, done.logprobs, done.policy_versions, strict=True)
             for i, (token, logprob, version) in enumerate(columns):
-                reason = done.finish_reason if i == last else None
+                reason, whole = (done.finish_reason, done) if i == last else (None, None)
                 top, altered = done.top_logprobs[i : i + 1], done.altered_by
-                yield Piece(index, (token,), (logprob,), (version,), reason, top, altered)
+                yield Piece(index, (token,), (logprob,), (version,), reason, top, altered, whole)
 
     async def complete(self, request: Request) -> list[Completion]:
         self.check(request)
@@ -114,9 +157,15 @@ class FakeEngine:
         tokens = [*self.encode(text), END]
         first_end = next(i for i, token in enumerate(tokens) if token in ends)
         limit = check_fits(request, self.context, self.vocabulary)
+        special = not params.skip_special_tokens
         tokens = tokens[: min(first_end + 1, limit)]
-        out = self.decode(tokens, special=not params.skip_special_tokens)
-        cuts = [text.find(stop) for stop in params.stop if stop in text]
+        for count in range(1, len(tokens) + 1) if params.stop else ():
+            out = self.decode(tokens[:count], special=special)
+            if any(stop in out for stop in params.stop):
+                tokens = tokens[:count]
+                break
+        out = self.decode(tokens, special=special)
+        cuts = [out.find(stop) for stop in params.stop if stop in out]
         return Completion(
             token_ids=tuple(tokens),
             logprobs=(self.logprob,) * len(tokens),

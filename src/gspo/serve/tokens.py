@@ -74,6 +74,25 @@ def ends_of(
     return frozenset(ends)
 
 
+def text_of(
+    tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], *, special: bool = False
+) -> str:
+    """Return the text of tokens; with `special`, of special tokens too.
+
+    What follows never changes a text that doesn't end in a part of a character. So texts are not
+    cleaned up, and bytes that are no character spoil only themselves: byte fallback would give up
+    all bytes that stand together.
+    """
+    ids = list(token_ids)
+    options = {"skip_special_tokens": not special, "clean_up_tokenization_spaces": False}
+    text = str(tokenizer.decode(ids, **options))
+    if "\ufffd" in text and "ByteFallback" in decoder_kinds(tokenizer):
+        hidden = set() if special else set(tokenizer.all_special_ids)
+        parts = token_bytes(tokenizer, [token for token in ids if token not in hidden])
+        return b"".join(parts).decode(errors="replace")
+    return text
+
+
 def token_bytes(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[bytes]:
     """Return the bytes of each token, special tokens too. Joined, they are the decoded text.
 

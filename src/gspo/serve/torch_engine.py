@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +20,13 @@ from gspo.kernels.kv_cache import Layout
 from gspo.policy.policy import WITH_GSPO_ATTENTION, Policy
 from gspo.serve.admission import Group, Line
 from gspo.serve.batch import Batch
+from gspo.serve.chat import ChatFormat
 from gspo.serve.decoding import OpenCompletion
 from gspo.serve.engine import Completion, Piece, Request, check_fits
 from gspo.serve.grammar import Grammars
 from gspo.serve.scheduler import Scheduler
-from gspo.serve.tokens import end_tokens, ends_of, token_bytes
+from gspo.serve.tokens import end_tokens, ends_of, text_of, token_bytes
+from gspo.serve.verbatim import TokenMemory, chat_tokens
 from gspo.weights.receipt import Probe, Receipts, score
 
 _REMEMBERED = 2**20
@@ -61,10 +64,13 @@ class TorchEngine:
             "shared" if packed and policy.packing in WITH_GSPO_ATTENTION else "model_cache"
         )
         """How keys and values are kept; `check_engine` goes on to the next if one isn't exact."""
+        self.most_characters = policy.context * max(map(len, policy.tokenizer.get_vocab()))
         self._seed = seed
         self._drawn: Counter[int] = Counter()
         self._ends = end_tokens(policy)
         ends = self._ends.nonzero().flatten().tolist()
+        texts = [self.decode([token], special=True) for token in ends]
+        self.chat = ChatFormat(policy.tokenizer, str(policy.source), texts)
         self._grammars = Grammars(policy.tokenizer, policy.head.size, ends)
         self._scheduler = Scheduler(self, compute or ComputeThread(), sockets=sockets)
 
@@ -80,26 +86,33 @@ class TorchEngine:
         """Whether a completion's numbers don't depend on what is decoded beside it."""
         return self.policy.exact
 
+    @property
+    def traffic(self) -> tuple[int, int]:
+        return self._scheduler.traffic
+
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         return self.policy.tokenizer(text, add_special_tokens=special)["input_ids"]
 
-    def encode_chat(self, messages: Sequence[dict]) -> list[int]:
-        tokenizer = self.policy.tokenizer
-        if tokenizer.chat_template is None:
-            raise RequestError(
-                f"{self.policy.source} has no chat template: use the completions route",
-                param="messages",
-            )
-        try:
-            text = tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # templates raise whatever their author wrote
-            raise RequestError(f"the chat template refuses: {error}", param="messages") from None
-        return self.encode(str(text))
+    def encode_chat(
+        self,
+        messages: Sequence[dict],
+        *,
+        tools: Sequence[dict] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        continue_final: bool = False,
+        memory: TokenMemory | None = None,
+    ) -> list[int]:
+        return chat_tokens(
+            self,
+            messages,
+            tools=tools,
+            template_kwargs=template_kwargs,
+            continue_final=continue_final,
+            memory=memory,
+        )
 
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
-        return decode(self.policy.tokenizer, list(token_ids), special=special)
+        return text_of(self.policy.tokenizer, token_ids, special=special)
 
     def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
         return token_bytes(self.policy.tokenizer, token_ids)
@@ -131,7 +144,7 @@ class TorchEngine:
         self.check(request)
         return await self._scheduler.complete(request)
 
-    def stream(self, request: Request) -> AsyncIterator[Piece]:
+    def stream(self, request: Request) -> AsyncGenerator[Piece, None]:
         self.check(request)
         return self._scheduler.stream(request)
 
@@ -186,7 +199,7 @@ class TorchEngine:
 
     def closed(self, group: Group) -> list[Completion]:
         """What became of a request's completions; all have ended."""
-        return [self._closed(completion) for completion in group.completions]
+        return [self.whole(completion) for completion in group.completions]
 
     def _keys(self, request: Request) -> list[tuple[int, int]]:
         """Return the keys of the random numbers of the request's completions."""
@@ -201,7 +214,8 @@ class TorchEngine:
         # Seeded and unseeded draws never meet: their second words differ in sign.
         return [(seed, -1 - index) for index in range(first, first + params.n)]
 
-    def _closed(self, completion: OpenCompletion) -> Completion:
+    def whole(self, completion: OpenCompletion) -> Completion:
+        """What became of a completion that has ended."""
         assert completion.finish is not None
         params, tokens, text = completion.params, completion.tokens, completion.text
         if text is None:
