@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import gspo as art
 from gspo.core.errors import ConfigError, JudgeError
 from gspo.rewards import DEFAULT_RUBRIC, _question, ruler, ruler_score_group
+from gspo.tasks import load_task
 from support import choice
 
 Answer = Callable[[dict[str, Any]], Any]
@@ -198,3 +199,50 @@ async def test_nothing_to_score_asks_nobody() -> None:
     empty = art.TrajectoryGroup([], exceptions=[ValueError("x")])
     assert await ruler_score_group(empty, "o3") is empty
     assert await ruler([], "o3") == []
+
+
+def by_order(body: dict[str, Any]) -> str:
+    """A rubric as a program: how many digits stand where the sorted ones stand."""
+    asked = body["messages"][1]["content"]
+    task = json.loads(re.search(r"<task>\n(.*?)\n</task>", asked, re.DOTALL)[1])["content"]  # type: ignore[index]
+    right = "".join(sorted(task))
+    attempts = re.findall(r'<attempt trajectory_id="(\d+)">\n(.*?)\n</attempt>', asked, re.DOTALL)
+    scores = []
+    for number, told in attempts:
+        text = json.loads(told)["content"]
+        share = sum(a == b for a, b in zip(text, right, strict=False)) / len(right)
+        scores.append({"trajectory_id": int(number), "explanation": "", "score": share})
+    return json.dumps({"scores": scores})
+
+
+@pytest.mark.slow
+async def test_a_model_learns_from_a_judge(tmp_path: Path) -> None:
+    task = load_task("sort", {})
+    model = art.TrainableModel(name="m", project="p", base_model="embedded:sort")
+    scores = []
+
+    async def rollout(problem: Any) -> art.Trajectory:
+        messages: list[Any] = [{"role": "user", "content": problem.prompt}]
+        answer = await model.openai_client().chat.completions.create(
+            model=model.inference_name, messages=messages, max_tokens=16
+        )
+        # No reward of its own: only the judge's counts.
+        return art.Trajectory(messages_and_choices=[*messages, answer.choices[0]])
+
+    async with judged_by(by_order) as (judge, _), art.LocalBackend(path=tmp_path) as backend:
+        await model.register(backend)
+
+        async def judged(group: art.TrajectoryGroup) -> art.TrajectoryGroup | None:
+            return await ruler_score_group(group, judge)
+
+        for step in range(60):
+            problems = [task.problem("train", 16 * step + i) for i in range(16)]
+            groups = await art.gather_trajectory_groups(
+                (art.TrajectoryGroup(rollout(p) for _ in range(16)) for p in problems),
+                after_each=judged,
+            )
+            rewards = [t.reward for group in groups for t in group]
+            scores.append(sum(rewards) / len(rewards))
+            config = art.dev.TrainConfig(lr_warmup_steps=5)
+            await model.train(groups, art.TrainConfig(learning_rate=3e-4), config)
+    assert sum(scores[-8:]) / 8 > sum(scores[:8]) / 8 + 0.03, scores
