@@ -118,8 +118,8 @@ class TrainConfig(Options):
     """The policy that ratios are taken against: the engine's own likelihoods, as the paper
     proposes, or the trainer's at the start of the batch (one more forward pass)."""
     correction: CorrectionKind | None = None
-    """Weights for trainer / engine if the two are kept apart (old_logprobs="trainer"). None: the
-    preset's; gspo's own have none."""
+    """Importance weights pi_old / mu, for tokens that an engine with other log-probs (mu) sampled;
+    needs old_logprobs="trainer". None: the preset's; those of gspo have none."""
     correction_low: float | None = Field(default=None, ge=0)
     correction_high: float | None = Field(default=None, gt=0)
     """Bounds of the correction. None: those of the preset's, else `gspo.objective.BOUNDS`."""

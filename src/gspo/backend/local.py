@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from openai import AsyncOpenAI
 
@@ -34,8 +34,6 @@ from gspo.serve.episodes import Episode
 from gspo.serve.server import bind
 from gspo.train.settings import resolve
 from gspo.trajectories import TrajectoryGroup
-
-T = TypeVar("T")
 
 _S3 = dict.fromkeys(("from_s3_bucket", "prefix"), absent.COPY)
 _FORK = ("model", "from_model", "from_project", "not_after_step", "verbose")
@@ -138,11 +136,6 @@ class LocalBackend(Backend):
     def policy(self, model: ModelLike) -> Policy:
         """The model itself, for tools that look inside."""
         return self._service(model).trainer.policy
-
-    async def with_policies(self, model: ModelLike, function: Callable[[Policy, Policy], T]) -> T:
-        """`function(trainer's, engine's)` in the thread that computes, while nothing else does."""
-        service = self._service(model)
-        return await self._compute.run(function, service.trainer.policy, service.sampling)
 
     def run(self, model: ModelLike) -> Run:
         """The model's run folder; that of a prompted model is made when it is first asked for."""

@@ -1,9 +1,9 @@
-"""Run the cells of a comparison, as many at once as there are cores, and write what comes of it.
+"""Run the cells of a comparison, several at a time, and keep comparison.json up to date.
 
-Each cell is a process of its own, forked from a server that has loaded the libraries once; it tells
-over a pipe how it goes. `concurrent.futures.ProcessPoolExecutor` would not do: when one process
-dies it gives up all the others, it doesn't say which cell was at work nor how it ended, and it
-can't be stopped.
+Each cell is a process, forked from a server that has loaded the libraries once. It reports its
+progress over a pipe. `concurrent.futures.ProcessPoolExecutor` does not fit: when one process dies
+it gives up all others, it does not say which cell was running or how it ended, and it cannot be
+stopped.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def run_comparison(
 ) -> dict[str, Any]:
     """Run the pending cells; returns the content of comparison.json, which is kept up to date.
 
-    A cell that fails doesn't stop the others. If it is interrupted, the cells that were at work are
-    pending again, and go on from their last checkpoints the next time.
+    A cell that fails doesn't stop the others. After an interrupt, the cells that were running are
+    pending again, and continue from their last checkpoints the next time.
 
     Raises:
         RunError: another process compares at the same path.
@@ -149,7 +149,7 @@ class _Job:
         return f"{self.cell.id}  {text}  {time.perf_counter() - self._began:.0f} s"
 
     def stop(self) -> None:
-        """End the process. The run goes on from its last checkpoint another time."""
+        """End the process. The next time, the run continues from its last checkpoint."""
         self._process.kill()
         self._process.join()
 
@@ -162,7 +162,7 @@ def _ending(code: int) -> str:
 
 
 def _run_cell(spec: Spec, connection: Connection, log: Path) -> None:
-    """The life of a cell's process."""
+    """What a cell's process does."""
     # Ctrl-C on the terminal is for the parent only, which ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with log.open("ab") as file:

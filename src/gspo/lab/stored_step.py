@@ -1,4 +1,4 @@
-"""A step of a stored run, as `gspo inspect` reads it: its rollout batch, and the weights around it.
+"""A step of a stored run, for `gspo inspect`: its rollout batch, the weights before and after.
 
 The run is only read, and may be training meanwhile.
 """

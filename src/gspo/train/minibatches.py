@@ -83,9 +83,9 @@ def prepare(
     context: int,
     vocabulary: int | None = None,
 ) -> RolloutBatch:
-    """Check the groups, tokenise nothing, and compute the advantages.
+    """Check the groups, make samples of their tokens, and compute the advantages.
 
-    Advantages are computed over the whole group, before anything is dropped.
+    Nothing is tokenized. Advantages are computed over the whole group, before anything is dropped.
 
     Args:
         groups: with a reward for each trajectory.
