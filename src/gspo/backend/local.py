@@ -34,7 +34,6 @@ from gspo.serve.server import bind
 from gspo.train.settings import resolve
 from gspo.trajectories import TrajectoryGroup
 
-
 _ARGUMENTS = ("path", "port", "keep_checkpoints", "seed", "logger")
 _REFUSED = {"in_process": "everything is in this process; leave it out."}
 
