@@ -31,6 +31,11 @@ FLOORS = {
     "trajectories": 1,
     "dev": 2,
     "config": 1,
+    "absent": 1,
+    "local": 8,
+    "mcp": 1,
+    "metrics": 1,
+    "utils": 1,
     "core": 0,
 }
 PUBLIC = {("experiment", "__init__"), ("lab", "__init__")}

@@ -11,7 +11,7 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from gspo import dev
+from gspo import absent, dev
 from gspo.config import TrainConfig
 from gspo.core import errors
 from gspo.core.errors import GspoError
@@ -19,6 +19,8 @@ from gspo.core.errors import GspoError
 # A waiting OpenMP thread that spins costs a small model up to 27 x when a core is taken. Read by
 # the OpenMP runtime when torch is first imported; a value that the user has set stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+absent.tell_imports()
 
 if TYPE_CHECKING:
     from gspo import langgraph, objective, rewards
@@ -32,7 +34,12 @@ if TYPE_CHECKING:
         trajectory,
         yield_trajectory,
     )
-    from gspo.gather import gather_trajectories, gather_trajectory_groups, retry
+    from gspo.gather import (
+        gather_trajectories,
+        gather_trajectory_groups,
+        retry,
+        trajectory_group_batches,
+    )
     from gspo.model import Model, TrainableModel
     from gspo.serve.engine import Engine
     from gspo.serve.fake_engine import FakeEngine
@@ -79,6 +86,7 @@ __all__ = [
     "retry",
     "rewards",
     "trajectory",
+    "trajectory_group_batches",
     "yield_trajectory",
 ]
 
@@ -90,7 +98,9 @@ _HOMES = {
         *("auto_trajectory", "capture_auto_trajectory", "capture_yielded_trajectory"),
         *("trajectory", "yield_trajectory"),
     ),
-    "gather": ("gather_trajectories", "gather_trajectory_groups", "retry"),
+    "gather": (
+        *("gather_trajectories", "gather_trajectory_groups", "retry", "trajectory_group_batches"),
+    ),
     "langgraph": ("langgraph",),
     "model": ("Model", "TrainableModel"),
     "objective": ("objective",),
@@ -110,7 +120,7 @@ def __getattr__(name: str) -> Any:
         if name in names:
             module = importlib.import_module(f"gspo.{home}")
             return module if name == home else getattr(module, name)
-    raise AttributeError(f"module 'gspo' has no attribute {name!r}")
+    raise absent.refusal("gspo", name, absent.NAMES)
 
 
 def __dir__() -> list[str]:

@@ -12,8 +12,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from gspo import absent
 from gspo.core.errors import suggestion
 from gspo.core.options import LARGEST_COUNT, Options
+
+
+def __getattr__(name: str) -> Any:
+    raise absent.refusal("gspo.dev", name, absent.DEV)
+
 
 __all__ = ["InternalModelConfig", "LoraConfig", "RolloutDtype", "TrainConfig"]
 
@@ -228,6 +234,13 @@ class InternalModelConfig(Options):
     >>> InternalModelConfig(lora=LoraConfig(r=4)).dtype
     'float32'
     """
+
+    refused: ClassVar[Mapping[str, str]] = {
+        "engine_args": "the engine takes what is needed: max_context=, rollout_dtype=, threads=.",
+        "init_args": "the length is max_context=; device=, dtype= and threads= say the rest.",
+        "peft_args": "give lora=dev.LoraConfig(r=, alpha=, target_modules=).",
+        "trainer_args": "they are options of dev.TrainConfig, in each call of train.",
+    }
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type. Weights and optimizer stay float32; `bfloat16` computes under autocast."""

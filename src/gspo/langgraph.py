@@ -10,6 +10,7 @@ trajectory = await wrap_rollout(model, rollout)(scenario)
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, ParamSpec
 
@@ -30,7 +31,8 @@ def wrap_rollout(model: AnyModel, fn: Callable[P, Awaitable[Any]]) -> Callable[P
 def init_chat_model(model: str | None = None, **options: Any) -> ChatOpenAI:
     """A chat model of LangChain, whose calls are recorded in the rollout that makes it.
 
-    If the model has no port, only LangChain's async methods work, such as `ainvoke`.
+    Its async methods, such as `ainvoke`, go through the model's own client; the others need a
+    port: `LocalBackend(port=0)`.
 
     Args:
         model: its name for the server; None: the rollout's model.
@@ -46,12 +48,16 @@ def init_chat_model(model: str | None = None, **options: Any) -> ChatOpenAI:
         from langchain_openai import ChatOpenAI
     except ImportError:
         raise MissingDependencyError("langchain-openai", "langgraph", "init_chat_model") from None
-    name = model or captured.inference_name
-    given: dict[str, Any] = {"temperature": 1.0, "max_retries": 0, "model": name, **options}
-    given["api_key"] = captured.api_key
-    try:
-        return ChatOpenAI(base_url=captured.base_url, **given)
-    except ConfigError:  # no port: into the server directly
-        client = captured.openai_client()
-        direct = {"async_client": client.chat.completions, "root_async_client": client}
-        return ChatOpenAI(**direct, **given)
+    client = captured.openai_client()
+    given: dict[str, Any] = {
+        "model": model or captured.inference_name,
+        "api_key": captured.api_key,
+        "temperature": 1.0,
+        "max_retries": 0,
+        "base_url": str(client.base_url),
+        "root_async_client": client,
+        "async_client": client.chat.completions,
+    }
+    with contextlib.suppress(ConfigError):  # no port
+        given["base_url"] = captured.base_url
+    return ChatOpenAI(**(given | options))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from typing import Any
 
@@ -13,7 +12,7 @@ from openai import APIStatusError, AsyncOpenAI, BadRequestError, RateLimitError
 import gspo as art
 from gspo.core.errors import ConfigError
 from gspo.serve import episodes
-from gspo.serve.app import create_app
+from gspo.serve.app import create_app, one_engine
 from gspo.serve.episodes import Episode, Episodes, current, current_episode, recording
 from gspo.serve.fake_engine import FakeEngine
 from gspo.serve.server import in_process_client
@@ -22,9 +21,18 @@ from support import choice
 HI: Any = [{"role": "user", "content": "hi"}]
 
 
+def names() -> list[str]:
+    return ["m"]
+
+
 @pytest.fixture
-def app() -> fastapi.FastAPI:
-    return create_app(FakeEngine(), lambda: ["m"])
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+def app(engine: FakeEngine) -> fastapi.FastAPI:
+    return create_app(one_engine(engine, names), names)
 
 
 @pytest.fixture
@@ -124,15 +132,15 @@ async def test_number_tokens_and_age_are_bounded(
     assert not app.state.episodes._episodes
 
 
-def test_draws_depend_on_the_episode(app: fastapi.FastAPI):
+def test_draws_depend_on_the_episode():
     assert Episode(id="a").purpose == ("episode", "a")
     assert Episode(id="a", purpose=("train", 3)).purpose == ("train", 3)
 
 
-async def test_requests_of_an_episode_draw_for_it(client: AsyncOpenAI, app: fastapi.FastAPI):
+async def test_requests_of_an_episode_draw_for_it(client: AsyncOpenAI, engine: FakeEngine):
     await of(client, "a").chat.completions.create(model="m", messages=HI)
     await client.chat.completions.create(model="m", messages=HI)
-    purposes = [request.params.purpose for request in app.state.engine.requests]
+    purposes = [request.params.purpose for request in engine.requests]
     assert purposes == [("episode", "a"), ()]
     assert current_episode() is None
 
@@ -150,7 +158,7 @@ async def test_calls_of_this_process_are_recorded_in_its_episode(client: AsyncOp
 
 
 async def test_only_one_server_is_recorded(app: fastapi.FastAPI, client: AsyncOpenAI):
-    other = in_process_client(create_app(FakeEngine(), lambda: ["m"]))
+    other = in_process_client(create_app(one_engine(FakeEngine(), names), names))
     episode = Episode()
     with recording(episode):
         mine = await client.chat.completions.create(model="m", messages=HI)
@@ -182,8 +190,10 @@ def test_what_is_recorded_is_not_the_callers_own():
     episode = Episode()
     episode.record(messages, tools, choice([1]).model_dump())
     messages[0]["content"][0]["text"] = tools[0]["function"]["name"] = "changed"  # pyright: ignore
-    assert "changed" not in episode.as_json()
-    assert json.loads(episode.as_json())["tools"][0]["function"]["name"] == "f"
+    before = episode.so_far()
+    episode.record(messages, tools, choice([2]).model_dump())
+    assert "changed" not in before.model_dump_json()
+    assert before.tools and before.tools[0]["function"]["name"] == "f"
 
 
 def test_threads_may_record_at_once():
@@ -213,8 +223,8 @@ def test_the_document_names_the_routes_of_episodes(app: fastapi.FastAPI):
 
 
 def test_current_asks_which_server():
-    app = create_app(FakeEngine(), lambda: ["m"])
-    http = fastapi.Request({"type": "http", "app": app, "headers": []})
-    assert current(http) is None
+    app = create_app(one_engine(FakeEngine(), names), names)
+    assert current(app) is None
     with recording(episode := Episode()):
-        assert current(http) is episode
+        assert current(app) is episode
+        assert current(create_app(one_engine(FakeEngine(), names), names)) is None

@@ -42,7 +42,7 @@ def test_replies_are_drawn_of_seed_prompt_and_index():
     [
         ({"max_tokens": 2}, "ab", 2, "length"),
         ({"max_tokens": 5}, "abcd", 5, "stop"),
-        ({"stop": ("c",)}, "ab", 5, "stop"),
+        ({"stop": ("c",)}, "ab", 3, "stop"),
         ({"stop_token_ids": (ord("b"),)}, "ab", 2, "stop"),
         ({"skip_special_tokens": False}, "abcd\0", 5, "stop"),
     ],

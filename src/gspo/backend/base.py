@@ -187,10 +187,13 @@ def user_metrics(metrics: Any, split: str, line: Mapping[str, float]) -> dict[st
 def group_means(groups: Sequence[TrajectoryGroup], split: str) -> dict[str, float]:
     """Return mean reward, the means of the rollouts' metrics, and how many failed, by full name.
 
-    A metric of a rollout that is named as one of gspo's stands at `<split>/user/<name>`.
+    A metric of a rollout that is named as one of gspo's stands at `<split>/user/<name>`, and one of
+    a group at `<split>/group_<name>`.
     """
     values: dict[str, list[float]] = {}
     for group in groups:
+        for name, value in group.metrics.items():
+            values.setdefault(f"{split}/group_{name}", []).append(float(value))
         for trajectory in group:
             values.setdefault(f"{split}/reward", []).append(float(trajectory.reward))
             for name, value in trajectory.metrics.items():

@@ -77,6 +77,7 @@ def plain_groups(groups: Any) -> list[TrajectoryGroup]:
         values = {
             "trajectories": [_plain(t, f"{where}, trajectory {i}") for i, t in enumerate(group)],
             "metadata": plain_values(group.metadata, f"{where}: metadata", texts=True),
+            "metrics": plain_values(group.metrics, f"{where}: metrics"),
         }
         plain.append(group.model_copy(update=values))
     return plain
@@ -94,24 +95,24 @@ def _plain(trajectory: Any, where: str) -> Trajectory:
     if not isinstance(histories := trajectory.additional_histories, list):
         raise DataError(f"{where}: additional_histories is {shown(histories)}; it must be a list")
     values = {
-        **_plain_history(trajectory, where),
         "additional_histories": [
-            history.model_copy(update=_plain_history(history, f"{where}, additional history {h}"))
+            _plain_history(history, f"{where}, additional history {h}")
             for h, history in enumerate(histories)
         ],
         "reward": float(reward),
         "metrics": plain_values(trajectory.metrics, f"{where}: metrics"),
         "metadata": plain_values(trajectory.metadata, f"{where}: metadata", texts=True),
     }
-    return trajectory.model_copy(update=values)
+    return _plain_history(trajectory, where).model_copy(update=values)
 
 
-def _plain_history(history: Any, where: str) -> dict[str, Any]:
-    """The messages of a conversation; refuse what cannot be written or trained on."""
+def _plain_history(history: Any, where: str) -> Any:
+    """A conversation with plain messages; refuse what cannot be written or trained on."""
     if not isinstance(history, History | Trajectory):
         raise DataError(f"{where} is {shown(history)}, not a History")
     _check_json(history.tools, f"{where}: tools")
-    return {"messages_and_choices": _plain_items(history.messages_and_choices, where)}
+    items = _plain_items(history.messages_and_choices, where)
+    return history.model_copy(update={"messages_and_choices": items})
 
 
 def _plain_items(items: Any, where: str) -> list[Any]:

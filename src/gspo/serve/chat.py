@@ -98,6 +98,10 @@ class ChatFormat:
         """Whether answers are to be parsed, and so sampled with skip_special_tokens=False."""
         return bool(tools) or self.form is HARMONY
 
+    def mentions(self, variable: str) -> bool:
+        """Whether the template uses this variable."""
+        return variable in self._template
+
     def render(
         self,
         messages: Sequence[dict],

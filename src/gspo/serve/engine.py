@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -79,6 +79,7 @@ class Piece:
         finish_reason: with its last piece; None before.
         top_logprobs: of its new tokens, as in `Completion`.
         altered_by: as in `Completion`, with each piece.
+        completion: with its last piece: the whole of it.
     """
 
     index: int
@@ -88,6 +89,7 @@ class Piece:
     finish_reason: FinishReason | None = None
     top_logprobs: tuple[TopLogprobs, ...] = ()
     altered_by: tuple[str, ...] = ()
+    completion: Completion | None = None
 
 
 @runtime_checkable
@@ -105,6 +107,16 @@ class Engine(Protocol):
 
     chat: ChatFormat
     receipts: Receipts | None
+
+    @property
+    def most_characters(self) -> int:
+        """A text of more characters has more tokens than the model's context."""
+        ...
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """How many requests run, and how many wait."""
+        ...
 
     @property
     def policy_version(self) -> int:
@@ -169,7 +181,7 @@ class Engine(Protocol):
         """
         ...
 
-    def stream(self, request: Request) -> AsyncIterator[Piece]:
+    def stream(self, request: Request) -> AsyncGenerator[Piece, None]:
         """Sample as `complete` does, and hand over each step's tokens. To cancel it, close it.
 
         Raises:

@@ -11,6 +11,7 @@ token ids), give it a reward (`POST /episodes/<id>/reward`) and drop it (`DELETE
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import copy
 import logging
@@ -19,7 +20,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import fastapi
 from fastapi.responses import JSONResponse, Response
@@ -30,8 +31,10 @@ from gspo.core.choices import as_choice
 from gspo.core.draws import Word, drawing_for
 from gspo.core.errors import BusyError, ConfigError, RequestError
 from gspo.serve.histories import Conversations
-from gspo.trajectories import Trajectory
+from gspo.serve.verbatim import TokenMemory
+from gspo.trajectories import History, Trajectory
 
+AnyHistory = TypeVar("AnyHistory", History, Trajectory)
 log = logging.getLogger("gspo")
 
 MOST_EPISODES = 4096
@@ -52,7 +55,7 @@ class Episode:
         purpose: what its draws are for, see `gspo.core.draws.purpose`; None: its id.
 
     Attributes:
-        memory: a `TokenMemory` for `Engine.encode_chat`.
+        memory: for `Engine.encode_chat`; None once the episode has ended.
         server: the one server whose answers are recorded: the first that is asked. What another
             model says inside the block is none of this model's samples.
         ended: nothing more is recorded.
@@ -69,7 +72,7 @@ class Episode:
         self.id = _BLOCK + uuid.uuid4().hex if id is None else id
         self.trajectory = Trajectory() if trajectory is None else trajectory
         self.purpose = ("episode", self.id) if purpose is None else purpose
-        self.memory: Any = None
+        self.memory: TokenMemory | None = TokenMemory()
         self.server: Episodes | None = None
         self.ended = False
         self.tokens = 0
@@ -107,10 +110,12 @@ class Episode:
             self.server = self.server or server
             return self.server is server
 
-    def as_json(self) -> str:
-        """The trajectory so far, as ART writes it."""
+    def so_far(self) -> Trajectory:
+        """What is recorded by now; later calls leave it as it is."""
         with self._lock:
-            return self.trajectory.model_dump_json()
+            t = self.trajectory
+            further = [_copied(history) for history in t.additional_histories]
+            return _copied(t).model_copy(update={"additional_histories": further})
 
     def end(self) -> None:
         """Record nothing more, and let go of what recording needed."""
@@ -129,6 +134,10 @@ class Episode:
         return True
 
 
+def _copied(history: AnyHistory) -> AnyHistory:
+    return history.model_copy(update={"messages_and_choices": [*history.messages_and_choices]})
+
+
 def _choice_of(fields: Mapping[str, Any]) -> Choice:
     choice = as_choice(fields)
     assert choice is not None, "a choice has a message or a text"
@@ -140,9 +149,9 @@ _current: contextvars.ContextVar[Episode | None] = contextvars.ContextVar(
 )
 
 
-def current(http: fastapi.Request) -> Episode | None:
-    """The episode that a request belongs to, or None. To be called by the request's handler."""
-    episode, server = _current.get(), http.app.state.episodes
+def current(app: fastapi.FastAPI) -> Episode | None:
+    """The episode that a request to this app belongs to, or None. To be called by its handler."""
+    episode, server = _current.get(), app.state.episodes
     return episode if episode is not None and episode.belongs_to(server) else None
 
 
@@ -273,7 +282,8 @@ async def read_episode(http: fastapi.Request, id: Id) -> Response:
     episode = http.app.state.episodes.find(id)
     if episode is None:
         return _unknown(id)
-    return Response(episode.as_json(), media_type="application/json")
+    text = await asyncio.to_thread(episode.so_far().model_dump_json)  # which may take a while
+    return Response(text, media_type="application/json")
 
 
 @router.post("/episodes/{episode}/reward")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken
@@ -64,8 +64,9 @@ class FakeEngine:
     'HI'
     """
 
-    context = 4096
+    context = most_characters = 4096
     vocabulary = 0x110000
+    traffic = (0, 0)
 
     def __init__(
         self,
@@ -128,14 +129,14 @@ class FakeEngine:
     def close(self) -> None:
         """Nothing is held here, so nothing is let go of."""
 
-    async def stream(self, request: Request) -> AsyncIterator[Piece]:
+    async def stream(self, request: Request) -> AsyncGenerator[Piece, None]:
         for index, done in enumerate(await self.complete(request)):
             last = len(done.token_ids) - 1
             columns = zip(done.token_ids, done.logprobs, done.policy_versions, strict=True)
             for i, (token, logprob, version) in enumerate(columns):
-                reason = done.finish_reason if i == last else None
+                reason, whole = (done.finish_reason, done) if i == last else (None, None)
                 top, altered = done.top_logprobs[i : i + 1], done.altered_by
-                yield Piece(index, (token,), (logprob,), (version,), reason, top, altered)
+                yield Piece(index, (token,), (logprob,), (version,), reason, top, altered, whole)
 
     async def complete(self, request: Request) -> list[Completion]:
         self.check(request)
@@ -156,9 +157,15 @@ class FakeEngine:
         tokens = [*self.encode(text), END]
         first_end = next(i for i, token in enumerate(tokens) if token in ends)
         limit = check_fits(request, self.context, self.vocabulary)
+        special = not params.skip_special_tokens
         tokens = tokens[: min(first_end + 1, limit)]
-        out = self.decode(tokens, special=not params.skip_special_tokens)
-        cuts = [text.find(stop) for stop in params.stop if stop in text]
+        for count in range(1, len(tokens) + 1) if params.stop else ():
+            out = self.decode(tokens[:count], special=special)
+            if any(stop in out for stop in params.stop):
+                tokens = tokens[:count]
+                break
+        out = self.decode(tokens, special=special)
+        cuts = [out.find(stop) for stop in params.stop if stop in out]
         return Completion(
             token_ids=tuple(tokens),
             logprobs=(self.logprob,) * len(tokens),

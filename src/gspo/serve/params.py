@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from gspo.core.errors import RequestError, shown
 from gspo.core.options import TEMPERATURES
@@ -94,7 +95,7 @@ class SamplingParams:
             if not fine:
                 raise RequestError(f"{name} = {shown(value)}: must be {rule}", param=name)
 
-    @property
+    @cached_property
     def altered_by(self) -> tuple[str, ...]:
         """Names of the parameters because of which tokens are drawn from another distribution than
         softmax(logits / temperature), which is what the trainer scores.

@@ -9,6 +9,7 @@ as long as the template writes the same message.
 from __future__ import annotations
 
 import json
+import threading
 from array import array
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class Chatting(Protocol):
 
 
 class TokenMemory:
-    """What was sampled in one episode. Not for use by several threads at once.
+    """What was sampled in one episode. Its methods may be called from any thread.
 
     >>> from gspo.serve.fake_engine import FakeEngine
     >>> engine, memory = FakeEngine(), TokenMemory()
@@ -57,6 +58,7 @@ class TokenMemory:
 
     def __init__(self) -> None:
         self._asked: dict[bytes, _Asked] = {}
+        self._lock = threading.Lock()
 
     def prompt(
         self,
@@ -79,9 +81,10 @@ class TokenMemory:
             tools: those of the request.
             ids: of the tool calls in the conversation: which of several like answers it contains.
         """
-        tokens = self._extended(chat, text, encode, tools, ids) or encode(text)
-        packed = array("i", tokens)
-        self._asked.setdefault(packed.tobytes(), _Asked(chat, text, packed, []))
+        with self._lock:
+            tokens = self._extended(chat, text, encode, tools, ids) or encode(text)
+            packed = array("i", tokens)
+            self._asked.setdefault(packed.tobytes(), _Asked(chat, text, packed, []))
         return tokens
 
     def remember(
@@ -100,7 +103,8 @@ class TokenMemory:
             return
         end = next((end for end in asked.chat.ends if text.endswith(end)), "")
         said = text[: len(text) - len(end)]
-        asked.sampled.append(_Sampled(array("i", tokens), said, end, frozenset(ids)))
+        with self._lock:
+            asked.sampled.append(_Sampled(array("i", tokens), said, end, frozenset(ids)))
 
     def _extended(
         self,
