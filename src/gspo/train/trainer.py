@@ -240,12 +240,9 @@ class Trainer:
         self.step += 1
         self.epsilon.learn(settings, observer, self.step)
         observer.done(settings.objective)
-        skipped = (
-            None if observer.updates else plan.why_no_update(len(batch.samples), batch.dropped)
-        )
-        return TrainOutput(
-            observer.updates, skipped, observer.metrics, settings, observer.by_trajectory()
-        )
+        updates, metrics = observer.updates, observer.metrics
+        skipped = None if updates else plan.why_no_update(len(batch.samples), batch.dropped)
+        return TrainOutput(updates, skipped, metrics, settings, observer.by_trajectory())
 
 
 def _mix(*numbers: int) -> int:
