@@ -243,11 +243,10 @@ class Trainer:
         self.step += 1
         self.epsilon.learn(settings, observer, self.step)
         observer.done(settings.objective)
+        updates, metrics = observer.updates, observer.metrics
         left = len(batch.samples), batch.dropped, batch.stale
-        skipped = None if observer.updates else plan.why_no_update(*left)
-        return TrainOutput(
-            observer.updates, skipped, observer.metrics, settings, observer.by_trajectory()
-        )
+        skipped = None if updates else plan.why_no_update(*left)
+        return TrainOutput(updates, skipped, metrics, settings, observer.by_trajectory())
 
 
 def _mix(*numbers: int) -> int:
