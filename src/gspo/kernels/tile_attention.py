@@ -18,7 +18,7 @@ P contexts; D wide keys, E wide values.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -148,8 +148,9 @@ def attend(
     keys: Float[Tensor, "N K L D"],
     values: Float[Tensor, "N K L E"],
     context: Context | None,
-    hidden: Float[Tensor, "n 1 Q 1 S"] | Bool[Tensor, "n 1 Q 1 S"] | None,
+    hidden: Float[Tensor, "n 1 Q 1 U"] | Bool[Tensor, "n 1 Q 1 U"] | None,
     tile: int | None = TILE,
+    room: Callable[[tuple[int, ...]], Tensor] | None = None,
 ) -> tuple[Float[Tensor, "N K M E"], Float[Tensor, "N K M S"], Float[Tensor, "N K M 1"]]:
     """Attention of all sequences of a call, without a gradient. The softmax is in float32.
 
@@ -158,47 +159,54 @@ def attend(
             M = Q x heads.
         keys, values: of each sequence itself.
         context: what stands before them.
-        hidden: which keys a query does not see, as `hiding` makes it; S = W + L, the context first.
-            None: it sees all.
+        hidden: which keys a query does not see, as `hiding` makes it: of the last U of W + L, the
+            context first. The others are seen by all. None: all are.
         tile: positions that are summed in one product; None: all of them, where the order of the
             sum does not matter.
+        room: memory for the weights, of a shape; what is not written in it before is 0, or what
+            this wrote for a call of the same shape.
 
     Returns:
         The output; the weights of the keys, 2^(score - largest score); and their sums.
     """
     width = 0 if context is None else context.keys.shape[2]
-    rows = query.shape[2]
-    if context is None and (hidden is None or hidden.shape[2] == 1):
-        query = _enough(query)  # one token each: padded once, not for each product
-    scores = _product(query, keys.mT)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    rows, length = query.shape[2], keys.shape[2]
+    # Padded once, and not for each product; what the missing rows give is 0 everywhere.
+    own = _product(query, keys.mT)
+    own = own.to(torch.promote_types(own.dtype, torch.float32))
+    every = own
     if context is not None:
-        own = scores
-        scores = own.new_empty(*query.shape[:3], width + keys.shape[2])
-        scores[..., width:] = own
+        shape = (*own.shape[:3], width + length)
+        every = own.new_empty(shape) if room is None else room(shape)
+        if rows < every.shape[2] and room is None:
+            every[:, :, rows:] = 0
+        every[:, :, :rows, width:] = own[:, :, :rows]
+    scores = every[:, :, :rows]
+    if context is not None:
         for group in context.groups:
-            products = _product(group.gather(query), context.keys[group.contexts].mT)
+            under = group.gather(query)
+            products = _product(under, context.keys[group.contexts].mT)[:, :, : under.shape[2]]
             group.scatter(scores[..., :width], products, add=False)
     if hidden is not None:
-        by_token = scores.unflatten(2, (hidden.shape[2], -1))
+        by_token = scores.unflatten(2, (hidden.shape[2], -1))[..., -hidden.shape[4] :]
         large = hidden.dtype == torch.bool
         by_token.masked_fill_(hidden, -torch.inf) if large else by_token.add_(hidden)
     # Powers of 2: torch's exp takes ten times as long for -inf.
     scores.sub_(scores.amax(-1, keepdim=True))
-    weights = exp2(scores, scores)
-    if tile is None or weights.shape[-1] <= tile:
-        total = weights.sum(-1, keepdim=True)
+    exp2(scores, scores)
+    if tile is None or width + length <= tile:
+        total = scores.sum(-1, keepdim=True)
     else:
-        total = weights.unflatten(-1, (-1, tile)).sum(-1).cumsum(-1)[..., -1:]
+        total = scores.unflatten(-1, (-1, tile)).sum(-1).cumsum(-1)[..., -1:]
     out = None
     if context is not None:
-        out = query.new_empty(*query.shape[:3], values.shape[-1])
+        out = query.new_zeros(*every.shape[:3], values.shape[-1])
         for group in context.groups:
-            weighted = group.gather(weights[..., :width])
+            weighted = group.gather(scores[..., :width])
             products = _add_tiles(None, weighted, context.values[group.contexts], tile)
-            group.scatter(out, products, add=False)
-    out = _add_tiles(out, weights[..., width:], values, tile)
-    return (out / total)[:, :, :rows], weights[:, :, :rows], total[:, :, :rows]
+            group.scatter(out[:, :, :rows], products[:, :, : weighted.shape[2]], add=False)
+    out = _add_tiles(out, every[..., width:], values, tile)[:, :, :rows]
+    return out / total, scores, total
 
 
 def attend_backward(
@@ -244,42 +252,44 @@ def attend_backward(
 
 def hiding(
     hidden: np.ndarray, device: torch.device
-) -> Float[Tensor, "n 1 Q 1 S"] | Bool[Tensor, "n 1 Q 1 S"]:
+) -> Float[Tensor, "n 1 Q 1 U"] | Bool[Tensor, "n 1 Q 1 U"]:
     """[n, Q, S], True if a query does not see a key -> what is added to the scores; the mask itself
-    if it is large: adding is faster, but takes four times the memory."""
+    if it is large: adding is faster, but takes four times the memory. Without the first keys, if
+    all queries see them."""
     if len(hidden) > 1 and (hidden == hidden[:1]).all():
         hidden = hidden[:1]
+    hidden = hidden[..., int(hidden.any((0, 1)).argmax()) :]  # the keys before are seen by all
     if hidden.size <= _LARGE:
         hidden = np.where(hidden, np.float32(-np.inf), np.float32(0))
     return torch.from_numpy(hidden[:, None, :, None]).to(device)
 
 
-def _product(rows: Float[Tensor, "*B M D"], other: Float[Tensor, "*B D X"]) -> Tensor:
-    """rows @ other, of at least `ROWS` rows."""
-    count = rows.shape[-2]
-    return (_enough(rows) @ other)[..., :count, :] if count < ROWS else rows @ other
+def _product(rows: Float[Tensor, "N K M D"], other: Float[Tensor, "N K D X"]) -> Tensor:
+    """rows @ other, of at least `ROWS` rows: more than `rows` has if that has fewer."""
+    product = torch.bmm(_enough(rows).flatten(0, 1), other.flatten(0, 1))
+    return product.unflatten(0, rows.shape[:2])
 
 
 def _add_tiles(
-    out: Float[Tensor, "N K M E"] | None,
+    out: Float[Tensor, "N K R E"] | None,
     weights: Float[Tensor, "N K M L"],
     values: Float[Tensor, "N K L E"],
     tile: int | None,
-) -> Float[Tensor, "N K M E"]:
-    """out + weights @ values, tile after tile."""
-    shape = (*weights.shape[:3], values.shape[-1])
-    count, length = weights.shape[2], weights.shape[3]
-    weights = _enough(weights.to(values.dtype)).flatten(0, 1)
-    values = values.flatten(0, 1)
-    total = None if out is None else _enough(out).flatten(0, 1)
-    for start in range(0, length, tile or length):
-        span = slice(start, start + (tile or length))
-        if total is None:
-            total = torch.bmm(weights[..., span], values[:, span])
-        else:
-            total = total.baddbmm_(weights[..., span], values[:, span])
+) -> Float[Tensor, "N K R E"]:
+    """out + weights @ values, tile after tile; of at least `ROWS` rows."""
+    length = weights.shape[3]
+    weights = _enough(weights.to(values.dtype))
+    shape = weights.shape[:2]
+    weights, values = weights.flatten(0, 1), values.flatten(0, 1)
+    total = None if out is None else out.flatten(0, 1)
+    if tile is None or length <= tile:
+        pieces = [(weights, values)]
+    else:
+        pieces = zip(weights.split(tile, 2), values.split(tile, 1), strict=True)
+    for x, y in pieces:
+        total = torch.bmm(x, y) if total is None else total.baddbmm_(x, y)
     assert total is not None
-    return total.view(*shape[:2], -1, shape[3])[:, :, :count]
+    return total.unflatten(0, shape)
 
 
 def _enough(rows: Float[Tensor, "*B M X"]) -> Float[Tensor, "*B R X"]:
