@@ -11,6 +11,7 @@ that see it; the rest of it, less than a tile, is copied to the front of each ta
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cached_property
 from typing import NamedTuple
 
@@ -150,10 +151,10 @@ class SharedPromptAttention:
             (first, int(self._index[tail.path + base - 1]) if base > first else -1)
             for tail, (first, base, _) in zip(group, spans, strict=True)
         ]
-        counts = {name: names.count(name) for name in dict.fromkeys(names)}
+        counts = Counter(names)
         order = sorted(range(len(group)), key=lambda i: (-counts[names[i]], names[i]))
-        contexts = list(dict.fromkeys(names[i] for i in order))
-        context_of = np.array([contexts.index(names[i]) for i in order])
+        contexts: dict[tuple[int, int], int] = {}
+        context_of = np.array([contexts.setdefault(names[i], len(contexts)) for i in order])
         columns = np.array([(*group[i], *spans[i]) for i in order])[:, :, None]
         start, width, before, path, first, base, own = columns.transpose(1, 0, 2)
 
