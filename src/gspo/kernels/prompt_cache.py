@@ -16,6 +16,7 @@ from gspo.kernels.tile_attention import (
     LOG2_E,
     TILE,
     Context,
+    Scoring,
     attend,
     context_groups,
     hiding,
@@ -118,6 +119,8 @@ class SharedPrompts:
         value: Float[Tensor, "1 K T E"],
         scaling: float | None,
         window: int | None,
+        softcap: float | None = None,
+        sinks: Float[Tensor, " H"] | None = None,
     ) -> Float[Tensor, "1 T H E"]:
         """Attention of one layer inside `feed`."""
         count, queries = self._positions.shape
@@ -128,6 +131,8 @@ class SharedPrompts:
         def by_token(x: Tensor) -> Tensor:  # [NQ, heads, D]
             return x[0].transpose(0, 1)[: count * queries].to(dtype)
 
+        held = None if sinks is None else sinks.to(dtype).view(kv_heads, -1)
+        scoring = Scoring(softcap, held)
         self._write(layer, by_token(key), by_token(value))
         with torch.autocast(query.device.type, enabled=False):
             q = (by_token(query) * scale).view(count, queries, kv_heads, heads // kv_heads, -1)
@@ -135,7 +140,7 @@ class SharedPrompts:
             longest = self._width + self._columns
             piece = max(1, _SCORE_BYTES // (4 * count * heads * longest))
             outputs = [
-                self._attend(layer, q[:, :, start : start + piece], start, window)
+                self._attend(layer, q[:, :, start : start + piece], start, window, scoring)
                 for start in range(0, queries, piece)
             ]
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
@@ -160,7 +165,12 @@ class SharedPrompts:
             rows.index_copy_(0, self._places[kv_heads], x.reshape(-1, slab.shape[-1]))
 
     def _attend(
-        self, layer: int, query: Float[Tensor, "N K Q g D"], start: int, window: int | None
+        self,
+        layer: int,
+        query: Float[Tensor, "N K Q g D"],
+        start: int,
+        window: int | None,
+        scoring: Scoring,
     ) -> Float[Tensor, "N K Q g E"]:
         """Attention of the queries from `start` on."""
         queries = slice(start, start + query.shape[2])
@@ -171,7 +181,8 @@ class SharedPrompts:
             shared = [x[:, :, first:] for x in self._prompts[layer]]
             context = Context(shared[0], shared[1], self._groups)
         room = self._room if query.shape[2] == 1 else None
-        out, _, _ = attend(query.flatten(2, 3), keys, values, context, hidden, self._tile, room)
+        rows = query.flatten(2, 3)
+        out, *_ = attend(rows, keys, values, context, hidden, self._tile, room, scoring)
         return out.unflatten(2, query.shape[2:4])
 
     def _room(self, shape: tuple[int, ...]) -> Tensor:

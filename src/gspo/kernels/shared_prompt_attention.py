@@ -102,13 +102,15 @@ class SharedPromptAttention:
         value: Float[Tensor, "1 K T E"],
         scaling: float | None,
         window: int | None,
+        softcap: float | None = None,
+        sinks: Float[Tensor, " H"] | None = None,
     ) -> Float[Tensor, "1 T H E"]:
         """Attention of the whole microbatch in one layer, in float32 whatever the inputs are.
 
         T may be larger than `size`: tokens behind the samples, whose output is 0.
         """
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return attend_calls(query, key, value, self.within(window), scale)
+        return attend_calls(query, key, value, self.within(window), scale, softcap, sinks)
 
     def within(self, window: int | None) -> list[AttentionCall]:
         """Make the calls for layers whose tokens see the last `window` positions, with theirs."""

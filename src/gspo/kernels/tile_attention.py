@@ -143,6 +143,38 @@ class Context:
     groups: Sequence[ContextGroup]
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """What some architectures do with scores, beside a softmax.
+
+    Attributes:
+        softcap: scores are softcap * tanh(score / softcap), as in Gemma 2; None: they are not.
+        sinks: scores of keys without a value, one of each head, as in GPT-OSS; None: there is none.
+    """
+
+    softcap: float | None = None
+    sinks: Float[Tensor, "K g"] | None = None
+
+    @property
+    def cap(self) -> float | None:
+        """The soft cap in powers of 2."""
+        return None if self.softcap is None else self.softcap * LOG2_E
+
+    @property
+    def share(self) -> int:
+        """Heads that share a key head, if there are sinks."""
+        return 0 if self.sinks is None else self.sinks.shape[1]
+
+    def by_row(self, rows: int) -> Float[Tensor, "1 K M 1"] | None:
+        """The score of each query row's sink in powers of 2."""
+        if self.sinks is None:
+            return None
+        return (self.sinks * LOG2_E).repeat(1, rows // self.share)[None, :, :, None]
+
+
+PLAIN = Scoring()
+
+
 def attend(
     query: Float[Tensor, "N K M D"],
     keys: Float[Tensor, "N K L D"],
@@ -151,7 +183,13 @@ def attend(
     hidden: Float[Tensor, "n 1 Q 1 U"] | Bool[Tensor, "n 1 Q 1 U"] | None,
     tile: int | None = TILE,
     room: Callable[[tuple[int, ...]], Tensor] | None = None,
-) -> tuple[Float[Tensor, "N K M E"], Float[Tensor, "N K M S"], Float[Tensor, "N K M 1"]]:
+    scoring: Scoring = PLAIN,
+) -> tuple[
+    Float[Tensor, "N K M E"],
+    Float[Tensor, "N K M S"],
+    Float[Tensor, "N K M 1"],
+    Float[Tensor, "N K M 1"],
+]:
     """Attention of all sequences of a call, without a gradient. The softmax is in float32.
 
     Args:
@@ -165,9 +203,11 @@ def attend(
             sum does not matter.
         room: memory for the weights, of a shape; what is not written in it before is 0, or what
             this wrote for a call of the same shape.
+        scoring: caps and sinks.
 
     Returns:
-        The output; the weights of the keys, 2^(score - largest score); and their sums.
+        The output; the weights of the keys, 2^(score - largest score); their sums; and the largest
+        scores.
     """
     width = 0 if context is None else context.keys.shape[2]
     rows, length = query.shape[2], keys.shape[2]
@@ -187,17 +227,25 @@ def attend(
             under = group.gather(query)
             products = _product(under, context.keys[group.contexts].mT)[:, :, : under.shape[2]]
             group.scatter(scores[..., :width], products, add=False)
+    if scoring.cap is not None:
+        scores.div_(scoring.cap).tanh_().mul_(scoring.cap)
     if hidden is not None:
         by_token = scores.unflatten(2, (hidden.shape[2], -1))[..., -hidden.shape[4] :]
         large = hidden.dtype == torch.bool
         by_token.masked_fill_(hidden, -torch.inf) if large else by_token.add_(hidden)
     # Powers of 2: torch's exp takes ten times as long for -inf.
-    scores.sub_(scores.amax(-1, keepdim=True))
+    largest = scores.amax(-1, keepdim=True)
+    sinks = scoring.by_row(rows)
+    if sinks is not None:
+        largest = torch.maximum(largest, sinks)
+    scores.sub_(largest)
     exp2(scores, scores)
     if tile is None or width + length <= tile:
         total = scores.sum(-1, keepdim=True)
     else:
         total = scores.unflatten(-1, (-1, tile)).sum(-1).cumsum(-1)[..., -1:]
+    if sinks is not None:
+        total = total + exp2(sinks - largest, None)
     out = None
     if context is not None:
         out = query.new_zeros(*every.shape[:3], values.shape[-1])
@@ -206,7 +254,7 @@ def attend(
             products = _add_tiles(None, weighted, context.values[group.contexts], tile)
             group.scatter(out[:, :, :rows], products[:, :, : weighted.shape[2]], add=False)
     out = _add_tiles(out, every[..., width:], values, tile)[:, :, :rows]
-    return out / total, scores, total
+    return out / total, scores, total, largest
 
 
 def attend_backward(
@@ -217,9 +265,12 @@ def attend_backward(
     context: Context | None,
     weights: Float[Tensor, "N K M S"],
     total: Float[Tensor, "N K M 1"],
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of query and keys, each times log2(e), of values, and of the context's keys (times
-    log2(e)) and values. The order of sums is free here: only forward passes are equal to the bit.
+    largest: Float[Tensor, "N K M 1"],
+    scoring: Scoring = PLAIN,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of query and keys, each times log2(e), of values, of the context's keys (times
+    log2(e)) and values, and of the sinks, [K, g]. The order of sums is free here: only forward
+    passes are equal to the bit.
     """
     width = 0 if context is None else context.keys.shape[2]
     grad = grad / total
@@ -233,11 +284,18 @@ def attend_backward(
             group.scatter(d_weights[..., :width], products, add=False)
     mean = (d_weights * weights).sum(-1, keepdim=True).div_(total)
     d_scores = d_weights.sub_(mean).mul_(weights)
+    d_sinks = None
+    if (sinks := scoring.by_row(query.shape[2])) is not None:
+        d_sinks = (exp2(sinks - largest, None) * -mean).sum((0, 3))
+        d_sinks = d_sinks.unflatten(1, (-1, scoring.share)).sum(1)
+    if scoring.cap is not None:  # of cap * tanh(x / cap); keys without weight have no gradient
+        capped = weights.clamp(min=torch.finfo(weights.dtype).tiny).log2_().add_(largest)
+        d_scores.mul_(1 - capped.div_(scoring.cap).square_())
     d_query = d_scores[..., width:] @ keys
     d_keys = d_scores[..., width:].mT @ query
     d_values = weights[..., width:].mT @ grad
     if context is None:
-        return d_query, d_keys, d_values, None, None
+        return d_query, d_keys, d_values, None, None, d_sinks
     d_context_keys = torch.zeros_like(context.keys)
     d_context_values = torch.zeros_like(context.values)
     for group in context.groups:
@@ -247,7 +305,7 @@ def attend_backward(
         group.scatter(d_query, under @ context.keys[group.contexts], add=True)
         d_context_keys[group.contexts] = under.mT @ group.gather(query)
         d_context_values[group.contexts] = used.mT @ group.gather(grad)
-    return d_query, d_keys, d_values, d_context_keys, d_context_values
+    return d_query, d_keys, d_values, d_context_keys, d_context_values, d_sinks
 
 
 def hiding(
