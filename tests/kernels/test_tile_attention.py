@@ -5,45 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
+from gspo.kernels.shared_contexts import Context, context_groups
 from gspo.kernels.tile_attention import (
     LOG2_E,
     PLAIN,
     TILE,
-    Context,
     Scoring,
     attend,
     attend_backward,
-    context_groups,
     hiding,
 )
 
 CPU = torch.device("cpu")
-
-
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.data())
-def test_each_sequence_is_in_one_group_under_its_context(sizes: list[int], data):
-    """Some have ended; padding at most doubles what the contexts had at first."""
-    whole = np.repeat(np.arange(len(sizes)), sizes)
-    left = data.draw(st.lists(st.booleans(), min_size=len(whole), max_size=len(whole)))
-    context_of = whole[np.array(left)]
-    groups = context_groups(context_of, np.array(sizes), CPU)
-    found = []
-    for group in groups:
-        contexts = torch.arange(len(sizes))[group.contexts]
-        assert max(sizes[c] for c in contexts) <= 2 * min(sizes[c] for c in contexts)
-        members = group.members.flatten()
-        places = torch.arange(len(members)) if group.places is None else group.places
-        if group.listed is not None and group.real is not None:
-            assert torch.equal(members[places], group.listed)
-            assert torch.equal(group.real.flatten().nonzero()[:, 0], places)
-        owner = contexts.repeat_interleave(group.members.shape[1])[places]
-        assert context_of[members[places].numpy()].tolist() == owner.tolist()
-        found += members[places].tolist()
-    assert sorted(found) == list(range(len(context_of)))
 
 
 def random(seed: int, *shape: int) -> Tensor:
@@ -130,9 +105,13 @@ def test_no_bit_depends_on_sharing_width_padding_or_neighbours(scoring: Scoring)
     apart, *_ = attend(q, whole_keys, whole_values, None, hidden, scoring=scoring)
     assert torch.equal(together, apart)
     for i in range(n):
-        one, *_ = attend(q[i : i + 1], keys[i : i + 1], values[i : i + 1], context(1), hidden, scoring=scoring)
+        one, *_ = attend(
+            q[i : i + 1], keys[i : i + 1], values[i : i + 1], context(1), hidden, scoring=scoring
+        )
         assert torch.equal(one[0], together[i])
-    last, *_ = attend(q[:, :, -1:], whole_keys, whole_values, None, hidden[:, :, -1:], scoring=scoring)
+    last, *_ = attend(
+        q[:, :, -1:], whole_keys, whole_values, None, hidden[:, :, -1:], scoring=scoring
+    )
     assert torch.equal(last[:, :, 0], together[:, :, -1])  # one query, as in decoding
     behind = hiding(np.ones((1, 7, 2 * TILE), dtype=bool), CPU)
     longer, *_ = attend(

@@ -15,10 +15,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gspo.kernels.shared_contexts import Context, ContextGroup
 from gspo.kernels.tile_attention import (
     LOG2_E,
-    Context,
-    ContextGroup,
     Scoring,
     attend,
     attend_backward,
@@ -75,7 +74,8 @@ def attend_calls(
 ) -> Float[Tensor, "1 T H E"]:
     """Attend, in float32 whatever the inputs are.
 
-    Soft cap and sinks are those of `tile_attention.Scoring`. Each token is a query of at most one call; the output of the others is 0.
+    Soft cap and sinks are those of `tile_attention.Scoring`. Each token is a query of at most one
+    call; the output of the others is 0.
     """
     return _Attention.apply(query, key, value, calls, scale, softcap, sinks)[None]  # pyright: ignore[reportGeneralTypeIssues, reportOptionalSubscript]
 
@@ -129,7 +129,7 @@ class _Attention(torch.autograd.Function):
             d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
             d_sinks = None
             each = zip(ctx.calls, saved[::3], saved[1::3], saved[2::3], strict=True)
-            for call, weights, *sums in each:
+            for call, weights, sums, largest in each:
                 inputs = _gathered(call, q, k, v, heads, kv)
                 if weights.numel() == 0:
                     _, weights, *_ = attend(*inputs, call.hidden, scoring=ctx.scoring)
@@ -138,7 +138,7 @@ class _Attention(torch.autograd.Function):
                 if call.padding is not None:
                     by_token = up.unflatten(2, (call.queries.shape[1], -1))
                     by_token.masked_fill_(call.padding[:, None, :, None, None], 0)
-                grads = attend_backward(up, *inputs, weights, *sums, ctx.scoring)
+                grads = attend_backward(up, *inputs, weights, sums, largest, ctx.scoring)
                 d_q.index_add_(0, index, grads[0].reshape(-1, q.shape[-1]))
                 d_k.index_add_(0, own, grads[1].reshape(-1, k.shape[-1]))
                 d_v.index_add_(0, own, grads[2].reshape(-1, v.shape[-1]))

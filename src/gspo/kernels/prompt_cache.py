@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gspo.kernels.hf import no_mask
+from gspo.kernels.shared_contexts import Context, context_groups
 from gspo.kernels.tile_attention import (
     LOG2_E,
     TILE,
-    Context,
     Scoring,
     attend,
-    context_groups,
     hiding,
     whole_tiles,
 )
@@ -149,7 +148,9 @@ class SharedPrompts:
             out = functional.pad(out, (0, 0, 0, 0, 0, total - len(out)))
         return out[None].to(query.dtype)
 
-    def _write(self, layer: int, key: Float[Tensor, "M K D"], value: Float[Tensor, "M K E"]) -> None:
+    def _write(
+        self, layer: int, key: Float[Tensor, "M K D"], value: Float[Tensor, "M K E"]
+    ) -> None:
         """Put the new keys and values of a layer into the slabs; M = N x Q."""
         count, kv_heads = len(self._positions), key.shape[1]
         if layer not in self._slabs:

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from gspo.data.packing import Microbatch
 from gspo.kernels.attention_call import AttentionCall, attend_calls
+from gspo.kernels.shared_contexts import context_groups
 from gspo.kernels.tile_attention import (
     TILE,
-    context_groups,
     hiding,
     whole_tiles,
 )

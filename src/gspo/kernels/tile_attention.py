@@ -18,16 +18,17 @@ P contexts; D wide keys, E wide values.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
 from gspo.kernels.running_softmax import exp2
+from gspo.kernels.shared_contexts import Context
 
 TILE = 32
 """Positions of a tile. 32 was faster than 64 and 128 on all shapes that were tried."""
@@ -44,103 +45,6 @@ def whole_tiles(length: int) -> int:
     64
     """
     return -(-length // TILE) * TILE
-
-
-@dataclass(frozen=True)
-class ContextGroup:
-    """Contexts that about the same number of sequences share; one product serves them all.
-
-    Attributes:
-        contexts: these contexts, a slice of all.
-        members: [p, n] the sequences of each context; padding repeats sequence 0.
-        real: [p, n] False at the padding. None: there is none, and the group holds all sequences in
-            their order.
-        places: flat places of `members` that are real.
-        listed: the sequence in each of these places.
-    """
-
-    contexts: slice
-    members: Int[Tensor, "p n"]
-    real: Bool[Tensor, "p n"] | None = None
-    places: Int[Tensor, " r"] | None = None
-    listed: Int[Tensor, " r"] | None = None
-
-    def gather(self, values: Float[Tensor, "N K M X"]) -> Float[Tensor, "p K nM X"]:
-        """Put the values of the group's sequences under their contexts."""
-        if self.real is None:
-            values = values.unflatten(0, self.members.shape)
-        else:
-            values = values[self.members]
-        return values.transpose(1, 2).flatten(2, 3)
-
-    def scatter(
-        self, target: Float[Tensor, "N K M X"], values: Float[Tensor, "p K nM X"], *, add: bool
-    ) -> None:
-        """Write values that are under the contexts to their sequences in `target`, or add them."""
-        values = values.to(target.dtype).unflatten(2, (self.members.shape[1], -1)).transpose(1, 2)
-        if self.places is None or self.listed is None:
-            place = target.view(values.shape)
-            place.add_(values) if add else place.copy_(values)
-            return
-        put = target.index_add_ if add else target.index_copy_
-        put(0, self.listed, values.flatten(0, 1).index_select(0, self.places))
-
-    def clear_padding_(self, values: Float[Tensor, "p K nM X"]) -> None:
-        """Zero what `gather` repeated."""
-        if self.real is not None:
-            parts = values.unflatten(2, (self.members.shape[1], -1))
-            parts.masked_fill_(~self.real[:, None, :, None, None], 0)
-
-
-def context_groups(
-    context_of: np.ndarray, sizes: np.ndarray, device: torch.device
-) -> list[ContextGroup]:
-    """Cut the contexts into groups in which padding at most doubles the work.
-
-    Args:
-        context_of: [N] context of each sequence.
-        sizes: [P] sequences that each context had at first; a group ends before they differ by more
-            than a factor of 2.
-        device: that uses the indices. They are computed on the host, so nothing waits for it.
-    """
-    counts = np.bincount(context_of, minlength=len(sizes))
-    order = np.argsort(context_of, kind="stable")
-    first = np.cumsum(counts) - counts
-    edges = [0]
-    largest = smallest = sizes[0]
-    for context, size in enumerate(sizes):
-        largest, smallest = max(largest, size), min(smallest, size)
-        if largest > 2 * smallest:
-            edges.append(context)
-            largest = smallest = size
-
-    def tensor(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(device)
-
-    groups = []
-    for start, stop in zip(edges, [*edges[1:], len(sizes)], strict=True):
-        width = int(counts[start:stop].max())
-        if width == 0:
-            continue
-        place = np.arange(width)
-        real = place < counts[start:stop, None]
-        listed = np.minimum(first[start:stop, None] + place, len(order) - 1)
-        members = np.where(real, order[listed], 0)
-        if real.all() and np.array_equal(members.ravel(), np.arange(len(context_of))):
-            groups.append(ContextGroup(slice(start, stop), tensor(members)))
-            continue
-        picks = (real, np.flatnonzero(real), members[real])
-        groups.append(ContextGroup(slice(start, stop), tensor(members), *map(tensor, picks)))
-    return groups
-
-
-@dataclass(frozen=True)
-class Context:
-    """Keys and values that several sequences see before those of themselves."""
-
-    keys: Float[Tensor, "P K W D"]
-    values: Float[Tensor, "P K W E"]
-    groups: Sequence[ContextGroup]
 
 
 @dataclass(frozen=True)
@@ -210,23 +114,9 @@ def attend(
         scores.
     """
     width = 0 if context is None else context.keys.shape[2]
-    rows, length = query.shape[2], keys.shape[2]
-    # Padded once, and not for each product; what the missing rows give is 0 everywhere.
-    own = _product(query, keys.mT)
-    own = own.to(torch.promote_types(own.dtype, torch.float32))
-    every = own
-    if context is not None:
-        shape = (*own.shape[:3], width + length)
-        every = own.new_empty(shape) if room is None else room(shape)
-        if rows < every.shape[2] and room is None:
-            every[:, :, rows:] = 0
-        every[:, :, :rows, width:] = own[:, :, :rows]
+    rows = query.shape[2]
+    every = _every_score(query, keys, context, room)
     scores = every[:, :, :rows]
-    if context is not None:
-        for group in context.groups:
-            under = group.gather(query)
-            products = _product(under, context.keys[group.contexts].mT)[:, :, : under.shape[2]]
-            group.scatter(scores[..., :width], products, add=False)
     if scoring.cap is not None:
         scores.div_(scoring.cap).tanh_().mul_(scoring.cap)
     if hidden is not None:
@@ -240,10 +130,7 @@ def attend(
         largest = torch.maximum(largest, sinks)
     scores.sub_(largest)
     exp2(scores, scores)
-    if tile is None or width + length <= tile:
-        total = scores.sum(-1, keepdim=True)
-    else:
-        total = scores.unflatten(-1, (-1, tile)).sum(-1).cumsum(-1)[..., -1:]
+    total = _sum_of_tiles(scores, tile)
     if sinks is not None:
         total = total + exp2(sinks - largest, None)
     out = None
@@ -320,6 +207,38 @@ def hiding(
     if hidden.size <= _LARGE:
         hidden = np.where(hidden, np.float32(-np.inf), np.float32(0))
     return torch.from_numpy(hidden[:, None, :, None]).to(device)
+
+
+def _every_score(
+    query: Float[Tensor, "N K M D"],
+    keys: Float[Tensor, "N K L D"],
+    context: Context | None,
+    room: Callable[[tuple[int, ...]], Tensor] | None,
+) -> Float[Tensor, "N K R S"]:
+    """Multiply queries and keys, the context's first; rows of at least `ROWS` that no query has are
+    0, and so is what they give."""
+    own = _product(query, keys.mT)
+    own = own.to(torch.promote_types(own.dtype, torch.float32))
+    if context is None:
+        return own
+    rows, width = query.shape[2], context.keys.shape[2]
+    shape = (*own.shape[:3], width + keys.shape[2])
+    every = own.new_empty(shape) if room is None else room(shape)
+    if rows < every.shape[2] and room is None:
+        every[:, :, rows:] = 0
+    every[:, :, :rows, width:] = own[:, :, :rows]
+    for group in context.groups:
+        under = group.gather(query)
+        products = _product(under, context.keys[group.contexts].mT)[:, :, : under.shape[2]]
+        group.scatter(every[:, :, :rows, :width], products, add=False)
+    return every
+
+
+def _sum_of_tiles(weights: Float[Tensor, "N K M S"], tile: int | None) -> Float[Tensor, "N K M 1"]:
+    """Add the weights, tile after tile."""
+    if tile is None or weights.shape[-1] <= tile:
+        return weights.sum(-1, keepdim=True)
+    return weights.unflatten(-1, (-1, tile)).sum(-1).cumsum(-1)[..., -1:]
 
 
 def _product(rows: Float[Tensor, "N K M D"], other: Float[Tensor, "N K D X"]) -> Tensor:

@@ -66,13 +66,14 @@ def load_policy(
 
 
 def caps_or_sinks(lm: PreTrainedModel) -> bool:
-    """Whether the model, which has no SDPA, computes soft caps or sinks as gspo's attention does."""
-    config = lm.config.get_text_config()
-    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    """Whether a model without SDPA computes soft caps or sinks as gspo's attention does."""
     own = hf.attention_implementation(lm)
-    if own != "eager" or not (capped or any(n.endswith(".sinks") for n, _ in lm.named_parameters())):
+    capped = getattr(lm.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    bent = capped or any(name.endswith(".sinks") for name, _ in lm.named_parameters())
+    if own != "eager" or not bent:
         return False
-    tokens = torch.arange(24, device=lm.device)[None] % lm.get_input_embeddings().weight.shape[0]
+    size = lm.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportIndexIssue]
+    tokens = torch.arange(24, device=lm.device)[None] % size
     with torch.no_grad():
         expected = lm.eval()(input_ids=tokens, use_cache=False).logits
         try:
