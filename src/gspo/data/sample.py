@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -13,6 +13,29 @@ from gspo.core.errors import DataError, MissingLogprobsError, SampleTooLongError
 from gspo.data.expert_choices import joined_expert_choices
 from gspo.data.turn import Turn, read_turn
 from gspo.trajectory import Trajectory
+
+
+class Split(NamedTuple):
+    """Why a sample does not go on where the one before it ended.
+
+    Attributes:
+        reason: one of `SPLIT_REASONS`.
+        turn: the assistant turn whose prompt does not extend the tokens before it.
+        token: the first one that differs, counted from 0.
+    """
+
+    reason: str
+    turn: int
+    token: int
+
+
+SPLIT_REASONS = {
+    "shorter": "the prompt is shorter: earlier turns were left out",
+    "start": "the text before the first answer changed: its tools, system or first messages",
+    "answer": "an earlier answer of the model was written in another way, or a part of it left out",
+    "between": "a message after an answer changed",
+}
+"""Reason of a split -> what it says of the prompt; `docs/tools.md` says what to do."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +57,7 @@ class Sample:
         advantage: A_i of the trajectory.
         expert_choices: [R, N, K] experts that computed the first R tokens, K in each of N layers;
             or None. The last sampled token never went through the engine: there R is L - 1.
+        split: why it is not one with the trajectory's sample before it; None for the first one.
     """
 
     tokens: np.ndarray
@@ -48,6 +72,7 @@ class Sample:
     group_id: int
     advantage: float
     expert_choices: np.ndarray | None = None
+    split: Split | None = None
 
     def __post_init__(self) -> None:
         for name in ("old_logprobs", "sampling_logprobs"):
@@ -105,14 +130,18 @@ def trajectory_samples(
             f"{where} has no Choice: append response.choices[0] to messages_and_choices, "
             "not its text, so that the sampled tokens are known"
         )
-    starts = [0]  # first turn of each sample
+    starts: dict[int, Split | None] = {0: None}  # first turn of each sample, and why
     for number, (before, turn) in enumerate(pairwise(turns), 1):
         tokens = [*before.prompt, *before.tokens]
         if turn.prompt[: len(tokens)] != tokens:
-            starts.append(number)
+            starts[number] = _split(turns[max(starts) : number], turn.prompt, number)
+    edges = [*starts, len(turns)]
     samples = tuple(
-        sample_of(turns[start:end], start, trajectory_id, group_id, advantage)
-        for start, end in zip(starts, [*starts[1:], len(turns)], strict=True)
+        replace(
+            sample_of(turns[start:end], start, trajectory_id, group_id, advantage),
+            split=starts[start],
+        )
+        for start, end in pairwise(edges)
     )
     for sample in samples:
         if vocabulary is not None and sample.tokens.max() >= vocabulary:
@@ -126,6 +155,20 @@ def trajectory_samples(
                 "shorten the rollout (max_tokens), or set on_too_long='drop' in dev.TrainConfig"
             )
     return samples
+
+
+def _split(turns: Sequence[Turn], prompt: Sequence[int], number: int) -> Split:
+    """Why `prompt`, of turn `number`, does not extend the tokens of `turns`."""
+    tokens = [*turns[-1].prompt, *turns[-1].tokens]
+    pairs = enumerate(zip(tokens, prompt, strict=False))
+    token = next((i for i, (old, new) in pairs if old != new), None)
+    if token is None:
+        return Split("shorter", number, len(prompt))
+    if token < len(turns[0].prompt):
+        return Split("start", number, token)
+    spans = [(len(turn.prompt), len(turn.prompt) + len(turn.tokens)) for turn in turns]
+    answered = any(start <= token < end for start, end in spans)
+    return Split("answer" if answered else "between", number, token)
 
 
 def sample_of(
@@ -173,6 +216,12 @@ def sample_of(
         advantage=advantage,
         expert_choices=expert_choices,
     )
+
+
+def split_counts(samples: Iterable[Sample]) -> dict[str, int]:
+    """Reason -> how many samples begin for it; only those that occur."""
+    reasons = [sample.split.reason for sample in samples if sample.split is not None]
+    return {reason: reasons.count(reason) for reason in SPLIT_REASONS if reason in reasons}
 
 
 def unit_count(samples: Sequence[Sample], unit: str) -> int:

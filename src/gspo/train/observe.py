@@ -18,7 +18,7 @@ from torch import Tensor
 from gspo.core.errors import NumericsError
 from gspo.core.metrics import Metrics
 from gspo.data.packing import Microbatch
-from gspo.data.sample import TrajectorySamples, flat
+from gspo.data.sample import TrajectorySamples, flat, split_counts
 from gspo.kernels.shared_prompt_attention import SharedPromptAttention
 from gspo.objective import (
     LossOutput,
@@ -169,6 +169,10 @@ def _describe(metrics: Metrics, batch: RolloutBatch, version: int) -> None:
         metrics.mean("tokens/completion_mean", sampled, count)
         metrics.add("tokens/completion", sampled)
         metrics.add("tokens/prompt", sum(map(len, samples)) - sampled)
+        splits = split_counts(samples)
+        metrics.add("tokens/splits", sum(splits.values()))
+        for reason, times in splits.items():
+            metrics.add(f"tokens/splits_{reason}", times)
         versions = np.concatenate([sample.policy_versions for sample in samples])
         age = version - versions[versions >= 0]
         if len(age):
