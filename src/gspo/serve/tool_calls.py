@@ -96,7 +96,7 @@ def _constant(name: str) -> Any:
 _DECODER = json.JSONDecoder(parse_constant=_constant)
 
 
-def _values(text: str, between: str = "") -> list[Any]:
+def json_values(text: str, between: str = "") -> list[Any]:
     """The JSON values of a text, with white space and `between` between them; [] if it is none."""
     values, at, blank = [], 0, re.compile(rf"[\s{between}]*")
     try:
@@ -120,22 +120,22 @@ def _calls(values: list[Any], arguments: str = "arguments") -> list[Call]:
 
 
 def _read_hermes(text: str, tools: Tools) -> list[Call]:
-    values = _values(text)
+    values = json_values(text)
     return _calls(values) if len(values) == 1 else []
 
 
 def _read_llama(text: str, tools: Tools) -> list[Call]:
-    return _calls(_values(text, between=";"), "parameters")
+    return _calls(json_values(text, between=";"), "parameters")
 
 
 def _read_mistral(text: str, tools: Tools) -> list[Call]:
     """Either a list of objects (to v7), or `name[CALL_ID]id[ARGS]{...}` (from v11 on)."""
     named = re.match(r"\s*([\w.-]+)\s*(?:\[CALL_ID\]\w+\s*)?(?:\[ARGS\])?\s*(?=\{)", text)
     if named:
-        values = _values(text[named.end() :])
+        values = json_values(text[named.end() :])
         fine = len(values) == 1 and isinstance(values[0], dict)
         return [Call(named[1], values[0])] if fine else []
-    values = _values(text)
+    values = json_values(text)
     return _calls(values[0]) if len(values) == 1 and isinstance(values[0], list) else []
 
 
@@ -162,7 +162,7 @@ def _typed(text: str, schema: Any) -> Any:
     kinds = schema.get("type") if isinstance(schema, Mapping) else None
     if kinds == "string" or (isinstance(schema, Mapping) and "enum" in schema and not kinds):
         return text
-    values = _values(text)
+    values = json_values(text)
     if len(values) != 1 or (isinstance(kinds, list) and "string" in kinds and values[0]):
         return text
     return values[0]
