@@ -49,14 +49,16 @@ golden: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/golden/golden.py $(GOLDEN)
 
 # Renew the lock. pip-tools resolves as pip does, torch held back by constraints.txt; the local
-# part of its version (+cpu) is cut off, since other machines have another build.
+# part of its version (+cpu) is cut off, since other machines have another build, and gspo itself,
+# which its extra `dev` names, is taken out: its line is a folder of this machine.
 lock:
 	$(PYTHON) -m venv .lock-venv
 	.lock-venv/bin/python -m pip install -q 'pip==26.3' 'pip-tools==7.6.2'
 	CUSTOM_COMPILE_COMMAND='make lock' .lock-venv/bin/pip-compile --quiet --upgrade --all-extras \
 		--strip-extras --allow-unsafe --no-emit-index-url --no-emit-options \
 		--constraint constraints.txt --output-file requirements.lock pyproject.toml
-	sed -i.bak 's/^\(torch==[0-9.]*\)+.*/\1/' requirements.lock && rm requirements.lock.bak
+	sed -i.bak -e 's/^\(torch==[0-9.]*\)+.*/\1/' -e '/^gspo @ file/,/# via/d' requirements.lock
+	rm requirements.lock.bak
 	rm -rf .lock-venv
 
 # The tests with the registry's newest packages, and with the lowest that pyproject.toml promises;

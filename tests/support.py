@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from fastapi import FastAPI
 from openai.types.chat.chat_completion import Choice
 from torch import Tensor
 
@@ -14,6 +15,8 @@ from gspo.kernels import hf
 from gspo.policy.load import load_policy
 from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
+from gspo.serve.app import create_app, one_engine
+from gspo.serve.engine import Engine
 from gspo.train.expert_replay import ExpertReplay
 from gspo.train.minibatches import RolloutBatch
 from gspo.train.observe import Observer
@@ -87,3 +90,8 @@ def gradient_of(
     gradient = {n: p.grad for n, p in policy.trainable.items() if p.grad is not None}
     policy.lm.zero_grad(set_to_none=True)
     return gradient, watch.metrics.compute()
+
+
+def app_of(engine: Engine) -> FastAPI:
+    """A server's app with one model, `m`."""
+    return create_app(one_engine(engine, lambda: ["m"]), lambda: ["m"])

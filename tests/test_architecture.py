@@ -47,7 +47,7 @@ def test_each_hop_is_a_type_with_its_shapes_in_the_docstring():
             for node in ast.parse((SOURCE / file).read_text()).body
             if isinstance(node, ast.ClassDef) and node.name == name
         )
-        if file == "trajectory.py":  # a rollout fills it in: the one that is not frozen
+        if file == "trajectories.py":  # a rollout fills it in: the one that is not frozen
             continue
         assert "Attributes:" in (ast.get_docstring(node) or ""), (file, name)
         assert any("frozen=True" in ast.unparse(d) for d in node.decorator_list), (file, name)

@@ -29,7 +29,7 @@ def test_surface_is_frozen():
     assert surface == {
         "demo": ["path", "steps", "seed", "profile", "as_json"],
         "train": ["spec", "overrides", "dry_run", "profile", "as_json"],
-        "serve": ["model", "port", "host", "name"],
+        "serve": ["model", "port", "host", "name", "api_key"],
         "presets": ["as_json"],
         "audit": [
             "model",

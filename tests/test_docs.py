@@ -43,6 +43,7 @@ NOT_RUN = {
     ("run.md", 1): "needs two clients",
     ("run.md", 2): "reads the run that `make demo` leaves",
     ("coming-from.md", 0): "TRL's",
+    ("judges.md", 0): "asks a server of others; tests/test_rewards.py has one",
 }
 
 
@@ -189,7 +190,7 @@ def test_every_public_name_has_its_place_in_the_reference():
 
 
 class Silent:
-    def started(self, spec: Spec, step: int, changed: list[str]) -> None: ...
+    def started(self, spec: Spec, step: int, notes: list[str]) -> None: ...
     def stepped(self, step: int, metrics: dict[str, float]) -> None: ...
     def evaluated(self, step: int, estimate: Estimate) -> None: ...
 

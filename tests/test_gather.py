@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 
 import gspo as art
-from gspo.core.errors import ConfigError, DataError
+from gspo.core import progress
+from gspo.core.errors import ConfigError, DataError, RolloutTimeoutError
+from gspo.serve.fake_engine import FakeEngine
+from gspo.serve.server import Serving
 from support import trajectory
 
 
@@ -152,8 +156,11 @@ async def test_a_budget_that_means_nothing(budget: Any):
 async def test_arguments_that_are_not_there_are_named():
     groups = [art.TrajectoryGroup([trajectory()])]
     cases: tuple[tuple[dict[str, Any], str], ...] = (
-        ({"max_metrics": 3}, "'max_metrics' is not supported: .*leave it out"),
-        ({"pbar_total_completion_tokens": True}, "'pbar_total_completion_tokens' is not supported"),
+        ({"max_metrics": -1}, "max_metrics = -1"),
+        ({"timeout": 0}, "^timeout = 0"),
+        ({"timeout": float("nan")}, "^timeout = nan"),
+        ({"rollout_timeout": True}, "^rollout_timeout = True"),
+        ({"rollout_timeout": "60"}, "^rollout_timeout = '60'"),
         ({"max_exception": 3}, "Did you mean 'max_exceptions'"),
     )
     for options, message in cases:
@@ -185,3 +192,235 @@ async def test_metrics_of_any_kind_do_not_stop_a_gather():
 
     (group,) = await art.gather_trajectory_groups([art.TrajectoryGroup([rollout()])])
     assert group.trajectories[0].reward == 0.5
+
+
+async def hangs() -> art.Trajectory:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+async def test_a_rollout_that_never_ends_is_named_and_left_out(caplog: pytest.LogCaptureFixture):
+    groups = await art.gather_trajectory_groups(
+        [art.TrajectoryGroup([fine(), fine()]), art.TrajectoryGroup([fine(0.0), fine(), hangs()])],
+        rollout_timeout=0.05,
+    )
+    assert [len(group) for group in groups] == [2, 2]
+    (given_up,) = groups[1].exceptions
+    assert given_up.type == "RolloutTimeoutError"
+    assert given_up.message.startswith("group 1, rollout 2 (hangs) was given up after 0.")
+    assert "(rollout_timeout=0.05)" in given_up.message
+    assert "group 1, rollout 2 (hangs)" in caplog.text
+    backend = art.FakeBackend()
+    model = art.TrainableModel(name="m", project="p", base_model="any")
+    await model.register(backend)
+    assert (await model.train(groups)).metrics["train/reward"] == 0.75  # the rest trains
+
+
+async def test_a_gather_gives_up_all_that_run_when_its_time_is_over():
+    began = time.monotonic()
+    results = await art.gather_trajectories([fine(), hangs(), hangs()], timeout=0.1)
+    assert [isinstance(result, RolloutTimeoutError) for result in results] == [False, True, True]
+    assert "rollout 1 (hangs)" in str(results[1])
+    assert "(timeout=0.1)" in str(results[1])
+    assert time.monotonic() - began < 5
+    with pytest.raises(RolloutTimeoutError, match=r"group 0, rollout \d \(hangs\)"):
+        await art.gather_trajectory_groups([art.TrajectoryGroup([hangs(), hangs()])], timeout=0.05)
+
+
+async def test_the_time_of_a_gather_is_one_for_all_its_rollouts():
+    """A rollout that starts late, behind others of its own coroutine, has what is left."""
+
+    async def in_turns() -> art.TrajectoryGroup:
+        first = await art.TrajectoryGroup([fine()])
+        await asyncio.sleep(0.15)
+        return art.TrajectoryGroup([*first, *(await art.TrajectoryGroup([hangs()])).trajectories])
+
+    began = time.monotonic()
+    (group,) = await art.gather_trajectory_groups([in_turns()], timeout=0.2)
+    assert len(group) == 1
+    assert time.monotonic() - began < 5
+
+
+async def test_what_hangs_around_rollouts_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("gspo.gather._MARGIN", 0.01)
+
+    async def judge(group: art.TrajectoryGroup) -> art.TrajectoryGroup:
+        await asyncio.Event().wait()
+        return group
+
+    async def group() -> art.TrajectoryGroup:
+        await asyncio.Event().wait()
+        return art.TrajectoryGroup()
+
+    with pytest.raises(RolloutTimeoutError, match=r"after_each .*judge.* has not ended after 0.05"):
+        await art.gather_trajectory_groups(
+            [art.TrajectoryGroup([fine()])], after_each=judge, timeout=0.05
+        )
+    with pytest.raises(RolloutTimeoutError, match=r"a group .*group.* has not ended after 0.06"):
+        await art.gather_trajectory_groups([group()], timeout=0.05)
+
+
+async def test_a_rollout_that_ignores_cancellation_stops_nobody(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(progress, "LET_GO_SECONDS", 0.05)
+    over = asyncio.Event()
+
+    async def stubborn() -> art.Trajectory:
+        while not over.is_set():
+            try:
+                await over.wait()
+            except asyncio.CancelledError:
+                continue
+        return trajectory()
+
+    results = await art.gather_trajectories([fine(), stubborn()], rollout_timeout=0.05)
+    assert isinstance(results[1], RolloutTimeoutError)
+    assert "something in it catches CancelledError" in caplog.text
+    with pytest.raises(RuntimeError, match="broken"):
+        await art.gather_trajectories([broken(), stubborn()])
+    over.set()
+
+
+async def test_a_rollout_that_cancels_its_own_task_cancels_nothing_else():
+    async def cancels_its_task() -> art.Trajectory:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await asyncio.sleep(0)
+        return trajectory()
+
+    results = await art.gather_trajectories([fine(), cancels_its_task()], max_exceptions=1)
+    assert isinstance(results[1], DataError)
+
+
+class SlowEngine(FakeEngine):
+    """Answers after `seconds`; counts the requests that it still works on."""
+
+    seconds = 60.0
+    inside = most = 0
+
+    async def complete(self, request: Any) -> Any:
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        try:
+            await asyncio.sleep(self.seconds)
+            return await super().complete(request)
+        finally:
+            self.inside -= 1
+
+
+async def test_nothing_that_was_given_up_stays_in_the_engine():
+    engine = SlowEngine()
+    backend = FakeBackendOn(engine)
+    model = art.TrainableModel(name="m", project="p", base_model="any")
+    await model.register(backend)
+
+    async def asks() -> None:
+        client = model.openai_client().chat.completions
+        message: Any = {"role": "user", "content": "?"}
+        await client.create(model=model.inference_name, messages=[message])
+
+    async def rollout() -> art.Trajectory:
+        await asyncio.gather(asks(), asks())
+        return trajectory()
+
+    @art.retry(max_attempts=2, delay=0, exceptions=TimeoutError)
+    async def tries_again() -> art.Trajectory:
+        await asyncio.wait_for(asks(), 0.1)
+        return trajectory()
+
+    results = await art.gather_trajectories(
+        [fine(), rollout(), rollout(), tries_again()], rollout_timeout=0.5, max_exceptions=1
+    )
+    assert [isinstance(result, art.Trajectory) for result in results] == [True, False, False, False]
+    assert engine.most == 5
+    assert engine.inside == 0
+    await backend.close()
+
+
+class FakeBackendOn(art.FakeBackend):
+    """A fake backend with another engine."""
+
+    def __init__(self, engine: FakeEngine):
+        super().__init__()
+        self.engine = engine
+        self._serving = Serving(engine, lambda: self._names)
+
+
+async def test_a_rollout_may_return_several_trajectories():
+    async def two() -> list[art.Trajectory]:
+        return [trajectory(1.0), trajectory(2.0)]
+
+    results = await art.gather_trajectories([two(), fine(3.0)])
+    assert [t.reward for t in results if isinstance(t, art.Trajectory)] == [1.0, 2.0, 3.0]
+    (group,) = await art.gather_trajectory_groups([art.TrajectoryGroup([two(), fine(3.0)])])
+    assert [t.reward for t in group] == [1.0, 2.0, 3.0]
+
+    async def wrong() -> Any:
+        return [trajectory(), None]
+
+    with pytest.raises(DataError, match=r"returned None .*or a list of them"):
+        await art.gather_trajectories([wrong()])
+
+
+async def test_the_bar_counts_metrics_and_tokens():
+    async def rollout(reward: float) -> art.Trajectory:
+        own = trajectory(reward)
+        own.metrics |= {"right": reward > 0, "turns": 3}
+        return own
+
+    gather = progress.Gather(total=2)
+    with progress.gathering(gather):
+        await art.TrajectoryGroup([rollout(0.0), rollout(1.0)])
+    assert gather.metrics == {"right": (1.0, 2), "turns": (6.0, 2)}
+    assert gather.completion_tokens == 4
+    await art.gather_trajectories(
+        [rollout(1.0)], max_metrics=1, pbar_total_completion_tokens=True, pbar_desc=None
+    )
+
+
+async def test_batches_come_in_the_order_given_while_later_ones_run():
+    began: list[int] = []
+
+    async def rollout(number: int) -> art.Trajectory:
+        began.append(number)
+        await asyncio.sleep(0.02 if number % 2 else 0)
+        return trajectory(float(number))
+
+    def groups() -> list[art.TrajectoryGroup]:
+        return [art.TrajectoryGroup([rollout(g)]) for g in range(7)]
+
+    seen = []
+    async for batch in art.trajectory_group_batches(
+        groups(), batch_size=2, max_concurrent_batches=2, skip_batches=1
+    ):
+        seen.append([group.trajectories[0].reward for group in batch])
+        if len(seen) == 1:
+            assert sorted(began) == [2, 3, 4, 5]  # one batch runs ahead, and no more
+    assert seen == [[2.0, 3.0], [4.0, 5.0], [6.0]]
+    batches = art.trajectory_group_batches(groups(), batch_size=2)
+    async for _ in batches:
+        break
+    await batches.aclose()  # type: ignore[attr-defined]
+    for options in ({"batch_size": 0}, {"batch_size": 1, "skip_batches": -1}, {"batch_size": True}):
+        with pytest.raises(ConfigError, match="must be a whole number"):
+            async for _ in art.trajectory_group_batches([], **options):  # type: ignore[arg-type]
+                pass
+
+
+async def test_a_batch_that_fails_cancels_those_that_run_ahead():
+    cancelled = asyncio.Event()
+
+    async def slow() -> art.Trajectory:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            cancelled.set()
+        return trajectory()
+
+    groups = [art.TrajectoryGroup([broken()]), art.TrajectoryGroup([slow()])]
+    with pytest.raises(RuntimeError, match="broken"):
+        async for _ in art.trajectory_group_batches(groups, batch_size=1):
+            pass
+    assert cancelled.is_set()

@@ -10,7 +10,10 @@ TESTS = Path(__file__).parent
 SOURCE = TESTS.parent / "src" / "gspo"
 
 ACROSS: dict[str, str] = {
+    "backend/test_concurrent_rollouts.py": "whole runs in exact mode, noisy tools, kills",
     "objective/test_self_contained.py": "the objective imports torch and nothing of gspo",
+    "serve/test_load.py": "many clients at once over real sockets",
+    "serve/test_malformed.py": "bodies that are wrong by the thousand, and by the document",
     "train/test_precision.py": "l_i in float32 over each hop from the engine to the objective",
     "train/test_shared_prompt_training.py": "weights and metrics are those without sharing",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +27,7 @@ def test_surface_is_frozen():
         "FakeBackend",
         "FakeEngine",
         "GspoError",
+        "History",
         "LocalBackend",
         "Messages",
         "MessagesAndChoices",
@@ -37,13 +39,20 @@ def test_surface_is_frozen():
         "Trajectory",
         "TrajectoryGroup",
         "__version__",
+        "auto_trajectory",
+        "capture_auto_trajectory",
+        "capture_yielded_trajectory",
         "dev",
         "errors",
         "gather_trajectories",
         "gather_trajectory_groups",
+        "langgraph",
         "objective",
         "register_algorithm",
         "retry",
+        "rewards",
+        "trajectory",
+        "yield_trajectory",
     ]
 
 
@@ -94,3 +103,8 @@ async def test_the_art_snippet_runs_verbatim():
 def test_task_problems_are_functions_of_their_arguments():
     one, two = load_task("sort"), load_task("sort")
     assert one.problem("train", 3, seed=1) == two.problem("train", 3, seed=1)
+
+
+def test_the_lock_installs_from_registries_only() -> None:
+    lock = Path(__file__).parents[1] / "requirements.lock"
+    assert not [line for line in lock.read_text().splitlines() if "@" in line or "://" in line]

@@ -11,7 +11,7 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from gspo import dev
+from gspo import absent, dev
 from gspo.config import TrainConfig
 from gspo.core import errors
 from gspo.core.errors import GspoError
@@ -20,17 +20,38 @@ from gspo.core.errors import GspoError
 # the OpenMP runtime when torch is first imported; a value that the user has set stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+absent.tell_imports()
+
 if TYPE_CHECKING:
-    from gspo import objective
+    from gspo import langgraph, objective, rewards
     from gspo.backend.base import Backend, TrainResult
     from gspo.backend.fake import FakeBackend
     from gspo.backend.local import LocalBackend
-    from gspo.gather import gather_trajectories, gather_trajectory_groups, retry
+    from gspo.capture import (
+        auto_trajectory,
+        capture_auto_trajectory,
+        capture_yielded_trajectory,
+        trajectory,
+        yield_trajectory,
+    )
+    from gspo.gather import (
+        gather_trajectories,
+        gather_trajectory_groups,
+        retry,
+        trajectory_group_batches,
+    )
     from gspo.model import Model, TrainableModel
     from gspo.serve.engine import Engine
     from gspo.serve.fake_engine import FakeEngine
     from gspo.train.algorithms import register_algorithm
-    from gspo.trajectory import Messages, MessagesAndChoices, Tools, Trajectory, TrajectoryGroup
+    from gspo.trajectories import (
+        History,
+        Messages,
+        MessagesAndChoices,
+        Tools,
+        Trajectory,
+        TrajectoryGroup,
+    )
 
 __version__ = "0.1.0"
 
@@ -40,6 +61,7 @@ __all__ = [
     "FakeBackend",
     "FakeEngine",
     "GspoError",
+    "History",
     "LocalBackend",
     "Messages",
     "MessagesAndChoices",
@@ -51,26 +73,45 @@ __all__ = [
     "Trajectory",
     "TrajectoryGroup",
     "__version__",
+    "auto_trajectory",
+    "capture_auto_trajectory",
+    "capture_yielded_trajectory",
     "dev",
     "errors",
     "gather_trajectories",
     "gather_trajectory_groups",
+    "langgraph",
     "objective",
     "register_algorithm",
     "retry",
+    "rewards",
+    "trajectory",
+    "trajectory_group_batches",
+    "yield_trajectory",
 ]
 
 _HOMES = {
     "backend.base": ("Backend", "TrainResult"),
     "backend.fake": ("FakeBackend",),
     "backend.local": ("LocalBackend",),
-    "gather": ("gather_trajectories", "gather_trajectory_groups", "retry"),
+    "capture": (
+        *("auto_trajectory", "capture_auto_trajectory", "capture_yielded_trajectory"),
+        *("trajectory", "yield_trajectory"),
+    ),
+    "gather": (
+        *("gather_trajectories", "gather_trajectory_groups", "retry", "trajectory_group_batches"),
+    ),
+    "langgraph": ("langgraph",),
     "model": ("Model", "TrainableModel"),
     "objective": ("objective",),
+    "rewards": ("rewards",),
     "serve.engine": ("Engine",),
     "serve.fake_engine": ("FakeEngine",),
     "train.algorithms": ("register_algorithm",),
-    "trajectory": ("Messages", "MessagesAndChoices", "Tools", "Trajectory", "TrajectoryGroup"),
+    "trajectories": (
+        *("History", "Messages", "MessagesAndChoices", "Tools"),
+        *("Trajectory", "TrajectoryGroup"),
+    ),
 }
 
 
@@ -79,7 +120,7 @@ def __getattr__(name: str) -> Any:
         if name in names:
             module = importlib.import_module(f"gspo.{home}")
             return module if name == home else getattr(module, name)
-    raise AttributeError(f"module 'gspo' has no attribute {name!r}")
+    raise absent.refusal("gspo", name, absent.NAMES)
 
 
 def __dir__() -> list[str]:

@@ -97,14 +97,19 @@ def train(
 def serve(
     model: Annotated[str, typer.Argument(help="embedded:<task>, a folder or a hub id.")],
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,
-    host: Annotated[str, typer.Option(help="Loopback unless you say otherwise.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Loopback unless you say otherwise, which needs an API key.")
+    ] = "127.0.0.1",
     name: Annotated[str, typer.Option(help="The model's name in requests.")] = "",
+    api_key: Annotated[
+        str, typer.Option(envvar="GSPO_API_KEY", help="What requests must bring.")
+    ] = "",
 ) -> None:
     """Serve a model or a checkpoint with OpenAI's API."""
     commands.say_loading(model)
     from gspo.experiment.serving import serve_model
 
-    serve_model(model, host, port, name or model)
+    serve_model(model, host, port, name or model, api_key or None)
 
 
 @app.command()

@@ -12,8 +12,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from gspo import absent
 from gspo.core.errors import suggestion
 from gspo.core.options import LARGEST_COUNT, Options
+
+
+def __getattr__(name: str) -> Any:
+    raise absent.refusal("gspo.dev", name, absent.DEV)
+
 
 __all__ = ["InternalModelConfig", "LoraConfig", "RolloutDtype", "TrainConfig"]
 
@@ -229,6 +235,13 @@ class InternalModelConfig(Options):
     'float32'
     """
 
+    refused: ClassVar[Mapping[str, str]] = {
+        "engine_args": "the engine takes what is needed: max_context=, rollout_dtype=, threads=.",
+        "init_args": "the length is max_context=; device=, dtype= and threads= say the rest.",
+        "peft_args": "give lora=dev.LoraConfig(r=, alpha=, target_modules=).",
+        "trainer_args": "they are options of dev.TrainConfig, in each call of train.",
+    }
+
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type. Weights and optimizer stay float32; `bfloat16` computes under autocast."""
     rollout_dtype: RolloutDtype | None = None
@@ -236,8 +249,9 @@ class InternalModelConfig(Options):
     (LoRA merged), made again after each update."""
     exact: bool | None = None
     """The engine's log-probs are those of training, to the bit, and a completion depends on its
-    prompt and seed only, whatever is decoded beside it. True: an error if this model or machine
-    can't; None: if it can (on the CPU); False: faster by some per cent."""
+    prompt and seed only, whatever is decoded beside it. None: on where this can be proved when the
+    model is loaded (on the CPU), and off with a `rollout_dtype`. True: an error where it can't be.
+    False: off, which is faster by some per cent."""
     lora: LoraConfig | None = None
     """None: full fine-tuning."""
     activation_checkpointing: bool = False

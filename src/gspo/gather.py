@@ -1,34 +1,42 @@
-"""Run rollouts: all at once, with a failure budget and a progress bar."""
+"""Run rollouts: all at once, with limits of failures and of time, and a progress bar."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 import math
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
-from gspo.core.errors import DataError, check_names
-from gspo.core.progress import Gather, all_or_cancel, gathering
-from gspo.trajectory import Trajectory, TrajectoryGroup, settled
+from gspo.core.draws import numbered_task
+from gspo.core.errors import DataError, RolloutTimeoutError, check_names, check_whole
+from gspo.core.progress import LET_GO_SECONDS, Gather, all_or_cancel, gathering
+from gspo.trajectories import Rolled, Trajectory, TrajectoryGroup, settled
 
 P = ParamSpec("P")
 T = TypeVar("T")
-_KNOWN = ("pbar_desc", "max_exceptions", "after_each")
-_REFUSED = {
-    "pbar_total_completion_tokens": "the bar shows rewards and failures; leave it out.",
-    "max_metrics": "the bar shows the mean reward only; leave it out.",
-}
 AfterEach = Callable[[TrajectoryGroup], Awaitable[TrajectoryGroup | list[TrajectoryGroup] | None]]
+_KNOWN = (
+    *("pbar_desc", "pbar_total_completion_tokens", "max_exceptions", "max_metrics"),
+    *("rollout_timeout", "timeout"),
+)
+_MARGIN = LET_GO_SECONDS + 1.0
+"""Seconds that a group has after its rollouts' time is over."""
 
 
 async def gather_trajectory_groups(
     groups: Iterable[Awaitable[TrajectoryGroup] | TrajectoryGroup],
     *,
     pbar_desc: str | None = "gather",
+    pbar_total_completion_tokens: bool = False,
     max_exceptions: int | float = 0,
+    max_metrics: int | None = None,
     after_each: AfterEach | None = None,
+    rollout_timeout: float | None = None,
+    timeout: float | None = None,
     **unknown: Any,
 ) -> list[TrajectoryGroup]:
     """Run all groups concurrently and return them in the order given.
@@ -36,51 +44,143 @@ async def gather_trajectory_groups(
     Args:
         groups: `TrajectoryGroup`s of coroutines, or coroutines that return a group.
         pbar_desc: label of the progress bar on a terminal; None shows none.
+        pbar_total_completion_tokens: also show how many tokens the rollouts have sampled.
         max_exceptions: rollouts that may fail; below 1, their share. One more raises its error,
             after the others were cancelled.
+        max_metrics: of the rollouts' metrics, how many the bar shows; None: all.
         after_each: awaited with each finished group; what it returns (a group, several, or None
-            to drop it) takes the group's place.
+            to drop it) takes the group's place. It may take `timeout` too.
+        rollout_timeout: seconds that each rollout may take. One that takes longer is cancelled,
+            with what it had asked of the engine, and left out of its group, whose `exceptions`
+            name it; it doesn't count against `max_exceptions`.
+        timeout: seconds after which all rollouts that still run are given up in the same way.
 
     Raises:
         DataError: nothing was given.
-        ConfigError: an unknown argument, or a budget that is no number from 0.
+        ConfigError: an unknown argument, a budget that is no number from 0, or no time limit.
+        RolloutTimeoutError: no rollout came to its end in time, or a group's own coroutine or
+            `after_each` did not.
     """
-    check_names("gather_trajectory_groups", unknown, _KNOWN, _REFUSED)
+    check_names("gather_trajectory_groups", unknown, (*_KNOWN, "after_each"), {})
     pending = list(groups)
     if not pending:
         raise DataError("gather_trajectory_groups got no groups: give at least one")
     total = sum(g.size if isinstance(g, TrajectoryGroup) else 1 for g in pending)
 
     async def one(group: Awaitable[TrajectoryGroup]) -> list[TrajectoryGroup]:
-        finished = await group
+        # Its rollouts have the limit. A coroutine has a little more, and may wait for other things.
+        own = None if isinstance(group, TrajectoryGroup) or not timeout else timeout + _MARGIN
+        finished = await _limited(group, own, "a group")
         if not isinstance(finished, TrajectoryGroup):
             raise DataError(f"a group's coroutine returned {type(finished).__name__}")
-        result = finished if after_each is None else await after_each(finished)
+        if after_each is None:
+            return [finished]
+        result = await _limited(after_each(finished), timeout, "after_each")
         if result is None:
             return []
         return result if isinstance(result, list) else [result]
 
-    with _gathering(pbar_desc, total, max_exceptions):
+    gather = Gather(total, max_exceptions, rollout_timeout=rollout_timeout, timeout=timeout)
+    with _shown(gather, pbar_desc, max_metrics, tokens=pbar_total_completion_tokens):
         finished = await all_or_cancel([one(group) for group in pending])
+    gather.check_some_left()
     return [group for groups_of_one in finished for group in groups_of_one]
 
 
 async def gather_trajectories(
-    trajectories: Iterable[Awaitable[Trajectory]],
+    trajectories: Iterable[Awaitable[Rolled]],
     *,
     pbar_desc: str | None = "gather",
+    pbar_total_completion_tokens: bool = False,
     max_exceptions: int | float = 0,
+    max_metrics: int | None = None,
+    rollout_timeout: float | None = None,
+    timeout: float | None = None,
     **unknown: Any,
 ) -> list[Trajectory | BaseException]:
     """Run rollouts concurrently; in place of one that failed, if tolerated, is its exception.
 
+    A rollout that returns a list of trajectories has all of them in the result. For the arguments,
+    see `gather_trajectory_groups`.
+
     Raises:
-        ConfigError: an unknown argument, or a budget that is no number from 0.
+        ConfigError: an unknown argument, a budget that is no number from 0, or no time limit.
+        RolloutTimeoutError: no rollout came to its end in time.
     """
-    check_names("gather_trajectories", unknown, _KNOWN[:2], _REFUSED)
+    check_names("gather_trajectories", unknown, _KNOWN, {})
     pending = list(trajectories)
-    with _gathering(pbar_desc, len(pending), max_exceptions):
-        return await all_or_cancel([settled(rollout) for rollout in pending])
+    gather = Gather(len(pending), max_exceptions, rollout_timeout=rollout_timeout, timeout=timeout)
+    with _shown(gather, pbar_desc, max_metrics, tokens=pbar_total_completion_tokens):
+        finished = await all_or_cancel([settled(rollout) for rollout in pending])
+    gather.check_some_left()
+    return [trajectory for results in finished for trajectory in results]
+
+
+async def trajectory_group_batches(
+    groups: Iterable[Awaitable[TrajectoryGroup] | TrajectoryGroup],
+    *,
+    batch_size: int,
+    max_batch_exceptions: int | float = 0,
+    max_concurrent_batches: int = 4,
+    skip_batches: int = 0,
+    pbar_desc: str | None = "batches",
+    **options: Any,
+) -> AsyncIterator[list[TrajectoryGroup]]:
+    """Gather groups batch by batch, in the order given, while later batches run already.
+
+        async for batch in art.trajectory_group_batches(groups, batch_size=8):
+            await model.train(batch)
+
+    What runs ahead is sampled by older weights, partly, as soon as `train` publishes new ones: with
+    `max_concurrent_batches=1` nothing runs ahead, and a run repeats exactly.
+
+    Args:
+        groups: as of `gather_trajectory_groups`.
+        batch_size: groups of one batch; the last one may have fewer.
+        max_batch_exceptions: rollouts of one batch that may fail; below 1, their share.
+        max_concurrent_batches: how many batches run at once.
+        skip_batches: batches that are done, such as `await model.get_step()`; they don't run.
+        pbar_desc, options: see `gather_trajectory_groups`; `timeout` is each batch's.
+
+    Raises:
+        ConfigError: a number out of range, or an unknown argument.
+        Exception: what `gather_trajectory_groups` raises for a batch; the others are cancelled.
+    """
+    for name, value in (
+        ("batch_size", batch_size),
+        ("max_concurrent_batches", max_concurrent_batches),
+    ):
+        check_whole(name, value, 1)
+    check_whole("skip_batches", skip_batches, 0)
+    unstarted = list(groups)
+    _close(unstarted[: skip_batches * batch_size])
+    running: deque[asyncio.Task[list[TrajectoryGroup]]] = deque()
+    first = skip_batches * batch_size
+    try:
+        while first < len(unstarted) or running:
+            while first < len(unstarted) and len(running) < max_concurrent_batches:
+                work = gather_trajectory_groups(
+                    unstarted[first : first + batch_size],
+                    pbar_desc=None if running else pbar_desc,  # a terminal has room for one bar
+                    max_exceptions=max_batch_exceptions,
+                    **options,
+                )
+                running.append(numbered_task(first // batch_size, work))
+                first += batch_size
+            yield await running[0]
+            running.popleft()
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        _close(unstarted[first:])
+
+
+def _close(groups: list[Any]) -> None:
+    """Give up groups that have not begun; else Python warns that nobody has awaited them."""
+    for group in groups:
+        if isinstance(group, TrajectoryGroup) or inspect.iscoroutine(group):
+            group.close()
 
 
 def retry(
@@ -121,12 +221,31 @@ def retry(
     return decorate
 
 
+async def _limited(work: Awaitable[T], seconds: float | None, name: str) -> T:
+    """Await what is no rollout, for so long at most."""
+    limit = asyncio.timeout(seconds)
+    try:
+        async with limit:
+            return await work
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise RolloutTimeoutError(
+            f"{name} ({getattr(work, '__qualname__', type(work).__name__)}) has not ended after "
+            f"{seconds:g} s (timeout): give it more time, or find out what it waits for"
+        ) from error
+
+
 @contextmanager
-def _gathering(description: str | None, total: int, max_exceptions: float) -> Iterator[None]:
+def _shown(
+    gather: Gather, description: str | None, most: int | None, *, tokens: bool
+) -> Iterator[None]:
     """Inside the block, rollouts are counted: with a bar on a terminal, unseen elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+    if most is not None:
+        check_whole("max_metrics", most, 0)
     console = Console(stderr=True)
     hidden = description is None or not console.is_terminal
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -134,11 +253,14 @@ def _gathering(description: str | None, total: int, max_exceptions: float) -> It
 
     def update(gather: Gather) -> None:
         reward = gather.mean_reward()
-        told = f"{description}: reward {math.nan if reward is None else reward:.3f}"
-        done = gather.done + gather.exceptions
-        bar.update(task, completed=done, description=f"{told}, failed {gather.exceptions}")
+        told = [f"{description}: reward {math.nan if reward is None else reward:.3f}"]
+        means = [f"{name} {total / count:.3g}" for name, (total, count) in gather.metrics.items()]
+        told += [f"failed {gather.exceptions + gather.timed_out}", *means[:most]]
+        told += [f"{gather.completion_tokens:,} tokens"] * tokens
+        done = gather.done + gather.exceptions + gather.timed_out
+        bar.update(task, completed=done, description=", ".join(told))
 
-    gather = Gather(total=total, max_exceptions=max_exceptions, update=update)
+    gather.update = update
     with bar, gathering(gather):
-        task = bar.add_task(description or "", total=total)
+        task = bar.add_task(description or "", total=gather.total)
         yield

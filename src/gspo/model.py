@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from openai import AsyncOpenAI
 from pydantic import BaseModel, ConfigDict, PrivateAttr, field_validator
 
-from gspo import dev
+from gspo import absent, dev
 from gspo.backend.base import Backend, TrainResult
 from gspo.config import TrainConfig
-from gspo.core.errors import ConfigError, RunError, check_names, shown
+from gspo.core.errors import ConfigError, RunError, check_names, check_whole, shown
 from gspo.core.options import Options
 from gspo.data.check import listed
-from gspo.trajectory import Trajectory, TrajectoryGroup
+from gspo.metrics import MetricsBuilder
+from gspo.trajectories import Trajectory, TrajectoryGroup
 
 UserConfig = TypeVar("UserConfig", bound=BaseModel | dict[str, Any] | None)
 
@@ -58,6 +59,7 @@ class Model(Options, Generic[UserConfig]):
 
     _backend: Any = PrivateAttr(default=None)
     _client: AsyncOpenAI | None = PrivateAttr(default=None)
+    _builder: MetricsBuilder = PrivateAttr(default_factory=MetricsBuilder)
     _internal: dev.InternalModelConfig = PrivateAttr(default_factory=dev.InternalModelConfig)
 
     @field_validator("config", mode="wrap")
@@ -82,9 +84,43 @@ class Model(Options, Generic[UserConfig]):
         """What to pass as `model=` to the OpenAI client."""
         return self.inference_model_name or self.name
 
-    def get_inference_name(self) -> str:
-        """`inference_name`, as ART spells it."""
-        return self.inference_name
+    def get_inference_name(self, step: int | None = None) -> str:
+        """`inference_name`, as ART spells it; with a step, the name of that step's weights.
+
+        They are loaded when they are first asked for, beside the current ones. 0: the base model.
+
+        Raises:
+            ConfigError: no step, or the model is not trained here.
+        """
+        if step is None:
+            return self.inference_name
+        check_whole("step", step, 0)
+        if not self.trainable:
+            raise ConfigError(f"model {self.name!r} is not trained here, so it has no steps")
+        return f"{self.inference_name}@{step}"
+
+    async def get_step(self) -> int:
+        """Calls of `train` so far, over the run's life; 0 of a model that is not trained."""
+        return await self.backend().get_step(self) if self.trainable else 0  # pyright: ignore[reportArgumentType]
+
+    def metrics_builder(self, context: str = "train") -> MetricsBuilder:
+        """Collects what the next `log` writes too; see `gspo.metrics`.
+
+        Raises:
+            ConfigError: the context is not "train" or "eval".
+        """
+        return self._builder.of(context)
+
+    def safe_model_dump(self, **options: Any) -> dict[str, Any]:
+        """`model_dump` without your config, which may hold anything."""
+        return super().model_dump(**options) | {"config": None}
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name in absent.MODEL:
+                raise absent.refusal(type(self).__name__, name, absent.MODEL)
+            return super().__getattr__(name)
 
     def backend(self) -> Backend:
         """The backend that the model is registered with.
@@ -122,7 +158,7 @@ class Model(Options, Generic[UserConfig]):
 
     async def log(
         self,
-        trajectories: Iterable[Trajectory | BaseException] | Iterable[TrajectoryGroup] = (),
+        trajectories: Iterable[Trajectory | BaseException] | Iterable[TrajectoryGroup] | None = (),
         split: str = "val",
         *,
         metrics: Mapping[str, float] | None = None,
@@ -131,7 +167,8 @@ class Model(Options, Generic[UserConfig]):
         """Write trajectories, and the means of their metrics, to the run under `split`.
 
         Args:
-            trajectories: or groups of them; none, to log `metrics` alone.
+            trajectories: or groups of them; none, to log `metrics` alone. What
+                `metrics_builder()` has collected is logged with them.
             split: such as `val`; names the folder of the trajectories, and begins the metrics.
             metrics: name -> number. One that is named as one of gspo's stands at
                 `<split>/user/<name>`.
@@ -140,10 +177,16 @@ class Model(Options, Generic[UserConfig]):
         Raises:
             GspoError: see `LocalBackend.log`.
         """
-        items = listed(trajectories)
+        items = listed(() if trajectories is None else trajectories)
         grouped = all(isinstance(item, TrajectoryGroup) for item in items)
         groups = items if grouped else [TrajectoryGroup(items)]
-        await self.backend().log(self, groups, split, metrics, step)  # pyright: ignore[reportArgumentType]
+        backend, collected = self.backend(), self._builder.take()
+        try:
+            await backend.log(self, groups, split, {**collected, **(metrics or {})}, step)  # pyright: ignore[reportArgumentType]
+        except BaseException:
+            for name, value in collected.items():  # for the next call
+                self._builder.add_metric(name, value)
+            raise
 
 
 class TrainableModel(Model[UserConfig], Generic[UserConfig]):
@@ -202,10 +245,6 @@ class TrainableModel(Model[UserConfig], Generic[UserConfig]):
     def openai_client(self) -> AsyncOpenAI:
         """A client that samples from the current weights. Its choices carry token ids."""
         return self.backend().client(self)
-
-    async def get_step(self) -> int:
-        """Calls of `train` so far, over the run's life."""
-        return await self.backend().get_step(self)
 
     async def train(
         self,

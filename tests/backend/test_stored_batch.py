@@ -21,6 +21,7 @@ from gspo.data.check import plain_groups
 from gspo.data.expert_choices import encode_expert_choices
 from gspo.data.sample import Sample, trajectory_samples
 from gspo.train.settings import resolve
+from gspo.trajectories import History
 from support import choice, trajectory
 
 SETTINGS = resolve(
@@ -62,8 +63,14 @@ def groups() -> list[TrajectoryGroup]:
     first = choice([4, 5], (1, 2), [-0.1, -1 / 3], temperature=0.7, finish_reason="length")
     extends = choice([9], (1, 2, 4, 5, 8), [-2.7182817], temperature=1.3, policy_version=3)
     breaks = choice([7, 7], (1, 8), [-0.25, -1e-7], policy_versions=[3, 4])
+    several = trajectory(0.1)
+    several.tools = [{"type": "function", "function": {"name": "add"}}]
+    several.additional_histories = [
+        History(messages_and_choices=[{"role": "user", "content": "sub"}, choice([6], (1, 2, 3))]),
+        History(messages_and_choices=[choice([5], (9,), [-0.3])], tools=several.tools),
+    ]
     return [
-        TrajectoryGroup([trajectory(1.0, first, extends, breaks), trajectory(0.1)]),
+        TrajectoryGroup([trajectory(1.0, first, extends, breaks), several]),
         TrajectoryGroup(
             [
                 trajectory(1 / 3, choice([3], routed_experts=routes(3, 2, 2))),
@@ -96,7 +103,7 @@ def assert_same(a: Sample, b: Sample) -> None:
 def test_samples_come_back_bit_for_bit(run: Run):
     stored = stored_again(run, groups())
     before, after = samples(groups()), samples(stored.groups)
-    assert len(before) == len(after) == 5
+    assert len(before) == len(after) == 7
     assert any(sample.expert_choices is not None for sample in before)
     assert len({float(t) for s in before for t in s.temperatures}) == 3
     for a, b in zip(before, after, strict=True):
@@ -110,7 +117,9 @@ def test_messages_metrics_and_finish_reasons_come_back(run: Run):
     stored = stored_again(run, before)
     for a, b in zip(before, stored.groups, strict=True):
         for one, two in zip(a, b, strict=True):
-            assert one.messages() == two.messages()
+            for a_history, b_history in zip(one.histories(), two.histories(), strict=True):
+                assert a_history.messages() == b_history.messages()
+                assert a_history.tools == b_history.tools
             assert (one.reward, one.metrics, one.metadata) == (
                 two.reward,
                 two.metrics,

@@ -14,7 +14,7 @@ from openai.types.completion_choice import CompletionChoice
 
 from gspo.core.errors import DataError
 from gspo.data.check import check_groups, listed, plain_groups
-from gspo.trajectory import Trajectory, TrajectoryGroup
+from gspo.trajectories import History, Trajectory, TrajectoryGroup
 from support import choice, trajectory
 
 
@@ -135,6 +135,14 @@ ODD: dict[str, tuple[str, Any, str]] = {
     "choice of another client": ("messages_and_choices", [{"text": 5}], "message 0 cannot be read"),
     "message cyclic": ("messages_and_choices", [CYCLE], "message 0 cannot be written as JSON"),
     "message key": ("messages_and_choices", [{("a", 1): 2}], "cannot be written as JSON: keys"),
+    "histories None": ("additional_histories", None, "additional_histories is None"),
+    "history text": ("additional_histories", ["hi"], "additional history 0 is 'hi'"),
+    "history odd": (
+        "additional_histories",
+        [History(), History.model_construct(messages_and_choices=[3], tools=None)],
+        "additional history 1, message 0 is 3",
+    ),
+    "tools rude": ("tools", [{"name": Rude()}], "tools cannot be written as JSON"),
     "message rude": ("messages_and_choices", [{"content": Rude()}], "cannot be written as JSON"),
 }
 

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from openai.types.chat.chat_completion import Choice
 
+import gspo as art
 from gspo.core.errors import DataError, MissingLogprobsError, SampleTooLongError
-from gspo.data.sample import Sample, Split, split_counts, trajectory_samples, unit_count
+from gspo.data.packing import pack
+from gspo.data.sample import (
+    Sample,
+    Split,
+    flat,
+    split_counts,
+    trajectory_samples,
+    unit_count,
+)
+from gspo.objective import Objective, policy_loss
+from gspo.trajectories import History
 from support import choice, trajectory
 
 
@@ -202,3 +217,96 @@ def test_a_split_says_why(prompt: list[int], expected: Split | None):
         Split("shorter", 1, 2),
         Split("start", 2, 0),
     ]
+
+
+def in_histories(*histories: list[Choice]) -> art.Trajectory:
+    """A trajectory of several histories."""
+    own = trajectory(0.0, *histories[0])
+    own.additional_histories = [History(messages_and_choices=[*turns]) for turns in histories[1:]]
+    return own
+
+
+def test_all_histories_of_a_trajectory_are_its_samples() -> None:
+    first, second = choice([10], [1, 2]), choice([11], [1, 2, 10, 3])
+    other, branch = choice([20], [5], [-0.5]), choice([30], [1, 2, 10, 4])
+    samples = trajectory_samples(
+        in_histories([first, second], [other], [branch]), trajectory_id=3, advantage=0.5
+    )
+    assert [s.tokens.tolist() for s in samples] == [
+        *([1, 2, 10, 3, 11], [5, 20], [1, 2, 10, 4, 30])
+    ]
+    assert [s.turn_ids.max() for s in samples] == [1, 2, 3]
+    assert [s.split and s.split.reason for s in samples] == [None, "history", "history"]
+    assert {(s.trajectory_id, s.advantage) for s in samples} == {(3, 0.5)}
+    assert (unit_count(samples, "trajectory"), unit_count(samples, "turn")) == (1, 4)
+
+
+def test_a_choice_of_an_additional_history_is_named() -> None:
+    bad = choice([20], [5], [0.5])
+    with pytest.raises(MissingLogprobsError, match="additional history 0, choice 0"):
+        trajectory_samples(in_histories([choice([1])], [bad]))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("unit", ["trajectory", "turn"])
+@given(st.integers(0, 10**6))
+@settings(max_examples=15, deadline=None)
+def test_the_loss_does_not_depend_on_how_turns_are_dealt_to_histories(
+    level: str, unit: str, seed: int
+) -> None:
+    """One history, or the same turns in several: the loss is that of the definition."""
+    rng = np.random.default_rng(seed)
+    whole, split = [], []
+    for _ in range(2):
+        turns, tokens = [], [1]
+        for _ in range(rng.integers(2, 5)):
+            if rng.random() < 0.3:
+                tokens = [int(rng.integers(90))]  # a prompt that extends nothing
+            said = rng.integers(90, size=rng.integers(1, 5)).tolist()
+            turns.append(choice(said, tokens, (-rng.random(len(said))).tolist()))
+            tokens = [*tokens, *said, int(rng.integers(90))]
+        cut = int(rng.integers(1, len(turns)))
+        whole.append(in_histories(turns))
+        split.append(in_histories(turns[:cut], turns[cut:]))
+    d = rng.normal(0, 0.3, 90)  # the log-ratio of each token: a table stands for the model
+    loss = defined_loss(whole, d, level, unit)
+    for trajectories in (whole, split):
+        assert sampled_loss(trajectories, d, level, unit) == pytest.approx(loss, abs=1e-6)
+
+
+ADVANTAGES, LOW, HIGH = (1.5, -0.7), 0.1, 0.2
+
+
+def clipped(s: float, advantage: float) -> float:
+    return min(s * advantage, min(max(s, 1 - LOW), 1 + HIGH) * advantage)
+
+
+def defined_loss(trajectories: list[art.Trajectory], d: Any, level: str, unit: str) -> float:
+    """From the formulas: over the choices, without samples."""
+    values = []
+    for own, advantage in zip(trajectories, ADVANTAGES, strict=True):
+        choices: Any = [c for history in own.histories() for c in history.choices()]
+        turns = [[d[token] for token in c.token_ids] for c in choices]
+        for sequence in [list(itertools.chain(*turns))] if unit == "trajectory" else turns:
+            ratios = [np.exp(np.mean(sequence))] if level == "sequence" else np.exp(sequence)
+            values.append(np.mean([clipped(s, advantage) for s in ratios]))
+    return -float(np.mean(values))
+
+
+def sampled_loss(trajectories: list[art.Trajectory], d: Any, level: Any, unit: Any) -> float:
+    """As training computes it, in as many microbatches as there are trajectories."""
+    samples = [
+        trajectory_samples(trajectory, trajectory_id=i, advantage=advantage)
+        for i, (trajectory, advantage) in enumerate(zip(trajectories, ADVANTAGES, strict=True))
+    ]
+    total = sum(unit_count(own, unit) for own in samples)
+    loss = 0.0
+    for batch in pack(flat(samples), 1, unit):
+        old = batch.old_logprobs.double()
+        new = old + torch.from_numpy(d)[batch.tokens[0, batch.targets]]
+        loss += policy_loss(
+            *(new, old, batch.sequence_ids, batch.advantages.double()),
+            Objective(level, LOW, HIGH),
+            total_sequences=total,
+        ).loss.item()
+    return loss

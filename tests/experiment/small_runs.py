@@ -16,11 +16,11 @@ class Silent:
     def __init__(self) -> None:
         self.steps: list[int] = []
         self.first = -1
-        self.changed: list[str] = []
+        self.notes: list[str] = []
         self.estimates: list[Estimate] = []
 
-    def started(self, spec: Spec, step: int, changed: list[str]) -> None:
-        self.first, self.changed = step, changed
+    def started(self, spec: Spec, step: int, notes: list[str]) -> None:
+        self.first, self.notes = step, notes
 
     def stepped(self, step: int, metrics: dict[str, float]) -> None:
         self.steps.append(step)

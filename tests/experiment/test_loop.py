@@ -48,7 +48,12 @@ async def test_two_runs_with_one_seed_are_identical(tmp_path: Path):
     assert records(runs[0]) == records(runs[1])
     assert len(records(runs[0])) == 4
     assert weights(runs[0], 3) == weights(runs[1], 3)
-    other = (await run_experiment(small(tmp_path / "c", seed=1), Silent())).run
+    watch = Silent()
+    load = art.dev.InternalModelConfig(exact=False)
+    other = (await run_experiment(small(tmp_path / "c", seed=1, load=load), watch)).run
+    assert watch.notes == [
+        "engine and trainer are not equal to the bit: exact=False, or a rollout_dtype"
+    ]
     assert weights(other, 3) != weights(runs[0], 3)
 
 
@@ -60,7 +65,8 @@ async def test_a_finished_run_is_not_trained_again_and_a_longer_one_goes_on(tmp_
     assert (watch.first, watch.steps) == (2, [])
     outcome = await run_experiment(small(tmp_path / "parts", steps=4), watch)
     assert watch.steps == [3, 4]
-    assert watch.changed == ["steps: 2 -> 4"]
+    assert watch.notes[1:] == ["changed since the run began: steps: 2 -> 4"]
+    assert watch.notes[0] == "engine and trainer are equal to the bit"
     assert weights(outcome.run, 4) == weights(whole, 4)
 
 
@@ -243,5 +249,7 @@ def test_a_change_in_a_table_is_told_by_its_option(tmp_path: Path):
     spec.folder.mkdir(parents=True)
     assert experiment._remember(spec) == []
     changed = small(tmp_path, train=art.dev.TrainConfig(algorithm="grpo"), prompts=5)
-    told = experiment._remember(changed)
-    assert told == ["prompts: 4 -> 5", "train.algorithm: None -> grpo"]
+    assert experiment._remember(changed) == [
+        "changed since the run began: prompts: 4 -> 5",
+        "changed since the run began: train.algorithm: None -> grpo",
+    ]

@@ -25,9 +25,19 @@ server.STOP_SECONDS = 1
 serving.load_policy = lambda model: None
 serving.choose_packing = lambda policy: None
 serving.make_engine = lambda *_, **__: Slow()
-serving.serve_model("x", "127.0.0.1", 0, "m")
+serving.serve_model("x", "127.0.0.1", 0, "m", None)
 """
 REQUEST = b'{"model": "m", "prompt": "hello"}'
+
+
+def answer_to(host: str, port: int) -> bytes:
+    """What a server that stops answers to a new request."""
+    while True:  # it hears of the signal a moment later
+        with socket.create_connection((host, port)) as late:
+            late.settimeout(10)
+            late.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            if not (answer := late.recv(10_000)).startswith(b"HTTP/1.1 200"):
+                return answer
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, -15), (signal.SIGINT, 130)])
@@ -40,13 +50,19 @@ def test_a_signal_ends_a_server_that_is_sampling(number: signal.Signals, status:
             host, port = address.split("/")[2].split(":")
             with socket.create_connection((host, int(port))) as asking:
                 asking.sendall(
-                    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json"
-                    b"\r\nContent-Length: %d\r\n\r\n%s" % (len(REQUEST), REQUEST)
+                    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+                    b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
+                    % (len(REQUEST), REQUEST)
                 )
                 assert process.stdout.readline() == "sampling\n"
                 began = time.monotonic()
                 process.send_signal(number)
+                assert answer_to(host, int(port)).startswith(b"HTTP/1.1 503")  # a new request
+                asking.settimeout(20)
+                answer = asking.makefile("rb").read()  # of the one that runs
+                assert b" 503 " in answer and b"server_stopping" in answer
+                assert time.monotonic() - began > 0.9
                 assert process.wait(timeout=30) == status
-            assert 0.9 < time.monotonic() - began < 10
+            assert time.monotonic() - began < 10
         finally:
             process.kill()

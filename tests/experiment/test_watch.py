@@ -48,7 +48,11 @@ def shown(steps: range, total: int, width: int = 80, **options: Any) -> str:
     console, file = terminal(width, **options)
     clock = Clock()
     with LiveWatch(console, clock) as watch:
-        watch.started(Spec(task="sort", steps=total), steps.start - 1, ["steps: 2 -> 3"])
+        watch.started(
+            Spec(task="sort", steps=total),
+            steps.start - 1,
+            ["changed since the run began: steps: 2 -> 3"],
+        )
         watch.evaluated(0, Estimate(0.25, 0.2, 0.3))
         for step in steps:
             clock.now += 2

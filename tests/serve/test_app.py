@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import uvicorn
-from openai import APIStatusError, AsyncOpenAI, BadRequestError, RateLimitError
+from openai import APIStatusError, AsyncOpenAI, BadRequestError, NotFoundError, RateLimitError
 
 from gspo.core.errors import BusyError
 from gspo.data.turn import read_turn
-from gspo.serve.app import create_app
 from gspo.serve.engine import Completion, Request
 from gspo.serve.fake_engine import FakeEngine
-from gspo.serve.server import bind, in_process_client
+from gspo.serve.local_client import in_process_client
+from gspo.serve.server import bind
+from support import app_of
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 
@@ -28,7 +29,7 @@ def engine() -> FakeEngine:
 
 @pytest.fixture
 async def client(engine: FakeEngine):
-    client = in_process_client(create_app(engine, lambda: ["m"]))
+    client = in_process_client(app_of(engine))
     yield client
     await client.close()
 
@@ -75,7 +76,6 @@ async def test_text_parts_are_joined(client: AsyncOpenAI, engine: FakeEngine):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"stream": True}, "stream is not supported"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not supported"),
         ({"top_logprobs": 3, "logprobs": True}, "top_logprobs is not supported"),
         ({"store": True}, "store is not supported"),
@@ -106,7 +106,7 @@ async def test_what_means_nothing_is_refused_by_name(client, extra: dict, messag
         ({"stop_tokens_please": [1]}, "unknown parameter 'stop_tokens_please'."),
         ({"guided_json": "x"}, "unknown parameter 'guided_json'."),
         ({"min_tokens": 3}, "FakeEngine replies with the text that it was given"),
-        ({"temperature": 1e-40}, "temperature = 1e-40: must be 0, or in [0.001, 100]"),
+        ({"temperature": 1e-40}, "temperature = 1e-40 (float): must be 0, or in [0.001, 100]"),
     ],
 )
 async def test_hints_are_given_only_where_a_name_is_near(client, extra: dict, message: str):
@@ -145,8 +145,9 @@ async def test_neutral_values_are_taken(client: AsyncOpenAI):
 
 
 async def test_unknown_models_and_bad_messages(client: AsyncOpenAI):
-    with pytest.raises(BadRequestError, match="no model 'x' here"):
+    with pytest.raises(NotFoundError, match="no model 'x' here") as refused:
         await client.chat.completions.create(model="x", messages=HELLO)
+    assert refused.value.code == "model_not_found"
     with pytest.raises(BadRequestError, match=r"messages\[0\] has no role"):
         await client.chat.completions.create(model="m", messages=[{"content": "x"}])  # pyright: ignore[reportArgumentType]
     image: Any = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
@@ -204,10 +205,10 @@ async def test_content_that_is_no_text_is_refused(client, content: Any, message:
     [
         ({"n": True}, "n: Input should be a valid integer"),
         ({"n": "2"}, "n: Input should be a valid integer"),
-        ({"stream": 0}, "stream is not supported"),
+        ({"stream": 0}, "stream: Input should be a valid boolean"),
         ({"presence_penalty": False}, "presence_penalty is not supported"),
         ({"logprobs": -1}, "logprobs: only 0"),
-        ({"logprobs": 1}, "logprobs: only 0"),
+        ({"logprobs": 6}, "logprobs: only 0"),
         ({"temperature": "1"}, "temperature: "),
     ],
 )
@@ -228,7 +229,7 @@ class Busy(FakeEngine):
 
 
 async def test_too_many_requests_are_told_to_come_again():
-    async with in_process_client(create_app(Busy(), lambda: ["m"])) as client:
+    async with in_process_client(app_of(Busy())) as client:
         with pytest.raises(RateLimitError, match="9 requests") as refused:
             await client.completions.create(model="m", prompt="x")
     assert refused.value.response.headers["retry-after"] == "1"
@@ -245,7 +246,7 @@ class Changing(FakeEngine):
 
 
 async def test_each_tokens_version_is_told_if_they_differ():
-    async with in_process_client(create_app(Changing(), lambda: ["m"])) as client:
+    async with in_process_client(app_of(Changing())) as client:
         answer = await client.completions.create(model="m", prompt="x", seed=0)
     turn = read_turn(answer.choices[0], "c")
     assert turn.policy_version == 0
@@ -270,7 +271,7 @@ class Endless(FakeEngine):
 @pytest.mark.parametrize("prompts", [["a"], ["a", "b"]])
 async def test_a_client_that_gives_up_is_let_go_of(prompts: list[str]):
     engine = Endless()
-    async with in_process_client(create_app(engine, lambda: ["m"])) as client:
+    async with in_process_client(app_of(engine)) as client:
         asking = asyncio.create_task(client.completions.create(model="m", prompt=prompts))
         await asyncio.wait_for(engine.began.wait(), 20)
         asking.cancel()
@@ -280,7 +281,7 @@ async def test_a_client_that_gives_up_is_let_go_of(prompts: list[str]):
 async def test_a_client_that_hangs_up_is_let_go_of():
     engine = Endless()
     listener = bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(create_app(engine, lambda: ["m"]), log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(app_of(engine), log_level="error"))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     _, writer = await asyncio.open_connection(*listener.getsockname())
     body = b'{"model": "m", "prompt": "x"}'

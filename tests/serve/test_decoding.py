@@ -16,18 +16,17 @@ from gspo.core.compute import ComputeThread
 from gspo.core.errors import ModelError, RequestError
 from gspo.policy.load import Policy
 from gspo.policy.probe import choose_packing
-from gspo.serve.app import create_app
 from gspo.serve.engine import Engine, Request, SamplingParams
 from gspo.serve.fake_engine import FakeEngine
+from gspo.serve.local_client import in_process_client
 from gspo.serve.selfcheck import check_engine
-from gspo.serve.server import in_process_client
 from gspo.serve.torch_engine import TorchEngine
 from gspo.train.minibatches import prepare
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
 from policy.routers import MOE, phimoe
 from policy.test_policy import ARCHITECTURES, tiny
-from support import embedded, trajectory
+from support import app_of, embedded, trajectory
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +86,7 @@ def test_engines_without_experts_say_so():
 async def test_choices_over_http_become_the_samples_and_train(policy: Policy):
     policy = embedded()
     compute = ComputeThread()
-    client = in_process_client(create_app(TorchEngine(policy, compute), lambda: ["m"]))
+    client = in_process_client(app_of(TorchEngine(policy, compute)))
     groups = []
     for text in ("918273645546", "192837465501"):
         messages: Any = [{"role": "user", "content": text}]
@@ -115,7 +114,7 @@ async def test_choices_over_http_become_the_samples_and_train(policy: Policy):
 
 
 async def test_asking_in_vain_is_a_bad_request_and_spoils_no_other():
-    client = in_process_client(create_app(FakeEngine(), lambda: ["m"]))
+    client = in_process_client(app_of(FakeEngine()))
     vain, fine = await asyncio.gather(
         client.completions.create(model="m", prompt="ab", extra_body={"return_routes": True}),
         client.completions.create(model="m", prompt="ab"),

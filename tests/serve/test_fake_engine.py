@@ -42,7 +42,7 @@ def test_replies_are_drawn_of_seed_prompt_and_index():
     [
         ({"max_tokens": 2}, "ab", 2, "length"),
         ({"max_tokens": 5}, "abcd", 5, "stop"),
-        ({"stop": ("c",)}, "ab", 5, "stop"),
+        ({"stop": ("c",)}, "ab", 3, "stop"),
         ({"stop_token_ids": (ord("b"),)}, "ab", 2, "stop"),
         ({"skip_special_tokens": False}, "abcd\0", 5, "stop"),
     ],
@@ -50,6 +50,17 @@ def test_replies_are_drawn_of_seed_prompt_and_index():
 def test_the_request_bounds_the_reply(params: dict, text: str, length: int, reason: str):
     done = one(FakeEngine(lambda prompt, index: "abcd"), "x", **params)
     assert (done.text, len(done.token_ids), done.finish_reason) == (text, length, reason)
+
+
+async def test_it_says_what_was_asked_of_the_distribution():
+    engine = FakeEngine(lambda prompt, index: "{}", logprob=-2.0)
+    request = Request((1,), SamplingParams(top_logprobs=2, grammar="{}", top_p=0.5))
+    (done,) = await engine.complete(request)
+    assert done.altered_by == ("top_p", "grammar")
+    assert done.top_logprobs == tuple(((token, -2.0),) for token in done.token_ids)
+    pieces = [piece async for piece in engine.stream(request)]
+    assert tuple(piece.top_logprobs[0] for piece in pieces) == done.top_logprobs
+    assert all(piece.altered_by == done.altered_by for piece in pieces)
 
 
 def test_the_next_prompt_extends_a_turn_as_it_was_sampled():
@@ -68,6 +79,7 @@ def test_the_next_prompt_extends_a_turn_as_it_was_sampled():
         ((), {}, "the prompt is empty"),
         ((1,), {"max_tokens": 4096}, "context is 4096"),
         ((1,), {"min_tokens": 2}, "min_tokens: FakeEngine replies"),
+        ((1,), {"grammar": "{}"}, "grammar: FakeEngine draws letters"),
         ((1,), {"expert_choices": True}, "return_routes: FakeEngine has no experts"),
     ],
 )

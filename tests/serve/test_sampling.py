@@ -1,47 +1,94 @@
+"""What is drawn follows the distribution that was asked for, whoever is beside it."""
+
 from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from gspo.serve.sampling import RandomStreams, sample
+from gspo.serve.params import SamplingParams
+from gspo.serve.philox import RandomStreams
+from gspo.serve.sampling import Parts, sample
 
 DEVICE = torch.device("cpu")
 
 
-def many(logits: torch.Tensor, temperature: float, top_p: float, draws: int = 4000):
+def many(logits: torch.Tensor, draws: int = 4000, **params):
+    each = SamplingParams(**params)
     rows = logits.expand(draws, -1)
     uniform = RandomStreams([(0, i) for i in range(draws)], DEVICE).draw()
-    return sample(rows, torch.full((draws,), temperature), torch.full((draws,), top_p), uniform)
+    parts = Parts([each] * draws, DEVICE)
+    temperature = torch.full((draws,), each.temperature)
+    return sample(rows, temperature, uniform, parts=parts)[:2]
+
+
+def part(logits: torch.Tensor, params: SamplingParams) -> dict[int, float]:
+    """The distribution that tokens are drawn from, by plain loops in float64."""
+    p = (logits.double() / params.temperature).softmax(-1).tolist()
+    left = dict(sorted(enumerate(p), key=lambda pair: -pair[1]))
+    if params.top_k:
+        left = dict(list(left.items())[: params.top_k])
+    most = max(left.values())
+    left = {token: value for token, value in left.items() if value >= params.min_p * most}
+    total, sum_before, out = sum(left.values()), 0.0, {}
+    for token, value in left.items():
+        if params.top_p == 1 or sum_before < params.top_p * total:
+            out[token] = value
+        sum_before += value
+    total = sum(out.values())
+    return {token: value / total for token, value in out.items()}
 
 
 def test_frequencies_follow_the_distribution():
     logits = torch.tensor([[0.0, 1.0, 2.0, -30.0]])
-    tokens, _ = many(logits, 0.7, 1.0)
+    tokens, _ = many(logits, temperature=0.7)
     expected = (logits[0] / 0.7).softmax(-1)
     seen = torch.bincount(tokens, minlength=4) / len(tokens)
     assert (seen - expected).abs().max() < 0.03
     assert seen[3] == 0
 
 
-def test_logprobs_are_at_the_sampling_temperature_and_not_renormalised_by_top_p():
-    logits = torch.tensor([[0.0, 1.0, 2.0]])
-    tokens, logprobs = many(logits, 0.7, 0.5)
-    assert set(tokens.tolist()) == {2}
-    expected = (logits[0] / 0.7).log_softmax(-1)[2]
-    torch.testing.assert_close(logprobs, expected.expand_as(logprobs))
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"top_p": 0.6},
+        {"top_k": 3},
+        {"min_p": 0.2},
+        {"top_k": 4, "top_p": 0.8},  # of what top_k left, not of all
+        {"top_k": 5, "min_p": 0.3, "top_p": 0.9, "temperature": 2.0},
+        {"top_k": 1},
+        {"min_p": 1.0},
+        {"top_k": 10**6},
+    ],
+)
+def test_frequencies_follow_the_part_that_is_asked_for(params: dict):
+    logits = torch.tensor([[0.3, 1.0, 2.0, 1.7, -0.5, 0.8, 1.9, -1.0]])
+    tokens, logprobs = many(logits, **params)
+    expected = part(logits[0], SamplingParams(**params))
+    seen = torch.bincount(tokens, minlength=8) / len(tokens)
+    assert set(seen.nonzero().flatten().tolist()) == set(expected)
+    for token, share in expected.items():
+        assert seen[token].item() == pytest.approx(share, abs=0.03)
+    # And the log-probs are those of the whole distribution.
+    whole = (logits[0] / SamplingParams(**params).temperature).log_softmax(-1)
+    torch.testing.assert_close(logprobs, whole[tokens])
 
 
 def test_top_p_keeps_the_token_that_crosses_the_threshold():
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
-    tokens, _ = many(logits, 1.0, 0.6)
+    tokens, _ = many(logits, top_p=0.6)
     assert set(tokens.tolist()) == {0, 1}
+
+
+def test_top_k_keeps_all_that_are_as_likely_as_the_last():
+    tokens, _ = many(torch.tensor([[2.0, 1.0, 1.0, 0.0]]), top_k=2)
+    assert set(tokens.tolist()) == {0, 1, 2}
 
 
 def test_greedy_and_sampled_rows_mix():
     logits = torch.tensor([[0.0, 3.0], [0.0, 3.0]])
-    tokens, logprobs = sample(
-        logits, torch.tensor([0.0, 1.0]), torch.ones(2), torch.tensor([0.0, 0.0])
-    )
+    tokens, logprobs, _ = sample(logits, torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.0]))
     assert tokens.tolist() == [1, 0]
     torch.testing.assert_close(logprobs, logits[0].log_softmax(-1)[torch.tensor([1, 0])])
 
@@ -49,32 +96,65 @@ def test_greedy_and_sampled_rows_mix():
 def test_the_largest_number_never_picks_an_impossible_token():
     logits = torch.full((1, 50_000), -torch.inf)
     logits[0, :7] = 0.0
-    tokens, logprobs = sample(logits, torch.ones(1), torch.ones(1), torch.tensor([1.0 - 2.0**-23]))
+    tokens, logprobs, _ = sample(logits, torch.ones(1), torch.tensor([1.0 - 2.0**-23]))
     assert tokens.item() < 7
     assert torch.isfinite(logprobs).all()
 
 
-def test_a_row_draws_the_same_numbers_in_any_company():
-    alone = RandomStreams([(7, 3)], DEVICE)
-    company = RandomStreams([(1, 0), (7, 3), (7, 4)], DEVICE)
-    for step in range(150):
-        one, three = alone.draw(), company.draw()
-        assert one[0] == (three[1] if step < 40 else three[0])
-        if step == 39:
-            company.keep(torch.tensor([1, 2]))
+KINDS = [
+    {},
+    {"temperature": 0.0},
+    {"temperature": 0.7, "top_p": 0.8},
+    {"top_k": 7},
+    {"min_p": 0.05},
+    {"top_k": 40, "min_p": 0.01, "top_p": 0.95, "temperature": 1.3},
+]
 
 
-def test_negative_and_large_seeds_have_streams_of_their_own():
-    numbers = RandomStreams([(0, 0), (-1, 0), (0, -1), (2**63, 0), (2**63 - 1, 5)], DEVICE).draw()
-    assert len(set(numbers.tolist())) == 5
+@pytest.mark.parametrize("vocabulary", [103, 5000])
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, len(KINDS) - 1), min_size=1, max_size=12), st.integers(0, 99))
+def test_a_draw_does_not_depend_on_its_neighbours(vocabulary: int, kinds: list[int], seed: int):
+    """To the bit: each row alone gives what it gives among others of other kinds."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(len(kinds), vocabulary, generator=generator) * 3
+    new = torch.randn(len(kinds), vocabulary, generator=generator) * 3
+    uniform = torch.rand(len(kinds), generator=generator)
+    params = [SamplingParams(**KINDS[kind]) for kind in kinds]
+    temperature = torch.tensor([p.temperature for p in params])
+
+    def drawn(rows: list[int]) -> list[tuple[int, float]]:
+        changed = torch.tensor([i for i, row in enumerate(rows) if row % 3 == 0], dtype=torch.long)
+        chosen = torch.tensor(rows)
+        tokens, logprobs, _ = sample(
+            logits[chosen],
+            temperature[chosen],
+            uniform[chosen],
+            (changed, new[chosen[changed]]) if len(changed) else None,
+            Parts([params[row] for row in rows], DEVICE),
+        )
+        return list(zip(tokens.tolist(), logprobs.tolist(), strict=True))
+
+    together = drawn(list(range(len(kinds))))
+    assert together == [drawn([row])[0] for row in range(len(kinds))]
+
+
+def test_several_log_probs_have_the_bits_of_the_drawn_ones():
+    logits = torch.randn(9, 3000, generator=torch.Generator().manual_seed(0)) * 4
+    temperature = torch.linspace(0.3, 2.0, 9)
+    tokens, logprobs, softmax = sample(logits, temperature, torch.full((9,), 0.5))
+    rows = torch.tensor([1, 4, 8])
+    same = logits[rows].gather(1, tokens[rows, None])
+    assert torch.equal(softmax.several_logprobs(same, rows).squeeze(1), logprobs[rows])
 
 
 def test_a_barred_token_far_above_the_others_leaves_their_distribution():
     """Powers relative to it would all be 0."""
     logits = torch.tensor([[5.0, 3.0, 1.0, 9.0, 0.0]])
-    barred = torch.tensor([[False, False, False, True, False]])
+    changed = torch.tensor([0]), logits.masked_fill(logits == 9, -torch.inf)
     for top_p in (1.0, 0.9):
-        given = (torch.tensor([0.02]), torch.tensor([top_p]), torch.tensor([0.5]), barred)
-        token, logprob = sample(logits, *given)
+        parts = Parts([SamplingParams(top_p=top_p)], DEVICE)
+        given = (torch.tensor([0.02]), torch.tensor([0.5]), changed, parts)
+        token, logprob, _ = sample(logits, *given)
         assert token.tolist() == [0]
         assert logprob.item() == pytest.approx(-200, rel=1e-4)  # of the whole distribution

@@ -79,10 +79,10 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
     return Steps(monkeypatch)
 
 
-def request(length: int = 5, n: int = 1, seed: int = 0, prompt: int = 3) -> Request:
-    """A request whose completions all have `length` tokens."""
-    params = SamplingParams(n=n, max_tokens=length, seed=seed, ignore_eos=True)
-    return Request(tuple(range(6, 6 + prompt)), params)
+def request(length: int = 5, n: int = 1, seed: int = 0, prompt: int = 3, **params: Any) -> Request:
+    """A request whose completions all have `length` tokens, but under a grammar."""
+    common: Any = {"n": n, "max_tokens": length, "seed": seed, "ignore_eos": True}
+    return Request(tuple(range(6, 6 + prompt)), SamplingParams(**common | params))
 
 
 async def several(engine: TorchEngine, count: int = 4) -> list[Any]:
@@ -436,6 +436,19 @@ def exact() -> Policy:
     return policy
 
 
+KINDS: tuple[dict[str, Any], ...] = (
+    {},
+    {"top_p": 0.9, "top_logprobs": 3},
+    {"top_k": 5, "min_p": 0.02},
+    {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.3},
+    {"logit_bias": ((6, -100.0), (7, 3.0)), "top_k": 30},
+    {"grammar": '{"type": "array", "items": {"type": "integer"}, "minItems": 2}'},
+    {"min_tokens": 6, "ignore_eos": False, "temperature": 0.7},
+    {"temperature": 0.0, "frequency_penalty": 0.5},
+)
+"""One of each request: their numbers, too, are those that it gets alone."""
+
+
 async def arrive(engine: TorchEngine, rng: random.Random) -> dict[int, list[Completion]]:
     """Eight requests that come when they like, some of which are cancelled and asked again."""
 
@@ -443,7 +456,9 @@ async def arrive(engine: TorchEngine, rng: random.Random) -> dict[int, list[Comp
         while True:
             for _ in range(rng.randrange(60)):
                 await asyncio.sleep(0)
-            asked = request(4 + number, n=1 + number % 3, seed=number, prompt=3 + 9 * (number % 5))
+            asked = request(
+                *(4 + number, 1 + number % 3, number, 3 + 9 * (number % 5)), **KINDS[number]
+            )
             task = asyncio.ensure_future(engine.complete(asked))
             if rng.random() < 0.3:
                 await asyncio.sleep(rng.random() * 0.01)

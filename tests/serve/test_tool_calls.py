@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gspo.serve.call_formats import FORMATS
 from gspo.serve.harmony import HarmonyParser
-from gspo.serve.tool_calls import FORMATS, CallParser, Parsed, completion_key, joined
+from gspo.serve.tool_calls import CallParser, Parsed, completion_key, joined
 
 TOOLS = {
     "f": {"properties": {"x": {"type": "integer"}, "s": {"type": "string"}, "o": {}}},

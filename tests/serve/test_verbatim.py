@@ -18,7 +18,7 @@ from gspo.serve.fake_engine import FakeEngine
 from gspo.serve.harmony import HARMONY
 from gspo.serve.tool_calls import Parsed, completion_key
 from gspo.serve.verbatim import TokenMemory, chat_tokens
-from gspo.trajectory import Trajectory
+from gspo.trajectories import Trajectory
 from support import choice
 
 TOOLS = [

@@ -62,7 +62,7 @@ def test_l_is_within_1e_6_of_float64(length: int):
     new = old + 0.01 * torch.randn(VOCABULARY, WIDTH, generator=generator(2))
     ones = torch.ones(length)
     uniform = torch.rand(length, generator=generator(3)).clamp(max=1 - 1e-6)
-    tokens, logprobs = draw(hidden @ old.t(), ones, ones, uniform)
+    tokens, logprobs, _ = draw(hidden @ old.t(), ones, uniform)
 
     own = trajectory(1.0, over_the_wire(tokens, logprobs.tolist(), [1]))
     (microbatch,) = pack(trajectory_samples(own), budget=length + 1)
@@ -82,7 +82,7 @@ def test_storing_log_probs_in_bfloat16_costs_the_clip_range():
     head = torch.randn(VOCABULARY, WIDTH, generator=generator(1)) * 0.5
     ones = torch.ones(len(hidden))
     uniform = torch.rand(len(hidden), generator=generator(3)).clamp(max=1 - 1e-6)
-    _, logprobs = draw(hidden @ head.t(), ones, ones, uniform)
+    _, logprobs, _ = draw(hidden @ head.t(), ones, uniform)
 
     def rms(stored: torch.Tensor) -> float:
         error = (logprobs.double() - stored.double()).view(sequences, length).mean(-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
 import pytest
@@ -177,6 +177,9 @@ class FileEngine:
     def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
         return [self.decode([token]).encode() for token in token_ids]
 
+    most_characters = 64
+    traffic = (0, 0)
+
     def check(self, request: Request) -> None:
         check_fits(request, context=64, vocabulary=16)
 
@@ -191,9 +194,10 @@ class FileEngine:
         self.receipts.require(self.policy_version, self)
         return [self._completion(index) for index in range(request.params.n)]
 
-    async def stream(self, request: Request) -> AsyncIterator[Piece]:
+    async def stream(self, request: Request) -> AsyncGenerator[Piece, None]:
         for i, done in enumerate(await self.complete(request)):
-            yield Piece(i, done.token_ids, done.logprobs, done.policy_versions, done.finish_reason)
+            parts = (done.token_ids, done.logprobs, done.policy_versions)
+            yield Piece(i, *parts, done.finish_reason, done)
 
     def close(self) -> None:
         pass

@@ -16,7 +16,8 @@ from gspo.core.errors import ConfigError, check_names, shown
 from gspo.core.files import names_a_folder
 from gspo.core.metrics import is_ours, user_metric
 from gspo.core.options import Options, title_of
-from gspo.trajectory import TrajectoryGroup, plain_values
+from gspo.serve.episodes import Episode
+from gspo.trajectories import TrajectoryGroup, plain_values
 
 Kind = TypeVar("Kind", bound=Options)
 
@@ -71,6 +72,14 @@ class Backend(Protocol):
     def client(self, model: ModelLike) -> AsyncOpenAI:
         """A client that samples from the model."""
         ...
+
+    def episode_url(self, model: ModelLike, episode: Episode) -> str:
+        """The base URL at which requests to the model belong to this episode.
+
+        Raises:
+            ConfigError: the model is not served on a port of this process.
+        """
+        raise ConfigError(f"{type(self).__name__} gives episodes no base URL: use LocalBackend")
 
     async def train(
         self,
@@ -178,10 +187,13 @@ def user_metrics(metrics: Any, split: str, line: Mapping[str, float]) -> dict[st
 def group_means(groups: Sequence[TrajectoryGroup], split: str) -> dict[str, float]:
     """Return mean reward, the means of the rollouts' metrics, and how many failed, by full name.
 
-    A metric of a rollout that is named as one of gspo's stands at `<split>/user/<name>`.
+    A metric of a rollout that is named as one of gspo's stands at `<split>/user/<name>`, and one of
+    a group at `<split>/group_<name>`.
     """
     values: dict[str, list[float]] = {}
     for group in groups:
+        for name, value in group.metrics.items():
+            values.setdefault(f"{split}/group_{name}", []).append(float(value))
         for trajectory in group:
             values.setdefault(f"{split}/reward", []).append(float(trajectory.reward))
             for name, value in trajectory.metrics.items():

@@ -12,9 +12,10 @@ from gspo.backend.base import Backend, ModelLike, TrainResult, train_options, us
 from gspo.config import TrainConfig
 from gspo.data.check import check_groups, listed, plain_groups
 from gspo.data.sample import trajectory_samples
+from gspo.serve.episodes import Episode
 from gspo.serve.fake_engine import FakeEngine
-from gspo.serve.server import Serving
-from gspo.trajectory import TrajectoryGroup
+from gspo.serve.server import Serving, bind
+from gspo.trajectories import TrajectoryGroup
 
 
 class FakeBackend(Backend):
@@ -22,20 +23,24 @@ class FakeBackend(Backend):
 
     Args:
         reply: see `FakeEngine`: the text of completion `index` of a prompt.
+        port: as of `LocalBackend`: for tests of programs that make their own client.
 
     Attributes:
         trained: the groups of each `train` call.
         logged: (split, groups) of each `log` call.
     """
 
-    def __init__(self, reply: Callable[[str, int], str] | None = None):
+    def __init__(self, reply: Callable[[str, int], str] | None = None, *, port: int | None = None):
+        listener = None if port is None else bind("127.0.0.1", port)
         self.engine = FakeEngine(reply)
         self.trained: list[list[TrajectoryGroup]] = []
         self.logged: list[tuple[str, list[TrajectoryGroup]]] = []
         self._names: list[str] = []
-        self._serving = Serving(self.engine, lambda: self._names)
+        self._serving = Serving(self.engine, lambda: self._names, listener)
 
     async def register(self, model: ModelLike) -> None:
+        if not self._names:
+            await self._serving.start()
         if model.name not in self._names:
             self._names.append(model.name)
 
@@ -44,6 +49,9 @@ class FakeBackend(Backend):
 
     def base_url(self, model: ModelLike) -> str:
         return self._serving.url
+
+    def episode_url(self, model: ModelLike, episode: Episode) -> str:
+        return self._serving.episode_url(episode)
 
     async def train(
         self,

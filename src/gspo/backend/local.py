@@ -7,11 +7,11 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from openai import AsyncOpenAI
 
-from gspo import dev
+from gspo import absent, dev
 from gspo.backend.base import (
     Backend,
     ModelLike,
@@ -20,6 +20,7 @@ from gspo.backend.base import (
     train_options,
     user_metrics,
 )
+from gspo.backend.fork import fork_checkpoint, run_identity
 from gspo.backend.run import Run
 from gspo.backend.service import Service
 from gspo.backend.stored_batch import write_batch
@@ -29,14 +30,21 @@ from gspo.core.compute import ComputeThread
 from gspo.core.errors import RunError, check_names, check_whole
 from gspo.data.check import plain_groups
 from gspo.policy.load import Policy
+from gspo.serve.episodes import Episode
 from gspo.serve.server import bind
 from gspo.train.settings import resolve
-from gspo.trajectory import TrajectoryGroup
+from gspo.trajectories import TrajectoryGroup
 
 T = TypeVar("T")
 
+_FORK = ("model", "from_model", "from_project", "not_after_step", "verbose")
+_S3 = ("from_s3_bucket", "prefix")
+
 _ARGUMENTS = ("path", "port", "keep_checkpoints", "seed", "logger")
-_REFUSED = {"in_process": "everything is in this process; leave it out."}
+_REFUSED = {
+    "gpu_cost_per_hour_usd": "metrics.jsonl has time/step of each step; multiply.",
+    "in_process": "everything is in this process; leave it out.",
+}
 
 
 class LocalBackend(Backend):
@@ -103,9 +111,7 @@ class LocalBackend(Backend):
             listener = None
             if self.port is not None:
                 listener = undo.enter_context(bind("127.0.0.1", self.port))
-            lora = model.internal_config.lora
-            identity = {"base_model": model.source, "lora": lora and lora.model_dump()}
-            run = Run(self.path, model.project, model.name, identity)
+            run = Run(self.path, model.project, model.name, run_identity(model))
             undo.callback(run.close)
             service = await self._compute.run(
                 Service, run, model, self.seed, self._compute, listener
@@ -125,6 +131,9 @@ class LocalBackend(Backend):
     def base_url(self, model: ModelLike) -> str:
         """Where the model is served: on its port, or a name that only `client` resolves."""
         return self._service(model).serving.url
+
+    def episode_url(self, model: ModelLike, episode: Episode) -> str:
+        return self._service(model).serving.episode_url(episode)
 
     def policy(self, model: ModelLike) -> Policy:
         """The model itself, for tools that look inside."""
@@ -237,6 +246,39 @@ class LocalBackend(Backend):
         run = self._service(model).run
         await asyncio.to_thread(run.prune, 1, best_checkpoint_metric, required=True)
 
+    async def fork_checkpoint(
+        self,
+        model: ModelLike,
+        from_model: str,
+        from_project: str | None = None,
+        not_after_step: int | None = None,
+        verbose: bool = False,
+        **unknown: Any,
+    ) -> None:
+        """Begin the run of a model with another run's checkpoint, before it is registered.
+
+        See `gspo.backend.fork.fork_checkpoint`; `verbose` prints which step it is.
+
+        Raises:
+            ConfigError: an unknown argument.
+            RunError: the model is registered; or there is no checkpoint that fits.
+        """
+        check_names("fork_checkpoint", unknown, _FORK, dict.fromkeys(_S3, absent.COPY))
+        if (model.project, model.name) in self._services:
+            raise RunError(f"model {model.name!r} is registered: fork before register")
+        step = await asyncio.to_thread(
+            fork_checkpoint, self.path, model, from_model, from_project, not_after_step
+        )
+        if verbose:
+            print(f"{model.name} goes on from step {step} of {from_model}")
+
+    _experimental_fork_checkpoint = fork_checkpoint
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            raise absent.refusal("LocalBackend", name, absent.BACKEND)
+
     async def close(self) -> None:
         """Stop serving and let go of the run folders, once what is being written is written.
 
@@ -250,6 +292,7 @@ class LocalBackend(Backend):
             await asyncio.to_thread(run.close)  # a tracker may have to send what is left
         for service in services:
             await service.serving.stop()
+            service.engines.close()
         self._compute.close()
 
     def _service(self, model: ModelLike) -> Service:

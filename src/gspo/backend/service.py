@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 from gspo.backend.base import ModelLike, TrainResult, group_means
+from gspo.backend.engines import Engines, proved_engine
 from gspo.backend.run import Run
 from gspo.backend.stored_batch import UpdateRecord, write_batch
 from gspo.core.compute import ComputeThread
@@ -23,7 +24,6 @@ from gspo.dev import InternalModelConfig
 from gspo.policy.load import load_policy
 from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
-from gspo.serve.selfcheck import make_engine
 from gspo.serve.server import Serving
 from gspo.train.checkpoint import (
     checkpoint_name,
@@ -36,9 +36,7 @@ from gspo.train.checkpoint import (
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.settings import Settings
 from gspo.train.trainer import Trainer, TrainOutput
-from gspo.trajectory import TrajectoryGroup
-from gspo.weights.publisher import publisher_for
-from gspo.weights.receipt import Receipts
+from gspo.trajectories import TrajectoryGroup
 
 log = logging.getLogger("gspo")
 
@@ -57,8 +55,9 @@ class Service:
         trainer: has the weights that are trained.
         sampling: what the engine samples from: the trainer's policy, or a copy of it.
         engine: samples.
-        publisher: gives the engine the weights after each step.
-        receipts: publishes, and proves each publication before anything is sampled.
+        receipts: gives the engine the weights after each step, and proves it before anything is
+            sampled.
+        engines: finds the engine of a saved step too.
         serving: answers for the engine, once it is started.
 
     Raises:
@@ -81,17 +80,15 @@ class Service:
         self._told: set[str] = set()  # reasons of splits
         self._loaded = _identity(model)
         self.trainer = load_trainer(run, model.source, config)
-        self.sampling, self.publisher = publisher_for(self.trainer.policy, config.rollout_dtype)
-        self.engine = make_engine(
-            self.sampling,
+        sockets = listener is not None
+        self.engine, self.sampling, self.receipts = proved_engine(
+            self.trainer.policy,
+            config,
             compute,
             seed=seed_of(seed, self.trainer.step),
-            sockets=listener is not None,
-            exact=config.exact if self.sampling is self.trainer.policy else False,
+            sockets=sockets,
         )
-        self.receipts = Receipts(self.trainer.policy, self.sampling, self.publisher)
-        self.receipts.prove(self.engine, self.trainer.policy.version)
-        self.engine.receipts = self.receipts
+        self.engines = Engines(run, model, self.engine, compute, seed=seed, sockets=sockets)
         self.serving = Serving(self.engine, lambda: [model.name], listener)
 
     def check_same(self, model: ModelLike) -> None:

@@ -28,7 +28,7 @@ from gspo.core.timing import timed
 from gspo.train.algorithms import BUILT_IN, find_algorithm
 from gspo.train.observe import Trace
 from gspo.train.settings import Settings, resolve
-from gspo.trajectory import Trajectory, TrajectoryGroup
+from gspo.trajectories import History, Trajectory, TrajectoryGroup
 
 _KEY = b"gspo.update"
 _OF_CHOICES = {
@@ -51,6 +51,10 @@ _SCHEMA = {
     "reward": pa.float64(),
     "advantage": pa.float64(),
     "messages": pa.string(),
+    # JSON: what the model was offered, or null; and the conversations beside the first, if any.
+    # Older files have neither.
+    "tools": pa.string(),
+    "additional_histories": pa.string(),
     "metrics": pa.string(),
     "metadata": pa.string(),
     **{name: pa.list_(kind) for name, (_, kind) in _OF_CHOICES.items()},
@@ -152,14 +156,16 @@ def write_batch(
 
 def _columns(trajectory: Trajectory, traces: Sequence[Trace]) -> dict[str, Any]:
     """Return the columns of a trajectory; `traces` has one entry, or one per turn."""
-    messages = [
-        {**m.message.model_dump(exclude_none=True), "sampled": True} if isinstance(m, Choice) else m
-        for m in trajectory.turns()
+    further = [
+        {"messages": _messages(history), "tools": history.tools}
+        for history in trajectory.additional_histories
     ]
-    choices = trajectory.choices()
+    choices = [choice for history in trajectory.histories() for choice in history.choices()]
     columns = {
         "reward": float(trajectory.reward),
-        "messages": strict_json(messages, default=str),
+        "messages": strict_json(_messages(trajectory), default=str),
+        "tools": strict_json(trajectory.tools, default=str) if trajectory.tools else None,
+        "additional_histories": strict_json(further, default=str) if further else None,
         "metrics": strict_json(trajectory.metrics),
         "metadata": strict_json(trajectory.metadata),
         **{
@@ -182,6 +188,14 @@ def _columns(trajectory: Trajectory, traces: Sequence[Trace]) -> dict[str, Any]:
             "token_log_ratios": np.split(log_ratios, ends[:-1]),
         }
     return columns
+
+
+def _messages(history: Trajectory | History) -> list[Any]:
+    """A conversation's messages; those that the model said are marked."""
+    return [
+        {**m.message.model_dump(exclude_none=True), "sampled": True} if isinstance(m, Choice) else m
+        for m in history.turns()
+    ]
 
 
 def _routes(choice: Choice) -> dict[str, Any] | None:
@@ -221,21 +235,32 @@ def read_batch(path: Path) -> StoredBatch:
 
 def _trajectory(row: dict[str, Any], path: Path) -> Trajectory:
     messages = json.loads(row["messages"])
-    sampled = [number for number, message in enumerate(messages) if message.pop("sampled", False)]
+    further = json.loads(row.get("additional_histories") or "[]")
+    sampled = [
+        (conversation, number)
+        for conversation in (messages, *(history["messages"] for history in further))
+        for number, message in enumerate(conversation)
+        if message.pop("sampled", False)
+    ]
     if len(sampled) != len(row["token_ids"]):
         raise RunError(
             f"{path}: group {row['group']}, trajectory {row['trajectory']} has {len(sampled)} "
             f"sampled messages and the tokens of {len(row['token_ids'])}: the file is damaged"
         )
-    for turn, number in enumerate(sampled):
+    for turn, (conversation, number) in enumerate(sampled):
         fields = {field: row[name] and row[name][turn] for name, (field, _) in _OF_CHOICES.items()}
         if changing := row.get("token_policy_versions"):
             fields["policy_versions"] = changing[turn]
         if routes := fields["routed_experts"]:
             routes["data"] = base64.b64encode(routes["data"]).decode()
-        messages[number] = {**fields, "index": 0, "message": messages[number]}
+        conversation[number] = {**fields, "index": 0, "message": conversation[number]}
     return Trajectory(
         messages_and_choices=messages,
+        tools=json.loads(row.get("tools") or "null"),
+        additional_histories=[
+            History(messages_and_choices=history["messages"], tools=history["tools"])
+            for history in further
+        ],
         reward=row["reward"],
         metrics={k: nan if v is None else v for k, v in json.loads(row["metrics"]).items()},
         metadata=json.loads(row["metadata"]),

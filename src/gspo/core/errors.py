@@ -13,6 +13,8 @@
     │   └── BusyError              more requests than the engine lets wait (HTTP 429)
     ├── NumericsError          a gradient or a probability that is not finite
     ├── RolloutError           a rollout function or a task of the user raised
+    │   └── RolloutTimeoutError    a rollout that took too long (a TimeoutError too)
+    ├── JudgeError             a judge cannot be reached, or answers nonsense
     └── MissingDependencyError an optional package is not installed
 
 Every message names the thing, its value and the remedy.
@@ -81,6 +83,14 @@ class NumericsError(GspoError):
 
 class RolloutError(GspoError):
     """A rollout function or a task of the user raised, in `gspo train`."""
+
+
+class RolloutTimeoutError(RolloutError, TimeoutError):
+    """A rollout that took longer than `rollout_timeout`, or than its gather's `timeout`."""
+
+
+class JudgeError(GspoError):
+    """A judge cannot be reached, or answers nonsense; the rewards are untouched."""
 
 
 class MissingDependencyError(GspoError):

@@ -11,7 +11,7 @@ from openai.types.chat.chat_completion import Choice
 from gspo.core.choices import as_choice
 from gspo.core.errors import DataError, shown
 from gspo.data.turn import read_fields
-from gspo.trajectory import Trajectory, TrajectoryGroup, plain_number, plain_values
+from gspo.trajectories import History, Trajectory, TrajectoryGroup, plain_number, plain_values
 
 _LARGEST_REWARD = 1e100
 """The squares of larger ones leave float64, and with them the group's standard deviation."""
@@ -77,6 +77,7 @@ def plain_groups(groups: Any) -> list[TrajectoryGroup]:
         values = {
             "trajectories": [_plain(t, f"{where}, trajectory {i}") for i, t in enumerate(group)],
             "metadata": plain_values(group.metadata, f"{where}: metadata", texts=True),
+            "metrics": plain_values(group.metrics, f"{where}: metrics"),
         }
         plain.append(group.model_copy(update=values))
     return plain
@@ -91,13 +92,27 @@ def _plain(trajectory: Any, where: str) -> Trajectory:
             f"{where}: reward is {shown(trajectory.reward)}; rewards must be finite numbers, "
             f"of {_LARGEST_REWARD:g} at most"
         )
+    if not isinstance(histories := trajectory.additional_histories, list):
+        raise DataError(f"{where}: additional_histories is {shown(histories)}; it must be a list")
     values = {
-        "messages_and_choices": _plain_items(trajectory.messages_and_choices, where),
+        "additional_histories": [
+            _plain_history(history, f"{where}, additional history {h}")
+            for h, history in enumerate(histories)
+        ],
         "reward": float(reward),
         "metrics": plain_values(trajectory.metrics, f"{where}: metrics"),
         "metadata": plain_values(trajectory.metadata, f"{where}: metadata", texts=True),
     }
-    return trajectory.model_copy(update=values)
+    return _plain_history(trajectory, where).model_copy(update=values)
+
+
+def _plain_history(history: Any, where: str) -> Any:
+    """A conversation with plain messages; refuse what cannot be written or trained on."""
+    if not isinstance(history, History | Trajectory):
+        raise DataError(f"{where} is {shown(history)}, not a History")
+    _check_json(history.tools, f"{where}: tools")
+    items = _plain_items(history.messages_and_choices, where)
+    return history.model_copy(update={"messages_and_choices": items})
 
 
 def _plain_items(items: Any, where: str) -> list[Any]:
@@ -146,7 +161,7 @@ def _plain_choice(choice: Choice, where: str) -> Choice:
     return choice.model_copy(update=fields)
 
 
-def _check_json(message: dict[Any, Any], where: str) -> None:
+def _check_json(message: Any, where: str) -> None:
     try:
         json.dumps(message, default=str)  # as it will be written
     except Exception as error:  # __str__ of an object may raise anything

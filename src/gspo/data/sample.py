@@ -12,7 +12,7 @@ import numpy as np
 from gspo.core.errors import DataError, MissingLogprobsError, SampleTooLongError
 from gspo.data.expert_choices import joined_expert_choices
 from gspo.data.turn import Turn, read_turn
-from gspo.trajectory import Trajectory
+from gspo.trajectories import Trajectory
 
 
 class Split(NamedTuple):
@@ -34,6 +34,7 @@ SPLIT_REASONS = {
     "start": "the text before the first answer changed: its tools, system or first messages",
     "answer": "an earlier answer of the model was written in another way, or a part of it left out",
     "between": "a message after an answer changed",
+    "history": "another history of the trajectory begins, such as a sub-agent's",
 }
 """Reason of a split -> what it says of the prompt; `docs/tools.md` says what to do."""
 
@@ -109,6 +110,8 @@ def trajectory_samples(
 ) -> TrajectorySamples:
     """The samples of one trajectory: one, or more if a prompt doesn't extend the last tokens.
 
+    The turns of its additional histories follow those of its own; all of them share its advantage.
+
     Args:
         trajectory: with at least one Choice.
         trajectory_id, group_id, advantage: of the samples.
@@ -123,8 +126,7 @@ def trajectory_samples(
         SampleTooLongError: a sample is longer than `max_tokens`.
     """
     where = where or f"group {group_id}, trajectory {trajectory_id}"
-    choices = enumerate(trajectory.choices())
-    turns = [read_turn(choice, f"{where}, choice {c}") for c, choice in choices]
+    turns, firsts = _turns(trajectory, where)
     if not turns:
         raise MissingLogprobsError(
             f"{where} has no Choice: append response.choices[0] to messages_and_choices, "
@@ -134,7 +136,8 @@ def trajectory_samples(
     for number, (before, turn) in enumerate(pairwise(turns), 1):
         tokens = [*before.prompt, *before.tokens]
         if turn.prompt[: len(tokens)] != tokens:
-            starts[number] = _split(turns[max(starts) : number], turn.prompt, number)
+            split = _split(turns[max(starts) : number], turn.prompt, number)
+            starts[number] = split._replace(reason="history") if number in firsts else split
     edges = [*starts, len(turns)]
     samples = tuple(
         replace(
@@ -169,6 +172,18 @@ def _split(turns: Sequence[Turn], prompt: Sequence[int], number: int) -> Split:
     spans = [(len(turn.prompt), len(turn.prompt) + len(turn.tokens)) for turn in turns]
     answered = any(start <= token < end for start, end in spans)
     return Split("answer" if answered else "between", number, token)
+
+
+def _turns(trajectory: Trajectory, where: str) -> tuple[list[Turn], set[int]]:
+    """The model's turns in all histories of a trajectory, and the numbers of each one's first."""
+    turns: list[Turn] = []
+    firsts: set[int] = set()
+    for number, history in enumerate(trajectory.histories()):
+        place = f"{where}, additional history {number - 1}" if number else where
+        choices = enumerate(history.choices())
+        firsts.add(len(turns))
+        turns += [read_turn(choice, f"{place}, choice {c}") for c, choice in choices]
+    return turns, firsts
 
 
 def sample_of(

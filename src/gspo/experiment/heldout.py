@@ -10,7 +10,7 @@ from statistics import fmean
 
 from gspo.core.errors import MissingDependencyError
 from gspo.core.intervals import Interval, reward_interval
-from gspo.trajectory import Trajectory, TrajectoryGroup
+from gspo.trajectories import Trajectory, TrajectoryGroup
 
 _NAMES = ("val/reward", "val/reward_low", "val/reward_high", "val/prompts")
 """The metrics of an estimate, in the order of its fields."""
@@ -44,6 +44,7 @@ def estimate_reward(groups: Sequence[TrajectoryGroup]) -> Estimate:
     is counted. Without scipy there is no interval.
     """
     by_prompt: dict[str, list[float]] = {}
+    groups = [group for group in groups if len(group)]  # else no rollout of it ended in time
     for group in groups:  # a prompt that is drawn twice is no new evidence
         by_prompt.setdefault(_prompt(group.trajectories[0]), []).extend(t.reward for t in group)
     units = list(by_prompt.values())

@@ -55,8 +55,8 @@ class Outcome:
 class Watch(Protocol):
     """Sees the experiment while it runs."""
 
-    def started(self, spec: Spec, step: int, changed: list[str]) -> None:
-        """The run begins at `step`; `changed` says what differs from its earlier spec."""
+    def started(self, spec: Spec, step: int, notes: list[str]) -> None:
+        """The run begins at `step`; `notes` say what is worth knowing of it, a line each."""
 
     def stepped(self, step: int, metrics: dict[str, float]) -> None:
         """Step `step` is trained and saved."""
@@ -93,7 +93,9 @@ async def run_experiment(
         if attach is not None:
             await backend.with_policies(model, attach)
         first = await model.get_step()
-        watch.started(spec, first, _remember(spec))
+        policy = backend.policy(model)
+        exact = "equal to the bit" if policy.exact else f"not equal to the bit: {policy.not_exact}"
+        watch.started(spec, first, [f"engine and trainer are {exact}", *_remember(spec)])
         before = await _evaluate(backend, rollouts, watch, 0)
         for step in range(first, spec.steps):
             if spec.eval_every and step % spec.eval_every == 0:
@@ -122,7 +124,8 @@ def _remember(spec: Spec) -> list[str]:
     new = flat(json.loads(text))
     try:
         old = flat(json.loads(path.read_bytes())) if path.exists() else new
-        told = [f"{key}: {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
+        changed = [key for key in new if old.get(key) != new[key]]
+        told = [f"changed since the run began: {k}: {old.get(k)} -> {new[k]}" for k in changed]
     except (OSError, ValueError, RecursionError, AttributeError):
         # Nothing depends on it: the run goes on with the new one.
         told = [f"{path} was damaged, and is written again"]

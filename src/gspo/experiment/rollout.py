@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from openai import BadRequestError
@@ -20,7 +21,7 @@ from gspo.gather import gather_trajectory_groups
 from gspo.model import TrainableModel
 from gspo.tasks import Problem, Split, load_task
 from gspo.train.minibatches import shaped_reward
-from gspo.trajectory import Trajectory, TrajectoryGroup, settled
+from gspo.trajectories import Rolled, Trajectory, TrajectoryGroup, settled
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Scenario:
 
 _ROUNDS = 3
 """How often dynamic sampling draws prompts for one step, at most."""
-Rollout = Callable[[TrainableModel, Scenario], Awaitable[Trajectory]]
+Rollout = Callable[[TrainableModel, Scenario], Awaitable[Rolled]]
 
 
 class Rollouts:
@@ -78,7 +79,9 @@ class Rollouts:
             DataError: the engine refuses a prompt.
         """
         return await gather_trajectory_groups(
-            (self._group(split, index, size, step) for index in indices), pbar_desc=None
+            (self._group(split, index, size, step) for index in indices),
+            pbar_desc=None,
+            rollout_timeout=self.spec.rollout_timeout,
         )
 
     async def _group(self, split: Split, index: int, size: int, step: int) -> TrajectoryGroup:
@@ -90,12 +93,12 @@ class Rollouts:
                 return await self._answers(scenario, size, seed_of(seed, step, split, index))
         rollout = self.rollout
 
-        async def rolled() -> Trajectory | BaseException:
+        async def rolled() -> list[Trajectory | BaseException]:
             with users_errors(split, index, step):
                 return await settled(rollout(self.model, scenario))
 
         with drawing_for(split, index):  # the backend adds its seed and its step
-            return TrajectoryGroup(await all_or_cancel([rolled() for _ in range(size)]))
+            return TrajectoryGroup(chain(*await all_or_cancel([rolled() for _ in range(size)])))
 
     async def _answers(self, scenario: Scenario, size: int, seed: int) -> TrajectoryGroup:
         """Ask for all completions in one request, which computes the prompt once.

@@ -9,30 +9,37 @@ from gspo.core.compute import ComputeThread
 from gspo.experiment.stop import leave
 from gspo.policy.load import load_policy
 from gspo.policy.probe import choose_packing
-from gspo.serve.app import create_app
+from gspo.serve.app import create_app, one_engine
 from gspo.serve.selfcheck import make_engine
-from gspo.serve.server import bind, serve
+from gspo.serve.server import address, bind, serve
 
 
-def serve_model(model: str, host: str, port: int, name: str) -> None:
+def serve_model(model: str, host: str, port: int, name: str, api_key: str | None) -> None:
     """Load `model` and answer requests until SIGINT or SIGTERM; then end the process.
 
+    Args:
+        model: what to load.
+        host, port: where to listen.
+        name: of the model in requests.
+        api_key: what requests must bring.
+
     Raises:
+        ConfigError: a host that others can reach, and no key.
         ServeError: the port is in use; nothing was loaded then.
         ModelError: the model cannot be loaded.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    listener = bind(host, port)
+    listener = bind(host, port, api_key)
     policy = load_policy(model)
     choose_packing(policy)
     compute = ComputeThread()
-    app = create_app(make_engine(policy, compute, sockets=True), lambda: [name])
-    bound = listener.getsockname()
-    print(f"serving {name} on http://{bound[0]}:{bound[1]}/v1", flush=True)
+    engine = make_engine(policy, compute, sockets=True)
+    app = create_app(one_engine(engine, lambda: [name]), lambda: [name])
+    print(f"serving {name} on {address(listener)}", flush=True)
     status = 0
     try:
-        serve(app, listener)
+        serve(app, listener, api_key)
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     finally:

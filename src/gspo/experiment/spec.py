@@ -42,6 +42,9 @@ class Spec(Options, title="the run"):
     `async def rollout(model, scenario) -> Trajectory` of your own. A module is looked for beside
     the TOML file, in the working directory, and among what is installed, in this order.
     Without it, the task's prompt is answered in one turn and scored."""
+    rollout_timeout: float | None = Field(default=None, gt=0)
+    """Seconds that each call of your rollout function may take. One that takes longer is cancelled,
+    told in a warning, and left out of its group. None: no limit."""
     steps: int = Field(default=60, ge=1, le=LARGEST_COUNT)
     """Calls of `train` over the run's life."""
     prompts: int = Field(default=32, ge=1, le=LARGEST_COUNT)
@@ -90,6 +93,8 @@ class Spec(Options, title="the run"):
             raise ValueError("give a task, or a rollout = 'module:function'")
         if self.task is None and self.task_options:
             raise ValueError("task_options are given, but no task")
+        if self.rollout is None and self.rollout_timeout is not None:
+            raise ValueError("rollout_timeout limits a rollout function of yours: there is none")
         given = [name for name in ("max_tokens", "temperature") if self._differs(name)]
         if self.rollout is not None and given:
             raise ValueError(
@@ -212,16 +217,16 @@ def override(
             value = tomllib.loads(f"value = {text}")["value"]
         except (tomllib.TOMLDecodeError, RecursionError):  # no TOML: it is the text itself
             value = text
-        data = _put(data, parts, value)
+        data = put(data, parts, value)
     return data
 
 
-def _put(table: Any, keys: list[str], value: Any) -> dict[str, Any]:
+def put(table: Any, keys: list[str], value: Any) -> dict[str, Any]:
     """A copy of the table, with the value at the keys. What is no table is replaced by one.
 
-    >>> _put({"steps": 5, "train": {"epochs": 2}}, ["train", "seed"], 1)
+    >>> put({"steps": 5, "train": {"epochs": 2}}, ["train", "seed"], 1)
     {'steps': 5, 'train': {'epochs': 2, 'seed': 1}}
     """
     table = table if isinstance(table, dict) else {}
     first, *rest = keys
-    return table | {first: _put(table.get(first), rest, value) if rest else value}
+    return table | {first: put(table.get(first), rest, value) if rest else value}

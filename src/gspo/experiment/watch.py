@@ -59,11 +59,11 @@ class LiveWatch(AbstractContextManager["LiveWatch"]):
         if self._bar.live.is_started:
             self._bar.stop()
 
-    def started(self, spec: Spec, step: int, changed: list[str]) -> None:
+    def started(self, spec: Spec, step: int, notes: list[str]) -> None:
         resumed = f", going on from step {step}" if step else ""
         self._print(f"training {spec.model} in {spec.folder}{resumed}")
-        for change in changed:
-            self._print(f"changed since the run began: {change}")
+        for note in notes:
+            self._print(note)
         self._bar.add_task("", total=spec.steps, completed=step)
         if not self._plain:
             self._bar.start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 LN_2 = math.log(2)
@@ -89,6 +89,13 @@ class RunningSoftmax:
     def logprobs(self, logits: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
         """Log-probs in nats of one entry per token, given its logit."""
         return ((logits - self.max) * self.scale - self.total.log2()) * LN_2
+
+    def several_logprobs(
+        self, logits: Float[Tensor, "K E"], tokens: Int[Tensor, " K"]
+    ) -> Float[Tensor, "K E"]:
+        """Log-probs of E entries of each of K tokens, with the bits of `logprobs`."""
+        top, scale, total = self.max[tokens], self.scale[tokens], self.total.log2()[tokens]
+        return ((logits - top[:, None]) * scale[:, None] - total[:, None]) * LN_2
 
     def entropy(self) -> Float[Tensor, " M"]:
         """Entropies in nats."""

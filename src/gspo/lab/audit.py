@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from gspo.objective import PRESETS, Segments, sequence_log_ratio
 from gspo.policy.embedded import PREFIX, embedded_task
 from gspo.policy.load import Policy, load_policy
 from gspo.policy.probe import choose_packing
-from gspo.serve.engine import Completion, Engine, Request, SamplingParams
+from gspo.serve.engine import Completion, Request, SamplingParams
 from gspo.serve.selfcheck import make_engine
 from gspo.tasks import load_task
 from gspo.train.expert_replay import ExpertReplay
@@ -72,43 +73,48 @@ def run_audit(
         )
     # The options of training, which are checked as such.
     clip = {"epsilon": epsilon_low, "epsilon_high": epsilon_high or _GSPO.epsilon_high}
-    spec = Spec(
-        **{"model": model, "task": task or embedded_task(model), "temperature": temperature},
-        **{"load": {"rollout_dtype": rollout_dtype}, "train": clip},
-    )
+    options = {"model": model, "task": task or embedded_task(model), "temperature": temperature}
+    spec = Spec.model_validate(options | {"load": {"rollout_dtype": rollout_dtype}, "train": clip})
     objective, source = resolve(options=spec.train).objective, load_task(str(spec.task))
     policy = load_policy(model)
     choose_packing(policy)
-    sampling, _ = publisher_for(policy, rollout_dtype)
-    compute = ComputeThread()
-    engine = make_engine(sampling, compute)
+    messages = [source.messages(source.problem("heldout", i, 0)) for i in range(prompts)]
     params = SamplingParams(
-        n=completions,
-        max_tokens=max_tokens or source.max_tokens,
-        temperature=temperature,
-        expert_choices=bool(policy.routers.modules),
+        n=completions, max_tokens=max_tokens or source.max_tokens, temperature=temperature
     )
-    problems = (source.problem("heldout", index, 0) for index in range(prompts))
-    requests = [Request(tuple(engine.encode_chat(source.messages(p))), params) for p in problems]
-    try:
-        answers = asyncio.run(_answers(engine, requests))
-    finally:
-        compute.close()
-    pairs = zip(requests, answers, strict=True)
-    turns = [_turn(request, c) for request, answer in pairs for c in answer]
-    samples = [sample_of([turn], trajectory_id=number) for number, turn in enumerate(turns)]
+    samples = sample_all(policy, rollout_dtype, messages, params)
     d, log_ratios, agreement = measure(policy, samples)
-    asked = {
-        **{"model": model, "rollout_dtype": rollout_dtype, "task": source.name},
-        **{"prompts": prompts, "completions": completions, "temperature": temperature},
+    asked = options | {
+        **{"rollout_dtype": rollout_dtype, "prompts": prompts, "completions": completions},
         **{"epsilon_low": objective.epsilon_low, "epsilon_high": objective.epsilon_high},
+        "task": source.name,
         "routing_agreement": agreement,
     }
     return make_report(d, log_ratios, asked), log_ratios
 
 
-async def _answers(engine: Engine, requests: Sequence[Request]) -> list[list[Completion]]:
-    return await asyncio.gather(*(engine.complete(request) for request in requests))
+def sample_all(
+    policy: Policy,
+    rollout_dtype: RolloutDtype,
+    conversations: Sequence[list[dict[str, str]]],
+    params: SamplingParams,
+) -> list[Sample]:
+    """Sample in this precision, with the weights of `policy`; each completion is a sample."""
+    sampling, _ = publisher_for(policy, rollout_dtype)
+    compute = ComputeThread()
+    engine = make_engine(sampling, compute)
+    params = replace(params, expert_choices=bool(policy.routers.modules))
+    requests = [Request(tuple(engine.encode_chat(c)), params) for c in conversations]
+
+    async def answers() -> list[list[Completion]]:
+        return await asyncio.gather(*(engine.complete(request) for request in requests))
+
+    try:
+        answered = zip(requests, asyncio.run(answers()), strict=True)
+    finally:
+        compute.close()
+    turns = [_turn(request, completion) for request, answer in answered for completion in answer]
+    return [sample_of([turn], trajectory_id=number) for number, turn in enumerate(turns)]
 
 
 def _turn(request: Request, completion: Completion) -> Turn:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from gspo.core.errors import ConfigError
 from gspo.dev import InternalModelConfig
 from gspo.lab.tables import as_text, cells, table
 from gspo.policy.load import load_policy
 from gspo.policy.probe import choose_packing
 from gspo.serve.selfcheck import examine
 
+_DTYPES = ("float32", "bfloat16")
 _COLUMNS = ("name", "kind", "multiple", "how")
 
 
@@ -28,7 +30,13 @@ def audit_exact(model: str, dtype: str = "float32") -> dict[str, Any]:
 
     Raises:
         ModelError: the model cannot be loaded.
+        ConfigError: another dtype.
     """
+    if dtype not in _DTYPES:
+        raise ConfigError(
+            f"--rollout-dtype {dtype}: with --exact, engine and trainer compute in the same "
+            f"precision: {' or '.join(_DTYPES)}"
+        )
     policy = load_policy(model, InternalModelConfig.model_validate({"dtype": dtype}))
     choose_packing(policy)
     parts, reason = examine(policy)

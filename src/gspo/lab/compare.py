@@ -11,7 +11,16 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from gspo import dev
 from gspo.core.errors import ConfigError, check_names, suggestion
 from gspo.core.options import Options
-from gspo.experiment.spec import TABLES, Spec, flat, folder_name, named_beside, override, read_toml
+from gspo.experiment.spec import (
+    TABLES,
+    Spec,
+    flat,
+    folder_name,
+    named_beside,
+    override,
+    put,
+    read_toml,
+)
 
 QUICK = Path(__file__).with_name("quick.toml")
 """The comparison of `gspo compare --quick`."""
@@ -150,9 +159,5 @@ def nested(keys: dict[str, Any]) -> dict[str, Any]:
     """
     data: dict[str, Any] = {}
     for key, value in keys.items():
-        *tables, last = key.split(".")
-        place = data
-        for table in tables:
-            place = place.setdefault(table, {})
-        place[last] = value
+        data = put(data, key.split("."), value)
     return data

@@ -16,6 +16,7 @@ from gspo.backend.metrics_file import read_metrics
 from gspo.backend.run import versions
 from gspo.core.files import explained, strict_json, write_whole
 from gspo.core.intervals import Interval, share_interval
+from gspo.experiment.heldout import Estimate
 from gspo.lab.compare import CompareSpec
 from gspo.lab.compare_cells import Cell
 from gspo.lab.statistics import p_value, paired_difference, t_interval, verdict
@@ -83,11 +84,7 @@ def measured(run: Path) -> Row:
     records = read_metrics(run / "metrics.jsonl")
     names = dict.fromkeys(name for record in records for name in record if name != "step")
     curves = {name: _curve(records, name) for name in names}
-    evaluations = [
-        Interval(r["val/reward"], r.get("val/reward_low"), r.get("val/reward_high"))
-        for r in records
-        if "val/reward" in r
-    ]
+    evaluations = [Estimate.logged(record) for record in records if "val/reward" in record]
     held_out = curves["val/reward"]
     # Two evaluations, at the start and the end, make no curve.
     curve = held_out if len(evaluations) > 2 else curves["train/reward"]

@@ -192,7 +192,7 @@ class _Reporter:
     def __init__(self, connection: Connection):
         self._connection = connection
 
-    def started(self, spec: Spec, step: int, changed: list[str]) -> None:
+    def started(self, spec: Spec, step: int, notes: list[str]) -> None:
         self._connection.send(("running", step))
 
     def stepped(self, step: int, metrics: dict[str, float]) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .presets import Objective
-from .ratio import Segments
+from .ratio import PerSequence, Segments
 
 
 def checked(
@@ -15,16 +15,23 @@ def checked(
     advantages: Tensor | None,
     total_sequences: int | None,
     given: dict[str, Tensor | None],
-) -> tuple[dict[str, Tensor], Segments]:
-    """The arguments of `policy_loss` by name, flat and on the device of `logprobs`; the sequences.
+) -> tuple[dict[str, Tensor], PerSequence | None, Segments]:
+    """Check and flatten the arguments of `policy_loss`.
 
     Numbers are checked on the device that they lie on: checking those of the CPU doesn't wait for
     a GPU.
 
+    Returns:
+        What is given for each token, by name, flat and on the device of `logprobs`. `logprobs` and
+        `old_logprobs` are 0 where no token was sampled, and `token_advantages`, which are always
+        there, are 0 where none is trained on: padding may hold NaN. The advantages of the
+        sequences, if they are given; and the sequences.
+
     Raises:
         ValueError: shapes, dtypes, ids or masks that don't fit together.
     """
-    tokens = {name: tensor for name, tensor in given.items() if tensor is not None}
+    tokens = {"logprobs": logprobs}
+    tokens |= {name: tensor for name, tensor in given.items() if tensor is not None}
     _check_objective(objective, tokens, advantages)
     if total_sequences is not None and total_sequences < 1:
         raise ValueError(f"total_sequences = {total_sequences}: must be at least 1")
@@ -37,7 +44,7 @@ def checked(
     ids = tokens["sequence_ids"]
     tokens.setdefault("ratio_mask", torch.ones_like(ids, dtype=torch.bool))
     tokens.setdefault("loss_mask", tokens["ratio_mask"])
-    for name, tensor in {"logprobs": logprobs, **tokens}.items():
+    for name, tensor in tokens.items():
         if tensor.shape != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, logprobs {shape}")
         if name.endswith("logprobs") and tensor.dtype not in (torch.float32, torch.float64):
@@ -53,12 +60,28 @@ def checked(
     count = highest + 1 if advantages is None else advantages.numel()
     if lowest < 0 or highest >= count:
         raise ValueError(f"sequence_ids are {lowest} to {highest}, but there are {count} sequences")
+    return _flattened(tokens, advantages, count)
+
+
+def _flattened(
+    tokens: dict[str, Tensor], advantages: Tensor | None, count: int
+) -> tuple[dict[str, Tensor], PerSequence | None, Segments]:
+    """What `checked` returns, of arguments that fit together."""
+    logprobs = tokens["logprobs"]
     flat = {
         name: tensor.reshape(-1).to(logprobs.device, non_blocking=True)
         for name, tensor in tokens.items()
     }
     mask = flat["ratio_mask"]
-    return flat, Segments(flat["sequence_ids"], count, mask, flat["loss_mask"] & mask)
+    segments = Segments(flat["sequence_ids"], count, mask, flat["loss_mask"] & mask)
+    for name in ("logprobs", "old_logprobs"):
+        flat[name] = torch.where(mask, flat[name], 0.0)
+    if advantages is not None:
+        advantages = advantages.to(logprobs.device, logprobs.dtype, non_blocking=True)
+        flat["token_advantages"] = segments.spread(advantages)
+    a = flat["token_advantages"].to(logprobs.dtype)
+    flat["token_advantages"] = torch.where(segments.loss_mask, a, 0.0)
+    return flat, advantages, segments
 
 
 def _check_objective(

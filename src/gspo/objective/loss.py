@@ -16,6 +16,7 @@ For GSPO, `policy_loss` is these lines, with masks, sums over packed sequences a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ from .inputs import checked
 from .presets import Objective, Preset, clip_range
 from .ratio import (
     PerSequence,
+    PerToken,
     Segments,
     bounded_exp,
     importance_ratio,
@@ -89,21 +91,16 @@ def policy_loss(
         logprobs: float32 log-probs of the tokens under the policy that is trained; any shape
             (packed [T], padded [B, T], ...). The only argument that gets a gradient.
         old_logprobs: float32 log-probs under the policy that the ratio is taken against.
-        sequence_ids: sequence of each token in 0..S-1. The place of a sequence's tokens doesn't
-            matter. Ids under a False `ratio_mask` are ignored. None: each row of a [B, T] batch is
-            a sequence.
+        sequence_ids: sequence of each token in 0..S-1, in any order; ignored where `ratio_mask` is
+            False. None: each row of a [B, T] batch is a sequence.
         advantages: one per sequence; None if `token_advantages` are given instead.
-        objective: level, clip range and KL weight; of a preset, its objective is taken. A preset's
-            way to make advantages is the caller's part: see `gspo.objective.advantages`.
+        objective: level, clip range and KL weight; of a preset, its objective is taken.
         token_advantages: one per token, for all levels but `sequence`; S is then the largest
             sequence id + 1.
-        ratio_mask: tokens that were sampled; they give L_i and l_i. True or 1 is in. Default: all.
-        loss_mask: tokens that are trained on. A token that is sampled and not trained on has no
-            gradient, neither from the surrogate nor from the KL term, but still counts in l_i and
-            L_i: means over a sequence divide by L_i, the sampled tokens, in both terms. So
-            dropping a token changes neither l_i nor the weight of the others. The exception is
-            `aggregate="token_mean"`, which divides both terms by the trained tokens T: there the
-            weight of the others stays only if `total_tokens` does. Default: `ratio_mask`.
+        ratio_mask: sampled tokens, which make up l_i and L_i. True or 1 is in. Default: all.
+        loss_mask: tokens that are trained on. The others have no gradient but stay in l_i and L_i:
+            leaving a token out doesn't change the weight of the rest. (With
+            `aggregate="token_mean"` it does, unless `total_tokens` stays.) Default: `ratio_mask`.
         total_sequences: N, the sequences of the whole optimizer step over all microbatches and
             ranks, those with zero advantage included. Default: S.
         total_tokens: T, the trained tokens of the whole step, which `aggregate="token_mean"`
@@ -115,8 +112,7 @@ def policy_loss(
     Raises:
         ValueError: shapes, dtypes, ids or masks that don't fit together.
 
-    Published example (one sequence of three tokens, epsilon 0.2, advantages per token; s_i is
-    0.90856, and NeMo-RL's own test expects -0.6057):
+    NeMo-RL's published example, one sequence of three tokens:
 
     >>> old = torch.tensor([-1.0, -1.0, -1.0])
     >>> new = torch.tensor([-1.69315, -1.0, -0.59453])
@@ -129,57 +125,32 @@ def policy_loss(
     given = {"old_logprobs": old_logprobs, "sequence_ids": sequence_ids, "ratio_mask": ratio_mask}
     given |= {"loss_mask": loss_mask, "token_advantages": token_advantages}
     given |= {"sampling_logprobs": sampling_logprobs, "reference_logprobs": reference_logprobs}
-    tokens, segments = checked(logprobs, objective, advantages, total_sequences, given)
-    mask, lengths = segments.ratio_mask, segments.lengths.to(logprobs.dtype)
-    new = torch.where(mask, logprobs.reshape(-1), 0.0)
-    old = torch.where(mask, tokens["old_logprobs"], 0.0)
-    if advantages is None:
-        a = tokens["token_advantages"].to(new.dtype)
-    else:
-        advantages = advantages.to(new.device, new.dtype, non_blocking=True)
-        a = segments.spread(advantages)
-    a = torch.where(segments.loss_mask, a, 0.0)  # padding and what is not trained on may hold NaN
-
-    token_weights, weights = None, 1.0  # for pi_old / mu: of each token, or of each sequence
-    if objective.correction is not None:
-        signs = segments.mean(a) if advantages is None else advantages
-        weights = objective.correction.weights(
-            new, old, tokens["sampling_logprobs"], signs, segments
-        )
-        if objective.correction.per_token:
-            token_weights, weights = weights, 1.0
-
-    d = new - old  # d_t of each sampled token
-    log_ratio = sequence_log_ratio(d, segments)  # l_i = (1/L_i) Σ_t d_t, equation 7
-    ratio = bounded_exp(log_ratio)  # s_i = exp(l_i), equation 7
-    if objective.level != "sequence":
-        ratio, lengths = importance_ratio(objective.level, d, segments), segments.spread(lengths)
-    low, high = clip_range(objective, lengths)
-    terms = Terms(
-        level=objective.level,
-        ratio=ratio,
-        d=d,
-        logprobs=new,
-        old_logprobs=old,
-        a=a,
-        advantages=advantages,
-        low=low,
-        high=high,
-        constants=objective.constants,
-        segments=segments,
-        weights=token_weights,
-    )
-    # v_i; for the surrogate `clip` min(s_i A_i, clip(s_i, 1 - low, 1 + high) A_i), equation 5.
-    value, clipped = SURROGATES[objective.surrogate].function(terms)
+    tokens, advantages, segments = checked(logprobs, objective, advantages, total_sequences, given)
     total = segments.count if total_sequences is None else total_sequences  # N
     if objective.aggregate == "token_mean":
         total = max(int(segments.loss_mask.sum()) if total_tokens is None else total_tokens, 1)  # T
+    new, old, a = tokens["logprobs"], tokens["old_logprobs"], tokens["token_advantages"]
+
+    d = new - old  # d_t of each sampled token
+    log_ratio = sequence_log_ratio(d, segments)  # l_i = (1/L_i) Σ_t d_t, equation 7
+    ratio, lengths = bounded_exp(log_ratio), segments.lengths.to(d.dtype)  # s_i, equation 7; L_i
+    if objective.level != "sequence":
+        ratio, lengths = importance_ratio(objective.level, d, segments), segments.spread(lengths)
+    low, high = clip_range(objective, lengths)
+    token_weights, weights = _correction_weights(objective, tokens, advantages, segments)
+    level, constants = objective.level, objective.constants
+    terms = Terms(
+        level, ratio, d, new, old, a, advantages, low, high, constants, segments, token_weights
+    )
+    # v_i; for the surrogate `clip` min(s_i A_i, clip(s_i, 1 - low, 1 + high) A_i), equation 5.
+    value, clipped = SURROGATES[objective.surrogate].function(terms)
     policy = -_sum(value * weights, objective, segments) / total  # -(1/N) Σ_i v_i
+
     kl = torch.zeros_like(policy)
     if reference_logprobs is not None:
         estimate = k3(new, tokens["reference_logprobs"], segments.loss_mask)
         kl = _sum(segments.mean(estimate), objective, segments) / total
-    clipped = torch.zeros_like(mask) if clipped is None else clipped & segments.loss_mask
+    clipped = torch.zeros_like(a) if clipped is None else clipped & segments.loss_mask
     return LossOutput(
         loss=policy + objective.kl_coef * kl,
         policy=policy.detach(),
@@ -190,6 +161,21 @@ def policy_loss(
         clipped_tokens=segments.sum(clipped.float()),
         extreme=is_extreme(objective.exponent, d.detach(), log_ratio.detach(), segments),
     )
+
+
+def _correction_weights(
+    objective: Objective,
+    tokens: Mapping[str, Tensor],
+    advantages: PerSequence | None,
+    segments: Segments,
+) -> tuple[PerToken | None, PerSequence | float]:
+    """Weights for pi_old / mu, of each token and of each sequence; a correction has one of them."""
+    if objective.correction is None:
+        return None, 1.0
+    new, old, mu = (tokens[name] for name in ("logprobs", "old_logprobs", "sampling_logprobs"))
+    signs = segments.mean(tokens["token_advantages"]) if advantages is None else advantages
+    weights = objective.correction.weights(new, old, mu, signs, segments)
+    return (weights, 1.0) if objective.correction.per_token else (None, weights)
 
 
 def _sum(means: PerSequence, objective: Objective, segments: Segments) -> Float[Tensor, ""]:

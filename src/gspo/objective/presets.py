@@ -1,10 +1,12 @@
-"""Named objectives. One name is one method; `gspo presets` lists them."""
+"""Named objectives: one name is one method, and one table of presets.toml."""
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from jaxtyping import Float
 from torch import Tensor
@@ -149,98 +151,15 @@ class Preset:
     minibatches: int = 4
 
 
-_SUMMED = "It sums tokens: see max_grad_norm"
-_VESPO = {"k_pos": 2.0, "lambda_pos": 3.0, "k_neg": 3.0, "lambda_neg": 2.0}
+def _preset(name: str, table: dict[str, Any]) -> Preset:
+    """One table of presets.toml."""
+    low, high = table.pop("epsilon", (1.0, 1.0))
+    around = {key: table.pop(key) for key in Preset.__annotations__.keys() & table.keys()}
+    return Preset(name, Objective(epsilon_low=low, epsilon_high=high, **table), **around)
 
-_ALL = (
-    Preset(
-        "gspo",
-        Objective("sequence", 3e-4, 4e-4),
-        "-(1/N) Σ_i min(s_i A_i, clip(s_i) A_i),  s_i = exp((1/L_i) Σ_t d_t)",
-        "Zheng et al., GSPO, arXiv 2507.18071, equations 5 to 7; clip range of section 5.1",
-    ),
-    Preset(
-        "gspo_token",
-        Objective("sequence_token", 3e-4, 4e-4),
-        "-(1/N) Σ_i (1/L_i) Σ_t min(s_it A_it, clip(s_it) A_it),  s_it = sg[s_i] π/sg[π]",
-        "Zheng et al., GSPO, arXiv 2507.18071, equations 13 and 14",
-    ),
-    Preset(
-        "grpo",
-        Objective("token", 0.2, 0.2),
-        "-(1/N) Σ_i (1/L_i) Σ_t min(w_t A_i, clip(w_t) A_i),  w_t = exp(d_t)",
-        "Shao et al., DeepSeekMath, arXiv 2402.03300, equation 3, without its KL term",
-    ),
-    Preset(
-        "dr_grpo",
-        Objective("token", 0.2, 0.2, aggregate="sequence_sum"),
-        "-(1/N) Σ_i Σ_t min(w_t A_i, clip(w_t) A_i),  A_i = r_i - mean(r)",
-        f"Liu et al., Dr. GRPO, arXiv 2503.20783, section 3.2, without its divisor. {_SUMMED}",
-        advantage="group_mean",
-    ),
-    Preset(
-        "dapo",
-        Objective("token", 0.2, 0.28, aggregate="token_mean"),
-        "-(1/T) Σ_i Σ_t min(w_t A_i, clip(w_t, 1 - 0.2, 1 + 0.28) A_i); flat groups left out",
-        "Yu et al., DAPO, arXiv 2503.14476, equations 8 to 10 and 12. Off, but options: dynamic "
-        "sampling (11: dynamic_sampling), overlong punishment (13: overlong_max_tokens)",
-        counts_flat=False,
-    ),
-    Preset(
-        "cispo",
-        Objective("token", 1.0, 4.0, surrogate="truncate", aggregate="token_mean"),
-        "-(1/T) Σ_i Σ_t sg[min(w_t, 1 + ε_high)] A_i log π(y_t)",
-        "MiniMax-M1, arXiv 2506.13585, equations 4, 5; the bound of 5: ScaleRL, arXiv 2510.13786",
-    ),
-    Preset(
-        "gmpo",
-        Objective("token", 0.4, 0.4, surrogate="geometric"),
-        "-(1/N) Σ_i A_i exp((1/L_i) Σ_t clip'(d_t, -0.4, 0.4)), clipped on the side of A",
-        "Zhao et al., GMPO, arXiv 2507.20673, equation 4; range (e^-0.4, e^0.4)",
-    ),
-    Preset(
-        "sapo",
-        Objective("token", 1.0, 1.0, surrogate="gate", constants={"tau_pos": 1.0, "tau_neg": 1.05}),
-        "-(1/N) Σ_i (1/L_i) Σ_t (4/τ) sigmoid(τ (w_t - 1)) A_i,  τ = 1 for A > 0, 1.05 for A < 0",
-        "Gao et al., SAPO, arXiv 2511.20347, equations 5 and 6",
-    ),
-    Preset(
-        "luspo",
-        Objective("sequence", 2e-3, 2.5e-3, aggregate="sequence_sum"),
-        "-(1/N) Σ_i L_i min(s_i A_i, clip(s_i) A_i)",
-        f"LUSPO, Length-Unbiased Sequence Policy Optimization, arXiv 2602.05261. {_SUMMED}",
-    ),
-    Preset(
-        "vespo",
-        Objective("token", 1.0, 1.0, 0.0, "gamma", "token_mean", constants=_VESPO),
-        "-(1/T) Σ_i sg[W_i^k exp(λ (1 - W_i))] A_i Σ_t log π(y_t),  W_i = exp(Σ_t d_t)",
-        "VESPO, Variational Sequence-Level Soft Policy Optimization, arXiv 2602.10693",
-    ),
-    Preset(
-        "dppo",
-        Objective("token", 0.2, 0.2, 0.0, "divergence", "token_mean", constants={"truncate": 20.0}),
-        "-(1/T) Σ_i Σ_t m_t sg[min(w_t, 20)] A_i log π(y_t); m_t = 0 if A moved π - π_old by 0.2",
-        "DPPO (binary total variation), arXiv 2602.04879; numbers of SkyRL, prime-rl and verl",
-    ),
-    Preset(
-        "rloo",
-        Objective("token", 1.0, 1.0, surrogate="likelihood", aggregate="sequence_sum"),
-        "-(1/N) Σ_i (r_i - mean of the others) Σ_t log π(y_t)",
-        f"Ahmadian et al., Back to Basics, arXiv 2402.14740, equation 8. {_SUMMED}",
-        advantage="leave_one_out",
-        minibatches=1,
-    ),
-    Preset(
-        "reinforce",
-        Objective("token", 1.0, 1.0, surrogate="likelihood", aggregate="sequence_sum"),
-        "-(1/N) Σ_i r_i Σ_t log π(y_t)",
-        f"Williams, REINFORCE, Machine Learning 8 (1992), theorem 1, baseline 0. {_SUMMED}",
-        advantage="reward",
-        minibatches=1,
-    ),
-)
 
-PRESETS: Mapping[str, Preset] = {preset.name: preset for preset in _ALL}
+_TABLES = tomllib.loads(Path(__file__).with_name("presets.toml").read_text(encoding="utf-8"))
+PRESETS: Mapping[str, Preset] = {name: _preset(name, table) for name, table in _TABLES.items()}
 
 LEVEL_DEFAULTS: Mapping[Level, Objective] = {
     "sequence": PRESETS["gspo"].objective,

@@ -50,6 +50,7 @@ class Policy:
         multiple: the tokens of a forward pass are padded to a multiple of this, so that log-probs
             don't depend on how many there are (see `kernels.exact`).
         exact: the engine's log-probs are the trainer's, to the bit: proved on the model itself.
+        not_exact: why they are not.
         entries: entries of the vocabulary that are tokens; None: the whole head. What lies behind
             them pads the head; log-probs are over the tokens only.
         logit_scale: factor between the head's product and the logits; None: found on the model.
@@ -70,6 +71,7 @@ class Policy:
     threads: int | None = None
     multiple: int = 1
     exact: bool = False
+    not_exact: str = "exact=False, or a rollout_dtype"
     entries: int | None = None
     logit_scale: float | None = None
     routers: Routers = field(init=False, repr=False)

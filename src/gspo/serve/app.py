@@ -1,49 +1,72 @@
-"""The OpenAI-compatible routes before an engine.
-
-Beside OpenAI's fields, each choice carries what training needs: `token_ids`,
-`prompt_token_ids`, `token_logprobs`, `temperature` and `policy_version`; with
-`return_routes: true`, an MoE engine's `routed_experts` too; and `policy_versions`, one of each
-token, if weights were published while it was sampled.
-"""
+"""The OpenAI-compatible routes before engines; `gspo.serve.answers` says what choices carry."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import fastapi
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 
-from gspo.core.errors import BusyError, GspoError, RequestError, ServeError
-from gspo.data.expert_choices import encode_expert_choices
-from gspo.serve.engine import Completion, Engine, Request
-from gspo.serve.schemas import ChatBody, CompletionBody
+from gspo.core.errors import RequestError
+from gspo.serve import episodes
+from gspo.serve.constraint import answer_grammar
+from gspo.serve.conversation import Conversation, chat_chunks
+from gspo.serve.engine import Completion, Engine, Piece, Request
+from gspo.serve.meters import Metered, Meters
+from gspo.serve.refusals import DOCUMENTED, HungUpError, UnknownModelError, add_handlers
+from gspo.serve.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, texts_in
+from gspo.serve.streaming import EventStream, begun, pieces
+from gspo.serve.text_completion import TextCompletion
+
+T = TypeVar("T")
+Find = Callable[[str], Awaitable[Engine]]
 
 # The handlers are functions of the module, not closures: FastAPI never lets go of a handler.
-router = fastapi.APIRouter()
+router, v1 = (fastapi.APIRouter(responses=DOCUMENTED) for _ in range(2))
 IN_PROCESS = "in-process"
 """The client's host in requests that come through no socket."""
-RETRY_SECONDS = 1
-_numbers = itertools.count(1)  # numbers the answers of this process
+MOST_COMPLETIONS = 4096
+"""Of one request, over all its prompts."""
+LONG_TEXT = 10_000
+"""Characters. Longer texts are tokenized in a thread, so that others don't wait."""
 
 
-def create_app(engine: Engine, names: Callable[[], list[str]]) -> fastapi.FastAPI:
-    """Make the app that answers for an engine.
+def create_app(find: Find, names: Callable[[], list[str]]) -> fastapi.FastAPI:
+    """Make the app that answers for engines.
 
     Args:
-        engine: where requests go.
+        find: gives the engine of a model's name. It raises RequestError for an unknown one, and
+            ServeError once it is closed.
         names: the model names that requests may give.
     """
     app = fastapi.FastAPI(title="gspo", docs_url=None, redoc_url=None)
-    app.state.engine, app.state.names = engine, names
+    app.state.find, app.state.names = find, names
+    app.state.engines = {}  # those that were asked for, by name: /metrics shows them
+    app.state.meters = Meters()
+    app.state.began = int(time.time())
     app.include_router(router)
-    for kind in (GspoError, RequestValidationError):
-        app.add_exception_handler(kind, _refusal)
+    app.include_router(v1, prefix="/v1")
+    episodes.include_episodes(app, v1)
+    app.add_middleware(Metered, meters=app.state.meters)
+    add_handlers(app)
     return app
+
+
+def one_engine(engine: Engine, names: Callable[[], list[str]]) -> Find:
+    """Make the `find` of a server that has one engine, under each of its names."""
+
+    async def find(name: str) -> Engine:
+        if name not in names():
+            raise RequestError(f"no model {name!r} here; this server has {names()}", "model")
+        return engine
+
+    return find
 
 
 @router.get("/health")
@@ -51,165 +74,269 @@ async def health() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/v1/models")
+@router.get("/metrics", response_class=Response)
+async def metrics(http: fastapi.Request) -> Response:
+    state = http.app.state
+    for name in state.names()[:1]:  # nobody may have asked for it yet
+        await _engine(http.app, name)
+    engines = {name: e for name, e in state.engines.items() if name in state.names()}
+    return Response(state.meters.text(engines), media_type=CONTENT_TYPE_LATEST)
+
+
+@v1.get("/models")
 async def models(http: fastapi.Request) -> dict[str, Any]:
-    names = http.app.state.names()
-    entries = [{"id": n, "object": "model", "created": 0, "owned_by": "gspo"} for n in names]
-    return {"object": "list", "data": entries}
+    data = [_model_entry(http, name) for name in http.app.state.names()]
+    return {"object": "list", "data": data}
 
 
-@router.post("/v1/chat/completions")
-async def chat(http: fastapi.Request, body: ChatBody) -> JSONResponse:
-    engine, params = _engine(http, body.model), body.sampling(body.limit())
-    prompt = engine.encode_chat(body.text_messages())
-    choices = []
-    (answer,) = await _sampled(http, engine, [Request(tuple(prompt), params)])
-    for completion in answer:
-        message = {"role": "assistant", "content": completion.text}
-        logprobs = {"content": _token_entries(engine, completion)} if body.logprobs else None
-        choices.append(
-            {"message": message, "logprobs": logprobs, **_training_fields(prompt, completion)}
+@v1.get("/models/{model:path}")
+async def model(http: fastapi.Request, model: str) -> dict[str, Any]:
+    if model not in http.app.state.names():
+        raise UnknownModelError(_no_model(http, model), "model")
+    return _model_entry(http, model)
+
+
+@v1.post("/chat/completions")
+async def chat(http: fastapi.Request, body: ChatBody) -> Response:
+    if not body.stream:
+        # Sent as it is: validating our own answer again would cost more than sampling it.
+        return JSONResponse(await _unless_gone(http, chat_answer(http.app, body, http)))
+    call = await _conversation(http.app, body, http)
+    events = chat_chunks(call, _pieces(http, call.engine, [call.request]), body.usage_asked())
+    return EventStream(await _unless_gone(http, begun(events)))
+
+
+async def chat_answer(
+    app: fastapi.FastAPI, body: ChatBody, http: fastapi.Request | None = None
+) -> dict[str, Any]:
+    """Answer a chat that is no stream. To cancel it, cancel the task that awaits it.
+
+    Args:
+        app: see `create_app`.
+        body: what is asked.
+        http: that it came in; None: in this process, through no app.
+    """
+    call = await _conversation(app, body, http)
+    completions = await call.engine.complete(call.request)
+    _count(app, [call.request], sum(len(c.token_ids) for c in completions))
+    return call.answer(completions)
+
+
+async def _conversation(
+    app: fastapi.FastAPI, body: ChatBody, http: fastapi.Request | None
+) -> Conversation:
+    """Prepare a chat."""
+    engine, params, episode = await _engine(app, body.model), body.params(), episodes.current(app)
+    messages, tools = body.text_messages(), body.tools or None
+    must_call, schema = body.must_call(), body.answer_schema()
+    calls = tools if body.tool_choice != "none" else None
+    reads = engine.chat.wants_special(calls)
+    if reads and body.skip_special_tokens is False:
+        raise RequestError(
+            "skip_special_tokens = false: calls of tools are read from the special tokens, which "
+            "are no part of the message",
+            "skip_special_tokens",
         )
-    return _answer("chatcmpl", "chat.completion", body.model, choices, [prompt])
+    grammar = answer_grammar(
+        engine.chat,
+        calls,
+        must_call=must_call,
+        parallel=body.parallel_tool_calls is not False,
+        schema=schema,
+    )
+    options = {
+        "tools": tools,
+        "template_kwargs": body.template_kwargs(engine.chat),
+        "continue_final": bool(body.continue_final_message),
+        "memory": None if episode is None else episode.memory,
+    }
+    texts = texts_in([messages, tools, options["template_kwargs"]])
+    prompt = await _tokenized(http, engine, texts, lambda: engine.encode_chat(messages, **options))
+    return Conversation(
+        engine=engine,
+        model=body.model,
+        messages=body.messages,
+        prompt=tuple(prompt),
+        params=replace(
+            params,
+            grammar=grammar,
+            skip_special_tokens=params.skip_special_tokens and not reads,
+        ),
+        tools=tools,
+        reads=reads,
+        calls=calls is not None,
+        logprobs=bool(body.logprobs),
+        tokens=body.tokens_asked(),
+        episode=episode,
+    )
 
 
-@router.post("/v1/completions")
-async def completions(http: fastapi.Request, body: CompletionBody) -> JSONResponse:
-    engine, params = _engine(http, body.model), body.sampling(body.max_tokens)
-    if body.logprobs not in (None, 0):
-        raise RequestError("logprobs: only 0, the chosen tokens', is supported", "logprobs")
-    special = body.add_special_tokens
-    prompts = [
-        engine.encode(p, special=special) if isinstance(p, str) else p for p in body.prompts()
-    ]
-    answers = await _sampled(http, engine, [Request(tuple(prompt), params) for prompt in prompts])
-    choices = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        for completion in answer:
-            logprobs = None if body.logprobs is None else _token_lists(engine, completion)
-            fields = {"text": completion.text, "logprobs": logprobs}
-            choices.append(fields | _training_fields(prompt, completion))
-    return _answer("cmpl", "text_completion", body.model, choices, prompts)
+@v1.post("/completions")
+async def completions(http: fastapi.Request, body: CompletionBody) -> Response:
+    engine, params = await _engine(http.app, body.model), body.params()
+    given = body.prompts()
+    if len(given) * params.n > MOST_COMPLETIONS:
+        raise RequestError(
+            f"{len(given)} prompts x n = {params.n} are more than {MOST_COMPLETIONS} completions",
+            "n",
+        )
+
+    def encode() -> list[tuple[int, ...]]:
+        special = body.add_special_tokens is not False
+        return [
+            tuple(engine.encode(p, special=special) if isinstance(p, str) else p) for p in given
+        ]
+
+    prompts = await _tokenized(http, engine, [p for p in given if isinstance(p, str)], encode)
+    call = TextCompletion(
+        engine=engine,
+        model=body.model,
+        prompts=prompts,
+        params=params,
+        logprobs=body.logprobs is not None,
+        tokens=body.tokens_asked(),
+        episode=episodes.current(http.app),
+    )
+    if body.stream:
+        events = call.chunks(_pieces(http, engine, call.requests), body.usage_asked())
+        return EventStream(await _unless_gone(http, begun(events)))
+    for request in call.requests:  # all of them, before the first is sampled
+        engine.check(request)
+    done = await _unless_gone(http, _together(engine, call.requests))
+    _count(http.app, call.requests, sum(len(c.token_ids) for answer in done for c in answer))
+    return JSONResponse(call.answer(done))
 
 
-def _engine(http: fastapi.Request, model: str) -> Engine:
+@router.post("/tokenize")
+async def tokenize(http: fastapi.Request, body: TokenizeBody) -> dict[str, Any]:
+    engine = await _engine(http.app, body.model)
+    text, messages = body.content()
+    if messages is not None:
+        options = {"tools": body.tools, "template_kwargs": body.chat_template_kwargs}
+        texts = texts_in([messages, *options.values()])
+        ids = await _tokenized(http, engine, texts, lambda: engine.encode_chat(messages, **options))
+    else:
+        special = body.add_special_tokens is not False
+        ids = await _tokenized(http, engine, [text], lambda: engine.encode(text, special=special))
+    return {"tokens": ids, "count": len(ids)}
+
+
+@router.post("/detokenize")
+async def detokenize(http: fastapi.Request, body: DetokenizeBody) -> dict[str, Any]:
+    engine = await _engine(http.app, body.model)
+    body.refuse_unknown()
+    if body.tokens:  # `check` refuses what are no tokens of the model
+        engine.check(Request((min(body.tokens), max(body.tokens))))
+    return {"prompt": engine.decode(body.tokens, special=True)}
+
+
+async def _engine(app: fastapi.FastAPI, name: str) -> Engine:
     """The engine of this model.
 
     Raises:
-        RequestError: the server has no such model.
+        UnknownModelError: the server has no such model.
         ServeError: it is closed.
     """
-    names = http.app.state.names()
-    if model not in names:
-        raise RequestError(f"no model {model!r} here; this server has {names}", "model")
-    if http.app.state.engine is None:
-        raise ServeError("the backend that served this model is closed")
-    return http.app.state.engine
+    try:
+        engine = await app.state.find(name)
+    except RequestError as error:
+        raise UnknownModelError(str(error), "model") from None
+    app.state.engines[name] = engine
+    return engine
 
 
-async def _sampled(
-    http: fastapi.Request, engine: Engine, requests: Sequence[Request]
-) -> list[list[Completion]]:
-    """Sample what is asked, unless the client hangs up."""
-    in_process = http.client is not None and http.client.host == IN_PROCESS
-    if in_process and len(requests) == 1:  # its client cancels this task itself
+def _model_entry(http: fastapi.Request, name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": http.app.state.began, "owned_by": "gspo"}
+
+
+def _no_model(http: fastapi.Request, name: str) -> str:
+    return f"no model {name!r} here; this server has {http.app.state.names()}"
+
+
+def _in_process(http: fastapi.Request | None) -> bool:
+    if http is None:
+        return True
+    return http.client is not None and http.client.host == IN_PROCESS
+
+
+async def _tokenized(
+    http: fastapi.Request | None, engine: Engine, texts: Sequence[str], encode: Callable[[], T]
+) -> T:
+    """Tokenize `texts` by `encode`, unless they cannot fit into the context anyway.
+
+    Raises:
+        RequestError: they are too long, or no text.
+    """
+    for text in texts:
+        if len(text) > engine.most_characters:
+            raise RequestError(
+                f"a text of {len(text)} characters cannot fit: the model's context holds "
+                f"{engine.most_characters} at most",
+                "prompt",
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"a text has half a surrogate pair in it: {error}") from None
+    # In process nobody else waits in this loop; and threads would join requests to batches in
+    # another order each time.
+    if _in_process(http) or sum(map(len, texts)) < LONG_TEXT:
+        return encode()
+    return await asyncio.to_thread(encode)
+
+
+async def _together(engine: Engine, requests: Sequence[Request]) -> list[list[Completion]]:
+    """Sample several requests; if one fails, the others are let go of."""
+    if len(requests) == 1:
         return [await engine.complete(requests[0])]
-    for request in requests:  # all of them, before the first is sampled
+    tasks = [asyncio.create_task(engine.complete(request)) for request in requests]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _pieces(
+    http: fastapi.Request, engine: Engine, requests: Sequence[Request]
+) -> AsyncGenerator[tuple[int, Piece], None]:
+    """Sample what is asked, piece by piece."""
+    began, sampled = time.monotonic(), 0
+    for request in requests:
         engine.check(request)
-    work = asyncio.gather(*(engine.complete(request) for request in requests))
-    if in_process:
-        return await work
+    try:
+        async with aclosing(pieces(engine, requests)) as source:
+            async for number, piece in source:
+                if not sampled:
+                    http.app.state.meters.first_token.observe(time.monotonic() - began)
+                sampled += len(piece.token_ids)
+                yield number, piece
+    finally:
+        _count(http.app, requests, sampled)
+
+
+def _count(app: fastapi.FastAPI, requests: Sequence[Request], sampled: int) -> None:
+    tokens = app.state.meters.tokens
+    tokens.labels("prompt").inc(sum(len(request.prompt) for request in requests))
+    tokens.labels("sampled").inc(sampled)
+
+
+async def _unless_gone(http: fastapi.Request, coroutine: Coroutine[Any, Any, T]) -> T:
+    """Await what is to be answered, unless the client hangs up.
+
+    Raises:
+        HungUpError: it did.
+    """
+    if _in_process(http):  # its client cancels this task itself
+        return await coroutine
+    work = asyncio.ensure_future(coroutine)
     # The body is read: the next message is that the client is gone.
     gone = asyncio.ensure_future(http.receive())
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
-            raise ServeError("the client hung up")
+            raise HungUpError("the client hung up")
         return work.result()
     finally:
-        work.cancel()
         gone.cancel()
-
-
-async def _refusal(http: fastapi.Request, error: Exception) -> JSONResponse:
-    """An error in OpenAI's form: with status 400 if the request is to blame, 429 if it should be
-    sent again later, else 500."""
-    message, param, status = str(error), None, 500
-    if isinstance(error, RequestError):
-        param, status = error.param, 400
-    elif isinstance(error, BusyError):
-        status = 429
-    elif isinstance(error, RequestValidationError):
-        first = error.errors()[0]
-        param, status = ".".join(str(name) for name in first["loc"] if name != "body"), 400
-        message = f"{param}: {first['msg']}"
-    kinds = {400: "invalid_request_error", 429: "rate_limit_error", 500: "server_error"}
-    detail = {"message": message, "type": kinds[status], "param": param, "code": None}
-    headers = {"Retry-After": str(RETRY_SECONDS)} if status == 429 else None
-    return JSONResponse({"error": detail}, status_code=status, headers=headers)
-
-
-def _answer(
-    id_start: str, kind: str, model: str, choices: list[dict[str, Any]], prompts: list[list[int]]
-) -> JSONResponse:
-    prompt_tokens = sum(len(prompt) for prompt in prompts)
-    completion_tokens = sum(len(choice["token_ids"]) for choice in choices)
-    # Sent as it is: validating our own answer again would cost more than sampling it.
-    return JSONResponse(
-        {
-            "id": f"{id_start}-{next(_numbers)}",
-            "object": kind,
-            "created": int(time.time()),
-            "model": model,
-            "choices": [{"index": i, **choice} for i, choice in enumerate(choices)],
-            "usage": {
-                "prompt_tokens": prompt_tokens,
-                "completion_tokens": completion_tokens,
-                "total_tokens": prompt_tokens + completion_tokens,
-            },
-        }
-    )
-
-
-def _training_fields(prompt: list[int], completion: Completion) -> dict[str, Any]:
-    """The fields that both kinds of choices have: why it ended, and what training needs."""
-    fields = {
-        "finish_reason": completion.finish_reason,
-        "token_ids": list(completion.token_ids),
-        "prompt_token_ids": prompt,
-        "token_logprobs": list(completion.logprobs),
-        "temperature": completion.temperature,
-        "policy_version": completion.policy_versions[0],
-    }
-    if len(set(completion.policy_versions)) > 1:
-        fields["policy_versions"] = list(completion.policy_versions)
-    if completion.expert_choices is not None:
-        fields["routed_experts"] = encode_expert_choices(completion.expert_choices)
-    return fields
-
-
-def _token_entries(engine: Engine, completion: Completion) -> list[dict[str, Any]]:
-    """The log-probs of a completion, in the form of a chat's choice."""
-    tokens = completion.token_ids
-    return [
-        {
-            "token": engine.decode([token], special=True),
-            "logprob": logprob,
-            "bytes": list(raw),
-            "top_logprobs": [],
-        }
-        for token, logprob, raw in zip(
-            tokens, completion.logprobs, engine.token_bytes(tokens), strict=True
-        )
-    ]
-
-
-def _token_lists(engine: Engine, completion: Completion) -> dict[str, Any]:
-    """The log-probs of a completion, in the form of a text completion's choice."""
-    texts = [engine.decode([token], special=True) for token in completion.token_ids]
-    return {
-        "tokens": texts,
-        "token_logprobs": list(completion.logprobs),
-        "top_logprobs": None,
-        "text_offset": [0, *itertools.accumulate(len(text) for text in texts)][:-1],
-    }
+        work.cancel()

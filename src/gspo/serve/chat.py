@@ -21,8 +21,9 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from gspo.core.errors import RequestError
+from gspo.serve.call_formats import FORMATS, Format
 from gspo.serve.harmony import HARMONY, HarmonyParser
-from gspo.serve.tool_calls import FORMATS, CallParser, Delta, Format, Parsed, joined
+from gspo.serve.tool_calls import CallParser, Delta, Parsed, joined
 from gspo.serve.tool_messages import check_calls, tools_of, with_objects
 
 _PROBE_TOOL = {

@@ -17,9 +17,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from gspo.kernels.running_softmax import RunningSoftmax
 from gspo.policy.load import Policy
-from gspo.serve.engine import FinishReason, Request, SamplingParams
-from gspo.serve.sampling import RandomStreams, sample
+from gspo.serve.engine import FinishReason, Request, SamplingParams, TopLogprobs
+from gspo.serve.grammar import Matcher
+from gspo.serve.logit_rules import LogitRules
+from gspo.serve.philox import RandomStreams
+from gspo.serve.sampling import Parts, sample
 
 
 @dataclass(eq=False)
@@ -35,6 +39,8 @@ class OpenCompletion:
         text: what a stop text left of its text, if one was found.
         tokens, logprobs, versions: once it has ended; versions are the weights' of each token.
         expert_choices: for each forward pass, [n, N, K] experts of its n tokens, if asked for.
+        matcher: how far it has come in its grammar, if it has one.
+        top_logprobs: of each token so far, if asked for.
     """
 
     request: Request
@@ -47,6 +53,8 @@ class OpenCompletion:
     logprobs: tuple[float, ...] = ()
     versions: tuple[int, ...] = ()
     expert_choices: list[np.ndarray] = field(default_factory=list)
+    matcher: Matcher | None = None
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
 
     @cached_property
     def params(self) -> SamplingParams:
@@ -108,7 +116,6 @@ class Running:
         columns = self._state["tokens"].shape[1] if self._state else 0
         new = {
             "temperature": torch.tensor([p.temperature for p in params], dtype=torch.float32),
-            "top_p": torch.tensor([p.top_p for p in params], dtype=torch.float32),
             "heeds": torch.tensor([not p.ignore_eos for p in params]),  # end tokens
             "limit": torch.tensor([completion.limit for completion in completions]),
             "count": torch.zeros(len(params), dtype=torch.long),
@@ -118,6 +125,17 @@ class Running:
         for name, values in new.items():
             old = [self._state[name]] if name in self._state else []
             self._state[name] = torch.cat([*old, values.to(self.device)])
+        self._look()
+
+    def _look(self) -> None:
+        """Look at what the completions ask for, so that a step need not."""
+        params = [completion.params for completion in self.completions]
+        self._rules = LogitRules(self.completions, self._ends)
+        self._parts = Parts(params, self.device)
+        self._some_stop = any(p.stop for p in params)
+        self._some_ends = any(completion.ends for completion in self.completions)
+        self._some_grammar = any(completion.matcher for completion in self.completions)
+        self._top = [i for i, p in enumerate(params) if p.top_logprobs]
 
     def sample(self, logits: Float[Tensor, "R V"], version: int) -> Int[Tensor, " R"]:
         """Draw a token for each completion, write it down, and mark those that it ended.
@@ -127,9 +145,17 @@ class Running:
             version: of the weights that gave the logits.
         """
         state = self._state
-        uniform, barred = self._random.draw(), self._barred()
-        tokens, logprobs = sample(logits, state["temperature"], state["top_p"], uniform, barred)
         count = state["count"]
+        changed = self._rules.apply(logits, state["tokens"], count)
+        tokens, logprobs, softmax = sample(
+            logits,
+            state["temperature"],
+            self._random.draw(),
+            None if changed is None else (self._rules.rows, changed),
+            self._parts,
+        )
+        if self._top:
+            self._note_top(logits, softmax)
         longest = int(count.max())  # a device is asked once
         self._versions.append(version)
         if len(self._versions) > 2 * longest + 1024:
@@ -140,33 +166,33 @@ class Running:
             state[name].scatter_(1, count[:, None], new[:, None])
         count += 1
         stopped = self._ends[tokens] & state["heeds"]
-        if any(completion.ends for completion in self.completions):
+        if self._some_ends:
             pairs = zip(tokens.tolist(), self.completions, strict=True)
             ended = [token in completion.ends for token, completion in pairs]
             stopped |= torch.tensor(ended, device=self.device)
         done = stopped | (count >= state["limit"])
-        if bool(done.any()) or any(completion.params.stop for completion in self.completions):
+        if self._some_grammar:
+            done[list(self._rules.take(tokens.tolist()))] = True
+        if self._some_stop or bool(done.any()):
             self._finish(stopped.tolist(), done.tolist())
         return tokens
+
+    def _note_top(self, logits: Float[Tensor, "R V"], softmax: RunningSoftmax) -> None:
+        """Write down the likeliest tokens of the completions that ask for them."""
+        rows = torch.tensor(self._top, device=self.device)
+        most = max(self.completions[row].params.top_logprobs for row in self._top)
+        values, tokens = logits[rows].topk(min(most, logits.shape[1]))
+        logprobs = softmax.several_logprobs(values, rows).tolist()
+        for row, ids, numbers in zip(self._top, tokens.tolist(), logprobs, strict=True):
+            completion = self.completions[row]
+            if completion.finish is None:
+                pairs = tuple(zip(ids, numbers, strict=True))
+                completion.top_logprobs.append(pairs[: completion.params.top_logprobs])
 
     def cancel(self, completion: OpenCompletion) -> None:
         """End a completion that nobody wants any more."""
         completion.finish = "length"
         self.alive -= 1
-
-    def _barred(self) -> Bool[Tensor, "R V"] | None:
-        """Mark the end tokens of the completions that are shorter than their min_tokens, if any."""
-        if not any(completion.params.min_tokens for completion in self.completions):
-            return None
-        counts = self._state["count"].tolist()
-        short = [i for i, n in enumerate(counts) if n < self.completions[i].params.min_tokens]
-        if not short:
-            return None
-        barred = self._ends.new_zeros(len(self.completions), len(self._ends))
-        for i in short:
-            barred[i] = self._ends & self._state["heeds"][i]
-            barred[i, list(self.completions[i].ends)] = True
-        return barred
 
     def keep(self) -> np.ndarray:
         """Drop the finished completions; returns the places of those that stay."""
@@ -175,25 +201,30 @@ class Running:
         self.completions = [self.completions[i] for i in places]
         self._random.keep(index)
         self._state = {name: values[index] for name, values in self._state.items()}
+        self._look()
         return np.array(places, dtype=np.int64)
 
     def _finish(self, stopped: list[bool], done: list[bool]) -> None:
+        ended, counts = [], self._state["count"].tolist()
         for i, completion in enumerate(self.completions):
             if completion.finish is not None:
                 continue
             if stopped[i]:
                 completion.finish = "stop"
-            elif completion.params.stop and (text := self._cut(i)) is not None:
+            elif completion.params.stop and (text := self._cut(i, counts[i])) is not None:
                 completion.finish, completion.text = "stop", text
             elif done[i]:
                 completion.finish = "length"
+                if completion.matcher is not None and completion.matcher.finish is not None:
+                    completion.finish = completion.matcher.finish
             if completion.finish is not None:
-                self._write(i)
-                self.alive -= 1
+                ended.append(i)
+        if ended:
+            self._write(ended, [counts[i] for i in ended])
 
-    def _cut(self, i: int) -> str | None:
+    def _cut(self, i: int, count: int) -> str | None:
         """The text before the first stop text, or None if there is none yet."""
-        params, count = self.completions[i].params, int(self._state["count"][i])
+        params = self.completions[i].params
         if count < params.min_tokens:
             return None
         tokens = self._state["tokens"][i, :count].tolist()
@@ -213,13 +244,22 @@ class Running:
         tokens, logprobs = (
             tuple(self._state[name][i, first:count].tolist()) for name in ("tokens", "logprobs")
         )
-        # One that runs has sampled a token in each of the last steps.
-        return tokens, logprobs, tuple(self._versions[len(self._versions) - count + first :])
+        return tokens, logprobs, self._versions_of(count)[first:]
 
-    def _write(self, i: int) -> None:
-        completion, state = self.completions[i], self._state
-        completion.tokens, completion.logprobs, completion.versions = self.read(i)
+    def _versions_of(self, count: int) -> tuple[int, ...]:
+        # One that runs has sampled a token in each of the last steps.
+        return tuple(self._versions[len(self._versions) - count :])
+
+    def _write(self, rows: list[int], counts: list[int]) -> None:
+        """Write into the completions what they have sampled; all at once, as reading is slow."""
+        state, index = self._state, torch.tensor(rows, device=self.device)
+        together = (state[name][index, : max(counts)].tolist() for name in ("tokens", "logprobs"))
+        for i, count, tokens, logprobs in zip(rows, counts, *together, strict=True):
+            completion = self.completions[i]
+            completion.tokens, completion.logprobs = tuple(tokens[:count]), tuple(logprobs[:count])
+            completion.versions = self._versions_of(count)
+        self.alive -= len(rows)
         # A finished completion is still computed until `keep` drops it; its tokens are ignored.
         # It writes them over the start of its buffer.
-        state["count"][i] = 0
-        state["limit"][i] = torch.iinfo(torch.long).max
+        state["count"][index] = 0
+        state["limit"][index] = torch.iinfo(torch.long).max

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
 from gspo.core.errors import RequestError, shown
-from gspo.core.options import TEMPERATURES
+from gspo.serve.params import SamplingParams
 
 if TYPE_CHECKING:  # `import gspo` is light
     from gspo.serve.chat import ChatFormat
@@ -17,59 +17,8 @@ if TYPE_CHECKING:  # `import gspo` is light
     from gspo.weights.receipt import Probe, Receipts
 
 FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How completions are drawn.
-
-    Attributes:
-        n: completions of the prompt, 1 to 4096.
-        max_tokens: most tokens of one completion; None: up to the model's context.
-        temperature: of the distribution, 0.001 to 100; 0 takes the likeliest token.
-        top_p: sample from the smallest set of tokens that holds this much probability.
-        stop: texts at whose first occurrence a completion ends; they are cut from the text, but
-            their tokens were sampled and stay in `token_ids`.
-        seed: completion i of a seeded request depends on (seed, i) only, not on other requests.
-        purpose: what a request without a seed is for, see `gspo.core.draws.purpose`.
-        expert_choices: return the experts that each token went through (MoE models only).
-        ignore_eos: go on after an end token, up to `max_tokens`: for measurements.
-        stop_token_ids: tokens that end a completion as an end token does, whatever `ignore_eos`.
-        min_tokens: end tokens are not drawn, and stop texts not looked for, among this many first
-            tokens. `logprobs` stay those of the full distribution.
-        skip_special_tokens: leave special tokens out of the text.
-
-    Raises:
-        RequestError: a value out of range.
-    """
-
-    n: int = 1
-    max_tokens: int | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    stop: tuple[str, ...] = ()
-    seed: int | None = None
-    purpose: tuple[int | str, ...] = ()
-    expert_choices: bool = False
-    ignore_eos: bool = False
-    stop_token_ids: tuple[int, ...] = ()
-    min_tokens: int = 0
-    skip_special_tokens: bool = True
-
-    def __post_init__(self) -> None:
-        limit = 1 if self.max_tokens is None else self.max_tokens
-        low, high = TEMPERATURES
-        warm = self.temperature == 0 or low <= self.temperature <= high
-        for name, value, fine, rule in (
-            ("n", self.n, 1 <= self.n <= 4096, "in 1..4096"),
-            ("max_tokens", self.max_tokens, limit >= 1, "at least 1"),
-            ("temperature", self.temperature, warm, f"0, or in [{low:g}, {high:g}]"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]"),
-            ("stop", self.stop, all(self.stop), "texts that are not empty"),
-            ("min_tokens", self.min_tokens, self.min_tokens >= 0, "at least 0"),
-        ):
-            if not fine:
-                raise RequestError(f"{name} = {value!r}: must be {rule}", param=name)
+TopLogprobs: TypeAlias = tuple[tuple[int, float], ...]
+"""Token ids with their log-probs, likeliest first."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +52,10 @@ class Completion:
         temperature: of `logprobs`: the request's, or 1 for greedy decoding.
         expert_choices: if asked for, [R, N, K] experts of the prompt's and the completion's tokens
             but the last, which was never fed; R = prompt + L - 1. One byte per expert up to 256.
+        top_logprobs: if asked for, (token id, log-prob) of the likeliest tokens at each token's
+            place, likeliest first, under the distribution of `logprobs`.
+        altered_by: names of the parameters because of which the tokens were drawn from another
+            distribution than that of `logprobs`.
     """
 
     token_ids: tuple[int, ...]
@@ -112,6 +65,8 @@ class Completion:
     policy_versions: tuple[int, ...]
     temperature: float
     expert_choices: np.ndarray | None = field(default=None, compare=False)
+    top_logprobs: tuple[TopLogprobs, ...] = ()
+    altered_by: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,6 +77,9 @@ class Piece:
         index: number of the completion, 0 to n - 1.
         token_ids, logprobs, policy_versions: of its new tokens, as in `Completion`.
         finish_reason: with its last piece; None before.
+        top_logprobs: of its new tokens, as in `Completion`.
+        altered_by: as in `Completion`, with each piece.
+        completion: with its last piece: the whole of it.
     """
 
     index: int
@@ -129,6 +87,9 @@ class Piece:
     logprobs: tuple[float, ...]
     policy_versions: tuple[int, ...]
     finish_reason: FinishReason | None = None
+    top_logprobs: tuple[TopLogprobs, ...] = ()
+    altered_by: tuple[str, ...] = ()
+    completion: Completion | None = None
 
 
 @runtime_checkable
@@ -146,6 +107,16 @@ class Engine(Protocol):
 
     chat: ChatFormat
     receipts: Receipts | None
+
+    @property
+    def most_characters(self) -> int:
+        """A text of more characters has more tokens than the model's context."""
+        ...
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """How many requests run, and how many wait."""
+        ...
 
     @property
     def policy_version(self) -> int:
@@ -210,7 +181,7 @@ class Engine(Protocol):
         """
         ...
 
-    def stream(self, request: Request) -> AsyncIterator[Piece]:
+    def stream(self, request: Request) -> AsyncGenerator[Piece, None]:
         """Sample as `complete` does, and hand over each step's tokens. To cancel it, close it.
 
         Raises:
@@ -231,8 +202,8 @@ def check_fits(request: Request, context: int, vocabulary: int) -> int:
     """Return how many tokens each completion of the request may have.
 
     Raises:
-        RequestError: an empty prompt, one with an id that is no token of the model, or one that
-            leaves no room in the context.
+        RequestError: an empty prompt, one that leaves no room in the context, or an id that is no
+            token of the model, in the prompt or in logit_bias.
     """
     length = len(request.prompt)
     if length == 0:
@@ -243,6 +214,13 @@ def check_fits(request: Request, context: int, vocabulary: int) -> int:
                 f"the prompt has the token id {shown(token)}, but the model's vocabulary is "
                 f"0..{vocabulary - 1}",
                 param="prompt",
+            )
+    for token, _ in request.params.logit_bias:
+        if not 0 <= token < vocabulary:
+            raise RequestError(
+                f"logit_bias names the token id {shown(token)}, but the model's vocabulary is "
+                f"0..{vocabulary - 1}",
+                param="logit_bias",
             )
     room = context - length
     wanted = request.params.max_tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken
@@ -51,6 +51,8 @@ class FakeTokenizer:
 class FakeEngine:
     """Tokens are Unicode code points; 0 ends a completion.
 
+    What changes a distribution is noted in `altered_by`, and changes no reply.
+
     Args:
         reply: text of completion `index` of a prompt; default: random letters a to d, drawn from
             the request's seed (or a counter), the prompt and the index.
@@ -62,8 +64,9 @@ class FakeEngine:
     'HI'
     """
 
-    context = 4096
+    context = most_characters = 4096
     vocabulary = 0x110000
+    traffic = (0, 0)
 
     def __init__(
         self,
@@ -110,6 +113,9 @@ class FakeEngine:
         if request.params.min_tokens:
             message = "min_tokens: FakeEngine replies with the text that it was given"
             raise RequestError(message, param="min_tokens")
+        if request.params.grammar and self.reply is None:
+            message = "grammar: FakeEngine draws letters; give it a reply that keeps to the grammar"
+            raise RequestError(message, param="response_format")
         if request.params.expert_choices:
             message = "return_routes: FakeEngine has no experts, so it returns no expert choices"
             raise RequestError(message, param="return_routes")
@@ -123,13 +129,14 @@ class FakeEngine:
     def close(self) -> None:
         """Nothing is held here, so nothing is let go of."""
 
-    async def stream(self, request: Request) -> AsyncIterator[Piece]:
+    async def stream(self, request: Request) -> AsyncGenerator[Piece, None]:
         for index, done in enumerate(await self.complete(request)):
             last = len(done.token_ids) - 1
             columns = zip(done.token_ids, done.logprobs, done.policy_versions, strict=True)
             for i, (token, logprob, version) in enumerate(columns):
-                reason = done.finish_reason if i == last else None
-                yield Piece(index, (token,), (logprob,), (version,), reason)
+                reason, whole = (done.finish_reason, done) if i == last else (None, None)
+                top, altered = done.top_logprobs[i : i + 1], done.altered_by
+                yield Piece(index, (token,), (logprob,), (version,), reason, top, altered, whole)
 
     async def complete(self, request: Request) -> list[Completion]:
         self.check(request)
@@ -150,9 +157,15 @@ class FakeEngine:
         tokens = [*self.encode(text), END]
         first_end = next(i for i, token in enumerate(tokens) if token in ends)
         limit = check_fits(request, self.context, self.vocabulary)
+        special = not params.skip_special_tokens
         tokens = tokens[: min(first_end + 1, limit)]
-        out = self.decode(tokens, special=not params.skip_special_tokens)
-        cuts = [text.find(stop) for stop in params.stop if stop in text]
+        for count in range(1, len(tokens) + 1) if params.stop else ():
+            out = self.decode(tokens[:count], special=special)
+            if any(stop in out for stop in params.stop):
+                tokens = tokens[:count]
+                break
+        out = self.decode(tokens, special=special)
+        cuts = [out.find(stop) for stop in params.stop if stop in out]
         return Completion(
             token_ids=tuple(tokens),
             logprobs=(self.logprob,) * len(tokens),
@@ -160,4 +173,8 @@ class FakeEngine:
             finish_reason="stop" if tokens[-1] in ends or cuts else "length",
             policy_versions=(self.policy_version,) * len(tokens),
             temperature=params.temperature or 1.0,
+            top_logprobs=tuple(((token, self.logprob),) for token in tokens)
+            if params.top_logprobs
+            else (),
+            altered_by=params.altered_by,
         )

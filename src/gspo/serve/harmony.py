@@ -15,7 +15,8 @@ import json
 import re
 from collections.abc import Iterable
 
-from gspo.serve.tool_calls import Delta, Format, ToolCall, Tools, json_values, marks, may_begin
+from gspo.serve.call_formats import Format, Tools, json_values
+from gspo.serve.tool_calls import Delta, ToolCall, marks, may_begin
 
 _ENDS = ("<|end|>", "<|call|>", "<|return|>")
 _MESSAGE = "<|message|>"

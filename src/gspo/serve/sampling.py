@@ -1,6 +1,7 @@
-"""Draw tokens from logits: inverse-CDF sampling, with a stream of random numbers per completion.
+"""Draw tokens from logits by the inverse of the cumulative distribution.
 
-Tensors are of R completions that are decoded together, and V tokens.
+Tensors are of R completions that are decoded together, and V tokens. What is drawn for one does not
+depend on the others: there is no sum over completions, and none is touched for another's sake.
 """
 
 from __future__ import annotations
@@ -8,105 +9,106 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from gspo.kernels.logprob import softmax_of
+from gspo.kernels.running_softmax import RunningSoftmax
+from gspo.serve.params import SamplingParams
 
-_BLOCK = 64
-_LARGEST = 1.0 - 2.0**-23  # below 1 after rounding to float32 and scaling
+_LEAVES_A_PART = frozenset({"top_k", "min_p", "top_p"})
+"""The parameters that leave a part, of those that `SamplingParams.altered_by` names."""
 
 
-class RandomStreams:
-    """Uniform numbers, one stream per completion (counter-based Philox).
+class Parts:
+    """The parts that those K of R completions sample from which ask for top_k, min_p or top_p.
 
-    A stream's numbers depend on its key only, so that a completion doesn't change with what
-    happens to be decoded beside it.
+    Attributes:
+        rows: [K] their places among the R.
     """
 
-    def __init__(self, keys: Sequence[tuple[int, int]], device: torch.device):
-        self._streams: list[np.random.Philox] = []
-        self._block = torch.empty(_BLOCK, 0, device=device)
-        self._next = _BLOCK
-        self.add(keys)
+    def __init__(self, params: Sequence[SamplingParams], device: torch.device):
+        rows = [i for i, p in enumerate(params) if not _LEAVES_A_PART.isdisjoint(p.altered_by)]
+        self.rows = torch.tensor(rows, dtype=torch.long, device=device)
+        chosen = [params[i] for i in rows]
+        self._top_k = max((p.top_k for p in chosen), default=0)
+        self._ranks = torch.tensor([p.top_k for p in chosen], dtype=torch.long, device=device)
+        self._min_p = torch.tensor([p.min_p for p in chosen], device=device)
+        self._some_top_p = any(p.top_p < 1 for p in chosen)
+        # A sum may pass 1 before its last token: without top_p all are kept.
+        top_p = [p.top_p if p.top_p < 1 else math.inf for p in chosen]
+        self._top_p = torch.tensor(top_p, device=device)
 
-    def add(self, keys: Sequence[tuple[int, int]]) -> None:
-        """Add streams; their first numbers come with the next draw."""
-        words = np.array([[word % 2**64 for word in key] for key in keys], dtype=np.uint64)
-        new = [np.random.Philox(key=key) for key in words]
-        self._streams += new
-        block = self._block.new_zeros(_BLOCK, len(new))
-        if new and self._next < _BLOCK:
-            block[self._next :] = self._numbers(new, _BLOCK - self._next)
-        self._block = torch.cat([self._block, block], dim=1)
+    def narrow_(self, probabilities: Float[Tensor, "R V"]) -> None:
+        """Set the probabilities to 0 that are outside of the part."""
+        if len(self.rows):
+            probabilities[self.rows] = self._narrowed(probabilities[self.rows])
 
-    def draw(self) -> Float[Tensor, " R"]:
-        """Draw the next number in [0, 1) of each stream."""
-        if self._next == _BLOCK:
-            self._block = self._numbers(self._streams, _BLOCK)
-            self._next = 0
-        self._next += 1
-        return self._block[self._next - 1]
-
-    def keep(self, index: Int[Tensor, " K"]) -> None:
-        """Drop all other streams."""
-        self._streams = [self._streams[i] for i in index.tolist()]
-        self._block = self._block[:, index]
-
-    def _numbers(self, streams: list[np.random.Philox], count: int) -> Float[Tensor, "C R"]:
-        # From the bits, as numpy's Generator does: making one Generator per stream takes longer.
-        raw = np.stack([stream.random_raw(count) for stream in streams], axis=1)
-        uniform = ((raw >> np.uint64(11)) * 2.0**-53).clip(max=_LARGEST)
-        return torch.from_numpy(uniform).float().to(self._block.device)
+    def _narrowed(self, kept: Float[Tensor, "K V"]) -> Float[Tensor, "K V"]:
+        if self._top_k:
+            most = min(self._top_k, kept.shape[1])
+            ranks = self._ranks.clamp(max=most)
+            ranked = kept.topk(most).values
+            lowest = ranked.gather(1, (ranks - 1).clamp(min=0)[:, None]).squeeze(1)
+            # As many as are like the last: which of them were meant, nobody can say.
+            kept = torch.where(kept >= torch.where(ranks > 0, lowest, 0.0)[:, None], kept, 0.0)
+        kept = torch.where(kept >= (self._min_p * kept.amax(-1))[:, None], kept, 0.0)
+        if self._some_top_p:
+            ordered, index = kept.sort(dim=-1, descending=True, stable=True)
+            up_to = ordered.cumsum(-1)
+            before = torch.nn.functional.pad(up_to[:, :-1], (1, 0))  # the likeliest always stays
+            ordered = torch.where(before < self._top_p[:, None] * up_to[:, -1:], ordered, 0.0)
+            kept = torch.zeros_like(kept).scatter_(-1, index, ordered)
+        return kept
 
 
 def sample(
     logits: Float[Tensor, "R V"],
     temperature: Float[Tensor, " R"],
-    top_p: Float[Tensor, " R"],
     uniform: Float[Tensor, " R"],
-    barred: Bool[Tensor, "R V"] | None = None,
-) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"]]:
-    """Draw tokens; returns them and their float32 log-probs under softmax(logits / temperature).
+    changed: tuple[Int[Tensor, " K"], Float[Tensor, "K V"]] | None = None,
+    parts: Parts | None = None,
+) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"], RunningSoftmax]:
+    """Draw tokens.
 
-    Temperature 0 takes the likeliest token, whose log-prob is at temperature 1. Tokens that are
-    `barred` are not drawn; the log-probs are those of the full distribution all the same.
+    Args:
+        logits: of the model.
+        temperature: 0 takes the likeliest token, whose log-prob is at temperature 1.
+        uniform: random numbers in [0, 1).
+        changed: places, and the logits that these draw from in place of `logits`.
+        parts: what each samples from.
+
+    Returns:
+        The tokens; their float32 log-probs under softmax(logits / temperature), whatever `changed`
+        and `parts` are; and that softmax.
 
     >>> logits = torch.tensor([[0.0, 0.0], [0.0, 5.0]])
-    >>> one = torch.ones(2)
-    >>> sample(logits, torch.tensor([1.0, 0.0]), one, torch.tensor([0.2, 0.9]))[0].tolist()
+    >>> sample(logits, torch.tensor([1.0, 0.0]), torch.tensor([0.2, 0.9]))[0].tolist()
     [0, 1]
     """
     greedy = temperature == 0
     scale = torch.where(greedy, 1.0, temperature)
     probabilities, softmax = softmax_of(logits, scale)
-    drawn = logits
-    if barred is not None:
-        drawn = logits.masked_fill(barred, -math.inf)
-        probabilities, _ = softmax_of(drawn, scale)  # relative to the likeliest that may be drawn
-    if bool(greedy.all()):
-        tokens = drawn.argmax(-1)
+    if changed is not None:
+        rows, drawn = changed
+        # Relative to the likeliest that may be drawn: others may be far above it.
+        probabilities[rows], _ = softmax_of(drawn, scale[rows])
+    likeliest = None
+    if bool(greedy.any()):
+        likeliest = logits.argmax(-1)
+        if changed is not None:
+            likeliest[changed[0]] = changed[1].argmax(-1)
+    if likeliest is not None and bool(greedy.all()):
+        tokens = likeliest
     else:
-        if bool((top_p < 1).any()):
-            probabilities = _nucleus(probabilities, top_p)
+        if parts is not None:
+            parts.narrow_(probabilities)
         cumulative = probabilities.cumsum(-1)
         # Scaled by the last value: rounding leaves the sum slightly off 1.
         threshold = uniform * cumulative[:, -1]
         tokens = torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(-1)
         tokens = tokens.clamp_(max=logits.shape[-1] - 1)
-        if bool(greedy.any()):
-            tokens = torch.where(greedy, drawn.argmax(-1), tokens)
-    return tokens, softmax.logprobs(logits.gather(-1, tokens[:, None]).squeeze(-1))
-
-
-def _nucleus(
-    probabilities: Float[Tensor, "R V"], top_p: Float[Tensor, " R"]
-) -> Float[Tensor, "R V"]:
-    """Zero all but the likeliest tokens that together hold `top_p`; at least one stays."""
-    probabilities = probabilities / probabilities.sum(-1, keepdim=True)
-    ordered, index = probabilities.sort(dim=-1, descending=True)
-    before = ordered.cumsum(-1) - ordered
-    ordered = torch.where(before < top_p[:, None], ordered, 0.0)
-    return torch.zeros_like(probabilities).scatter_(-1, index, ordered)
+        if likeliest is not None:
+            tokens = torch.where(greedy, likeliest, tokens)
+    return tokens, softmax.logprobs(logits.gather(-1, tokens[:, None]).squeeze(-1)), softmax

@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 MAX_OPEN = 16_384
 """Requests that may be unanswered at once."""
+MAX_PIECES = 256
+"""Of a stream, that may wait for their reader."""
 STEP_SECONDS = 1800.0
 """A longer step is stuck. The prompts of a first batch may take minutes on a CPU."""
 TURN_SECONDS = 24 * 3600.0
@@ -69,6 +71,12 @@ class Scheduler:
         """Whether requests join those that run."""
         return self._sockets or self._engine.exact
 
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """How many requests run, and how many wait."""
+        running = sum(ticket.next > 0 for ticket in self._active)
+        return running, max(0, self._open - running)
+
     async def complete(self, request: Request) -> list[Completion]:
         """See `Engine.complete`."""
         with self._ticket(request, streams=False) as ticket:
@@ -76,7 +84,7 @@ class Scheduler:
             assert isinstance(answer, list)
             return answer
 
-    async def stream(self, request: Request) -> AsyncIterator[Piece]:
+    async def stream(self, request: Request) -> AsyncGenerator[Piece, None]:
         """See `Engine.stream`."""
         with self._ticket(request, streams=True) as ticket:
             while isinstance(piece := await self._next_item(ticket), Piece):
@@ -259,14 +267,20 @@ class Scheduler:
         return [(ticket, ours) for ticket in failed]
 
     def _pieces(self, ticket: Ticket, batch: Batch) -> Made:
+        """What a step added to a stream; a slow reader gets it later, with what comes after it."""
         made: Made = []
+        if ticket.box.qsize() >= MAX_PIECES and not all(c.finish for c in ticket.completions):
+            return made
         for index, first in enumerate(ticket.sent):
             completion = ticket.completions[index]
             tokens, logprobs, versions = batch.sampled(completion, first)
             if tokens:
                 ticket.sent[index] += len(tokens)
-                finish = completion.finish
-                made.append((ticket, Piece(index, tokens, logprobs, versions, finish)))
+                finish, altered = completion.finish, completion.params.altered_by
+                top = tuple(completion.top_logprobs[first : first + len(tokens)])
+                whole = self._engine.whole(completion) if finish else None
+                piece = Piece(index, tokens, logprobs, versions, finish, top, altered, whole)
+                made.append((ticket, piece))
         return made
 
     def _deliver(self, made: Made) -> None:

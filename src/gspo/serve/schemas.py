@@ -2,67 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from gspo.core.draws import purpose
 from gspo.core.errors import RequestError, shown, suggestion
+from gspo.serve.chat import ChatFormat
 from gspo.serve.engine import SamplingParams
 
-_IGNORABLE = {"user", "metadata", "service_tier", "prompt_cache_key", "safety_identifier"}
-"""Labels for the provider's own books: they ask for nothing that changes an answer."""
+_IGNORABLE = {"user", "metadata", "service_tier", "prompt_cache_key", "prompt_cache_retention"}
+_IGNORABLE |= {"safety_identifier", "verbosity"}
+"""Labels for the provider's own books, and hints: they ask for nothing that changes an answer."""
 _UNSUPPORTED: tuple[tuple[Any, str], ...] = (
-    (False, "stream store echo use_beam_search add_special_tokens continue_final_message"),
-    (0, "frequency_penalty presence_penalty top_logprobs top_k min_p prompt_logprobs"),
-    (1, "best_of repetition_penalty length_penalty"),
+    (False, "store echo use_beam_search add_special_tokens background"),
+    (0, "prompt_logprobs"),
+    (1, "best_of length_penalty"),
     ("", "suffix chat_template"),
-    ({}, "logit_bias chat_template_kwargs"),
-    ([], "tools"),
-    (-1, "top_k"),
-    ("none", "tool_choice"),
-    ("auto", "tool_choice"),
-    ({"type": "text"}, "response_format"),
-    (None, "stream_options"),
+    ([], "functions documents include"),
+    (["text"], "modalities"),
+    ("disabled", "truncation"),
+    (None, "audio prediction web_search_options previous_response_id conversation prompt"),
+    (None, "max_tool_calls context_management function_call"),
 )
 """Parameters of OpenAI's and vLLM's APIs that this version doesn't have, behind the value that asks
 for nothing. Any other value is refused by name: nothing is accepted and ignored."""
 _SAMPLING = {"n", "temperature", "top_p", "seed", "ignore_eos", "min_tokens", "skip_special_tokens"}
+_SAMPLING |= {"min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
 """Fields that are named as in `SamplingParams`; null means its default."""
 
 
-class _Body(BaseModel):
+class _Asked(BaseModel):
+    """A request's body. Fields that it doesn't have are refused by name."""
+
     model_config = ConfigDict(extra="allow", strict=True)  # "2" and true are no numbers
 
     model: str
-    n: int = 1
-    temperature: float | None = None
-    top_p: float | None = None
-    stop: str | list[str] | None = None
-    seed: int | None = None
-    return_routes: bool = False
-    ignore_eos: bool = False
-    stop_token_ids: list[int] | None = None
-    min_tokens: int = 0
-    skip_special_tokens: bool = True
 
-    def sampling(self, max_tokens: int | None) -> SamplingParams:
-        """Return the engine's parameters.
+    def refuse_unknown(self) -> None:
+        """Refuse fields that mean nothing here, unless their value asks for nothing.
 
         Raises:
-            RequestError: an unknown parameter, or a value out of range.
+            RequestError: it names the first.
         """
-        self._refuse_unknown()
-        return SamplingParams(
-            **self.model_dump(include=_SAMPLING, exclude_none=True),
-            max_tokens=max_tokens,
-            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
-            stop_token_ids=tuple(self.stop_token_ids or ()),
-            purpose=purpose(),
-            expert_choices=self.return_routes,
-        )
-
-    def _refuse_unknown(self) -> None:
         for name, value in (self.model_extra or {}).items():
             neutral = [value for value, names in _UNSUPPORTED if name in names.split()]
             if value is None or name in _IGNORABLE or any(_same(value, x) for x in neutral):
@@ -74,35 +57,183 @@ class _Body(BaseModel):
             raise RequestError(f"unknown parameter {name!r}.{near}", param=name)
 
 
-class ChatBody(_Body):
+class StreamOptions(BaseModel):
+    """What a stream carries besides."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool | None = None
+
+
+class _Sampled(_Asked):
+    """What the routes that sample have in common."""
+
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    return_routes: bool | None = None
+    return_token_ids: bool | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[int] | None = None
+    min_tokens: int | None = None
+    skip_special_tokens: bool | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    def sampling(self, max_tokens: int | None, top_logprobs: int = 0) -> SamplingParams:
+        """Return the engine's parameters.
+
+        Raises:
+            RequestError: an unknown parameter, or a value out of range.
+        """
+        self.refuse_unknown()
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options is for streams: stream = true", "stream_options")
+        return SamplingParams(
+            **self.model_dump(include=_SAMPLING, exclude_none=True),
+            max_tokens=max_tokens,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            purpose=purpose(),
+            expert_choices=bool(self.return_routes),
+            top_k=0 if self.top_k in (-1, None) else self.top_k,
+            logit_bias=tuple(self._biases()),
+            top_logprobs=top_logprobs,
+        )
+
+    def _biases(self) -> Iterator[tuple[int, float]]:
+        for name, bias in sorted((self.logit_bias or {}).items()):
+            if not (name.isascii() and name.isdecimal() and len(name) < 10):
+                raise RequestError(f"logit_bias: {shown(name)} is no token id", "logit_bias")
+            yield int(name), bias
+
+    def usage_asked(self) -> bool:
+        """Whether a stream ends with its counts of tokens."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def tokens_asked(self) -> bool:
+        """Whether choices carry token ids: they do, unless somebody says no."""
+        return self.return_token_ids is not False
+
+
+class ChatBody(_Sampled):
     """POST /v1/chat/completions."""
 
     messages: list[dict[str, Any]] = Field(min_length=1)
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool | None = None
+    reasoning_effort: str | None = None
 
-    def limit(self) -> int | None:
-        """Return max_completion_tokens, or what is given under its old name."""
+    def params(self) -> SamplingParams:
+        """See `sampling`."""
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs is for logprobs = true", "top_logprobs")
+        # The new name, or the old one.
         new = self.max_completion_tokens
-        return self.max_tokens if new is None else new
+        limit = self.max_tokens if new is None else new
+        return self.sampling(limit, self.top_logprobs or 0)
 
     def text_messages(self) -> list[dict[str, Any]]:
-        """Return the messages with their text parts joined.
+        """See `text_messages`."""
+        return text_messages(self.messages)
+
+    def template_kwargs(self, chat: ChatFormat) -> dict[str, Any]:
+        """Variables of the chat template.
 
         Raises:
-            RequestError: a message without a role, or with parts that are not text.
+            RequestError: reasoning_effort, for a template that knows none.
         """
-        return [_with_plain_text(message, i) for i, message in enumerate(self.messages)]
+        given = dict(self.chat_template_kwargs or {})
+        if self.reasoning_effort is not None:
+            if not chat.mentions("reasoning_effort"):
+                raise RequestError(
+                    f"reasoning_effort: the chat template of {chat.source} knows none; see its own "
+                    "variables, for chat_template_kwargs",
+                    "reasoning_effort",
+                )
+            given.setdefault("reasoning_effort", self.reasoning_effort)
+        return given
+
+    def must_call(self) -> str | bool:
+        """Whether the answer must be a call of a tool: its name, or True for any.
+
+        Raises:
+            RequestError: a tool_choice that means nothing, or names no tool of the request.
+        """
+        choice = self.tool_choice
+        if choice in (None, "auto", "none"):
+            return False
+        if choice == "required":
+            wanted: str | bool = True
+        else:
+            function = choice.get("function") if isinstance(choice, dict) else None
+            wanted = function.get("name", "") if isinstance(function, dict) else ""
+            if not isinstance(wanted, str) or not wanted:
+                raise RequestError(
+                    f"tool_choice = {shown(choice)}: must be auto, none, required, or "
+                    '{"type": "function", "function": {"name": ...}}',
+                    "tool_choice",
+                )
+        names = [(tool.get("function") or {}).get("name") for tool in self.tools or ()]
+        if not names or (isinstance(wanted, str) and wanted not in names):
+            raise RequestError(
+                f"tool_choice = {shown(choice)}: the request's tools are {names}", "tool_choice"
+            )
+        return wanted
+
+    def answer_schema(self) -> Any:
+        """The JSON schema that the answer must keep to; None if it is text.
+
+        Raises:
+            RequestError: a response_format that means nothing.
+        """
+        given = self.response_format or {"type": "text"}
+        kind, inner = given.get("type"), given.get("json_schema")
+        if kind == "text":
+            return None
+        if kind == "json_object":
+            return {"type": "object"}
+        if kind == "json_schema" and isinstance(inner, dict):
+            schema = inner.get("schema")
+            if isinstance(schema, dict | bool):
+                return schema
+        raise RequestError(
+            f'response_format = {shown(given)}: must be {{"type": "text"}}, '
+            '{"type": "json_object"} or {"type": "json_schema", "json_schema": {"name": ..., '
+            '"schema": a JSON schema}}',
+            "response_format",
+        )
 
 
-class CompletionBody(_Body):
+class CompletionBody(_Sampled):
     """POST /v1/completions."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: int | None = 16
     logprobs: int | None = None
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = None
+
+    def params(self) -> SamplingParams:
+        """See `sampling`. `logprobs` is how many tokens have theirs, beside the chosen one."""
+        if self.logprobs is not None and not 0 <= self.logprobs <= 20:
+            raise RequestError(f"logprobs = {self.logprobs}: must be in 0..20", "logprobs")
+        return self.sampling(self.max_tokens, self.logprobs or 0)
 
     def prompts(self) -> list[str | list[int]]:
         """Return the prompts one by one, as text or as token ids.
@@ -116,12 +247,66 @@ class CompletionBody(_Body):
         return [self.prompt] if single else list(self.prompt)  # pyright: ignore[reportReturnType]
 
 
+class TokenizeBody(_Asked):
+    """POST /tokenize: a text, or the messages of a chat."""
+
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = None
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def content(self) -> tuple[str, list[dict[str, Any]] | None]:
+        """Return the text, and the messages if it is them that are given.
+
+        Raises:
+            RequestError: neither is given, or both are.
+        """
+        self.refuse_unknown()
+        if (self.prompt is None) == (not self.messages):
+            raise RequestError("give either prompt, a text, or messages", "prompt")
+        return self.prompt or "", text_messages(self.messages) if self.messages else None
+
+
+class DetokenizeBody(_Asked):
+    """POST /detokenize."""
+
+    tokens: list[int]
+
+
+def text_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages with their text parts joined.
+
+    Raises:
+        RequestError: a message without a role, or with parts that are not text.
+    """
+    return [_with_plain_text(message, i) for i, message in enumerate(messages)]
+
+
+def texts_in(value: Any) -> list[str]:
+    """Every text in a value of JSON, however deep it stands.
+
+    >>> texts_in([{"role": "user", "content": "hi"}])
+    ['role', 'user', 'content', 'hi']
+    """
+    found, left = [], [value]
+    while left:  # no recursion: a client chooses how deep it is
+        item = left.pop()
+        if isinstance(item, str):
+            found.append(item)
+        elif isinstance(item, Mapping):
+            left += [part for pair in reversed([*item.items()]) for part in reversed(pair)]
+        elif isinstance(item, list):
+            left += reversed(item)
+    return found
+
+
 def _same(value: Any, neutral: Any) -> bool:
     """Whether two values of JSON are equal. Here 0 is not False."""
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
-def _with_plain_text(message: dict[str, Any], index: int) -> dict[str, Any]:
+def _with_plain_text(message: Mapping[str, Any], index: int) -> dict[str, Any]:
     if not isinstance(message.get("role"), str):
         raise RequestError(f"messages[{index}] has no role", param="messages")
     content = message.get("content")

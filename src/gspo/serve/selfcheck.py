@@ -65,7 +65,7 @@ def make_exact(engine: TorchEngine, *, required: bool) -> None:
     _, reason = measure_exactness(engine)
     if reason is None:
         return
-    source = engine.policy.source
+    source, engine.policy.not_exact = engine.policy.source, reason
     if required:
         raise ModelError(
             f"{source}: exact=True, but {reason}. `gspo audit MODEL --exact` shows each part; "

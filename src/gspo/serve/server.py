@@ -3,52 +3,46 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import socket
 import threading
 import time
 from collections.abc import Callable
 
-import uvicorn
 from fastapi import FastAPI
-from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
-from gspo.core.errors import ServeError
-from gspo.serve.app import IN_PROCESS, create_app
+from gspo.core.errors import ConfigError, ServeError
+from gspo.serve.app import create_app, one_engine
+from gspo.serve.connection import FLUSH_SECONDS, PortServer
 from gspo.serve.engine import Engine
+from gspo.serve.episodes import Episode
+from gspo.serve.guard import is_loopback
+from gspo.serve.local_client import in_process_client
 
-BASE_URL = "http://gspo.local/v1"
 START_SECONDS = 60
 STOP_SECONDS = 30
 """How long requests that run when the server is stopped may go on."""
 
 
-def in_process_client(app: FastAPI) -> AsyncOpenAI:
-    """Make an OpenAI client whose requests go straight into the app; no socket is opened."""
-    # httpx, or whatever the client is built on.
-    modules = (base.__module__.partition(".")[0] for base in DefaultAsyncHttpxClient.__mro__)
-    http = importlib.import_module(next(name for name in modules if name != "openai"))
-    return AsyncOpenAI(
-        base_url=BASE_URL,
-        api_key="gspo",
-        max_retries=0,
-        timeout=None,
-        http_client=DefaultAsyncHttpxClient(
-            transport=http.ASGITransport(app=app, client=(IN_PROCESS, 0))
-        ),
-    )
-
-
-def bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int, api_key: str | None = None) -> socket.socket:
     """Open a listening socket, before any model is loaded.
 
     Raises:
+        ConfigError: others than this machine could reach the address, and there is no key.
         ServeError: the port is in use, or the host is not this machine's.
     """
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    if not (api_key or is_loopback(host)):
+        raise ConfigError(
+            f"host = {host!r}: whoever reaches this machine could use the model. Choose an API key "
+            "that requests must bring (GSPO_API_KEY, or --api-key), or listen on 127.0.0.1"
+        )
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ServeError(f"cannot listen on {host}: {error.strerror}") from None
+    listener = socket.socket(family, kind)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((host, port))
+        listener.bind(address)
         listener.listen()
     except OSError as error:
         listener.close()
@@ -59,15 +53,23 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def serve(app: FastAPI, listener: socket.socket) -> None:
-    """Answer requests on `listener` until SIGINT or SIGTERM, and running ones `STOP_SECONDS` more.
+def address(listener: socket.socket) -> str:
+    """The base URL of what listens there."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
+
+
+def serve(app: FastAPI, listener: socket.socket, api_key: str | None = None) -> None:
+    """Answer requests on `listener` until SIGINT or SIGTERM. Running ones get `STOP_SECONDS` more,
+    and are then answered with an error; new ones are refused.
 
     The signal is then raised again: SIGTERM ends the process.
 
     Raises:
         KeyboardInterrupt: after SIGINT.
     """
-    uvicorn.Server(_config(app)).run(sockets=[listener])
+    host = listener.getsockname()[0]
+    PortServer(app, host, api_key, STOP_SECONDS).run(sockets=[listener])
 
 
 class Serving:
@@ -91,17 +93,24 @@ class Serving:
         names: Callable[[], list[str]],
         listener: socket.socket | None = None,
     ):
-        self.app = create_app(engine, names)
+        self._engine: Engine | None = engine
+        self._names = names
+        self.app = create_app(self._find, names)
         self.client = in_process_client(self.app)
         self.url = str(self.client.base_url)
         self._listener = listener
         if listener is not None:  # else not: uvicorn's Config changes the process's logging
-            host, port = listener.getsockname()[:2]
-            self.url = f"http://{host}:{port}/v1"
-            self._server = uvicorn.Server(_config(self.app))
+            self.url = address(listener)
+            host = listener.getsockname()[0]
+            self._server = PortServer(self.app, host, None, STOP_SECONDS)
             self._thread = threading.Thread(
                 target=self._server.run, args=([listener],), name="gspo-server", daemon=True
             )
+
+    async def _find(self, name: str) -> Engine:
+        if self._engine is None:
+            raise ServeError("the backend that served this model is closed")
+        return await one_engine(self._engine, self._names)(name)
 
     async def start(self) -> None:
         """Return once requests are answered. A failure stops all of it.
@@ -116,6 +125,20 @@ class Serving:
         except BaseException:
             await self.stop()
             raise
+
+    def episode_url(self, episode: Episode) -> str:
+        """The base URL at which requests belong to this episode.
+
+        Raises:
+            ConfigError: there is no port, or the episode records another model.
+        """
+        if self._listener is None:
+            raise ConfigError(
+                "an episode has a base URL only if the model is served on a port: "
+                "LocalBackend(port=0), where 0 is a free one"
+            )
+        self.app.state.episodes.add(episode)
+        return f"{self.url.removesuffix('/v1')}/episodes/{episode.id}/v1"
 
     async def _start_port(self) -> None:
         self._thread.start()
@@ -133,16 +156,11 @@ class Serving:
         if self._listener is not None:
             self._server.should_exit = True
             if self._thread.is_alive():
-                await asyncio.to_thread(self._thread.join, STOP_SECONDS + 5)
+                await asyncio.to_thread(self._thread.join, STOP_SECONDS + FLUSH_SECONDS + 5)
             self._listener.close()
         await self.client.close()
-        if (engine := self.app.state.engine) is not None:
+        engine, self._engine = self._engine, None  # a client may still hold the app
+        if engine is not None:
             engine.close()
-        self.app.state.engine = None  # a client may still hold the app
+        self.app.state.engines.clear()
         await asyncio.sleep(0)  # those that waited are told
-
-
-def _config(app: FastAPI) -> uvicorn.Config:
-    return uvicorn.Config(
-        app, log_level="warning", lifespan="off", timeout_graceful_shutdown=STOP_SECONDS
-    )

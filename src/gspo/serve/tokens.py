@@ -8,13 +8,13 @@ with byte fallback (Llama 2, Gemma) have tokens such as `<0xE4>`.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedTokenizerBase
 
 from gspo.core.errors import RequestError
 from gspo.kernels.hf import bytes_to_unicode, decoder_kinds
@@ -74,6 +74,25 @@ def ends_of(
     return frozenset(ends)
 
 
+def text_of(
+    tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], *, special: bool = False
+) -> str:
+    """Return the text of tokens; with `special`, of special tokens too.
+
+    What follows never changes a text that doesn't end in a part of a character. So texts are not
+    cleaned up, and bytes that are no character spoil only themselves: byte fallback would give up
+    all bytes that stand together.
+    """
+    ids = list(token_ids)
+    options = {"skip_special_tokens": not special, "clean_up_tokenization_spaces": False}
+    text = str(tokenizer.decode(ids, **options))
+    if "\ufffd" in text and "ByteFallback" in decoder_kinds(tokenizer):
+        hidden = set() if special else set(tokenizer.all_special_ids)
+        parts = token_bytes(tokenizer, [token for token in ids if token not in hidden])
+        return b"".join(parts).decode(errors="replace")
+    return text
+
+
 def token_bytes(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[bytes]:
     """Return the bytes of each token, special tokens too. Joined, they are the decoded text.
 
@@ -81,16 +100,27 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) ->
         tokenizer: what decodes them.
         token_ids: tokens that follow each other.
     """
-    kinds = decoder_kinds(tokenizer)
-    parts = [_bytes_of(token, tokenizer, kinds) for token in token_ids]
+    kinds, added = decoder_kinds(tokenizer), tokenizer.added_tokens_decoder
+    parts = [_bytes_of(token, tokenizer, kinds, added) for token in token_ids]
     text = str(tokenizer.decode(list(token_ids), skip_special_tokens=False))
     if "ByteFallback" in kinds and parts and parts[0][:1] == b" " and not text.startswith(" "):
         parts[0] = parts[0][1:]  # sentencepiece puts a space before a text, which decoding drops
     return parts
 
 
-def _bytes_of(token_id: int, tokenizer: PreTrainedTokenizerBase, kinds: frozenset[str]) -> bytes:
-    added = tokenizer.added_tokens_decoder
+def vocabulary_bytes(tokenizer: PreTrainedTokenizerBase, size: int) -> list[bytes]:
+    """Return the bytes of the tokens 0 to size - 1; none of those that the tokenizer lacks."""
+    kinds, added = decoder_kinds(tokenizer), tokenizer.added_tokens_decoder
+    known = [_bytes_of(i, tokenizer, kinds, added) for i in range(min(size, len(tokenizer)))]
+    return known + [b""] * (size - len(known))
+
+
+def _bytes_of(
+    token_id: int,
+    tokenizer: PreTrainedTokenizerBase,
+    kinds: frozenset[str],
+    added: Mapping[int, AddedToken],
+) -> bytes:
     if token_id in added:
         return str(added[token_id]).encode()
     token = str(tokenizer.convert_ids_to_tokens(token_id))

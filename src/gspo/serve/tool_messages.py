@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gspo.core.errors import RequestError, shown
-from gspo.serve.tool_calls import Tools
+from gspo.serve.call_formats import Tools
 
 
 def tools_of(tools: Sequence[dict]) -> Tools:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,8 +23,9 @@ from gspo.serve.batch import Batch
 from gspo.serve.chat import ChatFormat
 from gspo.serve.decoding import OpenCompletion
 from gspo.serve.engine import Completion, Piece, Request, check_fits
+from gspo.serve.grammar import Grammars
 from gspo.serve.scheduler import Scheduler
-from gspo.serve.tokens import end_tokens, ends_of, token_bytes
+from gspo.serve.tokens import end_tokens, ends_of, text_of, token_bytes
 from gspo.serve.verbatim import TokenMemory, chat_tokens
 from gspo.weights.receipt import Probe, Receipts, score
 
@@ -63,11 +64,14 @@ class TorchEngine:
             "shared" if packed and policy.packing in WITH_GSPO_ATTENTION else "model_cache"
         )
         """How keys and values are kept; `check_engine` goes on to the next if one isn't exact."""
+        self.most_characters = policy.context * max(map(len, policy.tokenizer.get_vocab()))
         self._seed = seed
         self._drawn: Counter[int] = Counter()
         self._ends = end_tokens(policy)
-        ends = [self.decode([i], special=True) for i in self._ends.nonzero().flatten().tolist()]
-        self.chat = ChatFormat(policy.tokenizer, str(policy.source), ends)
+        ends = self._ends.nonzero().flatten().tolist()
+        texts = [self.decode([token], special=True) for token in ends]
+        self.chat = ChatFormat(policy.tokenizer, str(policy.source), texts)
+        self._grammars = Grammars(policy.tokenizer, policy.head.size, ends)
         self._scheduler = Scheduler(self, compute or ComputeThread(), sockets=sockets)
 
     @property
@@ -81,6 +85,10 @@ class TorchEngine:
     def exact(self) -> bool:
         """Whether a completion's numbers don't depend on what is decoded beside it."""
         return self.policy.exact
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        return self._scheduler.traffic
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         return self.policy.tokenizer(text, add_special_tokens=special)["input_ids"]
@@ -104,8 +112,7 @@ class TorchEngine:
         )
 
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
-        ids = list(token_ids)
-        return str(self.policy.tokenizer.decode(ids, skip_special_tokens=not special))
+        return text_of(self.policy.tokenizer, token_ids, special=special)
 
     def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
         return token_bytes(self.policy.tokenizer, token_ids)
@@ -125,6 +132,8 @@ class TorchEngine:
                 self.policy.routers.require("return_routes")
             except GspoError as error:
                 raise RequestError(str(error), param="return_routes") from None
+        if request.params.grammar:
+            self._grammars.start(request.params.grammar)
         return limit, ends_of(request.params, self.policy.tokenizer, self.policy.head.size)
 
     def reseed(self, seed: int) -> None:
@@ -135,7 +144,7 @@ class TorchEngine:
         self.check(request)
         return await self._scheduler.complete(request)
 
-    def stream(self, request: Request) -> AsyncIterator[Piece]:
+    def stream(self, request: Request) -> AsyncGenerator[Piece, None]:
         self.check(request)
         return self._scheduler.stream(request)
 
@@ -182,12 +191,15 @@ class TorchEngine:
             RequestError: see `Engine.check`.
         """
         limit, ends = self._prepare(request)
-        keys = self._keys(request)
-        return [OpenCompletion(request, limit, key, ends) for key in keys]
+        opened = [OpenCompletion(request, limit, key, ends) for key in self._keys(request)]
+        if request.params.grammar:
+            for completion in opened:
+                completion.matcher = self._grammars.start(request.params.grammar)
+        return opened
 
     def closed(self, group: Group) -> list[Completion]:
         """What became of a request's completions; all have ended."""
-        return [self._closed(completion) for completion in group.completions]
+        return [self.whole(completion) for completion in group.completions]
 
     def _keys(self, request: Request) -> list[tuple[int, int]]:
         """Return the keys of the random numbers of the request's completions."""
@@ -202,7 +214,8 @@ class TorchEngine:
         # Seeded and unseeded draws never meet: their second words differ in sign.
         return [(seed, -1 - index) for index in range(first, first + params.n)]
 
-    def _closed(self, completion: OpenCompletion) -> Completion:
+    def whole(self, completion: OpenCompletion) -> Completion:
+        """What became of a completion that has ended."""
         assert completion.finish is not None
         params, tokens, text = completion.params, completion.tokens, completion.text
         if text is None:
@@ -221,4 +234,6 @@ class TorchEngine:
             expert_choices=np.concatenate(completion.expert_choices)
             if completion.expert_choices
             else None,
+            top_logprobs=tuple(completion.top_logprobs),
+            altered_by=params.altered_by,
         )

@@ -90,6 +90,12 @@ def load_trainer_state(folder: Path, trainer: Trainer) -> None:
     trainer.epsilon.epsilon_low = epsilon
 
 
+def saved_version(folder: Path) -> int:
+    """The policy version of a checkpoint's weights."""
+    with understood(folder, "its training state"):
+        return int(json.loads((folder / _STATE).read_bytes())["policy_version"])
+
+
 def verify_checkpoint(folder: Path) -> None:
     """Compare each file with the manifest.
 

@@ -19,7 +19,7 @@ from gspo.data.sample import TrajectorySamples, flat, trajectory_samples
 from gspo.objective import Objective, advantages
 from gspo.policy.policy import Policy
 from gspo.train.settings import Settings, resolve
-from gspo.trajectory import Trajectory, TrajectoryGroup
+from gspo.trajectories import Trajectory, TrajectoryGroup
 
 ACTIVATION_BYTES = 2 * 2**30
 _FEWEST, _MOST = 256, 16_384
@@ -203,6 +203,7 @@ def shaped_reward(trajectory: Trajectory, options: dev.TrainConfig) -> float:
     reward, longest = float(trajectory.reward), options.overlong_max_tokens
     if longest is None or options.overlong_cache is None:
         return reward
-    length = sum(len(getattr(c, "token_ids", None) or ()) for c in trajectory.choices())
+    choices = [choice for history in trajectory.histories() for choice in history.choices()]
+    length = sum(len(getattr(choice, "token_ids", None) or ()) for choice in choices)
     over = (longest - options.overlong_cache - length) / options.overlong_cache
     return reward + min(0.0, max(-1.0, over))

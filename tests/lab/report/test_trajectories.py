@@ -15,6 +15,7 @@ from gspo.core.errors import RunError
 from gspo.lab.report.run_data import read_runs
 from gspo.lab.report.run_page import run_page
 from gspo.lab.report.trajectories import COMPLETIONS, LONGEST, sampled_groups, token_texts
+from gspo.trajectories import History
 from lab.report.page_elements import Elements
 from lab.report.report_cases import run_folder
 from support import choice, trajectory
@@ -90,3 +91,21 @@ def test_a_damaged_file_is_named_with_the_remedy(tmp_path: Path):
     (folder / "trajectories" / "train" / "0001.parquet").write_bytes(b"PAR1")
     with pytest.raises(RunError, match=r"0001\.parquet is damaged.*delete it"):
         sampled_groups(read_runs([folder])[0])
+
+
+def test_further_conversations_follow_behind_a_heading(tmp_path: Path):
+    run = Run(tmp_path, "p", "m", {})
+    several = trajectory(0.0, choice([7]))
+    task = {"role": "user", "content": "sub"}
+    several.additional_histories = [History(messages_and_choices=[task, choice([8])])]
+    write_batch(run.trajectories("train", 1), [TrajectoryGroup([several])])
+    run.log(1, {"train/reward": 0.0})
+    run.close()
+    (group,) = sampled_groups(read_runs([run.folder])[0])
+    parts = group["trajectories"][0]["parts"]
+    assert [(role, text, [token[0] for token in tokens]) for role, text, tokens in parts] == [
+        ("assistant", "", [7]),
+        ("conversation 2 of 2", "", []),
+        ("user", "sub", []),
+        ("assistant", "", [8]),
+    ]

@@ -29,6 +29,7 @@ _FAINTEST = 1e-4
 _COLUMNS = [
     *("group", "trajectory", "reward", "advantage", "messages", "token_ids", "logprobs", "update"),
     *("sequence_log_ratios", "trained_tokens", "clipped_tokens", "token_log_ratios"),
+    "additional_histories",
 ]
 
 Row = Mapping[str, Any]
@@ -121,7 +122,8 @@ def _turns(row: Row) -> list[tuple[float, int, int]]:
 
 def _parts(row: Row, messages: Sequence[Row], tokenizer: Tokenizer | None) -> Iterator[Part]:
     turns, left = iter(range(len(row["token_ids"]))), LONGEST
-    for message in messages:
+    further = json.loads(row.get("additional_histories") or "[]")
+    for message in (*messages, *_headed(further)):
         turn = next(turns, None) if message.get("sampled") else None
         if turn is None:
             yield *_message(message), ()
@@ -132,6 +134,13 @@ def _parts(row: Row, messages: Sequence[Row], tokenizer: Tokenizer | None) -> It
         rest = f" … {len(ids) - left} more tokens" if len(ids) > left else ""
         left = max(left - len(ids), 0)
         yield str(message.get("role", "assistant")), rest, list(zip(*columns, strict=True))
+
+
+def _headed(further: Sequence[Row]) -> Iterator[Row]:
+    """The messages of a trajectory's additional histories, each behind a heading."""
+    for number, history in enumerate(further, 2):
+        yield {"role": f"conversation {number} of {len(further) + 1}"}
+        yield from history["messages"]
 
 
 def token_texts(ids: Sequence[int], tokenizer: Tokenizer | None) -> list[str]:

@@ -1,0 +1,81 @@
+"""What ART has and gspo has not: each use says why, and what there is instead."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+_SFT = "supervised fine-tuning is not here yet: begin with a base_model that was tuned elsewhere."
+_HERE = "gspo trains on this machine: use gspo.LocalBackend."
+_STATE = "keep it in a file in the run's folder, LocalBackend(...).run(model).folder."
+_LOADING = (
+    "these are arguments of Unsloth, vLLM and peft. Here dev.InternalModelConfig says how a model "
+    "is loaded: max_context=, dtype=, rollout_dtype=, lora=dev.LoraConfig(...)."
+)
+
+MODULES = {
+    "serverless": _HERE,
+    "skypilot": _HERE + " SkyPilot can run the same program elsewhere.",
+    "tinker": _HERE,
+    "types": "the types are names of gspo itself: gspo.Messages, gspo.Tools, ...",
+    "utils.sft": _SFT,
+    "yield_trajectory": "it is a name of gspo itself: gspo.yield_trajectory.",
+}
+"""Names of modules below gspo."""
+NAMES = {
+    "ServerlessBackend": _HERE,
+    "SkyPilotBackend": _HERE,
+    "TinkerBackend": _HERE,
+    "TrainSFTConfig": _SFT,
+    "types": MODULES["types"],
+}
+DEV: Mapping[str, str] = dict.fromkeys(
+    ("EngineArgs", "InitArgs", "PeftArgs", "TrainerArgs", "OpenAIServerConfig", "ServerArgs"),
+    _LOADING,
+)
+MODEL = {
+    "get_inference_client": "model.openai_client() is the client.",
+    "litellm_completion_params": "give litellm model='openai/' + model.get_inference_name(), "
+    "base_url=model.inference_base_url and api_key=model.inference_api_key.",
+    "merge_state": _STATE,
+    "overwrite_state": _STATE,
+    "read_state": _STATE,
+    "train_sft": _SFT,
+    "update_wandb_config": "LocalBackend(logger=['wandb']) shows W&B the model's config.",
+}
+COPY = "a run is a folder, LocalBackend(...).run(model).folder: copy it with your own tools."
+BACKEND = {
+    "_experimental_deploy": "a checkpoint is a folder that Hugging Face and vLLM load: "
+    "result.checkpoint_path.",
+    "_experimental_pull_from_s3": COPY,
+    "_experimental_pull_model_checkpoint": COPY,
+    "_experimental_push_to_s3": COPY,
+}
+
+
+def refusal(owner: str, name: str, reasons: Mapping[str, str]) -> AttributeError:
+    """What `owner.__getattr__` raises for a name that it has not.
+
+    >>> str(refusal("gspo", "ServerlessBackend", {"ServerlessBackend": "use LocalBackend."}))
+    "gspo has no 'ServerlessBackend': use LocalBackend."
+    """
+    if name in reasons:
+        return AttributeError(f"{owner} has no {name!r}: {reasons[name]}", name=name)
+    return AttributeError(f"{owner} has no attribute {name!r}", name=name)
+
+
+class _Finder:
+    """Python asks it last, for modules that nobody else has found."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+        root, _, rest = name.partition(".")
+        if root == "gspo" and rest in MODULES:
+            raise ModuleNotFoundError(f"gspo has no module {rest!r}: {MODULES[rest]}", name=name)
+
+
+def tell_imports() -> None:
+    """Let the import of a module in `MODULES` say why it is not there."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())

@@ -1,0 +1,188 @@
+"""The engines of a run: of the weights that are trained, and of saved steps that are asked for."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from typing import NamedTuple
+
+from gspo.backend.base import ModelLike
+from gspo.backend.run import Run
+from gspo.core.compute import ComputeThread
+from gspo.core.draws import seed_of
+from gspo.core.errors import RequestError, ServeError
+from gspo.dev import InternalModelConfig
+from gspo.policy.load import load_policy
+from gspo.policy.policy import Policy
+from gspo.policy.probe import choose_packing
+from gspo.serve.engine import Engine
+from gspo.serve.selfcheck import make_engine
+from gspo.train.checkpoint import (
+    checkpoint_name,
+    saved_version,
+    steps_saved,
+    understood,
+    verify_checkpoint,
+)
+from gspo.weights.publisher import publisher_for
+from gspo.weights.receipt import Receipts
+
+KEPT = 2
+"""Engines of saved steps that are held at once, beside the current one."""
+
+
+class Proved(NamedTuple):
+    """An engine that was proved to compute with a policy's weights.
+
+    Attributes:
+        engine: samples.
+        sampling: what it samples from: the policy, or a copy of it.
+        receipts: publishes the policy's weights to it.
+    """
+
+    engine: Engine
+    sampling: Policy
+    receipts: Receipts
+
+
+def proved_engine(
+    policy: Policy,
+    config: InternalModelConfig,
+    compute: ComputeThread,
+    *,
+    seed: int,
+    sockets: bool,
+) -> Proved:
+    """Make the engine of a policy, and prove it.
+
+    Raises:
+        ModelError: the model cannot be sampled from, or not as `config` asks.
+        ServeError: the engine doesn't compute with these weights.
+    """
+    sampling, publisher = publisher_for(policy, config.rollout_dtype)
+    exact = config.exact if sampling is policy else False
+    engine = make_engine(sampling, compute, seed=seed, sockets=sockets, exact=exact)
+    receipts = Receipts(policy, sampling, publisher)
+    receipts.prove(engine, policy.version)
+    engine.receipts = receipts
+    return Proved(engine, sampling, receipts)
+
+
+class Engines:
+    """Finds the engine of a name: `<model>` is the current one, `<model>@<step>` a saved step's.
+
+    A saved step is loaded when it is first asked for, beside what is trained, and never trained.
+    `KEPT` of them are held; one more lets go of the one that was asked for longest ago, which first
+    answers what it has begun. Step 0 is the base model.
+
+    Args:
+        run: whose checkpoints are meant.
+        model: the registered model.
+        current: its engine.
+        compute: the thread that samples and trains.
+        seed: the backend's, of requests that have none.
+        sockets: whether requests come through sockets too.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        model: ModelLike,
+        current: Engine,
+        compute: ComputeThread,
+        *,
+        seed: int,
+        sockets: bool,
+    ):
+        assert model.source is not None
+        self._run, self._name, self._source = run, model.name, model.source
+        self._config, self._compute = model.internal_config, compute
+        self._seed, self._sockets = seed, sockets
+        self._current: Engine | None = current
+        self._saved: dict[int, Engine] = {}  # the one that was asked for last is the last
+        self._alive: weakref.WeakSet[Engine] = weakref.WeakSet()
+        self._lock = threading.Lock()
+
+    def names(self) -> list[str]:
+        """What requests may ask for."""
+        return [self._name, *(f"{self._name}@{step}" for step in self._steps())]
+
+    async def find(self, name: str) -> Engine:
+        """The engine of a name.
+
+        Raises:
+            RequestError: there is none, or the step was not saved; it says which were.
+            CheckpointError: the step's checkpoint is damaged.
+            ServeError: the backend is closed.
+        """
+        if self._current is None:
+            raise ServeError("the backend that served this model is closed")
+        if name == self._name:
+            return self._current
+        base, _, step = name.rpartition("@")
+        if base != self._name or not step.isdecimal():
+            raise RequestError(
+                f"no model {name!r} here; this server has {self._name!r}, and its saved steps as "
+                f"'{self._name}@<step>'",
+                "model",
+            )
+        return self._held(int(step)) or await self._compute.run(self._load, int(step))
+
+    def close(self) -> None:
+        """Refuse new requests, and fail those that are not answered."""
+        if self._current is not None:
+            self._current.close()
+        self._current = None
+        for engine in [*self._alive]:
+            engine.close()
+        self._saved.clear()
+
+    def _steps(self) -> list[int]:
+        return [0, *steps_saved(self._run.checkpoints)]
+
+    def _held(self, step: int) -> Engine | None:
+        """The engine of a step if it is held; from now on the one that was asked for last."""
+        with self._lock:
+            if (engine := self._saved.pop(step, None)) is not None:
+                self._saved[step] = engine
+            return engine
+
+    def _load(self, step: int) -> Engine:
+        """Make the engine of a step. In the thread that computes."""
+        if (engine := self._held(step)) is not None:  # somebody else has asked meanwhile
+            return engine
+        if step not in (steps := self._steps()):
+            raise RequestError(
+                f"step {step} of {self._name!r} is not saved. Saved: "
+                f"{', '.join(map(str, steps))} (0 is the base model)",
+                "model",
+            )
+        policy = self._policy(step)
+        seed = seed_of(self._seed, step)  # as the current engine's was at this step
+        engine = proved_engine(
+            policy, self._config, self._compute, seed=seed, sockets=self._sockets
+        ).engine
+        with self._lock:
+            self._saved[step] = engine
+            self._alive.add(engine)
+            dropped = len(self._saved) > KEPT
+            if dropped:
+                del self._saved[next(iter(self._saved))]
+        if dropped:
+            gc.collect()  # engine and scheduler know each other: their memory is free now
+        return engine
+
+    def _policy(self, step: int) -> Policy:
+        """The weights of a step."""
+        if step == 0:
+            policy = load_policy(self._source, self._config)
+        else:
+            checkpoint = self._run.checkpoints / checkpoint_name(step)
+            verify_checkpoint(checkpoint)
+            with understood(checkpoint, "the model"):
+                policy = load_policy(self._source, self._config, checkpoint=checkpoint)
+            policy.version = saved_version(checkpoint)
+        policy.lm.requires_grad_(False)
+        choose_packing(policy)
+        return policy

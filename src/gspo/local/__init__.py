@@ -1,0 +1,5 @@
+"""ART's place of `LocalBackend`."""
+
+from gspo.backend.local import LocalBackend
+
+__all__ = ["LocalBackend"]

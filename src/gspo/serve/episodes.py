@@ -1,0 +1,310 @@
+"""Episodes: what one run of an agent asked and was answered, recorded where it was sampled.
+
+A request belongs to an episode if its URL says so, `/episodes/<id>/v1/...`, or if it was made in
+this process inside `art.trajectory()`. A handler asks `current(request)`, hands `episode.memory` to
+the engine's `encode_chat`, and calls `episode.record` for each choice, before the last bytes of the
+answer are sent: a client that has read its answer finds it recorded.
+
+Routes of their own read an episode (`GET /episodes/<id>`: a trajectory as JSON, its choices with
+token ids), give it a reward (`POST /episodes/<id>/reward`) and drop it (`DELETE`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import copy
+import logging
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, TypeVar
+
+import fastapi
+from fastapi.responses import JSONResponse, Response
+from openai.types.chat.chat_completion import Choice
+from pydantic import BaseModel, ConfigDict, Field
+
+from gspo.core.choices import as_choice
+from gspo.core.draws import Word, drawing_for
+from gspo.core.errors import BusyError, ConfigError, RequestError
+from gspo.serve.histories import Conversations
+from gspo.serve.verbatim import TokenMemory
+from gspo.trajectories import History, Trajectory
+
+AnyHistory = TypeVar("AnyHistory", History, Trajectory)
+log = logging.getLogger("gspo")
+
+MOST_EPISODES = 4096
+MOST_TOKENS = 2**25
+"""Tokens of the prompts and answers that all episodes of a server have recorded together."""
+IDLE_SECONDS = 6 * 3600
+"""How long an episode that nobody asks for is kept."""
+_BLOCK = "block-"
+"""Begins the ids of episodes that `art.trajectory()` made: no request makes one."""
+
+
+class Episode:
+    """One run of an agent. Its methods may be called from any thread.
+
+    Args:
+        trajectory: what the calls are recorded in; None: a new one.
+        id: names it in URLs; None: a random one.
+        purpose: what its draws are for, see `gspo.core.draws.purpose`; None: its id.
+
+    Attributes:
+        memory: for `Engine.encode_chat`; None once the episode has ended.
+        server: the one server whose answers are recorded: the first that is asked. What another
+            model says inside the block is none of this model's samples.
+        ended: nothing more is recorded.
+        tokens: of all prompts and answers recorded.
+    """
+
+    def __init__(
+        self,
+        trajectory: Trajectory | None = None,
+        *,
+        id: str | None = None,
+        purpose: tuple[Word, ...] | None = None,
+    ):
+        self.id = _BLOCK + uuid.uuid4().hex if id is None else id
+        self.trajectory = Trajectory() if trajectory is None else trajectory
+        self.purpose = ("episode", self.id) if purpose is None else purpose
+        self.memory: TokenMemory | None = TokenMemory()
+        self.server: Episodes | None = None
+        self.ended = False
+        self.tokens = 0
+        self._conversations = Conversations(self.trajectory)
+        self._lock = threading.Lock()
+
+    def record(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        choice: Mapping[str, Any],
+    ) -> None:
+        """Record a choice of a chat's answer. If there are several (`n`), call it for each.
+
+        Args:
+            messages: what was asked, as a chat.
+            tools: what the request offered.
+            choice: as in an answer that is not streamed, with gspo's fields.
+        """
+        asked = [copy.deepcopy(dict(message)) for message in messages]
+        offered = [copy.deepcopy(dict(tool)) for tool in tools or ()] or None
+        with self._lock:
+            if self._takes(choice):
+                self._conversations.add(asked, offered, _choice_of(choice))
+
+    def record_text(self, prompt: str, choice: Mapping[str, Any]) -> None:
+        """Record a choice of a text completion's answer."""
+        with self._lock:
+            if self._takes(choice):
+                self._conversations.add_text(prompt, _choice_of(choice))
+
+    def belongs_to(self, server: Episodes) -> bool:
+        """Whether the answers of this server are recorded."""
+        with self._lock:
+            self.server = self.server or server
+            return self.server is server
+
+    def so_far(self) -> Trajectory:
+        """What is recorded by now; later calls leave it as it is."""
+        with self._lock:
+            t = self.trajectory
+            further = [_copied(history) for history in t.additional_histories]
+            return _copied(t).model_copy(update={"additional_histories": further})
+
+    def end(self) -> None:
+        """Record nothing more, and let go of what recording needed."""
+        with self._lock:
+            self.ended, self.memory = True, None
+            self._conversations = Conversations(Trajectory())
+        if self.server is not None:
+            self.server.drop(self.id)
+
+    def _takes(self, choice: Mapping[str, Any]) -> bool:
+        """Count the choice's tokens; False if it comes too late."""
+        if self.ended:
+            log.warning("art.trajectory() had ended when a call inside it was answered: not kept")
+            return False
+        self.tokens += len(choice["prompt_token_ids"]) + len(choice["token_ids"])
+        return True
+
+
+def _copied(history: AnyHistory) -> AnyHistory:
+    return history.model_copy(update={"messages_and_choices": [*history.messages_and_choices]})
+
+
+def _choice_of(fields: Mapping[str, Any]) -> Choice:
+    choice = as_choice(fields)
+    assert choice is not None, "a choice has a message or a text"
+    return choice
+
+
+_current: contextvars.ContextVar[Episode | None] = contextvars.ContextVar(
+    "gspo_episode", default=None
+)
+
+
+def current(app: fastapi.FastAPI) -> Episode | None:
+    """The episode that a request to this app belongs to, or None. To be called by its handler."""
+    episode, server = _current.get(), app.state.episodes
+    return episode if episode is not None and episode.belongs_to(server) else None
+
+
+def current_episode() -> Episode | None:
+    """The episode that the code that asks is in, or None."""
+    return _current.get()
+
+
+@contextmanager
+def recording(episode: Episode | None) -> Iterator[None]:
+    """Record the calls that are made inside the block, in this process; None: record none."""
+    token = _current.set(episode)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+class Episodes:
+    """The episodes of one server, by id."""
+
+    def __init__(self) -> None:
+        self._episodes: dict[str, tuple[Episode, float]] = {}  # in the order of their last use
+        self._lock = threading.Lock()
+
+    def find(self, id: str) -> Episode | None:
+        """The episode of this id; None if it never was, was dropped, or was idle for too long."""
+        with self._lock:
+            self._forget_idle()
+            return self._used(id)
+
+    def open(self, id: str) -> Episode:
+        """The episode of this id, a new one if there is none.
+
+        Raises:
+            BusyError: there are too many, or they have recorded too much.
+            RequestError: it belonged to a block of `art.trajectory()`, which has ended.
+        """
+        with self._lock:
+            self._forget_idle()
+            tokens = sum(episode.tokens for episode, _ in self._episodes.values())
+            if tokens > MOST_TOKENS or (
+                id not in self._episodes and len(self._episodes) >= MOST_EPISODES
+            ):
+                raise BusyError(
+                    f"this server holds {len(self._episodes)} episodes with {tokens} tokens, of at "
+                    f"most {MOST_EPISODES} with {MOST_TOKENS}: DELETE /episodes/<id> those that "
+                    "you have read"
+                )
+            if (episode := self._used(id)) is not None:
+                return episode
+            if id.startswith(_BLOCK):
+                message = f"the art.trajectory() block of the episode {id!r} has ended"
+                raise RequestError(message, param="episode")
+            return self._put(Episode(id=id))
+
+    def add(self, episode: Episode) -> None:
+        """Let requests come to an episode that was made in this process.
+
+        Raises:
+            ConfigError: it records another server.
+        """
+        if not episode.belongs_to(self):
+            raise ConfigError("this art.trajectory() records another model: give each its own")
+        with self._lock:
+            self._put(episode)
+
+    def drop(self, id: str) -> bool:
+        """Forget an episode; False if there is none."""
+        with self._lock:
+            return self._episodes.pop(id, None) is not None
+
+    def _used(self, id: str) -> Episode | None:
+        entry = self._episodes.pop(id, None)
+        return None if entry is None else self._put(entry[0])
+
+    def _put(self, episode: Episode) -> Episode:
+        self._episodes[episode.id] = episode, time.monotonic()
+        return episode
+
+    def _forget_idle(self) -> None:
+        limit = time.monotonic() - IDLE_SECONDS
+        for id in [id for id, (_, used) in self._episodes.items() if used < limit]:
+            del self._episodes[id]
+
+
+Id = Annotated[
+    str,
+    fastapi.Path(
+        alias="episode",
+        pattern=r"^[A-Za-z0-9._~-]{1,128}$",
+        description="Names the episode; chosen by the client, made at the first use.",
+    ),
+]
+router = fastapi.APIRouter(tags=["episodes"])
+
+
+def include_episodes(app: fastapi.FastAPI, v1: fastapi.APIRouter) -> None:
+    """Add the routes of episodes to a server.
+
+    Args:
+        app: the server. Its `state.episodes` are the server's `Episodes`.
+        v1: routes of OpenAI's API without the `/v1` before them: they answer below
+            `/episodes/<id>/v1` too.
+    """
+    app.state.episodes = Episodes()
+    app.include_router(router)
+    inside = [fastapi.Depends(_inside)]
+    app.include_router(v1, prefix="/episodes/{episode}/v1", dependencies=inside)
+
+
+async def _inside(http: fastapi.Request, id: Id) -> AsyncIterator[None]:
+    """Make the URL's episode the current one while a request is answered."""
+    episode = http.app.state.episodes.open(id)
+    with recording(episode), drawing_for(*episode.purpose):
+        yield
+
+
+class RewardBody(BaseModel):
+    """POST /episodes/<id>/reward."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    reward: float = Field(ge=-1e100, le=1e100, allow_inf_nan=False)
+
+
+@router.get("/episodes/{episode}")
+async def read_episode(http: fastapi.Request, id: Id) -> Response:
+    episode = http.app.state.episodes.find(id)
+    if episode is None:
+        return _unknown(id)
+    text = await asyncio.to_thread(episode.so_far().model_dump_json)  # which may take a while
+    return Response(text, media_type="application/json")
+
+
+@router.post("/episodes/{episode}/reward")
+async def reward_episode(http: fastapi.Request, id: Id, body: RewardBody) -> Response:
+    episode = http.app.state.episodes.find(id)
+    if episode is None:
+        return _unknown(id)
+    episode.trajectory.reward = body.reward
+    return JSONResponse({"reward": body.reward})
+
+
+@router.delete("/episodes/{episode}")
+async def drop_episode(http: fastapi.Request, id: Id) -> Response:
+    return JSONResponse({"deleted": True}) if http.app.state.episodes.drop(id) else _unknown(id)
+
+
+def _unknown(id: str) -> Response:
+    """Status 404 in OpenAI's form."""
+    message = (
+        f"there is no episode {id!r} here: it made no request yet, was deleted, or was not asked "
+        f"for in {IDLE_SECONDS // 3600} hours"
+    )
+    detail = {"message": message, "type": "invalid_request_error", "param": "episode"}
+    return JSONResponse({"error": {**detail, "code": "not_found"}}, status_code=404)
