@@ -13,7 +13,7 @@ import string
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -158,8 +158,9 @@ def build_model(context: int | None = None) -> Qwen3MoeForCausalLM:
         pad_token_id=SPECIAL.index("<|pad|>"),
         eos_token_id=SPECIAL.index("<|end|>"),
         bos_token_id=None,
-        **_CONFIG | ({"max_position_embeddings": context} if context else {}),
+        **_CONFIG,
     )
+    config.max_position_embeddings = context or config.max_position_embeddings
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return Qwen3MoeForCausalLM(config)
@@ -193,10 +194,10 @@ def _examples(
     for index in indices:
         # Other problems than those of the RL run, which sees the seeds from 0 on.
         problem = task.problem("train", index, 1_000_003)
-        lessons = task.lessons(problem)
+        lessons, tools = task.lessons(problem), cast(Any, task.tools)
         messages, said = lessons[index % len(lessons)]
         prompt: Any = tokenizer.apply_chat_template(
-            messages, tools=task.tools, add_generation_prompt=True, return_dict=False
+            messages, tools=tools, add_generation_prompt=True, return_dict=False
         )
         answer: Any = tokenizer(said + ("<|end|>" if task.ends else ""))["input_ids"]
         texts.append(torch.tensor(prompt + answer))
