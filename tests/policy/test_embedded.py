@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
-from gspo.policy.embedded import embedded_folder
+from gspo.policy.embedded import build_tokenizer, embedded_folder
 from gspo.policy.load import load_policy
+from gspo.tasks import load_task
 from support import embedded
 
 
@@ -27,3 +28,20 @@ def test_embedded_tokenizer_has_one_token_a_character():
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert len(ids) == 14
     assert tokenizer.decode(ids) == text
+
+
+def test_the_template_shows_tools_and_writes_calls():
+    task, tokenizer = load_task("lookup"), build_tokenizer()
+    (asked, call), (answered, letter) = task.lessons(task.draw(1))
+
+    def text(messages: list, **options: object) -> str:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))  # pyright: ignore[reportArgumentType]
+
+    assert text(asked, tools=task.tools) == "<|system|>look_up(key)<|user|>2914"
+    assert call == '<tool_call>{"name": "look_up", "arguments": {"key": 9}}</tool_call>'
+    assert text(answered).endswith(f"<|assistant|>{call}<|end|><|tool|>{letter}")
+    ids = tokenizer(text(answered, tools=task.tools), add_special_tokens=False)["input_ids"]
+    assert tokenizer.unk_token_id not in ids
+    assert text([{"role": "user", "content": "1"}], tools=[{"function": {"name": "f"}}]) == (
+        "<|system|>f()<|user|>1"
+    )

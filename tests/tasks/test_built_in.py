@@ -4,7 +4,7 @@ import pytest
 
 from gspo.core.errors import ConfigError
 from gspo.tasks import Problem, load_task, task_names
-from gspo.tasks.built_in import Add, Climb
+from gspo.tasks.built_in import Add, Climb, Lookup
 
 
 @pytest.mark.parametrize("name", task_names())
@@ -67,3 +67,19 @@ def test_climbs_of_different_length_are_right():
 def test_mistakes_are_named(name: str, options: dict, message: str):
     with pytest.raises(ConfigError, match=message):
         load_task(name, options)
+
+
+def test_the_letter_is_known_to_the_tool_only():
+    task = Lookup()
+    problems = [task.draw(key) for key in range(40)]
+    for problem in problems:
+        largest = max(map(int, problem.prompt))
+        assert task.look_up(problem, largest) == problem.answer
+        assert (
+            task.look_up(problem, str(largest))
+            == task.look_up(problem, 10)
+            == "key must be a digit"
+        )
+    assert len({problem.answer for problem in problems}) > 5
+    others = [task.look_up(p, (max(map(int, p.prompt)) + 1) % 10) == p.answer for p in problems]
+    assert sum(others) < 15  # by chance, one of ten

@@ -13,7 +13,7 @@ import string
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -33,10 +33,16 @@ PREFIX = "embedded:"
 SPECIAL = ("<|pad|>", "<|unk|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 _VOCABULARY = (*SPECIAL, *(c for c in string.printable if c not in "\r\x0b\x0c"))
 CHAT_TEMPLATE = (
+    "{% for t in tools or [] %}{{ ('<|system|>' if loop.first else ' ') + t.function.name }}"
+    "({{ ((t.function.parameters or {}).properties or {}) | join(',') }}){% endfor %}"
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
+    "{% for c in m.tool_calls or [] %}"
+    """<tool_call>{"name": "{{ c.function.name }}", "arguments": """
+    "{{ c.function.arguments | tojson }}}</tool_call>{% endfor %}"
     "{% if m['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+"""A tool is shown by its name and its arguments' names: each character is a token."""
 
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -45,6 +51,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "add": {"steps": 620, "batch": 32, "learning_rate": 4e-3},
     "chain": {"steps": 300, "batch": 16, "learning_rate": 4e-3},
     "climb": {"steps": 400, "batch": 16, "learning_rate": 4e-3},
+    "lookup": {"steps": 200, "batch": 16, "learning_rate": 6e-3, "context": 2048},
 }
 """How each warm start is trained: so short that there is something left to learn."""
 
@@ -94,7 +101,7 @@ def embedded_folder(name: str) -> Path:
         ) from None
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".building-") as parent, quiet():
         building = Path(parent) / "model"
-        tokenizer, model = build_tokenizer(), build_model()
+        tokenizer, model = build_tokenizer(), build_model(recipe.get("context"))
         # One thread, so that the same seed gives the same weights on any machine of this kind.
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -144,8 +151,8 @@ def build_tokenizer() -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def build_model() -> Qwen3MoeForCausalLM:
-    """Draw the weights of a new model of `_CONFIG`."""
+def build_model(context: int | None = None) -> Qwen3MoeForCausalLM:
+    """Draw the weights of a new model of `_CONFIG`; `context` in tokens, None: 512."""
     config = Qwen3MoeConfig(
         vocab_size=len(_VOCABULARY),
         pad_token_id=SPECIAL.index("<|pad|>"),
@@ -153,6 +160,7 @@ def build_model() -> Qwen3MoeForCausalLM:
         bos_token_id=None,
         **_CONFIG,
     )
+    config.max_position_embeddings = context or config.max_position_embeddings
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return Qwen3MoeForCausalLM(config)
@@ -186,10 +194,12 @@ def _examples(
     for index in indices:
         # Other problems than those of the RL run, which sees the seeds from 0 on.
         problem = task.problem("train", index, 1_000_003)
+        lessons, tools = task.lessons(problem), cast(Any, task.tools)
+        messages, said = lessons[index % len(lessons)]
         prompt: Any = tokenizer.apply_chat_template(
-            task.messages(problem), add_generation_prompt=True, return_dict=False
+            messages, tools=tools, add_generation_prompt=True, return_dict=False
         )
-        answer: Any = tokenizer(problem.answer + ("<|end|>" if task.ends else ""))["input_ids"]
+        answer: Any = tokenizer(said + ("<|end|>" if task.ends else ""))["input_ids"]
         texts.append(torch.tensor(prompt + answer))
         labels.append(torch.tensor([-100] * len(prompt) + answer))
     pad = torch.nn.utils.rnn.pad_sequence

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from gspo.core.errors import check_whole
 from gspo.tasks.task import Problem, Task
@@ -144,7 +146,54 @@ class Climb(Task):
         return float(before == top)
 
 
+class Lookup(Task):
+    """Call a tool with the largest of four digits, and say the letter that it returns.
+
+    The letter is known to the tool only, so a right answer needs a right call. In `gspo train` it
+    needs a `rollout` that makes the calls: docs/tools.md has one.
+
+    >>> task, problem = Lookup(), Lookup().draw(1)
+    >>> problem.prompt, task.look_up(problem, 9), problem.answer
+    ('2914', 'i', 'i')
+    """
+
+    max_tokens = 80
+    tools: ClassVar[list[dict[str, Any]] | None] = [
+        {
+            "type": "function",
+            "function": {
+                "name": "look_up",
+                "description": "The letter that belongs to a digit.",
+                "parameters": {
+                    "type": "object",
+                    "properties": {"key": {"type": "integer"}},
+                    "required": ["key"],
+                },
+            },
+        }
+    ]
+
+    def draw(self, key: int) -> Problem:
+        rng = random.Random(key)
+        prompt = "".join(rng.choice("0123456789") for _ in range(4))
+        return Problem(prompt, self.look_up(Problem(prompt, ""), max(map(int, prompt))))
+
+    def look_up(self, problem: Problem, key: object) -> str:
+        """What the tool returns for a problem: a letter a to j for a digit, else a complaint."""
+        if not isinstance(key, int) or not 0 <= key <= 9:
+            return "key must be a digit"
+        return random.Random(f"{problem.prompt}/{key}").choice("abcdefghij")
+
+    def lessons(self, problem: Problem) -> list[tuple[list[dict[str, Any]], str]]:
+        asked, arguments = self.messages(problem), {"key": max(map(int, problem.prompt))}
+        call = {"name": "look_up", "arguments": arguments}
+        called = {"role": "assistant", "content": "", "tool_calls": [{"function": call}]}
+        answered = [*asked, called, {"role": "tool", "content": problem.answer}]
+        text = f"<tool_call>{json.dumps(call)}</tool_call>"
+        return [(asked, text), (answered, problem.answer)]
+
+
 BUILT_IN: Mapping[str, type[Task]] = {
-    kind.__name__.lower(): kind for kind in (Add, Chain, Climb, Reverse, Sort)
+    kind.__name__.lower(): kind for kind in (Add, Chain, Climb, Lookup, Reverse, Sort)
 }
 """Name -> class. A new built-in task is a class in this file, and stands here."""

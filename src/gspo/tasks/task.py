@@ -41,12 +41,14 @@ class Task(ABC):
         max_tokens: default limit of a completion, in tokens.
         system_prompt: the system turn that goes before each prompt, or None.
         ends: whether a right answer ends by itself; else it is cut at `max_tokens`.
+        tools: OpenAI's, that a right answer needs, or None.
     """
 
     name: str
     max_tokens: int
     system_prompt: ClassVar[str | None] = None
     ends: ClassVar[bool] = True
+    tools: ClassVar[list[dict[str, Any]] | None] = None
 
     @abstractmethod
     def draw(self, key: int) -> Problem:
@@ -77,3 +79,7 @@ class Task(ABC):
         """The conversation that asks for a completion."""
         system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
         return [*system, {"role": "user", "content": problem.prompt}]
+
+    def lessons(self, problem: Problem) -> list[tuple[list[dict[str, Any]], str]]:
+        """What an embedded model is warm-started on: conversations, and what is said next."""
+        return [(self.messages(problem), problem.answer)]
