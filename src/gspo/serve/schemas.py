@@ -33,10 +33,30 @@ _SAMPLING |= {"min_p", "repetition_penalty", "presence_penalty", "frequency_pena
 """Fields that are named as in `SamplingParams`; null means its default."""
 
 
+def _document(schema: dict[str, Any]) -> None:
+    """Write down which other fields a body may have."""
+    fields = schema["properties"]
+    schema["additionalProperties"] = False
+    for name in sorted(_IGNORABLE - fields.keys()):
+        fields[name] = {"description": "accepted; asks for nothing that changes an answer"}
+    for value, names in _UNSUPPORTED:
+        for name in names.split():
+            fields.setdefault(name, {"enum": [None], "description": "not supported"})
+            if "enum" in fields[name] and value is not None:
+                fields[name]["enum"].append(value)
+
+
+def _from(low: float, high: float | None = None) -> Any:
+    """A number that may be left out. The engine checks its range, which the document shows."""
+    limits: dict[str, Any] = {"minimum": low} | ({} if high is None else {"maximum": high})
+    return Field(default=None, json_schema_extra=limits)
+
+
 class _Asked(BaseModel):
     """A request's body. Fields that it doesn't have are refused by name."""
 
-    model_config = ConfigDict(extra="allow", strict=True)  # "2" and true are no numbers
+    # "2" and true are no numbers
+    model_config = ConfigDict(extra="allow", strict=True, json_schema_extra=_document)
 
     model: str
 
@@ -68,22 +88,22 @@ class StreamOptions(BaseModel):
 class _Sampled(_Asked):
     """What the routes that sample have in common."""
 
-    n: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
+    n: int | None = _from(1, 4096)
+    temperature: float | None = _from(0, 100)
+    top_p: float | None = _from(0, 1)
     stop: str | list[str] | None = None
     seed: int | None = None
     return_routes: bool | None = None
     return_token_ids: bool | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
-    min_tokens: int | None = None
+    min_tokens: int | None = _from(0)
     skip_special_tokens: bool | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
+    top_k: int | None = _from(-1)
+    min_p: float | None = _from(0, 1)
+    repetition_penalty: float | None = _from(0.01, 100)
+    presence_penalty: float | None = _from(-2, 2)
+    frequency_penalty: float | None = _from(-2, 2)
     logit_bias: dict[str, float] | None = None
     stream: bool | None = None
 
@@ -136,10 +156,10 @@ class ChatBody(_Chunked):
     """POST /v1/chat/completions."""
 
     messages: list[dict[str, Any]] = Field(min_length=1)
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    max_tokens: int | None = _from(1)
+    max_completion_tokens: int | None = _from(1)
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: int | None = _from(0, 20)
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -234,7 +254,7 @@ class CompletionBody(_Chunked):
 
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: int | None = 16
-    logprobs: int | None = None
+    logprobs: int | None = _from(0, 20)
     add_special_tokens: bool | None = None
 
     def params(self) -> SamplingParams:
@@ -268,14 +288,14 @@ class ResponsesBody(_Sampled):
 
     input: str | list[dict[str, Any]]
     instructions: str | None = None
-    max_output_tokens: int | None = None
+    max_output_tokens: int | None = _from(1)
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     text: dict[str, Any] | None = None
     reasoning: dict[str, Any] | None = None
     include: list[Literal["message.output_text.logprobs"]] | None = None
-    top_logprobs: int | None = None
+    top_logprobs: int | None = _from(0, 20)
     metadata: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     stream_options: NoOptions | None = None
