@@ -209,10 +209,12 @@ async def test_rollouts_of_a_gather_are_kept_apart(model: art.TrainableModel):
 
 
 async def test_a_block_that_raises_keeps_what_was_recorded(model: art.TrainableModel):
+    kept: list[Any] = []
     with pytest.raises(ValueError, match="tool"):
-        async with art.trajectory() as t:
-            choice = await ask(model, user("a"))
+        async with art.trajectory() as inside:
+            kept += [inside, await ask(model, user("a"))]
             raise ValueError("tool")
+    t, choice = kept
     assert t.choices() == [choice]
     assert art.auto_trajectory() is None
 

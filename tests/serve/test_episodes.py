@@ -47,7 +47,7 @@ def of(client: AsyncOpenAI, id: str) -> AsyncOpenAI:
 
 
 async def send(client: AsyncOpenAI, method: str, path: str, **body: Any) -> Any:
-    content = {"json": body} if body else {}
+    content: Any = {"json": body} if body else {}
     return await client._client.request(method, f"http://gspo.local/episodes/{path}", **content)
 
 

@@ -56,7 +56,7 @@ class Episode:
         purpose: what its draws are for, see `gspo.core.draws.purpose`; None: its id.
 
     Attributes:
-        memory: for `Engine.encode_chat`; None once the episode has ended.
+        memory: for `Engine.encode_chat`; empty once the episode has ended.
         server: the one server whose answers are recorded: the first that is asked. What another
             model says inside the block is none of this model's samples.
         ended: nothing more is recorded.
@@ -73,7 +73,7 @@ class Episode:
         self.id = _BLOCK + uuid.uuid4().hex if id is None else id
         self.trajectory = Trajectory() if trajectory is None else trajectory
         self.purpose = ("episode", self.id) if purpose is None else purpose
-        self.memory: TokenMemory | None = TokenMemory()
+        self.memory = TokenMemory()
         self.server: Episodes | None = None
         self.ended = False
         self.tokens = 0
@@ -121,7 +121,7 @@ class Episode:
     def end(self) -> None:
         """Record nothing more, and let go of what recording needed."""
         with self._lock:
-            self.ended, self.memory = True, None
+            self.ended, self.memory = True, TokenMemory()
             self._conversations = Conversations(Trajectory())
         if self.server is not None:
             self.server.drop(self.id)
