@@ -19,17 +19,12 @@ from gspo.serve import episodes
 from gspo.serve.constraint import answer_grammar
 from gspo.serve.conversation import Conversation, chat_chunks
 from gspo.serve.engine import Engine, Piece, Request
+from gspo.serve.message_texts import texts_in
 from gspo.serve.meters import Metered, Meters
 from gspo.serve.refusals import DOCUMENTED, UnknownModelError, add_handlers
-from gspo.serve.responses import GrowingResponse, chat_of
-from gspo.serve.schemas import (
-    ChatBody,
-    CompletionBody,
-    DetokenizeBody,
-    ResponsesBody,
-    TokenizeBody,
-    texts_in,
-)
+from gspo.serve.responses import GrowingResponse
+from gspo.serve.responses_input import ResponsesBody, chat_of
+from gspo.serve.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from gspo.serve.streaming import EventStream, begun, pieces
 from gspo.serve.text_completion import TextCompletion
 from gspo.serve.waiting import together, tokenized, unless_gone
