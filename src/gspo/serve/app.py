@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -54,7 +55,8 @@ def create_app(find: Find, names: Callable[[], list[str]]) -> fastapi.FastAPI:
     """
     app = fastapi.FastAPI(title="gspo", docs_url=None, redoc_url=None, responses=DOCUMENTED)
     app.state.find, app.state.names = find, names
-    app.state.engines = {}  # those that were asked for, by name: /metrics shows them
+    # Those that were asked for, by name: /metrics shows them. Whoever finds them frees them.
+    app.state.engines = weakref.WeakValueDictionary()
     app.state.meters = Meters()
     app.state.began = int(time.time())
     app.include_router(router)
