@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import threading
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -350,34 +349,3 @@ async def test_texts_and_tokens_there_and_back(client: AsyncOpenAI, engine: Fake
         await post("detokenize", tokens=[1, 10**7])
     with pytest.raises(BadRequestError, match="give either prompt"):
         await post("tokenize")
-
-
-class Counting(FakeEngine):
-    """Counts what it tokenizes, and in which thread."""
-
-    threads: list[str]
-
-    def encode(self, text: str, *, special: bool = False) -> list[int]:
-        self.threads = [*getattr(self, "threads", []), threading.current_thread().name]
-        return super().encode(text, special=special)
-
-
-async def test_what_cannot_fit_is_refused_before_it_is_tokenized():
-    engine = Counting()
-    async with in_process_client(app_of(engine)) as client:
-        long: Any = [{"role": "user", "content": "x" * 10**7}]
-        for _ in range(2):
-            with pytest.raises(BadRequestError, match="text of 10000000 characters cannot fit"):
-                await client.chat.completions.create(model="m", messages=long)
-    assert not hasattr(engine, "threads")
-
-
-async def test_long_texts_are_tokenized_beside_the_event_loop():
-    engine = Counting()
-    engine.context = engine.most_characters = 10**6
-    async with listening(engine) as (host, port):
-        base_url = f"http://{host}:{port}/v1"
-        async with AsyncOpenAI(base_url=base_url, api_key="x", max_retries=0) as client:
-            for size in (10, 20_000):
-                await client.completions.create(model="m", prompt="x" * size)
-    assert engine.threads[0] == "MainThread" != engine.threads[-1]

@@ -10,11 +10,8 @@ from openai import AsyncOpenAI, BadRequestError
 from openai.types.responses import ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
-from gspo.core.errors import RequestError
 from gspo.serve.fake_engine import FakeEngine
 from gspo.serve.local_client import in_process_client
-from gspo.serve.responses import chat_of
-from gspo.serve.schemas import ResponsesBody
 from support import app_of
 
 ADD: Any = {
@@ -127,22 +124,6 @@ async def test_what_is_refused_by_name(client: AsyncOpenAI, extra: dict, message
     with pytest.raises(BadRequestError) as refused:
         await client.responses.create(model="m", input="x", extra_body=extra)
     assert message in str(refused.value)
-
-
-def test_reasoning_goes_back_into_its_turn():
-    items: list[dict[str, Any]] = [
-        {"role": "user", "content": "?"},
-        {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "hm"}]},
-        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "a"}]},
-        {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
-    ]
-    body = chat_of(ResponsesBody(model="m", input=items))
-    assert [message["role"] for message in body.messages] == ["user", "assistant"]
-    turn = body.messages[1]
-    assert (turn["reasoning_content"], turn["content"]) == ("hm", "a")
-    assert turn["tool_calls"][0]["id"] == "1"
-    with pytest.raises(RequestError, match="only text"):
-        chat_of(ResponsesBody(model="m", input=[{"role": "user", "content": 5}]))
 
 
 async def test_openais_agents_run_unchanged():

@@ -119,17 +119,6 @@ def test_values_of_another_type_are_refused(fields: dict[str, Any]):
         chat(**fields)
 
 
-def test_messages_with_their_text_joined():
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    body = chat(messages=[{"role": "user", "content": parts}, {"role": "assistant", "x": 1}])
-    assert body.text_messages() == [
-        {"role": "user", "content": "ab"},
-        {"role": "assistant", "x": 1, "content": ""},
-    ]
-    with pytest.raises(RequestError, match=r"messages\[0\] has no role"):
-        chat(messages=[{"content": "a"}]).text_messages()
-
-
 @pytest.mark.parametrize(
     ("prompt", "prompts"),
     [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2]], [[1], [2]])],

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -20,32 +19,24 @@ from gspo.core.errors import RequestError
 from gspo.serve import episodes
 from gspo.serve.constraint import answer_grammar
 from gspo.serve.conversation import Conversation, chat_chunks
-from gspo.serve.engine import Completion, Engine, Piece, Request
+from gspo.serve.engine import Engine, Piece, Request
+from gspo.serve.message_texts import texts_in
 from gspo.serve.meters import Metered, Meters
-from gspo.serve.refusals import DOCUMENTED, HungUpError, UnknownModelError, add_handlers
-from gspo.serve.responses import GrowingResponse, chat_of
-from gspo.serve.schemas import (
-    ChatBody,
-    CompletionBody,
-    DetokenizeBody,
-    ResponsesBody,
-    TokenizeBody,
-    texts_in,
-)
+from gspo.serve.refusals import DOCUMENTED, UnknownModelError, add_handlers
+from gspo.serve.responses import GrowingResponse
+from gspo.serve.responses_input import ResponsesBody, chat_of
+from gspo.serve.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from gspo.serve.streaming import EventStream, begun, pieces
 from gspo.serve.text_completion import TextCompletion
+from gspo.serve.waiting import together, tokenized, unless_gone
 
 T = TypeVar("T")
 Find = Callable[[str], Awaitable[Engine]]
 
 # The handlers are functions of the module, not closures: FastAPI never lets go of a handler.
 router, v1 = fastapi.APIRouter(), fastapi.APIRouter()
-IN_PROCESS = "in-process"
-"""The client's host in requests that come through no socket."""
 MOST_COMPLETIONS = 4096
 """Of one request, over all its prompts."""
-LONG_TEXT = 10_000
-"""Characters. Longer texts are tokenized in a thread, so that others don't wait."""
 
 
 def _answers(model: Any) -> dict[int | str, dict[str, Any]]:
@@ -118,10 +109,10 @@ async def model(http: fastapi.Request, model: str) -> dict[str, Any]:
 async def chat(http: fastapi.Request, body: ChatBody) -> Response:
     if not body.stream:
         # Sent as it is: validating our own answer again would cost more than sampling it.
-        return JSONResponse(await _unless_gone(http, chat_answer(http.app, body, http)))
+        return JSONResponse(await unless_gone(http, chat_answer(http.app, body, http)))
     call = await _conversation(http.app, body, http)
     events = chat_chunks(call, _pieces(http, call.engine, [call.request]), body.usage_asked())
-    return EventStream(await _unless_gone(http, begun(events)))
+    return EventStream(await unless_gone(http, begun(events)))
 
 
 async def chat_answer(
@@ -169,7 +160,7 @@ async def _conversation(
         "memory": None if episode is None else episode.memory,
     }
     texts = texts_in([messages, tools, options["template_kwargs"]])
-    prompt = await _tokenized(http, engine, texts, lambda: engine.encode_chat(messages, **options))
+    prompt = await tokenized(http, engine, texts, lambda: engine.encode_chat(messages, **options))
     return Conversation(
         engine=engine,
         model=body.model,
@@ -191,12 +182,12 @@ async def _conversation(
 
 @v1.post("/responses", responses=_answers(None))
 async def responses(http: fastapi.Request, body: ResponsesBody) -> Response:
-    call = await _unless_gone(http, _conversation(http.app, chat_of(body), http))
+    call = await unless_gone(http, _conversation(http.app, chat_of(body), http))
     answer = GrowingResponse(body, call)
     if body.stream:
         events = answer.events(_pieces(http, call.engine, [call.request]))
-        return EventStream(await _unless_gone(http, begun(events)), named=True)
-    (completion,) = await _unless_gone(http, call.engine.complete(call.request))
+        return EventStream(await unless_gone(http, begun(events)), named=True)
+    (completion,) = await unless_gone(http, call.engine.complete(call.request))
     _count(http.app, [call.request], len(completion.token_ids))
     return JSONResponse(answer.answer(completion))
 
@@ -217,7 +208,7 @@ async def completions(http: fastapi.Request, body: CompletionBody) -> Response:
             tuple(engine.encode(p, special=special) if isinstance(p, str) else p) for p in given
         ]
 
-    prompts = await _tokenized(http, engine, [p for p in given if isinstance(p, str)], encode)
+    prompts = await tokenized(http, engine, [p for p in given if isinstance(p, str)], encode)
     call = TextCompletion(
         engine=engine,
         model=body.model,
@@ -229,10 +220,10 @@ async def completions(http: fastapi.Request, body: CompletionBody) -> Response:
     )
     if body.stream:
         events = call.chunks(_pieces(http, engine, call.requests), body.usage_asked())
-        return EventStream(await _unless_gone(http, begun(events)))
+        return EventStream(await unless_gone(http, begun(events)))
     for request in call.requests:  # all of them, before the first is sampled
         engine.check(request)
-    done = await _unless_gone(http, _together(engine, call.requests))
+    done = await unless_gone(http, together(engine, call.requests))
     _count(http.app, call.requests, sum(len(c.token_ids) for answer in done for c in answer))
     return JSONResponse(call.answer(done))
 
@@ -244,10 +235,10 @@ async def tokenize(http: fastapi.Request, body: TokenizeBody) -> dict[str, Any]:
     if messages is not None:
         options = {"tools": body.tools, "template_kwargs": body.chat_template_kwargs}
         texts = texts_in([messages, *options.values()])
-        ids = await _tokenized(http, engine, texts, lambda: engine.encode_chat(messages, **options))
+        ids = await tokenized(http, engine, texts, lambda: engine.encode_chat(messages, **options))
     else:
         special = body.add_special_tokens is not False
-        ids = await _tokenized(http, engine, [text], lambda: engine.encode(text, special=special))
+        ids = await tokenized(http, engine, [text], lambda: engine.encode(text, special=special))
     return {"tokens": ids, "count": len(ids)}
 
 
@@ -283,50 +274,6 @@ def _no_model(http: fastapi.Request, name: str) -> str:
     return f"no model {name!r} here; this server has {http.app.state.names()}"
 
 
-def _in_process(http: fastapi.Request | None) -> bool:
-    if http is None:
-        return True
-    return http.client is not None and http.client.host == IN_PROCESS
-
-
-async def _tokenized(
-    http: fastapi.Request | None, engine: Engine, texts: Sequence[str], encode: Callable[[], T]
-) -> T:
-    """Tokenize `texts` by `encode`, unless they cannot fit into the context anyway.
-
-    Raises:
-        RequestError: they are too long, or no text.
-    """
-    for text in texts:
-        if len(text) > engine.most_characters:
-            raise RequestError(
-                f"a text of {len(text)} characters cannot fit: the model's context holds "
-                f"{engine.most_characters} at most",
-                "prompt",
-            )
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(f"a text has half a surrogate pair in it: {error}") from None
-    # In process nobody else waits in this loop; and threads would join requests to batches in
-    # another order each time.
-    if _in_process(http) or sum(map(len, texts)) < LONG_TEXT:
-        return encode()
-    return await asyncio.to_thread(encode)
-
-
-async def _together(engine: Engine, requests: Sequence[Request]) -> list[list[Completion]]:
-    """Sample several requests; if one fails, the others are let go of."""
-    if len(requests) == 1:
-        return [await engine.complete(requests[0])]
-    tasks = [asyncio.create_task(engine.complete(request)) for request in requests]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
 async def _pieces(
     http: fastapi.Request, engine: Engine, requests: Sequence[Request]
 ) -> AsyncGenerator[tuple[int, Piece], None]:
@@ -349,24 +296,3 @@ def _count(app: fastapi.FastAPI, requests: Sequence[Request], sampled: int) -> N
     tokens = app.state.meters.tokens
     tokens.labels("prompt").inc(sum(len(request.prompt) for request in requests))
     tokens.labels("sampled").inc(sampled)
-
-
-async def _unless_gone(http: fastapi.Request, coroutine: Coroutine[Any, Any, T]) -> T:
-    """Await what is to be answered, unless the client hangs up.
-
-    Raises:
-        HungUpError: it did.
-    """
-    if _in_process(http):  # its client cancels this task itself
-        return await coroutine
-    work = asyncio.ensure_future(coroutine)
-    # The body is read: the next message is that the client is gone.
-    gone = asyncio.ensure_future(http.receive())
-    try:
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise HungUpError("the client hung up")
-        return work.result()
-    finally:
-        gone.cancel()
-        work.cancel()

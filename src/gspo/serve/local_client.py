@@ -21,9 +21,10 @@ from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from openai.types.chat import ChatCompletion
 
 from gspo.core.errors import GspoError
-from gspo.serve.app import IN_PROCESS, chat_answer
+from gspo.serve.app import chat_answer
 from gspo.serve.refusals import RETRY_SECONDS, refusal
 from gspo.serve.schemas import ChatBody
+from gspo.serve.waiting import IN_PROCESS
 
 log = logging.getLogger("gspo")
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -11,6 +11,7 @@ from gspo.core.draws import purpose
 from gspo.core.errors import RequestError, shown, suggestion
 from gspo.serve.chat import ChatFormat, tools_of
 from gspo.serve.engine import SamplingParams
+from gspo.serve.message_texts import text_messages
 
 _IGNORABLE = {"user", "metadata", "service_tier", "prompt_cache_key", "prompt_cache_retention"}
 _IGNORABLE |= {"safety_identifier", "verbosity"}
@@ -46,7 +47,7 @@ def _document(schema: dict[str, Any]) -> None:
                 fields[name]["enum"].append(value)
 
 
-def _from(low: float, high: float | None = None) -> Any:
+def ranged(low: float, high: float | None = None) -> Any:
     """A number that may be left out. The engine checks its range, which the document shows."""
     limits: dict[str, Any] = {"minimum": low} | ({} if high is None else {"maximum": high})
     return Field(default=None, json_schema_extra=limits)
@@ -85,25 +86,25 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
-class _Sampled(_Asked):
+class SampledBody(_Asked):
     """What the routes that sample have in common."""
 
-    n: int | None = _from(1, 4096)
-    temperature: float | None = _from(0, 100)
-    top_p: float | None = _from(0, 1)
+    n: int | None = ranged(1, 4096)
+    temperature: float | None = ranged(0, 100)
+    top_p: float | None = ranged(0, 1)
     stop: str | list[str] | None = None
     seed: int | None = None
     return_routes: bool | None = None
     return_token_ids: bool | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
-    min_tokens: int | None = _from(0)
+    min_tokens: int | None = ranged(0)
     skip_special_tokens: bool | None = None
-    top_k: int | None = _from(-1)
-    min_p: float | None = _from(0, 1)
-    repetition_penalty: float | None = _from(0.01, 100)
-    presence_penalty: float | None = _from(-2, 2)
-    frequency_penalty: float | None = _from(-2, 2)
+    top_k: int | None = ranged(-1)
+    min_p: float | None = ranged(0, 1)
+    repetition_penalty: float | None = ranged(0.01, 100)
+    presence_penalty: float | None = ranged(-2, 2)
+    frequency_penalty: float | None = ranged(-2, 2)
     logit_bias: dict[str, float] | None = None
     stream: bool | None = None
 
@@ -137,7 +138,7 @@ class _Sampled(_Asked):
         return self.return_token_ids is not False
 
 
-class _Chunked(_Sampled):
+class _Chunked(SampledBody):
     """What the routes have in common whose streams are chunks."""
 
     stream_options: StreamOptions | None = None
@@ -156,10 +157,10 @@ class ChatBody(_Chunked):
     """POST /v1/chat/completions."""
 
     messages: list[dict[str, Any]] = Field(min_length=1)
-    max_tokens: int | None = _from(1)
-    max_completion_tokens: int | None = _from(1)
+    max_tokens: int | None = ranged(1)
+    max_completion_tokens: int | None = ranged(1)
     logprobs: bool | None = None
-    top_logprobs: int | None = _from(0, 20)
+    top_logprobs: int | None = ranged(0, 20)
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -254,7 +255,7 @@ class CompletionBody(_Chunked):
 
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: int | None = 16
-    logprobs: int | None = _from(0, 20)
+    logprobs: int | None = ranged(0, 20)
     add_special_tokens: bool | None = None
 
     def params(self) -> SamplingParams:
@@ -273,32 +274,6 @@ class CompletionBody(_Chunked):
             raise RequestError("prompt = []: give at least one prompt", param="prompt")
         single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
         return [self.prompt] if single else list(self.prompt)  # pyright: ignore[reportReturnType]
-
-
-class NoOptions(BaseModel):
-    """What a stream of `/v1/responses` carries besides: nothing."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    include_obfuscation: Literal[False] | None = None
-
-
-class ResponsesBody(_Sampled):
-    """POST /v1/responses: see `gspo.serve.responses`."""
-
-    input: str | list[dict[str, Any]]
-    instructions: str | None = None
-    max_output_tokens: int | None = _from(1)
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
-    text: dict[str, Any] | None = None
-    reasoning: dict[str, Any] | None = None
-    include: list[Literal["message.output_text.logprobs"]] | None = None
-    top_logprobs: int | None = _from(0, 20)
-    metadata: dict[str, Any] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    stream_options: NoOptions | None = None
 
 
 class TokenizeBody(_Asked):
@@ -328,55 +303,6 @@ class DetokenizeBody(_Asked):
     tokens: list[int]
 
 
-def text_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return messages with their text parts joined.
-
-    Raises:
-        RequestError: a message without a role, or with parts that are not text.
-    """
-    return [_with_plain_text(message, i) for i, message in enumerate(messages)]
-
-
-def texts_in(value: Any) -> list[str]:
-    """Every text in a value of JSON, however deep it stands.
-
-    >>> texts_in([{"role": "user", "content": "hi"}])
-    ['role', 'user', 'content', 'hi']
-    """
-    found, left = [], [value]
-    while left:  # no recursion: a client chooses how deep it is
-        item = left.pop()
-        if isinstance(item, str):
-            found.append(item)
-        elif isinstance(item, Mapping):
-            left += [part for pair in reversed([*item.items()]) for part in reversed(pair)]
-        elif isinstance(item, list):
-            left += reversed(item)
-    return found
-
-
 def _same(value: Any, neutral: Any) -> bool:
     """Whether two values of JSON are equal. Here 0 is not False."""
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
-
-
-def _with_plain_text(message: Mapping[str, Any], index: int) -> dict[str, Any]:
-    if not isinstance(message.get("role"), str):
-        raise RequestError(f"messages[{index}] has no role", param="messages")
-    content = message.get("content")
-    if isinstance(content, list):
-        for part in content:
-            fine = isinstance(part, dict) and part.get("type") == "text"
-            if not fine or not isinstance(part.get("text"), str):
-                raise RequestError(
-                    f"messages[{index}]: only text parts are supported, "
-                    f'{{"type": "text", "text": "..."}}, not {shown(part)}',
-                    param="messages",
-                )
-        content = "".join(part["text"] for part in content)
-    if content is not None and not isinstance(content, str):
-        raise RequestError(
-            f"messages[{index}].content = {shown(content)}: must be text, or a list of text parts",
-            param="messages",
-        )
-    return {**message, "content": content or ""}

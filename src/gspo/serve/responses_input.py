@@ -1,0 +1,155 @@
+"""The chat that a request to `/v1/responses` stands for.
+
+Nothing is stored: each request brings the whole conversation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from gspo.core.errors import RequestError, shown
+from gspo.serve.schemas import ChatBody, SampledBody, ranged
+
+_TEXTS = {"input_text", "output_text", "text"}
+_SHARED = {"model", "temperature", "top_p", "top_logprobs", "parallel_tool_calls", "stream"}
+_SHARED |= {"top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
+_SHARED |= {"logit_bias", "seed", "stop", "stop_token_ids", "min_tokens", "ignore_eos"}
+_SHARED |= {"return_routes", "return_token_ids", "chat_template_kwargs"}
+"""Fields that a chat has under the same name."""
+
+
+class NoOptions(BaseModel):
+    """What a stream of `/v1/responses` carries besides: nothing."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_obfuscation: Literal[False] | None = None
+
+
+class ResponsesBody(SampledBody):
+    """POST /v1/responses."""
+
+    input: str | list[dict[str, Any]]
+    instructions: str | None = None
+    max_output_tokens: int | None = ranged(1)
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    text: dict[str, Any] | None = None
+    reasoning: dict[str, Any] | None = None
+    include: list[Literal["message.output_text.logprobs"]] | None = None
+    top_logprobs: int | None = ranged(0, 20)
+    metadata: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    stream_options: NoOptions | None = None
+
+
+def chat_of(body: ResponsesBody) -> ChatBody:
+    """The chat that a request stands for.
+
+    Raises:
+        RequestError: an item, a tool or a format that means nothing here.
+    """
+    body.refuse_unknown()
+    if body.n not in (None, 1):
+        raise RequestError(f"n = {body.n}: a response is one completion", "n")
+    logprobs = "message.output_text.logprobs" in (body.include or ())
+    fields: dict[str, Any] = {
+        **body.model_dump(include=_SHARED, exclude_none=True),
+        "messages": _messages(body),
+        "max_completion_tokens": body.max_output_tokens,
+        "tools": [_tool(tool, i) for i, tool in enumerate(body.tools or ())],
+        "tool_choice": _choice(body.tool_choice),
+        "response_format": _format((body.text or {}).get("format")),
+        "reasoning_effort": (body.reasoning or {}).get("effort"),
+        "logprobs": logprobs or bool(body.top_logprobs),
+    }
+    try:
+        return ChatBody.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"])).replace("messages", "input")
+        raise RequestError(f"{name}: {first['msg']}", name) from None
+
+
+def _messages(body: ResponsesBody) -> list[dict[str, Any]]:
+    messages: list[dict[str, Any]] = []
+    if body.instructions:
+        messages.append({"role": "system", "content": body.instructions})
+    items = body.input
+    if isinstance(items, str):
+        return [*messages, {"role": "user", "content": items}]
+    for number, item in enumerate(items):
+        _add(messages, item, f"input[{number}]")
+    return messages
+
+
+def _add(messages: list[dict[str, Any]], item: Mapping[str, Any], where: str) -> None:
+    """Add an item of the conversation. Reasoning, a text and calls may be one turn of the model."""
+    kind = item.get("type", "message")
+    if kind == "function_call_output":
+        output = _text(item.get("output"), f"{where}.output")
+        message = {"role": "tool", "tool_call_id": item.get("call_id"), "content": output}
+        messages.append(message)
+    elif kind == "function_call":
+        function = {"name": item.get("name"), "arguments": item.get("arguments")}
+        call = {"id": item.get("call_id"), "type": "function", "function": function}
+        turn = _turn(messages)
+        turn["tool_calls"] = [*(turn.get("tool_calls") or []), call]
+    elif kind == "reasoning":
+        parts = item.get("content") or item.get("summary") or []
+        thought = "".join(str(part.get("text", "")) for part in parts if isinstance(part, Mapping))
+        messages.append({"role": "assistant", "content": None, "reasoning_content": thought})
+    elif kind == "message" and item.get("role") == "assistant":
+        turn = messages[-1] if messages and "reasoning_content" in messages[-1] else None
+        if turn is None or turn["content"] is not None or "tool_calls" in turn:
+            messages.append(turn := {"role": "assistant"})
+        turn["content"] = _text(item.get("content"), f"{where}.content")
+    elif kind == "message":
+        content = _text(item.get("content"), f"{where}.content")
+        messages.append({"role": item.get("role"), "content": content})
+    else:
+        raise RequestError(f"{where}: items of type {shown(kind)} are not supported", "input")
+
+
+def _turn(messages: list[dict[str, Any]]) -> dict[str, Any]:
+    """The turn of the model that a call belongs to."""
+    if not messages or messages[-1]["role"] != "assistant":
+        messages.append({"role": "assistant", "content": None})
+    return messages[-1]
+
+
+def _text(content: Any, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    texts = []
+    for part in content if isinstance(content, list) else [content]:
+        fine = isinstance(part, Mapping) and part.get("type") in _TEXTS
+        if not fine or not isinstance(part.get("text"), str):
+            raise RequestError(f"{where}: only text is supported, not {shown(part)}", "input")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _tool(tool: Mapping[str, Any], number: int) -> dict[str, Any]:
+    if tool.get("type") != "function":
+        kind = shown(tool.get("type"))
+        raise RequestError(f"tools[{number}]: only functions are supported, not {kind}", "tools")
+    names = ("name", "description", "parameters", "strict")
+    function = {name: tool[name] for name in names if tool.get(name) is not None}
+    return {"type": "function", "function": function}
+
+
+def _choice(choice: Any) -> Any:
+    if isinstance(choice, Mapping) and choice.get("type") == "function":
+        return {"type": "function", "function": {"name": choice.get("name")}}
+    return choice
+
+
+def _format(given: Any) -> Any:
+    if isinstance(given, Mapping) and given.get("type") == "json_schema":
+        return {"type": "json_schema", "json_schema": {"schema": given.get("schema")}}
+    return given
