@@ -90,7 +90,6 @@ def test_profile_prints_a_table_and_writes_it(tmp_path: Path):
     names = [phase["name"] for phase in stored["phases"]]
     assert {"sampling", "forward", "head", "backward", "optimizer", "other"} <= set(names)
     assert sum(p["seconds"] for p in stored["phases"]) == pytest.approx(stored["seconds"])
-    assert stored["peak"]["float32"] > 0
     for name in (*names, "step"):
         assert any(line.split()[:1] == [name] for line in lines), name
     table = (tmp_path / "demo" / "sort-1" / "profile.txt").read_text()

@@ -60,7 +60,7 @@ class Watch:
         self.seconds: list[float] = []
         self._since = time.perf_counter()
 
-    def started(self, spec: Spec, step: int, changed: list[str]) -> None:
+    def started(self, spec: Spec, step: int, notes: list[str]) -> None:
         self._since = time.perf_counter()
 
     def stepped(self, step: int, metrics: dict[str, float]) -> None:

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwe
 from vocabulary import full_tokenizer
 
 from gpu_parts.bench import Card
+from gpu_parts.flops import Flops, head_flops
 from gspo.data.packing import Microbatch
 from gspo.data.sample import Sample, sample_of
 from gspo.data.turn import Turn
 from gspo.dev import InternalModelConfig
-from gspo.lab.flops import Flops, head_flops
 from gspo.policy import load
 from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing

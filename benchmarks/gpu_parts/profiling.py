@@ -6,12 +6,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from gpu_parts.bench import Card
 from gspo.core.timing import Clock, timing
+from gspo.data.packing import Microbatch
+from gspo.policy.policy import Policy
 
 TOP = 15
 _LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
@@ -121,8 +124,13 @@ def phases(card: Card) -> Iterator[dict[str, Any]]:
     measured: dict[str, Any] = {"microbatches": []}
     clock = Clock("step", sync=card.synchronize)
     microbatches = measured["microbatches"]
-    clock.watch("forward", lambda _policy, one, *_args, **_kwargs: microbatches.append(one))
-    with timing(clock), clock.span("step"):
+    logprobs = Policy.logprobs
+
+    def seen(policy: Policy, microbatch: Microbatch, *args: Any, **kwargs: Any) -> Any:
+        microbatches.append(microbatch)
+        return logprobs(policy, microbatch, *args, **kwargs)
+
+    with mock.patch.object(Policy, "logprobs", seen), timing(clock), clock.span("step"):
         yield measured
     measured["seconds"] = dict(clock.seconds)
     measured["calls"] = dict(clock.calls)

@@ -2,7 +2,7 @@
 
     python docs/study/run.py              # all of it
     python docs/study/run.py a d          # two parts
-    python docs/study/run.py --dry-run    # what is left, and roughly how long it takes
+    python docs/study/run.py --dry-run    # what is left; once a cell is done, how long it takes
 
 Cells that parts have in common run once. What the figures need of each part goes to
 docs/study/data/<part>.json; the runs themselves stay in .gspo/study. Then: docs/study/figures.py.

@@ -145,13 +145,13 @@ def _run(spec: Spec, profiled: bool, as_json: bool) -> None:
     from gspo.experiment.loop import run_experiment
     from gspo.experiment.stop import leave, run_until_signal
     from gspo.experiment.watch import LiveWatch
-    from gspo.lab.profiling import Profile
+    from gspo.lab.profiling import step_clock
     from gspo.train.checkpoint import steps_saved
 
-    profile = Profile() if profiled else None
+    clock = step_clock() if profiled else None
     try:
-        with LiveWatch() as watch, timing(profile and profile.clock):
-            outcome = run_until_signal(run_experiment(spec, watch, profile and profile.attach))
+        with LiveWatch() as watch, timing(clock):
+            outcome = run_until_signal(run_experiment(spec, watch))
     except SystemExit as stopped:
         status = int(stopped.code or 0)
         saved = max(steps_saved(spec.folder / "checkpoints"), default=0)
@@ -166,8 +166,8 @@ def _run(spec: Spec, profiled: bool, as_json: bool) -> None:
         print(f"held-out reward after   {outcome.after}   over {outcome.prompts} prompts")
     print(f"steps: {outcome.steps}, in {outcome.seconds:.0f} s; run in {outcome.run}")
     files = commands.draw(outcome.run)
-    if profile is not None:
-        files["profile"] = commands.print_profile(profile, outcome.run)
+    if clock is not None:
+        files["profile"] = commands.print_profile(clock, outcome.run)
     if as_json:
         print(strict_json(outcome.as_json() | files))
 

@@ -65,8 +65,6 @@ def test_spread_falls_with_length_and_bias_does_not():
         assert bucket.kl == pytest.approx(-bias, abs=0.002)
     short, _, long = report.buckets
     assert short.clipped_negative < 0.7 and long.clipped_negative > 0.7
-    for block in report.blocks:
-        assert block.std == pytest.approx(sigma / block.tokens**0.5, rel=0.1)
     assert report.verdict == "noisy"
 
 

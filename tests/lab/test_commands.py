@@ -19,7 +19,7 @@ def test_audit_prints_text_and_json_and_draws(tmp_path: Path):
     assert lines[0].startswith("embedded:sort, sampled in int4")
     assert any(line.startswith("verdict") and "noise is" in line for line in lines)
     result = json.loads(lines[-1])
-    assert {"total", "buckets", "blocks", "verdict", "advice", "routing_agreement"} <= set(result)
+    assert {"total", "buckets", "verdict", "advice", "routing_agreement"} <= set(result)
     assert (result["epsilon_low"], result["epsilon_high"]) == (0.01, 4e-4)
     assert picture.exists()
 

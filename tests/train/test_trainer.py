@@ -343,19 +343,6 @@ def test_noise_is_warned_of_once(caplog):
     assert "noise alone clips" in warning.message
 
 
-def test_a_range_beside_the_spread_is_information_and_told_once(caplog):
-    """Every short run at the paper's range would warn: a warning that always comes is none."""
-    policy = embedded()
-    trainer = Trainer(policy)
-    batch = prepare(engine_groups(policy), context=512)
-    settings = resolve(TrainConfig(learning_rate=1e-3))
-    with caplog.at_level("INFO", "gspo"):
-        for _ in range(2):
-            trainer.train(batch, settings)
-    (told,) = [r for r in caplog.records if "epsilon='auto'" in r.message]
-    assert told.levelname == "INFO"
-
-
 @pytest.mark.parametrize("algorithm", list(PRESETS))
 def test_every_preset_trains(algorithm: str):
     policy = embedded()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from openai import AsyncOpenAI
 
@@ -35,10 +35,8 @@ from gspo.serve.server import bind
 from gspo.train.settings import resolve
 from gspo.trajectories import TrajectoryGroup
 
-T = TypeVar("T")
-
+_S3 = dict.fromkeys(("from_s3_bucket", "prefix"), absent.COPY)
 _FORK = ("model", "from_model", "from_project", "not_after_step", "verbose")
-_S3 = ("from_s3_bucket", "prefix")
 
 _ARGUMENTS = ("path", "port", "keep_checkpoints", "seed", "logger")
 _REFUSED = {
@@ -138,11 +136,6 @@ class LocalBackend(Backend):
     def policy(self, model: ModelLike) -> Policy:
         """The model itself, for tools that look inside."""
         return self._service(model).trainer.policy
-
-    async def with_policies(self, model: ModelLike, function: Callable[[Policy, Policy], T]) -> T:
-        """`function(trainer's, engine's)` in the thread that computes, while nothing else does."""
-        service = self._service(model)
-        return await self._compute.run(function, service.trainer.policy, service.sampling)
 
     def run(self, model: ModelLike) -> Run:
         """The model's run folder; that of a prompted model is made when it is first asked for."""
@@ -255,20 +248,14 @@ class LocalBackend(Backend):
         verbose: bool = False,
         **unknown: Any,
     ) -> None:
-        """Begin the run of a model with another run's checkpoint, before it is registered.
-
-        See `gspo.backend.fork.fork_checkpoint`; `verbose` prints which step it is.
-
-        Raises:
-            ConfigError: an unknown argument.
-            RunError: the model is registered; or there is no checkpoint that fits.
+        """Begin the run of a model with another run's checkpoint, before it is registered: see
+        `gspo.backend.fork.fork_checkpoint`. `verbose` prints which step it is.
         """
-        check_names("fork_checkpoint", unknown, _FORK, dict.fromkeys(_S3, absent.COPY))
+        check_names("fork_checkpoint", unknown, _FORK, _S3)
         if (model.project, model.name) in self._services:
             raise RunError(f"model {model.name!r} is registered: fork before register")
-        step = await asyncio.to_thread(
-            fork_checkpoint, self.path, model, from_model, from_project, not_after_step
-        )
+        source = from_model, from_project, not_after_step
+        step = await asyncio.to_thread(fork_checkpoint, self.path, model, *source)
         if verbose:
             print(f"{model.name} goes on from step {step} of {from_model}")
 

@@ -87,7 +87,8 @@ class Service:
             sockets=sockets,
         )
         self.engines = Engines(run, model, self.engine, compute, seed=seed, sockets=sockets)
-        self.serving = Serving(self.engine, lambda: [model.name], listener)
+        engines = self.engines
+        self.serving = Serving(self.engine, engines.names, listener, engines.find)
 
     def check_same(self, model: ModelLike) -> None:
         """Refuse this model's name for another model, or for one that is loaded otherwise.
@@ -113,7 +114,8 @@ class Service:
         """
         groups = plain_groups(trajectory_groups)
         policy = self.trainer.policy
-        batch = prepare(groups, settings, context=policy.context, vocabulary=policy.head.size)
+        known = {"context": policy.context, "vocabulary": policy.head.size}
+        batch = prepare(groups, settings, **known, version=policy.version)
         return groups, batch
 
     def train(

@@ -15,9 +15,9 @@ _FORMS = "write 'module:name' or 'folder/file.py:name'"
 
 
 def beside(name: str, folder: Path) -> str:
-    """Put the file below `folder` that `name` means into it, if there is such a file.
+    """`module:name` as `folder/module.py:name`, if there is such a file; else as it is.
 
-    So a TOML file finds what is beside it, whatever the working directory.
+    So a TOML file finds what lies beside it, whatever the working directory.
     """
     module, colon, object_name = name.rpartition(":")
     if not colon or module.endswith(".py"):

@@ -20,7 +20,7 @@ T = TypeVar("T")
 log = logging.getLogger("gspo")
 
 NOTICE_SECONDS = 600.0
-"""After so long a wait, a caller is told once, in the log, what is computing."""
+"""After waiting so long, the log says once which job is running."""
 
 
 def free_cores() -> int:

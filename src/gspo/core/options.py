@@ -12,7 +12,7 @@ from gspo.core.errors import ConfigError, check_names, suggestion
 
 _NUMBERS = (int, float, int | None, float | None)
 LARGEST_COUNT = 10**9
-"""No count of steps or tokens is larger: one that is, is a slip of the keyboard."""
+"""The largest count of steps or tokens; a larger one is a typing error."""
 
 TEMPERATURES = (1e-3, 100.0)
 """Lowest and highest temperature that is sampled at and trained on: logits of a few hundred,
@@ -29,8 +29,7 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     refused: ClassVar[Mapping[str, str]] = {}
     fixed: ClassVar[Mapping[str, str]] = {}
-    """What an option may be, if pydantic's own words don't say it; told to whoever gives another
-    value."""
+    """By option: the error for a wrong value, if pydantic's message does not say what is right."""
 
     def __init__(self, **data: Any) -> None:
         names = sorted(type(self).model_fields)

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -26,9 +26,9 @@ T = TypeVar("T")
 class Clock:
     """Charges each moment inside its outermost span to the innermost open one.
 
-    So the seconds of all names add up to those of the `root` spans. Spans outside of a root are not
-    counted. Threads open and close spans in turns; only threads inside `beside` do so at the same
-    time, and then each moment is shared equally among these.
+    So the seconds of all names add up to those of the `root` spans. Spans outside a root are not
+    counted. Only threads inside `beside` have spans at the same time; then each moment is divided
+    equally among them.
 
     Args:
         root: name of the outermost span; what is left to it belongs to no other.
@@ -38,7 +38,6 @@ class Clock:
     Attributes:
         seconds: by name, the time of inner spans not included.
         calls: spans by name.
-        counts: what `count` added up, by (name, kind).
 
     >>> at = iter([0.0, 2.0, 5.0, 6.0])
     >>> clock = Clock("step", now=lambda: next(at))
@@ -59,17 +58,15 @@ class Clock:
         self.sync = sync
         self.seconds: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
-        self.counts: Counter[tuple[str, str]] = Counter()
         self._now = now
         self._open: list[str] = []
         self._beside: dict[int, list[str]] = {}
         self._lock = threading.RLock()
         self._since = 0.0
-        self._watchers: dict[str, Callable[..., None]] = {}
 
     @contextmanager
-    def span(self, name: str, /, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Charge the time inside to `name`; its watcher, if any, gets the other arguments."""
+    def span(self, name: str) -> Iterator[None]:
+        """Charge the time inside to `name`."""
         if not self._open and name != self.root:
             yield
             return
@@ -78,8 +75,6 @@ class Clock:
             self._spans().append(name)
             self.calls[name] += 1
         try:
-            if name in self._watchers:
-                self._watchers[name](*args, **kwargs)
             yield
         finally:
             with self._lock:
@@ -88,7 +83,7 @@ class Clock:
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """Let this thread's spans inside the block run at the same time as other threads'."""
+        """Inside the block, this thread may have spans while other threads have theirs."""
         thread = threading.get_ident()
         with self._lock:
             self._charge()
@@ -99,20 +94,6 @@ class Clock:
             with self._lock:
                 self._charge()
                 del self._beside[thread]
-
-    def count(self, name: str, kind: str, amount: float) -> None:
-        """Add to a count of the root spans."""
-        with self._lock:
-            if self._open:
-                self.counts[name, kind] += amount  # pyright: ignore[reportArgumentType]
-
-    def inside(self, name: str) -> bool:
-        """Whether such a span is open."""
-        return name in self._open
-
-    def watch(self, name: str, watcher: Callable[..., None]) -> None:
-        """Call `watcher` with the arguments of each function that is `timed` by that name."""
-        self._watchers[name] = watcher
 
     def _spans(self) -> list[str]:
         return self._beside.get(threading.get_ident(), self._open)
@@ -155,10 +136,10 @@ def beside(function: Callable[P, T]) -> Callable[P, T]:
     return inner
 
 
-def span(name: str, /, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+def span(name: str) -> AbstractContextManager[None]:
     """A span of the clock around it (see `Clock.span`); nothing if there is none."""
     clock = _current.get()
-    return nullcontext() if clock is None else clock.span(name, *args, **kwargs)
+    return nullcontext() if clock is None else clock.span(name)
 
 
 def timed(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
@@ -167,7 +148,7 @@ def timed(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(function)
         def inner(*args: P.args, **kwargs: P.kwargs) -> T:
-            with span(name, *args, **kwargs):
+            with span(name):
                 return function(*args, **kwargs)
 
         return inner

@@ -30,7 +30,7 @@ def demo_spec(path: str, steps: int = STEPS, seed: int = 0) -> Spec:
 
 
 def _unfinished(spec: Spec) -> bool:
-    """Whether the folder holds the same demo, stopped half-way: then it goes on."""
+    """Whether the folder holds the same demo, stopped half-way, which is then continued."""
     with suppress(OSError, ValueError):
         stored = json.loads((spec.folder / "spec.json").read_bytes())
         done = max(steps_saved(spec.folder / "checkpoints"), default=0)

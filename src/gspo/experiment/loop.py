@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +14,6 @@ from gspo.core.timing import span
 from gspo.experiment.heldout import Estimate, estimate_reward
 from gspo.experiment.rollout import Rollouts
 from gspo.experiment.spec import Spec, flat
-from gspo.policy.load import Policy
 from gspo.train.settings import resolve
 
 
@@ -65,16 +63,12 @@ class Watch(Protocol):
         """Held-out reward was measured at the weights of `step`."""
 
 
-async def run_experiment(
-    spec: Spec, watch: Watch, attach: Callable[[Policy, Policy], None] | None = None
-) -> Outcome:
+async def run_experiment(spec: Spec, watch: Watch) -> Outcome:
     """Run `spec`, or go on where a killed run of the same folder stopped.
 
     Args:
         spec: what to run.
         watch: is told of each step.
-        attach: is called with the trainer's and the engine's policy before the first step, for
-            example by a profiler.
     """
     resolve(spec.train_config(), spec.train)  # options that contradict cost no evaluation
     started = time.perf_counter()
@@ -90,8 +84,6 @@ async def run_experiment(
         spec.path, keep_checkpoints=spec.keep_checkpoints, seed=spec.seed, logger=spec.logger
     ) as backend:
         await model.register(backend)
-        if attach is not None:
-            await backend.with_policies(model, attach)
         first = await model.get_step()
         policy = backend.policy(model)
         exact = "equal to the bit" if policy.exact else f"not equal to the bit: {policy.not_exact}"

@@ -1,4 +1,4 @@
-"""What a spec will do, said before anything is loaded or written."""
+"""What a spec will do, checked and described before anything is loaded or written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rollouts of an experiment: the task's own, or the user's function."""
+"""Rollouts of an experiment: answers to the task's prompts, or the user's function."""
 
 from __future__ import annotations
 

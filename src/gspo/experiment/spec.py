@@ -193,6 +193,16 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
+def full_keys(name: str) -> list[str]:
+    """The dotted keys of a run's fields of this name: in the run itself, and in its tables.
+
+    >>> full_keys("steps"), full_keys("epsilon"), full_keys("seed")
+    (['steps'], ['train.epsilon'], ['seed', 'train.seed'])
+    """
+    found = [name] if name in Spec.model_fields else []
+    return found + [f"{table}.{name}" for table in TABLES if name in TABLES[table].model_fields]
+
+
 def override(
     data: dict[str, Any], overrides: Iterable[str], keys: Collection[str] = Spec.model_fields
 ) -> dict[str, Any]:
@@ -205,14 +215,12 @@ def override(
         key, equals, text = map(str.strip, item.partition("="))
         if not equals:
             raise ConfigError(f"--set {item!r}: write key=value")
-        *tables, last = parts = key.split(".")
-        homes = [last] if last in Spec.model_fields else []
-        homes += [f"{name}.{last}" for name in TABLES if last in TABLES[name].model_fields]
-        misplaced = len(parts) == 2 and tables[0] in TABLES and homes and key not in homes
-        if parts[0] not in keys or misplaced:
-            near = [home for home in homes if home.partition(".")[0] in keys]
-            told = f" Did you mean {near[0]!r}?" if near else suggestion(parts[0], keys)
-            raise ConfigError(f"--set {item!r}: unknown key {key!r}.{told}")
+        first, *rest = parts = key.split(".")
+        near = [full for full in full_keys(parts[-1]) if full.partition(".")[0] in keys]
+        misplaced = len(rest) == 1 and first in TABLES and near and key not in near
+        if first not in keys or misplaced:
+            hint = f" Did you mean {near[0]!r}?" if near else suggestion(first, keys)
+            raise ConfigError(f"--set {item!r}: unknown key {key!r}.{hint}")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except (tomllib.TOMLDecodeError, RecursionError):  # no TOML: it is the text itself

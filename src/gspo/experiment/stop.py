@@ -1,4 +1,4 @@
-"""SIGINT (Ctrl-C) and SIGTERM: the first ends a run in order, the second one at once."""
+"""SIGINT (Ctrl-C) and SIGTERM: the first ends a run in order, the second immediately."""
 
 from __future__ import annotations
 

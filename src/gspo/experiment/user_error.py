@@ -1,4 +1,4 @@
-"""Errors of the user's own rollout or task, shown by the user's own lines."""
+"""Errors of the user's rollout or task, shown with the lines of the user's code."""
 
 from __future__ import annotations
 

@@ -45,8 +45,6 @@ def make_report(
         A JSON object: what was asked, and
         `total` and `buckets`: all sequences, and those of each power of two of the length, see
             `_bucket`;
-        `blocks`: the spread of the means of d_t over so many consecutive `tokens`. If errors of
-            tokens are independent, it is that of d_t over sqrt(tokens);
         `verdict`, which is `fine`, `tight` or `noisy`, and `advice`.
     """
     lengths = np.array([len(tokens) for tokens in d])
@@ -61,7 +59,6 @@ def make_report(
         **asked,
         "total": total,
         "buckets": buckets,
-        "blocks": [_block(d, 2**power) for power in range(longest.bit_length())],
         "verdict": verdict,
         "advice": _advice(total, share, verdict, asked["rollout_dtype"]),
     }
@@ -116,12 +113,6 @@ def _bucket(
         "clipped_negative": float((log_ratios < band[0]).mean()),
         "epsilon_needed": float(np.quantile(np.abs(np.expm1(log_ratios)), 1 - TOLERATED)),
     }
-
-
-def _block(d: Sequence[np.ndarray], size: int) -> dict[str, Any]:
-    whole = [tokens[: len(tokens) // size * size].reshape(-1, size) for tokens in d]
-    means = np.concatenate([blocks.mean(axis=1) for blocks in whole])
-    return {"tokens": size, "blocks": len(means), "std": float(means.std())}
 
 
 def _advice(total: Mapping[str, Any], share: float, verdict: str, rollout_dtype: str) -> str:

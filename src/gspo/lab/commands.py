@@ -18,7 +18,7 @@ from gspo.core.errors import ConfigError
 from gspo.core.files import strict_json
 
 if TYPE_CHECKING:
-    from gspo.lab.profiling import Profile
+    from gspo.core.timing import Clock
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print a JSON object as the last line.")]
 SetOption = Annotated[
@@ -186,11 +186,11 @@ def draw(folder: Path) -> dict[str, str | None]:
     return {"report": page}
 
 
-def print_profile(profile: Profile, run: Path) -> str:
+def print_profile(clock: Clock, run: Path) -> str:
     """Print where the time of the steps went, and write it to the run. Returns the file."""
-    from gspo.lab.profiling import render, write_profile
+    from gspo.lab.profiling import make_report, render, write_profile
 
-    report = profile.report()
+    report = make_report(clock)
     path = write_profile(report, run)
     print(f"\n{render(report)}profile: {path}")
     return str(path)

@@ -16,6 +16,7 @@ from gspo.experiment.spec import (
     Spec,
     flat,
     folder_name,
+    full_keys,
     named_beside,
     override,
     put,
@@ -130,13 +131,12 @@ def full_key(key: str, where: str) -> str:
     """
     first = key.partition(".")[0]
     if first not in Spec.model_fields:
-        tables = [name for name, options in TABLES.items() if key in options.model_fields]
-        if not tables:
+        if not (found := full_keys(key)):
             names = [*Spec.model_fields, *(n for t in TABLES.values() for n in t.model_fields)]
             if key in dev.TrainConfig.refused:
                 check_names("dev.TrainConfig", [key], [], dev.TrainConfig.refused)
             raise ConfigError(f"{where}: unknown key {key!r}.{suggestion(first, names)}")
-        key = f"{tables[0]}.{key}"
+        key = found[0]
     if key in _DECIDED:
         raise ConfigError(f"{where}: {key!r} is not free here: {_DECIDED[key]}")
     return key

@@ -15,12 +15,11 @@ from gspo.core.errors import ConfigError, suggestion
 from gspo.experiment.plan import make_plan
 from gspo.experiment.spec import Spec
 from gspo.lab.compare import CompareSpec, nested, run_keys
-from gspo.tasks import load_task
 from gspo.train.settings import resolve
 
 CELLS = "cells"
 _DEFAULTS = {"load.threads": 1, "keep_checkpoints": 1}
-"""Of cells, unless the base says otherwise: one core each, and little disk."""
+"""Defaults of a cell, which the base may change: one core, and one checkpoint on disk."""
 _FACTOR = re.compile(r"\*\s*(\d+\.?\d*(?:[eE][+-]?\d+)?)\s*")
 
 Status = Literal["pending", "running", "done", "failed", "refused"]
@@ -36,14 +35,12 @@ class Cell:
         id: arm, stressors and seed, unique in the comparison.
         stress: axis -> value, or the label of a table.
         spec: the run; None if it is refused.
-        most_tokens: that the whole run can sample.
         error: why it failed, or why the arm has no meaning under these stressors.
     """
 
     arm: str
     stress: dict[str, Any]
     spec: Spec | None
-    most_tokens: int = 0
     status: Status = "pending"
     error: str | None = None
     seed: int = 0
@@ -120,7 +117,7 @@ def _check_collisions(arms: list[Level], axes: dict[str, list[Level]]) -> None:
 
 
 def _factor(value: Any) -> float | None:
-    """0.3 of "*0.3"; None of anything else."""
+    """The number of a factor such as "*0.3"; None for any other value."""
     match = _FACTOR.fullmatch(value) if isinstance(value, str) else None
     return float(match[1]) if match else None
 
@@ -140,12 +137,7 @@ def _resolve(
         return Cell(arm, stress, None, status="refused", error=str(error))
     if spec.eval_prompts == 0:
         raise ConfigError("eval_prompts = 0: arms are compared by their held-out reward")
-    task = load_task(spec.task, spec.task_options) if spec.task else None
-    longest = spec.max_tokens or (task.max_tokens if task else 256)
-    evaluations = 2 + ((spec.steps - 1) // spec.eval_every if spec.eval_every else 0)
-    rollouts = spec.steps * spec.prompts * spec.completions
-    rollouts += evaluations * spec.eval_prompts * spec.eval_completions
-    return Cell(arm, stress, spec, most_tokens=rollouts * longest)
+    return Cell(arm, stress, spec)
 
 
 def _scaled(key: str, factor: float, keys: dict[str, Any]) -> float:

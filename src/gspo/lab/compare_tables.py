@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +15,6 @@ from gspo.lab.compare_cells import Cell
 from gspo.lab.compare_result import measured
 from gspo.lab.statistics import NO_DIFFERENCE, NO_INTERVAL, holm
 from gspo.lab.tables import as_text, cells, table
-from gspo.policy.embedded import PREFIX
 
 Row = Mapping[str, Any]
 """An object of comparison.json."""
@@ -26,11 +27,6 @@ QUICK_ADVICE = (
     "with seeds = 5 or more, several learning rates, and your own task (docs/compare.md), and run "
     "`gspo compare SPEC.toml`."
 )
-_START = 8.0
-"""Seconds until a worker has loaded its libraries and its model."""
-_EMBEDDED_RATE = 10_000
-"""Sampled tokens a second and core of an embedded model, training included: a rough guess that
-serves until a cell has been timed."""
 
 
 def print_cells(cells: Sequence[Cell], workers: int) -> None:
@@ -43,28 +39,15 @@ def print_cells(cells: Sequence[Cell], workers: int) -> None:
 
 
 def summary_line(cells: Sequence[Cell], workers: int) -> str:
-    """How many cells there are, and roughly how long the rest will take."""
+    """How many cells there are, and roughly how long the rest will take, once one is done."""
     count = Counter(cell.status for cell in cells)
     line = f"{len(cells)} cells: {count['done']} done, {count['refused']} refused, "
     line += f"{count['pending']} to run, {workers} at once"
-    return line + (_estimate(cells, workers) if count["pending"] else "")
-
-
-def _estimate(cells: Sequence[Cell], workers: int) -> str:
-    """Wall clock for the pending cells, at the rate of those done."""
-    done = [measured(cell.folder) for cell in cells if cell.status == "done"]
-    seconds, source = sum(row["seconds"] for row in done), "as fast as those done"
-    if seconds:
-        rate = sum(row["tokens"] for row in done) / seconds
-    elif all(cell.spec.model.startswith(PREFIX) for cell in cells if cell.spec):
-        rate, source = _EMBEDDED_RATE, "a rough guess"
-    else:
-        return "; no estimate: no cell of this model has been timed yet"
-    waiting = [cell for cell in cells if cell.status == "pending"]
-    tokens = sum(cell.most_tokens for cell in waiting)
-    left = _START + tokens / rate / min(workers, len(waiting))
-    time = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
-    return f"; roughly {time} ({source})"
+    seconds = [measured(cell.folder)["seconds"] for cell in cells if cell.status == "done"]
+    if seconds and count["pending"]:
+        left = fmean(seconds) * count["pending"] / min(workers, count["pending"])
+        line += f"; roughly {timedelta(seconds=round(left))}, as fast as those done"
+    return line
 
 
 def result_text(content: Row, width: int | None = None) -> str:

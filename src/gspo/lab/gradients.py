@@ -42,13 +42,15 @@ def method_gradient(
     policy = trainer.policy
     policy.lm.eval()
     settings = settings.model_copy(update={"router_aux_loss_coef": 0.0})
-    watch = Observer(policy, batch)
-    call = Call(settings, [batch.samples], ExpertReplay(policy, settings, watch.metrics), watch)
+    observer = Observer(policy, batch)
+    call = Call(
+        settings, [batch.samples], ExpertReplay(policy, settings, observer.metrics), observer
+    )
     trainer.gradient(batch.samples, call)
     parameters = policy.trainable.values()
     gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     trainer.optimizer.clear()
-    return watch, gradient
+    return observer, gradient
 
 
 def gram(gradients: Sequence[Sequence[Tensor]]) -> Float[Tensor, "P P"]:

@@ -25,19 +25,19 @@ from gspo.train.old_logprobs import with_trainer_logprobs
 from gspo.train.settings import Settings
 
 OWN = "this run"
-"""Name of the run's own method if no preset equals it."""
+"""Name of the run's method if it is none of the presets."""
 _METHOD = (
     *("algorithm", "importance_sampling_level", "epsilon", "epsilon_high", "epsilon_scale"),
     *("scale_rewards", "correction", "correction_low", "correction_high"),
 )
-"""Options that belong to the method: another preset has its own. The rest stays the run's."""
+"""Options that a preset decides. All others are taken from the run."""
 _MEASURED = {
     "loss": "loss/policy",
     "kl": "loss/kl",
     "clip_fraction": "ratio/clip_fraction",
     "clip_fraction_tokens": "ratio/clip_fraction_tokens",
 }
-"""What is told of a method, of the metrics of training."""
+"""What is reported of a method, and the metric of training that it is."""
 
 
 def inspect_run(
@@ -53,10 +53,10 @@ def inspect_run(
         number: of the step, whose batch is taken; None: the last one.
         weights: `before`: those that the step's first update started from; `after`: those it ended
             with; or `both`.
-        presets: None: all. The run's own method is always there.
+        presets: None: all. The run's method is always included.
 
     Returns:
-        A JSON object: what the batch is, `own` (the name of the run's own method), `trained`
+        A JSON object: what the batch is, `own` (the name of the run's method), `trained`
         (trajectories with an advantage under it), `left_out` (terms of the run's loss that are the
         same for every method), and `at`: what `_at_weights` returns, before and after the step.
 
@@ -74,7 +74,12 @@ def inspect_run(
     step.check_weights(chosen, needs_before=by_trainer)
     methods = make_methods(step.record, training, presets)
     batches = {
-        settings.preset.advantage: prepare(step.groups, settings, context=step.record.context)
+        settings.preset.advantage: prepare(
+            step.groups,
+            settings,
+            context=step.record.context,
+            version=step.record.policy_version,
+        )
         for settings in methods.values()
     }
     if by_trainer:
@@ -90,7 +95,7 @@ def inspect_run(
         "own": next(iter(methods)),
         "options": step.record.options,
         "trajectories": len(batch.samples),
-        "dropped": batch.dropped,
+        "dropped": batch.dropped + batch.stale,
         "groups": len(set(batch.groups)),
         "flat_groups": batch.flat_groups,
         "trained": sum(samples[0].advantage != 0 for samples in batch.samples),
@@ -109,10 +114,10 @@ def _at_weights(
     """All methods at one set of weights, each on the whole batch as one optimizer step.
 
     Returns:
-        `weights`, their `source`, the `log_ratio` of the sequences that the run's own method trains
-        on, the `methods` (the run's own first), and the `cosines` of each pair of gradients. Of a
-        method, `epsilon` is None if it has no range, `sequences` is N, `loss` is without the KL
-        term and `grad_norm` with it, before any clipping by norm; `cosine` is with the run's own.
+        `weights`, their `source`, the `log_ratio` of the sequences that the run's method trains on,
+        the `methods` (the run's first), and the `cosines` of each pair of gradients. In a method,
+        `epsilon` is None if it has no range, `sequences` is N, `loss` is without the KL term and
+        `grad_norm` with it, before any clipping by norm; `cosine` is with the run's gradient.
     """
     trainer = step.trainer(step.load(weights))
     _check_memory(trainer.policy, len(methods))
@@ -121,10 +126,10 @@ def _at_weights(
     for name, settings in methods.items():
         batch, objective = batches[settings.preset.advantage], settings.objective
         batch = batch if settings.preset.counts_flat else batch.with_signal()
-        watch, gradient = method_gradient(trainer, batch, settings)
+        observer, gradient = method_gradient(trainer, batch, settings)
         gradients.append(gradient)
-        log_ratios.append([trace.log_ratio for trace in watch.traces if trace.advantage])
-        metrics, unit = watch.metrics.compute(), settings.sequence_unit
+        log_ratios.append([trace.log_ratio for trace in observer.traces if trace.advantage])
+        metrics, unit = observer.metrics.compute(), settings.sequence_unit
         clip_range = [objective.epsilon_low, objective.epsilon_high]
         row = {
             "name": name,
@@ -148,9 +153,9 @@ def _at_weights(
 def make_methods(
     record: UpdateRecord, training: Settings, presets: Sequence[str] | None = None
 ) -> dict[str, Settings]:
-    """The run's own method first, then the presets with their own defaults.
+    """The run's method first, then the presets with their defaults.
 
-    What doesn't belong to a method (KL, old log-probs, what a sequence is, ...) stays the run's.
+    What a method doesn't decide (KL, old log-probs, what a sequence is, ...) is taken from the run.
     """
 
     def method(settings: Settings) -> tuple[object, ...]:

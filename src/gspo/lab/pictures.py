@@ -68,70 +68,37 @@ def styled(figure: go.Figure, **layout: Any) -> go.Figure:
 
 
 def draw_audit(report: Mapping[str, Any], log_ratios: np.ndarray, path: Path) -> Path:
-    """Write the picture of an audit: l_i against the clip range, and its spread against length.
+    """Write the picture of an audit: l_i of the sequences against the clip range.
+
+    What lies outside the axis is counted in its first and last bar.
 
     Args:
         report: see `audit_report.make_report`.
         log_ratios: [S] l_i of the sequences.
         path: see `write_picture`.
     """
-    from plotly.subplots import make_subplots
+    import plotly.graph_objects as go
 
-    titles = (
-        "noise clips {clipped_positive:.0%} of A > 0, {clipped_negative:.0%} of A < 0",
-        "spread and bias of l<sub>i</sub> against length",
-    )
-    titles = [title.format(**report["total"]) for title in titles]
-    figure = make_subplots(1, 2, subplot_titles=titles)
-    _add_histogram(figure, report, log_ratios)
-    _add_spread(figure, report)
-    title = escape("{model}, sampled in {rollout_dtype}: {verdict}".format(**report))
-    styled(figure, title=title, width=1150, height=480, margin_t=90, legend={"y": -0.3})
-    return write_picture(figure, path)
-
-
-def _add_histogram(figure: go.Figure, report: Mapping[str, Any], log_ratios: np.ndarray) -> None:
-    """Sequences by l_i; what lies outside the axis is counted in its first and last bar."""
     low, high = clip_band(report["epsilon_low"], report["epsilon_high"])
     left, right = np.quantile(log_ratios, (0.02, 0.98))
     left, right = min(left, max(low, -1.0)), max(right, high)
     margin = 0.1 * (right - left)
     ends = (left - margin, right + margin)
-    place: dict[str, Any] = {"row": 1, "col": 1}
     # Over the whole axis, so that noise far below the clip range still has bars to be seen.
     bins = {"start": ends[0], "end": ends[1], "size": (ends[1] - ends[0]) / 60}
-    figure.add_histogram(x=np.clip(log_ratios, *ends), xbins=bins, name="sequences", **place)
-    band = {"fillcolor": "green", "opacity": 0.25, "line_width": 0}
-    figure.add_vrect(x0=max(low, ends[0]), x1=high, **band, **place)
+    figure = go.Figure()
+    figure.add_histogram(x=np.clip(log_ratios, *ends), xbins=bins, name="sequences")
+    figure.add_vrect(x0=max(low, ends[0]), x1=high, fillcolor="green", opacity=0.25, line_width=0)
     bias = report["total"]["sequence_log_ratio"]["mean"]
-    figure.add_vline(x=bias, line_color="red", annotation_text="mean: the bias", **place)
-    figure.update_xaxes(title="l<sub>i</sub> on unchanged weights; green: not clipped", **place)
-
-
-def _add_spread(figure: go.Figure, report: Mapping[str, Any]) -> None:
-    """Spread on log-log axes, where 1/sqrt(L) is a straight line."""
-    blocks = [(b["tokens"], b["std"]) for b in report["blocks"] if b["blocks"] > 1 and b["std"] > 0]
-    whole = [
-        (bucket["tokens"] / bucket["sequences"], bucket["sequence_log_ratio"]["std"])
-        for bucket in report["buckets"]
-        if bucket["sequences"] > 1 and bucket["sequence_log_ratio"]["std"] > 0
-    ]
-    token = report["total"]["token_log_ratio"]
-    longest = max(length for length, _ in [(1.5, 0.0), *blocks, *whole])
-    bias, epsilon = abs(token["mean"]), report["epsilon_low"]
-    curves = {
-        "spread, blocks of L": blocks,
-        "spread, whole sequences": whole,
-        "spread of d<sub>t</sub> / √L": [(1, token["std"]), (longest, token["std"] / longest**0.5)],
-        "|mean of d<sub>t</sub>|": [(1, bias), (longest, bias)],
-        "ε below 1": [(1, epsilon), (longest, epsilon)],
-    }
-    place: dict[str, Any] = {"row": 1, "col": 2}
-    for name, points in curves.items():
-        x, y = [length for length, _ in points], [value for _, value in points]
-        figure.add_scatter(x=x, y=y, name=name, **place)
-    figure.update_xaxes(type="log", title="sampled tokens L", **place)
-    figure.update_yaxes(type="log", dtick=1, **place)
+    figure.add_vline(x=bias, line_color="red", annotation_text="mean: the bias")
+    clipped = (
+        "clipped by noise alone: {clipped_positive:.0%} of A > 0, {clipped_negative:.0%} of A < 0"
+    )
+    figure.update_xaxes(title="l<sub>i</sub> on unchanged weights; green: not clipped")
+    figure.update_yaxes(title="sequences")
+    title = escape("{model}, sampled in {rollout_dtype}: {verdict}".format(**report))
+    title = {"text": title, "subtitle_text": clipped.format(**report["total"])}
+    return write_picture(styled(figure, title=title, width=800, height=480, margin_t=90), path)
 
 
 def draw_inspection(inspection: Mapping[str, Any], path: Path) -> Path:

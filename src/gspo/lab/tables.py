@@ -1,4 +1,4 @@
-"""Tables: numbers as text, for a page and for the terminal; on the latter rich draws them."""
+"""Tables of text: for a page as they are, for the terminal drawn by rich."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 
 
 def cells(names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> list[list[str]]:
-    """Turn these fields into text: their names as a header, then a list for each row.
+    """The rows' fields as text: first the names as a header, then a list for each row.
 
     >>> cells(["arm", "seen_tokens"], [{"arm": "gspo", "seen_tokens": 1234.5}])
     [['arm', 'seen tokens'], ['gspo', '1,234']]

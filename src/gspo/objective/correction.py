@@ -61,7 +61,7 @@ class Correction:
 
     @property
     def per_token(self) -> bool:
-        """One weight a token; else one a sequence."""
+        """Whether each token has a weight; else each sequence has one."""
         return self.kind.startswith("token")
 
     def weights(

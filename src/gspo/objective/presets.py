@@ -152,7 +152,7 @@ class Preset:
 
 
 def _preset(name: str, table: dict[str, Any]) -> Preset:
-    """One table of presets.toml."""
+    """The preset of a table of presets.toml; a surrogate without a range has no `epsilon`."""
     low, high = table.pop("epsilon", (1.0, 1.0))
     around = {key: table.pop(key) for key in Preset.__annotations__.keys() & table.keys()}
     return Preset(name, Objective(epsilon_low=low, epsilon_high=high, **table), **around)

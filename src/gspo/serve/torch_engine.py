@@ -15,7 +15,7 @@ from gspo.core.draws import seed_of
 from gspo.core.errors import GspoError, RequestError
 from gspo.core.timing import span
 from gspo.kernels.attention import PACKED
-from gspo.kernels.hf import attention_implementation, decode
+from gspo.kernels.hf import attention_implementation
 from gspo.kernels.kv_cache import Layout
 from gspo.policy.policy import WITH_GSPO_ATTENTION, Policy
 from gspo.serve.admission import Group, Line

@@ -1,4 +1,4 @@
-"""Any dataset of reasoning-gym, scored by its own scorer."""
+"""Any dataset of reasoning-gym, scored by the dataset's scorer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gradient of one optimizer step: microbatch after microbatch, or a worker for each."""
+"""The gradient of one optimizer step: one microbatch after another, or several in threads."""
 
 from __future__ import annotations
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numpy as np
-
+from gspo.core.metrics import Metrics
 from gspo.objective import MAX_LOG_RATIO, Objective
 from gspo.train.observe import Observer, Trace
 from gspo.train.settings import Settings
@@ -33,7 +32,7 @@ class EpsilonController:
     """
 
     epsilon_low: float | None = None
-    _told: set[int] = field(default_factory=set)  # levels of the advice that was given
+    _warned: bool = False
 
     def apply(self, objective: Objective) -> Objective:
         """The objective with the present range."""
@@ -43,7 +42,7 @@ class EpsilonController:
         return objective.with_epsilon(self.epsilon_low, self.epsilon_low * scale)
 
     def observe(self, objective: Objective, traces: Sequence[Trace], target: float) -> None:
-        """Learn from the sequences of one call, made under `objective`."""
+        """Move the range towards the target, by the sequences of one call under `objective`."""
         can_clip = [t for t in traces if t.advantage != 0 and not math.isnan(t.log_ratio)]
         needed = sorted(needed_epsilon(objective, trace) for trace in can_clip)
         wanted = needed[min(int((1 - target) * len(needed)), len(needed) - 1)] if needed else 0.0
@@ -54,19 +53,13 @@ class EpsilonController:
         moved = math.log(present) + RATE * (math.log(wanted) - math.log(present))
         self.epsilon_low = _bounded(math.exp(moved), scale)
 
-    def learn(self, settings: Settings, watch: Observer, step: int) -> None:
-        """After a call: steer the range if that is asked for; else say once that it doesn't fit.
-
-        It is a warning if noise clips, else information: most short runs at the paper's range
-        learn.
-        """
+    def learn(self, settings: Settings, observer: Observer, step: int) -> None:
+        """After a call: steer the range if that is asked for; else warn once if noise clips."""
         if settings.epsilon == "auto":
-            self.observe(settings.objective, watch.traces, settings.epsilon_target)
-        elif settings.objective.per_sequence:
-            level, advice = advice_on(settings, watch)
-            if advice is not None and level not in self._told:
-                self._told.add(level)
-                log.log(level, "train step %d: %s", step, advice)
+            self.observe(settings.objective, observer.traces, settings.epsilon_target)
+        elif not self._warned and (warning := noise_warning(settings, observer.metrics)):
+            self._warned = True
+            log.warning("train step %d: %s", step, warning)
 
 
 def needed_epsilon(objective: Objective, trace: Trace) -> float:
@@ -77,38 +70,17 @@ def needed_epsilon(objective: Objective, trace: Trace) -> float:
     return max(_in_epsilons(objective, distance, trace.length), 0.0)
 
 
-def advice_on(settings: Settings, watch: Observer) -> tuple[int, str | None]:
-    """What to change if noise by itself clips, or if the range is not near the log-ratios' spread.
-
-    Returns:
-        The level of the log that it belongs to, and the advice, or None.
-    """
-    objective, epsilon = settings.objective, settings.objective.epsilon_low
-    noise = watch.metrics.compute().get("mismatch/clip_fraction", 0.0)
+def noise_warning(settings: Settings, metrics: Metrics) -> str | None:
+    """What to change if noise by itself clips more than half of `epsilon_target`; else None."""
+    noise = metrics.compute().get("mismatch/clip_fraction", 0.0)  # with a sequence-level range only
     # With pi_old of the trainer the ratio is not taken against the engine.
-    if settings.old_logprobs == "rollout" and noise > settings.epsilon_target / 2:
-        return logging.WARNING, (
-            f"engine and trainer differ so much that noise alone clips {noise:.0%} of the "
-            f"sequences on unchanged weights (epsilon {epsilon:.2g}): raise epsilon, set "
-            "epsilon='auto' or old_logprobs='trainer', or roll out in a finer dtype"
-        )
-    width = spread(objective, watch.traces)
-    if not width > 0 or 0.3 <= epsilon / width <= 5:
-        return logging.INFO, None
-    how = "clips many of" if epsilon < width else "hardly ever clips"
-    return logging.INFO, (
-        f"epsilon {epsilon:.2g} is {epsilon / width:.2g} x the spread of the sequences' log-ratios "
-        f"({width:.2g}) and {how} them: set epsilon='auto', or a number near that spread"
+    if settings.old_logprobs == "trainer" or noise <= settings.epsilon_target / 2:
+        return None
+    return (
+        f"engine and trainer differ so much that noise alone clips {noise:.0%} of the sequences on "
+        f"unchanged weights (epsilon {settings.objective.epsilon_low:.2g}): raise epsilon, set "
+        "epsilon='auto' or old_logprobs='trainer', or roll out in a finer dtype"
     )
-
-
-def spread(objective: Objective, traces: Sequence[Trace]) -> float:
-    """Standard deviation of l_i in the units of epsilon; 0 for fewer than two sequences.
-
-    Only sequences with an advantage count: the others can't be clipped.
-    """
-    values = [_in_epsilons(objective, t.log_ratio, t.length) for t in traces if t.advantage != 0]
-    return float(np.std(values)) if len(values) > 1 else 0.0
 
 
 def _in_epsilons(objective: Objective, distance: float, length: float) -> float:

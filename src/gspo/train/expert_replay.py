@@ -2,7 +2,7 @@
 
 Replay is one mechanism with two sources: the expert choices of a sample are the engine's (R3, arXiv
 2510.11370), or are overwritten before the first update by those of a forward pass of the trainer
-(R2, arXiv 2512.01374). From there on nothing knows the difference.
+(R2, arXiv 2512.01374). After that, both are replayed by the same code.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class ExpertReplay:
     its microbatches, `end`; `finish` after the last update.
 
     Args:
-        policy: its weights are those before the first update until `start` has returned.
-        settings: what is asked for.
+        policy: it must not be updated before `start` has returned.
+        settings: which replay, and which metrics.
         metrics: of the call.
     """
 
@@ -85,7 +85,7 @@ class ExpertReplay:
     def start(
         self, minibatches: Sequence[Sequence[TrajectorySamples]]
     ) -> dict[int, TrajectorySamples]:
-        """Record the choices of the trainer, if that is asked for.
+        """Record the trainer's choices before the first update, if the settings need them.
 
         Args:
             minibatches: the trajectories that each minibatch of one epoch will train on. Recorded
@@ -130,7 +130,7 @@ class ExpertReplay:
         self._weights = share * (self.policy.routers.experts / tokens / len(share))
 
     def watch(self, microbatch: Microbatch) -> AbstractContextManager[ExpertChoices]:
-        """Watch the forward pass of a microbatch; its choices are replayed if that is asked for."""
+        """Record the choices of a microbatch's forward pass, or replay those of its samples."""
         replay = microbatch.replayed_choices() if self.replays else None
         copies, watch = microbatch.copies, self.policy.routers.watch
         return watch(replay, balance=self._weights, copies=copies, strict=self._strict)

@@ -31,10 +31,12 @@ from gspo.policy.policy import Policy
 from gspo.policy.workers import Workers
 from gspo.train import minibatches as plan
 from gspo.train.backward import backward_each
+from gspo.train.batch_metrics import warn_of_altered
+from gspo.train.bit_equality import check_exact
 from gspo.train.defaults import with_defaults
 from gspo.train.epsilon import EpsilonController
 from gspo.train.expert_replay import ExpertReplay, check_expert_options
-from gspo.train.observe import Observer, Scored, Trace, check_exact
+from gspo.train.observe import Observer, Scored, Trace
 from gspo.train.old_logprobs import with_trainer_logprobs
 from gspo.train.optimizer import Optimizer, learning_rate
 from gspo.train.settings import Settings
@@ -67,17 +69,17 @@ class Call:
         settings: with the defaults that apply to the model, and the clip range of this call.
         minibatches: those of all epochs, in order; their expert choices and pi_old are fixed.
         experts: replays expert choices.
-        watch: gathers metrics and traces.
+        observer: gathers metrics and traces.
     """
 
     settings: Settings
     minibatches: Sequence[Sequence[TrajectorySamples]]
     experts: ExpertReplay
-    watch: Observer
+    observer: Observer
 
 
 class Trainer:
-    """Owns the optimizer of a policy. `step` counts calls of `train` over the run's life."""
+    """Trains a policy: owns its optimizer. `step` counts calls of `train` over the run's life."""
 
     def __init__(self, policy: Policy, load_reference: Callable[[], Policy] | None = None):
         self.policy = policy
@@ -85,9 +87,10 @@ class Trainer:
         self.step = 0
         self.epsilon = EpsilonController()
         self._load_reference = load_reference
+        self._warned: set[str] = set()
 
     def train(self, batch: plan.RolloutBatch, settings: Settings) -> TrainOutput:
-        """Take `minibatches` x `epochs` optimizer steps and count the policy version up.
+        """Take `minibatches` x `epochs` optimizer steps, and increase the policy version by 1.
 
         A minibatch without a gradient is no step: AdamW's momentum by itself must not move weights.
         That is one in which each advantage is 0, unless there is a KL term, which has a gradient
@@ -105,38 +108,38 @@ class Trainer:
                 if self.gradient(minibatch, call):
                     rate = self._rate(call, k)
                     norm = self.optimizer.step(rate, call.settings)  # clips to max_grad_norm, AdamW
-                    call.watch.updated(norm, rate)
+                    call.observer.updated(norm, rate)
         return self._end(batch, call)
 
     def gradient(self, minibatch: Sequence[TrajectorySamples], call: Call) -> bool:
-        """Leave the gradient of a minibatch's loss on the parameters; False if it has none.
+        """Compute the gradient of a minibatch's loss, in `.grad`; False if it has none.
 
         N and T are counted before the first backward pass, over all of the minibatch, so that
         nothing depends on how it is split into microbatches.
         """
-        settings, experts, watch = call.settings, call.experts, call.watch
+        settings, experts, observer = call.settings, call.experts, call.observer
         trained = plan.with_gradient(minibatch, settings.objective)
         if not trained:
-            watch.metrics.add("optim/skipped", 1)
+            observer.metrics.add("optim/skipped", 1)
             return False
         # N and T: trajectories without a gradient count too.
         n = sum(unit_count(samples, settings.sequence_unit) for samples in minibatch)
         t = sum(int(sample.loss_mask.sum()) for sample in flat(minibatch))
-        on_policy = watch.on_policy(trained)
+        on_policy = observer.on_policy(trained)
         microbatches = plan.microbatches(self.policy, trained, settings, replay=experts.replays)
         experts.begin(microbatches, on_policy=on_policy)
 
-        def loss(microbatch: Microbatch) -> tuple[Tensor, tuple[Scored, ExpertChoices]]:
+        def forward(microbatch: Microbatch) -> tuple[Tensor, tuple[Scored, ExpertChoices]]:
             return self.loss(microbatch, call, n, t, exact=on_policy and self.policy.exact)
 
         # A reference may be the policy itself with its adapters off, which is off for all threads.
         workers = Workers() if settings.objective.kl_coef > 0 else self.policy.workers
         scored: list[Scored] = []
-        for one, choices in backward_each(self.policy, microbatches, loss, workers):
-            experts.record(one.microbatch, choices)
-            scored.append(one)
+        for result, choices in backward_each(self.policy, microbatches, forward, workers):
+            experts.record(result.microbatch, choices)
+            scored.append(result)
         experts.end()
-        watch.record(scored, settings.objective, on_policy=on_policy)
+        observer.record(scored, settings.objective, on_policy=on_policy)
         return True
 
     def loss(
@@ -148,7 +151,12 @@ class Trainer:
         *,
         exact: bool = False,
     ) -> tuple[Tensor, tuple[Scored, ExpertChoices]]:
-        """The loss of a microbatch, a share of the minibatch's; and what is reported of it."""
+        """The microbatch's part of the minibatch's loss (they add up), and what is reported of it.
+
+        Args:
+            total_sequences, total_tokens: N and T of the whole minibatch.
+            exact: refuse log-probs that are not the engine's, to the bit.
+        """
         settings, objective = call.settings, call.settings.objective
         with call.experts.watch(microbatch) as choices:  # log pi_theta of the sampled tokens
             scored = self.policy.logprobs(microbatch, settings.logprob_calculation_chunk_size)
@@ -192,8 +200,9 @@ class Trainer:
         check_expert_options(self.policy, batch.samples, settings)
         if settings.epsilon == "auto":
             settings = settings.with_objective(self.epsilon.apply(settings.objective))
-        watch = Observer(self.policy, batch)
-        experts = ExpertReplay(self.policy, settings, watch.metrics)
+        observer = Observer(self.policy, batch)
+        warn_of_altered(batch, self._warned)
+        experts = ExpertReplay(self.policy, settings, observer.metrics)
         if settings.objective.kl_coef > 0:
             _ = self._frozen  # loaded before any work
         self.policy.lm.eval()  # train mode is dropout and noise under any name: never wanted
@@ -207,11 +216,11 @@ class Trainer:
             fixed = with_trainer_logprobs(self.policy, fixed, settings)
         by_id = {samples[0].trajectory_id: samples for samples in fixed}
         minibatches = [[by_id[s[0].trajectory_id] for s in m] for m in chain(*epochs)]
-        return Call(settings, minibatches, experts, watch)
+        return Call(settings, minibatches, experts, observer)
 
     @contextmanager
     def _updating(self, call: Call) -> Iterator[None]:
-        """Around the updates: also after a failure, the next call finds things in order."""
+        """Around the updates: clear gradients and set the version, also after a failure."""
         try:
             yield
         except NumericsError as error:
@@ -219,7 +228,7 @@ class Trainer:
             raise NumericsError(note) from None
         finally:
             self.optimizer.clear()  # the next call must not add to what came before a failure
-            self.policy.version += call.watch.updates > 0  # the backend publishes these weights
+            self.policy.version += call.observer.updates > 0  # the backend publishes these weights
 
     def _rate(self, call: Call, k: int) -> float:
         """The learning rate of the k-th minibatch of a call, by the schedule of the run."""
@@ -229,13 +238,15 @@ class Trainer:
 
     def _end(self, batch: plan.RolloutBatch, call: Call) -> TrainOutput:
         """What the call did; the clip range learns from it."""
-        watch, settings = call.watch, call.settings
+        observer, settings = call.observer, call.settings
         call.experts.finish()  # a forward pass, which may fail: only after it the step is made
         self.step += 1
-        self.epsilon.learn(settings, watch, self.step)
-        watch.done(settings.objective)
-        skipped = None if watch.updates else plan.why_no_update(len(batch.samples), batch.dropped)
-        return TrainOutput(watch.updates, skipped, watch.metrics, settings, watch.by_trajectory())
+        self.epsilon.learn(settings, observer, self.step)
+        observer.done(settings.objective)
+        updates, metrics = observer.updates, observer.metrics
+        left = len(batch.samples), batch.dropped, batch.stale
+        skipped = None if updates else plan.why_no_update(*left)
+        return TrainOutput(updates, skipped, metrics, settings, observer.by_trajectory())
 
 
 def _mix(*numbers: int) -> int:

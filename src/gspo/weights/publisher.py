@@ -1,6 +1,6 @@
 """How new weights reach an engine.
 
-A second way is a second class of the protocol, in a file of its own, and a line in `publisher_for`.
+Another way is another class with this protocol, in its own file, and a line in `publisher_for`.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class Publisher(Protocol):
         ...
 
     def expected(self, policy: Policy) -> tuple[Policy, Mapping[str, Tensor]]:
-        """Make again what the engine must compute with by now, from the trainer's weights only.
+        """What the engine must compute with after a publication, made from the trainer's weights.
 
         Returns:
-            A policy whose scores the engine must reproduce, and the weights and buffers to be put
-            into it for that, which are those that the engine must hold. Empty: its own.
+            A policy whose scores the engine must reproduce, and the weights and buffers that must
+            replace the policy's for that, which are those that the engine must hold. Empty: none.
         """
         ...
 

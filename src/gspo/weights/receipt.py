@@ -1,10 +1,10 @@
 """No token is sampled under weights that were not proved.
 
-After each publication the engine scores a fixed probe, and so does the trainer, with the weights
-that the engine must have by now, made again from its own. Tensors of an engine in this process are
-also compared with these weights, bit by bit. The scores prove what is computed; the tensors prove
-what a probe of a few tokens cannot see, such as one row of an embedding. Without a receipt the
-engine refuses to sample. docs/reliability.md lists the faults that were tried.
+After each publication the engine scores a fixed probe. The trainer scores it too, with the weights
+that the engine must have now, computed again from the trainer's. Tensors of an engine in this
+process are also compared with these weights, bit by bit. The scores prove what is computed; the
+tensors prove what a probe of a few tokens cannot see, such as one row of an embedding. Without a
+receipt the engine refuses to sample. docs/reliability.md lists the faults that were tried.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ class _Scoring(nn.Module):
 
 
 def _scored_with(weights: Mapping[str, Tensor], policy: Policy, probe: Probe) -> Tensor:
-    """Score the probe with other weights in the policy's model; with its own, if there are none."""
+    """Score the probe with these weights in the policy's model; without any, with the model's."""
     if not weights:
         return score(policy, probe)
     named = {f"lm.{name}": weight for name, weight in weights.items()}
@@ -186,7 +186,7 @@ def _scored_with(weights: Mapping[str, Tensor], policy: Policy, probe: Probe) ->
 
 
 def _wrong_tensors(lm: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[str]:
-    """Say what an engine's parameters and buffers have that is not in `weights`, bit by bit."""
+    """Name the parameters and buffers of an engine whose bits are not those of `weights`."""
     tensors = {**dict(lm.named_parameters()), **dict(lm.named_buffers())}
     wrong = []
     for name in dict.fromkeys([*weights, *tensors]):
@@ -200,7 +200,7 @@ def _wrong_tensors(lm: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[str
 
 
 def _wrong_merge(policy: Policy, merged: Policy, probe: Probe) -> Iterator[str]:
-    """Say if the model that has its adapters merged doesn't compute what they do beside it."""
+    """Say if merging the adapters changes what the model computes."""
     beside = copy.copy(policy)
     beside.compute_dtype = torch.float32
     scores = score(beside, probe)

@@ -45,7 +45,7 @@ class RoundedCopy:
     Attributes:
         policy: what the engine samples from. It shares no tensor with the trainer's policy and is
             never trained. Its `compute_dtype` is float32 whatever the precision, which means: no
-            autocast over the copy's own types.
+            autocast; each weight computes in the type that it has.
 
     Raises:
         ModelError: int8 or int4 of experts whose layout transformers doesn't declare.

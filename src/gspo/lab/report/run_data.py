@@ -23,7 +23,7 @@ Values = Sequence[float | None]
 
 @dataclass(frozen=True)
 class RunData:
-    """What is known of a run.
+    """A run, as far as its files tell.
 
     Attributes:
         label: its name, distinct among the runs of a report.

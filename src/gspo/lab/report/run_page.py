@@ -10,7 +10,7 @@ from markupsafe import Markup
 from gspo.lab.report.curves import charts_of
 from gspo.lab.report.page import render
 from gspo.lab.report.run_data import RunData, changed
-from gspo.lab.report.trajectories import LONGEST, sampled_groups
+from gspo.lab.report.trajectory_browser import LONGEST, sampled_groups
 
 
 def run_page(runs: Sequence[RunData]) -> str:

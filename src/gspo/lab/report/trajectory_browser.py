@@ -1,4 +1,4 @@
-"""A few trajectories of a run, small enough to be embedded: text, tokens and what was made of them.
+"""A few trajectories of a run, for its page: text, tokens, and how they were trained on.
 
 Steps and groups are taken at even distances, whatever they hold.
 """
@@ -115,7 +115,7 @@ def _shared(messages: Sequence[Sequence[Row]]) -> int:
 
 
 def _turns(row: Row) -> list[tuple[float, int, int]]:
-    """Of each sequence its log-ratio, the tokens that were clipped, and those trained on."""
+    """Per sequence: its log-ratio, its clipped tokens and its trained tokens."""
     columns = ("sequence_log_ratios", "clipped_tokens", "trained_tokens")
     return list(zip(*(row.get(column) or () for column in columns), strict=True))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_parts.flops import Flops, head_flops
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     Gemma3ForCausalLM,
@@ -19,7 +20,6 @@ from transformers import (
 
 from gspo import dev
 from gspo.data.packing import Microbatch, pack
-from gspo.lab.flops import Flops, head_flops
 from gspo.policy.load import Policy
 from gspo.train.minibatches import prepare
 from policy.routers import MOE

@@ -14,7 +14,7 @@ from gspo.backend.stored_batch import write_batch
 from gspo.core.errors import RunError
 from gspo.lab.report.run_data import read_runs
 from gspo.lab.report.run_page import run_page
-from gspo.lab.report.trajectories import COMPLETIONS, LONGEST, sampled_groups, token_texts
+from gspo.lab.report.trajectory_browser import COMPLETIONS, LONGEST, sampled_groups, token_texts
 from gspo.trajectories import History
 from lab.report.page_elements import Elements
 from lab.report.report_cases import run_folder

@@ -1,6 +1,6 @@
-"""Floating-point operations of a model: what a step cannot do without.
+"""The floating-point operations that a step of a model needs.
 
-They are those of its matrix products, as torch's own counter finds them: a multiply-add is two.
+Counted are those of its matrix products, by torch's FlopCounterMode: a multiply-add is two.
 The counter looks at two tiny samples when a model is loaded, and not at the steps, which it would
 slow down; from there on the positions of the tokens say how much is computed.
 
