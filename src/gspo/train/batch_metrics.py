@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gspo.core.metrics import Metrics
-from gspo.data.sample import TrajectorySamples, flat
+from gspo.data.sample import TrajectorySamples, flat, split_counts
 from gspo.train.minibatches import RolloutBatch
 
 log = logging.getLogger("gspo")
@@ -29,6 +29,10 @@ def describe(metrics: Metrics, batch: RolloutBatch, version: int) -> None:
         metrics.mean("tokens/completion_mean", sampled, count)
         metrics.add("tokens/completion", sampled)
         metrics.add("tokens/prompt", sum(map(len, samples)) - sampled)
+        splits = split_counts(samples)
+        metrics.add("tokens/splits", sum(splits.values()))
+        for reason, times in splits.items():
+            metrics.add(f"tokens/splits_{reason}", times)
         versions = np.concatenate([sample.policy_versions for sample in samples])
         age = version - versions[versions >= 0]
         if len(age):
