@@ -171,6 +171,13 @@ def test_a_body_has_a_size(parts: list[bytes], told: bool):
     assert (guard._held, guard.running) == (0, set())
 
 
+async def test_a_body_that_does_not_tell_its_size_is_counted(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "BODY_BYTES", 20)
+    for size, status in ((20, 200), (21, 413)):
+        app = Called(parts=(b"x" * 10, b"x" * (size - 10)))
+        assert (await app.ask(Guard(app, "127.0.0.1")))[0] == status
+
+
 async def test_all_bodies_together_have_a_size(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "HELD_BYTES", 10)
     holds, go_on = Called(parts=(b"123456",)), asyncio.Event()
@@ -226,6 +233,19 @@ async def test_who_does_not_read_is_let_go(monkeypatch: pytest.MonkeyPatch):
     good = Called(answer=answer)
     assert await good.ask(Guard(good, "127.0.0.1")) == (200, answer)
     assert not good.connection.aborted
+
+
+async def test_who_reads_slowly_but_reads_is_not_let_go(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "SEND_SECONDS", 0.6)
+    answer = b"x" * (4 * module.PART_BYTES)
+
+    class Slow(Called):
+        async def send(self, message: dict[str, Any]) -> None:
+            await asyncio.sleep(0.2)
+            await super().send(message)
+
+    slow = Slow(answer=answer)
+    assert await slow.ask(Guard(slow, "127.0.0.1")) == (200, answer)
 
 
 @pytest.mark.parametrize("streams", [False, True])

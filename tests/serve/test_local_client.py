@@ -20,6 +20,7 @@ from pydantic import BaseModel
 from gspo.core.errors import BusyError, RequestError, ServeError
 from gspo.serve import local_client as module
 from gspo.serve.engine import Completion, Request
+from gspo.serve.episodes import Episode, recording
 from gspo.serve.fake_engine import FakeEngine
 from gspo.serve.local_client import LocalClient, in_process_client
 from support import app_of
@@ -169,7 +170,12 @@ async def test_a_plain_chat_skips_http(monkeypatch: pytest.MonkeyPatch):
             assert isinstance(other, LocalClient)
             with pytest.raises(AssertionError, match="by HTTP"):
                 await other.chat.completions.create(**ask)
-        for call in ({"extra_headers": {"a": "b"}}, {"extra_query": {"a": "b"}}, {"stream": True}):
+        for call in (
+            {"extra_headers": {"a": "b"}},
+            {"extra_query": {"a": "b"}},
+            {"stream": True},
+            {"extra_body": {"stream": True}},
+        ):
             with pytest.raises(AssertionError, match="by HTTP"):
                 await client.chat.completions.create(**ask, **call)
 
@@ -193,12 +199,16 @@ async def test_other_ways_to_ask_still_work():
         await client.chat.completions.create(model="m", messages=HELLO)
 
 
-async def test_no_choice_shares_a_list_with_another():
+async def test_an_answer_shares_no_list_with_what_is_recorded():
+    episode = Episode()
     async with client_of(FakeEngine()) as client:
-        answer: Any = await client.chat.completions.create(model="m", messages=HELLO, n=2)
+        with recording(episode):
+            answer: Any = await client.chat.completions.create(model="m", messages=HELLO, n=2)
     first, second = answer.choices
-    first.prompt_token_ids.append(-1)
-    assert -1 not in second.prompt_token_ids
+    (kept,) = [item for item in episode.trajectory.messages_and_choices if hasattr(item, "index")]
+    for name in ("prompt_token_ids", "token_ids", "token_logprobs"):
+        getattr(first, name).append(-1)
+        assert -1 not in getattr(second, name) and -1 not in getattr(kept, name)
 
 
 @pytest.mark.parametrize("kind", [LocalClient, ByHttp])
