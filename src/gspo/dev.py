@@ -67,32 +67,6 @@ class TrainConfig(Options):
         ConfigError: an unknown or misspelt option or value, or a combination with no meaning.
     """
 
-    refused: ClassVar[Mapping[str, str]] = {
-        "advantage_balance": "scale your rewards instead.",
-        "allow_training_without_logprobs": "roll out through model.openai_client().",
-        "kimi_k2_tau": "no objective here has this term; leave it out.",
-        "kl_ref_adapter_path": "the KL reference is the base model; leave it out.",
-        "mask_prob_ratio": "masking by ratio is another objective than the clip; leave it out.",
-        "max_negative_advantage_importance_sampling_weight": "exp(40) bounds it; leave it out.",
-        "moe_routing_replay_bundle": _NO_BUNDLE,
-        "moe_routing_replay_path": _NO_BUNDLE,
-        "moe_routing_replay_strict": _NO_BUNDLE,
-        "num_trajectories_learning_rate_multiplier_power": "set the learning rate.",
-        "plot_tensors": "read metrics.jsonl and the report of the run instead.",
-        "scale_learning_rate_by_reward_std_dev": "scale_rewards divides advantages already.",
-        "truncated_importance_sampling": "use correction='token_truncate' with correction_high "
-        "and old_logprobs='trainer'.",
-        "num_iterations": "use epochs.",
-        "beta": "use kl_penalty_coef.",
-        "num_minibatches": "use minibatches.",
-    }
-    fixed: ClassVar[Mapping[str, str]] = {
-        "ppo": "ppo=False is ART's CISPO: use algorithm='cispo'",
-        "normalize_by_length": "False is Dr. GRPO: use algorithm='dr_grpo'",
-        "adam_betas": "must be two finite numbers from 0 to below 1, such as (0.9, 0.999)",
-        "max_grad_norm": "must be a number above 0, or 'off' for no gradient clipping",
-    }
-
     algorithm: Annotated[Any, BeforeValidator(_known_algorithm)] = None
     """A named preset, or your own: a name given to `gspo.register_algorithm`, `module:name`,
     or an `Objective` or `Preset` itself (kept as its fields). None: the preset that
@@ -184,6 +158,35 @@ class TrainConfig(Options):
     `lr_total_steps` calls, so no minibatch within them has a rate of 0; later calls stay at it."""
     on_too_long: Literal["error", "drop"] = "error"
     """A trajectory longer than the context: an error that names it, or dropped and counted."""
+    max_staleness: int | None = Field(default=None, ge=0, le=LARGEST_COUNT)
+    """Most versions that the weights may have moved on since the oldest token of a trajectory was
+    sampled; an older trajectory is dropped and counted. None: any number."""
+
+    refused: ClassVar[Mapping[str, str]] = {
+        "advantage_balance": "scale your rewards instead.",
+        "allow_training_without_logprobs": "roll out through model.openai_client().",
+        "kimi_k2_tau": "no objective here has this term; leave it out.",
+        "kl_ref_adapter_path": "the KL reference is the base model; leave it out.",
+        "mask_prob_ratio": "masking by ratio is another objective than the clip; leave it out.",
+        "max_negative_advantage_importance_sampling_weight": "exp(40) bounds it; leave it out.",
+        "moe_routing_replay_bundle": _NO_BUNDLE,
+        "moe_routing_replay_path": _NO_BUNDLE,
+        "moe_routing_replay_strict": _NO_BUNDLE,
+        "num_trajectories_learning_rate_multiplier_power": "set the learning rate.",
+        "plot_tensors": "read metrics.jsonl and the report of the run instead.",
+        "scale_learning_rate_by_reward_std_dev": "scale_rewards divides advantages already.",
+        "truncated_importance_sampling": "use correction='token_truncate' with correction_high "
+        "and old_logprobs='trainer'.",
+        "num_iterations": "use epochs.",
+        "beta": "use kl_penalty_coef.",
+        "num_minibatches": "use minibatches.",
+    }
+    fixed: ClassVar[Mapping[str, str]] = {
+        "ppo": "ppo=False is ART's CISPO: use algorithm='cispo'",
+        "normalize_by_length": "False is Dr. GRPO: use algorithm='dr_grpo'",
+        "adam_betas": "must be two finite numbers from 0 to below 1, such as (0.9, 0.999)",
+        "max_grad_norm": "must be a number above 0, or 'off' for no gradient clipping",
+    }
 
     @field_validator("max_grad_norm", mode="before")
     @classmethod

@@ -268,7 +268,7 @@ async def test_the_balance_loss_is_said_to_be_left_out(tmp_path: Path):
 
 async def test_gone_checkpoints_are_named_with_what_is_there(tmp_path: Path):
     run = await a_run(tmp_path, steps=5, keep_checkpoints=2)
-    there = r"before: 1, 5; after: 4-5\. Choose with --step"
+    there = r"before: 1, 5; after: 4, 5\. Choose with --step"
     with pytest.raises(RunError, match=rf"step 3 .* weights before it: checkpoint 2 .* {there}"):
         inspect_run(run, number=3)
     with pytest.raises(RunError, match=rf"step 2 .* weights after it: checkpoint 2 .* {there}"):
@@ -277,7 +277,7 @@ async def test_gone_checkpoints_are_named_with_what_is_there(tmp_path: Path):
         inspect_run(run, number=4)
     found = inspect_run(run, number=4, weights="after", presets=("gspo",))
     assert [at["weights"] for at in found["at"]] == ["after"]
-    with pytest.raises(RunError, match="has no batch of step 6: it has 1-5"):
+    with pytest.raises(RunError, match="has no batch of step 6: it has those of 1 to 5"):
         inspect_run(run, number=6)
 
 

@@ -114,7 +114,8 @@ class Service:
         """
         groups = plain_groups(trajectory_groups)
         policy = self.trainer.policy
-        batch = prepare(groups, settings, context=policy.context, vocabulary=policy.head.size)
+        known = {"context": policy.context, "vocabulary": policy.head.size}
+        batch = prepare(groups, settings, **known, version=policy.version)
         return groups, batch
 
     def train(

@@ -34,6 +34,9 @@ class Sample:
         advantage: A_i of the trajectory.
         expert_choices: [R, N, K] experts that computed the first R tokens, K in each of N layers;
             or None. The last sampled token never went through the engine: there R is L - 1.
+        altered_tokens: sampled tokens that were drawn from another distribution than that of
+            `sampling_logprobs`.
+        altered_by: names of the sampling parameters because of which they were.
     """
 
     tokens: np.ndarray
@@ -48,6 +51,8 @@ class Sample:
     group_id: int
     advantage: float
     expert_choices: np.ndarray | None = None
+    altered_tokens: int = 0
+    altered_by: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         for name in ("old_logprobs", "sampling_logprobs"):
@@ -183,6 +188,8 @@ def sample_of(
         group_id=group_id,
         advantage=advantage,
         expert_choices=expert_choices,
+        altered_tokens=sum(len(turn.tokens) for turn in turns if turn.altered_by),
+        altered_by=frozenset(name for turn in turns for name in turn.altered_by),
     )
 
 

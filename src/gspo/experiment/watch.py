@@ -22,21 +22,18 @@ _FIELDS = (
     ("clipped", "ratio/clip_fraction", "{:.1%}"),
     ("tokens/s", "throughput/tokens_per_second", "{:,.0f}"),
 )
-_PAUSE = 2.0
-"""The least seconds between two lines of a log file."""
 
 
 class LiveWatch(AbstractContextManager["LiveWatch"]):
     """Shows step, time left, reward, clip fraction and tokens per second. A context manager.
 
     Args:
-        console: a terminal gets a bar, and anything else a line now and then.
+        console: a terminal gets a bar, and anything else a line per step.
         clock: the time in seconds.
     """
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
         self.console = console or Console()
-        self._clock = clock
         self._plain = not self.console.is_terminal or self.console.is_dumb_terminal
         self._bar = progress.Progress(
             progress.TextColumn("step"),
@@ -53,7 +50,6 @@ class LiveWatch(AbstractContextManager["LiveWatch"]):
             redirect_stderr=sys.stderr.isatty(),
             get_time=clock,
         )
-        self._next_line = -math.inf
 
     def __exit__(self, *error: object) -> None:
         if self._bar.live.is_started:
@@ -73,9 +69,7 @@ class LiveWatch(AbstractContextManager["LiveWatch"]):
         self._bar.update(
             task.id, completed=step, description=_numbers(metrics), refresh=not self._plain
         )
-        now = self._clock()
-        if self._plain and (now >= self._next_line or step == task.total):
-            self._next_line = now + _PAUSE
+        if self._plain:
             left = progress.TimeRemainingColumn(compact=True).render(task)
             self._print(f"step {step}/{task.total}  {task.description}  left {left}")
 
@@ -91,6 +85,7 @@ def _numbers(metrics: dict[str, float]) -> str:
     """The numbers of a step that are shown."""
     parts = [f"{label} {form.format(metrics[k])}" for label, k, form in _FIELDS if k in metrics]
     if "train/skipped" in metrics:
-        counts = (int(metrics.get(f"train/trajectories{end}", 0)) for end in ("", "_too_long"))
+        names = ("train/trajectories", "train/trajectories_too_long", "staleness/dropped")
+        counts = (int(metrics.get(name, 0)) for name in names)
         parts.append(f"skipped: {why_no_update(*counts)}")
     return "  ".join(parts)

@@ -1,9 +1,9 @@
 """Run the cells of a comparison, several at a time, and keep comparison.json up to date.
 
-Each cell is a process, forked from a server that has loaded the libraries once. It reports its
-progress over a pipe. `concurrent.futures.ProcessPoolExecutor` does not fit: when one process dies
-it gives up all others, it does not say which cell was running or how it ended, and it cannot be
-stopped.
+Each cell is a process, forked from a server that has loaded the libraries once. Its steps are told
+in the log of its worker, and how it ended over a pipe. `concurrent.futures.ProcessPoolExecutor`
+does not fit: when one process dies it gives up all others, it does not say which cell was running
+or how it ended, and it cannot be stopped.
 """
 
 from __future__ import annotations
@@ -24,16 +24,15 @@ from typing import Any
 from unittest import mock
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress
 
 from gspo.backend.run import locked
 from gspo.core.compute import free_cores
 from gspo.core.errors import GspoError
 from gspo.core.files import explained
-from gspo.experiment.heldout import Estimate
 from gspo.experiment.loop import run_experiment
 from gspo.experiment.spec import Spec
+from gspo.experiment.watch import LiveWatch
 from gspo.lab.compare import CompareSpec
 from gspo.lab.compare_cells import CELLS, Cell
 from gspo.lab.compare_result import measured, write_comparison
@@ -86,26 +85,24 @@ def run_comparison(
 
 
 def _run_all(pending: Sequence[Cell], logs: Sequence[Path], write: Callable[[], Any]) -> None:
-    """Run the cells, one per log at a time, with a bar for each of them on a terminal."""
+    """Run the cells, one per log at a time."""
     waiting, free = deque(pending), deque(logs)
     busy: dict[Any, _Job] = {}  # by the process's end of the pipe
     console = Console(highlight=False)
     with Progress(console=console, disable=not console.is_terminal) as progress:
-        whole = progress.add_task("cells", total=len(pending))
+        bar = progress.add_task("cells", total=len(pending))
         try:
             while waiting or busy:
                 while waiting and free:
-                    job = _Job(waiting.popleft(), free.popleft(), progress)
+                    job = _Job(waiting.popleft(), free.popleft())
                     busy[job.connection] = job
                 for connection in wait(busy):
-                    job = busy[connection]
-                    job.follow(progress)
-                    if job.cell.status != "running":
-                        free.append(busy.pop(connection).log)
-                        progress.advance(whole)
-                        done = f"{len(pending) - len(waiting) - len(busy)}/{len(pending)}"
-                        console.print(f"{done}  {job.outcome()}", markup=False, soft_wrap=True)
-                        write()
+                    job = busy.pop(connection)
+                    free.append(job.log)
+                    progress.advance(bar)
+                    done = f"{len(pending) - len(waiting) - len(busy)}/{len(pending)}"
+                    console.print(f"{done}  {job.result()}", markup=False, soft_wrap=True)
+                    write()
         finally:
             for job in busy.values():
                 job.stop()
@@ -114,11 +111,10 @@ def _run_all(pending: Sequence[Cell], logs: Sequence[Path], write: Callable[[], 
 class _Job:
     """A process that runs a cell and prints to the end of `log`."""
 
-    def __init__(self, cell: Cell, log: Path, progress: Progress):
+    def __init__(self, cell: Cell, log: Path):
         assert cell.spec is not None
         cell.status = "running"
         self.cell, self.log, self._began = cell, log, time.perf_counter()
-        self._bar = progress.add_task(escape(cell.id), total=cell.spec.steps)
         self.connection, other_end = _SERVER.Pipe()
         self._process = _SERVER.Process(target=_run_cell, args=(cell.spec, other_end, log))
         # Only for the server: a model that this process loads later may use all cores.
@@ -126,22 +122,14 @@ class _Job:
             self._process.start()
         other_end.close()  # so that the end of the process is the end of the pipe
 
-    def follow(self, progress: Progress) -> None:
-        """Read the next message of the process, and set the status of the cell by it."""
+    def result(self) -> str:
+        """Read how the cell ended, and set its status; returns one line on it."""
         try:
-            status, value = self.connection.recv()
+            self.cell.status, self.cell.error = self.connection.recv()
         except (EOFError, OSError):
             self._process.join()
-            status, value = "failed", f"{_ending(self._process.exitcode or 0)}; see {self.log}"
-        self.cell.status = status
-        if status == "running":
-            progress.update(self._bar, completed=int(value))
-        else:
-            self.cell.error = value
-            progress.remove_task(self._bar)
-
-    def outcome(self) -> str:
-        """One line on the cell that has ended."""
+            reason = f"{_ending(self._process.exitcode or 0)}; see {self.log}"
+            self.cell.status, self.cell.error = "failed", reason
         text = f"failed: {self.cell.error}"
         if self.cell.status == "done":
             rewards = measured(self.cell.folder)
@@ -170,7 +158,8 @@ def _run_cell(spec: Spec, connection: Connection, log: Path) -> None:
         os.dup2(file.fileno(), 2)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        asyncio.run(run_experiment(spec, _Reporter(connection)))
+        with LiveWatch() as watch:  # to the log
+            asyncio.run(run_experiment(spec, watch))
     except Exception as error:  # one cell's failure is not the others'
         traceback.print_exc()
         name = "" if isinstance(error, GspoError) else f"{type(error).__name__}: "
@@ -184,19 +173,3 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(0)
-
-
-class _Reporter:
-    """Tells the parent at which step a run is."""
-
-    def __init__(self, connection: Connection):
-        self._connection = connection
-
-    def started(self, spec: Spec, step: int, notes: list[str]) -> None:
-        self._connection.send(("running", step))
-
-    def stepped(self, step: int, metrics: dict[str, float]) -> None:
-        self._connection.send(("running", step))
-
-    def evaluated(self, step: int, estimate: Estimate) -> None:
-        pass

@@ -74,7 +74,12 @@ def inspect_run(
     step.check_weights(chosen, needs_before=by_trainer)
     methods = make_methods(step.record, training, presets)
     batches = {
-        settings.preset.advantage: prepare(step.groups, settings, context=step.record.context)
+        settings.preset.advantage: prepare(
+            step.groups,
+            settings,
+            context=step.record.context,
+            version=step.record.policy_version,
+        )
         for settings in methods.values()
     }
     if by_trainer:
@@ -90,7 +95,7 @@ def inspect_run(
         "own": next(iter(methods)),
         "options": step.record.options,
         "trajectories": len(batch.samples),
-        "dropped": batch.dropped,
+        "dropped": batch.dropped + batch.stale,
         "groups": len(set(batch.groups)),
         "flat_groups": batch.flat_groups,
         "trained": sum(samples[0].advantage != 0 for samples in batch.samples),

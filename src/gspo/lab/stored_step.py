@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo.backend.stored_batch import read_batch
-from gspo.core.errors import CheckpointError, ModelError, RunError
+from gspo.core.errors import CheckpointError, RunError
 from gspo.core.options import LARGEST_COUNT
 from gspo.dev import InternalModelConfig, LoraConfig
 from gspo.lab.report.run_data import read_runs, stored_batches
@@ -55,7 +55,10 @@ class StoredStep:
             raise RunError(f"{run} holds no rollout batch: it has not trained a step yet")
         self.number = max(self._batches) if number is None else number
         if self.number not in self._batches:
-            raise RunError(f"{run} has no batch of step {number}: it has {ranges(self._batches)}")
+            first, last = min(self._batches), max(self._batches)
+            raise RunError(
+                f"{run} has no batch of step {number}: it has those of {first} to {last}"
+            )
         batch = read_batch(self._batches[self.number])
         self.groups, self.record = batch.groups, batch.record
 
@@ -81,7 +84,7 @@ class StoredStep:
                 raise RunError(
                     f"step {step} cannot be inspected with the weights {name} it: checkpoint "
                     f"{gone} is not on disk (keep_checkpoints decides how many are kept). "
-                    f"There are: before: {ranges(before)}; after: {ranges(after)}. "
+                    f"There are: before: {listed(before)}; after: {listed(after)}. "
                     "Choose with --step and --weights"
                 )
 
@@ -95,8 +98,7 @@ class StoredStep:
 
         Raises:
             CheckpointError: a damaged checkpoint, or one of another policy version.
-            RunError: the model needs code of its folder, and the run does not say that this was
-                allowed.
+            ModelError: the model needs code of its folder, which the run's spec.json doesn't allow.
         """
         number = self.number - (name == "before")
         checkpoint, version = None, 0
@@ -133,28 +135,13 @@ class StoredStep:
         longest = context if context <= LARGEST_COUNT else None
         trusted = self._data.spec.get("load.trust_remote_code") is True
         config = InternalModelConfig(max_context=longest, trust_remote_code=trusted, **options)
-        try:
-            return load_policy(self._base_model, config, checkpoint=checkpoint)
-        except ModelError as error:
-            if trusted or "trust_remote_code" not in str(error):
-                raise
-            raise RunError(
-                f"{self.run} cannot be inspected: base_model {self._base_model!r} needs "
-                "Python code of its folder, and no spec.json of the run allows that with "
-                "load.trust_remote_code = true. Only `gspo train` writes a spec.json"
-            ) from error
+        return load_policy(self._base_model, config, checkpoint=checkpoint)
 
 
-def ranges(numbers: Iterable[int]) -> str:
-    """Ascending numbers in few characters.
+def listed(steps: Iterable[int]) -> str:
+    """Steps as an error lists them.
 
-    >>> ranges([1, 4, 5, 6]), ranges([])
-    ('1, 4-6', 'none')
+    >>> listed([1, 4]), listed([])
+    ('1, 4', 'none')
     """
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts) or "none"
+    return ", ".join(map(str, steps)) or "none"
