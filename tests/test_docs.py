@@ -39,6 +39,9 @@ NOT_RUN = {
     # page, number of the fence among the page's Python ones: why
     ("art.md", 0): "the import alone",
     ("art.md", 1): "a line of a program; tests/test_public_api.py runs the whole",
+    ("art.md", 2): "part of a program; tests/backend/test_engines.py has a whole one",
+    ("art.md", 3): "part of a program; tests/test_metrics_builder.py has a whole one",
+    ("multi-turn.md", 2): "a line of a program; tests/test_gather.py has whole ones",
     ("run.md", 0): "reads the run that `make demo` leaves",
     ("run.md", 1): "needs two clients",
     ("run.md", 2): "reads the run that `make demo` leaves",

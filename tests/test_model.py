@@ -114,3 +114,25 @@ async def test_metrics_can_be_logged_alone():
         await model.log(metrics={"x": 1.0})
         with pytest.raises(DataError, match=r"metrics\['x'\] is None"):
             await model.log(metrics={"x": None})  # pyright: ignore[reportArgumentType]
+
+
+async def test_a_prompted_model_has_no_steps_and_a_dump_no_config():
+    model = art.Model(name="m", project="p", config={"anything": object})
+    assert await model.get_step() == 0
+    assert model.safe_model_dump()["config"] is None
+    assert model.get_inference_name() == "m"
+    async with art.FakeBackend() as backend:
+        await model.register(backend)
+        await model.log(None, metrics={"a": 1.0})
+        with pytest.raises(ConfigError, match="a batch is what one call of train is given"):
+            art.TrainConfig(batch_size=4)  # pyright: ignore[reportCallIssue]
+
+
+async def test_what_was_collected_is_kept_if_it_could_not_be_logged():
+    model = art.Model(name="m", project="p")
+    async with art.FakeBackend() as backend:
+        await model.register(backend)
+        model.metrics_builder().add_metric("data/tools", 2)
+        with pytest.raises(DataError):
+            await model.log(metrics={"bad": "x"})  # pyright: ignore[reportArgumentType]
+        assert model.metrics_builder().take() == {"data/tools": 2.0}

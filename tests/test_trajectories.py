@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import gspo as art
+from gspo.backend.base import group_means
 from gspo.core.errors import DataError
+from gspo.data.check import plain_groups
 from support import choice, trajectory
 
 
@@ -103,3 +105,51 @@ def test_scalars_of_numpy_and_torch_are_numbers():
 def test_arts_names_of_types():
     for alias in (art.Messages, art.MessagesAndChoices, art.Tools):
         assert get_origin(alias) is list
+
+
+async def test_a_trajectory_keeps_a_log_and_times():
+    own = art.Trajectory(messages_and_choices=[{"role": "user", "content": "?"}, choice([4, 5])])
+    own.log("first")
+    for _ in range(2):
+        async with own.track_duration("tool"):
+            await asyncio.sleep(0.01)
+    with pytest.raises(ValueError, match="down"):
+        async with own.track_duration("tool"):
+            raise ValueError("down")
+    assert own.finish() is own
+    assert 0.02 <= own.metrics["tool_duration"] <= own.metrics["duration"] < 60
+    shown = own.for_logging()
+    assert shown["logs"] == ["first"]
+    assert [message["trainable"] for message in shown["messages"]] == [False, True]
+    assert [message["role"] for message in shown["messages"]] == ["user", "assistant"]
+    assert art.Trajectory() == art.Trajectory()  # whenever they began
+    assert "start_time" not in own.model_dump()
+    assert own.model_copy().start_time == own.start_time
+
+
+async def test_a_subclass_may_have_fields_of_its_own():
+    class Mine(art.Trajectory):
+        final_answer: str | None = None
+
+    async def rollout() -> Mine:
+        return Mine(reward=1.0, final_answer="x")
+
+    (group,) = await art.gather_trajectory_groups([art.TrajectoryGroup([rollout()])])
+    (own,) = group
+    assert isinstance(own, Mine) and own.final_answer == "x"
+    with pytest.raises(DataError, match=r"Did you mean 'final_answer'\?"):
+        Mine(final_answr="x")  # pyright: ignore[reportCallIssue]
+
+
+def test_metrics_of_a_group_are_logged_once_for_it():
+    groups = [
+        art.TrajectoryGroup([trajectory(), trajectory()], metrics={"difficulty": difficulty})
+        for difficulty in (1, 4)
+    ]
+    assert group_means(groups, "train")["train/group_difficulty"] == 2.5
+    assert group_means(plain_groups(groups), "val")["val/group_difficulty"] == 2.5
+    with pytest.raises(DataError, match="metrics"):
+        art.TrajectoryGroup([], metrics={"difficulty": "hard"})  # pyright: ignore[reportArgumentType]
+    groups[0].metrics["late"] = None  # pyright: ignore[reportArgumentType]
+    with pytest.raises(DataError, match=r"group 0: metrics\['late'\]"):
+        plain_groups(groups)

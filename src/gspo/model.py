@@ -181,8 +181,10 @@ class Model(Options, Generic[UserConfig]):
         grouped = all(isinstance(item, TrajectoryGroup) for item in items)
         groups = items if grouped else [TrajectoryGroup(items)]
         backend, collected = self.backend(), self._builder.take()
+        if isinstance(metrics, Mapping | None):  # else the backend refuses it
+            metrics = {**collected, **(metrics or {})}
         try:
-            await backend.log(self, groups, split, {**collected, **(metrics or {})}, step)  # pyright: ignore[reportArgumentType]
+            await backend.log(self, groups, split, metrics, step)  # pyright: ignore[reportArgumentType]
         except BaseException:
             for name, value in collected.items():  # for the next call
                 self._builder.add_metric(name, value)

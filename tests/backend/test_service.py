@@ -346,7 +346,7 @@ def test_log_checks_as_train_does(shared: Registered):
         ((groups,), {"split": "../x"}, r"split = '\.\./x'"),
         ((groups,), {"step": -1}, "step = -1"),
         ((groups,), {"step": "1"}, "step = '1'"),
-        ((None,), {}, "give a list"),
+        ((5,), {}, "give a list"),
     ]
     for args, options, message in cases:
         with pytest.raises(GspoError, match=message):

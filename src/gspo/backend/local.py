@@ -35,7 +35,7 @@ from gspo.serve.server import bind
 from gspo.train.settings import resolve
 from gspo.trajectories import TrajectoryGroup
 
-_S3 = dict.fromkeys(("from_s3_bucket", "prefix"), absent.COPY)
+_S3: dict[str, str] = dict.fromkeys(("from_s3_bucket", "prefix"), absent.COPY)
 _FORK = ("model", "from_model", "from_project", "not_after_step", "verbose")
 
 _ARGUMENTS = ("path", "port", "keep_checkpoints", "seed", "logger")

@@ -41,7 +41,7 @@ def iterate_dataset(
     """The dataset in batches, in another order each epoch, the same in each process.
 
     >>> [batch.items for batch in iterate_dataset("abc", groups_per_step=2)]
-    [['b', 'a'], ['c']]
+    [['b', 'c'], ['a']]
 
     Args:
         dataset: anything with a length and numbered items.
