@@ -209,13 +209,15 @@ def _trajectory(case: Case, prompt: list[int], rng: random.Random) -> art.Trajec
     history, choices = list(prompt), []
     for _ in range(case.turns):
         thought, answer = _tokens(case.thought, rng), _tokens(case.answer, rng)
-        choices.append(_choice(history, [*thought, *answer]))
+        choices.append(choice(history, [*thought, *answer]))
         history = [*history, *answer, *_tokens(case.user, rng)]
     asked: Any = {"role": "user", "content": "?"}
     return art.Trajectory(messages_and_choices=[asked, *choices], reward=rng.random())
 
 
-def _choice(prompt: list[int], tokens: list[int]) -> Choice:
+def choice(
+    prompt: list[int], tokens: list[int], logprobs: list[float] | None = None, version: int = 0
+) -> Choice:
     """As gspo's server returns it."""
     return Choice.model_validate(
         {
@@ -224,9 +226,9 @@ def _choice(prompt: list[int], tokens: list[int]) -> Choice:
             "message": {"role": "assistant", "content": "x"},
             "token_ids": tokens,
             "prompt_token_ids": prompt,
-            "token_logprobs": [-1.0] * len(tokens),
+            "token_logprobs": logprobs or [-1.0] * len(tokens),
             "temperature": 1.0,
-            "policy_version": 0,
+            "policy_version": version,
         }
     )
 

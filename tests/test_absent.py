@@ -39,4 +39,4 @@ def test_attributes(tmp_path: Path):
             assert reason in str(caught.value)
             assert not hasattr(owner, name)
         with pytest.raises(AttributeError, match="nothing_of_this_name"):
-            owner.nothing_of_this_name  # noqa: B018
+            getattr(owner, "nothing_of_this_name")  # noqa: B009

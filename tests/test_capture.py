@@ -7,7 +7,7 @@ import copy
 from typing import Any
 
 import pytest
-from openai import OpenAI
+from openai import AsyncOpenAI, OpenAI
 
 import gspo as art
 from gspo.core.errors import ConfigError, DataError
@@ -86,6 +86,103 @@ async def test_sub_agents_have_histories_of_their_own(model: art.TrainableModel)
     )
 
 
+def calls_once(prompt: str, index: int) -> str:
+    """Calls the tool, and says what it gave."""
+    if "<tool>" not in prompt:
+        return 'Hm.<tool_call>{"name":"add",  "arguments": {"b": 2,"a":1}}</tool_call>'
+    return "3"
+
+
+TOOLS: Any = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+
+
+async def streamed(client: AsyncOpenAI, messages: list[Any]) -> tuple[Any, list[int]]:
+    """A streamed answer: the message that its chunks add up to, and their tokens."""
+    tokens: list[int] = []
+    message: Any = {"role": "assistant", "content": "", "tool_calls": []}
+    stream = await client.chat.completions.create(
+        model="m", messages=messages, tools=TOOLS, stream=True
+    )
+    async for chunk in stream:
+        part: Any = chunk.choices[0]
+        tokens += part.token_ids or []
+        message["content"] += part.delta.content or ""
+        message["tool_calls"] += [
+            call.model_dump(exclude={"index"}) for call in part.delta.tool_calls or ()
+        ]
+    return {name: value for name, value in message.items() if value}, tokens
+
+
+@pytest.mark.parametrize("port", [None, 0])
+async def test_streams_with_tools_are_captured_token_by_token(port: int | None):
+    model = art.TrainableModel(name="m", project="p", base_model="any")
+    async with art.FakeBackend(calls_once, port=port) as backend:
+        await model.register(backend)
+        async with (
+            art.trajectory(model) as t,
+            AsyncOpenAI(
+                base_url=t.base_url if port == 0 else "http://unused", api_key="gspo"
+            ) as own,
+        ):
+            client = model.openai_client() if port is None else own
+            messages: list[Any] = [user("1 + 2?")]
+            asked, first = await streamed(client, messages)
+            result = {"role": "tool", "tool_call_id": asked["tool_calls"][0]["id"], "content": "3"}
+            told, second = await streamed(client, [*messages, asked, result])
+            # Whoever reads a stream is done with it once its last choice has ended.
+    assert asked["tool_calls"][0]["function"]["name"] == "add"
+    assert [c.token_ids for c in t.choices()] == [first, second]  # pyright: ignore
+    assert [c.finish_reason for c in t.choices()] == ["tool_calls", "stop"]
+    assert t.messages()[-1]["content"] == told["content"] == "3"  # pyright: ignore
+    assert (t.tools, t.additional_histories) == (TOOLS, [])
+    (sample,) = trajectory_samples(t)
+    assert sample.tokens[sample.ratio_mask].tolist() == [*first, *second]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_responses_route_is_captured_as_the_chat_that_it_is(stream: bool):
+    model = art.TrainableModel(name="m", project="p", base_model="any")
+    tools: Any = [{"type": "function", **TOOLS[0]["function"]}]
+
+    async def respond(items: list[Any]) -> list[Any]:
+        create = model.openai_client().responses.create
+        answer: Any = await create(model="m", input=items, tools=tools, stream=stream)
+        if stream:
+            *_, last = [event async for event in answer]
+            answer = last.response
+        return [item.model_dump(exclude_none=True) for item in answer.output]
+
+    async with art.FakeBackend(calls_once) as backend:
+        await model.register(backend)
+        async with art.trajectory() as t:
+            items: list[Any] = [user("1 + 2?")]
+            items += await respond(items)
+            call_id = items[-1]["call_id"]
+            items.append({"type": "function_call_output", "call_id": call_id, "output": "3"})
+            items += await respond(items)
+    assert items[-1]["content"][0]["text"] == "3"
+    assert t.additional_histories == []
+    assert [m["role"] for m in t.messages()] == ["user", "assistant", "tool", "assistant"]
+    assert t.tools and t.tools[0]["function"]["name"] == "add"
+    (sample,) = trajectory_samples(t)
+    assert sample.sampled == sum(len(c.token_ids) for c in t.choices())  # pyright: ignore
+
+
+async def test_a_stream_that_is_left_is_not_recorded():
+    model = art.TrainableModel(name="m", project="p", base_model="any")
+    async with art.FakeBackend(lambda prompt, index: "a" * 500) as backend:
+        await model.register(backend)
+        async with art.trajectory() as t:
+            stream = await model.openai_client().chat.completions.create(
+                model="m", messages=[user("a")], stream=True
+            )
+            async for _ in stream:
+                break
+            await stream.close()
+            await asyncio.sleep(0.05)
+    assert t.choices() == []
+
+
 async def test_the_innermost_block_records(model: art.TrainableModel):
     async with art.trajectory() as outer:
         async with art.trajectory() as inner:
@@ -154,7 +251,8 @@ async def test_a_decorated_rollout_returns_its_trajectory(model: art.TrainableMo
         return 0.5
 
     one, two = await asyncio.gather(rollout(model, "a"), rollout(model, task="b"))
-    assert (one.reward, one.metrics, one.messages()[0]) == (0.5, {"n": 2}, user("a"))
+    assert (one.reward, one.metrics["n"], one.messages()[0]) == (0.5, 2, user("a"))
+    assert 0 <= one.metrics["duration"] < 60
     assert two.messages()[0] == user("b")
     assert rollout.__doc__ == "Talk."
 

@@ -52,6 +52,7 @@ def test_surface_is_frozen():
         "retry",
         "rewards",
         "trajectory",
+        "trajectory_group_batches",
         "yield_trajectory",
     ]
 

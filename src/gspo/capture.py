@@ -80,6 +80,7 @@ def _captured(model: AnyModel | None) -> Iterator[CapturedTrajectory]:
     finally:
         episode.end()
         trajectory._episode = trajectory._model = None
+        trajectory.finish()
 
 
 class Block:

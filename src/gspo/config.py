@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from pydantic import Field
 
 from gspo.core.options import Options
@@ -13,6 +16,11 @@ class TrainConfig(Options):
     >>> TrainConfig(learning_rate=1e-5).learning_rate
     1e-05
     """
+
+    refused: ClassVar[Mapping[str, str]] = {
+        "batch_size": "a batch is what one call of train is given; dev.TrainConfig(minibatches=) "
+        "says into how many optimizer steps it is divided.",
+    }
 
     learning_rate: float | None = Field(default=None, gt=0, le=1)
     """Peak learning rate of AdamW. None: by the model's size, ten times as large for LoRA, with a

@@ -158,6 +158,9 @@ class TrainConfig(Options):
     `lr_total_steps` calls, so no minibatch within them has a rate of 0; later calls stay at it."""
     on_too_long: Literal["error", "drop"] = "error"
     """A trajectory longer than the context: an error that names it, or dropped and counted."""
+    max_staleness: int | None = Field(default=None, ge=0, le=LARGEST_COUNT)
+    """Most versions that the weights may have moved on since the oldest token of a trajectory was
+    sampled; an older trajectory is dropped and counted. None: any number."""
 
     refused: ClassVar[Mapping[str, str]] = {
         "advantage_balance": "scale your rewards instead.",

@@ -8,11 +8,12 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
 import gspo as art
 from gspo.backend.engines import Engines
-from gspo.core.errors import RequestError, ServeError
+from gspo.core.errors import ConfigError, RequestError, ServeError
 from gspo.serve.engine import Completion, Request, SamplingParams
 from support import random_groups
 
@@ -64,6 +65,34 @@ async def test_each_saved_step_answers_as_it_did_when_it_was_current(tmp_path: P
         await engines.find("m@1")
     with pytest.raises(ServeError):
         await held.complete(Request((1, 2), PARAMS))
+
+
+async def test_a_client_asks_for_a_step_by_its_name(tmp_path: Path):
+    backend, model = await started(tmp_path)
+    client = model.openai_client()
+    message: Any = {"role": "user", "content": "312"}
+
+    async def said(name: str) -> tuple[str | None, int]:
+        answer = await client.chat.completions.create(
+            model=name, messages=[message], max_tokens=6, seed=3
+        )
+        choice: Any = answer.choices[0]
+        return choice.message.content, choice.policy_version
+
+    base = await said(model.get_inference_name())
+    groups = random_groups(backend.policy(model), groups=1, size=2)
+    await model.train(groups, _FAST)
+    assert await said(model.get_inference_name(0)) == base
+    assert (await said(model.get_inference_name(1)))[1] == (await said("m"))[1] == 1
+    assert [entry.id async for entry in client.models.list()] == ["m", "m@0", "m@1"]
+    with pytest.raises(openai.NotFoundError, match=r"step 2 of 'm' is not saved. Saved: 0, 1"):
+        await said(model.get_inference_name(2))
+    prompted = art.Model(name="x", project="p")
+    with pytest.raises(ConfigError, match="no steps"):
+        prompted.get_inference_name(1)
+    with pytest.raises(ConfigError, match="step = -1"):
+        model.get_inference_name(-1)
+    await backend.close()
 
 
 async def test_a_step_is_loaded_once_however_many_ask(

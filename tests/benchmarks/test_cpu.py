@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import exact
 import logprob
 import packing
 import prefix
@@ -83,6 +84,16 @@ def test_shared_prefixes_run() -> None:
     # Each of 3 turns is a sample: histories of 8, 13 and 18 tokens, and 5 that were sampled.
     assert rows[1].detail["computed_tokens"]["other"] == 2 * 2 * (8 + 13 + 18 + 3 * 5)
     assert rows[1].detail["tokens_ratio"] > 1
+
+
+def test_exact_mode_is_measured_beside_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [Result.of(row) for row in exact.measure(1, tiny=True)]
+    assert [row.what.split(": ")[1] for row in rows] == ["whole", "rollouts", "training"]
+    assert rows[0].ours_s > rows[1].ours_s > 0
+    loop = exact.Side.loop
+    monkeypatch.setattr(exact.Side, "loop", lambda self: (loop(self)[0], 1e-7))
+    with pytest.raises(AssertionError, match="log-probs differ by 1e-07 with exact=True"):
+        exact.measure(1, tiny=True)
 
 
 def test_unequal_training_is_noticed(tmp_path: Path) -> None:

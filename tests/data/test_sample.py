@@ -16,7 +16,14 @@ from openai.types.chat.chat_completion import Choice
 import gspo as art
 from gspo.core.errors import DataError, MissingLogprobsError, SampleTooLongError
 from gspo.data.packing import pack
-from gspo.data.sample import Sample, flat, trajectory_samples, unit_count
+from gspo.data.sample import (
+    Sample,
+    Split,
+    flat,
+    split_counts,
+    trajectory_samples,
+    unit_count,
+)
 from gspo.objective import Objective, policy_loss
 from gspo.trajectories import History
 from support import choice, trajectory
@@ -187,6 +194,31 @@ def test_the_turns_of_all_samples_of_a_trajectory_are_counted() -> None:
     assert (unit_count(samples[:1], "turn"), unit_count(samples[1:], "turn")) == (2, 1)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ([1, 2, 10], Split("shorter", 2, 3)),
+        ([], None),
+        ([9, 2, 10, 11, 3, 12, 4], Split("start", 2, 0)),
+        ([1, 2, 10, 9, 3, 12, 4], Split("answer", 2, 3)),
+        ([1, 2, 10, 11, 9, 12, 4], Split("between", 2, 4)),
+        ([1, 2, 10, 11, 3, 9, 4], Split("answer", 2, 5)),
+    ],
+)
+def test_a_split_says_why(prompt: list[int], expected: Split | None):
+    first, second = choice([10, 11], [1, 2]), choice([12], [1, 2, 10, 11, 3])
+    third = choice([13], prompt or [1, 2, 10, 11, 3, 12, 4])
+    samples = trajectory_samples(trajectory(0.0, first, second, third))
+    assert [sample.split for sample in samples] == [None] + [expected] * (expected is not None)
+    assert split_counts(samples) == ({expected.reason: 1} if expected else {})
+    again = trajectory_samples(trajectory(0.0, second, first, choice([7], [8])))
+    assert [sample.split for sample in again] == [
+        None,
+        Split("shorter", 1, 2),
+        Split("start", 2, 0),
+    ]
+
+
 def in_histories(*histories: list[Choice]) -> art.Trajectory:
     """A trajectory of several histories."""
     own = trajectory(0.0, *histories[0])
@@ -204,6 +236,7 @@ def test_all_histories_of_a_trajectory_are_its_samples() -> None:
         *([1, 2, 10, 3, 11], [5, 20], [1, 2, 10, 4, 30])
     ]
     assert [s.turn_ids.max() for s in samples] == [1, 2, 3]
+    assert [s.split and s.split.reason for s in samples] == [None, "history", "history"]
     assert {(s.trajectory_id, s.advantage) for s in samples} == {(3, 0.5)}
     assert (unit_count(samples, "trajectory"), unit_count(samples, "turn")) == (1, 4)
 

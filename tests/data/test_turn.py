@@ -129,3 +129,14 @@ def test_a_token_id_beyond_the_vocabulary_is_named():
     assert len(good) == 1
     with pytest.raises(DataError, match=r"here holds token id 100, .* vocabulary has 100 entries"):
         trajectory_samples(trajectory(0.0, choice([4, 100])), vocabulary=100, where="here")
+
+
+@pytest.mark.parametrize("value", ["top_p", [1], [""], [None], 5, ["x" * 65]])
+def test_names_of_what_altered_the_draw(value: Any):
+    assert read_fields(changed(altered_by=["top_p", "grammar"]), "c").altered_by == (
+        "top_p",
+        "grammar",
+    )
+    assert read_fields(changed(altered_by=None), "c").altered_by == ()
+    with pytest.raises(DataError, match=r"c: altered_by.*names of sampling parameters"):
+        read_fields(changed(altered_by=value), "c")

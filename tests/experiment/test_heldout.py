@@ -28,6 +28,8 @@ def test_the_interval_counts_distinct_prompts():
     often = estimate_reward([*once] * 10)
     assert (often.mean, often.prompts) == (pytest.approx(0.4), 5)
     assert often.low == pytest.approx(estimate.low) and often.high == pytest.approx(estimate.high)
+    # A prompt of which no rollout ended in time counts nothing.
+    assert estimate_reward([*once, art.TrajectoryGroup()]) == estimate
     as_if_fifty = estimate_reward(
         [asked(f"{i} {g}", rewards[i]) for i in range(5) for g in range(10)]
     )

@@ -169,6 +169,36 @@ async def test_a_rollout_that_returns_nothing_is_named_with_its_prompt(tmp_path:
         await run_experiment(own_rollout(tmp_path, code, **SIZES), Silent())
 
 
+HANGS = """
+import asyncio
+import gspo as art
+
+calls = 0
+
+async def rollout(model, scenario):
+    global calls
+    calls += 1
+    if calls == 3:
+        await asyncio.Event().wait()
+    messages = [{"role": "user", "content": "312"}]
+    answer = await model.openai_client().chat.completions.create(
+        model=model.inference_name, messages=messages, max_tokens=4
+    )
+    return art.Trajectory(messages_and_choices=[*messages, answer.choices[0]], reward=calls % 2)
+"""
+
+
+async def test_rollouts_that_never_end_are_left_out_and_the_rest_trains(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    spec = own_rollout(tmp_path, HANGS, **SIZES, rollout_timeout=2.0)
+    outcome = await run_experiment(spec, Silent())
+    (line,) = records(outcome.run)
+    assert line["train/exceptions"] >= 1  # more, if the machine is slow
+    assert line["train/trajectories"] == 8 - line["train/exceptions"]
+    assert "group 0, rollout 2 (rollout) was given up after 2" in caplog.text
+
+
 async def test_dynamic_sampling_replaces_flat_groups(tmp_path: Path):
     sizes = {"steps": 1, "prompts": 8, "completions": 2}  # pairs: most have equal rewards
     plain = await run_experiment(small(tmp_path / "a", **sizes), Silent())

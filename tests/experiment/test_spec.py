@@ -39,6 +39,8 @@ def test_toml_with_overrides(tmp_path: Path):
         ("task = ", [], "is not TOML"),
         ("steps = 1", [], "give a task"),
         ("rollout = 'a:b'", [], "give a model"),
+        ("task = 'sort'\nrollout_timeout = 3", [], "rollout_timeout limits a rollout function"),
+        ("rollout = 'a:b'\nmodel = 'embedded:sort'\nrollout_timeout = 0", [], "rollout_timeout"),
         ("rollout = 'a:b'\nmodel = 'embedded:sort'\nmax_tokens = 3", [], "rollout function"),
         ("rollout = 'a:b'\nmodel = 'embedded:sort'\n[task_options]\na = 1", [], "but no task"),
         ("task = 'sort'\ndynamic_sampling = true\n[train]\nalgorithm = 'reinforce'", [], "learns"),

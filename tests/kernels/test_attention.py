@@ -20,12 +20,12 @@ def inputs() -> tuple[SharedPromptAttention, torch.Tensor]:
     return plan, torch.randn(1, 2, plan.size, 8)
 
 
-@pytest.mark.parametrize("unknown", [{"softcap": 30.0}, {"s_aux": torch.ones(2)}, {"dropout": 0.1}])
+@pytest.mark.parametrize("unknown", [{"position_bias": torch.ones(2)}, {"dropout": 0.1}])
 def test_what_it_does_not_compute_is_refused(unknown: dict):
     plan, x = inputs()
     with pytest.raises(NotImplementedError, match=next(iter(unknown))):
         packed_attention(torch.nn.Module(), x, x, x, None, gspo_plan=plan, **unknown)
-    packed_attention(torch.nn.Module(), x, x, x, None, gspo_plan=plan, softcap=None)
+    packed_attention(torch.nn.Module(), x, x, x, None, gspo_plan=plan, position_bias=None)
 
 
 def test_attention_that_is_not_causal_is_refused():
@@ -43,3 +43,23 @@ def test_without_a_plan_it_is_sdpa():
     out, _ = packed_attention(layer, x, x, x, None, scaling=0.3)
     expected = functional.scaled_dot_product_attention(x, x, x, is_causal=True, scale=0.3)
     torch.testing.assert_close(out, expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("bent", [{"softcap": 0.5}, {"s_aux": torch.tensor([0.3, 2.0])}])
+def test_soft_caps_and_sinks_are_the_same_with_a_plan_and_without(bent: dict):
+    """Without one every score is computed at once, as transformers' eager attention does."""
+    plan, x = inputs()
+    layer: Any = torch.nn.Module()
+    found, _ = packed_attention(layer, x, x, x, None, gspo_plan=plan, **bent)
+    seen = torch.arange(plan.size)[:, None] < torch.from_numpy(plan.until)[None]
+    seen &= torch.arange(plan.size)[None] <= torch.arange(plan.size)[:, None]
+    expected, _ = packed_attention(layer, x, x, x, seen[None, None], **bent)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    plainly, _ = packed_attention(layer, x, x, x, None, gspo_plan=plan)
+    assert not torch.allclose(found, plainly, atol=1e-2)
+    few = x[:, :, :5]
+    causal, _ = packed_attention(layer, few, few, few, None, **bent)
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()[None, None]
+    torch.testing.assert_close(causal, packed_attention(layer, few, few, few, mask, **bent)[0])
+    added = torch.where(mask, 0.0, -1e9)
+    torch.testing.assert_close(causal, packed_attention(layer, few, few, few, added, **bent)[0])

@@ -25,7 +25,7 @@ def inspection(methods: int, **fields: Any) -> dict[str, Any]:
     at |= {"cosines": [[1.0] * methods for _ in shown]}
     batch = {"run": "run", "step": 3, "own": "m0", "options": {}, "left_out": [], "at": [at]}
     counts = {"trajectories": 12, "groups": 3, "trained": 8, "tokens": 6655}
-    return batch | counts | {"dropped": 0, "flat_groups": 0} | fields
+    return batch | counts | {"dropped": 0, "flat_groups": 0, "splits": {}} | fields
 
 
 def test_what_the_batch_was_stands_first():
@@ -36,10 +36,16 @@ def test_what_the_batch_was_stands_first():
     ]
     lines = render(
         inspection(
-            1, dropped=2, flat_groups=1, left_out=("a=1",), options={"epochs": 2, "epsilon": 0.1}
+            1,
+            dropped=2,
+            flat_groups=1,
+            splits={"answer": 3},
+            left_out=("a=1",),
+            options={"epochs": 2, "epsilon": 0.1},
         )
     ).splitlines()
     assert "12 trajectories in 3 groups (1 with equal rewards), 2 too long and dropped" in lines[0]
+    assert ", 3 split (answer), " in lines[0]
     assert lines[1] == "its method: m0 (epochs=2, epsilon=0.1)"
     assert lines[2] == "left out, being the same for every method: a=1"
 

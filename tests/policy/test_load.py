@@ -11,7 +11,9 @@ import torch
 
 from gspo import dev
 from gspo.core.errors import ModelError
-from gspo.policy.load import _threads, load_policy, resolve, save_weights
+from gspo.kernels import attention
+from gspo.policy.load import _threads, caps_or_sinks, load_policy, resolve, save_weights
+from models import model
 from support import embedded
 
 
@@ -83,3 +85,14 @@ def test_a_model_loads_where_the_system_names_no_cores(monkeypatch: pytest.Monke
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # macOS has none
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     assert _threads(embedded().lm, None) == (1, 3)
+
+
+def test_soft_caps_are_taken_over_only_if_the_logits_stay(monkeypatch: pytest.MonkeyPatch):
+    """The model's own attention is the judge: it may do more than it hands over."""
+    lm = model("gemma2")
+    assert caps_or_sinks(lm)
+    assert not caps_or_sinks(model("llama"))
+    whole = attention._with_whole_scores
+    monkeypatch.setattr(attention, "_with_whole_scores", lambda *a: whole(*a) * 1.1)
+    assert not caps_or_sinks(lm)
+    assert lm.config._attn_implementation == "eager"

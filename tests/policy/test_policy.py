@@ -22,6 +22,7 @@ from transformers import (
 from gspo.data.packing import pack
 from gspo.kernels import attention
 from gspo.policy.embedded import build_tokenizer
+from gspo.policy.load import caps_or_sinks
 from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
 from gspo.train.minibatches import prepare
@@ -89,7 +90,7 @@ def tiny(model_class, config_class, **extra) -> Policy:
     }
     config = config_class(**(usual | extra))
     lm = model_class(config).eval()
-    if lm.config._attn_implementation == "sdpa":
+    if lm.config._attn_implementation == "sdpa" or caps_or_sinks(lm):
         lm.set_attn_implementation(attention.PACKED)
     # Weights large enough that a leak between samples would show.
     with torch.no_grad():
@@ -99,6 +100,13 @@ def tiny(model_class, config_class, **extra) -> Policy:
     return Policy(lm, None, build_tokenizer(), model_class.__name__, torch.float32, 128)
 
 
+GPT_OSS = {"sliding_window": 6, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
+# The config names a window, but no layer has it.
+GEMMA2 = {
+    "sliding_window": 5,
+    "layer_types": ["full_attention"] * 3,
+    "attn_logit_softcapping": 2.0,
+}
 ARCHITECTURES = {
     "llama": (LlamaForCausalLM, LlamaConfig, {}, "tiles"),
     "mixtral": (MixtralForCausalLM, MixtralConfig, {"num_local_experts": 4}, "tiles"),
@@ -108,20 +116,11 @@ ARCHITECTURES = {
         {"sliding_window": 5, "final_logit_softcapping": 4.0},
         "tiles",
     ),
-    # Attention sinks: gspo's own attention refuses, transformers' masks take over.
-    "gpt_oss": (
-        GptOssForCausalLM,
-        GptOssConfig,
-        {"sliding_window": 6, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
-        "mask",
-    ),
-    # The config names a window, but no layer has it.
-    "gemma2_full": (
-        Gemma2ForCausalLM,
-        Gemma2Config,
-        {"sliding_window": 5, "layer_types": ["full_attention"] * 3},
-        "mask",
-    ),
+    "gpt_oss": (GptOssForCausalLM, GptOssConfig, GPT_OSS, "tiles"),  # sinks
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config, GEMMA2, "tiles"),  # soft caps
+    # With transformers' own attention: its masks take over.
+    "gpt_oss_eager": (GptOssForCausalLM, GptOssConfig, GPT_OSS, "mask"),
+    "gemma2_eager": (Gemma2ForCausalLM, Gemma2Config, GEMMA2, "mask"),
 }
 
 
@@ -129,6 +128,8 @@ ARCHITECTURES = {
 def test_each_architecture_is_packed_exactly(name: str):
     model_class, config_class, extra, packing = ARCHITECTURES[name]
     policy = tiny(model_class, config_class, **extra)
+    if packing == "mask":
+        policy.lm.set_attn_implementation("eager")
     choose_packing(policy)
     assert policy.packing == packing
     items = samples(policy)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
+import threading
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +16,7 @@ from openai import APIStatusError, AsyncOpenAI, BadRequestError, NotFoundError, 
 
 from gspo.core.errors import BusyError
 from gspo.data.turn import read_turn
-from gspo.serve.engine import Completion, Request
+from gspo.serve.engine import Completion, Piece, Request
 from gspo.serve.fake_engine import FakeEngine
 from gspo.serve.local_client import in_process_client
 from gspo.serve.server import bind
@@ -76,8 +79,14 @@ async def test_text_parts_are_joined(client: AsyncOpenAI, engine: FakeEngine):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not supported"),
-        ({"top_logprobs": 3, "logprobs": True}, "top_logprobs is not supported"),
+        ({"tools": [{"type": "function"}]}, r"tools\[0\] = "),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs = 21"),
+        ({"top_logprobs": 2}, "top_logprobs is for logprobs = true"),
+        ({"logit_bias": {"x": 1}}, "logit_bias: 'x'"),
+        ({"tool_choice": "required"}, "the request's tools are"),
+        ({"response_format": {"type": "xml"}}, "response_format = "),
+        ({"reasoning_effort": "low"}, "the chat template of FakeEngine knows none"),
+        ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
         ({"store": True}, "store is not supported"),
         ({"n": 0}, "n = 0"),
         ({"top_p": 2}, "top_p = 2"),
@@ -95,13 +104,10 @@ async def test_what_means_nothing_is_refused_by_name(client, extra: dict, messag
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"repetition_penalty": 1.2}, "repetition_penalty is not supported by this server yet"),
-        (
-            {"chat_template_kwargs": {"a": 1}},
-            "chat_template_kwargs is not supported by this server yet",
-        ),
+        ({"repetition_penalty": 0}, "repetition_penalty = 0.0 (float): must be in [0.01, 100]"),
+        ({"echo": True}, "echo is not supported by this server yet"),
         ({"add_special_tokens": True}, "add_special_tokens is not supported by this server yet"),
-        ({"top_k": 5}, "top_k is not supported by this server yet"),
+        ({"top_k": -5}, "top_k = -5 (int): must be at least 1, or 0 for all tokens"),
         ({"max_tokenz": 5}, "'max_tokenz'. Did you mean 'max_tokens'?"),
         ({"stop_tokens_please": [1]}, "unknown parameter 'stop_tokens_please'."),
         ({"guided_json": "x"}, "unknown parameter 'guided_json'."),
@@ -206,9 +212,9 @@ async def test_content_that_is_no_text_is_refused(client, content: Any, message:
         ({"n": True}, "n: Input should be a valid integer"),
         ({"n": "2"}, "n: Input should be a valid integer"),
         ({"stream": 0}, "stream: Input should be a valid boolean"),
-        ({"presence_penalty": False}, "presence_penalty is not supported"),
-        ({"logprobs": -1}, "logprobs: only 0"),
-        ({"logprobs": 6}, "logprobs: only 0"),
+        ({"presence_penalty": False}, "presence_penalty: Input should be"),
+        ({"logprobs": -1}, "logprobs = -1"),
+        ({"logprobs": 21}, "logprobs = 21"),
         ({"temperature": "1"}, "temperature: "),
     ],
 )
@@ -278,17 +284,100 @@ async def test_a_client_that_gives_up_is_let_go_of(prompts: list[str]):
         await asyncio.wait_for(engine.gone.wait(), 20)
 
 
-async def test_a_client_that_hangs_up_is_let_go_of():
-    engine = Endless()
+@asynccontextmanager
+async def listening(engine: FakeEngine):
+    """The address of a real socket."""
     listener = bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app_of(engine), log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(app_of(engine), log_level="error", lifespan="off"))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
-    _, writer = await asyncio.open_connection(*listener.getsockname())
-    body = b'{"model": "m", "prompt": "x"}'
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    writer.write(head + b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
-    await asyncio.wait_for(engine.began.wait(), 20)
-    writer.close()
-    await asyncio.wait_for(engine.gone.wait(), 20)
+    yield listener.getsockname()
     server.should_exit = True
     await asyncio.wait_for(serving, 20)
+
+
+async def test_openais_client_through_a_socket():
+    engine = FakeEngine(lambda prompt, index: "h\u00e9\u6f22")
+    async with listening(engine) as (host, port):
+        base_url = f"http://{host}:{port}/v1"
+        async with AsyncOpenAI(base_url=base_url, api_key="x", max_retries=0) as client:
+            assert (await client.models.retrieve("m")).owned_by == "gspo"
+            with pytest.raises(NotFoundError) as unknown:
+                await client.models.retrieve("x")
+            assert unknown.value.code == "model_not_found"
+            plain = await client.chat.completions.create(model="m", messages=HELLO)
+            stream = await client.chat.completions.create(model="m", messages=HELLO, stream=True)
+            parts = [c.choices[0].delta.content or "" async for c in stream]
+            assert "".join(parts) == plain.choices[0].message.content == "h\u00e9\u6f22"
+            events = await client.responses.create(model="m", input="x", stream=True)
+            assert [e.type async for e in events][-1] == "response.completed"
+
+
+class Dripping(Endless):
+    """Streams one token, then nothing; remembers who gave up."""
+
+    async def stream(self, request: Request) -> AsyncGenerator[Piece, None]:
+        yield Piece(0, (97,), (-1.0,), (0,))
+        await self.complete(request)
+
+
+@pytest.mark.parametrize(
+    ("engine", "body"),
+    [
+        (Endless(), b'{"model": "m", "prompt": "x"}'),
+        (Dripping(), b'{"model": "m", "prompt": "x", "stream": true}'),
+        (Dripping(), b'{"model": "m", "prompt": ["x", "y"], "stream": true}'),
+    ],
+)
+async def test_a_client_that_hangs_up_is_let_go_of(engine: Endless, body: bytes):
+    async with listening(engine) as address:
+        _, writer = await asyncio.open_connection(*address)
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        writer.write(head + b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+        await asyncio.wait_for(engine.began.wait(), 20)
+        writer.close()
+        await asyncio.wait_for(engine.gone.wait(), 20)
+
+
+async def test_texts_and_tokens_there_and_back(client: AsyncOpenAI, engine: FakeEngine):
+    async def post(path: str, **body: Any) -> Any:
+        url = f"http://gspo.local/{path}"
+        return await client.post(url, body={"model": "m", **body}, cast_to=object)
+
+    assert await post("tokenize", prompt="ab") == {"tokens": [97, 98], "count": 2}
+    assert (await post("tokenize", messages=HELLO))["tokens"] == engine.encode_chat(HELLO)
+    assert await post("detokenize", tokens=[97, 98]) == {"prompt": "ab"}
+    with pytest.raises(BadRequestError, match="token id 10000000"):
+        await post("detokenize", tokens=[1, 10**7])
+    with pytest.raises(BadRequestError, match="give either prompt"):
+        await post("tokenize")
+
+
+class Counting(FakeEngine):
+    """Counts what it tokenizes, and in which thread."""
+
+    threads: list[str]
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        self.threads = [*getattr(self, "threads", []), threading.current_thread().name]
+        return super().encode(text, special=special)
+
+
+async def test_what_cannot_fit_is_refused_before_it_is_tokenized():
+    engine = Counting()
+    async with in_process_client(app_of(engine)) as client:
+        long: Any = [{"role": "user", "content": "x" * 10**7}]
+        for _ in range(2):
+            with pytest.raises(BadRequestError, match="text of 10000000 characters cannot fit"):
+                await client.chat.completions.create(model="m", messages=long)
+    assert not hasattr(engine, "threads")
+
+
+async def test_long_texts_are_tokenized_beside_the_event_loop():
+    engine = Counting()
+    engine.context = engine.most_characters = 10**6
+    async with listening(engine) as (host, port):
+        base_url = f"http://{host}:{port}/v1"
+        async with AsyncOpenAI(base_url=base_url, api_key="x", max_retries=0) as client:
+            for size in (10, 20_000):
+                await client.completions.create(model="m", prompt="x" * size)
+    assert engine.threads[0] == "MainThread" != engine.threads[-1]

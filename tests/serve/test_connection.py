@@ -33,7 +33,7 @@ class Site:
         return "quick"
 
     async def waits(self) -> str:
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(0.4)
         return "waited"
 
     async def long(self) -> str:
@@ -106,6 +106,11 @@ async def test_who_sends_no_whole_head_is_closed(monkeypatch: pytest.MonkeyPatch
             writer.close()
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(HEAD % b"waits")  # longer than that: it is being answered
+        assert await read_answer(reader) == (200, b'"waited"')
+        writer.close()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(HEAD % b"quick" + HEAD % b"waits")  # at once, one behind the other
+        assert await read_answer(reader) == (200, b'"quick"')
         assert await read_answer(reader) == (200, b'"waited"')
         writer.close()
         await until(lambda: not server.server_state.connections)

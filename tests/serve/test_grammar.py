@@ -155,5 +155,5 @@ def test_each_start_is_a_matcher_of_its_own_and_compiled_once(monkeypatch: pytes
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(RequestError, match=r"pip install 'gspo\[structured\]'"):
+    with pytest.raises(RequestError, match=r"pip install -e '\.\[structured\]'"):
         grammars().start(POINT)

@@ -89,6 +89,13 @@ MESSAGE = st.fixed_dictionaries(
 ANYTHING = st.one_of(
     st.none(), st.booleans(), st.integers(-2, 2**70), st.floats(), TEXT, st.lists(TEXT, max_size=2)
 )
+TOOLS: list[Any] = [
+    {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}},
+    {"type": "function", "function": {"name": "f", "parameters": {"type": 3}}},
+    {"type": "what"},
+]
+EXTRA = ["ignore_eos", "stop_token_ids", "n", "store", "mad", "messages", "top_k"]
+EXTRA += ["return_token_ids", "stream"]
 OPTIONS = st.fixed_dictionaries(
     {"messages": st.lists(MESSAGE, max_size=3)},
     optional={
@@ -100,9 +107,14 @@ OPTIONS = st.fixed_dictionaries(
         "seed": st.integers(0, 9),
         "logprobs": st.booleans(),
         "user": TEXT,
-        "tools": st.just([]),
+        "tools": st.lists(st.sampled_from(TOOLS), max_size=2),
+        "tool_choice": st.sampled_from(["auto", "none", "required", "what"]),
+        "response_format": st.sampled_from([{"type": "text"}, {"type": "json_object"}, {}]),
+        "frequency_penalty": st.floats(-3, 3),
+        "logit_bias": st.dictionaries(st.sampled_from(["97", "x"]), st.integers(-101, 101)),
+        "top_logprobs": st.integers(0, 3),
         "extra_body": st.dictionaries(
-            st.sampled_from(["ignore_eos", "stop_token_ids", "n", "store", "mad", "messages"]),
+            st.sampled_from(EXTRA),
             ANYTHING,
             max_size=2,
         ),

@@ -36,6 +36,48 @@ GOOD: dict[str, dict[str, Any]] = {
         "seed": 1,
     },
     "/v1/completions": {"model": "m", "prompt": ["ab", "cd"], "max_tokens": 3, "logprobs": 0},
+    "/episodes/e1/v1/chat/completions": {
+        "model": "m",
+        "messages": [
+            {"role": "user", "content": "hello"},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [
+                    {
+                        "id": "c",
+                        "type": "function",
+                        "function": {"name": "f", "arguments": '{"a": 1}'},
+                    }
+                ],
+            },
+            {"role": "tool", "tool_call_id": "c", "content": "2"},
+        ],
+        "tools": [
+            {
+                "type": "function",
+                "function": {
+                    "name": "f",
+                    "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}},
+                },
+            }
+        ],
+        "tool_choice": {"type": "function", "function": {"name": "f"}},
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "x", "schema": {"type": "object"}},
+        },
+        "logit_bias": {"97": 3},
+        "top_logprobs": 2,
+        "logprobs": True,
+    },
+    "/episodes/e1/reward": {"reward": 1.0},
+    "/v1/responses": {
+        "model": "m",
+        "input": [{"role": "user", "content": [{"type": "input_text", "text": "hello"}]}],
+        "max_output_tokens": 3,
+        "tools": [{"type": "function", "name": "f", "parameters": {"type": "object"}}],
+    },
     "/tokenize": {"model": "m", "messages": [{"role": "user", "content": "hello"}]},
     "/detokenize": {"model": "m", "tokens": [97, 98]},
 }

@@ -264,6 +264,27 @@ async def test_a_stream_is_what_complete_answers(engine: TorchEngine):
         assert mine[-1].finish_reason == "length" and len(mine) == 6
 
 
+async def test_a_slow_reader_holds_few_pieces_and_stalls_nobody(
+    engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(module, "MAX_PIECES", 10)
+    asked = request(150, n=3, seed=4)
+    stream: Any = engine.stream(asked)
+    pieces = [await anext(stream)]
+    (ticket,) = engine._scheduler._active
+    quick = await asyncio.wait_for(engine.complete(request(20)), LIMIT)  # beside it
+    await until(lambda: not engine._scheduler._active)  # nobody has read, and it is done
+    await asyncio.sleep(0.01)
+    assert ticket.box.qsize() < 10 + 3 * 3 and len(quick[0].token_ids) == 20
+    pieces += [piece async for piece in stream]
+    for i, done in enumerate(await engine.complete(asked)):
+        mine = [piece for piece in pieces if piece.index == i]
+        assert tuple(token for piece in mine for token in piece.token_ids) == done.token_ids
+        logprobs = [x for piece in mine for x in piece.logprobs]
+        assert logprobs == pytest.approx(list(done.logprobs), abs=1e-5)
+        assert [piece.finish_reason for piece in mine if piece.finish_reason] == ["length"]
+
+
 async def test_a_stream_that_is_closed_frees_its_places(engine: TorchEngine, steps: Steps):
     stream: Any = engine.stream(request(400, n=2))
     assert (await anext(stream)).index == 0

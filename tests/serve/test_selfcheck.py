@@ -16,6 +16,7 @@ from gspo.data.sample import sample_of
 from gspo.data.turn import Turn
 from gspo.dev import LoraConfig
 from gspo.policy.load import load_policy
+from gspo.policy.lora import add_lora
 from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
 from gspo.serve.engine import Completion, Request, SamplingParams
@@ -30,7 +31,7 @@ LAYOUTS = {
     "llama": "shared",
     "granite": "shared",
     "windows": "shared",
-    "gemma2": "model_cache",
+    "gemma2": "shared",
     "llama4": "model_cache",
     "qwen3_next": "model_cache",
     "qwen3_5": "model_cache",
@@ -115,7 +116,12 @@ EXACT: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         transformers.Gemma3TextConfig,
         {"sliding_window": 16},
     ),
-    **{name: MOE[name] for name in ("qwen3_moe", "mixtral", "olmoe")},
+    "gemma2": (  # soft caps, of scores and of logits
+        transformers.Gemma2ForCausalLM,
+        transformers.Gemma2Config,
+        {"sliding_window": 16, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
+    ),
+    **{name: MOE[name] for name in ("qwen3_moe", "mixtral", "olmoe", "gpt_oss")},  # the last: sinks
 }
 
 
@@ -188,6 +194,116 @@ def test_engine_and_trainer_are_equal_to_the_bit(kind: str, dtype: torch.dtype):
     assert answers[0] == answers[1] == alone
 
 
+QWEN3 = (transformers.Qwen3ForCausalLM, transformers.Qwen3Config)
+WIDE: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "smollm2": (  # its shape, but for the number of layers
+        transformers.LlamaForCausalLM,
+        transformers.LlamaConfig,
+        {
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "head_dim": 64,
+            "vocab_size": 49_152,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen2_05b": (
+        transformers.Qwen2ForCausalLM,
+        transformers.Qwen2Config,
+        {
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "vocab_size": 151_936,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gqa_4_x_64": (
+        *QWEN3,
+        {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64},
+    ),
+    "gqa_8_x_128": (
+        *QWEN3,
+        {"hidden_size": 256, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 128},
+    ),
+    "experts_64": (
+        transformers.Qwen3MoeForCausalLM,
+        transformers.Qwen3MoeConfig,
+        {
+            "hidden_size": 128,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "vocab_size": 5_000,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 64,
+        },
+    ),
+}
+
+
+def wide(kind: str) -> Policy:
+    """Two layers, with weights of a usual size."""
+    model_class, config_class, sizes = WIDE[kind]
+    more = {"num_hidden_layers": 2, "max_position_embeddings": 2048, "initializer_range": 0.05}
+    policy = tiny(model_class, config_class, **sizes, **more)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.lm.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.05)
+    policy.context = 2048
+    return policy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", WIDE)
+def test_wide_models_are_exact_too(kind: str):
+    """The shapes of models that people train."""
+    policy = wide(kind)
+    engine = engine_of(policy)
+    make_exact(engine, required=True)
+    requests = asked(policy)
+    answers = []
+    for engine.max_running in (512, 3):
+        answers.append(engine.generate(requests))
+        assert all(scored(policy, requests, answers[-1]))
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gqa_4_x_64", "experts_64"])
+def test_long_prompts_at_a_high_temperature_are_exact_too(kind: str):
+    policy = wide(kind)
+    engine = engine_of(policy)
+    make_exact(engine, required=True)
+    generator = torch.Generator().manual_seed(2)
+    prompt = tuple(torch.randint(policy.head.size, (600,), generator=generator).tolist())
+    params = SamplingParams(n=4, max_tokens=100, temperature=2.0, seed=5, ignore_eos=True)
+    requests = [Request(prompt, params), Request(prompt[:590] + prompt[:7], params)]
+    answers = engine.generate(requests)
+    assert all(scored(policy, requests, answers))
+    assert answers == [engine.generate([request])[0] for request in requests]
+
+
+@pytest.mark.slow
+def test_adapters_of_a_wide_model_are_exact_too():
+    policy = wide("smollm2")
+    policy.peft = add_lora(policy.lm, LoraConfig(r=8), None)
+    with torch.no_grad():
+        for parameter in policy.trainable.values():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    engine = engine_of(policy)
+    make_exact(engine, required=True)
+    requests = asked(policy)
+    assert all(scored(policy, requests, engine.generate(requests)))
+
+
 def test_without_it_they_are_not():
     """The test above can fail."""
     policy = embedded()
@@ -209,7 +325,8 @@ def test_lora_and_recomputed_layers_are_exact_too():
 
 
 def test_what_cannot_be_exact_says_why(caplog: pytest.LogCaptureFixture):
-    policy = tiny(*MOE["gpt_oss"][:2], **MOE["gpt_oss"][2])  # attention sinks
+    policy = tiny(*EXACT["llama"][:2])
+    policy.lm.set_attn_implementation("eager")
     engine = engine_of(policy)
     check_engine(engine)
     with pytest.raises(ModelError, match=r"exact=True, but the attention of \w+ is not gspo's"):

@@ -92,7 +92,7 @@ def test_texts_joined_are_the_whole_text(name: str, special: bool, data: st.Data
         assert whole.startswith("".join(sent))
         tokens = tokens[step:]
     done = Completion((1,), (0.0,), whole, "stop", (0,), 1.0)
-    sent.append(growing.read(Piece(0, tuple(tokens), (), (), "stop", done)))
+    sent.append(growing.read(Piece(0, tuple(tokens), (), (), "stop", completion=done)))
     assert "".join(sent) == whole
 
 

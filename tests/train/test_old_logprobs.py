@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from gspo import TrajectoryGroup, dev
 from gspo.data.packing import pack
 from gspo.data.sample import Sample
 from gspo.policy.policy import Policy
+from gspo.serve.engine import Request, SamplingParams
+from gspo.serve.torch_engine import TorchEngine
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.old_logprobs import with_trainer_logprobs
 from gspo.train.settings import resolve
@@ -110,3 +113,77 @@ def test_no_ratio_moves_before_the_first_update_with_replay(replay: str):
     metrics = first_step(policy, batch, routing_replay=replay)
     assert metrics["ratio/token_log_square"] < 1e-10
     assert metrics["moe/routing_agreement"] < 0.9
+
+
+# Sequences whose tokens were sampled by several versions of the weights
+
+
+def spanning(policy: Policy, changes: dict[int, float], length: int = 12) -> TrajectoryGroup:
+    """Two sampled trajectories; before some steps the weights are scaled and published."""
+    engine = TorchEngine(policy)
+    params = SamplingParams(n=2, max_tokens=length, seed=5, ignore_eos=True)
+    done = engine.opened(Request((6, 7, 8), params))
+    batch = engine.batch()
+    with engine.computing():
+        for step in range(length):
+            if step in changes:
+                scale_weights(policy, changes[step])
+            batch.step(done if step == 0 else [])
+    choices = [
+        choice(
+            one.tokens, (6, 7, 8), one.logprobs, policy_version=one.versions[0],
+            policy_versions=list(one.versions),
+        )
+        for one in done
+    ]  # fmt: skip
+    return TrajectoryGroup([trajectory(float(i), one) for i, one in enumerate(choices)])
+
+
+def scale_weights(policy: Policy, factor: float) -> None:
+    policy.version += 1
+    with torch.no_grad():
+        for weight in policy.trainable.values():
+            weight.mul_(factor)
+
+
+def token_by_token(policy: Policy, tokens: list[int], changes: dict[int, float]) -> list[float]:
+    """Log-probs of tokens 3, 4, ... by a plain loop in float64, over the model's own cache: what a
+    token saw of those before it was computed by the weights of that time."""
+    lm = copy.deepcopy(policy.lm).double()
+    lm.set_attn_implementation("eager")
+    lm.set_experts_implementation("eager")
+    cache, out, fed = None, [], tokens[:3]
+    with torch.no_grad():
+        for step, token in enumerate(tokens[3:]):
+            if step in changes:
+                for weight in lm.parameters():
+                    weight.mul_(changes[step])
+            seen = lm(input_ids=torch.tensor([fed]), past_key_values=cache, use_cache=True)
+            cache, fed = seen.past_key_values, [token]
+            out.append(seen.logits[0, -1].double().log_softmax(-1)[token].item())
+    return out
+
+
+@pytest.mark.parametrize("changes", [{5: 1.05}, {3: 1.04, 8: 0.97}])
+def test_of_several_versions_each_token_has_its_own_old_log_prob(changes: dict[int, float]):
+    """s_i = exp of the mean of log pi_theta(y_t) - (what y_t was recorded with when sampled)."""
+    policy, before = embedded(), embedded()
+    group = spanning(policy, changes)
+    batch = prepare([group], context=512)
+    for (sample,) in batch.samples:
+        assert len(np.unique(sample.policy_versions[3:])) == 1 + len(changes)
+        recorded = token_by_token(before, sample.tokens.tolist(), changes)
+        np.testing.assert_allclose(sample.old_logprobs[3:], recorded, atol=2e-5)
+    expected = []
+    for (sample,) in batch.samples:  # before training moves the weights
+        d = [plain(policy, sample)[t] - float(sample.old_logprobs[t]) for t in range(3, 15)]
+        expected.append(sum(d) / len(d))
+    assert min(map(abs, expected)) > 1e-3  # or it would show nothing
+    out = Trainer(policy).train(batch, resolve(options=dev.TrainConfig(minibatches=1)))
+    for number, log_ratio in enumerate(expected):
+        (trace,) = out.traces[number]
+        assert trace.log_ratio == pytest.approx(log_ratio, abs=2e-6)
+    metrics = out.metrics.compute()
+    assert metrics["staleness/mixed_share"] == 1
+    assert metrics["staleness/max"] == len(changes)
+    assert "mismatch/log_ratio_mean" not in metrics  # which would count the weights' own change

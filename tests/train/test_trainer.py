@@ -593,6 +593,7 @@ def test_the_batch_is_described_by_trajectory_group_and_token(steps: list[Step])
         "tokens/prompt": 3 * (4 + 1),
         "tokens/completion": 3 * (4 + 5),
         "tokens/completion_mean": 27 / 6,
+        "tokens/splits": 3,
     }
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
 

@@ -35,8 +35,8 @@ from gspo.serve.server import bind
 from gspo.train.settings import resolve
 from gspo.trajectories import TrajectoryGroup
 
+_S3 = dict.fromkeys(("from_s3_bucket", "prefix"), absent.COPY)
 _FORK = ("model", "from_model", "from_project", "not_after_step", "verbose")
-_S3 = ("from_s3_bucket", "prefix")
 
 _ARGUMENTS = ("path", "port", "keep_checkpoints", "seed", "logger")
 _REFUSED = {
@@ -248,20 +248,14 @@ class LocalBackend(Backend):
         verbose: bool = False,
         **unknown: Any,
     ) -> None:
-        """Begin the run of a model with another run's checkpoint, before it is registered.
-
-        See `gspo.backend.fork.fork_checkpoint`; `verbose` prints which step it is.
-
-        Raises:
-            ConfigError: an unknown argument.
-            RunError: the model is registered; or there is no checkpoint that fits.
+        """Begin the run of a model with another run's checkpoint, before it is registered: see
+        `gspo.backend.fork.fork_checkpoint`. `verbose` prints which step it is.
         """
-        check_names("fork_checkpoint", unknown, _FORK, dict.fromkeys(_S3, absent.COPY))
+        check_names("fork_checkpoint", unknown, _FORK, _S3)
         if (model.project, model.name) in self._services:
             raise RunError(f"model {model.name!r} is registered: fork before register")
-        step = await asyncio.to_thread(
-            fork_checkpoint, self.path, model, from_model, from_project, not_after_step
-        )
+        source = from_model, from_project, not_after_step
+        step = await asyncio.to_thread(fork_checkpoint, self.path, model, *source)
         if verbose:
             print(f"{model.name} goes on from step {step} of {from_model}")
 

@@ -19,6 +19,7 @@ from gspo.core.draws import seed_of
 from gspo.core.errors import RunError
 from gspo.core.timing import timed
 from gspo.data.check import plain_groups
+from gspo.data.sample import SPLIT_REASONS, flat, split_counts
 from gspo.dev import InternalModelConfig
 from gspo.policy.load import load_policy
 from gspo.policy.policy import Policy
@@ -76,6 +77,7 @@ class Service:
         assert model.source is not None
         config = model.internal_config
         self.run, self.seed = run, seed
+        self._told: set[str] = set()  # reasons of splits
         self._loaded = _identity(model)
         self.trainer = load_trainer(run, model.source, config)
         sockets = listener is not None
@@ -87,7 +89,8 @@ class Service:
             sockets=sockets,
         )
         self.engines = Engines(run, model, self.engine, compute, seed=seed, sockets=sockets)
-        self.serving = Serving(self.engine, lambda: [model.name], listener)
+        engines = self.engines
+        self.serving = Serving(self.engine, engines.names, listener, engines.find)
 
     def check_same(self, model: ModelLike) -> None:
         """Refuse this model's name for another model, or for one that is loaded otherwise.
@@ -113,7 +116,8 @@ class Service:
         """
         groups = plain_groups(trajectory_groups)
         policy = self.trainer.policy
-        batch = prepare(groups, settings, context=policy.context, vocabulary=policy.head.size)
+        known = {"context": policy.context, "vocabulary": policy.head.size}
+        batch = prepare(groups, settings, **known, version=policy.version)
         return groups, batch
 
     def train(
@@ -135,7 +139,7 @@ class Service:
         # Here, so that no caller who gave up waiting leaves a trained step with the old seed.
         self.engine.reseed(seed_of(self.seed, step))
         run.trackers.configure("train", out.settings.as_config())
-        metrics = self._metrics(groups, out) | published
+        metrics = self._metrics(groups, batch, out) | published
         started = time.perf_counter()
         failed: Exception | None = None
         with run.writing():
@@ -171,7 +175,9 @@ class Service:
                 ) from error
         return TrainResult(step, metrics, path, out.skipped)
 
-    def _metrics(self, groups: Sequence[TrajectoryGroup], out: TrainOutput) -> dict[str, float]:
+    def _metrics(
+        self, groups: Sequence[TrajectoryGroup], batch: RolloutBatch, out: TrainOutput
+    ) -> dict[str, float]:
         """What a step logs, but the seconds of publishing and saving."""
         metrics = group_means(groups, "train") | out.metrics.compute()
         if metrics["time/train"] > 0:
@@ -181,6 +187,15 @@ class Service:
             metrics["train/skipped"] = 1.0
             log.warning(
                 "step %d of %s is skipped: %s", self.trainer.step, self.run.folder, out.skipped
+            )
+        splits = split_counts(flat(batch.samples))
+        if splits.keys() - self._told:  # once for each reason: the metrics say it of each step
+            self._told |= splits.keys()
+            reasons = "; ".join(f"{n} x {SPLIT_REASONS[reason]}" for reason, n in splits.items())
+            log.warning(
+                "step %d: trajectories are split into several samples, which costs compute and "
+                "changes no result: %s (docs/tools.md)",
+                *(self.trainer.step, reasons),
             )
         return metrics
 

@@ -13,7 +13,7 @@
     │   └── BusyError              more requests than the engine lets wait (HTTP 429)
     ├── NumericsError          a gradient or a probability that is not finite
     ├── RolloutError           a rollout function or a task of the user raised
-    │   └── RolloutTimeoutError    a rollout that took too long (a TimeoutError too)
+    │   └── RolloutTimeoutError    a rollout that took too long
     ├── JudgeError             a judge cannot be reached, or answers nonsense
     └── MissingDependencyError an optional package is not installed
 

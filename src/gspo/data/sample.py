@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -13,6 +13,30 @@ from gspo.core.errors import DataError, MissingLogprobsError, SampleTooLongError
 from gspo.data.expert_choices import joined_expert_choices
 from gspo.data.turn import Turn, read_turn
 from gspo.trajectories import Trajectory
+
+
+class Split(NamedTuple):
+    """Why a sample does not go on where the one before it ended.
+
+    Attributes:
+        reason: one of `SPLIT_REASONS`.
+        turn: the assistant turn whose prompt does not extend the tokens before it.
+        token: the first one that differs, counted from 0.
+    """
+
+    reason: str
+    turn: int
+    token: int
+
+
+SPLIT_REASONS = {
+    "shorter": "the prompt is shorter: earlier turns were left out",
+    "start": "the text before the first answer changed: its tools, system or first messages",
+    "answer": "an earlier answer of the model was written in another way, or a part of it left out",
+    "between": "a message after an answer changed",
+    "history": "another history of the trajectory begins, such as a sub-agent's",
+}
+"""Reason of a split -> what it says of the prompt; `docs/tools.md` says what to do."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +58,10 @@ class Sample:
         advantage: A_i of the trajectory.
         expert_choices: [R, N, K] experts that computed the first R tokens, K in each of N layers;
             or None. The last sampled token never went through the engine: there R is L - 1.
+        altered_tokens: sampled tokens that were drawn from another distribution than that of
+            `sampling_logprobs`.
+        altered_by: names of the sampling parameters because of which they were.
+        split: why it is not one with the trajectory's sample before it; None for the first one.
     """
 
     tokens: np.ndarray
@@ -48,6 +76,9 @@ class Sample:
     group_id: int
     advantage: float
     expert_choices: np.ndarray | None = None
+    altered_tokens: int = 0
+    altered_by: frozenset[str] = frozenset()
+    split: Split | None = None
 
     def __post_init__(self) -> None:
         for name in ("old_logprobs", "sampling_logprobs"):
@@ -100,20 +131,25 @@ def trajectory_samples(
         SampleTooLongError: a sample is longer than `max_tokens`.
     """
     where = where or f"group {group_id}, trajectory {trajectory_id}"
-    turns = _turns(trajectory, where)
+    turns, firsts = _turns(trajectory, where)
     if not turns:
         raise MissingLogprobsError(
             f"{where} has no Choice: append response.choices[0] to messages_and_choices, "
             "not its text, so that the sampled tokens are known"
         )
-    starts = [0]  # first turn of each sample
+    starts: dict[int, Split | None] = {0: None}  # first turn of each sample, and why
     for number, (before, turn) in enumerate(pairwise(turns), 1):
         tokens = [*before.prompt, *before.tokens]
         if turn.prompt[: len(tokens)] != tokens:
-            starts.append(number)
+            split = _split(turns[max(starts) : number], turn.prompt, number)
+            starts[number] = split._replace(reason="history") if number in firsts else split
+    edges = [*starts, len(turns)]
     samples = tuple(
-        sample_of(turns[start:end], start, trajectory_id, group_id, advantage)
-        for start, end in zip(starts, [*starts[1:], len(turns)], strict=True)
+        replace(
+            sample_of(turns[start:end], start, trajectory_id, group_id, advantage),
+            split=starts[start],
+        )
+        for start, end in pairwise(edges)
     )
     for sample in samples:
         if vocabulary is not None and sample.tokens.max() >= vocabulary:
@@ -129,14 +165,30 @@ def trajectory_samples(
     return samples
 
 
-def _turns(trajectory: Trajectory, where: str) -> list[Turn]:
-    """The model's turns in all histories of a trajectory."""
-    turns = []
+def _split(turns: Sequence[Turn], prompt: Sequence[int], number: int) -> Split:
+    """Why `prompt`, of turn `number`, does not extend the tokens of `turns`."""
+    tokens = [*turns[-1].prompt, *turns[-1].tokens]
+    pairs = enumerate(zip(tokens, prompt, strict=False))
+    token = next((i for i, (old, new) in pairs if old != new), None)
+    if token is None:
+        return Split("shorter", number, len(prompt))
+    if token < len(turns[0].prompt):
+        return Split("start", number, token)
+    spans = [(len(turn.prompt), len(turn.prompt) + len(turn.tokens)) for turn in turns]
+    answered = any(start <= token < end for start, end in spans)
+    return Split("answer" if answered else "between", number, token)
+
+
+def _turns(trajectory: Trajectory, where: str) -> tuple[list[Turn], set[int]]:
+    """The model's turns in all histories of a trajectory, and the numbers of each one's first."""
+    turns: list[Turn] = []
+    firsts: set[int] = set()
     for number, history in enumerate(trajectory.histories()):
         place = f"{where}, additional history {number - 1}" if number else where
         choices = enumerate(history.choices())
+        firsts.add(len(turns))
         turns += [read_turn(choice, f"{place}, choice {c}") for c, choice in choices]
-    return turns
+    return turns, firsts
 
 
 def sample_of(
@@ -183,7 +235,15 @@ def sample_of(
         group_id=group_id,
         advantage=advantage,
         expert_choices=expert_choices,
+        altered_tokens=sum(len(turn.tokens) for turn in turns if turn.altered_by),
+        altered_by=frozenset(name for turn in turns for name in turn.altered_by),
     )
+
+
+def split_counts(samples: Iterable[Sample]) -> dict[str, int]:
+    """Reason -> how many samples begin for it; only those that occur."""
+    reasons = [sample.split.reason for sample in samples if sample.split is not None]
+    return {reason: reasons.count(reason) for reason in SPLIT_REASONS if reason in reasons}
 
 
 def unit_count(samples: Sequence[Sample], unit: str) -> int:

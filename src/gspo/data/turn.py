@@ -1,4 +1,5 @@
-"""Read what training needs from a `Choice`: token ids, their log-probs, temperature, version."""
+"""Read what training needs from a `Choice`: token ids, their log-probs, temperature, version, and
+what changed the distribution that the tokens were drawn from."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ _Logprob = Annotated[float, Field(strict=True, ge=-1e30, le=1e-5, allow_inf_nan=
 _Temperature = Annotated[
     float, Field(strict=True, ge=TEMPERATURES[0], le=TEMPERATURES[1], allow_inf_nan=False)
 ]
+_Name = Annotated[str, Field(strict=True, min_length=1, max_length=64)]
 _Version = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)]
 
 
@@ -34,6 +36,8 @@ class Turn:
         expert_choices: [R, N, K] experts that computed the R = prompt + tokens - 1 first tokens;
             None if the Choice has none.
         policy_versions: of each token's weights, if they differ; else empty.
+        altered_by: names of the sampling parameters because of which the tokens were drawn from
+            another distribution than that of `logprobs`.
     """
 
     prompt: Annotated[list[_TokenId], Field([], alias="prompt_token_ids")]
@@ -43,6 +47,7 @@ class Turn:
     policy_version: _Version = -1
     expert_choices: SkipValidation[Any] = None
     policy_versions: tuple[_Version, ...] = ()
+    altered_by: tuple[_Name, ...] = ()
 
 
 _TURN = TypeAdapter(Turn)
@@ -54,6 +59,7 @@ _RULES = {
     f"{TEMPERATURES[0]:g} to {TEMPERATURES[1]:g} (1 for greedy decoding)",
     "policy_version": "it must be a whole number from 0, or None if it is not known",
     "policy_versions": "it must be a list of whole numbers from 0, one for each token",
+    "altered_by": "it must be a list of the names of sampling parameters",
 }
 
 
@@ -88,7 +94,7 @@ def read_fields(choice: Any, where: str) -> Turn:
     Raises:
         MissingLogprobsError: log-probs that are no numbers, not finite, above 0 or of 16 bits.
         DataError: token ids that are no whole numbers, or a temperature or policy version that
-            means nothing, or expert choices that are damaged.
+            means nothing, or expert choices that are damaged, or what is no name of a parameter.
     """
     values = {name: _plain(getattr(choice, name, None)) for name in _RULES}
     values["token_logprobs"] = _plain(_logprobs(choice, where))

@@ -85,6 +85,7 @@ def _numbers(metrics: dict[str, float]) -> str:
     """The numbers of a step that are shown."""
     parts = [f"{label} {form.format(metrics[k])}" for label, k, form in _FIELDS if k in metrics]
     if "train/skipped" in metrics:
-        counts = (int(metrics.get(f"train/trajectories{end}", 0)) for end in ("", "_too_long"))
+        names = ("train/trajectories", "train/trajectories_too_long", "staleness/dropped")
+        counts = (int(metrics.get(name, 0)) for name in names)
         parts.append(f"skipped: {why_no_update(*counts)}")
     return "  ".join(parts)

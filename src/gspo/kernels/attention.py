@@ -42,18 +42,29 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Float[Tensor, " H"] | None = None,
     gspo_plan: SharedPromptAttention | FlexAttention | SharedPrompts | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "N Q H E"], None]:
-    """Causal attention by the plan of the forward pass; SDPA if there is none.
+    """Causal attention by the plan of the forward pass; without one it is SDPA, or, with soft caps
+    and sinks, which SDPA doesn't know, `_with_whole_scores`.
 
     With a plan, `attention_mask` is a placeholder that kept transformers from making a mask.
 
+    Args:
+        softcap, s_aux: soft cap and sinks of `tile_attention.Scoring`, by transformers' names.
+
     Raises:
-        NotImplementedError: the architecture asks for something that this doesn't compute (soft
-            caps, attention sinks, biases); the caller then packs by mask instead.
+        NotImplementedError: the architecture asks for something that this doesn't compute (biases;
+            on a GPU soft caps and sinks too); the caller then packs by mask instead.
     """
     layer: Any = getattr(module, "layer_idx", None)
+    bent = softcap is not None or s_aux is not None
+    if gspo_plan is None and bent:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        scored = query, key, value, attention_mask, scale, softcap, s_aux
+        return _with_whole_scores(*scored), None
     if gspo_plan is None:
         kwargs |= {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -62,7 +73,45 @@ def packed_attention(
         raise NotImplementedError(f"gspo_packed attention with {unknown or 'dropout'}")
     if not getattr(module, "is_causal", True):
         raise NotImplementedError("gspo_packed attention is causal")
-    return gspo_plan.attend(layer, query, key, value, scaling, sliding_window), None
+    if isinstance(gspo_plan, FlexAttention):
+        if bent:
+            raise NotImplementedError("gspo_packed attention on a GPU with softcap or s_aux")
+        return gspo_plan.attend(layer, query, key, value, scaling, sliding_window), None
+    bends = softcap, s_aux
+    return gspo_plan.attend(layer, query, key, value, scaling, sliding_window, *bends), None
+
+
+def _with_whole_scores(
+    query: Float[Tensor, "N H Q D"],
+    key: Float[Tensor, "N K L D"],
+    value: Float[Tensor, "N K L E"],
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Float[Tensor, " H"] | None,
+) -> Float[Tensor, "N Q H E"]:
+    """Attention with soft cap and sinks, from all scores at once.
+
+    Args:
+        mask: True at the pairs that are seen, or numbers that are added. None: causal.
+    """
+    share = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(share, 1) for x in (key, value))
+    scores = query @ key.mT * scale
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    if mask is None:
+        seen = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device)
+        mask = seen.tril(scores.shape[3] - scores.shape[2])
+    if mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    else:
+        scores = scores + mask
+    if sinks is not None:
+        column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], -1)
+    weights = scores.softmax(-1, dtype=torch.float32)[..., : key.shape[2]]
+    return (weights.to(value.dtype) @ value).transpose(1, 2).contiguous()
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gspo.kernels.hf import no_mask
+from gspo.kernels.shared_contexts import Context, context_groups
 from gspo.kernels.tile_attention import (
     LOG2_E,
     TILE,
-    Context,
+    Scoring,
     attend,
-    context_groups,
     hiding,
     whole_tiles,
 )
@@ -68,6 +68,7 @@ class SharedPrompts:
         self._prompt_of = np.zeros(count, dtype=np.int64)
         self._sizes = np.full(1, count)  # completions that each prompt had at first
         self._width = 0  # W
+        self._scores: Tensor | None = None
         self.fed = (0, 0)
         self._tile = TILE if device.type == "cpu" else None
         self._group()
@@ -94,7 +95,7 @@ class SharedPrompts:
             self._capacity += more
             self._change_slabs(lambda x: functional.pad(x, (0, 0, 0, more)))
         self._columns = whole_tiles(columns)
-        self._written = self._tensor(self._positions - self._base[:, None])
+        self._places: dict[int, Tensor] = {}  # of new keys in the slabs, by the number of heads
         self._masks: dict[tuple[int, int, int | None], tuple[_Span, Tensor | None]] = {}
         missing = -tokens.numel() % self._multiple
         given = torch.stack([tokens.flatten(), self._tensor(self._positions).flatten()])
@@ -117,6 +118,8 @@ class SharedPrompts:
         value: Float[Tensor, "1 K T E"],
         scaling: float | None,
         window: int | None,
+        softcap: float | None = None,
+        sinks: Float[Tensor, " H"] | None = None,
     ) -> Float[Tensor, "1 T H E"]:
         """Attention of one layer inside `feed`."""
         count, queries = self._positions.shape
@@ -124,24 +127,19 @@ class SharedPrompts:
         dtype = torch.float32 if self._tile else query.dtype
         scale = LOG2_E * (query.shape[-1] ** -0.5 if scaling is None else scaling)
 
-        def by_sequence(x: Tensor) -> Tensor:  # [N, Q, heads, D]
-            x = x[0, :, : count * queries].transpose(0, 1).to(dtype)
-            return x.reshape(count, queries, *x.shape[1:])
+        def by_token(x: Tensor) -> Tensor:  # [NQ, heads, D]
+            return x[0].transpose(0, 1)[: count * queries].to(dtype)
 
-        new = [by_sequence(x) for x in (key, value)]
-        if layer not in self._slabs:
-            self._slabs[layer] = [
-                x.new_zeros(count, kv_heads, self._capacity, x.shape[-1]) for x in new
-            ]
-        row = torch.arange(count, device=self._device)[:, None]
-        for slab, x in zip(self._slabs[layer], new, strict=True):
-            slab[row, :, self._written] = x
+        held = None if sinks is None else sinks.to(dtype).view(kv_heads, -1)
+        scoring = Scoring(softcap, held)
+        self._write(layer, by_token(key), by_token(value))
         with torch.autocast(query.device.type, enabled=False):
-            q = (by_sequence(query) * scale).unflatten(2, (kv_heads, -1)).transpose(1, 2)
+            q = (by_token(query) * scale).view(count, queries, kv_heads, heads // kv_heads, -1)
+            q = q.transpose(1, 2)
             longest = self._width + self._columns
             piece = max(1, _SCORE_BYTES // (4 * count * heads * longest))
             outputs = [
-                self._attend(layer, q[:, :, start : start + piece], start, window)
+                self._attend(layer, q[:, :, start : start + piece], start, window, scoring)
                 for start in range(0, queries, piece)
             ]
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
@@ -150,8 +148,30 @@ class SharedPrompts:
             out = functional.pad(out, (0, 0, 0, 0, 0, total - len(out)))
         return out[None].to(query.dtype)
 
+    def _write(
+        self, layer: int, key: Float[Tensor, "M K D"], value: Float[Tensor, "M K E"]
+    ) -> None:
+        """Put the new keys and values of a layer into the slabs; M = N x Q."""
+        count, kv_heads = len(self._positions), key.shape[1]
+        if layer not in self._slabs:
+            self._slabs[layer] = [
+                x.new_zeros(count, kv_heads, self._capacity, x.shape[-1]) for x in (key, value)
+            ]
+        if kv_heads not in self._places:  # among rows of D numbers
+            first = np.arange(count * kv_heads).reshape(count, 1, kv_heads) * self._capacity
+            written = (self._positions - self._base[:, None])[:, :, None]
+            self._places[kv_heads] = self._tensor((first + written).ravel())
+        for slab, x in zip(self._slabs[layer], (key, value), strict=True):
+            rows = slab.view(-1, slab.shape[-1])
+            rows.index_copy_(0, self._places[kv_heads], x.reshape(-1, slab.shape[-1]))
+
     def _attend(
-        self, layer: int, query: Float[Tensor, "N K Q g D"], start: int, window: int | None
+        self,
+        layer: int,
+        query: Float[Tensor, "N K Q g D"],
+        start: int,
+        window: int | None,
+        scoring: Scoring,
     ) -> Float[Tensor, "N K Q g E"]:
         """Attention of the queries from `start` on."""
         queries = slice(start, start + query.shape[2])
@@ -161,8 +181,16 @@ class SharedPrompts:
         if first < self._width:
             shared = [x[:, :, first:] for x in self._prompts[layer]]
             context = Context(shared[0], shared[1], self._groups)
-        out, _, _ = attend(query.flatten(2, 3), keys, values, context, hidden, self._tile)
+        room = self._room if query.shape[2] == 1 else None
+        rows = query.flatten(2, 3)
+        out, *_ = attend(rows, keys, values, context, hidden, self._tile, room, scoring)
         return out.unflatten(2, query.shape[2:4])
+
+    def _room(self, shape: tuple[int, ...]) -> Tensor:
+        """Memory for the weights of a step, which all layers use: new memory takes time."""
+        if self._scores is None or self._scores.shape != shape:
+            self._scores = torch.zeros(shape, device=self._device)
+        return self._scores
 
     def _not_visible(self, queries: slice, window: int | None) -> tuple[_Span, Tensor | None]:
         """Mark what completions do not see: what lies behind a token, outside its window, or at the
@@ -182,9 +210,14 @@ class SharedPrompts:
                 column = max(0, int((oldest - self._base).min())) // TILE * TILE
             columns = whole_tiles(int((at[:, -1] - self._base).max()) + 1)
             base = self._base[:, None]
-            prompt = np.arange(first, self._width)[None]
-            prompt = np.where(prompt < base, prompt, at.max() + 1)
-            place = np.concatenate([prompt, base + np.arange(column, columns)], axis=1)[:, None]
+            place = base + np.arange(column, columns)
+            if window is None and (self._base == self._width).all():
+                place = place[:, (at[:, 0] - self._base).min() :]  # the keys before are seen by all
+            else:
+                prompt = np.arange(first, self._width)[None]
+                prompt = np.where(prompt < base, prompt, at.max() + 1)
+                place = np.concatenate([prompt, place], axis=1)
+            place = place[:, None]
             hidden = place > at[:, :, None]
             if window is not None:
                 hidden |= place <= at[:, :, None] - window

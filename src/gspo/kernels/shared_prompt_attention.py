@@ -11,6 +11,7 @@ that see it; the rest of it, less than a tile, is copied to the front of each ta
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cached_property
 from typing import NamedTuple
 
@@ -21,9 +22,9 @@ from torch import Tensor
 
 from gspo.data.packing import Microbatch
 from gspo.kernels.attention_call import AttentionCall, attend_calls
+from gspo.kernels.shared_contexts import context_groups
 from gspo.kernels.tile_attention import (
     TILE,
-    context_groups,
     hiding,
     whole_tiles,
 )
@@ -101,13 +102,15 @@ class SharedPromptAttention:
         value: Float[Tensor, "1 K T E"],
         scaling: float | None,
         window: int | None,
+        softcap: float | None = None,
+        sinks: Float[Tensor, " H"] | None = None,
     ) -> Float[Tensor, "1 T H E"]:
         """Attention of the whole microbatch in one layer, in float32 whatever the inputs are.
 
         T may be larger than `size`: tokens behind the samples, whose output is 0.
         """
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return attend_calls(query, key, value, self.within(window), scale)
+        return attend_calls(query, key, value, self.within(window), scale, softcap, sinks)
 
     def within(self, window: int | None) -> list[AttentionCall]:
         """Make the calls for layers whose tokens see the last `window` positions, with theirs."""
@@ -150,10 +153,10 @@ class SharedPromptAttention:
             (first, int(self._index[tail.path + base - 1]) if base > first else -1)
             for tail, (first, base, _) in zip(group, spans, strict=True)
         ]
-        counts = {name: names.count(name) for name in dict.fromkeys(names)}
+        counts = Counter(names)
         order = sorted(range(len(group)), key=lambda i: (-counts[names[i]], names[i]))
-        contexts = list(dict.fromkeys(names[i] for i in order))
-        context_of = np.array([contexts.index(names[i]) for i in order])
+        contexts: dict[tuple[int, int], int] = {}
+        context_of = np.array([contexts.setdefault(names[i], len(contexts)) for i in order])
         columns = np.array([(*group[i], *spans[i]) for i in order])[:, :, None]
         start, width, before, path, first, base, own = columns.transpose(1, 0, 2)
 

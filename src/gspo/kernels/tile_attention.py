@@ -18,16 +18,17 @@ P contexts; D wide keys, E wide values.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
 from gspo.kernels.running_softmax import exp2
+from gspo.kernels.shared_contexts import Context
 
 TILE = 32
 """Positions of a tile. 32 was faster than 64 and 128 on all shapes that were tried."""
@@ -47,100 +48,35 @@ def whole_tiles(length: int) -> int:
 
 
 @dataclass(frozen=True)
-class ContextGroup:
-    """Contexts that about the same number of sequences share; one product serves them all.
+class Scoring:
+    """What some architectures do with scores, beside a softmax.
 
     Attributes:
-        contexts: these contexts, a slice of all.
-        members: [p, n] the sequences of each context; padding repeats sequence 0.
-        real: [p, n] False at the padding. None: there is none, and the group holds all sequences in
-            their order.
-        places: flat places of `members` that are real.
-        listed: the sequence in each of these places.
+        softcap: scores are softcap * tanh(score / softcap), as in Gemma 2; None: they are not.
+        sinks: scores of keys without a value, one of each head, as in GPT-OSS; None: there is none.
     """
 
-    contexts: slice
-    members: Int[Tensor, "p n"]
-    real: Bool[Tensor, "p n"] | None = None
-    places: Int[Tensor, " r"] | None = None
-    listed: Int[Tensor, " r"] | None = None
+    softcap: float | None = None
+    sinks: Float[Tensor, "K g"] | None = None
 
-    def gather(self, values: Float[Tensor, "N K M X"]) -> Float[Tensor, "p K nM X"]:
-        """Put the values of the group's sequences under their contexts."""
-        if self.real is None:
-            values = values.unflatten(0, self.members.shape)
-        else:
-            values = values[self.members]
-        return values.transpose(1, 2).flatten(2, 3)
+    @property
+    def cap(self) -> float | None:
+        """The soft cap in powers of 2."""
+        return None if self.softcap is None else self.softcap * LOG2_E
 
-    def scatter(
-        self, target: Float[Tensor, "N K M X"], values: Float[Tensor, "p K nM X"], *, add: bool
-    ) -> None:
-        """Write values that are under the contexts to their sequences in `target`, or add them."""
-        values = values.to(target.dtype).unflatten(2, (self.members.shape[1], -1)).transpose(1, 2)
-        if self.places is None or self.listed is None:
-            place = target.view(values.shape)
-            place.add_(values) if add else place.copy_(values)
-            return
-        put = target.index_add_ if add else target.index_copy_
-        put(0, self.listed, values.flatten(0, 1).index_select(0, self.places))
+    @property
+    def share(self) -> int:
+        """Heads that share a key head, if there are sinks."""
+        return 0 if self.sinks is None else self.sinks.shape[1]
 
-    def clear_padding_(self, values: Float[Tensor, "p K nM X"]) -> None:
-        """Zero what `gather` repeated."""
-        if self.real is not None:
-            parts = values.unflatten(2, (self.members.shape[1], -1))
-            parts.masked_fill_(~self.real[:, None, :, None, None], 0)
+    def by_row(self, rows: int) -> Float[Tensor, "1 K M 1"] | None:
+        """The score of each query row's sink in powers of 2."""
+        if self.sinks is None:
+            return None
+        return (self.sinks * LOG2_E).repeat(1, rows // self.share)[None, :, :, None]
 
 
-def context_groups(
-    context_of: np.ndarray, sizes: np.ndarray, device: torch.device
-) -> list[ContextGroup]:
-    """Cut the contexts into groups in which padding at most doubles the work.
-
-    Args:
-        context_of: [N] context of each sequence.
-        sizes: [P] sequences that each context had at first; a group ends before they differ by more
-            than a factor of 2.
-        device: that uses the indices. They are computed on the host, so nothing waits for it.
-    """
-    counts = np.bincount(context_of, minlength=len(sizes))
-    order = np.argsort(context_of, kind="stable")
-    first = np.cumsum(counts) - counts
-    edges = [0]
-    largest = smallest = sizes[0]
-    for context, size in enumerate(sizes):
-        largest, smallest = max(largest, size), min(smallest, size)
-        if largest > 2 * smallest:
-            edges.append(context)
-            largest = smallest = size
-
-    def tensor(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(device)
-
-    groups = []
-    for start, stop in zip(edges, [*edges[1:], len(sizes)], strict=True):
-        width = int(counts[start:stop].max())
-        if width == 0:
-            continue
-        place = np.arange(width)
-        real = place < counts[start:stop, None]
-        listed = np.minimum(first[start:stop, None] + place, len(order) - 1)
-        members = np.where(real, order[listed], 0)
-        if real.all() and np.array_equal(members.ravel(), np.arange(len(context_of))):
-            groups.append(ContextGroup(slice(start, stop), tensor(members)))
-            continue
-        picks = (real, np.flatnonzero(real), members[real])
-        groups.append(ContextGroup(slice(start, stop), tensor(members), *map(tensor, picks)))
-    return groups
-
-
-@dataclass(frozen=True)
-class Context:
-    """Keys and values that several sequences see before those of themselves."""
-
-    keys: Float[Tensor, "P K W D"]
-    values: Float[Tensor, "P K W E"]
-    groups: Sequence[ContextGroup]
+PLAIN = Scoring()
 
 
 def attend(
@@ -148,9 +84,16 @@ def attend(
     keys: Float[Tensor, "N K L D"],
     values: Float[Tensor, "N K L E"],
     context: Context | None,
-    hidden: Float[Tensor, "n 1 Q 1 S"] | Bool[Tensor, "n 1 Q 1 S"] | None,
+    hidden: Float[Tensor, "n 1 Q 1 U"] | Bool[Tensor, "n 1 Q 1 U"] | None,
     tile: int | None = TILE,
-) -> tuple[Float[Tensor, "N K M E"], Float[Tensor, "N K M S"], Float[Tensor, "N K M 1"]]:
+    room: Callable[[tuple[int, ...]], Tensor] | None = None,
+    scoring: Scoring = PLAIN,
+) -> tuple[
+    Float[Tensor, "N K M E"],
+    Float[Tensor, "N K M S"],
+    Float[Tensor, "N K M 1"],
+    Float[Tensor, "N K M 1"],
+]:
     """Attention of all sequences of a call, without a gradient. The softmax is in float32.
 
     Args:
@@ -158,47 +101,47 @@ def attend(
             M = Q x heads.
         keys, values: of each sequence itself.
         context: what stands before them.
-        hidden: which keys a query does not see, as `hiding` makes it; S = W + L, the context first.
-            None: it sees all.
+        hidden: which keys a query does not see, as `hiding` makes it: of the last U of W + L, the
+            context first. The others are seen by all. None: all are.
         tile: positions that are summed in one product; None: all of them, where the order of the
             sum does not matter.
+        room: memory for the weights, of a shape; what is not written in it before is 0, or what
+            this wrote for a call of the same shape.
+        scoring: caps and sinks.
 
     Returns:
-        The output; the weights of the keys, 2^(score - largest score); and their sums.
+        The output; the weights of the keys, 2^(score - largest score); their sums; and the largest
+        scores.
     """
     width = 0 if context is None else context.keys.shape[2]
     rows = query.shape[2]
-    if context is None and (hidden is None or hidden.shape[2] == 1):
-        query = _enough(query)  # one token each: padded once, not for each product
-    scores = _product(query, keys.mT)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    if context is not None:
-        own = scores
-        scores = own.new_empty(*query.shape[:3], width + keys.shape[2])
-        scores[..., width:] = own
-        for group in context.groups:
-            products = _product(group.gather(query), context.keys[group.contexts].mT)
-            group.scatter(scores[..., :width], products, add=False)
+    every = _every_score(query, keys, context, room)
+    scores = every[:, :, :rows]
+    if scoring.cap is not None:
+        scores.div_(scoring.cap).tanh_().mul_(scoring.cap)
     if hidden is not None:
-        by_token = scores.unflatten(2, (hidden.shape[2], -1))
+        by_token = scores.unflatten(2, (hidden.shape[2], -1))[..., -hidden.shape[4] :]
         large = hidden.dtype == torch.bool
         by_token.masked_fill_(hidden, -torch.inf) if large else by_token.add_(hidden)
     # Powers of 2: torch's exp takes ten times as long for -inf.
-    scores.sub_(scores.amax(-1, keepdim=True))
-    weights = exp2(scores, scores)
-    if tile is None or weights.shape[-1] <= tile:
-        total = weights.sum(-1, keepdim=True)
-    else:
-        total = weights.unflatten(-1, (-1, tile)).sum(-1).cumsum(-1)[..., -1:]
+    largest = scores.amax(-1, keepdim=True)
+    sinks = scoring.by_row(rows)
+    if sinks is not None:
+        largest = torch.maximum(largest, sinks)
+    scores.sub_(largest)
+    exp2(scores, scores)
+    total = _sum_of_tiles(scores, tile)
+    if sinks is not None:
+        total = total + exp2(sinks - largest, None)
     out = None
     if context is not None:
-        out = query.new_empty(*query.shape[:3], values.shape[-1])
+        out = query.new_zeros(*every.shape[:3], values.shape[-1])
         for group in context.groups:
-            weighted = group.gather(weights[..., :width])
+            weighted = group.gather(scores[..., :width])
             products = _add_tiles(None, weighted, context.values[group.contexts], tile)
-            group.scatter(out, products, add=False)
-    out = _add_tiles(out, weights[..., width:], values, tile)
-    return (out / total)[:, :, :rows], weights[:, :, :rows], total[:, :, :rows]
+            group.scatter(out[:, :, :rows], products[:, :, : weighted.shape[2]], add=False)
+    out = _add_tiles(out, every[..., width:], values, tile)[:, :, :rows]
+    return out / total, scores, total, largest
 
 
 def attend_backward(
@@ -209,9 +152,12 @@ def attend_backward(
     context: Context | None,
     weights: Float[Tensor, "N K M S"],
     total: Float[Tensor, "N K M 1"],
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of query and keys, each times log2(e), of values, and of the context's keys (times
-    log2(e)) and values. The order of sums is free here: only forward passes are equal to the bit.
+    largest: Float[Tensor, "N K M 1"],
+    scoring: Scoring = PLAIN,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of query and keys, each times log2(e), of values, of the context's keys (times
+    log2(e)) and values, and of the sinks, [K, g]. The order of sums is free here: only forward
+    passes are equal to the bit.
     """
     width = 0 if context is None else context.keys.shape[2]
     grad = grad / total
@@ -225,11 +171,18 @@ def attend_backward(
             group.scatter(d_weights[..., :width], products, add=False)
     mean = (d_weights * weights).sum(-1, keepdim=True).div_(total)
     d_scores = d_weights.sub_(mean).mul_(weights)
+    d_sinks = None
+    if (sinks := scoring.by_row(query.shape[2])) is not None:
+        d_sinks = (exp2(sinks - largest, None) * -mean).sum((0, 3))
+        d_sinks = d_sinks.unflatten(1, (-1, scoring.share)).sum(1)
+    if scoring.cap is not None:  # of cap * tanh(x / cap); keys without weight have no gradient
+        capped = weights.clamp(min=torch.finfo(weights.dtype).tiny).log2_().add_(largest)
+        d_scores.mul_(1 - capped.div_(scoring.cap).square_())
     d_query = d_scores[..., width:] @ keys
     d_keys = d_scores[..., width:].mT @ query
     d_values = weights[..., width:].mT @ grad
     if context is None:
-        return d_query, d_keys, d_values, None, None
+        return d_query, d_keys, d_values, None, None, d_sinks
     d_context_keys = torch.zeros_like(context.keys)
     d_context_values = torch.zeros_like(context.values)
     for group in context.groups:
@@ -239,47 +192,81 @@ def attend_backward(
         group.scatter(d_query, under @ context.keys[group.contexts], add=True)
         d_context_keys[group.contexts] = under.mT @ group.gather(query)
         d_context_values[group.contexts] = used.mT @ group.gather(grad)
-    return d_query, d_keys, d_values, d_context_keys, d_context_values
+    return d_query, d_keys, d_values, d_context_keys, d_context_values, d_sinks
 
 
 def hiding(
     hidden: np.ndarray, device: torch.device
-) -> Float[Tensor, "n 1 Q 1 S"] | Bool[Tensor, "n 1 Q 1 S"]:
+) -> Float[Tensor, "n 1 Q 1 U"] | Bool[Tensor, "n 1 Q 1 U"]:
     """[n, Q, S], True if a query does not see a key -> what is added to the scores; the mask itself
-    if it is large: adding is faster, but takes four times the memory."""
+    if it is large: adding is faster, but takes four times the memory. Without the first keys, if
+    all queries see them."""
     if len(hidden) > 1 and (hidden == hidden[:1]).all():
         hidden = hidden[:1]
+    hidden = hidden[..., int(hidden.any((0, 1)).argmax()) :]  # the keys before are seen by all
     if hidden.size <= _LARGE:
         hidden = np.where(hidden, np.float32(-np.inf), np.float32(0))
     return torch.from_numpy(hidden[:, None, :, None]).to(device)
 
 
-def _product(rows: Float[Tensor, "*B M D"], other: Float[Tensor, "*B D X"]) -> Tensor:
-    """rows @ other, of at least `ROWS` rows."""
-    count = rows.shape[-2]
-    return (_enough(rows) @ other)[..., :count, :] if count < ROWS else rows @ other
+def _every_score(
+    query: Float[Tensor, "N K M D"],
+    keys: Float[Tensor, "N K L D"],
+    context: Context | None,
+    room: Callable[[tuple[int, ...]], Tensor] | None,
+) -> Float[Tensor, "N K R S"]:
+    """Multiply queries and keys, the context's first; rows of at least `ROWS` that no query has are
+    0, and so is what they give."""
+    own = _product(query, keys.mT)
+    own = own.to(torch.promote_types(own.dtype, torch.float32))
+    if context is None:
+        return own
+    rows, width = query.shape[2], context.keys.shape[2]
+    shape = (*own.shape[:3], width + keys.shape[2])
+    every = own.new_empty(shape) if room is None else room(shape)
+    if rows < every.shape[2] and room is None:
+        every[:, :, rows:] = 0
+    every[:, :, :rows, width:] = own[:, :, :rows]
+    for group in context.groups:
+        under = group.gather(query)
+        products = _product(under, context.keys[group.contexts].mT)[:, :, : under.shape[2]]
+        group.scatter(every[:, :, :rows, :width], products, add=False)
+    return every
+
+
+def _sum_of_tiles(weights: Float[Tensor, "N K M S"], tile: int | None) -> Float[Tensor, "N K M 1"]:
+    """Add the weights, tile after tile."""
+    if tile is None or weights.shape[-1] <= tile:
+        return weights.sum(-1, keepdim=True)
+    return weights.unflatten(-1, (-1, tile)).sum(-1).cumsum(-1)[..., -1:]
+
+
+def _product(rows: Float[Tensor, "N K M D"], other: Float[Tensor, "N K D X"]) -> Tensor:
+    """rows @ other, of at least `ROWS` rows: more than `rows` has if that has fewer."""
+    product = torch.bmm(_enough(rows).flatten(0, 1), other.flatten(0, 1))
+    return product.unflatten(0, rows.shape[:2])
 
 
 def _add_tiles(
-    out: Float[Tensor, "N K M E"] | None,
+    out: Float[Tensor, "N K R E"] | None,
     weights: Float[Tensor, "N K M L"],
     values: Float[Tensor, "N K L E"],
     tile: int | None,
-) -> Float[Tensor, "N K M E"]:
-    """out + weights @ values, tile after tile."""
-    shape = (*weights.shape[:3], values.shape[-1])
-    count, length = weights.shape[2], weights.shape[3]
-    weights = _enough(weights.to(values.dtype)).flatten(0, 1)
-    values = values.flatten(0, 1)
-    total = None if out is None else _enough(out).flatten(0, 1)
-    for start in range(0, length, tile or length):
-        span = slice(start, start + (tile or length))
-        if total is None:
-            total = torch.bmm(weights[..., span], values[:, span])
-        else:
-            total = total.baddbmm_(weights[..., span], values[:, span])
+) -> Float[Tensor, "N K R E"]:
+    """out + weights @ values, tile after tile; of at least `ROWS` rows."""
+    length = weights.shape[3]
+    weights = _enough(weights.to(values.dtype))
+    shape = weights.shape[:2]
+    weights, values = weights.flatten(0, 1), values.flatten(0, 1)
+    total = None if out is None else out.flatten(0, 1)
+    if tile is None or length <= tile:
+        pieces = [(weights, values)]
+    else:
+        pieces = zip(weights.split(tile, 2), values.split(tile, 1), strict=True)
+    for x, y in pieces:
+        total = torch.bmm(x, y) if total is None else total.baddbmm_(x, y)
     assert total is not None
-    return total.view(*shape[:2], -1, shape[3])[:, :, :count]
+    return total.unflatten(0, shape)
 
 
 def _enough(rows: Float[Tensor, "*B M X"]) -> Float[Tensor, "*B R X"]:

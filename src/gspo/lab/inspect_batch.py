@@ -13,7 +13,7 @@ import torch
 from gspo.backend.stored_batch import UpdateRecord
 from gspo.core.errors import ConfigError, check_names
 from gspo.core.metrics import Metrics
-from gspo.data.sample import TrajectorySamples, unit_count
+from gspo.data.sample import TrajectorySamples, flat, split_counts, unit_count
 from gspo.lab.audit_report import summarise
 from gspo.lab.gradients import cosines, gram, method_gradient
 from gspo.lab.stored_step import WEIGHTS, StoredStep
@@ -74,7 +74,12 @@ def inspect_run(
     step.check_weights(chosen, needs_before=by_trainer)
     methods = make_methods(step.record, training, presets)
     batches = {
-        settings.preset.advantage: prepare(step.groups, settings, context=step.record.context)
+        settings.preset.advantage: prepare(
+            step.groups,
+            settings,
+            context=step.record.context,
+            version=step.record.policy_version,
+        )
         for settings in methods.values()
     }
     if by_trainer:
@@ -90,9 +95,10 @@ def inspect_run(
         "own": next(iter(methods)),
         "options": step.record.options,
         "trajectories": len(batch.samples),
-        "dropped": batch.dropped,
+        "dropped": batch.dropped + batch.stale,
         "groups": len(set(batch.groups)),
         "flat_groups": batch.flat_groups,
+        "splits": split_counts(flat(batch.samples)),
         "trained": sum(samples[0].advantage != 0 for samples in batch.samples),
         "tokens": sum(sample.sampled for samples in batch.samples for sample in samples),
         "left_out": [f"router_aux_loss_coef={balance:g}"] if balance else [],

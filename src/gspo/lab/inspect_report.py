@@ -42,4 +42,6 @@ def _trajectories(inspection: Mapping[str, Any]) -> str:
         about += f" ({inspection['flat_groups']} with equal rewards)"
     if inspection["dropped"]:
         about += f", {inspection['dropped']} too long and dropped"
+    for reason, times in inspection["splits"].items():
+        about += f", {times} split ({reason})"
     return about + ", {trained} with an advantage, {tokens:,} sampled tokens".format(**inspection)

@@ -41,7 +41,7 @@ def load_policy(
     trust, device = config.trust_remote_code, _device(config.device)
     lm = read_model(weights, base_model, trust_remote_code=trust).to(device)  # pyright: ignore[reportArgumentType]
     tokenizer = read_tokenizer(source, trust_remote_code=trust)
-    if hf.attention_implementation(lm) == "sdpa":
+    if hf.attention_implementation(lm) == "sdpa" or caps_or_sinks(lm):
         lm.set_attn_implementation(PACKED)
     context = settle_context(lm, base_model, config.max_context)
     threads, workers = _threads(lm, config.threads)
@@ -63,6 +63,27 @@ def load_policy(
     if policy.checkpointing:  # with the same replayed choices of experts
         hf.recompute_layers(lm, policy.routers.recompute)
     return policy
+
+
+def caps_or_sinks(lm: PreTrainedModel) -> bool:
+    """Whether a model without SDPA computes soft caps or sinks as gspo's attention does."""
+    own = hf.attention_implementation(lm)
+    capped = getattr(lm.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    bent = capped or any(name.endswith(".sinks") for name, _ in lm.named_parameters())
+    if own != "eager" or not bent:
+        return False
+    size = lm.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportIndexIssue]
+    tokens = torch.arange(24, device=lm.device)[None] % size
+    with torch.no_grad():
+        expected = lm.eval()(input_ids=tokens, use_cache=False).logits
+        try:
+            lm.set_attn_implementation(PACKED)
+            found = lm(input_ids=tokens, use_cache=False).logits
+        except (ValueError, TypeError, NotImplementedError):
+            return False
+        finally:
+            lm.set_attn_implementation(own)
+    return torch.allclose(found, expected, atol=1e-3, rtol=1e-3)
 
 
 def save_weights(policy: Policy, folder: Path) -> None:

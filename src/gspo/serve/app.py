@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
+import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import fastapi
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from openai.types import Completion as TextAnswer
+from openai.types.chat import ChatCompletion
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from gspo.core.errors import RequestError
@@ -20,7 +23,15 @@ from gspo.serve.conversation import Conversation, chat_chunks
 from gspo.serve.engine import Completion, Engine, Piece, Request
 from gspo.serve.meters import Metered, Meters
 from gspo.serve.refusals import DOCUMENTED, HungUpError, UnknownModelError, add_handlers
-from gspo.serve.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, texts_in
+from gspo.serve.responses import GrowingResponse, chat_of
+from gspo.serve.schemas import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    ResponsesBody,
+    TokenizeBody,
+    texts_in,
+)
 from gspo.serve.streaming import EventStream, begun, pieces
 from gspo.serve.text_completion import TextCompletion
 
@@ -28,13 +39,19 @@ T = TypeVar("T")
 Find = Callable[[str], Awaitable[Engine]]
 
 # The handlers are functions of the module, not closures: FastAPI never lets go of a handler.
-router, v1 = (fastapi.APIRouter(responses=DOCUMENTED) for _ in range(2))
+router, v1 = fastapi.APIRouter(), fastapi.APIRouter()
 IN_PROCESS = "in-process"
 """The client's host in requests that come through no socket."""
 MOST_COMPLETIONS = 4096
 """Of one request, over all its prompts."""
 LONG_TEXT = 10_000
 """Characters. Longer texts are tokenized in a thread, so that others don't wait."""
+
+
+def _answers(model: Any) -> dict[int | str, dict[str, Any]]:
+    """What a route's document says of its answers: of openai's type, or a stream."""
+    stream = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    return {200: stream if model is None else {**stream, "model": model}}
 
 
 def create_app(find: Find, names: Callable[[], list[str]]) -> fastapi.FastAPI:
@@ -45,9 +62,10 @@ def create_app(find: Find, names: Callable[[], list[str]]) -> fastapi.FastAPI:
             ServeError once it is closed.
         names: the model names that requests may give.
     """
-    app = fastapi.FastAPI(title="gspo", docs_url=None, redoc_url=None)
+    app = fastapi.FastAPI(title="gspo", docs_url=None, redoc_url=None, responses=DOCUMENTED)
     app.state.find, app.state.names = find, names
-    app.state.engines = {}  # those that were asked for, by name: /metrics shows them
+    # Those that were asked for, by name: /metrics shows them. Whoever finds them frees them.
+    app.state.engines = weakref.WeakValueDictionary()
     app.state.meters = Meters()
     app.state.began = int(time.time())
     app.include_router(router)
@@ -74,7 +92,7 @@ async def health() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/metrics", response_class=Response)
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(http: fastapi.Request) -> Response:
     state = http.app.state
     for name in state.names()[:1]:  # nobody may have asked for it yet
@@ -96,7 +114,7 @@ async def model(http: fastapi.Request, model: str) -> dict[str, Any]:
     return _model_entry(http, model)
 
 
-@v1.post("/chat/completions")
+@v1.post("/chat/completions", responses=_answers(ChatCompletion))
 async def chat(http: fastapi.Request, body: ChatBody) -> Response:
     if not body.stream:
         # Sent as it is: validating our own answer again would cost more than sampling it.
@@ -171,7 +189,19 @@ async def _conversation(
     )
 
 
-@v1.post("/completions")
+@v1.post("/responses", responses=_answers(None))
+async def responses(http: fastapi.Request, body: ResponsesBody) -> Response:
+    call = await _unless_gone(http, _conversation(http.app, chat_of(body), http))
+    answer = GrowingResponse(body, call)
+    if body.stream:
+        events = answer.events(_pieces(http, call.engine, [call.request]))
+        return EventStream(await _unless_gone(http, begun(events)), named=True)
+    (completion,) = await _unless_gone(http, call.engine.complete(call.request))
+    _count(http.app, [call.request], len(completion.token_ids))
+    return JSONResponse(answer.answer(completion))
+
+
+@v1.post("/completions", responses=_answers(TextAnswer))
 async def completions(http: fastapi.Request, body: CompletionBody) -> Response:
     engine, params = await _engine(http.app, body.model), body.params()
     given = body.prompts()

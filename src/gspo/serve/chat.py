@@ -16,14 +16,15 @@ and where Qwen3's template looks for it. Only harmony has a field of its own.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
-from gspo.core.errors import RequestError, shown
+from gspo.core.errors import RequestError
+from gspo.serve.call_formats import FORMATS, Format
 from gspo.serve.harmony import HARMONY, HarmonyParser
-from gspo.serve.tool_calls import FORMATS, CallParser, Delta, Format, Parsed, Tools, joined
+from gspo.serve.tool_calls import CallParser, Delta, Parsed, joined
+from gspo.serve.tool_messages import check_calls, tools_of, with_objects
 
 _PROBE_TOOL = {
     "type": "function",
@@ -75,7 +76,7 @@ class ChatFormat:
     ):
         self.tokenizer, self.source = tokenizer, source
         own = getattr(tokenizer, "eos_token", None)
-        self.ends = tuple(ends) if ends is not None else (str(own),) if own else ()
+        self.ends: tuple[str, ...] = tuple(ends) if ends is not None else (str(own),) if own else ()
         template = tokenizer.chat_template
         parts = template.values() if isinstance(template, Mapping) else [template or ""]
         self._template = "".join(parts)
@@ -150,7 +151,7 @@ class ChatFormat:
         check_calls(messages)
         plain = [self._plain(message) for message in messages]
         try:
-            return self._apply([_with_objects(message) for message in plain], **options)
+            return self._apply([with_objects(message) for message in plain], **options)
         except RequestError as error:
             if not any("tool_calls" in message for message in plain):
                 raise
@@ -247,66 +248,6 @@ def _form(template: str) -> Format | None:
     if "ipython" in template and "parameters" in template:
         return FORMATS["llama3"]
     return None
-
-
-def tools_of(tools: Sequence[dict]) -> Tools:
-    """Name -> schema of the arguments.
-
-    Raises:
-        RequestError: something that is no function with a name, or two with one name.
-    """
-    named: dict[str, Mapping[str, Any]] = {}
-    for number, tool in enumerate(tools):
-        function = tool.get("function") if isinstance(tool, Mapping) else None
-        name = function.get("name") if isinstance(function, Mapping) else None
-        schema = function.get("parameters") or {} if isinstance(function, Mapping) else None
-        if not isinstance(name, str) or not name or not isinstance(schema, Mapping):
-            raise RequestError(
-                f"tools[{number}] = {shown(tool)}: must be "
-                '{"type": "function", "function": {"name": ..., "parameters": a JSON schema}}',
-                param="tools",
-            )
-        if name in named:
-            raise RequestError(f"tools[{number}]: there are two tools named {name!r}", "tools")
-        named[name] = schema
-    return named
-
-
-def check_calls(messages: Sequence[dict]) -> None:
-    """Refuse tool calls that are not in OpenAI's form.
-
-    Raises:
-        RequestError: it names the message.
-    """
-    for number, message in enumerate(messages):
-        calls = message.get("tool_calls") or []
-        for call in calls if isinstance(calls, list) else [calls]:
-            function = call.get("function") if isinstance(call, Mapping) else None
-            name = function.get("name") if isinstance(function, Mapping) else None
-            arguments = function.get("arguments") if isinstance(function, Mapping) else None
-            if not isinstance(name, str) or not isinstance(arguments, str | None):
-                raise RequestError(
-                    f"messages[{number}].tool_calls has {shown(call)}: must be "
-                    '{"id": ..., "type": "function", "function": {"name": ..., "arguments": text}}',
-                    param="messages",
-                )
-
-
-def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
-    """A message whose calls' arguments are objects, if their text is that of one."""
-    if "tool_calls" not in message:
-        return message
-    calls = []
-    for call in message["tool_calls"]:
-        function = dict(call.get("function") or {})
-        try:
-            value = json.loads(function.get("arguments") or "{}")
-        except (ValueError, TypeError, RecursionError):
-            value = None
-        if isinstance(value, dict):
-            function["arguments"] = value
-        calls.append(call | {"function": function})
-    return message | {"tool_calls": calls}
 
 
 _RESERVED = frozenset(

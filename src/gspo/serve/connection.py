@@ -49,19 +49,19 @@ class Connection(H11Protocol):
         self.app_state["full"] = beyond > 0
         if beyond > SPARE_CONNECTIONS:
             transport.abort()
-        self._idle()
+        self._clock(True)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._busy()
+        if self._answering():  # else its time runs on: a head may come in drops
+            self._clock(False)
 
     def on_response_complete(self) -> None:
-        self._idle()
-        super().on_response_complete()
+        super().on_response_complete()  # the next request may be here already
+        self._clock(not self._answering())
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._busy()
+        self._clock(False)
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
@@ -77,13 +77,14 @@ class Connection(H11Protocol):
         """Close at once, and drop what isn't read."""
         self.transport.abort()
 
-    def _idle(self) -> None:
-        self._busy()
-        self._end = self.loop.call_later(IDLE_SECONDS, self.abort)
+    def _answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
 
-    def _busy(self) -> None:
+    def _clock(self, runs: bool) -> None:
+        """Let the time of a connection that is idle begin, or end it."""
         if self._end is not None:
             self._end.cancel()
+        self._end = self.loop.call_later(IDLE_SECONDS, self.abort) if runs else None
 
 
 @cache

@@ -74,9 +74,8 @@ class _Calls:
             "harmony": self._harmony,
         }
         if name not in writers:
-            raise RequestError(
-                "tool_choice: this model's form of calls is not known", "tool_choice"
-            )
+            message = f"tool_choice: how {self._chat.source} writes calls is not known here"
+            raise RequestError(message, "tool_choice")
         thought = f'thought: "<think>" rest /\\s*/\nrest[suffix="</think>"]: {_ANY}'
         return "\n".join([start, thought, *writers[name]()])
 

@@ -31,6 +31,7 @@ from gspo.core.choices import as_choice
 from gspo.core.draws import Word, drawing_for
 from gspo.core.errors import BusyError, ConfigError, RequestError
 from gspo.serve.histories import Conversations
+from gspo.serve.refusals import DOCUMENTED, error_body
 from gspo.serve.verbatim import TokenMemory
 from gspo.trajectories import History, Trajectory
 
@@ -246,7 +247,7 @@ Id = Annotated[
         description="Names the episode; chosen by the client, made at the first use.",
     ),
 ]
-router = fastapi.APIRouter(tags=["episodes"])
+router = fastapi.APIRouter(tags=["episodes"], responses=DOCUMENTED)
 
 
 def include_episodes(app: fastapi.FastAPI, v1: fastapi.APIRouter) -> None:
@@ -306,5 +307,4 @@ def _unknown(id: str) -> Response:
         f"there is no episode {id!r} here: it made no request yet, was deleted, or was not asked "
         f"for in {IDLE_SECONDS // 3600} hours"
     )
-    detail = {"message": message, "type": "invalid_request_error", "param": "episode"}
-    return JSONResponse({"error": {**detail, "code": "not_found"}}, status_code=404)
+    return JSONResponse(error_body(404, message, "episode", "not_found"), status_code=404)

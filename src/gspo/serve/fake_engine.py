@@ -66,7 +66,7 @@ class FakeEngine:
 
     context = most_characters = 4096
     vocabulary = 0x110000
-    traffic = (0, 0)
+    traffic: tuple[int, int] = (0, 0)
 
     def __init__(
         self,

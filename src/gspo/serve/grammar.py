@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Bool
 from transformers import PreTrainedTokenizerBase
 
-from gspo.core.errors import RequestError, shown
+from gspo.core.errors import MissingDependencyError, RequestError, shown
 from gspo.serve.engine import FinishReason
 from gspo.serve.tokens import vocabulary_bytes
 
@@ -65,10 +65,8 @@ class Grammars:
         try:
             from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
         except ImportError:
-            raise _refusal(
-                "decoding under a grammar needs llguidance: pip install 'gspo[structured]' on the "
-                "machine that serves"
-            ) from None
+            missing = MissingDependencyError("llguidance", "structured", "a grammar")
+            raise _refusal(str(missing)) from None
         if self._vocabulary is None:
             wrapped = TokenizerWrapper(_Vocabulary(self._tokenizer, self._size, self._ends))
             self._vocabulary = LLTokenizer(wrapped, n_vocab=self._size, eos_token=self._ends)

@@ -132,7 +132,7 @@ class Guard:
         self._check_names(sent)
         scheme, _, key = sent.get(b"authorization", "").partition(" ")
         if self._key is not None and scope["path"] not in OPEN_PATHS:
-            same = hmac.compare_digest(key.strip().encode("latin-1"), self._key)
+            same = hmac.compare_digest(key.strip(" ").encode("latin-1"), self._key)
             if not same or scheme.lower() != "bearer":
                 what = "a wrong API key" if key else "no API key"
                 message = f"{what}: send 'Authorization: Bearer <key>' with the server's key"

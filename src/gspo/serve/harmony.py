@@ -15,7 +15,8 @@ import json
 import re
 from collections.abc import Iterable
 
-from gspo.serve.tool_calls import Delta, Format, ToolCall, Tools, marks, may_begin
+from gspo.serve.call_formats import Format, Tools, json_values
+from gspo.serve.tool_calls import Delta, ToolCall, marks, may_begin
 
 _ENDS = ("<|end|>", "<|call|>", "<|return|>")
 _MESSAGE = "<|message|>"
@@ -86,13 +87,10 @@ class HarmonyParser:
             self._content(body)
 
     def _call(self, name: str, body: str, text: str) -> None:
-        try:
-            arguments = json.loads(body)
-        except (ValueError, RecursionError):
-            arguments = None
-        if name in self.tools and isinstance(arguments, dict):
+        values = json_values(body)
+        if name in self.tools and len(values) == 1 and isinstance(values[0], dict):
             call_id = HARMONY.call_id(f"{self.key}\0{text}")
-            written = json.dumps(arguments, ensure_ascii=False)
+            written = json.dumps(values[0], ensure_ascii=False)
             self._out.append(Delta(call=ToolCall(call_id, name, written)))
         else:
             self._content(body)

@@ -84,7 +84,15 @@ class Metered:
         try:
             await self._app(scope, receive, watched)
         finally:
-            # Not the path as it was sent: anybody could make up a million of them.
-            route = getattr(scope.get("route"), "path", "unknown")
+            route = _route(scope)
             self._meters.requests.labels(route, status if whole else HUNG_UP).inc()
             self._meters.seconds.labels(route).observe(time.monotonic() - began)
+
+
+def _route(scope: Scope) -> str:
+    """The route that answered: not the path as sent, since anybody could make up a million."""
+    route, path = getattr(scope.get("route"), "path", "unknown"), scope["path"]
+    if route == "unknown" or path.startswith(route.partition("{")[0]):
+        return route
+    # An included router's routes are told without its prefix.
+    return "/v1" + route if path.startswith("/v1/") else "/episodes/{episode}/v1" + route

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from gspo.core.draws import purpose
 from gspo.core.errors import RequestError, shown, suggestion
-from gspo.serve.chat import ChatFormat
+from gspo.serve.chat import ChatFormat, tools_of
 from gspo.serve.engine import SamplingParams
 
 _IGNORABLE = {"user", "metadata", "service_tier", "prompt_cache_key", "prompt_cache_retention"}
@@ -20,7 +20,7 @@ _UNSUPPORTED: tuple[tuple[Any, str], ...] = (
     (0, "prompt_logprobs"),
     (1, "best_of length_penalty"),
     ("", "suffix chat_template"),
-    ([], "functions documents include"),
+    ([], "functions documents"),
     (["text"], "modalities"),
     ("disabled", "truncation"),
     (None, "audio prediction web_search_options previous_response_id conversation prompt"),
@@ -33,10 +33,30 @@ _SAMPLING |= {"min_p", "repetition_penalty", "presence_penalty", "frequency_pena
 """Fields that are named as in `SamplingParams`; null means its default."""
 
 
+def _document(schema: dict[str, Any]) -> None:
+    """Write down which other fields a body may have."""
+    fields = schema["properties"]
+    schema["additionalProperties"] = False
+    for name in sorted(_IGNORABLE - fields.keys()):
+        fields[name] = {"description": "accepted; asks for nothing that changes an answer"}
+    for value, names in _UNSUPPORTED:
+        for name in names.split():
+            fields.setdefault(name, {"enum": [None], "description": "not supported"})
+            if "enum" in fields[name] and value is not None:
+                fields[name]["enum"].append(value)
+
+
+def _from(low: float, high: float | None = None) -> Any:
+    """A number that may be left out. The engine checks its range, which the document shows."""
+    limits: dict[str, Any] = {"minimum": low} | ({} if high is None else {"maximum": high})
+    return Field(default=None, json_schema_extra=limits)
+
+
 class _Asked(BaseModel):
     """A request's body. Fields that it doesn't have are refused by name."""
 
-    model_config = ConfigDict(extra="allow", strict=True)  # "2" and true are no numbers
+    # "2" and true are no numbers
+    model_config = ConfigDict(extra="allow", strict=True, json_schema_extra=_document)
 
     model: str
 
@@ -68,25 +88,24 @@ class StreamOptions(BaseModel):
 class _Sampled(_Asked):
     """What the routes that sample have in common."""
 
-    n: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
+    n: int | None = _from(1, 4096)
+    temperature: float | None = _from(0, 100)
+    top_p: float | None = _from(0, 1)
     stop: str | list[str] | None = None
     seed: int | None = None
     return_routes: bool | None = None
     return_token_ids: bool | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
-    min_tokens: int | None = None
+    min_tokens: int | None = _from(0)
     skip_special_tokens: bool | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
+    top_k: int | None = _from(-1)
+    min_p: float | None = _from(0, 1)
+    repetition_penalty: float | None = _from(0.01, 100)
+    presence_penalty: float | None = _from(-2, 2)
+    frequency_penalty: float | None = _from(-2, 2)
     logit_bias: dict[str, float] | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
 
     def sampling(self, max_tokens: int | None, top_logprobs: int = 0) -> SamplingParams:
         """Return the engine's parameters.
@@ -95,8 +114,6 @@ class _Sampled(_Asked):
             RequestError: an unknown parameter, or a value out of range.
         """
         self.refuse_unknown()
-        if self.stream_options is not None and not self.stream:
-            raise RequestError("stream_options is for streams: stream = true", "stream_options")
         return SamplingParams(
             **self.model_dump(include=_SAMPLING, exclude_none=True),
             max_tokens=max_tokens,
@@ -115,23 +132,34 @@ class _Sampled(_Asked):
                 raise RequestError(f"logit_bias: {shown(name)} is no token id", "logit_bias")
             yield int(name), bias
 
-    def usage_asked(self) -> bool:
-        """Whether a stream ends with its counts of tokens."""
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
-
     def tokens_asked(self) -> bool:
         """Whether choices carry token ids: they do, unless somebody says no."""
         return self.return_token_ids is not False
 
 
-class ChatBody(_Sampled):
+class _Chunked(_Sampled):
+    """What the routes have in common whose streams are chunks."""
+
+    stream_options: StreamOptions | None = None
+
+    def sampling(self, max_tokens: int | None, top_logprobs: int = 0) -> SamplingParams:
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options is for streams: stream = true", "stream_options")
+        return super().sampling(max_tokens, top_logprobs)
+
+    def usage_asked(self) -> bool:
+        """Whether a stream ends with its counts of tokens."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class ChatBody(_Chunked):
     """POST /v1/chat/completions."""
 
     messages: list[dict[str, Any]] = Field(min_length=1)
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    max_tokens: int | None = _from(1)
+    max_completion_tokens: int | None = _from(1)
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: int | None = _from(0, 20)
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -190,7 +218,7 @@ class ChatBody(_Sampled):
                     '{"type": "function", "function": {"name": ...}}',
                     "tool_choice",
                 )
-        names = [(tool.get("function") or {}).get("name") for tool in self.tools or ()]
+        names = list(tools_of(self.tools or ()))
         if not names or (isinstance(wanted, str) and wanted not in names):
             raise RequestError(
                 f"tool_choice = {shown(choice)}: the request's tools are {names}", "tool_choice"
@@ -221,12 +249,12 @@ class ChatBody(_Sampled):
         )
 
 
-class CompletionBody(_Sampled):
+class CompletionBody(_Chunked):
     """POST /v1/completions."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: int | None = 16
-    logprobs: int | None = None
+    logprobs: int | None = _from(0, 20)
     add_special_tokens: bool | None = None
 
     def params(self) -> SamplingParams:
@@ -245,6 +273,32 @@ class CompletionBody(_Sampled):
             raise RequestError("prompt = []: give at least one prompt", param="prompt")
         single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
         return [self.prompt] if single else list(self.prompt)  # pyright: ignore[reportReturnType]
+
+
+class NoOptions(BaseModel):
+    """What a stream of `/v1/responses` carries besides: nothing."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_obfuscation: Literal[False] | None = None
+
+
+class ResponsesBody(_Sampled):
+    """POST /v1/responses: see `gspo.serve.responses`."""
+
+    input: str | list[dict[str, Any]]
+    instructions: str | None = None
+    max_output_tokens: int | None = _from(1)
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    text: dict[str, Any] | None = None
+    reasoning: dict[str, Any] | None = None
+    include: list[Literal["message.output_text.logprobs"]] | None = None
+    top_logprobs: int | None = _from(0, 20)
+    metadata: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    stream_options: NoOptions | None = None
 
 
 class TokenizeBody(_Asked):

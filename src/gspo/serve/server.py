@@ -11,7 +11,7 @@ from collections.abc import Callable
 from fastapi import FastAPI
 
 from gspo.core.errors import ConfigError, ServeError
-from gspo.serve.app import create_app, one_engine
+from gspo.serve.app import Find, create_app, one_engine
 from gspo.serve.connection import FLUSH_SECONDS, PortServer
 from gspo.serve.engine import Engine
 from gspo.serve.episodes import Episode
@@ -82,6 +82,7 @@ class Serving:
         engine: what samples.
         names: the model names that requests may give.
         listener: see `bind`.
+        find: see `create_app`; None: all names are the engine's.
 
     Attributes:
         url: on the port; without one, a name that only `client` resolves.
@@ -92,9 +93,10 @@ class Serving:
         engine: Engine,
         names: Callable[[], list[str]],
         listener: socket.socket | None = None,
+        find: Find | None = None,
     ):
         self._engine: Engine | None = engine
-        self._names = names
+        self._finds = find or one_engine(engine, names)
         self.app = create_app(self._find, names)
         self.client = in_process_client(self.app)
         self.url = str(self.client.base_url)
@@ -110,7 +112,7 @@ class Serving:
     async def _find(self, name: str) -> Engine:
         if self._engine is None:
             raise ServeError("the backend that served this model is closed")
-        return await one_engine(self._engine, self._names)(name)
+        return await self._finds(name)
 
     async def start(self) -> None:
         """Return once requests are answered. A failure stops all of it.

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AddedToken, PreTrainedTokenizerBase
 
 from gspo.core.errors import RequestError
-from gspo.kernels.hf import bytes_to_unicode, decoder_kinds
+from gspo.kernels.hf import bytes_to_unicode, decode, decoder_kinds
 from gspo.policy.policy import Policy
 from gspo.serve.engine import SamplingParams
 
@@ -84,8 +84,7 @@ def text_of(
     all bytes that stand together.
     """
     ids = list(token_ids)
-    options = {"skip_special_tokens": not special, "clean_up_tokenization_spaces": False}
-    text = str(tokenizer.decode(ids, **options))
+    text = decode(tokenizer, ids, special=special)
     if "\ufffd" in text and "ByteFallback" in decoder_kinds(tokenizer):
         hidden = set() if special else set(tokenizer.all_special_ids)
         parts = token_bytes(tokenizer, [token for token in ids if token not in hidden])

@@ -17,11 +17,12 @@ from typing import Any, Protocol
 
 from gspo.serve.chat import ChatFormat
 from gspo.serve.tool_calls import Parsed
+from gspo.serve.tool_messages import check_calls
 
 
 @dataclass(frozen=True)
 class _Sampled:
-    """One completion: its tokens; its text without, and the text of, its end token ("": none)."""
+    """One completion: its tokens, its text before the end token, and that token's ("": none)."""
 
     tokens: array[int]
     text: str
@@ -31,11 +32,12 @@ class _Sampled:
 
 @dataclass
 class _Asked:
-    """A prompt: who rendered it, its text, its tokens, and what was sampled for it."""
+    """A prompt: who rendered it, its text, tokens and tools, and what was sampled for it."""
 
     chat: ChatFormat
     text: str
     tokens: array[int]
+    tools: Sequence[dict] | None
     sampled: list[_Sampled]
 
 
@@ -58,6 +60,7 @@ class TokenMemory:
 
     def __init__(self) -> None:
         self._asked: dict[bytes, _Asked] = {}
+        self._reasoning: dict[str, str] = {}
         self._lock = threading.Lock()
 
     def prompt(
@@ -84,8 +87,18 @@ class TokenMemory:
         with self._lock:
             tokens = self._extended(chat, text, encode, tools, ids) or encode(text)
             packed = array("i", tokens)
-            self._asked.setdefault(packed.tobytes(), _Asked(chat, text, packed, []))
+            self._asked.setdefault(packed.tobytes(), _Asked(chat, text, packed, tools, []))
         return tokens
+
+    def with_reasoning(self, messages: Sequence[dict]) -> list[dict]:
+        """The messages, with the reasoning before a call that clients have no field for."""
+        out = []
+        for message in messages:
+            calls = message.get("tool_calls") or ()
+            thoughts = [self._reasoning.get(call.get("id", "")) for call in calls]
+            lost = bool(thoughts and thoughts[0]) and not message.get("reasoning_content")
+            out.append(message | {"reasoning_content": thoughts[0]} if lost else message)
+        return out
 
     def remember(
         self, prompt: Sequence[int], tokens: Sequence[int], text: str, ids: Collection[str] = ()
@@ -98,13 +111,16 @@ class TokenMemory:
             text: of all of them, with special tokens.
             ids: of the tool calls that were read from it.
         """
-        asked = self._asked.get(array("i", prompt).tobytes())
-        if asked is None:
-            return
-        end = next((end for end in asked.chat.ends if text.endswith(end)), "")
-        said = text[: len(text) - len(end)]
         with self._lock:
+            asked = self._asked.get(array("i", prompt).tobytes())
+            if asked is None:
+                return
+            chat = asked.chat
+            end = next((end for end in chat.ends if text.endswith(end)), "")
+            said = text[: len(text) - len(end)]
             asked.sampled.append(_Sampled(array("i", tokens), said, end, frozenset(ids)))
+            if ids and (reasoning := chat.parse(text, tools=asked.tools).reasoning):
+                self._reasoning |= dict.fromkeys(ids, reasoning)
 
     def _extended(
         self,
@@ -117,34 +133,40 @@ class TokenMemory:
         begun = [a for a in self._asked.values() if a.chat is chat and text.startswith(a.text)]
         for asked in sorted(begun, key=lambda asked: -len(asked.text)):
             following = text[len(asked.text) :]
-            best, tokens = (False, 0), array("i")
-            for sampled in asked.sampled:
-                if size := _said(sampled, following, chat, tools):
-                    # That whose calls the conversation names, the longest, the newest.
-                    rank = (not sampled.ids.isdisjoint(ids), size)
-                    if rank >= best:
-                        best, tokens = rank, sampled.tokens
-            if best[1]:
-                rest = _encoded_after(chat, following[best[1] :], encode)
-                return [*asked.tokens, *tokens, *rest]
+            found = [(_said(sampled, following, chat, tools), sampled) for sampled in asked.sampled]
+            # That whose calls the conversation names, the longest, the newest.
+            ranked = [
+                (not sampled.ids.isdisjoint(ids), size, number)
+                for number, (size, sampled) in enumerate(found)
+                if size is not None
+            ]
+            if ranked:
+                _, size, number = max(ranked)
+                rest = _encoded_after(chat, following[size:], encode)
+                return [*asked.tokens, *asked.sampled[number].tokens, *rest]
         return None
 
 
 def _said(
     sampled: _Sampled, text: str, chat: ChatFormat, tools: Sequence[dict] | None
 ) -> int | None:
-    """How many characters of `text` say what was sampled, as the template writes it; or None."""
+    """How many characters of `text` say what was sampled, as the template writes it; or None.
+
+    A message with calls may end otherwise than sampled (Llama's `<|eom_id|>` for `<|eot_id|>`).
+    Another message may not: gpt-oss is taught to see `<|end|>` where it has said `<|return|>`.
+    """
     exact = sampled.text + sampled.end
     if text.startswith(exact):
         return len(exact)
-    for end in [sampled.end] if sampled.end else chat.ends:
-        size = text.find(end)
-        if size < 0:
-            continue
-        written = chat.parse(text[:size] + end, tools=tools)
-        if _message(written) == _message(chat.parse(exact, tools=tools)):
-            return size + len(sampled.end)
-    return None
+    parsed = chat.parse(exact, tools=tools)
+    ends = [sampled.end] if sampled.end and not parsed.tool_calls else chat.ends
+    places = [(size, end) for end in ends if (size := text.find(end)) >= 0]
+    if not places:
+        return None
+    size, end = min(places)
+    if _message(chat.parse(text[:size] + end, tools=tools)) != _message(parsed):
+        return None
+    return size + len(end) if sampled.end else size
 
 
 def _message(parsed: Parsed) -> tuple[object, ...]:
@@ -178,6 +200,9 @@ def chat_tokens(
     Raises:
         RequestError: see `ChatFormat.render`.
     """
+    check_calls(messages)
+    if memory is not None:
+        messages = memory.with_reasoning(messages)
     text = engine.chat.render(
         messages, tools=tools, template_kwargs=template_kwargs, continue_final=continue_final
     )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from gspo import dev
@@ -33,11 +34,13 @@ class RolloutBatch:
         samples: for each trajectory its samples, group after group; `advantage` is set.
         rewards: one for each trajectory.
         dropped: trajectories that were too long and left out, by the user's choice.
+        stale: those that were too old and left out.
     """
 
     samples: tuple[TrajectorySamples, ...]
     rewards: tuple[float, ...]
     dropped: int
+    stale: int = 0
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -49,7 +52,7 @@ class RolloutBatch:
         signal = self._groups_with_signal()
         chosen = [i for i, group in enumerate(self.groups) if group in signal]
         samples = tuple(self.samples[i] for i in chosen)
-        return RolloutBatch(samples, tuple(self.rewards[i] for i in chosen), self.dropped)
+        return replace(self, samples=samples, rewards=tuple(self.rewards[i] for i in chosen))
 
     @property
     def flat_groups(self) -> int:
@@ -60,18 +63,20 @@ class RolloutBatch:
         return {samples[0].group_id for samples in self.samples if samples[0].advantage != 0}
 
 
-def why_no_update(trajectories: int, too_long: int) -> str:
+def why_no_update(trajectories: int, too_long: int, stale: int = 0) -> str:
     """Why no optimizer step was taken on a rollout batch.
 
     Args:
         trajectories: how many had a sample.
-        too_long: how many were dropped.
+        too_long, stale: how many were dropped.
 
     >>> why_no_update(0, 4)
     'all 4 trajectories are longer than the context'
     """
     if trajectories == 0:
-        return f"all {too_long} trajectories are longer than the context"
+        reasons = {"longer than the context": too_long, "older than max_staleness": stale}
+        why = " or ".join(reason for reason, count in reasons.items() if count)
+        return f"all {too_long + stale} trajectories are {why}"
     return "all advantages are 0: each group has equal rewards or a single trajectory"
 
 
@@ -82,6 +87,7 @@ def prepare(
     *,
     context: int,
     vocabulary: int | None = None,
+    version: int | None = None,
 ) -> RolloutBatch:
     """Check the groups, make samples of their tokens, and compute the advantages.
 
@@ -91,6 +97,7 @@ def prepare(
         groups: with a reward for each trajectory.
         settings: how advantages are made, and whether trajectories may be dropped. None: GSPO's.
         context, vocabulary: the model's, in tokens; a vocabulary of None takes any token id.
+        version: of the weights before the update, which `max_staleness` is counted from.
 
     Raises:
         DataError: see `check_groups` and `trajectory_samples`; an advantage beyond float32.
@@ -106,6 +113,7 @@ def prepare(
     ).tolist()
     trained: list[TrajectorySamples] = []
     rewards: list[float] = []
+    stale = 0
     for i, (g, t, trajectory) in enumerate(numbered):
         if abs(values[i]) > torch.finfo(torch.float32).max:
             raise DataError(
@@ -126,9 +134,25 @@ def prepare(
             if settings.on_too_long == "error":
                 raise
             continue
+        if version is not None and is_stale(samples, version, settings.max_staleness):
+            stale += 1
+            continue
         trained.append(samples)
         rewards.append(float(trajectory.reward))
-    return RolloutBatch(tuple(trained), tuple(rewards), dropped=len(numbered) - len(trained))
+    dropped = len(numbered) - len(trained) - stale
+    return RolloutBatch(tuple(trained), tuple(rewards), dropped, stale)
+
+
+def is_stale(samples: TrajectorySamples, version: int, most: int | None) -> bool:
+    """Whether a trajectory's oldest token is more than `most` versions behind `version`.
+
+    Tokens whose version is not known don't count.
+    """
+    if most is None:
+        return False
+    versions = np.concatenate([sample.policy_versions for sample in samples])
+    known = versions[versions >= 0]
+    return len(known) > 0 and version - int(known.min()) > most
 
 
 def minibatches(batch: RolloutBatch, count: int, seed: int) -> list[list[TrajectorySamples]]:

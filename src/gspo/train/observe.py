@@ -6,7 +6,6 @@ transfer: reading one number after the other would make the CPU wait for the GPU
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +28,8 @@ from gspo.objective import (
     sequence_log_ratio,
 )
 from gspo.policy.policy import Policy
-from gspo.train.minibatches import RolloutBatch
+from gspo.train.batch_metrics import describe
+from gspo.train.minibatches import RolloutBatch, with_gradient
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ class Observer:
         self.metrics = Metrics()
         self.updates = 0
         self.traces: list[Trace] = []
-        self._policy = policy
+        self._policy, self._batch = policy, batch
         self._started = time.perf_counter()
-        _describe(self.metrics, batch, policy.version)
+        describe(self.metrics, batch, policy.version)
 
     def on_policy(self, trajectories: Sequence[TrajectorySamples]) -> bool:
         """Whether the weights are still those that sampled all tokens: then any log-ratio is a
@@ -124,6 +124,10 @@ class Observer:
             self.metrics.mean("ratio/epsilon_low", objective.epsilon_low, 1)
             self.metrics.mean("ratio/epsilon_high", objective.epsilon_high, 1)
         self.metrics.add("optim/updates", self.updates)
+        trained = flat(with_gradient(self._batch.samples, objective))
+        altered = sum(sample.altered_tokens for sample in trained)
+        sampled = sum(sample.sampled for sample in trained)
+        self.metrics.mean("tokens/altered_share", altered, sampled)
         self.metrics.add("time/train", time.perf_counter() - self._started)
 
     def by_trajectory(self) -> dict[int, list[Trace]]:
@@ -142,41 +146,6 @@ class Observer:
         self.metrics.mean("tokens/packed_efficiency", size, padded)
         self.metrics.add("tokens/computed", size)
         self.metrics.mean("tokens/shared_saving", samples - size, samples)
-
-
-def _spread(rewards: Sequence[float]) -> float:
-    """The population standard deviation, of rewards of any size.
-
-    >>> _spread([1e-200, 3e-200])
-    1e-200
-    """
-    # Squares of 1e-200 are 0. Dividing by a power of two rounds nothing.
-    power = math.ldexp(1.0, math.frexp(max(map(abs, rewards)))[1] - 1)
-    return float(np.std(np.array(rewards) / power)) * power
-
-
-def _describe(metrics: Metrics, batch: RolloutBatch, version: int) -> None:
-    """Record the metrics of the rollout batch, which need no forward pass."""
-    by_group: dict[int, list[float]] = {}
-    for group, reward in zip(batch.groups, batch.rewards, strict=True):
-        by_group.setdefault(group, []).append(reward)
-    for rewards in by_group.values():
-        metrics.mean("train/reward_std", _spread(rewards), 1)
-    count = len(batch.samples)
-    metrics.mean("train/reward", math.fsum(batch.rewards), count)
-    if samples := flat(batch.samples):
-        sampled = sum(sample.sampled for sample in samples)
-        metrics.mean("tokens/completion_mean", sampled, count)
-        metrics.add("tokens/completion", sampled)
-        metrics.add("tokens/prompt", sum(map(len, samples)) - sampled)
-        versions = np.concatenate([sample.policy_versions for sample in samples])
-        age = version - versions[versions >= 0]
-        if len(age):
-            metrics.mean("staleness/mean", float(age.sum()), len(age))
-            metrics.maximum("staleness/max", float(age.max()))
-    metrics.add("train/groups_zero_advantage", batch.flat_groups)
-    metrics.add("train/trajectories", count)
-    metrics.add("train/trajectories_too_long", batch.dropped)
 
 
 def _on_cpu(step: Sequence[Scored]) -> list[Scored]:

@@ -31,6 +31,7 @@ from gspo.policy.policy import Policy
 from gspo.policy.workers import Workers
 from gspo.train import minibatches as plan
 from gspo.train.backward import backward_each
+from gspo.train.batch_metrics import warn_of_altered
 from gspo.train.bit_equality import check_exact
 from gspo.train.defaults import with_defaults
 from gspo.train.epsilon import EpsilonController
@@ -86,6 +87,7 @@ class Trainer:
         self.step = 0
         self.epsilon = EpsilonController()
         self._load_reference = load_reference
+        self._warned: set[str] = set()
 
     def train(self, batch: plan.RolloutBatch, settings: Settings) -> TrainOutput:
         """Take `minibatches` x `epochs` optimizer steps, and increase the policy version by 1.
@@ -199,6 +201,7 @@ class Trainer:
         if settings.epsilon == "auto":
             settings = settings.with_objective(self.epsilon.apply(settings.objective))
         observer = Observer(self.policy, batch)
+        warn_of_altered(batch, self._warned)
         experts = ExpertReplay(self.policy, settings, observer.metrics)
         if settings.objective.kl_coef > 0:
             _ = self._frozen  # loaded before any work
@@ -241,7 +244,8 @@ class Trainer:
         self.epsilon.learn(settings, observer, self.step)
         observer.done(settings.objective)
         updates, metrics = observer.updates, observer.metrics
-        skipped = None if updates else plan.why_no_update(len(batch.samples), batch.dropped)
+        left = len(batch.samples), batch.dropped, batch.stale
+        skipped = None if updates else plan.why_no_update(*left)
         return TrainOutput(updates, skipped, metrics, settings, observer.by_trajectory())
 
 
