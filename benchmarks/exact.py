@@ -27,14 +27,14 @@ from sides.forced import FORCED
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gspo as art
-from gspo.core.compute import ComputeThread
 from gspo.dev import InternalModelConfig
 from gspo.dev import TrainConfig as DevTrainConfig
 from gspo.policy.embedded import build_tokenizer
 from gspo.policy.load import load_policy
 from gspo.policy.probe import choose_packing
 from gspo.serve.engine import Request, SamplingParams
-from gspo.serve.selfcheck import make_engine
+from gspo.serve.selfcheck import check_engine, make_exact
+from gspo.serve.torch_engine import TorchEngine
 from gspo.train.minibatches import prepare
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
@@ -127,7 +127,10 @@ class Side:
             self._policy.entries = None  # the whole head, of which the tokenizer has few tokens
         choose_packing(self._policy)
         self._trainer = Trainer(self._policy)
-        self._engine = make_engine(self._policy, ComputeThread(), exact=exact)
+        self._engine = TorchEngine(self._policy)
+        check_engine(self._engine)
+        if exact:
+            make_exact(self._engine, required=True)
         self._receipts = Receipts(self._policy, self._policy, SharedMemory())
         rng = random.Random(0)
         size = min(self._policy.head.size, 100)

@@ -93,6 +93,6 @@ def test_soft_caps_are_taken_over_only_if_the_logits_stay(monkeypatch: pytest.Mo
     assert caps_or_sinks(lm)
     assert not caps_or_sinks(model("llama"))
     whole = attention._with_whole_scores
-    monkeypatch.setattr(attention, "_with_whole_scores", lambda *a: whole(*a) * 1.1)
+    monkeypatch.setattr(attention, "_with_whole_scores", lambda *a: whole(*a).flip(-1))
     assert not caps_or_sinks(lm)
     assert lm.config._attn_implementation == "eager"
