@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gspo.serve.answers import chat_logprobs, text_logprobs, training_fields, usage
+from gspo.serve.answers import chat_logprobs, text_logprobs, training_fields
 from gspo.serve.engine import Completion
 from gspo.serve.fake_engine import FakeEngine
 
@@ -38,4 +38,3 @@ def test_what_training_needs():
         "policy_versions": [1, 2],
         "altered_by": ["top_p"],
     }
-    assert usage(3, 4)["total_tokens"] == 7

@@ -315,7 +315,7 @@ class Dripping(Endless):
     """Streams one token, then nothing; remembers who gave up."""
 
     async def stream(self, request: Request) -> AsyncGenerator[Piece, None]:
-        yield Piece(0, (97,), (-1.0,), (0,))
+        yield Piece(0, (97,), (-1.0,))
         await self.complete(request)
 
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from openai import AsyncOpenAI, BadRequestError
 from pydantic import BaseModel
 
-from gspo.serve.conversation import joined
 from gspo.serve.fake_engine import END, FakeEngine
 from gspo.serve.local_client import in_process_client
 from support import app_of
@@ -26,6 +25,16 @@ ADD: Any = {
     },
 }
 CALL = '<tool_call>{"name": "add", "arguments": {"a": 2}}</tool_call>'
+
+
+def joined(deltas: list[dict[str, Any]]) -> dict[str, Any]:
+    """The message that a client makes of a choice's deltas."""
+    text = "".join(delta.get("content", "") for delta in deltas)
+    calls = [dict(call) for delta in deltas for call in delta.get("tool_calls", ())]
+    assert [call.pop("index") for call in calls] == list(range(len(calls)))
+    content = text or (None if calls else "")
+    message = {"role": deltas[0]["role"], "content": content, "refusal": None}
+    return message | ({"tool_calls": calls} if calls else {})
 
 
 async def streamed(client: AsyncOpenAI, **options: Any) -> list[dict[str, Any]]:

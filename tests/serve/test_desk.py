@@ -73,7 +73,7 @@ async def test_pieces_answers_and_errors_reach_their_box():
     sent = Sent()
     one, other = sent.ticket(), sent.ticket()
     await turns(20)
-    piece = Piece(0, (5,), (-1.0,), (0,))
+    piece = Piece(0, (5,), (-1.0,))
     sent.desk.receive([(one, piece), (one, [])])
     assert [one.box.get_nowait() for _ in range(2)] == [piece, []]
     error = ServeError("no")

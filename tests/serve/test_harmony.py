@@ -13,7 +13,7 @@ THOUGHT = "<|channel|>analysis<|message|>hm <|end|><|start|>assistant"
 
 def read(text: str) -> Parsed:
     parser = HarmonyParser({"f": {}})
-    return joined([*parser.feed(text), *parser.end()])
+    return joined(parser.feed(text, last=True))
 
 
 def test_reasoning_stands_apart():

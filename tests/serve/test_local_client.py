@@ -156,7 +156,7 @@ async def test_a_plain_chat_skips_http(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module._Transport, "handle_async_request", fail)
     async with client_of(FakeEngine()) as client:
         assert isinstance(client, AsyncOpenAI)
-        ask = {"model": "m", "messages": HELLO}
+        ask: dict[str, Any] = {"model": "m", "messages": HELLO}
         await client.chat.completions.create(**ask, extra_body={"ignore_eos": True})
         copied = client.with_options(timeout=3).copy(max_retries=2)
         await copied.chat.completions.create(**ask)
@@ -170,12 +170,13 @@ async def test_a_plain_chat_skips_http(monkeypatch: pytest.MonkeyPatch):
             assert isinstance(other, LocalClient)
             with pytest.raises(AssertionError, match="by HTTP"):
                 await other.chat.completions.create(**ask)
-        for call in (
+        calls: list[dict[str, Any]] = [
             {"extra_headers": {"a": "b"}},
             {"extra_query": {"a": "b"}},
             {"stream": True},
             {"extra_body": {"stream": True}},
-        ):
+        ]
+        for call in calls:
             with pytest.raises(AssertionError, match="by HTTP"):
                 await client.chat.completions.create(**ask, **call)
 

@@ -216,7 +216,7 @@ QUICK = settings(
     derandomize=True,
     deadline=None,
     phases=[Phase.generate],
-    suppress_health_check=[*HealthCheck],
+    suppress_health_check=list(HealthCheck.__members__.values()),
 )
 
 

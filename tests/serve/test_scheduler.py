@@ -244,7 +244,8 @@ async def test_each_token_has_the_version_that_sampled_it(compute: ComputeThread
         if published is None:
             published = asyncio.create_task(compute.run(publish))
         at.append(policy.version)
-    versions = [version for piece in pieces for version in piece.policy_versions]
+    (whole,) = [piece.completion for piece in pieces if piece.completion]
+    versions = list(whole.policy_versions)
     assert len(versions) == 40 and versions == sorted(versions) and set(versions) == {0, 5}
     changed = versions.index(5)
     logprobs = [x for piece in pieces for x in piece.logprobs]
@@ -260,8 +261,7 @@ async def test_a_stream_is_what_complete_answers(engine: TorchEngine):
     for i, done in enumerate(whole):
         mine = [piece for piece in pieces if piece.index == i]
         assert tuple(token for piece in mine for token in piece.token_ids) == done.token_ids
-        assert [piece.finish_reason for piece in mine if piece.finish_reason] == ["length"]
-        assert mine[-1].finish_reason == "length" and len(mine) == 6
+        assert [piece.completion for piece in mine] == [None] * 5 + [done]
 
 
 async def test_a_slow_reader_holds_few_pieces_and_stalls_nobody(
@@ -282,7 +282,7 @@ async def test_a_slow_reader_holds_few_pieces_and_stalls_nobody(
         assert tuple(token for piece in mine for token in piece.token_ids) == done.token_ids
         logprobs = [x for piece in mine for x in piece.logprobs]
         assert logprobs == pytest.approx(list(done.logprobs), abs=1e-5)
-        assert [piece.finish_reason for piece in mine if piece.finish_reason] == ["length"]
+        assert [piece.completion is None for piece in mine] == [True] * (len(mine) - 1) + [False]
 
 
 async def test_a_stream_that_is_closed_frees_its_places(engine: TorchEngine, steps: Steps):

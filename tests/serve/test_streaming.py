@@ -92,7 +92,7 @@ def test_texts_joined_are_the_whole_text(name: str, special: bool, data: st.Data
         assert whole.startswith("".join(sent))
         tokens = tokens[step:]
     done = Completion((1,), (0.0,), whole, "stop", (0,), 1.0)
-    sent.append(growing.read(Piece(0, tuple(tokens), (), (), "stop", completion=done)))
+    sent.append(growing.read(Piece(0, tuple(tokens), (), completion=done)))
     assert "".join(sent) == whole
 
 
@@ -123,7 +123,7 @@ class Breaking(FakeEngine):
 
     async def stream(self, request: Request) -> AsyncGenerator[Piece, None]:
         try:
-            yield Piece(0, (97,), (-1.0,), (0,))
+            yield Piece(0, (97,), (-1.0,))
             if request.prompt == (2,):
                 raise ServeError("it broke")
             await asyncio.get_running_loop().create_future()

@@ -29,7 +29,9 @@ def parser(form: str, key: str = "") -> Any:
 
 def read(form: str, *pieces: str, key: str = "") -> Parsed:
     one = parser(form, key)
-    return joined([delta for piece in pieces for delta in one.feed(piece)] + one.end())
+    return joined(
+        [delta for piece in pieces for delta in one.feed(piece)] + one.feed("", last=True)
+    )
 
 
 def calls(parsed: Parsed) -> list[tuple[str, Any]]:
@@ -188,4 +190,4 @@ def test_content_is_passed_on_at_once(form: str):
     passed = ["".join(delta.content for delta in one.feed(piece)) for piece in said]
     assert "".join(passed) == "".join(said)
     assert passed[0] == "1"
-    assert one.end() == []
+    assert one.feed("", last=True) == []

@@ -1,4 +1,4 @@
-"""Completions in the shapes of OpenAI's answers.
+"""Completions in the shapes of OpenAI's answers, whole or as the chunks of a stream.
 
 Beside OpenAI's fields, each choice carries what training needs: `token_ids`, `prompt_token_ids`,
 `token_logprobs`, `temperature` and `policy_version`; `policy_versions`, one of each token, if
@@ -11,32 +11,105 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 from gspo.data.expert_choices import encode_expert_choices
-from gspo.serve.engine import Completion, Engine, Piece
+from gspo.serve.engine import Completion, Engine, Piece, Request, SamplingParams
+from gspo.serve.episodes import Episode
 
+_TOKENS = {"prompt_token_ids", "token_ids", "token_logprobs"}
 _numbers = itertools.count(1)  # numbers the answers of this process
 
 
-def head(id_start: str, kind: str, model: str) -> dict[str, Any]:
-    """The fields that an answer and each chunk of its stream begin with."""
-    number = next(_numbers)
-    return {
-        "id": f"{id_start}-{number}",
-        "object": kind,
-        "created": int(time.time()),
-        "model": model,
-    }
+class GrowingChoice(Protocol):
+    """A choice that is being sampled. With its end its episode records it."""
+
+    def chunks(self, piece: Piece) -> Iterable[dict[str, Any]]:
+        """What a piece adds to it, as choices of chunks."""
+        ...
+
+    def whole(self, completion: Completion) -> dict[str, Any]:
+        """All of it at once."""
+        ...
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
+@dataclass(frozen=True)
+class Asked:
+    """What a request asks to be sampled, and how its answer is written.
+
+    Attributes:
+        engine: what samples.
+        model: its name in the request.
+        prompts: token ids of each prompt.
+        params: how they are continued.
+        logprobs: whether choices carry log-probs in OpenAI's form.
+        tokens: whether they carry token ids.
+        episode: what records the choices.
+        kinds: of the id, of an answer and of a chunk.
+    """
+
+    engine: Engine
+    model: str
+    prompts: Sequence[tuple[int, ...]]
+    params: SamplingParams
+    logprobs: bool = False
+    tokens: bool = True
+    episode: Episode | None = None
+    kinds: ClassVar[tuple[str, str, str]]
+
+    def begin(self, index: int, prompt: Sequence[int]) -> GrowingChoice:
+        """Begin the choice of this number."""
+        raise NotImplementedError
+
+    @property
+    def requests(self) -> list[Request]:
+        return [Request(prompt, self.params) for prompt in self.prompts]
+
+    def answer(self, answers: Sequence[Sequence[Completion]]) -> dict[str, Any]:
+        """The whole answer, of the completions of each prompt."""
+        pairs = [(p, c) for p, done in zip(self.prompts, answers, strict=True) for c in done]
+        choices = [self.begin(i, prompt).whole(c) for i, (prompt, c) in enumerate(pairs)]
+        sampled = sum(len(c.token_ids) for _, c in pairs)
+        return self._body(self.kinds[1], choices) | {"usage": self._usage(sampled)}
+
+    async def chunks(
+        self, pieces: AsyncGenerator[tuple[int, Piece], None], with_usage: bool
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """Write a stream of pieces, each with its prompt's number, as chunks."""
+        start = self._body(self.kinds[2], []) | ({"usage": None} if with_usage else {})
+        growing: dict[int, GrowingChoice] = {}
+        sampled = 0
+        async with aclosing(pieces):
+            async for number, piece in pieces:
+                index = number * self.params.n + piece.index
+                sampled += len(piece.token_ids)
+                if index not in growing:
+                    growing[index] = self.begin(index, self.prompts[number])
+                for choice in growing[index].chunks(piece):
+                    yield start | {"choices": [self.shown(choice)]}
+        if with_usage:
+            yield start | {"usage": self._usage(sampled)}
+
+    def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": f"{self.kinds[0]}-{next(_numbers)}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": self.model,
+            "choices": [self.shown(choice) for choice in choices],
+        }
+
+    def shown(self, choice: dict[str, Any]) -> dict[str, Any]:
+        """A choice without token ids, if nobody wants them."""
+        return {k: value for k, value in choice.items() if self.tokens or k not in _TOKENS}
+
+    def _usage(self, sampled: int) -> dict[str, int]:
+        asked = sum(map(len, self.prompts))
+        counts = {"prompt_tokens": asked, "completion_tokens": sampled}
+        return counts | {"total_tokens": asked + sampled}
 
 
 def training_fields(completion: Completion) -> dict[str, Any]:
@@ -54,8 +127,11 @@ def training_fields(completion: Completion) -> dict[str, Any]:
     return fields
 
 
-def token_fields(token_ids: Sequence[int], logprobs: Sequence[float]) -> dict[str, Any]:
-    return {"token_ids": list(token_ids), "token_logprobs": list(logprobs)}
+def token_fields(sampled: Completion | Piece | None = None) -> dict[str, Any]:
+    """The tokens of a choice or a chunk, and their log-probs."""
+    if sampled is None:
+        return {"token_ids": [], "token_logprobs": []}
+    return {"token_ids": list(sampled.token_ids), "token_logprobs": list(sampled.logprobs)}
 
 
 def chat_logprobs(

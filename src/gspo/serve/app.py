@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import fastapi
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
@@ -17,9 +17,10 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from gspo.core.errors import RequestError
 from gspo.serve import episodes
+from gspo.serve.answers import Asked
 from gspo.serve.constraint import answer_grammar
-from gspo.serve.conversation import Conversation, chat_chunks
-from gspo.serve.engine import Engine, Piece, Request
+from gspo.serve.conversation import Conversation
+from gspo.serve.engine import Completion, Engine, Piece, Request
 from gspo.serve.message_texts import texts_in
 from gspo.serve.meters import Metered, Meters
 from gspo.serve.refusals import DOCUMENTED, UnknownModelError, add_handlers
@@ -30,7 +31,6 @@ from gspo.serve.streaming import EventStream, begun, pieces
 from gspo.serve.text_completion import TextCompletion
 from gspo.serve.waiting import together, tokenized, unless_gone
 
-T = TypeVar("T")
 Find = Callable[[str], Awaitable[Engine]]
 
 # The handlers are functions of the module, not closures: FastAPI never lets go of a handler.
@@ -101,34 +101,31 @@ async def models(http: fastapi.Request) -> dict[str, Any]:
 @v1.get("/models/{model:path}")
 async def model(http: fastapi.Request, model: str) -> dict[str, Any]:
     if model not in http.app.state.names():
-        raise UnknownModelError(_no_model(http, model), "model")
+        await _engine(http.app, model)  # which says what there is
     return _model_entry(http, model)
 
 
 @v1.post("/chat/completions", responses=_answers(ChatCompletion))
 async def chat(http: fastapi.Request, body: ChatBody) -> Response:
-    if not body.stream:
-        # Sent as it is: validating our own answer again would cost more than sampling it.
-        return JSONResponse(await unless_gone(http, chat_answer(http.app, body, http)))
-    call = await _conversation(http.app, body, http)
-    events = chat_chunks(call, _pieces(http, call.engine, [call.request]), body.usage_asked())
-    return EventStream(await unless_gone(http, begun(events)))
+    return await _reply(http, _conversation(http.app, body, http), body)
 
 
-async def chat_answer(
-    app: fastapi.FastAPI, body: ChatBody, http: fastapi.Request | None = None
-) -> dict[str, Any]:
-    """Answer a chat that is no stream. To cancel it, cancel the task that awaits it.
+async def chat_answer(app: fastapi.FastAPI, body: ChatBody) -> dict[str, Any]:
+    """Answer a chat of this process that is no stream and comes through no app."""
+    call = await _conversation(app, body, None)
+    return call.answer(await _sample(app, call))
 
-    Args:
-        app: see `create_app`.
-        body: what is asked.
-        http: that it came in; None: in this process, through no app.
-    """
-    call = await _conversation(app, body, http)
-    completions = await call.engine.complete(call.request)
-    _count(app, [call.request], sum(len(c.token_ids) for c in completions))
-    return call.answer(completions)
+
+async def _reply(
+    http: fastapi.Request, asked: Coroutine[Any, Any, Asked], body: ChatBody | CompletionBody
+) -> Response:
+    """Answer in the shape that is asked for, whole or as a stream of chunks."""
+    call = await unless_gone(http, asked)
+    if body.stream:
+        events = call.chunks(_pieces(http, call), body.usage_asked())
+        return EventStream(await unless_gone(http, begun(events)))
+    # Sent as it is: validating our own answer again would cost more than sampling it.
+    return JSONResponse(call.answer(await unless_gone(http, _sample(http.app, call))))
 
 
 async def _conversation(
@@ -165,7 +162,7 @@ async def _conversation(
         engine=engine,
         model=body.model,
         messages=body.messages,
-        prompt=tuple(prompt),
+        prompts=[tuple(prompt)],
         params=replace(
             params,
             grammar=grammar,
@@ -185,15 +182,18 @@ async def responses(http: fastapi.Request, body: ResponsesBody) -> Response:
     call = await unless_gone(http, _conversation(http.app, chat_of(body), http))
     answer = GrowingResponse(body, call)
     if body.stream:
-        events = answer.events(_pieces(http, call.engine, [call.request]))
+        events = answer.events(_pieces(http, call))
         return EventStream(await unless_gone(http, begun(events)), named=True)
-    (completion,) = await unless_gone(http, call.engine.complete(call.request))
-    _count(http.app, [call.request], len(completion.token_ids))
+    ((completion,),) = await unless_gone(http, _sample(http.app, call))
     return JSONResponse(answer.answer(completion))
 
 
 @v1.post("/completions", responses=_answers(TextAnswer))
 async def completions(http: fastapi.Request, body: CompletionBody) -> Response:
+    return await _reply(http, _text_completion(http, body), body)
+
+
+async def _text_completion(http: fastapi.Request, body: CompletionBody) -> TextCompletion:
     engine, params = await _engine(http.app, body.model), body.params()
     given = body.prompts()
     if len(given) * params.n > MOST_COMPLETIONS:
@@ -209,7 +209,7 @@ async def completions(http: fastapi.Request, body: CompletionBody) -> Response:
         ]
 
     prompts = await tokenized(http, engine, [p for p in given if isinstance(p, str)], encode)
-    call = TextCompletion(
+    return TextCompletion(
         engine=engine,
         model=body.model,
         prompts=prompts,
@@ -218,14 +218,6 @@ async def completions(http: fastapi.Request, body: CompletionBody) -> Response:
         tokens=body.tokens_asked(),
         episode=episodes.current(http.app),
     )
-    if body.stream:
-        events = call.chunks(_pieces(http, engine, call.requests), body.usage_asked())
-        return EventStream(await unless_gone(http, begun(events)))
-    for request in call.requests:  # all of them, before the first is sampled
-        engine.check(request)
-    done = await unless_gone(http, together(engine, call.requests))
-    _count(http.app, call.requests, sum(len(c.token_ids) for answer in done for c in answer))
-    return JSONResponse(call.answer(done))
 
 
 @router.post("/tokenize")
@@ -270,29 +262,30 @@ def _model_entry(http: fastapi.Request, name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": http.app.state.began, "owned_by": "gspo"}
 
 
-def _no_model(http: fastapi.Request, name: str) -> str:
-    return f"no model {name!r} here; this server has {http.app.state.names()}"
+async def _sample(app: fastapi.FastAPI, call: Asked) -> list[list[Completion]]:
+    """Sample what is asked. To cancel it, cancel the task that awaits it."""
+    done = await together(call.engine, call.requests)
+    _count(app, call, sum(len(c.token_ids) for answer in done for c in answer))
+    return done
 
 
-async def _pieces(
-    http: fastapi.Request, engine: Engine, requests: Sequence[Request]
-) -> AsyncGenerator[tuple[int, Piece], None]:
+async def _pieces(http: fastapi.Request, call: Asked) -> AsyncGenerator[tuple[int, Piece], None]:
     """Sample what is asked, piece by piece."""
     began, sampled = time.monotonic(), 0
-    for request in requests:
-        engine.check(request)
+    for request in call.requests:
+        call.engine.check(request)
     try:
-        async with aclosing(pieces(engine, requests)) as source:
+        async with aclosing(pieces(call.engine, call.requests)) as source:
             async for number, piece in source:
                 if not sampled:
                     http.app.state.meters.first_token.observe(time.monotonic() - began)
                 sampled += len(piece.token_ids)
                 yield number, piece
     finally:
-        _count(http.app, requests, sampled)
+        _count(http.app, call, sampled)
 
 
-def _count(app: fastapi.FastAPI, requests: Sequence[Request], sampled: int) -> None:
+def _count(app: fastapi.FastAPI, call: Asked, sampled: int) -> None:
     tokens = app.state.meters.tokens
-    tokens.labels("prompt").inc(sum(len(request.prompt) for request in requests))
+    tokens.labels("prompt").inc(sum(map(len, call.prompts)))
     tokens.labels("sampled").inc(sampled)

@@ -69,12 +69,12 @@ class Batch:
 
     def sampled(
         self, completion: OpenCompletion, first: int
-    ) -> tuple[tuple[int, ...], tuple[float, ...], tuple[int, ...]]:
-        """Tokens, log-probs and versions of a completion, from token `first` on."""
+    ) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Tokens and log-probs of a completion, from token `first` on."""
         running = self._running.completions if self._running else []
         if self._running and completion.finish is None and completion in running:
             return self._running.read(running.index(completion), first)
-        return completion.tokens[first:], completion.logprobs[first:], completion.versions[first:]
+        return completion.tokens[first:], completion.logprobs[first:]
 
     def cancel(self, completion: OpenCompletion) -> None:
         """End a completion that nobody wants any more; its place is free at once."""

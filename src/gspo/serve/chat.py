@@ -23,7 +23,7 @@ from typing import Any, Protocol
 from gspo.core.errors import RequestError
 from gspo.serve.call_formats import FORMATS, Format
 from gspo.serve.harmony import HARMONY, HarmonyParser
-from gspo.serve.tool_calls import CallParser, Delta, Parsed, joined
+from gspo.serve.tool_calls import CallParser, Parsed, Parser, joined
 from gspo.serve.tool_messages import check_calls, tools_of, with_objects
 
 _PROBE_TOOL = {
@@ -45,14 +45,6 @@ class Tokenizer(Protocol):
 
     @property
     def added_tokens_decoder(self) -> Mapping[int, Any]: ...
-
-
-class Parser(Protocol):
-    """Reads an answer piece by piece."""
-
-    def feed(self, text: str) -> list[Delta]: ...
-
-    def end(self) -> list[Delta]: ...
 
 
 class ChatFormat:
@@ -197,8 +189,7 @@ class ChatFormat:
 
     def parse(self, text: str, *, tools: Sequence[dict] | None = None, key: str = "") -> Parsed:
         """The message that a whole answer is."""
-        parser = self.parser(tools, key)
-        return joined([*parser.feed(text), *parser.end()])
+        return joined(self.parser(tools, key).feed(text, last=True))
 
     def _plain(self, message: dict) -> dict[str, Any]:
         """A message as templates expect it: without what is None, its content a text."""

@@ -180,8 +180,3 @@ class _Calls:
 def _of_object(schema: Mapping[str, Any]) -> dict[str, Any]:
     """The schema of arguments, which are an object even where it doesn't say so."""
     return {"type": "object", **schema}
-
-
-def _is_words(schema: Any) -> bool:
-    """Whether a value is any text, which stands in XML as it is."""
-    return isinstance(schema, Mapping) and schema.get("type") == "string" and "enum" not in schema

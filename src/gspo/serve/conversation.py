@@ -5,211 +5,124 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Sequence
-from contextlib import aclosing
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gspo.serve.answers import chat_logprobs, head, token_fields, training_fields, usage
-from gspo.serve.engine import Completion, Engine, Piece, Request, SamplingParams
-from gspo.serve.episodes import Episode
+from gspo.serve.answers import Asked, chat_logprobs, token_fields, training_fields
+from gspo.serve.engine import Completion, Piece
 from gspo.serve.streaming import GrowingText
-from gspo.serve.tool_calls import Delta, completion_key
+from gspo.serve.tool_calls import Delta, completion_key, joined
 
 
 @dataclass(frozen=True)
-class Conversation:
+class Conversation(Asked):
     """A chat, ready to be sampled.
 
     Attributes:
-        engine: what samples it.
-        model: its name in the request.
         messages: as they were asked.
-        prompt: P token ids.
-        params: how it is continued.
         tools: what was offered to the model.
         reads: whether the answer is read for calls and channels. Its text then has the special
             tokens, which the message leaves out.
         calls: whether the model may call the tools; else what looks like a call is text.
-        logprobs: whether choices carry log-probs in OpenAI's form.
-        tokens: whether they carry token ids.
-        episode: what records the choices.
     """
 
-    engine: Engine
-    model: str
-    messages: Sequence[dict[str, Any]]
-    prompt: tuple[int, ...]
-    params: SamplingParams
+    messages: Sequence[dict[str, Any]] = ()
     tools: Sequence[dict[str, Any]] | None = None
     reads: bool = False
     calls: bool = False
-    logprobs: bool = False
-    tokens: bool = True
-    episode: Episode | None = None
+    kinds = ("chatcmpl", "chat.completion", "chat.completion.chunk")
 
-    @property
-    def request(self) -> Request:
-        return Request(self.prompt, self.params)
-
-    def answer(self, completions: list[Completion]) -> dict[str, Any]:
-        """The whole answer, in the form of a chat completion."""
-        choices = [self.choice(i, completion) for i, completion in enumerate(completions)]
-        sampled = sum(len(completion.token_ids) for completion in completions)
-        counts = {"usage": usage(len(self.prompt), sampled)}
-        return head("chatcmpl", "chat.completion", self.model) | {"choices": choices} | counts
-
-    def choice(self, index: int, completion: Completion) -> dict[str, Any]:
-        """The whole choice that a completion is; the episode records it."""
-        message = GrowingMessage(self, index)
-        reason = completion.finish_reason
-        last = Piece(index, completion.token_ids, (), (), reason, completion=completion)
-        whole = joined(message.deltas(last))
-        choice = {
-            "index": index,
-            "message": whole,
-            "logprobs": chat_logprobs(self.engine, completion) if self.logprobs else None,
-            "finish_reason": message.finish_reason(completion),
-            "prompt_token_ids": list(self.prompt),
-            **token_fields(completion.token_ids, completion.logprobs),
-            **training_fields(completion),
-        }
-        self._record(completion, choice)
-        hidden = () if self.tokens else ("prompt_token_ids", "token_ids", "token_logprobs")
-        return {name: value for name, value in choice.items() if name not in hidden}
-
-    def prompt_fields(self) -> dict[str, Any]:
-        """The prompt's token ids, if choices carry token ids."""
-        return {"prompt_token_ids": list(self.prompt)} if self.tokens else {}
-
-    def token_fields(
-        self, token_ids: Sequence[int] = (), logprobs: Sequence[float] = ()
-    ) -> dict[str, Any]:
-        """Tokens and their log-probs, if choices carry token ids."""
-        return token_fields(token_ids, logprobs) if self.tokens else {}
-
-    def _record(self, completion: Completion, choice: dict[str, Any]) -> None:
-        """Keep a choice in its episode, and its tokens for the prompts to come."""
-        if self.episode is None:
-            return
-        tokens = completion.token_ids
-        ids = [call["id"] for call in choice["message"].get("tool_calls", ())]
-        if self.episode.memory is not None:
-            text = self.engine.decode(tokens, special=True)
-            self.episode.memory.remember(self.prompt, tokens, text, ids)
-        self.episode.record(self.messages, self.tools, choice)
+    def begin(self, index: int, prompt: Sequence[int]) -> GrowingMessage:
+        return GrowingMessage(self, index, prompt)
 
 
 class GrowingMessage:
     """One message of a chat that is being sampled.
 
+    Its chunks begin with the role and the prompt's token ids; then comes one for each piece with
+    its tokens, and at its end one with the reason and what training needs besides.
+
     Args:
-        call: the chat.
+        asked: the chat.
         index: number of the completion.
+        prompt: the chat's tokens.
     """
 
-    def __init__(self, call: Conversation, index: int):
-        self._call, self._text = call, GrowingText(call.engine, call.params)
+    def __init__(self, asked: Conversation, index: int, prompt: Sequence[int]):
+        self._asked, self._index, self._prompt = asked, index, list(prompt)
+        self._text = GrowingText(asked.engine, asked.params)
+        self._deltas: list[Delta] = []
         self._calls = 0
         self._before: tuple[int, ...] = ()
-        self._parser = None
-        if call.reads:
-            key = completion_key(call.prompt, index)
-            self._parser = call.engine.chat.parser(call.tools if call.calls else None, key)
+        self._begun = False
+        tools = asked.tools if asked.calls else None
+        key = completion_key(prompt, index) if asked.reads else ""
+        self._parser = asked.engine.chat.parser(tools, key) if asked.reads else None
 
-    def deltas(self, piece: Piece) -> list[dict[str, Any]]:
-        """What a piece adds to the message, in the form of a chunk's deltas."""
+    def read(self, piece: Piece) -> list[Delta]:
+        """What a piece adds to the message."""
         text = self._text.read(piece)
-        if self._parser is None:
-            return [{"content": text}] if text else []
-        found = self._parser.feed(text)
-        if piece.completion is not None:
-            found += self._parser.end()
-        return [self._written(delta) for delta in found]
-
-    def _written(self, delta: Delta) -> dict[str, Any]:
-        fields: dict[str, Any] = {}
-        if delta.content:
-            fields["content"] = delta.content
-        if delta.reasoning:
-            fields["reasoning_content"] = delta.reasoning
-        if delta.call is not None:
-            fields["tool_calls"] = [{"index": self._calls, **delta.call.wire()}]
-            self._calls += 1
-        return fields
-
-    def finish_reason(self, completion: Completion) -> str:
-        """Why the message ended."""
-        return (
-            "tool_calls"
-            if self._calls and completion.finish_reason == "stop"
-            else (completion.finish_reason)
-        )
+        if self._parser is not None:
+            new = self._parser.feed(text, last=piece.completion is not None)
+        else:
+            new = [Delta(text)] if text else []
+        self._deltas += new
+        return new
 
     def logprobs(self, piece: Piece) -> dict[str, Any] | None:
         """Log-probs of the piece's tokens, if they are asked for."""
         before, self._before = self._before, piece.token_ids[-1:]
-        return chat_logprobs(self._call.engine, piece, before) if self._call.logprobs else None
+        return chat_logprobs(self._asked.engine, piece, before) if self._asked.logprobs else None
 
+    def chunks(self, piece: Piece) -> Iterator[dict[str, Any]]:
+        if not self._begun:
+            self._begun = True
+            first = {"role": "assistant", "content": ""}
+            yield self._chunk(first, prompt_token_ids=self._prompt)
+        first, *others = [self._wire(delta) for delta in self.read(piece)] or [{}]
+        yield self._chunk(first, **token_fields(piece), logprobs=self.logprobs(piece))
+        for delta in others:
+            yield self._chunk(delta)
+        if piece.completion is not None:
+            choice = self.recorded(piece.completion)
+            reason = choice["finish_reason"]
+            yield self._chunk({}, finish_reason=reason, **training_fields(piece.completion))
 
-def joined(deltas: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The message that deltas add up to.
+    def whole(self, completion: Completion) -> dict[str, Any]:
+        (piece,) = completion.pieces(self._index, len(completion.token_ids))
+        self.read(piece)
+        return self.recorded(completion)
 
-    >>> joined([{"content": "a"}, {"content": "b"}])["content"]
-    'ab'
-    """
-    texts = {"content": "", "reasoning_content": ""}
-    calls = []
-    for delta in deltas:
-        for name in texts:
-            texts[name] += delta.get(name, "")
-        calls += delta.get("tool_calls", ())
-    content = texts["content"] or (None if calls else "")
-    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-    if texts["reasoning_content"]:
-        message["reasoning_content"] = texts["reasoning_content"]
-    if calls:
-        message["tool_calls"] = [
-            {name: value for name, value in call.items() if name != "index"} for call in calls
-        ]
-    return message
+    def recorded(self, completion: Completion) -> dict[str, Any]:
+        """The choice that all pieces add up to; its episode keeps it and remembers its tokens."""
+        asked, message = self._asked, joined(self._deltas)
+        stopped = completion.finish_reason == "stop"
+        choice = {
+            "index": self._index,
+            "message": message.wire(),
+            "logprobs": chat_logprobs(asked.engine, completion) if asked.logprobs else None,
+            "finish_reason": "tool_calls"
+            if message.tool_calls and stopped
+            else completion.finish_reason,
+            "prompt_token_ids": self._prompt,
+            **token_fields(completion),
+            **training_fields(completion),
+        }
+        if asked.episode is not None:
+            text = asked.engine.decode(completion.token_ids, special=True)
+            ids = [call.id for call in message.tool_calls]
+            asked.episode.memory.remember(self._prompt, completion.token_ids, text, ids)
+            asked.episode.record(asked.messages, asked.tools, choice)
+        return choice
 
+    def _wire(self, delta: Delta) -> dict[str, Any]:
+        if delta.call is not None:
+            self._calls += 1
+            return {"tool_calls": [{"index": self._calls - 1, **delta.call.wire()}]}
+        name = "reasoning_content" if delta.reasoning else "content"
+        return {name: delta.content or delta.reasoning}
 
-async def chat_chunks(
-    call: Conversation, pieces: AsyncGenerator[tuple[int, Piece], None], with_usage: bool
-) -> AsyncGenerator[dict[str, Any], None]:
-    """Write a stream of pieces as chunks of a chat completion.
-
-    Each choice begins with the role and the prompt's token ids, then comes a chunk for each piece
-    with its tokens, and at its end one with the reason and what training needs besides.
-    """
-    start = head("chatcmpl", "chat.completion.chunk", call.model)
-    if with_usage:
-        start["usage"] = None
-    messages: dict[int, GrowingMessage] = {}
-    sampled = 0
-
-    def chunk(index: int, delta: dict[str, Any], **fields: Any) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-        return start | {"choices": [choice | call.token_fields() | fields]}
-
-    async with aclosing(pieces):
-        async for _, piece in pieces:
-            index = piece.index
-            sampled += len(piece.token_ids)
-            if index not in messages:
-                messages[index] = GrowingMessage(call, index)
-                first = {"role": "assistant", "content": ""}
-                yield chunk(index, first, **call.prompt_fields())
-            message = messages[index]
-            tokens = call.token_fields(piece.token_ids, piece.logprobs)
-            first, *others = message.deltas(piece) or [{}]
-            yield chunk(index, first, **tokens, logprobs=message.logprobs(piece))
-            for delta in others:
-                yield chunk(index, delta)
-            if piece.completion is not None:
-                call.choice(index, piece.completion)  # for the episode
-                reason = message.finish_reason(piece.completion)
-                yield chunk(index, {}, finish_reason=reason, **training_fields(piece.completion))
-    if with_usage:
-        yield start | {"choices": [], "usage": usage(len(call.prompt), sampled)}
+    def _chunk(self, delta: dict[str, Any], **fields: Any) -> dict[str, Any]:
+        start = {"index": self._index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return start | token_fields() | fields

@@ -236,19 +236,11 @@ class Running:
         first = min((start for start in starts if start >= 0), default=None)
         return None if first is None else text[:first]
 
-    def read(
-        self, i: int, first: int = 0
-    ) -> tuple[tuple[int, ...], tuple[float, ...], tuple[int, ...]]:
-        """Tokens, log-probs and versions of completion i, from token `first` on."""
-        count = int(self._state["count"][i])
-        tokens, logprobs = (
-            tuple(self._state[name][i, first:count].tolist()) for name in ("tokens", "logprobs")
-        )
-        return tokens, logprobs, self._versions_of(count)[first:]
-
-    def _versions_of(self, count: int) -> tuple[int, ...]:
-        # One that runs has sampled a token in each of the last steps.
-        return tuple(self._versions[len(self._versions) - count :])
+    def read(self, i: int, first: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Tokens and log-probs of completion i, from token `first` on."""
+        new = slice(first, int(self._state["count"][i]))
+        tokens, logprobs = (self._state[name][i, new] for name in ("tokens", "logprobs"))
+        return tuple(tokens.tolist()), tuple(logprobs.tolist())
 
     def _write(self, rows: list[int], counts: list[int]) -> None:
         """Write into the completions what they have sampled; all at once, as reading is slow."""
@@ -257,7 +249,8 @@ class Running:
         for i, count, tokens, logprobs in zip(rows, counts, *together, strict=True):
             completion = self.completions[i]
             completion.tokens, completion.logprobs = tuple(tokens[:count]), tuple(logprobs[:count])
-            completion.versions = self._versions_of(count)
+            # It has sampled a token in each of the last steps.
+            completion.versions = tuple(self._versions[len(self._versions) - count :])
         self.alive -= len(rows)
         # A finished completion is still computed until `keep` drops it; its tokens are ignored.
         # It writes them over the start of its buffer.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -68,6 +68,15 @@ class Completion:
     top_logprobs: tuple[TopLogprobs, ...] = ()
     altered_by: tuple[str, ...] = ()
 
+    def pieces(self, index: int, size: int = 1) -> list[Piece]:
+        """Cut completion `index` of a request into pieces of `size` tokens."""
+        parts = [slice(start, start + size) for start in range(0, len(self.token_ids), size)]
+        pieces = [
+            Piece(index, self.token_ids[part], self.logprobs[part], self.top_logprobs[part])
+            for part in parts
+        ]
+        return [*pieces[:-1], replace(pieces[-1], completion=self)]
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -75,20 +84,14 @@ class Piece:
 
     Attributes:
         index: number of the completion, 0 to n - 1.
-        token_ids, logprobs, policy_versions: of its new tokens, as in `Completion`.
-        finish_reason: with its last piece; None before.
-        top_logprobs: of its new tokens, as in `Completion`.
-        altered_by: as in `Completion`, with each piece.
+        token_ids, logprobs, top_logprobs: of its new tokens, as in `Completion`.
         completion: with its last piece: the whole of it.
     """
 
     index: int
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    policy_versions: tuple[int, ...]
-    finish_reason: FinishReason | None = None
     top_logprobs: tuple[TopLogprobs, ...] = ()
-    altered_by: tuple[str, ...] = ()
     completion: Completion | None = None
 
 

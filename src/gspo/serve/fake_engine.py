@@ -130,13 +130,9 @@ class FakeEngine:
         """Nothing is held here, so nothing is let go of."""
 
     async def stream(self, request: Request) -> AsyncGenerator[Piece, None]:
-        for index, done in enumerate(await self.complete(request)):
-            last = len(done.token_ids) - 1
-            columns = zip(done.token_ids, done.logprobs, done.policy_versions, strict=True)
-            for i, (token, logprob, version) in enumerate(columns):
-                reason, whole = (done.finish_reason, done) if i == last else (None, None)
-                top, altered = done.top_logprobs[i : i + 1], done.altered_by
-                yield Piece(index, (token,), (logprob,), (version,), reason, top, altered, whole)
+        for index, completion in enumerate(await self.complete(request)):
+            for piece in completion.pieces(index):
+                yield piece
 
     async def complete(self, request: Request) -> list[Completion]:
         self.check(request)

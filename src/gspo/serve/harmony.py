@@ -11,12 +11,11 @@ header with `to=functions.NAME` is a call whose arguments are JSON. OpenAI calls
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 
-from gspo.serve.call_formats import Format, Tools, json_values
-from gspo.serve.tool_calls import Delta, ToolCall, marks, may_begin
+from gspo.serve.call_formats import Call, Format, Tools, json_values
+from gspo.serve.tool_calls import Delta, Parser, marks, may_begin
 
 _ENDS = ("<|end|>", "<|call|>", "<|return|>")
 _MESSAGE = "<|message|>"
@@ -25,29 +24,13 @@ _CHANNEL = re.compile(r"<\|channel\|>(\w+)")
 HARMONY = Format("harmony", "<|channel|>", "<|call|>", lambda text, tools: [])
 
 
-class HarmonyParser:
+class HarmonyParser(Parser):
     """Reads a text piece by piece, as `CallParser` does. Without tools, all calls stay text."""
 
     def __init__(self, tools: Tools, key: str = "", special: Iterable[str] = ()):
-        self.tools, self.key = tools, key
+        super().__init__(HARMONY, tools, key)
         self._dropped = marks(frozenset(special) | {*_ENDS, "<|start|>"})[0]
-        self._text, self._at, self._header = "", 0, None
-        self._out: list[Delta] = []
-
-    def feed(self, text: str) -> list[Delta]:
-        """What `text`, which follows what was fed before, adds to the message."""
-        self._text += text
-        while self._step(last=False):
-            pass
-        out, self._out = self._out, []
-        return out
-
-    def end(self) -> list[Delta]:
-        """What the message still lacks."""
-        while self._step(last=True):
-            pass
-        out, self._out = self._out, []
-        return out
+        self._header: str | None = None
 
     def _step(self, last: bool) -> bool:
         """Read a header, or what can be passed on of a body. Return whether there is more."""
@@ -89,9 +72,7 @@ class HarmonyParser:
     def _call(self, name: str, body: str, text: str) -> None:
         values = json_values(body)
         if name in self.tools and len(values) == 1 and isinstance(values[0], dict):
-            call_id = HARMONY.call_id(f"{self.key}\0{text}")
-            written = json.dumps(values[0], ensure_ascii=False)
-            self._out.append(Delta(call=ToolCall(call_id, name, written)))
+            self._called([Call(name, values[0])], text)
         else:
             self._content(body)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Any
 
-from gspo.serve.answers import training_fields
-from gspo.serve.conversation import Conversation, GrowingMessage
+from gspo.serve.conversation import Conversation
 from gspo.serve.engine import Completion, Piece
 from gspo.serve.responses_input import ResponsesBody
+from gspo.serve.tool_calls import ToolCall
 
 
 class GrowingResponse:
@@ -24,10 +24,10 @@ class GrowingResponse:
 
     def __init__(self, body: ResponsesBody, call: Conversation):
         self._call = call
+        self._message = call.begin(0, call.prompts[0])
         self._output: list[dict[str, Any]] = []
-        self._open: str | None = (
-            None  # the field of the chat's deltas that the last item is made of
-        )
+        self._open = False  # whether the last item is a text that goes on
+        self._logprobs: list[Any] = []  # of tokens whose text has not come yet
         self._events = 0
         self._whole: dict[str, Any] = {
             "id": _id("resp"),
@@ -56,109 +56,92 @@ class GrowingResponse:
         }
 
     def answer(self, completion: Completion) -> dict[str, Any]:
-        """The whole answer, without a stream."""
-        piece = Piece(
-            *(0, completion.token_ids, completion.logprobs, completion.policy_versions),
-            completion.finish_reason,
-            completion.top_logprobs,
-            completion=completion,
-        )
-        message = GrowingMessage(self._call, 0)
-        for _ in self._of_piece(message, piece):
-            pass
+        """The whole answer, without a stream: what its events add up to."""
+        size = 1 if self._call.logprobs else len(completion.token_ids)
+        for piece in completion.pieces(0, size):
+            for _ in self._of_piece(piece):
+                pass
         return self._whole
 
     async def events(
         self, pieces: AsyncGenerator[tuple[int, Piece], None]
     ) -> AsyncGenerator[dict[str, Any], None]:
         """Write a stream of pieces as events."""
-        message = GrowingMessage(self._call, 0)
-        begun = False
         async with aclosing(pieces):
             async for _, piece in pieces:
-                if not begun:
-                    begun = True
+                if not self._events:
                     for name in ("created", "in_progress"):
-                        yield self._event(f"response.{name}", response=dict(self._whole))
-                for event in self._of_piece(message, piece):
+                        yield self._event(name, response=dict(self._whole))
+                for event in self._of_piece(piece):
                     yield event
 
-    def _of_piece(self, message: GrowingMessage, piece: Piece) -> list[dict[str, Any]]:
+    def _of_piece(self, piece: Piece) -> Iterator[dict[str, Any]]:
         """The events of a piece; with the last one the answer is whole."""
-        events: list[dict[str, Any]] = []
-        logprobs = (message.logprobs(piece) or {}).get("content", [])
-        for delta in message.deltas(piece):
-            if "content" in delta:
-                events += self._words("content", delta["content"], logprobs)
-                logprobs = []
-            elif "reasoning_content" in delta:
-                events += self._words("reasoning_content", delta["reasoning_content"], [])
+        self._logprobs += (self._message.logprobs(piece) or {}).get("content", [])
+        for delta in self._message.read(piece):
+            if delta.call is not None:
+                yield from self._close()
+                yield from self._called(delta.call)
             else:
-                events += self._close()
-                for call in delta["tool_calls"]:
-                    events += self._called(call)
+                kind = "reasoning_text" if delta.reasoning else "output_text"
+                yield from self._words(kind, delta.reasoning or delta.content)
         if piece.completion is not None:
-            events += self._close()
-            events.append(self._end(message, piece.completion))
-        return events
+            yield from self._close()
+            yield self._end(piece.completion)
 
-    def _words(self, field: str, text: str, logprobs: list[Any]) -> list[dict[str, Any]]:
-        events = []
-        if self._open != field:
-            events = self._close()
-            kind, part = _ITEMS[field]
-            item = {"id": _id(kind[0]), "type": kind[1], "status": "in_progress", "content": []}
-            item |= {"role": "assistant"} if kind[1] == "message" else {"summary": []}
-            self._output.append(item)
-            self._open = field
-            events.append(self._of_item("output_item.added", item=dict(item)))
-            item["content"] = [dict(part)]
-            events.append(self._of_content("content_part.added", part=dict(part)))
+    def _words(self, kind: str, text: str) -> Iterator[dict[str, Any]]:
+        """Go on in a text, or begin another."""
+        if not self._open or self._output[-1]["content"][0]["type"] != kind:
+            yield from self._close()
+            part: dict[str, Any] = {"type": kind, "text": ""}
+            if kind == "output_text":
+                part |= {"annotations": [], "logprobs": []}
+                item: dict[str, Any] = {"id": _id("msg"), "type": "message", "role": "assistant"}
+            else:
+                item = {"id": _id("rs"), "type": "reasoning", "summary": []}
+            yield self._added(item | {"content": []})
+            yield self._of_item("content_part.added", part=dict(part), content_index=0)
+            self._output[-1]["content"], self._open = [part], True
         part = self._output[-1]["content"][0]
         part["text"] += text
-        extra: dict[str, Any] = {"logprobs": logprobs} if field == "content" else {}
-        if field == "content":
-            part["logprobs"] += logprobs
-        name = "output_text" if field == "content" else "reasoning_text"
-        events.append(self._of_content(f"{name}.delta", delta=text, **extra))
-        return events
+        extra: dict[str, Any] = {}
+        if kind == "output_text":
+            extra["logprobs"], self._logprobs = self._logprobs, []
+            part["logprobs"] += extra["logprobs"]
+        yield self._of_item(f"{kind}.delta", delta=text, content_index=0, **extra)
 
-    def _close(self) -> list[dict[str, Any]]:
-        """End the item that is being written, if one is."""
-        if self._open is None:
-            return []
-        item = self._output[-1]
-        part, item["status"] = item["content"][0], "completed"
-        name, extra = "reasoning_text", {}
-        if self._open == "content":
-            name, extra = "output_text", {"logprobs": part["logprobs"]}
-        self._open = None
-        return [
-            self._of_content(f"{name}.done", text=part["text"], **extra),
-            self._of_content("content_part.done", part=part),
-            self._of_item("output_item.done", item=item),
-        ]
+    def _close(self) -> Iterator[dict[str, Any]]:
+        """End the text that is being written, if one is."""
+        if self._open:
+            self._open = False
+            part = self._output[-1]["content"][0]
+            fields = {name: part[name] for name in ("text", "logprobs") if name in part}
+            yield self._of_item(f"{part['type']}.done", content_index=0, **fields)
+            yield self._of_item("content_part.done", part=part, content_index=0)
+            yield self._done()
 
-    def _called(self, call: dict[str, Any]) -> list[dict[str, Any]]:
-        item = {"id": _id("fc"), "type": "function_call", "status": "in_progress"}
-        item |= {"call_id": call["id"], "name": call["function"]["name"], "arguments": ""}
-        self._output.append(item)
-        events = [self._of_item("output_item.added", item=dict(item))]
-        item |= {"arguments": call["function"]["arguments"], "status": "completed"}
-        of_item = {"item_id": item["id"]}
+    def _called(self, call: ToolCall) -> Iterator[dict[str, Any]]:
+        item = {"id": _id("fc"), "type": "function_call", "call_id": call.id, "name": call.name}
+        yield self._added(item | {"arguments": ""})
+        self._output[-1]["arguments"] = arguments = call.arguments
         name = "function_call_arguments"
-        delta = self._of_item(f"{name}.delta", delta=item["arguments"], **of_item)
-        of_item |= {"name": item["name"], "arguments": item["arguments"]}
-        done = self._of_item(f"{name}.done", **of_item)
-        return [*events, delta, done, self._of_item("output_item.done", item=dict(item))]
+        yield self._of_item(f"{name}.delta", delta=arguments)
+        yield self._of_item(f"{name}.done", name=call.name, arguments=arguments)
+        yield self._done()
 
-    def _end(self, message: GrowingMessage, completion: Completion) -> dict[str, Any]:
-        choice = self._call.choice(0, completion)
-        whole = completion.finish_reason != "length"
-        prompt, sampled = len(self._call.prompt), len(completion.token_ids)
+    def _end(self, completion: Completion) -> dict[str, Any]:
+        """The last event: that the answer is whole."""
+        choice = self._call.shown(self._message.recorded(completion))
+        status = "incomplete" if completion.finish_reason == "length" else "completed"
+        prompt, sampled = len(self._call.prompts[0]), len(completion.token_ids)
+        # What training needs; the temperature of the log-probs is 1 where that of sampling is 0.
+        hidden = {"index", "message", "logprobs", "finish_reason", "temperature"}
+        self._whole |= {name: choice[name] for name in choice.keys() - hidden}
         self._whole |= {
-            "status": "completed" if whole else "incomplete",
-            "incomplete_details": None if whole else {"reason": "max_output_tokens"},
+            "status": status,
+            "incomplete_details": {"reason": "max_output_tokens"}
+            if status == "incomplete"
+            else None,
             "output": self._output,
             "usage": {
                 "input_tokens": prompt,
@@ -167,34 +150,29 @@ class GrowingResponse:
                 "output_tokens_details": {"reasoning_tokens": 0},
                 "total_tokens": prompt + sampled,
             },
+            "logprobs_temperature": completion.temperature,
         }
-        # What training needs; the temperature of the log-probs is 1 where that of sampling is 0.
-        hidden = {"index", "message", "logprobs", "finish_reason", "temperature"}
-        self._whole |= {name: value for name, value in choice.items() if name not in hidden}
-        self._whole["logprobs_temperature"] = training_fields(completion)["temperature"]
-        name = "completed" if whole else "incomplete"
-        return self._event(f"response.{name}", response=self._whole)
+        return self._event(status, response=self._whole)
 
-    def _of_content(self, name: str, /, **fields: Any) -> dict[str, Any]:
-        item = self._output[-1]
-        return self._of_item(name, item_id=item["id"], content_index=0, **fields)
+    def _added(self, item: dict[str, Any]) -> dict[str, Any]:
+        self._output.append(item | {"status": "in_progress"})
+        return self._event(
+            "output_item.added", item=dict(self._output[-1]), output_index=len(self._output) - 1
+        )
+
+    def _done(self) -> dict[str, Any]:
+        self._output[-1]["status"] = "completed"
+        item = dict(self._output[-1])
+        return self._event("output_item.done", item=item, output_index=len(self._output) - 1)
 
     def _of_item(self, name: str, /, **fields: Any) -> dict[str, Any]:
-        return self._event(f"response.{name}", output_index=len(self._output) - 1, **fields)
+        """An event of the last item."""
+        where = {"item_id": self._output[-1]["id"], "output_index": len(self._output) - 1}
+        return self._event(name, **where, **fields)
 
     def _event(self, name: str, /, **fields: Any) -> dict[str, Any]:
         self._events += 1
-        return {"type": name, "sequence_number": self._events - 1, **fields}
-
-
-_ITEMS: dict[str, tuple[Sequence[str], dict[str, Any]]] = {
-    "content": (
-        ("msg", "message"),
-        {"type": "output_text", "text": "", "annotations": [], "logprobs": []},
-    ),
-    "reasoning_content": (("rs", "reasoning"), {"type": "reasoning_text", "text": ""}),
-}
-"""What a field of a chat's deltas becomes: the item's id and type, and its one part."""
+        return {"type": f"response.{name}", "sequence_number": self._events - 1, **fields}
 
 
 def _id(kind: str) -> str:

@@ -273,14 +273,12 @@ class Scheduler:
             return made
         for index, first in enumerate(ticket.sent):
             completion = ticket.completions[index]
-            tokens, logprobs, versions = batch.sampled(completion, first)
+            tokens, logprobs = batch.sampled(completion, first)
             if tokens:
                 ticket.sent[index] += len(tokens)
-                finish, altered = completion.finish, completion.params.altered_by
                 top = tuple(completion.top_logprobs[first : first + len(tokens)])
-                whole = self._engine.whole(completion) if finish else None
-                piece = Piece(index, tokens, logprobs, versions, finish, top, altered, whole)
-                made.append((ticket, piece))
+                whole = self._engine.whole(completion) if completion.finish else None
+                made.append((ticket, Piece(index, tokens, logprobs, top, whole)))
         return made
 
     def _deliver(self, made: Made) -> None:

@@ -2,116 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gspo.serve.answers import head, text_logprobs, token_fields, training_fields, usage
-from gspo.serve.engine import Completion, Engine, Piece, Request, SamplingParams
-from gspo.serve.episodes import Episode
+from gspo.serve.answers import Asked, text_logprobs, token_fields, training_fields
+from gspo.serve.engine import Completion, Piece
 from gspo.serve.streaming import GrowingText
 
 
-@dataclass(frozen=True)
-class TextCompletion:
-    """Prompts that are to be continued, ready to be sampled.
+class TextCompletion(Asked):
+    """Prompts that are to be continued, ready to be sampled."""
 
-    Attributes:
-        engine: what samples them.
-        model: its name in the request.
-        prompts: token ids of each prompt.
-        params: how they are continued.
-        logprobs: whether choices carry log-probs in OpenAI's form.
-        tokens: whether they carry token ids.
-        episode: what records the choices.
+    kinds = ("cmpl", "text_completion", "text_completion")
+
+    def begin(self, index: int, prompt: Sequence[int]) -> GrowingCompletion:
+        return GrowingCompletion(self, index, prompt)
+
+
+class GrowingCompletion:
+    """One choice of a text completion: a chunk for each piece, with its tokens.
+
+    Args:
+        asked: the request.
+        index: number of the choice.
+        prompt: what it continues.
     """
 
-    engine: Engine
-    model: str
-    prompts: Sequence[tuple[int, ...]]
-    params: SamplingParams
-    logprobs: bool = False
-    tokens: bool = True
-    episode: Episode | None = None
+    def __init__(self, asked: TextCompletion, index: int, prompt: Sequence[int]):
+        self._asked, self._index = asked, index
+        self._text = GrowingText(asked.engine, asked.params)
+        self._prompt = {"prompt_token_ids": list(prompt)}
+        self._begun = False
+        self._offset = 0  # characters of the tokens so far
 
-    @property
-    def requests(self) -> list[Request]:
-        return [Request(prompt, self.params) for prompt in self.prompts]
+    def chunks(self, piece: Piece) -> Iterator[dict[str, Any]]:
+        choice = self._choice(self._text.read(piece), piece)
+        if not self._begun:
+            self._begun = True
+            choice |= self._prompt
+        if piece.completion is not None:
+            whole = self.whole(piece.completion)
+            choice |= training_fields(piece.completion)
+            choice["finish_reason"] = whole["finish_reason"]
+        yield choice
 
-    def answer(self, completions: Sequence[Sequence[Completion]]) -> dict[str, Any]:
-        """The whole answer, of the completions of each prompt."""
-        pairs = [
-            (prompt, completion)
-            for prompt, answers in zip(self.prompts, completions, strict=True)
-            for completion in answers
-        ]
-        choices = []
-        for index, (prompt, completion) in enumerate(pairs):
-            end = {"finish_reason": completion.finish_reason, **training_fields(completion)}
-            choice = self._choice(index, completion.text, completion)
-            choices.append(choice | self._prompt_fields(prompt) | end)
-            self._record(prompt, choices[-1], completion)
-        sampled = sum(len(completion.token_ids) for _, completion in pairs)
-        start = head("cmpl", "text_completion", self.model)
-        return start | {"choices": choices, "usage": self._usage(sampled)}
+    def whole(self, completion: Completion) -> dict[str, Any]:
+        self._offset = 0
+        choice = self._choice(completion.text, completion)
+        choice |= self._prompt | training_fields(completion)
+        choice["finish_reason"] = completion.finish_reason
+        if self._asked.episode is not None:
+            prompt = self._asked.engine.decode(self._prompt["prompt_token_ids"], special=True)
+            self._asked.episode.record_text(prompt, choice)
+        return choice
 
-    async def chunks(
-        self, pieces: AsyncGenerator[tuple[int, Piece], None], with_usage: bool
-    ) -> AsyncGenerator[dict[str, Any], None]:
-        """Write a stream of pieces as chunks: one for each piece, with its tokens."""
-        start = head("cmpl", "text_completion", self.model)
-        if with_usage:
-            start["usage"] = None
-        texts: dict[int, GrowingText] = {}
-        offsets: dict[int, int] = {}
-        sampled = 0
-        async with aclosing(pieces):
-            async for number, piece in pieces:
-                index = number * self.params.n + piece.index
-                sampled += len(piece.token_ids)
-                fields: dict[str, Any] = {}
-                if index not in texts:
-                    texts[index] = GrowingText(self.engine, self.params)
-                    fields = self._prompt_fields(self.prompts[number])
-                text = texts[index].read(piece)
-                if piece.completion is not None:
-                    fields |= {"finish_reason": piece.finish_reason}
-                    fields |= training_fields(piece.completion)
-                choice = self._choice(index, text, piece, offsets.get(index, 0))
-                if choice["logprobs"]:
-                    lengths = map(len, choice["logprobs"]["tokens"])
-                    offsets[index] = offsets.get(index, 0) + sum(lengths)
-                if piece.completion is not None:
-                    whole = {**choice, **fields, "text": piece.completion.text}
-                    self._record(self.prompts[number], whole, piece.completion)
-                yield start | {"choices": [choice | fields]}
-        if with_usage:
-            yield start | {"choices": [], "usage": self._usage(sampled)}
-
-    def _choice(
-        self, index: int, text: str, sampled: Completion | Piece, offset: int = 0
-    ) -> dict[str, Any]:
-        logprobs = text_logprobs(self.engine, sampled, offset) if self.logprobs else None
+    def _choice(self, text: str, sampled: Completion | Piece) -> dict[str, Any]:
+        logprobs = None
+        if self._asked.logprobs:
+            logprobs = text_logprobs(self._asked.engine, sampled, self._offset)
+            self._offset += sum(map(len, logprobs["tokens"]))
         return {
-            "index": index,
+            "index": self._index,
             "text": text,
             "logprobs": logprobs,
             "finish_reason": None,
-            **(token_fields(sampled.token_ids, sampled.logprobs) if self.tokens else {}),
+            **token_fields(sampled),
         }
-
-    def _record(
-        self, prompt: tuple[int, ...], choice: dict[str, Any], completion: Completion
-    ) -> None:
-        """Keep a whole choice in its episode, its tokens too."""
-        if self.episode is not None:
-            tokens = token_fields(completion.token_ids, completion.logprobs)
-            fields = {**choice, **tokens, "prompt_token_ids": list(prompt)}
-            self.episode.record_text(self.engine.decode(prompt, special=True), fields)
-
-    def _prompt_fields(self, prompt: tuple[int, ...]) -> dict[str, Any]:
-        return {"prompt_token_ids": list(prompt)} if self.tokens else {}
-
-    def _usage(self, sampled: int) -> dict[str, int]:
-        return usage(sum(map(len, self.prompts)), sampled)

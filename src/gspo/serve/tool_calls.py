@@ -53,6 +53,15 @@ class Parsed:
     tool_calls: tuple[ToolCall, ...] = ()
     reasoning: str | None = None
 
+    def wire(self) -> dict[str, Any]:
+        """The message in the form of OpenAI's API."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.content, "refusal": None}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            message["tool_calls"] = [call.wire() for call in self.tool_calls]
+        return message
+
 
 @lru_cache(maxsize=64)
 def marks(texts: frozenset[str]) -> tuple[re.Pattern[str], frozenset[str]]:
@@ -73,47 +82,64 @@ def may_begin(text: str, beginnings: frozenset[str]) -> int:
     return next((n for n in range(longest, 0, -1) if text[-n:] in beginnings), 0)
 
 
-class CallParser:
+class Parser:
+    """Reads an answer piece by piece.
+
+    Args:
+        form: how calls are written.
+        tools: those that may be called.
+        key: what the text is an answer to; ids are made of it and of the text up to the call's end.
+    """
+
+    def __init__(self, form: Format, tools: Tools, key: str):
+        self.form, self.tools, self.key = form, tools, key
+        self._text, self._at = "", 0
+        self._out: list[Delta] = []
+
+    def feed(self, text: str, last: bool = False) -> list[Delta]:
+        """What `text`, which follows what was fed before, adds to the message; with the last one,
+        all that it still lacks."""
+        self._text += text
+        while self._step(last):
+            pass
+        out, self._out = self._out, []
+        return out
+
+    def _step(self, last: bool) -> bool:
+        """Read on. Return whether there is more to read."""
+        raise NotImplementedError
+
+    def _called(self, calls: list[Call], text: str) -> None:
+        """Add the calls that `text` ends with."""
+        for number, call in enumerate(calls):
+            name = self.form.call_id(f"{self.key}\0{number}\0{text}")
+            arguments = json.dumps(call.arguments, ensure_ascii=False)
+            self._out.append(Delta(call=ToolCall(name, call.name, arguments)))
+
+
+class CallParser(Parser):
     """Reads a text piece by piece; the message doesn't depend on where the pieces end.
 
     Content is passed on at once, unless it may be the beginning of a call or the white space before
     one. A call comes whole, at its end.
 
     Args:
-        form: how calls are written.
-        tools: those that may be called.
-        key: what the text is an answer to; ids are made of it and of the text up to the call's end.
+        form, tools, key: see `Parser`.
         special: special tokens, which are no part of the message.
     """
 
     def __init__(self, form: Format, tools: Tools, key: str = "", special: Iterable[str] = ()):
-        self.form, self.tools, self.key = form, tools, key
+        super().__init__(form, tools, key)
         ends = frozenset(special)
         self._plain = marks(ends | {form.opening, "<think>"})
         self._thinking = marks(ends | {"</think>"})
         self._dropped = marks(ends - {form.opening, form.closing, *form.inside})[0]
-        self._text, self._at, self._mode = "", 0, "start" if form.bare else "plain"
+        self._mode = "start" if form.bare else "plain"
         self._space, self._any = "", False
         self._looked = 0  # up to here there is no end of the call that would be new
-        self._out: list[Delta] = []
 
-    def feed(self, text: str) -> list[Delta]:
-        """What `text`, which follows what was fed before, adds to the message."""
-        self._text += text
-        return self._read(last=False)
-
-    def end(self) -> list[Delta]:
-        """What the message still lacks."""
-        return self._read(last=True)
-
-    def _read(self, last: bool) -> list[Delta]:
-        steps = {"start": self._start, "call": self._inside}
-        while steps.get(self._mode, self._words)(last):
-            pass
-        if last and not self._any:  # a message without calls is what was written, to its end
-            self._content("", last=True)
-        out, self._out = self._out, []
-        return out
+    def _step(self, last: bool) -> bool:
+        return {"start": self._start, "call": self._inside}.get(self._mode, self._words)(last)
 
     def _start(self, last: bool) -> bool:
         """At the beginning of a text that may be a call without a mark before it."""
@@ -130,7 +156,8 @@ class CallParser:
             end = len(self._text)
             if not last:
                 end -= may_begin(self._text[self._at :], beginnings)
-            self._content(self._text[self._at : end])
+            # A message without calls is what was written, to its end.
+            self._content(self._text[self._at : end], last and not self._any)
             self._at = end
             return False
         self._content(self._text[self._at : found.start()])
@@ -157,6 +184,7 @@ class CallParser:
             body = self._dropped.sub("", text[begin:end])
             calls = form.read(body, self.tools)
             if calls and all(call.name in self.tools for call in calls):
+                self._space, self._any = "", True
                 self._called(calls, text[:after])
                 self._at, self._mode = after, "plain"
                 return True
@@ -178,13 +206,6 @@ class CallParser:
         found = [m.span() for m in re.finditer(re.escape(mark), text[begin:])]
         ends = [(begin + a, begin + (b if form.closing else a)) for a, b in found]
         return [*ends, (len(text), len(text))] if last else ends
-
-    def _called(self, calls: list[Call], text: str) -> None:
-        self._space, self._any = "", True
-        for number, call in enumerate(calls):
-            name = self.form.call_id(f"{self.key}\0{number}\0{text}")
-            arguments = json.dumps(call.arguments, ensure_ascii=False)
-            self._out.append(Delta(call=ToolCall(name, call.name, arguments)))
 
     def _content(self, text: str, last: bool = False) -> None:
         """Add content; white space at its end waits, since a call may follow."""

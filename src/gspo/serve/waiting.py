@@ -55,6 +55,8 @@ async def together(engine: Engine, requests: Sequence[Request]) -> list[list[Com
     """Sample several requests; if one fails, the others are let go of."""
     if len(requests) == 1:
         return [await engine.complete(requests[0])]
+    for request in requests:  # all of them, before the first is sampled
+        engine.check(request)
     tasks = [asyncio.create_task(engine.complete(request)) for request in requests]
     try:
         return await asyncio.gather(*tasks)
