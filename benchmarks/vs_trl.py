@@ -154,13 +154,14 @@ def held_out_reward(model: str | Path) -> float:
     from gspo.policy.load import load_policy
     from gspo.serve.engine import Request, SamplingParams
     from gspo.serve.torch_engine import TorchEngine
+    from gspo.serve.verbatim import chat_tokens
     from gspo.tasks import load_task
 
     task, engine = load_task("sort"), TorchEngine(load_policy(str(model)))
     problems = [task.problem("heldout", index) for index in range(HELD_OUT)]
     params = SamplingParams(n=4, max_tokens=task.max_tokens)
     requests = [
-        Request(tuple(engine.encode_chat(task.messages(problem))), params) for problem in problems
+        Request(tuple(chat_tokens(engine, task.messages(problem))), params) for problem in problems
     ]
     rewards = [
         task.score(problem, completion.text)

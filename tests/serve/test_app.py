@@ -19,6 +19,7 @@ from gspo.serve.engine import Completion, Piece, Request
 from gspo.serve.fake_engine import FakeEngine
 from gspo.serve.local_client import in_process_client
 from gspo.serve.server import bind
+from gspo.serve.verbatim import chat_tokens
 from support import app_of
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
@@ -41,13 +42,13 @@ async def test_chat_choices_carry_what_training_needs(client: AsyncOpenAI, engin
     assert [c.index for c in response.choices] == [0, 1, 2]
     for choice in response.choices:
         extra: Any = choice
-        assert extra.prompt_token_ids == engine.encode_chat(HELLO)
+        assert extra.prompt_token_ids == chat_tokens(engine, HELLO)
         assert engine.decode(extra.token_ids) == choice.message.content
         assert len(extra.token_logprobs) == len(extra.token_ids)
         assert (extra.temperature, extra.policy_version) == (1.0, 0)
         assert choice.logprobs is None
     assert response.usage is not None
-    assert response.usage.prompt_tokens == len(engine.encode_chat(HELLO))
+    assert response.usage.prompt_tokens == len(chat_tokens(engine, HELLO))
 
 
 async def test_logprobs_in_openais_form_where_asked(client: AsyncOpenAI):
@@ -72,7 +73,7 @@ async def test_text_parts_are_joined(client: AsyncOpenAI, engine: FakeEngine):
     parts: Any = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
     message: Any = [{"role": "user", "content": parts}]
     response: Any = await client.chat.completions.create(model="m", messages=message)
-    assert response.choices[0].prompt_token_ids == engine.encode_chat(HELLO)
+    assert response.choices[0].prompt_token_ids == chat_tokens(engine, HELLO)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +344,7 @@ async def test_texts_and_tokens_there_and_back(client: AsyncOpenAI, engine: Fake
         return await client.post(url, body={"model": "m", **body}, cast_to=object)
 
     assert await post("tokenize", prompt="ab") == {"tokens": [97, 98], "count": 2}
-    assert (await post("tokenize", messages=HELLO))["tokens"] == engine.encode_chat(HELLO)
+    assert (await post("tokenize", messages=HELLO))["tokens"] == chat_tokens(engine, HELLO)
     assert await post("detokenize", tokens=[97, 98]) == {"prompt": "ab"}
     with pytest.raises(BadRequestError, match="token id 10000000"):
         await post("detokenize", tokens=[1, 10**7])

@@ -21,6 +21,7 @@ from gspo.serve.fake_engine import FakeEngine
 from gspo.serve.local_client import in_process_client
 from gspo.serve.selfcheck import check_engine
 from gspo.serve.torch_engine import TorchEngine
+from gspo.serve.verbatim import chat_tokens
 from gspo.train.minibatches import prepare
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
@@ -42,7 +43,7 @@ def own_choices(policy: Policy, tokens: list[int]) -> np.ndarray:
 
 
 def asked(engine: Engine, *texts: str, **params: Any) -> list[Request]:
-    prompts = [tuple(engine.encode_chat([{"role": "user", "content": t}])) for t in texts]
+    prompts = [tuple(chat_tokens(engine, [{"role": "user", "content": t}])) for t in texts]
     return [Request(p, SamplingParams(max_tokens=12, **params)) for p in prompts]
 
 

@@ -10,6 +10,7 @@ import torch
 from gspo.core.errors import RequestError
 from gspo.serve.engine import Completion, Request, SamplingParams
 from gspo.serve.fake_engine import END, FakeEngine
+from gspo.serve.verbatim import chat_tokens
 from gspo.weights.receipt import Probe
 
 
@@ -65,9 +66,9 @@ async def test_it_says_what_was_asked_of_the_distribution():
 def test_the_next_prompt_extends_a_turn_as_it_was_sampled():
     engine = FakeEngine(lambda prompt, index: "yes")
     messages = [{"role": "user", "content": "?"}]
-    prompt = engine.encode_chat(messages)
+    prompt = chat_tokens(engine, messages)
     answer = asyncio.run(engine.complete(Request(tuple(prompt))))[0]
-    longer = engine.encode_chat([*messages, {"role": "assistant", "content": answer.text}])
+    longer = chat_tokens(engine, [*messages, {"role": "assistant", "content": answer.text}])
     assert longer[: len(prompt) + 4] == [*prompt, *answer.token_ids]
     assert b"".join(engine.token_bytes(engine.encode("é漢"))).decode() == "é漢"
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.types import Message
 
 from gspo.serve import guard as module
 from gspo.serve.guard import Guard, is_loopback
@@ -45,8 +46,8 @@ class Called:
         body = self.parts.pop(0)
         return {"type": "http.request", "body": body, "more_body": bool(self.parts)}
 
-    async def send(self, message: dict[str, Any]) -> None:
-        self.sent.append(message)
+    async def send(self, message: Message) -> None:
+        self.sent.append({**message})
 
     async def ask(
         self, guard: Guard, path: str = "/v1/models", full: bool = False, **headers: str
@@ -70,8 +71,9 @@ class Called:
 async def ask(
     listens: str = "127.0.0.1",
     key: str | None = None,
-    full: bool = False,
     path: str = "/v1/models",
+    *,
+    full: bool = False,
     **headers: str,
 ) -> tuple[int, Any]:
     app = Called()
@@ -142,9 +144,14 @@ async def test_a_refusal_says_how_to_authenticate():
     assert (b"www-authenticate", b"Bearer") in app.sent[0]["headers"]
 
 
+def many(count: int) -> Any:
+    """So many headers."""
+    return {f"a{i}": "b" for i in range(count)}
+
+
 async def test_heads_have_a_size():
-    assert (await ask(**{f"a{i}": "b" for i in range(99)}))[0] == 200
-    assert (await ask(**{f"a{i}": "b" for i in range(100)}))[0] == 431
+    assert (await ask(**many(99)))[0] == 200
+    assert (await ask(**many(100)))[0] == 431
     assert (await ask(a="b" * module.HEADER_BYTES))[0] == 431
 
 
@@ -220,7 +227,7 @@ async def test_who_does_not_read_is_let_go(monkeypatch: pytest.MonkeyPatch):
     answer = b"x" * (3 * module.PART_BYTES + 5)
 
     class Deaf(Called):
-        async def send(self, message: dict[str, Any]) -> None:
+        async def send(self, message: Message) -> None:
             if len(self.sent) == 3:
                 await asyncio.sleep(60)
             await super().send(message)
@@ -240,7 +247,7 @@ async def test_who_reads_slowly_but_reads_is_not_let_go(monkeypatch: pytest.Monk
     answer = b"x" * (4 * module.PART_BYTES)
 
     class Slow(Called):
-        async def send(self, message: dict[str, Any]) -> None:
+        async def send(self, message: Message) -> None:
             await asyncio.sleep(0.2)
             await super().send(message)
 

@@ -15,6 +15,7 @@ from gspo.serve.decoding import OpenCompletion
 from gspo.serve.engine import Request, SamplingParams
 from gspo.serve.logit_rules import LogitRules
 from gspo.serve.torch_engine import TorchEngine
+from gspo.serve.verbatim import chat_tokens
 from support import embedded
 
 V = 23
@@ -108,7 +109,7 @@ def engine() -> TorchEngine:
 def test_a_penalty_over_the_engine_is_the_penalty_by_hand(engine: TorchEngine):
     """Greedy: each token is the likeliest after the penalties of what was before it."""
     policy: Policy = engine.policy
-    prompt = tuple(engine.encode_chat([{"role": "user", "content": "918273"}]))
+    prompt = tuple(chat_tokens(engine, [{"role": "user", "content": "918273"}]))
     params = SamplingParams(
         temperature=0, max_tokens=14, ignore_eos=True, presence_penalty=0.7,
         frequency_penalty=1.5, repetition_penalty=1.2, logit_bias=((9, 2.0),), top_logprobs=2,

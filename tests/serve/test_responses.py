@@ -12,6 +12,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from gspo.serve.fake_engine import FakeEngine
 from gspo.serve.local_client import in_process_client
+from gspo.serve.verbatim import chat_tokens
 from support import app_of
 
 ADD: Any = {
@@ -45,7 +46,7 @@ async def test_a_text(client: AsyncOpenAI):
     assert (answer.status, answer.usage.output_tokens) == ("completed", len(answer.token_ids))
     engine = FakeEngine()
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
-    assert answer.prompt_token_ids == engine.encode_chat(messages)
+    assert answer.prompt_token_ids == chat_tokens(engine, messages)
     assert len(answer.token_logprobs) == len(answer.token_ids)
     short = await client.responses.create(model="m", input="hi", max_output_tokens=3)
     assert (short.status, short.output_text) == ("incomplete", "Sur")

@@ -9,6 +9,7 @@ import pytest
 from gspo.core.errors import RequestError
 from gspo.serve.fake_engine import FakeEngine
 from gspo.serve.tool_messages import tools_of, with_objects
+from gspo.serve.verbatim import chat_tokens
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 TOOL: dict[str, Any] = {"type": "function", "function": {"name": "add", "parameters": SCHEMA}}
@@ -57,4 +58,4 @@ def test_two_tools_have_two_names():
 def test_calls_have_openais_form(calls: Any):
     engine = FakeEngine()
     with pytest.raises(RequestError, match=r"messages\[1\].tool_calls is .*must be a list"):
-        engine.encode_chat([HI, {"role": "assistant", "content": "", "tool_calls": calls}])
+        chat_tokens(engine, [HI, {"role": "assistant", "content": "", "tool_calls": calls}])

@@ -16,6 +16,7 @@ from gspo.policy.load import Policy
 from gspo.serve import torch_engine
 from gspo.serve.engine import Completion, Request, SamplingParams
 from gspo.serve.torch_engine import TorchEngine
+from gspo.serve.verbatim import chat_tokens
 from support import choice, embedded, trajectory
 
 
@@ -30,7 +31,7 @@ def engine(policy: Policy) -> TorchEngine:
 
 
 def chat(engine: TorchEngine, text: str) -> tuple[int, ...]:
-    return tuple(engine.encode_chat([{"role": "user", "content": text}]))
+    return tuple(chat_tokens(engine, [{"role": "user", "content": text}]))
 
 
 def requests(engine: TorchEngine, **params) -> list[Request]:

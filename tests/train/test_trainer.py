@@ -24,6 +24,7 @@ from gspo.policy.workers import Workers
 from gspo.serve.engine import Request, SamplingParams
 from gspo.serve.selfcheck import check_engine, make_exact
 from gspo.serve.torch_engine import TorchEngine
+from gspo.serve.verbatim import chat_tokens
 from gspo.train import minibatches
 from gspo.train import trainer as trainer_module
 from gspo.train.epsilon import needed_epsilon
@@ -168,7 +169,7 @@ def test_on_policy_the_first_minibatch_has_ratio_one_and_the_clip_acts_later():
     engine = TorchEngine(policy)
     groups = []
     for question in ("918273645546", "192837465501", "000111222333", "555666777888"):
-        prompt = tuple(engine.encode_chat([{"role": "user", "content": question}]))
+        prompt = tuple(chat_tokens(engine, [{"role": "user", "content": question}]))
         done = engine.generate([Request(prompt, SamplingParams(n=8, max_tokens=16))])[0]
         groups.append(
             TrajectoryGroup(
@@ -282,7 +283,7 @@ def engine_groups(policy: Policy, size: int = 8) -> list[TrajectoryGroup]:
     engine = TorchEngine(policy)
     groups = []
     for question in ("918273645546", "192837465501", "000111222333", "555666777888"):
-        prompt = tuple(engine.encode_chat([{"role": "user", "content": question}]))
+        prompt = tuple(chat_tokens(engine, [{"role": "user", "content": question}]))
         done = engine.generate([Request(prompt, SamplingParams(n=size, max_tokens=16))])[0]
         groups.append(
             TrajectoryGroup(

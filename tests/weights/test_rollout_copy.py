@@ -15,6 +15,7 @@ from gspo.core.errors import ModelError
 from gspo.policy.policy import Policy
 from gspo.serve.engine import Request, SamplingParams
 from gspo.serve.torch_engine import TorchEngine
+from gspo.serve.verbatim import chat_tokens
 from gspo.weights.rollout_copy import (
     GROUP,
     RoundedCopy,
@@ -233,7 +234,7 @@ def test_an_engine_samples_in_every_precision_and_says_float32(dtype: dev.Rollou
     rollout = RoundedCopy(embedded(), dtype).policy
     rollout.version = 5
     engine = TorchEngine(rollout)
-    prompt = tuple(engine.encode_chat([{"role": "user", "content": "918273645546"}]))
+    prompt = tuple(chat_tokens(engine, [{"role": "user", "content": "918273645546"}]))
     params = SamplingParams(n=8, max_tokens=16)
     completions = engine.generate([Request(prompt, params)])[0]
     assert {version for c in completions for version in c.policy_versions} == {5}

@@ -28,6 +28,7 @@ from gspo.policy.load import Policy, load_policy
 from gspo.policy.probe import choose_packing
 from gspo.serve.engine import Completion, Request, SamplingParams
 from gspo.serve.selfcheck import make_engine
+from gspo.serve.verbatim import chat_tokens
 from gspo.tasks import load_task
 from gspo.train.expert_replay import ExpertReplay
 from gspo.train.old_logprobs import with_trainer_logprobs
@@ -104,7 +105,7 @@ def sample_all(
     compute = ComputeThread()
     engine = make_engine(sampling, compute)
     params = replace(params, expert_choices=bool(policy.routers.modules))
-    requests = [Request(tuple(engine.encode_chat(c)), params) for c in conversations]
+    requests = [Request(tuple(chat_tokens(engine, c)), params) for c in conversations]
 
     async def answers() -> list[list[Completion]]:
         return await asyncio.gather(*(engine.complete(request) for request in requests))

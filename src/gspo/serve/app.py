@@ -29,6 +29,7 @@ from gspo.serve.responses_input import ResponsesBody, chat_of
 from gspo.serve.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from gspo.serve.streaming import EventStream, begun, pieces
 from gspo.serve.text_completion import TextCompletion
+from gspo.serve.verbatim import chat_tokens
 from gspo.serve.waiting import together, tokenized, unless_gone
 
 Find = Callable[[str], Awaitable[Engine]]
@@ -157,7 +158,7 @@ async def _conversation(
         "memory": None if episode is None else episode.memory,
     }
     texts = texts_in([messages, tools, options["template_kwargs"]])
-    prompt = await tokenized(http, engine, texts, lambda: engine.encode_chat(messages, **options))
+    prompt = await tokenized(http, engine, texts, lambda: chat_tokens(engine, messages, **options))
     return Conversation(
         engine=engine,
         model=body.model,
@@ -227,7 +228,7 @@ async def tokenize(http: fastapi.Request, body: TokenizeBody) -> dict[str, Any]:
     if messages is not None:
         options = {"tools": body.tools, "template_kwargs": body.chat_template_kwargs}
         texts = texts_in([messages, *options.values()])
-        ids = await tokenized(http, engine, texts, lambda: engine.encode_chat(messages, **options))
+        ids = await tokenized(http, engine, texts, lambda: chat_tokens(engine, messages, **options))
     else:
         special = body.add_special_tokens is not False
         ids = await tokenized(http, engine, [text], lambda: engine.encode(text, special=special))

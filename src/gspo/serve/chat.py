@@ -24,7 +24,7 @@ from gspo.core.errors import RequestError
 from gspo.serve.call_formats import FORMATS, Format
 from gspo.serve.harmony import HARMONY, HarmonyParser
 from gspo.serve.tool_calls import CallParser, Parsed, Parser, joined
-from gspo.serve.tool_messages import check_calls, tools_of, with_objects
+from gspo.serve.tool_messages import tools_of, with_objects
 
 _PROBE_TOOL = {
     "type": "function",
@@ -140,7 +140,6 @@ class ChatFormat:
             options["continue_final_message"] = True
         else:
             options["add_generation_prompt"] = ask
-        check_calls(messages)
         plain = [self._plain(message) for message in messages]
         try:
             return self._apply([with_objects(message) for message in plain], **options)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
@@ -13,7 +13,6 @@ from gspo.serve.params import SamplingParams
 
 if TYPE_CHECKING:  # `import gspo` is light
     from gspo.serve.chat import ChatFormat
-    from gspo.serve.verbatim import TokenMemory
     from gspo.weights.receipt import Probe, Receipts
 
 FinishReason = Literal["stop", "length"]
@@ -103,7 +102,8 @@ class Engine(Protocol):
     (`gspo.weights.publisher`), and each publication is proved (`gspo.weights.receipt`).
 
     Attributes:
-        chat: how its conversations are written, and its answers read.
+        chat: how its conversations are written (`gspo.serve.verbatim.chat_tokens`), and its answers
+            read.
         receipts: `generate` asks `receipts.require` first, so that nothing is sampled with weights
             that were not proved. None: the weights never change.
     """
@@ -132,27 +132,6 @@ class Engine(Protocol):
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of a text; `special` adds what the tokenizer puts around one (a BOS)."""
-        ...
-
-    def encode_chat(
-        self,
-        messages: Sequence[dict],
-        *,
-        tools: Sequence[dict] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
-        continue_final: bool = False,
-        memory: TokenMemory | None = None,
-    ) -> list[int]:
-        """Token ids of a conversation that asks for the assistant's next turn.
-
-        Args:
-            messages, tools, template_kwargs, continue_final: see `ChatFormat.render`.
-            memory: of the episode that the conversation belongs to: what was sampled in it is used
-                word for word.
-
-        Raises:
-            RequestError: see `ChatFormat.render`.
-        """
         ...
 
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:

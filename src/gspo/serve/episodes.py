@@ -1,8 +1,8 @@
 """Episodes: what one run of an agent asked and was answered, recorded where it was sampled.
 
 A request belongs to an episode if its URL says so, `/episodes/<id>/v1/...`, or if it was made in
-this process inside `art.trajectory()`. A handler asks `current(request)`, hands `episode.memory` to
-the engine's `encode_chat`, and calls `episode.record` for each choice, before the last bytes of the
+this process inside `art.trajectory()`. A handler asks `current(app)`, hands `episode.memory` to
+`chat_tokens`, and calls `episode.record` for each choice, before the last bytes of the
 answer are sent: a client that has read its answer finds it recorded.
 
 Routes of their own read an episode (`GET /episodes/<id>`: a trajectory as JSON, its choices with
@@ -56,7 +56,7 @@ class Episode:
         purpose: what its draws are for, see `gspo.core.draws.purpose`; None: its id.
 
     Attributes:
-        memory: for `Engine.encode_chat`; empty once the episode has ended.
+        memory: for `chat_tokens`; empty once the episode has ended.
         server: the one server whose answers are recorded: the first that is asked. What another
             model says inside the block is none of this model's samples.
         ended: nothing more is recorded.

@@ -13,7 +13,6 @@ from tokenizers import AddedToken
 from gspo.core.errors import RequestError
 from gspo.serve.chat import ChatFormat
 from gspo.serve.engine import Completion, Piece, Request, check_fits
-from gspo.serve.verbatim import TokenMemory, chat_tokens
 
 if TYPE_CHECKING:
     from gspo.weights.receipt import Probe, Receipts
@@ -83,24 +82,6 @@ class FakeEngine:
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         return [ord(character) for character in text]
-
-    def encode_chat(
-        self,
-        messages: Sequence[dict],
-        *,
-        tools: Sequence[dict] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
-        continue_final: bool = False,
-        memory: TokenMemory | None = None,
-    ) -> list[int]:
-        return chat_tokens(
-            self,
-            messages,
-            tools=tools,
-            template_kwargs=template_kwargs,
-            continue_final=continue_final,
-            memory=memory,
-        )
 
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
         return "".join(chr(token) for token in token_ids if special or token != END)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +25,6 @@ from gspo.serve.engine import Completion, Piece, Request, check_fits
 from gspo.serve.grammar import Grammars
 from gspo.serve.scheduler import Scheduler
 from gspo.serve.tokens import end_tokens, ends_of, text_of, token_bytes
-from gspo.serve.verbatim import TokenMemory, chat_tokens
 from gspo.weights.receipt import Probe, Receipts, score
 
 _REMEMBERED = 2**20
@@ -92,24 +90,6 @@ class TorchEngine:
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         return self.policy.tokenizer(text, add_special_tokens=special)["input_ids"]
-
-    def encode_chat(
-        self,
-        messages: Sequence[dict],
-        *,
-        tools: Sequence[dict] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
-        continue_final: bool = False,
-        memory: TokenMemory | None = None,
-    ) -> list[int]:
-        return chat_tokens(
-            self,
-            messages,
-            tools=tools,
-            template_kwargs=template_kwargs,
-            continue_final=continue_final,
-            memory=memory,
-        )
 
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
         return text_of(self.policy.tokenizer, token_ids, special=special)

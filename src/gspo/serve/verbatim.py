@@ -54,7 +54,7 @@ class TokenMemory:
 
     >>> from gspo.serve.fake_engine import FakeEngine
     >>> engine, memory = FakeEngine(), TokenMemory()
-    >>> prompt = engine.encode_chat([{"role": "user", "content": "hi"}], memory=memory)
+    >>> prompt = chat_tokens(engine, [{"role": "user", "content": "hi"}], memory=memory)
     >>> memory.remember(prompt, [104, 111, 0], "ho\\0")
     """
 
@@ -195,10 +195,16 @@ def chat_tokens(
     continue_final: bool = False,
     memory: TokenMemory | None = None,
 ) -> list[int]:
-    """What `Engine.encode_chat` returns, for any engine that has a `ChatFormat`.
+    """Token ids of a conversation that asks for the assistant's next turn.
+
+    Args:
+        engine: whose prompt it is.
+        messages, tools, template_kwargs, continue_final: see `ChatFormat.render`.
+        memory: of the episode that the conversation belongs to: what was sampled in it is used word
+            for word.
 
     Raises:
-        RequestError: see `ChatFormat.render`.
+        RequestError: calls that are not in OpenAI's form; and see `ChatFormat.render`.
     """
     check_calls(messages)
     if memory is not None:
