@@ -14,7 +14,8 @@ from pydantic import BaseModel
 
 from gspo.serve.fake_engine import END, FakeEngine
 from gspo.serve.local_client import in_process_client
-from support import app_of
+from gspo.serve.torch_engine import TorchEngine
+from support import app_of, embedded
 
 ASK: Any = [{"role": "user", "content": "add"}]
 ADD: Any = {
@@ -189,3 +190,27 @@ async def test_special_tokens_and_tools_dont_mix(streams: bool):
                 stream=streams,
                 extra_body={"skip_special_tokens": False},
             )
+
+
+async def test_a_stream_of_the_embedded_engine_is_its_answer():
+    engine = TorchEngine(embedded())
+    digit: Any = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+    add: Any = {"type": "function", "function": {"name": "add", "parameters": digit}}
+    asked: dict[str, Any] = {"messages": ASK, "tools": [add], "logprobs": True, "seed": 3}
+    asked["logit_bias"] = {str(engine.encode("h")[0]): -100}  # it must call, not <think>
+    async with in_process_client(app_of(engine)) as client:
+        for choice in ("none", "required"):
+            asked |= {"tool_choice": choice, "max_tokens": 8 if choice == "none" else 90}
+            plain: Any = await client.chat.completions.create(model="m", **asked)
+            whole = plain.model_dump(exclude_unset=True)["choices"]
+            assert await streamed(client, **asked) == whole
+            assert ("tool_calls" in whole[0]["message"]) == (choice == "required")
+        items: Any = {"input": "918273", "include": ["message.output_text.logprobs"]}
+        items |= {"max_output_tokens": 8, "extra_body": {"seed": 5}}
+        answer: Any = await client.responses.create(model="m", **items)
+        events: Any = await client.responses.create(model="m", stream=True, **items)
+        last = [event async for event in events][-1].response
+    engine.close()
+    for one, other in zip(answer.output, last.output, strict=True):
+        assert one.content == other.content and one.content[0].logprobs
+    assert (answer.token_ids, answer.usage) == (last.token_ids, last.usage)

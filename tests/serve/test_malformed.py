@@ -185,7 +185,8 @@ async def outcomes(count: int, seed: int) -> dict[int, int]:
             status = answer.status_code
             found[status] = found.get(status, 0) + 1
             if status == 200:
-                assert b'"error"' not in answer.content, (path, body, answer.content)
+                failed = any(mark in answer.content for mark in (b'"error":{', b"event: error"))
+                assert not failed, (path, body, answer.content)
                 continue
             assert 400 <= status < 500, (path, body, answer.content)
             error = answer.json()
@@ -216,7 +217,7 @@ QUICK = settings(
     derandomize=True,
     deadline=None,
     phases=[Phase.generate],
-    suppress_health_check=list(HealthCheck.__members__.values()),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 
 

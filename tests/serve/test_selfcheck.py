@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -166,16 +167,14 @@ def asked(policy: Policy, count: int = 2, tokens: int = 12) -> list[Request]:
     ]
 
 
+FEW = {("llama", torch.float32), ("qwen3_moe", torch.float32), ("gemma3", torch.bfloat16)}
+
+
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
-        *((kind, torch.float32) for kind in EXACT),
-        *((kind, torch.bfloat16) for kind in ("qwen2_moe", "gemma3")),
-        *(
-            pytest.param(kind, torch.bfloat16, marks=pytest.mark.slow)
-            for kind in EXACT
-            if kind not in ("qwen2_moe", "gemma3")
-        ),
+        pytest.param(*pair, marks=() if pair in FEW else pytest.mark.slow)
+        for pair in itertools.product(EXACT, (torch.float32, torch.bfloat16))
     ],
 )
 def test_engine_and_trainer_are_equal_to_the_bit(kind: str, dtype: torch.dtype):
