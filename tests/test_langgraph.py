@@ -33,6 +33,24 @@ async def test_a_rollout_is_given_what_its_agent_asked():
     assert trajectory.metadata == {"task": "hi"}
 
 
+async def test_tools_are_bound_and_their_calls_read():
+    model = art.TrainableModel(name="m", project="p", base_model="any")
+    call = '<tool_call>{"name": "add", "arguments": {"a": 2}}</tool_call>'
+
+    def add(a: int) -> int:
+        """Add."""
+        return a
+
+    async with art.FakeBackend() as backend:
+        await model.register(backend)
+        backend.engine.reply = lambda prompt, index: call
+        with art.trajectory(model) as t:
+            answer = await init_chat_model().bind_tools([add]).ainvoke("2?")
+    (asked,) = answer.tool_calls
+    assert (asked["name"], asked["args"]) == ("add", {"a": 2})
+    assert t.tools and t.choices()[0].finish_reason == "tool_calls"
+
+
 async def test_blocking_calls_go_to_the_port():
     model = art.TrainableModel(name="m", project="p", base_model="any")
     async with art.FakeBackend(port=0) as backend:

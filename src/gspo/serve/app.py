@@ -21,7 +21,7 @@ from gspo.serve.answers import Asked
 from gspo.serve.constraint import answer_grammar
 from gspo.serve.conversation import Conversation
 from gspo.serve.engine import Completion, Engine, Piece, Request
-from gspo.serve.message_texts import texts_in
+from gspo.serve.message_texts import text_messages, texts_in
 from gspo.serve.meters import Metered, Meters
 from gspo.serve.refusals import DOCUMENTED, UnknownModelError, add_handlers
 from gspo.serve.responses import GrowingResponse
@@ -134,7 +134,7 @@ async def _conversation(
 ) -> Conversation:
     """Prepare a chat."""
     engine, params, episode = await _engine(app, body.model), body.params(), episodes.current(app)
-    messages, tools = body.text_messages(), body.tools or None
+    messages, tools = text_messages(body.messages), body.tools or None
     must_call, schema = body.must_call(), body.answer_schema()
     calls = tools if body.tool_choice != "none" else None
     reads = engine.chat.wants_special(calls)
@@ -173,7 +173,7 @@ async def _conversation(
         reads=reads,
         calls=calls is not None,
         logprobs=bool(body.logprobs),
-        tokens=body.tokens_asked(),
+        tokens=body.return_token_ids is not False,
         episode=episode,
     )
 
@@ -216,7 +216,7 @@ async def _text_completion(http: fastapi.Request, body: CompletionBody) -> TextC
         prompts=prompts,
         params=params,
         logprobs=body.logprobs is not None,
-        tokens=body.tokens_asked(),
+        tokens=body.return_token_ids is not False,
         episode=episodes.current(http.app),
     )
 

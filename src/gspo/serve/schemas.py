@@ -133,10 +133,6 @@ class SampledBody(_Asked):
                 raise RequestError(f"logit_bias: {shown(name)} is no token id", "logit_bias")
             yield int(name), bias
 
-    def tokens_asked(self) -> bool:
-        """Whether choices carry token ids: they do, unless somebody says no."""
-        return self.return_token_ids is not False
-
 
 class _Chunked(SampledBody):
     """What the routes have in common whose streams are chunks."""
@@ -177,10 +173,6 @@ class ChatBody(_Chunked):
         new = self.max_completion_tokens
         limit = self.max_tokens if new is None else new
         return self.sampling(limit, self.top_logprobs or 0)
-
-    def text_messages(self) -> list[dict[str, Any]]:
-        """See `text_messages`."""
-        return text_messages(self.messages)
 
     def template_kwargs(self, chat: ChatFormat) -> dict[str, Any]:
         """Variables of the chat template.
