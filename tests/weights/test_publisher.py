@@ -168,9 +168,6 @@ class FileEngine:
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         return [6 + int(character) for character in text]
 
-    def encode_chat(self, messages: Sequence[dict]) -> list[int]:
-        return self.encode(messages[-1]["content"])
-
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
         return "".join(str(token - 6) for token in token_ids)
 
