@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import gspo as art
-from gspo.backend import service
+from gspo.backend import engines
 from gspo.core.draws import seed_of
 from gspo.core.errors import ServeError
 from gspo.data.packing import pack
@@ -86,7 +86,7 @@ async def test_without_it_the_engine_shares_the_weights(tmp_path: Path):
     await model.register(backend)
     service = backend._service(model)
     assert service.sampling is service.trainer.policy
-    assert isinstance(service.publisher, SharedMemory)
+    assert isinstance(service.receipts._publisher, SharedMemory)
     await backend.close()
 
 
@@ -197,7 +197,7 @@ class FileEngine:
     async def stream(self, request: Request) -> AsyncGenerator[Piece, None]:
         for i, done in enumerate(await self.complete(request)):
             parts = (done.token_ids, done.logprobs, done.policy_versions)
-            yield Piece(i, *parts, done.finish_reason, done)
+            yield Piece(i, *parts, done.finish_reason, completion=done)
 
     def close(self) -> None:
         pass
@@ -219,9 +219,9 @@ async def test_another_engine_and_another_publisher_are_new_classes(
     file = tmp_path / "weights.safetensors"
     engine = FileEngine(file)
     assert isinstance(engine, Engine)
-    monkeypatch.setattr(service, "make_engine", lambda *_, **__: engine)
+    monkeypatch.setattr(engines, "make_engine", lambda *_, **__: engine)
     second = FilePublisher(file)
-    monkeypatch.setattr(service, "publisher_for", lambda policy, dtype: (policy, second))
+    monkeypatch.setattr(engines, "publisher_for", lambda policy, dtype: (policy, second))
     model = make(None)
     async with art.LocalBackend(tmp_path / "runs") as backend:
         await model.register(backend)
@@ -261,7 +261,7 @@ async def test_an_engine_that_a_publication_does_not_reach_is_named(
     def publisher_for(policy: Policy, dtype: None) -> tuple[Policy, Lost]:
         return RoundedCopy(policy, "float32").policy, Lost()
 
-    monkeypatch.setattr(service, "publisher_for", publisher_for)
+    monkeypatch.setattr(engines, "publisher_for", publisher_for)
     model = make(None)
     async with art.LocalBackend(tmp_path) as backend:
         await model.register(backend)
