@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from openai import AsyncOpenAI, BadRequestError
+from openai import AsyncOpenAI, BadRequestError, NotFoundError
 from openai.types.chat.chat_completion import Choice
 
 import gspo as art
@@ -444,7 +444,7 @@ async def test_a_register_whose_server_fails_stops_all_it_began(
     with pytest.raises(ServeError, match="no start"):
         await make().register(backend)
     assert not in_use(tmp_path / "p" / "m")
-    assert stopped[0].app.state.engine is None
+    assert stopped[0]._engine is None and not stopped[0].app.state.engines
     assert stopped[0].client.is_closed()
     await backend.close()
     assert len(stopped) == 1

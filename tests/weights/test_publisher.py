@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from gspo.core.draws import seed_of
 from gspo.core.errors import ServeError
 from gspo.data.packing import pack
 from gspo.policy.load import Policy
+from gspo.serve.chat import ChatFormat
 from gspo.serve.engine import Completion, Engine, Piece, Request, check_fits
+from gspo.serve.fake_engine import FakeTokenizer
 from gspo.train.minibatches import prepare
 from gspo.weights.publisher import SharedMemory, publisher_for
 from gspo.weights.receipt import Probe, Receipts, score
@@ -156,6 +159,7 @@ class FileEngine:
     def __init__(self, file: Path):
         self.file = file
         self.seeds: list[int] = []
+        self.chat = ChatFormat(FakeTokenizer())
         self.receipts: Receipts | None = None
 
     @property
@@ -168,7 +172,7 @@ class FileEngine:
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         return [6 + int(character) for character in text]
 
-    def encode_chat(self, messages: Sequence[dict]) -> list[int]:
+    def encode_chat(self, messages: Sequence[dict], **_: Any) -> list[int]:
         return self.encode(messages[-1]["content"])
 
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
