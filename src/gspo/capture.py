@@ -22,9 +22,10 @@ from pydantic import PrivateAttr
 
 from gspo.core.draws import purpose
 from gspo.core.errors import ConfigError, DataError, shown
+from gspo.core.plain import plain_number
 from gspo.model import Model
 from gspo.serve.episodes import Episode, current_episode, recording
-from gspo.trajectories import Trajectory, plain_number
+from gspo.trajectories import Trajectory
 
 P = ParamSpec("P")
 AnyModel: TypeAlias = Model[Any]

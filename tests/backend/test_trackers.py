@@ -115,15 +115,16 @@ import sys
 from pathlib import Path
 from gspo.backend.run import Run
 from gspo.backend.trackers import Trackers
-path, logger, step, value = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
-run = Run(Path(path), "p", "m", {"base_model": "embedded:sort"})
-run.trackers = Trackers([logger], run, step, {"base_model": "embedded:sort"})
-run.trackers.configure("train", {"epsilon": value})
-run.log(step + 1, {"train/reward": value})
-run.log(step, {"val/reward": value / 2})
-run.close()
+path, logger = sys.argv[1:]
+for step, value in ((0, 0.25), (1, 0.5)):
+    run = Run(Path(path), "p", "m", {"base_model": "embedded:sort"})
+    run.trackers = Trackers([logger], run, step, {"base_model": "embedded:sort"})
+    run.trackers.configure("train", {"epsilon": value})
+    run.log(step + 1, {"train/reward": value})
+    run.log(step, {"val/reward": value / 2})
+    run.close()
 """
-"""A process of a run. What it logs last is of an earlier step."""
+"""A run that is opened twice. What each opening logs last is of an earlier step."""
 
 
 def isolated(code: str, *arguments: str, **environment: str) -> str:
@@ -158,9 +159,7 @@ def wandb_records(path: Path) -> Iterator[Any]:
 
 def test_wandb_goes_on_with_its_run_and_is_offline_without_a_key(tmp_path: Path):
     pytest.importorskip("wandb", reason="pip install -e '.[wandb]'")
-    for step, value in ((0, 0.25), (1, 0.5)):
-        arguments = (str(tmp_path), "wandb", str(step), str(value))
-        isolated(SESSION, *arguments, HOME=str(tmp_path), NETRC=str(tmp_path / "none"))
+    isolated(SESSION, str(tmp_path), "wandb", HOME=str(tmp_path), NETRC=str(tmp_path / "none"))
     identity = (tmp_path / "p" / "m" / "wandb-id").read_text()
     files = sorted((tmp_path / "p" / "m" / "wandb").glob(f"offline-run-*/run-{identity}.wandb"))
     assert len(files) == 2
@@ -211,9 +210,8 @@ print(json.dumps([runs, SQLiteStorage.get_run_config("p", "m"), SQLiteStorage.ge
 def test_trackio_goes_on_with_its_run(tmp_path: Path):
     pytest.importorskip("trackio", reason="pip install -e '.[trackio]'")
     home = {"TRACKIO_DIR": str(tmp_path / "trackio"), "HOME": str(tmp_path)}
-    for step, value in ((0, 0.25), (1, 0.5)):
-        isolated(SESSION, str(tmp_path), "trackio", str(step), str(value), **home)
-    runs, config, logs = json.loads(isolated(TRACKIO_LOGS, **home))
+    written = isolated(SESSION + TRACKIO_LOGS, str(tmp_path), "trackio", **home)
+    runs, config, logs = json.loads(written.splitlines()[-1])
     assert runs == ["m"]
     assert (config["base_model"], config["train"]) == ("embedded:sort", {"epsilon": 0.5})
     shown = [{k: v for k, v in row.items() if k != "timestamp"} for row in logs]
@@ -265,7 +263,7 @@ class BrokenClient(types.ModuleType):
         (("update", "log", "finish"), "wandb could not configure"),
     ],
 )
-async def test_a_broken_tracker_is_one_warning_and_never_stops_a_run(
+def test_a_broken_tracker_is_one_warning_and_never_stops_a_run(
     broken: tuple[str, ...],
     said: str,
     tmp_path: Path,
@@ -275,14 +273,31 @@ async def test_a_broken_tracker_is_one_warning_and_never_stops_a_run(
     client = BrokenClient(*broken)
     monkeypatch.setitem(sys.modules, "wandb", client)
     with caplog.at_level(logging.WARNING, "gspo"):
-        spec = Spec(path=str(tmp_path), learning_rate=1e-3, logger=["wandb"], **SIZES)
-        run = (await run_experiment(spec, Silent())).run
+        run = Run(tmp_path, "p", "m", CONFIG)
+        run.trackers = Trackers(["wandb"], run, 0, dict(CONFIG))
+        run.trackers.configure("train", {"epsilon": 0.1})
+        for step in range(3):
+            run.log(step, {"train/reward": 0.5})
+        run.close()
     warnings = [r.getMessage() for r in caplog.records if "wandb" in r.getMessage()]
     assert len(warnings) == 1 and warnings[0].startswith(said)
-    assert [record["step"] for record in records(run)] == [0, 1, 2]
+    assert [record["step"] for record in records(run.folder)] == [0, 1, 2]
     assert set(broken) <= set(client.called)
     if broken != ("init",):  # what fails once is tried again: a server may come back
         assert client.called.count("log") >= 3 and client.called.count("finish") == 1
+
+
+async def test_an_experiment_ends_though_its_tracker_is_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    client = BrokenClient("update", "log", "finish")
+    monkeypatch.setitem(sys.modules, "wandb", client)
+    with caplog.at_level(logging.WARNING, "gspo"):
+        spec = Spec(path=str(tmp_path), learning_rate=1e-3, logger=["wandb"], **SIZES)
+        run = (await run_experiment(spec, Silent())).run
+    assert len([r for r in caplog.records if "wandb" in r.getMessage()]) == 1
+    assert [record["step"] for record in records(run)] == [0, 1, 2]
+    assert client.called.count("finish") == 1
 
 
 @pytest.mark.parametrize(

@@ -110,12 +110,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+FROM_THE_BASE = ("gspo", "kl", "trainer", "replay", "old_policy", "bfloat16")
+"""Variants whose first step is looked at too: from the base model, not from a checkpoint."""
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 async def test_before_the_step_it_is_what_training_logged(tmp_path: Path, name: str):
     options = VARIANTS[name]
     run = await a_run(tmp_path, **options)
     assert_as_logged(before(run), logged(run, 2))
-    assert_as_logged(before(run, step=1), logged(run, 1))
+    if name in FROM_THE_BASE:
+        assert_as_logged(before(run, step=1), logged(run, 1))
 
 
 @pytest.mark.parametrize("kl", [0.0, 0.2])

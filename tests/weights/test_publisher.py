@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import gspo as art
-from gspo.backend import service
+from gspo.backend import engines
 from gspo.core.draws import seed_of
 from gspo.core.errors import ServeError
 from gspo.data.packing import pack
 from gspo.policy.load import Policy
+from gspo.serve.chat import ChatFormat
 from gspo.serve.engine import Completion, Engine, Piece, Request, check_fits
+from gspo.serve.fake_engine import FakeTokenizer
 from gspo.train.minibatches import prepare
 from gspo.weights.publisher import SharedMemory, publisher_for
 from gspo.weights.receipt import Probe, Receipts, score
@@ -86,7 +89,7 @@ async def test_without_it_the_engine_shares_the_weights(tmp_path: Path):
     await model.register(backend)
     service = backend._service(model)
     assert service.sampling is service.trainer.policy
-    assert isinstance(service.publisher, SharedMemory)
+    assert isinstance(service.receipts._publisher, SharedMemory)
     await backend.close()
 
 
@@ -156,6 +159,7 @@ class FileEngine:
     def __init__(self, file: Path):
         self.file = file
         self.seeds: list[int] = []
+        self.chat = ChatFormat(FakeTokenizer())
         self.receipts: Receipts | None = None
 
     @property
@@ -194,7 +198,7 @@ class FileEngine:
     async def stream(self, request: Request) -> AsyncGenerator[Piece, None]:
         for i, done in enumerate(await self.complete(request)):
             parts = (done.token_ids, done.logprobs, done.policy_versions)
-            yield Piece(i, *parts, done.finish_reason, done)
+            yield Piece(i, *parts, done.finish_reason, completion=done)
 
     def close(self) -> None:
         pass
@@ -216,9 +220,9 @@ async def test_another_engine_and_another_publisher_are_new_classes(
     file = tmp_path / "weights.safetensors"
     engine = FileEngine(file)
     assert isinstance(engine, Engine)
-    monkeypatch.setattr(service, "make_engine", lambda *_, **__: engine)
+    monkeypatch.setattr(engines, "make_engine", lambda *_, **__: engine)
     second = FilePublisher(file)
-    monkeypatch.setattr(service, "publisher_for", lambda policy, dtype: (policy, second))
+    monkeypatch.setattr(engines, "publisher_for", lambda policy, dtype: (policy, second))
     model = make(None)
     async with art.LocalBackend(tmp_path / "runs") as backend:
         await model.register(backend)
@@ -258,7 +262,7 @@ async def test_an_engine_that_a_publication_does_not_reach_is_named(
     def publisher_for(policy: Policy, dtype: None) -> tuple[Policy, Lost]:
         return RoundedCopy(policy, "float32").policy, Lost()
 
-    monkeypatch.setattr(service, "publisher_for", publisher_for)
+    monkeypatch.setattr(engines, "publisher_for", publisher_for)
     model = make(None)
     async with art.LocalBackend(tmp_path) as backend:
         await model.register(backend)

@@ -195,7 +195,8 @@ async def test_a_step_whose_publication_is_wrong_is_refused(tmp_path: Path):
     async with art.LocalBackend(tmp_path) as backend:
         await model.register(backend)
         service = backend._service(model)
-        honest = service.publisher.publish
+        publisher = service.receipts._publisher
+        honest = publisher.publish
 
         def wrong(policy: Any) -> int:
             version = honest(policy)
@@ -203,13 +204,13 @@ async def test_a_step_whose_publication_is_wrong_is_refused(tmp_path: Path):
                 service.sampling.lm.get_parameter("model.norm.weight")[3] = 0
             return version
 
-        service.publisher.publish = wrong  # pyright: ignore[reportAttributeAccessIssue]
+        publisher.publish = wrong  # pyright: ignore[reportAttributeAccessIssue]
         groups = random_groups(service.trainer.policy)
         with pytest.raises(ServeError, match=r"TorchEngine .* version 1 .*model\.norm\.weight"):
             await backend.train(model, groups, learning_rate=1e-3)
         with pytest.raises(Exception, match="no receipt for version 1"):
             await model.openai_client().completions.create(model="m", prompt="31")
-        service.publisher.publish = honest  # pyright: ignore[reportAttributeAccessIssue]
+        publisher.publish = honest  # pyright: ignore[reportAttributeAccessIssue]
         metrics = (await backend.train(model, groups, learning_rate=1e-3)).metrics
         assert metrics["publish/probe_max_diff"] == 0
         assert 0 < metrics["time/receipt"] < metrics["time/publish"]

@@ -16,8 +16,9 @@ from gspo.core.errors import ConfigError, check_names, shown
 from gspo.core.files import names_a_folder
 from gspo.core.metrics import is_ours, user_metric
 from gspo.core.options import Options, title_of
+from gspo.core.plain import plain_values
 from gspo.serve.episodes import Episode
-from gspo.trajectories import TrajectoryGroup, plain_values
+from gspo.trajectories import TrajectoryGroup
 
 Kind = TypeVar("Kind", bound=Options)
 

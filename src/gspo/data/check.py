@@ -10,8 +10,9 @@ from openai.types.chat.chat_completion import Choice
 
 from gspo.core.choices import as_choice
 from gspo.core.errors import DataError, shown
+from gspo.core.plain import plain_number, plain_values
 from gspo.data.turn import read_fields
-from gspo.trajectories import History, Trajectory, TrajectoryGroup, plain_number, plain_values
+from gspo.trajectories import History, Trajectory, TrajectoryGroup
 
 _LARGEST_REWARD = 1e100
 """The squares of larger ones leave float64, and with them the group's standard deviation."""

@@ -1,0 +1,56 @@
+"""Numbers and texts of Python's own, from what a user puts into metrics, metadata and rewards."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+from gspo.core.errors import DataError, shown
+
+NUMBER = "a number (int, float, bool, or a scalar of numpy or torch)"
+"""What `plain_number` takes, for errors."""
+
+
+def plain_number(value: Any) -> int | float | bool | None:
+    """`value` as a number of Python's own; None if it is none, or too large for a float.
+
+    >>> plain_number(True), plain_number("1"), plain_number(10**400)
+    (True, None, None)
+    """
+    try:
+        scalar = value.item() if hasattr(value, "shape") and hasattr(value, "item") else value
+        if not isinstance(scalar, numbers.Real):
+            return None
+        wide = float(scalar)
+    except Exception:  # a tensor of several elements, or without data; a number beyond a float
+        return None
+    if isinstance(scalar, bool):
+        return scalar
+    return int(scalar) if isinstance(scalar, int) else wide
+
+
+def plain_values(values: Any, where: str, *, texts: bool = False) -> dict[str, Any]:
+    """A dict of metrics or metadata with Python's own numbers as values.
+
+    Args:
+        values: what the user gave.
+        where: names the dict in errors.
+        texts: also take texts and None, which metadata may hold.
+
+    Raises:
+        DataError: not a dict, a name that is no text, or a value of another kind.
+    """
+    if not isinstance(values, dict):
+        raise DataError(f"{where} is {shown(values)}; it must be a dict")
+    kinds = f"{NUMBER}, not larger than a float"
+    if texts:
+        kinds = f"a text, {NUMBER}, or None: put anything else into the messages or the logs"
+    plain = {}
+    for name, value in values.items():
+        if not isinstance(name, str):
+            raise DataError(f"{where} has the key {shown(name)}; keys must be texts")
+        number = plain_number(value)
+        if number is None and not (texts and isinstance(value, str | None)):
+            raise DataError(f"{where}[{name!r}] is {shown(value)}; it must be {kinds}")
+        plain[name] = value if number is None else number
+    return plain
