@@ -20,8 +20,6 @@ from gspo.core.errors import GspoError
 # the OpenMP runtime when torch is first imported; a value that the user has set stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-absent.tell_imports()
-
 if TYPE_CHECKING:
     from gspo import langgraph, objective, rewards
     from gspo.backend.base import Backend, TrainResult

@@ -60,22 +60,17 @@ def refusal(owner: str, name: str, reasons: Mapping[str, str]) -> AttributeError
     >>> str(refusal("gspo", "ServerlessBackend", {"ServerlessBackend": "use LocalBackend."}))
     "gspo has no 'ServerlessBackend': use LocalBackend."
     """
-    if name in reasons:
-        return AttributeError(f"{owner} has no {name!r}: {reasons[name]}", name=name)
-    return AttributeError(f"{owner} has no attribute {name!r}", name=name)
+    told = f"{name!r}: {reasons[name]}" if name in reasons else f"attribute {name!r}"
+    return AttributeError(f"{owner} has no {told}", name=name)
 
 
 class _Finder:
-    """Python asks it last, for modules that nobody else has found."""
+    """Python asks it last, for modules that nobody else has found: those in `MODULES` say why."""
 
-    @staticmethod
-    def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         root, _, rest = name.partition(".")
         if root == "gspo" and rest in MODULES:
             raise ModuleNotFoundError(f"gspo has no module {rest!r}: {MODULES[rest]}", name=name)
 
 
-def tell_imports() -> None:
-    """Let the import of a module in `MODULES` say why it is not there."""
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.append(_Finder())
+sys.meta_path.append(_Finder())  # pyright: ignore[reportArgumentType]

@@ -83,7 +83,6 @@ async def gather_trajectory_groups(
     gather = Gather(total, max_exceptions, rollout_timeout=rollout_timeout, timeout=timeout)
     with _shown(gather, pbar_desc, max_metrics, tokens=pbar_total_completion_tokens):
         finished = await all_or_cancel([one(group) for group in pending])
-    gather.check_some_left()
     return [group for groups_of_one in finished for group in groups_of_one]
 
 
@@ -112,7 +111,6 @@ async def gather_trajectories(
     gather = Gather(len(pending), max_exceptions, rollout_timeout=rollout_timeout, timeout=timeout)
     with _shown(gather, pbar_desc, max_metrics, tokens=pbar_total_completion_tokens):
         finished = await all_or_cancel([settled(rollout) for rollout in pending])
-    gather.check_some_left()
     return [trajectory for results in finished for trajectory in results]
 
 
@@ -146,11 +144,8 @@ async def trajectory_group_batches(
         ConfigError: a number out of range, or an unknown argument.
         Exception: what `gather_trajectory_groups` raises for a batch; the others are cancelled.
     """
-    for name, value in (
-        ("batch_size", batch_size),
-        ("max_concurrent_batches", max_concurrent_batches),
-    ):
-        check_whole(name, value, 1)
+    check_whole("batch_size", batch_size, 1)
+    check_whole("max_concurrent_batches", max_concurrent_batches, 1)
     check_whole("skip_batches", skip_batches, 0)
     unstarted = list(groups)
     _close(unstarted[: skip_batches * batch_size])
@@ -240,7 +235,11 @@ async def _limited(work: Awaitable[T], seconds: float | None, name: str) -> T:
 def _shown(
     gather: Gather, description: str | None, most: int | None, *, tokens: bool
 ) -> Iterator[None]:
-    """Inside the block, rollouts are counted: with a bar on a terminal, unseen elsewhere."""
+    """Inside the block, rollouts are counted: with a bar on a terminal, unseen elsewhere.
+
+    Raises:
+        RolloutTimeoutError: at the end of the block: no rollout came to its end in time.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -264,3 +263,4 @@ def _shown(
     with bar, gathering(gather):
         task = bar.add_task(description or "", total=gather.total)
         yield
+    gather.check_some_left()

@@ -144,11 +144,9 @@ def trajectory_samples(
             split = _split(turns[max(starts) : number], turn.prompt, number)
             starts[number] = split._replace(reason="history") if number in firsts else split
     edges = [*starts, len(turns)]
+    ids = trajectory_id, group_id, advantage
     samples = tuple(
-        replace(
-            sample_of(turns[start:end], start, trajectory_id, group_id, advantage),
-            split=starts[start],
-        )
+        replace(sample_of(turns[start:end], start, *ids), split=starts[start])
         for start, end in pairwise(edges)
     )
     for sample in samples:
