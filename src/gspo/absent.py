@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from gspo.core.errors import suggestion
 
 _SFT = "supervised fine-tuning is not here yet: begin with a base_model that was tuned elsewhere."
 _HERE = "gspo trains on this machine: use gspo.LocalBackend."
@@ -54,14 +56,18 @@ BACKEND = {
 }
 
 
-def refusal(owner: str, name: str, reasons: Mapping[str, str]) -> AttributeError:
-    """What `owner.__getattr__` raises for a name that it has not.
+def refusal(
+    owner: str, name: str, reasons: Mapping[str, str], names: Iterable[str] = ()
+) -> AttributeError:
+    """What `owner.__getattr__` raises for a name that it has not; `names` are those that it has.
 
     >>> str(refusal("gspo", "ServerlessBackend", {"ServerlessBackend": "use LocalBackend."}))
     "gspo has no 'ServerlessBackend': use LocalBackend."
     """
-    told = f"{name!r}: {reasons[name]}" if name in reasons else f"attribute {name!r}"
-    return AttributeError(f"{owner} has no {told}", name=name)
+    if name in reasons:
+        return AttributeError(f"{owner} has no {name!r}: {reasons[name]}", name=name)
+    near = suggestion(name, names, cutoff=0.7)
+    return AttributeError(f"{owner} has no attribute {name!r}{near and '.'}{near}", name=name)
 
 
 class _Finder:

@@ -200,8 +200,9 @@ def _server(judge: str | Model) -> tuple[AsyncOpenAI, str]:
         return AsyncOpenAI(), judge.removeprefix("openai/")
     except Exception as error:  # no key
         raise ConfigError(
-            f"the judge {judge!r} is a model at OPENAI_BASE_URL, but: {error}. Set OPENAI_API_KEY, "
-            "or give judge=art.Model(...) with its inference_base_url and inference_api_key"
+            f"the judge {judge!r} is a model at OPENAI_BASE_URL, but: {str(error).rstrip('.')}. "
+            "Set OPENAI_API_KEY, or give judge=art.Model(...) with its inference_base_url and "
+            "inference_api_key"
         ) from None
 
 
@@ -270,7 +271,8 @@ def _scores(text: str, count: int) -> list[TrajectoryScore]:
         answer = _Answer.model_validate_json(text[text.find("{") : text.rfind("}") + 1])
     except ValidationError as error:
         first = error.errors()[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))} {first['msg']}") from None
+        place = "".join(f"{part} " for part in first["loc"])
+        raise ValueError(f"{place}{first['msg']}") from None
     ids = sorted(score.trajectory_id for score in answer.scores)
     if ids != list(range(1, count + 1)):
         raise ValueError(f"it scores the attempts {ids}, but there are {count}, numbered from 1")
