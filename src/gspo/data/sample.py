@@ -135,7 +135,8 @@ def trajectory_samples(
     if not turns:
         raise MissingLogprobsError(
             f"{where} has no Choice: append response.choices[0] to messages_and_choices, "
-            "not its text, so that the sampled tokens are known"
+            "not its text, so that the sampled tokens are known; inside art.trajectory(), ask "
+            "through model.openai_client() or at t.base_url"
         )
     starts: dict[int, Split | None] = {0: None}  # first turn of each sample, and why
     for number, (before, turn) in enumerate(pairwise(turns), 1):
