@@ -80,6 +80,12 @@ async def test_nothing_to_gather_is_an_error():
         await art.gather_trajectory_groups([])
 
 
+@pytest.mark.parametrize("gather", [art.gather_trajectories, art.gather_trajectory_groups])
+async def test_what_cannot_be_awaited_is_refused(gather: Any):
+    with pytest.raises(DataError, match=r"got <function .*give coroutines"):
+        await gather([fine(), fine])
+
+
 async def test_gather_trajectories_keeps_places():
     results = await art.gather_trajectories([fine(), broken(), fine(2.0)], max_exceptions=1)
     assert isinstance(results[1], RuntimeError)
@@ -108,6 +114,8 @@ async def test_retry_gives_up_and_lets_other_errors_through():
         await other()
     with pytest.raises(DataError, match="at least 1"):
         art.retry(max_attempts=0)
+    with pytest.raises(DataError, match=r"decorate with @art.retry\(\)"):
+        art.retry(cancels_itself)  # pyright: ignore[reportArgumentType]
 
 
 async def cancels_itself() -> art.Trajectory:

@@ -91,6 +91,9 @@ async def test_calls_with_arts_other_arguments_say_why_not():
             await model.register(backend, _openai_client_config={})
         with pytest.raises(ConfigError, match="unknown argument 'openai_client_config'"):
             await model.register(backend, openai_client_config={})
+        for nothing in (None, art.LocalBackend):
+            with pytest.raises(ConfigError, match="give a backend"):
+                await model.register(nothing)  # pyright: ignore[reportArgumentType]
         await model.register(backend)
         for name, message in (
             ("loss_fn", "algorithm="),

@@ -60,6 +60,13 @@ def test_surface_is_frozen():
 def test_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'Trainer'"):
         gspo.Trainer  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(AttributeError, match=r"'LocalBakend'. Did you mean 'LocalBackend'\?"):
+        gspo.LocalBakend  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("name", ["local", "mcp", "metrics", "utils"])
+def test_modules_of_arts_names_need_no_import(name: str):
+    assert gspo.__getattr__(name).__name__ == f"gspo.{name}"
 
 
 def test_import_is_light():

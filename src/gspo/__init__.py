@@ -20,10 +20,12 @@ from gspo.core.errors import GspoError
 # the OpenMP runtime when torch is first imported; a value that the user has set stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-absent.tell_imports()
-
 if TYPE_CHECKING:
     from gspo import langgraph, objective, rewards
+    from gspo import local as local
+    from gspo import mcp as mcp
+    from gspo import metrics as metrics
+    from gspo import utils as utils
     from gspo.backend.base import Backend, TrainResult
     from gspo.backend.fake import FakeBackend
     from gspo.backend.local import LocalBackend
@@ -102,6 +104,9 @@ _HOMES = {
         *("gather_trajectories", "gather_trajectory_groups", "retry", "trajectory_group_batches"),
     ),
     "langgraph": ("langgraph",),
+    "local": ("local",),
+    "mcp": ("mcp",),
+    "metrics": ("metrics",),
     "model": ("Model", "TrainableModel"),
     "objective": ("objective",),
     "rewards": ("rewards",),
@@ -112,6 +117,7 @@ _HOMES = {
         *("History", "Messages", "MessagesAndChoices", "Tools"),
         *("Trajectory", "TrajectoryGroup"),
     ),
+    "utils": ("utils",),
 }
 
 
@@ -120,7 +126,7 @@ def __getattr__(name: str) -> Any:
         if name in names:
             module = importlib.import_module(f"gspo.{home}")
             return module if name == home else getattr(module, name)
-    raise absent.refusal("gspo", name, absent.NAMES)
+    raise absent.refusal("gspo", name, absent.NAMES, __all__)
 
 
 def __dir__() -> list[str]:

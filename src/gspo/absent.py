@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from gspo.core.errors import suggestion
 
 _SFT = "supervised fine-tuning is not here yet: begin with a base_model that was tuned elsewhere."
 _HERE = "gspo trains on this machine: use gspo.LocalBackend."
@@ -54,28 +56,27 @@ BACKEND = {
 }
 
 
-def refusal(owner: str, name: str, reasons: Mapping[str, str]) -> AttributeError:
-    """What `owner.__getattr__` raises for a name that it has not.
+def refusal(
+    owner: str, name: str, reasons: Mapping[str, str], names: Iterable[str] = ()
+) -> AttributeError:
+    """What `owner.__getattr__` raises for a name that it has not; `names` are those that it has.
 
     >>> str(refusal("gspo", "ServerlessBackend", {"ServerlessBackend": "use LocalBackend."}))
     "gspo has no 'ServerlessBackend': use LocalBackend."
     """
     if name in reasons:
         return AttributeError(f"{owner} has no {name!r}: {reasons[name]}", name=name)
-    return AttributeError(f"{owner} has no attribute {name!r}", name=name)
+    near = suggestion(name, names, cutoff=0.7)
+    return AttributeError(f"{owner} has no attribute {name!r}{near and '.'}{near}", name=name)
 
 
 class _Finder:
-    """Python asks it last, for modules that nobody else has found."""
+    """Python asks it last, for modules that nobody else has found: those in `MODULES` say why."""
 
-    @staticmethod
-    def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         root, _, rest = name.partition(".")
         if root == "gspo" and rest in MODULES:
             raise ModuleNotFoundError(f"gspo has no module {rest!r}: {MODULES[rest]}", name=name)
 
 
-def tell_imports() -> None:
-    """Let the import of a module in `MODULES` say why it is not there."""
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.append(_Finder())
+sys.meta_path.append(_Finder())  # pyright: ignore[reportArgumentType]

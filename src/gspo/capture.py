@@ -23,6 +23,7 @@ from pydantic import PrivateAttr
 from gspo.core.draws import purpose
 from gspo.core.errors import ConfigError, DataError, shown
 from gspo.core.plain import plain_number
+from gspo.core.variables import holding
 from gspo.model import Model
 from gspo.serve.episodes import Episode, current_episode, recording
 from gspo.trajectories import Trajectory
@@ -215,11 +216,8 @@ async def capture_yielded_trajectory(coroutine: Coroutine[Any, Any, Any]) -> Tra
         DataError: it handed over none.
     """
     yielded: list[Trajectory] = []
-    token = _yielded.set(yielded)
-    try:
+    with holding(_yielded, yielded):
         await coroutine
-    finally:
-        _yielded.reset(token)
     if not yielded:
         raise DataError(
             f"{getattr(coroutine, '__qualname__', coroutine)} yielded no trajectory: "

@@ -18,7 +18,7 @@ from gspo.core.options import LARGEST_COUNT, Options
 
 
 def __getattr__(name: str) -> Any:
-    raise absent.refusal("gspo.dev", name, absent.DEV)
+    raise absent.refusal("gspo.dev", name, absent.DEV, __all__)
 
 
 __all__ = ["InternalModelConfig", "LoraConfig", "RolloutDtype", "TrainConfig"]

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 from gspo.core.draws import numbered_task
-from gspo.core.errors import DataError, RolloutTimeoutError, check_names, check_whole
+from gspo.core.errors import DataError, RolloutTimeoutError, check_names, check_whole, shown
 from gspo.core.progress import LET_GO_SECONDS, Gather, all_or_cancel, gathering
 from gspo.trajectories import Rolled, Trajectory, TrajectoryGroup, settled
 
@@ -56,13 +56,13 @@ async def gather_trajectory_groups(
         timeout: seconds after which all rollouts that still run are given up in the same way.
 
     Raises:
-        DataError: nothing was given.
+        DataError: nothing was given, or what cannot be awaited.
         ConfigError: an unknown argument, a budget that is no number from 0, or no time limit.
         RolloutTimeoutError: no rollout came to its end in time, or a group's own coroutine or
             `after_each` did not.
     """
     check_names("gather_trajectory_groups", unknown, (*_KNOWN, "after_each"), {})
-    pending = list(groups)
+    pending = _awaitables("gather_trajectory_groups", groups)
     if not pending:
         raise DataError("gather_trajectory_groups got no groups: give at least one")
     total = sum(g.size if isinstance(g, TrajectoryGroup) else 1 for g in pending)
@@ -83,7 +83,6 @@ async def gather_trajectory_groups(
     gather = Gather(total, max_exceptions, rollout_timeout=rollout_timeout, timeout=timeout)
     with _shown(gather, pbar_desc, max_metrics, tokens=pbar_total_completion_tokens):
         finished = await all_or_cancel([one(group) for group in pending])
-    gather.check_some_left()
     return [group for groups_of_one in finished for group in groups_of_one]
 
 
@@ -104,15 +103,15 @@ async def gather_trajectories(
     see `gather_trajectory_groups`.
 
     Raises:
+        DataError: what cannot be awaited was given.
         ConfigError: an unknown argument, a budget that is no number from 0, or no time limit.
         RolloutTimeoutError: no rollout came to its end in time.
     """
     check_names("gather_trajectories", unknown, _KNOWN, {})
-    pending = list(trajectories)
+    pending = _awaitables("gather_trajectories", trajectories)
     gather = Gather(len(pending), max_exceptions, rollout_timeout=rollout_timeout, timeout=timeout)
     with _shown(gather, pbar_desc, max_metrics, tokens=pbar_total_completion_tokens):
         finished = await all_or_cancel([settled(rollout) for rollout in pending])
-    gather.check_some_left()
     return [trajectory for results in finished for trajectory in results]
 
 
@@ -146,11 +145,8 @@ async def trajectory_group_batches(
         ConfigError: a number out of range, or an unknown argument.
         Exception: what `gather_trajectory_groups` raises for a batch; the others are cancelled.
     """
-    for name, value in (
-        ("batch_size", batch_size),
-        ("max_concurrent_batches", max_concurrent_batches),
-    ):
-        check_whole(name, value, 1)
+    check_whole("batch_size", batch_size, 1)
+    check_whole("max_concurrent_batches", max_concurrent_batches, 1)
     check_whole("skip_batches", skip_batches, 0)
     unstarted = list(groups)
     _close(unstarted[: skip_batches * batch_size])
@@ -176,6 +172,18 @@ async def trajectory_group_batches(
         _close(unstarted[first:])
 
 
+def _awaitables(title: str, given: Iterable[Any]) -> list[Any]:
+    """What was given, as a list; a function that nobody has called is a common mistake."""
+    pending = list(given)
+    for item in pending:
+        if not inspect.isawaitable(item):
+            _close(pending)
+            raise DataError(
+                f"{title} got {shown(item)}: give coroutines, such as rollout(scenario)"
+            )
+    return pending
+
+
 def _close(groups: list[Any]) -> None:
     """Give up groups that have not begun; else Python warns that nobody has awaited them."""
     for group in groups:
@@ -199,8 +207,11 @@ def retry(
         exceptions: what is tried again; anything else raises at once.
         on_retry: called with the error and the number of the failed attempt.
     """
-    if max_attempts < 1:
-        raise DataError(f"retry(max_attempts={max_attempts}): must be at least 1")
+    if type(max_attempts) is not int or max_attempts < 1:
+        raise DataError(
+            f"retry(max_attempts={shown(max_attempts)}): must be at least 1; decorate with "
+            "@art.retry()"
+        )
 
     def decorate(function: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
         @functools.wraps(function)
@@ -240,7 +251,11 @@ async def _limited(work: Awaitable[T], seconds: float | None, name: str) -> T:
 def _shown(
     gather: Gather, description: str | None, most: int | None, *, tokens: bool
 ) -> Iterator[None]:
-    """Inside the block, rollouts are counted: with a bar on a terminal, unseen elsewhere."""
+    """Inside the block, rollouts are counted: with a bar on a terminal, unseen elsewhere.
+
+    Raises:
+        RolloutTimeoutError: at the end of the block: no rollout came to its end in time.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -264,3 +279,4 @@ def _shown(
     with bar, gathering(gather):
         task = bar.add_task(description or "", total=gather.total)
         yield
+    gather.check_some_left()

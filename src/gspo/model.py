@@ -138,9 +138,11 @@ class Model(Options, Generic[UserConfig]):
         """Make the model known to a backend.
 
         Raises:
-            ConfigError: an unknown argument.
+            ConfigError: an unknown argument, or no backend.
         """
         check_names("register", unknown, ["backend"], _CLIENTS)
+        if isinstance(backend, type) or not hasattr(backend, "register"):
+            raise ConfigError(f"register got {shown(backend)}: give a backend, art.LocalBackend()")
         await backend.register(self)  # pyright: ignore[reportArgumentType]
         self._backend = backend
 

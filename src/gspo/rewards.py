@@ -111,16 +111,9 @@ async def ruler_score_group(
     if not group.trajectories:
         return group
     tools = next((t.tools for t in group.trajectories if t.tools), None)
+    question = _question([trajectory.messages() for trajectory in group], rubric, tools)
     try:
-        verdict = await _verdict(
-            [trajectory.messages() for trajectory in group],
-            judge,
-            rubric=rubric,
-            tools=tools,
-            params=params,
-            attempts=attempts,
-            cache=cache,
-        )
+        verdict = await _verdict(question, len(group.trajectories), judge, params, attempts, cache)
     except JudgeError as error:
         if not swallow_exceptions:
             raise
@@ -163,43 +156,32 @@ async def ruler(
         JudgeError, ConfigError: as there.
     """
     check_names("ruler", unknown, _KNOWN, _REFUSED)
-    verdict = await _verdict(
-        message_lists,
-        judge,
-        rubric=rubric,
-        tools=tools,
-        params=params,
-        attempts=attempts,
-        cache=cache,
-    )
-    return verdict.scores
+    if not message_lists:
+        return []
+    question = _question(message_lists, rubric, tools)
+    return (await _verdict(question, len(message_lists), judge, params, attempts, cache)).scores
 
 
 async def _verdict(
-    message_lists: Sequence[Sequence[Mapping[str, Any]]],
+    question: list[Message],
+    count: int,
     judge: str | Model,
-    *,
-    rubric: str | None,
-    tools: Tools | None,
     params: Mapping[str, Any] | None,
     attempts: int,
     cache: str | Path | None,
 ) -> Verdict:
-    """Ask the judge, or find what it has answered to the same question."""
+    """Ask the judge about `count` rollouts, or find what it has answered to the same question."""
     if attempts < 1:
         raise ConfigError(f"attempts = {shown(attempts)}: must be at least 1")
-    if not message_lists:
-        return Verdict(scores=[])
     client, name = _server(judge)
-    messages = _question(message_lists, rubric or DEFAULT_RUBRIC, tools)
-    asked = {"model": name, "messages": messages, **(params or {})}
+    asked = {"model": name, "messages": question, **(params or {})}
     key = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
     path = None if cache is None else Path(cache) / f"{key}.json"
     if path is not None and path.exists():
         stored = Verdict.model_validate_json(path.read_bytes())
         return Verdict(scores=stored.scores)  # the tokens were counted when it was asked
     try:
-        verdict = await _ask(client, name, asked, len(message_lists), attempts)
+        verdict = await _ask(client, asked, count, attempts)
     finally:
         if not isinstance(judge, Model):
             await client.close()
@@ -218,13 +200,14 @@ def _server(judge: str | Model) -> tuple[AsyncOpenAI, str]:
         return AsyncOpenAI(), judge.removeprefix("openai/")
     except Exception as error:  # no key
         raise ConfigError(
-            f"the judge {judge!r} is a model at OPENAI_BASE_URL, but: {error}. Set OPENAI_API_KEY, "
-            "or give judge=art.Model(...) with its inference_base_url and inference_api_key"
+            f"the judge {judge!r} is a model at OPENAI_BASE_URL, but: {str(error).rstrip('.')}. "
+            "Set OPENAI_API_KEY, or give judge=art.Model(...) with its inference_base_url and "
+            "inference_api_key"
         ) from None
 
 
 def _question(
-    message_lists: Sequence[Sequence[Mapping[str, Any]]], rubric: str, tools: Tools | None
+    message_lists: Sequence[Sequence[Mapping[str, Any]]], rubric: str | None, tools: Tools | None
 ) -> list[Message]:
     """What the judge is asked: messages that all rollouts begin with are shown once."""
     shared = 0  # each attempt keeps its last message
@@ -236,7 +219,7 @@ def _question(
     for number, messages in enumerate(message_lists, 1):
         told = _told(messages[shared:])
         parts.append(f'<attempt trajectory_id="{number}">\n{told}\n</attempt>')
-    system = {"role": "system", "content": _TASK.format(rubric=rubric)}
+    system = {"role": "system", "content": _TASK.format(rubric=rubric or DEFAULT_RUBRIC)}
     return [system, {"role": "user", "content": "\n\n".join(parts)}]
 
 
@@ -244,10 +227,9 @@ def _told(messages: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(json.dumps(dict(message), ensure_ascii=False) for message in messages)
 
 
-async def _ask(
-    client: AsyncOpenAI, name: str, asked: dict[str, Any], count: int, attempts: int
-) -> Verdict:
+async def _ask(client: AsyncOpenAI, asked: dict[str, Any], count: int, attempts: int) -> Verdict:
     """Ask until an answer has a score for each of `count` rollouts."""
+    name = asked["model"]
     schema = {"name": "scores", "schema": _Answer.model_json_schema()}
     form: dict[str, Any] = {"response_format": {"type": "json_schema", "json_schema": schema}}
     verdict, fault = Verdict(scores=[]), ""
@@ -289,7 +271,8 @@ def _scores(text: str, count: int) -> list[TrajectoryScore]:
         answer = _Answer.model_validate_json(text[text.find("{") : text.rfind("}") + 1])
     except ValidationError as error:
         first = error.errors()[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))} {first['msg']}") from None
+        place = "".join(f"{part} " for part in first["loc"])
+        raise ValueError(f"{place}{first['msg']}") from None
     ids = sorted(score.trajectory_id for score in answer.scores)
     if ids != list(range(1, count + 1)):
         raise ValueError(f"it scores the attempts {ids}, but there are {count}, numbered from 1")

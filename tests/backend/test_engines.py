@@ -101,9 +101,9 @@ async def test_a_step_is_loaded_once_however_many_ask(
     backend, model = await started(tmp_path)
     engines = backend._service(model).engines
     loaded = []
-    load = Engines._policy
+    load = Engines._load
     monkeypatch.setattr(
-        Engines, "_policy", lambda self, step: loaded.append(step) or load(self, step)
+        Engines, "_load", lambda self, step: loaded.append(step) or load(self, step)
     )
     found = await asyncio.gather(*(engines.find("m@0") for _ in range(8)))
     assert loaded == [0]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-import threading
 import weakref
+from pathlib import Path
 from typing import NamedTuple
 
 from gspo.backend.base import ModelLike
@@ -69,6 +69,23 @@ def proved_engine(
     return Proved(engine, sampling, receipts)
 
 
+def load_step(base_model: str, config: InternalModelConfig, checkpoint: Path | None) -> Policy:
+    """The weights of a checkpoint; None: the base model's.
+
+    Raises:
+        ModelError: the base model cannot be loaded.
+        CheckpointError: the checkpoint is damaged.
+    """
+    if checkpoint is None:
+        policy = load_policy(base_model, config)
+    else:
+        verify_checkpoint(checkpoint)
+        with understood(checkpoint, "the model"):
+            policy = load_policy(base_model, config, checkpoint=checkpoint)
+    choose_packing(policy)
+    return policy
+
+
 class Engines:
     """Finds the engine of a name: `<model>` is the current one, `<model>@<step>` a saved step's.
 
@@ -102,7 +119,6 @@ class Engines:
         self._current: Engine | None = current
         self._saved: dict[int, Engine] = {}  # the one that was asked for last is the last
         self._alive: weakref.WeakSet[Engine] = weakref.WeakSet()
-        self._lock = threading.Lock()
 
     def names(self) -> list[str]:
         """What requests may ask for."""
@@ -127,7 +143,7 @@ class Engines:
                 f"'{self._name}@<step>'",
                 "model",
             )
-        return self._held(int(step)) or await self._compute.run(self._load, int(step))
+        return await self._compute.run(self._saved_step, int(step))
 
     def close(self) -> None:
         """Refuse new requests, and fail those that are not answered."""
@@ -141,48 +157,30 @@ class Engines:
     def _steps(self) -> list[int]:
         return [0, *steps_saved(self._run.checkpoints)]
 
-    def _held(self, step: int) -> Engine | None:
-        """The engine of a step if it is held; from now on the one that was asked for last."""
-        with self._lock:
-            if (engine := self._saved.pop(step, None)) is not None:
-                self._saved[step] = engine
-            return engine
+    def _saved_step(self, step: int) -> Engine:
+        """The engine of a step, held or loaded. In the thread that computes."""
+        engine = self._saved.pop(step, None) or self._load(step)
+        self._saved[step] = engine
+        if len(self._saved) > KEPT:
+            del self._saved[next(iter(self._saved))]
+            gc.collect()  # engine and scheduler know each other: their memory is free now
+        return engine
 
     def _load(self, step: int) -> Engine:
-        """Make the engine of a step. In the thread that computes."""
-        if (engine := self._held(step)) is not None:  # somebody else has asked meanwhile
-            return engine
         if step not in (steps := self._steps()):
             raise RequestError(
                 f"step {step} of {self._name!r} is not saved. Saved: "
                 f"{', '.join(map(str, steps))} (0 is the base model)",
                 "model",
             )
-        policy = self._policy(step)
+        checkpoint = self._run.checkpoints / checkpoint_name(step) if step else None
+        policy = load_step(self._source, self._config, checkpoint)
+        if checkpoint is not None:
+            policy.version = saved_version(checkpoint)
+        policy.lm.requires_grad_(False)
         seed = seed_of(self._seed, step)  # as the current engine's was at this step
         engine = proved_engine(
             policy, self._config, self._compute, seed=seed, sockets=self._sockets
         ).engine
-        with self._lock:
-            self._saved[step] = engine
-            self._alive.add(engine)
-            dropped = len(self._saved) > KEPT
-            if dropped:
-                del self._saved[next(iter(self._saved))]
-        if dropped:
-            gc.collect()  # engine and scheduler know each other: their memory is free now
+        self._alive.add(engine)
         return engine
-
-    def _policy(self, step: int) -> Policy:
-        """The weights of a step."""
-        if step == 0:
-            policy = load_policy(self._source, self._config)
-        else:
-            checkpoint = self._run.checkpoints / checkpoint_name(step)
-            verify_checkpoint(checkpoint)
-            with understood(checkpoint, "the model"):
-                policy = load_policy(self._source, self._config, checkpoint=checkpoint)
-            policy.version = saved_version(checkpoint)
-        policy.lm.requires_grad_(False)
-        choose_packing(policy)
-        return policy

@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 from gspo.backend.base import ModelLike, TrainResult, group_means
-from gspo.backend.engines import Engines, proved_engine
+from gspo.backend.engines import Engines, load_step, proved_engine
 from gspo.backend.run import Run
 from gspo.backend.stored_batch import UpdateRecord, write_batch
 from gspo.core.compute import ComputeThread
@@ -23,16 +23,8 @@ from gspo.data.sample import SPLIT_REASONS, flat, split_counts
 from gspo.dev import InternalModelConfig
 from gspo.policy.load import load_policy
 from gspo.policy.policy import Policy
-from gspo.policy.probe import choose_packing
 from gspo.serve.server import Serving
-from gspo.train.checkpoint import (
-    checkpoint_name,
-    load_trainer_state,
-    save_checkpoint,
-    steps_saved,
-    understood,
-    verify_checkpoint,
-)
+from gspo.train.checkpoint import checkpoint_name, load_trainer_state, save_checkpoint, steps_saved
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.settings import Settings
 from gspo.train.trainer import Trainer, TrainOutput
@@ -80,17 +72,12 @@ class Service:
         self._told: set[str] = set()  # reasons of splits
         self._loaded = _identity(model)
         self.trainer = load_trainer(run, model.source, config)
-        sockets = listener is not None
+        sockets, current = listener is not None, seed_of(seed, self.trainer.step)
         self.engine, self.sampling, self.receipts = proved_engine(
-            self.trainer.policy,
-            config,
-            compute,
-            seed=seed_of(seed, self.trainer.step),
-            sockets=sockets,
+            self.trainer.policy, config, compute, seed=current, sockets=sockets
         )
         self.engines = Engines(run, model, self.engine, compute, seed=seed, sockets=sockets)
-        engines = self.engines
-        self.serving = Serving(self.engine, engines.names, listener, engines.find)
+        self.serving = Serving(self.engine, self.engines.names, listener, self.engines.find)
 
     def check_same(self, model: ModelLike) -> None:
         """Refuse this model's name for another model, or for one that is loaded otherwise.
@@ -235,13 +222,7 @@ def load_trainer(run: Run, base_model: str, config: InternalModelConfig) -> Trai
     _spare_the_libraries()
     saved = steps_saved(run.checkpoints)
     checkpoint = run.checkpoints / checkpoint_name(saved[-1]) if saved else None
-    if checkpoint is None:
-        policy = load_policy(base_model, config)
-    else:
-        verify_checkpoint(checkpoint)
-        with understood(checkpoint, "the model"):
-            policy = load_policy(base_model, config, checkpoint=checkpoint)
-    choose_packing(policy)
+    policy = load_step(base_model, config, checkpoint)
 
     def load_reference() -> Policy:
         frozen = load_policy(base_model, config)

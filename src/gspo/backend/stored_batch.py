@@ -156,15 +156,15 @@ def write_batch(
 
 def _columns(trajectory: Trajectory, traces: Sequence[Trace]) -> dict[str, Any]:
     """Return the columns of a trajectory; `traces` has one entry, or one per turn."""
-    further = [
+    first, *further = [
         {"messages": _messages(history), "tools": history.tools}
-        for history in trajectory.additional_histories
+        for history in trajectory.histories()
     ]
     choices = [choice for history in trajectory.histories() for choice in history.choices()]
     columns = {
         "reward": float(trajectory.reward),
-        "messages": strict_json(_messages(trajectory), default=str),
-        "tools": strict_json(trajectory.tools, default=str) if trajectory.tools else None,
+        "messages": strict_json(first["messages"], default=str),
+        "tools": strict_json(first["tools"], default=str) if first["tools"] else None,
         "additional_histories": strict_json(further, default=str) if further else None,
         "metrics": strict_json(trajectory.metrics),
         "metadata": strict_json(trajectory.metadata),

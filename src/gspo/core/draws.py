@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import hashlib
-from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Coroutine
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
+
+from gspo.core.variables import holding
 
 T = TypeVar("T")
 Word = int | str
@@ -43,14 +45,9 @@ def purpose() -> tuple[Word, ...]:
     return _purpose.get()
 
 
-@contextmanager
-def drawing_for(*words: Word) -> Iterator[None]:
+def drawing_for(*words: Word) -> AbstractContextManager[Any]:
     """Give requests inside the block this purpose."""
-    token = _purpose.set(words)
-    try:
-        yield
-    finally:
-        _purpose.reset(token)
+    return holding(_purpose, words)
 
 
 def numbered_task(number: int, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:

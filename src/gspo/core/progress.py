@@ -7,13 +7,14 @@ import contextvars
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from gspo.core.draws import numbered_task, purpose
 from gspo.core.errors import ConfigError, DataError, RolloutTimeoutError, shown
+from gspo.core.variables import holding
 
 T = TypeVar("T")
 log = logging.getLogger("gspo")
@@ -134,14 +135,9 @@ def current_gather() -> Gather:
     return _current.get(Gather(total=0))
 
 
-@contextmanager
-def gathering(gather: Gather) -> Iterator[Gather]:
+def gathering(gather: Gather) -> AbstractContextManager[Gather]:
     """Make `gather` the current one for the coroutines started inside."""
-    token = _current.set(gather)
-    try:
-        yield gather
-    finally:
-        _current.reset(token)
+    return holding(_current, gather)
 
 
 async def within_limits(work: Awaitable[T], gather: Gather, name: str) -> T:

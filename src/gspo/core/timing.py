@@ -19,6 +19,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import ParamSpec, TypeVar
 
+from gspo.core.variables import holding
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -113,14 +115,9 @@ class Clock:
 _current: ContextVar[Clock | None] = ContextVar("gspo_clock", default=None)
 
 
-@contextmanager
-def timing(clock: Clock | None) -> Iterator[None]:
+def timing(clock: Clock | None) -> AbstractContextManager[Clock | None]:
     """Charge spans inside the block to `clock`; if None, to no clock."""
-    token = _current.set(clock)
-    try:
-        yield
-    finally:
-        _current.reset(token)
+    return holding(_current, clock)
 
 
 def beside(function: Callable[P, T]) -> Callable[P, T]:

@@ -135,7 +135,8 @@ def trajectory_samples(
     if not turns:
         raise MissingLogprobsError(
             f"{where} has no Choice: append response.choices[0] to messages_and_choices, "
-            "not its text, so that the sampled tokens are known"
+            "not its text, so that the sampled tokens are known; inside art.trajectory(), ask "
+            "through model.openai_client() or at t.base_url"
         )
     starts: dict[int, Split | None] = {0: None}  # first turn of each sample, and why
     for number, (before, turn) in enumerate(pairwise(turns), 1):
@@ -144,11 +145,9 @@ def trajectory_samples(
             split = _split(turns[max(starts) : number], turn.prompt, number)
             starts[number] = split._replace(reason="history") if number in firsts else split
     edges = [*starts, len(turns)]
+    ids = trajectory_id, group_id, advantage
     samples = tuple(
-        replace(
-            sample_of(turns[start:end], start, trajectory_id, group_id, advantage),
-            split=starts[start],
-        )
+        replace(sample_of(turns[start:end], start, *ids), split=starts[start])
         for start, end in pairwise(edges)
     )
     for sample in samples:

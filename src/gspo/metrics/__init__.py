@@ -14,11 +14,12 @@ import functools
 import inspect
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 from gspo.core.errors import ConfigError, DataError, shown
+from gspo.core.variables import holding
 
 __all__ = ["MetricsBuilder", "track_api_cost"]
 
@@ -70,6 +71,11 @@ class MetricsBuilder:
             raise DataError(f"metric {name!r} is {shown(value)}; give a number")
         self._values[name] = self._values.get(name, 0.0) + value
 
+    def _add_given(self, section: str, **values: float | None) -> None:
+        for name, value in values.items():
+            if value is not None:
+                self.add_metric(f"{section}/step_{name}", value)
+
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
         """Add the block's seconds to a metric."""
@@ -83,23 +89,13 @@ class MetricsBuilder:
         self, step_num_scenarios: int | None = None, step_actor_tokens: int | None = None
     ) -> None:
         """Add counts of the step, as `data/...`."""
-        for name, value in (
-            ("data/step_num_scenarios", step_num_scenarios),
-            ("data/step_actor_tokens", step_actor_tokens),
-        ):
-            if value is not None:
-                self.add_metric(name, value)
+        self._add_given("data", num_scenarios=step_num_scenarios, actor_tokens=step_actor_tokens)
 
     def add_idle_times(
         self, step_trainer_idle_s: float | None = None, step_actor_idle_s: float | None = None
     ) -> None:
         """Add seconds in which nothing was done, as `time/...`."""
-        for name, value in (
-            ("time/step_trainer_idle_s", step_trainer_idle_s),
-            ("time/step_actor_idle_s", step_actor_idle_s),
-        ):
-            if value is not None:
-                self.add_metric(name, value)
+        self._add_given("time", trainer_idle_s=step_trainer_idle_s, actor_idle_s=step_actor_idle_s)
 
     def register_model_pricing(
         self, model_name: str, *, prompt_per_million: float, completion_per_million: float
@@ -140,14 +136,9 @@ class MetricsBuilder:
         for name in (f"{whole}/{source}", whole, "costs/all"):
             self.add_metric(name, cost)
 
-    @contextmanager
-    def activate_context(self) -> Iterator[MetricsBuilder]:
+    def activate_context(self) -> AbstractContextManager[MetricsBuilder | None]:
         """Inside the block, what `track_api_cost` decorates adds its costs here."""
-        token = _active.set(self)
-        try:
-            yield self
-        finally:
-            _active.reset(token)
+        return holding(_active, self)
 
     def take(self) -> dict[str, float]:
         """Return what was collected, and begin again."""
@@ -194,34 +185,31 @@ def track_api_cost(
         return builder.price(full if full in builder._prices else model_name)
 
     @contextmanager
-    def counted() -> Iterator[Callable[[Any], None]]:
+    def counted() -> Iterator[list[Any]]:
+        """The block puts what the function returned into the list."""
+        results: list[Any] = []
         builder = _active.get()
         price = builder and price_in(builder)
-
-        def count(result: Any) -> None:
-            if builder is not None and price is not None:
-                builder.add_response_cost(source.strip("/"), response_getter(result), price)
-
-        yield count
+        yield results
+        if builder is not None and price is not None:
+            builder.add_response_cost(source.strip("/"), response_getter(results[0]), price)
 
     def decorate(function: Any) -> Any:
         if inspect.iscoroutinefunction(function):
 
             @functools.wraps(function)
             async def asks(*args: Any, **kwargs: Any) -> Any:
-                with counted() as count:
-                    result = await function(*args, **kwargs)
-                    count(result)
-                    return result
+                with counted() as results:
+                    results.append(await function(*args, **kwargs))
+                return results[0]
 
             return asks
 
         @functools.wraps(function)
         def asks_and_waits(*args: Any, **kwargs: Any) -> Any:
-            with counted() as count:
-                result = function(*args, **kwargs)
-                count(result)
-                return result
+            with counted() as results:
+                results.append(function(*args, **kwargs))
+            return results[0]
 
         return asks_and_waits
 

@@ -18,8 +18,8 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Annotated, Any, TypeVar
 
 import fastapi
@@ -30,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from gspo.core.choices import as_choice
 from gspo.core.draws import Word, drawing_for
 from gspo.core.errors import BusyError, ConfigError, RequestError
+from gspo.core.variables import holding
 from gspo.serve.histories import Conversations
 from gspo.serve.refusals import DOCUMENTED, error_body
 from gspo.serve.verbatim import TokenMemory
@@ -161,14 +162,9 @@ def current_episode() -> Episode | None:
     return _current.get()
 
 
-@contextmanager
-def recording(episode: Episode | None) -> Iterator[None]:
+def recording(episode: Episode | None) -> AbstractContextManager[Any]:
     """Record the calls that are made inside the block, in this process; None: record none."""
-    token = _current.set(episode)
-    try:
-        yield
-    finally:
-        _current.reset(token)
+    return holding(_current, episode)
 
 
 class Episodes:

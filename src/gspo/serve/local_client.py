@@ -21,6 +21,7 @@ from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from openai.types.chat import ChatCompletion
 
 from gspo.core.errors import GspoError
+from gspo.core.variables import holding
 from gspo.serve.app import chat_answer
 from gspo.serve.refusals import RETRY_SECONDS, refusal
 from gspo.serve.schemas import ChatBody
@@ -87,11 +88,8 @@ class LocalClient(AsyncOpenAI):
             async with limit:
                 answer = await chat_answer(app, body)
         except Exception as error:
-            token = _failed.set([http.ReadTimeout(_LATE) if limit.expired() else error])
-            try:
+            with holding(_failed, [http.ReadTimeout(_LATE) if limit.expired() else error]):
                 return await super().post(path, **call)
-            finally:
-                _failed.reset(token)
         return _completion(answer)
 
     def _chat_body(

@@ -109,7 +109,7 @@ async def _answer(http: fastapi.Request, error: Exception) -> JSONResponse:
 
 
 _STOCK = {
-    "Not Found": "no route {1}: see /openapi.json",
+    "Not Found": "no route {1}: a base URL ends in /v1, and /openapi.json lists all routes",
     "Method Not Allowed": "{1} does not answer {0}: see /openapi.json",
 }
 """Starlette's own words for them, which name nothing."""

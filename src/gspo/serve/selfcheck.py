@@ -63,9 +63,11 @@ def make_exact(engine: TorchEngine, *, required: bool) -> None:
         ModelError: it is required and cannot be; the error says why.
     """
     _, reason = measure_exactness(engine)
+    source = engine.policy.source
     if reason is None:
+        log.info("%s: engine and trainer are equal to the bit", source)
         return
-    source, engine.policy.not_exact = engine.policy.source, reason
+    engine.policy.not_exact = reason
     if required:
         raise ModelError(
             f"{source}: exact=True, but {reason}. `gspo audit MODEL --exact` shows each part; "

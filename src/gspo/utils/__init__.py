@@ -54,12 +54,9 @@ def iterate_dataset(
         DataError: the dataset is empty.
     """
     check_names("iterate_dataset", unknown, _KNOWN, _REFUSED)
-    for name, value, low in (
-        ("groups_per_step", groups_per_step, 1),
-        ("num_epochs", num_epochs, 0),
-        ("initial_step", initial_step, 0),
-    ):
-        check_whole(name, value, low)
+    check_whole("groups_per_step", groups_per_step, 1)
+    check_whole("num_epochs", num_epochs, 0)
+    check_whole("initial_step", initial_step, 0)
     if not len(dataset):
         raise DataError("iterate_dataset got an empty dataset: give at least one item")
     return _batches(dataset, groups_per_step, num_epochs, initial_step)
