@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import gspo as art
-from gspo.data.sample import trajectory_samples
-from gspo.tasks import load_task
+from gspo.data.sample import TrajectorySamples, trajectory_samples
+from gspo.serve import torch_engine
+from gspo.serve.engine import Completion
+from gspo.train import minibatches
 
 AGENTS = Path(__file__).parents[2] / "examples" / "agents"
 PACKAGES = {
@@ -51,15 +52,65 @@ def need(agent: str) -> None:
         pytest.skip("node's package openai is not installed: make node")
 
 
+@pytest.fixture
+def sampled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """What the engine samples from here on."""
+    tokens: list[tuple[int, ...]] = []
+
+    def completion(**fields: Any) -> Completion:
+        tokens.append(tuple(fields["token_ids"]))
+        return Completion(**fields)
+
+    monkeypatch.setattr(torch_engine, "Completion", completion)
+    return tokens
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrajectorySamples]:
+    """What the trainer makes of trajectories from here on."""
+    made: list[TrajectorySamples] = []
+
+    def samples(*args: Any, **options: Any) -> TrajectorySamples:
+        made.append(trajectory_samples(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(minibatches, "trajectory_samples", samples)
+    return made
+
+
 @pytest.mark.parametrize("agent", [*PACKAGES, "node"])
-async def test_an_agent_is_captured_whole(lookup: Any, agent: str, tmp_path: Path):
+async def test_an_agent_is_captured_whole(
+    lookup: Any, agent: str, tmp_path: Path, sampled: list, trained: list
+):
     need(agent)
     async with art.LocalBackend(path=tmp_path, port=0) as backend:
         model = art.TrainableModel(name="m", project="p", base_model="embedded:lookup")
         await model.register(backend)
+        sampled.clear()  # what the engine's first tests have sampled
         (group,) = await lookup.groups(model, lookup.agent_named(agent), "train", range(1), 2)
-        result = await model.train([group])
-    print([t.messages() for t in group], result.metrics)
+        drawn = list(sampled)
+        assert (await model.train([group])).step == 1
+
+    recorded = []
+    for t, samples in zip(group, trained, strict=True):
+        assert t.additional_histories == []
+        assert [m["role"] for m in t.messages()] == ["user", "assistant", "tool", "assistant"]
+        assert t.messages()[2]["content"] in set("abcdefghij")  # the tool was called, for a digit
+        assert t.tools and t.tools[0]["function"]["name"] == "look_up"
+        choices: list[Any] = [m for m in t.messages_and_choices if not isinstance(m, dict)]
+        recorded += [tuple(choice.token_ids) for choice in choices]
+        (sample,) = samples
+        tokens = [token for choice in choices for token in choice.token_ids]
+        assert sample.tokens[sample.ratio_mask].tolist() == tokens
+    assert len(recorded) == 4 and sorted(recorded) == sorted(drawn)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("agent", ["plain", "langgraph"])
+async def test_an_agent_learns(lookup: Any, agent: str, tmp_path: Path):
+    need(agent)
+    before, *_, after = await lookup.train(str(tmp_path), lookup.agent_named(agent))
+    assert after.low > before.mean and before.high < after.mean
 
 
 def test_the_agents_know_nothing_of_gspo():

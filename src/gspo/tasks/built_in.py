@@ -190,7 +190,9 @@ class Lookup(Task):
         called = {"role": "assistant", "content": "", "tool_calls": [{"function": call}]}
         answered = [*asked, called, {"role": "tool", "content": problem.answer}]
         text = f"<tool_call>{json.dumps(call)}</tool_call>"
-        return [(asked, text), (answered, problem.answer)]
+        # Guesses are shown too, so that rewards have this to teach first: to use the tool.
+        guess = random.Random(problem.prompt).choice("abcdefghij")
+        return [(asked, text), (answered, problem.answer), (asked, guess)]
 
 
 BUILT_IN: Mapping[str, type[Task]] = {
