@@ -3,7 +3,7 @@
     python examples/agents/train_lookup.py --agent langgraph
 
 The task `lookup`: call a tool with the largest of four digits, and say the letter that it returns.
-`embedded:lookup` has begun to learn it. docs/agents.md has what was measured.
+`embedded:lookup` has begun to learn it, and goes on slowly: docs/agents.md has what was measured.
 """
 
 from __future__ import annotations
@@ -103,11 +103,11 @@ async def train(
     path: str,
     agent: Agent,
     *,
-    steps: int = 40,
+    steps: int = 60,
     prompts: int = 16,
     completions: int = 8,
     heldout: int = 128,
-    every: int = 10,
+    every: int = 20,
     learning_rate: float = 5e-4,
 ) -> list[Estimate]:
     """Train, and print the held-out reward before, every `every` steps, and after."""
@@ -132,7 +132,7 @@ async def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--agent", choices=[*FILES, "node"], default="plain")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--path", help="the run's folder; by default a new one in /tmp")
     options = parser.parse_args()

@@ -105,14 +105,6 @@ async def test_an_agent_is_captured_whole(
     assert len(recorded) == 4 and sorted(recorded) == sorted(drawn)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("agent", ["plain", "langgraph"])
-async def test_an_agent_learns(lookup: Any, agent: str, tmp_path: Path):
-    need(agent)
-    before, *_, after = await lookup.train(str(tmp_path), lookup.agent_named(agent))
-    assert after.low > before.mean and before.high < after.mean
-
-
 def test_the_agents_know_nothing_of_gspo():
     for file in (*AGENTS.glob("*.py"), AGENTS / "node" / "agent.mjs"):
         if file.name != "train_lookup.py":

@@ -32,7 +32,7 @@ def test_embedded_tokenizer_has_one_token_a_character():
 
 def test_the_template_shows_tools_and_writes_calls():
     task, tokenizer = load_task("lookup"), build_tokenizer()
-    (asked, call), (answered, letter), _ = task.lessons(task.draw(1))
+    (asked, call), (answered, letter) = task.lessons(task.draw(1))
 
     def text(messages: list, **options: object) -> str:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))  # pyright: ignore[reportArgumentType]

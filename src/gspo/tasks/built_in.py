@@ -190,9 +190,7 @@ class Lookup(Task):
         called = {"role": "assistant", "content": "", "tool_calls": [{"function": call}]}
         answered = [*asked, called, {"role": "tool", "content": problem.answer}]
         text = f"<tool_call>{json.dumps(call)}</tool_call>"
-        # Guesses are shown too, so that rewards have this to teach first: to use the tool.
-        guess = random.Random(problem.prompt).choice("abcdefghij")
-        return [(asked, text), (answered, problem.answer), (asked, guess)]
+        return [(asked, text), (answered, problem.answer)]
 
 
 BUILT_IN: Mapping[str, type[Task]] = {
