@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from openai import AsyncOpenAI
 
@@ -26,7 +26,7 @@ from gspo.tasks import load_task
 from gspo.tasks.task import Problem, Split
 
 Agent: TypeAlias = Callable[[AsyncOpenAI, str, str, str], Awaitable[str]]
-TASK = load_task("lookup")
+TASK: Any = load_task("lookup")
 FILES = {
     "plain": "plain_openai:agent",
     "langgraph": "langgraph_react:agent",
@@ -130,7 +130,7 @@ async def train(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Train an agent on lookup.")
     parser.add_argument("--agent", choices=[*FILES, "node"], default="plain")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
