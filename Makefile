@@ -9,7 +9,7 @@ export PYTHONWARNINGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test slow check golden lock newest oldest bench bench-check bench-vllm bench-gpu
-.PHONY: gpu-wheels study docs size clean
+.PHONY: gpu-wheels study docs size clean node
 
 # The build backend comes from the lock too: a build environment of pip's own would be unlocked.
 $(VENV)/.installed: pyproject.toml requirements.lock
@@ -27,8 +27,15 @@ $(VENV)/.bench: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/gspo demo
 
+# OpenAI's package for node, of the example that is no Python (20 MB on disk). Its test is skipped
+# where npm is missing or reaches no registry.
+NODE := examples/agents/node
+node: $(if $(shell command -v npm),$(NODE)/node_modules/.package-lock.json)
+$(NODE)/node_modules/.package-lock.json: $(NODE)/package-lock.json
+	-cd $(NODE) && npm ci --silent --ignore-scripts --no-audit --no-fund
+
 # Two processes of one thread each; more threads than cores would wait for one another.
-test: $(VENV)/.installed
+test: $(VENV)/.installed node
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 slow: $(VENV)/.bench

@@ -1,8 +1,4 @@
-"""An agent for OpenAI's own client, with a tool, in a loop. `agent` knows nothing of gspo.
-
-`rollout` is all that training adds: every call that the agent makes inside the block is recorded,
-with the tokens that were sampled. See docs/agents.md.
-"""
+"""An agent for OpenAI's own client, with a tool, in a loop. It knows nothing of gspo."""
 
 from __future__ import annotations
 
@@ -10,59 +6,44 @@ import json
 from typing import Any
 
 from openai import AsyncOpenAI
-from warehouse import Warehouse, warehouse
-
-import gspo as art
 
 TOOLS: Any = [
     {
         "type": "function",
         "function": {
-            "name": "stock",
-            "description": "How many pieces of a thing are in the warehouse.",
+            "name": "look_up",
+            "description": "The letter that belongs to a digit.",
             "parameters": {
                 "type": "object",
-                "properties": {"thing": {"type": "string"}},
-                "required": ["thing"],
+                "properties": {"key": {"type": "integer"}},
+                "required": ["key"],
             },
         },
     }
 ]
-MOST_CALLS = 6
+MOST_TURNS = 3
 
 
-async def agent(client: AsyncOpenAI, model: str, task: Warehouse) -> str:
-    """Answer the question of a warehouse."""
-    messages: list[Any] = [
-        {"role": "system", "content": "Use the tool stock. End with the number that is asked for."},
-        {"role": "user", "content": task.question},
-    ]
-    for _ in range(MOST_CALLS):
+async def agent(client: AsyncOpenAI, model: str, question: str, letters: str) -> str:
+    """Answer a question with the tool `look_up`, which knows the letter of each digit."""
+
+    def result(arguments: str) -> str:
+        try:
+            return letters[int(json.loads(arguments)["key"])]
+        except (ValueError, KeyError, TypeError, IndexError):
+            return "key must be a digit"
+
+    messages: list[Any] = [{"role": "user", "content": question}]
+    for _ in range(MOST_TURNS):
         response = await client.chat.completions.create(
-            model=model, messages=messages, tools=TOOLS, max_tokens=128
+            model=model, messages=messages, tools=TOOLS, max_tokens=80
         )
         message = response.choices[0].message
         messages.append(message.model_dump(exclude_none=True))
         if not message.tool_calls:
             return message.content or ""
         for call in message.tool_calls:
-            result = called(task, call)
-            messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
+            if call.type == "function":
+                content = result(call.function.arguments)
+                messages.append({"role": "tool", "tool_call_id": call.id, "content": content})
     return ""
-
-
-def called(task: Warehouse, call: Any) -> str:
-    """What a tool call gives; the model is told of its mistakes."""
-    try:
-        return task.stock(str(json.loads(call.function.arguments)["thing"]))
-    except (ValueError, KeyError, TypeError):
-        return "the tool stock takes one argument, thing"
-
-
-async def rollout(model: art.TrainableModel, index: int) -> art.Trajectory:
-    """One run of the agent, and its reward."""
-    task = warehouse(index)
-    async with art.trajectory(model) as t:
-        answer = await agent(model.openai_client(), model.inference_name, task)
-        t.reward = task.score(answer)
-    return t

@@ -51,7 +51,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "add": {"steps": 620, "batch": 32, "learning_rate": 4e-3},
     "chain": {"steps": 300, "batch": 16, "learning_rate": 4e-3},
     "climb": {"steps": 400, "batch": 16, "learning_rate": 4e-3},
-    "lookup": {"steps": 200, "batch": 16, "learning_rate": 6e-3, "context": 2048},
+    "lookup": {"steps": 400, "batch": 16, "learning_rate": 4e-3, "context": 2048},
 }
 """How each warm start is trained: so short that there is something left to learn."""
 
