@@ -11,13 +11,13 @@ from typing import Any, ClassVar, Protocol, Self, TypeVar
 from openai import AsyncOpenAI
 
 from gspo import dev
-from gspo.config import TrainConfig
+from gspo.config import TrainConfig, TrainSFTConfig
 from gspo.core.errors import ConfigError, check_names, shown
 from gspo.core.files import names_a_folder
 from gspo.core.metrics import is_ours, user_metric
 from gspo.core.options import Options, title_of
 from gspo.serve.episodes import Episode
-from gspo.trajectories import TrajectoryGroup, plain_values
+from gspo.trajectories import Trajectory, TrajectoryGroup, plain_values
 
 Kind = TypeVar("Kind", bound=Options)
 
@@ -91,6 +91,19 @@ class Backend(Protocol):
     ) -> TrainResult:
         """Train on one rollout batch."""
         ...
+
+    async def train_sft(
+        self,
+        model: ModelLike,
+        trajectories: Sequence[Trajectory],
+        config: TrainSFTConfig | None = None,
+    ) -> TrainResult:
+        """Train on the assistant's turns of given conversations: one step.
+
+        Raises:
+            ConfigError: the backend trains no model.
+        """
+        raise ConfigError(f"{type(self).__name__} has no train_sft: use LocalBackend")
 
     async def get_step(self, model: ModelLike) -> int:
         """Calls of `train` so far, over the run's life."""

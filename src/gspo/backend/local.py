@@ -25,15 +25,15 @@ from gspo.backend.run import Run
 from gspo.backend.service import Service
 from gspo.backend.stored_batch import write_batch
 from gspo.backend.trackers import TrackerName, Trackers, check_loggers
-from gspo.config import TrainConfig
+from gspo.config import TrainConfig, TrainSFTConfig
 from gspo.core.compute import ComputeThread
-from gspo.core.errors import RunError, check_names, check_whole
+from gspo.core.errors import ConfigError, RunError, check_names, check_whole, shown
 from gspo.data.check import plain_groups
 from gspo.policy.load import Policy
 from gspo.serve.episodes import Episode
 from gspo.serve.server import bind
 from gspo.train.settings import resolve
-from gspo.trajectories import TrajectoryGroup
+from gspo.trajectories import Trajectory, TrajectoryGroup
 
 _S3: dict[str, str] = dict.fromkeys(("from_s3_bucket", "prefix"), absent.COPY)
 _FORK = ("model", "from_model", "from_project", "not_after_step", "verbose")
@@ -175,6 +175,28 @@ class LocalBackend(Backend):
         groups, batch = service.checked(trajectory_groups, settings)
         return await self._compute.run(
             service.train, groups, batch, settings, self.keep_checkpoints
+        )
+
+    async def train_sft(
+        self,
+        model: ModelLike,
+        trajectories: Sequence[Trajectory],
+        config: TrainSFTConfig | None = None,
+    ) -> TrainResult:
+        """Supervised fine-tuning: all batches and epochs are one step; log it, and save a
+        checkpoint.
+
+        Raises:
+            ConfigError: an option of another type.
+            DataError: conversations that cannot be trained on. Nothing has changed.
+            NumericsError, RunError: as `train`.
+        """
+        service, given = self._service(model), {} if config is None else config
+        config = TrainSFTConfig(**given) if isinstance(given, dict) else given
+        if not isinstance(config, TrainSFTConfig):
+            raise ConfigError(f"config is {shown(config)}; give a TrainSFTConfig")
+        return await self._compute.run(
+            service.train_sft, trajectories, config, self.keep_checkpoints
         )
 
     async def log(
