@@ -37,7 +37,7 @@ from gspo.train.checkpoint import (
 )
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.settings import Settings
-from gspo.train.sft import plan_sft, train_sft
+from gspo.train.supervised import plan_sft, train_sft
 from gspo.train.trainer import Trainer, TrainOutput
 from gspo.trajectories import TrajectoryGroup
 

@@ -66,11 +66,10 @@ def plan_sft(count: int, config: TrainSFTConfig, policy: Policy) -> SFTPlan:
             )
         return SFTPlan(batches, peak)
     peak = peak or default_learning_rate(base_parameters(policy), policy.peft is not None)
-    schedule = TrainConfig(
-        lr_schedule=config.lr_schedule,
-        lr_warmup_steps=steps // 10 if config.lr_schedule == "linear" else 0,
-        lr_total_steps=steps,
-    )
+    schedule = TrainConfig()
+    if config.lr_schedule == "linear":
+        warmup = steps // 10
+        schedule = TrainConfig(lr_schedule="linear", lr_warmup_steps=warmup, lr_total_steps=steps)
     return SFTPlan(batches, [learning_rate(peak, schedule, k, k + 1) for k in range(steps)])
 
 
