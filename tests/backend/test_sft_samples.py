@@ -26,13 +26,13 @@ CALL = {
     "type": "function",
     "function": {"name": "look_up", "arguments": '{"key": 1}'},
 }
-TALK = [
+TALK: art.Messages = [
     {"role": "user", "content": "a"},
     {"role": "assistant", "content": "bc"},
     {"role": "user", "content": "d"},
     {"role": "assistant", "content": "e"},
 ]
-WITH_CALL = [
+WITH_CALL: art.Messages = [
     {"role": "user", "content": "find it"},
     {"role": "assistant", "content": None, "tool_calls": [CALL]},
     {"role": "tool", "tool_call_id": "call_1", "content": "seven"},
@@ -103,8 +103,8 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_unless_it_marks_answe
 
 
 def test_each_history_is_a_sample():
-    history = art.History(messages_and_choices=TALK[:2])
-    both = art.Trajectory(messages_and_choices=TALK, additional_histories=[history])
+    history = art.History(messages_and_choices=[*TALK[:2]])
+    both = art.Trajectory(messages_and_choices=[*TALK], additional_histories=[history])
     spelling = build_tokenizer()
     chat = ChatFormat(spelling)
     found = sft_samples([both], chat, lambda text: spelling(text)["input_ids"], 99, last=False)
@@ -135,6 +135,6 @@ def test_bad_calls():
     with pytest.raises(DataError, match=r"trajectory 0 is .*; give art.Trajectory"):
         sft_samples([{"messages": TALK}], chat, encode, 9, last=False)
     tools = [{"type": "function", "function": {}}]
-    broken = art.Trajectory(messages_and_choices=TALK, tools=tools, metadata={"row": "x, row 3"})
-    with pytest.raises(DataError, match="^x, row 3: "):
+    broken = art.Trajectory(messages_and_choices=[*TALK], tools=tools, metadata={"row": "x, row 3"})
+    with pytest.raises(DataError, match=r"^x, row 3: "):
         sft_samples([broken], chat, encode, 9, last=False)

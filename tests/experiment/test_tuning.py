@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from small_runs import Silent, records
 from typer.testing import CliRunner
 
+from experiment.small_runs import Silent, records
 from gspo.cli import app
 from gspo.core.errors import DataError
 from gspo.experiment.loop import run_experiment

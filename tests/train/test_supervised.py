@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ def samples(count: int = 5) -> list[Sample]:
     made = []
     for i in range(count):
         prompt = [3, 10, 11, 12, *([] if i % 2 else [13 + i] * i), 4]
-        answer = [20 + i, 21, 22][: 1 + i % 3] + [5]
+        answer = [*[20 + i, 21, 22][: 1 + i % 3], 5]
         turns = [Turn(prompt, answer, [0.0] * len(answer))]
         if i % 2:
             asked = [*prompt, *answer, 3, 30, 4]
@@ -75,7 +76,7 @@ def test_each_epoch_has_each_sample_once_in_an_order_of_its_own():
     config = art.TrainSFTConfig(batch_size=4, epochs=3, seed=7)
     plan = plan_sft(10, config, policy)
     assert [len(batch) for batch in plan.batches] == [4, 4, 2] * 3
-    epochs = [sum(plan.batches[i : i + 3], []) for i in (0, 3, 6)]
+    epochs = [list(chain(*plan.batches[i : i + 3])) for i in (0, 3, 6)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
     assert plan == plan_sft(10, config, policy)
@@ -121,7 +122,7 @@ def test_a_gradient_that_is_not_finite_makes_no_update(monkeypatch: pytest.Monke
         return step(rate, options)
 
     monkeypatch.setattr(trainer.optimizer, "step", second_fails)
-    with pytest.raises(NumericsError, match="SFT in step 0, batch 1: .* its update was not made"):
+    with pytest.raises(NumericsError, match=r"SFT in step 0, batch 1: .* its update was not made"):
         train_sft(trainer, samples(), SFTPlan([[0], [1]], [1e-3, 1e-3]))
     assert (trainer.step, trainer.policy.version) == (0, 1)  # the first batch has moved weights
     assert all(p.grad is None for p in trainer.policy.trainable.values())

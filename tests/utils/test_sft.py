@@ -64,10 +64,10 @@ async def test_it_learns_is_one_step_and_goes_on(tmp_path: Path):
 async def test_what_is_refused_changes_nothing(tmp_path: Path):
     rows = [lesson(0), {"messages": lesson(1)["messages"][:1]}]
     data = written(tmp_path / "data.jsonl", rows)
-    answer = {"role": "assistant", "content": "1"}
+    asked, answer = {"role": "user", "content": "1" * 9}, lesson(0)["messages"][1]
     long = written(
         tmp_path / "long.jsonl",
-        [lesson(0), {"messages": [{"role": "user", "content": "1" * 9}, answer]}],
+        [lesson(0), {"messages": [asked, answer]}],
     )
     async with art.LocalBackend(tmp_path) as backend:
         load = art.dev.InternalModelConfig(max_context=12)
@@ -79,7 +79,7 @@ async def test_what_is_refused_changes_nothing(tmp_path: Path):
             await train_sft_from_file(model, data)
         with pytest.raises(DataError, match=r"long\.jsonl, row 2 has 13 tokens.*context is 12"):
             await train_sft_from_file(model, long)
-        with pytest.raises(ConfigError, match="config is 5 .*; give a TrainSFTConfig"):
+        with pytest.raises(ConfigError, match=r"config is 5 .*; give a TrainSFTConfig"):
             await model.train_sft([], 5)  # pyright: ignore[reportArgumentType]
         with pytest.raises(ConfigError, match="unknown option 'batch'"):
             await backend.train_sft(model, [], {"batch": 1})  # pyright: ignore[reportArgumentType]
@@ -129,7 +129,7 @@ def test_bad_files(tmp_path: Path, text: str, told: str):
 
 
 def test_files_that_cannot_be_read(tmp_path: Path):
-    with pytest.raises(DataError, match="cannot read .*no.jsonl"):
+    with pytest.raises(DataError, match=r"cannot read .*no.jsonl"):
         read_trajectories(tmp_path / "no.jsonl")
     (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe{")
     with pytest.raises(DataError, match="is not text in UTF-8"):
