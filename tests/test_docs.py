@@ -40,6 +40,7 @@ NOT_RUN = {
     ("art.md", 0): "the import alone",
     ("art.md", 1): "a line of a program; tests/test_public_api.py runs the whole",
     ("art.md", 2): "part of a program; tests/backend/test_engines.py has a whole one",
+    ("sft.md", 0): "part of a program; tests/utils/test_sft.py has a whole one",
     ("art.md", 3): "part of a program; tests/test_metrics_builder.py has a whole one",
     ("multi-turn.md", 2): "a line of a program; tests/test_gather.py has whole ones",
     ("run.md", 0): "reads the run that `make demo` leaves",

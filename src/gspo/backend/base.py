@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -150,12 +151,12 @@ def train_options(
     public = {k: v for k, v in options.items() if k in TrainConfig.model_fields}
     private = {k: v for k, v in options.items() if k not in public}
     return (
-        _merged(TrainConfig, "config", config, public),
-        _merged(dev.TrainConfig, "_config", _config, private),
+        merged(TrainConfig, "config", config, public),
+        merged(dev.TrainConfig, "_config", _config, private),
     )
 
 
-def _merged(kind: type[Kind], title: str, given: Any, options: Mapping[str, Any]) -> Kind:
+def merged(kind: type[Kind], title: str, given: Any, options: Mapping[str, Any]) -> Kind:
     """The configuration that was given for `title`, ART's dict too, with more options."""
     if isinstance(given, kind):
         given = given.model_dump(exclude_unset=True)
@@ -216,3 +217,15 @@ def group_means(groups: Sequence[TrajectoryGroup], split: str) -> dict[str, floa
     if groups:
         means[f"{split}/exceptions"] = float(sum(len(group.exceptions) for group in groups))
     return means
+
+
+def described(model: ModelLike) -> dict[str, Any]:
+    """What trackers are told of a model: its names, how it is loaded, and the user's config."""
+    config: dict[str, Any] = {"project": model.project, "name": model.name}
+    if model.trainable:
+        load = model.internal_config.model_dump(mode="json")
+        config |= {"base_model": model.source, "load": load}
+    if model.config is not None:
+        users = model.config if isinstance(model.config, dict) else model.config.model_dump()
+        config["config"] = json.loads(json.dumps(users, default=str))
+    return config
