@@ -29,6 +29,10 @@ def test_surface_is_frozen():
     assert surface == {
         "demo": ["path", "steps", "seed", "profile", "as_json"],
         "train": ["spec", "overrides", "dry_run", "profile", "as_json"],
+        "sft": [
+            *("data", "model", "project", "name", "path", "epochs", "batch_size"),
+            *("learning_rate", "max_tokens", "seed", "as_json"),
+        ],
         "serve": ["model", "port", "host", "name", "api_key"],
         "presets": ["as_json"],
         "audit": [

@@ -40,6 +40,7 @@ NOT_RUN = {
     ("art.md", 0): "the import alone",
     ("art.md", 1): "a line of a program; tests/test_public_api.py runs the whole",
     ("art.md", 2): "part of a program; tests/backend/test_engines.py has a whole one",
+    ("sft.md", 0): "part of a program; tests/utils/test_sft.py has a whole one",
     ("art.md", 3): "part of a program; tests/test_metrics_builder.py has a whole one",
     ("multi-turn.md", 2): "a line of a program; tests/test_gather.py has whole ones",
     ("run.md", 0): "reads the run that `make demo` leaves",
@@ -133,7 +134,7 @@ def test_the_full_toml_example_has_every_field():
     fields = set(Spec.model_fields) | set(art.dev.TrainConfig.model_fields)
     fields |= set(art.dev.InternalModelConfig.model_fields)
     arts = {"ppo", "normalize_by_length", "precalculate_logprobs"}
-    assert fields - shown - {"train", "load", "task_options"} == arts
+    assert fields - shown - {"train", "sft", "load", "task_options"} == arts
 
 
 def test_option_names_of_other_trainers_lead_to_ones_that_exist():

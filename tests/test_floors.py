@@ -35,7 +35,7 @@ FLOORS = {
     "local": 8,
     "mcp": 1,
     "metrics": 1,
-    "utils": 1,
+    "utils": 2,
     "core": 0,
 }
 PUBLIC = {("experiment", "__init__"), ("lab", "__init__")}

@@ -35,6 +35,7 @@ def test_surface_is_frozen():
         "Tools",
         "TrainConfig",
         "TrainResult",
+        "TrainSFTConfig",
         "TrainableModel",
         "Trajectory",
         "TrajectoryGroup",

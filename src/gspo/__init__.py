@@ -12,7 +12,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from gspo import absent, dev
-from gspo.config import TrainConfig
+from gspo.config import TrainConfig, TrainSFTConfig
 from gspo.core import errors
 from gspo.core.errors import GspoError
 
@@ -71,6 +71,7 @@ __all__ = [
     "Tools",
     "TrainConfig",
     "TrainResult",
+    "TrainSFTConfig",
     "TrainableModel",
     "Trajectory",
     "TrajectoryGroup",

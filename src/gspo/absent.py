@@ -8,7 +8,6 @@ from typing import Any
 
 from gspo.core.errors import suggestion
 
-_SFT = "supervised fine-tuning is not here yet: begin with a base_model that was tuned elsewhere."
 _HERE = "gspo trains on this machine: use gspo.LocalBackend."
 _STATE = "keep it in a file in the run's folder, LocalBackend(...).run(model).folder."
 _LOADING = (
@@ -21,7 +20,6 @@ MODULES = {
     "skypilot": _HERE + " SkyPilot can run the same program elsewhere.",
     "tinker": _HERE,
     "types": "the types are names of gspo itself: gspo.Messages, gspo.Tools, ...",
-    "utils.sft": _SFT,
     "yield_trajectory": "it is a name of gspo itself: gspo.yield_trajectory.",
 }
 """Names of modules below gspo."""
@@ -29,7 +27,6 @@ NAMES = {
     "ServerlessBackend": _HERE,
     "SkyPilotBackend": _HERE,
     "TinkerBackend": _HERE,
-    "TrainSFTConfig": _SFT,
     "types": MODULES["types"],
 }
 DEV: Mapping[str, str] = dict.fromkeys(
@@ -43,7 +40,6 @@ MODEL = {
     "merge_state": _STATE,
     "overwrite_state": _STATE,
     "read_state": _STATE,
-    "train_sft": _SFT,
     "update_wandb_config": "LocalBackend(logger=['wandb']) shows W&B the model's config.",
 }
 COPY = "a run is a folder, LocalBackend(...).run(model).folder: copy it with your own tools."

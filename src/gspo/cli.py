@@ -94,6 +94,46 @@ def train(
 
 
 @app.command()
+def sft(
+    data: Annotated[Path, typer.Argument(help='JSONL, rows of {"messages": [...]}.')],
+    model: Annotated[str, typer.Option(help="embedded:<task>, a folder or a hub id.")],
+    project: Annotated[str, typer.Option(help="Names the run's folder, with --name.")] = "gspo",
+    name: Annotated[str, typer.Option(help="A run that is there is trained on.")] = "sft",
+    path: PathOption = ".gspo",
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the rows.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of an optimizer step.")] = 8,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak. Default: by the model's size.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Longest row. Default: the model's context.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the rows' order.")] = 0,
+    as_json: commands.JsonOption = False,
+) -> None:
+    """Supervised fine-tuning on the assistant's turns of conversations."""
+    commands.say_loading(model)
+    from gspo.experiment.stop import leave, run_until_signal
+    from gspo.experiment.tuning import tune
+
+    options = {"epochs": epochs, "batch_size": batch_size, "peak_lr": learning_rate, "seed": seed}
+    try:
+        done = run_until_signal(tune(data, path, project, name, model, max_tokens, **options))
+    except SystemExit as stopped:
+        print("stopped: nothing of this call is saved; give it again", file=sys.stderr)
+        leave(int(stopped.code or 0))
+    told = done.metrics
+    print(
+        f"SFT loss of the first batch {told['sft/loss_first']:.4f}, of the last "
+        f"{told['sft/loss_last']:.4f}; {told['sft/batches']:.0f} batches, "
+        f"{told['sft/tokens']:,.0f} trained tokens"
+    )
+    print(f"step {done.step}; checkpoint in {done.checkpoint_path}")
+    if as_json:
+        print(strict_json({"step": done.step, "checkpoint": str(done.checkpoint_path), **told}))
+
+
+@app.command()
 def serve(
     model: Annotated[str, typer.Argument(help="embedded:<task>, a folder or a hub id.")],
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,

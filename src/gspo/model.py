@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, field_validator
 
 from gspo import absent, dev
 from gspo.backend.base import Backend, TrainResult
-from gspo.config import TrainConfig
+from gspo.config import TrainConfig, TrainSFTConfig
 from gspo.core.errors import ConfigError, RunError, check_names, check_whole, shown
 from gspo.core.options import Options
 from gspo.data.check import listed
@@ -270,11 +270,34 @@ class TrainableModel(Model[UserConfig], Generic[UserConfig]):
             GspoError: see `LocalBackend.train`.
         """
         result = await self.backend().train(self, listed(trajectory_groups), config, _config)
-        if verbose:
-            for name, value in result.metrics.items():
-                print(f"{name} {value:.6g}")
-        return result
+        return _told(result) if verbose else result
+
+    async def train_sft(
+        self,
+        trajectories: Iterable[Trajectory],
+        config: TrainSFTConfig | None = None,
+        verbose: bool = False,
+    ) -> TrainResult:
+        """Supervised fine-tuning on the assistant's turns of given conversations: one step of the
+        run, however many batches it has. Log it, and save a checkpoint.
+
+        Args:
+            trajectories: their messages and tools; rewards mean nothing here.
+            config: learning rate, batches, epochs.
+            verbose: print the call's metrics.
+
+        Raises:
+            GspoError: see `LocalBackend.train_sft`.
+        """
+        result = await self.backend().train_sft(self, listed(trajectories), config)
+        return _told(result) if verbose else result
 
     async def delete_checkpoints(self, best_checkpoint_metric: str = "val/reward") -> None:
         """Delete all checkpoints but the latest and the one with the best metric."""
         await self.backend().delete_checkpoints(self, best_checkpoint_metric)
+
+
+def _told(result: TrainResult) -> TrainResult:
+    for name, value in result.metrics.items():
+        print(f"{name} {value:.6g}")
+    return result

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -197,8 +196,7 @@ class FileEngine:
 
     async def stream(self, request: Request) -> AsyncGenerator[Piece, None]:
         for i, done in enumerate(await self.complete(request)):
-            parts = (done.token_ids, done.logprobs, done.policy_versions)
-            yield Piece(i, *parts, done.finish_reason, completion=done)
+            yield Piece(i, done.token_ids, done.logprobs, completion=done)
 
     def close(self) -> None:
         pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,14 +12,14 @@ from typing import Any, ClassVar, Protocol, Self, TypeVar
 from openai import AsyncOpenAI
 
 from gspo import dev
-from gspo.config import TrainConfig
+from gspo.config import TrainConfig, TrainSFTConfig
 from gspo.core.errors import ConfigError, check_names, shown
 from gspo.core.files import names_a_folder
 from gspo.core.metrics import is_ours, user_metric
 from gspo.core.options import Options, title_of
 from gspo.core.plain import plain_values
 from gspo.serve.episodes import Episode
-from gspo.trajectories import TrajectoryGroup
+from gspo.trajectories import Trajectory, TrajectoryGroup
 
 Kind = TypeVar("Kind", bound=Options)
 
@@ -93,6 +94,19 @@ class Backend(Protocol):
         """Train on one rollout batch."""
         ...
 
+    async def train_sft(
+        self,
+        model: ModelLike,
+        trajectories: Sequence[Trajectory],
+        config: TrainSFTConfig | None = None,
+    ) -> TrainResult:
+        """Train on the assistant's turns of given conversations: one step.
+
+        Raises:
+            ConfigError: the backend trains no model.
+        """
+        raise ConfigError(f"{type(self).__name__} has no train_sft: use LocalBackend")
+
     async def get_step(self, model: ModelLike) -> int:
         """Calls of `train` so far, over the run's life."""
         ...
@@ -138,12 +152,12 @@ def train_options(
     public = {k: v for k, v in options.items() if k in TrainConfig.model_fields}
     private = {k: v for k, v in options.items() if k not in public}
     return (
-        _merged(TrainConfig, "config", config, public),
-        _merged(dev.TrainConfig, "_config", _config, private),
+        merged(TrainConfig, "config", config, public),
+        merged(dev.TrainConfig, "_config", _config, private),
     )
 
 
-def _merged(kind: type[Kind], title: str, given: Any, options: Mapping[str, Any]) -> Kind:
+def merged(kind: type[Kind], title: str, given: Any, options: Mapping[str, Any]) -> Kind:
     """The configuration that was given for `title`, ART's dict too, with more options."""
     if isinstance(given, kind):
         given = given.model_dump(exclude_unset=True)
@@ -204,3 +218,15 @@ def group_means(groups: Sequence[TrajectoryGroup], split: str) -> dict[str, floa
     if groups:
         means[f"{split}/exceptions"] = float(sum(len(group.exceptions) for group in groups))
     return means
+
+
+def described(model: ModelLike) -> dict[str, Any]:
+    """What trackers are told of a model: its names, how it is loaded, and the user's config."""
+    config: dict[str, Any] = {"project": model.project, "name": model.name}
+    if model.trainable:
+        load = model.internal_config.model_dump(mode="json")
+        config |= {"base_model": model.source, "load": load}
+    if model.config is not None:
+        users = model.config if isinstance(model.config, dict) else model.config.model_dump()
+        config["config"] = json.loads(json.dumps(users, default=str))
+    return config

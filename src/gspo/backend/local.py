@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +15,9 @@ from gspo.backend.base import (
     Backend,
     ModelLike,
     TrainResult,
+    described,
     group_means,
+    merged,
     train_options,
     user_metrics,
 )
@@ -25,7 +26,7 @@ from gspo.backend.run import Run
 from gspo.backend.service import Service
 from gspo.backend.stored_batch import write_batch
 from gspo.backend.trackers import TrackerName, Trackers, check_loggers
-from gspo.config import TrainConfig
+from gspo.config import TrainConfig, TrainSFTConfig
 from gspo.core.compute import ComputeThread
 from gspo.core.errors import RunError, check_names, check_whole
 from gspo.data.check import plain_groups
@@ -33,7 +34,7 @@ from gspo.policy.load import Policy
 from gspo.serve.episodes import Episode
 from gspo.serve.server import bind
 from gspo.train.settings import resolve
-from gspo.trajectories import TrajectoryGroup
+from gspo.trajectories import Trajectory, TrajectoryGroup
 
 _S3: dict[str, str] = dict.fromkeys(("from_s3_bucket", "prefix"), absent.COPY)
 _FORK = ("model", "from_model", "from_project", "not_after_step", "verbose")
@@ -116,8 +117,8 @@ class LocalBackend(Backend):
             )
             run.claim()
             step = service.trainer.step
-            described = _described(model)
-            run.trackers = await asyncio.to_thread(Trackers, self.logger, run, step, described)
+            told = described(model)
+            run.trackers = await asyncio.to_thread(Trackers, self.logger, run, step, told)
             await service.serving.start()
             self._services[key], self._runs[key] = service, run
             undo.pop_all()
@@ -145,7 +146,7 @@ class LocalBackend(Backend):
                 self._service(model)
             run = Run(self.path, model.project, model.name, {"base_model": None})
             run.claim()
-            run.trackers = Trackers(self.logger, run, None, _described(model))
+            run.trackers = Trackers(self.logger, run, None, described(model))
             self._runs[key] = run
         return self._runs[key]
 
@@ -176,6 +177,22 @@ class LocalBackend(Backend):
         return await self._compute.run(
             service.train, groups, batch, settings, self.keep_checkpoints
         )
+
+    async def train_sft(
+        self,
+        model: ModelLike,
+        trajectories: Sequence[Trajectory],
+        config: TrainSFTConfig | None = None,
+    ) -> TrainResult:
+        """Supervised fine-tuning: all its batches are one step; log it, and save a checkpoint.
+
+        Raises:
+            ConfigError: an option of another type.
+            DataError: conversations that cannot be trained on. Nothing has changed.
+            NumericsError, RunError: as `train`.
+        """
+        config, keep = merged(TrainSFTConfig, "config", config, {}), self.keep_checkpoints
+        return await self._compute.run(self._service(model).train_sft, trajectories, config, keep)
 
     async def log(
         self,
@@ -289,15 +306,3 @@ class LocalBackend(Backend):
                 f"model {model.name!r} is not registered: await model.register(backend) first"
             )
         return service
-
-
-def _described(model: ModelLike) -> dict[str, Any]:
-    """What trackers are told of a model: its names, how it is loaded, and the user's config."""
-    config: dict[str, Any] = {"project": model.project, "name": model.name}
-    if model.trainable:
-        load = model.internal_config.model_dump(mode="json")
-        config |= {"base_model": model.source, "load": load}
-    if model.config is not None:
-        users = model.config if isinstance(model.config, dict) else model.config.model_dump()
-        config["config"] = json.loads(json.dumps(users, default=str))
-    return config

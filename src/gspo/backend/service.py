@@ -6,14 +6,16 @@ import gc
 import logging
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from gspo.backend.base import ModelLike, TrainResult, group_means
 from gspo.backend.engines import Engines, load_step, proved_engine
 from gspo.backend.run import Run
+from gspo.backend.sft_samples import sft_samples
 from gspo.backend.stored_batch import UpdateRecord, write_batch
+from gspo.config import TrainSFTConfig
 from gspo.core.compute import ComputeThread
 from gspo.core.draws import seed_of
 from gspo.core.errors import RunError
@@ -27,9 +29,11 @@ from gspo.serve.server import Serving
 from gspo.train.checkpoint import checkpoint_name, load_trainer_state, save_checkpoint, steps_saved
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.settings import Settings
+from gspo.train.supervised import plan_sft, train_sft
 from gspo.train.trainer import Trainer, TrainOutput
 from gspo.trajectories import TrajectoryGroup
 
+T = TypeVar("T")
 log = logging.getLogger("gspo")
 
 
@@ -117,16 +121,57 @@ class Service:
         """Update, publish, log, save. Blocking; `groups` are those that `batch` was made of."""
         run, trainer = self.run, self.trainer
         version = trainer.policy.version
-        try:
-            out = trainer.train(batch, settings)
-        finally:
-            # Also after a NumericsError: earlier minibatches have moved the weights by then.
-            published = self._publish()
-        step = trainer.step
-        # Here, so that no caller who gave up waiting leaves a trained step with the old seed.
-        self.engine.reseed(seed_of(self.seed, step))
+        out, published = self._updated(lambda: trainer.train(batch, settings))
         run.trackers.configure("train", out.settings.as_config())
         metrics = self._metrics(groups, batch, out) | published
+
+        def store() -> None:
+            record = UpdateRecord.of(
+                out.settings,
+                version=version,
+                context=trainer.policy.context,
+                dtype=str(trainer.policy.compute_dtype).removeprefix("torch."),
+            )
+            advantages = {s[0].trajectory_id: s[0].advantage for s in batch.samples}
+            stored = run.trajectories("train", trainer.step)
+            write_batch(stored, groups, advantages, out.traces, record)
+
+        return self._saved(metrics, keep_checkpoints, store, out.skipped)
+
+    def train_sft(
+        self, trajectories: Sequence[Any], config: TrainSFTConfig, keep_checkpoints: int | None
+    ) -> TrainResult:
+        """Check the conversations, then update on all their batches, publish, log, save."""
+        trainer, engine, last = self.trainer, self.engine, config.assistant_turns == "last"
+        context = trainer.policy.context
+        samples = sft_samples(trajectories, engine.chat, engine.encode, context, last=last)
+        plan = plan_sft(len(samples), config, trainer.policy)
+        metrics, published = self._updated(lambda: train_sft(trainer, samples, plan))
+        self.run.trackers.configure("sft", config.model_dump(mode="json"))
+        return self._saved(metrics.compute() | published, keep_checkpoints)
+
+    def _updated(self, update: Callable[[], T]) -> tuple[T, dict[str, float]]:
+        """Update the weights and publish them; what the update returned, and publishing's metrics.
+
+        Published also after a NumericsError: earlier minibatches have moved the weights by then.
+        """
+        try:
+            out = update()
+        finally:
+            published = self._publish()
+        # Here, so that no caller who gave up waiting leaves a trained step with the old seed.
+        self.engine.reseed(seed_of(self.seed, self.trainer.step))
+        return out, published
+
+    def _saved(
+        self,
+        metrics: dict[str, float],
+        keep_checkpoints: int | None,
+        store: Callable[[], None] = lambda: None,
+        skipped: str | None = None,
+    ) -> TrainResult:
+        """Log a step that is trained, `store` its trajectories, and save its checkpoint."""
+        run, step = self.run, self.trainer.step
         started = time.perf_counter()
         failed: Exception | None = None
         with run.writing():
@@ -134,18 +179,10 @@ class Service:
             # A step whose weights have moved is saved all the same if that fails.
             try:
                 run.log(step, metrics)
-                record = UpdateRecord.of(
-                    out.settings,
-                    version=version,
-                    context=trainer.policy.context,
-                    dtype=str(trainer.policy.compute_dtype).removeprefix("torch."),
-                )
-                advantages = {s[0].trajectory_id: s[0].advantage for s in batch.samples}
-                stored = run.trajectories("train", step)
-                write_batch(stored, groups, advantages, out.traces, record)
+                store()
             except Exception as error:
                 failed = error
-            path = save_checkpoint(run.checkpoints, trainer)
+            path = save_checkpoint(run.checkpoints, self.trainer)
             try:
                 if failed is not None:
                     raise failed
@@ -160,7 +197,7 @@ class Service:
                     f"{run.folder}: {error}. "
                     "Mend that and go on; training on this batch again would train on it twice"
                 ) from error
-        return TrainResult(step, metrics, path, out.skipped)
+        return TrainResult(step, metrics, path, skipped)
 
     def _metrics(
         self, groups: Sequence[TrajectoryGroup], batch: RolloutBatch, out: TrainOutput

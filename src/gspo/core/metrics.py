@@ -24,7 +24,7 @@ OF_TRAINING = frozenset(
 )
 """gspo's names in families that a user's loop may extend, for example with `time/rollout`."""
 FAMILIES = frozenset(
-    {"loss", "ratio", "mismatch", "moe", "optim", "tokens", "staleness", "publish"}
+    {"loss", "ratio", "mismatch", "moe", "optim", "sft", "tokens", "staleness", "publish"}
 )
 """First parts of gspo's other names, such as `loss/policy`."""
 

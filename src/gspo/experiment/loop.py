@@ -13,8 +13,9 @@ from gspo.core.files import strict_json, write_whole
 from gspo.core.timing import span
 from gspo.experiment.heldout import Estimate, estimate_reward
 from gspo.experiment.rollout import Rollouts
-from gspo.experiment.spec import Spec, flat
+from gspo.experiment.spec import SFT, Spec, flat
 from gspo.train.settings import resolve
+from gspo.utils.sft import read_trajectories
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ async def run_experiment(spec: Spec, watch: Watch) -> Outcome:
     """
     resolve(spec.train_config(), spec.train)  # options that contradict cost no evaluation
     started = time.perf_counter()
+    lessons = read_trajectories(spec.sft.data) if spec.sft else []
     model = art.TrainableModel(
         name=spec.name,
         project=spec.project,
@@ -89,6 +91,12 @@ async def run_experiment(spec: Spec, watch: Watch) -> Outcome:
         exact = "equal to the bit" if policy.exact else f"not equal to the bit: {policy.not_exact}"
         watch.started(spec, first, [f"engine and trainer are {exact}", *_remember(spec)])
         before = await _evaluate(backend, rollouts, watch, 0)
+        if spec.sft:
+            if first == 0:
+                result = await model.train_sft(lessons, _sft_config(spec.sft, spec.seed))
+                watch.stepped(result.step, result.metrics)
+            first = max(1, first)
+            await _evaluate(backend, rollouts, watch, 1)
         for step in range(first, spec.steps):
             if spec.eval_every and step % spec.eval_every == 0:
                 # Before the step and not after it: so a run that was killed between training and
@@ -107,6 +115,11 @@ async def run_experiment(spec: Spec, watch: Watch) -> Outcome:
         after = await _evaluate(backend, rollouts, watch, steps)
     prompts = (after and after.prompts) or spec.eval_prompts
     return Outcome(spec.folder, steps, prompts, time.perf_counter() - started, before, after)
+
+
+def _sft_config(sft: SFT, seed: int) -> art.TrainSFTConfig:
+    options = sft.model_dump(exclude={"data"})
+    return art.TrainSFTConfig(**options, lr_schedule="linear", seed=seed)
 
 
 def _remember(spec: Spec) -> list[str]:

@@ -18,6 +18,7 @@ from gspo.tasks import load_task
 from gspo.train.defaults import default_learning_rate
 from gspo.train.minibatches import activation_bytes, token_budget
 from gspo.train.settings import resolve as resolve_settings
+from gspo.utils.sft import read_trajectories
 
 _COPY_BYTES = {None: 0, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 4, "int4": 4}
 """Bytes per parameter of the engine's own copy; int8 and int4 are rounded float32 numbers."""
@@ -64,6 +65,9 @@ def make_plan(spec: Spec) -> str:
         f"completions of up to {longest} tokens; microbatches of up to {tokens} tokens",
         _memory(spec, tokens, limit or 256, config, parameters),
     ]
+    if spec.sft:
+        rows = len(read_trajectories(spec.sft.data))
+        lines.insert(0, f"first SFT on {rows} conversations, {spec.sft.epochs} x")
     if spec.rollout is None and tokenizer.chat_template is None:
         lines.insert(2, "no chat template: plain prompts")
     return "\n".join(lines)

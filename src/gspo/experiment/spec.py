@@ -19,6 +19,18 @@ from gspo.core.options import LARGEST_COUNT, TEMPERATURES, Options
 from gspo.tasks import task_names
 
 
+class SFT(Options, title="[sft]"):
+    """Supervised fine-tuning on given conversations, before everything else."""
+
+    data: str
+    """JSONL, a row `{"messages": [...], "tools": [...]}`; its path is beside the TOML file."""
+    epochs: int = Field(default=1, ge=1, le=LARGEST_COUNT)
+    batch_size: int = Field(default=8, ge=1, le=LARGEST_COUNT)
+    learning_rate: float | None = Field(default=None, gt=0, le=1)
+    """Peak; it rises over the first tenth of the batches, then falls to 0. None: by the model's
+    size."""
+
+
 class Spec(Options, title="the run"):
     """One run: a model, a task or a rollout function, an objective, sizes and seeds.
 
@@ -46,7 +58,7 @@ class Spec(Options, title="the run"):
     """Seconds that each call of your rollout function may take. One that takes longer is cancelled,
     told in a warning, and left out of its group. None: no limit."""
     steps: int = Field(default=60, ge=1, le=LARGEST_COUNT)
-    """Calls of `train` over the run's life."""
+    """Calls of `train` over the run's life; with [sft], its first step is the SFT."""
     prompts: int = Field(default=32, ge=1, le=LARGEST_COUNT)
     """Prompts per step."""
     completions: int = Field(default=16, ge=2, le=LARGEST_COUNT)
@@ -70,6 +82,8 @@ class Spec(Options, title="the run"):
     """The fields of `dev.TrainConfig`: algorithm, epsilon, minibatches, schedule, ..."""
     learning_rate: float | None = Field(default=None, gt=0, le=1)
     """Peak learning rate. None: by the model's size, with a warmup (docs/defaults.md)."""
+    sft: SFT | None = None
+    """Supervised fine-tuning as the run's first step."""
     load: dev.InternalModelConfig = Field(default_factory=dev.InternalModelConfig)
     """The fields of `dev.InternalModelConfig`: dtype, lora, activation_checkpointing, ..."""
 
@@ -124,7 +138,7 @@ class Spec(Options, title="the run"):
         return TrainConfig(learning_rate=self.learning_rate)
 
 
-TABLES = {"train": dev.TrainConfig, "load": dev.InternalModelConfig}
+TABLES = {"train": dev.TrainConfig, "sft": SFT, "load": dev.InternalModelConfig}
 """The tables of a run's file."""
 
 
@@ -163,6 +177,8 @@ def named_beside(run: dict[str, Any], folder: Path) -> dict[str, Any]:
             named[key] = beside(value, folder)
     if isinstance(run.get("train"), dict):
         named["train"] = named_beside(run["train"], folder)
+    if isinstance(sft := run.get("sft"), dict) and isinstance(sft.get("data"), str):
+        named["sft"] = sft | {"data": str(folder / expanduser(sft["data"]))}
     return named
 
 

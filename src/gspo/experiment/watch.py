@@ -18,6 +18,7 @@ from gspo.experiment.spec import Spec
 from gspo.train.minibatches import why_no_update
 
 _FIELDS = (
+    ("SFT loss", "sft/loss", "{:.3f}"),
     ("reward", "train/reward", "{:.3f}"),
     ("clipped", "ratio/clip_fraction", "{:.1%}"),
     ("tokens/s", "throughput/tokens_per_second", "{:,.0f}"),

@@ -16,6 +16,7 @@ and where Qwen3's template looks for it. Only harmony has a field of its own.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
@@ -172,6 +173,21 @@ class ChatFormat:
                 f"here: known are {known}",
                 param="tools",
             )
+
+    def marked_tokens(
+        self, messages: Sequence[dict], *, tools: Sequence[dict] | None = None
+    ) -> tuple[list[int], list[int]] | None:
+        """Tokens of a conversation, and 1 for each of an answer, by the template's `generation`
+        marks; None if it has none."""
+        if not re.search(r"{%-?\s*generation", self._template):
+            return None
+        marked = self.tokenizer.apply_chat_template(
+            [with_objects(self._plain(message)) for message in messages],
+            tools=tools,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        return marked["input_ids"], marked["assistant_masks"]
 
     def parser(self, tools: Sequence[dict] | None = None, key: str = "") -> Parser:
         """What reads one answer piece by piece: text with its special tokens, which it leaves out.

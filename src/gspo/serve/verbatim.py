@@ -142,7 +142,7 @@ class TokenMemory:
             ]
             if ranked:
                 _, size, number = max(ranked)
-                rest = _encoded_after(chat, following[size:], encode)
+                rest = encoded_after(chat, following[size:], encode)
                 return [*asked.tokens, *asked.sampled[number].tokens, *rest]
         return None
 
@@ -178,7 +178,7 @@ def _message(parsed: Parsed) -> tuple[object, ...]:
     return (parsed.content or "").split(), calls, (parsed.reasoning or "").split()
 
 
-def _encoded_after(chat: ChatFormat, text: str, encode: Callable[[str], list[int]]) -> list[int]:
+def encoded_after(chat: ChatFormat, text: str, encode: Callable[[str], list[int]]) -> list[int]:
     """Tokens of a text that follows others: sentencepiece would begin it with a space."""
     for end in chat.ends:
         if len(encode(end)) == 1:

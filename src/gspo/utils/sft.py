@@ -1,0 +1,102 @@
+"""Supervised fine-tuning from a file, as ART spells it: `art.utils.sft.train_sft_from_file`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from gspo.config import TrainSFTConfig
+from gspo.core.errors import DataError, check_names, shown
+from gspo.trajectories import Trajectory
+
+__all__ = ["read_trajectories", "train_sft_from_file"]
+
+_KNOWN = ("epochs", "batch_size", "peak_lr", "schedule_type", "seed", "assistant_turns", "verbose")
+_ONE_CALL = "a call is one step, which is made whole or not at all."
+_REFUSED = {
+    **dict.fromkeys(("initial_step", "final_step"), _ONE_CALL),
+    "warmup_ratio": "schedule_type='linear' warms up over the first tenth of the batches.",
+    "shuffle_buffer_size": "the whole file is shuffled: leave it out.",
+}
+
+
+def read_trajectories(file_path: str | Path) -> list[Trajectory]:
+    """The conversations of a JSONL file: a row is `{"messages": [...], "tools": [...]}`.
+
+    `tools` may be left out, other columns are not read, and blank lines are skipped. The
+    trajectory's metadata has its row, which later errors name.
+
+    Raises:
+        DataError: no such file, an empty one, a row that is not JSON or has no messages.
+    """
+    path = Path(file_path)
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise DataError(f"{path} is not text in UTF-8: {error}") from None
+    rows = [(f"{path}, row {n}", line) for n, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise DataError(f"{path} is empty: it needs a row of JSON for each conversation")
+    return [_trajectory(where, line) for where, line in rows]
+
+
+def _trajectory(where: str, line: str) -> Trajectory:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON: {error}") from None
+    if not isinstance(row, dict) or "messages" not in row:
+        held = ", ".join(row) if isinstance(row, dict) else shown(row)
+        raise DataError(f'{where} has no column "messages"; it has: {held}')
+    messages = row["messages"]
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise DataError(f"{where}: messages are {shown(messages)}; give a list of messages")
+    try:
+        return Trajectory(
+            messages_and_choices=messages, tools=row.get("tools") or None, metadata={"row": where}
+        )
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+
+
+async def train_sft_from_file(
+    model: Any,
+    file_path: str | Path,
+    epochs: int = 1,
+    batch_size: int = 8,
+    peak_lr: float | None = None,
+    schedule_type: Literal["constant", "linear"] = "linear",
+    seed: int = 0,
+    assistant_turns: Literal["all", "last"] = "all",
+    verbose: bool = False,
+    **unknown: Any,
+) -> Any:
+    """Call `model.train_sft` once on all rows of a file, in another order each epoch.
+
+    Args:
+        model: a registered `TrainableModel`.
+        file_path: see `read_trajectories`.
+        epochs, batch_size, seed, assistant_turns: see `TrainSFTConfig`.
+        peak_lr: None: by the model's size.
+        schedule_type: `linear` has a warmup.
+        verbose: print the call's metrics.
+
+    Returns:
+        The `TrainResult`.
+
+    Raises:
+        GspoError: as `read_trajectories` and `LocalBackend.train_sft`.
+    """
+    check_names("train_sft_from_file", unknown, _KNOWN, _REFUSED)
+    config = TrainSFTConfig(
+        learning_rate=peak_lr,
+        lr_schedule=schedule_type,
+        batch_size=batch_size,
+        assistant_turns=assistant_turns,
+        epochs=epochs,
+        seed=seed,
+    )
+    return await model.train_sft(read_trajectories(file_path), config, verbose=verbose)
