@@ -169,7 +169,7 @@ def test_serve_answers_on_loopback():
 def test_help_lists_the_verbs_a_newcomers_first():
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    verbs = ["demo", "train", "serve", "presets", "audit", "inspect", "compare", "report"]
+    verbs = ["demo", "train", "sft", "serve", "presets", "audit", "inspect", "compare", "report"]
     assert re.findall(r"^│ (\w+) ", result.output, re.MULTILINE) == verbs
 
 

@@ -52,6 +52,7 @@ _SERVE = "a port; test_cli.py serves and asks"
 NOT_RUN = {
     "make demo": "installs; its command is tested in test_cli.py and learns in test_loop.py",
     "make test": "this",
+    "python examples/agents/train_lookup.py --agent langgraph": "minutes; test_agents.py has parts",
     "make bench": _BENCHMARKS,
     "make bench-check": _BENCHMARKS,
     "make bench-vllm": _BENCHMARKS,

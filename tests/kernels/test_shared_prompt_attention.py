@@ -61,7 +61,9 @@ def by_calls(microbatch: Microbatch, window: int | None) -> np.ndarray:
                 named = members[row] if real is None else members[row][real[row].numpy()]
                 context_of[named] = context
         keys = torch.cat([call.context[torch.from_numpy(context_of)], call.keys], dim=1).numpy()
-        hidden = (call.hidden < 0).expand(tails, -1, -1, -1, -1)[:, 0, :, 0].numpy()
+        hidden = np.zeros((tails, queries, keys.shape[1]), dtype=bool)
+        given = call.hidden if call.hidden.dtype == torch.bool else call.hidden < 0
+        hidden[..., -given.shape[-1] :] = given[:, 0, :, 0].numpy()  # all see the keys before
         for n in range(tails):
             for i in range(queries):
                 assert not hidden[n, i].all()  # padding too: no NaN from a softmax over nothing

@@ -169,7 +169,7 @@ class FileEngine:
             return int(weights.metadata()["version"])
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        return [6 + int(character) for character in text]
+        return [6 + int(character) for character in text if character.isdigit()]
 
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
         return "".join(str(token - 6) for token in token_ids)
