@@ -45,22 +45,26 @@ class Parts:
         if len(self.rows):
             probabilities[self.rows] = self._narrowed(probabilities[self.rows])
 
-    def _narrowed(self, kept: Float[Tensor, "K V"]) -> Float[Tensor, "K V"]:
+    def _narrowed(self, probabilities: Float[Tensor, "K V"]) -> Float[Tensor, "K V"]:
         if self._top_k:
-            most = min(self._top_k, kept.shape[1])
+            most = min(self._top_k, probabilities.shape[1])
             ranks = self._ranks.clamp(max=most)
-            ranked = kept.topk(most).values
+            ranked = probabilities.topk(most).values
             lowest = ranked.gather(1, (ranks - 1).clamp(min=0)[:, None]).squeeze(1)
             # As many as are like the last: which of them were meant, nobody can say.
-            kept = torch.where(kept >= torch.where(ranks > 0, lowest, 0.0)[:, None], kept, 0.0)
-        kept = torch.where(kept >= (self._min_p * kept.amax(-1))[:, None], kept, 0.0)
+            probabilities = torch.where(
+                probabilities >= torch.where(ranks > 0, lowest, 0.0)[:, None], probabilities, 0.0
+            )
+        probabilities = torch.where(
+            probabilities >= (self._min_p * probabilities.amax(-1))[:, None], probabilities, 0.0
+        )
         if self._some_top_p:
-            ordered, index = kept.sort(dim=-1, descending=True, stable=True)
+            ordered, index = probabilities.sort(dim=-1, descending=True, stable=True)
             up_to = ordered.cumsum(-1)
             before = torch.nn.functional.pad(up_to[:, :-1], (1, 0))  # the likeliest always stays
             ordered = torch.where(before < self._top_p[:, None] * up_to[:, -1:], ordered, 0.0)
-            kept = torch.zeros_like(kept).scatter_(-1, index, ordered)
-        return kept
+            probabilities = torch.zeros_like(probabilities).scatter_(-1, index, ordered)
+        return probabilities
 
 
 def sample(
