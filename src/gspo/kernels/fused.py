@@ -19,8 +19,8 @@ _CLOSE = 1e-5
 
 
 def fuse(lm: nn.Module) -> int:
-    """Compute RMS norms, and the gates of feed-forward layers, by one kernel each; returns how many
-    modules were changed.
+    """Compute RMS norms, and the gates of feed-forward layers, by one kernel each, and cast what
+    several linear layers take once. Returns how many modules were changed.
 
     transformers' norms take eight kernels forward and twelve backward, its gates two and four.
     """
@@ -34,7 +34,28 @@ def fuse(lm: nn.Module) -> int:
         if alike[kind]:
             module.forward = MethodType(new, module)
             changed += 1
+        if _projects_thrice(module):
+            module.register_forward_pre_hook(_cast_once, with_kwargs=True)
     return changed
+
+
+def _projects_thrice(module: nn.Module) -> bool:
+    """Whether its input goes through three linear layers, for each of which autocast casts it."""
+    layers = (getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj"))
+    return all(isinstance(layer, nn.Linear) for layer in layers)
+
+
+def _cast_once(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Cast the hidden states of an attention layer as autocast does."""
+    hidden = kwargs.get("hidden_states")
+    if hidden is None:
+        return None
+    return args, kwargs | {"hidden_states": _as_autocast(hidden)}
+
+
+def _as_autocast(x: Tensor) -> Tensor:
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -64,6 +85,7 @@ def _gives_the_same(module: Any, forward: Callable[[Any, Tensor], Tensor]) -> bo
 
 
 def _gated(self: Any, x: Tensor) -> Tensor:
+    x = _as_autocast(x)
     return self.down_proj(silu_product(self.gate_proj(x), self.up_proj(x)))
 
 
