@@ -14,6 +14,7 @@ from torch import Tensor
 from gspo.kernels import logprob
 from gspo.kernels.logprob import Head, full_logits, token_logprobs
 from gspo.kernels.split_projection import split_product
+from serve.test_batch import Asked
 
 CLIP = 3e-4
 M, D, V = 37, 16, 101
@@ -66,6 +67,14 @@ def test_a_sequence_is_off_by_far_less_than_the_clip_range(seed: int, spread: fl
     error = found - exact.gather(1, targets[:, None])[:, 0]
     assert error.mean().abs() < CLIP / 10
     assert error.abs().max() < CLIP
+
+
+def test_no_number_is_read_from_the_device():
+    """Not even where backward leaves out tokens: the host would wait for the forward pass."""
+    hidden, weight, _ = (x.requires_grad_() for x in leaves())
+    with Asked() as asked:
+        score(hidden, weight, None, torch.arange(M), split=True)
+    assert asked.count == 0
 
 
 def test_near_certain_tokens_keep_their_gradient():

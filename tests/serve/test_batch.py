@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from gspo.kernels.prompt_cache import SharedPrompts
 from gspo.policy.policy import Policy
+from gspo.serve import batch
 from gspo.serve.decoding import OpenCompletion
 from gspo.serve.engine import Request, SamplingParams
 from gspo.serve.torch_engine import TorchEngine
@@ -45,6 +50,46 @@ def test_they_join_end_and_are_cancelled_between_steps(engine: TorchEngine):
     assert batch.busy == []
     with engine.computing():
         assert not batch.step([])
+
+
+def test_a_finished_completion_is_not_fed_beyond_the_context(monkeypatch: pytest.MonkeyPatch):
+    """Positions that a model does not have are an error, on a GPU one that ends the process."""
+    monkeypatch.setattr(batch, "_DEAD", {"cpu": 1000})
+    engine = TorchEngine(embedded())
+    engine.policy.context = 12
+    fed: list[int] = []
+    advance = SharedPrompts.advance
+
+    def seen(cache: SharedPrompts, tokens: torch.Tensor) -> torch.Tensor:
+        fed.append(int(cache.lengths.max()))
+        return advance(cache, tokens)
+
+    monkeypatch.setattr(SharedPrompts, "advance", seen)
+    params = SamplingParams(n=1, max_tokens=9, seed=0, ignore_eos=True)
+    requests = [Request(prompt, params) for prompt in ((6, 7, 8), (6,))]
+    assert [len(own[0].token_ids) for own in engine.generate(requests)] == [9, 9]
+    assert max(fed) < 12 and len(fed) == 8
+
+
+class Asked(TorchDispatchMode):
+    """Counts how often a number is read from the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_no_single_number(engine: TorchEngine):
+    """On a device each would be a wait. What ended is read once, together."""
+    running = engine.batch()
+    with engine.computing():
+        running.step(opened(engine, 5, 3))
+        with Asked() as asked:
+            while running.step([]):
+                pass
+    assert asked.count == 0
 
 
 def test_a_step_is_of_one_version(engine: TorchEngine):

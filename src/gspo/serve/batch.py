@@ -96,7 +96,9 @@ class Batch:
         tokens, cache = self._tokens, self._cache
         dead = len(running.completions) - running.alive
         most = _DEAD.get(tokens.device.type, 8)
-        if new or self._cancelled or dead * most > len(running.completions):
+        # A finished completion goes on too: not beyond the positions that the model has.
+        full = isinstance(cache, SharedPrompts) and cache.lengths.max() >= self._policy.context
+        if new or self._cancelled or full or dead * most > len(running.completions):
             self._cancelled = False
             stay = running.keep()
             cache.keep(stay)
