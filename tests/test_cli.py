@@ -34,6 +34,10 @@ def test_surface_is_frozen():
             *("learning_rate", "max_tokens", "seed", "as_json"),
         ],
         "serve": ["model", "port", "host", "name", "api_key"],
+        "plan": [
+            *("model", "gpus", "gpu", "completions", "prompt_tokens", "mean_tokens", "longest"),
+            *("lora", "mfu", "as_json"),
+        ],
         "presets": ["as_json"],
         "audit": [
             "model",
@@ -169,7 +173,18 @@ def test_serve_answers_on_loopback():
 def test_help_lists_the_verbs_a_newcomers_first():
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    verbs = ["demo", "train", "sft", "serve", "presets", "audit", "inspect", "compare", "report"]
+    verbs = [
+        "demo",
+        "train",
+        "sft",
+        "serve",
+        "plan",
+        "presets",
+        "audit",
+        "inspect",
+        "compare",
+        "report",
+    ]
     assert re.findall(r"^│ (\w+) ", result.output, re.MULTILINE) == verbs
 
 

@@ -23,6 +23,7 @@ SMALL = ("--set", "eval_prompts=8", "--set", "eval_completions=2")
 RUN: dict[str, tuple[str, ...]] = {
     # command: what makes it short
     "gspo presets": (),
+    "gspo plan Qwen/Qwen3-30B-A3B --gpus 16": (),
     "gspo audit embedded:sort": AUDIT,
     "gspo audit embedded:sort --rollout-dtype int4": AUDIT,
     "gspo demo --steps 3 --path /tmp/runs --json": (),

@@ -15,6 +15,7 @@ FLOORS = {
     "lab": 10,
     "experiment": 9,
     "rewards": 9,
+    "sizing": 11,
     "langgraph": 10,
     "capture": 9,
     "model": 8,

@@ -153,6 +153,34 @@ def serve(
 
 
 @app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A hub id, a folder or embedded:<task>.")],
+    gpus: Annotated[int, typer.Option(min=1, max=4096, help="How many there are.")] = 1,
+    gpu: Annotated[str, typer.Option(help="Their kind, such as h100 or a100-80gb.")] = "h100",
+    completions: Annotated[int, typer.Option(min=1, help="Of a step.")] = 512,
+    prompt_tokens: Annotated[int, typer.Option(min=0, help="Of a prompt.")] = 512,
+    mean_tokens: Annotated[int, typer.Option(min=1, help="Of a completion, on average.")] = 2048,
+    longest: Annotated[
+        int | None, typer.Option(min=1, help="Completion. Default: 4 times the mean.")
+    ] = None,
+    lora: Annotated[int, typer.Option(min=1, help="Rank, where LoRA is considered.")] = 16,
+    mfu: Annotated[
+        float | None, typer.Option(min=0.001, max=1, help="Share of the FLOP/s of training.")
+    ] = None,
+    as_json: commands.JsonOption = False,
+) -> None:
+    """Estimate memory, seconds of a step and the balance of GPUs, before you pay for them."""
+    from gspo.sizing.report import make_report
+    from gspo.sizing.step_time import Rollouts
+
+    wanted = Rollouts(completions, prompt_tokens, mean_tokens, longest or 4 * mean_tokens)
+    text, told = make_report(model, gpu, gpus, wanted, lora, mfu)
+    print(text, end="")
+    if as_json:
+        print(strict_json(told))
+
+
+@app.command()
 def presets(as_json: commands.JsonOption = False) -> None:
     """List the named methods: formula, defaults and source."""
     from gspo.objective import PRESETS
