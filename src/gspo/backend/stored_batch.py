@@ -50,6 +50,10 @@ _SCHEMA = {
     "trajectory": pa.int32(),
     "reward": pa.float64(),
     "advantage": pa.float64(),
+    # One per Choice, if the rollout gave any; and what training made of them. Older files have
+    # neither.
+    "turn_rewards": pa.list_(pa.float64()),
+    "turn_advantages": pa.list_(pa.float64()),
     "messages": pa.string(),
     # JSON: what the model was offered, or null; and the conversations beside the first, if any.
     # Older files have neither.
@@ -160,9 +164,10 @@ def _columns(trajectory: Trajectory, traces: Sequence[Trace]) -> dict[str, Any]:
         {"messages": _messages(history), "tools": history.tools}
         for history in trajectory.histories()
     ]
-    choices = [choice for history in trajectory.histories() for choice in history.choices()]
+    choices = trajectory.sampled_turns()
     columns = {
         "reward": float(trajectory.reward),
+        "turn_rewards": trajectory.turn_rewards,
         "messages": strict_json(first["messages"], default=str),
         "tools": strict_json(first["tools"], default=str) if first["tools"] else None,
         "additional_histories": strict_json(further, default=str) if further else None,
@@ -262,6 +267,7 @@ def _trajectory(row: dict[str, Any], path: Path) -> Trajectory:
             for history in further
         ],
         reward=row["reward"],
+        turn_rewards=row.get("turn_rewards"),
         metrics={k: nan if v is None else v for k, v in json.loads(row["metrics"]).items()},
         metadata=json.loads(row["metadata"]),
     )

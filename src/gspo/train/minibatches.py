@@ -227,7 +227,7 @@ def shaped_reward(trajectory: Trajectory, options: dev.TrainConfig) -> float:
     reward, longest = float(trajectory.reward), options.overlong_max_tokens
     if longest is None or options.overlong_cache is None:
         return reward
-    choices = [choice for history in trajectory.histories() for choice in history.choices()]
-    length = sum(len(getattr(choice, "token_ids", None) or ()) for choice in choices)
+    turns = trajectory.sampled_turns()
+    length = sum(len(getattr(choice, "token_ids", None) or ()) for choice in turns)
     over = (longest - options.overlong_cache - length) / options.overlong_cache
     return reward + min(0.0, max(-1.0, over))
