@@ -75,7 +75,7 @@ async def test_turn_rewards_are_checked_as_soon_as_a_rollout_returns():
 
     group = await art.TrajectoryGroup([rollout([0.5])])
     assert group.trajectories[0].turn_rewards == [0.5]
-    with pytest.raises(DataError, match="rollout'.*turn_rewards.* of which there are 1"):
+    with pytest.raises(DataError, match=r"rollout'.*turn_rewards.* of which there are 1"):
         await art.TrajectoryGroup([rollout([0.5, 1.0])])
     with pytest.raises(DataError, match="Trajectory: turn_rewards"):
         await rollout("much")

@@ -132,13 +132,15 @@ def write_batch(
     advantages: Mapping[int, float] | None = None,
     traces: Mapping[int, Sequence[Trace]] | None = None,
     record: UpdateRecord | None = None,
+    turn_advantages: Mapping[int, Sequence[float]] | None = None,
 ) -> None:
     """Write a rollout batch; the file is there whole or not at all.
 
     Args:
         path: of the file.
         groups: with plain values, see `plain_groups`.
-        advantages, traces: by the trajectory's number in the batch, counted through all groups.
+        advantages, traces, turn_advantages: by the trajectory's number in the batch, counted
+            through all groups.
         record: how the batch was trained on, if it was.
 
     Raises:
@@ -149,6 +151,7 @@ def write_batch(
         for t, trajectory in enumerate(group):
             number = len(rows)
             row = {"group": g, "trajectory": t, "advantage": (advantages or {}).get(number)}
+            row["turn_advantages"] = (turn_advantages or {}).get(number) or None
             rows.append(row | _columns(trajectory, (traces or {}).get(number, ())))
     metadata = {_KEY: json.dumps(asdict(record)).encode()} if record else None
     table = pa.Table.from_pylist(rows, schema=pa.schema(_SCHEMA, metadata))
