@@ -163,7 +163,7 @@ def _turn_rewards(groups: Sequence[TrajectoryGroup]) -> list[list[float]]:
                 f"group {g}: trajectory {given.index(True)} has turn_rewards, trajectory "
                 f"{given.index(False)} has none: give them to all of a group, or to none"
             )
-    return [trajectory.turn_rewards or [] for group in groups for trajectory in group]
+    return [[float(r) for r in t.turn_rewards or ()] for group in groups for t in group]
 
 
 def is_stale(samples: TrajectorySamples, version: int, most: int | None) -> bool:
