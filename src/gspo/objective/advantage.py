@@ -52,7 +52,7 @@ def turn_advantages(
     g_ik = Σ_{j >= k} discount^(j - k) r_ij is what the trajectory earned from turn k on. T_ik is
     made of it as A_i is of rewards (`advantages`), but compares the k-th turns of a group: those
     that stand alone, or earned the same, have T_ik = 0. It is the sum of two advantages of GiGPO
-    (arXiv 2505.10978, equation 8), whose groups are turns in the same state; here, of one number.
+    (arXiv 2505.10978), whose groups are turns in the same state; here, of the same number.
 
     Args:
         kind: of the preset.
