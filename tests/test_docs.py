@@ -42,7 +42,7 @@ NOT_RUN = {
     ("art.md", 2): "part of a program; tests/backend/test_engines.py has a whole one",
     ("sft.md", 0): "part of a program; tests/utils/test_sft.py has a whole one",
     ("art.md", 3): "part of a program; tests/test_metrics_builder.py has a whole one",
-    ("multi-turn.md", 2): "a line of a program; tests/test_gather.py has whole ones",
+    ("multi-turn.md", 3): "a line of a program; tests/test_gather.py has whole ones",
     ("run.md", 0): "reads the run that `make demo` leaves",
     ("run.md", 1): "needs two clients",
     ("run.md", 2): "reads the run that `make demo` leaves",

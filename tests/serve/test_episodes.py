@@ -16,6 +16,7 @@ from gspo.serve.app import create_app, one_engine
 from gspo.serve.episodes import Episode, Episodes, current, current_episode, recording
 from gspo.serve.fake_engine import FakeEngine
 from gspo.serve.server import in_process_client
+from gspo.trajectories import Trajectory
 from support import choice
 
 HI: Any = [{"role": "user", "content": "hi"}]
@@ -228,3 +229,17 @@ def test_current_asks_which_server():
     with recording(episode := Episode()):
         assert current(app) is episode
         assert current(create_app(one_engine(FakeEngine(), names), names)) is None
+
+
+async def test_turn_rewards_are_one_for_each_turn(client: AsyncOpenAI):
+    for _ in range(2):
+        await of(client, "x").chat.completions.create(model="m", messages=HI)
+    answer = await send(client, "POST", "x/reward", reward=1, turn_rewards=[0, 0.5])
+    assert (answer.status_code, answer.json()) == (200, {"reward": 1.0, "turn_rewards": [0, 0.5]})
+    read = Trajectory.model_validate((await send(client, "GET", "x")).json())
+    assert (read.reward, read.turn_rewards, len(read.sampled_turns())) == (1.0, [0.0, 0.5], 2)
+    for given in ([1.0], [0.0, 1e200], [0.0, "1"], 3):
+        answer = await send(client, "POST", "x/reward", reward=9, turn_rewards=given)
+        assert answer.status_code == 400
+        assert "turn_rewards" in answer.json()["error"]["message"], given
+    assert (await send(client, "GET", "x")).json()["reward"] == 1.0

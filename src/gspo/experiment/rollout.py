@@ -21,6 +21,7 @@ from gspo.gather import gather_trajectory_groups
 from gspo.model import TrainableModel
 from gspo.tasks import Problem, Split, load_task
 from gspo.train.minibatches import shaped_reward
+from gspo.train.settings import resolve
 from gspo.trajectories import Rolled, Trajectory, TrajectoryGroup, settled
 
 
@@ -54,12 +55,16 @@ class Rollouts:
         if not spec.dynamic_sampling:
             indices = range(step * size, (step + 1) * size)
             return await self.groups("train", indices, spec.completions, step)
+        turns = resolve(options=spec.train).turn_weight > 0
         differing: list[TrajectoryGroup] = []
         flat: list[TrajectoryGroup] = []
         for first in range(step * _ROUNDS * size, (step + 1) * _ROUNDS * size, size):
             indices = range(first, first + size - len(differing))
             for group in await self.groups("train", indices, spec.completions, step):
-                rewards = {shaped_reward(trajectory, spec.train) for trajectory in group}
+                rewards = {
+                    (shaped_reward(t, spec.train), *((turns and t.turn_rewards) or ()))
+                    for t in group
+                }
                 (differing if len(rewards) > 1 else flat).append(group)
             if len(differing) == size:
                 break

@@ -20,6 +20,10 @@ def render(inspection: Mapping[str, Any], *, matrix: bool = False) -> str:
         "{run}, step {step}: ".format(**inspection) + _trajectories(inspection),
         f"its method: {inspection['own']} ({options or 'all options at their defaults'})",
     ]
+    if inspection["turns"]:
+        parts.append("rewards of turns, and their advantages: mean [least, largest]")
+        names = ("turn", "trajectories", "reward", "advantage")
+        parts.append(table(cells(names, inspection["turns"])))
     for term in inspection["left_out"]:
         parts.append(f"left out, being the same for every method: {term}")
     for at in inspection["at"]:

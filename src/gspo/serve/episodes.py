@@ -12,7 +12,6 @@ token ids), give it a reward (`POST /episodes/<id>/reward`) and drop it (`DELETE
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import copy
 import logging
 import threading
@@ -20,6 +19,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from typing import Annotated, Any, TypeVar
 
 import fastapi
@@ -146,9 +146,7 @@ def _choice_of(fields: Mapping[str, Any]) -> Choice:
     return choice
 
 
-_current: contextvars.ContextVar[Episode | None] = contextvars.ContextVar(
-    "gspo_episode", default=None
-)
+_current: ContextVar[Episode | None] = ContextVar("gspo_episode", default=None)
 
 
 def current(app: fastapi.FastAPI) -> Episode | None:
@@ -243,6 +241,7 @@ Id = Annotated[
         description="Names the episode; chosen by the client, made at the first use.",
     ),
 ]
+Reward = Annotated[float, Field(ge=-1e100, le=1e100, allow_inf_nan=False)]
 router = fastapi.APIRouter(tags=["episodes"], responses=DOCUMENTED)
 
 
@@ -271,7 +270,8 @@ class RewardBody(BaseModel):
     """POST /episodes/<id>/reward."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    reward: float = Field(ge=-1e100, le=1e100, allow_inf_nan=False)
+    reward: Reward
+    turn_rewards: list[Reward] | None = None
 
 
 @router.get("/episodes/{episode}")
@@ -288,8 +288,12 @@ async def reward_episode(http: fastapi.Request, id: Id, body: RewardBody) -> Res
     episode = http.app.state.episodes.find(id)
     if episode is None:
         return _unknown(id)
-    episode.trajectory.reward = body.reward
-    return JSONResponse({"reward": body.reward})
+    trajectory, given = episode.trajectory, body.turn_rewards
+    if given is not None and len(given) != (turns := len(trajectory.sampled_turns())):
+        message = f"turn_rewards has {len(given)} numbers, but episode {id!r} has {turns} turns"
+        raise RequestError(message, "turn_rewards")
+    trajectory.reward, trajectory.turn_rewards = body.reward, given
+    return JSONResponse(body.model_dump(exclude_none=True))
 
 
 @router.delete("/episodes/{episode}")
