@@ -28,6 +28,7 @@ from gspo.experiment.plan import make_plan
 from gspo.experiment.spec import Spec, read_spec
 from gspo.lab.compare import CompareSpec
 from gspo.objective import PRESETS
+from gspo.tasks.dataset import Data
 from gspo.train.algorithms import BUILT_IN
 from gspo.train.defaults import WARMUP, default_learning_rate
 
@@ -123,7 +124,7 @@ def test_toml_is_a_spec(page: Path):
         if "base" in data:
             CompareSpec(**data)
             continue
-        if not {"task", "rollout"} & set(data):
+        if not {"task", "rollout", "dataset"} & set(data):
             data["task"] = "sort"
         Spec(**data)
 
@@ -132,9 +133,9 @@ def test_the_full_toml_example_has_every_field():
     code, _ = fences(DOCS / "train-toml.md", "toml")[0]
     shown = set(re.findall(r"^#? ?(?:\[load\.)?(\w+)\]? *(?:=|$)", code, re.MULTILINE))
     fields = set(Spec.model_fields) | set(art.dev.TrainConfig.model_fields)
-    fields |= set(art.dev.InternalModelConfig.model_fields)
+    fields |= set(art.dev.InternalModelConfig.model_fields) | set(Data.model_fields)
     arts = {"ppo", "normalize_by_length", "precalculate_logprobs"}
-    assert fields - shown - {"train", "sft", "load", "task_options"} == arts
+    assert fields - shown - {"train", "sft", "load", "task_options", "data"} == arts
 
 
 def test_option_names_of_other_trainers_lead_to_ones_that_exist():

@@ -10,11 +10,12 @@ from transformers import AutoModelForCausalLM
 from gspo.backend.trackers import check_loggers
 from gspo.core.byname import find_module
 from gspo.core.errors import ConfigError
+from gspo.experiment.dataset_checks import check_prompts, epochs
 from gspo.experiment.spec import Spec
 from gspo.kernels.kv_cache import kv_bytes
 from gspo.policy.embedded import PREFIX, build_model, build_tokenizer, embedded_task
 from gspo.policy.source import read_config, read_tokenizer, resolve
-from gspo.tasks import load_task
+from gspo.tasks.dataset import DatasetTask
 from gspo.train.defaults import default_learning_rate
 from gspo.train.minibatches import activation_bytes, token_budget
 from gspo.train.settings import resolve as resolve_settings
@@ -35,7 +36,7 @@ def make_plan(spec: Spec) -> str:
     """
     settings = resolve_settings(spec.train_config(), spec.train)
     check_loggers(spec.logger)
-    task = load_task(spec.task, spec.task_options) if spec.task else None
+    task = spec.make_task()
     if spec.rollout:
         find_module(spec.rollout, "rollout")
     model, tokenizer = _base_model(spec)
@@ -47,6 +48,7 @@ def make_plan(spec: Spec) -> str:
             f"max_tokens = {limit}: {spec.model!r} has a context of {context} tokens, prompt "
             f"included: give max_tokens = {context - 1} or less"
         )
+    check_prompts(spec, task, tokenizer, context)
     clipping, objective = "no ratios are clipped", settings.objective
     if objective.surrogate == "clip":
         low, high = 1 - objective.epsilon_low, 1 + objective.epsilon_high
@@ -65,6 +67,8 @@ def make_plan(spec: Spec) -> str:
         f"completions of up to {longest} tokens; microbatches of up to {tokens} tokens",
         _memory(spec, tokens, limit or 256, config, parameters),
     ]
+    if isinstance(task, DatasetTask):
+        lines.insert(3, epochs(spec, task))
     if spec.sft:
         rows = len(read_trajectories(spec.sft.data))
         lines.insert(0, f"first SFT on {rows} conversations, {spec.sft.epochs} x")

@@ -19,7 +19,7 @@ from gspo.experiment.spec import Spec
 from gspo.experiment.user_error import users_errors
 from gspo.gather import gather_trajectory_groups
 from gspo.model import TrainableModel
-from gspo.tasks import Problem, Split, load_task
+from gspo.tasks import Problem, Split, Task
 from gspo.train.minibatches import shaped_reward
 from gspo.train.settings import resolve
 from gspo.trajectories import Rolled, Trajectory, TrajectoryGroup, settled
@@ -43,10 +43,10 @@ Rollout = Callable[[TrainableModel, Scenario], Awaitable[Rolled]]
 class Rollouts:
     """Makes the groups of an experiment. Each group depends only on the spec and its index."""
 
-    def __init__(self, spec: Spec, model: TrainableModel):
+    def __init__(self, spec: Spec, model: TrainableModel, task: Task | None = None):
         self.spec = spec
         self.model = model
-        self.task = load_task(spec.task, spec.task_options) if spec.task else None
+        self.task = spec.make_task() if task is None else task
         self.rollout = load_rollout(spec.rollout) if spec.rollout else None
 
     async def batch(self, step: int) -> list[TrajectoryGroup]:
@@ -95,7 +95,8 @@ class Rollouts:
             problem = self.task.problem(split, index, seed) if self.task else None
             scenario = Scenario(split, index, seed, problem)
             if self.rollout is None:
-                return await self._answers(scenario, size, seed_of(seed, step, split, index))
+                with drawing_for(split, index):  # of rewards that ask a model
+                    return await self._answers(scenario, size, seed_of(seed, step, split, index))
         rollout = self.rollout
 
         async def rolled() -> list[Trajectory | BaseException]:
@@ -126,8 +127,10 @@ class Rollouts:
             "max_tokens": self.spec.max_tokens or task.max_tokens,
             "temperature": self.spec.temperature,
             "seed": seed,
-            "extra_body": {"return_routes": True} if expert_choices else None,
+            "extra_body": {"return_routes": True} if expert_choices else {},
         }
+        if task.template_kwargs:
+            options["extra_body"]["chat_template_kwargs"] = task.template_kwargs
         client = self.model.openai_client()
         backend: Any = self.model.backend()
         try:
@@ -137,13 +140,17 @@ class Rollouts:
                 answer = await client.chat.completions.create(messages=messages, **options)
         except BadRequestError as error:
             raise DataError(f"the engine refuses a prompt of the task: {error.message}") from None
+        choices = [*filter(None, map(as_choice, answer.choices))]
+        grades = await task.grade(problem, [choice.message.content or "" for choice in choices])
+        row = {"row": problem.where} if problem.where else {}
         return TrajectoryGroup(
             Trajectory(
                 messages_and_choices=[*messages, choice],
-                reward=task.score(problem, choice.message.content or ""),
-                metadata={"answer": problem.answer},
+                reward=reward,
+                metrics={**parts},
+                metadata={"answer": problem.answer, **row},
             )
-            for choice in filter(None, map(as_choice, answer.choices))
+            for choice, (reward, parts) in zip(choices, grades, strict=True)
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from gspo.config import TrainConfig
 from gspo.core.byname import beside
 from gspo.core.errors import ConfigError, suggestion
 from gspo.core.options import LARGEST_COUNT, TEMPERATURES, Options
-from gspo.tasks import task_names
+from gspo.core.trees import put
+from gspo.tasks import Task, load_task, task_names
+from gspo.tasks.dataset import Data, load_dataset
 
 
 class SFT(Options, title="[sft]"):
@@ -49,6 +51,15 @@ class Spec(Options, title="the run"):
     `gspo.tasks.Task` of your own, in a file beside this one."""
     task_options: dict[str, Any] = Field(default_factory=dict)
     """Options of `chain`, of a reasoning-gym dataset, or of your own task's constructor."""
+    dataset: str | None = None
+    """Rows of your own, in place of a task: a file of JSONL, CSV or parquet beside this one; or a
+    folder or a name that the `datasets` library loads."""
+    reward: list[str] = Field(default_factory=list)
+    """Reward functions for the dataset's rows, each `module:function`; see docs/own-data.md."""
+    reward_weights: list[float] | None = None
+    """One for each reward. None: each is 1."""
+    data: Data = Field(default_factory=Data)
+    """How the dataset is used: what is held out, epochs, order, system prompt."""
     rollout: str | None = None
     """`module:function` or `folder/file.py:function`, an
     `async def rollout(model, scenario) -> Trajectory` of your own. A module is looked for beside
@@ -94,6 +105,11 @@ class Spec(Options, title="the run"):
             raise ValueError("it names one folder: leave dots, '/' and '\\' out")
         return folder_name(value)
 
+    @field_validator("reward", mode="before")
+    @classmethod
+    def _one_reward(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
     @model_validator(mode="before")
     @classmethod
     def _task_names_the_model(cls, data: Any) -> Any:
@@ -103,8 +119,9 @@ class Spec(Options, title="the run"):
 
     @model_validator(mode="after")
     def _has_prompts_and_a_model(self) -> Spec:
-        if self.task is None and self.rollout is None:
-            raise ValueError("give a task, or a rollout = 'module:function'")
+        if self.task is None and self.rollout is None and self.dataset is None:
+            raise ValueError("give a task, a dataset, or a rollout = 'module:function'")
+        self._check_dataset()
         if self.task is None and self.task_options:
             raise ValueError("task_options are given, but no task")
         if self.rollout is None and self.rollout_timeout is not None:
@@ -128,6 +145,45 @@ class Spec(Options, title="the run"):
             )
         return self
 
+    def _check_dataset(self) -> None:
+        if self.dataset is None:
+            if self.reward or self.reward_weights or self.data != Data():
+                raise ValueError("reward, reward_weights and [data] belong to a dataset: give one")
+            return
+        if self.task is not None:
+            raise ValueError("task and dataset both give the prompts: leave one out")
+        if (self.rollout is None) != bool(self.reward):
+            raise ValueError(
+                "a dataset needs reward = ['module:function'], or a rollout = 'module:function', "
+                "which gives its own reward: one of the two"
+            )
+        if self.rollout and (self.data.system_prompt or self.data.chat_template_kwargs):
+            raise ValueError(
+                "the system prompt and chat_template_kwargs are decided by your rollout function: "
+                "leave them out of [data], and use them there"
+            )
+        if self.data.epochs and ("steps" in self.model_fields_set or self.dynamic_sampling):
+            raise ValueError(
+                "data.epochs gives the number of steps: leave steps and dynamic_sampling out"
+            )
+
+    def make_task(self) -> Task | None:
+        """The task or the dataset; None for a rollout without either.
+
+        Raises:
+            GspoError: it cannot be loaded, or a row or a reward is refused.
+        """
+        if self.dataset is None:
+            return load_task(self.task, self.task_options) if self.task else None
+        return load_dataset(self.dataset, self.reward, self.reward_weights, self.data)
+
+    def with_steps(self, task: Task | None = None) -> Spec:
+        """The spec with the number of steps that its epochs come to, rounded up."""
+        if self.data.epochs is None or not (task := task or self.make_task()) or not task.sizes:
+            return self
+        steps = -(-self.data.epochs * task.sizes["train"] // self.prompts)
+        return self.model_copy(update={"steps": steps})
+
     @property
     def folder(self) -> Path:
         """The run's folder."""
@@ -138,7 +194,7 @@ class Spec(Options, title="the run"):
         return TrainConfig(learning_rate=self.learning_rate)
 
 
-TABLES = {"train": dev.TrainConfig, "sft": SFT, "load": dev.InternalModelConfig}
+TABLES = {"train": dev.TrainConfig, "sft": SFT, "load": dev.InternalModelConfig, "data": Data}
 """The tables of a run's file."""
 
 
@@ -159,11 +215,15 @@ def read_spec(path: Path, overrides: Iterable[str] = ()) -> Spec:
     Raises:
         ConfigError: no such file, not TOML, or an unknown key or value.
     """
-    return Spec(**named_beside(override(read_toml(path), overrides), path.parent))
+    return Spec(**named_beside(override(read_toml(path), overrides), path.parent)).with_steps()
 
 
-_NAMES = ("task", "rollout", "algorithm", "train.algorithm")
+_NAMES = ("task", "rollout", "reward", "algorithm", "train.algorithm")
 """Keys whose value may be the `module:name` of the user's own code."""
+
+
+_FILES = ("dataset", "heldout", "data.heldout")
+"""Keys whose value may be a file or a folder beside the run's; else it is another thing's name."""
 
 
 def named_beside(run: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -175,8 +235,13 @@ def named_beside(run: dict[str, Any], folder: Path) -> dict[str, Any]:
     for key, value in run.items():
         if key in _NAMES and isinstance(value, str):
             named[key] = beside(value, folder)
-    if isinstance(run.get("train"), dict):
-        named["train"] = named_beside(run["train"], folder)
+        elif key == "reward" and isinstance(value, list):
+            named[key] = [beside(v, folder) if isinstance(v, str) else v for v in value]
+        elif key in _FILES and isinstance(value, str):
+            path = folder / expanduser(value)
+            named[key] = str(path) if path.exists() else value
+        elif key in ("train", "data") and isinstance(value, dict):
+            named[key] = named_beside(value, folder)
     if isinstance(sft := run.get("sft"), dict) and isinstance(sft.get("data"), str):
         named["sft"] = sft | {"data": str(folder / expanduser(sft["data"]))}
     return named
@@ -196,17 +261,6 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: its brackets are nested too deeply") from None
     except ValueError as error:
         raise ConfigError(f"{path} is not TOML in UTF-8: {error}") from None
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A tree of options with dotted keys."""
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            out |= flat(value, f"{prefix}{key}.")
-        else:
-            out[f"{prefix}{key}"] = value
-    return out
 
 
 def full_keys(name: str) -> list[str]:
@@ -243,14 +297,3 @@ def override(
             value = text
         data = put(data, parts, value)
     return data
-
-
-def put(table: Any, keys: list[str], value: Any) -> dict[str, Any]:
-    """A copy of the table, with the value at the keys. What is no table is replaced by one.
-
-    >>> put({"steps": 5, "train": {"epochs": 2}}, ["train", "seed"], 1)
-    {'steps': 5, 'train': {'epochs': 2, 'seed': 1}}
-    """
-    table = table if isinstance(table, dict) else {}
-    first, *rest = keys
-    return table | {first: put(table.get(first), rest, value) if rest else value}

@@ -38,7 +38,9 @@ def audit(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="embedded:<task>, a folder or a hub id.")],
     rollout_dtype: Annotated[str, typer.Option(help="The engine's, such as int4.")] = "float32",
-    task: Annotated[str | None, typer.Option(help="Default: the embedded model's own.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Or a run's TOML. Default: the embedded model's own.")
+    ] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts of the task.")] = 64,
     completions: Annotated[int, typer.Option(min=1, help="Per prompt.")] = 8,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Default: the task's.")] = None,

@@ -11,15 +11,14 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from gspo import dev
 from gspo.core.errors import ConfigError, check_names, suggestion
 from gspo.core.options import Options
+from gspo.core.trees import flat, put
 from gspo.experiment.spec import (
     TABLES,
     Spec,
-    flat,
     folder_name,
     full_keys,
     named_beside,
     override,
-    put,
     read_toml,
 )
 

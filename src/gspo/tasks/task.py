@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -14,11 +14,16 @@ _TRIES = 1000
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt for the user turn, the reference answer, and what the scorer needs besides."""
+    """A prompt for the user turn, the reference answer, and what the scorer needs besides.
+
+    Attributes:
+        where: of a dataset's row, which errors name.
+    """
 
     prompt: str
     answer: str
     entry: Mapping[str, Any] = field(default_factory=dict)
+    where: str = ""
 
 
 class Task(ABC):
@@ -42,13 +47,17 @@ class Task(ABC):
         system_prompt: the system turn that goes before each prompt, or None.
         ends: whether a right answer ends by itself; else it is cut at `max_tokens`.
         tools: OpenAI's, that a right answer needs, or None.
+        template_kwargs: variables of the chat template, or None.
+        sizes: how many problems each split has; None: as many as are asked for.
     """
 
     name: str
     max_tokens: int
-    system_prompt: ClassVar[str | None] = None
+    system_prompt: str | None = None
     ends: ClassVar[bool] = True
     tools: ClassVar[list[dict[str, Any]] | None] = None
+    template_kwargs: dict[str, Any] | None = None
+    sizes: Mapping[Split, int] | None = None
 
     @abstractmethod
     def draw(self, key: int) -> Problem:
@@ -57,6 +66,12 @@ class Task(ABC):
     def score(self, problem: Problem, completion: str) -> float:
         """The reward of a completion's text, usually in [0, 1]. By default 1 for the answer."""
         return float(completion == problem.answer)
+
+    async def grade(
+        self, problem: Problem, completions: Sequence[str]
+    ) -> list[tuple[float, dict[str, float]]]:
+        """The reward of each completion, and its parts by name: `score`, without parts."""
+        return [(self.score(problem, text), {}) for text in completions]
 
     def problem(self, split: Split, index: int, seed: int = 0) -> Problem:
         """Problem `index` of a split: it depends on its arguments and nothing else.
