@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from gspo.backend.trackers import check_loggers
 from gspo.core.byname import find_module
 from gspo.core.errors import ConfigError
+from gspo.environments import load_environment
 from gspo.experiment.spec import Spec
 from gspo.kernels.kv_cache import kv_bytes
 from gspo.policy.embedded import PREFIX, build_model, build_tokenizer, embedded_task
@@ -38,9 +39,12 @@ def make_plan(spec: Spec) -> str:
     task = load_task(spec.task, spec.task_options) if spec.task else None
     if spec.rollout:
         find_module(spec.rollout, "rollout")
+    played = (
+        load_environment(spec.environment, spec.environment_options)() if spec.environment else None
+    )
     model, tokenizer = _base_model(spec)
     config, parameters = model.config.get_text_config(), sum(p.numel() for p in model.parameters())
-    limit = spec.max_tokens or (task.max_tokens if task else None)
+    limit = spec.max_tokens or getattr(task or played, "max_tokens", None)
     context = spec.load.max_context or getattr(config, "max_position_embeddings", None)
     if limit and context and limit >= context and spec.rollout is None:
         raise ConfigError(
@@ -65,6 +69,8 @@ def make_plan(spec: Spec) -> str:
         f"completions of up to {longest} tokens; microbatches of up to {tokens} tokens",
         _memory(spec, tokens, limit or 256, config, parameters),
     ]
+    if played:
+        lines.insert(3, f"episodes of up to {spec.max_turns or played.max_turns} turns")
     if spec.sft:
         rows = len(read_trajectories(spec.sft.data))
         lines.insert(0, f"first SFT on {rows} conversations, {spec.sft.epochs} x")

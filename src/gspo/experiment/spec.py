@@ -16,6 +16,7 @@ from gspo.config import TrainConfig
 from gspo.core.byname import beside
 from gspo.core.errors import ConfigError, suggestion
 from gspo.core.options import LARGEST_COUNT, TEMPERATURES, Options
+from gspo.environments import FAMILIES
 from gspo.tasks import task_names
 
 
@@ -55,8 +56,17 @@ class Spec(Options, title="the run"):
     the TOML file, in the working directory, and among what is installed, in this order.
     Without it, the task's prompt is answered in one turn and scored."""
     rollout_timeout: float | None = Field(default=None, gt=0)
-    """Seconds that each call of your rollout function may take. One that takes longer is cancelled,
-    told in a warning, and left out of its group. None: no limit."""
+    """Seconds that each call of your rollout function, or an episode, may take. One that takes
+    longer is cancelled, told in a warning, and left out of its group. None: no limit."""
+    environment: str | None = None
+    """`textworld:<game>` or another family's, or `module:Class`: a `gspo.environments.Environment`
+    of your own. In place of a task."""
+    environment_options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the environment's constructor."""
+    max_turns: int | None = Field(default=None, ge=1, le=LARGEST_COUNT)
+    """Most turns of the model in an episode. None: the environment's own."""
+    step_timeout: float | None = Field(default=None, gt=0)
+    """Seconds that a step of the environment may take. None: the environment's own."""
     steps: int = Field(default=60, ge=1, le=LARGEST_COUNT)
     """Calls of `train` over the run's life; with [sft], its first step is the SFT."""
     prompts: int = Field(default=32, ge=1, le=LARGEST_COUNT)
@@ -66,7 +76,7 @@ class Spec(Options, title="the run"):
     dynamic_sampling: bool = False
     """DAPO's: groups with equal rewards are replaced by fresh prompts, in up to three rounds."""
     max_tokens: int | None = Field(default=None, ge=1, le=LARGEST_COUNT)
-    """Longest completion. None: the task's own."""
+    """Longest completion, or turn. None: the task's or the environment's own."""
     temperature: float = Field(default=1.0, ge=TEMPERATURES[0], le=TEMPERATURES[1])
     eval_prompts: int = Field(default=256, ge=0, le=LARGEST_COUNT)
     """Held-out prompts before and after; 0 evaluates nothing."""
@@ -102,12 +112,25 @@ class Spec(Options, title="the run"):
         return data
 
     @model_validator(mode="after")
+    def _environment_stands_alone(self) -> Spec:
+        if self.environment is not None and (self.task or self.rollout):
+            raise ValueError(
+                "an environment has its own prompts and rollout: leave task and rollout out"
+            )
+        for name in ("environment_options", "max_turns", "step_timeout"):
+            if self.environment is None and getattr(self, name):
+                raise ValueError(f"{name} is of an environment, but none is given")
+        if self.environment is not None and not self.model:
+            raise ValueError("an environment has no model of its own: give a model")
+        return self
+
+    @model_validator(mode="after")
     def _has_prompts_and_a_model(self) -> Spec:
-        if self.task is None and self.rollout is None:
-            raise ValueError("give a task, or a rollout = 'module:function'")
+        if self.task is None and self.rollout is None and self.environment is None:
+            raise ValueError("give a task, an environment, or a rollout = 'module:function'")
         if self.task is None and self.task_options:
             raise ValueError("task_options are given, but no task")
-        if self.rollout is None and self.rollout_timeout is not None:
+        if self.rollout is None and self.environment is None and self.rollout_timeout is not None:
             raise ValueError("rollout_timeout limits a rollout function of yours: there is none")
         given = [name for name in ("max_tokens", "temperature") if self._differs(name)]
         if self.rollout is not None and given:
@@ -162,7 +185,7 @@ def read_spec(path: Path, overrides: Iterable[str] = ()) -> Spec:
     return Spec(**named_beside(override(read_toml(path), overrides), path.parent))
 
 
-_NAMES = ("task", "rollout", "algorithm", "train.algorithm")
+_NAMES = ("task", "rollout", "environment", "algorithm", "train.algorithm")
 """Keys whose value may be the `module:name` of the user's own code."""
 
 
@@ -173,7 +196,7 @@ def named_beside(run: dict[str, Any], folder: Path) -> dict[str, Any]:
     """
     named = dict(run)
     for key, value in run.items():
-        if key in _NAMES and isinstance(value, str):
+        if key in _NAMES and isinstance(value, str) and value.partition(":")[0] not in FAMILIES:
             named[key] = beside(value, folder)
     if isinstance(run.get("train"), dict):
         named["train"] = named_beside(run["train"], folder)
