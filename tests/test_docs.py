@@ -25,7 +25,8 @@ import gspo as art
 from gspo.experiment.heldout import Estimate
 from gspo.experiment.loop import run_experiment
 from gspo.experiment.plan import make_plan
-from gspo.experiment.spec import Spec, read_spec
+from gspo.experiment.run_file import read_spec
+from gspo.experiment.spec import Spec
 from gspo.lab.compare import CompareSpec
 from gspo.objective import PRESETS
 from gspo.tasks.dataset import Data

@@ -78,7 +78,7 @@ def train(
     as_json: commands.JsonOption = False,
 ) -> None:
     """Train from a file. The same command goes on where a killed run stopped."""
-    from gspo.experiment.spec import read_spec
+    from gspo.experiment.run_file import read_spec
 
     if dry_run and profile:
         raise ConfigError("--profile times the run that --dry-run doesn't make: leave one out")

@@ -1,4 +1,4 @@
-"""What is refused of a dataset before anything is trained, and runs on one: whole, killed, resumed."""
+"""What is refused of a dataset before training; runs on one: whole, killed, resumed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from gspo.core.errors import ConfigError, DataError, GspoError, RolloutError, Sa
 from gspo.experiment.dataset_checks import check_dataset, check_prompts
 from gspo.experiment.loop import run_experiment
 from gspo.experiment.plan import make_plan
-from gspo.experiment.spec import Spec, read_spec
+from gspo.experiment.run_file import read_spec
+from gspo.experiment.spec import Spec
 from gspo.policy.embedded import build_tokenizer, embedded_folder
 
 REWARDS = """

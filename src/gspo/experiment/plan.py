@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from gspo.backend.trackers import check_loggers
 from gspo.core.byname import find_module
 from gspo.core.errors import ConfigError
+from gspo.environments import load_environment
 from gspo.experiment.dataset_checks import check_prompts, epochs
 from gspo.experiment.spec import Spec
 from gspo.kernels.kv_cache import kv_bytes
@@ -39,9 +40,12 @@ def make_plan(spec: Spec) -> str:
     task = spec.make_task()
     if spec.rollout:
         find_module(spec.rollout, "rollout")
+    played = (
+        load_environment(spec.environment, spec.environment_options)() if spec.environment else None
+    )
     model, tokenizer = _base_model(spec)
     config, parameters = model.config.get_text_config(), sum(p.numel() for p in model.parameters())
-    limit = spec.max_tokens or (task.max_tokens if task else None)
+    limit = spec.max_tokens or getattr(task or played, "max_tokens", None)
     context = spec.load.max_context or getattr(config, "max_position_embeddings", None)
     if limit and context and limit >= context and spec.rollout is None:
         raise ConfigError(
@@ -69,6 +73,8 @@ def make_plan(spec: Spec) -> str:
     ]
     if isinstance(task, DatasetTask):
         lines.insert(3, epochs(spec, task))
+    if played:
+        lines.insert(3, f"episodes of up to {spec.max_turns or played.max_turns} turns")
     if spec.sft:
         rows = len(read_trajectories(spec.sft.data))
         lines.insert(0, f"first SFT on {rows} conversations, {spec.sft.epochs} x")

@@ -15,6 +15,8 @@ from gspo.core.choices import as_choice
 from gspo.core.draws import drawing_for, seed_of
 from gspo.core.errors import ConfigError, DataError
 from gspo.core.progress import all_or_cancel
+from gspo.environments import load_environment
+from gspo.environments.play import episode_seed, play
 from gspo.experiment.spec import Spec
 from gspo.experiment.user_error import users_errors
 from gspo.gather import gather_trajectory_groups
@@ -48,6 +50,8 @@ class Rollouts:
         self.model = model
         self.task = spec.make_task() if task is None else task
         self.rollout = load_rollout(spec.rollout) if spec.rollout else None
+        named, options = spec.environment, spec.environment_options
+        self.environment = load_environment(named, options) if named else None
 
     async def batch(self, step: int) -> list[TrajectoryGroup]:
         """Make the groups of one step; dynamic sampling replaces flat ones by fresh prompts'."""
@@ -94,10 +98,13 @@ class Rollouts:
         with users_errors(split, index, step):
             problem = self.task.problem(split, index, seed) if self.task else None
             scenario = Scenario(split, index, seed, problem)
-            if self.rollout is None:
+            if self.environment is not None:
+                rollout = await self._episodes(scenario)
+            elif self.rollout is not None:
+                rollout = self.rollout
+            else:
                 with drawing_for(split, index):  # of rewards that ask a model
                     return await self._answers(scenario, size, seed_of(seed, step, split, index))
-        rollout = self.rollout
 
         async def rolled() -> list[Trajectory | BaseException]:
             with users_errors(split, index, step):
@@ -105,6 +112,27 @@ class Rollouts:
 
         with drawing_for(split, index):  # the backend adds its seed and its step
             return TrajectoryGroup(chain(*await all_or_cancel([rolled() for _ in range(size)])))
+
+    async def _episodes(self, scenario: Scenario) -> Rollout:
+        """A rollout function that plays the environment's episode of a scenario."""
+        make, spec = self.environment, self.spec
+        assert make is not None
+        seed, instance = await episode_seed(make, scenario.split, scenario.index, scenario.seed)
+
+        async def episode(model: TrainableModel, scenario: Scenario) -> Trajectory:
+            trajectory = await play(
+                make(),
+                model,
+                seed,
+                max_turns=spec.max_turns,
+                max_tokens=spec.max_tokens,
+                temperature=spec.temperature,
+                step_timeout=spec.step_timeout,
+            )
+            trajectory.metadata["instance"] = instance
+            return trajectory
+
+        return episode
 
     async def _answers(self, scenario: Scenario, size: int, seed: int) -> TrajectoryGroup:
         """Ask for all completions in one request, which computes the prompt once.

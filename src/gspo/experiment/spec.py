@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Collection, Iterable
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
@@ -13,10 +11,8 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from gspo import dev
 from gspo.backend.trackers import TrackerName
 from gspo.config import TrainConfig
-from gspo.core.byname import beside
-from gspo.core.errors import ConfigError, suggestion
+from gspo.core.errors import suggestion
 from gspo.core.options import LARGEST_COUNT, TEMPERATURES, Options
-from gspo.core.trees import put
 from gspo.tasks import Task, load_task, task_names
 from gspo.tasks.dataset import Data, load_dataset
 
@@ -66,8 +62,17 @@ class Spec(Options, title="the run"):
     the TOML file, in the working directory, and among what is installed, in this order.
     Without it, the task's prompt is answered in one turn and scored."""
     rollout_timeout: float | None = Field(default=None, gt=0)
-    """Seconds that each call of your rollout function may take. One that takes longer is cancelled,
-    told in a warning, and left out of its group. None: no limit."""
+    """Seconds that each call of your rollout function, or an episode, may take. One that takes
+    longer is cancelled, told in a warning, and left out of its group. None: no limit."""
+    environment: str | None = None
+    """`textworld:<game>` or another family's, or `module:Class`: a `gspo.environments.Environment`
+    of your own. In place of a task."""
+    environment_options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the environment's constructor."""
+    max_turns: int | None = Field(default=None, ge=1, le=LARGEST_COUNT)
+    """Most turns of the model in an episode. None: the environment's own."""
+    step_timeout: float | None = Field(default=None, gt=0)
+    """Seconds that a step of the environment may take. None: the environment's own."""
     steps: int = Field(default=60, ge=1, le=LARGEST_COUNT)
     """Calls of `train` over the run's life; with [sft], its first step is the SFT."""
     prompts: int = Field(default=32, ge=1, le=LARGEST_COUNT)
@@ -77,7 +82,7 @@ class Spec(Options, title="the run"):
     dynamic_sampling: bool = False
     """DAPO's: groups with equal rewards are replaced by fresh prompts, in up to three rounds."""
     max_tokens: int | None = Field(default=None, ge=1, le=LARGEST_COUNT)
-    """Longest completion. None: the task's own."""
+    """Longest completion, or turn. None: the task's or the environment's own."""
     temperature: float = Field(default=1.0, ge=TEMPERATURES[0], le=TEMPERATURES[1])
     eval_prompts: int = Field(default=256, ge=0, le=LARGEST_COUNT)
     """Held-out prompts before and after; 0 evaluates nothing."""
@@ -118,13 +123,28 @@ class Spec(Options, title="the run"):
         return data
 
     @model_validator(mode="after")
+    def _environment_stands_alone(self) -> Spec:
+        if self.environment is not None and (self.task or self.rollout or self.dataset is not None):
+            raise ValueError(
+                "an environment has its own prompts and rollout: leave task, dataset, rollout out"
+            )
+        for name in ("environment_options", "max_turns", "step_timeout"):
+            if self.environment is None and getattr(self, name):
+                raise ValueError(f"{name} is of an environment, but none is given")
+        if self.environment is not None and not self.model:
+            raise ValueError("an environment has no model of its own: give a model")
+        return self
+
+    @model_validator(mode="after")
     def _has_prompts_and_a_model(self) -> Spec:
-        if self.task is None and self.rollout is None and self.dataset is None:
-            raise ValueError("give a task, a dataset, or a rollout = 'module:function'")
+        if not (self.task or self.rollout or self.dataset is not None or self.environment):
+            raise ValueError(
+                "give a task, a dataset, an environment, or a rollout = 'module:function'"
+            )
         self._check_dataset()
         if self.task is None and self.task_options:
             raise ValueError("task_options are given, but no task")
-        if self.rollout is None and self.rollout_timeout is not None:
+        if self.rollout is None and self.environment is None and self.rollout_timeout is not None:
             raise ValueError("rollout_timeout limits a rollout function of yours: there is none")
         given = [name for name in ("max_tokens", "temperature") if self._differs(name)]
         if self.rollout is not None and given:
@@ -207,93 +227,3 @@ def folder_name(text: str) -> str:
     if not text or "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
         raise ValueError("no file name is empty, or has a NUL or half a character")
     return expanduser(text)
-
-
-def read_spec(path: Path, overrides: Iterable[str] = ()) -> Spec:
-    """A spec from a TOML file, with `key=value` overrides (dotted keys, TOML values).
-
-    Raises:
-        ConfigError: no such file, not TOML, or an unknown key or value.
-    """
-    return Spec(**named_beside(override(read_toml(path), overrides), path.parent)).with_steps()
-
-
-_NAMES = ("task", "rollout", "reward", "algorithm", "train.algorithm")
-"""Keys whose value may be the `module:name` of the user's own code."""
-
-
-_FILES = ("dataset", "heldout", "data.heldout")
-"""Keys whose value may be a file or a folder beside the run's; else it is another thing's name."""
-
-
-def named_beside(run: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The fields of a run; each `module:name` means the file of `folder`, if there is one.
-
-    A comparison's keys may be dotted, or say `algorithm` for `train.algorithm`.
-    """
-    named = dict(run)
-    for key, value in run.items():
-        if key in _NAMES and isinstance(value, str):
-            named[key] = beside(value, folder)
-        elif key == "reward" and isinstance(value, list):
-            named[key] = [beside(v, folder) if isinstance(v, str) else v for v in value]
-        elif key in _FILES and isinstance(value, str):
-            path = folder / expanduser(value)
-            named[key] = str(path) if path.exists() else value
-        elif key in ("train", "data") and isinstance(value, dict):
-            named[key] = named_beside(value, folder)
-    if isinstance(sft := run.get("sft"), dict) and isinstance(sft.get("data"), str):
-        named["sft"] = sft | {"data": str(folder / expanduser(sft["data"]))}
-    return named
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """What a TOML file says.
-
-    Raises:
-        ConfigError: no such file, or not TOML.
-    """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: its brackets are nested too deeply") from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is not TOML in UTF-8: {error}") from None
-
-
-def full_keys(name: str) -> list[str]:
-    """The dotted keys of a run's fields of this name: in the run itself, and in its tables.
-
-    >>> full_keys("steps"), full_keys("epsilon"), full_keys("seed")
-    (['steps'], ['train.epsilon'], ['seed', 'train.seed'])
-    """
-    found = [name] if name in Spec.model_fields else []
-    return found + [f"{table}.{name}" for table in TABLES if name in TABLES[table].model_fields]
-
-
-def override(
-    data: dict[str, Any], overrides: Iterable[str], keys: Collection[str] = Spec.model_fields
-) -> dict[str, Any]:
-    """`data` with each `a.b=value` put in its place; `keys` are their possible first parts.
-
-    >>> override({"train": {"epochs": 1}}, ["train.epochs=2", "model=embedded:sort"])
-    {'train': {'epochs': 2}, 'model': 'embedded:sort'}
-    """
-    for item in overrides:
-        key, equals, text = map(str.strip, item.partition("="))
-        if not equals:
-            raise ConfigError(f"--set {item!r}: write key=value")
-        first, *rest = parts = key.split(".")
-        near = [full for full in full_keys(parts[-1]) if full.partition(".")[0] in keys]
-        misplaced = len(rest) == 1 and first in TABLES and near and key not in near
-        if first not in keys or misplaced:
-            hint = f" Did you mean {near[0]!r}?" if near else suggestion(first, keys)
-            raise ConfigError(f"--set {item!r}: unknown key {key!r}.{hint}")
-        try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except (tomllib.TOMLDecodeError, RecursionError):  # no TOML: it is the text itself
-            value = text
-        data = put(data, parts, value)
-    return data

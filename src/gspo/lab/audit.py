@@ -21,7 +21,8 @@ from gspo.core.metrics import Metrics
 from gspo.data.sample import Sample, sample_of
 from gspo.data.turn import Turn
 from gspo.dev import RolloutDtype, TrainConfig
-from gspo.experiment.spec import Spec, read_spec
+from gspo.experiment.run_file import read_spec
+from gspo.experiment.spec import Spec
 from gspo.lab.audit_report import make_report
 from gspo.objective import PRESETS, Segments, sequence_log_ratio
 from gspo.policy.embedded import PREFIX, embedded_task

@@ -12,6 +12,15 @@ Split = Literal["train", "heldout"]
 _TRIES = 1000
 
 
+def held_out(text: str) -> bool:
+    """Whether a prompt is held out: a tenth of all texts is, by their hash.
+
+    >>> [number for number in range(20) if held_out(f"prompt {number}")]
+    [15, 16]
+    """
+    return hashlib.sha256(text.encode()).digest()[0] % 10 == 0
+
+
 @dataclass(frozen=True)
 class Problem:
     """A prompt for the user turn, the reference answer, and what the scorer needs besides.
@@ -85,8 +94,7 @@ class Task(ABC):
         for attempt in range(_TRIES):
             text = f"{split}/{seed}/{index}/{attempt}"
             problem = self.draw(int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big"))
-            held_out = hashlib.sha256(problem.prompt.encode()).digest()[0] % 10 == 0
-            if held_out == (split == "heldout"):
+            if held_out(problem.prompt) == (split == "heldout"):
                 return problem
         raise RuntimeError(f"no {split} problem in {_TRIES} draws: the task has too few problems")
 
