@@ -132,7 +132,7 @@ def test_a_function_that_never_ends(monkeypatch: pytest.MonkeyPatch):
     async def refuses(completions):
         raise TimeoutError("its own")
 
-    with pytest.raises(RolloutTimeoutError, match="the reward 'hangs' of data.jsonl, row 7 took"):
+    with pytest.raises(RolloutTimeoutError, match=r"the reward 'hangs' of data.jsonl, row 7 took"):
         graded(hangs)
     with pytest.raises(TimeoutError, match="its own"):
         graded(refuses)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from gspo.backend.trackers import check_loggers
 from gspo.core.byname import find_module
 from gspo.core.errors import ConfigError
-from gspo.experiment.dataset_checks import check_prompts, epochs
+from gspo.experiment.dataset_checks import check_prompts, how_often
 from gspo.experiment.spec import Spec
 from gspo.kernels.kv_cache import kv_bytes
 from gspo.policy.embedded import PREFIX, build_model, build_tokenizer, embedded_task
@@ -68,7 +68,7 @@ def make_plan(spec: Spec) -> str:
         _memory(spec, tokens, limit or 256, config, parameters),
     ]
     if isinstance(task, DatasetTask):
-        lines.insert(3, epochs(spec, task))
+        lines.insert(3, how_often(spec, task))
     if spec.sft:
         rows = len(read_trajectories(spec.sft.data))
         lines.insert(0, f"first SFT on {rows} conversations, {spec.sft.epochs} x")
