@@ -49,6 +49,9 @@ NOT_RUN = {
     ("run.md", 1): "needs two clients",
     ("run.md", 2): "reads the run that `make demo` leaves",
     ("coming-from.md", 0): "TRL's",
+    ("README.md", 1): "a model of the network; tests/experiment/test_whole_run.py runs its like",
+    ("own-data.md", 0): "TRL's",
+    ("own-data.md", 1): "a model of the network; tests/experiment/test_whole_run.py runs its like",
     ("judges.md", 0): "asks a server of others; tests/test_rewards.py has one",
 }
 
@@ -114,7 +117,8 @@ def test_programs_run_and_print_what_is_shown(
 
 @pytest.mark.parametrize(("name", "number"), sorted(NOT_RUN))
 def test_what_is_not_run_is_python(name: str, number: int):
-    code, _ = fences(DOCS / name, "python")[number]
+    (page,) = (page for page in PAGES if page.name == name)
+    code, _ = fences(page, "python")[number]
     compile(code, name, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
 
 

@@ -69,6 +69,7 @@ NOT_RUN = {
     "python benchmarks/gpu_suite.py --only head": "a GPU",
     "python benchmarks/gpu_suite.py --tiny": _BENCHMARKS,
     'python3 benchmarks/gpu_suite.py --out "$OUT"': "a GPU",
+    "gspo train examples/own_data/run.toml": "tests/examples/test_examples.py runs it",
     "rm -r ~/.cache/gspo/embedded": "the other tests need what it deletes",
     "pip install -e '.[lab]'": "network",
     "cd examples": "a folder of the clone",

@@ -91,6 +91,8 @@ def test_held_out_rows_of_a_file(tmp_path: Path):
     told = r"test\.csv, row 2 has the prompt of dataset\[4\]: what is trained on cannot be held out"
     with pytest.raises(DataError, match=told):
         dataset(numbered(5), heldout=str(tmp_path / "test.csv"))
+    with pytest.raises(ConfigError, match=r"data\.heldout = 'test': there is no file /"):
+        dataset(numbered(5), heldout="test")
 
 
 def exact(completions, answer):

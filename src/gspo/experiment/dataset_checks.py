@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from gspo.backend.metrics_file import read_metrics
-from gspo.core.errors import ConfigError, DataError, RequestError, RunError, SampleTooLongError
+from gspo.core.errors import ConfigError, DataError, RequestError, SampleTooLongError
 from gspo.core.files import strict_json, write_whole
 from gspo.experiment.rollout import plain_prompt
 from gspo.experiment.spec import Spec
@@ -28,7 +28,6 @@ async def check_dataset(spec: Spec, task: Task | None) -> None:
     Raises:
         DataError: the rows have changed, none is held out, or a reward is no number.
         RolloutError: a reward raised.
-        RunError: the run's `dataset.json` is damaged.
     """
     if not isinstance(task, DatasetTask):
         return
@@ -39,16 +38,12 @@ async def check_dataset(spec: Spec, task: Task | None) -> None:
     path = spec.folder / FILE
     try:
         stored = json.loads(path.read_bytes()) if path.exists() else _about(task)
-        changed = stored["sha256"] != task.digest
-    except (ValueError, TypeError, KeyError):
-        raise RunError(
-            f"{path} is damaged: delete it if {task.name} is as when the run began"
-        ) from None
-    if changed and read_metrics(spec.folder / "metrics.jsonl"):
+    except ValueError:
+        stored = f"a damaged {FILE}"
+    if stored != _about(task) and read_metrics(spec.folder / "metrics.jsonl"):
         raise DataError(
-            f"{task.name} has changed since the run {spec.folder} began: it had "
-            f"{_counts(stored)}, now {_counts(_about(task))}, or other ones. Give the rows "
-            "that it began with, or another name for a new run"
+            f"{task.name} has changed since the run {spec.folder} began: it had {stored}, now "
+            f"{_about(task)}. Give the rows that it began with, or another name for a new run"
         )
     if task.rewards:
         problem = task.problem("train", 0, spec.seed)
@@ -80,12 +75,12 @@ def check_prompts(spec: Spec, task: Task | None, tokenizer: Any, context: int | 
     for split, problems in task.problems.items():
         for index in range(min(len(problems), steps.get(split, spec.eval_prompts))):
             problem = task.problem(split, index, spec.seed)
-            messages = task.messages(problem)
+            messages, variables = task.messages(problem), task.template_kwargs
             try:
                 text = (
                     plain_prompt(messages)
                     if plain
-                    else chat.render(messages, template_kwargs=task.template_kwargs)
+                    else chat.render(messages, template_kwargs=variables)
                 )
             except (RequestError, TypeError, KeyError) as error:
                 raise DataError(f"{problem.where}: {error}") from None
@@ -105,21 +100,19 @@ def remember_dataset(spec: Spec, task: Task | None) -> list[str]:
     """Write to the run's folder which rows it is trained on; returns a line that says it."""
     if not isinstance(task, DatasetTask):
         return []
-    about = _about(task)
-    write_whole(spec.folder / FILE, strict_json(about, indent=1) + "\n")
-    return [f"{_counts(about)}: {epochs(spec, task)}"]
+    write_whole(spec.folder / FILE, strict_json(_about(task), indent=1) + "\n")
+    return [how_often(spec, task)]
 
 
-def epochs(spec: Spec, task: DatasetTask) -> str:
-    """How often each row is trained on."""
-    times = spec.steps * spec.prompts / len(task.problems["train"])
-    return f"{spec.steps} steps of {spec.prompts} prompts are {times:.3g} epochs"
+def how_often(spec: Spec, task: DatasetTask) -> str:
+    """How many rows there are, and how often each is trained on."""
+    train, heldout = (len(problems) for problems in task.problems.values())
+    return (
+        f"{train:,} rows to train on and {heldout:,} held out: {spec.steps} steps of "
+        f"{spec.prompts} prompts are {spec.steps * spec.prompts / train:.3g} epochs"
+    )
 
 
 def _about(task: DatasetTask) -> dict[str, Any]:
     counts = {split: len(problems) for split, problems in task.problems.items()}
-    return {"dataset": task.name, **counts, "sha256": task.digest}
-
-
-def _counts(about: dict[str, Any]) -> str:
-    return f"{about.get('train')} rows to train on and {about.get('heldout')} held out"
+    return {**counts, "sha256": task.digest}

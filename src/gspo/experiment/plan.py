@@ -11,7 +11,7 @@ from gspo.backend.trackers import check_loggers
 from gspo.core.byname import find_module
 from gspo.core.errors import ConfigError
 from gspo.environments import load_environment
-from gspo.experiment.dataset_checks import check_prompts, epochs
+from gspo.experiment.dataset_checks import check_prompts, how_often
 from gspo.experiment.spec import Spec
 from gspo.kernels.kv_cache import kv_bytes
 from gspo.policy.embedded import PREFIX, build_model, build_tokenizer, embedded_task
@@ -72,7 +72,7 @@ def make_plan(spec: Spec) -> str:
         _memory(spec, tokens, limit or 256, config, parameters),
     ]
     if isinstance(task, DatasetTask):
-        lines.insert(3, epochs(spec, task))
+        lines.insert(3, how_often(spec, task))
     if played:
         lines.insert(3, f"episodes of up to {spec.max_turns or played.max_turns} turns")
     if spec.sft:

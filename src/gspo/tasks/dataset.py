@@ -159,9 +159,10 @@ def load_dataset(
     functions = load_rewards(rewards, weights)
     rows, heldout = read_rows(source, data.split, data.subset), data.heldout
     if isinstance(heldout, str):
-        named = isinstance(source, str | Path) and not Path(source).is_file()
-        other = not named or Path(expanduser(heldout)).is_file()
-        heldout = read_rows(heldout) if other else read_rows(source, heldout, data.subset)
+        path = Path(expanduser(heldout))
+        if not path.is_file() and (not isinstance(source, str | Path) or Path(source).is_file()):
+            raise ConfigError(f"data.heldout = {heldout!r}: there is no file {path.absolute()}")
+        heldout = read_rows(path) if path.is_file() else read_rows(source, heldout, data.subset)
     name = str(source) if isinstance(source, str | Path) else f"{len(rows)} rows in memory"
     return DatasetTask(name, rows, heldout, functions, data)
 
