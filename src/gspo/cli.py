@@ -146,7 +146,6 @@ def serve(
     ] = "",
 ) -> None:
     """Serve a model or a checkpoint with OpenAI's API."""
-    commands.say_loading(model)
     from gspo.experiment.serving import serve_model
 
     serve_model(model, host, port, name or model, api_key or None)
