@@ -221,6 +221,19 @@ def _routes(choice: Choice) -> dict[str, Any] | None:
         return None
 
 
+def read_record(path: Path) -> UpdateRecord | None:
+    """How a stored batch was trained on, without reading its rows; None if the file doesn't say.
+
+    Raises:
+        RunError: no such file, or a damaged one.
+    """
+    try:
+        stored = (pq.read_schema(path).metadata or {}).get(_KEY)
+        return UpdateRecord(**json.loads(stored)) if stored else None
+    except (OSError, pa.ArrowException, ValueError, TypeError) as error:
+        raise RunError(f"cannot read the rollout batch {path}: {error}") from None
+
+
 def read_batch(path: Path) -> StoredBatch:
     """Read a batch that a call of `train` has stored.
 

@@ -16,22 +16,17 @@ import typer
 
 from gspo.core.errors import ConfigError
 from gspo.core.files import strict_json
+from gspo.experiment.run_commands import JsonOption, say_loading
 
 if TYPE_CHECKING:
     from gspo.core.timing import Clock
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print a JSON object as the last line.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="key=value; dotted keys reach tables.")
 ]
 PictureOption = Annotated[
     Path | None, typer.Option(help="Write a picture here: .html; .png needs kaleido, Chrome.")
 ]
-
-
-def say_loading(what: str) -> None:
-    """Show a sign of life on stderr before the imports, which take seconds."""
-    print(f"loading {what} ...", file=sys.stderr, flush=True)
 
 
 def audit(
