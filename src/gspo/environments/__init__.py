@@ -24,8 +24,13 @@ __all__ = [
 ]
 
 FAMILIES: Mapping[str, str] = {
+    "bfcl": "bfcl:BFCL",
+    "gymnasium": "gymnasium:Gymnasium",
+    "openenv": "openenv:OpenEnv",
     "reasoning-gym": "reasoning_gym:ReasoningGym",
+    "textarena": "textarena:TextArena",
     "textworld": "textworld:TextWorld",
+    "verifiers": "verifiers:Verifiers",
 }
 """Family -> file and class. A new one is a file in this folder, and stands here."""
 
