@@ -15,6 +15,7 @@ from gspo.core.errors import ModelError
 from gspo.dev import InternalModelConfig
 from gspo.kernels import hf
 from gspo.kernels.attention import PACKED
+from gspo.kernels.fused import cast_experts, fuse
 from gspo.policy.context import settle_context
 from gspo.policy.lora import add_lora, merge_adapter, quiet_peft
 from gspo.policy.policy import Policy
@@ -49,6 +50,9 @@ def load_policy(
     tokenizer = read_tokenizer(source, trust_remote_code=trust)
     if hf.attention_implementation(lm) == "sdpa" or caps_or_sinks(lm):
         lm.set_attn_implementation(PACKED)
+    if device.type == "cuda":
+        fuse(lm)
+        cast_experts()
     context = settle_context(lm, base_model, config.max_context)
     threads, workers = _threads(lm, config.threads)
     torch.set_num_threads(threads)
