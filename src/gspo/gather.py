@@ -109,7 +109,7 @@ async def gather_trajectories(
     """
     pending = list(trajectories)
     with _refusing("gather_trajectories", pending, _KNOWN, unknown, max_metrics):
-        limits = {"rollout_timeout": rollout_timeout, "timeout": timeout}
+        limits: dict[str, Any] = {"rollout_timeout": rollout_timeout, "timeout": timeout}
         gather = Gather(len(pending), max_exceptions, **limits)
     with _shown(gather, pbar_desc, max_metrics, tokens=pbar_total_completion_tokens):
         finished = await all_or_cancel([settled(rollout) for rollout in pending])

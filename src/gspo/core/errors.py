@@ -141,7 +141,7 @@ def check_names(
     title: str,
     given: Iterable[str],
     names: Collection[str],
-    refused: Mapping[str, str],
+    refused: Mapping[Any, str],
     kind: str = "argument",
 ) -> None:
     """Refuse the first name that a function or a set of options doesn't have.

@@ -10,10 +10,10 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 import gspo as art
+from gspo.core.trees import flat
 from gspo.experiment.heldout import Estimate
 from gspo.experiment.run_table import last_update, method_name
 from gspo.experiment.saved_run import SavedRun
-from gspo.experiment.spec import flat
 from gspo.objective import PRESETS
 
 _USE = {
