@@ -195,5 +195,5 @@ async def test_variables_of_the_template_and_the_system_turn_reach_the_prompt(fo
         batch = read_batch(run / "trajectories/train/0001.parquet")
         (choice,) = batch.groups[0].trajectories[0].choices()
         ids = choice.prompt_token_ids  # pyright: ignore[reportAttributeAccessIssue]
-        text = build_tokenizer().decode(ids)
+        text = str(build_tokenizer().decode(ids))
         assert text.startswith(begins), text
