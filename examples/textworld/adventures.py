@@ -5,7 +5,8 @@
 A game has two rooms, a closed box with two things in it, and two tables. Taking the right thing is
 one point, putting it on the right table another: "open box", "take fig from box", "go east",
 "put fig on mat". TextWorld's own logic decides what is possible and what scores. Its prose is left
-out: a turn is told the commands that are possible now, the first one also what is wanted.
+out: a turn is told the commands that are possible now, each behind a letter, and answers with one
+of the letters; the first turn is also told what is wanted.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import random
 from functools import cache
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import textworld
@@ -28,7 +30,7 @@ from gspo.policy.embedded import build_model, build_tokenizer
 FOLDER = Path(os.environ.get("GSPO_ADVENTURES", ".gspo/adventures"))
 GAMES = {"train": range(160), "heldout": range(160, 220)}
 MOST_TURNS = 6
-IDLE = ("examine", "inventory", "look", "close")
+IDLE = ("examine", "inventory", "look", "close", "drop", "insert")
 
 
 def make_game(number: int) -> tuple[Any, str, str]:
@@ -72,42 +74,43 @@ class Adventure:
         """Whether each point has been made."""
         return not self._open
 
+    @property
+    def choices(self) -> int:
+        """How many commands are possible now."""
+        return len(self._actions)
+
     def _look(self) -> None:
         """See what is possible now, without what changes nothing."""
         kb = self._game.kb
         found = self._state.all_applicable_actions(kb.rules.values(), kb.types.constants_mapping)
         actions = list(found)
         named = zip(self._names.gen_commands_from_actions(actions), actions, strict=True)
-        self._actions = {c: action for c, action in sorted(named, key=lambda pair: pair[0]) if not c.startswith(IDLE)}
+        useful = {c: action for c, action in named if not c.startswith(IDLE)}
+        self._actions = {command: useful[command] for command in sorted(useful)}
 
-    @property
-    def commands(self) -> list[str]:
-        """What is possible now."""
-        return list(self._actions)
-
-    def do(self, command: str) -> float:
-        """Try a command; what it earned, of 1 in all. One that is not possible changes nothing."""
-        if command not in self._actions:
+    def do(self, letter: str) -> float:
+        """Take the command of a letter; what it earned, of 1 in all. Other texts change nothing."""
+        chosen = dict(zip(ascii_lowercase, self._actions.values(), strict=False)).get(letter)
+        if chosen is None:
             return 0.0
-        self._state.apply(self._actions[command])
+        self._state.apply(chosen)
         self._look()
         made = [q for q in self._open if self._state.is_applicable(q.win_events[0].condition)]
         self._open = [quest for quest in self._open if quest not in made]
         return len(made) / len(self._game.quests)
 
     def expert(self) -> str:
-        """The next command of somebody who knows how."""
+        """The letter of somebody who knows how."""
         thing, table = self.goal
-        for begin in (f"put {thing} on {table}", f"take {thing}", "open"):
-            for command in self.commands:
-                carried = any(c.startswith(f"drop {thing}") for c in self.commands)
-                if command.startswith(begin) and not (carried and begin != f"put {thing} on {table}"):
-                    return command
-        return next(command for command in self.commands if command.startswith("go"))
+        ranks = (f"put {thing} on {table}", f"take {thing}", "open", "go")
+        commands = list(enumerate(self._actions))
+        rated = [(ranks.index(r), k) for k, c in commands for r in ranks if c.startswith(r)]
+        return ascii_lowercase[min(rated)[1]]
 
     def told(self, first: bool) -> str:
         """What the model is told before a turn."""
-        return (f"{self.goal[0]} to {self.goal[1]}:" if first else "") + ";".join(self.commands)
+        listed = ";".join(map(" ".join, zip(ascii_lowercase, self._actions, strict=False)))
+        return (f"{self.goal[0]} to {self.goal[1]}:" if first else "") + listed
 
 
 async def rollout(model: art.TrainableModel, scenario: Scenario) -> art.Trajectory:
@@ -120,7 +123,7 @@ async def rollout(model: art.TrainableModel, scenario: Scenario) -> art.Trajecto
     while not game.done and len(earned) < MOST_TURNS:
         say({"role": "user", "content": game.told(not earned)})
         response = await client.chat.completions.create(
-            model=model.inference_name, messages=trajectory.messages(), max_tokens=24
+            model=model.inference_name, messages=trajectory.messages(), max_tokens=4
         )
         say(response.choices[0])
         earned.append(game.do(response.choices[0].message.content or ""))
@@ -135,11 +138,11 @@ def demonstrations(count: int, seed: int, skill: float) -> list[dict[str, Any]]:
     for _ in range(count):
         game, messages = Adventure(rng.choice(GAMES["train"])), []
         while not game.done and len(messages) < 2 * MOST_TURNS:
-            command = game.expert() if rng.random() < skill else rng.choice(game.commands)
-            told = game.told(not messages)
-            messages += [{"role": "user", "content": told}]
-            messages += [{"role": "assistant", "content": command}]
-            game.do(command)
+            guess = rng.choice(ascii_lowercase[: game.choices])
+            letter = game.expert() if rng.random() < skill else guess
+            messages += [{"role": "user", "content": game.told(not messages)}]
+            messages += [{"role": "assistant", "content": letter}]
+            game.do(letter)
         rows.append({"messages": messages})
     return rows
 
@@ -152,7 +155,7 @@ def main() -> None:
             game, thing, table = make_game(number)
             game.save(str(FOLDER / f"{number}.json"))
             (FOLDER / f"{number}.goal").write_text(json.dumps([thing, table]))
-    rows = demonstrations(1600, seed=0, skill=0.6)
+    rows = demonstrations(1600, seed=0, skill=0.5)
     (FOLDER / "demonstrations.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     build_model(context=1024).save_pretrained(FOLDER / "untrained")
     build_tokenizer().save_pretrained(FOLDER / "untrained")
