@@ -244,3 +244,15 @@ def test_another_method_has_its_own_defaults_even_if_all_options_were_given():
     for name in ("dapo", "dr_grpo", "rloo"):
         other = resolve(options=dev.TrainConfig(algorithm=name))
         assert record.settings(algorithm=name).preset == other.preset
+
+
+def test_turn_rewards_and_advantages_are_columns_and_rewards_come_back(tmp_path: Path):
+    one, other = (trajectory(r, choice([4]), choice([5], [1, 2])) for r in (0.0, 1.0))
+    one.turn_rewards = [0.25, -1.0]
+    path = tmp_path / "0001.parquet"
+    group = TrajectoryGroup([one, other])
+    write_batch(path, [group], record=RECORD, turn_advantages={0: (1.5, -0.5)})
+    rows = pq.read_table(path).to_pylist()
+    assert [row["turn_rewards"] for row in rows] == [[0.25, -1.0], None]
+    assert [row["turn_advantages"] for row in rows] == [[1.5, -0.5], None]
+    assert [t.turn_rewards for t in read_batch(path).groups[0]] == [[0.25, -1.0], None]

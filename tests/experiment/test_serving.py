@@ -25,8 +25,7 @@ class Slow(FakeEngine):
         await asyncio.sleep(120)
 
 server.STOP_SECONDS = 1
-serving.load_policy = lambda model: None
-serving.choose_packing = lambda policy: None
+serving.load_named = lambda *_: (None, None)
 serving.make_engine = lambda *_, **__: Slow()
 serving.serve_model("x", "127.0.0.1", 0, "m", None)
 """

@@ -21,6 +21,7 @@ from gspo.serve.answers import Asked
 from gspo.serve.constraint import answer_grammar
 from gspo.serve.conversation import Conversation
 from gspo.serve.engine import Completion, Engine, Piece, Request
+from gspo.serve.episode_routes import include_episodes
 from gspo.serve.message_texts import text_messages, texts_in
 from gspo.serve.meters import Metered, Meters
 from gspo.serve.refusals import DOCUMENTED, UnknownModelError, add_handlers
@@ -62,7 +63,7 @@ def create_app(find: Find, names: Callable[[], list[str]]) -> fastapi.FastAPI:
     app.state.began = int(time.time())
     app.include_router(router)
     app.include_router(v1, prefix="/v1")
-    episodes.include_episodes(app, v1)
+    include_episodes(app, v1)
     app.add_middleware(Metered, meters=app.state.meters)
     add_handlers(app)
     return app
