@@ -468,8 +468,8 @@ async def test_what_a_rollout_has_sampled_is_used_again_word_for_word():
                 model=model.inference_name, messages=told.messages(), tools=tools
             )
             told.messages_and_choices.append(response.choices[0])
-            (asked,) = response.choices[0].message.tool_calls or ()
-            result = {"role": "tool", "tool_call_id": asked.id, "content": "2"}
+            asked: Any = response.choices[0].message.tool_calls
+            result = {"role": "tool", "tool_call_id": asked[0].id, "content": "2"}
             told.messages_and_choices.append(result)
         return told
 

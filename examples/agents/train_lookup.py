@@ -134,11 +134,12 @@ async def train(
     heldout: int = 400,
     every: int = 24,
     learning_rate: float = 2e-4,
+    seed: int = 0,
 ) -> list[Estimate]:
     """Train, and print the held-out reward after the warm start, every `every` steps, and after."""
     estimates: list[Estimate] = []
     began = time.process_time()
-    async with art.LocalBackend(path=path, port=0) as backend:
+    async with art.LocalBackend(path=path, port=0, seed=seed) as backend:
         model = art.TrainableModel(name="agent", project="lookup", base_model="embedded:lookup")
         await model.register(backend)
         await model.train_sft(map(lesson, range(lessons)), SFT)
@@ -160,11 +161,12 @@ def main() -> None:
     parser.add_argument("--agent", choices=[*FILES, "node"], default="plain")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--seed", type=int, default=0, help="of what is sampled")
     parser.add_argument("--path", help="the run's folder; by default a new one in /tmp")
     options = parser.parse_args()
     path = options.path or tempfile.mkdtemp(prefix="lookup-")
-    agent = agent_named(options.agent)
-    asyncio.run(train(path, agent, steps=options.steps, learning_rate=options.learning_rate))
+    given = {name: getattr(options, name) for name in ("steps", "learning_rate", "seed")}
+    asyncio.run(train(path, agent_named(options.agent), **given))
 
 
 if __name__ == "__main__":

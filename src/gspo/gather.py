@@ -109,8 +109,8 @@ async def gather_trajectories(
     """
     pending = list(trajectories)
     with _refusing("gather_trajectories", pending, _KNOWN, unknown, max_metrics):
-        limits: dict[str, Any] = {"rollout_timeout": rollout_timeout, "timeout": timeout}
-        gather = Gather(len(pending), max_exceptions, **limits)
+        total = len(pending)
+        gather = Gather(total, max_exceptions, rollout_timeout=rollout_timeout, timeout=timeout)
     with _shown(gather, pbar_desc, max_metrics, tokens=pbar_total_completion_tokens):
         finished = await all_or_cancel([settled(rollout) for rollout in pending])
     return [trajectory for results in finished for trajectory in results]

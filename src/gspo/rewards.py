@@ -45,7 +45,7 @@ _REFUSED = {
     "extra_litellm_params": "give params={...} for the request, and judge=art.Model(name=, "
     "project=, inference_base_url=, inference_api_key=, inference_model_name=) for the server.",
 }
-_OURS = dict.fromkeys(("self", "model", "messages", "stream"), "it is not yours to choose.")
+_OURS: dict[str, str] = dict.fromkeys(("self", "model", "messages", "stream"), "it is set here.")
 _KNOWN = ("judge", "rubric", "tools", "params", "attempts", "cache", "debug", "swallow_exceptions")
 
 

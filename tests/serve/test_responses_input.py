@@ -31,6 +31,7 @@ def test_what_is_no_text_or_no_character_is_refused():
         parts = [{"type": kind, "text": "a"}]
         with pytest.raises(RequestError, match="only text"):
             chat_of(ResponsesBody(model="m", input=[{"role": "user", "content": parts}]))
-    for fields in ({"metadata": {"a": "\ud800"}}, {"instructions": "\udfff"}):
+    given: tuple[dict[str, Any], ...] = ({"metadata": {"a": "\ud800"}}, {"instructions": "\udfff"})
+    for fields in given:
         with pytest.raises(RequestError, match="half a surrogate pair"):  # the answer repeats them
             chat_of(ResponsesBody(model="m", input="a", **fields))
