@@ -30,6 +30,13 @@ RUN: dict[str, tuple[str, ...]] = {
     "gspo train run.toml --dry-run": (),
     "gspo train run.toml": (*SMALL, "--set", "steps=2"),
     "gspo train run.toml --set steps=60": (*SMALL, "--set", "steps=3"),
+    "gspo runs": (),
+    "gspo sample sort-small -n 2 --step best": ("--path", ".gspo"),
+    "gspo export sort-small --to out --step best --dtype bfloat16": (),
+    "gspo train run.toml --samples 3": (*SMALL, "--set", "steps=4"),
+    "gspo sample embedded:sort 3141592653 --temperature 0 --max-tokens 12": (),
+    "gspo fork sort-small sort-again --step latest": (),
+    "gspo train run.toml --set name=sort-again --set steps=60": (*SMALL, "--set", "steps=5"),
     "gspo train run.toml --set steps=2 --set train.epsilon=0.02 --set load.lora.r=4": (
         *SMALL,
         *("--set", "name=lora"),  # the page's file is another than the README's
@@ -39,6 +46,7 @@ RUN: dict[str, tuple[str, ...]] = {
     "gspo train multi_turn.toml": (*SMALL, "--set", "steps=1", "--set", "prompts=2"),
     "gspo inspect .gspo/gspo/sort-small": ("--presets", "grpo"),
     "gspo inspect .gspo/demo/sort-1": ("--presets", "grpo"),
+    "gspo prune sort-small --keep 1": (),  # after what needs the step before the last
     "gspo report .gspo/demo/sort-1": (),
     "gspo report .gspo/demo/sort-1 .gspo/demo/sort-2 --out both.html": (),
     # What a comparison computes is tested in tests/lab/test_compare_runs.py.
@@ -74,6 +82,8 @@ NOT_RUN = {
     "pip install -e '.[lab]'": "network",
     "cd examples": "a folder of the clone",
     "gspo serve embedded:sort --port 8000": _SERVE,
+    "gspo serve sort-small --step best": _SERVE,
+    "gspo chat sort-small": "a conversation; tests/experiment/test_talk.py has one",
 }
 """Command, or how it begins: why it is not run."""
 BEGINNINGS = {"curl -s http://127.0.0.1:8000": _SERVE, "python -m verl.trainer": "verl's"}

@@ -102,7 +102,6 @@ async def test_calls_with_arts_other_arguments_say_why_not():
         await model.register(backend)
         for name, message in (
             ("loss_fn", "algorithm="),
-            ("save_checkpoint", "keep_checkpoints="),
             ("verbose", r"model\.train\(groups, verbose=True\)"),
         ):
             options: dict[str, Any] = {name: True}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shutil
+import subprocess
 import threading
 import warnings
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from vs_vllm import build
 
 from experiment.small_runs import trained_run
 from gspo import dev
@@ -211,3 +214,44 @@ def test_a_refusal_of_the_hub_comes_before_any_work(full: SavedRun, hub: type[Hu
     with pytest.raises(RunError, match=r"cannot push to 'me/mine': .*not yours.*hf auth login"):
         export(Export(full, 1), tmp_path / "out", "me/mine")
     assert not (tmp_path / "out").exists()
+
+
+VLLM = Path(__file__).parents[2] / "benchmarks/.venvs/vllm/bin/python"
+"""Made by `make bench-vllm`."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not VLLM.exists(), reason="no benchmarks/.venvs/vllm: make bench-vllm")
+@pytest.mark.parametrize(
+    ("part", "load", "options"),
+    [
+        ("dense", {}, {}),
+        ("dense", {"lora": dev.LoraConfig(r=8)}, {}),
+        ("dense", {"lora": dev.LoraConfig(r=8)}, {"merge": True}),
+        ("moe", {"lora": dev.LoraConfig(r=8)}, {"merge": True}),
+    ],
+    ids=["full", "adapter", "merged", "merged experts"],
+)
+def test_vllm_computes_what_was_trained(
+    tmp_path: Path, part: str, load: dict[str, Any], options: dict[str, Any]
+):
+    build(part, tmp_path / "base")
+    run = trained_run(tmp_path, str(tmp_path / "base"), **load)
+    what = Export(run, 1, **options)
+    write_folder(what, tmp_path / "out")
+    model, adapter = ("base", str(tmp_path / "out")) if what.is_adapter else ("out", "-")
+    prompt = [9, 8, 7, 6, 5, 9]
+    side = Path(__file__).with_name("vllm_side.py")
+    command = [VLLM, side, tmp_path / model, adapter, json.dumps(prompt)]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("[[")]
+    tokens, found = json.loads(line)
+    with torch.no_grad():
+        scores = run.policy(1).lm(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+    expected = scores.float().log_softmax(-1)[range(8), tokens]
+    assert torch.allclose(expected, torch.tensor(found), atol=1e-3)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    moved = base(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1] - scores
+    assert moved.abs().max() > 0.01  # else nothing of the training would be seen

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -253,3 +254,17 @@ def test_a_change_in_a_table_is_told_by_its_option(tmp_path: Path):
         "changed since the run began: prompts: 4 -> 5",
         "changed since the run began: train.algorithm: None -> grpo",
     ]
+
+
+async def test_checkpoint_every_saves_less_and_resumes_from_what_is_saved(tmp_path: Path):
+    sizes = {"prompts": 2, "completions": 2, "eval_prompts": 0, "keep_checkpoints": None}
+    spec = small(tmp_path, steps=3, checkpoint_every=2, load={"exact": False}, **sizes)
+    await run_experiment(spec, Silent())
+    checkpoints = spec.folder / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["0002", "0003"]
+    whole = records(spec.folder)
+    assert [record["step"] for record in whole] == [1, 2, 3]
+    shutil.rmtree(checkpoints / "0003")  # as a kill before the last step was saved
+    watch = Silent()
+    await run_experiment(spec, watch)
+    assert watch.first == 2 and records(spec.folder) == whole

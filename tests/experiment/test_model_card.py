@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard
 
@@ -25,15 +27,13 @@ def test_the_card_says_what_when_and_how(tmp_path: Path):
         assert told in text
     assert "| 0 | 0.200" in text and "| 3 | 0.400" in text and "| 2 |" not in text
     assert "over 8 prompts" in text and "from `p/first`, step 5" in text and "bfloat16" in text
-    header = ModelCard(text).data
+    header: Any = ModelCard(text).data
     assert header.library_name == "transformers" and header.license is None
     assert header.base_model is None and header.tags == ["gspo", "reinforcement-learning"]
     assert "write `license:`" in text
 
 
 def test_the_command_is_a_file_that_gives_the_same_run(tmp_path: Path):
-    import tomllib
-
     folder = stored_run(tmp_path)
     toml = card(folder).split("```toml\n")[1].split("```")[0]
     stored = Spec(**json.loads((folder / "spec.json").read_text()))
@@ -47,7 +47,8 @@ def test_a_hub_model_is_linked_and_folders_of_the_machine_are_not_told(tmp_path:
     spec |= {"task": None, "rollout": "/home/me/secret/mine.py:rollout", "model": "Qwen/Qwen3-0.6B"}
     (folder / "spec.json").write_text(json.dumps(spec))
     text = card(folder, adapter=True)
-    assert ModelCard(text).data.base_model == "Qwen/Qwen3-0.6B"
+    header: Any = ModelCard(text).data
+    assert header.base_model == "Qwen/Qwen3-0.6B"
     assert "mine.py:rollout" in text and "secret" not in text and str(tmp_path) not in text
     assert "LoRA adapters (r = 4" in text and "AutoPeftModelForCausalLM" in text
     merged = card(folder)

@@ -114,7 +114,8 @@ async def run_experiment(spec: Spec, watch: Watch, task: Task | None = None) -> 
                 with span("rollout"):
                     groups = await rollouts.batch(step)
                 rolled = time.perf_counter() - began
-                result = await model.train(groups, spec.train_config(), spec.train)
+                options, saves = (spec.train_config(), spec.train), spec.saves(step + 1)
+                result = await backend.train(model, groups, *options, save_checkpoint=saves)
                 timing = _timing(result.metrics, rolled, time.perf_counter() - began)
             await model.log([], "train", metrics=timing, step=result.step)
             watch.stepped(result.step, result.metrics | timing)

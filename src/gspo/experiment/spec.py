@@ -92,6 +92,8 @@ class Spec(Options, title="the run"):
     seed: int = 0
     """Of the prompts and of sampling."""
     keep_checkpoints: int | None = Field(default=2, ge=1, le=LARGEST_COUNT)
+    checkpoint_every: int = Field(default=1, ge=1, le=LARGEST_COUNT)
+    """Save one each time after so many steps, where an evaluation follows, and at the end."""
     logger: list[TrackerName] = Field(default_factory=list)
     """Trackers that are shown the metrics too: `tensorboard`, `trackio`, `wandb`."""
     train: dev.TrainConfig = Field(default_factory=dev.TrainConfig)
@@ -208,6 +210,16 @@ class Spec(Options, title="the run"):
     def folder(self) -> Path:
         """The run's folder."""
         return Path(self.path) / self.project / self.name
+
+    def saves(self, step: int) -> bool:
+        """Whether the weights of a step are saved.
+
+        >>> spec = Spec(task="sort", steps=10, checkpoint_every=4, eval_every=3)
+        >>> [step for step in range(1, 11) if spec.saves(step)]
+        [3, 4, 6, 8, 9, 10]
+        """
+        every = (self.checkpoint_every, self.eval_every or self.steps, self.steps)
+        return any(step % number == 0 for number in every)
 
     def train_config(self) -> TrainConfig:
         """The public half of the training options."""
