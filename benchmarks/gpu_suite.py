@@ -74,9 +74,7 @@ PARTS = (
     Part("rates", 3, "products in bfloat16, float32 and tf32; copying memory"),
     Part("head", 28, "the vocabulary projection: seconds and error of l_i, by how it rounds"),
     Part("correctness", 110, "packed against plain, engine against trainer, the tests marked gpu"),
-    Part(
-        "training", 160, "default microbatches; 512 to 16k tokens; full, LoRA, checkpointing, MoE"
-    ),
+    Part("training", 160, "default microbatches; 2k to 64k tokens; full, LoRA, checkpointing, MoE"),
     Part("decoding", 75, "8, 64 and 512 completions; less memory for keys and values"),
     Part("saving", 45, "a checkpoint, and weights published to the engine's copy"),
     Part("demo", 59, "20 steps of embedded:sort on the device and on the CPU"),

@@ -131,7 +131,8 @@ def inputs(case: Case, device: str = "cpu", dtype: torch.dtype = torch.float32) 
 
 def ours(given: Inputs) -> Outcome:
     """`gspo.kernels.logprob`."""
-    out = token_logprobs(given.hidden, Head(given.weight), given.targets, given.temperatures)
+    head = Head(given.weight, split=given.weight.is_cuda)  # on a GPU as with dtype="bfloat16"
+    out = token_logprobs(given.hidden, head, given.targets, given.temperatures)
     return Outcome(out.logprobs, out.entropy, _gradients(out.logprobs, given))
 
 

@@ -41,7 +41,7 @@ from gspo.weights.rollout_copy import RoundedCopy
 TOKEN, GRADIENT, WORSE = 1e-3, 1e-3, 2.0
 CLIP = 3e-4
 _SMALL: dict[str, Any] = {"vocab_size": 1024, "num_hidden_layers": 4}
-_TESTS, _TOOLS = "tests/kernels/test_flex.py", ("pytest", "beartype", "hypothesis")
+_TESTS, _TOOLS = "tests/kernels", ("pytest", "beartype", "hypothesis")
 _TEST_S = 15
 """Seconds that must be left for the repository's own tests to begin."""
 
@@ -258,7 +258,7 @@ class Outcomes:
 
 
 def run_tests() -> dict[str, Any]:
-    """Run tests/kernels/test_flex.py's GPU tests with pytest, without the project's settings: those
+    """Run the GPU tests of tests/kernels with pytest, without the project's settings: those
     name plugins that a bare machine lacks."""
     import pytest
 

@@ -13,7 +13,13 @@ from unittest import mock
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3MoeConfig,
+)
 from vocabulary import full_tokenizer
 
 from gpu_parts.bench import Card
@@ -56,6 +62,16 @@ _MOE: Sizes = {
     "num_experts_per_tok": 4,
     "norm_topk_prob": True,
 }
+_GEMMA: Sizes = {
+    "vocab_size": 262_144,
+    "hidden_size": 1152,
+    "intermediate_size": 6912,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "sliding_window": 512,
+}
 _TOY_DENSE: Sizes = {"intermediate_size": 64}
 _TOY_MOE: Sizes = {
     "head_dim": 8,
@@ -73,6 +89,12 @@ def dense(*, tiny: bool = False, **changes: Any) -> Qwen2Config:
 def moe(*, tiny: bool = False, **changes: Any) -> Qwen3MoeConfig:
     """Qwen3-MoE, 0.95B parameters, of which 4 of 32 experts compute a token."""
     return Qwen3MoeConfig(**(_LARGE | _MOE | (_TOY | _TOY_MOE if tiny else {}) | changes))
+
+
+def gemma(*, tiny: bool = False, **changes: Any) -> Gemma3TextConfig:
+    """Gemma 3 1B's shape: 1.0B parameters, of which the vocabulary of 262,144 entries has 0.3B."""
+    toy = _TOY | _TOY_DENSE | {"head_dim": 8} if tiny else {}
+    return Gemma3TextConfig(**(_LARGE | _GEMMA | toy | changes))
 
 
 def policy_of(config: Any, card: Card, **options: Any) -> Policy:

@@ -16,7 +16,7 @@ from gspo.core.timing import Clock, timing
 from gspo.data.packing import Microbatch
 from gspo.policy.policy import Policy
 
-TOP = 15
+TOP = 30
 _LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 _COPIES = ("Memcpy", "Memset")

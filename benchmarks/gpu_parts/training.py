@@ -1,4 +1,4 @@
-"""One optimizer step of the trainer: default microbatches, 512 to 16,384 tokens, shared prompts.
+"""One optimizer step of the trainer: default microbatches, 2,048 to 65,536 tokens, shared prompts.
 
 Timed is `Trainer.train` of one minibatch in bfloat16 with float32 weights: packing, forward and
 backward pass, AdamW, and the metrics, as of any minibatch but a batch's first. The samples' old
@@ -26,24 +26,28 @@ from gspo.train.minibatches import RolloutBatch, activation_bytes
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
 
-KINDS = {"dense": models.dense, "MoE": models.moe}
+KINDS = {"dense": models.dense, "MoE": models.moe, "Gemma": models.gemma}
 MODES: dict[str, dict[str, Any]] = {
     "full": {},
     "LoRA": {"lora": LoraConfig()},
     "checkpointing": {"activation_checkpointing": True},
+    "LoRA, checkpointing": {"lora": LoraConfig(), "activation_checkpointing": True},
 }
 ORDER = (
     ("dense", "full"),
     ("MoE", "full"),
-    ("dense", "LoRA"),
     ("dense", "checkpointing"),
+    ("Gemma", "LoRA, checkpointing"),
+    ("dense", "LoRA"),
     ("MoE", "LoRA"),
     ("MoE", "checkpointing"),
 )
 SHARING = ORDER[0]
 """Where a prompt that is shared is measured against one that is not."""
-LENGTHS = (8192, 16_384, 2048, 512)
+LENGTHS = (8192, 16_384, 32_768, 2048)
 """Full training has all four. With LoRA and checkpointing the last two tell little more."""
+LONG = (65_536, 16_384)
+"""With checkpointing: the rows that do not fit without it."""
 STANDING = 1e-12
 """A learning rate that moves no float32 weight."""
 SAME = 0.05
@@ -102,7 +106,10 @@ def _work(
     if mode == "full" or (kind, mode) == ("dense", "LoRA"):
         sizes = bench.size((4, 4, 128, 256), (2, 2, 8, 24))
         yield "default microbatches", models.make_batch(policy, **_sizes(*sizes)), {}
-    for length in bench.size(LENGTHS if mode == "full" else LENGTHS[:2], (64, 32)):
+    lengths = LENGTHS if mode == "full" else LENGTHS[:2]
+    lengths = lengths[:1] if kind == "Gemma" else lengths
+    lengths = LONG if (kind, mode) == ("dense", "checkpointing") else lengths
+    for length in bench.size(lengths, (64, 32)):
         size = min(1024, length // 4)
         batch = models.make_batch(policy, **_sizes(length // size, 1, size // 8, size - size // 8))
         yield f"microbatch of {length}", batch, {"packed_sequence_length": length}
@@ -158,6 +165,7 @@ def _step(
         "largest_microbatch": max(microbatch.token_count for microbatch in microbatches),
         "sample_tokens": sum(microbatch.sample_tokens for microbatch in microbatches),
         "tokens_per_s": tokens / row["median_s"],
+        "row_tokens": policy.row_tokens,
     }
     row |= _rates(bench, row["median_s"], models.step_flops(policy, microbatches))
     row["memory"] = _memory(trainer, before, peak, row["largest_microbatch"])
@@ -179,7 +187,7 @@ def _rates(bench: Bench, seconds: float, flops: dict[str, float]) -> dict[str, A
 def _memory(
     trainer: Trainer, before: int | None, peak: int | None, largest: int
 ) -> dict[str, int | None]:
-    """Bytes; `estimated` is what gspo counts on for the activations of the largest microbatch."""
+    """Bytes; `estimated` is what gspo would count on for the largest microbatch on a CPU."""
     policy = trainer.policy
     gradients = sum(p.numel() * p.itemsize for p in policy.trainable.values())
     config = policy.lm.config.get_text_config()

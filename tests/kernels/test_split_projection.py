@@ -69,8 +69,8 @@ def test_a_sequence_is_off_by_far_less_than_the_clip_range(seed: int, spread: fl
 
 
 def test_near_certain_tokens_keep_their_gradient():
-    """1 - probability, in which a rounded probability would leave nothing. Logits of 40, of 16
-    terms each, are rounded more coarsely than those of a model."""
+    """1 - probability, in which a rounded probability would leave nothing. Logits of 40 made of
+    16 terms are rounded more coarsely than those of a model."""
     _, weight, _ = leaves()
     targets = torch.arange(M)
     hidden = (40 * weight[targets] / weight[targets].square().sum(-1, keepdim=True)).detach()

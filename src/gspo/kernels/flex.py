@@ -108,8 +108,9 @@ class FlexAttention:
         kind = query.device.type
         mixed = torch.is_autocast_enabled(kind)  # autocast casts SDPA, but not this on all devices
         dtype = torch.get_autocast_dtype(kind) if mixed else value.dtype
-        extra = (0, 0, 0, self.padded - self.size)
-        q, k, v = (functional.pad(x.to(dtype), extra) for x in (query, key, value))
+        q, k, v = (x.to(dtype) for x in (query, key, value))
+        if missing := self.padded - self.size:  # by 0 it would be a copy
+            q, k, v = (functional.pad(x, (0, 0, 0, missing)) for x in (q, k, v))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         kernel = _attend if kind == "cpu" else _compiled()
         out = kernel(q, k, v, self.within(window), repr(scale))
@@ -132,11 +133,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: str) -> Ten
 
 @cache
 def _compiled(backend: str | Callable[..., object] = "inductor") -> Callable[..., Tensor]:
+    # Set once: around each call it would cost a tenth of a millisecond.
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, _KERNELS)
     # An error if it can't be compiled: uncompiled it would make all of the T x T scores.
-    attend = torch.compile(_attend, fullgraph=True, backend=backend)
-
-    def limited(*arguments: object) -> Tensor:
-        with torch._dynamo.config.patch(recompile_limit=_KERNELS):
-            return attend(*arguments)
-
-    return limited
+    return torch.compile(_attend, fullgraph=True, backend=backend)

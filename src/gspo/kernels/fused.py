@@ -5,6 +5,8 @@ A module is changed only if it gives the same numbers on a trial.
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from functools import cache
 from types import MethodType
 from typing import Any
@@ -17,39 +19,88 @@ _CLOSE = 1e-5
 
 
 def fuse(lm: nn.Module) -> int:
-    """Compute RMS norms by one kernel each; returns how many modules were changed.
+    """Compute RMS norms, and the gates of feed-forward layers, by one kernel each, and cast what
+    several linear layers take once. Returns how many modules were changed.
 
-    transformers' own take eight kernels forward and twelve backward.
+    transformers' norms take eight kernels forward and twelve backward, its gates two and four.
     """
     changed = 0
     alike: dict[type, bool] = {}
     for module in lm.modules():
-        kind = type(module)
-        if kind.__name__.endswith("RMSNorm") and alike.setdefault(kind, _is_plain(module)):
-            module.forward = MethodType(_rms_norm, module)
+        kind, new = type(module), _gated if hasattr(module, "gate_proj") else _rms_norm
+        if kind not in alike:
+            is_one = _is_gated(module) if new is _gated else _is_norm(module)
+            alike[kind] = is_one and _gives_the_same(module, new)
+        if alike[kind]:
+            module.forward = MethodType(new, module)
             changed += 1
+        if _projects_thrice(module):
+            module.register_forward_pre_hook(_cast_once, with_kwargs=True)
     return changed
+
+
+def _projects_thrice(module: nn.Module) -> bool:
+    """Whether its input goes through three linear layers, for each of which autocast casts it."""
+    layers = (getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj"))
+    return all(isinstance(layer, nn.Linear) for layer in layers)
+
+
+def _cast_once(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Cast the hidden states of an attention layer as autocast does."""
+    hidden = kwargs.get("hidden_states")
+    if hidden is None:
+        return None
+    return args, kwargs | {"hidden_states": _as_autocast(hidden)}
+
+
+def _as_autocast(x: Tensor) -> Tensor:
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether it is built as one: a vector of weights, and an epsilon."""
+    names = [name for name, _ in module.named_parameters()]
+    named = type(module).__name__.endswith("RMSNorm") and names == ["weight"]
+    return named and module.weight.dim() == 1 and _epsilon(module) is not None
+
+
+def _is_gated(module: Any) -> bool:
+    """Whether it is built as a feed-forward layer of three projections."""
+    projections = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    names = {name for name, _ in module.named_children()}
+    linear = all(isinstance(one, nn.Linear) for one in projections)
+    return linear and names == {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+
+@torch.no_grad()
+def _gives_the_same(module: Any, forward: Callable[[Any, Tensor], Tensor]) -> bool:
+    weight = next(module.parameters())
+    x = torch.randn(3, weight.shape[-1], generator=torch.Generator().manual_seed(0)) * 3
+    x = x.to(weight)
+    try:
+        return torch.allclose(forward(module, x), module(x), atol=_CLOSE, rtol=_CLOSE)
+    except (TypeError, RuntimeError):  # it takes something else too
+        return False
+
+
+def _gated(self: Any, x: Tensor) -> Tensor:
+    x = _as_autocast(x)
+    return self.down_proj(silu_product(self.gate_proj(x), self.up_proj(x)))
+
+
+def silu_product(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    if gate.is_cuda and gate.dtype == up.dtype and importlib.util.find_spec("triton"):
+        from gspo.kernels.gate_kernels import SiluProduct
+
+        return SiluProduct.apply(gate, up)
+    return functional.silu(gate) * up
 
 
 def _epsilon(norm: Any) -> float | None:
     found = (getattr(norm, name, None) for name in ("variance_epsilon", "eps"))
     return next((value for value in found if isinstance(value, float)), None)
-
-
-@torch.no_grad()
-def _is_plain(norm: nn.Module) -> bool:
-    """Whether a module computes weight * x / rms(x), and nothing else."""
-    parameters = dict(norm.named_parameters())
-    weight = parameters.pop("weight", None)
-    if parameters or weight is None or weight.dim() != 1 or _epsilon(norm) is None:
-        return False
-    rng = torch.Generator().manual_seed(0)
-    x = (torch.randn(3, len(weight), generator=rng) * 3).to(weight)
-    try:
-        expected = norm(x)
-    except (TypeError, RuntimeError):  # it takes something else too
-        return False
-    return torch.allclose(_rms_norm(norm, x), expected, atol=_CLOSE, rtol=_CLOSE)
 
 
 def _rms_norm(self: Any, hidden_states: Tensor) -> Tensor:

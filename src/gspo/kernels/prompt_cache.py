@@ -235,8 +235,8 @@ class SharedPrompts:
         """
         base = lengths // TILE * TILE
         self.width = int(base.max())
+        rest = np.minimum(base[:, None] + np.arange(TILE), self.capacity - 1)
         self.capacity = whole_tiles(TILE + capacity)
-        rest = np.minimum(base[:, None] + np.arange(TILE), self._slab_columns() - 1)
         prompts, chosen = torch.arange(len(lengths))[:, None], self._tensor(prompt_of)
         for layer, pair in self._slabs.items():
             self._prompts[layer] = [x[:, :, : self.width].clone() for x in pair]
@@ -258,9 +258,6 @@ class SharedPrompts:
             more = whole_tiles(max(columns, 2 * self.capacity)) - self.capacity
             self.capacity += more
             self._change_slabs(lambda x: functional.pad(x, (0, 0, 0, more)))
-
-    def _slab_columns(self) -> int:
-        return next(iter(self._slabs.values()))[0].shape[2]
 
     def keep(self, completions: np.ndarray) -> None:
         """Keep only these completions; drop the prompts that none of them needs."""

@@ -261,11 +261,12 @@ class ExpertChoices(TorchFunctionMode):
     def loads(self) -> Int[Tensor, "N E"]:
         """Count the tokens that each expert of each layer computed, each as often as its copies."""
         used, experts = self.used().long(), self._routers.experts
-        if self._copies is not None:
-            used = used.repeat_interleave(self._copies.to(used.device), dim=0)
-        layers = used.shape[1]
+        tokens, layers, _ = used.shape
+        copies = used.new_ones(tokens) if self._copies is None else self._copies.long()
+        copies = copies.to(used.device, non_blocking=True)[:, None, None].expand(used.shape)
         slots = used + experts * torch.arange(layers, device=used.device)[:, None]
-        return slots.flatten().bincount(minlength=layers * experts).view(layers, experts)
+        loads = used.new_zeros(layers * experts)  # not bincount, for which the host waits
+        return loads.scatter_add_(0, slots.flatten(), copies.flatten()).view(layers, experts)
 
 
 def _count(*owners: Any) -> int:

@@ -36,7 +36,8 @@ def backward_each(
     Yields:
         What else `loss_of` returned for each microbatch, in their order.
     """
-    parameters = list(policy.trainable.values())
+    # Looked up only where they are needed: a GPU would wait for it.
+    parameters = list(policy.trainable.values()) if workers.count > 1 else []
 
     def backward(microbatch: Microbatch) -> tuple[T, Sequence[Tensor | None]]:
         loss, scored = loss_of(microbatch)

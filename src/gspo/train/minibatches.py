@@ -19,6 +19,7 @@ from gspo.data.packing import Microbatch, pack
 from gspo.data.sample import TrajectorySamples, flat, trajectory_samples
 from gspo.objective import Objective, advantages, turn_advantages
 from gspo.policy.policy import Policy
+from gspo.train.row_memory import row_tokens
 from gspo.train.settings import Settings, resolve
 from gspo.trajectories import Trajectory, TrajectoryGroup
 
@@ -212,10 +213,9 @@ def microbatches(
         settings: how many tokens a microbatch has, and whether it shares prompts.
         replay: expert choices will be replayed: tokens are shared only if theirs are the same.
     """
-    config = policy.lm.config.get_text_config()
     return pack(
         flat(minibatch),
-        settings.packed_sequence_length or token_budget(config, policy.checkpointing),
+        settings.packed_sequence_length or _budget(policy),
         settings.sequence_unit,
         share=settings.share_prefixes and policy.shares_prompts,
         replay=replay,
@@ -223,8 +223,14 @@ def microbatches(
     )
 
 
+def _budget(policy: Policy) -> int:
+    if policy.device.type == "cuda":
+        return row_tokens(policy)
+    return token_budget(policy.lm.config.get_text_config(), policy.checkpointing)
+
+
 def token_budget(config: Any, checkpointing: bool) -> int:
-    """Tokens of a microbatch whose activations fit `ACTIVATION_BYTES`.
+    """Tokens of a microbatch whose activations fit `ACTIVATION_BYTES`. On a CPU: see `row_memory`.
 
     Args:
         config: the model's text config.
