@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+from contextlib import closing
 
 from gspo.core.compute import ComputeThread
 from gspo.experiment.stop import leave
@@ -30,18 +31,15 @@ def serve_model(model: str, host: str, port: int, name: str, api_key: str | None
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    listener = bind(host, port, api_key)
-    policy = load_policy(model)
-    choose_packing(policy)
-    compute = ComputeThread()
-    engine = make_engine(policy, compute, sockets=True)
-    app = create_app(one_engine(engine, lambda: [name]), lambda: [name])
-    print(f"serving {name} on {address(listener)}", flush=True)
     status = 0
-    try:
-        serve(app, listener, api_key)
-    except KeyboardInterrupt:
-        status = 128 + signal.SIGINT
-    finally:
-        compute.close()
+    with bind(host, port, api_key) as listener, closing(ComputeThread()) as compute:
+        policy = load_policy(model)
+        choose_packing(policy)
+        engine = make_engine(policy, compute, sockets=True)
+        app = create_app(one_engine(engine, lambda: [name]), lambda: [name])
+        print(f"serving {name} on {address(listener)}", flush=True)
+        try:
+            serve(app, listener, api_key)
+        except KeyboardInterrupt:
+            status = 128 + signal.SIGINT
     leave(status)  # a batch that is still sampled has nobody left who wants it
