@@ -18,7 +18,7 @@ from gspo.cli import app
 from test_docs import DOCS, PAGES, ROOT, fences
 
 AUDIT = ("--prompts", "4", "--completions", "2")
-SMALL = ("--set", "eval_prompts=8", "--set", "eval_completions=2")
+SMALL = ("--set", "eval_prompts=8", "--set", "eval_completions=2", "--set", "prompts=8")
 
 RUN: dict[str, tuple[str, ...]] = {
     # command: what makes it short
@@ -26,7 +26,6 @@ RUN: dict[str, tuple[str, ...]] = {
     "gspo plan Qwen/Qwen3-30B-A3B --gpus 16": (),
     "gspo audit embedded:sort": AUDIT,
     "gspo audit embedded:sort --rollout-dtype int4": AUDIT,
-    "gspo demo --steps 3 --path /tmp/runs --json": (),
     "gspo train run.toml --dry-run": (),
     "gspo train run.toml": (*SMALL, "--set", "steps=2"),
     "gspo train run.toml --set steps=60": (*SMALL, "--set", "steps=3"),
@@ -61,6 +60,7 @@ _SERVE = "a port; test_cli.py serves and asks"
 NOT_RUN = {
     "make demo": "installs; its command is tested in test_cli.py and learns in test_loop.py",
     "make test": "this",
+    "gspo demo --steps 3 --path /tmp/runs --json": "run with other numbers in test_cli.py",
     "python examples/agents/train_lookup.py --agent langgraph": "minutes; test_agents.py has parts",
     "make bench": _BENCHMARKS,
     "make bench-check": _BENCHMARKS,
@@ -147,8 +147,10 @@ def test_the_commands_run_and_warn_of_nothing(
     monkeypatch.chdir(place)
     for run in (".gspo/demo/sort-1", ".gspo/demo/sort-2"):
         if run in command and not Path(run).exists():
-            gspo("gspo demo --steps 2")
-    written = command.replace("/tmp/runs", str(place / "runs")).replace("$replay", "old_policy")
+            name = Path(run).name  # as `gspo demo` leaves it, from fewer prompts
+            options = f"--set project=demo --set name={name} --set steps=2 {shlex.join(SMALL)}"
+            gspo(f"gspo train spec.toml {options}")
+    written = command.replace("$replay", "old_policy")
     caplog.clear()
     gspo(shlex.join([*shlex.split(written), *RUN[command]]))
     assert capsys.readouterr().out

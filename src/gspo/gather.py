@@ -248,7 +248,7 @@ def retry(
 
 
 async def _limited(work: Awaitable[T], seconds: float | None, name: str) -> T:
-    """Await what is no rollout, for so long at most."""
+    """Await something other than a rollout, for at most so many seconds."""
     limit = asyncio.timeout(seconds)
     try:
         async with limit:

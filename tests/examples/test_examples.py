@@ -13,6 +13,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from processes import gspo_here
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -39,11 +41,13 @@ def need(package: str, pip_install: str) -> None:
         pytest.skip(f"{package} is not installed: pip install {pip_install}")
 
 
-def test_the_conversation_is_one_sample_of_three_turns(tmp_path: Path) -> None:
+def test_the_conversation_is_one_sample_of_three_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sizes = ("steps=1", "prompts=2", "completions=2", "eval_prompts=2", f"path={tmp_path}")
     sets = [part for size in sizes for part in ("--set", size)]
-    command = [sys.executable, "-m", "gspo.cli", "train", "multi_turn.toml", "--json", *sets]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=EXAMPLES, check=False)
+    monkeypatch.chdir(EXAMPLES)
+    done = gspo_here("train", "multi_turn.toml", "--json", *sets)
     assert totals(done)["steps"] == 1
     rows = pq.read_table(tmp_path / "examples/multi-turn/trajectories/train/0001.parquet")
     for row in rows.to_pylist():

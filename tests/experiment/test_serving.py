@@ -42,7 +42,11 @@ def answer_to(host: str, port: int) -> bytes:
                 return answer
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, -15), (signal.SIGINT, 130)])
+# SIGINT ends an idle server in test_cli.py.
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, -15), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_a_signal_ends_a_server_that_is_sampling(number: signal.Signals, status: int):
     command = [sys.executable, "-c", SERVER]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

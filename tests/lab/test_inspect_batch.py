@@ -114,7 +114,15 @@ FROM_THE_BASE = ("gspo", "kl", "trainer", "replay", "old_policy", "bfloat16")
 """Variants whose first step is looked at too: from the base model, not from a checkpoint."""
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+SLOW = {"grpo", "rloo", "quantized"}
+"""Variants that others stand for: a preset as `dapo` and `reinforce` are, and an engine in int4,
+which `trainer`, `correction` and `replay` have."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in VARIANTS],
+)
 async def test_before_the_step_it_is_what_training_logged(tmp_path: Path, name: str):
     options = VARIANTS[name]
     run = await a_run(tmp_path, **options)

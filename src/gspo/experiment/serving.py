@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+from contextlib import closing
 
 from gspo.core.compute import ComputeThread
 from gspo.experiment.saved_run import load_named
@@ -40,10 +41,9 @@ def serve_model(
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     status = 0
-    with bind(host, port, api_key) as listener:
+    with bind(host, port, api_key) as listener, closing(ComputeThread()) as compute:
         print(f"loading {model} ...", file=sys.stderr, flush=True)
         policy, _ = load_named(model, step, path)
-        compute = ComputeThread()
         engine = make_engine(policy, compute, sockets=True)
         app = create_app(one_engine(engine, lambda: [name]), lambda: [name])
         print(f"serving {name} on {address(listener)}", flush=True)
@@ -51,6 +51,4 @@ def serve_model(
             serve(app, listener, api_key)
         except KeyboardInterrupt:
             status = 128 + signal.SIGINT
-        finally:
-            compute.close()
     leave(status)  # a batch that is still sampled has nobody left who wants it

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,14 @@ import torch
 from gspo.backend.stored_batch import UpdateRecord
 from gspo.core.errors import ConfigError, check_names
 from gspo.core.metrics import Metrics
-from gspo.data.sample import TrajectorySamples, flat, split_counts, unit_count
+from gspo.data.sample import flat, split_counts, unit_count
 from gspo.lab.audit_report import summarise
 from gspo.lab.gradients import cosines, gram, method_gradient
 from gspo.lab.stored_step import WEIGHTS, StoredStep
 from gspo.objective import PRESETS
 from gspo.policy.load import Policy
-from gspo.train.expert_replay import ExpertReplay
+from gspo.train.expert_replay import ExpertReplay, fix_before_updates
 from gspo.train.minibatches import RolloutBatch, prepare
-from gspo.train.old_logprobs import with_trainer_logprobs
 from gspo.train.settings import Settings
 
 OWN = "this run"
@@ -75,27 +74,44 @@ def inspect_run(
     by_trainer = training.routing_replay == "old_policy" or training.old_logprobs == "trainer"
     step.check_weights(chosen, needs_before=by_trainer)
     methods = make_methods(step.record, training, presets)
-    batches = {
-        _advantage(settings): prepare(
-            step.groups,
-            settings,
-            context=step.record.context,
-            version=step.record.policy_version,
-        )
-        for settings in methods.values()
-    }
-    if by_trainer:
-        policy = step.load("before")
-        for kind, batch in batches.items():
-            samples = as_trained(policy, batch.samples, training)
-            batches[kind] = replace(batch, samples=samples)
-    batch = batches[_advantage(training)]
     balance = training.router_aux_loss_coef
+    batches = _batches(step, methods.values(), training if by_trainer else None)
     return {
         "run": str(run),
         "step": step.number,
         "own": next(iter(methods)),
         "options": step.record.options,
+        **_counts(step, batches[_advantage(training)]),
+        "left_out": [f"router_aux_loss_coef={balance:g}"] if balance else [],
+        "at": [_at_weights(step, name, methods, batches) for name in chosen],
+    }
+
+
+def _batches(
+    step: StoredStep, methods: Iterable[Settings], by_trainer: Settings | None
+) -> dict[tuple[object, ...], RolloutBatch]:
+    """The step's rollout batch under each kind of advantage that the methods compute.
+
+    Args:
+        by_trainer: the run's settings, if training fixed something by the weights before the step.
+    """
+    context, version = step.record.context, step.record.policy_version
+    batches = {
+        _advantage(settings): prepare(step.groups, settings, context=context, version=version)
+        for settings in methods
+    }
+    if by_trainer is None:
+        return batches
+    experts = ExpertReplay(step.load("before"), by_trainer, Metrics())
+    return {
+        kind: replace(batch, samples=tuple(fix_before_updates(experts, [batch.samples])))
+        for kind, batch in batches.items()
+    }
+
+
+def _counts(step: StoredStep, batch: RolloutBatch) -> dict[str, Any]:
+    """How many trajectories, groups and tokens the batch has, and what became of them."""
+    return {
         "trajectories": len(batch.samples),
         "dropped": batch.dropped + batch.stale,
         "groups": len(set(batch.groups)),
@@ -104,8 +120,6 @@ def inspect_run(
         "trained": sum(samples[0].has_signal for samples in batch.samples),
         "turns": _turns(step, batch),
         "tokens": sum(sample.sampled for samples in batch.samples for sample in samples),
-        "left_out": [f"router_aux_loss_coef={balance:g}"] if balance else [],
-        "at": [_at_weights(step, name, methods, batches) for name in chosen],
     }
 
 
@@ -194,17 +208,6 @@ def _turns(step: StoredStep, batch: RolloutBatch) -> list[dict[str, Any]]:
         row = {"turn": turn, "trajectories": len(pairs), "reward": reward}
         rows.append(row | {"advantage": {"mean": mean, "low": min(values), "high": max(values)}})
     return rows
-
-
-def as_trained(
-    policy: Policy, trajectories: Sequence[TrajectorySamples], settings: Settings
-) -> tuple[TrajectorySamples, ...]:
-    """The samples with what the trainer fixes before its first update: expert choices, pi_old."""
-    recorded = ExpertReplay(policy, settings, Metrics()).start([trajectories])
-    fixed = [recorded.get(samples[0].trajectory_id, samples) for samples in trajectories]
-    if settings.old_logprobs == "trainer":
-        fixed = with_trainer_logprobs(policy, fixed, settings)
-    return tuple(fixed)
 
 
 def _check_memory(policy: Policy, methods: int) -> None:

@@ -38,7 +38,7 @@ Find = Callable[[str], Awaitable[Engine]]
 # The handlers are functions of the module, not closures: FastAPI never lets go of a handler.
 router, v1 = fastapi.APIRouter(), fastapi.APIRouter()
 MOST_COMPLETIONS = 4096
-"""Of one request, over all its prompts."""
+"""Most completions of one request, over all its prompts."""
 
 
 def _answers(model: Any) -> dict[int | str, dict[str, Any]]:

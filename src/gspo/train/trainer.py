@@ -35,9 +35,8 @@ from gspo.train.batch_metrics import warn_of_altered, warn_of_unread
 from gspo.train.bit_equality import check_exact
 from gspo.train.defaults import with_defaults
 from gspo.train.epsilon import EpsilonController
-from gspo.train.expert_replay import ExpertReplay, check_expert_options
+from gspo.train.expert_replay import ExpertReplay, check_expert_options, fix_before_updates
 from gspo.train.observe import Observer, Scored, Trace
-from gspo.train.old_logprobs import with_trainer_logprobs
 from gspo.train.optimizer import Optimizer, learning_rate
 from gspo.train.settings import Settings
 
@@ -213,10 +212,7 @@ class Trainer:
             batch = batch.with_signal()
         seeds = [_mix(settings.seed, self.step, epoch) for epoch in range(settings.epochs)]
         epochs = [plan.minibatches(batch, settings.minibatches, seed) for seed in seeds]
-        recorded = experts.start([plan.with_gradient(m, settings.objective) for m in epochs[0]])
-        fixed = [recorded.get(s[0].trajectory_id, s) for s in chain(*epochs[0])]
-        if settings.old_logprobs == "trainer":
-            fixed = with_trainer_logprobs(self.policy, fixed, settings)
+        fixed = fix_before_updates(experts, epochs[0])
         by_id = {samples[0].trajectory_id: samples for samples in fixed}
         minibatches = [[by_id[s[0].trajectory_id] for s in m] for m in chain(*epochs)]
         return Call(settings, minibatches, experts, observer)
