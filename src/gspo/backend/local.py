@@ -111,9 +111,8 @@ class LocalBackend(Backend):
                 listener = undo.enter_context(bind("127.0.0.1", self.port))
             run = Run(self.path, model.project, model.name, run_identity(model))
             undo.callback(run.close)
-            service = await self._compute.run(
-                Service, run, model, self.seed, self._compute, listener
-            )
+            parts = run, model, self.seed, self._compute, listener
+            service = await self._compute.run(Service, *parts)
             run.claim()
             step = service.trainer.step
             told = described(model)
@@ -268,8 +267,7 @@ class LocalBackend(Backend):
         **unknown: Any,
     ) -> None:
         """Begin the run of a model with another run's checkpoint, before it is registered: see
-        `gspo.backend.fork.fork_checkpoint`. `verbose` prints which step it is.
-        """
+        `gspo.backend.fork.fork_checkpoint`. `verbose` prints which step it is."""
         check_names("fork_checkpoint", unknown, _FORK, _S3)
         if not from_model:
             raise ConfigError("fork_checkpoint: give from_model=, the name of the other run")
