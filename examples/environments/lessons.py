@@ -20,7 +20,8 @@ from typing import Any
 
 from gspo.environments import Action, load_environment
 from gspo.environments.play import episode_seed
-from gspo.experiment.spec import Spec, read_spec
+from gspo.experiment.run_file import read_spec
+from gspo.experiment.spec import Spec
 
 SEED = 1_000_003
 EPISODES = 400
@@ -35,7 +36,7 @@ def choose(spec: Spec, environment: Any, told: str, rng: random.Random) -> str:
         return rng.choice(spec.environment_options["actions"])
     if family == "textarena":
         return f"[{rng.randint(1, spec.environment_options['max_number'])}]"
-    return environment._problem.answer
+    return environment._problem.answer  # pyright: ignore
 
 
 async def conversation(spec: Spec, make: Any, index: int) -> list[dict[str, str]]:

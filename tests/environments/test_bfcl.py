@@ -8,6 +8,7 @@ pytest.importorskip("bfcl_eval")
 
 from gspo.core.errors import ConfigError
 from gspo.environments import Action, Call, load_environment
+from gspo.environments.bfcl import BFCL
 
 
 def test_a_right_call_earns_one_and_any_other_nothing():
@@ -40,7 +41,7 @@ def test_where_no_function_helps_none_is_called():
 
 @pytest.mark.parametrize("kind", ["parallel", "multiple", "live_simple", "live_parallel_multiple"])
 def test_every_kind_is_read_and_most_first_answers_are_right(kind: str):
-    asked = load_environment(f"bfcl:{kind}")()
+    asked = BFCL(kind)
     rewards = []
     for seed in range(16):
         asked.reset(seed)

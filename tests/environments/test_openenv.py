@@ -54,7 +54,7 @@ async def test_an_episode_is_a_session_of_the_server(url: str):
         model = art.TrainableModel(name="fake", project="test", base_model="anything")
         await model.register(backend)
         t = await play(make(), model, 2)
-    assert [m["content"] for m in t.messages()] == ["go to 2", "1", "1", "2"]
+    assert [m.get("content") for m in t.messages()] == ["go to 2", "1", "1", "2"]
     assert (t.reward, t.metrics["turns"], t.metrics["cut_off"]) == (1.5, 2, False)
 
 

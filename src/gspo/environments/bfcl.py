@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from gspo.core.errors import ConfigError, suggestion
 from gspo.environments.environment import Action, Environment, Step, optional
@@ -45,21 +45,25 @@ class BFCL(Environment):
         if "irrelevance" in self._kind:
             return Step(reward=float(not action.calls), done=True)
         calls = [{call.name: dict(call.arguments)} for call in action.calls]
-        answer = self._answers[self._row["id"]]
-        python = optional("bfcl_eval.constants.enums", "bfcl-eval", "bfcl").Language.PYTHON
+        answer, python = self._answers[self._row["id"]], _module("constants.enums").Language.PYTHON
         found = _checker()(self._row["function"], calls, answer, python, self._kind, _NAMED)
         return Step(reward=float(found["valid"]), done=True, metrics={"calls": len(calls)})
 
 
+def _module(name: str) -> Any:
+    return optional(f"bfcl_eval.{name}", "bfcl-eval", "bfcl")
+
+
 @functools.cache
 def _rows(kind: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    folder = Path(optional("bfcl_eval", "bfcl-eval", "bfcl").__file__).parent / "data"
-    rows, answers = (
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if (path := folder / sub / f"BFCL_v4_{kind}.json").exists()
-        else []
-        for sub in ("", "possible_answer")
+    """The rows of a kind, and their answers by id."""
+    folder, name = (
+        Path(_module("eval_checker").__file__).parents[1] / "data",
+        f"BFCL_v4_{kind}.json",
     )
+    paths = folder / name, folder / "possible_answer" / name
+    texts = [path.read_text(encoding="utf-8") if path.exists() else "" for path in paths]
+    rows, answers = ([json.loads(line) for line in text.splitlines()] for text in texts)
     return rows, {row["id"]: row["ground_truth"] for row in answers}
 
 
@@ -67,30 +71,24 @@ def _rows(kind: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 def _checker() -> Any:
     """The package's checker. It asks one module how models spell names, which imports the clients
     of 15 companies: a stand-in answers for it where these are not installed."""
-    name = "bfcl_eval.constants.model_config"
-    stand_in: Any = ModuleType(name)
+    name, stand_in = "bfcl_eval.constants.model_config", cast(Any, ModuleType("model_config"))
     stand_in.MODEL_CONFIG_MAPPING = {_NAMED: SimpleNamespace(underscore_to_dot=True)}
-    before, sys.modules[name] = sys.modules.get(name), stand_in
+    before = {key: sys.modules[key] for key in (name,) if key in sys.modules}
+    sys.modules[name] = stand_in
     try:
-        return optional(
-            "bfcl_eval.eval_checker.ast_eval.ast_checker", "bfcl-eval", "bfcl"
-        ).ast_checker
+        return _module("eval_checker.ast_eval.ast_checker").ast_checker
     finally:
-        if before is None:
-            del sys.modules[name]
-        else:
-            sys.modules[name] = before
+        del sys.modules[name]
+        sys.modules.update(before)
 
 
 def _openai(function: dict[str, Any]) -> dict[str, Any]:
     """A function of the data in OpenAI's form: names without dots, JSON's types."""
-    types = optional("bfcl_eval.constants.type_mappings", "bfcl-eval", "bfcl").GORILLA_TO_OPENAPI
+    types = _module("constants.type_mappings").GORILLA_TO_OPENAPI
 
     def schema(part: Any) -> Any:
-        if isinstance(part, list):
-            return [schema(item) for item in part]
         if not isinstance(part, dict):
-            return part
+            return [schema(item) for item in part] if isinstance(part, list) else part
         kind = part.get("type")
         named = {"type": types.get(kind, kind)} if isinstance(kind, str) else {}
         return {key: schema(value) for key, value in part.items()} | named

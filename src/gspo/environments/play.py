@@ -51,7 +51,8 @@ async def play(
         max_turns, max_tokens, step_timeout: its limits; None: the environment's own.
 
     Returns:
-        The trajectory: its reward is the sum of the steps', its turn rewards are these.
+        The trajectory. Its reward is the sum of the steps'; its turn rewards are these, if the
+        episode may have several.
 
     Raises:
         RolloutTimeoutError: the environment hangs.
@@ -73,7 +74,8 @@ async def play(
             } | ({"tools": tools} if tools else {})
             messages: list[Any] = [{"role": "user", "content": opening}]
             messages[:0] = [{"role": "system", "content": system}] if system else []
-            while not step.done and len(rewards) < (max_turns or environment.max_turns):
+            most = max_turns or environment.max_turns
+            while not step.done and len(rewards) < most:
                 place.turn = len(rewards) + 1
                 try:
                     response = await create(messages=messages, **options)
@@ -86,8 +88,7 @@ async def play(
                 step = await place.call(environment.step, action)
                 rewards.append(place.reward_of(step))
                 messages += [message.model_dump(exclude_none=True), *_answers(message, step)]
-            t.reward = sum(rewards)
-            t.metadata["turn_rewards"] = json.dumps(rewards)
+            t.reward, t.turn_rewards = sum(rewards), rewards if most > 1 else None
             t.metrics |= {**step.metrics, "turns": len(rewards), "cut_off": not step.done}
             t.metadata["seed"] = seed
         return t

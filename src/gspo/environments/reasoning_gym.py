@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from typing import Any
 
 from gspo.environments.environment import Action, Environment, Step
 from gspo.tasks.gym import GymTask
+from gspo.tasks.task import Problem
 
 
 class ReasoningGym(Environment):
@@ -15,11 +18,24 @@ class ReasoningGym(Environment):
     max_tokens = GymTask.max_tokens
 
     def __init__(self, dataset: str, **options: Any):
-        self._task = GymTask(f"reasoning-gym:{dataset}", options)
+        self._named = dataset, json.dumps(options)
+        _task(*self._named)
 
     def reset(self, seed: int) -> str:
-        self._problem = self._task.draw(seed)
+        self._problem = _problem(*self._named, seed)
         return self._problem.prompt
 
     def step(self, action: Action) -> Step:
-        return Step(reward=self._task.score(self._problem, action.text), done=True)
+        score = _task(*self._named).score(self._problem, action.text)
+        return Step(reward=score, done=True)
+
+
+@functools.lru_cache(maxsize=64)
+def _task(dataset: str, options: str) -> GymTask:
+    """One task for all episodes: some datasets read a dictionary when they are made."""
+    return GymTask(f"reasoning-gym:{dataset}", json.loads(options))
+
+
+@functools.lru_cache(maxsize=100_000)
+def _problem(dataset: str, options: str, seed: int) -> Problem:
+    return _task(dataset, options).draw(seed)

@@ -38,14 +38,10 @@ class TextWorld(Environment):
         add_options(parser)
         written = [(f"--{name.replace('_', '-')}", value) for name, value in options.items()]
         flags = [n if v is True else f"{n}={v}" for n, v in written if v is not False]
-        self._settings, self._textworld, self._game = (
-            vars(parser.parse_args(flags)),
-            textworld,
-            None,
-        )
-        words = textworld.__version__, kind, str(sorted(self._settings.items()))
-        self._folder = cache_folder() / "textworld" / f"{seed_of(*words):x}"
-        self.games, self.commands = games, commands
+        self._settings = vars(parser.parse_args(flags))
+        made_of = seed_of(textworld.__version__, kind, str(sorted(self._settings.items())))
+        self._folder = cache_folder() / "textworld" / f"{made_of:x}"
+        self._textworld, self._game, self.games, self.commands = textworld, None, games, commands
 
     def instance(self, seed: int) -> str:
         return f"{self._folder.name} {seed % self.games}"
@@ -91,6 +87,5 @@ def _house_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _house(settings: dict[str, int], options: Any) -> Any:
-    options.nb_rooms, options.nb_objects = settings["rooms"], settings["objects"]
-    options.quest_length = settings["quest"]
+    options.nb_rooms, options.nb_objects, options.quest_length = settings.values()
     return optional("textworld.generator", "textworld", "textworld").make_game(options)
