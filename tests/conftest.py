@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -16,9 +17,18 @@ from library_warnings import Collector
 
 torch.set_num_threads(1)
 
-# The shapes in the signatures are checked here, and cost nothing outside the tests.
-ROOMS = ["gspo.objective", "gspo.data", "gspo.kernels", "gspo.policy"]
-install_import_hook(ROOMS, "beartype.beartype")
+# The shapes in the signatures are checked here, and cost nothing outside the tests. A module
+# without shapes is left out: pyright checks its plain types, and its small functions are called
+# for each turn.
+TESTS = Path(__file__).parent
+SOURCE = TESTS.parent / "src" / "gspo"
+SHAPED = [
+    f"gspo.{room}.{path.stem}"
+    for room in ("objective", "data", "kernels", "policy")
+    for path in sorted((SOURCE / room).glob("*.py"))
+    if "jaxtyping" in path.read_text(encoding="utf-8")
+]
+install_import_hook(SHAPED, "beartype.beartype")
 
 settings.register_profile(
     "gspo",
@@ -28,6 +38,16 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("gspo")
+
+
+CHECKED = {"objective", "data", "kernels", "policy", "train", "serve", "weights"}
+"""Rooms in whose tests the shapes are checked: those that have tensors in their hands. The others
+make whole runs of the same functions, of whose time the checks take more than a third."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    config.update("jaxtyping_disable", item.path.relative_to(TESTS).parts[0] not in CHECKED)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from gspo import __version__
 from gspo.cli import app
 from gspo.objective import PRESETS
-from processes import gspo, gspo_without_lab
+from processes import gspo, gspo_here, gspo_without_lab
 
 
 def test_surface_is_frozen():
@@ -28,13 +28,26 @@ def test_surface_is_frozen():
     surface = {name: [p.name for p in c.params] for name, c in commands.items()}
     assert surface == {
         "demo": ["path", "steps", "seed", "profile", "as_json"],
-        "train": ["spec", "overrides", "dry_run", "profile", "as_json"],
+        "train": ["spec", "overrides", "dry_run", "samples", "profile", "as_json"],
         "sft": [
             *("data", "model", "project", "name", "path", "epochs", "batch_size"),
             *("learning_rate", "max_tokens", "seed", "as_json"),
         ],
-        "serve": ["model", "port", "host", "name", "api_key"],
+        "serve": ["model", "port", "host", "name", "api_key", "step", "path"],
+        "plan": [
+            *("model", "gpus", "gpu", "completions", "prompt_tokens", "mean_tokens", "longest"),
+            *("lora", "mfu", "as_json"),
+        ],
         "presets": ["as_json"],
+        "runs": ["path", "as_json"],
+        "sample": [
+            *("model", "prompts", "step", "path", "completions", "system", "max_tokens"),
+            *("temperature", "seed", "as_json"),
+        ],
+        "chat": ["model", "step", "path", "system", "max_tokens", "temperature"],
+        "export": ["run", "to", "step", "path", "merge", "dtype", "push_to"],
+        "fork": ["run", "name", "step", "path"],
+        "prune": ["run", "keep", "metric", "path"],
         "audit": [
             "model",
             "rollout_dtype",
@@ -56,37 +69,40 @@ def test_surface_is_frozen():
 
 
 def test_demo_json_is_the_last_line(tmp_path: Path):
-    done = gspo("demo", "--steps", "2", "--json", "--path", str(tmp_path))
+    done = gspo("demo", "--steps", "2", "--profile", "--json", "--path", str(tmp_path))
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     result = json.loads(lines[-1])
     assert {"reward_before", "reward_after", "prompts", "steps", "seconds", "run"} <= set(result)
     assert result["steps"] == 2
-    assert Path(result["report"]).exists()
+    assert Path(result["report"]).exists() and Path(result["profile"]).exists()
     assert [line for line in lines if re.match(r"held-out reward before  0\.\d+ \[0", line)]
     progress = [line for line in lines if line.startswith("step 2/2")]
     assert re.search(r"reward .* clipped .* tokens/s .* left", progress[0])
 
 
 def test_without_the_lab_extra_demo_and_train_run_to_the_end(tmp_path: Path):
-    done = gspo_without_lab("demo", "--steps", "2", "--json", "--path", str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    result = json.loads(lines[-1])
-    assert (result["steps"], result["report"]) == (2, None)
-    assert 0 < result["reward_before"] < 1 and result["reward_before_95"] == [None, None]
-    (told,) = [line for line in lines if line.startswith("no report: ")]
-    assert told.endswith("pip install -e '.[lab]' in your clone of gspo (it is not on PyPI)")
-
     spec = tmp_path / "run.toml"
     spec.write_text('task = "sort"\nsteps = 1\nprompts = 4\ncompletions = 4\neval_prompts = 4\n')
-    done = gspo_without_lab("train", str(spec), "--set", f"path={tmp_path}", "--profile")
-    assert done.returncode == 0, done.stderr
+    done = gspo_without_lab(
+        f"demo --steps 1 --json --path {tmp_path}", f"train {spec} --set path={tmp_path} --profile"
+    )
+    assert re.findall(r"exit status (\d)", done.stderr) == ["0", "0"], done.stderr
+    lines = done.stdout.splitlines()
+    (result,) = [json.loads(line) for line in lines if line.startswith("{")]
+    assert (result["steps"], result["report"]) == (1, None)
+    assert 0 < result["reward_before"] < 1 and result["reward_before_95"] == [None, None]
+    told = [line for line in lines if line.startswith("no report: ")]
+    assert len(told) == 2 and told[0].endswith(
+        "pip install -e '.[lab]' in your clone of gspo (it is not on PyPI)"
+    )
     assert "held-out reward after" in done.stdout and "profile: " in done.stdout
 
 
 def test_profile_prints_a_table_and_writes_it(tmp_path: Path):
-    done = gspo("demo", "--steps", "1", "--profile", "--json", "--path", str(tmp_path))
+    spec = tmp_path / "run.toml"
+    spec.write_text('task = "sort"\nsteps = 1\nprompts = 8\neval_prompts = 4\n')
+    done = gspo_here("train", str(spec), "--profile", "--json", "--set", f"path={tmp_path}")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     result = json.loads(lines[-1])
@@ -96,14 +112,14 @@ def test_profile_prints_a_table_and_writes_it(tmp_path: Path):
     assert sum(p["seconds"] for p in stored["phases"]) == pytest.approx(stored["seconds"])
     for name in (*names, "step"):
         assert any(line.split()[:1] == [name] for line in lines), name
-    table = (tmp_path / "demo" / "sort-1" / "profile.txt").read_text()
+    table = (tmp_path / "gspo" / "run" / "profile.txt").read_text()
     assert table in done.stdout
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path):
     spec = tmp_path / "run.toml"
     spec.write_text('task = "sort"\nprompts = 8\ncompletions = 4\n')
-    done = gspo("train", str(spec), "--dry-run", "--set", f"path={tmp_path / 'runs'}")
+    done = gspo_here("train", str(spec), "--dry-run", "--set", f"path={tmp_path / 'runs'}")
     assert done.returncode == 0, done.stderr
     assert '"prompts": 8' in done.stdout
     assert "32 sequences per step, 8 per optimizer step" in done.stdout
@@ -131,7 +147,7 @@ def test_errors_are_one_line_without_a_traceback(
         arguments = ("train", str(tmp_path / "run.toml"), *arguments[2:])
     if arguments[0] == "serve":
         arguments = (*arguments, "--port", "0")
-    done = gspo(*arguments)
+    done = gspo_here(*arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -140,7 +156,7 @@ def test_errors_are_one_line_without_a_traceback(
 def test_an_occupied_port_is_named():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = gspo("serve", "embedded:sort", "--port", str(port))
+        done = gspo_here("serve", "embedded:sort", "--port", str(port))
     assert done.returncode == 2
     assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
     assert "0 for a free one" in done.stderr
@@ -163,13 +179,15 @@ def test_serve_answers_on_loopback():
         assert len(response.choices) == 2
         assert response.choices[0].token_ids  # pyright: ignore[reportAttributeAccessIssue]
         process.send_signal(signal.SIGINT)
-        process.wait(timeout=30)
+        assert process.wait(timeout=30) == 128 + signal.SIGINT
 
 
 def test_help_lists_the_verbs_a_newcomers_first():
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    verbs = ["demo", "train", "sft", "serve", "presets", "audit", "inspect", "compare", "report"]
+    verbs = ["demo", "train", "sft", "serve", "plan", "presets"]
+    verbs += ["runs", "sample", "chat", "export", "fork", "prune"]
+    verbs += ["audit", "inspect", "compare", "report"]
     assert re.findall(r"^│ (\w+) ", result.output, re.MULTILINE) == verbs
 
 
@@ -199,6 +217,10 @@ def test_help_and_version_load_nothing_heavy(arguments: list[str]):
         ["train", "run.toml"],
         ["train", "run.toml", "--dry-run"],
         ["serve", "embedded:sort"],
+        ["sample", "embedded:sort"],
+        ["chat", "embedded:sort"],
+        ["export", "sort-1"],
+        ["fork", "sort-1", "sort-2"],
         ["audit", "embedded:sort"],
         ["inspect", "somewhere"],
         ["compare", "--quick"],
@@ -207,11 +229,13 @@ def test_help_and_version_load_nothing_heavy(arguments: list[str]):
 def test_something_is_said_before_what_takes_seconds(arguments: list[str], tmp_path: Path):
     (tmp_path / "run.toml").write_text('task = "sort"')
     code = (
-        "import sys\nfrom gspo import cli\nfrom gspo.lab import commands\n"
+        "import sys\nfrom gspo import cli\nfrom gspo.experiment import run_commands\n"
+        "from gspo.lab import commands\n"
         "def said(what):\n"
         f"    print([name for name in {HEAVY} if name in sys.modules])\n"
         "    raise SystemExit\n"
-        f"commands.say_loading = said\nsys.argv = ['gspo', *{arguments}]\ncli.main()"
+        "commands.say_loading = run_commands.say_loading = said\n"
+        f"sys.argv = ['gspo', *{arguments}]\ncli.main()"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -234,7 +258,7 @@ def test_a_failure_of_the_users_rollout_is_told_by_the_users_lines(tmp_path: Pat
     sizes = "steps = 3\nprompts = 3\ncompletions = 2\neval_prompts = 2\n"
     spec = tmp_path / "run.toml"
     spec.write_text('task = "sort"\nrollout = "rollouts:mine"\n' + sizes)
-    done = gspo("train", str(spec), "--set", f"path={tmp_path / 'runs'}")
+    done = gspo_here("train", str(spec), "--set", f"path={tmp_path / 'runs'}")
     assert done.returncode == 1
     told = done.stderr[done.stderr.index("error: ") :].splitlines()
     assert len(done.stderr.splitlines()) < 15
@@ -250,7 +274,7 @@ def test_a_rollout_that_exits_does_not_end_a_run_as_if_it_had_finished(tmp_path:
     (tmp_path / "leaves.py").write_text("async def rollout(model, scenario):\n    exit(0)\n")
     spec = tmp_path / "run.toml"
     spec.write_text('rollout = "leaves:rollout"\nmodel = "embedded:sort"\neval_prompts = 0\n')
-    done = gspo("train", str(spec), "--set", f"path={tmp_path / 'runs'}")
+    done = gspo_here("train", str(spec), "--set", f"path={tmp_path / 'runs'}")
     assert done.returncode == 1
     assert "raised SystemExit: 0" in done.stderr and "leaves.py, line 2" in done.stderr
     assert "Traceback" not in done.stderr

@@ -18,17 +18,24 @@ from gspo.cli import app
 from test_docs import DOCS, PAGES, ROOT, fences
 
 AUDIT = ("--prompts", "4", "--completions", "2")
-SMALL = ("--set", "eval_prompts=8", "--set", "eval_completions=2")
+SMALL = ("--set", "eval_prompts=8", "--set", "eval_completions=2", "--set", "prompts=8")
 
 RUN: dict[str, tuple[str, ...]] = {
     # command: what makes it short
     "gspo presets": (),
+    "gspo plan Qwen/Qwen3-30B-A3B --gpus 16": (),
     "gspo audit embedded:sort": AUDIT,
     "gspo audit embedded:sort --rollout-dtype int4": AUDIT,
-    "gspo demo --steps 3 --path /tmp/runs --json": (),
     "gspo train run.toml --dry-run": (),
     "gspo train run.toml": (*SMALL, "--set", "steps=2"),
     "gspo train run.toml --set steps=60": (*SMALL, "--set", "steps=3"),
+    "gspo runs": (),
+    "gspo sample sort-small -n 2 --step best": ("--path", ".gspo"),
+    "gspo export sort-small --to out --step best --dtype bfloat16": (),
+    "gspo train run.toml --samples 3": (*SMALL, "--set", "steps=4"),
+    "gspo sample embedded:sort 3141592653 --temperature 0 --max-tokens 12": (),
+    "gspo fork sort-small sort-again --step latest": (),
+    "gspo train run.toml --set name=sort-again --set steps=60": (*SMALL, "--set", "steps=5"),
     "gspo train run.toml --set steps=2 --set train.epsilon=0.02 --set load.lora.r=4": (
         *SMALL,
         *("--set", "name=lora"),  # the page's file is another than the README's
@@ -38,6 +45,7 @@ RUN: dict[str, tuple[str, ...]] = {
     "gspo train multi_turn.toml": (*SMALL, "--set", "steps=1", "--set", "prompts=2"),
     "gspo inspect .gspo/gspo/sort-small": ("--presets", "grpo"),
     "gspo inspect .gspo/demo/sort-1": ("--presets", "grpo"),
+    "gspo prune sort-small --keep 1": (),  # after what needs the step before the last
     "gspo report .gspo/demo/sort-1": (),
     "gspo report .gspo/demo/sort-1 .gspo/demo/sort-2 --out both.html": (),
     # What a comparison computes is tested in tests/lab/test_compare_runs.py.
@@ -52,6 +60,7 @@ _SERVE = "a port; test_cli.py serves and asks"
 NOT_RUN = {
     "make demo": "installs; its command is tested in test_cli.py and learns in test_loop.py",
     "make test": "this",
+    "gspo demo --steps 3 --path /tmp/runs --json": "run with other numbers in test_cli.py",
     "python examples/agents/train_lookup.py --agent langgraph": "minutes; test_agents.py has parts",
     "make bench": _BENCHMARKS,
     "make bench-check": _BENCHMARKS,
@@ -68,10 +77,13 @@ NOT_RUN = {
     "python benchmarks/gpu_suite.py --only head": "a GPU",
     "python benchmarks/gpu_suite.py --tiny": _BENCHMARKS,
     'python3 benchmarks/gpu_suite.py --out "$OUT"': "a GPU",
+    "gspo train examples/own_data/run.toml": "tests/examples/test_examples.py runs it",
     "rm -r ~/.cache/gspo/embedded": "the other tests need what it deletes",
     "pip install -e '.[lab]'": "network",
     "cd examples": "a folder of the clone",
     "gspo serve embedded:sort --port 8000": _SERVE,
+    "gspo serve sort-small --step best": _SERVE,
+    "gspo chat sort-small": "a conversation; tests/experiment/test_talk.py has one",
 }
 """Command, or how it begins: why it is not run."""
 BEGINNINGS = {"curl -s http://127.0.0.1:8000": _SERVE, "python -m verl.trainer": "verl's"}
@@ -135,8 +147,10 @@ def test_the_commands_run_and_warn_of_nothing(
     monkeypatch.chdir(place)
     for run in (".gspo/demo/sort-1", ".gspo/demo/sort-2"):
         if run in command and not Path(run).exists():
-            gspo("gspo demo --steps 2")
-    written = command.replace("/tmp/runs", str(place / "runs")).replace("$replay", "old_policy")
+            name = Path(run).name  # as `gspo demo` leaves it, from fewer prompts
+            options = f"--set project=demo --set name={name} --set steps=2 {shlex.join(SMALL)}"
+            gspo(f"gspo train spec.toml {options}")
+    written = command.replace("$replay", "old_policy")
     caplog.clear()
     gspo(shlex.join([*shlex.split(written), *RUN[command]]))
     assert capsys.readouterr().out

@@ -85,12 +85,17 @@ class TrainConfig(Options):
     """Upper clip distance. None: `epsilon` if that was given, else the preset's."""
     scale_rewards: bool | None = None
     """Divide the group's centred rewards by their standard deviation. None: as the preset does."""
+    turn_weight: float | None = Field(default=None, ge=0, le=1e6)
+    """Weight of a turn's own advantage, made of `Trajectory.turn_rewards`, beside that of its
+    trajectory. 0: turn rewards are not read. None: the preset's."""
+    turn_discount: float = Field(default=0.95, ge=0, le=1)
+    """By how much a turn's reward counts less for the turn before it."""
     sequence_unit: Literal["trajectory", "turn"] = "trajectory"
     """What a sequence is, in the ratio's length and in N: all sampled tokens of a trajectory, or
     each assistant turn by itself."""
     old_logprobs: Literal["rollout", "trainer"] = "rollout"
     """The policy that ratios are taken against: the engine's own likelihoods, as the paper
-    proposes, or the trainer's at the start of the batch (one more forward pass)."""
+    proposes, or the trainer's before the first update (one more forward pass)."""
     correction: CorrectionKind | None = None
     """Importance weights pi_old / mu, for tokens that an engine with other log-probs (mu) sampled;
     needs old_logprobs="trainer". None: the preset's; those of gspo have none."""
@@ -130,7 +135,7 @@ class TrainConfig(Options):
 
     routing_replay: Literal["none", "old_policy", "rollout"] = "none"
     """Whose choice of experts an MoE model trains with: its own; the trainer's before the first
-    update of the batch (R2); the engine's (R3, rollouts need `extra_body={"return_routes": True}`).
+    update (R2); the engine's (R3, rollouts need `extra_body={"return_routes": True}`).
     Gate values stay live."""
     router_aux_loss_coef: float = Field(default=0.0, ge=0)
     """Weight of the load-balancing loss (Switch Transformer, eq. 4-6), which is 1 when experts are

@@ -48,7 +48,7 @@ class Model(Options, Generic[UserConfig]):
         "entity": "set WANDB_ENTITY; LocalBackend(logger=['wandb']) hands it on.",
     }
     trainable: ClassVar[bool] = False
-    """Whether `train` works."""
+    """Whether the model has weights that `train` updates."""
 
     name: str
     project: str

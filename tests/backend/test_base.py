@@ -7,9 +7,15 @@ import math
 import pytest
 
 import gspo as art
-from gspo.backend.base import check_split, group_means, train_options, user_metrics
+from gspo.backend.base import (
+    check_split,
+    completion_lengths,
+    group_means,
+    train_options,
+    user_metrics,
+)
 from gspo.core.errors import ConfigError, DataError
-from support import trajectory
+from support import choice, trajectory
 
 
 def test_keyword_options_go_to_the_configuration_that_has_them():
@@ -57,3 +63,15 @@ def test_means_are_over_trajectories_and_failures_are_counted():
         "val/exceptions": 1.0,
     }
     assert group_means([], "val") == {}
+
+
+def test_completion_lengths_and_what_was_cut():
+    cut = trajectory(0.0, choice([4, 5, 6], finish_reason="length"))
+    two = trajectory(0.0, choice([4]), choice([5, 6, 7, 8]))
+    told = completion_lengths([art.TrajectoryGroup([cut, two])])
+    assert told == {
+        "tokens/completion_min": 3,
+        "tokens/completion_max": 5,
+        "tokens/truncated_share": 0.5,
+    }
+    assert completion_lengths([]) == {}

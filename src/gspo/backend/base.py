@@ -89,6 +89,8 @@ class Backend(Protocol):
         trajectory_groups: Sequence[TrajectoryGroup],
         config: TrainConfig | None = None,
         _config: dev.TrainConfig | None = None,
+        *,
+        save_checkpoint: bool = True,
         **options: Any,
     ) -> TrainResult:
         """Train on one rollout batch."""
@@ -134,7 +136,6 @@ class Backend(Protocol):
 _REFUSED = {
     "loss_fn": "name the objective with algorithm= or importance_sampling_level=.",
     "loss_fn_config": "the objective's constants are options of dev.TrainConfig, such as epsilon=.",
-    "save_checkpoint": "each call saves one; LocalBackend(keep_checkpoints=) says how many stay.",
     "verbose": "call model.train(groups, verbose=True), or print the result's metrics.",
 }
 """Arguments of ART's `backend.train` that are no options here."""
@@ -218,6 +219,22 @@ def group_means(groups: Sequence[TrajectoryGroup], split: str) -> dict[str, floa
     if groups:
         means[f"{split}/exceptions"] = float(sum(len(group.exceptions) for group in groups))
     return means
+
+
+def completion_lengths(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
+    """The fewest and most sampled tokens of a trajectory, and the share of the trajectories with
+    an answer that the limit of tokens cut; {} without any."""
+    lengths: list[int] = []
+    cut = 0
+    for trajectory in (t for group in groups for t in group):
+        choices = [choice for history in trajectory.histories() for choice in history.choices()]
+        lengths.append(sum(len(getattr(choice, "token_ids", None) or ()) for choice in choices))
+        cut += any(choice.finish_reason == "length" for choice in choices)
+    if not lengths:
+        return {}
+    ends = {"min": float(min(lengths)), "max": float(max(lengths))}
+    told = {f"tokens/completion_{name}": value for name, value in ends.items()}
+    return told | {"tokens/truncated_share": cut / len(lengths)}
 
 
 def described(model: ModelLike) -> dict[str, Any]:

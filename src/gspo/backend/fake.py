@@ -59,6 +59,8 @@ class FakeBackend(Backend):
         trajectory_groups: Sequence[TrajectoryGroup],
         config: TrainConfig | None = None,
         _config: dev.TrainConfig | None = None,
+        *,
+        save_checkpoint: bool = True,
         **options: Any,
     ) -> TrainResult:
         train_options(config, _config, options)

@@ -28,7 +28,7 @@ from gspo.backend.stored_batch import write_batch
 from gspo.backend.trackers import TrackerName, Trackers, check_loggers
 from gspo.config import TrainConfig, TrainSFTConfig
 from gspo.core.compute import ComputeThread
-from gspo.core.errors import RunError, check_names, check_whole
+from gspo.core.errors import ConfigError, RunError, check_flag, check_names, check_whole
 from gspo.data.check import plain_groups
 from gspo.policy.load import Policy
 from gspo.serve.episodes import Episode
@@ -38,7 +38,6 @@ from gspo.trajectories import Trajectory, TrajectoryGroup
 
 _S3: dict[str, str] = dict.fromkeys(("from_s3_bucket", "prefix"), absent.COPY)
 _FORK = ("model", "from_model", "from_project", "not_after_step", "verbose")
-
 _ARGUMENTS = ("path", "port", "keep_checkpoints", "seed", "logger")
 _REFUSED = {
     "gpu_cost_per_hour_usd": "metrics.jsonl has time/step of each step; multiply.",
@@ -112,9 +111,8 @@ class LocalBackend(Backend):
                 listener = undo.enter_context(bind("127.0.0.1", self.port))
             run = Run(self.path, model.project, model.name, run_identity(model))
             undo.callback(run.close)
-            service = await self._compute.run(
-                Service, run, model, self.seed, self._compute, listener
-            )
+            parts = run, model, self.seed, self._compute, listener
+            service = await self._compute.run(Service, *parts)
             run.claim()
             step = service.trainer.step
             told = described(model)
@@ -159,11 +157,14 @@ class LocalBackend(Backend):
         trajectory_groups: Sequence[TrajectoryGroup],
         config: TrainConfig | None = None,
         _config: dev.TrainConfig | None = None,
+        *,
+        save_checkpoint: bool = True,
         **options: Any,
     ) -> TrainResult:
         """Train on one rollout batch, log it, and save a checkpoint.
 
-        `options` may name any field of `TrainConfig` or `dev.TrainConfig`.
+        `options` may name any field of `TrainConfig` or `dev.TrainConfig`. A run goes on from its
+        last saved step, so those with save_checkpoint=False may be lost.
 
         Raises:
             ConfigError: an unknown option, or a contradiction.
@@ -171,12 +172,12 @@ class LocalBackend(Backend):
             NumericsError: a gradient that is not finite.
             RunError: the checkpoint could not be written; or it was, but the log could not.
         """
+        check_flag("save_checkpoint", save_checkpoint)
         service = self._service(model)
         settings = resolve(*train_options(config, _config, options))
         groups, batch = service.checked(trajectory_groups, settings)
-        return await self._compute.run(
-            service.train, groups, batch, settings, self.keep_checkpoints
-        )
+        how = settings, self.keep_checkpoints, save_checkpoint
+        return await self._compute.run(service.train, groups, batch, *how)
 
     async def train_sft(
         self,
@@ -259,16 +260,17 @@ class LocalBackend(Backend):
     async def fork_checkpoint(
         self,
         model: ModelLike,
-        from_model: str,
+        from_model: str = "",
         from_project: str | None = None,
         not_after_step: int | None = None,
         verbose: bool = False,
         **unknown: Any,
     ) -> None:
         """Begin the run of a model with another run's checkpoint, before it is registered: see
-        `gspo.backend.fork.fork_checkpoint`. `verbose` prints which step it is.
-        """
+        `gspo.backend.fork.fork_checkpoint`. `verbose` prints which step it is."""
         check_names("fork_checkpoint", unknown, _FORK, _S3)
+        if not from_model:
+            raise ConfigError("fork_checkpoint: give from_model=, the name of the other run")
         if (model.project, model.name) in self._services:
             raise RunError(f"model {model.name!r} is registered: fork before register")
         source = from_model, from_project, not_after_step

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
-from gspo.backend.base import ModelLike, TrainResult, group_means
+from gspo.backend.base import ModelLike, TrainResult, completion_lengths, group_means
 from gspo.backend.engines import Engines, load_step, proved_engine
 from gspo.backend.run import Run
 from gspo.backend.sft_samples import sft_samples
@@ -117,8 +117,9 @@ class Service:
         batch: RolloutBatch,
         settings: Settings,
         keep_checkpoints: int | None,
+        save: bool,
     ) -> TrainResult:
-        """Update, publish, log, save. Blocking; `groups` are those that `batch` was made of."""
+        """Update, publish, log, and `save`. Blocking; `batch` was made of `groups`."""
         run, trainer = self.run, self.trainer
         version = trainer.policy.version
         out, published = self._updated(lambda: trainer.train(batch, settings))
@@ -134,9 +135,10 @@ class Service:
             )
             advantages = {s[0].trajectory_id: s[0].advantage for s in batch.samples}
             stored = run.trajectories("train", trainer.step)
-            write_batch(stored, groups, advantages, out.traces, record)
+            turns = {s[0].trajectory_id: s[0].turn_advantages for s in batch.samples}
+            write_batch(stored, groups, advantages, out.traces, record, turns)
 
-        return self._saved(metrics, keep_checkpoints, store, out.skipped)
+        return self._saved(metrics, keep_checkpoints, store, out.skipped, save)
 
     def train_sft(
         self, trajectories: Sequence[Any], config: TrainSFTConfig, keep_checkpoints: int | None
@@ -169,8 +171,9 @@ class Service:
         keep_checkpoints: int | None,
         store: Callable[[], None] = lambda: None,
         skipped: str | None = None,
+        save: bool = True,
     ) -> TrainResult:
-        """Log a step that is trained, `store` its trajectories, and save its checkpoint."""
+        """Log a step that is trained, `store` its trajectories, and `save` its checkpoint."""
         run, step = self.run, self.trainer.step
         started = time.perf_counter()
         failed: Exception | None = None
@@ -182,17 +185,18 @@ class Service:
                 store()
             except Exception as error:
                 failed = error
-            path = save_checkpoint(run.checkpoints, self.trainer)
+            path = save_checkpoint(run.checkpoints, self.trainer) if save else None
             try:
                 if failed is not None:
                     raise failed
-                if keep_checkpoints is not None:
+                if save and keep_checkpoints is not None:
                     run.prune(keep_checkpoints, "val/reward")
                 metrics["time/checkpoint"] = time.perf_counter() - started
                 run.log(step, {"time/checkpoint": metrics["time/checkpoint"]})
             except Exception as error:
+                kept = f"its checkpoint {path} is saved" if path else "not to be saved"
                 raise RunError(
-                    f"step {step} is trained and its checkpoint {path} is saved, but its metrics "
+                    f"step {step} is trained and {kept}, but its metrics "
                     "or trajectories could not be written, or older checkpoints not be deleted, in "
                     f"{run.folder}: {error}. "
                     "Mend that and go on; training on this batch again would train on it twice"
@@ -203,7 +207,7 @@ class Service:
         self, groups: Sequence[TrajectoryGroup], batch: RolloutBatch, out: TrainOutput
     ) -> dict[str, float]:
         """What a step logs, but the seconds of publishing and saving."""
-        metrics = group_means(groups, "train") | out.metrics.compute()
+        metrics = group_means(groups, "train") | completion_lengths(groups) | out.metrics.compute()
         if metrics["time/train"] > 0:
             rate = metrics.get("tokens/trained", 0.0) / metrics["time/train"]
             metrics["throughput/trained_tokens_per_second"] = rate

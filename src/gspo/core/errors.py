@@ -137,11 +137,21 @@ def check_whole(name: str, value: Any, low: float = -math.inf, high: float = mat
         raise ConfigError(f"{name} = {shown(value)}: must be a whole number{limits}")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Refuse a value that is neither True nor False.
+
+    Raises:
+        ConfigError: it names the argument and the value.
+    """
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} = {shown(value)}: give True or False")
+
+
 def check_names(
     title: str,
     given: Iterable[str],
     names: Collection[str],
-    refused: Mapping[str, str],
+    refused: Mapping[Any, str],
     kind: str = "argument",
 ) -> None:
     """Refuse the first name that a function or a set of options doesn't have.

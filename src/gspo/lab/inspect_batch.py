@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,14 @@ import torch
 from gspo.backend.stored_batch import UpdateRecord
 from gspo.core.errors import ConfigError, check_names
 from gspo.core.metrics import Metrics
-from gspo.data.sample import TrajectorySamples, flat, split_counts, unit_count
+from gspo.data.sample import flat, split_counts, unit_count
 from gspo.lab.audit_report import summarise
 from gspo.lab.gradients import cosines, gram, method_gradient
 from gspo.lab.stored_step import WEIGHTS, StoredStep
 from gspo.objective import PRESETS
 from gspo.policy.load import Policy
-from gspo.train.expert_replay import ExpertReplay
+from gspo.train.expert_replay import ExpertReplay, fix_before_updates
 from gspo.train.minibatches import RolloutBatch, prepare
-from gspo.train.old_logprobs import with_trainer_logprobs
 from gspo.train.settings import Settings
 
 OWN = "this run"
@@ -29,6 +28,7 @@ OWN = "this run"
 _METHOD = (
     *("algorithm", "importance_sampling_level", "epsilon", "epsilon_high", "epsilon_scale"),
     *("scale_rewards", "correction", "correction_low", "correction_high"),
+    *("turn_weight", "turn_discount"),
 )
 """Options that a preset decides. All others are taken from the run."""
 _MEASURED = {
@@ -57,8 +57,9 @@ def inspect_run(
 
     Returns:
         A JSON object: what the batch is, `own` (the name of the run's method), `trained`
-        (trajectories with an advantage under it), `left_out` (terms of the run's loss that are the
-        same for every method), and `at`: what `_at_weights` returns, before and after the step.
+        (trajectories with an advantage under it), `turns` (see `_turns`), `left_out` (terms of the
+        run's loss that are the same for every method), and `at`: what `_at_weights` returns, before
+        and after the step.
 
     Raises:
         RunError: no such run or step, or the weights are no longer on disk.
@@ -73,36 +74,52 @@ def inspect_run(
     by_trainer = training.routing_replay == "old_policy" or training.old_logprobs == "trainer"
     step.check_weights(chosen, needs_before=by_trainer)
     methods = make_methods(step.record, training, presets)
-    batches = {
-        settings.preset.advantage: prepare(
-            step.groups,
-            settings,
-            context=step.record.context,
-            version=step.record.policy_version,
-        )
-        for settings in methods.values()
-    }
-    if by_trainer:
-        policy = step.load("before")
-        for kind, batch in batches.items():
-            samples = as_trained(policy, batch.samples, training)
-            batches[kind] = replace(batch, samples=samples)
-    batch = batches[training.preset.advantage]
     balance = training.router_aux_loss_coef
+    batches = _batches(step, methods.values(), training if by_trainer else None)
     return {
         "run": str(run),
         "step": step.number,
         "own": next(iter(methods)),
         "options": step.record.options,
+        **_counts(step, batches[_advantage(training)]),
+        "left_out": [f"router_aux_loss_coef={balance:g}"] if balance else [],
+        "at": [_at_weights(step, name, methods, batches) for name in chosen],
+    }
+
+
+def _batches(
+    step: StoredStep, methods: Iterable[Settings], by_trainer: Settings | None
+) -> dict[tuple[object, ...], RolloutBatch]:
+    """The step's rollout batch under each kind of advantage that the methods compute.
+
+    Args:
+        by_trainer: the run's settings, if training fixed something by the weights before the step.
+    """
+    context, version = step.record.context, step.record.policy_version
+    batches = {
+        _advantage(settings): prepare(step.groups, settings, context=context, version=version)
+        for settings in methods
+    }
+    if by_trainer is None:
+        return batches
+    experts = ExpertReplay(step.load("before"), by_trainer, Metrics())
+    return {
+        kind: replace(batch, samples=tuple(fix_before_updates(experts, [batch.samples])))
+        for kind, batch in batches.items()
+    }
+
+
+def _counts(step: StoredStep, batch: RolloutBatch) -> dict[str, Any]:
+    """How many trajectories, groups and tokens the batch has, and what became of them."""
+    return {
         "trajectories": len(batch.samples),
         "dropped": batch.dropped + batch.stale,
         "groups": len(set(batch.groups)),
         "flat_groups": batch.flat_groups,
         "splits": split_counts(flat(batch.samples)),
-        "trained": sum(samples[0].advantage != 0 for samples in batch.samples),
+        "trained": sum(samples[0].has_signal for samples in batch.samples),
+        "turns": _turns(step, batch),
         "tokens": sum(sample.sampled for samples in batch.samples for sample in samples),
-        "left_out": [f"router_aux_loss_coef={balance:g}"] if balance else [],
-        "at": [_at_weights(step, name, methods, batches) for name in chosen],
     }
 
 
@@ -110,7 +127,7 @@ def _at_weights(
     step: StoredStep,
     weights: str,
     methods: Mapping[str, Settings],
-    batches: Mapping[str, RolloutBatch],
+    batches: Mapping[tuple[object, ...], RolloutBatch],
 ) -> dict[str, Any]:
     """All methods at one set of weights, each on the whole batch as one optimizer step.
 
@@ -125,7 +142,7 @@ def _at_weights(
     gradients, log_ratios = [], []
     rows: list[dict[str, Any]] = []
     for name, settings in methods.items():
-        batch, objective = batches[settings.preset.advantage], settings.objective
+        batch, objective = batches[_advantage(settings)], settings.objective
         batch = batch if settings.preset.counts_flat else batch.with_signal()
         observer, gradient = method_gradient(trainer, batch, settings)
         gradients.append(gradient)
@@ -160,7 +177,7 @@ def make_methods(
     """
 
     def method(settings: Settings) -> tuple[object, ...]:
-        return settings.objective, settings.preset.advantage, settings.preset.counts_flat
+        return settings.objective, settings.preset.counts_flat, *_advantage(settings)
 
     dropped = dict.fromkeys(_METHOD)
     by_name = {name: record.settings(**dropped | {"algorithm": name}) for name in PRESETS}
@@ -169,15 +186,28 @@ def make_methods(
     return {run_name: training} | {n: s for n, s in chosen.items() if n != run_name}
 
 
-def as_trained(
-    policy: Policy, trajectories: Sequence[TrajectorySamples], settings: Settings
-) -> tuple[TrajectorySamples, ...]:
-    """The samples with what the trainer fixes before its first update: expert choices, pi_old."""
-    recorded = ExpertReplay(policy, settings, Metrics()).start([trajectories])
-    fixed = [recorded.get(samples[0].trajectory_id, samples) for samples in trajectories]
-    if settings.old_logprobs == "trainer":
-        fixed = with_trainer_logprobs(policy, fixed, settings)
-    return tuple(fixed)
+def _advantage(settings: Settings) -> tuple[object, ...]:
+    """How a method makes advantages: methods that do it alike share a batch."""
+    return settings.preset.advantage, settings.turn_weight, settings.turn_discount
+
+
+def _turns(step: StoredStep, batch: RolloutBatch) -> list[dict[str, Any]]:
+    """By number of turn: trajectories that got there, their mean reward for it, and mean, least and
+    largest A_ik of the run's method. Empty if no turn has a reward."""
+    stored = [trajectory for group in step.groups for trajectory in group]
+    found: dict[int, list[tuple[float, float]]] = {}
+    for first, *_ in batch.samples:
+        rewards = stored[first.trajectory_id].turn_rewards or ()
+        own = first.turn_advantages or (first.advantage,) * len(rewards)
+        for turn, pair in enumerate(zip(rewards, own, strict=True), 1):
+            found.setdefault(turn, []).append(pair)
+    rows: list[dict[str, Any]] = []
+    for turn, pairs in found.items():
+        reward, mean = np.mean(pairs, axis=0).tolist()
+        values = [value for _, value in pairs]
+        row = {"turn": turn, "trajectories": len(pairs), "reward": reward}
+        rows.append(row | {"advantage": {"mean": mean, "low": min(values), "high": max(values)}})
+    return rows
 
 
 def _check_memory(policy: Policy, methods: int) -> None:

@@ -24,7 +24,7 @@ MAX_CONNECTIONS = 4096
 """Open at once, if the system lets a process have twice as many files; requests of later ones are
 refused (429)."""
 SPARE_CONNECTIONS = 64
-"""Beyond them, connections that are told so; any more are closed unheard."""
+"""Further connections get a refusal as their answer; any beyond these are closed without one."""
 IDLE_SECONDS = 30.0
 """How long a connection may be open without a request that is being answered: the time for the
 next head to arrive, and for the last answer to be read."""
@@ -91,7 +91,7 @@ class Connection(H11Protocol):
 def _most_connections() -> int:
     """How many connections may be open: half of the files that this process may have.
 
-    It is let have as many as it needs for `MAX_CONNECTIONS`, if the system agrees.
+    The process's limit is raised to what `MAX_CONNECTIONS` needs, if the system agrees.
     """
     if resource is None:
         return 256

@@ -31,7 +31,7 @@ class Ticket(Group):
 
     Attributes:
         desk: of the event loop that it came from.
-        sent: tokens of each completion that have been made pieces of; empty if it is no stream.
+        sent: how many tokens of each completion are in pieces by now; empty if it is no stream.
         box: what was made for it.
         gone: nobody waits for it any more.
     """

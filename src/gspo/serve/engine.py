@@ -104,8 +104,8 @@ class Engine(Protocol):
     Attributes:
         chat: how its conversations are written (`gspo.serve.verbatim.chat_tokens`), and its answers
             read.
-        receipts: `generate` asks `receipts.require` first, so that nothing is sampled with weights
-            that were not proved. None: the weights never change.
+        receipts: `complete` and `stream` ask `receipts.require` first, so that nothing is sampled
+            with weights that were not proved. None: the weights never change.
     """
 
     chat: ChatFormat

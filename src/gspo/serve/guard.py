@@ -50,7 +50,7 @@ class Refusal(Exception):
         self.status, self.code, self.headers = status, code, headers
 
     def answer(self) -> tuple[Message, Message]:
-        """It in OpenAI's form, as ASGI's messages."""
+        """The refusal in OpenAI's form, as ASGI's messages."""
         body = json.dumps(error_body(self.status, str(self), code=self.code)).encode()
         headers = {"content-type": "application/json", "content-length": str(len(body))}
         if self.status in (429, 503):
@@ -62,7 +62,7 @@ class Refusal(Exception):
 
 
 class Guard:
-    """An ASGI app before another one.
+    """An ASGI app that stands before another one, and refuses what must not reach it.
 
     Args:
         app: what answers.

@@ -21,7 +21,10 @@ class SamplingParams:
         stop: texts at whose first occurrence a completion ends; they are cut from the text, but
             their tokens were sampled and stay in `token_ids`.
         seed: completion i of a seeded request depends on (seed, i) only, not on other requests.
-        purpose: what a request without a seed is for, see `gspo.core.draws.purpose`.
+        purpose: what a request without a seed is drawn for, such as ("train", 3, 0): the split, the
+            number of the prompt and that of the rollout. Its draws depend on the engine's seed, on
+            purpose and prompt, and on how often these two were asked for before; on no other
+            request. See `gspo.core.draws.purpose`.
         expert_choices: return the experts that each token went through (MoE models only).
         ignore_eos: go on after an end token, up to `max_tokens`: for measurements.
         stop_token_ids: tokens that end a completion as an end token does, whatever `ignore_eos`.

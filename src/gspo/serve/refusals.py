@@ -41,7 +41,7 @@ DOCUMENTED: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "the request is to blame, or comes too early"},
     "5XX": {"model": ErrorBody, "description": "the server failed"},
 }
-"""What any route may answer besides."""
+"""The errors that any route may answer with, for the server's document."""
 
 
 def add_handlers(app: fastapi.FastAPI) -> None:

@@ -22,7 +22,7 @@ _LEAVES_A_PART = frozenset({"top_k", "min_p", "top_p"})
 
 
 class Parts:
-    """The parts that those K of R completions sample from which ask for top_k, min_p or top_p.
+    """What the K of R completions that ask for top_k, min_p or top_p sample from.
 
     Attributes:
         rows: [K] their places among the R.

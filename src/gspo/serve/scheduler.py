@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 MAX_OPEN = 16_384
 """Requests that may be unanswered at once."""
 MAX_PIECES = 256
-"""Of a stream, that may wait for their reader."""
+"""Pieces of a stream that may wait for their reader."""
 STEP_SECONDS = 1800.0
 """A longer step is stuck. The prompts of a first batch may take minutes on a CPU."""
 TURN_SECONDS = 24 * 3600.0
 """How long a step may wait for the jobs before it, such as a call of `train`."""
 LOOK_SECONDS = 30.0
-"""Who waits looks so often whether the engine is stuck."""
+"""Seconds between two looks of a waiting request: is the engine stuck?"""
 
 log = logging.getLogger("gspo")
 

@@ -79,7 +79,7 @@ class _Asked(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """What a stream carries besides."""
+    """OpenAI's `stream_options`: what a stream carries besides the answer."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 

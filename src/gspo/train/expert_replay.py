@@ -22,7 +22,8 @@ from gspo.data.packing import Microbatch
 from gspo.data.sample import Sample, TrajectorySamples, flat
 from gspo.policy.moe import ExpertChoices
 from gspo.policy.policy import Policy
-from gspo.train.old_logprobs import rescored
+from gspo.train.minibatches import with_gradient
+from gspo.train.old_logprobs import rescored, with_trainer_logprobs
 from gspo.train.settings import Settings
 
 
@@ -171,6 +172,22 @@ class ExpertReplay:
 
     def _preferred(self, minibatch: Sequence[TrajectorySamples]) -> list[TrajectorySamples]:
         return with_preferred_experts(self.policy, minibatch, self.settings)
+
+
+def fix_before_updates(
+    experts: ExpertReplay, minibatches: Sequence[Sequence[TrajectorySamples]]
+) -> list[TrajectorySamples]:
+    """The trajectories of one epoch, with what stays as it was before the first update.
+
+    That is pi_old where the trainer computes it (`old_logprobs="trainer"`), and with R2 the expert
+    choices that are replayed.
+    """
+    policy, settings = experts.policy, experts.settings
+    recorded = experts.start([with_gradient(m, settings.objective) for m in minibatches])
+    fixed = [recorded.get(samples[0].trajectory_id, samples) for samples in chain(*minibatches)]
+    if settings.old_logprobs == "trainer":
+        return with_trainer_logprobs(policy, fixed, settings)
+    return fixed
 
 
 def with_preferred_experts(

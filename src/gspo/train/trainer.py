@@ -31,13 +31,12 @@ from gspo.policy.policy import Policy
 from gspo.policy.workers import Workers
 from gspo.train import minibatches as plan
 from gspo.train.backward import backward_each
-from gspo.train.batch_metrics import warn_of_altered
+from gspo.train.batch_metrics import warn_of_altered, warn_of_unread
 from gspo.train.bit_equality import check_exact
 from gspo.train.defaults import with_defaults
 from gspo.train.epsilon import EpsilonController
-from gspo.train.expert_replay import ExpertReplay, check_expert_options
+from gspo.train.expert_replay import ExpertReplay, check_expert_options, fix_before_updates
 from gspo.train.observe import Observer, Scored, Trace
-from gspo.train.old_logprobs import with_trainer_logprobs
 from gspo.train.optimizer import Optimizer, learning_rate
 from gspo.train.settings import Settings
 
@@ -162,12 +161,14 @@ class Trainer:
             scored = self.policy.logprobs(microbatch, settings.logprob_calculation_chunk_size)
         if exact:
             check_exact(scored.logprobs, microbatch)
+        of_tokens = microbatch.token_advantages  # A_ik, if turns have advantages of their own
         out = policy_loss(
             scored.logprobs,
             microbatch.old_logprobs,
             microbatch.sequence_ids,
-            microbatch.advantages,
+            microbatch.advantages if of_tokens is None else None,
             objective,
+            token_advantages=of_tokens,
             loss_mask=microbatch.loss_mask,
             total_sequences=total_sequences,
             total_tokens=total_tokens,
@@ -202,6 +203,7 @@ class Trainer:
             settings = settings.with_objective(self.epsilon.apply(settings.objective))
         observer = Observer(self.policy, batch)
         warn_of_altered(batch, self._warned)
+        warn_of_unread(batch, settings, self._warned)
         experts = ExpertReplay(self.policy, settings, observer.metrics)
         if settings.objective.kl_coef > 0:
             _ = self._frozen  # loaded before any work
@@ -210,10 +212,7 @@ class Trainer:
             batch = batch.with_signal()
         seeds = [_mix(settings.seed, self.step, epoch) for epoch in range(settings.epochs)]
         epochs = [plan.minibatches(batch, settings.minibatches, seed) for seed in seeds]
-        recorded = experts.start([plan.with_gradient(m, settings.objective) for m in epochs[0]])
-        fixed = [recorded.get(s[0].trajectory_id, s) for s in chain(*epochs[0])]
-        if settings.old_logprobs == "trainer":
-            fixed = with_trainer_logprobs(self.policy, fixed, settings)
+        fixed = fix_before_updates(experts, epochs[0])
         by_id = {samples[0].trajectory_id: samples for samples in fixed}
         minibatches = [[by_id[s[0].trajectory_id] for s in m] for m in chain(*epochs)]
         return Call(settings, minibatches, experts, observer)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from experiment.small_runs import stored_run
 from gspo.experiment.spec import Spec
 from gspo.lab.report.curves import CHARTS, charts_of
 from gspo.lab.report.run_data import RunData, read_runs, resolved
@@ -106,3 +107,10 @@ def test_each_chart_of_the_file_is_drawn_and_names_its_metric():
         for metric, name in chart["curves"].items():
             traces = {trace.hovertemplate for key, trace in drawn[chart["title"]].items() if name}
             assert f"%{{y}} ({metric})" in traces
+
+
+def test_trajectories_are_counted_by_reward(tmp_path: Path):
+    run = read_runs([stored_run(tmp_path)])
+    figure = charts_of(run)["Learning"]["Trajectories by reward"]
+    (bars,) = figure.data
+    assert (bars.name, sorted(bars.x)) == ("step 3", [0, 1, 1])  # pyright: ignore[reportAttributeAccessIssue]

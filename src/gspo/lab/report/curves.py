@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
+import pyarrow.parquet as pq
 from plotly.colors import qualitative
 
 from gspo.lab.pictures import styled
-from gspo.lab.report.run_data import RunData
+from gspo.lab.report.run_data import RunData, stored_batches
 
 CHARTS = tomllib.loads(Path(__file__).with_name("charts.toml").read_text(encoding="utf-8"))["chart"]
 _MARKED = 60
 """Up to this many points, each one is marked."""
+_BARS = 20
 _DASHED = {"line_dash": "dash", "line_color": "black", "mode": "lines"}
 
 
@@ -28,7 +30,25 @@ def charts_of(runs: Sequence[RunData]) -> dict[str, dict[str, go.Figure]]:
     for chart in CHARTS:
         if (figure := draw(chart, runs)).data:
             charts.setdefault(chart["section"], {})[chart["title"]] = figure
+    if (figure := reward_histogram(runs)).data:
+        charts.setdefault("Learning", {})["Trajectories by reward"] = figure
     return charts
+
+
+def reward_histogram(runs: Sequence[RunData]) -> go.Figure:
+    """How many trajectories have which reward, at the first and the last stored step of a run; of
+    several runs, at the last."""
+    figure = go.Figure()
+    for run in runs:
+        batches = stored_batches(run.folder)
+        ends = (
+            dict.fromkeys([*batches][:1] + [*batches][-1:]) if len(runs) == 1 else [*batches][-1:]
+        )
+        for step in ends:
+            rewards = pq.read_table(batches[step], columns=["reward"])["reward"].to_pylist()
+            name = f"step {step}" if len(runs) == 1 else f"{escape(run.label)}, step {step}"
+            figure.add_histogram(x=rewards, name=name, nbinsx=_BARS, opacity=0.7)
+    return styled(figure, barmode="overlay", xaxis_title="reward", showlegend=True)
 
 
 def draw(chart: Mapping[str, Any], runs: Sequence[RunData]) -> go.Figure:

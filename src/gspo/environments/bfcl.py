@@ -1,0 +1,96 @@
+"""`bfcl:simple_python`: a question, functions, and the Berkeley leaderboard's own checker."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
+
+from gspo.core.errors import ConfigError, suggestion
+from gspo.environments.environment import Action, Environment, Step, optional
+
+KINDS = ("simple_python", "multiple", "parallel", "parallel_multiple", "irrelevance")
+_NAMED = "gspo"
+
+
+class BFCL(Environment):
+    """A row of the public data, as an episode of one turn: 1 for the right calls, else 0.
+
+    `irrelevance` has no answers: right is to call nothing. A dot in a function's name becomes `_`.
+    """
+
+    max_turns = 1
+    max_tokens = 256
+
+    def __init__(self, kind: str):
+        if kind not in (known := [*KINDS, *(f"live_{k.removesuffix('_python')}" for k in KINDS)]):
+            near = suggestion(kind, known)
+            raise ConfigError(f"bfcl has no {kind!r}.{near} Known: {', '.join(known)}.")
+        self._kind, (self._rows, self._answers) = kind, _rows(kind)
+
+    def instance(self, seed: int) -> str:
+        return self._rows[seed % len(self._rows)]["id"]
+
+    def reset(self, seed: int) -> str:
+        self._row = self._rows[seed % len(self._rows)]
+        told = {message["role"]: message["content"] for message in self._row["question"][0]}
+        self.system_prompt = told.get("system")
+        self.tools = [{"type": "function", "function": _openai(f)} for f in self._row["function"]]
+        return told["user"]
+
+    def step(self, action: Action) -> Step:
+        if "irrelevance" in self._kind:
+            return Step(reward=float(not action.calls), done=True)
+        calls = [{call.name: dict(call.arguments)} for call in action.calls]
+        answer, python = self._answers[self._row["id"]], _module("constants.enums").Language.PYTHON
+        found = _checker()(self._row["function"], calls, answer, python, self._kind, _NAMED)
+        return Step(reward=float(found["valid"]), done=True, metrics={"calls": len(calls)})
+
+
+def _module(name: str) -> Any:
+    return optional(f"bfcl_eval.{name}", "bfcl-eval", "bfcl")
+
+
+@functools.cache
+def _rows(kind: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The rows of a kind, and their answers by id."""
+    folder, name = (
+        Path(_module("eval_checker").__file__).parents[1] / "data",
+        f"BFCL_v4_{kind}.json",
+    )
+    paths = folder / name, folder / "possible_answer" / name
+    texts = [path.read_text(encoding="utf-8") if path.exists() else "" for path in paths]
+    rows, answers = ([json.loads(line) for line in text.splitlines()] for text in texts)
+    return rows, {row["id"]: row["ground_truth"] for row in answers}
+
+
+@functools.cache
+def _checker() -> Any:
+    """The package's checker. It asks one module how models spell names, which imports the clients
+    of 15 companies: a stand-in answers for it where these are not installed."""
+    name, stand_in = "bfcl_eval.constants.model_config", cast(Any, ModuleType("model_config"))
+    stand_in.MODEL_CONFIG_MAPPING = {_NAMED: SimpleNamespace(underscore_to_dot=True)}
+    before = {key: sys.modules[key] for key in (name,) if key in sys.modules}
+    sys.modules[name] = stand_in
+    try:
+        return _module("eval_checker.ast_eval.ast_checker").ast_checker
+    finally:
+        del sys.modules[name]
+        sys.modules.update(before)
+
+
+def _openai(function: dict[str, Any]) -> dict[str, Any]:
+    """A function of the data in OpenAI's form: names without dots, JSON's types."""
+    types = _module("constants.type_mappings").GORILLA_TO_OPENAPI
+
+    def schema(part: Any) -> Any:
+        if not isinstance(part, dict):
+            return [schema(item) for item in part] if isinstance(part, list) else part
+        kind = part.get("type")
+        named = {"type": types.get(kind, kind)} if isinstance(kind, str) else {}
+        return {key: schema(value) for key, value in part.items()} | named
+
+    return {**schema(function), "name": function["name"].replace(".", "_")}
