@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,12 @@ def test_commands_can_be_hidden():
 def test_mistakes_are_named(name: str, options: dict, message: str):
     with pytest.raises(ConfigError, match=message):
         load_environment(f"textworld:{name}", options)
+
+
+def test_games_may_begin_at_once():
+    """TextWorld's parser is shared: without a lock it fails in threads."""
+    games = [TextWorld("house", games=2) for _ in range(12)]
+    with ThreadPoolExecutor(12) as pool:
+        openings = list(pool.map(lambda game: game.reset(0), games))
+    assert len(set(openings)) == 1
+    assert games[0].step(Action("a\\x\nb")).reward == 0  # no command of the machine itself

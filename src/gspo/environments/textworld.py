@@ -11,8 +11,8 @@ from gspo.core.errors import ConfigError, check_names, check_whole
 from gspo.environments.environment import Action, Environment, Step, optional
 from gspo.policy.embedded import cache_folder
 
-_MAKING = threading.Lock()
-"""TextWorld's generator is not made for threads."""
+_ALONE = threading.Lock()
+"""Neither TextWorld's generator nor its parser is made for threads."""
 
 
 class TextWorld(Environment):
@@ -48,20 +48,23 @@ class TextWorld(Environment):
 
     def reset(self, seed: int) -> str:
         path = self._folder / f"{seed % self.games}.z8"
-        with _MAKING:
+        infos = self._textworld.EnvInfos(
+            admissible_commands=True, max_score=True, objective=True, description=True, score=True
+        )
+        with _ALONE:
             if not path.with_suffix(".json").exists():  # it is written last
                 options = self._textworld.GameOptions()
                 options.seeds, options.path, options.file_ext = seed % self.games, str(path), ".z8"
                 self._textworld.generator.compile_game(self._make(self._settings, options), options)
-        wanted = {"admissible_commands": True, "max_score": True, "objective": True}
-        infos = self._textworld.EnvInfos(**wanted, description=True, score=True)
-        self._game = self._textworld.start(str(path), infos)
-        state, self._score = self._game.reset(), 0
+            self._game = self._textworld.start(str(path), infos)
+            state, self._score = self._game.reset(), 0
         return f"{state.objective}\n{self._shown(state, state.description)}"
 
     def step(self, action: Action) -> Step:
         assert self._game is not None
-        state, score, done = self._game.step(action.text.strip())
+        command = " ".join(action.text.replace("\\", " ").split())  # "\\" is the machine's own
+        with _ALONE:
+            state, score, done = self._game.step(command)
         earned, self._score = (score - self._score) / max(1, state.max_score), score
         return Step(self._shown(state, state.feedback), earned, done)
 
