@@ -21,6 +21,7 @@ from gspo.kernels.tile_attention import (
     hiding,
     whole_tiles,
 )
+from gspo.kernels.token_attention import TokenAttention, beside
 
 _SCORE_BYTES = 64 * 2**20
 """Memory for the scores of a pass over prompts, whose queries are attended piece by piece."""
@@ -68,12 +69,14 @@ class SharedPrompts:
         self._prompt_of = np.zeros(count, dtype=np.int64)
         self._sizes = np.full(1, count)  # completions that each prompt had at first
         self._width = 0  # W
-        self._scores: Tensor | None = None
+        self._kv_heads: dict[int, int] = {}  # by layer
         self.fed = (0, 0)
-        self._tile = TILE if device.type == "cpu" else None
+        self._on_cpu = device.type == "cpu"
+        self._tile = TILE if self._on_cpu and multiple > 1 else None  # else any order of sums does
         self._group()
 
     def _group(self) -> None:
+        self._by_shape: dict[tuple[int, ...], TokenAttention] = {}  # of the layers' heads
         self._groups = (
             context_groups(self._prompt_of, self._sizes, self._device) if self._width else []
         )
@@ -124,7 +127,7 @@ class SharedPrompts:
         """Attention of one layer inside `feed`."""
         count, queries = self._positions.shape
         total, heads, kv_heads = query.shape[2], query.shape[1], key.shape[1]
-        dtype = torch.float32 if self._tile else query.dtype
+        dtype = torch.float32 if self._on_cpu else query.dtype
         scale = LOG2_E * (query.shape[-1] ** -0.5 if scaling is None else scaling)
 
         def by_token(x: Tensor) -> Tensor:  # [NQ, heads, D]
@@ -132,65 +135,91 @@ class SharedPrompts:
 
         held = None if sinks is None else sinks.to(dtype).view(kv_heads, -1)
         scoring = Scoring(softcap, held)
-        self._write(layer, by_token(key), by_token(value))
+        q = by_token(query).view(count, queries, kv_heads, heads // kv_heads, -1)
+        self._write(layer, by_token(key), by_token(value), q.shape[3])
         with torch.autocast(query.device.type, enabled=False):
-            q = (by_token(query) * scale).view(count, queries, kv_heads, heads // kv_heads, -1)
-            q = q.transpose(1, 2)
-            longest = self._width + self._columns
-            piece = max(1, _SCORE_BYTES // (4 * count * heads * longest))
-            outputs = [
-                self._attend(layer, q[:, :, start : start + piece], start, window, scoring)
-                for start in range(0, queries, piece)
-            ]
-        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-        out = out.transpose(1, 2).reshape(count * queries, heads, -1)
+            if queries == 1:
+                out = self._attend_token(layer, q[:, 0], scale, window, scoring)
+            else:
+                out = self._attend_all(layer, q.transpose(1, 2) * scale, window, scoring)
+        out = out.reshape(count * queries, heads, -1)
         if total > len(out):
             out = functional.pad(out, (0, 0, 0, 0, 0, total - len(out)))
         return out[None].to(query.dtype)
 
     def _write(
-        self, layer: int, key: Float[Tensor, "M K D"], value: Float[Tensor, "M K E"]
+        self, layer: int, key: Float[Tensor, "M K D"], value: Float[Tensor, "M K E"], share: int
     ) -> None:
         """Put the new keys and values of a layer into the slabs; M = N x Q."""
         count, kv_heads = len(self._positions), key.shape[1]
         if layer not in self._slabs:
+            self._kv_heads[layer] = kv_heads
+            wide = kv_heads if beside(kv_heads, share, max(key.shape[2], value.shape[2])) else 1
             self._slabs[layer] = [
-                x.new_zeros(count, kv_heads, self._capacity, x.shape[-1]) for x in (key, value)
+                x.new_zeros(count, kv_heads // wide, self._capacity, wide * x.shape[-1])
+                for x in (key, value)
             ]
-        if kv_heads not in self._places:  # among rows of D numbers
-            first = np.arange(count * kv_heads).reshape(count, 1, kv_heads) * self._capacity
+        slabs = self._slabs[layer]
+        rows = slabs[0].shape[1]
+        if rows not in self._places:
+            first = np.arange(count * rows).reshape(count, 1, rows) * self._capacity
             written = (self._positions - self._base[:, None])[:, :, None]
-            self._places[kv_heads] = self._tensor((first + written).ravel())
-        for slab, x in zip(self._slabs[layer], (key, value), strict=True):
-            rows = slab.view(-1, slab.shape[-1])
-            rows.index_copy_(0, self._places[kv_heads], x.reshape(-1, slab.shape[-1]))
+            self._places[rows] = self._tensor((first + written).ravel())
+        for slab, x in zip(slabs, (key, value), strict=True):
+            width = slab.shape[-1]
+            slab.view(-1, width).index_copy_(0, self._places[rows], x.reshape(-1, width))
 
-    def _attend(
+    def _attend_token(
+        self,
+        layer: int,
+        query: Float[Tensor, "N K g D"],
+        scale: float,
+        window: int | None,
+        scoring: Scoring,
+    ) -> Float[Tensor, "N K g E"]:
+        """Attention of one query of each completion."""
+        keys, values, context, hidden = self._seen(layer, slice(0, 1), window)
+        wide = values.shape[1] * values.shape[3] // query.shape[1]
+        shape = (*query.shape, wide)
+        if shape not in self._by_shape:
+            made = TokenAttention(query.shape, wide, query.dtype, self._device)
+            self._by_shape[shape] = made
+        seen = keys, values, context, hidden
+        return self._by_shape[shape].attend(query, scale, *seen, self._tile, scoring)
+
+    def _attend_all(
         self,
         layer: int,
         query: Float[Tensor, "N K Q g D"],
-        start: int,
         window: int | None,
         scoring: Scoring,
-    ) -> Float[Tensor, "N K Q g E"]:
-        """Attention of the queries from `start` on."""
-        queries = slice(start, start + query.shape[2])
+    ) -> Float[Tensor, "N Q K g E"]:
+        """Attention of several queries of each completion, as many at a time as memory allows."""
+        count, kv_heads, queries, share, _ = query.shape
+        longest = self._width + self._columns
+        piece = max(1, _SCORE_BYTES // (4 * count * kv_heads * share * longest))
+        outputs = []
+        for start in range(0, queries, piece):
+            part = query[:, :, start : start + piece]
+            span = slice(start, start + part.shape[2])
+            keys, values, *others = self._seen(layer, span, window)
+            own = (_by_head(x, kv_heads) for x in (keys, values))
+            out, *_ = attend(part.flatten(2, 3), *own, *others, self._tile, scoring)
+            outputs.append(out.unflatten(2, part.shape[2:4]))
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+        return out.transpose(1, 2)
+
+    def _seen(
+        self, layer: int, queries: slice, window: int | None
+    ) -> tuple[Tensor, Tensor, Context | None, Tensor | None]:
+        """The slabs' keys and values, the prompts', and which of them these queries don't see."""
         (first, column, columns), hidden = self._not_visible(queries, window)
         keys, values = (x[:, :, column:columns] for x in self._slabs[layer])
         context = None
         if first < self._width:
             shared = [x[:, :, first:] for x in self._prompts[layer]]
             context = Context(shared[0], shared[1], self._groups)
-        room = self._room if query.shape[2] == 1 else None
-        rows = query.flatten(2, 3)
-        out, *_ = attend(rows, keys, values, context, hidden, self._tile, room, scoring)
-        return out.unflatten(2, query.shape[2:4])
-
-    def _room(self, shape: tuple[int, ...]) -> Tensor:
-        """Memory for the weights of a step, which all layers use: new memory takes time."""
-        if self._scores is None or self._scores.shape != shape:
-            self._scores = torch.zeros(shape, device=self._device)
-        return self._scores
+        return keys, values, context, hidden
 
     def _not_visible(self, queries: slice, window: int | None) -> tuple[_Span, Tensor | None]:
         """Mark what completions do not see: what lies behind a token, outside its window, or at the
@@ -242,7 +271,11 @@ class SharedPrompts:
         rest = np.minimum(base[:, None] + np.arange(TILE), self._slab_columns() - 1)
         prompts, chosen = torch.arange(len(lengths))[:, None], self._tensor(prompt_of)
         for layer, pair in self._slabs.items():
-            self._prompts[layer] = [x[:, :, : self._width].clone() for x in pair]
+            whole = (x[:, :, : self._width] for x in pair)
+            heads = self._kv_heads[layer]
+            self._prompts[layer] = [
+                _by_head(x, heads).clone(memory_format=torch.contiguous_format) for x in whole
+            ]
             begun = [x[prompts, :, self._tensor(rest)].transpose(1, 2)[chosen] for x in pair]
             more = self._capacity - TILE
             self._slabs[layer] = [functional.pad(x, (0, 0, 0, more)) for x in begun]
@@ -302,3 +335,9 @@ class SharedPrompts:
     def _change_slabs(self, change: Callable[[Tensor], Tensor]) -> None:
         for layer, pair in self._slabs.items():
             self._slabs[layer] = [change(x) for x in pair]
+
+
+def _by_head(slab: Float[Tensor, "N k L d"], kv_heads: int) -> Float[Tensor, "N K L D"]:
+    """A slab whose heads do not stand side by side."""
+    heads = kv_heads // slab.shape[1]
+    return slab if heads == 1 else slab[:, 0].unflatten(-1, (heads, -1)).transpose(1, 2)
