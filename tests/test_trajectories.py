@@ -68,6 +68,19 @@ async def test_a_rollout_must_return_a_trajectory():
         await art.TrajectoryGroup([rollout()])  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
+async def test_turn_rewards_are_checked_as_soon_as_a_rollout_returns():
+    async def rollout(rewards: Any):
+        said = [{"role": "user", "content": "?"}, choice([4, 5])]
+        return art.Trajectory(messages_and_choices=said, turn_rewards=rewards)
+
+    group = await art.TrajectoryGroup([rollout([0.5])])
+    assert group.trajectories[0].turn_rewards == [0.5]
+    with pytest.raises(DataError, match=r"rollout'.*turn_rewards.* of which there are 1"):
+        await art.TrajectoryGroup([rollout([0.5, 1.0])])
+    with pytest.raises(DataError, match="Trajectory: turn_rewards"):
+        await rollout("much")
+
+
 def test_group_refuses_other_things():
     with pytest.raises(DataError, match="got a int"):
         art.TrajectoryGroup([3])  # pyright: ignore[reportArgumentType, reportCallIssue]

@@ -85,6 +85,11 @@ class TrainConfig(Options):
     """Upper clip distance. None: `epsilon` if that was given, else the preset's."""
     scale_rewards: bool | None = None
     """Divide the group's centred rewards by their standard deviation. None: as the preset does."""
+    turn_weight: float | None = Field(default=None, ge=0, le=1e6)
+    """Weight of a turn's own advantage, made of `Trajectory.turn_rewards`, beside that of its
+    trajectory. 0: turn rewards are not read. None: the preset's."""
+    turn_discount: float = Field(default=0.95, ge=0, le=1)
+    """By how much a turn's reward counts less for the turn before it."""
     sequence_unit: Literal["trajectory", "turn"] = "trajectory"
     """What a sequence is, in the ratio's length and in N: all sampled tokens of a trajectory, or
     each assistant turn by itself."""

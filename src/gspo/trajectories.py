@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from gspo.core.choices import as_choice
 from gspo.core.errors import DataError, RolloutTimeoutError, shown, suggestion
-from gspo.core.plain import NUMBER, plain_number, plain_values
+from gspo.core.plain import NUMBER, plain_number, plain_turn_rewards, plain_values
 from gspo.core.progress import all_or_cancel, current_gather, within_limits
 
 Message: TypeAlias = dict[str, Any]
@@ -93,12 +93,17 @@ class Trajectory(_Conversation):
     are one rollout: they share its reward and advantage, and its sequence ratio is over the sampled
     tokens of all (`sequence_unit="trajectory"`).
 
+    `turn_rewards` says what single turns earned, beside `reward`, which stays the trajectory's: one
+    number for each of `sampled_turns()`. Methods with an advantage for each turn read them
+    (docs/objective.md, "Turns with advantages of their own").
+
     >>> t = Trajectory(messages_and_choices=[{"role": "user", "content": "hi"}], reward=1.0)
     >>> t.messages()
     [{'role': 'user', 'content': 'hi'}]
     """
 
     reward: float = 0.0
+    turn_rewards: list[float] | None = None
     metrics: Metrics = Field(default_factory=dict)
     metadata: dict[str, MetadataValue] = Field(default_factory=dict)
     logs: list[str] = Field(default_factory=list)
@@ -121,6 +126,10 @@ class Trajectory(_Conversation):
     def histories(self) -> list[Trajectory | History]:
         """All conversations: its own, then the additional ones."""
         return [self, *self.additional_histories]
+
+    def sampled_turns(self) -> list[Choice]:
+        """The model's own turns in all histories, in order: what `turn_rewards` counts."""
+        return [choice for history in self.histories() for choice in history.choices()]
 
     def log(self, message: str) -> None:
         """Add a line to `logs`."""
@@ -262,8 +271,8 @@ async def settled(rollout: Awaitable[Rolled]) -> list[Trajectory | BaseException
     """The rollout's trajectories, or what it failed with if the gather around it tolerates that.
 
     Raises:
-        DataError: it returned something else, a reward is no number, or it raised CancelledError
-            by itself beyond the gather's budget.
+        DataError: it returned something else, a reward is no number, turn rewards are not one
+            number for each turn, or it raised CancelledError by itself beyond the gather's budget.
         Exception: its failure, beyond the gather's budget.
     """
     gather, name = current_gather(), getattr(rollout, "__qualname__", shown(rollout))
@@ -288,6 +297,8 @@ async def settled(rollout: Awaitable[Rolled]) -> list[Trajectory | BaseException
                 f"the rollout {name!r} returned a Trajectory whose reward is "
                 f"{shown(trajectory.reward)}; it must be {NUMBER}"
             )
+        turns = len(trajectory.sampled_turns())
+        plain_turn_rewards(trajectory.turn_rewards, turns, f"the rollout {name!r}")
         tokens = [getattr(choice, "token_ids", None) or () for choice in trajectory.choices()]
         gather.finished(float(reward), trajectory.metrics, sum(map(len, tokens)))
     return list(trajectories)

@@ -62,7 +62,7 @@ def openai_choice(tokens: list[int], logprobs: list[float]) -> Choice:
 def groups() -> list[TrajectoryGroup]:
     first = choice([4, 5], (1, 2), [-0.1, -1 / 3], temperature=0.7, finish_reason="length")
     extends = choice([9], (1, 2, 4, 5, 8), [-2.7182817], temperature=1.3, policy_version=3)
-    breaks = choice([7, 7], (1, 8), [-0.25, -1e-7], policy_versions=[3, 4])
+    breaks = choice([7, 7], (1, 8), [-0.25, -1e-7], policy_versions=[3, 4], altered_by=["top_p"])
     several = trajectory(0.1)
     several.tools = [{"type": "function", "function": {"name": "add"}}]
     several.additional_histories = [
@@ -105,6 +105,7 @@ def test_samples_come_back_bit_for_bit(run: Run):
     before, after = samples(groups()), samples(stored.groups)
     assert len(before) == len(after) == 7
     assert any(sample.expert_choices is not None for sample in before)
+    assert any(sample.altered_by for sample in before)
     assert len({float(t) for s in before for t in s.temperatures}) == 3
     for a, b in zip(before, after, strict=True):
         assert_same(a, b)
@@ -243,3 +244,15 @@ def test_another_method_has_its_own_defaults_even_if_all_options_were_given():
     for name in ("dapo", "dr_grpo", "rloo"):
         other = resolve(options=dev.TrainConfig(algorithm=name))
         assert record.settings(algorithm=name).preset == other.preset
+
+
+def test_turn_rewards_and_advantages_are_columns_and_rewards_come_back(tmp_path: Path):
+    one, other = (trajectory(r, choice([4]), choice([5], [1, 2])) for r in (0.0, 1.0))
+    one.turn_rewards = [0.25, -1.0]
+    path = tmp_path / "0001.parquet"
+    group = TrajectoryGroup([one, other])
+    write_batch(path, [group], record=RECORD, turn_advantages={0: (1.5, -0.5)})
+    rows = pq.read_table(path).to_pylist()
+    assert [row["turn_rewards"] for row in rows] == [[0.25, -1.0], None]
+    assert [row["turn_advantages"] for row in rows] == [[1.5, -0.5], None]
+    assert [t.turn_rewards for t in read_batch(path).groups[0]] == [[0.25, -1.0], None]

@@ -210,3 +210,24 @@ def test_arrays_in_a_choice_become_lists():
     for name, values in arrays.items():
         assert getattr(plain, name) == values.tolist()
     assert made.token_ids is arrays["token_ids"]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_turn_rewards_are_one_finite_number_for_each_choice_of_all_histories() -> None:
+    def with_rewards(rewards: Any) -> list[TrajectoryGroup]:
+        further = [History(messages_and_choices=[choice([6], [9])])]
+        one = trajectory(1.0, choice([4]), choice([5], [1, 2, 3, 4, 7]))
+        one.additional_histories, one.turn_rewards = further, rewards
+        return [TrajectoryGroup([trajectory(0.0), one])]
+
+    (checked,) = plain_groups(with_rewards((1, np.float32(0.5), torch.tensor(2))))
+    assert [t.turn_rewards for t in checked] == [None, [1.0, 0.5, 2.0]]
+    assert all(type(reward) is float for reward in checked.trajectories[1].turn_rewards or ())
+    for bad, message in (
+        ([1.0, 2.0], r"trajectory 1: turn_rewards is \[1.0, 2.0\] .* each Choice, of which .* 3"),
+        ([0.0, math.nan, 1.0], r"turn_rewards\[1\] is nan"),
+        ([0.0, 0.0, 1e200], r"turn_rewards\[2\] is 1e\+200"),
+        (["1", 0.0, 0.0], r"turn_rewards\[0\] is '1'"),
+        (3.0, "turn_rewards is 3.0"),
+    ):
+        with pytest.raises(DataError, match=message):
+            plain_groups(with_rewards(bad))

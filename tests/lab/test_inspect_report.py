@@ -25,7 +25,7 @@ def inspection(methods: int, **fields: Any) -> dict[str, Any]:
     at |= {"cosines": [[1.0] * methods for _ in shown]}
     batch = {"run": "run", "step": 3, "own": "m0", "options": {}, "left_out": [], "at": [at]}
     counts = {"trajectories": 12, "groups": 3, "trained": 8, "tokens": 6655}
-    return batch | counts | {"dropped": 0, "flat_groups": 0, "splits": {}} | fields
+    return batch | counts | {"dropped": 0, "flat_groups": 0, "splits": {}, "turns": []} | fields
 
 
 def test_what_the_batch_was_stands_first():

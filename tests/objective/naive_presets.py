@@ -203,6 +203,7 @@ def likelihood(one: One) -> Parts:
 LOOPS: dict[str, tuple[Callable[[One], Parts], str]] = {
     "gspo": (gspo, "N"),
     "gspo_token": (gspo_token, "N"),
+    "sampo": (lambda one: gspo_token(one, 3e-3, 4e-3), "N"),
     "grpo": (grpo, "N"),
     "dr_grpo": (dr_grpo, "N"),
     "dapo": (dapo, "T"),

@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gspo.objective import group_advantages
+from gspo.objective import group_advantages, turn_advantages
 
 REWARDS = st.floats(-100, 100, allow_subnormal=False).map(lambda x: round(x, 3))
 GROUPS = st.lists(st.tuples(REWARDS, st.integers(0, 4)), min_size=1, max_size=40)
@@ -118,3 +118,16 @@ def test_keeps_the_dtype_and_takes_no_rewards(dtype: torch.dtype) -> None:
     assert result.dtype == dtype
     some = group_advantages(torch.tensor([1.0, 0.0], dtype=dtype), torch.tensor([0, 0]))
     assert some.dtype == dtype
+
+
+def test_turn_advantages_compare_turns_of_one_number_and_discount_later_rewards():
+    """By hand: returns 1 + 0.5 * 2 = 2, 2 and 0; 4 alone in its place; groups apart."""
+    groups, outcomes = torch.tensor([0, 0, 1]), torch.tensor([0.25, -0.25, 3.0])
+    rewards = [[1.0, 2.0], [0.0], [4.0, 4.0]]
+    found = turn_advantages("group_std", rewards, groups, outcomes, weight=2.0, discount=0.5)
+    assert found == [[2.25, 0.25], [-2.25], [3.0, 3.0]]
+    centred = turn_advantages("group_mean", rewards, groups, outcomes, weight=2.0, discount=0.5)
+    assert centred == [[2.25, 0.25], [-2.25], [3.0, 3.0]]
+    plain = turn_advantages("reward", rewards, groups, outcomes, weight=1.0, discount=0.5)
+    assert plain == [[2.25, 2.25], [-0.25], [9.0, 7.0]]
+    assert turn_advantages("group_std", [[], []], groups[:2], outcomes[:2], 1.0, 0.9) == [[], []]

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from types import SimpleNamespace
+from typing import Literal
 
+import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
 
 from gspo import TrajectoryGroup
 from gspo.core.errors import DataError, SampleTooLongError
+from gspo.data.packing import pack
+from gspo.data.sample import flat, unit_count
 from gspo.dev import TrainConfig
+from gspo.objective import policy_loss
+from gspo.train.batch_metrics import warn_of_unread
 from gspo.train.minibatches import (
     ACTIVATION_BYTES,
     activation_bytes,
@@ -16,6 +28,7 @@ from gspo.train.minibatches import (
     prepare,
     shaped_reward,
     token_budget,
+    with_gradient,
 )
 from gspo.train.settings import resolve
 from support import choice, trajectory
@@ -118,3 +131,188 @@ def test_checkpointing_keeps_less_and_fits_more():
 def test_no_model_has_too_few_or_too_many():
     assert token_budget(shape(65_536, 200), False) == 256
     assert token_budget(shape(8, 1), False) == 16_384
+
+
+# Turns with advantages of their own.
+
+SAMPO = TrainConfig(algorithm="sampo", epsilon=0.05, turn_weight=0.7, turn_discount=0.9)
+
+
+def conversations(seed: int) -> list[TrajectoryGroup]:
+    """Groups with turn rewards, and one without; a broken prompt splits some trajectories.
+
+    A log-prob of its own tells each sampled token apart.
+    """
+    rng, made, token = np.random.default_rng(seed), [], 0
+    for g in range(3):
+        group = []
+        for _ in range(rng.integers(2, 5)):
+            seen: list[int] = []
+            choices = []
+            for _ in range(rng.integers(1, 5)):
+                seen = seen if rng.random() < 0.7 else []
+                prompt = [*seen, *rng.integers(6, 99, rng.integers(1, 4)).tolist()]
+                sampled = rng.integers(6, 99, rng.integers(1, 6)).tolist()
+                logprobs = [-(token + k + 1) / 256 for k in range(len(sampled))]
+                choices.append(choice(sampled, prompt, logprobs))
+                token, seen = token + len(sampled), prompt + sampled
+            one = trajectory(float(rng.integers(0, 3)), *choices)
+            one.turn_rewards = rng.integers(-1, 3, len(choices)).tolist() if g else None
+            group.append(one)
+        made.append(TrajectoryGroup(group))
+    return made
+
+
+def standardised(values: list[float]) -> list[float]:
+    mean = math.fsum(values) / len(values)
+    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / len(values))
+    return [(v - mean) / spread if spread > 1e-12 else 0.0 for v in values]
+
+
+def turn_advantages_by_hand(groups: list[TrajectoryGroup]) -> list[list[float]]:
+    """A_ik of each turn of each trajectory, from the definition in docs/objective.md."""
+    out = []
+    for group in groups:
+        outcomes = standardised([t.reward for t in group])
+        own = [t.turn_rewards or [0.0] * len(t.choices()) for t in group]
+        returns = [
+            [math.fsum(0.9 ** (j - k) * r[j] for j in range(k, len(r))) for k in range(len(r))]
+            for r in own
+        ]
+        for i, of_one in enumerate(returns):
+            turns = []
+            for k, _ in enumerate(of_one):
+                there = [n for n, r in enumerate(returns) if len(r) > k]
+                compared = standardised([returns[n][k] for n in there])
+                turns.append(outcomes[i] + 0.7 * compared[there.index(i)])
+            out.append(turns)
+    return out
+
+
+def by_hand(groups: list[TrajectoryGroup], noise: np.ndarray, unit: str):
+    """Loss and gradient of equation 14 with A by turn; groups without any advantage left out."""
+    advantages = iter(turn_advantages_by_hand(groups))
+    sequences: list[list[tuple[int, float]]] = []  # of each, its tokens and their advantages
+    for group in groups:
+        own = [next(advantages) for _ in group]
+        if not any(any(turns) for turns in own):
+            continue
+        for one, turns in zip(group, own, strict=True):
+            choices = zip(one.choices(), turns, strict=True)
+            tokens = [
+                [(round(-256 * p) - 1, a) for p in c.model_extra["token_logprobs"]]
+                for c, a in choices
+            ]
+            sequences += tokens if unit == "turn" else [list(itertools.chain(*tokens))]
+    loss, gradient, n = 0.0, np.zeros(len(noise)), len(sequences)
+    for tokens in sequences:
+        s = math.exp(math.fsum(noise[t] for t, _ in tokens) / len(tokens))
+        pushes = []
+        for _, a in tokens:
+            free, bound = s * a, min(max(s, 1 - 0.05), 1 + 0.05) * a
+            loss -= min(free, bound) / len(tokens) / n
+            pushes.append(free if free <= bound else 0.0)
+        for (t, _), push in zip(tokens, pushes, strict=True):
+            gradient[t] = -push / len(tokens) / n
+    return loss, gradient
+
+
+def packed(groups, settings, noise: np.ndarray, budget: int):
+    """Loss and gradient by token as training computes them, over all microbatches."""
+    batch = prepare(groups, settings, context=10**4)
+    batch = batch if settings.preset.counts_flat else batch.with_signal()
+    loss, gradient, unit = 0.0, np.zeros(len(noise)), settings.sequence_unit
+    for microbatch in pack(flat(batch.samples), budget, unit, share=budget % 2 == 0):
+        key = np.rint(-256 * microbatch.old_logprobs.numpy()).astype(int) - 1
+        old = microbatch.old_logprobs.double()
+        new = (old + torch.tensor(noise[key])).requires_grad_()
+        of_tokens = microbatch.token_advantages
+        out = policy_loss(
+            new,
+            old,
+            microbatch.sequence_ids,
+            microbatch.advantages if of_tokens is None else None,
+            settings.objective,
+            token_advantages=of_tokens,
+            total_sequences=sum(unit_count(s, unit) for s in batch.samples),
+        )
+        out.loss.backward()
+        assert new.grad is not None
+        loss, gradient[key] = loss + out.loss.item(), new.grad.numpy()
+    return loss, gradient
+
+
+def noise_for(groups: list[TrajectoryGroup], seed: int) -> np.ndarray:
+    choices = (c for group in groups for t in group for c in t.choices())
+    count = sum(len(c.model_extra["token_ids"]) for c in choices)
+    return np.random.default_rng(seed).normal(scale=0.15, size=count)
+
+
+@pytest.mark.parametrize("unit", ["trajectory", "turn"])
+@settings_of_hypothesis(max_examples=30, deadline=None)
+@given(budget=st.integers(1, 200), seed=st.integers(0, 2**16))
+def test_equation_14_with_an_advantage_for_each_turn_equals_the_loop(
+    unit: Literal["trajectory", "turn"], budget: int, seed: int
+):
+    groups = conversations(seed)
+    noise = noise_for(groups, seed)
+    settings = resolve(options=SAMPO.model_copy(update={"sequence_unit": unit}))
+    loss, gradient = packed(groups, settings, noise, budget)
+    expected = by_hand(groups, noise, unit)
+    assert loss == pytest.approx(expected[0], rel=1e-6, abs=1e-7)
+    assert gradient == pytest.approx(expected[1], rel=1e-6, abs=1e-9)  # A is float32
+
+
+@pytest.mark.parametrize("unit", ["trajectory", "turn"])
+@settings_of_hypothesis(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**16))
+def test_turns_that_all_earn_the_same_leave_gspo(unit: Literal["trajectory", "turn"], seed: int):
+    groups = conversations(seed)
+    noise = noise_for(groups, seed)
+    plain = TrainConfig(algorithm="gspo", epsilon=0.05, sequence_unit=unit)
+    expected = packed(groups, resolve(options=plain), noise, 64)
+    for one in itertools.chain(*groups[1:]):
+        one.turn_rewards = [0.0] * len(one.choices())
+    token = TrainConfig(algorithm="gspo_token", epsilon=0.05, sequence_unit=unit)
+    loss, gradient = packed(groups, resolve(options=token), noise, 64)
+    assert loss == pytest.approx(expected[0], rel=1e-12)
+    assert gradient == pytest.approx(expected[1], rel=1e-12)
+
+
+def two_turns(reward: float, rewards: list[float] | None):
+    one = trajectory(reward, choice([4], [1]), choice([5], [1, 4, 7]))
+    one.turn_rewards = rewards
+    return one
+
+
+def test_a_trajectory_has_a_signal_if_any_of_its_turns_has_one():
+    group = TrajectoryGroup([two_turns(1.0, [1.0, 0.0]), two_turns(1.0, [0.0, 0.0])])
+    settings = resolve(options=TrainConfig(algorithm="sampo", turn_discount=1.0))
+    batch = prepare([group], settings, context=99)
+    assert [s[0].turn_advantages for s in batch.samples] == [(1, 0), (-1, 0)]
+    assert [s[0].advantage for s in batch.samples] == [0, 0]
+    assert (batch.flat_groups, batch.unread) == (0, False)
+    assert with_gradient(batch.samples, settings.objective) == list(batch.samples)
+    (microbatch,) = pack(flat(batch.samples), 99)
+    assert microbatch.with_advantage.tolist() == [True, True]
+    assert microbatch.advantages.tolist() == [0.5, -0.5]
+    assert microbatch.token_advantages is not None
+    assert microbatch.token_advantages.tolist() == [1, 0, -1, 0]
+
+
+def test_turn_rewards_that_the_method_does_not_read_change_nothing_and_are_told(caplog):
+    group = TrajectoryGroup([two_turns(1.0, [1.0, 0.0]), two_turns(0.0, [0.0, 0.0])])
+    batch, warned = prepare([group], context=99), set()
+    assert batch.unread
+    assert [s[0].turn_advantages for s in batch.samples] == [(), ()]
+    for _ in range(2):
+        warn_of_unread(batch, resolve(), warned)
+    assert [record.message[:40] for record in caplog.records] == [
+        "the trajectories have turn_rewards, whic"
+    ]
+
+
+def test_turn_rewards_of_a_part_of_a_group_are_refused():
+    group = TrajectoryGroup([two_turns(1.0, None), two_turns(1.0, [0.0, 1.0])])
+    with pytest.raises(DataError, match="group 1: trajectory 1 has turn_rewards, trajectory 0 has"):
+        prepare([*groups((0, 1)), group], context=99)

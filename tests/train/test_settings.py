@@ -110,3 +110,19 @@ def test_a_steered_range_is_the_objectives():
 def test_contradictions_name_the_remedy(options: dict, message: str):
     with pytest.raises(ConfigError, match=message):
         resolve(options=dev.TrainConfig(**options))
+
+
+def test_turn_weights_are_the_presets_and_refused_where_there_is_one_advantage():
+    weights = {
+        name: resolve(options=dev.TrainConfig(algorithm=name)).turn_weight for name in PRESETS
+    }
+    assert {name for name, weight in weights.items() if weight} == {"gspo_token", "sampo"}
+    own = resolve(options=dev.TrainConfig(algorithm="grpo", turn_weight=0.5, turn_discount=1.0))
+    assert (own.turn_weight, own.preset.turn_weight, own.turn_discount) == (0.5, 0.5, 1.0)
+    for name in ("gspo", "luspo", "gmpo"):
+        with pytest.raises(ConfigError, match=r"has one advantage for all turns.*gspo_token"):
+            resolve(options=dev.TrainConfig(algorithm=name, turn_weight=1.0))
+    by_turn = dev.TrainConfig(algorithm="gspo", turn_weight=1.0, sequence_unit="turn")
+    assert resolve(options=by_turn).turn_weight == 1.0
+    with pytest.raises(ConfigError, match="leave turn_discount out"):
+        resolve(options=dev.TrainConfig(algorithm="grpo", turn_discount=0.5))

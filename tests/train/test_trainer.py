@@ -103,6 +103,36 @@ def test_nothing_depends_on_the_split_into_rows(policy: Policy, budget: int, pac
         torch.testing.assert_close(got[name], value, atol=2e-6, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("unit", ["trajectory", "turn"])
+def test_turn_advantages_do_not_depend_on_the_split_either(policy: Policy, unit: Any):
+    """Two turns with prompts that don't extend one another: samples that belong together."""
+    singles = [list(group) for group in random_groups(policy, size=8)]
+    pairs = [[(a, b) for a, b in zip(g[::2], g[1::2], strict=True)] for g in singles]
+    groups = [
+        TrajectoryGroup([trajectory(a.reward, *a.choices(), *b.choices()) for a, b in group])
+        for group in pairs
+    ]
+    for group, own in zip(groups, pairs, strict=True):
+        for joined, (a, b) in zip(group, own, strict=True):
+            joined.turn_rewards = [a.reward, b.reward]
+    found = []
+    for budget in (1, 60, 10_000):
+        options = dev.TrainConfig(
+            algorithm="sampo", epsilon=0.4, sequence_unit=unit, packed_sequence_length=budget
+        )
+        settings = resolve(options=options)
+        batch = prepare(groups, settings, context=policy.context)
+        assert len(flat(batch.samples)) == 2 * len(batch.samples)
+        found.append(gradient_of(policy, batch, settings))
+    (gradient, metrics), *others = found
+    assert 0 < metrics["ratio/clip_fraction_tokens"] < 1
+    for got, seen in others:
+        for name in ("loss/policy", "ratio/clip_fraction", "ratio/clip_fraction_positive"):
+            assert seen[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-6), name
+        for name, value in gradient.items():
+            torch.testing.assert_close(got[name], value, atol=2e-6, rtol=1e-4, msg=name)
+
+
 def test_order_of_trajectories_changes_nothing(policy: Policy):
     groups = random_groups(policy)
     turned = [TrajectoryGroup(list(reversed(g.trajectories))) for g in reversed(groups)]

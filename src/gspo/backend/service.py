@@ -134,7 +134,8 @@ class Service:
             )
             advantages = {s[0].trajectory_id: s[0].advantage for s in batch.samples}
             stored = run.trajectories("train", trainer.step)
-            write_batch(stored, groups, advantages, out.traces, record)
+            turns = {s[0].trajectory_id: s[0].turn_advantages for s in batch.samples}
+            write_batch(stored, groups, advantages, out.traces, record, turns)
 
         return self._saved(metrics, keep_checkpoints, store, out.skipped)
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from gspo.core.errors import DataError, shown
 
+LARGEST_REWARD = 1e100
+"""The squares of larger ones leave float64, and with them the group's standard deviation."""
 NUMBER = "a number (int, float, bool, or a scalar of numpy or torch)"
 """What `plain_number` takes, for errors."""
 
@@ -27,6 +29,37 @@ def plain_number(value: Any) -> int | float | bool | None:
     if isinstance(scalar, bool):
         return scalar
     return int(scalar) if isinstance(scalar, int) else wide
+
+
+def plain_turn_rewards(rewards: Any, turns: int, where: str) -> list[float] | None:
+    """Rewards of single turns as floats of Python's own; None stays None.
+
+    Args:
+        rewards: what the user gave.
+        turns: how many turns the model took.
+        where: names the trajectory in errors.
+
+    Raises:
+        DataError: no list, not one for each turn, or one that is no finite number.
+
+    >>> plain_turn_rewards([0, 1], 2, "here")
+    [0.0, 1.0]
+    """
+    if rewards is None:
+        return None
+    if not isinstance(rewards, list | tuple) or len(rewards) != turns:
+        raise DataError(
+            f"{where}: turn_rewards is {shown(rewards)}; it must be a list with one number for "
+            f"each Choice, of which there are {turns}: 0 for a turn that earned nothing"
+        )
+    plain = [plain_number(reward) for reward in rewards]
+    for turn, reward in enumerate(plain):
+        if reward is None or not abs(reward) <= LARGEST_REWARD:
+            raise DataError(
+                f"{where}: turn_rewards[{turn}] is {shown(rewards[turn])}; rewards must be finite "
+                f"numbers, of {LARGEST_REWARD:g} at most"
+            )
+    return [float(reward) for reward in plain if reward is not None]
 
 
 def plain_values(values: Any, where: str, *, texts: bool = False) -> dict[str, Any]:

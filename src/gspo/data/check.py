@@ -10,12 +10,9 @@ from openai.types.chat.chat_completion import Choice
 
 from gspo.core.choices import as_choice
 from gspo.core.errors import DataError, shown
-from gspo.core.plain import plain_number, plain_values
+from gspo.core.plain import LARGEST_REWARD, plain_number, plain_turn_rewards, plain_values
 from gspo.data.turn import read_fields
 from gspo.trajectories import History, Trajectory, TrajectoryGroup
-
-_LARGEST_REWARD = 1e100
-"""The squares of larger ones leave float64, and with them the group's standard deviation."""
 
 
 def listed(groups: Any) -> list[Any]:
@@ -59,7 +56,8 @@ def plain_groups(groups: Any) -> list[TrajectoryGroup]:
 
     Raises:
         DataError: not a list of groups, a group whose rollouts have not run, a reward that is no
-            finite number, a metric or metadata of another kind, a message that is no JSON, or a
+            finite number, turn rewards that are not one such number for each Choice, a metric or
+            metadata of another kind, a message that is no JSON, or a
             Choice whose fields mean nothing.
     """
     plain = []
@@ -88,10 +86,10 @@ def _plain(trajectory: Any, where: str) -> Trajectory:
     if not isinstance(trajectory, Trajectory):
         raise DataError(f"{where} is {shown(trajectory)}, not a Trajectory")
     reward = plain_number(trajectory.reward)
-    if reward is None or not abs(reward) <= _LARGEST_REWARD:
+    if reward is None or not abs(reward) <= LARGEST_REWARD:
         raise DataError(
             f"{where}: reward is {shown(trajectory.reward)}; rewards must be finite numbers, "
-            f"of {_LARGEST_REWARD:g} at most"
+            f"of {LARGEST_REWARD:g} at most"
         )
     if not isinstance(histories := trajectory.additional_histories, list):
         raise DataError(f"{where}: additional_histories is {shown(histories)}; it must be a list")
@@ -104,7 +102,9 @@ def _plain(trajectory: Any, where: str) -> Trajectory:
         "metrics": plain_values(trajectory.metrics, f"{where}: metrics"),
         "metadata": plain_values(trajectory.metadata, f"{where}: metadata", texts=True),
     }
-    return _plain_history(trajectory, where).model_copy(update=values)
+    plain = _plain_history(trajectory, where).model_copy(update=values)
+    plain.turn_rewards = plain_turn_rewards(plain.turn_rewards, len(plain.sampled_turns()), where)
+    return plain
 
 
 def _plain_history(history: Any, where: str) -> Any:

@@ -53,7 +53,9 @@ class Microbatch:
         sequence_ids: [M] sequence (trajectory, or turn of one) of each sampled token, in 0..S-1.
         loss_mask: [M] sampled tokens that are trained on.
         old_logprobs, sampling_logprobs, temperatures: [M] float32.
-        advantages: [S] float32.
+        advantages: [S] float32; of a sequence whose turns have advantages of their own, the mean
+            over its sampled tokens.
+        token_advantages: [M] float32 if turns of one sequence may have different advantages.
         trajectory_ids: of each of the S sequences, its trajectory's number in the rollout batch.
         expert_choices: [U, N, K] experts of each sample's tokens, -1 if unknown; None if no sample
             has any.
@@ -73,6 +75,7 @@ class Microbatch:
     temperatures: Float[Tensor, " M"]
     advantages: Float[Tensor, " S"]
     trajectory_ids: tuple[int, ...]
+    token_advantages: Float[Tensor, " M"] | None = None
     expert_choices: Int[Tensor, "U N K"] | None = None
 
     def __post_init__(self) -> None:
@@ -94,6 +97,14 @@ class Microbatch:
     def copies(self) -> Int[Tensor, " T"]:
         """How many samples each token stands for."""
         return self.index.bincount(minlength=self.token_count)
+
+    @property
+    def with_advantage(self) -> Bool[Tensor, " S"]:
+        """Sequences of which any token has an advantage."""
+        if self.token_advantages is None:
+            return self.advantages != 0
+        signal = self.sequence_ids[self.token_advantages != 0]
+        return signal.bincount(minlength=len(self.advantages)) > 0
 
     def replayed_choices(self) -> Int[Tensor, "T N K"]:
         """`expert_choices` of the T tokens, as they are replayed.
@@ -216,6 +227,7 @@ class _Packer:
         owner = np.repeat(np.repeat(np.arange(len(counts)), counts), lengths)[masks]
         stride = int(turns.max(initial=0)) + 1
         present, sequence = np.unique(owner * stride + turns, return_inverse=True)
+        sequence = sequence.reshape(-1)
         first = np.cumsum(counts) - counts  # sample of each trajectory
         owners = [samples[i] for i in first[present // stride].tolist()]
         chosen = padded_expert_choices([sample.expert_choices for sample in samples], lengths)
@@ -228,6 +240,10 @@ class _Packer:
         def sampled(name: str) -> Tensor:
             return torch.from_numpy(np.concatenate([getattr(s, name) for s in samples])[masks])
 
+        of_tokens = sampled("token_advantages")
+        several = unit == "trajectory" and any(sample.turn_advantages for sample in samples)
+        # Exact where all tokens of a sequence have the same: float64 holds the sums of float32.
+        means = np.bincount(sequence, of_tokens.numpy()) / np.bincount(sequence)
         return Microbatch(
             tokens=placed(np.concatenate([sample.tokens for sample in samples])),
             positions=placed(np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)),
@@ -236,13 +252,14 @@ class _Packer:
             index=torch.from_numpy(index),
             targets=torch.from_numpy(index[masks]),
             sources=torch.from_numpy(index[np.flatnonzero(masks) - 1]),
-            sequence_ids=torch.from_numpy(sequence.reshape(-1)),
+            sequence_ids=torch.from_numpy(sequence),
             loss_mask=sampled("loss_mask"),
             old_logprobs=sampled("old_logprobs"),
             sampling_logprobs=sampled("sampling_logprobs"),
             temperatures=sampled("temperatures"),
-            advantages=torch.tensor([sample.advantage for sample in owners], dtype=torch.float32),
+            advantages=torch.from_numpy(means).float(),
             trajectory_ids=tuple(sample.trajectory_id for sample in owners),
+            token_advantages=of_tokens if several else None,
             expert_choices=None if chosen is None else torch.from_numpy(np.concatenate(chosen)),
         )
 

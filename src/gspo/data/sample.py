@@ -61,6 +61,8 @@ class Sample:
         altered_tokens: sampled tokens that were drawn from another distribution than that of
             `sampling_logprobs`.
         altered_by: names of the sampling parameters because of which they were.
+        turn_advantages: A_ik of each turn of the trajectory, where turns have advantages of their
+            own; else empty.
         split: why it is not one with the trajectory's sample before it; None for the first one.
     """
 
@@ -78,6 +80,7 @@ class Sample:
     expert_choices: np.ndarray | None = None
     altered_tokens: int = 0
     altered_by: frozenset[str] = frozenset()
+    turn_advantages: tuple[float, ...] = ()
     split: Split | None = None
 
     def __post_init__(self) -> None:
@@ -92,6 +95,18 @@ class Sample:
     def sampled(self) -> int:
         """Number of sampled tokens."""
         return int(self.ratio_mask.sum())
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether any turn of its trajectory has an advantage."""
+        return any(value != 0 for value in self.turn_advantages or (self.advantage,))
+
+    @property
+    def token_advantages(self) -> np.ndarray:
+        """[L] float32: the advantage of each sampled token's turn; 0 elsewhere."""
+        if not self.turn_advantages:
+            return np.where(self.ratio_mask, np.float32(self.advantage), np.float32(0))
+        return np.array([*self.turn_advantages, 0], dtype=np.float32)[self.turn_ids]
 
 
 TrajectorySamples: TypeAlias = tuple[Sample, ...]
@@ -109,6 +124,7 @@ def trajectory_samples(
     trajectory_id: int = 0,
     group_id: int = 0,
     advantage: float = 0.0,
+    turn_advantages: Sequence[float] = (),
     max_tokens: int | None = None,
     vocabulary: int | None = None,
     where: str | None = None,
@@ -119,7 +135,7 @@ def trajectory_samples(
 
     Args:
         trajectory: with at least one Choice.
-        trajectory_id, group_id, advantage: of the samples.
+        trajectory_id, group_id, advantage, turn_advantages: of the samples.
         max_tokens: the model's context; None: any length.
         vocabulary: tokens that the model has a probability for; None: any token id.
         where: names the trajectory in errors; None: by its two numbers.
@@ -145,9 +161,9 @@ def trajectory_samples(
             split = _split(turns[max(starts) : number], turn.prompt, number)
             starts[number] = split._replace(reason="history") if number in firsts else split
     edges = [*starts, len(turns)]
-    ids = trajectory_id, group_id, advantage
+    ids, own = (trajectory_id, group_id, advantage), tuple(turn_advantages)
     samples = tuple(
-        replace(sample_of(turns[start:end], start, *ids), split=starts[start])
+        replace(sample_of(turns[start:end], start, *ids), turn_advantages=own, split=starts[start])
         for start, end in pairwise(edges)
     )
     for sample in samples:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -13,22 +12,13 @@ from torch.nn import functional
 
 from gspo.kernels.hf import no_mask
 from gspo.kernels.shared_contexts import Context, context_groups
-from gspo.kernels.tile_attention import (
-    LOG2_E,
-    TILE,
-    Scoring,
-    attend,
-    hiding,
-    whole_tiles,
-)
-from gspo.kernels.token_attention import TokenAttention, beside
+from gspo.kernels.tile_attention import LOG2_E, ROWS, TILE, Scoring, attend, hiding, whole_tiles
+from gspo.kernels.token_attention import TokenAttention, by_head, new_slabs
+from gspo.kernels.unseen import Span, unseen
 
 _SCORE_BYTES = 64 * 2**20
 """Memory for the scores of a pass over prompts, whose queries are attended piece by piece."""
 _LARGEST_MASK = 2**24  # bytes
-_Span: TypeAlias = tuple[int, int, int]
-"""The first position of the prompts that is seen, the first column of the slabs, and the last + 1.
-"""
 
 
 class SharedPrompts:
@@ -50,7 +40,10 @@ class SharedPrompts:
 
     Attributes:
         fed: completions, and tokens of each, of the last pass.
+        packs: small key heads may stand side by side in the slabs; see `token_attention`.
     """
+
+    packs = True
 
     def __init__(
         self,
@@ -60,15 +53,15 @@ class SharedPrompts:
         device: torch.device,
         multiple: int = 1,
     ):
-        self._backbone, self._device, self._multiple = backbone, device, multiple
-        self._capacity = whole_tiles(capacity)
+        self.backbone, self.device, self._multiple = backbone, device, multiple
+        self.capacity = whole_tiles(capacity)
         self._prompts: dict[int, list[Tensor]] = {}  # keys and values, by layer: [P, K, W, D]
         self._slabs: dict[int, list[Tensor]] = {}  # [N, K, columns, D]
-        self._lengths = np.zeros(count, dtype=np.int64)  # tokens of each completion so far
-        self._base = np.zeros(count, dtype=np.int64)
+        self.lengths = np.zeros(count, dtype=np.int64)  # tokens of each completion so far
+        self.base = np.zeros(count, dtype=np.int64)
         self._prompt_of = np.zeros(count, dtype=np.int64)
         self._sizes = np.full(1, count)  # completions that each prompt had at first
-        self._width = 0  # W
+        self.width = 0  # W
         self._kv_heads: dict[int, int] = {}  # by layer
         self.fed = (0, 0)
         self._on_cpu = device.type == "cpu"
@@ -77,12 +70,12 @@ class SharedPrompts:
 
     def _group(self) -> None:
         self._by_shape: dict[tuple[int, ...], TokenAttention] = {}  # of the layers' heads
-        self._groups = (
-            context_groups(self._prompt_of, self._sizes, self._device) if self._width else []
+        self.groups = (
+            context_groups(self._prompt_of, self._sizes, self.device) if self.width else []
         )
 
     def _tensor(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(self._device)
+        return torch.from_numpy(values).to(self.device)
 
     def advance(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N D"]:
         """Feed one token to each completion; returns the last hidden states."""
@@ -91,26 +84,23 @@ class SharedPrompts:
     def feed(self, tokens: Int[Tensor, "N Q"]) -> Float[Tensor, "N Q D"]:
         """Feed Q tokens to each completion; returns the last hidden states."""
         count, queries = self.fed = tuple(tokens.shape)
-        self._positions = self._lengths[:, None] + np.arange(queries)
-        columns = int((self._positions[:, -1] - self._base).max()) + 1
-        if columns > self._capacity:
-            more = whole_tiles(max(columns, 2 * self._capacity)) - self._capacity
-            self._capacity += more
-            self._change_slabs(lambda x: functional.pad(x, (0, 0, 0, more)))
+        self._positions = self.lengths[:, None] + np.arange(queries)
+        columns = int((self._positions[:, -1] - self.base).max()) + 1
+        self.make_room(columns)
         self._columns = whole_tiles(columns)
         self._places: dict[int, Tensor] = {}  # of new keys in the slabs, by the number of heads
-        self._masks: dict[tuple[int, int, int | None], tuple[_Span, Tensor | None]] = {}
+        self._masks: dict[tuple[int, int, int | None], tuple[Span, Tensor | None]] = {}
         missing = -tokens.numel() % self._multiple
         given = torch.stack([tokens.flatten(), self._tensor(self._positions).flatten()])
         ids, positions = functional.pad(given, (0, missing))[:, None]
-        hidden = self._backbone(
+        hidden = self.backbone(
             input_ids=ids,
-            attention_mask=no_mask(self._device),
+            attention_mask=no_mask(self.device),
             position_ids=positions,
             use_cache=False,
             gspo_plan=self,
         ).last_hidden_state[0, : tokens.numel()]
-        self._lengths = self._lengths + queries
+        self.lengths = self.lengths + queries
         return hidden.view(count, queries, -1)
 
     def attend(
@@ -154,20 +144,18 @@ class SharedPrompts:
         count, kv_heads = len(self._positions), key.shape[1]
         if layer not in self._slabs:
             self._kv_heads[layer] = kv_heads
-            wide = kv_heads if beside(kv_heads, share, max(key.shape[2], value.shape[2])) else 1
-            self._slabs[layer] = [
-                x.new_zeros(count, kv_heads // wide, self._capacity, wide * x.shape[-1])
-                for x in (key, value)
-            ]
+            self._slabs[layer] = new_slabs(
+                key, value, count, self.capacity, share if self.packs else ROWS
+            )
         slabs = self._slabs[layer]
         rows = slabs[0].shape[1]
         if rows not in self._places:
-            first = np.arange(count * rows).reshape(count, 1, rows) * self._capacity
-            written = (self._positions - self._base[:, None])[:, :, None]
+            first = np.arange(count * rows).reshape(count, 1, rows) * self.capacity
+            written = (self._positions - self.base[:, None])[:, :, None]
             self._places[rows] = self._tensor((first + written).ravel())
         for slab, x in zip(slabs, (key, value), strict=True):
-            width = slab.shape[-1]
-            slab.view(-1, width).index_copy_(0, self._places[rows], x.reshape(-1, width))
+            all_rows = slab.view(-1, slab.shape[-1])
+            all_rows.index_copy_(0, self._places[rows], x.reshape(-1, slab.shape[-1]))
 
     def _attend_token(
         self,
@@ -179,10 +167,11 @@ class SharedPrompts:
     ) -> Float[Tensor, "N K g E"]:
         """Attention of one query of each completion."""
         keys, values, context, hidden = self._seen(layer, slice(0, 1), window)
-        wide = values.shape[1] * values.shape[3] // query.shape[1]
-        shape = (*query.shape, wide)
+        count, kv_heads, share, depth = query.shape
+        together = kv_heads // keys.shape[1]
+        shape = count, kv_heads, share, depth, values.shape[3] // together
         if shape not in self._by_shape:
-            made = TokenAttention(query.shape, wide, query.dtype, self._device)
+            made = TokenAttention(shape, together, query.dtype, self.device)
             self._by_shape[shape] = made
         seen = keys, values, context, hidden
         return self._by_shape[shape].attend(query, scale, *seen, self._tile, scoring)
@@ -196,15 +185,16 @@ class SharedPrompts:
     ) -> Float[Tensor, "N Q K g E"]:
         """Attention of several queries of each completion, as many at a time as memory allows."""
         count, kv_heads, queries, share, _ = query.shape
-        longest = self._width + self._columns
+        longest = self.width + self._columns
         piece = max(1, _SCORE_BYTES // (4 * count * kv_heads * share * longest))
         outputs = []
         for start in range(0, queries, piece):
             part = query[:, :, start : start + piece]
             span = slice(start, start + part.shape[2])
-            keys, values, *others = self._seen(layer, span, window)
-            own = (_by_head(x, kv_heads) for x in (keys, values))
-            out, *_ = attend(part.flatten(2, 3), *own, *others, self._tile, scoring)
+            keys, values, context, hidden = self._seen(layer, span, window)
+            keys, values = (by_head(x, kv_heads) for x in (keys, values))
+            rows = part.flatten(2, 3)
+            out, *_ = attend(rows, keys, values, context, hidden, self._tile, scoring)
             outputs.append(out.unflatten(2, part.shape[2:4]))
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
         return out.transpose(1, 2)
@@ -213,49 +203,21 @@ class SharedPrompts:
         self, layer: int, queries: slice, window: int | None
     ) -> tuple[Tensor, Tensor, Context | None, Tensor | None]:
         """The slabs' keys and values, the prompts', and which of them these queries don't see."""
-        (first, column, columns), hidden = self._not_visible(queries, window)
+        key = (queries.start, queries.stop, window)
+        found = self._masks.get(key)
+        if found is None:
+            at = self._positions[:, queries]
+            span, hidden = unseen(at, self.base, self.width, window)
+            found = span, None if hidden is None else hiding(hidden, self.device)
+            if hidden is None or hidden.size <= _LARGEST_MASK:
+                self._masks[key] = found  # that of a long prompt is made again for each layer
+        (first, column, columns), mask = found
         keys, values = (x[:, :, column:columns] for x in self._slabs[layer])
         context = None
-        if first < self._width:
+        if first < self.width:
             shared = [x[:, :, first:] for x in self._prompts[layer]]
-            context = Context(shared[0], shared[1], self._groups)
-        return keys, values, context, hidden
-
-    def _not_visible(self, queries: slice, window: int | None) -> tuple[_Span, Tensor | None]:
-        """Mark what completions do not see: what lies behind a token, outside its window, or at the
-        end of a prompt that is shorter than others. Tiles that nobody sees are left out.
-
-        Returns:
-            What is left of prompts and slabs; and for the keys inside, what `tile_attention.hiding`
-            makes.
-        """
-        key = (queries.start, queries.stop, window)
-        if key not in self._masks:
-            at = self._positions[:, queries]
-            first = column = 0
-            if window is not None:
-                oldest = at[:, 0] - window + 1
-                first = min(max(0, int(oldest.min())) // TILE * TILE, self._width)
-                column = max(0, int((oldest - self._base).min())) // TILE * TILE
-            columns = whole_tiles(int((at[:, -1] - self._base).max()) + 1)
-            base = self._base[:, None]
-            place = base + np.arange(column, columns)
-            if window is None and (self._base == self._width).all():
-                place = place[:, (at[:, 0] - self._base).min() :]  # the keys before are seen by all
-            else:
-                prompt = np.arange(first, self._width)[None]
-                prompt = np.where(prompt < base, prompt, at.max() + 1)
-                place = np.concatenate([prompt, place], axis=1)
-            place = place[:, None]
-            hidden = place > at[:, :, None]
-            if window is not None:
-                hidden |= place <= at[:, :, None] - window
-            mask = hiding(hidden, self._device) if hidden.any() else None
-            found = (first, column, columns), mask
-            if hidden.size > _LARGEST_MASK:  # of a long prompt: made again for each layer
-                return found
-            self._masks[key] = found
-        return self._masks[key]
+            context = Context(shared[0], shared[1], self.groups)
+        return keys, values, context, mask
 
     def fan_out(self, lengths: np.ndarray, prompt_of: np.ndarray, capacity: int) -> None:
         """Make completions of prompts that have been fed.
@@ -266,33 +228,39 @@ class SharedPrompts:
             capacity: as of the class, for the completions.
         """
         base = lengths // TILE * TILE
-        self._width = int(base.max())
-        self._capacity = whole_tiles(TILE + capacity)
-        rest = np.minimum(base[:, None] + np.arange(TILE), self._slab_columns() - 1)
+        self.width = int(base.max())
+        self.capacity = whole_tiles(TILE + capacity)
+        columns = next(iter(self._slabs.values()))[0].shape[2]
+        rest = np.minimum(base[:, None] + np.arange(TILE), columns - 1)
         prompts, chosen = torch.arange(len(lengths))[:, None], self._tensor(prompt_of)
         for layer, pair in self._slabs.items():
-            whole = (x[:, :, : self._width] for x in pair)
-            heads = self._kv_heads[layer]
-            self._prompts[layer] = [
-                _by_head(x, heads).clone(memory_format=torch.contiguous_format) for x in whole
-            ]
+            parts = (by_head(x[:, :, : self.width], self._kv_heads[layer]) for x in pair)
+            self._prompts[layer] = [x.clone(memory_format=torch.contiguous_format) for x in parts]
             begun = [x[prompts, :, self._tensor(rest)].transpose(1, 2)[chosen] for x in pair]
-            more = self._capacity - TILE
+            more = self.capacity - TILE
             self._slabs[layer] = [functional.pad(x, (0, 0, 0, more)) for x in begun]
-        self._lengths, self._base = lengths[prompt_of], base[prompt_of]
+        self.lengths, self.base = lengths[prompt_of], base[prompt_of]
         self._prompt_of = prompt_of
         self._sizes = np.bincount(prompt_of, minlength=len(lengths))
         self._group()
 
-    def _slab_columns(self) -> int:
-        return next(iter(self._slabs.values()))[0].shape[2]
+    def layer(self, layer: int) -> tuple[list[Tensor] | None, list[Tensor]]:
+        """Keys and values of a layer: those that completions share, if any, and the slabs."""
+        return self._prompts[layer] if self.width else None, self._slabs[layer]
+
+    def make_room(self, columns: int) -> None:
+        """Let the slabs grow to so many columns at least."""
+        if columns > self.capacity:
+            more = whole_tiles(max(columns, 2 * self.capacity)) - self.capacity
+            self.capacity += more
+            self._change_slabs(lambda x: functional.pad(x, (0, 0, 0, more)))
 
     def keep(self, completions: np.ndarray) -> None:
         """Keep only these completions; drop the prompts that none of them needs."""
-        self._lengths, self._base = self._lengths[completions], self._base[completions]
+        self.lengths, self.base = self.lengths[completions], self.base[completions]
         self._prompt_of = self._prompt_of[completions]
         chosen = self._tensor(completions)
-        used = whole_tiles(int((self._lengths - self._base).max(initial=0)))
+        used = whole_tiles(int((self.lengths - self.base).max(initial=0)))
 
         def taken(slab: Tensor) -> Tensor:
             out = slab.new_empty(len(chosen), *slab.shape[1:])
@@ -302,7 +270,7 @@ class SharedPrompts:
 
         self._change_slabs(taken)
         alive = np.unique(self._prompt_of)
-        if self._width and len(alive) <= len(self._sizes) // 2:
+        if self.width and len(alive) <= len(self._sizes) // 2:
             left = self._tensor(alive)
             for layer, pair in self._prompts.items():
                 self._prompts[layer] = [x[left] for x in pair]
@@ -312,7 +280,7 @@ class SharedPrompts:
 
     def join(self, other: SharedPrompts) -> None:
         """Let another's completions run beside these."""
-        width, capacity = max(self._width, other._width), max(self._capacity, other._capacity)
+        width, capacity = max(self.width, other.width), max(self.capacity, other.capacity)
 
         def joined(mine: Tensor, theirs: Tensor, length: int) -> Tensor:
             both = (mine, theirs)
@@ -325,19 +293,13 @@ class SharedPrompts:
             for layer, pair in held.items():
                 both = zip(pair, others[layer], strict=True)
                 held[layer] = [joined(mine, theirs, length) for mine, theirs in both]
-        self._width, self._capacity = width, capacity
+        self.width, self.capacity = width, capacity
         self._prompt_of = np.concatenate([self._prompt_of, other._prompt_of + len(self._sizes)])
         self._sizes = np.concatenate([self._sizes, other._sizes])
-        self._lengths = np.concatenate([self._lengths, other._lengths])
-        self._base = np.concatenate([self._base, other._base])
+        self.lengths = np.concatenate([self.lengths, other.lengths])
+        self.base = np.concatenate([self.base, other.base])
         self._group()
 
     def _change_slabs(self, change: Callable[[Tensor], Tensor]) -> None:
         for layer, pair in self._slabs.items():
             self._slabs[layer] = [change(x) for x in pair]
-
-
-def _by_head(slab: Float[Tensor, "N k L d"], kv_heads: int) -> Float[Tensor, "N K L D"]:
-    """A slab whose heads do not stand side by side."""
-    heads = kv_heads // slab.shape[1]
-    return slab if heads == 1 else slab[:, 0].unflatten(-1, (heads, -1)).transpose(1, 2)

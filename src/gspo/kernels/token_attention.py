@@ -40,24 +40,40 @@ def beside(kv_heads: int, share: int, depth: int) -> bool:
     return share < ROWS <= kv_heads * share and kv_heads * depth <= _WIDEST
 
 
+def new_slabs(
+    key: Float[Tensor, "M K D"], value: Float[Tensor, "M K E"], count: int, columns: int, share: int
+) -> list[Tensor]:
+    """Room for the keys and values of N completions, [N, K, columns, D] and [N, K, columns, E]; or
+    [N, 1, columns, KD] and [N, 1, columns, KE], if the heads stand side by side."""
+    kv_heads = key.shape[1]
+    together = kv_heads if beside(kv_heads, share, max(key.shape[2], value.shape[2])) else 1
+    shape = count, kv_heads // together, columns
+    return [x.new_zeros(*shape, together * x.shape[2]) for x in (key, value)]
+
+
+def by_head(slab: Float[Tensor, "N k L d"], kv_heads: int) -> Float[Tensor, "N K L D"]:
+    """A slab's heads, one after the other."""
+    heads = kv_heads // slab.shape[1]
+    return slab if heads == 1 else slab[:, 0].unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
 class TokenAttention:
     """Attention of one token of each of N completions, in memory that all layers and steps use.
 
     Args:
-        shape: N, K, g, D.
-        wide: E.
+        shape: N, K, g, D, E.
+        together: key heads that stand side by side.
         dtype, device: of the products.
     """
 
     def __init__(
         self,
-        shape: tuple[int, int, int, int],
-        wide: int,
+        shape: tuple[int, int, int, int, int],
+        together: int,
         dtype: torch.dtype,
         device: torch.device,
     ):
-        count, kv_heads, share, depth = shape
-        together = kv_heads if beside(kv_heads, share, max(depth, wide)) else 1
+        count, kv_heads, share, depth, wide = shape
         rows = max(together * share, ROWS)
         size = count * kv_heads // together, rows
 

@@ -29,6 +29,7 @@ OWN = "this run"
 _METHOD = (
     *("algorithm", "importance_sampling_level", "epsilon", "epsilon_high", "epsilon_scale"),
     *("scale_rewards", "correction", "correction_low", "correction_high"),
+    *("turn_weight", "turn_discount"),
 )
 """Options that a preset decides. All others are taken from the run."""
 _MEASURED = {
@@ -57,8 +58,9 @@ def inspect_run(
 
     Returns:
         A JSON object: what the batch is, `own` (the name of the run's method), `trained`
-        (trajectories with an advantage under it), `left_out` (terms of the run's loss that are the
-        same for every method), and `at`: what `_at_weights` returns, before and after the step.
+        (trajectories with an advantage under it), `turns` (see `_turns`), `left_out` (terms of the
+        run's loss that are the same for every method), and `at`: what `_at_weights` returns, before
+        and after the step.
 
     Raises:
         RunError: no such run or step, or the weights are no longer on disk.
@@ -74,7 +76,7 @@ def inspect_run(
     step.check_weights(chosen, needs_before=by_trainer)
     methods = make_methods(step.record, training, presets)
     batches = {
-        settings.preset.advantage: prepare(
+        _advantage(settings): prepare(
             step.groups,
             settings,
             context=step.record.context,
@@ -87,7 +89,7 @@ def inspect_run(
         for kind, batch in batches.items():
             samples = as_trained(policy, batch.samples, training)
             batches[kind] = replace(batch, samples=samples)
-    batch = batches[training.preset.advantage]
+    batch = batches[_advantage(training)]
     balance = training.router_aux_loss_coef
     return {
         "run": str(run),
@@ -99,7 +101,8 @@ def inspect_run(
         "groups": len(set(batch.groups)),
         "flat_groups": batch.flat_groups,
         "splits": split_counts(flat(batch.samples)),
-        "trained": sum(samples[0].advantage != 0 for samples in batch.samples),
+        "trained": sum(samples[0].has_signal for samples in batch.samples),
+        "turns": _turns(step, batch),
         "tokens": sum(sample.sampled for samples in batch.samples for sample in samples),
         "left_out": [f"router_aux_loss_coef={balance:g}"] if balance else [],
         "at": [_at_weights(step, name, methods, batches) for name in chosen],
@@ -110,7 +113,7 @@ def _at_weights(
     step: StoredStep,
     weights: str,
     methods: Mapping[str, Settings],
-    batches: Mapping[str, RolloutBatch],
+    batches: Mapping[tuple[object, ...], RolloutBatch],
 ) -> dict[str, Any]:
     """All methods at one set of weights, each on the whole batch as one optimizer step.
 
@@ -125,7 +128,7 @@ def _at_weights(
     gradients, log_ratios = [], []
     rows: list[dict[str, Any]] = []
     for name, settings in methods.items():
-        batch, objective = batches[settings.preset.advantage], settings.objective
+        batch, objective = batches[_advantage(settings)], settings.objective
         batch = batch if settings.preset.counts_flat else batch.with_signal()
         observer, gradient = method_gradient(trainer, batch, settings)
         gradients.append(gradient)
@@ -160,13 +163,37 @@ def make_methods(
     """
 
     def method(settings: Settings) -> tuple[object, ...]:
-        return settings.objective, settings.preset.advantage, settings.preset.counts_flat
+        return settings.objective, settings.preset.counts_flat, *_advantage(settings)
 
     dropped = dict.fromkeys(_METHOD)
     by_name = {name: record.settings(**dropped | {"algorithm": name}) for name in PRESETS}
     run_name = next((n for n, s in by_name.items() if method(s) == method(training)), OWN)
     chosen = by_name if presets is None else {n: by_name[n] for n in by_name if n in presets}
     return {run_name: training} | {n: s for n, s in chosen.items() if n != run_name}
+
+
+def _advantage(settings: Settings) -> tuple[object, ...]:
+    """How a method makes advantages: methods that do it alike share a batch."""
+    return settings.preset.advantage, settings.turn_weight, settings.turn_discount
+
+
+def _turns(step: StoredStep, batch: RolloutBatch) -> list[dict[str, Any]]:
+    """By number of turn: trajectories that got there, their mean reward for it, and mean, least and
+    largest A_ik of the run's method. Empty if no turn has a reward."""
+    stored = [trajectory for group in step.groups for trajectory in group]
+    found: dict[int, list[tuple[float, float]]] = {}
+    for first, *_ in batch.samples:
+        rewards = stored[first.trajectory_id].turn_rewards or ()
+        own = first.turn_advantages or (first.advantage,) * len(rewards)
+        for turn, pair in enumerate(zip(rewards, own, strict=True), 1):
+            found.setdefault(turn, []).append(pair)
+    rows: list[dict[str, Any]] = []
+    for turn, pairs in found.items():
+        reward, mean = np.mean(pairs, axis=0).tolist()
+        values = [value for _, value in pairs]
+        row = {"turn": turn, "trajectories": len(pairs), "reward": reward}
+        rows.append(row | {"advantage": {"mean": mean, "low": min(values), "high": max(values)}})
+    return rows
 
 
 def as_trained(

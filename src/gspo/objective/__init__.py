@@ -13,7 +13,7 @@ The loss, its gradient and its statistics are the same however the sequences are
 padded or split into microbatches, as long as `total_sequences` is the whole step's.
 """
 
-from .advantage import advantages, group_advantages
+from .advantage import advantages, group_advantages, turn_advantages
 from .correction import BOUNDS, Correction, CorrectionKind
 from .loss import LossOutput, policy_loss
 from .presets import LEVEL_DEFAULTS, PRESETS, AdvantageKind, Objective, Preset, clip_range
@@ -52,4 +52,5 @@ __all__ = [
     "register_surrogate",
     "sequence_log_ratio",
     "token_log_ratio",
+    "turn_advantages",
 ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -34,6 +37,52 @@ def advantages(
         size = sizes[dense].to(rewards.dtype)
         return centred * size / (size - 1).clamp(min=1)
     return centred
+
+
+def turn_advantages(
+    kind: AdvantageKind,
+    turn_rewards: Sequence[Sequence[float]],
+    group_ids: Int[Tensor, " S"],
+    outcomes: Float[Tensor, " S"],
+    weight: float,
+    discount: float,
+) -> list[list[float]]:
+    """A_ik = A_i + weight T_ik for turn k of trajectory i: how it ended, and what the turn did.
+
+    g_ik = Σ_{j >= k} discount^(j - k) r_ij is what the trajectory earned from turn k on. T_ik is
+    made of it as A_i is of rewards (`advantages`), but compares the k-th turns of a group: those
+    that stand alone, or earned the same, have T_ik = 0. It is the sum of two advantages of GiGPO
+    (arXiv 2505.10978), whose groups are turns in the same state; here, of the same number.
+
+    Args:
+        kind: of the preset.
+        turn_rewards: r_ik of each trajectory's turns.
+        group_ids: group of each trajectory.
+        outcomes: A_i.
+        weight, discount: of the turns.
+
+    Raises:
+        ValueError: a reward is NaN or infinite.
+
+    Two trajectories that end alike; the first earned it one turn earlier:
+
+    >>> groups, outcomes = torch.zeros(2, dtype=torch.long), torch.tensor([0.0, 0.0])
+    >>> turn_advantages("group_std", [[1.0, 0.0], [0.0, 1.0]], groups, outcomes, 1.0, 0.95)
+    [[1.0, -1.0], [-1.0, 1.0]]
+    """
+    returns: list[float] = []
+    places: list[int] = []
+    most = max(map(len, turn_rewards), default=0)
+    for rewards, group in zip(turn_rewards, group_ids.tolist(), strict=True):
+        later = list(accumulate(reversed(rewards), lambda total, r: r + discount * total))
+        returns += reversed(later)
+        places += range(group * most, group * most + len(rewards))
+    of_turns = torch.tensor(returns, dtype=torch.float64)
+    gains = iter(advantages(kind, of_turns, torch.tensor(places, dtype=torch.long)).tolist())
+    return [
+        [outcome + weight * next(gains) for _ in rewards]
+        for rewards, outcome in zip(turn_rewards, outcomes.tolist(), strict=True)
+    ]
 
 
 def group_advantages(

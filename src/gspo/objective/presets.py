@@ -140,6 +140,8 @@ class Preset:
         minibatches: optimizer steps per rollout batch if the user gives no number. 1 for a
             method without a ratio: from the second step on its samples would be off-policy, with
             nothing to correct for it.
+        turn_weight: weight of a turn's own advantage beside the trajectory's (`turn_advantages`),
+            where turns have rewards. 0: rewards of turns are not read.
     """
 
     name: str
@@ -149,6 +151,7 @@ class Preset:
     advantage: AdvantageKind = "group_std"
     counts_flat: bool = True
     minibatches: int = 4
+    turn_weight: float = 0.0
 
 
 def _preset(name: str, table: dict[str, Any]) -> Preset:

@@ -11,6 +11,7 @@ import numpy as np
 from gspo.core.metrics import Metrics
 from gspo.data.sample import TrajectorySamples, flat, split_counts
 from gspo.train.minibatches import RolloutBatch
+from gspo.train.settings import Settings
 
 log = logging.getLogger("gspo")
 
@@ -65,6 +66,17 @@ def warn_of_altered(batch: RolloutBatch, warned: set[str]) -> None:
             "(docs/serving.md)",
             ", ".join(new),
             100 * share,
+        )
+
+
+def warn_of_unread(batch: RolloutBatch, settings: Settings, warned: set[str]) -> None:
+    """Say once that turn rewards were given to a method that reads none."""
+    if batch.unread and "turn_rewards" not in warned:
+        warned.add("turn_rewards")
+        log.warning(
+            "the trajectories have turn_rewards, which algorithm=%r does not read: each turn has "
+            "its trajectory's advantage. Use algorithm='sampo', or give a turn_weight",
+            settings.algorithm,
         )
 
 

@@ -17,7 +17,7 @@ from gspo.core.timing import timed
 from gspo.data.check import check_groups
 from gspo.data.packing import Microbatch, pack
 from gspo.data.sample import TrajectorySamples, flat, trajectory_samples
-from gspo.objective import Objective, advantages
+from gspo.objective import Objective, advantages, turn_advantages
 from gspo.policy.policy import Policy
 from gspo.train.settings import Settings, resolve
 from gspo.trajectories import Trajectory, TrajectoryGroup
@@ -35,12 +35,14 @@ class RolloutBatch:
         rewards: one for each trajectory.
         dropped: trajectories that were too long and left out, by the user's choice.
         stale: those that were too old and left out.
+        unread: turn rewards were given, and the method reads none.
     """
 
     samples: tuple[TrajectorySamples, ...]
     rewards: tuple[float, ...]
     dropped: int
     stale: int = 0
+    unread: bool = False
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -60,7 +62,7 @@ class RolloutBatch:
         return len(set(self.groups) - self._groups_with_signal())
 
     def _groups_with_signal(self) -> set[int]:
-        return {samples[0].group_id for samples in self.samples if samples[0].advantage != 0}
+        return {samples[0].group_id for samples in self.samples if samples[0].has_signal}
 
 
 def why_no_update(trajectories: int, too_long: int, stale: int = 0) -> str:
@@ -100,24 +102,28 @@ def prepare(
         version: of the weights before the update, which `max_staleness` is counted from.
 
     Raises:
-        DataError: see `check_groups` and `trajectory_samples`; an advantage beyond float32.
+        DataError: see `check_groups` and `trajectory_samples`; an advantage beyond float32; turn
+            rewards of some trajectories of a group only.
     """
     settings = settings or resolve()
     check_groups(groups)
     numbered = [(g, t, one) for g, group in enumerate(groups) for t, one in enumerate(group)]
     shaped = [shaped_reward(trajectory, settings) for _, _, trajectory in numbered]
-    values = advantages(
-        settings.preset.advantage,
-        torch.tensor(shaped, dtype=torch.float64),
-        torch.tensor([g for g, _, _ in numbered]),
-    ).tolist()
+    kind, group_ids = settings.preset.advantage, torch.tensor([g for g, _, _ in numbered])
+    outcomes = advantages(kind, torch.tensor(shaped, dtype=torch.float64), group_ids)
+    values, turns = outcomes.tolist(), _turn_rewards(groups)
+    unread = settings.turn_weight == 0 and any(turns)
+    weights = settings.turn_weight, settings.turn_discount
+    read = [[] for _ in turns] if unread else turns
+    by_turn = turn_advantages(kind, read, group_ids, outcomes, *weights)
     trained: list[TrajectorySamples] = []
     rewards: list[float] = []
     stale = 0
     for i, (g, t, trajectory) in enumerate(numbered):
-        if abs(values[i]) > torch.finfo(torch.float32).max:
+        largest = max([values[i], *by_turn[i]], key=abs)
+        if abs(largest) > torch.finfo(torch.float32).max:
             raise DataError(
-                f"group {g}: an advantage is {values[i]:.3g}, which is beyond float32: divide the "
+                f"group {g}: an advantage is {largest:.3g}, which is beyond float32: divide the "
                 "rewards by their size, or use an algorithm that divides by their spread (gspo)"
             )
         try:
@@ -126,6 +132,7 @@ def prepare(
                 trajectory_id=i,
                 group_id=g,
                 advantage=values[i],
+                turn_advantages=by_turn[i],
                 max_tokens=context,
                 vocabulary=vocabulary,
                 where=f"group {g}, trajectory {t}",
@@ -140,7 +147,23 @@ def prepare(
         trained.append(samples)
         rewards.append(float(trajectory.reward))
     dropped = len(numbered) - len(trained) - stale
-    return RolloutBatch(tuple(trained), tuple(rewards), dropped, stale)
+    return RolloutBatch(tuple(trained), tuple(rewards), dropped, stale, unread)
+
+
+def _turn_rewards(groups: Sequence[TrajectoryGroup]) -> list[list[float]]:
+    """The rewards of each trajectory's turns; an empty list where a group gives none.
+
+    Raises:
+        DataError: some trajectories of a group have them and others don't.
+    """
+    for g, group in enumerate(groups):
+        given = [trajectory.turn_rewards is not None for trajectory in group]
+        if any(given) and not all(given):
+            raise DataError(
+                f"group {g}: trajectory {given.index(True)} has turn_rewards, trajectory "
+                f"{given.index(False)} has none: give them to all of a group, or to none"
+            )
+    return [[float(r) for r in t.turn_rewards or ()] for group in groups for t in group]
 
 
 def is_stale(samples: TrajectorySamples, version: int, most: int | None) -> bool:
@@ -175,7 +198,7 @@ def with_gradient(
     minibatch: Sequence[TrajectorySamples], objective: Objective
 ) -> list[TrajectorySamples]:
     """The trajectories that have a gradient: those with an advantage, or all with a KL term."""
-    return [s for s in minibatch if objective.kl_coef > 0 or s[0].advantage != 0]
+    return [s for s in minibatch if objective.kl_coef > 0 or s[0].has_signal]
 
 
 def microbatches(
@@ -227,7 +250,7 @@ def shaped_reward(trajectory: Trajectory, options: dev.TrainConfig) -> float:
     reward, longest = float(trajectory.reward), options.overlong_max_tokens
     if longest is None or options.overlong_cache is None:
         return reward
-    choices = [choice for history in trajectory.histories() for choice in history.choices()]
-    length = sum(len(getattr(choice, "token_ids", None) or ()) for choice in choices)
+    turns = trajectory.sampled_turns()
+    length = sum(len(getattr(choice, "token_ids", None) or ()) for choice in turns)
     over = (longest - options.overlong_cache - length) / options.overlong_cache
     return reward + min(0.0, max(-1.0, over))

@@ -37,7 +37,7 @@ class Trace:
     """A sequence of one optimizer step, for reports and for epsilon="auto".
 
     Attributes:
-        log_ratio, advantage, length: l_i, A_i and L_i.
+        log_ratio, advantage, length: l_i, A_i (the mean, if turns have their own) and L_i.
         trajectory_id: of the rollout batch.
         trained_tokens, clipped_tokens: in the loss; of those, how many the range acts on.
         token_log_ratios: [L_i] float32 d_t, in the order of sampling.
@@ -189,8 +189,8 @@ def _record_ratios(metrics: Metrics, scored: Scored) -> None:
     """
     microbatch, out = scored.microbatch, scored.out
     share = (out.clipped_tokens / out.loss_tokens.clamp(min=1)).double()
-    _record_clipping(metrics, "ratio", share, microbatch.advantages)
-    counted = microbatch.advantages != 0
+    counted = microbatch.with_advantage
+    _record_clipping(metrics, "ratio", share, microbatch)
     clipped, tokens = out.clipped_tokens[counted], out.loss_tokens[counted]
     metrics.mean("ratio/clip_fraction_tokens", clipped.sum().item(), int(tokens.sum()))
     log_ratio = out.log_ratio[counted].double()
@@ -216,15 +216,15 @@ def _record_mismatch(metrics: Metrics, scored: Scored, objective: Objective) -> 
     if objective.per_sequence:
         low, high = clip_range(objective, segments.lengths)
         _, clipped = clipped_surrogate(noise.exp(), advantages, low, high)
-        _record_clipping(metrics, "mismatch", clipped.double(), advantages)
+        _record_clipping(metrics, "mismatch", clipped.double(), microbatch)
 
 
-def _record_clipping(metrics: Metrics, family: str, share: Tensor, advantages: Tensor) -> None:
+def _record_clipping(metrics: Metrics, family: str, share: Tensor, microbatch: Microbatch) -> None:
     """How much of each sequence is clipped, over those with an advantage, and by its sign."""
     for name, chosen in (
-        ("clip_fraction", advantages != 0),
-        ("clip_fraction_positive", advantages > 0),
-        ("clip_fraction_negative", advantages < 0),
+        ("clip_fraction", microbatch.with_advantage),
+        ("clip_fraction_positive", microbatch.advantages > 0),
+        ("clip_fraction_negative", microbatch.advantages < 0),
     ):
         metrics.mean(f"{family}/{name}", share[chosen].sum().item(), int(chosen.sum()))
 

@@ -27,13 +27,14 @@ class Settings(dev.TrainConfig):
 
     Attributes:
         algorithm: name of the preset, or `level:<level>` for a level that has none.
-        minibatches: a number.
+        minibatches, turn_weight: numbers.
         preset: the method, with the clip range, KL weight and advantage that apply.
         learning_rate: the peak; None until `with_defaults` fills it in for the model.
         given: the options as the user gave them, which a stored batch keeps.
     """
 
     minibatches: int  # pyright: ignore[reportGeneralTypeIssues, reportIncompatibleVariableOverride]
+    turn_weight: float  # pyright: ignore[reportGeneralTypeIssues, reportIncompatibleVariableOverride]
     preset: Preset
     learning_rate: float | None
     given: dev.TrainConfig
@@ -89,6 +90,7 @@ def resolve(config: TrainConfig | None = None, options: dev.TrainConfig | None =
     except ValueError as error:
         raise ConfigError(f"dev.TrainConfig: algorithm={preset.name!r}: {error}") from None
     advantage, correction = preset.advantage, objective.correction
+    weight = preset.turn_weight if given.turn_weight is None else given.turn_weight
     if given.scale_rewards is not None:
         advantage = "group_std" if given.scale_rewards else "group_mean"
     ranged = objective.has_range
@@ -105,7 +107,8 @@ def resolve(config: TrainConfig | None = None, options: dev.TrainConfig | None =
         "correction_high": correction and correction.high,
         "minibatches": given.minibatches or preset.minibatches,
         "learning_rate": config.learning_rate,
-        "preset": replace(preset, objective=objective, advantage=advantage),
+        "turn_weight": weight,
+        "preset": replace(preset, objective=objective, advantage=advantage, turn_weight=weight),
         "given": given,
     }
     # Without a second check: each value was checked by its own class.
@@ -135,6 +138,7 @@ def _refuse(preset: Preset, options: dev.TrainConfig) -> None:
     low, high, title = options.epsilon, options.epsilon_high, f"algorithm={preset.name!r}"
     objective, sequence = preset.objective, preset.objective.per_sequence
     centres = preset.advantage in ("group_std", "group_mean")
+    weight = preset.turn_weight if options.turn_weight is None else options.turn_weight
     reason = None
     if (low or high) and not objective.has_range:
         reason = f"{title} has no clip range: leave {'epsilon' if low else 'epsilon_high'} out"
@@ -154,6 +158,13 @@ def _refuse(preset: Preset, options: dev.TrainConfig) -> None:
         reason = "epsilon='auto' sets both sides: leave epsilon_high out"
     elif options.scale_rewards is not None and not centres:
         reason = f"{title} doesn't centre rewards by group: leave scale_rewards out"
+    elif weight and objective.one_ratio and options.sequence_unit == "trajectory":
+        reason = (
+            f"{title} has one advantage for all turns of a trajectory, but turn_weight = {weight}: "
+            "use algorithm='gspo_token' or 'sampo', or sequence_unit='turn'"
+        )
+    elif options.turn_discount != 0.95 and not weight:
+        reason = f"{title} doesn't read the rewards of turns: leave turn_discount out"
     if reason is not None:
         raise ConfigError(reason)
 

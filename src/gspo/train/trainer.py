@@ -31,7 +31,7 @@ from gspo.policy.policy import Policy
 from gspo.policy.workers import Workers
 from gspo.train import minibatches as plan
 from gspo.train.backward import backward_each
-from gspo.train.batch_metrics import warn_of_altered
+from gspo.train.batch_metrics import warn_of_altered, warn_of_unread
 from gspo.train.bit_equality import check_exact
 from gspo.train.defaults import with_defaults
 from gspo.train.epsilon import EpsilonController
@@ -162,12 +162,14 @@ class Trainer:
             scored = self.policy.logprobs(microbatch, settings.logprob_calculation_chunk_size)
         if exact:
             check_exact(scored.logprobs, microbatch)
+        of_tokens = microbatch.token_advantages  # A_ik, if turns have advantages of their own
         out = policy_loss(
             scored.logprobs,
             microbatch.old_logprobs,
             microbatch.sequence_ids,
-            microbatch.advantages,
+            microbatch.advantages if of_tokens is None else None,
             objective,
+            token_advantages=of_tokens,
             loss_mask=microbatch.loss_mask,
             total_sequences=total_sequences,
             total_tokens=total_tokens,
@@ -202,6 +204,7 @@ class Trainer:
             settings = settings.with_objective(self.epsilon.apply(settings.objective))
         observer = Observer(self.policy, batch)
         warn_of_altered(batch, self._warned)
+        warn_of_unread(batch, settings, self._warned)
         experts = ExpertReplay(self.policy, settings, observer.metrics)
         if settings.objective.kl_coef > 0:
             _ = self._frozen  # loaded before any work

@@ -109,3 +109,16 @@ def test_further_conversations_follow_behind_a_heading(tmp_path: Path):
         ("user", "sub", []),
         ("assistant", "", [8]),
     ]
+
+
+def test_a_turn_says_what_it_earned(tmp_path: Path):
+    run = Run(tmp_path, "p", "m", {})
+    one = trajectory(0.0, choice([7]), choice([8], [1, 2, 3, 7]))
+    one.turn_rewards = [0.5, 0.0]
+    path = run.trajectories("train", 1)
+    write_batch(path, [TrajectoryGroup([one])], turn_advantages={0: (1.25, -1.0)})
+    run.log(1, {"train/reward": 0.0})
+    run.close()
+    (group,) = sampled_groups(read_runs([run.folder])[0])
+    roles = [role for role, *_ in group["trajectories"][0]["parts"]]
+    assert roles == ["assistant, reward 0.5, A 1.25", "assistant, reward 0, A -1"]

@@ -29,7 +29,7 @@ _FAINTEST = 1e-4
 _COLUMNS = [
     *("group", "trajectory", "reward", "advantage", "messages", "token_ids", "logprobs", "update"),
     *("sequence_log_ratios", "trained_tokens", "clipped_tokens", "token_log_ratios"),
-    "additional_histories",
+    *("additional_histories", "turn_rewards", "turn_advantages"),
 ]
 
 Row = Mapping[str, Any]
@@ -133,7 +133,15 @@ def _parts(row: Row, messages: Sequence[Row], tokenizer: Tokenizer | None) -> It
         columns = (ids[:left], token_texts(ids[:left], tokenizer), logprobs[:left], d[:left])
         rest = f" … {len(ids) - left} more tokens" if len(ids) > left else ""
         left = max(left - len(ids), 0)
-        yield str(message.get("role", "assistant")), rest, list(zip(*columns, strict=True))
+        role = str(message.get("role", "assistant")) + _earned(row, turn)
+        yield role, rest, list(zip(*columns, strict=True))
+
+
+def _earned(row: Row, turn: int) -> str:
+    """What a turn earned and its advantage, behind its role; nothing if turns have no rewards."""
+    rewards, values = row.get("turn_rewards"), row.get("turn_advantages")
+    text = f", reward {rewards[turn]:.3g}" if rewards else ""
+    return text + (f", A {values[turn]:.3g}" if values else "")
 
 
 def _headed(further: Sequence[Row]) -> Iterator[Row]:
