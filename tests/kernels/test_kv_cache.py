@@ -10,7 +10,7 @@ import torch
 
 from gspo.kernels import kv_cache
 from gspo.kernels.attention import PACKED
-from gspo.kernels.kv_cache import Layout, kv_bytes, prefill
+from gspo.kernels.kv_cache import Layout, Reading, kv_bytes
 from models import model
 
 CPU = torch.device("cpu")
@@ -31,7 +31,9 @@ def whole(backbone: Any, text: list[int]) -> torch.Tensor:
 
 
 def start(backbone: Any, prompts: list[tuple[int, ...]], prompt_of: list[int], layout: Layout):
-    return prefill(backbone, prompts, np.array(prompt_of), 30, layout=layout, device=CPU)
+    reading = Reading(backbone, prompts, layout=layout, device=CPU)
+    reading.read(reading.width)
+    return reading.opened(np.array(prompt_of), 30)
 
 
 @pytest.mark.parametrize("layout", ["shared", "model_cache", "equal_lengths"])

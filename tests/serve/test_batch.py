@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,8 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gspo.kernels.prompt_cache import SharedPrompts
 from gspo.policy.policy import Policy
 from gspo.serve import batch
+from gspo.serve import batch as module
 from gspo.serve.decoding import OpenCompletion
 from gspo.serve.engine import Request, SamplingParams
+from gspo.serve.selfcheck import make_exact
 from gspo.serve.torch_engine import TorchEngine
 from support import embedded
 
@@ -111,3 +114,55 @@ def test_a_step_is_of_one_version(engine: TorchEngine):
     assert done[0].logprobs[3] != same.logprobs[3]
     tokens = torch.tensor([[6, 7, 8, *done[0].tokens]])
     assert not torch.isnan(tokens.float()).any()
+
+
+def test_a_long_prompt_is_read_in_pieces_beside_those_that_run(monkeypatch: pytest.MonkeyPatch):
+    """Exact: neither the pieces nor a neighbour's prompt change a bit; nobody waits for them."""
+    exact = TorchEngine(embedded())
+    make_exact(exact, required=True)
+    monkeypatch.setattr(module, "PROMPT_TOKENS", (64, 64))
+    text = tuple(6 + i * i % 50 for i in range(450))
+    params = SamplingParams(n=2, max_tokens=3, seed=1, ignore_eos=True, expert_choices=True)
+    asked = Request(text, params)
+    long, gone = exact.opened(asked), exact.opened(Request(text[:300], params))
+    short, late = opened(exact, 12), opened(exact, 2, seed=1)
+    batch = exact.batch()
+    with exact.computing():
+        batch.step(short)
+        for step in range(1, 9):
+            batch.step([*long, *gone] if step == 1 else late if step == 4 else [])
+            assert len(batch.sampled(short[0], 0)[0]) == step + 1
+            if step == 3:
+                for completion in gone:
+                    batch.cancel(completion)
+            assert set(map(id, batch.busy)) >= set(map(id, long))
+            assert batch.sampled(long[0], 0) == ((), ())
+        assert late[0].finish == "length"  # it began after the long prompt and did not wait for it
+        while batch.step([]):
+            pass
+    monkeypatch.setattr(module, "PROMPT_TOKENS", (10**6, 10**6))
+    whole = exact.generate([asked])[0]
+    for one, other in zip(map(exact.whole, long), whole, strict=True):
+        assert one == other and one.expert_choices is not None
+        np.testing.assert_array_equal(one.expert_choices, other.expert_choices)
+    assert exact.whole(late[0]) == exact.generate([late[0].request])[0][0]
+
+
+def test_weights_that_change_in_a_prompt_read_it_again(monkeypatch: pytest.MonkeyPatch):
+    policy = embedded()
+    changing = TorchEngine(policy)
+    monkeypatch.setattr(module, "PROMPT_TOKENS", (32, 32))
+    text = tuple(6 + i % 50 for i in range(400))
+    params = SamplingParams(max_tokens=3, seed=1, ignore_eos=True)
+    done, batch = changing.opened(Request(text, params)), changing.batch()
+    with changing.computing():
+        assert batch.step(done) and batch.sampled(done[0], 0) == ((), ())
+        policy.version = 7
+        for weight in policy.trainable.values():
+            weight.mul_(1.1)
+        while batch.step([]):
+            pass
+    assert done[0].versions == (7, 7, 7)
+    assert done[0].logprobs == pytest.approx(
+        changing.generate([Request(text, params)])[0][0].logprobs, abs=1e-5
+    )

@@ -61,8 +61,9 @@ def _as_autocast(x: Tensor) -> Tensor:
 def _is_norm(module: nn.Module) -> bool:
     """Whether it is built as one: a vector of weights, and an epsilon."""
     names = [name for name, _ in module.named_parameters()]
-    named = type(module).__name__.endswith("RMSNorm") and names == ["weight"]
-    return named and module.weight.dim() == 1 and _epsilon(module) is not None
+    if not type(module).__name__.endswith("RMSNorm") or names != ["weight"]:
+        return False
+    return module.get_parameter("weight").dim() == 1 and _epsilon(module) is not None
 
 
 def _is_gated(module: Any) -> bool:
@@ -123,7 +124,7 @@ def cast_experts() -> Any:
     def product(a: Tensor, b: Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None):
         dtype = torch.get_autocast_dtype("cuda")
         with torch.autocast("cuda", enabled=False):
-            return torch._grouped_mm(
+            return torch.ops.aten._grouped_mm.default(
                 a.to(dtype), b.to(dtype), offs=offs, bias=bias, out_dtype=out_dtype
             )
 

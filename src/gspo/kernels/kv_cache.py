@@ -8,8 +8,8 @@
   the cache: recurrent states of linear attention, convolutions.
 - "equal_lengths" is the same for prompts of one length, if padding would reach a model's states.
 
-`prefill` computes the prompts and returns one of the two; `advance` feeds a token to each
-completion; `keep` drops those that have ended.
+`Reading` computes the prompts and makes one of the two; `advance` feeds a token to each completion;
+`keep` drops those that have ended.
 """
 
 from __future__ import annotations
@@ -73,63 +73,105 @@ class ModelCache:
             self._real = self._real[chosen]
 
 
-def places(prompts: Sequence[Sequence[int]], layout: Layout) -> list[slice]:
-    """Where the tokens of each prompt stand in `prefill`'s pass.
-
-    >>> places([[5, 6], [7]], "shared")
-    [slice(0, 2, None), slice(2, 3, None)]
-    """
-    width = max(map(len, prompts))
-    starts = [
-        row * width + (0 if layout == "shared" else width - len(prompt))  # padded on the left
-        for row, prompt in enumerate(prompts)
-    ]
-    pairs = zip(starts, prompts, strict=True)
-    return [slice(start, start + len(prompt)) for start, prompt in pairs]
-
-
-def prefill(
-    backbone: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    prompt_of: np.ndarray,
-    longest: int,
-    *,
-    layout: Layout,
-    device: torch.device,
-    multiple: int = 1,
-) -> tuple[SharedPrompts | ModelCache, Float[Tensor, "P D"]]:
-    """Compute each of P prompts once.
+class Reading:
+    """P prompts that are computed once each, piece by piece in the layout "shared".
 
     Args:
         backbone, device, multiple: as of `SharedPrompts`.
         prompts: token ids, at least one each.
-        prompt_of: [N] prompt of each completion.
-        longest: tokens that a completion may have.
-        layout: how the completions' keys and values are held.
+        layout: how the completions' keys and values are held. Others than "shared" are read whole.
 
-    Returns:
-        The completions' keys and values, and the last hidden state of each prompt.
+    Attributes:
+        prompts: as given.
+        done: tokens of each prompt that have been read, padding included.
+        width: tokens of the longest.
     """
-    rows = [torch.tensor(prompt) for prompt in prompts]
-    lengths = np.array([len(prompt) for prompt in prompts])
-    side = "right" if layout == "shared" else "left"
-    tokens = nn.utils.rnn.pad_sequence(rows, True, padding_side=side).to(device)
-    if layout == "shared":
-        width = tokens.shape[1]
-        kind = GraphedPrompts if device.type == "cuda" else SharedPrompts
-        shared = kind(backbone, len(prompts), width, device, multiple)
-        hidden = shared.feed(tokens)
-        shared.fan_out(lengths, prompt_of, min(longest, FIRST_COLUMNS))
-        ends = torch.from_numpy(lengths - 1).to(device)
-        return shared, hidden[torch.arange(len(prompts), device=device), ends]
-    real = [torch.ones_like(row, dtype=torch.bool) for row in rows]
-    mask = nn.utils.rnn.pad_sequence(real, True, padding_side="left").to(device)
-    positions = (mask.cumsum(-1) - 1).clamp_(min=0)
-    held = None if (lengths == lengths[0]).all() else mask
-    output = backbone(use_cache=True, input_ids=tokens, attention_mask=held, position_ids=positions)
-    copied = ModelCache(backbone, returned_cache(output), held, tokens.shape[1])
-    copied.keep(prompt_of)
-    return copied, output.last_hidden_state[:, -1]
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        *,
+        layout: Layout,
+        device: torch.device,
+        multiple: int = 1,
+    ):
+        self.prompts, self._backbone, self._layout = prompts, backbone, layout
+        self._device, self._multiple = device, multiple
+        self._lengths = np.array([len(prompt) for prompt in prompts])
+        self.width = int(self._lengths.max())
+        self.again()
+
+    def again(self) -> None:
+        """Begin anew: the weights have changed."""
+        self.done = 0
+        self._hidden: Tensor | None = None
+        if self._layout == "shared":
+            kind = GraphedPrompts if self._device.type == "cuda" else SharedPrompts
+            count, width = len(self.prompts), self.width
+            self._cache: SharedPrompts | ModelCache = kind(
+                self._backbone, count, width, self._device, self._multiple
+            )
+
+    def places(self, columns: int) -> list[slice]:
+        """Where the next `columns` tokens of each prompt stand in `read`'s pass."""
+        left = np.clip(self._lengths - self.done, 0, columns)
+        starts = np.arange(len(left)) * columns
+        if self._layout != "shared":  # padded on the left
+            starts += columns - left
+        return [slice(int(start), int(start + n)) for start, n in zip(starts, left, strict=True)]
+
+    def read(self, columns: int) -> None:
+        """Compute the next `columns` tokens of each prompt."""
+        if self._layout != "shared":
+            self._read_whole()
+            return
+        assert isinstance(self._cache, SharedPrompts)
+        span = slice(self.done, self.done + columns)
+        parts = [torch.tensor(prompt[span], dtype=torch.long) for prompt in self.prompts]
+        tokens = nn.utils.rnn.pad_sequence(parts, True).to(self._device)
+        hidden = self._cache.feed(tokens)
+        if self._hidden is None:
+            self._hidden = hidden.new_zeros(len(self.prompts), hidden.shape[2])
+        ends = self._lengths - 1 - self.done
+        here = np.flatnonzero((ends >= 0) & (ends < columns))
+        rows, ends = (torch.from_numpy(x).to(self._device) for x in (here, ends[here]))
+        self._hidden[rows] = hidden[rows, ends]
+        self.done += tokens.shape[1]
+
+    def _read_whole(self) -> None:
+        rows = [torch.tensor(prompt) for prompt in self.prompts]
+        real = [torch.ones_like(row, dtype=torch.bool) for row in rows]
+        tokens, mask = (
+            nn.utils.rnn.pad_sequence(x, True, padding_side="left").to(self._device)
+            for x in (rows, real)
+        )
+        positions = (mask.cumsum(-1) - 1).clamp_(min=0)
+        held = None if (self._lengths == self.width).all() else mask
+        output = self._backbone(
+            use_cache=True, input_ids=tokens, attention_mask=held, position_ids=positions
+        )
+        self._cache = ModelCache(self._backbone, returned_cache(output), held, self.width)
+        self._hidden, self.done = output.last_hidden_state[:, -1], self.width
+
+    def opened(
+        self, prompt_of: np.ndarray, longest: int
+    ) -> tuple[SharedPrompts | ModelCache, Float[Tensor, "P D"]]:
+        """Make completions of the prompts, all of which have been read.
+
+        Args:
+            prompt_of: [N] prompt of each completion.
+            longest: tokens that a completion may have.
+
+        Returns:
+            The completions' keys and values, and the last hidden state of each prompt.
+        """
+        assert self._hidden is not None and self.done == self.width
+        if isinstance(self._cache, SharedPrompts):
+            self._cache.fan_out(self._lengths, prompt_of, min(longest, FIRST_COLUMNS))
+        else:
+            self._cache.keep(prompt_of)
+        return self._cache, self._hidden
 
 
 def kv_bytes(completions: int, positions: int, config: object) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -13,21 +12,13 @@ from torch.nn import functional
 
 from gspo.kernels.hf import no_mask
 from gspo.kernels.shared_contexts import Context, context_groups
-from gspo.kernels.tile_attention import (
-    LOG2_E,
-    TILE,
-    Scoring,
-    attend,
-    hiding,
-    whole_tiles,
-)
+from gspo.kernels.tile_attention import LOG2_E, ROWS, TILE, Scoring, attend, hiding, whole_tiles
+from gspo.kernels.token_attention import TokenAttention, by_head, new_slabs
+from gspo.kernels.unseen import Span, unseen
 
 _SCORE_BYTES = 64 * 2**20
 """Memory for the scores of a pass over prompts, whose queries are attended piece by piece."""
 _LARGEST_MASK = 2**24  # bytes
-_Span: TypeAlias = tuple[int, int, int]
-"""The first position of the prompts that is seen, the first column of the slabs, and the last + 1.
-"""
 
 
 class SharedPrompts:
@@ -49,7 +40,10 @@ class SharedPrompts:
 
     Attributes:
         fed: completions, and tokens of each, of the last pass.
+        packs: small key heads may stand side by side in the slabs; see `token_attention`.
     """
+
+    packs = True
 
     def __init__(
         self,
@@ -68,12 +62,14 @@ class SharedPrompts:
         self._prompt_of = np.zeros(count, dtype=np.int64)
         self._sizes = np.full(1, count)  # completions that each prompt had at first
         self.width = 0  # W
-        self._scores: Tensor | None = None
+        self._kv_heads: dict[int, int] = {}  # by layer
         self.fed = (0, 0)
-        self._tile = TILE if device.type == "cpu" else None
+        self._on_cpu = device.type == "cpu"
+        self._tile = TILE if self._on_cpu and multiple > 1 else None  # else any order of sums does
         self._group()
 
     def _group(self) -> None:
+        self._by_shape: dict[tuple[int, ...], TokenAttention] = {}  # of the layers' heads
         self.groups = (
             context_groups(self._prompt_of, self._sizes, self.device) if self.width else []
         )
@@ -93,7 +89,7 @@ class SharedPrompts:
         self.make_room(columns)
         self._columns = whole_tiles(columns)
         self._places: dict[int, Tensor] = {}  # of new keys in the slabs, by the number of heads
-        self._masks: dict[tuple[int, int, int | None], tuple[_Span, Tensor | None]] = {}
+        self._masks: dict[tuple[int, int, int | None], tuple[Span, Tensor | None]] = {}
         missing = -tokens.numel() % self._multiple
         given = torch.stack([tokens.flatten(), self._tensor(self._positions).flatten()])
         ids, positions = functional.pad(given, (0, missing))[:, None]
@@ -121,7 +117,7 @@ class SharedPrompts:
         """Attention of one layer inside `feed`."""
         count, queries = self._positions.shape
         total, heads, kv_heads = query.shape[2], query.shape[1], key.shape[1]
-        dtype = torch.float32 if self._tile else query.dtype
+        dtype = torch.float32 if self._on_cpu else query.dtype
         scale = LOG2_E * (query.shape[-1] ** -0.5 if scaling is None else scaling)
 
         def by_token(x: Tensor) -> Tensor:  # [NQ, heads, D]
@@ -129,101 +125,99 @@ class SharedPrompts:
 
         held = None if sinks is None else sinks.to(dtype).view(kv_heads, -1)
         scoring = Scoring(softcap, held)
-        self._write(layer, by_token(key), by_token(value))
+        q = by_token(query).view(count, queries, kv_heads, heads // kv_heads, -1)
+        self._write(layer, by_token(key), by_token(value), q.shape[3])
         with torch.autocast(query.device.type, enabled=False):
-            q = (by_token(query) * scale).view(count, queries, kv_heads, heads // kv_heads, -1)
-            q = q.transpose(1, 2)
-            longest = self.width + self._columns
-            piece = max(1, _SCORE_BYTES // (4 * count * heads * longest))
-            outputs = [
-                self._attend(layer, q[:, :, start : start + piece], start, window, scoring)
-                for start in range(0, queries, piece)
-            ]
-        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-        out = out.transpose(1, 2).reshape(count * queries, heads, -1)
+            if queries == 1:
+                out = self._attend_token(layer, q[:, 0], scale, window, scoring)
+            else:
+                out = self._attend_all(layer, q.transpose(1, 2) * scale, window, scoring)
+        out = out.reshape(count * queries, heads, -1)
         if total > len(out):
             out = functional.pad(out, (0, 0, 0, 0, 0, total - len(out)))
         return out[None].to(query.dtype)
 
     def _write(
-        self, layer: int, key: Float[Tensor, "M K D"], value: Float[Tensor, "M K E"]
+        self, layer: int, key: Float[Tensor, "M K D"], value: Float[Tensor, "M K E"], share: int
     ) -> None:
         """Put the new keys and values of a layer into the slabs; M = N x Q."""
         count, kv_heads = len(self._positions), key.shape[1]
         if layer not in self._slabs:
-            self._slabs[layer] = [
-                x.new_zeros(count, kv_heads, self.capacity, x.shape[-1]) for x in (key, value)
-            ]
-        if kv_heads not in self._places:  # among rows of D numbers
-            first = np.arange(count * kv_heads).reshape(count, 1, kv_heads) * self.capacity
+            self._kv_heads[layer] = kv_heads
+            self._slabs[layer] = new_slabs(
+                key, value, count, self.capacity, share if self.packs else ROWS
+            )
+        slabs = self._slabs[layer]
+        rows = slabs[0].shape[1]
+        if rows not in self._places:
+            first = np.arange(count * rows).reshape(count, 1, rows) * self.capacity
             written = (self._positions - self.base[:, None])[:, :, None]
-            self._places[kv_heads] = self._tensor((first + written).ravel())
-        for slab, x in zip(self._slabs[layer], (key, value), strict=True):
-            rows = slab.view(-1, slab.shape[-1])
-            rows.index_copy_(0, self._places[kv_heads], x.reshape(-1, slab.shape[-1]))
+            self._places[rows] = self._tensor((first + written).ravel())
+        for slab, x in zip(slabs, (key, value), strict=True):
+            all_rows = slab.view(-1, slab.shape[-1])
+            all_rows.index_copy_(0, self._places[rows], x.reshape(-1, slab.shape[-1]))
 
-    def _attend(
+    def _attend_token(
+        self,
+        layer: int,
+        query: Float[Tensor, "N K g D"],
+        scale: float,
+        window: int | None,
+        scoring: Scoring,
+    ) -> Float[Tensor, "N K g E"]:
+        """Attention of one query of each completion."""
+        keys, values, context, hidden = self._seen(layer, slice(0, 1), window)
+        count, kv_heads, share, depth = query.shape
+        together = kv_heads // keys.shape[1]
+        shape = count, kv_heads, share, depth, values.shape[3] // together
+        if shape not in self._by_shape:
+            made = TokenAttention(shape, together, query.dtype, self.device)
+            self._by_shape[shape] = made
+        seen = keys, values, context, hidden
+        return self._by_shape[shape].attend(query, scale, *seen, self._tile, scoring)
+
+    def _attend_all(
         self,
         layer: int,
         query: Float[Tensor, "N K Q g D"],
-        start: int,
         window: int | None,
         scoring: Scoring,
-    ) -> Float[Tensor, "N K Q g E"]:
-        """Attention of the queries from `start` on."""
-        queries = slice(start, start + query.shape[2])
-        (first, column, columns), hidden = self._not_visible(queries, window)
+    ) -> Float[Tensor, "N Q K g E"]:
+        """Attention of several queries of each completion, as many at a time as memory allows."""
+        count, kv_heads, queries, share, _ = query.shape
+        longest = self.width + self._columns
+        piece = max(1, _SCORE_BYTES // (4 * count * kv_heads * share * longest))
+        outputs = []
+        for start in range(0, queries, piece):
+            part = query[:, :, start : start + piece]
+            span = slice(start, start + part.shape[2])
+            keys, values, context, hidden = self._seen(layer, span, window)
+            keys, values = (by_head(x, kv_heads) for x in (keys, values))
+            rows = part.flatten(2, 3)
+            out, *_ = attend(rows, keys, values, context, hidden, self._tile, scoring)
+            outputs.append(out.unflatten(2, part.shape[2:4]))
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+        return out.transpose(1, 2)
+
+    def _seen(
+        self, layer: int, queries: slice, window: int | None
+    ) -> tuple[Tensor, Tensor, Context | None, Tensor | None]:
+        """The slabs' keys and values, the prompts', and which of them these queries don't see."""
+        key = (queries.start, queries.stop, window)
+        found = self._masks.get(key)
+        if found is None:
+            at = self._positions[:, queries]
+            span, hidden = unseen(at, self.base, self.width, window)
+            found = span, None if hidden is None else hiding(hidden, self.device)
+            if hidden is None or hidden.size <= _LARGEST_MASK:
+                self._masks[key] = found  # that of a long prompt is made again for each layer
+        (first, column, columns), mask = found
         keys, values = (x[:, :, column:columns] for x in self._slabs[layer])
         context = None
         if first < self.width:
             shared = [x[:, :, first:] for x in self._prompts[layer]]
             context = Context(shared[0], shared[1], self.groups)
-        room = self._room if query.shape[2] == 1 else None
-        rows = query.flatten(2, 3)
-        out, *_ = attend(rows, keys, values, context, hidden, self._tile, room, scoring)
-        return out.unflatten(2, query.shape[2:4])
-
-    def _room(self, shape: tuple[int, ...]) -> Tensor:
-        """Memory for the weights of a step, which all layers use: new memory takes time."""
-        if self._scores is None or self._scores.shape != shape:
-            self._scores = torch.zeros(shape, device=self.device)
-        return self._scores
-
-    def _not_visible(self, queries: slice, window: int | None) -> tuple[_Span, Tensor | None]:
-        """Mark what completions do not see: what lies behind a token, outside its window, or at the
-        end of a prompt that is shorter than others. Tiles that nobody sees are left out.
-
-        Returns:
-            What is left of prompts and slabs; and for the keys inside, what `tile_attention.hiding`
-            makes.
-        """
-        key = (queries.start, queries.stop, window)
-        if key not in self._masks:
-            at = self._positions[:, queries]
-            first = column = 0
-            if window is not None:
-                oldest = at[:, 0] - window + 1
-                first = min(max(0, int(oldest.min())) // TILE * TILE, self.width)
-                column = max(0, int((oldest - self.base).min())) // TILE * TILE
-            columns = whole_tiles(int((at[:, -1] - self.base).max()) + 1)
-            base = self.base[:, None]
-            place = base + np.arange(column, columns)
-            if window is None and (self.base == self.width).all():
-                place = place[:, (at[:, 0] - self.base).min() :]  # the keys before are seen by all
-            else:
-                prompt = np.arange(first, self.width)[None]
-                prompt = np.where(prompt < base, prompt, at.max() + 1)
-                place = np.concatenate([prompt, place], axis=1)
-            place = place[:, None]
-            hidden = place > at[:, :, None]
-            if window is not None:
-                hidden |= place <= at[:, :, None] - window
-            mask = hiding(hidden, self.device) if hidden.any() else None
-            found = (first, column, columns), mask
-            if hidden.size > _LARGEST_MASK:  # of a long prompt: made again for each layer
-                return found
-            self._masks[key] = found
-        return self._masks[key]
+        return keys, values, context, mask
 
     def fan_out(self, lengths: np.ndarray, prompt_of: np.ndarray, capacity: int) -> None:
         """Make completions of prompts that have been fed.
@@ -239,7 +233,8 @@ class SharedPrompts:
         self.capacity = whole_tiles(TILE + capacity)
         prompts, chosen = torch.arange(len(lengths))[:, None], self._tensor(prompt_of)
         for layer, pair in self._slabs.items():
-            self._prompts[layer] = [x[:, :, : self.width].clone() for x in pair]
+            parts = (by_head(x[:, :, : self.width], self._kv_heads[layer]) for x in pair)
+            self._prompts[layer] = [x.clone(memory_format=torch.contiguous_format) for x in parts]
             begun = [x[prompts, :, self._tensor(rest)].transpose(1, 2)[chosen] for x in pair]
             more = self.capacity - TILE
             self._slabs[layer] = [functional.pad(x, (0, 0, 0, more)) for x in begun]

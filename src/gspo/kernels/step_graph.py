@@ -83,10 +83,12 @@ class Step:
             q = (query[0].transpose(0, 1).to(dtype) * scale).view(
                 count, kv_heads, -1, query.shape[-1]
             )
-            context = None if prompts is None else Context(*prompts, self._cache.groups)
+            context = None
+            if prompts is not None:
+                context = Context(prompts[0], prompts[1], self._cache.groups)
             keys, values = (slab[:, :, : self.columns] for slab in slabs)
             out, *_ = attend(
-                q, keys, values, context, self._hidden(window), None, None, Scoring(softcap, held)
+                q, keys, values, context, self._hidden(window), None, Scoring(softcap, held)
             )
         return out.reshape(1, count, heads, -1).to(query.dtype)
 
@@ -135,6 +137,7 @@ class GraphedPrompts(SharedPrompts):
     """
 
     capture: Callable[[Step], Replay] = staticmethod(captured)
+    packs = False
     _step: Step | None = None
     _replay: Replay | None = None
     _warm = _refused = False

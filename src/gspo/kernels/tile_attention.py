@@ -18,7 +18,6 @@ P contexts; D wide keys, E wide values.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,7 +85,6 @@ def attend(
     context: Context | None,
     hidden: Float[Tensor, "n 1 Q 1 U"] | Bool[Tensor, "n 1 Q 1 U"] | None,
     tile: int | None = TILE,
-    room: Callable[[tuple[int, ...]], Tensor] | None = None,
     scoring: Scoring = PLAIN,
 ) -> tuple[
     Float[Tensor, "N K M E"],
@@ -105,8 +103,6 @@ def attend(
             context first. The others are seen by all. None: all are.
         tile: positions that are summed in one product; None: all of them, where the order of the
             sum does not matter.
-        room: memory for the weights, of a shape; what is not written in it before is 0, or what
-            this wrote for a call of the same shape.
         scoring: caps and sinks.
 
     Returns:
@@ -115,8 +111,28 @@ def attend(
     """
     width = 0 if context is None else context.keys.shape[2]
     rows = query.shape[2]
-    every = _every_score(query, keys, context, room)
+    every = _every_score(query, keys, context)
     scores = every[:, :, :rows]
+    total, largest = softmax_(scores, hidden, tile, scoring)
+    out = None
+    if context is not None:
+        out = query.new_zeros(*every.shape[:3], values.shape[-1])
+        sum_context(out[:, :, :rows], scores[..., :width], context, tile)
+    out = _add_tiles(out, every[..., width:], values, tile)[:, :, :rows]
+    return out / total, scores, total, largest
+
+
+def softmax_(
+    scores: Float[Tensor, "N K M S"],
+    hidden: Float[Tensor, "n 1 Q 1 U"] | Bool[Tensor, "n 1 Q 1 U"] | None,
+    tile: int | None,
+    scoring: Scoring,
+) -> tuple[Float[Tensor, "N K M 1"], Float[Tensor, "N K M 1"]]:
+    """Turn scores into the weights 2^(score - largest score); see `attend`.
+
+    Returns:
+        The sums of the weights, and the largest scores.
+    """
     if scoring.cap is not None:
         scores.div_(scoring.cap).tanh_().mul_(scoring.cap)
     if hidden is not None:
@@ -125,23 +141,14 @@ def attend(
         by_token.masked_fill_(hidden, -torch.inf) if large else by_token.add_(hidden)
     # Powers of 2: torch's exp takes ten times as long for -inf.
     largest = scores.amax(-1, keepdim=True)
-    sinks = scoring.by_row(rows)
+    sinks = scoring.by_row(scores.shape[2])
     if sinks is not None:
         largest = torch.maximum(largest, sinks)
-    scores.sub_(largest)
-    exp2(scores, scores)
+    exp2(scores.sub_(largest), scores)
     total = _sum_of_tiles(scores, tile)
     if sinks is not None:
         total = total + exp2(sinks - largest, None)
-    out = None
-    if context is not None:
-        out = query.new_zeros(*every.shape[:3], values.shape[-1])
-        for group in context.groups:
-            weighted = group.gather(scores[..., :width])
-            products = _add_tiles(None, weighted, context.values[group.contexts], tile)
-            group.scatter(out[:, :, :rows], products[:, :, : weighted.shape[2]], add=False)
-    out = _add_tiles(out, every[..., width:], values, tile)[:, :, :rows]
-    return out / total, scores, total, largest
+    return total, largest
 
 
 def attend_backward(
@@ -210,10 +217,7 @@ def hiding(
 
 
 def _every_score(
-    query: Float[Tensor, "N K M D"],
-    keys: Float[Tensor, "N K L D"],
-    context: Context | None,
-    room: Callable[[tuple[int, ...]], Tensor] | None,
+    query: Float[Tensor, "N K M D"], keys: Float[Tensor, "N K L D"], context: Context | None
 ) -> Float[Tensor, "N K R S"]:
     """Multiply queries and keys, the context's first; rows of at least `ROWS` that no query has are
     0, and so is what they give."""
@@ -222,16 +226,34 @@ def _every_score(
     if context is None:
         return own
     rows, width = query.shape[2], context.keys.shape[2]
-    shape = (*own.shape[:3], width + keys.shape[2])
-    every = own.new_empty(shape) if room is None else room(shape)
-    if rows < every.shape[2] and room is None:
-        every[:, :, rows:] = 0
+    every = own.new_empty(*own.shape[:3], width + keys.shape[2])
+    every[:, :, rows:] = 0
     every[:, :, :rows, width:] = own[:, :, :rows]
+    score_context(every[:, :, :rows, :width], query, context)
+    return every
+
+
+def score_context(
+    scores: Float[Tensor, "N K M W"], query: Float[Tensor, "N K M D"], context: Context
+) -> None:
+    """Write the products of queries and the context's keys to `scores`."""
     for group in context.groups:
         under = group.gather(query)
         products = _product(under, context.keys[group.contexts].mT)[:, :, : under.shape[2]]
-        group.scatter(every[:, :, :rows, :width], products, add=False)
-    return every
+        group.scatter(scores, products, add=False)
+
+
+def sum_context(
+    out: Float[Tensor, "N K M E"],
+    weights: Float[Tensor, "N K M W"],
+    context: Context,
+    tile: int | None,
+) -> None:
+    """Write the weighted sums of the context's values to `out`."""
+    for group in context.groups:
+        weighted = group.gather(weights)
+        products = _add_tiles(None, weighted, context.values[group.contexts], tile)
+        group.scatter(out, products[:, :, : weighted.shape[2]], add=False)
 
 
 def _sum_of_tiles(weights: Float[Tensor, "N K M S"], tile: int | None) -> Float[Tensor, "N K M 1"]:
@@ -254,19 +276,27 @@ def _add_tiles(
     tile: int | None,
 ) -> Float[Tensor, "N K R E"]:
     """out + weights @ values, tile after tile; of at least `ROWS` rows."""
-    length = weights.shape[3]
     weights = _enough(weights.to(values.dtype))
-    shape = weights.shape[:2]
-    weights, values = weights.flatten(0, 1), values.flatten(0, 1)
     total = None if out is None else out.flatten(0, 1)
-    if tile is None or length <= tile:
+    total = add_tiles(total, weights.flatten(0, 1), values.flatten(0, 1), tile)
+    return total.unflatten(0, weights.shape[:2])
+
+
+def add_tiles(
+    out: Float[Tensor, "B R E"] | None,
+    weights: Float[Tensor, "B R L"],
+    values: Float[Tensor, "B L E"],
+    tile: int | None,
+) -> Float[Tensor, "B R E"]:
+    """out + weights @ values, tile after tile, in the memory of `out`."""
+    if tile is None or weights.shape[2] <= tile:
         pieces = [(weights, values)]
     else:
         pieces = zip(weights.split(tile, 2), values.split(tile, 1), strict=True)
     for x, y in pieces:
-        total = torch.bmm(x, y) if total is None else total.baddbmm_(x, y)
-    assert total is not None
-    return total.unflatten(0, shape)
+        out = torch.bmm(x, y) if out is None else out.baddbmm_(x, y)
+    assert out is not None
+    return out
 
 
 def _enough(rows: Float[Tensor, "*B M X"]) -> Float[Tensor, "*B R X"]:

@@ -24,8 +24,8 @@ FREE_SHARE = 0.5
 TURN = 32
 """Completions that a request may start before others that wait have their turn."""
 PROMPT_TOKENS = (512, 8192)
-"""Prompt tokens that are computed between two decode steps, one whole prompt at least: on a CPU, on
-a GPU."""
+"""Prompt tokens that are computed between two decode steps: on a CPU, on a GPU. Longer prompts are
+read in pieces (`Batch`)."""
 _PLANNED = 1024  # a completion counts as no longer than this when memory is planned
 _FEW = 16  # completions that would be fewer than 1 of 16 wait for more: their prompts cost a pass
 
@@ -101,7 +101,6 @@ class Line:
             completion = group.completions[group.next]
             prompt = completion.request.prompt
             begun[prompt] = len(prompt)
-            # A longer prompt could be cut here, once `prefill` can go on within a prompt.
             long = len(busy) > 0 and sum(begun.values()) > most
             other = self._layout == "equal_lengths" and len(prompt) != width
             if new and (long or other):

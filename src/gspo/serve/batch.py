@@ -1,27 +1,57 @@
 """The completions that are decoded together: a step feeds the last tokens and samples the next.
 
-Prompts are computed once each. Between two steps completions may join, and those that have ended
-or were cancelled leave. Weights may change between two steps too: a step computes the logits and
-samples from them, so each token is of one version.
+Prompts are computed once each; if many tokens wait, a step reads some of them, so that a long
+prompt does not hold up those who run. Between two steps completions may join, and those that have
+ended or were cancelled leave. Weights may change between two steps too: a step computes the logits
+and samples from them, so each token is of one version.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from gspo.kernels.kv_cache import Layout, ModelCache, SharedPrompts, places, prefill
+from gspo.kernels.kv_cache import Layout, Reading, SharedPrompts
 from gspo.kernels.logprob import full_logits
+from gspo.kernels.tile_attention import TILE
 from gspo.policy.policy import Policy
+from gspo.serve.admission import PROMPT_TOKENS
 from gspo.serve.decoding import OpenCompletion, Running, record_expert_choices
 
 _DEAD = {"cpu": 8, "cuda": 2}
 """Finished completions are dropped if they are 1 of 8: dropping copies the others. On a GPU the
 step is captured anew too, and their share of it is small."""
+_IDLE = 8
+"""While nobody runs, a step reads so many times as much."""
+
+
+@dataclass(eq=False)
+class Joining:
+    """Completions whose prompts are being read.
+
+    Attributes:
+        completions: all of them.
+        owner: the prompt of each.
+        version: of the weights that have read so far.
+        hasty: the weights changed once: what is left is read in one step, so that it ends.
+    """
+
+    completions: list[OpenCompletion]
+    owner: list[int]
+    reading: Reading
+    version: int
+    hasty: bool = False
+
+    @property
+    def alive(self) -> list[int]:
+        """Places of the completions that were not cancelled."""
+        return [i for i, completion in enumerate(self.completions) if completion.finish is None]
 
 
 class Batch:
@@ -45,29 +75,35 @@ class Batch:
         self._layout: Layout = layout
         self._ends, self._decode = ends, decode
         self._running: Running | None = None
+        self._joining: deque[Joining] = deque()
         self._cancelled = False
 
     @property
     def busy(self) -> list[OpenCompletion]:
-        """The completions that run."""
-        running = self._running.completions if self._running else []
-        return [completion for completion in running if completion.finish is None]
+        """The completions that run, or whose prompts are being read."""
+        every = list(self._running.completions) if self._running else []
+        for joining in self._joining:
+            every += joining.completions
+        return [completion for completion in every if completion.finish is None]
 
     def step(self, new: Sequence[OpenCompletion]) -> bool:
-        """Sample one token for each completion, `new` ones included; returns whether any runs on.
+        """Sample one token for each completion whose prompt has been read, `new` ones included;
+        returns whether any goes on.
 
         Called with `Policy.autocast`, without gradients.
         """
-        if self._running is None:
-            if not new:
-                return False
-            self._cache, logits = self._begin(new)
-            self._running = Running(new, self._ends, self._decode)
-        else:
-            logits = self._go_on(self._running, new)
-        self._tokens = self._running.sample(logits, self._policy.version)
-        self._leave_if_over()
-        return self._running is not None
+        if new:
+            self._joining += self._begin(new)
+        read = self._read()
+        logits: list[Tensor] = []
+        if self._running is not None:
+            logits.append(self._go_on(self._running, joined=bool(read)))
+        for joining in read:
+            logits.append(self._join(joining))
+        if self._running is not None:
+            self._tokens = self._running.sample(torch.cat(logits), self._policy.version)
+            self._leave_if_over()
+        return self._running is not None or bool(self._joining)
 
     def sampled(
         self, completion: OpenCompletion, first: int
@@ -84,6 +120,12 @@ class Batch:
             self._running.cancel(completion)
             self._cancelled = True
             self._leave_if_over()
+            return
+        for joining in list(self._joining):
+            if completion in joining.completions:
+                completion.finish = "length"
+                if not joining.alive:
+                    self._joining.remove(joining)
 
     def _leave_if_over(self) -> None:
         """Let go of keys and values once nothing runs."""
@@ -91,14 +133,15 @@ class Batch:
             self._running, self._cancelled = None, False
             del self._cache
 
-    def _go_on(self, running: Running, new: Sequence[OpenCompletion]) -> Float[Tensor, "R V"]:
-        """Feed the last tokens, and let `new` ones join; returns the next logits."""
+    def _go_on(self, running: Running, *, joined: bool) -> Float[Tensor, "R V"]:
+        """Feed the last tokens; returns the next logits. Where others join, those who have ended
+        leave first."""
         tokens, cache = self._tokens, self._cache
         dead = len(running.completions) - running.alive
         most = _DEAD.get(tokens.device.type, 8)
         # A finished completion goes on too: not beyond the positions that the model has.
         full = isinstance(cache, SharedPrompts) and cache.lengths.max() >= self._policy.context
-        if new or self._cancelled or full or dead * most > len(running.completions):
+        if joined or self._cancelled or full or dead * most > len(running.completions):
             self._cancelled = False
             stay = running.keep()
             cache.keep(stay)
@@ -109,31 +152,73 @@ class Batch:
                 hidden = cache.feed(tokens[:, None])[:, 0]  # a replay would run no router
             else:
                 hidden = cache.advance(tokens)
-        logits = full_logits(hidden, self._policy.head)
-        if new:
-            joining, first = self._begin(new)
-            assert isinstance(cache, SharedPrompts) and isinstance(joining, SharedPrompts)
-            cache.join(joining)
-            running.add(new)
-            logits = torch.cat([logits, first])
-        return logits
+        return full_logits(hidden, self._policy.head)
 
-    def _begin(
-        self, new: Sequence[OpenCompletion]
-    ) -> tuple[SharedPrompts | ModelCache, Float[Tensor, "R V"]]:
-        """Compute each distinct prompt once; returns keys, and logits of the first tokens."""
-        prompts: dict[tuple[int, ...], int] = {}
-        owner = [prompts.setdefault(completion.request.prompt, len(prompts)) for completion in new]
-        where = places(list(prompts), self._layout)
-        with record_expert_choices(self._policy, new, (where[prompt] for prompt in owner)):
-            cache, hidden = prefill(
+    def _begin(self, new: Sequence[OpenCompletion]) -> list[Joining]:
+        """Begin to read the prompts: long ones each by itself, so that no short one is padded to
+        their length or waits for them."""
+        by_length: dict[tuple[int, ...], list[OpenCompletion]] = {}
+        for completion in new:
+            prompt = completion.request.prompt
+            long = self._layout == "shared" and len(prompt) > self._most
+            by_length.setdefault(prompt if long else (), []).append(completion)
+        joining = []
+        for completions in by_length.values():
+            prompts: dict[tuple[int, ...], int] = {}
+            owner = [prompts.setdefault(c.request.prompt, len(prompts)) for c in completions]
+            reading = Reading(
                 self._policy.backbone,
                 list(prompts),
-                np.array(owner),
-                max(completion.limit for completion in new),
                 layout=self._layout,
                 device=self._policy.device,
                 multiple=self._policy.multiple,
             )
+            joining.append(Joining(completions, owner, reading, self._policy.version))
+        return joining
+
+    @property
+    def _most(self) -> int:
+        return PROMPT_TOKENS[self._policy.device.type == "cuda"]
+
+    def _read(self) -> list[Joining]:
+        """Read on in the prompts, in turns; returns those that have been read."""
+        room = self._most * (_IDLE if self._running is None else 1)
+        read = []
+        while self._joining and room > 0:
+            joining = self._joining.popleft()
+            room -= self._read_piece(joining, room)
+            at_end = joining.reading.done == joining.reading.width
+            (read if at_end else self._joining).append(joining)
+        return read
+
+    def _read_piece(self, joining: Joining, room: int) -> int:
+        """Read about as many tokens as there is room for; returns how many there were."""
+        reading, version = joining.reading, self._policy.version
+        if version != joining.version:  # a prompt's keys are of the weights that go on from it
+            reading.again()
+            joining.version, joining.hasty = version, True
+            for completion in joining.completions:
+                completion.expert_choices.clear()
+        columns, prompts = reading.width - reading.done, len(reading.prompts)
+        if self._layout == "shared" and not joining.hasty:
+            columns = min(columns, max(TILE, room // prompts // TILE * TILE))
+        where = reading.places(columns)
+        places = (where[prompt] for prompt in joining.owner)
+        with record_expert_choices(self._policy, joining.completions, places):
+            reading.read(columns)
+        return columns * prompts
+
+    def _join(self, joining: Joining) -> Float[Tensor, "R V"]:
+        """Let completions run whose prompts have been read; returns their first logits."""
+        alive = joining.alive
+        owner = np.array([joining.owner[i] for i in alive])
+        completions = [joining.completions[i] for i in alive]
+        cache, hidden = joining.reading.opened(owner, max(c.limit for c in completions))
+        if self._running is None:
+            self._cache, self._running = cache, Running(completions, self._ends, self._decode)
+        else:
+            assert isinstance(self._cache, SharedPrompts) and isinstance(cache, SharedPrompts)
+            self._cache.join(cache)
+            self._running.add(completions)
         logits = full_logits(hidden, self._policy.head)
-        return cache, logits[torch.tensor(owner, device=logits.device)]
+        return logits[torch.from_numpy(owner).to(logits.device)]

@@ -1,0 +1,135 @@
+"""Attention while decoding: one new token of each completion, with the bits of `tile_attention`.
+
+There a small product costs more than its arithmetic, and each operation more than its numbers. So
+queries are written where products read them, and small key heads stand side by side in one product:
+
+    query of head 0   .                  keys of head 0 | keys of head 1        (of one completion)
+          .           query of head 1
+
+What lies beside this diagonal is 0, and adds exact zeros to each score; the same places of the
+output are not read.
+
+Shapes: as in `tile_attention`; g query heads share a key head, and M = g.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from gspo.kernels.shared_contexts import Context
+from gspo.kernels.tile_attention import (
+    ROWS,
+    Scoring,
+    add_tiles,
+    score_context,
+    softmax_,
+    sum_context,
+)
+
+_WIDEST = 64  # numbers side by side; with more of them the zeros cost more than is saved
+
+
+def beside(kv_heads: int, share: int, depth: int) -> bool:
+    """Whether the key heads of a completion stand side by side.
+
+    >>> beside(2, 2, 16), beside(3, 3, 64)
+    (True, False)
+    """
+    return share < ROWS <= kv_heads * share and kv_heads * depth <= _WIDEST
+
+
+def new_slabs(
+    key: Float[Tensor, "M K D"], value: Float[Tensor, "M K E"], count: int, columns: int, share: int
+) -> list[Tensor]:
+    """Room for the keys and values of N completions, [N, K, columns, D] and [N, K, columns, E]; or
+    [N, 1, columns, KD] and [N, 1, columns, KE], if the heads stand side by side."""
+    kv_heads = key.shape[1]
+    together = kv_heads if beside(kv_heads, share, max(key.shape[2], value.shape[2])) else 1
+    shape = count, kv_heads // together, columns
+    return [x.new_zeros(*shape, together * x.shape[2]) for x in (key, value)]
+
+
+def by_head(slab: Float[Tensor, "N k L d"], kv_heads: int) -> Float[Tensor, "N K L D"]:
+    """A slab's heads, one after the other."""
+    heads = kv_heads // slab.shape[1]
+    return slab if heads == 1 else slab[:, 0].unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+class TokenAttention:
+    """Attention of one token of each of N completions, in memory that all layers and steps use.
+
+    Args:
+        shape: N, K, g, D, E.
+        together: key heads that stand side by side.
+        dtype, device: of the products.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int, int],
+        together: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        count, kv_heads, share, depth, wide = shape
+        rows = max(together * share, ROWS)
+        size = count * kv_heads // together, rows
+
+        def room(width: int) -> tuple[Tensor, Tensor]:
+            """All, and what belongs to the heads: [N, K, g, width]."""
+            line = together * width
+            every = torch.zeros(*size, line, dtype=dtype, device=device)
+            of_head = share * line + width if together > 1 else rows * line
+            strides = (kv_heads // together * rows * line, of_head, line, 1)
+            return every, every.as_strided((count, kv_heads, share, width), strides)
+
+        self._shape, self._rows = shape, together * share
+        self._query, self._query_of = room(depth)
+        self._out, self._out_of = room(wide)
+        self._scores = torch.zeros(0, device=device)
+
+    def attend(
+        self,
+        query: Float[Tensor, "N K g D"],
+        scale: float,
+        keys: Float[Tensor, "N k L d"],
+        values: Float[Tensor, "N k L e"],
+        context: Context | None,
+        hidden: Float[Tensor, "n 1 1 1 U"] | Bool[Tensor, "n 1 1 1 U"] | None,
+        tile: int | None,
+        scoring: Scoring,
+    ) -> Float[Tensor, "N K g E"]:
+        """As `tile_attention.attend`.
+
+        Args:
+            query: without a scale.
+            scale: that of the scores, times `LOG2_E`.
+            keys, values: of each completion itself; k is 1 where heads stand side by side.
+            context, hidden, tile, scoring: as there.
+        """
+        torch.mul(query, scale, out=self._query_of)
+        every = torch.bmm(self._query, keys.flatten(0, 1).mT)
+        every = every.to(torch.promote_types(every.dtype, torch.float32))
+        width = 0 if context is None else context.keys.shape[2]
+        if context is not None:
+            own, shape = every, (*every.shape[:2], width + every.shape[2])
+            if self._scores.shape != shape:
+                self._scores = own.new_zeros(shape)
+            every = self._scores
+            every[..., width:] = own
+        scores = every[:, : self._rows].view(*self._shape[:3], -1)
+        if context is not None:
+            score_context(scores[..., :width], self._query_of, context)
+        total, _ = softmax_(scores, hidden, tile, scoring)
+        out = None
+        if context is not None:
+            out = self._out.zero_()
+            sum_context(self._out_of, scores[..., :width], context, tile)
+        weights = every[..., width:].to(values.dtype)
+        out = add_tiles(out, weights, values.flatten(0, 1), tile)
+        return self._of_heads(out) / total
+
+    def _of_heads(self, out: Float[Tensor, "B R e"]) -> Float[Tensor, "N K g E"]:
+        return out.as_strided(self._out_of.shape, self._out_of.stride())

@@ -1,0 +1,50 @@
+"""Which keys the completions of `prompt_cache` do not see."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from gspo.kernels.tile_attention import TILE, whole_tiles
+
+Span: TypeAlias = tuple[int, int, int]
+"""The first position of the prompts that is seen, the first column of the slabs, and the last + 1.
+"""
+
+
+def unseen(
+    at: Int[np.ndarray, "N Q"], base: Int[np.ndarray, " N"], width: int, window: int | None
+) -> tuple[Span, Bool[np.ndarray, "N Q U"] | None]:
+    """Mark what completions do not see: what lies behind a token, outside its window, or at the end
+    of a prompt that is shorter than others. Tiles that nobody sees are left out.
+
+    Args:
+        at: position of each query.
+        base: the first position of each completion's own slab.
+        width: positions of the prompts.
+        window: how many positions a query sees; None: all.
+
+    Returns:
+        What is left of prompts and slabs; and of the last U keys inside, which a query does not
+        see. None: all are seen.
+    """
+    first = column = 0
+    if window is not None:
+        oldest = at[:, 0] - window + 1
+        first = min(max(0, int(oldest.min())) // TILE * TILE, width)
+        column = max(0, int((oldest - base).min())) // TILE * TILE
+    columns = whole_tiles(int((at[:, -1] - base).max()) + 1)
+    place = base[:, None] + np.arange(column, columns)
+    if window is None and (base == width).all():
+        place = place[:, (at[:, 0] - base).min() :]  # the keys before are seen by all
+    else:
+        prompt = np.arange(first, width)[None]
+        prompt = np.where(prompt < base[:, None], prompt, at.max() + 1)
+        place = np.concatenate([prompt, place], axis=1)
+    place = place[:, None]
+    hidden = place > at[:, :, None]
+    if window is not None:
+        hidden |= place <= at[:, :, None] - window
+    return (first, column, columns), hidden if hidden.any() else None
