@@ -42,7 +42,7 @@ def test_reasoning_and_content_are_passed_on_at_once():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["harmony", "mistral", "llama"])
+@pytest.mark.parametrize("form", ["harmony", "mistral"])
 async def test_calls_whose_marks_are_special_tokens_are_sampled_read_and_trained_on(
     form: str, tmp_path: Path
 ):
@@ -50,15 +50,20 @@ async def test_calls_whose_marks_are_special_tokens_are_sampled_read_and_trained
     spelled: Any = tokenizer(form)
     vocabulary = spelled.get_vocab()
     lm = model("llama", vocab_size=len(spelled), max_position_embeddings=2048)
-    named = {"harmony": ("<|return|>", "<|call|>"), "llama": ("<|eot_id|>", "<|eom_id|>")}
-    ends = [vocabulary[end] for end in named.get(form, ("</s>",))]
+    named = {"harmony": ("<|return|>", "<|call|>"), "mistral": ("</s>",)}
+    ends = [vocabulary[end] for end in named[form]]
     assert lm.generation_config is not None
     lm.generation_config.eos_token_id = ends
     lm.save_pretrained(tmp_path / "model")
     spelled.save_pretrained(tmp_path / "model")
     key = {"type": "object", "properties": {"key": {"enum": [1, 2]}}, "required": ["key"]}
     function = {"name": "look_up", "parameters": {**key, "additionalProperties": False}}
-    asked: dict[str, Any] = {"tools": [{"type": "function", "function": function}], "seed": 1}
+    asked: dict[str, Any] = {
+        "tools": [{"type": "function", "function": function}],
+        "seed": 1,
+        "max_tokens": 300,
+        "logit_bias": {str(vocabulary["<"]): -100},  # else it may think, without an end
+    }
     async with art.LocalBackend(tmp_path / "runs") as backend:
         trained = art.TrainableModel(name="m", project="p", base_model=str(tmp_path / "model"))
         await trained.register(backend)
