@@ -46,9 +46,11 @@ def assert_close(one: Tensor, other: Tensor, share: float) -> None:
 @pytest.mark.parametrize("trained", [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 0)])
 def test_they_are_those_of_float32_products(head: dict[str, Any], trained: tuple[int, ...]):
     """Gradients are off by what rounding to bfloat16 costs, 2^-9 of each factor."""
-    given = [x.requires_grad_(bool(on)) for x, on in zip(leaves(), trained, strict=True)]
-    targets = torch.arange(M) * 2 % (V - 5)
-    one, other = (score(*given, targets, split=split, **head) for split in (True, False))
+    hidden, weight, bias = leaves()
+    for leaf, on in zip((hidden, weight, bias), trained, strict=True):
+        leaf.requires_grad_(bool(on))
+    given = hidden, weight, bias, torch.arange(M) * 2 % (V - 5)
+    one, other = (score(*given, split=split, **head) for split in (True, False))
     assert (one[0] - other[0]).abs().max() < CLIP / 3
     torch.testing.assert_close(one[1], other[1], atol=CLIP / 3, rtol=0)
     for found, expected in zip(one[2], other[2], strict=True):

@@ -108,7 +108,10 @@ def test_what_the_step_was_captured_with_stays_where_it_is(captured, backbone):
                 weight.data = weight.data.clone()
             elif change == "fed":
                 kv.feed(token[:, None])
-    assert len(captured) == 2  # the second pass of each of the first two, none after `feed`'s last
+        state = kv.advance(token)
+    assert len(captured) == 3
+    text = [*LONG[0], *[7] * 8]  # six steps, what was fed, and one step more
+    torch.testing.assert_close(state[0], whole(backbone, text), atol=1e-4, rtol=1e-4)
 
 
 def test_a_model_that_cannot_be_captured_is_decoded_as_ever(monkeypatch, caplog):
