@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from gspo.data.sample import Sample, sample_of
 from gspo.data.turn import Turn
 from gspo.policy.embedded import build_tokenizer
 from gspo.policy.policy import Policy
+from gspo.sizing import model_size
 
 VOCABULARY = 60
 BASE: dict[str, Any] = {
@@ -167,3 +169,7 @@ def plain(policy: Policy, tokens: np.ndarray, prompt: int, temperature: float = 
         logits = policy.lm(input_ids=ids, use_cache=False).logits[0, :-1].float()
     logits = logits[:, : policy.head.size] / temperature
     return logits.log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)[prompt - 1 :]
+
+
+read_size = cache(model_size.read_size)
+"""Sizes of models, read once: what makes them builds the model without weights."""

@@ -27,7 +27,7 @@ def test_a_module_that_is_there_is_found_first(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_attributes(tmp_path: Path):
-    model = art.TrainableModel(name="m", project="p", base_model="embedded:sort")
+    model = art.Model(name="m", project="p")
     owners = (art, absent.NAMES), (art.dev, absent.DEV), (model, absent.MODEL)
     for owner, names in (*owners, (art.LocalBackend(tmp_path), absent.BACKEND)):
         for name, reason in names.items():

@@ -28,13 +28,26 @@ def test_surface_is_frozen():
     surface = {name: [p.name for p in c.params] for name, c in commands.items()}
     assert surface == {
         "demo": ["path", "steps", "seed", "profile", "as_json"],
-        "train": ["spec", "overrides", "dry_run", "profile", "as_json"],
+        "train": ["spec", "overrides", "dry_run", "samples", "profile", "as_json"],
         "sft": [
             *("data", "model", "project", "name", "path", "epochs", "batch_size"),
             *("learning_rate", "max_tokens", "seed", "as_json"),
         ],
-        "serve": ["model", "port", "host", "name", "api_key"],
+        "serve": ["model", "port", "host", "name", "api_key", "step", "path"],
+        "plan": [
+            *("model", "gpus", "gpu", "completions", "prompt_tokens", "mean_tokens", "longest"),
+            *("lora", "mfu", "as_json"),
+        ],
         "presets": ["as_json"],
+        "runs": ["path", "as_json"],
+        "sample": [
+            *("model", "prompts", "step", "path", "completions", "system", "max_tokens"),
+            *("temperature", "seed", "as_json"),
+        ],
+        "chat": ["model", "step", "path", "system", "max_tokens", "temperature"],
+        "export": ["run", "to", "step", "path", "merge", "dtype", "push_to"],
+        "fork": ["run", "name", "step", "path"],
+        "prune": ["run", "keep", "metric", "path"],
         "audit": [
             "model",
             "rollout_dtype",
@@ -169,7 +182,9 @@ def test_serve_answers_on_loopback():
 def test_help_lists_the_verbs_a_newcomers_first():
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    verbs = ["demo", "train", "sft", "serve", "presets", "audit", "inspect", "compare", "report"]
+    verbs = ["demo", "train", "sft", "serve", "plan", "presets"]
+    verbs += ["runs", "sample", "chat", "export", "fork", "prune"]
+    verbs += ["audit", "inspect", "compare", "report"]
     assert re.findall(r"^│ (\w+) ", result.output, re.MULTILINE) == verbs
 
 
@@ -199,6 +214,10 @@ def test_help_and_version_load_nothing_heavy(arguments: list[str]):
         ["train", "run.toml"],
         ["train", "run.toml", "--dry-run"],
         ["serve", "embedded:sort"],
+        ["sample", "embedded:sort"],
+        ["chat", "embedded:sort"],
+        ["export", "sort-1"],
+        ["fork", "sort-1", "sort-2"],
         ["audit", "embedded:sort"],
         ["inspect", "somewhere"],
         ["compare", "--quick"],
@@ -207,11 +226,13 @@ def test_help_and_version_load_nothing_heavy(arguments: list[str]):
 def test_something_is_said_before_what_takes_seconds(arguments: list[str], tmp_path: Path):
     (tmp_path / "run.toml").write_text('task = "sort"')
     code = (
-        "import sys\nfrom gspo import cli\nfrom gspo.lab import commands\n"
+        "import sys\nfrom gspo import cli\nfrom gspo.experiment import run_commands\n"
+        "from gspo.lab import commands\n"
         "def said(what):\n"
         f"    print([name for name in {HEAVY} if name in sys.modules])\n"
         "    raise SystemExit\n"
-        f"commands.say_loading = said\nsys.argv = ['gspo', *{arguments}]\ncli.main()"
+        "commands.say_loading = run_commands.say_loading = said\n"
+        f"sys.argv = ['gspo', *{arguments}]\ncli.main()"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

@@ -25,9 +25,11 @@ import gspo as art
 from gspo.experiment.heldout import Estimate
 from gspo.experiment.loop import run_experiment
 from gspo.experiment.plan import make_plan
-from gspo.experiment.spec import Spec, read_spec
+from gspo.experiment.run_file import read_spec
+from gspo.experiment.spec import Spec
 from gspo.lab.compare import CompareSpec
 from gspo.objective import PRESETS
+from gspo.tasks.dataset import Data
 from gspo.train.algorithms import BUILT_IN
 from gspo.train.defaults import WARMUP, default_learning_rate
 
@@ -47,6 +49,9 @@ NOT_RUN = {
     ("run.md", 1): "needs two clients",
     ("run.md", 2): "reads the run that `make demo` leaves",
     ("coming-from.md", 0): "TRL's",
+    ("README.md", 1): "a model of the network; tests/experiment/test_whole_run.py runs its like",
+    ("own-data.md", 0): "TRL's",
+    ("own-data.md", 1): "a model of the network; tests/experiment/test_whole_run.py runs its like",
     ("judges.md", 0): "asks a server of others; tests/test_rewards.py has one",
 }
 
@@ -112,7 +117,8 @@ def test_programs_run_and_print_what_is_shown(
 
 @pytest.mark.parametrize(("name", "number"), sorted(NOT_RUN))
 def test_what_is_not_run_is_python(name: str, number: int):
-    code, _ = fences(DOCS / name, "python")[number]
+    (page,) = (page for page in PAGES if page.name == name)
+    code, _ = fences(page, "python")[number]
     compile(code, name, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
 
 
@@ -123,7 +129,7 @@ def test_toml_is_a_spec(page: Path):
         if "base" in data:
             CompareSpec(**data)
             continue
-        if not {"task", "rollout"} & set(data):
+        if not {"task", "rollout", "dataset"} & set(data):
             data["task"] = "sort"
         Spec(**data)
 
@@ -132,9 +138,9 @@ def test_the_full_toml_example_has_every_field():
     code, _ = fences(DOCS / "train-toml.md", "toml")[0]
     shown = set(re.findall(r"^#? ?(?:\[load\.)?(\w+)\]? *(?:=|$)", code, re.MULTILINE))
     fields = set(Spec.model_fields) | set(art.dev.TrainConfig.model_fields)
-    fields |= set(art.dev.InternalModelConfig.model_fields)
+    fields |= set(art.dev.InternalModelConfig.model_fields) | set(Data.model_fields)
     arts = {"ppo", "normalize_by_length", "precalculate_logprobs"}
-    assert fields - shown - {"train", "sft", "load", "task_options"} == arts
+    assert fields - shown - {"train", "sft", "load", "task_options", "data"} == arts
 
 
 def test_option_names_of_other_trainers_lead_to_ones_that_exist():

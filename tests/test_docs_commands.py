@@ -23,6 +23,7 @@ SMALL = ("--set", "eval_prompts=8", "--set", "eval_completions=2")
 RUN: dict[str, tuple[str, ...]] = {
     # command: what makes it short
     "gspo presets": (),
+    "gspo plan Qwen/Qwen3-30B-A3B --gpus 16": (),
     "gspo audit embedded:sort": AUDIT,
     "gspo audit embedded:sort --rollout-dtype int4": AUDIT,
     "gspo demo --steps 3 --path /tmp/runs --json": (),
@@ -68,6 +69,7 @@ NOT_RUN = {
     "python benchmarks/gpu_suite.py --only head": "a GPU",
     "python benchmarks/gpu_suite.py --tiny": _BENCHMARKS,
     'python3 benchmarks/gpu_suite.py --out "$OUT"': "a GPU",
+    "gspo train examples/own_data/run.toml": "tests/examples/test_examples.py runs it",
     "rm -r ~/.cache/gspo/embedded": "the other tests need what it deletes",
     "pip install -e '.[lab]'": "network",
     "cd examples": "a folder of the clone",

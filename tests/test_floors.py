@@ -10,11 +10,13 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "gspo"
 
 FLOORS = {
-    "__init__": 12,
-    "cli": 13,
-    "lab": 10,
-    "experiment": 9,
+    "__init__": 13,
+    "cli": 14,
+    "lab": 12,
+    "experiment": 11,
+    "environments": 10,
     "rewards": 9,
+    "sizing": 13,
     "langgraph": 10,
     "capture": 9,
     "model": 8,

@@ -178,6 +178,28 @@ async def test_arguments_that_are_not_there_are_named():
         await art.gather_trajectories([], after_each=None)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("wrong", [{"max_exception": 1}, {"max_metrics": -1}, {"timeout": 0}])
+async def test_a_refused_gather_closes_its_rollouts(wrong: dict[str, Any]):
+    async def rollout() -> art.Trajectory:
+        return trajectory()
+
+    calls: tuple[Any, ...] = (art.gather_trajectory_groups, art.gather_trajectories)
+    for call in calls:
+        given = rollout()
+        group: Any = art.TrajectoryGroup([given]) if call is calls[0] else given
+        with pytest.raises(ConfigError):
+            await call([group], **wrong)
+        with pytest.raises(RuntimeError, match="cannot reuse"):
+            await given
+    given = rollout()
+    with pytest.raises(ConfigError, match="batch_size"):
+        async for _ in art.trajectory_group_batches([art.TrajectoryGroup([given])], batch_size=0):
+            pass
+    with pytest.raises(RuntimeError, match="cannot reuse"):
+        await given
+
+
 @pytest.mark.parametrize("reward", [None, "1.5", 1j])
 async def test_a_reward_that_is_no_number_is_named_at_once(reward: Any):
     async def rollout() -> art.Trajectory:
@@ -432,3 +454,35 @@ async def test_a_batch_that_fails_cancels_those_that_run_ahead():
         async for _ in art.trajectory_group_batches(groups, batch_size=1):
             pass
     assert cancelled.is_set()
+
+
+async def test_what_a_rollout_has_sampled_is_used_again_word_for_word():
+    call = '<tool_call>{"name":"add",   "arguments":{"n":1}}</tool_call>'
+    tools: Any = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+
+    async def rollout(model: art.TrainableModel) -> art.Trajectory:
+        client, told = model.openai_client(), art.Trajectory(tools=tools)
+        told.messages_and_choices.append({"role": "user", "content": "1"})
+        for _ in range(2):
+            response = await client.chat.completions.create(
+                model=model.inference_name, messages=told.messages(), tools=tools
+            )
+            told.messages_and_choices.append(response.choices[0])
+            (asked,) = response.choices[0].message.tool_calls or ()
+            result = {"role": "tool", "tool_call_id": asked.id, "content": "2"}
+            told.messages_and_choices.append(result)
+        return told
+
+    def extends(t: art.Trajectory) -> bool:
+        first, second = ((c.prompt_token_ids, c.token_ids) for c in t.choices())  # pyright: ignore[reportAttributeAccessIssue]
+        before = [*first[0], *first[1]]
+        return second[0][: len(before)] == before
+
+    async with art.FakeBackend(lambda prompt, index: call) as backend:
+        model = art.TrainableModel(name="m", project="p", base_model="x")
+        await model.register(backend)
+        assert not extends(await rollout(model))  # the template writes the call in its own way
+        for t in await art.gather_trajectories([rollout(model), rollout(model)]):
+            assert isinstance(t, art.Trajectory) and extends(t)
+        (group,) = await art.gather_trajectory_groups([art.TrajectoryGroup([rollout(model)])])
+        assert extends(group.trajectories[0])

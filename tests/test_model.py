@@ -84,6 +84,11 @@ def test_an_argument_that_is_missing_or_of_another_type_is_named():
         art.Model(name=5, project="p")  # pyright: ignore[reportArgumentType]
 
 
+def test_a_model_that_is_only_asked_says_what_trains():
+    with pytest.raises(AttributeError, match=r"no 'train': .*art\.TrainableModel"):
+        _ = art.Model(name="m", project="p").train  # pyright: ignore[reportAttributeAccessIssue]
+
+
 async def test_calls_with_arts_other_arguments_say_why_not():
     model = make()
     async with art.FakeBackend() as backend:

@@ -52,6 +52,7 @@ def test_surface_is_frozen():
         "register_algorithm",
         "retry",
         "rewards",
+        "train",
         "trajectory",
         "trajectory_group_batches",
         "yield_trajectory",

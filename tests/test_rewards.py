@@ -193,6 +193,10 @@ async def test_what_art_calls_otherwise_is_refused_by_name(monkeypatch: Any) -> 
         await ruler_score_group(group_of("a"), "openai/o3")
     with pytest.raises(ConfigError, match="attempts"):
         await ruler_score_group(group_of("a"), "o3", attempts=0)
+    with pytest.raises(ConfigError, match=r"params: .*Did you mean 'temperature'"):
+        await ruler([[]], "o3", params={"temprature": 0})
+    with pytest.raises(ConfigError, match="'model' is not supported"):
+        await ruler([[]], "o3", params={"model": "x"})
 
 
 async def test_nothing_to_score_asks_nobody() -> None:

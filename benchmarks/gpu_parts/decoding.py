@@ -28,6 +28,8 @@ from gpu_parts.profiling import Profiled, host_share
 from gspo.kernels.kv_cache import kv_bytes
 from gspo.policy.policy import Policy
 from gspo.serve import admission
+from gspo.serve.batch import Batch
+from gspo.serve.decoding import Running
 from gspo.serve.engine import Request, SamplingParams
 from gspo.serve.selfcheck import check_engine
 from gspo.serve.torch_engine import TorchEngine
@@ -70,7 +72,7 @@ def _run(bench: Bench, policy: Policy, count: int, kv_bytes: int, what: str) -> 
         prompt, length = bench.size((128, 128), (8, 16))
         requests = _requests(policy, count, prompt, length)
         _decode(engine, _requests(policy, count, prompt, LAST + 2), LAST + 2)  # warm-up
-        with watched(policy) as steps:
+        with watched() as steps:
             marks = _marks(bench, steps, length // 4, length // 2)
             times = bench.time(lambda: _decode(engine, requests, length), repeats=1, warmup=0)
         first, second = marks
@@ -87,7 +89,7 @@ def _run(bench: Bench, policy: Policy, count: int, kv_bytes: int, what: str) -> 
             "floor_s": None if limit is None else floor / limit,
             "of_floor": None if limit is None else floor / limit / times["median_s"],
         }
-        with watched(policy) as steps:
+        with watched() as steps:
             profiler = Profiled(bench.card)
             steps.calls = {FIRST: profiler.start, LAST: profiler.stop}
             _decode(engine, _requests(policy, count, prompt, LAST + 2), LAST + 2)
@@ -107,23 +109,23 @@ class Steps:
         self.running: list[int] = []
         self.calls: dict[int, Callable[[], object]] = {}
 
-    def __call__(self, _module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
-        plan = kwargs.get("gspo_plan")
-        completions, tokens = kwargs["input_ids"].shape if plan is None else plan.fed
-        if tokens == 1:  # a prompt has more
-            self.calls.get(len(self.running), lambda: None)()
-            self.running.append(completions)
+    def begins(self, completions: int) -> None:
+        """A position begins."""
+        self.calls.get(len(self.running), lambda: None)()
+        self.running.append(completions)
 
 
 @contextmanager
-def watched(policy: Policy) -> Iterator[Steps]:
+def watched() -> Iterator[Steps]:
     """Count the decoded positions inside; costs no wait for the device."""
-    steps = Steps()
-    hook = policy.backbone.register_forward_pre_hook(steps, with_kwargs=True)
-    try:
+    steps, step = Steps(), Batch._go_on
+
+    def counting(batch: Batch, running: Running, new: Any) -> Any:
+        steps.begins(len(running.completions))
+        return step(batch, running, new)
+
+    with mock.patch.object(Batch, "_go_on", counting):
         yield steps
-    finally:
-        hook.remove()
 
 
 def _marks(bench: Bench, steps: Steps, *positions: int) -> list[float]:

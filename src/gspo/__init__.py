@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from gspo import absent, dev
+from gspo import train as _room  # noqa: F401  # so that the function below is there
 from gspo.config import TrainConfig, TrainSFTConfig
 from gspo.core import errors
 from gspo.core.errors import GspoError
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
         trajectory,
         yield_trajectory,
     )
+    from gspo.experiment.whole_run import train as train
     from gspo.gather import (
         gather_trajectories,
         gather_trajectory_groups,
@@ -88,6 +92,7 @@ __all__ = [
     "register_algorithm",
     "retry",
     "rewards",
+    "train",
     "trajectory",
     "trajectory_group_batches",
     "yield_trajectory",
@@ -120,6 +125,18 @@ _HOMES = {
     ),
     "utils": ("utils",),
 }
+
+
+class _Callable(ModuleType):
+    """The package `gspo.train`, which is also a function: `art.train(...)`."""
+
+    def __call__(self, **options: Any) -> Any:
+        from gspo.experiment.whole_run import train
+
+        return train(**options)
+
+
+sys.modules["gspo.train"].__class__ = _Callable
 
 
 def __getattr__(name: str) -> Any:

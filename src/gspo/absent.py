@@ -33,7 +33,9 @@ DEV: Mapping[str, str] = dict.fromkeys(
     ("EngineArgs", "InitArgs", "PeftArgs", "TrainerArgs", "OpenAIServerConfig", "ServerArgs"),
     _LOADING,
 )
+_PROMPTED = "it is asked, not trained: art.TrainableModel(base_model=...) is trained."
 MODEL = {
+    **dict.fromkeys(("train", "train_sft", "delete_checkpoints"), _PROMPTED),
     "get_inference_client": "model.openai_client() is the client.",
     "litellm_completion_params": "give litellm model='openai/' + model.get_inference_name(), "
     "base_url=model.inference_base_url and api_key=model.inference_api_key.",

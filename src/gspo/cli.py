@@ -12,6 +12,8 @@ import typer
 import gspo
 from gspo.core.errors import ConfigError, GspoError, RolloutError
 from gspo.core.files import strict_json
+from gspo.experiment import run_commands
+from gspo.experiment.run_commands import PathOption
 from gspo.lab import commands
 
 if TYPE_CHECKING:
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
-PathOption = Annotated[str, typer.Option("--path", help="Folder of the runs.")]
 ProfileOption = Annotated[
     bool, typer.Option("--profile", help="Tell where the steps' time goes: <run>/profile.json.")
 ]
@@ -74,11 +75,12 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved run and its sizes, and stop.")
     ] = False,
+    samples: Annotated[int, typer.Option(min=0, help="Completions of each step to print.")] = 0,
     profile: ProfileOption = False,
     as_json: commands.JsonOption = False,
 ) -> None:
     """Train from a file. The same command goes on where a killed run stopped."""
-    from gspo.experiment.spec import read_spec
+    from gspo.experiment.run_file import read_spec
 
     if dry_run and profile:
         raise ConfigError("--profile times the run that --dry-run doesn't make: leave one out")
@@ -90,7 +92,7 @@ def train(
         plan = make_plan(resolved)
         print(f"{strict_json(resolved.model_dump(), indent=2)}\n\n{plan}")
     else:
-        _run(resolved, profile, as_json)
+        _run(resolved, profile, as_json, samples)
 
 
 @app.command()
@@ -135,7 +137,7 @@ def sft(
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Argument(help="embedded:<task>, a folder or a hub id.")],
+    model: run_commands.ModelArgument,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,
     host: Annotated[
         str, typer.Option(help="Loopback unless you say otherwise, which needs an API key.")
@@ -144,12 +146,41 @@ def serve(
     api_key: Annotated[
         str, typer.Option(envvar="GSPO_API_KEY", help="What requests must bring.")
     ] = "",
+    step: run_commands.StepOption = None,
+    path: PathOption = ".gspo",
 ) -> None:
     """Serve a model or a checkpoint with OpenAI's API."""
-    commands.say_loading(model)
     from gspo.experiment.serving import serve_model
 
-    serve_model(model, host, port, name or model, api_key or None)
+    serve_model(model, host, port, name or model, api_key or None, step, path)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A hub id, a folder or embedded:<task>.")],
+    gpus: Annotated[int, typer.Option(min=1, max=4096, help="How many there are.")] = 1,
+    gpu: Annotated[str, typer.Option(help="Their kind, such as h100 or a100-80gb.")] = "h100",
+    completions: Annotated[int, typer.Option(min=1, help="Of a step.")] = 512,
+    prompt_tokens: Annotated[int, typer.Option(min=0, help="Of a prompt.")] = 512,
+    mean_tokens: Annotated[int, typer.Option(min=1, help="Of a completion, on average.")] = 2048,
+    longest: Annotated[
+        int | None, typer.Option(min=1, help="Completion. Default: 4 times the mean.")
+    ] = None,
+    lora: Annotated[int, typer.Option(min=1, help="Rank, where LoRA is considered.")] = 16,
+    mfu: Annotated[
+        float | None, typer.Option(min=0.001, max=1, help="Share of the FLOP/s of training.")
+    ] = None,
+    as_json: commands.JsonOption = False,
+) -> None:
+    """Estimate memory, seconds of a step and the balance of GPUs, before you pay for them."""
+    from gspo.sizing.report import make_report
+    from gspo.sizing.step_time import Rollouts
+
+    wanted = Rollouts(completions, prompt_tokens, mean_tokens, longest or 4 * mean_tokens)
+    text, told = make_report(model, gpu, gpus, wanted, lora, mfu)
+    print(text, end="")
+    if as_json:
+        print(strict_json(told))
 
 
 @app.command()
@@ -175,11 +206,14 @@ def presets(as_json: commands.JsonOption = False) -> None:
 
 
 # In the order of the help: what a newcomer needs stands first.
-for verb in (commands.audit, commands.inspect, commands.compare, commands.report):
+_HANDLING = (run_commands.runs, run_commands.sample, run_commands.chat)
+_HANDLING += (run_commands.export, run_commands.fork, run_commands.prune)
+_LOOKING = (commands.audit, commands.inspect, commands.compare, commands.report)
+for verb in (*_HANDLING, *_LOOKING):
     app.command()(verb)
 
 
-def _run(spec: Spec, profiled: bool, as_json: bool) -> None:
+def _run(spec: Spec, profiled: bool, as_json: bool, samples: int = 0) -> None:
     """Run an experiment, and show what it found."""
     from gspo.core.timing import timing
     from gspo.experiment.loop import run_experiment
@@ -190,7 +224,7 @@ def _run(spec: Spec, profiled: bool, as_json: bool) -> None:
 
     clock = step_clock() if profiled else None
     try:
-        with LiveWatch() as watch, timing(clock):
+        with LiveWatch(samples=samples) as watch, timing(clock):
             outcome = run_until_signal(run_experiment(spec, watch))
     except SystemExit as stopped:
         status = int(stopped.code or 0)

@@ -7,7 +7,7 @@ import functools
 import inspect
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
@@ -61,11 +61,12 @@ async def gather_trajectory_groups(
         RolloutTimeoutError: no rollout came to its end in time, or a group's own coroutine or
             `after_each` did not.
     """
-    check_names("gather_trajectory_groups", unknown, (*_KNOWN, "after_each"), {})
-    pending = _awaitables("gather_trajectory_groups", groups)
+    title, pending = "gather_trajectory_groups", list(groups)
+    with _refusing(title, pending, (*_KNOWN, "after_each"), unknown, max_metrics):
+        total = sum(g.size if isinstance(g, TrajectoryGroup) else 1 for g in pending)
+        gather = Gather(total, max_exceptions, rollout_timeout=rollout_timeout, timeout=timeout)
     if not pending:
         raise DataError("gather_trajectory_groups got no groups: give at least one")
-    total = sum(g.size if isinstance(g, TrajectoryGroup) else 1 for g in pending)
 
     async def one(group: Awaitable[TrajectoryGroup]) -> list[TrajectoryGroup]:
         # Its rollouts have the limit. A coroutine has a little more, and may wait for other things.
@@ -80,7 +81,6 @@ async def gather_trajectory_groups(
             return []
         return result if isinstance(result, list) else [result]
 
-    gather = Gather(total, max_exceptions, rollout_timeout=rollout_timeout, timeout=timeout)
     with _shown(gather, pbar_desc, max_metrics, tokens=pbar_total_completion_tokens):
         finished = await all_or_cancel([one(group) for group in pending])
     return [group for groups_of_one in finished for group in groups_of_one]
@@ -107,9 +107,10 @@ async def gather_trajectories(
         ConfigError: an unknown argument, a budget that is no number from 0, or no time limit.
         RolloutTimeoutError: no rollout came to its end in time.
     """
-    check_names("gather_trajectories", unknown, _KNOWN, {})
-    pending = _awaitables("gather_trajectories", trajectories)
-    gather = Gather(len(pending), max_exceptions, rollout_timeout=rollout_timeout, timeout=timeout)
+    pending = list(trajectories)
+    with _refusing("gather_trajectories", pending, _KNOWN, unknown, max_metrics):
+        limits = {"rollout_timeout": rollout_timeout, "timeout": timeout}
+        gather = Gather(len(pending), max_exceptions, **limits)
     with _shown(gather, pbar_desc, max_metrics, tokens=pbar_total_completion_tokens):
         finished = await all_or_cancel([settled(rollout) for rollout in pending])
     return [trajectory for results in finished for trajectory in results]
@@ -145,10 +146,11 @@ async def trajectory_group_batches(
         ConfigError: a number out of range, or an unknown argument.
         Exception: what `gather_trajectory_groups` raises for a batch; the others are cancelled.
     """
-    check_whole("batch_size", batch_size, 1)
-    check_whole("max_concurrent_batches", max_concurrent_batches, 1)
-    check_whole("skip_batches", skip_batches, 0)
     unstarted = list(groups)
+    with _refusing("trajectory_group_batches", unstarted):
+        check_whole("batch_size", batch_size, 1)
+        check_whole("max_concurrent_batches", max_concurrent_batches, 1)
+        check_whole("skip_batches", skip_batches, 0)
     _close(unstarted[: skip_batches * batch_size])
     running: deque[asyncio.Task[list[TrajectoryGroup]]] = deque()
     first = skip_batches * batch_size
@@ -172,16 +174,29 @@ async def trajectory_group_batches(
         _close(unstarted[first:])
 
 
-def _awaitables(title: str, given: Iterable[Any]) -> list[Any]:
-    """What was given, as a list; a function that nobody has called is a common mistake."""
-    pending = list(given)
-    for item in pending:
-        if not inspect.isawaitable(item):
-            _close(pending)
-            raise DataError(
-                f"{title} got {shown(item)}: give coroutines, such as rollout(scenario)"
-            )
-    return pending
+@contextmanager
+def _refusing(
+    title: str,
+    pending: list[Any],
+    names: Sequence[str] = (),
+    unknown: Iterable[str] = (),
+    max_metrics: int | None = None,
+) -> Iterator[None]:
+    """Refuse what cannot be run. What was given is closed then, and if the block refuses it: else
+    Python warns that nobody has awaited it."""
+    try:
+        check_names(title, unknown, names, {})
+        if max_metrics is not None:
+            check_whole("max_metrics", max_metrics, 0)
+        for item in pending:  # a function that nobody has called is a common mistake
+            if not inspect.isawaitable(item):
+                raise DataError(
+                    f"{title} got {shown(item)}: give coroutines, such as rollout(scenario)"
+                )
+        yield
+    except BaseException:
+        _close(pending)
+        raise
 
 
 def _close(groups: list[Any]) -> None:
@@ -259,8 +274,6 @@ def _shown(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    if most is not None:
-        check_whole("max_metrics", most, 0)
     console = Console(stderr=True)
     hidden = description is None or not console.is_terminal
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())

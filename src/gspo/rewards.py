@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from openai import APIError, APIStatusError, AsyncOpenAI, BadRequestError
+from openai.resources.chat.completions import AsyncCompletions
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gspo.core.errors import ConfigError, JudgeError, check_names, shown
@@ -43,6 +45,7 @@ _REFUSED = {
     "extra_litellm_params": "give params={...} for the request, and judge=art.Model(name=, "
     "project=, inference_base_url=, inference_api_key=, inference_model_name=) for the server.",
 }
+_OURS = dict.fromkeys(("self", "model", "messages", "stream"), "it is not yours to choose.")
 _KNOWN = ("judge", "rubric", "tools", "params", "attempts", "cache", "debug", "swallow_exceptions")
 
 
@@ -173,6 +176,8 @@ async def _verdict(
     """Ask the judge about `count` rollouts, or find what it has answered to the same question."""
     if attempts < 1:
         raise ConfigError(f"attempts = {shown(attempts)}: must be at least 1")
+    names = inspect.signature(AsyncCompletions.create).parameters.keys() - _OURS.keys()
+    check_names("params", params or (), sorted(names), _OURS)
     client, name = _server(judge)
     asked = {"model": name, "messages": question, **(params or {})}
     key = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,10 @@ async def test_forks_that_cannot_be(tmp_path: Path):
             ConfigError, match="'from_s3_bucket' is not supported: a run is a folder"
         ):
             await backend.fork_checkpoint(model_named("a"), "old", from_s3_bucket="b")
+        with pytest.raises(ConfigError, match=r"'from_modle'.* Did you mean 'from_model'"):
+            await backend.fork_checkpoint(model_named("a"), from_modle="old")
+        with pytest.raises(ConfigError, match="give from_model="):
+            await backend.fork_checkpoint(model_named("a"))
         await backend.fork_checkpoint(model_named("b"), "old")
         with pytest.raises(RunError, match=r"checkpoints of steps \[1\] already"):
             await backend.fork_checkpoint(model_named("b"), "old")
@@ -80,3 +85,14 @@ async def test_forks_that_cannot_be(tmp_path: Path):
         with pytest.raises(CheckpointError, match="damaged"):
             await backend.fork_checkpoint(model_named("c"), "old")
         assert not (tmp_path / "p" / "c" / "checkpoints").exists()
+
+
+async def test_a_fork_knows_its_lineage(tmp_path: Path):
+    async with art.LocalBackend(tmp_path) as backend:
+        await trained(backend, "first", 1)
+    async with art.LocalBackend(tmp_path) as backend:
+        await backend.fork_checkpoint(model_named("second"), "first")
+        await backend.fork_checkpoint(model_named("third"), "second")
+    stored = json.loads((tmp_path / "p/third/config.json").read_text())
+    assert stored["lineage"] == [{"run": "p/first", "step": 1}, {"run": "p/second", "step": 1}]
+    assert "lineage" not in json.loads((tmp_path / "p/first/config.json").read_text())

@@ -62,7 +62,7 @@ def openai_choice(tokens: list[int], logprobs: list[float]) -> Choice:
 def groups() -> list[TrajectoryGroup]:
     first = choice([4, 5], (1, 2), [-0.1, -1 / 3], temperature=0.7, finish_reason="length")
     extends = choice([9], (1, 2, 4, 5, 8), [-2.7182817], temperature=1.3, policy_version=3)
-    breaks = choice([7, 7], (1, 8), [-0.25, -1e-7], policy_versions=[3, 4])
+    breaks = choice([7, 7], (1, 8), [-0.25, -1e-7], policy_versions=[3, 4], altered_by=["top_p"])
     several = trajectory(0.1)
     several.tools = [{"type": "function", "function": {"name": "add"}}]
     several.additional_histories = [
@@ -105,6 +105,7 @@ def test_samples_come_back_bit_for_bit(run: Run):
     before, after = samples(groups()), samples(stored.groups)
     assert len(before) == len(after) == 7
     assert any(sample.expert_choices is not None for sample in before)
+    assert any(sample.altered_by for sample in before)
     assert len({float(t) for s in before for t in s.temperatures}) == 3
     for a, b in zip(before, after, strict=True):
         assert_same(a, b)

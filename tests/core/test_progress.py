@@ -8,7 +8,14 @@ import math
 import pytest
 
 from gspo.core.errors import ConfigError
-from gspo.core.progress import Gather, all_or_cancel, current_gather, gathering
+from gspo.core.progress import (
+    Gather,
+    all_or_cancel,
+    current_gather,
+    gathering,
+    rollout_belongings,
+    within_limits,
+)
 
 
 @pytest.mark.parametrize("budget", [-1, math.nan, "1", None, True])
@@ -50,3 +57,16 @@ async def test_the_first_error_cancels_the_rest():
     with pytest.raises(OSError, match="first"):
         await all_or_cancel([waits(), fails(), waits()])
     assert cancelled == [True, True]
+
+
+async def test_each_rollout_has_belongings_of_its_own():
+    async def mine(name: str) -> dict:
+        belongings = rollout_belongings.get()
+        assert belongings == {}
+        belongings["name"] = name
+        await asyncio.sleep(0)
+        return rollout_belongings.get() or {}
+
+    gather = Gather(total=2)
+    found = await asyncio.gather(*(within_limits(mine(name), gather, name) for name in "ab"))
+    assert found == [{"name": "a"}, {"name": "b"}] and rollout_belongings.get() is None

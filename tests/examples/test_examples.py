@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,34 @@ def test_the_conversation_is_one_sample_of_three_turns(tmp_path: Path) -> None:
         assert len(row["token_ids"]) == 3
         shares = json.loads(row["metrics"])
         assert row["reward"] == pytest.approx(sum(shares.values()) / 3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_own_data_learns_and_a_kill_in_the_middle_of_an_epoch_changes_nothing(tmp_path: Path):
+    command = [sys.executable, "-m", "gspo.cli", "train", "own_data/run.toml", "--json", "--set"]
+
+    def started(name: str) -> subprocess.Popen[str]:
+        place = f"path={tmp_path / name}"
+        return subprocess.Popen([*command, place], stdout=subprocess.PIPE, text=True, cwd=EXAMPLES)
+
+    broken = tmp_path / "broken/examples/own-data/checkpoints/0009"
+    process, deadline = started("broken"), time.monotonic() + 900
+    while not broken.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    found = []
+    for name in ("broken", "whole"):
+        told, _ = (process := started(name)).communicate()
+        assert process.returncode == 0
+        found.append(json.loads(told.splitlines()[-1]))
+    keys = ("reward_before", "reward_after", "reward_before_95", "reward_after_95", "steps")
+    assert [found[0][key] for key in keys] == [found[1][key] for key in keys]
+    assert found[0]["reward_after_95"][0] > found[0]["reward_before_95"][1]
+    files = [Path(f["run"]) / "checkpoints/0050/model.safetensors" for f in found]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 @pytest.mark.slow

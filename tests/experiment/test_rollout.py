@@ -19,7 +19,8 @@ from gspo.core.errors import ConfigError, DataError, RolloutError
 from gspo.experiment.loop import run_experiment
 from gspo.experiment.plan import make_plan
 from gspo.experiment.rollout import load_rollout, plain_prompt
-from gspo.experiment.spec import Spec, read_spec
+from gspo.experiment.run_file import read_spec
+from gspo.experiment.spec import Spec
 from gspo.policy.embedded import build_tokenizer, embedded_folder
 
 SIZES: dict[str, Any] = {"steps": 1, "prompts": 2, "completions": 4, "eval_prompts": 0}

@@ -10,6 +10,9 @@ import time
 
 import pytest
 
+from gspo.core.errors import ConfigError, ModelError
+from gspo.experiment import serving
+
 SERVER = """
 import asyncio
 from gspo.experiment import serving
@@ -22,8 +25,7 @@ class Slow(FakeEngine):
         await asyncio.sleep(120)
 
 server.STOP_SECONDS = 1
-serving.load_policy = lambda model: None
-serving.choose_packing = lambda policy: None
+serving.load_named = lambda *_: (None, None)
 serving.make_engine = lambda *_, **__: Slow()
 serving.serve_model("x", "127.0.0.1", 0, "m", None)
 """
@@ -66,3 +68,18 @@ def test_a_signal_ends_a_server_that_is_sampling(number: signal.Signals, status:
             assert time.monotonic() - began < 10
         finally:
             process.kill()
+
+
+def test_a_model_that_cannot_be_loaded_frees_the_port(monkeypatch: pytest.MonkeyPatch):
+    opened: list[socket.socket] = []
+    bound = serving.bind
+    monkeypatch.setattr(serving, "bind", lambda *a: opened.append(bound(*a)) or opened[-1])
+    with pytest.raises(ModelError, match="unknown base_model"):
+        serving.serve_model("embedded:srt", "127.0.0.1", 0, "m", None)
+    assert [listener.fileno() for listener in opened] == [-1]
+
+
+def test_a_host_without_a_key_is_refused_before_anything_is_loaded(capsys: pytest.CaptureFixture):
+    with pytest.raises(ConfigError, match="Choose an API key"):
+        serving.serve_model("embedded:sort", "0.0.0.0", 0, "m", None)
+    assert "loading" not in capsys.readouterr().err

@@ -12,7 +12,7 @@ from experiment.small_runs import Silent, records
 from gspo.cli import app
 from gspo.core.errors import DataError
 from gspo.experiment.loop import run_experiment
-from gspo.experiment.spec import read_spec
+from gspo.experiment.run_file import read_spec
 from gspo.experiment.tuning import tune
 
 ROW = {

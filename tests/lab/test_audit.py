@@ -106,3 +106,17 @@ def test_text_json_and_picture(tmp_path: Path):
 def test_mistakes_are_named(options: dict[str, Any], error: type[Exception], message: str):
     with pytest.raises(error, match=message):
         run_audit(**{"model": "embedded:sort", "prompts": 1} | options)
+
+
+def test_the_prompts_of_a_runs_file(tmp_path: Path):
+    (tmp_path / "data.csv").write_text("prompt\n" + "".join(f"{n:012d}\n" for n in range(20)))
+    (tmp_path / "scores.py").write_text("def same(completion, row):\n    return 0\n")
+    path = tmp_path / "run.toml"
+    head = 'model = "embedded:sort"\nmax_tokens = 3\n'
+    path.write_text(f'{head}dataset = "data.csv"\nreward = "scores:same"\n')
+    report, _ = run_audit("embedded:sort", task=str(path), prompts=8, completions=2)
+    assert as_object(report).total.sequences == 2 * 2  # each held-out row once
+    assert as_object(report).total.tokens <= 3 * 4
+    path.write_text('model = "embedded:sort"\nrollout = "scores:same"\n')
+    with pytest.raises(ConfigError, match="it has no prompts beside its rollout"):
+        run_audit("embedded:sort", task=str(path))

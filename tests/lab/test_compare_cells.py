@@ -173,3 +173,22 @@ def test_the_study_is_whole(path: Path):
     cells = make_cells(read_compare_spec(path))
     assert len({cell.seed for cell in cells}) >= 5
     assert not [cell.error for cell in cells if cell.error]
+
+
+def test_other_rows_of_a_dataset_are_other_cells(tmp_path: Path):
+    (tmp_path / "scores.py").write_text("def same(completion, row):\n    return 0\n")
+    path, data = tmp_path / "own.toml", tmp_path / "data.csv"
+    base = '[base]\nmodel = "embedded:sort"\ndataset = "data.csv"\nreward = "scores:same"\n'
+    more = "prompts = 4\nmax_tokens = 3\n[base.data]\nepochs = 2\nheldout = 0.2\n"
+    path.write_text(f'presets = ["gspo"]\nseeds = 1\n{base}{more}')
+
+    def named() -> str:
+        (cell,) = make_cells(read_compare_spec(path))
+        assert cell.spec is not None and cell.spec.steps == 4  # 8 rows, twice
+        return cell.spec.name
+
+    data.write_text("prompt\n" + "".join(f"{n}\n" for n in range(10)))
+    first = named()
+    assert first == named() and first.startswith("data-gspo-seed0-")
+    data.write_text("prompt\n" + "".join(f"{n}\n" for n in range(1, 11)))
+    assert named() != first

@@ -84,6 +84,11 @@ def test_a_scale_that_cannot_be_fixed_is_refused():
         settle_context(model("phimoe"), "x", 200)
 
 
+def test_a_context_that_the_checks_do_not_fit_into_is_refused():
+    with pytest.raises(ModelError, match=r"'m' with a context of 8 tokens: give max_context=9"):
+        settle_context(model("llama"), "m", 8)
+
+
 def test_models_without_a_threshold_keep_their_context():
     for kind in ("llama", "windows", "bloom", "mamba"):
         lm = model(kind)

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from gspo import dev
 from gspo.core.errors import ModelError
 from gspo.policy import source
-from gspo.policy.load import load_policy
+from gspo.policy.load import load_policy, save_weights
 from models import folder, model
 
 
@@ -67,9 +67,39 @@ def test_code_of_a_folder_runs_only_where_that_is_asked_for(
     assert type(policy.lm).__name__ == "MineForCausalLM"
 
 
-def test_an_adapter_says_what_it_is(tmp_path: Path):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ModelError, match=r"is a LoRA adapter, not a model.*merge_and_unload"):
+def test_an_adapter_stands_for_its_model_with_it(tmp_path: Path):
+    base = source.resolve("embedded:sort")  # a mixture of experts
+    policy = load_policy(base, dev.InternalModelConfig(lora=dev.LoraConfig(r=2)))
+    for name, weight in policy.lm.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    save_weights(policy, tmp_path / "one")
+    merged = load_policy(str(tmp_path / "one"))
+    tokens = torch.randint(3, 60, (2, 9))
+    with torch.no_grad():
+        expected, plain = policy.lm(tokens).logits, load_policy(base).lm(tokens).logits
+        assert torch.allclose(merged.lm(tokens).logits, expected, atol=1e-4)
+        assert not torch.allclose(plain, expected, atol=1e-3)
+    assert not any("lora" in name for name, _ in merged.lm.named_parameters())
+
+    # An adapter on top of an adapter names the one below it.
+    second = load_policy(str(tmp_path / "one"), dev.InternalModelConfig(lora=dev.LoraConfig(r=2)))
+    save_weights(second, tmp_path / "two")
+    chain = (base, [str(tmp_path / "one"), str(tmp_path / "two")])
+    assert source.adapters_below(str(tmp_path / "two")) == chain
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ("{}", "doesn't say which model the adapter is of"),
+        ('{"base_model_name_or_path": null}', "doesn't say which model the adapter is of"),
+        ('{"base_model_name_or_path": "/gone"}', "adapter of '/gone', which is not a folder here"),
+    ],
+)
+def test_an_adapter_whose_model_is_not_here(tmp_path: Path, stored: str, message: str):
+    (tmp_path / "adapter_config.json").write_text(stored)
+    with pytest.raises(ModelError, match=message):
         source.resolve(str(tmp_path))
 
 

@@ -156,6 +156,14 @@ def test_a_developer_is_the_system_where_the_template_has_none():
     assert "system\nBe kind." in chat("qwen").render(asked)
 
 
+def test_a_role_that_nobody_knows_is_refused():
+    for role, near in (("usr", "Did you mean 'user'"), ("None", "no role of OpenAI's")):
+        with pytest.raises(RequestError, match=f"messages: role = '{role}'.*{near}"):
+            chat("qwen").render([HI, {"role": role, "content": "hi"}])
+    own = "{% for m in messages %}{{ m.role == 'judge' }}{% endfor %}"
+    assert chat("own", own).render([HI, {"role": "judge", "content": "x"}]) == "FalseTrue"
+
+
 def test_what_a_template_refuses_is_a_bad_request():
     with pytest.raises(RequestError, match="the chat template refuses: only one call at once"):
         chat("llama").render([HI, {"role": "assistant", "tool_calls": [CALL, CALL]}])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -151,6 +152,13 @@ def test_each_start_is_a_matcher_of_its_own_and_compiled_once(monkeypatch: pytes
         some.start(f'{{"const": {number}}}')
     some.start(POINT)
     assert calls.count(POINT) == 2 and len(some._compiled) == 64
+
+
+def test_a_known_grammar_waits_for_none_that_is_compiled():
+    some = grammars()
+    some.start(POINT)
+    with some._compiling, ThreadPoolExecutor(1) as other:  # as while another one is compiled
+        assert isinstance(other.submit(some.start, POINT).result(10), Matcher)
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch):

@@ -196,7 +196,7 @@ async def test_other_ways_to_ask_still_work():
         ) as response:
             assert b"digits" in await response.read()
         assert (await client.models.list()).data[0].id == "m"
-    with pytest.raises(RuntimeError, match="closed"):
+    with pytest.raises(ServeError, match="was closed"):
         await client.chat.completions.create(model="m", messages=HELLO)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from gspo.core.errors import RequestError
-from gspo.serve.message_texts import text_messages, texts_in
+from gspo.serve.message_texts import check_whole_characters, text_messages, texts_in
 
 
 def test_messages_with_their_text_joined():
@@ -19,6 +19,12 @@ def test_messages_with_their_text_joined():
     ]
     with pytest.raises(RequestError, match=r"messages\[0\] has no role"):
         text_messages([{"content": "a"}])
+
+
+def test_half_a_character_is_refused():
+    check_whole_characters(["\U0001f600", "a"])
+    with pytest.raises(RequestError, match="half a surrogate pair"):
+        check_whole_characters(["a", "\ud83d"])
 
 
 def test_every_text_however_deep():

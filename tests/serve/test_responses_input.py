@@ -24,3 +24,13 @@ def test_reasoning_goes_back_into_its_turn():
     assert turn["tool_calls"][0]["id"] == "1"
     with pytest.raises(RequestError, match="only text"):
         chat_of(ResponsesBody(model="m", input=[{"role": "user", "content": 5}]))
+
+
+def test_what_is_no_text_or_no_character_is_refused():
+    for kind in ([None], {"a": 1}, None):
+        parts = [{"type": kind, "text": "a"}]
+        with pytest.raises(RequestError, match="only text"):
+            chat_of(ResponsesBody(model="m", input=[{"role": "user", "content": parts}]))
+    for fields in ({"metadata": {"a": "\ud800"}}, {"instructions": "\udfff"}):
+        with pytest.raises(RequestError, match="half a surrogate pair"):  # the answer repeats them
+            chat_of(ResponsesBody(model="m", input="a", **fields))

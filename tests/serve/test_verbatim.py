@@ -6,7 +6,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -168,7 +168,7 @@ def conversation(
         written = one.decode(tokens)
         parsed = one.chat.parse(written, tools=TOOLS, key=completion_key(prompt, 0))
         called = [call.id for call in parsed.tool_calls]
-        memory.remember(prompt, tokens, written, called)
+        memory.remember(prompt, tokens, partial(str, written), called)
         trajectory.messages_and_choices.append(choice(tokens, prompt))
         sampled += tokens
         ids += called
@@ -253,7 +253,7 @@ def said(one: Model, memory: TokenMemory, text: str, history: list[dict] = USER)
     prompt = chat_tokens(one, history, tools=TOOLS, memory=memory)
     tokens = one.spell(text, random.Random(text))
     parsed = one.chat.parse(text, tools=TOOLS, key=completion_key(prompt, 0))
-    memory.remember(prompt, tokens, text, [call.id for call in parsed.tool_calls])
+    memory.remember(prompt, tokens, lambda: text, [call.id for call in parsed.tool_calls])
     return as_message(parsed), prompt + tokens
 
 
@@ -336,8 +336,8 @@ def test_another_models_tokens_are_not_used():
 def test_a_text_prompt_goes_on_from_sampled_tokens():
     engine, memory = FakeEngine(), TokenMemory()
     prompt = memory.prompt(engine.chat, "once", engine.encode)
-    memory.remember(prompt, [-1, -2], "upon")  # tokens that no text is encoded as
+    memory.remember(prompt, [-1, -2], lambda: "upon")  # tokens that no text is encoded as
     assert memory.prompt(engine.chat, "onceupon a", engine.encode) == [*prompt, -1, -2, 32, 97]
     assert memory.prompt(engine.chat, "onceup", engine.encode) == engine.encode("onceup")
-    memory.remember([7], [8], "x")  # nobody asked for it
+    memory.remember([7], [8], lambda: "x")  # nobody asked for it
     assert memory.prompt(engine.chat, "x", engine.encode) == engine.encode("x")

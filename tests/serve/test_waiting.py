@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import pytest
 from openai import BadRequestError
 
+from gspo.serve.engine import Request
 from gspo.serve.fake_engine import FakeEngine
 from gspo.serve.local_client import in_process_client
 from support import app_of
@@ -32,6 +33,24 @@ async def test_what_cannot_fit_is_refused_before_it_is_tokenized():
             with pytest.raises(BadRequestError, match="text of 10000000 characters cannot fit"):
                 await client.chat.completions.create(model="m", messages=long)
     assert not hasattr(engine, "threads")
+
+
+async def test_grammars_are_compiled_beside_the_event_loop():
+    class Checking(FakeEngine):
+        threads: ClassVar[list[str]] = []
+
+        def check(self, request: Request) -> None:
+            self.threads.append(threading.current_thread().name)
+            super().check(request)
+
+    transport = httpx.ASGITransport(app=app_of(Checking(lambda prompt, index: "{}")))
+    async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+        body = {"model": "m", "messages": [{"role": "user", "content": "a"}]}
+        asked = body | {"response_format": {"type": "json_object"}}
+        assert (await client.post("/v1/chat/completions", json=asked)).status_code == 200
+        first = Checking.threads[0]
+        assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+    assert first != "MainThread"
 
 
 async def test_long_texts_are_tokenized_beside_the_event_loop():

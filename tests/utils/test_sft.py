@@ -116,7 +116,7 @@ def test_reading(tmp_path: Path):
         (" \n\n", "x.jsonl is empty"),
         ('{"messages": []}\n{', "x.jsonl, row 2 is not JSON"),
         ('{"prompt": 1, "answer": 2}', 'row 1 has no column "messages"; it has: prompt, answer'),
-        ("[1]", 'row 1 has no column "messages"'),
+        ("[1]", r"row 1 is \[1\] \(list\); give an object"),
         ('{"messages": "hi"}', "row 1: messages are 'hi' .*; give a list"),
         ('{"messages": [5]}', r"row 1: messages are \[5\]"),
         ('{"messages": [], "tools": 5}', "row 1: Trajectory: tools"),

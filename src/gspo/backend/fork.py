@@ -23,6 +23,7 @@ def fork_checkpoint(
     """Copy a checkpoint into the run of a model that is not registered yet; returns its step.
 
     The step, the optimizer and the steered epsilon come with it; metrics and trajectories don't.
+    The new run's config.json says which runs and steps it goes on from, back to the first.
 
     Args:
         path: of the backend, which has both runs.
@@ -62,7 +63,8 @@ def fork_checkpoint(
         target = run.checkpoints / checkpoint.name
         with run.writing(), explained(target), replacing(target) as building:
             shutil.copytree(checkpoint, building)
-        run.claim()
+        parent = {"run": f"{source.parent.name}/{source.name}", "step": fitting[-1]}
+        run.claim([*stored.get("lineage", []), parent])
     finally:
         run.close()
     return fitting[-1]

@@ -28,7 +28,7 @@ from gspo.backend.stored_batch import write_batch
 from gspo.backend.trackers import TrackerName, Trackers, check_loggers
 from gspo.config import TrainConfig, TrainSFTConfig
 from gspo.core.compute import ComputeThread
-from gspo.core.errors import RunError, check_names, check_whole
+from gspo.core.errors import ConfigError, RunError, check_names, check_whole
 from gspo.data.check import plain_groups
 from gspo.policy.load import Policy
 from gspo.serve.episodes import Episode
@@ -259,7 +259,7 @@ class LocalBackend(Backend):
     async def fork_checkpoint(
         self,
         model: ModelLike,
-        from_model: str,
+        from_model: str = "",
         from_project: str | None = None,
         not_after_step: int | None = None,
         verbose: bool = False,
@@ -269,6 +269,8 @@ class LocalBackend(Backend):
         `gspo.backend.fork.fork_checkpoint`. `verbose` prints which step it is.
         """
         check_names("fork_checkpoint", unknown, _FORK, _S3)
+        if not from_model:
+            raise ConfigError("fork_checkpoint: give from_model=, the name of the other run")
         if (model.project, model.name) in self._services:
             raise RunError(f"model {model.name!r} is registered: fork before register")
         source = from_model, from_project, not_after_step

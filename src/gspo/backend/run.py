@@ -8,7 +8,7 @@ import math
 import os
 import platform
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -88,10 +88,16 @@ class Run:
                 raise RunError(f"the run {self.folder} is closed: nothing more is written to it")
             yield
 
-    def claim(self) -> None:
-        """Write the identity, once it has proved usable: a misspelt model must not stay."""
+    def claim(self, lineage: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Write the identity, once it has proved usable: a misspelt model must not stay.
+
+        Args:
+            lineage: the runs that this one goes on from, the first one first, as
+                `{"run": "<project>/<name>", "step": <the step that was taken>}`.
+        """
         if not self._config.exists():
             stored = {"format": FORMAT, **self._identity, "versions": versions()}
+            stored |= {"lineage": list(lineage)} if lineage else {}
             with self.writing():
                 write_whole(self._config, strict_json(stored, indent=1) + "\n")
 
@@ -151,9 +157,7 @@ class Run:
                     f"delete_checkpoints: no metric {metric!r} was logged, so nothing is deleted."
                     f"{suggestion(str(metric), names)} Logged: {', '.join(sorted(names))}."
                 )
-        scores = {step: self.line(step).get(metric, math.nan) for step in saved}
-        measured = [step for step in saved if math.isfinite(scores[step])]
-        best = max(measured, key=scores.__getitem__, default=None)
+        best = best_step({step: self.line(step).get(metric, math.nan) for step in saved})
         with self.writing(), explained(self.checkpoints):
             for step in saved:
                 if step not in (*saved[-latest:], best):
@@ -170,6 +174,16 @@ class Run:
                 self.trackers.finish()
             finally:
                 self._lock.close()
+
+
+def best_step(scores: Mapping[int, float]) -> int | None:
+    """The step with the highest score, the first of equals; None if none is finite.
+
+    >>> best_step({1: 0.5, 2: 0.7, 3: math.nan, 4: 0.7})
+    2
+    """
+    measured = [step for step, score in sorted(scores.items()) if math.isfinite(score)]
+    return max(measured, key=scores.__getitem__, default=None)
 
 
 def locked(path: Path) -> IO[str]:

@@ -45,6 +45,8 @@ _OF_CHOICES = {
 }
 """Columns with one entry per Choice, as the field of a Choice and its type. A file without one of
 them is of an older gspo, and cannot be trained on again."""
+_RARE = {"token_policy_versions": "policy_versions", "altered_by": "altered_by"}
+"""Columns that few batches have, as the field of a Choice."""
 _SCHEMA = {
     "group": pa.int32(),
     "trajectory": pa.int32(),
@@ -64,6 +66,8 @@ _SCHEMA = {
     **{name: pa.list_(kind) for name, (_, kind) in _OF_CHOICES.items()},
     # One per token of each Choice, if they differ; older files don't have it.
     "token_policy_versions": pa.list_(pa.list_(pa.int64())),
+    # Of each Choice, if any has it; older files don't have it.
+    "altered_by": pa.list_(pa.list_(pa.string())),
     # What training made of it: null if it was not trained on.
     "update": pa.int32(),
     "sequence_log_ratios": pa.list_(pa.float64()),
@@ -183,8 +187,9 @@ def _columns(trajectory: Trajectory, traces: Sequence[Trace]) -> dict[str, Any]:
     }
     routes = [_routes(choice) for choice in choices]
     columns["routes"] = routes if any(routes) else None
-    changing = [getattr(choice, "policy_versions", None) for choice in choices]
-    columns["token_policy_versions"] = changing if any(changing) else None
+    for name, field in _RARE.items():
+        values = [getattr(choice, field, None) for choice in choices]
+        columns[name] = values if any(values) else None
     if traces:
         log_ratios = np.concatenate([trace.token_log_ratios for trace in traces])
         ends = np.cumsum([len(tokens) for tokens in columns["token_ids"]])
@@ -214,6 +219,19 @@ def _routes(choice: Choice) -> dict[str, Any] | None:
         return {"shape": list(value["shape"]), "dtype": str(value["dtype"]), "data": data}
     except (KeyError, TypeError, ValueError):
         return None
+
+
+def read_record(path: Path) -> UpdateRecord | None:
+    """How a stored batch was trained on, without reading its rows; None if the file doesn't say.
+
+    Raises:
+        RunError: no such file, or a damaged one.
+    """
+    try:
+        stored = (pq.read_schema(path).metadata or {}).get(_KEY)
+        return UpdateRecord(**json.loads(stored)) if stored else None
+    except (OSError, pa.ArrowException, ValueError, TypeError) as error:
+        raise RunError(f"cannot read the rollout batch {path}: {error}") from None
 
 
 def read_batch(path: Path) -> StoredBatch:
@@ -257,8 +275,9 @@ def _trajectory(row: dict[str, Any], path: Path) -> Trajectory:
         )
     for turn, (conversation, number) in enumerate(sampled):
         fields = {field: row[name] and row[name][turn] for name, (field, _) in _OF_CHOICES.items()}
-        if changing := row.get("token_policy_versions"):
-            fields["policy_versions"] = changing[turn]
+        for name, field in _RARE.items():
+            if values := row.get(name):
+                fields[field] = values[turn]
         if routes := fields["routed_experts"]:
             routes["data"] = base64.b64encode(routes["data"]).decode()
         conversation[number] = {**fields, "index": 0, "message": conversation[number]}

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
-from gspo.core.errors import ConfigError, suggestion
+from gspo.core.errors import ConfigError, check_names, suggestion
+
+T = TypeVar("T")
 
 _FORMS = "write 'module:name' or 'folder/file.py:name'"
 
@@ -88,6 +92,36 @@ def load_object(name: str, what: str) -> Any:
         near = suggestion(object_name, vars(module))
         raise ConfigError(f"{what} = {name!r}: {place} has no {object_name!r}.{near}")
     return getattr(module, object_name)
+
+
+def load_class(name: str, what: str, base: type[T]) -> Callable[..., T]:
+    """The class that `module:Class` names, which derives from `base`.
+
+    Raises:
+        ConfigError: see `load_object`; or it is no such class.
+    """
+    kind = load_object(name, what)
+    if not (isinstance(kind, type) and issubclass(kind, base)):
+        home = base.__module__.rpartition(".")[0]
+        raise ConfigError(
+            f"{what} = {name!r} must be a class that derives from {home}.{base.__name__}"
+        )
+    return kind
+
+
+def made_of(kind: Callable[..., T], what: str, name: str, options: Mapping[str, Any]) -> T:
+    """An object of what the option `what` names, from its table of options.
+
+    Raises:
+        ConfigError: an option that the constructor doesn't have or lacks, or an abstract class.
+    """
+    known = inspect.signature(kind).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        check_names(f"{what}_options of {name!r}", options, known, {})
+    try:
+        return kind(**options)
+    except TypeError as error:  # an argument or a method is missing
+        raise ConfigError(f"{what} = {name!r} with options {dict(options)}: {error}") from None
 
 
 def _file(module: str, folder: Path) -> Path | None:

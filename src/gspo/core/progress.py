@@ -140,6 +140,12 @@ def gathering(gather: Gather) -> AbstractContextManager[Gather]:
     return holding(_current, gather)
 
 
+rollout_belongings: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar(
+    "gspo_rollout", default=None
+)
+"""What others keep for the rollout that the code is in; None outside of any."""
+
+
 async def within_limits(work: Awaitable[T], gather: Gather, name: str) -> T:
     """Await a rollout in a task of its own: it ends there, whatever it cancels or ignores.
 
@@ -154,7 +160,8 @@ async def within_limits(work: Awaitable[T], gather: Gather, name: str) -> T:
         DataError: it raised CancelledError, and nobody has cancelled it from outside.
     """
     began, (seconds, argument) = time.monotonic(), gather.limit()
-    task = asyncio.ensure_future(_outcome(work))
+    with holding(rollout_belongings, {}):
+        task = asyncio.ensure_future(_outcome(work))
     try:
         await asyncio.wait({task}, timeout=seconds)
     except asyncio.CancelledError:  # whoever runs the gather

@@ -58,6 +58,8 @@ def estimate_reward(groups: Sequence[TrajectoryGroup]) -> Estimate:
 
 
 def _prompt(trajectory: Trajectory) -> str:
-    """What stands before the model's first turn: the prompt, whoever made it."""
+    """What stands before the model's first turn, whoever made it; or the environment's instance."""
+    if (instance := trajectory.metadata.get("instance")) is not None:
+        return str(instance)
     before = itertools.takewhile(lambda i: isinstance(i, dict), trajectory.messages_and_choices)
     return json.dumps([list(before), trajectory.tools], sort_keys=True, default=str)

@@ -11,9 +11,12 @@ from typing import Any, Protocol
 import gspo as art
 from gspo.core.files import strict_json, write_whole
 from gspo.core.timing import span
+from gspo.core.trees import flat
+from gspo.experiment.dataset_checks import check_dataset, check_prompts, remember_dataset
 from gspo.experiment.heldout import Estimate, estimate_reward
 from gspo.experiment.rollout import Rollouts
-from gspo.experiment.spec import SFT, Spec, flat
+from gspo.experiment.spec import SFT, Spec
+from gspo.tasks import Task
 from gspo.train.settings import resolve
 from gspo.utils.sft import read_trajectories
 
@@ -64,12 +67,13 @@ class Watch(Protocol):
         """Held-out reward was measured at the weights of `step`."""
 
 
-async def run_experiment(spec: Spec, watch: Watch) -> Outcome:
+async def run_experiment(spec: Spec, watch: Watch, task: Task | None = None) -> Outcome:
     """Run `spec`, or go on where a killed run of the same folder stopped.
 
     Args:
         spec: what to run.
         watch: is told of each step.
+        task: in place of the spec's own; None: what the spec names.
     """
     resolve(spec.train_config(), spec.train)  # options that contradict cost no evaluation
     started = time.perf_counter()
@@ -81,15 +85,18 @@ async def run_experiment(spec: Spec, watch: Watch) -> Outcome:
         config=spec,
         _internal_config=spec.load,
     )
-    rollouts = Rollouts(spec, model)
+    rollouts = Rollouts(spec, model, task)
+    await check_dataset(spec, rollouts.task)
     async with art.LocalBackend(
         spec.path, keep_checkpoints=spec.keep_checkpoints, seed=spec.seed, logger=spec.logger
     ) as backend:
         await model.register(backend)
         first = await model.get_step()
         policy = backend.policy(model)
+        check_prompts(spec, rollouts.task, policy.tokenizer, policy.context)
         exact = "equal to the bit" if policy.exact else f"not equal to the bit: {policy.not_exact}"
-        watch.started(spec, first, [f"engine and trainer are {exact}", *_remember(spec)])
+        notes = [*remember_dataset(spec, rollouts.task), *_remember(spec)]
+        watch.started(spec, first, [f"engine and trainer are {exact}", *notes])
         before = await _evaluate(backend, rollouts, watch, 0)
         if spec.sft:
             if first == 0:
@@ -150,7 +157,9 @@ async def _evaluate(
             return Estimate.logged(record)
     if await model.get_step() != step:  # an older run, started without an evaluation
         return None
-    prompts = range(spec.eval_prompts)
+    sizes = rollouts.task.sizes if rollouts.task else None
+    # Rows that are drawn twice are no new evidence.
+    prompts = range(min(spec.eval_prompts, sizes["heldout"] if sizes else spec.eval_prompts))
     groups = await rollouts.groups("heldout", prompts, spec.eval_completions, step)
     estimate = estimate_reward(groups)
     # A resumed run reads its start from the log.

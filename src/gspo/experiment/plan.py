@@ -10,11 +10,13 @@ from transformers import AutoModelForCausalLM
 from gspo.backend.trackers import check_loggers
 from gspo.core.byname import find_module
 from gspo.core.errors import ConfigError
+from gspo.environments import load_environment
+from gspo.experiment.dataset_checks import check_prompts, how_often
 from gspo.experiment.spec import Spec
 from gspo.kernels.kv_cache import kv_bytes
 from gspo.policy.embedded import PREFIX, build_model, build_tokenizer, embedded_task
 from gspo.policy.source import read_config, read_tokenizer, resolve
-from gspo.tasks import load_task
+from gspo.tasks.dataset import DatasetTask
 from gspo.train.defaults import default_learning_rate
 from gspo.train.minibatches import activation_bytes, token_budget
 from gspo.train.settings import resolve as resolve_settings
@@ -35,18 +37,22 @@ def make_plan(spec: Spec) -> str:
     """
     settings = resolve_settings(spec.train_config(), spec.train)
     check_loggers(spec.logger)
-    task = load_task(spec.task, spec.task_options) if spec.task else None
+    task = spec.make_task()
     if spec.rollout:
         find_module(spec.rollout, "rollout")
+    played = (
+        load_environment(spec.environment, spec.environment_options)() if spec.environment else None
+    )
     model, tokenizer = _base_model(spec)
     config, parameters = model.config.get_text_config(), sum(p.numel() for p in model.parameters())
-    limit = spec.max_tokens or (task.max_tokens if task else None)
+    limit = spec.max_tokens or getattr(task or played, "max_tokens", None)
     context = spec.load.max_context or getattr(config, "max_position_embeddings", None)
     if limit and context and limit >= context and spec.rollout is None:
         raise ConfigError(
             f"max_tokens = {limit}: {spec.model!r} has a context of {context} tokens, prompt "
             f"included: give max_tokens = {context - 1} or less"
         )
+    check_prompts(spec, task, tokenizer, context)
     clipping, objective = "no ratios are clipped", settings.objective
     if objective.surrogate == "clip":
         low, high = 1 - objective.epsilon_low, 1 + objective.epsilon_high
@@ -65,6 +71,10 @@ def make_plan(spec: Spec) -> str:
         f"completions of up to {longest} tokens; microbatches of up to {tokens} tokens",
         _memory(spec, tokens, limit or 256, config, parameters),
     ]
+    if isinstance(task, DatasetTask):
+        lines.insert(3, how_often(spec, task))
+    if played:
+        lines.insert(3, f"episodes of up to {spec.max_turns or played.max_turns} turns")
     if spec.sft:
         rows = len(read_trajectories(spec.sft.data))
         lines.insert(0, f"first SFT on {rows} conversations, {spec.sft.epochs} x")

@@ -15,11 +15,13 @@ from gspo.core.choices import as_choice
 from gspo.core.draws import drawing_for, seed_of
 from gspo.core.errors import ConfigError, DataError
 from gspo.core.progress import all_or_cancel
+from gspo.environments import load_environment
+from gspo.environments.play import episode_seed, play
 from gspo.experiment.spec import Spec
 from gspo.experiment.user_error import users_errors
 from gspo.gather import gather_trajectory_groups
 from gspo.model import TrainableModel
-from gspo.tasks import Problem, Split, load_task
+from gspo.tasks import Problem, Split, Task
 from gspo.train.minibatches import shaped_reward
 from gspo.train.settings import resolve
 from gspo.trajectories import Rolled, Trajectory, TrajectoryGroup, settled
@@ -43,11 +45,13 @@ Rollout = Callable[[TrainableModel, Scenario], Awaitable[Rolled]]
 class Rollouts:
     """Makes the groups of an experiment. Each group depends only on the spec and its index."""
 
-    def __init__(self, spec: Spec, model: TrainableModel):
+    def __init__(self, spec: Spec, model: TrainableModel, task: Task | None = None):
         self.spec = spec
         self.model = model
-        self.task = load_task(spec.task, spec.task_options) if spec.task else None
+        self.task = spec.make_task() if task is None else task
         self.rollout = load_rollout(spec.rollout) if spec.rollout else None
+        named, options = spec.environment, spec.environment_options
+        self.environment = load_environment(named, options) if named else None
 
     async def batch(self, step: int) -> list[TrajectoryGroup]:
         """Make the groups of one step; dynamic sampling replaces flat ones by fresh prompts'."""
@@ -94,9 +98,13 @@ class Rollouts:
         with users_errors(split, index, step):
             problem = self.task.problem(split, index, seed) if self.task else None
             scenario = Scenario(split, index, seed, problem)
-            if self.rollout is None:
-                return await self._answers(scenario, size, seed_of(seed, step, split, index))
-        rollout = self.rollout
+            if self.environment is not None:
+                rollout = await self._episodes(scenario)
+            elif self.rollout is not None:
+                rollout = self.rollout
+            else:
+                with drawing_for(split, index):  # of rewards that ask a model
+                    return await self._answers(scenario, size, seed_of(seed, step, split, index))
 
         async def rolled() -> list[Trajectory | BaseException]:
             with users_errors(split, index, step):
@@ -104,6 +112,27 @@ class Rollouts:
 
         with drawing_for(split, index):  # the backend adds its seed and its step
             return TrajectoryGroup(chain(*await all_or_cancel([rolled() for _ in range(size)])))
+
+    async def _episodes(self, scenario: Scenario) -> Rollout:
+        """A rollout function that plays the environment's episode of a scenario."""
+        make, spec = self.environment, self.spec
+        assert make is not None
+        seed, instance = await episode_seed(make, scenario.split, scenario.index, scenario.seed)
+
+        async def episode(model: TrainableModel, scenario: Scenario) -> Trajectory:
+            trajectory = await play(
+                make(),
+                model,
+                seed,
+                max_turns=spec.max_turns,
+                max_tokens=spec.max_tokens,
+                temperature=spec.temperature,
+                step_timeout=spec.step_timeout,
+            )
+            trajectory.metadata["instance"] = instance
+            return trajectory
+
+        return episode
 
     async def _answers(self, scenario: Scenario, size: int, seed: int) -> TrajectoryGroup:
         """Ask for all completions in one request, which computes the prompt once.
@@ -126,8 +155,10 @@ class Rollouts:
             "max_tokens": self.spec.max_tokens or task.max_tokens,
             "temperature": self.spec.temperature,
             "seed": seed,
-            "extra_body": {"return_routes": True} if expert_choices else None,
+            "extra_body": {"return_routes": True} if expert_choices else {},
         }
+        if task.template_kwargs:
+            options["extra_body"]["chat_template_kwargs"] = task.template_kwargs
         client = self.model.openai_client()
         backend: Any = self.model.backend()
         try:
@@ -137,13 +168,17 @@ class Rollouts:
                 answer = await client.chat.completions.create(messages=messages, **options)
         except BadRequestError as error:
             raise DataError(f"the engine refuses a prompt of the task: {error.message}") from None
+        choices = [*filter(None, map(as_choice, answer.choices))]
+        grades = await task.grade(problem, [choice.message.content or "" for choice in choices])
+        row = {"row": problem.where} if problem.where else {}
         return TrajectoryGroup(
             Trajectory(
                 messages_and_choices=[*messages, choice],
-                reward=task.score(problem, choice.message.content or ""),
-                metadata={"answer": problem.answer},
+                reward=reward,
+                metrics={**parts},
+                metadata={"answer": problem.answer, **row},
             )
-            for choice in filter(None, map(as_choice, answer.choices))
+            for choice, (reward, parts) in zip(choices, grades, strict=True)
         )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Collection, Iterable, Mapping
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
@@ -13,10 +11,10 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from gspo import dev
 from gspo.backend.trackers import TrackerName
 from gspo.config import TrainConfig
-from gspo.core.byname import beside
-from gspo.core.errors import ConfigError, suggestion
+from gspo.core.errors import suggestion
 from gspo.core.options import LARGEST_COUNT, TEMPERATURES, Options
-from gspo.tasks import task_names
+from gspo.tasks import Task, load_task, task_names
+from gspo.tasks.dataset import Data, load_dataset
 
 
 class SFT(Options, title="[sft]"):
@@ -49,14 +47,32 @@ class Spec(Options, title="the run"):
     `gspo.tasks.Task` of your own, in a file beside this one."""
     task_options: dict[str, Any] = Field(default_factory=dict)
     """Options of `chain`, of a reasoning-gym dataset, or of your own task's constructor."""
+    dataset: str | None = None
+    """Rows of your own, in place of a task: a file of JSONL, CSV or parquet beside this one; or a
+    folder or a name that the `datasets` library loads."""
+    reward: list[str] = Field(default_factory=list)
+    """Reward functions for the dataset's rows, each `module:function`; see docs/own-data.md."""
+    reward_weights: list[float] | None = None
+    """One for each reward. None: each is 1."""
+    data: Data = Field(default_factory=Data)
+    """How the dataset is used: what is held out, epochs, order, system prompt."""
     rollout: str | None = None
     """`module:function` or `folder/file.py:function`, an
     `async def rollout(model, scenario) -> Trajectory` of your own. A module is looked for beside
     the TOML file, in the working directory, and among what is installed, in this order.
     Without it, the task's prompt is answered in one turn and scored."""
     rollout_timeout: float | None = Field(default=None, gt=0)
-    """Seconds that each call of your rollout function may take. One that takes longer is cancelled,
-    told in a warning, and left out of its group. None: no limit."""
+    """Seconds that each call of your rollout function, or an episode, may take. One that takes
+    longer is cancelled, told in a warning, and left out of its group. None: no limit."""
+    environment: str | None = None
+    """`textworld:<game>` or another family's, or `module:Class`: a `gspo.environments.Environment`
+    of your own. In place of a task."""
+    environment_options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the environment's constructor."""
+    max_turns: int | None = Field(default=None, ge=1, le=LARGEST_COUNT)
+    """Most turns of the model in an episode. None: the environment's own."""
+    step_timeout: float | None = Field(default=None, gt=0)
+    """Seconds that a step of the environment may take. None: the environment's own."""
     steps: int = Field(default=60, ge=1, le=LARGEST_COUNT)
     """Calls of `train` over the run's life; with [sft], its first step is the SFT."""
     prompts: int = Field(default=32, ge=1, le=LARGEST_COUNT)
@@ -66,7 +82,7 @@ class Spec(Options, title="the run"):
     dynamic_sampling: bool = False
     """DAPO's: groups with equal rewards are replaced by fresh prompts, in up to three rounds."""
     max_tokens: int | None = Field(default=None, ge=1, le=LARGEST_COUNT)
-    """Longest completion. None: the task's own."""
+    """Longest completion, or turn. None: the task's or the environment's own."""
     temperature: float = Field(default=1.0, ge=TEMPERATURES[0], le=TEMPERATURES[1])
     eval_prompts: int = Field(default=256, ge=0, le=LARGEST_COUNT)
     """Held-out prompts before and after; 0 evaluates nothing."""
@@ -94,6 +110,11 @@ class Spec(Options, title="the run"):
             raise ValueError("it names one folder: leave dots, '/' and '\\' out")
         return folder_name(value)
 
+    @field_validator("reward", mode="before")
+    @classmethod
+    def _one_reward(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
     @model_validator(mode="before")
     @classmethod
     def _task_names_the_model(cls, data: Any) -> Any:
@@ -102,12 +123,28 @@ class Spec(Options, title="the run"):
         return data
 
     @model_validator(mode="after")
+    def _environment_stands_alone(self) -> Spec:
+        if self.environment is not None and (self.task or self.rollout or self.dataset is not None):
+            raise ValueError(
+                "an environment has its own prompts and rollout: leave task, dataset, rollout out"
+            )
+        for name in ("environment_options", "max_turns", "step_timeout"):
+            if self.environment is None and getattr(self, name):
+                raise ValueError(f"{name} is of an environment, but none is given")
+        if self.environment is not None and not self.model:
+            raise ValueError("an environment has no model of its own: give a model")
+        return self
+
+    @model_validator(mode="after")
     def _has_prompts_and_a_model(self) -> Spec:
-        if self.task is None and self.rollout is None:
-            raise ValueError("give a task, or a rollout = 'module:function'")
+        if not (self.task or self.rollout or self.dataset is not None or self.environment):
+            raise ValueError(
+                "give a task, a dataset, an environment, or a rollout = 'module:function'"
+            )
+        self._check_dataset()
         if self.task is None and self.task_options:
             raise ValueError("task_options are given, but no task")
-        if self.rollout is None and self.rollout_timeout is not None:
+        if self.rollout is None and self.environment is None and self.rollout_timeout is not None:
             raise ValueError("rollout_timeout limits a rollout function of yours: there is none")
         given = [name for name in ("max_tokens", "temperature") if self._differs(name)]
         if self.rollout is not None and given:
@@ -128,6 +165,45 @@ class Spec(Options, title="the run"):
             )
         return self
 
+    def _check_dataset(self) -> None:
+        if self.dataset is None:
+            if self.reward or self.reward_weights or self.data != Data():
+                raise ValueError("reward, reward_weights and [data] belong to a dataset: give one")
+            return
+        if self.task is not None:
+            raise ValueError("task and dataset both give the prompts: leave one out")
+        if (self.rollout is None) != bool(self.reward):
+            raise ValueError(
+                "a dataset needs reward = ['module:function'], or a rollout = 'module:function', "
+                "which gives its own reward: one of the two"
+            )
+        if self.rollout and (self.data.system_prompt or self.data.chat_template_kwargs):
+            raise ValueError(
+                "the system prompt and chat_template_kwargs are decided by your rollout function: "
+                "leave them out of [data], and use them there"
+            )
+        if self.data.epochs and ("steps" in self.model_fields_set or self.dynamic_sampling):
+            raise ValueError(
+                "data.epochs gives the number of steps: leave steps and dynamic_sampling out"
+            )
+
+    def make_task(self) -> Task | None:
+        """The task or the dataset; None for a rollout without either.
+
+        Raises:
+            GspoError: it cannot be loaded, or a row or a reward is refused.
+        """
+        if self.dataset is None:
+            return load_task(self.task, self.task_options) if self.task else None
+        return load_dataset(self.dataset, self.reward, self.reward_weights, self.data)
+
+    def with_steps(self, task: Task | None = None) -> Spec:
+        """The spec with the number of steps that its epochs come to, rounded up."""
+        if self.data.epochs is None or not (task := task or self.make_task()) or not task.sizes:
+            return self
+        steps = -(-self.data.epochs * task.sizes["train"] // self.prompts)
+        return self.model_copy(update={"steps": steps})
+
     @property
     def folder(self) -> Path:
         """The run's folder."""
@@ -138,7 +214,7 @@ class Spec(Options, title="the run"):
         return TrainConfig(learning_rate=self.learning_rate)
 
 
-TABLES = {"train": dev.TrainConfig, "sft": SFT, "load": dev.InternalModelConfig}
+TABLES = {"train": dev.TrainConfig, "sft": SFT, "load": dev.InternalModelConfig, "data": Data}
 """The tables of a run's file."""
 
 
@@ -151,106 +227,3 @@ def folder_name(text: str) -> str:
     if not text or "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
         raise ValueError("no file name is empty, or has a NUL or half a character")
     return expanduser(text)
-
-
-def read_spec(path: Path, overrides: Iterable[str] = ()) -> Spec:
-    """A spec from a TOML file, with `key=value` overrides (dotted keys, TOML values).
-
-    Raises:
-        ConfigError: no such file, not TOML, or an unknown key or value.
-    """
-    return Spec(**named_beside(override(read_toml(path), overrides), path.parent))
-
-
-_NAMES = ("task", "rollout", "algorithm", "train.algorithm")
-"""Keys whose value may be the `module:name` of the user's own code."""
-
-
-def named_beside(run: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The fields of a run; each `module:name` means the file of `folder`, if there is one.
-
-    A comparison's keys may be dotted, or say `algorithm` for `train.algorithm`.
-    """
-    named = dict(run)
-    for key, value in run.items():
-        if key in _NAMES and isinstance(value, str):
-            named[key] = beside(value, folder)
-    if isinstance(run.get("train"), dict):
-        named["train"] = named_beside(run["train"], folder)
-    if isinstance(sft := run.get("sft"), dict) and isinstance(sft.get("data"), str):
-        named["sft"] = sft | {"data": str(folder / expanduser(sft["data"]))}
-    return named
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """What a TOML file says.
-
-    Raises:
-        ConfigError: no such file, or not TOML.
-    """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: its brackets are nested too deeply") from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is not TOML in UTF-8: {error}") from None
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A tree of options with dotted keys."""
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            out |= flat(value, f"{prefix}{key}.")
-        else:
-            out[f"{prefix}{key}"] = value
-    return out
-
-
-def full_keys(name: str) -> list[str]:
-    """The dotted keys of a run's fields of this name: in the run itself, and in its tables.
-
-    >>> full_keys("steps"), full_keys("epsilon"), full_keys("seed")
-    (['steps'], ['train.epsilon'], ['seed', 'train.seed'])
-    """
-    found = [name] if name in Spec.model_fields else []
-    return found + [f"{table}.{name}" for table in TABLES if name in TABLES[table].model_fields]
-
-
-def override(
-    data: dict[str, Any], overrides: Iterable[str], keys: Collection[str] = Spec.model_fields
-) -> dict[str, Any]:
-    """`data` with each `a.b=value` put in its place; `keys` are their possible first parts.
-
-    >>> override({"train": {"epochs": 1}}, ["train.epochs=2", "model=embedded:sort"])
-    {'train': {'epochs': 2}, 'model': 'embedded:sort'}
-    """
-    for item in overrides:
-        key, equals, text = map(str.strip, item.partition("="))
-        if not equals:
-            raise ConfigError(f"--set {item!r}: write key=value")
-        first, *rest = parts = key.split(".")
-        near = [full for full in full_keys(parts[-1]) if full.partition(".")[0] in keys]
-        misplaced = len(rest) == 1 and first in TABLES and near and key not in near
-        if first not in keys or misplaced:
-            hint = f" Did you mean {near[0]!r}?" if near else suggestion(first, keys)
-            raise ConfigError(f"--set {item!r}: unknown key {key!r}.{hint}")
-        try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except (tomllib.TOMLDecodeError, RecursionError):  # no TOML: it is the text itself
-            value = text
-        data = put(data, parts, value)
-    return data
-
-
-def put(table: Any, keys: list[str], value: Any) -> dict[str, Any]:
-    """A copy of the table, with the value at the keys. What is no table is replaced by one.
-
-    >>> put({"steps": 5, "train": {"epochs": 2}}, ["train", "seed"], 1)
-    {'steps': 5, 'train': {'epochs': 2, 'seed': 1}}
-    """
-    table = table if isinstance(table, dict) else {}
-    first, *rest = keys
-    return table | {first: put(table.get(first), rest, value) if rest else value}

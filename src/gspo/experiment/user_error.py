@@ -50,6 +50,7 @@ def users_errors(split: str, index: int, step: int) -> Iterator[None]:
             text.append("...")
         if (cause := error.__cause__) is not None:
             text += f"caused by {type(cause).__name__}: {cause}".splitlines()[:1]
+        text += getattr(error, "__notes__", [])  # such as which reward, and which row
         text += [f"  {f.filename}, line {f.lineno}, in {f.name}: {f.line}" for f in users[-FRAMES:]]
         saved = f"Step {step} is saved" if step else "Nothing was trained yet"
         text.append(f"{saved}: mend it, and the same command goes on.")

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 from rich import progress
 from rich.console import Console
@@ -14,6 +15,7 @@ from rich.table import Column
 from rich.text import Text
 
 from gspo.experiment.heldout import Estimate
+from gspo.experiment.samples import print_samples
 from gspo.experiment.spec import Spec
 from gspo.train.minibatches import why_no_update
 
@@ -31,10 +33,17 @@ class LiveWatch(AbstractContextManager["LiveWatch"]):
     Args:
         console: a terminal gets a bar, and anything else a line per step.
         clock: the time in seconds.
+        samples: how many completions of each step to show.
     """
 
-    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        samples: int = 0,
+    ):
         self.console = console or Console()
+        self._samples, self._folder = samples, Path()
         self._plain = not self.console.is_terminal or self.console.is_dumb_terminal
         self._bar = progress.Progress(
             progress.TextColumn("step"),
@@ -57,6 +66,7 @@ class LiveWatch(AbstractContextManager["LiveWatch"]):
             self._bar.stop()
 
     def started(self, spec: Spec, step: int, notes: list[str]) -> None:
+        self._folder = spec.folder
         resumed = f", going on from step {step}" if step else ""
         self._print(f"training {spec.model} in {spec.folder}{resumed}")
         for note in notes:
@@ -73,6 +83,9 @@ class LiveWatch(AbstractContextManager["LiveWatch"]):
         if self._plain:
             left = progress.TimeRemainingColumn(compact=True).render(task)
             self._print(f"step {step}/{task.total}  {task.description}  left {left}")
+        batch = self._folder / "trajectories" / "train" / f"{step:04d}.parquet"
+        if self._samples and batch.exists():  # a step of SFT has none
+            print_samples(self.console, batch, step, self._samples)
 
     def evaluated(self, step: int, estimate: Estimate) -> None:
         self._print(f"held-out reward at step {step}: {estimate}")

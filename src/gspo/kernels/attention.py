@@ -28,6 +28,7 @@ from gspo.kernels.hf import (
 )
 from gspo.kernels.prompt_cache import SharedPrompts
 from gspo.kernels.shared_prompt_attention import SharedPromptAttention
+from gspo.kernels.step_graph import Step
 
 PACKED = "gspo_packed"
 _HARMLESS = frozenset({"is_causal", "position_ids", "use_cache", "cache_position"})
@@ -44,7 +45,7 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Float[Tensor, " H"] | None = None,
-    gspo_plan: SharedPromptAttention | FlexAttention | SharedPrompts | None = None,
+    gspo_plan: SharedPromptAttention | FlexAttention | SharedPrompts | Step | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "N Q H E"], None]:
     """Causal attention by the plan of the forward pass; without one it is SDPA, or, with soft caps

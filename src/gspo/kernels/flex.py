@@ -51,7 +51,9 @@ class FlexAttention:
         padding = torch.arange(sight.size + 1, self.padded + 1)
         until = torch.cat([torch.from_numpy(sight.until), padding])
         positions = functional.pad(torch.from_numpy(sight.positions), (0, extra))
-        self.until, self.positions = (x.to(sight.device, torch.int32) for x in (until, positions))
+        self.until, self.positions = (
+            x.int().to(sight.device, non_blocking=True) for x in (until, positions)
+        )
         self._by_window: dict[int | None, BlockMask] = {}
 
     def oldest(self, window: int | None) -> Int[Tensor, " P"]:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from gspo.kernels.hf import Cache, cache_argument, returned_cache, select_completions
 from gspo.kernels.prompt_cache import SharedPrompts
+from gspo.kernels.step_graph import GraphedPrompts
 
 FIRST_COLUMNS = 256
 
@@ -115,7 +116,8 @@ def prefill(
     tokens = nn.utils.rnn.pad_sequence(rows, True, padding_side=side).to(device)
     if layout == "shared":
         width = tokens.shape[1]
-        shared = SharedPrompts(backbone, len(prompts), width, device, multiple)
+        kind = GraphedPrompts if device.type == "cuda" else SharedPrompts
+        shared = kind(backbone, len(prompts), width, device, multiple)
         hidden = shared.feed(tokens)
         shared.fan_out(lengths, prompt_of, min(longest, FIRST_COLUMNS))
         ends = torch.from_numpy(lengths - 1).to(device)

@@ -56,8 +56,12 @@ class Blocks(NamedTuple):
         self, weight: Tensor, bias: Tensor | None
     ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Slices of the vocabulary, with their float32 weights and their biases."""
-        for entries in _slices(self.vocabulary, self.entries):
+        for entries in self.of_entries():
             yield entries, weight[entries].float(), None if bias is None else bias[entries]
+
+    def of_entries(self) -> list[slice]:
+        """Slices of the vocabulary."""
+        return _slices(self.vocabulary, self.entries)
 
 
 def _slices(count: int, size: int) -> list[slice]:
@@ -74,9 +78,12 @@ def project(
     logits = hidden.float() @ weight.float().t()
     if bias is not None:
         logits += bias
-    if softcap is not None:
-        logits = logits.div_(softcap).tanh_().mul_(softcap)
-    return logits
+    return capped_(logits, softcap)
+
+
+def capped_(logits: Float[Tensor, "C K"], softcap: float | None) -> Float[Tensor, "C K"]:
+    """softcap * tanh(logits / softcap), in place."""
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
 class _Tokens(NamedTuple):
@@ -112,7 +119,7 @@ class ChunkedLogprobs(torch.autograd.Function):
         if trained or ctx.frozen:
             slope = temperatures.reciprocal()
             if blocks.softcap is not None:
-                slope *= _cap_slope(picked, blocks.softcap)
+                slope *= cap_slope(picked, blocks.softcap)
             tokens = _Tokens(hidden, targets, softmax.scale, softmax.max, softmax.total, slope)
             if pulled is None:
                 ctx.save_for_backward(weight, bias, *tokens, *kept)
@@ -167,8 +174,8 @@ def _forward(
         for span in blocks.of_tokens(targets.shape[0]):
             x = project(hidden[span], w, b, blocks.softcap)
             softcap = blocks.softcap if pull or keep else None
-            slope = None if softcap is None else _cap_slope(x, softcap)
-            _pick(x, targets[span] - entries.start, picked[span])
+            slope = None if softcap is None else cap_slope(x, softcap)
+            pick(x, targets[span] - entries.start, picked[span])
             out = None if powers is None else powers[span]
             power, top, decay = softmax.add(span, x, first=entries.start == 0, out=out)
             if slope is not None:
@@ -181,7 +188,7 @@ def _forward(
     return softmax, picked, pulled, kept
 
 
-def _pick(x: Float[Tensor, "C K"], entries: Int[Tensor, " C"], picked: Float[Tensor, " C"]) -> None:
+def pick(x: Float[Tensor, "C K"], entries: Int[Tensor, " C"], picked: Float[Tensor, " C"]) -> None:
     """Copy each token's entry of the block to `picked`, if the block has it."""
     values = x.gather(-1, entries.clamp(0, x.shape[1] - 1)[:, None]).squeeze(-1)
     torch.where((entries >= 0) & (entries < x.shape[1]), values, picked, out=picked)
@@ -239,11 +246,11 @@ def _powers(
 ) -> Float[Tensor, "C K"]:
     """Compute the powers of a block again, times the slope of the cap."""
     x = project(tokens.hidden[span], w, b, softcap)
-    slope = None if softcap is None else _cap_slope(x, softcap)
+    slope = None if softcap is None else cap_slope(x, softcap)
     power = log2_power_(x, tokens.max[span], tokens.scale[span]).exp2_()
     return power if slope is None else power.mul_(slope)
 
 
-def _cap_slope(logits: Tensor, softcap: float) -> Tensor:
+def cap_slope(logits: Tensor, softcap: float) -> Tensor:
     """d (softcap * tanh(x / softcap)) / dx, from the capped logits."""
     return torch.addcmul(logits.new_ones(()), logits, logits, value=-(softcap**-2))

@@ -59,27 +59,27 @@ class SharedPrompts:
         device: torch.device,
         multiple: int = 1,
     ):
-        self._backbone, self._device, self._multiple = backbone, device, multiple
-        self._capacity = whole_tiles(capacity)
+        self.backbone, self.device, self._multiple = backbone, device, multiple
+        self.capacity = whole_tiles(capacity)
         self._prompts: dict[int, list[Tensor]] = {}  # keys and values, by layer: [P, K, W, D]
         self._slabs: dict[int, list[Tensor]] = {}  # [N, K, columns, D]
-        self._lengths = np.zeros(count, dtype=np.int64)  # tokens of each completion so far
-        self._base = np.zeros(count, dtype=np.int64)
+        self.lengths = np.zeros(count, dtype=np.int64)  # tokens of each completion so far
+        self.base = np.zeros(count, dtype=np.int64)
         self._prompt_of = np.zeros(count, dtype=np.int64)
         self._sizes = np.full(1, count)  # completions that each prompt had at first
-        self._width = 0  # W
+        self.width = 0  # W
         self._scores: Tensor | None = None
         self.fed = (0, 0)
         self._tile = TILE if device.type == "cpu" else None
         self._group()
 
     def _group(self) -> None:
-        self._groups = (
-            context_groups(self._prompt_of, self._sizes, self._device) if self._width else []
+        self.groups = (
+            context_groups(self._prompt_of, self._sizes, self.device) if self.width else []
         )
 
     def _tensor(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(self._device)
+        return torch.from_numpy(values).to(self.device)
 
     def advance(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N D"]:
         """Feed one token to each completion; returns the last hidden states."""
@@ -88,26 +88,23 @@ class SharedPrompts:
     def feed(self, tokens: Int[Tensor, "N Q"]) -> Float[Tensor, "N Q D"]:
         """Feed Q tokens to each completion; returns the last hidden states."""
         count, queries = self.fed = tuple(tokens.shape)
-        self._positions = self._lengths[:, None] + np.arange(queries)
-        columns = int((self._positions[:, -1] - self._base).max()) + 1
-        if columns > self._capacity:
-            more = whole_tiles(max(columns, 2 * self._capacity)) - self._capacity
-            self._capacity += more
-            self._change_slabs(lambda x: functional.pad(x, (0, 0, 0, more)))
+        self._positions = self.lengths[:, None] + np.arange(queries)
+        columns = int((self._positions[:, -1] - self.base).max()) + 1
+        self.make_room(columns)
         self._columns = whole_tiles(columns)
         self._places: dict[int, Tensor] = {}  # of new keys in the slabs, by the number of heads
         self._masks: dict[tuple[int, int, int | None], tuple[_Span, Tensor | None]] = {}
         missing = -tokens.numel() % self._multiple
         given = torch.stack([tokens.flatten(), self._tensor(self._positions).flatten()])
         ids, positions = functional.pad(given, (0, missing))[:, None]
-        hidden = self._backbone(
+        hidden = self.backbone(
             input_ids=ids,
-            attention_mask=no_mask(self._device),
+            attention_mask=no_mask(self.device),
             position_ids=positions,
             use_cache=False,
             gspo_plan=self,
         ).last_hidden_state[0, : tokens.numel()]
-        self._lengths = self._lengths + queries
+        self.lengths = self.lengths + queries
         return hidden.view(count, queries, -1)
 
     def attend(
@@ -136,7 +133,7 @@ class SharedPrompts:
         with torch.autocast(query.device.type, enabled=False):
             q = (by_token(query) * scale).view(count, queries, kv_heads, heads // kv_heads, -1)
             q = q.transpose(1, 2)
-            longest = self._width + self._columns
+            longest = self.width + self._columns
             piece = max(1, _SCORE_BYTES // (4 * count * heads * longest))
             outputs = [
                 self._attend(layer, q[:, :, start : start + piece], start, window, scoring)
@@ -155,11 +152,11 @@ class SharedPrompts:
         count, kv_heads = len(self._positions), key.shape[1]
         if layer not in self._slabs:
             self._slabs[layer] = [
-                x.new_zeros(count, kv_heads, self._capacity, x.shape[-1]) for x in (key, value)
+                x.new_zeros(count, kv_heads, self.capacity, x.shape[-1]) for x in (key, value)
             ]
         if kv_heads not in self._places:  # among rows of D numbers
-            first = np.arange(count * kv_heads).reshape(count, 1, kv_heads) * self._capacity
-            written = (self._positions - self._base[:, None])[:, :, None]
+            first = np.arange(count * kv_heads).reshape(count, 1, kv_heads) * self.capacity
+            written = (self._positions - self.base[:, None])[:, :, None]
             self._places[kv_heads] = self._tensor((first + written).ravel())
         for slab, x in zip(self._slabs[layer], (key, value), strict=True):
             rows = slab.view(-1, slab.shape[-1])
@@ -178,9 +175,9 @@ class SharedPrompts:
         (first, column, columns), hidden = self._not_visible(queries, window)
         keys, values = (x[:, :, column:columns] for x in self._slabs[layer])
         context = None
-        if first < self._width:
+        if first < self.width:
             shared = [x[:, :, first:] for x in self._prompts[layer]]
-            context = Context(shared[0], shared[1], self._groups)
+            context = Context(shared[0], shared[1], self.groups)
         room = self._room if query.shape[2] == 1 else None
         rows = query.flatten(2, 3)
         out, *_ = attend(rows, keys, values, context, hidden, self._tile, room, scoring)
@@ -189,7 +186,7 @@ class SharedPrompts:
     def _room(self, shape: tuple[int, ...]) -> Tensor:
         """Memory for the weights of a step, which all layers use: new memory takes time."""
         if self._scores is None or self._scores.shape != shape:
-            self._scores = torch.zeros(shape, device=self._device)
+            self._scores = torch.zeros(shape, device=self.device)
         return self._scores
 
     def _not_visible(self, queries: slice, window: int | None) -> tuple[_Span, Tensor | None]:
@@ -206,22 +203,22 @@ class SharedPrompts:
             first = column = 0
             if window is not None:
                 oldest = at[:, 0] - window + 1
-                first = min(max(0, int(oldest.min())) // TILE * TILE, self._width)
-                column = max(0, int((oldest - self._base).min())) // TILE * TILE
-            columns = whole_tiles(int((at[:, -1] - self._base).max()) + 1)
-            base = self._base[:, None]
+                first = min(max(0, int(oldest.min())) // TILE * TILE, self.width)
+                column = max(0, int((oldest - self.base).min())) // TILE * TILE
+            columns = whole_tiles(int((at[:, -1] - self.base).max()) + 1)
+            base = self.base[:, None]
             place = base + np.arange(column, columns)
-            if window is None and (self._base == self._width).all():
-                place = place[:, (at[:, 0] - self._base).min() :]  # the keys before are seen by all
+            if window is None and (self.base == self.width).all():
+                place = place[:, (at[:, 0] - self.base).min() :]  # the keys before are seen by all
             else:
-                prompt = np.arange(first, self._width)[None]
+                prompt = np.arange(first, self.width)[None]
                 prompt = np.where(prompt < base, prompt, at.max() + 1)
                 place = np.concatenate([prompt, place], axis=1)
             place = place[:, None]
             hidden = place > at[:, :, None]
             if window is not None:
                 hidden |= place <= at[:, :, None] - window
-            mask = hiding(hidden, self._device) if hidden.any() else None
+            mask = hiding(hidden, self.device) if hidden.any() else None
             found = (first, column, columns), mask
             if hidden.size > _LARGEST_MASK:  # of a long prompt: made again for each layer
                 return found
@@ -237,29 +234,40 @@ class SharedPrompts:
             capacity: as of the class, for the completions.
         """
         base = lengths // TILE * TILE
-        self._width = int(base.max())
-        self._capacity = whole_tiles(TILE + capacity)
+        self.width = int(base.max())
+        self.capacity = whole_tiles(TILE + capacity)
         rest = np.minimum(base[:, None] + np.arange(TILE), self._slab_columns() - 1)
         prompts, chosen = torch.arange(len(lengths))[:, None], self._tensor(prompt_of)
         for layer, pair in self._slabs.items():
-            self._prompts[layer] = [x[:, :, : self._width].clone() for x in pair]
+            self._prompts[layer] = [x[:, :, : self.width].clone() for x in pair]
             begun = [x[prompts, :, self._tensor(rest)].transpose(1, 2)[chosen] for x in pair]
-            more = self._capacity - TILE
+            more = self.capacity - TILE
             self._slabs[layer] = [functional.pad(x, (0, 0, 0, more)) for x in begun]
-        self._lengths, self._base = lengths[prompt_of], base[prompt_of]
+        self.lengths, self.base = lengths[prompt_of], base[prompt_of]
         self._prompt_of = prompt_of
         self._sizes = np.bincount(prompt_of, minlength=len(lengths))
         self._group()
+
+    def layer(self, layer: int) -> tuple[list[Tensor] | None, list[Tensor]]:
+        """Keys and values of a layer: those that completions share, if any, and the slabs."""
+        return self._prompts[layer] if self.width else None, self._slabs[layer]
+
+    def make_room(self, columns: int) -> None:
+        """Let the slabs grow to so many columns at least."""
+        if columns > self.capacity:
+            more = whole_tiles(max(columns, 2 * self.capacity)) - self.capacity
+            self.capacity += more
+            self._change_slabs(lambda x: functional.pad(x, (0, 0, 0, more)))
 
     def _slab_columns(self) -> int:
         return next(iter(self._slabs.values()))[0].shape[2]
 
     def keep(self, completions: np.ndarray) -> None:
         """Keep only these completions; drop the prompts that none of them needs."""
-        self._lengths, self._base = self._lengths[completions], self._base[completions]
+        self.lengths, self.base = self.lengths[completions], self.base[completions]
         self._prompt_of = self._prompt_of[completions]
         chosen = self._tensor(completions)
-        used = whole_tiles(int((self._lengths - self._base).max(initial=0)))
+        used = whole_tiles(int((self.lengths - self.base).max(initial=0)))
 
         def taken(slab: Tensor) -> Tensor:
             out = slab.new_empty(len(chosen), *slab.shape[1:])
@@ -269,7 +277,7 @@ class SharedPrompts:
 
         self._change_slabs(taken)
         alive = np.unique(self._prompt_of)
-        if self._width and len(alive) <= len(self._sizes) // 2:
+        if self.width and len(alive) <= len(self._sizes) // 2:
             left = self._tensor(alive)
             for layer, pair in self._prompts.items():
                 self._prompts[layer] = [x[left] for x in pair]
@@ -279,7 +287,7 @@ class SharedPrompts:
 
     def join(self, other: SharedPrompts) -> None:
         """Let another's completions run beside these."""
-        width, capacity = max(self._width, other._width), max(self._capacity, other._capacity)
+        width, capacity = max(self.width, other.width), max(self.capacity, other.capacity)
 
         def joined(mine: Tensor, theirs: Tensor, length: int) -> Tensor:
             both = (mine, theirs)
@@ -292,11 +300,11 @@ class SharedPrompts:
             for layer, pair in held.items():
                 both = zip(pair, others[layer], strict=True)
                 held[layer] = [joined(mine, theirs, length) for mine, theirs in both]
-        self._width, self._capacity = width, capacity
+        self.width, self.capacity = width, capacity
         self._prompt_of = np.concatenate([self._prompt_of, other._prompt_of + len(self._sizes)])
         self._sizes = np.concatenate([self._sizes, other._sizes])
-        self._lengths = np.concatenate([self._lengths, other._lengths])
-        self._base = np.concatenate([self._base, other._base])
+        self.lengths = np.concatenate([self.lengths, other.lengths])
+        self.base = np.concatenate([self.base, other.base])
         self._group()
 
     def _change_slabs(self, change: Callable[[Tensor], Tensor]) -> None:

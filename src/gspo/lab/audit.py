@@ -7,8 +7,9 @@ and compare l_i with the clip range. The path from engine to l_i is the one of t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from gspo.core.metrics import Metrics
 from gspo.data.sample import Sample, sample_of
 from gspo.data.turn import Turn
 from gspo.dev import RolloutDtype, TrainConfig
+from gspo.experiment.run_file import read_spec
 from gspo.experiment.spec import Spec
 from gspo.lab.audit_report import make_report
 from gspo.objective import PRESETS, Segments, sequence_log_ratio
@@ -29,7 +31,7 @@ from gspo.policy.probe import choose_packing
 from gspo.serve.engine import Completion, Request, SamplingParams
 from gspo.serve.selfcheck import make_engine
 from gspo.serve.verbatim import chat_tokens
-from gspo.tasks import load_task
+from gspo.tasks import Task, load_task
 from gspo.train.expert_replay import ExpertReplay
 from gspo.train.old_logprobs import with_trainer_logprobs
 from gspo.train.settings import resolve
@@ -55,7 +57,8 @@ def run_audit(
     Args:
         model: `embedded:<task>`, a folder, or a hub id.
         rollout_dtype: precision of the engine. The trainer scores in float32.
-        task: where the prompts come from; None: the task that an embedded model is made for.
+        task: where the prompts come from, or the file of a run with a task or a dataset; None: the
+            task that an embedded model is made for.
         prompts, completions: how many prompts, and of each.
         max_tokens: longest completion; None: that of the task.
         temperature: of the engine.
@@ -76,14 +79,15 @@ def run_audit(
     clip = {"epsilon": epsilon_low, "epsilon_high": epsilon_high or _GSPO.epsilon_high}
     options = {"model": model, "task": task or embedded_task(model), "temperature": temperature}
     spec = Spec.model_validate(options | {"load": {"rollout_dtype": rollout_dtype}, "train": clip})
-    objective, source = resolve(options=spec.train).objective, load_task(str(spec.task))
+    objective, source = resolve(options=spec.train).objective, _task(str(spec.task))
     policy = load_policy(model)
     choose_packing(policy)
+    prompts = min(prompts, source.sizes["heldout"] if source.sizes else prompts)
     messages = [source.messages(source.problem("heldout", i, 0)) for i in range(prompts)]
     params = SamplingParams(
         n=completions, max_tokens=max_tokens or source.max_tokens, temperature=temperature
     )
-    samples = sample_all(policy, rollout_dtype, messages, params)
+    samples = sample_all(policy, rollout_dtype, messages, params, source.template_kwargs)
     d, log_ratios, agreement = measure(policy, samples)
     asked = options | {
         **{"rollout_dtype": rollout_dtype, "prompts": prompts, "completions": completions},
@@ -94,18 +98,34 @@ def run_audit(
     return make_report(d, log_ratios, asked), log_ratios
 
 
+def _task(name: str) -> Task:
+    """The task of this name; of a run's file, such as run.toml, its task or its dataset."""
+    if not name.endswith(".toml"):
+        return load_task(name)
+    run = read_spec(Path(name))
+    task = run.make_task()
+    if task is None:
+        raise ConfigError(f"--task {name}: it has no prompts beside its rollout: name a task")
+    task.max_tokens = run.max_tokens or task.max_tokens
+    return task
+
+
 def sample_all(
     policy: Policy,
     rollout_dtype: RolloutDtype,
     conversations: Sequence[list[dict[str, str]]],
     params: SamplingParams,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Sample]:
     """Sample in this precision, with the weights of `policy`; each completion is a sample."""
     sampling, _ = publisher_for(policy, rollout_dtype)
     compute = ComputeThread()
     engine = make_engine(sampling, compute)
     params = replace(params, expert_choices=bool(policy.routers.modules))
-    requests = [Request(tuple(chat_tokens(engine, c)), params) for c in conversations]
+    requests = [
+        Request(tuple(chat_tokens(engine, c, template_kwargs=template_kwargs)), params)
+        for c in conversations
+    ]
 
     async def answers() -> list[list[Completion]]:
         return await asyncio.gather(*(engine.complete(request) for request in requests))

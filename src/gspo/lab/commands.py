@@ -16,11 +16,11 @@ import typer
 
 from gspo.core.errors import ConfigError
 from gspo.core.files import strict_json
+from gspo.experiment.run_commands import JsonOption, say_loading
 
 if TYPE_CHECKING:
     from gspo.core.timing import Clock
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print a JSON object as the last line.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="key=value; dotted keys reach tables.")
 ]
@@ -29,16 +29,13 @@ PictureOption = Annotated[
 ]
 
 
-def say_loading(what: str) -> None:
-    """Show a sign of life on stderr before the imports, which take seconds."""
-    print(f"loading {what} ...", file=sys.stderr, flush=True)
-
-
 def audit(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="embedded:<task>, a folder or a hub id.")],
     rollout_dtype: Annotated[str, typer.Option(help="The engine's, such as int4.")] = "float32",
-    task: Annotated[str | None, typer.Option(help="Default: the embedded model's own.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Or a run's TOML. Default: the embedded model's own.")
+    ] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts of the task.")] = 64,
     completions: Annotated[int, typer.Option(min=1, help="Per prompt.")] = 8,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Default: the task's.")] = None,

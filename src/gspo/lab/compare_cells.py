@@ -15,6 +15,7 @@ from gspo.core.errors import ConfigError, suggestion
 from gspo.experiment.plan import make_plan
 from gspo.experiment.spec import Spec
 from gspo.lab.compare import CompareSpec, nested, run_keys
+from gspo.tasks.dataset import DatasetTask
 from gspo.train.settings import resolve
 
 CELLS = "cells"
@@ -131,7 +132,7 @@ def _resolve(
             factor = _factor(value)
             keys[key] = value if factor is None else _scaled(key, factor, keys)
     try:
-        spec = Spec(**nested(keys))
+        spec = Spec(**nested(keys)).with_steps()
         make_plan(spec)
     except ConfigError as error:
         return Cell(arm, stress, None, status="refused", error=str(error))
@@ -182,8 +183,11 @@ def _run_name(spec: Spec) -> str:
     content = spec.model_copy(update={"train": train}).model_dump(
         mode="json", exclude_defaults=True, exclude={"name", "path", "project"}
     )
+    if isinstance(task := spec.make_task() if spec.dataset else None, DatasetTask):
+        content["dataset"] = task.digest  # other rows are another run
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
     method = spec.train.algorithm or "gspo"
     method = method if isinstance(method, str) else "own"
-    parts = (spec.task or "rollout", method, f"seed{spec.seed}", digest)
+    source = spec.task or (Path(spec.dataset).stem if spec.dataset else "rollout")
+    parts = (source, method, f"seed{spec.seed}", digest)
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(parts))

@@ -16,7 +16,7 @@ _COLUMNS += ("clip_fraction_tokens", "cosine")
 def render(inspection: Mapping[str, Any], *, matrix: bool = False) -> str:
     """The object of `inspect_run` as text; `matrix` prints the cosines of however many methods."""
     options = ", ".join(f"{name}={value}" for name, value in inspection["options"].items())
-    parts = [
+    parts: list[Any] = [
         "{run}, step {step}: ".format(**inspection) + _trajectories(inspection),
         f"its method: {inspection['own']} ({options or 'all options at their defaults'})",
     ]

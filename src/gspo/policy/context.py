@@ -24,6 +24,8 @@ PROBE_WORK = 2e11
 """Parameters x tokens that a probe may compute: some seconds on two cores."""
 PROBE_TOKENS = 2048
 """A probe is never longer than this: its attention and its logits are not chunked."""
+FEWEST = 9
+"""Tokens of a context that the checks at load, of a prompt and a few sampled tokens, fit into."""
 _UNBOUNDED = 2**31
 _FARTHEST = 2**17  # position to try if the model names no longest one
 _SHORT = 8
@@ -42,12 +44,18 @@ def settle_context(lm: PreTrainedModel, name: str, wanted: int | None) -> int:
         wanted: `max_context`, or None for as much as is exact.
 
     Raises:
-        ModelError: more is wanted than the model has, or than it can compute in one way.
+        ModelError: more is wanted than the model has, or than it can compute in one way; or less
+            than the checks at load need.
     """
     config = lm.config.get_text_config()
     longest = getattr(config, "max_position_embeddings", None) or _UNBOUNDED
     if wanted is not None and wanted > longest:
         raise ModelError(f"max_context = {wanted}, but {name!r} has a context of {longest}")
+    if (wanted or longest) < FEWEST:
+        raise ModelError(
+            f"{name!r} with a context of {wanted or longest} tokens: give max_context={FEWEST} or "
+            "more, which the checks at load take"
+        )
     if not _far_tokens_change_near_ones(lm, wanted or longest):
         return wanted or longest
     threshold = min(_numbers(config, "original_max_position_embeddings"), default=longest)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -13,10 +15,11 @@ from gspo.core.errors import ModelError
 from gspo.dev import InternalModelConfig
 from gspo.kernels import hf
 from gspo.kernels.attention import PACKED
+from gspo.kernels.fused import cast_experts, fuse
 from gspo.policy.context import settle_context
-from gspo.policy.lora import add_lora
+from gspo.policy.lora import add_lora, merge_adapter, quiet_peft
 from gspo.policy.policy import Policy
-from gspo.policy.source import read_model, read_tokenizer, resolve
+from gspo.policy.source import adapters_below, read_model, read_tokenizer, resolve
 from gspo.policy.workers import Workers
 
 SMALL = 20_000_000  # parameters below which threads inside an operation slow a step down
@@ -28,7 +31,8 @@ def load_policy(
     """Load `base_model`, or the weights of a checkpoint of it.
 
     Args:
-        base_model: `embedded:<task>`, a folder in Hugging Face layout, or a hub id.
+        base_model: `embedded:<task>`, a folder in Hugging Face layout, a hub id, or the folder of
+            a LoRA adapter: its model, with the adapter merged into the weights.
         config: precision, LoRA and context.
         checkpoint: a folder written by `save_weights`, whose weights are taken instead.
 
@@ -37,12 +41,18 @@ def load_policy(
     """
     config = config or InternalModelConfig()
     source = resolve(base_model)
-    weights = source if checkpoint is None or config.lora is not None else str(checkpoint)
+    saved_whole = checkpoint is not None and config.lora is None
+    weights = str(checkpoint) if saved_whole else source
     trust, device = config.trust_remote_code, _device(config.device)
-    lm = read_model(weights, base_model, trust_remote_code=trust).to(device)  # pyright: ignore[reportArgumentType]
+    lm = read_merged(weights, base_model, trust_remote_code=trust).to(device)  # pyright: ignore[reportArgumentType]
+    # What a new adapter is of: a path that is right from wherever it is read.
+    lm.name_or_path = os.path.abspath(source) if Path(source).is_dir() else source
     tokenizer = read_tokenizer(source, trust_remote_code=trust)
     if hf.attention_implementation(lm) == "sdpa" or caps_or_sinks(lm):
         lm.set_attn_implementation(PACKED)
+    if device.type == "cuda":
+        fuse(lm)
+        cast_experts()
     context = settle_context(lm, base_model, config.max_context)
     threads, workers = _threads(lm, config.threads)
     torch.set_num_threads(threads)
@@ -63,6 +73,21 @@ def load_policy(
     if policy.checkpointing:  # with the same replayed choices of experts
         hf.recompute_layers(lm, policy.routers.recompute)
     return policy
+
+
+def read_merged(
+    source: str, name: str, *, adapters: Sequence[str] = (), trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Read a model in float32, with the adapter that `source` may be, and further ones, merged.
+
+    Raises:
+        ModelError: see `read_model` and `merge_adapter`.
+    """
+    base, below = adapters_below(source)
+    lm = read_model(base, name, trust_remote_code=trust_remote_code)
+    for adapter in (*below, *adapters):
+        lm = merge_adapter(lm, adapter)
+    return lm
 
 
 def caps_or_sinks(lm: PreTrainedModel) -> bool:
@@ -88,9 +113,10 @@ def caps_or_sinks(lm: PreTrainedModel) -> bool:
 
 def save_weights(policy: Policy, folder: Path) -> None:
     """Write weights and tokenizer in Hugging Face layout (with LoRA: the adapter in peft's)."""
-    with hf.quiet():
+    with hf.quiet(), quiet_peft() if policy.peft else nullcontext():
         (policy.peft or policy.lm).save_pretrained(folder)
         policy.tokenizer.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's model card, whose fields are empty
 
 
 def _device(name: str) -> torch.device:

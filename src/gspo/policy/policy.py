@@ -105,7 +105,9 @@ class Policy:
             )
         scale = 1.0 if self.logit_scale is None else self.logit_scale
         cap = soft_cap(self.lm)
-        return Head(module.weight, module.bias, cap, scale, self.multiple, self.entries)
+        half = {self.compute_dtype, module.weight.dtype} != {torch.float32}
+        split = self.device.type == "cuda" and half
+        return Head(module.weight, module.bias, cap, scale, self.multiple, self.entries, split)
 
     @property
     def trainable(self) -> dict[str, torch.nn.Parameter]:
@@ -142,12 +144,16 @@ class Policy:
         """
         hidden = self._hidden_states(microbatch)
         return token_logprobs(
-            hidden.index_select(0, microbatch.sources.to(self.device)),
+            hidden.index_select(0, self._there(microbatch.sources)),
             self.head,
             microbatch.tokens[0, microbatch.targets],
-            microbatch.temperatures.to(self.device),
+            self._there(microbatch.temperatures),
             chunk,
         )
+
+    def _there(self, values: Tensor) -> Tensor:
+        """The values on the device; the host doesn't wait until they are there."""
+        return values.to(self.device, non_blocking=True)
 
     def _hidden_states(self, microbatch: Microbatch) -> Float[Tensor, "T D"]:
         device = self.device
@@ -165,7 +171,7 @@ class Policy:
             extra["gspo_plan"] = FlexAttention(plan) if self.packing == "flex" else plan
         with self.autocast():
             hidden = []
-            inputs = torch.stack([microbatch.tokens, microbatch.positions]).to(device)
+            inputs = self._there(torch.stack([microbatch.tokens, microbatch.positions]))
             if self.multiple > 1:
                 padding = -inputs.shape[2] % self.multiple
                 self.routers.ignore_last(padding)

@@ -6,6 +6,7 @@ it: there is no question at the terminal.
 
 from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
 from typing import Any
@@ -33,20 +34,23 @@ _REFUSALS = (OSError, ValueError, ImportError, AttributeError, KeyError, Safeten
 
 
 def resolve(base_model: str) -> str:
-    """Find the folder or hub id to load from.
+    """Find the folder or hub id to load from. An adapter's folder stands for its model with it.
 
     Raises:
-        ModelError: no such embedded model, no such folder, or a folder with an adapter only.
+        ModelError: no such embedded model, no such folder, or an adapter whose model is not here.
     """
     if base_model.startswith(PREFIX):
         return str(embedded_folder(base_model))
     folder = Path(base_model)
-    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        raise ModelError(
-            f"base_model {base_model!r} is a LoRA adapter, not a model. Merge it into its model: "
-            "peft.AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload()"
-            ".save_pretrained(new_folder), and copy the tokenizer into new_folder"
-        )
+    if base := adapted_model(base_model):
+        try:
+            resolve(base)
+        except ModelError:
+            raise ModelError(
+                f"base_model {base_model!r} is a LoRA adapter of {base!r}, which is not a folder "
+                f"here: write where that model is into base_model_name_or_path of "
+                f"{folder / 'adapter_config.json'}"
+            ) from None
     is_path = base_model.startswith((".", "/", "~")) or base_model.count("/") != 1
     if is_path and not folder.is_dir():
         near = suggestion(base_model, [PREFIX + name for name in RECIPES])
@@ -57,37 +61,75 @@ def resolve(base_model: str) -> str:
     return base_model
 
 
+def adapted_model(source: str) -> str | None:
+    """The folder or hub id of the model that an adapter is of; None if `source` is no adapter.
+
+    Raises:
+        ModelError: its adapter_config.json doesn't name one.
+    """
+    path = Path(source) / "adapter_config.json"
+    if not path.exists() or (Path(source) / "config.json").exists():
+        return None
+    try:
+        base = json.loads(path.read_bytes())["base_model_name_or_path"]
+        if not isinstance(base, str) or not base:
+            raise TypeError(f"it is {base!r}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{path} doesn't say which model the adapter is of: base_model_name_or_path: {error}"
+        ) from None
+    return base
+
+
+def adapters_below(source: str) -> tuple[str, list[str]]:
+    """The model that `source` begins with, and the adapters that go into it, first to last."""
+    adapters: list[str] = []
+    while base := adapted_model(source):
+        adapters.insert(0, source)
+        source = base
+    return source, adapters
+
+
 def read_config(source: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Read the model's config.
 
     Raises:
         ModelError: it cannot be read, or asks for code of the folder.
     """
-    return _read(AutoConfig, source, trust_remote_code)
+    return _read(AutoConfig, adapters_below(source)[0], trust_remote_code)
 
 
 def read_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Read the model's tokenizer.
+    """Read the model's tokenizer; an adapter's own, if it has one.
 
     Raises:
         ModelError: there is none, or it asks for code of the folder.
     """
-    return _read(AutoTokenizer, source, trust_remote_code)
+    base, adapters = adapters_below(source)
+    own = [path for path in adapters if (Path(path) / "tokenizer_config.json").exists()]
+    return _read(AutoTokenizer, own[-1] if own else base, trust_remote_code)
 
 
-def read_model(path: str, source: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Read a causal LM in float32.
+def read_model(
+    path: str,
+    source: str,
+    *,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> PreTrainedModel:
+    """Read a causal LM.
 
     Args:
         path: folder or hub id of the weights.
         source: what the user calls the model.
         trust_remote_code: run code of the folder, if its config asks for it.
+        dtype: of the weights, but for those that the architecture keeps in float32.
 
     Raises:
         ModelError: unknown model or architecture, pickled or quantized weights.
     """
     check_no_pickles(path)
-    options = {"dtype": torch.float32, "use_safetensors": True}
+    options = {"dtype": dtype, "use_safetensors": True}
     lm = _read(AutoModelForCausalLM, path, trust_remote_code, source, **options)
     if getattr(lm, "is_quantized", False):
         raise ModelError(f"{source!r} holds quantized weights; dequantize it to train it")

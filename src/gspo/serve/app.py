@@ -21,6 +21,7 @@ from gspo.serve.answers import Asked
 from gspo.serve.constraint import answer_grammar
 from gspo.serve.conversation import Conversation
 from gspo.serve.engine import Completion, Engine, Piece, Request
+from gspo.serve.episode_routes import include_episodes
 from gspo.serve.message_texts import text_messages, texts_in
 from gspo.serve.meters import Metered, Meters
 from gspo.serve.refusals import DOCUMENTED, UnknownModelError, add_handlers
@@ -29,8 +30,8 @@ from gspo.serve.responses_input import ResponsesBody, chat_of
 from gspo.serve.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from gspo.serve.streaming import EventStream, begun, pieces
 from gspo.serve.text_completion import TextCompletion
-from gspo.serve.verbatim import chat_tokens
-from gspo.serve.waiting import together, tokenized, unless_gone
+from gspo.serve.verbatim import chat_tokens, rollout_memory
+from gspo.serve.waiting import aside, together, tokenized, unless_gone
 
 Find = Callable[[str], Awaitable[Engine]]
 
@@ -62,7 +63,7 @@ def create_app(find: Find, names: Callable[[], list[str]]) -> fastapi.FastAPI:
     app.state.began = int(time.time())
     app.include_router(router)
     app.include_router(v1, prefix="/v1")
-    episodes.include_episodes(app, v1)
+    include_episodes(app, v1)
     app.add_middleware(Metered, meters=app.state.meters)
     add_handlers(app)
     return app
@@ -134,6 +135,7 @@ async def _conversation(
 ) -> Conversation:
     """Prepare a chat."""
     engine, params, episode = await _engine(app, body.model), body.params(), episodes.current(app)
+    memory = episode.memory if episode else rollout_memory()
     messages, tools = text_messages(body.messages), body.tools or None
     must_call, schema = body.must_call(), body.answer_schema()
     calls = tools if body.tool_choice != "none" else None
@@ -155,11 +157,11 @@ async def _conversation(
         "tools": tools,
         "template_kwargs": body.template_kwargs(engine.chat),
         "continue_final": bool(body.continue_final_message),
-        "memory": None if episode is None else episode.memory,
+        "memory": memory,
     }
     texts = texts_in([messages, tools, options["template_kwargs"]])
     prompt = await tokenized(http, engine, texts, lambda: chat_tokens(engine, messages, **options))
-    return Conversation(
+    call = Conversation(
         engine=engine,
         model=body.model,
         messages=body.messages,
@@ -175,7 +177,11 @@ async def _conversation(
         logprobs=bool(body.logprobs),
         tokens=body.return_token_ids is not False,
         episode=episode,
+        memory=memory,
     )
+    if grammar:  # compiling it takes a while
+        await aside(http, lambda: engine.check(call.requests[0]), True)
+    return call
 
 
 @v1.post("/responses", responses=_answers(None))

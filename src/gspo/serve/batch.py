@@ -19,7 +19,9 @@ from gspo.kernels.logprob import full_logits
 from gspo.policy.policy import Policy
 from gspo.serve.decoding import OpenCompletion, Running, record_expert_choices
 
-_DEAD = 8  # finished completions are dropped if they are 1 of 8: dropping copies the others
+_DEAD = {"cpu": 8, "cuda": 2}
+"""Finished completions are dropped if they are 1 of 8: dropping copies the others. On a GPU the
+step is captured anew too, and their share of it is small."""
 
 
 class Batch:
@@ -93,14 +95,19 @@ class Batch:
         """Feed the last tokens, and let `new` ones join; returns the next logits."""
         tokens, cache = self._tokens, self._cache
         dead = len(running.completions) - running.alive
-        if new or self._cancelled or dead * _DEAD > len(running.completions):
+        most = _DEAD.get(tokens.device.type, 8)
+        if new or self._cancelled or dead * most > len(running.completions):
             self._cancelled = False
             stay = running.keep()
             cache.keep(stay)
             tokens = tokens[torch.from_numpy(stay).to(tokens.device)]
         each = (slice(i, i + 1) for i in range(len(running.completions)))
-        with record_expert_choices(self._policy, running.completions, each):
-            logits = full_logits(cache.advance(tokens), self._policy.head)
+        with record_expert_choices(self._policy, running.completions, each) as watched:
+            if watched and isinstance(cache, SharedPrompts):
+                hidden = cache.feed(tokens[:, None])[:, 0]  # a replay would run no router
+            else:
+                hidden = cache.advance(tokens)
+        logits = full_logits(hidden, self._policy.head)
         if new:
             joining, first = self._begin(new)
             assert isinstance(cache, SharedPrompts) and isinstance(joining, SharedPrompts)

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
-from gspo.core.errors import RequestError
+from gspo.core.errors import RequestError, suggestion
 from gspo.serve.call_formats import FORMATS, Format
 from gspo.serve.harmony import HARMONY, HarmonyParser
 from gspo.serve.tool_calls import CallParser, Parsed, Parser, joined
@@ -35,6 +35,9 @@ _PROBE_TOOL = {
         "parameters": {"type": "object", "properties": {}},
     },
 }
+
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
 class Tokenizer(Protocol):
@@ -210,6 +213,13 @@ class ChatFormat:
         """A message as templates expect it: without what is None, its content a text."""
         plain = {name: value for name, value in message.items() if value is not None}
         plain["content"] = plain.get("content", "")
+        role = str(plain.get("role"))
+        if role not in ROLES and not any(self.mentions(mark + role + mark) for mark in "'\""):
+            raise RequestError(
+                f"messages: role = {role!r} is no role of OpenAI's, nor of the chat template of "
+                f"{self.source}.{suggestion(role, ROLES)}",
+                param="messages",
+            )
         if not plain.get("tool_calls", True):
             del plain["tool_calls"]
         if plain.get("role") == "developer" and "developer" not in self._template:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from gspo.serve.answers import Asked, chat_logprobs, token_fields, training_fields
 from gspo.serve.engine import Completion, Piece
 from gspo.serve.streaming import GrowingText
 from gspo.serve.tool_calls import Delta, completion_key, joined
+from gspo.serve.verbatim import TokenMemory
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,14 @@ class Conversation(Asked):
         reads: whether the answer is read for calls and channels. Its text then has the special
             tokens, which the message leaves out.
         calls: whether the model may call the tools; else what looks like a call is text.
+        memory: of the episode or the rollout, which remembers the answer.
     """
 
     messages: Sequence[dict[str, Any]] = ()
     tools: Sequence[dict[str, Any]] | None = None
     reads: bool = False
     calls: bool = False
+    memory: TokenMemory | None = None
     kinds = ("chatcmpl", "chat.completion", "chat.completion.chunk")
 
     def begin(self, index: int, prompt: Sequence[int]) -> GrowingMessage:
@@ -109,10 +113,11 @@ class GrowingMessage:
             **token_fields(completion),
             **training_fields(completion),
         }
+        if asked.memory is not None:
+            tokens, ids = completion.token_ids, [call.id for call in message.tool_calls]
+            text = partial(asked.engine.decode, tokens, special=True)
+            asked.memory.remember(self._prompt, tokens, text, ids)
         if asked.episode is not None:
-            text = asked.engine.decode(completion.token_ids, special=True)
-            ids = [call.id for call in message.tool_calls]
-            asked.episode.memory.remember(self._prompt, completion.token_ids, text, ids)
             asked.episode.record(asked.messages, asked.tools, choice)
         return choice
 

@@ -64,8 +64,9 @@ class OpenCompletion:
 @contextmanager
 def record_expert_choices(
     policy: Policy, completions: Sequence[OpenCompletion], places: Iterable[slice]
-) -> Iterator[None]:
-    """Note the experts of each completion's tokens in a forward pass, if its request asks.
+) -> Iterator[bool]:
+    """Note the experts of each completion's tokens in a forward pass, if its request asks; says
+    whether one does.
 
     Args:
         policy: whose forward pass it is.
@@ -73,10 +74,10 @@ def record_expert_choices(
         places: where the tokens of each completion stand in the pass.
     """
     if not any(completion.params.expert_choices for completion in completions):
-        yield
+        yield False
         return
     with policy.routers.watch() as choices:
-        yield
+        yield True
     chosen = choices.preferred().cpu().numpy()
     for completion, place in zip(completions, places, strict=True):
         if completion.params.expert_choices and completion.finish is None:
@@ -105,6 +106,7 @@ class Running:
         self._random = RandomStreams([], self.device)
         # What each completion has: [R] its settings and count, [R, columns] what it has sampled.
         self._state: dict[str, Tensor] = {}
+        self._counts = np.empty(0, dtype=np.int64)  # as in the state, so that no device is asked
         self.add(completions)
 
     def add(self, completions: Sequence[OpenCompletion]) -> None:
@@ -125,6 +127,7 @@ class Running:
         for name, values in new.items():
             old = [self._state[name]] if name in self._state else []
             self._state[name] = torch.cat([*old, values.to(self.device)])
+        self._counts = np.pad(self._counts, (0, len(params)))
         self._look()
 
     def _look(self) -> None:
@@ -156,7 +159,7 @@ class Running:
         )
         if self._top:
             self._note_top(logits, softmax)
-        longest = int(count.max())  # a device is asked once
+        longest = int(self._counts.max())
         self._versions.append(version)
         if len(self._versions) > 2 * longest + 1024:
             del self._versions[: -longest - 1]  # those of completions that have left
@@ -165,6 +168,7 @@ class Running:
                 state[name] = functional.pad(state[name], (0, max(32, state[name].shape[1])))
             state[name].scatter_(1, count[:, None], new[:, None])
         count += 1
+        self._counts += 1
         stopped = self._ends[tokens] & state["heeds"]
         if self._some_ends:
             pairs = zip(tokens.tolist(), self.completions, strict=True)
@@ -173,8 +177,9 @@ class Running:
         done = stopped | (count >= state["limit"])
         if self._some_grammar:
             done[list(self._rules.take(tokens.tolist()))] = True
-        if self._some_stop or bool(done.any()):
-            self._finish(stopped.tolist(), done.tolist())
+        flags = torch.stack([stopped, done]).tolist()  # a device is asked once
+        if self._some_stop or any(flags[1]):
+            self._finish(*flags)
         return tokens
 
     def _note_top(self, logits: Float[Tensor, "R V"], softmax: RunningSoftmax) -> None:
@@ -201,11 +206,12 @@ class Running:
         self.completions = [self.completions[i] for i in places]
         self._random.keep(index)
         self._state = {name: values[index] for name, values in self._state.items()}
+        self._counts = self._counts[places]
         self._look()
         return np.array(places, dtype=np.int64)
 
     def _finish(self, stopped: list[bool], done: list[bool]) -> None:
-        ended, counts = [], self._state["count"].tolist()
+        ended, counts = [], self._counts.tolist()
         for i, completion in enumerate(self.completions):
             if completion.finish is not None:
                 continue
@@ -238,14 +244,17 @@ class Running:
 
     def read(self, i: int, first: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """Tokens and log-probs of completion i, from token `first` on."""
-        new = slice(first, int(self._state["count"][i]))
+        new = slice(first, int(self._counts[i]))
         tokens, logprobs = (self._state[name][i, new] for name in ("tokens", "logprobs"))
         return tuple(tokens.tolist()), tuple(logprobs.tolist())
 
     def _write(self, rows: list[int], counts: list[int]) -> None:
         """Write into the completions what they have sampled; all at once, as reading is slow."""
         state, index = self._state, torch.tensor(rows, device=self.device)
-        together = (state[name][index, : max(counts)].tolist() for name in ("tokens", "logprobs"))
+        names, longest = ("tokens", "logprobs"), max(counts)
+        # As numbers of one kind: a device is asked once.
+        both = torch.stack([state[name][index, :longest].view(torch.int32) for name in names]).cpu()
+        together = both[0].tolist(), both[1].view(torch.float32).tolist()
         for i, count, tokens, logprobs in zip(rows, counts, *together, strict=True):
             completion = self.completions[i]
             completion.tokens, completion.logprobs = tuple(tokens[:count]), tuple(logprobs[:count])
@@ -255,4 +264,5 @@ class Running:
         # A finished completion is still computed until `keep` drops it; its tokens are ignored.
         # It writes them over the start of its buffer.
         state["count"][index] = 0
+        self._counts[rows] = 0
         state["limit"][index] = torch.iinfo(torch.long).max

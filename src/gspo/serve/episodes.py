@@ -5,34 +5,29 @@ this process inside `art.trajectory()`. A handler asks `current(app)`, hands `ep
 `chat_tokens`, and calls `episode.record` for each choice, before the last bytes of the
 answer are sent: a client that has read its answer finds it recorded.
 
-Routes of their own read an episode (`GET /episodes/<id>`: a trajectory as JSON, its choices with
-token ids), give it a reward (`POST /episodes/<id>/reward`) and drop it (`DELETE`).
+Their routes are in `gspo.serve.episode_routes`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import logging
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import fastapi
-from fastapi.responses import JSONResponse, Response
 from openai.types.chat.chat_completion import Choice
-from pydantic import BaseModel, ConfigDict, Field
 
 from gspo.core.choices import as_choice
-from gspo.core.draws import Word, drawing_for
+from gspo.core.draws import Word
 from gspo.core.errors import BusyError, ConfigError, RequestError
 from gspo.core.variables import holding
 from gspo.serve.histories import Conversations
-from gspo.serve.refusals import DOCUMENTED, error_body
 from gspo.serve.verbatim import TokenMemory
 from gspo.trajectories import History, Trajectory
 
@@ -231,80 +226,3 @@ class Episodes:
         limit = time.monotonic() - IDLE_SECONDS
         for id in [id for id, (_, used) in self._episodes.items() if used < limit]:
             del self._episodes[id]
-
-
-Id = Annotated[
-    str,
-    fastapi.Path(
-        alias="episode",
-        pattern=r"^[A-Za-z0-9._~-]{1,128}$",
-        description="Names the episode; chosen by the client, made at the first use.",
-    ),
-]
-Reward = Annotated[float, Field(ge=-1e100, le=1e100, allow_inf_nan=False)]
-router = fastapi.APIRouter(tags=["episodes"], responses=DOCUMENTED)
-
-
-def include_episodes(app: fastapi.FastAPI, v1: fastapi.APIRouter) -> None:
-    """Add the routes of episodes to a server.
-
-    Args:
-        app: the server. Its `state.episodes` are the server's `Episodes`.
-        v1: routes of OpenAI's API without the `/v1` before them: they answer below
-            `/episodes/<id>/v1` too.
-    """
-    app.state.episodes = Episodes()
-    app.include_router(router)
-    inside = [fastapi.Depends(_inside)]
-    app.include_router(v1, prefix="/episodes/{episode}/v1", dependencies=inside)
-
-
-async def _inside(http: fastapi.Request, id: Id) -> AsyncIterator[None]:
-    """Make the URL's episode the current one while a request is answered."""
-    episode = http.app.state.episodes.open(id)
-    with recording(episode), drawing_for(*episode.purpose):
-        yield
-
-
-class RewardBody(BaseModel):
-    """POST /episodes/<id>/reward."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    reward: Reward
-    turn_rewards: list[Reward] | None = None
-
-
-@router.get("/episodes/{episode}")
-async def read_episode(http: fastapi.Request, id: Id) -> Response:
-    episode = http.app.state.episodes.find(id)
-    if episode is None:
-        return _unknown(id)
-    text = await asyncio.to_thread(episode.so_far().model_dump_json)  # which may take a while
-    return Response(text, media_type="application/json")
-
-
-@router.post("/episodes/{episode}/reward")
-async def reward_episode(http: fastapi.Request, id: Id, body: RewardBody) -> Response:
-    episode = http.app.state.episodes.find(id)
-    if episode is None:
-        return _unknown(id)
-    trajectory, given = episode.trajectory, body.turn_rewards
-    if given is not None and len(given) != (turns := len(trajectory.sampled_turns())):
-        message = f"turn_rewards has {len(given)} numbers, but episode {id!r} has {turns} turns"
-        raise RequestError(message, "turn_rewards")
-    trajectory.reward, trajectory.turn_rewards = body.reward, given
-    return JSONResponse(body.model_dump(exclude_none=True))
-
-
-@router.delete("/episodes/{episode}")
-async def drop_episode(http: fastapi.Request, id: Id) -> Response:
-    return JSONResponse({"deleted": True}) if http.app.state.episodes.drop(id) else _unknown(id)
-
-
-def _unknown(id: str) -> Response:
-    """Status 404 in OpenAI's form."""
-    message = (
-        f"there is no episode {id!r} here: it made no request yet, was deleted, or was not asked "
-        f"for in {IDLE_SECONDS // 3600} hours"
-    )
-    return JSONResponse(error_body(404, message, "episode", "not_found"), status_code=404)

@@ -44,7 +44,7 @@ class Grammars:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int, ends: Sequence[int]):
         self._tokenizer, self._size, self._ends = tokenizer, size, sorted(ends)
         self._compiled: OrderedDict[str, Matcher] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock, self._compiling = threading.Lock(), threading.Lock()
         self._vocabulary: Any = None
 
     def start(self, grammar: str) -> Matcher:
@@ -53,13 +53,16 @@ class Grammars:
         Raises:
             RequestError: it means nothing, no token can begin it, or llguidance is not installed.
         """
+        compiled = self._compiled.get(grammar)
+        if compiled is None:
+            with self._compiling:  # one at a time; who asks for a known one doesn't wait for it
+                compiled = self._compiled.get(grammar) or self._compile(grammar)
         with self._lock:
-            if grammar not in self._compiled:
-                self._compiled[grammar] = self._compile(grammar)
-                if len(self._compiled) > _REMEMBERED:
-                    self._compiled.popitem(last=False)
+            self._compiled[grammar] = compiled
             self._compiled.move_to_end(grammar)
-            return self._compiled[grammar].copy()
+            if len(self._compiled) > _REMEMBERED:
+                self._compiled.popitem(last=False)
+            return compiled.copy()
 
     def _compile(self, grammar: str) -> Matcher:
         try:

@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from openai.types.chat import ChatCompletion
 
-from gspo.core.errors import GspoError
+from gspo.core.errors import GspoError, ServeError
 from gspo.core.variables import holding
 from gspo.serve.app import chat_answer
 from gspo.serve.refusals import RETRY_SECONDS, refusal
@@ -91,6 +91,11 @@ class LocalClient(AsyncOpenAI):
             with holding(_failed, [http.ReadTimeout(_LATE) if limit.expired() else error]):
                 return await super().post(path, **call)
         return _completion(answer)
+
+    async def request(self, *args: Any, **options: Any) -> Any:
+        if self.is_closed():
+            raise ServeError("this client was closed, by itself or with the backend that made it")
+        return await super().request(*args, **options)
 
     def _chat_body(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gspo.core.errors import RequestError, shown
@@ -33,6 +33,19 @@ def texts_in(value: Any) -> list[str]:
         elif isinstance(item, list):
             left += reversed(item)
     return found
+
+
+def check_whole_characters(texts: Iterable[str]) -> None:
+    """Refuse halves of surrogate pairs: JSON can spell them, but they are no characters.
+
+    Raises:
+        RequestError: a text has one in it.
+    """
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"a text has half a surrogate pair in it: {error}") from None
 
 
 def _with_plain_text(message: Mapping[str, Any], index: int) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gspo.core.errors import RequestError, shown
+from gspo.serve.message_texts import check_whole_characters, texts_in
 from gspo.serve.schemas import ChatBody, SampledBody, ranged
 
-_TEXTS = {"input_text", "output_text", "text"}
+_TEXTS = ("input_text", "output_text", "text")
 _SHARED = {"model", "temperature", "top_p", "top_logprobs", "parallel_tool_calls", "stream"}
 _SHARED |= {"top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
 _SHARED |= {"logit_bias", "seed", "stop", "stop_token_ids", "min_tokens", "ignore_eos"}
@@ -54,6 +55,7 @@ def chat_of(body: ResponsesBody) -> ChatBody:
         RequestError: an item, a tool or a format that means nothing here.
     """
     body.refuse_unknown()
+    check_whole_characters(texts_in([*vars(body).values()]))  # the answer repeats them
     if body.n not in (None, 1):
         raise RequestError(f"n = {body.n}: a response is one completion", "n")
     logprobs = "message.output_text.logprobs" in (body.include or ())

@@ -26,9 +26,12 @@ class Parts:
 
     Attributes:
         rows: [K] their places among the R.
+        greedy: whether any, and whether all of the R take the likeliest token.
     """
 
     def __init__(self, params: Sequence[SamplingParams], device: torch.device):
+        coldest = [p.temperature == 0 for p in params]
+        self.greedy = any(coldest), all(coldest)
         rows = [i for i, p in enumerate(params) if not _LEAVES_A_PART.isdisjoint(p.altered_by)]
         self.rows = torch.tensor(rows, dtype=torch.long, device=device)
         chosen = [params[i] for i in rows]
@@ -98,12 +101,13 @@ def sample(
         rows, drawn = changed
         # Relative to the likeliest that may be drawn: others may be far above it.
         probabilities[rows], _ = softmax_of(drawn, scale[rows])
+    some, every = (bool(greedy.any()), bool(greedy.all())) if parts is None else parts.greedy
     likeliest = None
-    if bool(greedy.any()):
+    if some:
         likeliest = logits.argmax(-1)
         if changed is not None:
             likeliest[changed[0]] = changed[1].argmax(-1)
-    if likeliest is not None and bool(greedy.all()):
+    if likeliest is not None and every:
         tokens = likeliest
     else:
         if parts is not None:

@@ -13,8 +13,10 @@ import threading
 from array import array
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
+from gspo.core.progress import rollout_belongings
 from gspo.serve.chat import ChatFormat
 from gspo.serve.tool_calls import Parsed
 from gspo.serve.tool_messages import check_calls
@@ -22,12 +24,17 @@ from gspo.serve.tool_messages import check_calls
 
 @dataclass(frozen=True)
 class _Sampled:
-    """One completion: its tokens, its text before the end token, and that token's ("": none)."""
+    """One completion. Its text is made when a prompt first asks for it: most are never asked on."""
 
     tokens: array[int]
-    text: str
-    end: str
+    text: Callable[[], str]
+    ends: Sequence[str]
     ids: frozenset[str]
+
+    @property
+    def end(self) -> str:
+        """The end token's text; "": none."""
+        return next((end for end in self.ends if self.text().endswith(end)), "")
 
 
 @dataclass
@@ -55,7 +62,7 @@ class TokenMemory:
     >>> from gspo.serve.fake_engine import FakeEngine
     >>> engine, memory = FakeEngine(), TokenMemory()
     >>> prompt = chat_tokens(engine, [{"role": "user", "content": "hi"}], memory=memory)
-    >>> memory.remember(prompt, [104, 111, 0], "ho\\0")
+    >>> memory.remember(prompt, [104, 111, 0], lambda: "ho\\0")
     """
 
     def __init__(self) -> None:
@@ -101,25 +108,27 @@ class TokenMemory:
         return out
 
     def remember(
-        self, prompt: Sequence[int], tokens: Sequence[int], text: str, ids: Collection[str] = ()
+        self,
+        prompt: Sequence[int],
+        tokens: Sequence[int],
+        text: Callable[[], str],
+        ids: Collection[str] = (),
     ) -> None:
         """Remember a completion.
 
         Args:
             prompt: as `prompt` returned it; the completion of another one is not remembered.
             tokens: sampled, the end token included.
-            text: of all of them, with special tokens.
+            text: makes that of all of them, with special tokens.
             ids: of the tool calls that were read from it.
         """
         with self._lock:
             asked = self._asked.get(array("i", prompt).tobytes())
             if asked is None:
                 return
-            chat = asked.chat
-            end = next((end for end in chat.ends if text.endswith(end)), "")
-            said = text[: len(text) - len(end)]
-            asked.sampled.append(_Sampled(array("i", tokens), said, end, frozenset(ids)))
-            if ids and (reasoning := chat.parse(text, tools=asked.tools).reasoning):
+            sampled = _Sampled(array("i", tokens), cache(text), asked.chat.ends, frozenset(ids))
+            asked.sampled.append(sampled)
+            if ids and (reasoning := asked.chat.parse(text(), tools=asked.tools).reasoning):
                 self._reasoning |= dict.fromkeys(ids, reasoning)
 
     def _extended(
@@ -147,6 +156,12 @@ class TokenMemory:
         return None
 
 
+def rollout_memory() -> TokenMemory | None:
+    """The memory of the rollout of a gather that asks in this process, or None."""
+    belongings = rollout_belongings.get()
+    return None if belongings is None else belongings.setdefault("tokens", TokenMemory())
+
+
 def _said(
     sampled: _Sampled, text: str, chat: ChatFormat, tools: Sequence[dict] | None
 ) -> int | None:
@@ -155,7 +170,7 @@ def _said(
     A message with calls may end otherwise than sampled (Llama's `<|eom_id|>` for `<|eot_id|>`).
     Another message may not: gpt-oss is taught to see `<|end|>` where it has said `<|return|>`.
     """
-    exact = sampled.text + sampled.end
+    exact = sampled.text()
     if text.startswith(exact):
         return len(exact)
     parsed = chat.parse(exact, tools=tools)

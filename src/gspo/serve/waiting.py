@@ -10,6 +10,7 @@ import fastapi
 
 from gspo.core.errors import RequestError
 from gspo.serve.engine import Completion, Engine, Request
+from gspo.serve.message_texts import check_whole_characters
 from gspo.serve.refusals import HungUpError
 
 T = TypeVar("T")
@@ -40,15 +41,19 @@ async def tokenized(
                 f"{engine.most_characters} at most",
                 "prompt",
             )
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(f"a text has half a surrogate pair in it: {error}") from None
-    # In process nobody else waits in this loop; and threads would join requests to batches in
-    # another order each time.
-    if _in_process(http) or sum(map(len, texts)) < LONG_TEXT:
-        return encode()
-    return await asyncio.to_thread(encode)
+    check_whole_characters(texts)
+    return await aside(http, encode, sum(map(len, texts)) >= LONG_TEXT)
+
+
+async def aside(http: fastapi.Request | None, work: Callable[[], T], long: bool) -> T:
+    """Do what may take `long` in a thread, so that others don't wait.
+
+    In process nobody else waits in this loop; and threads would join requests to batches in another
+    order each time.
+    """
+    if _in_process(http) or not long:
+        return work()
+    return await asyncio.to_thread(work)
 
 
 async def together(engine: Engine, requests: Sequence[Request]) -> list[list[Completion]]:

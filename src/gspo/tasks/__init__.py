@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from gspo.core.byname import load_object
-from gspo.core.errors import ConfigError, check_names, suggestion
+from gspo.core.byname import load_class, made_of
+from gspo.core.errors import ConfigError, suggestion
 from gspo.tasks.built_in import BUILT_IN
 from gspo.tasks.task import Problem, Split, Task
 
@@ -44,16 +43,8 @@ def load_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
         raise ConfigError(
             f"unknown task {name!r}.{suggestion(name, task_names())} Known: {', '.join(known)}."
         )
-    kind = BUILT_IN[name] if name in BUILT_IN else load_object(name, "task")
-    if not (isinstance(kind, type) and issubclass(kind, Task)):
-        raise ConfigError(f"task = {name!r} must be a class that derives from gspo.tasks.Task")
-    known = inspect.signature(kind).parameters
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
-        check_names(f"task_options of {name!r}", given, known, {})
-    try:
-        task = kind(**given)
-    except TypeError as error:  # an argument or draw() is missing
-        raise ConfigError(f"task = {name!r} with options {given}: {error}") from None
+    kind = BUILT_IN[name] if name in BUILT_IN else load_class(name, "task", Task)
+    task = made_of(kind, "task", name, given)
     if not hasattr(task, "max_tokens"):
         raise ConfigError(f"task = {name!r} needs max_tokens, the default limit of a completion")
     if not hasattr(task, "name"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -12,13 +12,27 @@ Split = Literal["train", "heldout"]
 _TRIES = 1000
 
 
+def held_out(text: str) -> bool:
+    """Whether a prompt is held out: a tenth of all texts is, by their hash.
+
+    >>> [number for number in range(20) if held_out(f"prompt {number}")]
+    [15, 16]
+    """
+    return hashlib.sha256(text.encode()).digest()[0] % 10 == 0
+
+
 @dataclass(frozen=True)
 class Problem:
-    """A prompt for the user turn, the reference answer, and what the scorer needs besides."""
+    """A prompt for the user turn, the reference answer, and what the scorer needs besides.
+
+    Attributes:
+        where: of a dataset's row, which errors name.
+    """
 
     prompt: str
     answer: str
     entry: Mapping[str, Any] = field(default_factory=dict)
+    where: str = ""
 
 
 class Task(ABC):
@@ -42,13 +56,17 @@ class Task(ABC):
         system_prompt: the system turn that goes before each prompt, or None.
         ends: whether a right answer ends by itself; else it is cut at `max_tokens`.
         tools: OpenAI's, that a right answer needs, or None.
+        template_kwargs: variables of the chat template, or None.
+        sizes: how many problems each split has; None: as many as are asked for.
     """
 
     name: str
     max_tokens: int
-    system_prompt: ClassVar[str | None] = None
+    system_prompt: str | None = None
     ends: ClassVar[bool] = True
     tools: ClassVar[list[dict[str, Any]] | None] = None
+    template_kwargs: dict[str, Any] | None = None
+    sizes: Mapping[Split, int] | None = None
 
     @abstractmethod
     def draw(self, key: int) -> Problem:
@@ -57,6 +75,12 @@ class Task(ABC):
     def score(self, problem: Problem, completion: str) -> float:
         """The reward of a completion's text, usually in [0, 1]. By default 1 for the answer."""
         return float(completion == problem.answer)
+
+    async def grade(
+        self, problem: Problem, completions: Sequence[str]
+    ) -> list[tuple[float, dict[str, float]]]:
+        """The reward of each completion, and its parts by name: `score`, without parts."""
+        return [(self.score(problem, text), {}) for text in completions]
 
     def problem(self, split: Split, index: int, seed: int = 0) -> Problem:
         """Problem `index` of a split: it depends on its arguments and nothing else.
@@ -70,8 +94,7 @@ class Task(ABC):
         for attempt in range(_TRIES):
             text = f"{split}/{seed}/{index}/{attempt}"
             problem = self.draw(int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big"))
-            held_out = hashlib.sha256(problem.prompt.encode()).digest()[0] % 10 == 0
-            if held_out == (split == "heldout"):
+            if held_out(problem.prompt) == (split == "heldout"):
                 return problem
         raise RuntimeError(f"no {split} problem in {_TRIES} draws: the task has too few problems")
 

@@ -29,6 +29,8 @@ from gspo.train.trainer import Trainer
 
 FORMAT = 1
 _OPTIMIZER, _STATE = "optimizer.safetensors", "trainer.json"
+TRAINING_FILES = (_OPTIMIZER, _STATE, "manifest.json")
+"""Files of a checkpoint that only training reads."""
 
 
 def checkpoint_name(step: int) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from gspo.config import TrainSFTConfig
 from gspo.core.errors import DataError, check_names, shown
+from gspo.core.rows import read_rows
 from gspo.trajectories import Trajectory
 
 __all__ = ["read_trajectories", "train_sft_from_file"]
@@ -22,35 +22,23 @@ _REFUSED = {
 
 
 def read_trajectories(file_path: str | Path) -> list[Trajectory]:
-    """The conversations of a JSONL file: a row is `{"messages": [...], "tools": [...]}`.
+    """The conversations of a dataset: a row is `{"messages": [...], "tools": [...]}`.
 
     `tools` may be left out, other columns are not read, and blank lines are skipped. The
     trajectory's metadata has its row, which later errors name.
 
+    Args:
+        file_path: JSONL or parquet, or else as `gspo.core.rows.read_rows` takes it.
+
     Raises:
         DataError: no such file, an empty one, a row that is not JSON or has no messages.
     """
-    path = Path(file_path)
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise DataError(f"{path} is not text in UTF-8: {error}") from None
-    rows = [(f"{path}, row {n}", line) for n, line in enumerate(lines, 1) if line.strip()]
-    if not rows:
-        raise DataError(f"{path} is empty: it needs a row of JSON for each conversation")
-    return [_trajectory(where, line) for where, line in rows]
+    return [_trajectory(where, row) for where, row in read_rows(file_path).items()]
 
 
-def _trajectory(where: str, line: str) -> Trajectory:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON: {error}") from None
-    if not isinstance(row, dict) or "messages" not in row:
-        held = ", ".join(row) if isinstance(row, dict) else shown(row)
-        raise DataError(f'{where} has no column "messages"; it has: {held}')
+def _trajectory(where: str, row: dict[str, Any]) -> Trajectory:
+    if "messages" not in row:
+        raise DataError(f'{where} has no column "messages"; it has: {", ".join(row)}')
     messages = row["messages"]
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise DataError(f"{where}: messages are {shown(messages)}; give a list of messages")

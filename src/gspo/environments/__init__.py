@@ -1,0 +1,68 @@
+"""Environments: games, simulators and checkers that a model acts in, turn after turn.
+
+`gspo.environments.play` plays an episode.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gspo.core.byname import load_class, made_of
+from gspo.core.errors import ConfigError, suggestion
+from gspo.environments.environment import Action, Call, Environment, Step
+
+__all__ = [
+    "Action",
+    "Call",
+    "Environment",
+    "Step",
+    "environment_names",
+    "load_environment",
+]
+
+FAMILIES: Mapping[str, str] = {
+    "bfcl": "bfcl:BFCL",
+    "gymnasium": "gymnasium:Gymnasium",
+    "openenv": "openenv:OpenEnv",
+    "reasoning-gym": "reasoning_gym:ReasoningGym",
+    "textarena": "textarena:TextArena",
+    "textworld": "textworld:TextWorld",
+    "verifiers": "verifiers:Verifiers",
+}
+"""Family -> file and class. A new one is a file in this folder, and stands here."""
+
+
+def environment_names() -> list[str]:
+    """What `load_environment` takes."""
+    return [*(f"{family}:<name>" for family in FAMILIES), "<module>:<Class>"]
+
+
+def load_environment(
+    name: str, options: Mapping[str, Any] | None = None
+) -> Callable[[], Environment]:
+    """What makes environments of that name: `family:name`, or `module:Class` of your own.
+
+    Your own class derives from `Environment`; `options` are its constructor's keyword arguments.
+
+    Raises:
+        ConfigError: no such family, name or class; or an option that it doesn't have.
+        MissingDependencyError: the family's package is not installed.
+    """
+    family, colon, rest = name.partition(":")
+    if family in FAMILIES:
+        file, _, kind = FAMILIES[family].partition(":")
+        found = getattr(importlib.import_module(f"gspo.environments.{file}"), kind)
+        found = functools.partial(found, rest)
+    elif colon:
+        found = load_class(name, "environment", Environment)
+    else:
+        known = ", ".join(environment_names())
+        raise ConfigError(
+            f"unknown environment {name!r}.{suggestion(name, FAMILIES)} Known: {known}."
+        )
+    make = functools.partial(made_of, found, "environment", name, dict(options or {}))
+    make().close()
+    return make

@@ -1,0 +1,231 @@
+"""Play one episode: the environment and the model take turns, and a trajectory comes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import ctypes
+import hashlib
+import inspect
+import json
+import math
+import threading
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from openai import BadRequestError
+
+from gspo.capture import trajectory
+from gspo.core.draws import seed_of
+from gspo.core.errors import DataError, GspoError, RolloutError, RolloutTimeoutError, shown
+from gspo.core.plain import plain_number
+from gspo.environments.environment import Action, Call, Environment, Step
+from gspo.model import TrainableModel
+from gspo.tasks.task import Split, held_out
+from gspo.trajectories import Trajectory
+
+_TRIES = 1000
+
+
+async def play(
+    environment: Environment,
+    model: TrainableModel,
+    seed: int,
+    *,
+    max_turns: int | None = None,
+    max_tokens: int | None = None,
+    temperature: float = 1.0,
+    step_timeout: float | None = None,
+) -> Trajectory:
+    """Play the episode of a seed.
+
+    It ends when the environment says so, after `max_turns` turns, or when the conversation has no
+    room left in the model's context. The last two set the metric `cut_off`.
+
+    Args:
+        environment: is closed at the end.
+        model: who plays.
+        seed: of the environment. What the model samples depends on the rollout's place.
+        max_turns, max_tokens, step_timeout: its limits; None: the environment's own.
+
+    Returns:
+        The trajectory: its reward is the sum of the steps', its turn rewards are these.
+
+    Raises:
+        RolloutTimeoutError: the environment hangs.
+        RolloutError: it raised.
+        DataError: the engine refuses its opening, or a step is none.
+    """
+    place = _Place(environment, seed, step_timeout)
+    rewards: list[float] = []
+    step = Step()
+    try:
+        with trajectory(model) as t:
+            opening = await place.call(environment.reset, seed)
+            system, tools = environment.system_prompt, environment.tools
+            create = model.openai_client().chat.completions.create
+            options: dict[str, Any] = {
+                "model": model.inference_name,
+                "max_tokens": max_tokens or environment.max_tokens,
+                "temperature": temperature,
+            } | ({"tools": tools} if tools else {})
+            messages: list[Any] = [{"role": "user", "content": opening}]
+            messages[:0] = [{"role": "system", "content": system}] if system else []
+            while not step.done and len(rewards) < (max_turns or environment.max_turns):
+                place.turn = len(rewards) + 1
+                try:
+                    response = await create(messages=messages, **options)
+                except BadRequestError as error:
+                    if rewards and "context" in error.message:  # it has become too long
+                        break
+                    raise DataError(f"{place}: the engine refuses it: {error.message}") from None
+                message = response.choices[0].message
+                action = Action(message.content or "", [*map(_call, message.tool_calls or ())])
+                step = await place.call(environment.step, action)
+                rewards.append(place.reward_of(step))
+                messages += [message.model_dump(exclude_none=True), *_answers(message, step)]
+            t.reward = sum(rewards)
+            t.metadata["turn_rewards"] = json.dumps(rewards)
+            t.metrics |= {**step.metrics, "turns": len(rewards), "cut_off": not step.done}
+            t.metadata["seed"] = seed
+        return t
+    finally:
+        if not place.hangs:  # else its thread may still be in it
+            environment.close()
+
+
+async def episode_seed(
+    make: Callable[[], Environment], split: Split, index: int, seed: int = 0
+) -> tuple[int, str | None]:
+    """The seed of episode `index` of a split, and what tells its instance from others, or None.
+
+    Raises:
+        DataError: no instance of the split was found: there are too few.
+    """
+    environment = make()
+    try:
+        for attempt in range(_TRIES):
+            drawn = seed_of("environment", split, seed, index, attempt) % 2**31
+            place = _Place(environment, drawn)
+            instance = await place.call(environment.instance, drawn)
+            if instance is None:
+                return drawn, None
+            if held_out(str(instance)) == (split == "heldout"):
+                return drawn, hashlib.sha256(str(instance).encode()).hexdigest()[:16]
+    finally:
+        environment.close()
+    raise DataError(
+        f"{type(environment).__name__}: no {split} instance in {_TRIES} draws, it has too few. "
+        "A tenth is held out by a hash of `instance(seed)`; if that returns None, held-out "
+        "episodes are those of other seeds"
+    )
+
+
+def _call(call: Any) -> Call:
+    return Call(call.function.name, json.loads(call.function.arguments))
+
+
+def _answers(message: Any, step: Step) -> list[dict[str, Any]]:
+    """What the model is told of its turn: by the user, or by each tool that it called."""
+    calls, text = message.tool_calls or (), step.text
+    if not calls:
+        return [{"role": "user", "content": text if isinstance(text, str) else "\n".join(text)}]
+    texts = [text] * len(calls) if isinstance(text, str) else text
+    return [
+        {"role": "tool", "tool_call_id": call.id, "content": answer}
+        for call, answer in zip(calls, texts, strict=True)
+    ]
+
+
+class _Place:
+    """Where an episode stands: names it in errors, and holds its environment to its time."""
+
+    def __init__(self, environment: Environment, seed: int, seconds: float | None = None):
+        self.name, self.seed = type(environment).__name__, seed
+        self.seconds = seconds or environment.step_timeout
+        self.turn, self.hangs = 0, False
+
+    def __str__(self) -> str:
+        return f"the environment {self.name} (seed {self.seed}, turn {self.turn})"
+
+    async def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a method of the environment: a blocking one in a thread of its own.
+
+        Raises:
+            RolloutTimeoutError: it has not ended in time. Python code in it is ended; code in C
+                goes on until the process ends.
+            RolloutError: it raised.
+        """
+        limit, running = asyncio.timeout(self.seconds), None
+        try:
+            async with limit:
+                if inspect.iscoroutinefunction(function):
+                    return await function(*arguments)
+                running = _Running(function, *arguments)
+                result, error = await running.outcome
+                if error is not None:
+                    raise error
+                return await result if inspect.isawaitable(result) else result
+        except (Exception, SystemExit) as error:
+            if limit.expired():
+                raise RolloutTimeoutError(
+                    f"{self}: {function.__name__} has not ended after {self.seconds:g} s "
+                    "(step_timeout): find out what it waits for, or give it more time"
+                ) from None
+            if isinstance(error, GspoError):
+                raise
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            raise RolloutError(
+                f"{self}: {function.__name__} raised {type(error).__name__}: {error} "
+                f"({last.filename}, line {last.lineno})"
+            ) from error
+        finally:
+            if running is not None and running.outcome.cancelled():
+                self.hangs = True
+                running.end()
+
+    def reward_of(self, step: Any) -> float:
+        """The reward of a step, checked.
+
+        Raises:
+            DataError: it is no `Step`, or its reward is no number.
+        """
+        if not isinstance(step, Step):
+            raise DataError(f"{self}: step returned {shown(step)}; it must return a Step")
+        reward = plain_number(step.reward)
+        if reward is None or not math.isfinite(reward):
+            raise DataError(
+                f"{self}: the reward is {shown(step.reward)}; it must be a finite number"
+            )
+        return float(reward)
+
+
+class _Running:
+    """A function in a thread that nobody has to wait for. `outcome` is its result and its error."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any):
+        loop = asyncio.get_running_loop()
+        self.outcome: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
+
+        def work() -> None:
+            try:
+                outcome = function(*arguments), None
+            except BaseException as error:
+                outcome = None, error
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(self._settle, outcome)
+
+        run = contextvars.copy_context().run
+        self._thread = threading.Thread(target=run, args=(work,), daemon=True)
+        self._thread.start()
+
+    def _settle(self, outcome: tuple[Any, BaseException | None]) -> None:
+        if not self.outcome.done():
+            self.outcome.set_result(outcome)
+
+    def end(self) -> None:
+        """End it, as soon as it runs Python code."""
+        ident, error = ctypes.c_ulong(self._thread.ident or 0), ctypes.py_object(SystemExit)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, error)

@@ -1,0 +1,100 @@
+"""`gspo runs`: the runs of a folder, a row each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from gspo.backend.run import best_step
+from gspo.backend.stored_batch import UpdateRecord, read_record
+from gspo.core.errors import GspoError
+from gspo.experiment.saved_run import SavedRun
+from gspo.train.checkpoint import steps_saved
+
+_IN_A_FILE = 160
+"""Columns of a table that no terminal shows."""
+
+
+def describe_run(run: SavedRun) -> dict[str, Any]:
+    """What `gspo runs` says of a run; None for what is not known."""
+    rewards, records = run.rewards(), run.records()
+    saved = steps_saved(run.folder / "checkpoints")
+    best, last = best_step(rewards), max(rewards, default=None)
+    files = [file for file in run.folder.rglob("*") if file.is_file()]
+    lineage = run.config.get("lineage")
+    return {
+        "run": run.name,
+        "base_model": run.config.get("base_model"),
+        "method": method_name(run),
+        "step": max([*(int(record["step"]) for record in records), *saved], default=0),
+        "steps": run.spec and run.spec.steps,
+        "saved": saved,
+        "reward_last": None if last is None else rewards[last],
+        "reward_best": None if best is None else rewards[best],
+        "best_step": best,
+        "bytes": sum(file.stat().st_size for file in files),
+        "changed": max((file.stat().st_mtime for file in files), default=math.nan),
+        "running": run.running(),
+        "lineage": lineage if isinstance(lineage, list) else [],
+        "folder": str(run.folder),
+    }
+
+
+def method_name(run: SavedRun) -> str | None:
+    """The method of the last step that was trained; `sft` where none was by rewards."""
+    record = last_update(run)
+    if record is not None:
+        lora = ", LoRA" if run.config.get("lora") else ""
+        try:
+            return f"{record.settings().algorithm}{lora}"
+        except GspoError:  # a method of another program's own
+            return None
+    return "sft" if any("sft/loss_last" in line for line in run.records()) else None
+
+
+def last_update(run: SavedRun) -> UpdateRecord | None:
+    """How the last stored rollout batch was trained on; None if none is stored."""
+    files = sorted((run.folder / "trajectories" / "train").glob("*.parquet"))
+    try:
+        return read_record(files[-1]) if files else None
+    except GspoError:
+        return None
+
+
+def print_runs(runs: Sequence[dict[str, Any]], console: Console | None = None) -> None:
+    """Print the table."""
+    console = console or Console()
+    if not console.is_terminal:
+        console = Console(width=_IN_A_FILE)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("run", "base model", "method"):
+        table.add_column(name, overflow="fold")
+    for name in ("step", "last", "best", "size", "changed, UTC"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for run in runs:
+        table.add_row(*map(Text, _row(run)))
+    console.print(table)
+
+
+def _row(run: dict[str, Any]) -> list[str]:
+    lineage = run["lineage"]
+    come_from = f" (from {lineage[-1]['run']} @{lineage[-1]['step']})" if lineage else ""
+    when = datetime.fromtimestamp(run["changed"], UTC).strftime("%Y-%m-%d %H:%M")
+    return [
+        run["run"] + come_from,
+        Path(str(run["base_model"] or "")).name,
+        run["method"] or "",
+        f"{run['step']}/{run['steps']}" if run["steps"] else str(run["step"]),
+        "" if run["reward_last"] is None else f"{run['reward_last']:.3f}",
+        "" if run["best_step"] is None else f"{run['reward_best']:.3f} @{run['best_step']}",
+        decimal(run["bytes"]),
+        "running" if run["running"] else when,
+    ]

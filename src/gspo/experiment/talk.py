@@ -1,0 +1,183 @@
+"""`gspo sample` and `gspo chat`: talk to any checkpoint of a run, or to any model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from openai import APIStatusError
+
+from gspo.core.compute import ComputeThread
+from gspo.core.errors import ConfigError, RequestError
+from gspo.experiment.rollout import plain_prompt
+from gspo.experiment.samples import visible
+from gspo.experiment.saved_run import SavedRun, load_named
+from gspo.policy.embedded import PREFIX
+from gspo.serve.local_client import LocalClient
+from gspo.serve.selfcheck import make_engine
+from gspo.serve.server import Serving
+from gspo.tasks import Problem, Task, load_task
+
+_NAME = "model"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A conversation to answer, and the task's problem that it is of, if it is one."""
+
+    messages: list[dict[str, Any]]
+    problem: Problem | None = None
+
+
+async def sample(
+    name: str,
+    prompts: Sequence[str],
+    *,
+    step: str | None,
+    path: str,
+    completions: int,
+    system: str,
+    options: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """Print answers to prompts; without any, to held-out prompts of the model's own task.
+
+    Args:
+        name, step, path: see `load_named`.
+        prompts: user turns, a conversation each.
+        completions: of each prompt.
+        system: the system turn before each prompt; "": none.
+        options: of the request, such as `temperature`.
+
+    Returns:
+        One object a completion: prompt, completion, finish_reason, and the task's reward.
+
+    Raises:
+        ConfigError: no prompt, and no task that has some.
+        RequestError: the engine refuses a prompt.
+    """
+    asked = [Asked(_conversation(system, prompt)) for prompt in prompts]
+    found: list[dict[str, Any]] = []
+    async with _client_of(name, step, path) as (client, run, chats):
+        task = None if asked else _task_of(name, run)
+        if task is not None:
+            problems = [task.problem("heldout", index) for index in range(3)]
+            asked = [Asked(task.messages(problem), problem) for problem in problems]
+            limit = (run and run.spec and run.spec.max_tokens) or task.max_tokens
+            options = {"max_tokens": limit, **options}
+        for one in asked:
+            print(f"{visible(plain_prompt(one.messages)).rstrip()}")
+            for choice in await _answers(client, chats, one.messages, completions, options):
+                text = choice.message.content if chats else choice.text
+                row = {"prompt": one.messages[-1]["content"], "completion": text or ""}
+                row["finish_reason"] = choice.finish_reason
+                told = "" if choice.finish_reason != "length" else "   (cut at the limit of tokens)"
+                if task is not None and one.problem is not None:
+                    row["reward"] = task.score(one.problem, text or "")
+                    told += f"   (reward {row['reward']:.3f})"
+                found.append(row)
+                print(f"  -> {visible(text or '')}{told}")
+    return found
+
+
+async def chat(
+    name: str, *, step: str | None, path: str, system: str, options: Mapping[str, Any]
+) -> None:
+    """Talk on the terminal until the input ends or says /quit; /new begins anew.
+
+    A message that the engine refuses, since the context is full, is told and forgotten.
+
+    Raises:
+        ConfigError: a model without a chat template.
+    """
+    async with _client_of(name, step, path) as (client, _, chats):
+        if not chats:
+            raise ConfigError(f"{name!r} has no chat template: use gspo sample, with whole prompts")
+        print("/new begins a new conversation, /quit or Ctrl-D ends", file=sys.stderr)
+        history = _conversation(system)
+        while (text := _read_line()) != "/quit":
+            if text == "/new":
+                history = _conversation(system)
+            elif text:
+                history.append({"role": "user", "content": text})
+                try:
+                    answer = await _streamed(client, history, options)
+                    history.append({"role": "assistant", "content": answer})
+                except APIStatusError as error:
+                    history.pop()
+                    print(f"refused: {error.message} (/new begins anew)", file=sys.stderr)
+
+
+async def _streamed(
+    client: LocalClient, history: list[dict[str, Any]], options: Mapping[str, Any]
+) -> str:
+    """Print an answer as it comes, and return it."""
+    parts: list[str] = []
+    messages: Any = history
+    stream: Any = await client.chat.completions.create(
+        model=_NAME, messages=messages, stream=True, **options
+    )
+    async for chunk in stream:
+        if chunk.choices and (text := chunk.choices[0].delta.content):
+            parts.append(text)
+            print(visible(text), end="", flush=True)
+    print(flush=True)
+    return "".join(parts)
+
+
+def _read_line() -> str:
+    """The next message; /quit at the end of the input. A terminal is shown where to write."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return "/quit"
+
+
+@asynccontextmanager
+async def _client_of(
+    name: str, step: str | None, path: str
+) -> AsyncIterator[tuple[LocalClient, SavedRun | None, bool]]:
+    """A client of the loaded model, its run, and whether it has a chat template."""
+    policy, run = load_named(name, step, path)
+    compute = ComputeThread()
+    serving = Serving(make_engine(policy, compute), lambda: [_NAME])
+    try:
+        await serving.start()
+        yield serving.client, run, policy.tokenizer.chat_template is not None
+    finally:
+        await serving.stop()
+        compute.close()
+
+
+async def _answers(
+    client: LocalClient,
+    chats: bool,
+    messages: list[Any],
+    count: int,
+    options: Mapping[str, Any],
+) -> list[Any]:
+    request: dict[str, Any] = {"model": _NAME, "n": count, **options}
+    try:
+        if chats:
+            answer = await client.chat.completions.create(messages=messages, **request)
+        else:
+            answer = await client.completions.create(prompt=plain_prompt(messages), **request)
+    except APIStatusError as error:
+        raise RequestError(f"the engine refuses a prompt: {error.message}") from None
+    return list(answer.choices)
+
+
+def _task_of(name: str, run: SavedRun | None) -> Task:
+    """The task of a run's file, or of an embedded model."""
+    if run is not None and run.spec is not None and run.spec.task:
+        return load_task(run.spec.task, run.spec.task_options)
+    if run is None and name.startswith(PREFIX):
+        return load_task(name.removeprefix(PREFIX))
+    raise ConfigError(f"{name!r} has no task with prompts of its own: give a prompt")
+
+
+def _conversation(system: str, prompt: str | None = None) -> list[dict[str, Any]]:
+    begin = [{"role": "system", "content": system}] if system else []
+    return [*begin, *([{"role": "user", "content": prompt}] if prompt is not None else [])]

@@ -1,0 +1,69 @@
+"""`art.train`: a whole run from Python, on rows and rewards of the user's own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from gspo.experiment.loop import Outcome, run_experiment
+from gspo.experiment.spec import Spec
+from gspo.experiment.stop import run_until_signal
+from gspo.experiment.watch import LiveWatch
+from gspo.tasks.dataset import load_dataset
+
+Function = str | Callable[..., Any]
+
+
+def train(
+    *, model: str, dataset: Any, reward: Function | Sequence[Function], **options: Any
+) -> Outcome:
+    """Train `model` on a dataset until the run's last step, and measure what it has learned.
+
+    The same call goes on with a run that was stopped. It may be made in a notebook.
+
+        art.train(model="embedded:sort", dataset="data.jsonl", reward=exact, steps=20)
+
+    Args:
+        model: `embedded:<task>`, a folder, or a hub id.
+        dataset: a file of JSONL, CSV or parquet; a folder or a name that the `datasets` library
+            loads; a list of dicts; or a `datasets.Dataset`.
+        reward: a function or several, or their names as `module:function`. Each is
+            `(completion, row) -> float`, or TRL's `(completions, **columns) -> list[float]`.
+        options: the fields of a run's file, such as `steps`, `name`, `data={...}`.
+
+    Raises:
+        GspoError: an option, a row or a reward is refused.
+    """
+    rewards = [reward] if isinstance(reward, str) or callable(reward) else [*reward]
+    named = [f if isinstance(f, str) else getattr(f, "__qualname__", repr(f)) for f in rewards]
+    in_file = isinstance(dataset, str | Path)
+    source = str(dataset) if in_file else "rows in memory"
+    spec = Spec(model=model, dataset=source, reward=named, **options)
+    source = source if in_file else dataset
+    task = load_dataset(source, rewards, spec.reward_weights, spec.data)
+    with LiveWatch() as watch:
+        return _finished(run_experiment(spec.with_steps(task), watch, task))
+
+
+def _finished(run: Coroutine[Any, Any, Outcome]) -> Outcome:
+    """The outcome, whether or not an event loop runs in this thread already."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        main = threading.current_thread() is threading.main_thread()
+        return run_until_signal(run) if main else asyncio.run(run)
+    # A notebook: it waits, as for any other cell.
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(run)
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            return pool.submit(loop.run_until_complete, task).result()
+        except KeyboardInterrupt:
+            loop.call_soon_threadsafe(task.cancel)
+            raise
+        finally:
+            pool.submit(loop.close)

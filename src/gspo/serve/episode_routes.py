@@ -1,0 +1,96 @@
+"""The routes of episodes: the API below `/episodes/<id>/v1`, and the episode itself.
+
+`GET /episodes/<id>` reads an episode (a trajectory as JSON, its choices with token ids),
+`POST /episodes/<id>/reward` gives it a reward, and `DELETE /episodes/<id>` drops it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+import fastapi
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from gspo.core.draws import drawing_for
+from gspo.core.errors import RequestError
+from gspo.serve.episodes import IDLE_SECONDS, Episodes, recording
+from gspo.serve.refusals import DOCUMENTED, error_body
+
+Id = Annotated[
+    str,
+    fastapi.Path(
+        alias="episode",
+        pattern=r"^[A-Za-z0-9._~-]{1,128}$",
+        description="Names the episode; chosen by the client, made at the first use.",
+    ),
+]
+Reward = Annotated[float, Field(ge=-1e100, le=1e100, allow_inf_nan=False)]
+router = fastapi.APIRouter(tags=["episodes"], responses=DOCUMENTED)
+
+
+def include_episodes(app: fastapi.FastAPI, v1: fastapi.APIRouter) -> None:
+    """Add the routes of episodes to a server.
+
+    Args:
+        app: the server. Its `state.episodes` are the server's `Episodes`.
+        v1: routes of OpenAI's API without the `/v1` before them: they answer below
+            `/episodes/<id>/v1` too.
+    """
+    app.state.episodes = Episodes()
+    app.include_router(router)
+    inside = [fastapi.Depends(_inside)]
+    app.include_router(v1, prefix="/episodes/{episode}/v1", dependencies=inside)
+
+
+async def _inside(http: fastapi.Request, id: Id) -> AsyncIterator[None]:
+    """Make the URL's episode the current one while a request is answered."""
+    episode = http.app.state.episodes.open(id)
+    with recording(episode), drawing_for(*episode.purpose):
+        yield
+
+
+class RewardBody(BaseModel):
+    """POST /episodes/<id>/reward."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    reward: Reward
+    turn_rewards: list[Reward] | None = None
+
+
+@router.get("/episodes/{episode}")
+async def read_episode(http: fastapi.Request, id: Id) -> Response:
+    episode = http.app.state.episodes.find(id)
+    if episode is None:
+        return _unknown(id)
+    text = await asyncio.to_thread(episode.so_far().model_dump_json)  # which may take a while
+    return Response(text, media_type="application/json")
+
+
+@router.post("/episodes/{episode}/reward")
+async def reward_episode(http: fastapi.Request, id: Id, body: RewardBody) -> Response:
+    episode = http.app.state.episodes.find(id)
+    if episode is None:
+        return _unknown(id)
+    trajectory, given = episode.trajectory, body.turn_rewards
+    if given is not None and len(given) != (turns := len(trajectory.sampled_turns())):
+        message = f"turn_rewards has {len(given)} numbers, but episode {id!r} has {turns} turns"
+        raise RequestError(message, "turn_rewards")
+    trajectory.reward, trajectory.turn_rewards = body.reward, given
+    return JSONResponse(body.model_dump(exclude_none=True))
+
+
+@router.delete("/episodes/{episode}")
+async def drop_episode(http: fastapi.Request, id: Id) -> Response:
+    return JSONResponse({"deleted": True}) if http.app.state.episodes.drop(id) else _unknown(id)
+
+
+def _unknown(id: str) -> Response:
+    """Status 404 in OpenAI's form."""
+    message = (
+        f"there is no episode {id!r} here: it made no request yet, was deleted, or was not asked "
+        f"for in {IDLE_SECONDS // 3600} hours"
+    )
+    return JSONResponse(error_body(404, message, "episode", "not_found"), status_code=404)

@@ -1,0 +1,130 @@
+"""What a model weighs, from its config alone: no weights are read or made."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from gspo.core.errors import ModelError
+from gspo.policy.embedded import PREFIX, build_model
+from gspo.policy.source import read_config, resolve
+
+SHIPPED = Path(__file__).with_name("configs.json")
+"""Configs of well-known models, so that they can be planned for without a network."""
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Counts of a model. "Weights" are numbers, not bytes.
+
+    Attributes:
+        parameters: all of them, a tied head once.
+        active: weights of the layers that one token is multiplied with: k of E experts.
+        expert: weights of all experts together; 0 for a dense model.
+        experts, experts_per_token: E and k; 0 for a dense model.
+        head: weights of the vocabulary projection, vocabulary x width.
+        tied: the head's weights are the embedding's.
+        vocabulary, width, layers: as in the config.
+        outputs: numbers that the linear maps of an average layer give a token, and the copies of it
+            that its experts get.
+        lora_rank_one: weights of LoRA adapters of rank 1 on all linear maps, experts included.
+        query_width: query heads times their size, of a layer with attention.
+        kv_width: numbers that a token leaves in the KV cache of a layer with attention.
+        attention_layers: layers whose cost grows with the length of the sequence.
+    """
+
+    parameters: int
+    active: int
+    expert: int
+    experts: int
+    experts_per_token: int
+    head: int
+    tied: bool
+    vocabulary: int
+    width: int
+    layers: int
+    outputs: float
+    lora_rank_one: int
+    query_width: int
+    kv_width: int
+    attention_layers: int
+
+
+def read_size(model: str) -> ModelSize:
+    """Count what `model` (a shipped name, an embedded model, a folder or a hub id) holds.
+
+    Raises:
+        ModelError: there is no such model, or its config has no causal language model.
+    """
+    if model.startswith(PREFIX):
+        lm = build_model()
+        return count(lm, lm.config)
+    shipped = json.loads(SHIPPED.read_text())
+    if model in shipped:
+        fields = dict(shipped[model])
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    else:
+        try:
+            config = read_config(resolve(model))
+        except ModelError as error:
+            raise ModelError(f"{error} Configs that gspo knows: {', '.join(shipped)}") from None
+    text = config.get_text_config()
+    with torch.device("meta"):
+        return count(AutoModelForCausalLM.from_config(text), text)
+
+
+def count(lm: Any, config: Any) -> ModelSize:
+    """Count the weights of a model, of which only names and shapes are looked at."""
+    experts = _first(config, "num_local_experts", "num_experts", "n_routed_experts")
+    chosen = _first(config, "num_experts_per_tok", "num_experts_per_token", "moe_topk")
+    active = expert = lora = 0
+    outputs = 0.0
+    for name, weight in lm.named_parameters():
+        if ".layers." not in name or weight.dim() < 2:
+            continue
+        shape = tuple(weight.shape)
+        if ".experts." not in name:
+            active += weight.numel()
+            outputs += shape[0]
+            lora += sum(shape[:2])
+        elif weight.dim() == 3:  # stacked: (experts, one side, the other)
+            expert += weight.numel()
+            inner = sum(shape[1:]) - config.hidden_size
+            # Experts also keep their own copy of each token's input.
+            outputs += chosen * (config.hidden_size if "down" in name else inner)
+            outputs += 0 if "down" in name else chosen * config.hidden_size
+            lora += shape[0] * sum(shape[1:])
+    if expert:
+        active += expert * chosen // experts
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    latent = getattr(config, "kv_lora_rank", None)  # DeepSeek keeps one latent vector for all heads
+    kinds = getattr(config, "layer_types", None) or ["attention"] * config.num_hidden_layers
+    return ModelSize(
+        parameters=sum(weight.numel() for weight in lm.parameters()),
+        active=active,
+        expert=expert,
+        experts=experts if expert else 0,
+        experts_per_token=chosen if expert else 0,
+        head=config.vocab_size * config.hidden_size,
+        tied=bool(config.tie_word_embeddings),
+        vocabulary=config.vocab_size,
+        width=config.hidden_size,
+        layers=config.num_hidden_layers,
+        outputs=outputs / config.num_hidden_layers,
+        lora_rank_one=lora,
+        query_width=heads * (getattr(config, "qk_head_dim", None) or size),
+        kv_width=latent + config.qk_rope_head_dim
+        if latent
+        else 2 * size * (getattr(config, "num_key_value_heads", None) or heads),
+        attention_layers=sum(1 for kind in kinds if "linear" not in kind),
+    )
+
+
+def _first(config: Any, *names: str) -> int:
+    return next((found for name in names if (found := getattr(config, name, None))), 0)

@@ -1,0 +1,213 @@
+"""Exports, as transformers and peft load them, and a stand-in of a hub."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import threading
+import warnings
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from experiment.small_runs import trained_run
+from gspo import dev
+from gspo.core.errors import CheckpointError, ConfigError, ModelError, RunError
+from gspo.experiment.export import Export, export, write_folder
+from gspo.experiment.saved_run import SavedRun
+from gspo.kernels.hf import quiet
+
+TOKENS = torch.tensor([[9, 8, 7, 6, 5, 9]])
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> SavedRun:
+    return trained_run(tmp_path_factory.mktemp("full"))
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> SavedRun:
+    return trained_run(tmp_path_factory.mktemp("lora"), lora=dev.LoraConfig(r=2))
+
+
+@torch.no_grad()
+def logits(lm: Any) -> torch.Tensor:
+    return lm.eval()(input_ids=TOKENS.to(lm.device)).logits.float()
+
+
+def loaded(folder: Path, kind: Any = AutoModelForCausalLM, **options: Any) -> Any:
+    """The folder as its consumer loads it; a warning is an error."""
+    with warnings.catch_warnings(), quiet():
+        warnings.simplefilter("error")
+        # transformers' own name for a property, which peft of the same day still asks for.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+        return kind.from_pretrained(folder, **options)
+
+
+def test_a_full_checkpoint_is_what_was_trained(full: SavedRun, tmp_path: Path):
+    write_folder(Export(full, 1), tmp_path / "out")
+    policy = full.policy(1)
+    assert torch.equal(logits(loaded(tmp_path / "out")), logits(policy.lm))
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= names
+    assert not names & {"optimizer.safetensors", "trainer.json", "manifest.json"}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.chat_template == policy.tokenizer.chat_template
+
+
+def test_weights_in_the_dtype_that_was_asked_for(full: SavedRun, tmp_path: Path):
+    write_folder(Export(full, 1, dtype="bfloat16"), tmp_path / "out")
+    lm, whole = loaded(tmp_path / "out", dtype="auto"), full.folder / "checkpoints/0001"
+    assert lm.dtype == torch.bfloat16
+    assert torch.allclose(logits(lm.float()), logits(loaded(whole)), atol=0.2)
+    small, large = (path / "model.safetensors" for path in (tmp_path / "out", whole))
+    assert small.stat().st_size < 0.6 * large.stat().st_size
+
+
+def test_an_adapter_is_loaded_by_peft_without_a_warning(lora: SavedRun, tmp_path: Path):
+    """Experts and router have adapters too: embedded models are mixtures of experts."""
+    expected = logits(lora.policy(1).lm)
+    assert not torch.allclose(expected, logits(lora.policy(0).lm), atol=1e-4)
+    write_folder(Export(lora, 1), tmp_path / "out")
+    found = loaded(tmp_path / "out", peft.AutoPeftModelForCausalLM)
+    assert torch.allclose(logits(found), expected, atol=1e-5)
+    assert any(".experts." in name for name, _ in found.named_parameters() if "lora" in name)
+    write_folder(Export(lora, 1, dtype="bfloat16"), tmp_path / "half")
+    assert torch.allclose(
+        logits(loaded(tmp_path / "half", peft.AutoPeftModelForCausalLM)), expected, atol=0.1
+    )
+    small, large = (tmp_path / n / "adapter_model.safetensors" for n in ("half", "out"))
+    assert small.stat().st_size < 0.6 * large.stat().st_size
+
+
+def test_a_merged_adapter_is_a_whole_model(lora: SavedRun, tmp_path: Path):
+    write_folder(Export(lora, 1, merge=True), tmp_path / "out")
+    assert torch.allclose(logits(loaded(tmp_path / "out")), logits(lora.policy(1).lm), atol=1e-5)
+    write_folder(Export(lora, 1, merge=True, dtype="bfloat16"), tmp_path / "half")
+    assert loaded(tmp_path / "half", dtype="auto").dtype == torch.bfloat16
+    assert not (tmp_path / "half" / "adapter_config.json").exists()
+
+
+def test_what_cannot_be_exported_is_refused_first(full: SavedRun, lora: SavedRun, tmp_path: Path):
+    for options, message in (
+        ({"merge": True}, "hold all weights"),
+        ({"dtype": "bf16"}, "Did you mean 'bfloat16'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Export(full, 1, **options)
+    with pytest.raises(RunError, match=r"step 0 of p/r is its base model, embedded:sort"):
+        Export(full, 0)
+    with pytest.raises(ConfigError, match="give --to DIR, --push-to"):
+        export(Export(full, 1), None, None)
+    (tmp_path / "file").write_text("mine")
+    for to in (tmp_path, tmp_path / "file"):
+        with pytest.raises(RunError, match="is not an empty folder"):
+            export(Export(full, 1), to, None)
+    assert (tmp_path / "file").read_text() == "mine"
+    on_top = SavedRun(
+        lora.folder, {**lora.config, "base_model": str(lora.folder / "checkpoints/0001")}, None
+    )
+    with pytest.raises(ConfigError, match=r"on top of another one.*add --merge"):
+        Export(on_top, 1)
+
+
+def test_a_damaged_or_unfinished_checkpoint_leaves_no_folder(full: SavedRun, tmp_path: Path):
+    shutil.copytree(full.folder, tmp_path / "p/r")
+    copy = SavedRun(tmp_path / "p/r", full.config, None)
+    checkpoint = copy.folder / "checkpoints/0001"
+    (checkpoint / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+        write_folder(Export(copy, 1), tmp_path / "out")
+    (checkpoint / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        write_folder(Export(copy, 1), tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+    gone = SavedRun(full.folder, {**full.config, "base_model": "/gone", "lora": {"r": 1}}, None)
+    with pytest.raises(ModelError, match="unknown base_model '/gone'"):
+        Export(gone, 1)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What huggingface_hub asks of a hub when a folder is uploaded."""
+
+    files: dict[str, bytes]
+    repositories: list[dict[str, Any]]
+    refusal: int | None
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        assert self.headers["Authorization"] == "Bearer hf_mine"
+        answer: Any = {}
+        if self.refusal is not None:
+            return self._send(self.refusal, {"error": "not yours"})
+        if self.path == "/api/repos/create":
+            self.repositories.append(json.loads(body))
+            answer = {"url": f"http://{self.headers['Host']}/me/{json.loads(body)['name']}"}
+        elif self.path.endswith("/preupload/main"):
+            wanted = json.loads(body)["files"]
+            modes = {"uploadMode": "regular", "shouldIgnore": False}
+            answer = {"files": [{"path": file["path"], **modes} for file in wanted]}
+        elif self.path.endswith("/commit/main"):
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    value = line["value"]
+                    self.files[value["path"]] = base64.b64decode(value["content"])
+            url = f"http://{self.headers['Host']}/me/mine/commit/1"
+            answer = {"commitUrl": url, "commitOid": "1"}
+        return self._send(200, answer)
+
+    def do_GET(self) -> None:
+        repository = {"id": "me/mine", "sha": "0", "siblings": []}
+        self._send(404 if self.refusal else 200, repository)
+
+    def _send(self, status: int, answer: Any) -> None:
+        text = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+    kind = type("OneHub", (Hub,), {"files": {}, "repositories": [], "refusal": None})
+    with ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+        monkeypatch.setenv("HF_TOKEN", "hf_mine")
+        yield kind
+        server.shutdown()
+        thread.join()
+
+
+def test_a_checkpoint_is_pushed_to_a_hub(full: SavedRun, hub: type[Hub], tmp_path: Path):
+    _, url = export(Export(full, 1), None, "me/mine")
+    assert url is not None and url.endswith("me/mine")
+    asked = hub.repositories[0]  # older and newer clients say it in two ways
+    assert asked.get("private") or asked.get("visibility") == "private"
+    checkpoint = full.folder / "checkpoints/0001"
+    assert hub.files["model.safetensors"] == (checkpoint / "model.safetensors").read_bytes()
+    assert b"# r\n" in hub.files["README.md"] and "optimizer.safetensors" not in hub.files
+
+
+def test_a_refusal_of_the_hub_comes_before_any_work(full: SavedRun, hub: type[Hub], tmp_path: Path):
+    with pytest.raises(ConfigError, match="--push-to 'a/b/c'"):
+        export(Export(full, 1), tmp_path / "out", "a/b/c")
+    hub.refusal = 403
+    with pytest.raises(RunError, match=r"cannot push to 'me/mine': .*not yours.*hf auth login"):
+        export(Export(full, 1), tmp_path / "out", "me/mine")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,89 @@
+"""`gspo sample` and `gspo chat`."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+
+from gspo.core.errors import ConfigError, RequestError
+from gspo.experiment import talk
+from gspo.policy.load import load_policy
+from gspo.policy.policy import Policy
+from gspo.policy.probe import choose_packing
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    loaded = load_policy("embedded:sort")
+    choose_packing(loaded)
+    return loaded
+
+
+@pytest.fixture
+def model(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(talk, "load_named", lambda name, step, path: (policy, None))
+    return "embedded:sort"
+
+
+async def sampled(model: str, *prompts: str, **options: Any) -> list[dict[str, Any]]:
+    where: dict[str, Any] = {"step": None, "path": "", "system": "", "completions": 2}
+    return await talk.sample(model, prompts, **where, options={"temperature": 0, **options})
+
+
+async def test_prompts_are_answered(model: str, capsys: pytest.CaptureFixture[str]):
+    found = await sampled(model, "3214", "12\x1b[2J", max_tokens=3)
+    assert [row["prompt"] for row in found] == ["3214"] * 2 + ["12\x1b[2J"] * 2
+    assert {row["finish_reason"] for row in found} == {"length"}
+    told = capsys.readouterr().out
+    assert told.startswith(f"3214\n  -> {found[0]['completion']}   (cut at the limit of tokens)\n")
+    assert "\x1b" not in told
+
+
+async def test_without_prompts_those_of_its_task_are_scored(model: str, capsys):
+    found = await sampled(model)
+    assert len({row["prompt"] for row in found}) == 3 and len(found) == 6
+    assert {row["reward"] for row in found} <= {0.0, 1.0}
+    for row in found:
+        assert row["reward"] == float(row["completion"] == "".join(sorted(row["prompt"])))
+    with pytest.raises(ConfigError, match="no task with prompts of its own: give a prompt"):
+        await sampled("a/folder")
+
+
+async def test_a_prompt_that_is_too_long_is_refused(model: str):
+    with pytest.raises(RequestError, match="the engine refuses a prompt"):
+        await sampled(model, "1" * 10_000)
+
+
+async def test_a_model_without_a_template_is_sent_plain_text(
+    model: str, policy: Policy, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    monkeypatch.setattr(policy.tokenizer, "chat_template", None)
+    found = await sampled(model, "3214", max_tokens=3)
+    assert len(found) == 2 and len(found[0]["completion"]) == 3
+    with pytest.raises(ConfigError, match="has no chat template"):
+        await talk.chat(model, step=None, path="", system="", options={})
+
+
+async def test_a_conversation_goes_on_until_it_is_begun_anew(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    seen: list[list[str]] = []
+    streamed = talk._streamed
+
+    async def watched(client: Any, history: list[dict[str, Any]], options: Any) -> str:
+        seen.append([message["content"] for message in history])
+        return await streamed(client, history, options)
+
+    monkeypatch.setattr(talk, "_streamed", watched)
+    lines = ["12", "34", "9" * 1000, "", "56", "/new", "78", "/quit", "never"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    options = {"temperature": 0, "max_tokens": 2}
+    await talk.chat(model, step=None, path="", system="s", options=options)
+    out, err = capsys.readouterr()
+    one, two, *rest = out.splitlines()
+    assert seen[0] == ["s", "12"] and seen[1] == ["s", "12", one, "34"]
+    assert seen[3] == ["s", "12", one, "34", two, "56"]  # the one that was refused is forgotten
+    assert seen[4:] == [["s", "78"]] and len(rest) == 2
+    assert err.count("refused: ") == 1
