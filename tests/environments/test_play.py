@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -57,7 +56,7 @@ async def test_environment_and_model_take_turns(playing: Any):
     assert [m["role"] for m in t.messages()[:3]] == ["system", "user", "assistant"]
     assert len(t.choices()) == 3
     assert t.reward == 0.25
-    assert json.loads(t.metadata["turn_rewards"]) == [-0.25, -0.25, 0.75]
+    assert t.turn_rewards == [-0.25, -0.25, 0.75]
     assert (t.metrics["turns"], t.metrics["cut_off"], t.metrics["right"]) == (3, False, True)
     assert t.metadata["seed"] == 5
     assert environment.closed == 1

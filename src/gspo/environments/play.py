@@ -86,8 +86,7 @@ async def play(
                 step = await place.call(environment.step, action)
                 rewards.append(place.reward_of(step))
                 messages += [message.model_dump(exclude_none=True), *_answers(message, step)]
-            t.reward = sum(rewards)
-            t.metadata["turn_rewards"] = json.dumps(rewards)
+            t.reward, t.turn_rewards = sum(rewards), rewards
             t.metrics |= {**step.metrics, "turns": len(rewards), "cut_off": not step.done}
             t.metadata["seed"] = seed
         return t
