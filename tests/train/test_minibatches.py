@@ -301,7 +301,9 @@ def test_a_trajectory_has_a_signal_if_any_of_its_turns_has_one():
 
 
 def test_turn_rewards_that_the_method_does_not_read_change_nothing_and_are_told(caplog):
-    group = TrajectoryGroup([two_turns(1.0, [1.0, 0.0]), two_turns(0.0, [0.0, 0.0])])
+    summed = TrajectoryGroup([two_turns(1.0, [1.0, 0.0]), two_turns(0.0, [0.0, 0.0])])
+    assert not prepare([summed], context=99).unread  # they are in the rewards
+    group = TrajectoryGroup([two_turns(1.0, [0.5, 0.0]), two_turns(0.0, [0.0, 0.0])])
     batch, warned = prepare([group], context=99), set()
     assert batch.unread
     assert [s[0].turn_advantages for s in batch.samples] == [(), ()]

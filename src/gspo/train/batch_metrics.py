@@ -70,7 +70,7 @@ def warn_of_altered(batch: RolloutBatch, warned: set[str]) -> None:
 
 
 def warn_of_unread(batch: RolloutBatch, settings: Settings, warned: set[str]) -> None:
-    """Say once that turn rewards were given to a method that reads none."""
+    """Say once that turn rewards were given for nothing: to a method that reads none."""
     if batch.unread and "turn_rewards" not in warned:
         warned.add("turn_rewards")
         log.warning(

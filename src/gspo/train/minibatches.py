@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -36,7 +37,7 @@ class RolloutBatch:
         rewards: one for each trajectory.
         dropped: trajectories that were too long and left out, by the user's choice.
         stale: those that were too old and left out.
-        unread: turn rewards were given, and the method reads none.
+        unread: turn rewards were given that are not in the rewards, and the method reads none.
     """
 
     samples: tuple[TrajectorySamples, ...]
@@ -113,7 +114,7 @@ def prepare(
     kind, group_ids = settings.preset.advantage, torch.tensor([g for g, _, _ in numbered])
     outcomes = advantages(kind, torch.tensor(shaped, dtype=torch.float64), group_ids)
     values, turns = outcomes.tolist(), _turn_rewards(groups)
-    unread = settings.turn_weight == 0 and any(turns)
+    unread = settings.turn_weight == 0
     weights = settings.turn_weight, settings.turn_discount
     read = [[] for _ in turns] if unread else turns
     by_turn = turn_advantages(kind, read, group_ids, outcomes, *weights)
@@ -148,7 +149,13 @@ def prepare(
         trained.append(samples)
         rewards.append(float(trajectory.reward))
     dropped = len(numbered) - len(trained) - stale
-    return RolloutBatch(tuple(trained), tuple(rewards), dropped, stale, unread)
+    return RolloutBatch(tuple(trained), tuple(rewards), dropped, stale, unread and _is_more(groups))
+
+
+def _is_more(groups: Sequence[TrajectoryGroup]) -> bool:
+    """Whether rewards of turns say what no trajectory's reward has in its sum."""
+    given = [t for group in groups for t in group if t.turn_rewards is not None]
+    return any(not math.isclose(sum(t.turn_rewards or ()), t.reward, abs_tol=1e-9) for t in given)
 
 
 def _turn_rewards(groups: Sequence[TrajectoryGroup]) -> list[list[float]]:
