@@ -55,6 +55,7 @@ RUN: dict[str, tuple[str, ...]] = {
 }
 """In an order in which each finds what it needs."""
 
+_ENVIRONMENTS = "a minute; tests/examples/test_environments.py does it with another file"
 _BENCHMARKS = "minutes to hours; tests/benchmarks has the parts"
 _SERVE = "a port; test_cli.py serves and asks"
 NOT_RUN = {
@@ -62,6 +63,11 @@ NOT_RUN = {
     "make test": "this",
     "gspo demo --steps 3 --path /tmp/runs --json": "run with other numbers in test_cli.py",
     "python examples/agents/train_lookup.py --agent langgraph": "minutes; test_agents.py has parts",
+    "python examples/environments/lessons.py examples/environments/gcd.toml": _ENVIRONMENTS,
+    "gspo train examples/environments/gcd.toml": _ENVIRONMENTS,
+    "python examples/environments/curve.py .gspo/environments/gcd .gspo/environments/larger": (
+        _ENVIRONMENTS
+    ),
     "make bench": _BENCHMARKS,
     "make bench-check": _BENCHMARKS,
     "make bench-vllm": _BENCHMARKS,

@@ -61,8 +61,12 @@ def main(runs: list[Path]) -> None:
         axis.set(title=run.name, xlabel="step (1: after the warm start)")
         axis.spines[["top", "right"]].set_visible(False)
         for line in measured(run):
-            ends = f"[{line['val/reward_low'] or 0:.3f}, {line['val/reward_high'] or 0:.3f}]"
-            print(f"{run.name} step {line['step']}: {line['val/reward']:.3f} {ends}")
+            ends = [
+                f"{line[f'val/reward_{end}']:.3f}"
+                for end in ("low", "high")
+                if f"val/reward_{end}" in line
+            ]
+            print(f"{run.name} step {line['step']}: {line['val/reward']:.3f} [{', '.join(ends)}]")
         print(f"{run.name}: {added(run)}")
     axes[0][0].set_ylabel("held-out reward")
     figure.tight_layout()
