@@ -120,9 +120,9 @@ def watched() -> Iterator[Steps]:
     """Count the decoded positions inside; costs no wait for the device."""
     steps, step = Steps(), Batch._go_on
 
-    def counting(batch: Batch, running: Running, new: Any) -> Any:
+    def counting(batch: Batch, running: Running, *, joined: bool) -> Any:
         steps.begins(len(running.completions))
-        return step(batch, running, new)
+        return step(batch, running, joined=joined)
 
     with mock.patch.object(Batch, "_go_on", counting):
         yield steps

@@ -94,7 +94,8 @@ def moe(*, tiny: bool = False, **changes: Any) -> Qwen3MoeConfig:
 def gemma(*, tiny: bool = False, **changes: Any) -> Gemma3TextConfig:
     """Gemma 3 1B's shape: 1.0B parameters, of which the vocabulary of 262,144 entries has 0.3B."""
     toy = _TOY | _TOY_DENSE | {"head_dim": 8} if tiny else {}
-    return Gemma3TextConfig(**(_LARGE | _GEMMA | toy | changes))
+    fields: dict[str, Any] = _LARGE | _GEMMA | toy | changes
+    return Gemma3TextConfig(**fields)
 
 
 def policy_of(config: Any, card: Card, **options: Any) -> Policy:

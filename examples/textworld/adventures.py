@@ -15,13 +15,14 @@ import json
 import os
 import random
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
 
-import textworld
-from textworld.generator.game import Event, Quest
-from textworld.generator.inform7 import Inform7Game
+textworld = import_module("textworld")
+generator = import_module("textworld.generator.game")
+inform7 = import_module("textworld.generator.inform7")
 
 import gspo as art
 from gspo.experiment.rollout import Scenario
@@ -49,15 +50,17 @@ def make_game(number: int) -> tuple[Any, str, str]:
         room.add(table)
     wanted = (("in", things[0], maker.inventory), ("on", things[0], tables[0]))
     facts = (maker.new_fact(*fact) for fact in wanted)
-    maker.quests = [Quest(win_events=[Event(conditions={fact})], reward=1) for fact in facts]
+    maker.quests = [
+        generator.Quest(win_events=[generator.Event(conditions={fact})], reward=1) for fact in facts
+    ]
     return maker.build(), things[0].name, tables[0].name
 
 
 @cache
-def load(number: int) -> tuple[Any, Inform7Game]:
+def load(number: int) -> tuple[Any, Any]:
     """A game, and what names its actions."""
     game = textworld.Game.load(str(FOLDER / f"{number}.json"))
-    return game, Inform7Game(game)
+    return game, inform7.Inform7Game(game)
 
 
 class Adventure:

@@ -31,8 +31,9 @@ def test_every_bit_is_that_of_tile_attention(heads, sizes, scoring: Scoring):
     context = None
     if sizes:
         owner = np.repeat(np.arange(len(sizes)), sizes)
-        held = (random(i, len(sizes), kv_heads, 2 * TILE, depth) for i in (3, 4))
-        context = Context(*held, context_groups(owner, np.array(sizes), CPU))
+        shared = [random(i, len(sizes), kv_heads, 2 * TILE, depth) for i in (3, 4)]
+        groups = context_groups(owner, np.array(sizes), CPU)
+        context = Context(shared[0], shared[1], groups)
     unseen = np.arange(length)[None, None] > np.arange(60, 60 + count)[:, None, None]
     hidden = hiding(unseen, CPU)
     together = kv_heads if beside(*heads) else 1

@@ -200,7 +200,7 @@ def by_hand(groups: list[TrajectoryGroup], noise: np.ndarray, unit: str):
         for one, turns in zip(group, own, strict=True):
             choices = zip(one.choices(), turns, strict=True)
             tokens = [
-                [(round(-256 * p) - 1, a) for p in c.model_extra["token_logprobs"]]
+                [(round(-256 * p) - 1, a) for p in (c.model_extra or {})["token_logprobs"]]
                 for c, a in choices
             ]
             sequences += tokens if unit == "turn" else [list(itertools.chain(*tokens))]
@@ -244,7 +244,7 @@ def packed(groups, settings, noise: np.ndarray, budget: int):
 
 def noise_for(groups: list[TrajectoryGroup], seed: int) -> np.ndarray:
     choices = (c for group in groups for t in group for c in t.choices())
-    count = sum(len(c.model_extra["token_ids"]) for c in choices)
+    count = sum(len((c.model_extra or {})["token_ids"]) for c in choices)
     return np.random.default_rng(seed).normal(scale=0.15, size=count)
 
 
