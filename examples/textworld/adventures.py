@@ -20,13 +20,13 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
 
-textworld = import_module("textworld")
-generator = import_module("textworld.generator.game")
-inform7 = import_module("textworld.generator.inform7")
-
 import gspo as art
 from gspo.experiment.rollout import Scenario
 from gspo.policy.embedded import build_model, build_tokenizer
+
+textworld = import_module("textworld")
+generator = import_module("textworld.generator.game")
+inform7 = import_module("textworld.generator.inform7")
 
 FOLDER = Path(os.environ.get("GSPO_ADVENTURES", ".gspo/adventures"))
 GAMES = {"train": range(160), "heldout": range(160, 220)}
