@@ -238,7 +238,7 @@ def test_something_is_said_before_what_takes_seconds(arguments: list[str], tmp_p
         f"sys.argv = ['gspo', *{arguments}]\ncli.main()"
     )
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert done.stdout == "[]\n", done.stderr
 
 

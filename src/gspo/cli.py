@@ -150,6 +150,7 @@ def serve(
     path: PathOption = ".gspo",
 ) -> None:
     """Serve a model or a checkpoint with OpenAI's API."""
+    commands.say_loading("the server")
     from gspo.experiment.serving import serve_model
 
     serve_model(model, host, port, name or model, api_key or None, step, path)
