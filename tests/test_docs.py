@@ -140,7 +140,10 @@ def test_the_full_toml_example_has_every_field():
     fields = set(Spec.model_fields) | set(art.dev.TrainConfig.model_fields)
     fields |= set(art.dev.InternalModelConfig.model_fields) | set(Data.model_fields)
     arts = {"ppo", "normalize_by_length", "precalculate_logprobs"}
-    assert fields - shown - {"train", "sft", "load", "task_options", "environment_options", "data"} == arts
+    assert (
+        fields - shown - {"train", "sft", "load", "task_options", "environment_options", "data"}
+        == arts
+    )
 
 
 def test_option_names_of_other_trainers_lead_to_ones_that_exist():
