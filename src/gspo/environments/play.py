@@ -137,8 +137,8 @@ def _answers(place: _Place, message: Any, step: Step) -> list[dict[str, Any]]:
         DataError: the step's text is no text, or not one for each call.
     """
     calls, text = message.tool_calls or (), step.text
-    texts = [text] * (len(calls) or 1) if isinstance(text, str) else text
-    texts = texts if isinstance(texts, list | tuple) else [texts]
+    texts: list[Any] = [text] * (len(calls) or 1) if isinstance(text, str) else [text]
+    texts = [*text] if isinstance(text, list | tuple) else texts
     if not all(isinstance(one, str) for one in texts) or (calls and len(texts) != len(calls)):
         most = f", or a list of {len(calls)}, one for each call" if calls else ""
         raise DataError(f"{place}: the step's text is {shown(text)}; it must be a text{most}")
