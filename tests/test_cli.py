@@ -127,6 +127,17 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_dry_run_tries_the_rewards(tmp_path: Path):
+    rows = [{"prompt": str(number), "answer": "1"} for number in range(30)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "nothing.py").write_text("def nothing(completion, row):\n    pass\n")
+    spec = tmp_path / "run.toml"
+    spec.write_text('model = "embedded:sort"\ndataset = "rows.jsonl"\nreward = "nothing:nothing"\n')
+    done = gspo_here("train", str(spec), "--dry-run")
+    assert done.returncode == 2
+    assert "the reward 'nothing' of" in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import sys
 from pathlib import Path
@@ -87,9 +88,11 @@ def train(
     resolved = read_spec(spec, overrides or [])
     commands.say_loading(resolved.model)
     if dry_run:
+        from gspo.experiment.dataset_checks import check_dataset
         from gspo.experiment.plan import make_plan
 
         plan = make_plan(resolved)
+        asyncio.run(check_dataset(resolved, resolved.make_task()))
         print(f"{strict_json(resolved.model_dump(), indent=2)}\n\n{plan}")
     else:
         _run(resolved, profile, as_json, samples)

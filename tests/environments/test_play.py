@@ -12,7 +12,7 @@ import pytest
 import gspo as art
 from environments.scripted import Broken, Guess, Shop, Slow, Stuck
 from gspo.core.errors import DataError, RolloutError, RolloutTimeoutError
-from gspo.environments import Action, Call, load_environment
+from gspo.environments import Action, Call, Step, load_environment
 from gspo.environments.play import episode_seed, play
 from gspo.tasks.task import held_out
 
@@ -130,6 +130,7 @@ async def test_an_environment_that_hangs_is_named_and_ended(playing: Any):
         ("exit", RolloutError, "step raised SystemExit: 1"),
         ("none", DataError, r"step returned None \(NoneType\); it must return a Step"),
         ("text", DataError, r"step returned 'text' \(str\); it must return a Step"),
+        ("number", DataError, r"the step's text is 17 \(int\); it must be a text$"),
         ("nan", DataError, r"the reward is nan \(float\); it must be a finite number"),
     ],
 )
@@ -140,6 +141,22 @@ async def test_mistakes_of_an_environment_are_named(
     with pytest.raises(kind, match=rf"Broken \(seed 0, turn 1\): {message}"):
         await playing(environment, "0")
     assert environment.closed == 1
+
+
+async def test_an_opening_and_the_answers_to_calls_must_be_texts(playing: Any):
+    class Mute(Shop):
+        def reset(self, seed: int) -> Any:
+            return None
+
+        def step(self, action: Action) -> Step:
+            return Step(["one"])
+
+    with pytest.raises(DataError, match=r"turn 0\): reset returned None .* must return a text"):
+        await playing(Mute(), "0")
+    Mute.reset = Shop.reset
+    call = '<tool_call>{"name": "price", "arguments": {}}</tool_call>'
+    with pytest.raises(DataError, match=r"text is \['one'\] .* or a list of 2, one for each call"):
+        await playing(Mute(), call * 2)
 
 
 async def test_its_own_time_limit_is_no_hang(playing: Any):

@@ -247,6 +247,7 @@ def test_names_that_lead_nowhere(folder: Path, name: str, message: str):
         ("import sys; sys.exit(0)", "broken_rollout.py fails when it is imported: SystemExit: 0"),
         ("import no_such_library", "ModuleNotFoundError: No module named 'no_such_library'"),
         ("async def f(model): ...", "must take two arguments"),
+        ("async def f(model, scenario, turns): ...", "scenario\\): missing .* 'turns'"),
         ("def f(model, scenario): ...", "is not an async function"),
     ],
 )
@@ -264,6 +265,8 @@ def test_a_module_is_found_in_the_working_directory_and_checked_without_running(
     function = load_rollout("plain_rollout:f")
     assert function.__module__ == "plain_rollout"
     assert load_rollout("plain_rollout.py:f") is function
+    (folder / "optional_rollout.py").write_text("async def f(model, scenario, turns=2): ...")
+    load_rollout("optional_rollout:f")
 
 
 def test_files_of_the_users_never_take_the_place_of_a_library(folder: Path):

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import io
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gspo.core.errors import ConfigError, RequestError
 from gspo.experiment import talk
+from gspo.experiment.saved_run import SavedRun
+from gspo.experiment.spec import Spec
 from gspo.policy.load import load_policy
 from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
+from gspo.tasks.dataset import Data, DatasetTask
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +92,31 @@ async def test_a_conversation_goes_on_until_it_is_begun_anew(
     assert seen[3] == ["s", "12", one, "34", two, "56"]  # the one that was refused is forgotten
     assert seen[4:] == [["s", "78"]] and len(rest) == 2
     assert err.count("refused: ") == 1
+
+
+async def test_a_run_on_own_data_is_asked_its_held_out_rows(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    rows, code = tmp_path / "rows.jsonl", tmp_path / "lengths.py"
+    lines = [json.dumps({"prompt": str(n), "answer": f"a{n}"}) for n in range(1000, 1020)]
+    rows.write_text("\n".join(lines))
+    code.write_text("def size(completion, row):\n    return len(row['answer'])")
+    fields: dict[str, Any] = {"dataset": str(rows), "reward": [f"{code}:size"], "max_tokens": 3}
+
+    def named(*_: Any) -> tuple[Policy, SavedRun]:
+        return policy, SavedRun(tmp_path, {}, spec)
+
+    monkeypatch.setattr(talk, "load_named", named)
+    spec = Spec(**fields, model="embedded:sort")
+    task = spec.make_task()
+    assert isinstance(task, DatasetTask)
+    found = await sampled("mine")
+    held = {problem.prompt for problem in task.problems["heldout"]}
+    assert {row["prompt"] for row in found} == held and len(held) == 2
+    assert {row["reward"] for row in found} == {5.0}
+    spec = Spec(**fields, model="embedded:sort", eval_prompts=0, data=Data(heldout=0))
+    with pytest.raises(ConfigError, match="no task with prompts of its own"):
+        await sampled("mine")
+    rows.unlink()
+    with pytest.raises(ConfigError, match=r"prompts of 'mine': .*rows.jsonl.*; or give a prompt"):
+        await sampled("mine")

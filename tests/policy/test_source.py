@@ -129,3 +129,10 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path):
     model("llama").save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="cannot load the tokenizer of base_model"):
         load_policy(str(tmp_path))
+
+
+def test_the_folder_of_a_run_is_told_from_a_model(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"format": 1}')
+    (tmp_path / "checkpoints" / "0003").mkdir(parents=True)
+    with pytest.raises(ModelError, match=r"folder of a run: give one of its .*checkpoints/0003"):
+        load_policy(str(tmp_path))

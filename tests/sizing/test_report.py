@@ -29,6 +29,7 @@ def test_text_and_json_agree():
     assert f"{best['seconds']:,.1f}" in text
     assert told["assumed"]["mfu"] == 0.06
     assert "training reaches 6%" in text
+    assert "   activations   " in text and "   most tokens" in text  # headers are not broken
 
 
 def test_mfu_that_is_given_is_used():

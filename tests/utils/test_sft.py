@@ -114,12 +114,15 @@ def test_reading(tmp_path: Path):
     [
         ("", "x.jsonl is empty"),
         (" \n\n", "x.jsonl is empty"),
-        ('{"messages": []}\n{', "x.jsonl, row 2 is not JSON"),
+        ('{"messages": []}', "row 1 has no assistant turn"),
+        ('{"messages": [{"role": "user", "content": "hi"}]}', "row 1 has no assistant turn"),
+        ('{"messages": [{"content": "hi"}]}', "row 1, message 0 is .* it needs a role"),
+        (json.dumps(lesson(0)) + "\n{", "x.jsonl, row 2 is not JSON"),
         ('{"prompt": 1, "answer": 2}', 'row 1 has no column "messages"; it has: prompt, answer'),
         ("[1]", r"row 1 is \[1\] \(list\); give an object"),
         ('{"messages": "hi"}', "row 1: messages are 'hi' .*; give a list"),
         ('{"messages": [5]}', r"row 1: messages are \[5\]"),
-        ('{"messages": [], "tools": 5}', "row 1: Trajectory: tools"),
+        (json.dumps(lesson(0) | {"tools": 5}), "row 1: Trajectory: tools"),
     ],
 )
 def test_bad_files(tmp_path: Path, text: str, told: str):

@@ -17,6 +17,7 @@ from gspo.data.turn import Turn
 from gspo.serve.chat import ChatFormat
 from gspo.serve.verbatim import encoded_after
 from gspo.trajectories import Trajectory
+from gspo.utils.sft import check_conversation
 
 Encode = Callable[[str], list[int]]
 ROW = "row"
@@ -47,7 +48,7 @@ def sft_samples(
         where = str(trajectory.metadata.get(ROW, f"trajectory {number}"))
         for history in trajectory.histories():
             messages: list[Any] = list(history.messages())
-            _check(messages, where)
+            check_conversation(messages, where)
             try:
                 turns = _turns(chat, encode, messages, history.tools, where)
             except RequestError as error:
@@ -64,17 +65,6 @@ def sft_samples(
     if not samples:
         raise DataError("train_sft got no trajectories: give at least one")
     return samples
-
-
-def _check(messages: list[Any], where: str) -> None:
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise DataError(f"{where}, message {number} is {shown(message)}; it needs a role")
-        content = message.get("content")
-        if not isinstance(content, str | None) or (content is None and "tool_calls" not in message):
-            raise DataError(f"{where}, message {number}: content is {shown(content)}; give a text")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise DataError(f"{where} has no assistant turn: there is nothing to train on")
 
 
 def _turns(

@@ -57,7 +57,7 @@ async def play(
     Raises:
         RolloutTimeoutError: the environment hangs.
         RolloutError: it raised.
-        DataError: the engine refuses its opening, or a step is none.
+        DataError: the engine refuses its opening, or that or a step is none.
     """
     place = _Place(environment, seed, step_timeout)
     rewards: list[float] = []
@@ -65,6 +65,8 @@ async def play(
     try:
         with trajectory(model) as t:
             opening = await place.call(environment.reset, seed)
+            if not isinstance(opening, str):
+                raise DataError(f"{place}: reset returned {shown(opening)}; it must return a text")
             system, tools = environment.system_prompt, environment.tools
             create = model.openai_client().chat.completions.create
             options: dict[str, Any] = {
@@ -87,7 +89,7 @@ async def play(
                 action = Action(message.content or "", [*map(_call, message.tool_calls or ())])
                 step = await place.call(environment.step, action)
                 rewards.append(place.reward_of(step))
-                messages += [message.model_dump(exclude_none=True), *_answers(message, step)]
+                messages += [message.model_dump(exclude_none=True), *_answers(place, message, step)]
             t.reward, t.turn_rewards = sum(rewards), rewards if most > 1 else None
             t.metrics |= {**step.metrics, "turns": len(rewards), "cut_off": not step.done}
             t.metadata["seed"] = seed
@@ -128,12 +130,20 @@ def _call(call: Any) -> Call:
     return Call(call.function.name, json.loads(call.function.arguments))
 
 
-def _answers(message: Any, step: Step) -> list[dict[str, Any]]:
-    """What the model is told of its turn: by the user, or by each tool that it called."""
+def _answers(place: _Place, message: Any, step: Step) -> list[dict[str, Any]]:
+    """What the model is told of its turn: by the user, or by each tool that it called.
+
+    Raises:
+        DataError: the step's text is no text, or not one for each call.
+    """
     calls, text = message.tool_calls or (), step.text
+    texts: list[Any] = [text] * (len(calls) or 1) if isinstance(text, str) else [text]
+    texts = [*text] if isinstance(text, list | tuple) else texts
+    if not all(isinstance(one, str) for one in texts) or (calls and len(texts) != len(calls)):
+        most = f", or a list of {len(calls)}, one for each call" if calls else ""
+        raise DataError(f"{place}: the step's text is {shown(text)}; it must be a text{most}")
     if not calls:
-        return [{"role": "user", "content": text if isinstance(text, str) else "\n".join(text)}]
-    texts = [text] * len(calls) if isinstance(text, str) else text
+        return [{"role": "user", "content": "\n".join(texts)}]
     return [
         {"role": "tool", "tool_call_id": call.id, "content": answer}
         for call, answer in zip(calls, texts, strict=True)

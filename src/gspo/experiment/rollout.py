@@ -200,6 +200,10 @@ def load_rollout(name: str) -> Rollout:
     function = load_object(name, "rollout")
     if not inspect.iscoroutinefunction(function):
         raise ConfigError(f"rollout = {name!r} is not an async function")
-    if len(inspect.signature(function).parameters) != 2:
-        raise ConfigError(f"rollout = {name!r} must take two arguments: (model, scenario)")
+    try:
+        inspect.signature(function).bind("model", "scenario")
+    except TypeError as error:
+        raise ConfigError(
+            f"rollout = {name!r} must take two arguments: (model, scenario): {error}"
+        ) from None
     return function

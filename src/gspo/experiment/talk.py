@@ -11,7 +11,7 @@ from typing import Any
 from openai import APIStatusError
 
 from gspo.core.compute import ComputeThread
-from gspo.core.errors import ConfigError, RequestError
+from gspo.core.errors import ConfigError, GspoError, RequestError
 from gspo.experiment.rollout import plain_prompt
 from gspo.experiment.samples import visible
 from gspo.experiment.saved_run import SavedRun, load_named
@@ -63,10 +63,14 @@ async def sample(
     async with _client_of(name, step, path) as (client, run, chats):
         task = None if asked else _task_of(name, run)
         if task is not None:
-            problems = [task.problem("heldout", index) for index in range(3)]
+            count = min(3, (task.sizes or {}).get("heldout", 3))
+            problems = [task.problem("heldout", index) for index in range(count)]
             asked = [Asked(task.messages(problem), problem) for problem in problems]
             limit = (run and run.spec and run.spec.max_tokens) or task.max_tokens
             options = {"max_tokens": limit, **options}
+            if chats and task.template_kwargs:
+                variables = {"chat_template_kwargs": task.template_kwargs}
+                options = {**options, "extra_body": variables}
         for one in asked:
             print(f"{visible(plain_prompt(one.messages)).rstrip()}")
             for choice in await _answers(client, chats, one.messages, completions, options):
@@ -75,7 +79,7 @@ async def sample(
                 row["finish_reason"] = choice.finish_reason
                 told = "" if choice.finish_reason != "length" else "   (cut at the limit of tokens)"
                 if task is not None and one.problem is not None:
-                    row["reward"] = task.score(one.problem, text or "")
+                    row["reward"] = (await task.grade(one.problem, [text or ""]))[0][0]
                     told += f"   (reward {row['reward']:.3f})"
                 found.append(row)
                 print(f"  -> {visible(text or '')}{told}")
@@ -170,9 +174,14 @@ async def _answers(
 
 
 def _task_of(name: str, run: SavedRun | None) -> Task:
-    """The task of a run's file, or of an embedded model."""
-    if run is not None and run.spec is not None and run.spec.task:
-        return load_task(run.spec.task, run.spec.task_options)
+    """The task or the dataset of a run's file, or the task of an embedded model."""
+    if run is not None and run.spec is not None and (run.spec.task or run.spec.reward):
+        try:
+            task = run.spec.make_task()
+        except GspoError as error:
+            raise ConfigError(f"the prompts of {name!r}: {error}; or give a prompt") from None
+        if task is not None and (task.sizes is None or task.sizes["heldout"]):
+            return task
     if run is None and name.startswith(PREFIX):
         return load_task(name.removeprefix(PREFIX))
     raise ConfigError(f"{name!r} has no task with prompts of its own: give a prompt")

@@ -203,7 +203,8 @@ def _turns(step: StoredStep, batch: RolloutBatch) -> list[dict[str, Any]]:
             found.setdefault(turn, []).append(pair)
     rows: list[dict[str, Any]] = []
     for turn, pairs in found.items():
-        reward, mean = np.mean(pairs, axis=0).tolist()
+        # A mean that is 0 but for rounding is shown as 0.
+        reward, mean = np.mean(pairs, axis=0).round(12).tolist()
         values = [value for _, value in pairs]
         row = {"turn": turn, "trajectories": len(pairs), "reward": reward}
         rows.append(row | {"advantage": {"mean": mean, "low": min(values), "high": max(values)}})

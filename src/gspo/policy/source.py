@@ -168,6 +168,8 @@ def _read(auto: Any, path: str, trust_remote_code: bool, name: str = "", **optio
                 ", which needs Python code of its own folder. gspo runs none unless you set "
                 "trust_remote_code=True, after you have read it"
             )
+        if is_folder and (saved := sorted(Path(path).glob("checkpoints/[0-9]*"))):
+            reason = f": it is the folder of a run: give one of its checkpoints, {str(saved[-1])!r}"
         what = "the tokenizer of " if auto is AutoTokenizer else ""
         raise ModelError(f"cannot load {what}base_model {name or path!r}{reason}") from error
 

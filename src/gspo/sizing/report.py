@@ -69,7 +69,7 @@ def make_report(
         "layouts": [asdict(layout) for layout in found],
         "assumed": asdict(rates) | {"mfu": rates.training(size)},
     }
-    return as_text(parts, width=110), told
+    return as_text(parts, width=120), told
 
 
 def _remedy(size: ModelSize, rollouts: Rollouts, card: Gpu, gpus: int, lora: int) -> str:

@@ -110,7 +110,7 @@ class DatasetTask(Task):
         elif isinstance(prompt, str) and asked == ["prompt"]:
             text = prompt
         else:
-            raise DataError(f"{where}: {asked[0]} is {shown(prompt)}; give a list of messages")
+            raise DataError(f"{where}: {asked[0]} is {shown(prompt)}; give a text, or messages")
         for reward in self.rewards:
             reward.columns(row, where)
         answer = row.get("answer")

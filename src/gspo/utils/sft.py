@@ -31,7 +31,7 @@ def read_trajectories(file_path: str | Path) -> list[Trajectory]:
         file_path: JSONL or parquet, or else as `gspo.core.rows.read_rows` takes it.
 
     Raises:
-        DataError: no such file, an empty one, a row that is not JSON or has no messages.
+        DataError: no such file, an empty one, a row that is no JSON or has no messages or answer.
     """
     return [_trajectory(where, row) for where, row in read_rows(file_path).items()]
 
@@ -42,12 +42,29 @@ def _trajectory(where: str, row: dict[str, Any]) -> Trajectory:
     messages = row["messages"]
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise DataError(f"{where}: messages are {shown(messages)}; give a list of messages")
+    check_conversation(messages, where)
     try:
         return Trajectory(
             messages_and_choices=messages, tools=row.get("tools") or None, metadata={"row": where}
         )
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
+
+
+def check_conversation(messages: list[Any], where: str) -> None:
+    """Refuse what no model has to be loaded for: a message without role or text, or no answer.
+
+    Raises:
+        DataError: it names `where`, which is the row.
+    """
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise DataError(f"{where}, message {number} is {shown(message)}; it needs a role")
+        content = message.get("content")
+        if not isinstance(content, str | None) or (content is None and "tool_calls" not in message):
+            raise DataError(f"{where}, message {number}: content is {shown(content)}; give a text")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise DataError(f"{where} has no assistant turn: there is nothing to train on")
 
 
 async def train_sft_from_file(
