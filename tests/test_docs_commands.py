@@ -62,7 +62,7 @@ NOT_RUN = {
     "make demo": "installs; its command is tested in test_cli.py and learns in test_loop.py",
     "make test": "this",
     "gspo demo --steps 3 --path /tmp/runs --json": "run with other numbers in test_cli.py",
-    "python examples/agents/train_lookup.py --agent langgraph": "minutes; test_agents.py has parts",
+    "python examples/agents/train_lookup.py --agent plain": "minutes; test_agents.py has parts",
     "python examples/environments/lessons.py examples/environments/gcd.toml": _ENVIRONMENTS,
     "gspo train examples/environments/gcd.toml": _ENVIRONMENTS,
     "python examples/environments/curve.py .gspo/environments/gcd .gspo/environments/larger": (

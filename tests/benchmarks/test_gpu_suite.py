@@ -56,7 +56,7 @@ def test_every_part_writes_its_file_and_the_summary_has_all(folder: Path) -> Non
 def test_nothing_is_clipped_in_what_training_times(folder: Path) -> None:
     found = rows(folder, "training")
     timed = {what: row for what, row in found.items() if "clip_fraction" in row}
-    assert len(timed) == 17
+    assert len(timed) == 19
     for what, row in timed.items():
         assert row["clip_fraction"] == 0 and row["grad_norm"] > 0, what
         assert row["mfu"] == pytest.approx(row["tflops_per_s"], rel=1e-5)  # of 1 TFLOP/s
@@ -76,10 +76,10 @@ def test_the_error_of_the_head_falls_with_the_precision(folder: Path) -> None:
     found = rows(folder, "head")
     once, thrice, full = (
         found[f"{name}: score"]["sequence_error_max"]
-        for name in ("bfloat16", "bfloat16 x 3", "float32")
+        for name in ("bfloat16", "split", "float32")
     )
     assert once > 3e-4 > thrice > full
-    assert not found["bfloat16: score"]["inside"] and found["bfloat16 x 3: score"]["inside"]
+    assert not found["bfloat16: score"]["inside"] and found["split: score"]["inside"]
 
 
 def test_windows_are_not_the_dense_model(folder: Path) -> None:

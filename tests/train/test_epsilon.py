@@ -230,7 +230,7 @@ CORRECTED: dict[str, Any] = {"algorithm": "gspo", "correction": "sequence_geomet
 
 def test_the_lists_are_the_papers() -> None:
     assert sorted(RATIOLESS) == ["reinforce", "rloo", "sapo", "vespo"]
-    assert sorted(SEQUENCE) == ["gspo", "gspo_token", "luspo"]
+    assert sorted(SEQUENCE) == ["gspo", "gspo_token", "luspo", "sampo"]
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def test_the_page_tells_method_settings_and_result(tmp_path: Path):
     assert "<td>temperature</td><td>1.0</td>" in page
     assert re.search(r"Begun with python [\d.]+.*torch", page)
     assert "Sampled trajectories" in page and "strongest tint at |d_t| = 0.03" in page
-    assert Elements(page).charts == 10
+    assert Elements(page).charts == 11
 
 
 def test_what_should_not_happen_is_counted(tmp_path: Path):
