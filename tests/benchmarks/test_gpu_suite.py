@@ -75,8 +75,7 @@ def test_the_default_is_what_a_user_gets_and_shares_prompts(folder: Path) -> Non
 def test_the_error_of_the_head_falls_with_the_precision(folder: Path) -> None:
     found = rows(folder, "head")
     once, thrice, full = (
-        found[f"{name}: score"]["sequence_error_max"]
-        for name in ("bfloat16", "split", "float32")
+        found[f"{name}: score"]["sequence_error_max"] for name in ("bfloat16", "split", "float32")
     )
     assert once > 3e-4 > thrice > full
     assert not found["bfloat16: score"]["inside"] and found["split: score"]["inside"]
