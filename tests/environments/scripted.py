@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from typing import Any
@@ -91,6 +92,11 @@ class Broken(Guess):
             raise KeyError("lamp")
         if self.way == "exit":
             raise SystemExit(1)
-        return {"none": None, "text": "text", "nan": Step(reward=float("nan")), "number": Step(17)}[
-            self.way
-        ]
+        nonsense: Any = 17
+        steps = {
+            "none": None,
+            "text": "text",
+            "nan": Step(reward=math.nan),
+            "number": Step(nonsense),
+        }
+        return steps[self.way]

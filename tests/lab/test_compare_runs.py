@@ -121,6 +121,18 @@ def at_work(pid: int) -> list[int]:
     return [worker for child in children(pid) for worker in children(child)]
 
 
+def begun(pid: int) -> str | None:
+    """When a process began, in ticks; None if it is no more, or only its exit status is left.
+
+    Another process may have its number by the time one looks again.
+    """
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    except OSError:
+        return None
+    return None if state == "Z" else fields[18]
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 @pytest.mark.timeout(900)  # seconds on idle cores, minutes beside other work
 def test_a_killed_comparison_repeats_no_finished_cell(tmp_path: Path):
@@ -135,6 +147,7 @@ def test_a_killed_comparison_repeats_no_finished_cell(tmp_path: Path):
         wait_until(lambda at=number: (folders[at] / "checkpoints" / "0003").exists(), process)
         workers = at_work(process.pid)
         assert len(workers) == 1
+        assert (began := begun(workers[0]))
         process.send_signal(signal.SIGKILL)
         if victims == "parent and workers":
             os.kill(workers[0], signal.SIGKILL)
@@ -146,7 +159,7 @@ def test_a_killed_comparison_repeats_no_finished_cell(tmp_path: Path):
     assert resumed.exit_code == 0, resumed.output
     assert "2 done, 0 refused, 2 to run" in resumed.output
     assert files_of(folders[:2]) == finished
-    assert not Path(f"/proc/{workers[0]}").exists()  # no orphan went on
+    assert begun(workers[0]) != began  # no orphan went on
 
     # Every cell ends as one that was never interrupted, whichever worker ran it.
     whole = tmp_path / "whole"
