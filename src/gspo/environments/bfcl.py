@@ -86,11 +86,13 @@ def _openai(function: dict[str, Any]) -> dict[str, Any]:
     """A function of the data in OpenAI's form: names without dots, JSON's types."""
     types = _module("constants.type_mappings").GORILLA_TO_OPENAPI
 
-    def schema(part: Any) -> Any:
-        if not isinstance(part, dict):
-            return [schema(item) for item in part] if isinstance(part, list) else part
-        kind = part.get("type")
+    def schema(described: Any) -> Any:
+        if isinstance(described, list):
+            return [schema(item) for item in described]
+        if not isinstance(described, dict):
+            return described
+        kind = described.get("type")
         named = {"type": types.get(kind, kind)} if isinstance(kind, str) else {}
-        return {key: schema(value) for key, value in part.items()} | named
+        return {key: schema(value) for key, value in described.items()} | named
 
     return {**schema(function), "name": function["name"].replace(".", "_")}

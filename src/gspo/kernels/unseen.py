@@ -15,13 +15,16 @@ Span: TypeAlias = tuple[int, int, int]
 
 
 def unseen(
-    at: Int[np.ndarray, "N Q"], base: Int[np.ndarray, " N"], width: int, window: int | None
+    query_positions: Int[np.ndarray, "N Q"],
+    base: Int[np.ndarray, " N"],
+    width: int,
+    window: int | None,
 ) -> tuple[Span, Bool[np.ndarray, "N Q U"] | None]:
     """Mark what completions do not see: what lies behind a token, outside its window, or at the end
     of a prompt that is shorter than others. Tiles that nobody sees are left out.
 
     Args:
-        at: position of each query.
+        query_positions: of each completion's queries.
         base: the first position of each completion's own slab.
         width: positions of the prompts.
         window: how many positions a query sees; None: all.
@@ -32,19 +35,19 @@ def unseen(
     """
     first = column = 0
     if window is not None:
-        oldest = at[:, 0] - window + 1
+        oldest = query_positions[:, 0] - window + 1
         first = min(max(0, int(oldest.min())) // TILE * TILE, width)
         column = max(0, int((oldest - base).min())) // TILE * TILE
-    columns = whole_tiles(int((at[:, -1] - base).max()) + 1)
+    columns = whole_tiles(int((query_positions[:, -1] - base).max()) + 1)
     place = base[:, None] + np.arange(column, columns)
     if window is None and (base == width).all():
-        place = place[:, (at[:, 0] - base).min() :]  # the keys before are seen by all
+        place = place[:, (query_positions[:, 0] - base).min() :]  # the keys before are seen by all
     else:
         prompt = np.arange(first, width)[None]
-        prompt = np.where(prompt < base[:, None], prompt, at.max() + 1)
+        prompt = np.where(prompt < base[:, None], prompt, query_positions.max() + 1)
         place = np.concatenate([prompt, place], axis=1)
     place = place[:, None]
-    hidden = place > at[:, :, None]
+    hidden = place > query_positions[:, :, None]
     if window is not None:
-        hidden |= place <= at[:, :, None] - window
+        hidden |= place <= query_positions[:, :, None] - window
     return (first, column, columns), hidden if hidden.any() else None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gspo.core.errors import ModelError
+from gspo.core.errors import ModelError, suggestion
 from gspo.policy.embedded import PREFIX, build_model
 from gspo.policy.source import read_config, resolve
 
@@ -72,7 +72,10 @@ def read_size(model: str) -> ModelSize:
         try:
             config = read_config(resolve(model))
         except ModelError as error:
-            raise ModelError(f"{error} Configs that gspo knows: {', '.join(shipped)}") from None
+            near = suggestion(model, list(shipped))
+            raise ModelError(
+                f"{error}{near} Configs that gspo knows: {', '.join(shipped)}"
+            ) from None
     text = config.get_text_config()
     with torch.device("meta"):
         return count(AutoModelForCausalLM.from_config(text), text)

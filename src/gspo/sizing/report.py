@@ -120,11 +120,11 @@ def _memory(tried: list[Fit], gpus: int, card: Gpu) -> Any:
     return table([header, *rows], title)
 
 
-def _times(found: list[Layout], how: Training) -> Any:
-    names = list(found[0].parts)
+def _times(fastest_first: list[Layout], how: Training) -> Any:
+    names = list(fastest_first[0].parts)
     header = ["train", "roll out", "per server", *names, "a step"]
     rows = []
-    for layout in found[:_SHOWN_LAYOUTS]:
+    for layout in fastest_first[:_SHOWN_LAYOUTS]:
         rolling = str(layout.rollout_gpus) if layout.overlapped else "same"
         seconds = (f"{layout.parts[name]:,.1f}" for name in names)
         rows.append(
@@ -140,8 +140,8 @@ def _times(found: list[Layout], how: Training) -> Any:
     return table([header, *rows], title)
 
 
-def _balance(found: list[Layout]) -> list[str]:
-    best = found[0]
+def _balance(fastest_first: list[Layout]) -> list[str]:
+    best = fastest_first[0]
     if not best.overlapped:
         return ["Fastest: the same GPUs roll out and train, in turns."]
     trained = best.parts["scoring"] + best.parts["training"]
