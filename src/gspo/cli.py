@@ -240,7 +240,8 @@ def _run(spec: Spec, profiled: bool, as_json: bool, samples: int = 0) -> None:
         )
         leave(status)
     if outcome.before and outcome.after:
-        print(f"held-out reward before  {outcome.before}   (95 % interval)")
+        interval = "" if outcome.before.low is None else "   (95 % interval)"
+        print(f"held-out reward before  {outcome.before}{interval}")
         print(f"held-out reward after   {outcome.after}   over {outcome.prompts} prompts")
     print(f"steps: {outcome.steps}, in {outcome.seconds:.0f} s; run in {outcome.run}")
     files = commands.draw(outcome.run)
