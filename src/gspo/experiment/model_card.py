@@ -15,8 +15,8 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import gspo as art
-from gspo.core.trees import flat
 from gspo.experiment.heldout import Estimate
+from gspo.experiment.run_file import flat
 from gspo.experiment.run_table import last_update, method_name
 from gspo.experiment.saved_run import SavedRun
 from gspo.objective import PRESETS
