@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import gspo as art
+from gspo.core.errors import DataError
 from gspo.utils.sft import read_trajectories, train_sft_from_file
 
 
@@ -24,6 +26,13 @@ async def tune(
     tuned = art.TrainableModel(
         name=name, project=project, base_model=model, _internal_config=config
     )
-    async with art.LocalBackend(path) as backend:
-        await tuned.register(backend)
-        return await train_sft_from_file(tuned, data, **options)
+    folder = Path(path).expanduser() / project / name
+    begun = folder.exists()
+    try:
+        async with art.LocalBackend(path) as backend:
+            await tuned.register(backend)
+            return await train_sft_from_file(tuned, data, **options)
+    except DataError:
+        if not begun:  # nothing was trained: no empty run stays behind
+            shutil.rmtree(folder)
+        raise
