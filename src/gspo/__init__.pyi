@@ -39,3 +39,5 @@ from gspo.trajectories import Trajectory as Trajectory
 from gspo.trajectories import TrajectoryGroup as TrajectoryGroup
 
 __version__: str
+__all__: list[str]  # pyright: ignore[reportUnsupportedDunderAll]
+_HOMES: dict[str, str]

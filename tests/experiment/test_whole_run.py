@@ -60,6 +60,10 @@ def test_the_package_is_the_function_too():
 def test_options_that_are_wrong_are_refused_by_name(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"unknown option 'stepz'\. Did you mean 'steps'"):
         trained(tmp_path, stepz=2)
+    with pytest.raises(
+        ConfigError, match=r"'epoch'\. Did you mean 'epochs' in train or sft or data"
+    ):
+        trained(tmp_path, epoch=3)
     with pytest.raises(ConfigError, match="cannot import nothing_here"):
         trained(tmp_path, reward="nothing_here:f", reward_weights=None)
     with pytest.raises(DataError, match=r"dataset is 5 \(int\); give a path"):
@@ -90,6 +94,19 @@ async def test_a_bad_file_begins_no_run(tmp_path: Path):
     with pytest.raises(DataError, match="row 1 has no column"):
         await tune(tmp_path / "data.jsonl", str(tmp_path), "p", "m", "embedded:sort", None)
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+async def test_rows_that_the_model_refuses_leave_no_empty_run(tmp_path: Path):
+    """Only its tokenizer knows that a row is too long. A run that was there stays."""
+    data, where = tmp_path / "data.jsonl", (str(tmp_path), "p", "m", "embedded:sort")
+    for run_is_there in (False, True):
+        data.write_text(json.dumps(ROW).replace("312", "312" * (1 + 200 * (not run_is_there))))
+        if run_is_there:
+            await tune(data, *where, None)
+        data.write_text(json.dumps(ROW).replace("312", "312" * 200))
+        with pytest.raises(DataError, match=r"row 1 has 60. tokens"):
+            await tune(data, *where, None)
+        assert (tmp_path / "p" / "m").exists() == run_is_there
 
 
 async def test_the_first_step_of_a_run(tmp_path: Path):

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from gspo import dev
 from gspo.backend.trackers import TrackerName
 from gspo.config import TrainConfig
-from gspo.core.errors import suggestion
+from gspo.core.errors import ConfigError, suggestion
 from gspo.core.options import LARGEST_COUNT, TEMPERATURES, Options
 from gspo.tasks import Task, load_task, task_names
 from gspo.tasks.dataset import Data, load_dataset
@@ -35,6 +35,15 @@ class Spec(Options, title="the run"):
     >>> Spec(task="sort").model
     'embedded:sort'
     """
+
+    def __init__(self, **data: Any) -> None:
+        for name in data.keys() - type(self).model_fields.keys():
+            within = [t for t, kind in TABLES.items() if suggestion(name, kind.model_fields, 0.8)]
+            if within and not suggestion(name, type(self).model_fields, 0.8):
+                near = suggestion(name, TABLES[within[0]].model_fields).rstrip("?")
+                tables = " or ".join(within)
+                raise ConfigError(f"the run: unknown option {name!r}.{near} in {tables}?")
+        super().__init__(**data)
 
     name: str = "run"
     """Names the run folder `<path>/<project>/<name>`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import shutil
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import gspo as art
+from gspo.core.errors import DataError
 from gspo.dev import TrainConfig
 from gspo.experiment.loop import Outcome, run_experiment
 from gspo.experiment.spec import Spec
@@ -96,9 +98,16 @@ async def tune(
     tuned = art.TrainableModel(
         name=name, project=project, base_model=model, _internal_config=config
     )
-    async with art.LocalBackend(path) as backend:
-        await tuned.register(backend)
-        return await train_sft_from_file(tuned, data, **options)
+    folder = Path(path).expanduser() / project / name
+    begun = folder.exists()
+    try:
+        async with art.LocalBackend(path) as backend:
+            await tuned.register(backend)
+            return await train_sft_from_file(tuned, data, **options)
+    except DataError:
+        if not begun:  # nothing was trained: no empty run stays behind
+            shutil.rmtree(folder)
+        raise
 
 
 def demo_spec(path: str, steps: int = DEMO_STEPS, seed: int = 0) -> Spec:
