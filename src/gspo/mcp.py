@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from openai import AsyncOpenAI
@@ -15,14 +16,7 @@ from gspo.core.errors import ConfigError, DataError, check_whole, shown
 __all__ = ["Scenario", "generate_scenarios"]
 
 _ATTEMPTS = 4
-_ASK = """Invent {count} tasks that a user could give to an assistant with the tools below. \
-The tasks differ from each other in what they are about, in the tools that they take and in how \
-many steps they need; none of them names a tool. Rate each from 1 (one call) to 5 (many calls, \
-and thought between them).
-Tools: {tools}
-Resources: {resources}
-{more}
-Answer with JSON only: {{"scenarios": [{{"task": "...", "difficulty": 1}}]}}"""
+_ASK = Path(__file__).with_name("scenarios.txt").read_text(encoding="utf-8")
 
 
 class Scenario(BaseModel):

@@ -133,7 +133,7 @@ def test_estimates_are_read_as_they_were_logged():
 def test_without_scipy_there_is_a_mean_and_no_interval(monkeypatch: pytest.MonkeyPatch):
     groups = [asked(str(i), rewards) for i, rewards in enumerate([[1.0, 0.0], [0.0, 0.1]])]
     mean = estimate_reward(groups).mean
-    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setitem(sys.modules, "scipy.special", None)
     estimate = estimate_reward(groups)
     assert estimate == Estimate(mean, None, None, 2)
     assert str(estimate) == f"{mean:.3f}"

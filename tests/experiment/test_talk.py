@@ -16,6 +16,7 @@ import pytest
 
 from gspo.core.errors import ConfigError, ModelError, RequestError
 from gspo.experiment import talk
+from gspo.experiment.run_file import flat
 from gspo.experiment.saved_run import SavedRun
 from gspo.experiment.spec import Spec
 from gspo.policy.load import load_policy
@@ -109,7 +110,7 @@ async def test_a_run_on_own_data_is_asked_its_held_out_rows(
     fields: dict[str, Any] = {"dataset": str(rows), "reward": [f"{code}:size"], "max_tokens": 3}
 
     def named(*_: Any) -> tuple[Policy, SavedRun]:
-        return policy, SavedRun(tmp_path, {}, spec)
+        return policy, SavedRun(tmp_path, {}, flat(spec.model_dump(mode="json")))
 
     monkeypatch.setattr(talk, "load_named", named)
     spec = Spec(**fields, model="embedded:sort")

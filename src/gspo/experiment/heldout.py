@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
+from gspo.core.byname import optional
 from gspo.core.errors import MissingDependencyError
 from gspo.trajectories import Trajectory, TrajectoryGroup
 
@@ -122,11 +123,7 @@ def require_scipy() -> Any:
     Raises:
         MissingDependencyError: it is not installed.
     """
-    try:
-        from scipy import special
-    except ImportError:
-        raise MissingDependencyError("scipy", "lab", "the 95 % interval of a mean") from None
-    return special
+    return optional("scipy.special", "scipy", "lab", "the 95 % interval of a mean")
 
 
 _NAMES = ("val/reward", "val/reward_low", "val/reward_high", "val/prompts")

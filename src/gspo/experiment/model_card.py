@@ -15,9 +15,8 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import gspo as art
-from gspo.experiment.heldout import Estimate
 from gspo.experiment.run_file import flat
-from gspo.experiment.run_table import last_update, method_name
+from gspo.experiment.run_table import method_name
 from gspo.experiment.saved_run import SavedRun
 from gspo.objective import PRESETS
 
@@ -30,10 +29,8 @@ def model_card(run: SavedRun, step: int, *, adapter: bool, dtype: str) -> str:
         adapter: it stays an adapter; else it is a whole model.
         dtype: of the weights.
     """
-    method, record = method_name(run), last_update(run)
-    settings = record.settings() if record and method else None
-    lines = {int(r["step"]): r for r in run.records() if "val/reward" in r and r["step"] <= step}
-    ends = sorted({min(lines), max(lines)}) if lines else []
+    method, settings = method_name(run), run.settings
+    rewards = [(at, estimate) for at, estimate in run.evaluations.items() if at <= step]
     given = flat(run.spec.model_dump(mode="json", exclude_defaults=True)) if run.spec else {}
     folder = Path(run.base_model)
     return _TEMPLATES.get_template("model_card.md").render(
@@ -51,8 +48,7 @@ def model_card(run: SavedRun, step: int, *, adapter: bool, dtype: str) -> str:
         step=step,
         spec=run.spec,
         given=given | {"model": run.spec and run.spec.model},
-        evaluations=[(at, Estimate.logged(lines[at])) for at in ends],
-        prompts=ends and lines[ends[-1]].get("val/prompts"),
+        evaluations=[*rewards[:1], *rewards[1:][-1:]],
         version=art.__version__,
     )
 

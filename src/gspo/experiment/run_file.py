@@ -124,3 +124,15 @@ def put(table: Any, keys: list[str], value: Any) -> dict[str, Any]:
     table = table if isinstance(table, dict) else {}
     first, *rest = keys
     return table | {first: put(table.get(first), rest, value) if rest else value}
+
+
+def nested(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The reverse of `flat`.
+
+    >>> nested({"steps": 5, "train.epochs": 2})
+    {'steps': 5, 'train': {'epochs': 2}}
+    """
+    data: dict[str, Any] = {}
+    for key, value in keys.items():
+        data = put(data, key.split("."), value)
+    return data

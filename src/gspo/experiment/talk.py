@@ -7,7 +7,6 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, closing
-from dataclasses import dataclass
 from typing import Any
 
 from openai import APIStatusError
@@ -24,16 +23,9 @@ from gspo.serve.local_client import LocalClient
 from gspo.serve.selfcheck import make_engine
 from gspo.serve.server import Serving, address, bind, serve
 from gspo.tasks import Problem, Task, load_task
+from gspo.trajectories import Messages
 
 _NAME = "model"
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A conversation to answer, and the task's problem that it is of, if it is one."""
-
-    messages: list[dict[str, Any]]
-    problem: Problem | None = None
 
 
 async def sample(
@@ -62,28 +54,30 @@ async def sample(
         ConfigError: no prompt, and no task that has some.
         RequestError: the engine refuses a prompt.
     """
-    asked = [Asked(_conversation(system, prompt)) for prompt in prompts]
+    # Conversations to answer, and the task's problem that each is of, if it is one.
+    asked: list[tuple[Messages, Problem | None]] = []
+    asked += [(_conversation(system, prompt), None) for prompt in prompts]
     found: list[dict[str, Any]] = []
     async with _client_of(name, step, path) as (client, run, chats):
         task = None if asked else _task_of(name, run)
         if task is not None:
             count = min(3, (task.sizes or {}).get("heldout", 3))
             problems = [task.problem("heldout", index) for index in range(count)]
-            asked = [Asked(task.messages(problem), problem) for problem in problems]
+            asked = [(task.messages(problem), problem) for problem in problems]
             limit = (run and run.spec and run.spec.max_tokens) or task.max_tokens
             options = {"max_tokens": limit, **options}
             if chats and task.template_kwargs:
                 variables = {"chat_template_kwargs": task.template_kwargs}
                 options = {**options, "extra_body": variables}
-        for one in asked:
-            print(f"{visible(plain_prompt(one.messages)).rstrip()}")
-            for choice in await _answers(client, chats, one.messages, completions, options):
+        for messages, problem in asked:
+            print(f"{visible(plain_prompt(messages)).rstrip()}")
+            for choice in await _answers(client, chats, messages, completions, options):
                 text = choice.message.content if chats else choice.text
-                row = {"prompt": one.messages[-1]["content"], "completion": text or ""}
+                row = {"prompt": messages[-1]["content"], "completion": text or ""}
                 row["finish_reason"] = choice.finish_reason
                 told = "" if choice.finish_reason != "length" else "   (cut at the limit of tokens)"
-                if task is not None and one.problem is not None:
-                    row["reward"] = (await task.grade(one.problem, [text or ""]))[0][0]
+                if task is not None and problem is not None:
+                    row["reward"] = (await task.grade(problem, [text or ""]))[0][0]
                     told += f"   (reward {row['reward']:.3f})"
                 found.append(row)
                 print(f"  -> {visible(text or '')}{told}")
