@@ -4,7 +4,7 @@
 
 writes blackjack.jsonl beside the file, which its [sft] names. Episodes are of the train split, and
 of another seed than the run's. The player knows how an action is written and not which is good: it
-chooses at random among those that are possible. Only for reasoning-gym, where nothing can be chosen
+chooses at random among those that are possible; in Secretary it leans to larger values. Only for reasoning-gym, where nothing can be chosen
 from, does it give the answer; there the warm start is short.
 """
 
@@ -26,17 +26,18 @@ from gspo.experiment.spec import Spec
 SEED = 1_000_003
 
 
-def choose(spec: Spec, environment: Any, told: list[str], rng: random.Random) -> str:
-    """An action that the environment understands, of what it has `told` so far, opening first."""
-    family, opening, last = str(spec.environment).partition(":")[0], told[0], told[-1]
+def choose(spec: Spec, environment: Any, last: str, rng: random.Random) -> str:
+    """An action that the environment understands, after what it is told `last`."""
+    family = str(spec.environment).partition(":")[0]
     if family == "textworld":
         return rng.choice(last.splitlines()[-1].split("; "))
     if family == "gymnasium":
         return rng.choice(spec.environment_options["actions"])
     if isinstance(getattr(environment, "rounds", None), list):  # larger.py
         return rng.choice(last[:2])
-    if family == "textarena":  # its rules name the actions: [accept]; brackets are added
-        return rng.choice(re.findall(r"\[(\w+)\]", opening))
+    if family == "textarena":  # Secretary: the larger a value, the likelier it is accepted
+        value = float(re.findall(r"0\.\d+", last)[-1])
+        return "accept" if rng.random() < 0.2 + 0.6 * value else "continue"
     return environment._problem.answer  # pyright: ignore
 
 
@@ -48,8 +49,7 @@ async def conversation(spec: Spec, make: Any, index: int) -> list[dict[str, str]
     if environment.system_prompt:
         messages.insert(0, {"role": "system", "content": environment.system_prompt})
     for _ in range(spec.max_turns or environment.max_turns):
-        told = [message["content"] for message in messages if message["role"] == "user"]
-        text = choose(spec, environment, told, rng)
+        text = choose(spec, environment, messages[-1]["content"], rng)
         messages.append({"role": "assistant", "content": text})
         step = environment.step(Action(text))
         if step.done:
