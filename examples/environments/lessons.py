@@ -4,7 +4,7 @@
 
 writes blackjack.jsonl beside the file, which its [sft] names. Episodes are of the train split, and
 of another seed than the run's. The player knows how an action is written and not which is good: it
-chooses at random among those that are possible; in Secretary it leans to larger values. Only for reasoning-gym, where nothing can be chosen
+chooses at random among those that are possible. Only for reasoning-gym, where nothing can be chosen
 from, does it give the answer; there the warm start is short.
 """
 
@@ -35,35 +35,44 @@ def choose(spec: Spec, environment: Any, last: str, rng: random.Random) -> str:
         return rng.choice(spec.environment_options["actions"])
     if isinstance(getattr(environment, "rounds", None), list):  # larger.py
         return rng.choice(last[:2])
-    if family == "textarena":  # Secretary: the larger a value, the likelier it is accepted
-        value = float(re.findall(r"0\.\d+", last)[-1])
-        return "accept" if rng.random() < 0.2 + 0.6 * value else "continue"
+    if family == "bfcl":  # it declines, or calls the function that is offered, with nothing
+        return rng.choice(["", environment.tools[0]["function"]["name"]])
     return environment._problem.answer  # pyright: ignore
 
 
-async def conversation(spec: Spec, make: Any, index: int) -> list[dict[str, str]]:
-    """One episode as messages."""
+def call_of(name: str) -> dict[str, Any]:
+    """A turn that calls a function without arguments."""
+    call = {"id": "call", "type": "function", "function": {"name": name, "arguments": "{}"}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+async def conversation(spec: Spec, make: Any, index: int) -> dict[str, Any]:
+    """One episode as messages, with its tools."""
     seed, _ = await episode_seed(make, "train", index, SEED)
     environment, rng = make(), random.Random(f"{spec.environment}/{index}")
-    messages = [{"role": "user", "content": environment.reset(seed)}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": environment.reset(seed)}]
     if environment.system_prompt:
         messages.insert(0, {"role": "system", "content": environment.system_prompt})
     for _ in range(spec.max_turns or environment.max_turns):
         text = choose(spec, environment, messages[-1]["content"], rng)
         messages.append({"role": "assistant", "content": text})
+        if environment.tools is not None:
+            messages[-1] = call_of(text) if text else {"role": "assistant", "content": "none"}
+            break
         step = environment.step(Action(text))
         if step.done:
             break
         messages.append({"role": "user", "content": step.text})
     environment.close()
-    return messages if messages[-1]["role"] == "assistant" else messages[:-1]
+    messages = messages if messages[-1]["role"] == "assistant" else messages[:-1]
+    return {"messages": messages} | ({"tools": environment.tools} if environment.tools else {})
 
 
 async def main(path: Path) -> None:
     spec = read_spec(path)
     make = load_environment(str(spec.environment), spec.environment_options)
     count = int(re.findall(r"lessons = (\d+)", path.read_text())[0])
-    rows = [{"messages": await conversation(spec, make, index)} for index in range(count)]
+    rows = [await conversation(spec, make, index) for index in range(count)]
     path.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     print(f"{path.with_suffix('.jsonl')}: {count} conversations; the first is {rows[0]}")
 
