@@ -26,53 +26,43 @@ from gspo.experiment.spec import Spec
 SEED = 1_000_003
 
 
-def choose(spec: Spec, environment: Any, last: str, rng: random.Random) -> str:
-    """An action that the environment understands, after what it is told `last`."""
+def choose(spec: Spec, environment: Any, told: str, rng: random.Random) -> str:
+    """An action that the environment understands."""
     family = str(spec.environment).partition(":")[0]
     if family == "textworld":
-        return rng.choice(last.splitlines()[-1].split("; "))
+        return rng.choice(told.splitlines()[-1].split("; "))
     if family == "gymnasium":
         return rng.choice(spec.environment_options["actions"])
     if isinstance(getattr(environment, "rounds", None), list):  # larger.py
-        return rng.choice(last[:2])
-    if family == "bfcl":  # it declines, or calls the function that is offered, with nothing
-        return rng.choice(["", environment.tools[0]["function"]["name"]])
+        return rng.choice(told[:2])
+    if family == "textarena":
+        return f"[{rng.randint(1, spec.environment_options['max_number'])}]"
     return environment._problem.answer  # pyright: ignore
 
 
-def call_of(name: str) -> dict[str, Any]:
-    """A turn that calls a function without arguments."""
-    call = {"id": "call", "type": "function", "function": {"name": name, "arguments": "{}"}}
-    return {"role": "assistant", "content": "", "tool_calls": [call]}
-
-
-async def conversation(spec: Spec, make: Any, index: int) -> dict[str, Any]:
-    """One episode as messages, with its tools."""
+async def conversation(spec: Spec, make: Any, index: int) -> list[dict[str, str]]:
+    """One episode as messages."""
     seed, _ = await episode_seed(make, "train", index, SEED)
     environment, rng = make(), random.Random(f"{spec.environment}/{index}")
-    messages: list[dict[str, Any]] = [{"role": "user", "content": environment.reset(seed)}]
+    messages = [{"role": "user", "content": environment.reset(seed)}]
     if environment.system_prompt:
         messages.insert(0, {"role": "system", "content": environment.system_prompt})
     for _ in range(spec.max_turns or environment.max_turns):
         text = choose(spec, environment, messages[-1]["content"], rng)
         messages.append({"role": "assistant", "content": text})
-        if environment.tools is not None:
-            messages[-1] = call_of(text) if text else {"role": "assistant", "content": "none"}
-            break
         step = environment.step(Action(text))
         if step.done:
             break
         messages.append({"role": "user", "content": step.text})
     environment.close()
-    messages = messages if messages[-1]["role"] == "assistant" else messages[:-1]
-    return {"messages": messages} | ({"tools": environment.tools} if environment.tools else {})
+    return messages if messages[-1]["role"] == "assistant" else messages[:-1]
 
 
 async def main(path: Path) -> None:
     spec = read_spec(path)
     make = load_environment(str(spec.environment), spec.environment_options)
     count = int(re.findall(r"lessons = (\d+)", path.read_text())[0])
-    rows = [await conversation(spec, make, index) for index in range(count)]
+    rows = [{"messages": await conversation(spec, make, index)} for index in range(count)]
     path.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     print(f"{path.with_suffix('.jsonl')}: {count} conversations; the first is {rows[0]}")
 
