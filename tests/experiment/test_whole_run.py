@@ -54,7 +54,9 @@ def test_the_package_is_the_function_too():
 def test_options_that_are_wrong_are_refused_by_name(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"unknown option 'stepz'\. Did you mean 'steps'"):
         trained(tmp_path, stepz=2)
-    with pytest.raises(ConfigError, match=r"'epoch'\. Did you mean 'epochs' in train or sft or data"):
+    with pytest.raises(
+        ConfigError, match=r"'epoch'\. Did you mean 'epochs' in train or sft or data"
+    ):
         trained(tmp_path, epoch=3)
     with pytest.raises(ConfigError, match="cannot import nothing_here"):
         trained(tmp_path, reward="nothing_here:f", reward_weights=None)
