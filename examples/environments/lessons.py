@@ -26,17 +26,17 @@ from gspo.experiment.spec import Spec
 SEED = 1_000_003
 
 
-def choose(spec: Spec, environment: Any, told: list[str], rng: random.Random) -> str:
-    """An action that the environment understands, of what it has `told` so far, opening first."""
-    family, opening, last = str(spec.environment).partition(":")[0], told[0], told[-1]
+def choose(spec: Spec, environment: Any, told: str, rng: random.Random) -> str:
+    """An action that the environment understands."""
+    family = str(spec.environment).partition(":")[0]
     if family == "textworld":
-        return rng.choice(last.splitlines()[-1].split("; "))
+        return rng.choice(told.splitlines()[-1].split("; "))
     if family == "gymnasium":
         return rng.choice(spec.environment_options["actions"])
     if isinstance(getattr(environment, "rounds", None), list):  # larger.py
-        return rng.choice(last[:2])
-    if family == "textarena":  # its rules name the actions: [accept]; brackets are added
-        return rng.choice(re.findall(r"\[(\w+)\]", opening))
+        return rng.choice(told[:2])
+    if family == "textarena":
+        return f"[{rng.randint(1, spec.environment_options['max_number'])}]"
     return environment._problem.answer  # pyright: ignore
 
 
@@ -48,8 +48,7 @@ async def conversation(spec: Spec, make: Any, index: int) -> list[dict[str, str]
     if environment.system_prompt:
         messages.insert(0, {"role": "system", "content": environment.system_prompt})
     for _ in range(spec.max_turns or environment.max_turns):
-        told = [message["content"] for message in messages if message["role"] == "user"]
-        text = choose(spec, environment, told, rng)
+        text = choose(spec, environment, messages[-1]["content"], rng)
         messages.append({"role": "assistant", "content": text})
         step = environment.step(Action(text))
         if step.done:

@@ -98,15 +98,16 @@ async def test_a_bad_file_begins_no_run(tmp_path: Path):
 
 async def test_rows_that_the_model_refuses_leave_no_empty_run(tmp_path: Path):
     """Only its tokenizer knows that a row is too long. A run that was there stays."""
-    data, where = tmp_path / "data.jsonl", (str(tmp_path), "p", "m", "embedded:sort")
-    for run_is_there in (False, True):
-        data.write_text(json.dumps(ROW).replace("312", "312" * (1 + 200 * (not run_is_there))))
-        if run_is_there:
-            await tune(data, *where, None)
-        data.write_text(json.dumps(ROW).replace("312", "312" * 200))
-        with pytest.raises(DataError, match=r"row 1 has 60. tokens"):
-            await tune(data, *where, None)
-        assert (tmp_path / "p" / "m").exists() == run_is_there
+    good, long = tmp_path / "good.jsonl", tmp_path / "long.jsonl"
+    good.write_text(json.dumps(ROW))
+    long.write_text(json.dumps(ROW).replace("312", "312" * 200))
+    where = (str(tmp_path), "p", "m", "embedded:sort", None)
+    for there in (False, True):
+        if there:
+            await tune(good, *where)
+        with pytest.raises(DataError, match=r"row 1 has 60\d tokens"):
+            await tune(long, *where)
+        assert (tmp_path / "p" / "m").exists() == there
 
 
 async def test_the_first_step_of_a_run(tmp_path: Path):

@@ -233,6 +233,7 @@ def test_what_was_sampled_is_trained_on(name: str):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("name", FORMS)
 def test_what_was_sampled_is_trained_on_in_a_hundred_thousand_conversations(name: str):
     found = check(name, 50_000, edits=False) + check(name, 50_000, edits=True)
