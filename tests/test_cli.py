@@ -28,7 +28,7 @@ def test_surface_is_frozen():
     surface = {name: [p.name for p in c.params] for name, c in commands.items()}
     assert surface == {
         "demo": ["path", "steps", "seed", "profile", "as_json"],
-        "train": ["spec", "overrides", "dry_run", "samples", "profile", "as_json"],
+        "train": ["spec", "overrides", "dry_run", "samples", "pipeline", "profile", "as_json"],
         "sft": [
             *("data", "model", "project", "name", "path", "epochs", "batch_size"),
             *("learning_rate", "max_tokens", "seed", "as_json"),
@@ -143,6 +143,7 @@ def test_dry_run_tries_the_rewards(tmp_path: Path):
     [
         (("train", "nowhere.toml"), "error: cannot read nowhere.toml"),
         (("train", "x.toml", "--dry-run", "--profile"), "leave one out"),
+        (("train", "run.toml", "--pipeline", "--profile"), "pipeline does two: leave one out"),
         (("serve", "embedded:srot"), "Did you mean"),
         (("train", "run.toml", "--dry-run", "--set", "max_tokens=512"), "has a context of 512"),
         (("audit", "embedded:sort", "--rollout-dtype", "int3"), "Did you mean 'int"),

@@ -77,6 +77,9 @@ def train(
         bool, typer.Option("--dry-run", help="Print the resolved run and its sizes, and stop.")
     ] = False,
     samples: Annotated[int, typer.Option(min=0, help="Completions of each step to print.")] = 0,
+    pipeline: Annotated[
+        bool, typer.Option("--pipeline", help="Roll out for the next step while one trains.")
+    ] = False,
     profile: ProfileOption = False,
     as_json: commands.JsonOption = False,
 ) -> None:
@@ -85,7 +88,9 @@ def train(
 
     if dry_run and profile:
         raise ConfigError("--profile times the run that --dry-run doesn't make: leave one out")
-    resolved = read_spec(spec, overrides or [])
+    resolved = read_spec(spec, [*(overrides or []), *["pipeline=true"] * pipeline])
+    if profile and resolved.pipeline:
+        raise ConfigError("--profile times one thing at once, pipeline does two: leave one out")
     commands.say_loading(resolved.model)
     if dry_run:
         from gspo.experiment.dataset_checks import check_dataset
