@@ -89,7 +89,7 @@ class SimulatedEngine(FakeEngine):
         return await asyncio.gather(*decoding)
 
     async def _decoded(self, request: Request, index: int) -> Completion:
-        tokens = length(self.decode(request.prompt), index)
+        tokens = length(self.tokenizer.decode(request.prompt), index)
         self.sampled.append(tokens)
         versions = []
         async with self._slots:
@@ -329,7 +329,7 @@ def measure_part(part: str, repeats: int = 3, *, tiny: bool = False) -> dict[str
         other="one after the other",
         goal=goal,
         unit="simulated s" if simulated else "s",
-        detail=detail | (lengths(sizes) if simulated else {}),
+        detail=detail | (lengths(sizes) if isinstance(sizes, Sizes) else {}),
         command=f"python benchmarks/run.py overlap:{part}",
         **pairs.fields(),
     )

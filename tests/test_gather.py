@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from virtual_time import in_virtual_time
 
 import gspo as art
 from gspo.core import progress
@@ -17,7 +18,6 @@ from gspo.serve.server import Serving
 from gspo.train.minibatches import prepare
 from gspo.train.settings import resolve
 from support import choice, trajectory
-from virtual_time import in_virtual_time
 
 
 async def fine(reward: float = 1.0) -> art.Trajectory:

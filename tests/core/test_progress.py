@@ -8,6 +8,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from virtual_time import in_virtual_time
 
 from gspo.core.errors import ConfigError
 from gspo.core.progress import (
@@ -19,7 +20,6 @@ from gspo.core.progress import (
     rollout_belongings,
     within_limits,
 )
-from virtual_time import in_virtual_time
 
 
 @pytest.mark.parametrize("budget", [-1, math.nan, "1", None, True])
