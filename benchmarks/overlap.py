@@ -298,7 +298,11 @@ CASES: dict[str, tuple[str, Sizes | Episodes, float | None]] = {
     "equal": ("train takes as long as the longest rollout", Sizes(train=LONGEST), GOAL),
     "two_ahead": ("half, 2 steps ahead", Sizes(train=LONGEST / 2, ahead=2), GOAL),
     "three": ("train takes 3 times the longest rollout", Sizes(train=3 * LONGEST), None),
-    "tool": ("embedded model, a tool of up to 1 s", Episodes(), None),
+    "tool": (
+        "embedded model, a tool of up to 10 s",
+        Episodes(groups=8, completions=4, tool=10.0),
+        GOAL,
+    ),
     "no_tool": ("embedded model, no tool", Episodes(tool=0.0), None),
 }
 """What is measured, its sizes, its goal."""

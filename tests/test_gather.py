@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import time
 from typing import Any
 
@@ -442,6 +443,16 @@ async def test_batches_come_in_the_order_given_while_later_ones_run():
         with pytest.raises(ConfigError, match="must be a whole number"):
             async for _ in art.trajectory_group_batches([], **options):  # type: ignore[arg-type]
                 pass
+
+
+async def test_batches_that_nobody_asks_for_are_closed():
+    rollouts = [fine() for _ in range(4)]
+    groups = [art.TrajectoryGroup([rollout]) for rollout in rollouts]
+    batches = art.trajectory_group_batches(groups, batch_size=1, max_concurrent_batches=1)
+    async for _ in batches:
+        break
+    await batches.aclose()  # type: ignore[attr-defined]
+    assert {inspect.getcoroutinestate(rollout) for rollout in rollouts} == {"CORO_CLOSED"}
 
 
 def stale_and_trained(

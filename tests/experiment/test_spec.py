@@ -65,3 +65,9 @@ def test_a_temperature_that_no_engine_samples_at_is_refused_before_the_run():
         assert SamplingParams(temperature=Spec(task="sort", temperature=limit).temperature)
         row = choice([3], temperature=limit)
         assert read_fields(row, "here").temperature == limit
+
+
+def test_rollouts_run_ahead_only_where_it_was_asked_for():
+    train = dev.TrainConfig(max_staleness=3)
+    specs = (Spec(task="sort", train=train), Spec(task="sort", pipeline=True, train=train))
+    assert [spec.steps_ahead for spec in specs] == [0, 3]
