@@ -64,9 +64,9 @@ def demo(
 ) -> None:
     """Train the embedded Mixture-of-Experts model to sort digits, and show that it learned."""
     commands.say_loading("embedded:sort")
-    from gspo.experiment.demo import STEPS, demo_spec
+    from gspo.experiment.whole_run import DEMO_STEPS, demo_spec
 
-    _run(demo_spec(path, steps or STEPS, seed), profile, as_json)
+    _run(demo_spec(path, steps or DEMO_STEPS, seed), profile, as_json)
 
 
 @app.command()
@@ -119,7 +119,7 @@ def sft(
     """Supervised fine-tuning on the assistant's turns of conversations."""
     commands.say_loading(model)
     from gspo.experiment.stop import leave, run_until_signal
-    from gspo.experiment.tuning import tune
+    from gspo.experiment.whole_run import tune
 
     options = {"epochs": epochs, "batch_size": batch_size, "peak_lr": learning_rate, "seed": seed}
     try:
@@ -154,7 +154,7 @@ def serve(
 ) -> None:
     """Serve a model or a checkpoint with OpenAI's API."""
     commands.say_loading("the server")
-    from gspo.experiment.serving import serve_model
+    from gspo.experiment.talk import serve_model
 
     serve_model(model, host, port, name or model, api_key or None, step, path)
 

@@ -20,10 +20,10 @@ import gspo as art
 from experiment.small_runs import Silent, own_rollout, records, small
 from gspo.core.errors import ConfigError
 from gspo.experiment import loop as experiment
-from gspo.experiment.demo import STEPS, demo_spec
 from gspo.experiment.heldout import Estimate
 from gspo.experiment.loop import Outcome, run_experiment
 from gspo.experiment.spec import Spec
+from gspo.experiment.whole_run import DEMO_STEPS, demo_spec
 
 
 def weights(run: Path, step: int) -> bytes:
@@ -51,7 +51,7 @@ async def test_the_demo_learns(tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # a minute on an idle core, more beside other work
 async def test_the_whole_demo_learns_what_the_readme_says(tmp_path: Path):
-    outcome = await demonstrate(tmp_path, STEPS, 256)
+    outcome = await demonstrate(tmp_path, DEMO_STEPS, 256)
     assert outcome.before is not None and outcome.after is not None
     assert outcome.after.mean >= outcome.before.mean + 0.2  # 0.34 to 0.43 on three seeds
 

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import gspo as art
 from gspo.core.files import strict_json, write_whole
 from gspo.core.timing import span
-from gspo.core.trees import flat
 from gspo.experiment.dataset_checks import check_dataset, check_prompts, remember_dataset
 from gspo.experiment.heldout import Estimate, estimate_reward
 from gspo.experiment.rollout import Rollouts
+from gspo.experiment.run_file import flat
 from gspo.experiment.spec import SFT, Spec
 from gspo.tasks import Task
 from gspo.train.settings import resolve

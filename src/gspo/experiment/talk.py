@@ -1,10 +1,12 @@
-"""`gspo sample` and `gspo chat`: talk to any checkpoint of a run, or to any model."""
+"""`gspo sample`, `gspo chat` and `gspo serve`: any checkpoint of a run, or any model, answers."""
 
 from __future__ import annotations
 
+import logging
+import signal
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +17,12 @@ from gspo.core.errors import ConfigError, GspoError, RequestError
 from gspo.experiment.rollout import plain_prompt
 from gspo.experiment.samples import visible
 from gspo.experiment.saved_run import SavedRun, load_named
+from gspo.experiment.stop import leave
 from gspo.policy.embedded import PREFIX
+from gspo.serve.app import create_app, one_engine
 from gspo.serve.local_client import LocalClient
 from gspo.serve.selfcheck import make_engine
-from gspo.serve.server import Serving
+from gspo.serve.server import Serving, address, bind, serve
 from gspo.tasks import Problem, Task, load_task
 
 _NAME = "model"
@@ -190,3 +194,42 @@ def _task_of(name: str, run: SavedRun | None) -> Task:
 def _conversation(system: str, prompt: str | None = None) -> list[dict[str, Any]]:
     begin = [{"role": "system", "content": system}] if system else []
     return [*begin, *([{"role": "user", "content": prompt}] if prompt is not None else [])]
+
+
+def serve_model(
+    model: str,
+    host: str,
+    port: int,
+    name: str,
+    api_key: str | None,
+    step: str | None = None,
+    path: str = ".gspo",
+) -> None:
+    """Load `model` and answer requests until SIGINT or SIGTERM; then end the process.
+
+    Args:
+        model, step, path: what to load, see `load_named`.
+        host, port: where to listen.
+        name: of the model in requests.
+        api_key: what requests must bring.
+
+    Raises:
+        ConfigError: a host that others can reach, and no key.
+        ServeError: the port is in use; nothing was loaded then.
+        ModelError: the model cannot be loaded.
+        RunError: no such run, or step of it.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    status = 0
+    with bind(host, port, api_key) as listener, closing(ComputeThread()) as compute:
+        print(f"loading {model} ...", file=sys.stderr, flush=True)
+        policy, _ = load_named(model, step, path)
+        engine = make_engine(policy, compute, sockets=True)
+        app = create_app(one_engine(engine, lambda: [name]), lambda: [name])
+        print(f"serving {name} on {address(listener)}", flush=True)
+        try:
+            serve(app, listener, api_key)
+        except KeyboardInterrupt:
+            status = 128 + signal.SIGINT
+    leave(status)  # a batch that is still sampled has nobody left who wants it

@@ -76,10 +76,10 @@ def _audit_exact(context: typer.Context, model: str, as_json: bool) -> None:
         if source is not None and source.name == "COMMANDLINE":
             raise ConfigError(f"--{name.replace('_', '-')} says nothing with --exact: leave it out")
     say_loading(model)
-    from gspo.lab.audit_exact import audit_exact, render
+    from gspo.lab.audit import audit_exact, render_exact
 
     report = audit_exact(model, context.params["rollout_dtype"])
-    print(render(report))
+    print(render_exact(report))
     if as_json:
         print(strict_json(report))
 
@@ -97,8 +97,7 @@ def inspect(
     """Compare every method's loss, gradient and clipping on a batch that a run has stored."""
     say_loading(run)
     from gspo.experiment.saved_run import find_run
-    from gspo.lab.inspect_batch import inspect_run
-    from gspo.lab.inspect_report import render
+    from gspo.lab.inspect_batch import inspect_run, render
     from gspo.lab.pictures import draw_inspection, require_plotly
 
     if picture is not None:
@@ -125,8 +124,8 @@ def compare(
     if quick == (spec is not None):
         raise ConfigError("give a spec file, or --quick: gspo compare SPEC.toml")
     say_loading("the comparison")
-    from gspo.core.intervals import require_scipy
     from gspo.experiment.dataset_checks import check_dataset
+    from gspo.experiment.heldout import require_scipy
     from gspo.lab.compare import read_compare_spec
     from gspo.lab.compare_cells import make_cells
     from gspo.lab.compare_runs import default_workers, run_comparison

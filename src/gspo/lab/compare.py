@@ -11,8 +11,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from gspo import dev
 from gspo.core.errors import ConfigError, check_names, suggestion
 from gspo.core.options import Options
-from gspo.core.trees import flat, put
-from gspo.experiment.run_file import full_keys, named_beside, override, read_toml
+from gspo.experiment.run_file import flat, full_keys, named_beside, override, put, read_toml
 from gspo.experiment.spec import TABLES, Spec, folder_name
 
 QUICK = Path(__file__).with_name("quick.toml")

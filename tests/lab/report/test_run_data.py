@@ -9,7 +9,7 @@ import pytest
 
 from gspo.backend.run import Run
 from gspo.core.errors import RunError
-from gspo.core.trees import flat
+from gspo.experiment.run_file import flat
 from gspo.experiment.spec import Spec
 from gspo.lab.report.run_data import changed, read_runs, resolved
 from lab.report.report_cases import run_folder

@@ -14,7 +14,7 @@ from gspo.backend.metrics_file import read_metrics
 from gspo.backend.run import in_use
 from gspo.config import TrainConfig
 from gspo.core.errors import ConfigError, RunError
-from gspo.core.trees import flat
+from gspo.experiment.run_file import flat
 from gspo.experiment.spec import Spec
 from gspo.objective import PRESETS, Preset
 from gspo.train.settings import Settings, resolve

@@ -22,11 +22,11 @@ PROBED = (1024, 3072)
 _TEXT = 512  # tokens
 
 
-def row_tokens(policy: Policy) -> int:
+def microbatch_tokens(policy: Policy) -> int:
     """Tokens that fit, measured at the first call and kept: each step is packed alike."""
-    if policy.row_tokens is None:
-        policy.row_tokens = _measured(policy)
-    return policy.row_tokens
+    if policy.microbatch_tokens is None:
+        policy.microbatch_tokens = _measured(policy)
+    return policy.microbatch_tokens
 
 
 def _measured(policy: Policy) -> int:
