@@ -219,6 +219,7 @@ VLLM = Path(__file__).parents[2] / "benchmarks/.venvs/vllm/bin/python"
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # on a busy machine
 @pytest.mark.skipif(not VLLM.exists(), reason="no benchmarks/.venvs/vllm: make bench-vllm")
 @pytest.mark.parametrize(
     ("part", "load", "options"),
