@@ -25,7 +25,8 @@ _TEXT = 512  # tokens
 def row_tokens(policy: Policy) -> int:
     """Tokens that fit, measured at the first call and kept: each step is packed alike."""
     if policy.row_tokens is None:
-        policy.row_tokens = _measured(policy)
+        # Of several ranks the first one's: it samples, too, so less memory is free there.
+        policy.row_tokens = policy.workers.share(_measured(policy))
     return policy.row_tokens
 
 
