@@ -16,6 +16,7 @@ from gspo.dev import InternalModelConfig
 from gspo.policy.load import load_policy
 from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
+from gspo.policy.workers import Workers
 from gspo.serve.engine import Engine
 from gspo.serve.selfcheck import make_engine
 from gspo.train.checkpoint import (
@@ -25,7 +26,7 @@ from gspo.train.checkpoint import (
     understood,
     verify_checkpoint,
 )
-from gspo.weights.publisher import publisher_for
+from gspo.weights.publisher import Publisher, publisher_for
 from gspo.weights.receipt import Receipts
 
 KEPT = 2
@@ -53,14 +54,18 @@ def proved_engine(
     *,
     seed: int,
     sockets: bool,
+    copied: tuple[Policy, Publisher] | None = None,
 ) -> Proved:
     """Make the engine of a policy, and prove it.
+
+    Args:
+        copied: what it samples from and how that is published, if `config` doesn't say that.
 
     Raises:
         ModelError: the model cannot be sampled from, or not as `config` asks.
         ServeError: the engine doesn't compute with these weights.
     """
-    sampling, publisher = publisher_for(policy, config.rollout_dtype)
+    sampling, publisher = copied or publisher_for(policy, config.rollout_dtype)
     exact = config.exact if sampling is policy else False
     engine = make_engine(sampling, compute, seed=seed, sockets=sockets, exact=exact)
     receipts = Receipts(policy, sampling, publisher)
@@ -69,7 +74,12 @@ def proved_engine(
     return Proved(engine, sampling, receipts)
 
 
-def load_step(base_model: str, config: InternalModelConfig, checkpoint: Path | None) -> Policy:
+def load_step(
+    base_model: str,
+    config: InternalModelConfig,
+    checkpoint: Path | None,
+    mesh: Workers | None = None,
+) -> Policy:
     """The weights of a checkpoint; None: the base model's.
 
     Raises:
@@ -77,11 +87,11 @@ def load_step(base_model: str, config: InternalModelConfig, checkpoint: Path | N
         CheckpointError: the checkpoint is damaged.
     """
     if checkpoint is None:
-        policy = load_policy(base_model, config)
+        policy = load_policy(base_model, config, mesh=mesh)
     else:
         verify_checkpoint(checkpoint)
         with understood(checkpoint, "the model"):
-            policy = load_policy(base_model, config, checkpoint=checkpoint)
+            policy = load_policy(base_model, config, checkpoint=checkpoint, mesh=mesh)
     choose_packing(policy)
     return policy
 

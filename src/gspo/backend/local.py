@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +56,8 @@ class LocalBackend(Backend):
         MissingDependencyError: a tracker whose client is not installed.
     """
 
+    _service_of: Callable[..., Service] = Service
+
     @absent.refusing
     def __init__(
         self,
@@ -97,17 +99,15 @@ class LocalBackend(Backend):
             self.run(model)
             return
         with ExitStack() as undo:  # a model that is only half registered would lose a step
-            listener = None
-            if self.port is not None:
-                listener = undo.enter_context(bind("127.0.0.1", self.port))
+            port = self.port
+            listener = None if port is None else undo.enter_context(bind("127.0.0.1", port))
             run = Run(self.path, model.project, model.name, run_identity(model))
             undo.callback(run.close)
             parts = run, model, self.seed, self._compute, listener
-            service = await self._compute.run(Service, *parts)
+            service = await self._compute.run(self._service_of, *parts)
             run.claim()
-            step = service.trainer.step
-            told = described(model)
-            run.trackers = await asyncio.to_thread(Trackers, self.logger, run, step, told)
+            told = service.trainer.step, described(model)
+            run.trackers = await asyncio.to_thread(Trackers, self.logger, run, *told)
             await service.serving.start()
             self._services[key], self._runs[key] = service, run
             undo.pop_all()

@@ -8,10 +8,11 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 from gspo.backend.base import ModelLike, TrainResult, completion_lengths, group_means
-from gspo.backend.engines import Engines, load_step, proved_engine
+from gspo.backend.engines import Engines, Proved, load_step, proved_engine
 from gspo.backend.run import Run
 from gspo.backend.sft_samples import sft_samples
 from gspo.backend.stored_batch import UpdateRecord, write_batch
@@ -25,6 +26,7 @@ from gspo.data.sample import SPLIT_REASONS, flat, split_counts
 from gspo.dev import InternalModelConfig
 from gspo.policy.load import load_policy
 from gspo.policy.policy import Policy
+from gspo.policy.workers import Workers
 from gspo.serve.server import Serving
 from gspo.train.checkpoint import checkpoint_name, load_trainer_state, save_checkpoint, steps_saved
 from gspo.train.minibatches import RolloutBatch, prepare
@@ -75,13 +77,29 @@ class Service:
         self.run, self.seed = run, seed
         self._told: set[str] = set()  # reasons of splits
         self._loaded = _identity(model)
-        self.trainer = load_trainer(run, model.source, config)
+        saved = steps_saved(run.checkpoints)
+        checkpoint = run.checkpoints / checkpoint_name(saved[-1]) if saved else None
+        self.trainer = self._load(model, checkpoint)
+        if checkpoint is not None:
+            log.info("%s goes on from step %d", run.folder, self.trainer.step)
+        run.forget_after(self.trainer.step)
         sockets, current = listener is not None, seed_of(seed, self.trainer.step)
-        self.engine, self.sampling, self.receipts = proved_engine(
-            self.trainer.policy, config, compute, seed=current, sockets=sockets
+        self.engine, self.sampling, self.receipts = self._proved(
+            config, compute=compute, seed=current, sockets=sockets
         )
         self.engines = Engines(run, model, self.engine, compute, seed=seed, sockets=sockets)
         self.serving = Serving(self.engine, self.engines.names, listener, self.engines.find)
+
+    def _everywhere(self, function: Callable[..., T], *args: Any) -> T:
+        """Call a function in each process that trains the model; what it returns here."""
+        return function(*args)
+
+    def _load(self, model: ModelLike, checkpoint: Path | None) -> Trainer:
+        assert model.source is not None
+        return load_trainer(model.source, model.internal_config, checkpoint)
+
+    def _proved(self, config: InternalModelConfig, **options: Any) -> Proved:
+        return proved_engine(self.trainer.policy, config, **options)
 
     def check_same(self, model: ModelLike) -> None:
         """Refuse this model's name for another model, or for one that is loaded otherwise.
@@ -122,7 +140,7 @@ class Service:
         """Update, publish, log, and `save`. Blocking; `batch` was made of `groups`."""
         run, trainer = self.run, self.trainer
         version = trainer.policy.version
-        out, published = self._updated(lambda: trainer.train(batch, settings))
+        out, published = self._updated(Trainer.train, trainer, batch, settings)
         run.trackers.configure("train", out.settings.as_config())
         metrics = self._metrics(groups, batch, out) | published
 
@@ -150,17 +168,17 @@ class Service:
             trajectories, engine.chat, engine.tokenizer.encode, context, last=last
         )
         plan = plan_sft(len(samples), config, trainer.policy)
-        metrics, published = self._updated(lambda: train_sft(trainer, samples, plan))
+        metrics, published = self._updated(train_sft, trainer, samples, plan)
         self.run.trackers.configure("sft", config.model_dump(mode="json"))
         return self._saved(metrics.compute() | published, keep_checkpoints)
 
-    def _updated(self, update: Callable[[], T]) -> tuple[T, dict[str, float]]:
+    def _updated(self, update: Callable[..., T], *args: Any) -> tuple[T, dict[str, float]]:
         """Update the weights and publish them; what the update returned, and publishing's metrics.
 
         Published also after a NumericsError: earlier minibatches have moved the weights by then.
         """
         try:
-            out = update()
+            out = self._everywhere(update, *args)
         finally:
             published = self._publish()
         # Here, so that no caller who gave up waiting leaves a trained step with the old seed.
@@ -187,7 +205,8 @@ class Service:
                 store()
             except Exception as error:
                 failed = error
-            path = save_checkpoint(run.checkpoints, self.trainer) if save else None
+            where = run.checkpoints, self.trainer
+            path = self._everywhere(save_checkpoint, *where) if save else None
             try:
                 if failed is not None:
                     raise failed
@@ -255,20 +274,24 @@ def _spare_the_libraries() -> None:
     gc.freeze()
 
 
-def load_trainer(run: Run, base_model: str, config: InternalModelConfig) -> Trainer:
-    """Weights, optimizer and step of the run's last checkpoint, or of the base model.
+def load_trainer(
+    base_model: str,
+    config: InternalModelConfig,
+    checkpoint: Path | None,
+    mesh: Workers | None = None,
+) -> Trainer:
+    """Weights, optimizer and step of a checkpoint, or of the base model; see `load_policy`.
 
     Raises:
         ModelError: the base model cannot be loaded.
         CheckpointError: the checkpoint is damaged.
     """
     _spare_the_libraries()
-    saved = steps_saved(run.checkpoints)
-    checkpoint = run.checkpoints / checkpoint_name(saved[-1]) if saved else None
-    policy = load_step(base_model, config, checkpoint)
+    policy = load_step(base_model, config, checkpoint, mesh)
+    policy.workers.finish(policy.lm)
 
     def load_reference() -> Policy:
-        frozen = load_policy(base_model, config)
+        frozen = load_policy(base_model, config, mesh=mesh)
         frozen.packing, frozen.shares_prompts = policy.packing, policy.shares_prompts
         frozen.multiple = policy.multiple
         frozen.lm.requires_grad_(False)
@@ -277,6 +300,4 @@ def load_trainer(run: Run, base_model: str, config: InternalModelConfig) -> Trai
     trainer = Trainer(policy, load_reference)
     if checkpoint is not None:
         load_trainer_state(checkpoint, trainer)
-        log.info("%s goes on from step %d", run.folder, trainer.step)
-    run.forget_after(trainer.step)
     return trainer

@@ -12,11 +12,13 @@ import inspect
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from types import MethodType
 from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface as AttentionInterface
@@ -154,6 +156,50 @@ def recompute_layers(lm: PreTrainedModel, context_fn: Callable[[], tuple[Any, An
     for layer in layers:
         # A bound method: a copy of the model then calls the copy's layer.
         layer.forward = MethodType(forward, layer)
+
+
+def sharding(ranks: int) -> dict[str, Any]:
+    """Name the argument of `from_pretrained` that divides the weights among the ranks (FSDP2)."""
+    # transformers 5.24 has it
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    return {"distributed_config": DistributedConfig(fsdp_size=ranks)}
+
+
+def begin_sharded(lm: PreTrainedModel) -> None:
+    """Call a sharded model once as a whole: FSDP wants that before any part of it is called.
+
+    FSDP then has two entries for a weight that embedding and head share, and where the vocabulary
+    is no multiple of the ranks, each entry has padded rows of its own: the optimizer would move one
+    of them. They get the same rows here.
+    """
+    with torch.no_grad():
+        lm(input_ids=torch.ones(1, 2, dtype=torch.long, device=lm.device), use_cache=False)
+    reshard(lm)
+    states = dict.fromkeys(fully_shard.state(m) for m in lm.modules() if isinstance(m, FSDPModule))  # pyright: ignore[reportFunctionMemberAccess]
+    groups = chain(*(getattr(state, "_fsdp_param_groups", ()) for state in states))
+    entries = [entry for group in groups for entry in group.fsdp_params]
+    rows = {e._sharded_param_data.untyped_storage().data_ptr(): e for e in entries}
+    for entry in entries:
+        seen = entry.sharded_param._local_tensor.untyped_storage().data_ptr()
+        entry._sharded_param_data = rows[seen]._sharded_param_data
+
+
+def inside_forward(lm: PreTrainedModel, run: Callable[[], Any]) -> Any:
+    """Call `run` as if it were the model's forward pass: around it FSDP gathers the weights that
+    belong to no layer, such as a tied output head's. A part of the model alone would lack them."""
+    lm.forward = run
+    try:
+        return lm()
+    finally:
+        del lm.forward
+
+
+def reshard(lm: torch.nn.Module) -> None:
+    """Free what was gathered of a sharded model's weights: each parameter is this rank's part."""
+    for module in lm.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def keep_long_rope(lm: PreTrainedModel) -> None:

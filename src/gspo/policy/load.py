@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -26,7 +27,11 @@ SMALL = 20_000_000  # parameters below which threads inside an operation slow a 
 
 
 def load_policy(
-    base_model: str, config: InternalModelConfig | None = None, *, checkpoint: Path | None = None
+    base_model: str,
+    config: InternalModelConfig | None = None,
+    *,
+    checkpoint: Path | None = None,
+    mesh: Workers | None = None,
 ) -> Policy:
     """Load `base_model`, or the weights of a checkpoint of it.
 
@@ -35,6 +40,8 @@ def load_policy(
             a LoRA adapter: its model, with the adapter merged into the weights.
         config: precision, LoRA and context.
         checkpoint: a folder written by `save_weights`, whose weights are taken instead.
+        mesh: the processes that load the model at the same time and hold a part of it each; None:
+            this one alone.
 
     Raises:
         ModelError: unknown model, unusable architecture, or a context beyond the model's.
@@ -44,7 +51,9 @@ def load_policy(
     saved_whole = checkpoint is not None and config.lora is None
     weights = str(checkpoint) if saved_whole else source
     trust, device = config.trust_remote_code, _device(config.device)
-    lm = read_merged(weights, base_model, trust_remote_code=trust).to(device)  # pyright: ignore[reportArgumentType]
+    ranks = 1 if mesh is None else mesh.size
+    lm = read_merged(weights, base_model, trust_remote_code=trust, ranks=ranks)
+    lm = lm.to(device)  # pyright: ignore[reportArgumentType]
     # What a new adapter is of: a path that is right from wherever it is read.
     lm.name_or_path = os.path.abspath(source) if Path(source).is_dir() else source
     tokenizer = read_tokenizer(source, trust_remote_code=trust)
@@ -56,6 +65,7 @@ def load_policy(
     context = settle_context(lm, base_model, config.max_context)
     threads, workers = _threads(lm, config.threads)
     torch.set_num_threads(threads)
+    hf.reshard(lm)  # what is frozen now is to be each rank's part
     peft = None if config.lora is None else add_lora(lm, config.lora, checkpoint)
     policy = Policy(
         lm=lm.eval(),
@@ -68,7 +78,7 @@ def load_policy(
         entries=max(tokenizer.get_vocab().values()) + 1,  # heads are often padded beyond them
         checkpointing=config.activation_checkpointing,
         # peft swaps the experts' weights on the module while it computes, for every thread.
-        workers=Workers(1 if peft else workers),
+        workers=mesh or Workers(1 if peft else workers),
     )
     if policy.checkpointing:  # with the same replayed choices of experts
         hf.recompute_layers(lm, policy.routers.recompute)
@@ -76,15 +86,21 @@ def load_policy(
 
 
 def read_merged(
-    source: str, name: str, *, adapters: Sequence[str] = (), trust_remote_code: bool = False
+    source: str, name: str, *, adapters: Sequence[str] = (), ranks: int = 1, **options: Any
 ) -> PreTrainedModel:
     """Read a model in float32, with the adapter that `source` may be, and further ones, merged.
+    `ranks` and `options` are those of `read_model`.
 
     Raises:
-        ModelError: see `read_model` and `merge_adapter`.
+        ModelError: see `read_model` and `merge_adapter`; an adapter, and more than one process.
     """
     base, below = adapters_below(source)
-    lm = read_model(base, name, trust_remote_code=trust_remote_code)
+    if below and ranks > 1:
+        raise ModelError(
+            f"base_model {source!r} is a LoRA adapter, which {ranks} processes cannot merge: write "
+            "a folder with the adapter merged (gspo export), and give that"
+        )
+    lm = read_model(base, name, ranks=ranks, **options)
     for adapter in (*below, *adapters):
         lm = merge_adapter(lm, adapter)
     return lm
@@ -113,10 +129,14 @@ def caps_or_sinks(lm: PreTrainedModel) -> bool:
 
 def save_weights(policy: Policy, folder: Path) -> None:
     """Write weights and tokenizer in Hugging Face layout (with LoRA: the adapter in peft's)."""
+    first = policy.workers.rank == 0
     with hf.quiet(), quiet_peft() if policy.peft else nullcontext():
-        (policy.peft or policy.lm).save_pretrained(folder)
-        policy.tokenizer.save_pretrained(folder)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's model card, whose fields are empty
+        if first or not policy.peft:  # each rank has the whole adapters, and a part of a model
+            (policy.peft or policy.lm).save_pretrained(folder)
+        if first:
+            policy.tokenizer.save_pretrained(folder)
+            # peft's model card, whose fields are empty
+            (folder / "README.md").unlink(missing_ok=True)
 
 
 def _device(name: str) -> torch.device:

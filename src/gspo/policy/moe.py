@@ -163,7 +163,7 @@ class ExpertChoices(TorchFunctionMode):
         layers, experts = len(routers.modules), routers.experts
         self.balance: Tensor | float = 0.0
         self.complete = layers > 0
-        self._routers = routers
+        self._routers, self._experts = routers, experts
         # One byte up to 256 experts: the choices of a rollout batch can be gigabytes.
         self._dtype = torch.uint8 if experts <= 256 else torch.int16
         self._replay, self._weights, self._copies = replay, weights, copies
@@ -180,6 +180,11 @@ class ExpertChoices(TorchFunctionMode):
         again = ExpertChoices(self._routers, self._replay, self._weights, self._copies)
         again._routed, again.padding = list(self._routed), self.padding
         return again
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process is told of them: not the model, and no gradient."""
+        balance = self.balance.detach() if isinstance(self.balance, Tensor) else self.balance
+        return self.__dict__ | {"_routers": None, "_replay": None, "balance": balance}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -260,7 +265,7 @@ class ExpertChoices(TorchFunctionMode):
 
     def loads(self) -> Int[Tensor, "N E"]:
         """Count the tokens that each expert of each layer computed, each as often as its copies."""
-        used, experts = self.used().long(), self._routers.experts
+        used, experts = self.used().long(), self._experts
         tokens, layers, _ = used.shape
         copies = used.new_ones(tokens) if self._copies is None else self._copies.long()
         copies = copies.to(used.device, non_blocking=True)[:, None, None].expand(used.shape)

@@ -144,6 +144,16 @@ class Policy:
         Returns:
             [M] float32 log-probs with gradient, and entropies without.
         """
+        if self.workers.size == 1:
+            return self._logprobs(microbatch, chunk)
+
+        def run() -> tuple[Tensor, Tensor]:  # FSDP looks for tensors, and into no dataclass
+            scored = self._logprobs(microbatch, chunk)
+            return scored.logprobs, scored.entropy
+
+        return TokenLogprobs(*hf.inside_forward(self.lm, run))
+
+    def _logprobs(self, microbatch: Microbatch, chunk: int | None) -> TokenLogprobs:
         hidden = self._hidden_states(microbatch)
         return token_logprobs(
             hidden.index_select(0, self._there(microbatch.sources)),

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from gspo.core.errors import ModelError, suggestion
-from gspo.kernels.hf import quiet
+from gspo.kernels.hf import begin_sharded, quiet, sharding
 from gspo.policy.embedded import PREFIX, RECIPES, embedded_folder
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -116,6 +116,7 @@ def read_model(
     *,
     trust_remote_code: bool = False,
     dtype: torch.dtype = torch.float32,
+    ranks: int = 1,
 ) -> PreTrainedModel:
     """Read a causal LM.
 
@@ -124,15 +125,20 @@ def read_model(
         source: what the user calls the model.
         trust_remote_code: run code of the folder, if its config asks for it.
         dtype: of the weights, but for those that the architecture keeps in float32.
+        ranks: processes that read the model at the same time and hold a part of it each.
 
     Raises:
         ModelError: unknown model or architecture, pickled or quantized weights.
     """
     check_no_pickles(path)
-    options = {"dtype": dtype, "use_safetensors": True}
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+    if ranks > 1:
+        options |= sharding(ranks)
     lm = _read(AutoModelForCausalLM, path, trust_remote_code, source, **options)
     if getattr(lm, "is_quantized", False):
         raise ModelError(f"{source!r} holds quantized weights; dequantize it to train it")
+    if ranks > 1:
+        begin_sharded(lm)
     return lm
 
 

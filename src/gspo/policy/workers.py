@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from gspo.core.timing import beside
 
@@ -24,10 +25,19 @@ class Workers:
 
     >>> Workers(2).map(lambda x: x + 1, [1, 2, 3])
     [2, 3, 4]
+
+    Several processes are another class with these methods, `gspo.train.mesh.Mesh`.
+
+    Attributes:
+        count: how many microbatches are computed side by side.
+        threads: how many of them in this process.
+        rank, size: which of how many processes this is.
     """
 
+    rank, size = 0, 1
+
     def __init__(self, count: int = 1):
-        self.count = count
+        self.count = self.threads = count
         self._pool = ThreadPoolExecutor(
             count, "gspo-microbatch", initializer=torch.set_num_threads, initargs=(1,)
         )
@@ -46,3 +56,14 @@ class Workers:
         futures = [self._pool.submit(work, item) for item in items]
         wait(futures)
         return [future.result() for future in futures]
+
+    def backward(self, loss: Tensor) -> None:
+        """The backward pass of a microbatch's part of the loss."""
+        loss.backward()
+
+    def finish(self, lm: torch.nn.Module) -> None:
+        """After the last backward pass of an optimizer step: `.grad` is the whole step's."""
+
+    def share(self, value: A) -> A:
+        """The value that the first process gives."""
+        return value

@@ -31,24 +31,26 @@ def backward_each(
         policy: its trainable parameters get the gradient.
         microbatches: of one optimizer step.
         loss_of: the forward pass: the loss of a microbatch, and what else it returns.
-        workers: threads that compute one microbatch each.
+        workers: threads or processes that compute one microbatch each.
 
     Yields:
         What else `loss_of` returned for each microbatch, in their order.
     """
     # Looked up only where they are needed: a GPU would wait for it.
-    parameters = list(policy.trainable.values()) if workers.count > 1 else []
+    parameters = list(policy.trainable.values()) if workers.threads > 1 else []
 
     def backward(microbatch: Microbatch) -> tuple[T, Sequence[Tensor | None]]:
         loss, scored = loss_of(microbatch)
         with span("backward"):
-            if workers.count > 1:
+            if workers.threads > 1:
                 return scored, torch.autograd.grad(loss, parameters, allow_unused=True)
-            loss.backward()
+            workers.backward(loss)
             return scored, ()
 
-    for start in range(0, len(microbatches), workers.count):
-        turn = microbatches[start : start + workers.count]
+    # The gradients of few microbatches only lie beside one another.
+    most = workers.threads if workers.size == 1 else max(1, len(microbatches))
+    for start in range(0, len(microbatches), most):
+        turn = microbatches[start : start + most]
         for scored, gradients in workers.map(backward, turn):
             for parameter, gradient in zip(parameters, gradients, strict=False):
                 if parameter.grad is None:
@@ -56,3 +58,4 @@ def backward_each(
                 elif gradient is not None:
                     parameter.grad += gradient
             yield scored
+    workers.finish(policy.lm)

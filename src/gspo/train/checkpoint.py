@@ -2,7 +2,8 @@
 
 <step>/                 Hugging Face layout: loads with from_pretrained
     config.json, model.safetensors, tokenizer.json, ...   (LoRA: adapter_model.safetensors)
-    optimizer.safetensors   AdamW's moments by parameter name
+    optimizer.safetensors   AdamW's moments by parameter name; of several ranks, optimizer/ with
+                            a file of each (torch.distributed.checkpoint), for any number of ranks
     trainer.json            step, policy version, steered epsilon
     manifest.json           format, and size and SHA-256 of each other file; written last
 """
@@ -14,11 +15,13 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint import hf_storage, state_dict_loader, state_dict_saver
 
 from gspo.core.errors import CheckpointError, GspoError
 from gspo.core.files import replacing, strict_json
@@ -28,8 +31,8 @@ from gspo.policy.policy import Policy
 from gspo.train.trainer import Trainer
 
 FORMAT = 1
-_OPTIMIZER, _STATE = "optimizer.safetensors", "trainer.json"
-TRAINING_FILES = (_OPTIMIZER, _STATE, "manifest.json")
+_OPTIMIZER, _SHARDS, _STATE = "optimizer.safetensors", "optimizer", "trainer.json"
+TRAINING_FILES = (_OPTIMIZER, _SHARDS, _STATE, "manifest.json")
 """Files of a checkpoint that only training reads."""
 
 
@@ -59,8 +62,12 @@ def save_checkpoint(folder: Path, trainer: Trainer) -> Path:
         RunError: the disk is full or read-only. Earlier checkpoints stay as they were.
     """
     target = folder / checkpoint_name(trainer.step)
-    with replacing(target) as building:
-        building.mkdir(parents=True)
+    workers = trainer.policy.workers
+    first = workers.rank == 0
+    with replacing(target) if first else nullcontext(target) as building:
+        if first:
+            building.mkdir(parents=True)
+        building = workers.share(building)
         try:
             _write(building, trainer)
         except SafetensorError as error:  # safetensors raises no OSError
@@ -76,8 +83,12 @@ def load_trainer_state(folder: Path, trainer: Trainer) -> None:
         CheckpointError: the files hold something else, or another step than the folder's name.
     """
     with understood(folder, "its training state"):
-        tensors = load_file(folder / _OPTIMIZER)
-        tensors.pop("rng.torch", None)  # torch's own generator, which nothing here draws from
+        whole = (folder / _OPTIMIZER).exists()
+        if whole and trainer.policy.workers.size == 1:
+            tensors = load_file(folder / _OPTIMIZER)
+            tensors.pop("rng.torch", None)  # torch's own generator, which nothing here draws from
+        else:
+            tensors = _read_shards(folder if whole else folder / _SHARDS, trainer)
         trainer.optimizer.load_state(tensors)
         state = json.loads((folder / _STATE).read_bytes())
         step, version, epsilon = state["step"], state["policy_version"], state.get("epsilon_low")
@@ -109,8 +120,9 @@ def verify_checkpoint(folder: Path) -> None:
         manifest = json.loads((folder / "manifest.json").read_bytes())
         written, files = manifest["format"], manifest["files"]
         newer = written > FORMAT
-        weights = [n for n in files if n.endswith(".safetensors") and n != _OPTIMIZER]
-        if not weights or not {_OPTIMIZER, _STATE} <= files.keys():
+        tensors = [n for n in files if n.endswith(".safetensors")]
+        moments = [n for n in tensors if n == _OPTIMIZER or n.startswith(f"{_SHARDS}/")]
+        if len(tensors) == len(moments) or not moments or _STATE not in files:
             raise ValueError(f"it lists no weights, no {_OPTIMIZER} or no {_STATE}")
     if newer:
         raise CheckpointError(
@@ -148,7 +160,13 @@ def _write(folder: Path, trainer: Trainer) -> None:
     policy: Policy = trainer.policy
     save_weights(policy, folder)
     tensors = trainer.optimizer.state()
-    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / _OPTIMIZER)
+    if policy.workers.size > 1:
+        writer = hf_storage.HuggingFaceStorageWriter(str(folder / _SHARDS), save_distributed=True)
+        state_dict_saver.save(dict(tensors), storage_writer=writer)
+        if policy.workers.rank > 0:
+            return
+    else:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / _OPTIMIZER)
     epsilon = trainer.epsilon.epsilon_low
     state = {"step": trainer.step, "policy_version": policy.version, "epsilon_low": epsilon}
     (folder / _STATE).write_text(strict_json(state))
@@ -156,6 +174,15 @@ def _write(folder: Path, trainer: Trainer) -> None:
     files = {str(path.relative_to(folder)): _proof(path) for path in written}
     manifest = {"format": FORMAT, "base_model": policy.source, "files": files}
     (folder / "manifest.json").write_text(strict_json(manifest, indent=1))
+
+
+def _read_shards(folder: Path, trainer: Trainer) -> dict[str, Tensor]:
+    """This rank's part of the optimizer's state, by whatever number of ranks it was written."""
+    reader = hf_storage.HuggingFaceStorageReader(str(folder))
+    stored = reader.read_metadata().state_dict_metadata
+    tensors = {n: t for n, t in trainer.optimizer.empty_state().items() if n in stored}
+    state_dict_loader.load(tensors, storage_reader=reader, no_dist=trainer.policy.workers.size == 1)
+    return tensors
 
 
 def _proof(path: Path) -> dict[str, int | str]:

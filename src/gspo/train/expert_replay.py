@@ -119,12 +119,14 @@ class ExpertReplay:
         self._loads = []
         if self.coefficient == 0:
             return
-        loads: list[Tensor] = []
         self._weights = None
-        for microbatch in microbatches:
+
+        def loads_of(microbatch: Microbatch) -> Tensor:
             with torch.no_grad(), self.watch(microbatch) as choices:
                 self.policy.logprobs(microbatch)
-            loads.append(choices.loads())
+            return choices.loads()
+
+        loads = self.policy.workers.map(loads_of, microbatches)
         tokens = sum(microbatch.sample_tokens for microbatch in microbatches)
         total = sum(loads[1:], loads[0])
         share = total.float() / total.sum(-1, keepdim=True)

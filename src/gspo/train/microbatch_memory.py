@@ -25,7 +25,8 @@ _TEXT = 512  # tokens
 def microbatch_tokens(policy: Policy) -> int:
     """Tokens that fit, measured at the first call and kept: each step is packed alike."""
     if policy.microbatch_tokens is None:
-        policy.microbatch_tokens = _measured(policy)
+        # Of several ranks the first one's: it samples, too, so less memory is free there.
+        policy.microbatch_tokens = policy.workers.share(_measured(policy))
     return policy.microbatch_tokens
 
 

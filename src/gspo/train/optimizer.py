@@ -84,6 +84,13 @@ class Optimizer:
             for key, value in self._adam.state.get(parameter, {}).items()
         }
 
+    def empty_state(self) -> dict[str, Tensor]:
+        """What `state()` has after a step, of zeros."""
+        zeros = {"exp_avg": torch.zeros_like, "exp_avg_sq": torch.zeros_like}
+        zeros["step"] = lambda _: torch.zeros(())
+        named = [(f"{n}.{k}", zeros[k], p) for n, p in self._parameters.items() for k in zeros]
+        return {name: make(parameter.detach()) for name, make, parameter in named}
+
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state()` returned.
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from itertools import chain
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -25,7 +26,7 @@ from gspo.core.errors import NumericsError
 from gspo.core.metrics import Metrics
 from gspo.data.packing import Microbatch
 from gspo.data.sample import TrajectorySamples, flat, unit_count
-from gspo.objective import policy_loss
+from gspo.objective import LossOutput, policy_loss
 from gspo.policy.moe import ExpertChoices
 from gspo.policy.policy import Policy
 from gspo.policy.workers import Workers
@@ -117,7 +118,8 @@ class Trainer:
         nothing depends on how it is split into microbatches.
         """
         settings, experts, observer = call.settings, call.experts, call.observer
-        trained = plan.with_gradient(minibatch, settings.objective)
+        objective = settings.objective
+        trained = plan.with_gradient(minibatch, objective)
         if not trained:
             observer.metrics.add("optim/skipped", 1)
             return False
@@ -128,17 +130,19 @@ class Trainer:
         microbatches = plan.microbatches(self.policy, trained, settings, replay=experts.replays)
         experts.begin(microbatches, on_policy=on_policy)
 
-        def forward(microbatch: Microbatch) -> tuple[Tensor, tuple[Scored, ExpertChoices]]:
+        def forward(microbatch: Microbatch) -> tuple[Tensor, tuple[Any, ...]]:
             return self.loss(microbatch, call, n, t, exact=on_policy and self.policy.exact)
 
         # A reference may be the policy itself with its adapters off, which is off for all threads.
-        workers = Workers() if settings.objective.kl_coef > 0 else self.policy.workers
+        threaded = self.policy.workers.threads > 1
+        workers = Workers() if threaded and objective.kl_coef > 0 else self.policy.workers
         scored: list[Scored] = []
-        for result, choices in backward_each(self.policy, microbatches, forward, workers):
-            experts.record(result.microbatch, choices)
-            scored.append(result)
+        results = backward_each(self.policy, microbatches, forward, workers)
+        for microbatch, (*result, choices) in zip(microbatches, results, strict=True):
+            experts.record(microbatch, choices)
+            scored.append(Scored(microbatch, *result))
         experts.end()
-        observer.record(scored, settings.objective, on_policy=on_policy)
+        observer.record(scored, objective, on_policy=on_policy)
         return True
 
     def loss(
@@ -149,8 +153,9 @@ class Trainer:
         total_tokens: int,
         *,
         exact: bool = False,
-    ) -> tuple[Tensor, tuple[Scored, ExpertChoices]]:
-        """The microbatch's part of the minibatch's loss (they add up), and what is reported of it.
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, LossOutput, ExpertChoices]]:
+        """The microbatch's part of the minibatch's loss (they add up), and what is reported of it:
+        the rest of `Scored`, and its expert choices.
 
         Args:
             total_sequences, total_tokens: N and T of the whole minibatch.
@@ -178,7 +183,7 @@ class Trainer:
         loss = out.loss + call.experts.coefficient * choices.balance
         # Detached: else the graph of each microbatch would live until the end of the step.
         out = replace(out, loss=loss.detach())
-        return loss, (Scored(microbatch, scored.logprobs.detach(), scored.entropy, out), choices)
+        return loss, (scored.logprobs.detach(), scored.entropy, out, choices)
 
     def reference(self, microbatch: Microbatch) -> Float[Tensor, " M"]:
         """Log-probs of the frozen base model: LoRA's model without adapters, else a copy."""

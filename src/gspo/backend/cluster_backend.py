@@ -1,0 +1,144 @@
+"""`ClusterBackend`: one model trained by several processes, behind the same user code.
+
+The first rank has the user's script, the server and an engine; the others wait for work in the
+constructor, and end when the first one closes. Under torchrun every rank runs the script; with
+`nproc` the ranks are started here.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gspo.backend.base import ModelLike
+from gspo.backend.engines import Proved, load_step, proved_engine
+from gspo.backend.local import LocalBackend
+from gspo.backend.ranks import Ranks, follow, load_on_ranks
+from gspo.backend.service import Service
+from gspo.core.compute import free_cores
+from gspo.core.errors import ConfigError, check_whole
+from gspo.dev import InternalModelConfig
+from gspo.train.mesh import LIMIT, Mesh, started_ranks
+from gspo.train.trainer import Trainer
+from gspo.weights.gathered_copy import GatheredCopy, whole_weights
+
+T = TypeVar("T")
+
+
+class ClusterBackend(LocalBackend):
+    """Trains with FSDP2 on several ranks and samples on the first one, from an unsharded copy.
+
+    Args:
+        path: as `LocalBackend`'s; all ranks must see it.
+        nproc: how many ranks to start on this machine, this process included. None: those that
+            torchrun has started; without torchrun, this process alone.
+        timeout: seconds that a rank waits for another one inside a step.
+        options: `LocalBackend`'s.
+
+    Raises:
+        ConfigError: `nproc` under torchrun, or ranks that don't come or don't fit together.
+        MissingDependencyError: transformers is older than 5.24.
+    """
+
+    def __init__(
+        self,
+        path: str | Path = ".art",
+        *,
+        nproc: int | None = None,
+        timeout: float = LIMIT,
+        **options: Any,
+    ):
+        if nproc is not None:
+            check_whole("nproc", nproc, 1, 1024)
+        started = started_ranks()
+        if started is not None and nproc not in (None, started):
+            raise ConfigError(f"nproc={nproc}, but torchrun has started {started}: leave nproc out")
+        self._children: list[subprocess.Popen[bytes]] = []
+        self._ranks: Ranks | None = None
+        if started is None and (nproc or 1) > 1:
+            self._start(nproc or 1, timeout)
+        if (started or nproc or 1) > 1:
+            mesh = Mesh(timeout)
+            if mesh.rank > 0:
+                follow(mesh)
+            self._ranks = Ranks(mesh)
+        super().__init__(path, **options)
+
+    def _service_of(self, *parts: Any) -> Service:
+        if self._ranks is None:
+            return Service(*parts)
+        return ShardedService(*parts, ranks=self._ranks)
+
+    async def close(self) -> None:
+        ranks, self._ranks = self._ranks, None
+        try:
+            if ranks is not None:
+                await self._compute.run(ranks.close)
+        finally:
+            await super().close()
+            self._end_children(10.0)
+
+    def _start(self, nproc: int, timeout: float) -> None:
+        """Start the other ranks, and set this one's variables."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(nproc)}
+        threads = {"OMP_NUM_THREADS": str(max(1, free_cores() // nproc))}
+        work = f"from gspo.backend.ranks import *; follow(Mesh({timeout!r}))"
+        command = [sys.executable, "-c", work]
+        atexit.register(self._end_children, 0.0)
+        for rank in range(1, nproc):
+            number = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            environment = {**threads, **os.environ, **own, **number}
+            self._children.append(subprocess.Popen(command, env=environment))
+        os.environ.update(own | {"RANK": "0", "LOCAL_RANK": "0"})
+
+    def _end_children(self, seconds: float) -> None:
+        for child in self._children:
+            try:
+                child.wait(seconds)
+            except subprocess.TimeoutExpired:
+                child.kill()
+        if self._children:
+            for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+                os.environ.pop(name, None)
+        self._children.clear()
+
+
+class ShardedService(Service):
+    """A model whose weights are divided among the ranks."""
+
+    def __init__(self, *parts: Any, ranks: Ranks):
+        self._ranks = ranks
+        super().__init__(*parts)
+
+    def _everywhere(self, function: Callable[..., T], *args: Any) -> T:
+        return self._ranks.call(function, *args)
+
+    def _load(self, model: ModelLike, checkpoint: Path | None) -> Trainer:
+        config, source = model.internal_config, model.source
+        if config.exact or config.rollout_dtype is not None:
+            raise ConfigError(
+                "exact=True and rollout_dtype are not built for more than one process: the engine "
+                "samples from an unsharded float32 copy. Leave them out"
+            )
+        self._copied = source or "", config, checkpoint
+        return self._ranks.call(load_on_ranks, self._ranks.mesh, *self._copied, self.run.folder)
+
+    def _proved(self, config: InternalModelConfig, **options: Any) -> Proved:
+        gather = partial(self._everywhere, _weights_of, self.trainer)
+        copy = GatheredCopy(load_step(*self._copied), gather)
+        copy.policy.version = self.trainer.policy.version
+        return proved_engine(self.trainer.policy, config, copied=(copy.policy, copy), **options)
+
+
+def _weights_of(trainer: Trainer, frozen: bool) -> Any:
+    return whole_weights(trainer.policy, frozen=frozen)

@@ -1,0 +1,147 @@
+"""Work that all ranks do together: the first one says what, the others wait for it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from gspo.backend.service import load_trainer
+from gspo.core.errors import ConfigError
+from gspo.dev import InternalModelConfig
+from gspo.policy.source import resolve
+from gspo.train.mesh import GRACE, Mesh
+from gspo.train.trainer import Trainer
+
+T = TypeVar("T")
+
+
+class _Known(NamedTuple):
+    """What each rank has of its own: the mesh, or a trainer."""
+
+    number: int
+
+
+class Ranks:
+    """The ranks of this process's group. `call` on the first one, `follow` on all others."""
+
+    def __init__(self, mesh: Mesh):
+        self.mesh = mesh
+        self._known: list[Any] = [mesh]
+
+    def call(self, function: Callable[..., T], *args: Any) -> T:
+        """Call a function of a module on every rank; the mesh and trainers among its arguments are
+        each rank's own.
+
+        Raises:
+            RunError: see `Mesh.together`.
+        """
+        numbers = {id(known): n for n, known in enumerate(self._known)}
+        told = [_Known(numbers[id(a)]) if id(a) in numbers else a for a in args]
+        return self.mesh.together(lambda: self._work(self.mesh.share((function, told))))
+
+    def follow(self) -> None:
+        """Do what the first rank says, until it closes.
+
+        Raises:
+            RunError: a rank failed or ended, or there is no work; see `Mesh`.
+        """
+        while True:
+            self.mesh.await_work()
+            try:
+                if self.mesh.together(lambda: self._work(self.mesh.share(None))) is _end:
+                    break
+            except Exception as error:  # the first rank raises the same, and its user decides
+                if self.mesh.broken:
+                    raise
+                print(f"rank {self.mesh.rank}: {type(error).__name__}: {error}", file=sys.stderr)
+        self.mesh.close()
+
+    def close(self) -> None:
+        """End all ranks."""
+        if not self.mesh.broken:
+            self.call(_end)
+        self.mesh.close()
+
+    def _work(self, work: Any) -> Any:
+        function, told = work
+        args = [self._known[a.number] if isinstance(a, _Known) else a for a in told]
+        result = function(*args)
+        if isinstance(result, Trainer):
+            self._known.append(result)
+        return _end if function is _end else result
+
+
+def _end() -> None:
+    """The last work."""
+
+
+def load_on_ranks(
+    mesh: Mesh,
+    base_model: str,
+    config: InternalModelConfig,
+    checkpoint: Path | None,
+    folder: Path,
+) -> Trainer:
+    """Load a model on every rank, a part of it each.
+
+    Args:
+        folder: of the run, which all ranks must see.
+
+    Raises:
+        ConfigError: the ranks have other files of the model, or another folder.
+        ModelError, CheckpointError: see `load_trainer`.
+    """
+    _check_shared(mesh, folder)
+    remedy = "copy the same files to every machine, or give a folder that all of them share"
+    mesh.agree(f"base_model {base_model!r}", _fingerprint(resolve(base_model)), remedy)
+    trainer = load_trainer(base_model, config, checkpoint, mesh)
+    packing = trainer.policy.packing, trainer.policy.shares_prompts
+    mesh.agree("how samples are packed", packing, "use machines of one kind")
+    return trainer
+
+
+def _check_shared(mesh: Mesh, folder: Path) -> None:
+    mark = folder / f".shared-{uuid.uuid4().hex}"
+    if mesh.rank == 0:
+        mark.touch()
+    mark = mesh.share(mark)
+    end = time.monotonic() + GRACE  # a network's file system may show it late
+    while not (seen := mark.exists()) and time.monotonic() < end:
+        time.sleep(0.05)
+    who = [f"rank {r} ({mesh.hosts[r]})" for r, one in enumerate(mesh.gather(seen)) if not one]
+    if mesh.rank == 0:
+        mark.unlink()
+    if who:
+        raise ConfigError(
+            f"{', '.join(who)} can't see {folder}, which rank 0 ({mesh.hosts[0]}) writes: give "
+            "ClusterBackend(path=) a folder that all machines share"
+        )
+
+
+def _fingerprint(source: str) -> str:
+    """Of a folder's small files and the sizes of all; of a hub id, the id."""
+    if not Path(source).is_dir():
+        return source
+    digest = hashlib.sha256()
+    for path in sorted(p for p in Path(source).iterdir() if p.is_file()):
+        size = path.stat().st_size
+        content = path.read_bytes() if path.suffix == ".json" else b""
+        digest.update(f"{path.name} {size} ".encode() + content)
+    return digest.hexdigest()[:16]
+
+
+def follow(mesh: Mesh) -> None:
+    """A rank other than the first: work until the end, and leave the process."""
+    try:
+        Ranks(mesh).follow()
+    except Exception as error:
+        print(f"rank {mesh.rank} ({mesh.hosts[mesh.rank]}) ends: {error}", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)  # the others learn of it by the closed connection: no library may delay that
+    raise SystemExit(0)

@@ -1,0 +1,238 @@
+"""The processes (ranks) that train one model together; nothing else reads RANK and WORLD_SIZE.
+
+The weights are divided among the ranks (FSDP2, see `hf.sharding`). Every rank makes the same plan
+of microbatches from the same seed, computes every `size`-th of them, and then knows the results of
+all: loss, metrics and traces are those of one process, and whoever makes them knows of no ranks.
+
+A rank without a microbatch in a turn computes another one's and counts it 0 times, since a layer's
+weights come together only if all ranks ask for them. An error on one rank therefore leaves the
+others waiting: `Mesh.together` finds out whose it was, by notes that the ranks leave in the
+rendezvous's store, and every rank ends with its name and host.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
+
+from gspo.core.errors import ConfigError, MissingDependencyError, RunError
+from gspo.kernels import hf
+from gspo.policy.workers import Workers
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+LIMIT = 600.0
+"""Seconds that a rank waits for another one inside a step."""
+IDLE = 24 * 3600.0
+"""Seconds that a rank waits for work, which is what sampling may take."""
+GRACE = 5.0
+"""Seconds after an error in which the other ranks may say that they had one too."""
+_STARTED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def started_ranks() -> int | None:
+    """How many ranks torchrun has started, this one included; None: it has not started this one.
+
+    Raises:
+        ConfigError: only a part of what it sets is set.
+    """
+    given = {name: os.environ.get(name) for name in _STARTED}
+    if given["RANK"] is None and given["WORLD_SIZE"] is None:
+        return None
+    if None in given.values():
+        raise ConfigError(f"{given}: start the script with torchrun, which sets all, or unset them")
+    return int(given["WORLD_SIZE"] or 0)
+
+
+class Mesh(Workers):
+    """This rank among the others. Made on all of them at the same time; call `close` on all.
+
+    Attributes:
+        rank, size: this one, of how many.
+        hosts: the name of each rank's machine.
+        limit: seconds that one rank waits for another inside a step.
+        broken: why the ranks cannot go on; empty if they can.
+
+    Raises:
+        ConfigError: a rank did not come, or another version of a package is installed there.
+        MissingDependencyError: transformers is too old.
+    """
+
+    def __init__(self, limit: float = LIMIT):
+        super().__init__()
+        if tuple(map(int, version("transformers").split(".")[:2])) < (5, 24):
+            raise MissingDependencyError("transformers>=5.24", "cluster", "more than one process")
+        on_gpu, wait = torch.cuda.is_available(), timedelta(seconds=limit)
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        try:
+            self._store, self.rank, self.size = next(rendezvous("env://", timeout=wait))
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                store=PrefixStore("gspo-group", self._store),
+                rank=self.rank,
+                world_size=self.size,
+                timeout=wait,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} on {socket.gethostname()}"
+                f" waited up to {limit:.0f} s at {where} for the other ranks: {error}. Give every "
+                "machine the same number of machines, and an address that all of them reach"
+            ) from None
+        self.count, self.limit, self._calls = self.size, limit, 0
+        self._counts, self.broken = True, ""
+        self.hosts: list[str] = self.gather(socket.gethostname())
+        for package in ("gspo", "torch", "transformers"):
+            self.agree(f"the version of {package}", version(package), "install the same everywhere")
+
+    def map(self, function: Callable[[A], B], items: Sequence[A]) -> list[B]:
+        """Call the function with each item on one rank; every rank gets all results, in order."""
+        own = []
+        for turn in range(0, len(items), self.size):
+            self._counts = turn + self.rank < len(items)
+            result = function(items[turn + self.rank if self._counts else turn])
+            own += [result] * self._counts
+        results = self.gather(own)
+        return [results[i % self.size][i // self.size] for i in range(len(items))]
+
+    def backward(self, loss: Tensor) -> None:
+        # FSDP takes the mean over the ranks; the losses of microbatches are to be added up.
+        (loss * (self.size * self._counts)).backward()
+
+    def finish(self, lm: torch.nn.Module) -> None:
+        """Free the gathered weights, so that the optimizer and whoever reads sees each rank's part;
+        add up gradients of weights that are whole on each rank, such as adapters."""
+        hf.reshard(lm)
+        whole = [p.grad for p in lm.parameters() if p.grad is not None]
+        whole = [gradient for gradient in whole if not isinstance(gradient, DTensor)]
+        if whole:
+            together = torch.cat([gradient.flatten() for gradient in whole])
+            dist.all_reduce(together)
+            parts = (together / self.size).split([gradient.numel() for gradient in whole])
+            for gradient, part in zip(whole, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def share(self, value: A) -> A:
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def gather(self, value: A) -> list[A]:
+        """The values of all ranks, on each of them. Tensors arrive on the device of this one."""
+        written = io.BytesIO()
+        torch.save(value, written)
+        texts: list[Any] = [None] * self.size
+        dist.all_gather_object(texts, written.getvalue())
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        # Our own ranks wrote it: no file is read.
+        return [torch.load(io.BytesIO(t), device, weights_only=False) for t in texts]
+
+    def agree(self, name: str, value: object, remedy: str) -> None:
+        """Refuse to go on, on every rank, unless all have the same value.
+
+        Raises:
+            ConfigError: names the ranks, their hosts and what they have.
+        """
+        values = [str(one) for one in self.gather(value)]
+        if len(set(values)) > 1:
+            told = [f"rank {r} ({self.hosts[r]}): {v}" for r, v in enumerate(values)]
+            raise ConfigError(f"{name} is not the same on all ranks: {'; '.join(told)}: {remedy}")
+
+    def await_work(self) -> None:
+        """Wait until the first rank calls `together`, for up to `IDLE` seconds.
+
+        Raises:
+            RunError: it doesn't, or it has ended.
+        """
+        try:
+            self._store.wait([f"call-{self._calls}"], timedelta(seconds=IDLE))
+        except RuntimeError as error:
+            raise RunError(
+                f"rank {self.rank} ({self.hosts[self.rank]}) waited for work from rank 0 "
+                f"({self.hosts[0]}), which has ended or gave none in {IDLE:.0f} s: {error}"
+            ) from None
+
+    def together(self, work: Callable[[], B]) -> B:
+        """Do the same work on every rank.
+
+        Returns:
+            What it returned here. What all ranks raise alike, such as that a loss is NaN, is raised
+            too, and they can go on.
+
+        Raises:
+            RunError: a rank failed or ended, which is named with its host; no rank can go on.
+        """
+        if self.broken:
+            raise RunError(self.broken)
+        number, self._calls = self._calls, self._calls + 1
+        failed: Exception | None = None
+        result: Any = None
+        try:
+            self._store.set(f"call-{number}", "")
+            result = work()
+        except Exception as error:
+            failed = error
+        lost = isinstance(failed, RuntimeError) and not isinstance(failed, torch.OutOfMemoryError)
+        kind = "" if failed is None else "lost" if lost else type(failed).__name__
+        try:
+            self._store.set(f"{number}-{self.rank}", json.dumps([kind, str(failed)]))
+            notes = self._notes(number, GRACE if failed else self.limit)
+        except RuntimeError:
+            notes = {0: ["lost", "the rendezvous is gone"]}
+        if len(notes) == self.size and {kind} == {note[0] for note in notes.values()} - {"lost"}:
+            if failed is not None:
+                raise failed
+            return result
+        self.broken = self._whose_fault(notes)
+        raise RunError(self.broken) from failed
+
+    def close(self) -> None:
+        """Leave the group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _notes(self, number: int, seconds: float) -> dict[int, list[str]]:
+        """What each rank says of a call's end; those that say nothing for so long are left out."""
+        notes: dict[int, list[str]] = {}
+        end = time.monotonic() + seconds
+        while len(notes) < self.size:
+            for rank in range(self.size):
+                if rank not in notes and self._store.check([f"{number}-{rank}"]):
+                    notes[rank] = json.loads(self._store.get(f"{number}-{rank}"))
+                    if notes[rank][0]:  # an error: whoever has none yet waits no longer
+                        end = min(end, time.monotonic() + GRACE)
+            if time.monotonic() > end:
+                break
+            time.sleep(0.002)
+        return notes
+
+    def _whose_fault(self, notes: dict[int, list[str]]) -> str:
+        raised = {
+            r: f"{kind}: {text}" for r, (kind, text) in notes.items() if kind not in ("", "lost")
+        }
+        silent = {r: "ended, or hangs" for r in range(self.size) if r not in notes}
+        others = {r: text for r, (kind, text) in notes.items() if kind == "lost"}
+        told = [
+            f"rank {r} ({self.hosts[r]}): {why}" for r, why in (raised or silent or others).items()
+        ]
+        return (
+            f"{'; '.join(told)}. The ranks train one model together, so all of them end. Mend that "
+            "and start the same command again: it goes on from the last checkpoint"
+        )

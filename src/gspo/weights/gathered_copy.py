@@ -1,0 +1,64 @@
+"""An unsharded copy of weights that several ranks hold a part of each, for the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from gspo.kernels import hf
+from gspo.policy.policy import Policy
+
+
+@torch.no_grad()
+def whole_weights(policy: Policy, *, frozen: bool) -> dict[str, Tensor]:
+    """The whole weights by name, on the first rank; {} on the others. All ranks call it together.
+
+    Args:
+        policy: sharded.
+        frozen: also those that are not trained.
+    """
+    hf.reshard(policy.lm)
+    named = dict(policy.lm.named_parameters()) if frozen else policy.trainable
+    weights: dict[str, Tensor] = {}
+    for name, weight in named.items():
+        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        if policy.workers.rank == 0:
+            weights[name] = whole.detach()
+    return weights
+
+
+class GatheredCopy:
+    """The copy, and its publisher (see `Publisher`).
+
+    Args:
+        policy: of the same model, loaded whole; it is written over.
+        gather: `whole_weights` of the trainer's policy, called on every rank.
+    """
+
+    tolerance = 0.0
+
+    def __init__(self, policy: Policy, gather: Callable[[bool], Mapping[str, Tensor]]):
+        self.policy, self._gather = policy, gather
+        policy.lm.requires_grad_(False)
+        self._take(gather(True))
+
+    def publish(self, policy: Policy) -> int:
+        self._take(self._gather(False))
+        self.policy.version = policy.version
+        return policy.version
+
+    def expected(self, policy: Policy) -> tuple[Policy, Mapping[str, Tensor]]:
+        return self.policy, _tensors(self.policy.lm) | dict(self._gather(False))
+
+    @torch.no_grad()
+    def _take(self, weights: Mapping[str, Tensor]) -> None:
+        tensors = _tensors(self.policy.lm)
+        for name, weight in weights.items():
+            tensors[name].copy_(weight)
+
+
+def _tensors(lm: nn.Module) -> dict[str, Tensor]:
+    return {**dict(lm.named_parameters()), **dict(lm.named_buffers())}

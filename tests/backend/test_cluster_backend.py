@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gspo.backend.cluster_backend import ClusterBackend
+from gspo.core.errors import ConfigError
+
+USER = """
+import asyncio, os, signal, sys
+import gspo as art
+from gspo.backend.cluster_backend import ClusterBackend
+
+async def main(nproc, path, steps, fault):
+    kind = {"timeout": 60.0} if nproc == 0 else {"nproc": nproc, "timeout": 60.0}
+    async with ClusterBackend(path=path, **kind) as backend:
+        model = art.TrainableModel(name="m", project="p", base_model="embedded:sort")
+        await model.register(backend)
+        client = model.openai_client()
+        for step in range(steps):
+            async def group(k):
+                asked = [{"role": "user", "content": f"{k} 5 1 9"}]
+                answer = await client.chat.completions.create(
+                    model="m", messages=asked, max_completion_tokens=12, seed=step * 100 + k, n=4)
+                return art.TrajectoryGroup([
+                    art.Trajectory(messages_and_choices=[*asked, c],
+                                   reward=float(len(set(c.message.content or "")))) 
+                    for c in answer.choices])
+            groups = [await group(k) for k in range(6)]
+            if fault == "kill" and step == 1:
+                os.kill(backend._children[0].pid, signal.SIGKILL)
+            done = await model.train(groups, art.TrainConfig(learning_rate=1e-3))
+            print(done.step, done.metrics["loss/policy"], done.metrics["publish/probe_max_diff"])
+
+asyncio.run(main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]))
+"""
+
+
+def user(nproc: int, path: Path, steps: int, fault: str = "", launcher: tuple[str, ...] = ()):
+    script = path.parent / "user.py"
+    script.write_text(USER)
+    command = [sys.executable, *launcher, str(script), str(nproc), str(path), str(steps), fault]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+
+
+def losses(path: Path) -> list[float]:
+    lines = (path / "p/m/metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss/policy"] for line in lines if "loss/policy" in line]
+
+
+def test_what_is_not_built_or_contradicts_itself_is_refused(monkeypatch, tmp_path):
+    with pytest.raises(ConfigError, match="engines"):  # sampling by servers is not built
+        ClusterBackend(tmp_path, engines=["http://localhost:1"])
+    with pytest.raises(ConfigError, match="nproc"):
+        ClusterBackend(tmp_path, nproc=0)
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "x",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="nproc=4, but torchrun has started 2"):
+        ClusterBackend(tmp_path, nproc=4)
+
+
+def test_one_process_starts_nothing(tmp_path):
+    backend = ClusterBackend(tmp_path, nproc=1)
+    assert backend._ranks is None and not backend._children
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
+    """1 + 1 + 1 steps by 4, 1 and 2 ranks are three steps by one process."""
+    for ranks in (4, 1, 2):
+        done = user(ranks, tmp_path / "many", 1)
+        assert done.returncode == 0, done.stderr[-2000:]
+    for _ in range(3):
+        assert user(1, tmp_path / "one", 1).returncode == 0
+    assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_same_script_runs_under_torchrun(tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+    done = user(0, tmp_path / "r", 1, launcher=launcher)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(losses(tmp_path / "r")) == 1
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_named_and_the_same_command_goes_on(tmp_path):
+    done = user(2, tmp_path / "r", 2, "kill")
+    assert done.returncode == 1
+    assert re.search(r"RunError: rank 1 \(.*\): ended", done.stderr), done.stderr[-2000:]
+    done = user(2, tmp_path / "r", 1)
+    assert done.returncode == 0 and done.stdout.startswith("2 "), done.stderr[-2000:]

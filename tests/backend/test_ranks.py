@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import pytest
+
+from gspo.backend.ranks import Ranks, _check_shared, _fingerprint
+from gspo.core.errors import ConfigError
+
+
+class OneRank:
+    """A mesh of one, or of two of which the other doesn't see the folder."""
+
+    rank, hosts, broken = 0, ("a", "b"), ""
+
+    def __init__(self, seen=(True,)):
+        self.seen, self.closed = seen, False
+
+    def share(self, value):
+        return value
+
+    def gather(self, value):
+        return list(self.seen)
+
+    def together(self, work):
+        return work()
+
+    def close(self):
+        self.closed = True
+
+
+def test_the_mesh_is_each_ranks_own_and_results_come_back():
+    mesh = OneRank()
+    ranks = Ranks(mesh)  # pyright: ignore[reportArgumentType]
+    assert ranks.call(lambda own, other: (own is mesh, other), mesh, 3) == (True, 3)
+    ranks.close()
+    assert mesh.closed
+
+
+def test_a_folder_that_a_rank_cannot_see_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"rank 1 \(b\) can't see"):
+        _check_shared(OneRank((True, False)), tmp_path)  # pyright: ignore[reportArgumentType]
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_files_of_a_model_are_noticed(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"12")
+    one = _fingerprint(str(tmp_path))
+    (tmp_path / "config.json").write_text("[]")
+    two = _fingerprint(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"123")
+    assert len({one, two, _fingerprint(str(tmp_path))}) == 3
+    assert _fingerprint("org/model") == "org/model"

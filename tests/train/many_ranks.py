@@ -1,0 +1,146 @@
+"""Five optimizer steps by all ranks and by one process, compared. Started by torchrun:
+
+    python -m torch.distributed.run --nproc-per-node 2 tests/train/many_ranks.py /tmp/m moe uneven
+
+Prints one line of JSON for each case, from the first rank: the largest relative differences.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+from torch.distributed.tensor import DTensor
+
+import gspo as art
+from gspo.policy.load import load_policy
+from gspo.policy.probe import choose_packing
+from gspo.train.mesh import Mesh
+from gspo.train.minibatches import prepare
+from gspo.train.settings import resolve
+from gspo.train.trainer import Trainer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from models import folder as saved_model
+from support import random_groups
+
+STEPS, RATE = 5, 1e-3
+SMALL = {"packed_sequence_length": 60}  # several microbatches
+CASES: dict[str, tuple[str, dict, dict]] = {
+    # name: base model, InternalModelConfig, TrainConfig
+    "dense": ("dense", {}, SMALL),
+    "dense_untied": ("dense_untied", {}, SMALL),
+    "dense_lora": ("dense", {"lora": {"r": 4}}, SMALL),
+    "moe": ("embedded:sort", {}, SMALL),
+    "moe_lora": ("embedded:sort", {"lora": {"r": 4}}, SMALL),
+    "unshared": ("embedded:sort", {}, SMALL | {"share_prefixes": False}),
+    "replay": ("embedded:sort", {}, SMALL | {"routing_replay": "old_policy"}),
+    "checkpointing": ("embedded:sort", {"activation_checkpointing": True}, SMALL),
+    "checkpointing_lora": (
+        "embedded:sort",
+        {"activation_checkpointing": True, "lora": {"r": 4}},
+        SMALL | {"routing_replay": "old_policy"},
+    ),
+    "uneven": ("embedded:sort", {}, {"packed_sequence_length": 100}),
+    "empty_rank": ("embedded:sort", {}, {}),  # one microbatch: other ranks have none
+    "skipped": ("embedded:sort", {}, SMALL | {"minibatches": 8}),
+    "load_balance": ("embedded:sort", {}, SMALL | {"router_aux_loss_coef": 0.1}),
+    "auto_epsilon": ("embedded:sort", {}, SMALL | {"epsilon": "auto"}),
+    "trainer_logprobs": ("embedded:sort", {}, SMALL | {"old_logprobs": "trainer"}),
+    "measured": ("embedded:sort", {}, SMALL | {"measure_routing": True}),
+    "kl": ("embedded:sort", {}, SMALL),
+    "kl_lora": ("embedded:sort", {"lora": {"r": 4}}, SMALL),
+    "turns": ("embedded:sort", {}, SMALL | {"sequence_unit": "turn"}),
+    "bfloat16": ("embedded:sort", {"dtype": "bfloat16"}, SMALL),
+}
+
+
+def trained(name: str, mesh: Mesh | None, folder: Path) -> tuple[dict, list[dict]]:
+    """The weights after five calls of `train`, and the metrics of each."""
+    base, config, options = CASES[name]
+    if base.startswith("dense"):
+        base = str(folder / base)
+    load = art.dev.InternalModelConfig(threads=1, **config)
+    policy = load_policy(base, load, mesh=mesh)
+    choose_packing(policy)
+    policy.workers.finish(policy.lm)
+
+    def reference():
+        frozen = load_policy(base, load, mesh=mesh)
+        frozen.packing, frozen.shares_prompts = policy.packing, policy.shares_prompts
+        return frozen
+
+    trainer, metrics = Trainer(policy, reference), []
+    for step in range(STEPS):
+        groups = random_groups(policy, groups=8, size=4, seed=step)
+        if name == "skipped":  # the second group alone makes a minibatch, or none
+            for t in groups[step % 8]:
+                t.reward = 1.0
+        kl = {"kl_penalty_coef": 0.1} if name.startswith("kl") else {}
+        settings = resolve(
+            art.TrainConfig(learning_rate=RATE, **kl),
+            art.dev.TrainConfig(adam_epsilon=1e-4, **options),
+        )
+        batch = prepare(groups, settings, context=policy.context, vocabulary=policy.head.size)
+        metrics.append(trainer.train(batch, settings).metrics.compute())
+    policy.workers.finish(policy.lm)
+    weights = {
+        n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for n, p in policy.lm.named_parameters()
+    }
+    return weights, metrics
+
+
+def difference(a: float, b: float) -> float:
+    if math.isnan(a) and math.isnan(b):
+        return 0.0
+    return abs(a - b) / max(1.0, abs(b))
+
+
+def compare(name: str, mesh: Mesh, folder: Path) -> dict:
+    weights, metrics = trained(name, mesh, folder)
+    one_weights, one_metrics = trained(name, None, folder)
+    assert weights.keys() == one_weights.keys(), weights.keys() ^ one_weights.keys()
+    moved = max(
+        float((weights[n] - w).abs().max() / w.abs().max().clamp(min=1e-3))
+        for n, w in one_weights.items()
+    )
+    told = {}
+    for mine, one in zip(metrics, one_metrics, strict=True):
+        same = {
+            k
+            for k in one
+            if not k.startswith(
+                ("time/", "tokens/packed", "tokens/computed", "tokens/shared", "throughput")
+            )
+        }
+        assert {k for k in mine if k in same or k in one} >= same, same - mine.keys()
+        for k in same:
+            told[k] = max(told.get(k, 0.0), difference(mine[k], one[k]))
+    worst = max(told, key=told.__getitem__)
+    return {
+        "case": name,
+        "weights": moved,
+        "metrics": told[worst],
+        "metric": worst,
+        "updates": sum(m["optim/updates"] for m in metrics),
+    }
+
+
+def main() -> None:
+    mesh, folder = Mesh(60), Path(sys.argv[1])
+    if mesh.rank == 0:
+        for kind, tied in (("dense", True), ("dense_untied", False)):
+            saved_model(folder / kind, "llama", tie_word_embeddings=tied)
+    mesh.share(None)  # the folders are there
+    for name in sys.argv[2:] or CASES:
+        found = compare(name, mesh, folder)
+        if mesh.rank == 0:
+            print(json.dumps(found), flush=True)
+    mesh.close()
+
+
+if __name__ == "__main__":
+    main()

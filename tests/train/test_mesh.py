@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gspo.core.errors import ConfigError, MissingDependencyError, NumericsError, RunError
+from gspo.train import mesh as module
+from gspo.train.mesh import Mesh, started_ranks
+
+CASES = Path(__file__).parent / "many_ranks.py"
+WEIGHTS, METRICS = 1e-5, 1e-4
+"""Largest relative differences after 20 optimizer steps in float32; 7e-6 and 2.4e-5 were seen."""
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """A mesh of this process alone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    given = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    mesh = Mesh(5)
+    yield mesh
+    mesh.close()
+
+
+def test_a_mesh_of_one_rank_is_the_process_itself(alone):
+    weight = torch.ones(3, requires_grad=True)
+    alone.backward((weight * 2).sum())
+    assert alone.map(lambda x: x + 1, [1, 2, 3]) == [2, 3, 4]
+    assert alone.share("x") == "x" and torch.equal(weight.grad, torch.full((3,), 2.0))
+    assert alone.together(lambda: 7) == 7
+
+
+def test_each_rank_computes_its_share_and_a_spare_one_counts_nothing(alone, monkeypatch):
+    """The second of two ranks, of three items: 1, and in the second turn 2 to no account."""
+    alone.rank, alone.size = 1, 2
+    monkeypatch.setattr(alone, "gather", lambda own: [["0", "2"], own])
+    weight, called = torch.zeros(1, requires_grad=True), []
+
+    def backward(item: int) -> str:
+        called.append(item)
+        alone.backward(weight.sum() * 10**item)
+        return str(item)
+
+    assert alone.map(backward, [0, 1, 2]) == ["0", "1", "2"]
+    assert called == [1, 2] and float(weight.grad) == 20.0  # FSDP halves it
+
+
+def test_what_ranks_disagree_on_is_named(alone, monkeypatch):
+    alone.hosts = ["a", "b"]
+    monkeypatch.setattr(alone, "gather", lambda own: [own, "5.23"])
+    with pytest.raises(ConfigError, match=r"torch is not .*rank 0 \(a\): 5.24; rank 1 \(b\): 5.23"):
+        alone.agree("torch", "5.24", "install one")
+
+
+def test_what_all_ranks_raise_alike_ends_nothing(alone):
+    def fail():
+        raise NumericsError("NaN")
+
+    with pytest.raises(NumericsError):
+        alone.together(fail)
+    assert alone.together(lambda: 1) == 1
+
+
+@pytest.mark.parametrize(
+    ("note", "named"),
+    [
+        (["NumericsError", "NaN"], r"rank 1 \(b\): NumericsError: NaN"),
+        (None, r"rank 1 \(b\): ended"),
+    ],
+)
+def test_a_rank_that_fails_alone_is_named_and_ends_all(alone, monkeypatch, note, named):
+    alone.hosts, alone.size = ["a", "b"], 2
+    monkeypatch.setattr(module, "GRACE", 0.1)
+    if note:
+        alone._store.set("0-1", json.dumps(note))
+
+    def closed():
+        raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(RunError, match=named):
+        alone.together(closed)
+    with pytest.raises(RunError, match=named):  # and nothing else is tried
+        alone.together(lambda: 1)
+
+
+def test_a_transformers_without_sharding_is_refused(monkeypatch):
+    monkeypatch.setattr(module, "version", lambda package: "5.23.1")
+    with pytest.raises(MissingDependencyError, match=r"5\.24"):
+        Mesh()
+
+
+def test_half_of_torchruns_variables_are_refused(monkeypatch):
+    assert started_ranks() is None
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"RANK.*torchrun"):
+        started_ranks()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_train_as_one_process_does(ranks, tmp_path):
+    """Weights, loss, norm and every metric, for each case of many_ranks.py."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*run, str(CASES), str(tmp_path)], capture_output=True, text=True, env=env, timeout=1200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case')]
+    assert len(told) == 20
+    exact = [case for case in told if case["case"] != "bfloat16"]
+    assert all(case["weights"] < WEIGHTS and case["metrics"] < METRICS for case in exact), told
