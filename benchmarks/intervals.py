@@ -1,4 +1,4 @@
-"""How often the intervals of core/intervals.py and lab/statistics.py err, by simulation.
+"""How often the intervals of experiment/heldout.py and lab/statistics.py err, by simulation.
 
     python benchmarks/intervals.py            # 2 to 10 minutes; the tables of docs/compare.md
     python benchmarks/intervals.py --times 200
@@ -13,7 +13,7 @@ import math
 import random
 from collections.abc import Callable
 
-from gspo.core.intervals import reward_interval
+from gspo.experiment.heldout import reward_interval
 from gspo.lab.compare_result import collapsed
 from gspo.lab.statistics import NO_DIFFERENCE, NO_INTERVAL, paired_difference, verdict
 

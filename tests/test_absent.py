@@ -5,21 +5,28 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import gspo as art
-from gspo import absent
+from gspo import absent, dev
+from gspo.config import TrainConfig
+from gspo.core.options import title_of
+from gspo.dev import InternalModelConfig
+from gspo.mcp import generate_scenarios
+from gspo.utils import iterate_dataset
+from gspo.utils.sft import train_sft_from_file
 
 
-@pytest.mark.parametrize("name", absent.MODULES)
+@pytest.mark.parametrize("name", absent.REASONS["modules"])
 def test_modules(name: str):
     with pytest.raises(ModuleNotFoundError, match=rf"gspo has no module '{name}': \w+"):
         importlib.import_module(f"gspo.{name}")
 
 
 def test_a_module_that_is_there_is_found_first(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(absent.MODULES, "core.draws", "it is there.")
+    monkeypatch.setitem(absent.REASONS["modules"], "core.draws", "it is there.")
     monkeypatch.delitem(sys.modules, "gspo.core.draws")
     importlib.import_module("gspo.core.draws")
     with pytest.raises(ModuleNotFoundError, match=r"^No module named 'gspo\.nothing'$"):
@@ -28,12 +35,43 @@ def test_a_module_that_is_there_is_found_first(monkeypatch: pytest.MonkeyPatch):
 
 def test_attributes(tmp_path: Path):
     model = art.Model(name="m", project="p")
-    owners = (art, absent.NAMES), (art.dev, absent.DEV), (model, absent.MODEL)
-    for owner, names in (*owners, (art.LocalBackend(tmp_path), absent.BACKEND)):
-        for name, reason in names.items():
+    owners = (art, "gspo"), (art.dev, "gspo.dev"), (model, "a model")
+    for owner, lacks in (*owners, (art.LocalBackend(tmp_path), "a backend")):
+        for name, reason in absent.REASONS[lacks].items():
             with pytest.raises(AttributeError) as caught:
                 getattr(owner, name)
             assert reason in str(caught.value)
             assert not hasattr(owner, name)
         with pytest.raises(AttributeError, match="nothing_of_this_name"):
             getattr(owner, "nothing_of_this_name")  # noqa: B009
+
+
+@pytest.mark.parametrize(
+    ("function", "title"),
+    [
+        (art.LocalBackend, "LocalBackend"),
+        (art.LocalBackend.fork_checkpoint, "fork_checkpoint"),
+        (art.Model.register, "register"),
+        (art.rewards.ruler, "ruler"),
+        (art.rewards.ruler_score_group, "ruler_score_group"),
+        (generate_scenarios, "generate_scenarios"),
+        (iterate_dataset, "iterate_dataset"),
+        (train_sft_from_file, "train_sft_from_file"),
+    ],
+)
+def test_arguments(function: Any, title: str):
+    for name, reason in absent.REASONS[title].items():
+        with pytest.raises(art.errors.ConfigError) as caught:
+            function(**{name: 1})
+        assert str(caught.value) == f"{title}: {name!r} is not supported: {reason}"
+    with pytest.raises(art.errors.ConfigError, match=f"^{title}: unknown argument 'nothing'"):
+        function(nothing=1)
+
+
+def test_each_table_has_a_user():
+    """None is left behind when what it is of is renamed."""
+    options = {title_of(c) for c in (TrainConfig, art.Model, dev.TrainConfig, InternalModelConfig)}
+    functions = {"LocalBackend", "fork_checkpoint", "register", "ruler", "ruler_score_group"}
+    functions |= {"generate_scenarios", "iterate_dataset", "train_sft_from_file", "train"}
+    names = {"modules", "gspo", "gspo.dev", "a model", "a backend"}
+    assert set(absent.REASONS) == options | functions | names

@@ -28,7 +28,7 @@ def test_surface_is_frozen():
     surface = {name: [p.name for p in c.params] for name, c in commands.items()}
     assert surface == {
         "demo": ["path", "steps", "seed", "profile", "as_json"],
-        "train": ["spec", "overrides", "dry_run", "samples", "profile", "as_json"],
+        "train": ["spec", "overrides", "dry_run", "samples", "pipeline", "profile", "as_json"],
         "sft": [
             *("data", "model", "project", "name", "path", "epochs", "batch_size"),
             *("learning_rate", "max_tokens", "seed", "as_json"),
@@ -62,9 +62,9 @@ def test_surface_is_frozen():
             "picture",
             "as_json",
         ],
-        "inspect": ["run", "step", "weights", "presets", "matrix", "picture", "as_json"],
+        "inspect": ["run", "step", "path", "weights", "presets", "matrix", "picture", "as_json"],
         "compare": ["spec", "quick", "overrides", "dry_run", "workers", "path", "as_json"],
-        "report": ["runs", "out"],
+        "report": ["runs", "out", "path"],
     }
 
 
@@ -143,11 +143,12 @@ def test_dry_run_tries_the_rewards(tmp_path: Path):
     [
         (("train", "nowhere.toml"), "error: cannot read nowhere.toml"),
         (("train", "x.toml", "--dry-run", "--profile"), "leave one out"),
+        (("train", "run.toml", "--pipeline", "--profile"), "pipeline does two: leave one out"),
         (("serve", "embedded:srot"), "Did you mean"),
         (("train", "run.toml", "--dry-run", "--set", "max_tokens=512"), "has a context of 512"),
         (("audit", "embedded:sort", "--rollout-dtype", "int3"), "Did you mean 'int"),
         (("audit", "Qwen/Qwen3-0.6B"), "name one with --task"),
-        (("inspect", "nowhere"), "it is not the folder of a run"),
+        (("inspect", "nowhere"), "no run 'nowhere' in .gspo"),
     ],
 )
 def test_errors_are_one_line_without_a_traceback(

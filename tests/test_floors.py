@@ -32,12 +32,12 @@ FLOORS = {
     "tasks": 1,
     "trajectories": 1,
     "dev": 2,
-    "config": 1,
+    "config": 2,
     "absent": 1,
     "local": 8,
-    "mcp": 1,
+    "mcp": 2,
     "metrics": 1,
-    "utils": 2,
+    "utils": 3,
     "core": 0,
 }
 PUBLIC = {("experiment", "__init__"), ("lab", "__init__")}

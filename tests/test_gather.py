@@ -6,13 +6,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from virtual_time import in_virtual_time
 
 import gspo as art
 from gspo.core import progress
 from gspo.core.errors import ConfigError, DataError, RolloutTimeoutError
 from gspo.serve.fake_engine import FakeEngine
 from gspo.serve.server import Serving
-from support import trajectory
+from gspo.train.minibatches import prepare
+from gspo.train.settings import resolve
+from support import choice, trajectory
 
 
 async def fine(reward: float = 1.0) -> art.Trajectory:
@@ -437,6 +442,57 @@ async def test_batches_come_in_the_order_given_while_later_ones_run():
         with pytest.raises(ConfigError, match="must be a whole number"):
             async for _ in art.trajectory_group_batches([], **options):  # type: ignore[arg-type]
                 pass
+
+
+def stale_and_trained(
+    lengths: list[int], train: int, size: int, most: int, bound: int
+) -> tuple[int, list[int]]:
+    """How many trajectories are older than `bound` when they are trained on, and all that are.
+
+    Rollout i samples a token a second, `lengths[i]` of them; `train` takes its seconds.
+    """
+    version, trained, stale = 0, [], 0
+
+    async def rollout(number: int) -> art.Trajectory:
+        versions = []
+        for _ in range(lengths[number]):
+            versions.append(version)
+            await asyncio.sleep(1)
+        return trajectory(float(number), choice([4] * len(versions), policy_versions=versions))
+
+    async def loop() -> None:
+        nonlocal version, stale
+        # Each twice, since a group of one trains on nothing.
+        groups = [art.TrajectoryGroup([rollout(n), rollout(n)]) for n in range(len(lengths))]
+        async for batch in art.trajectory_group_batches(
+            groups, batch_size=size, max_concurrent_batches=most, pbar_desc=None
+        ):
+            settings = resolve(None, art.dev.TrainConfig(max_staleness=bound))
+            stale += prepare(batch, settings, context=99, vocabulary=9, version=version).stale
+            trained.extend(int(t.reward) for group in batch for t in group)
+            await asyncio.sleep(train)
+            version += 1
+
+    in_virtual_time(loop())
+    return stale, trained
+
+
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=12),
+    train=st.integers(0, 20),
+    size=st.integers(1, 3),
+    most=st.integers(1, 4),
+)
+def test_nothing_is_older_than_the_batches_that_run_ahead_and_all_is_trained_on(
+    lengths: list[int], train: int, size: int, most: int
+):
+    stale, trained = stale_and_trained(lengths, train, size, most, most - 1)
+    assert stale == 0
+    assert trained == [number for number in range(len(lengths)) for _ in range(2)]
+
+
+def test_the_bound_is_reached():
+    assert stale_and_trained([30, 2, 2, 2], 5, 1, 3, 1)[0] > 0
 
 
 async def test_a_batch_that_fails_cancels_those_that_run_ahead():

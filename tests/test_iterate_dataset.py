@@ -31,4 +31,4 @@ def test_what_means_nothing_is_refused_at_once():
     with pytest.raises(ConfigError, match="groups_per_step = 0"):
         iterate_dataset([1], groups_per_step=0)
     with pytest.raises(ConfigError, match="'use_tqdm' is not supported"):
-        iterate_dataset([1], use_tqdm=True)
+        iterate_dataset([1], use_tqdm=True)  # pyright: ignore[reportCallIssue]

@@ -63,4 +63,4 @@ async def test_what_cannot_be_is_said(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ConfigError, match="at least one tool"):
         await mcp.generate_scenarios([], generator_model="g")
     with pytest.raises(ConfigError, match="'show_preview' is not supported"):
-        await mcp.generate_scenarios(TOOLS, generator_model="g", show_preview=False)
+        await mcp.generate_scenarios(TOOLS, generator_model="g", show_preview=False)  # pyright: ignore[reportCallIssue]

@@ -93,9 +93,9 @@ async def test_calls_with_arts_other_arguments_say_why_not():
     model = make()
     async with art.FakeBackend() as backend:
         with pytest.raises(ConfigError, match=r"'_openai_client_config' is not .*max_context="):
-            await model.register(backend, _openai_client_config={})
+            await model.register(backend, _openai_client_config={})  # pyright: ignore[reportCallIssue]
         with pytest.raises(ConfigError, match="unknown argument 'openai_client_config'"):
-            await model.register(backend, openai_client_config={})
+            await model.register(backend, openai_client_config={})  # pyright: ignore[reportCallIssue]
         for nothing in (None, art.LocalBackend):
             with pytest.raises(ConfigError, match="give a backend"):
                 await model.register(nothing)  # pyright: ignore[reportArgumentType]

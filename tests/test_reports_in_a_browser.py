@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from gspo.lab.report.comparison_page import comparison_page
-from gspo.lab.report.run_data import read_runs
-from gspo.lab.report.run_page import run_page
+from gspo.lab.report.run_page import read_runs, run_page
 from lab.report.report_cases import comparison, run_folder
 from lab.report.test_run_page import ATTACK
 

@@ -187,7 +187,7 @@ async def test_the_same_question_is_asked_once(tmp_path: Path) -> None:
 
 async def test_what_art_calls_otherwise_is_refused_by_name(monkeypatch: Any) -> None:
     with pytest.raises(ConfigError, match="judge="):
-        await ruler_score_group(group_of("a"), judge_model="openai/o3")
+        await ruler_score_group(group_of("a"), judge_model="openai/o3")  # pyright: ignore[reportCallIssue]
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(ConfigError, match="OPENAI_API_KEY"):
         await ruler_score_group(group_of("a"), "openai/o3")

@@ -16,10 +16,10 @@ from typing import Any
 
 from gpu_parts.bench import Bench
 from gspo.dev import InternalModelConfig
-from gspo.experiment.demo import demo_spec
 from gspo.experiment.heldout import Estimate
 from gspo.experiment.loop import run_experiment
 from gspo.experiment.spec import Spec
+from gspo.experiment.whole_run import demo_spec
 from gspo.policy.embedded import embedded_folder
 
 STEPS = 20

@@ -165,7 +165,7 @@ def _step(
         "largest_microbatch": max(microbatch.token_count for microbatch in microbatches),
         "sample_tokens": sum(microbatch.sample_tokens for microbatch in microbatches),
         "tokens_per_s": tokens / row["median_s"],
-        "row_tokens": policy.row_tokens,
+        "microbatch_tokens": policy.microbatch_tokens,
     }
     row |= _rates(bench, row["median_s"], models.step_flops(policy, microbatches))
     row["memory"] = _memory(trainer, before, peak, row["largest_microbatch"])

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator
 from typing import Any
 
-from gspo.core.intervals import share_interval
+from gspo.experiment.heldout import share_interval
 from gspo.lab.statistics import paired_difference, t_interval
 
 Data = dict[str, Any]

@@ -24,7 +24,6 @@ from gspo.experiment.run_file import read_spec
 from gspo.experiment.spec import Spec
 
 SEED = 1_000_003
-EPISODES = 400
 
 
 def choose(spec: Spec, environment: Any, told: str, rng: random.Random) -> str:

@@ -2,129 +2,40 @@
 
     import gspo as art
 
-Names that load torch or openai are resolved when they are first used: importing gspo is light.
+`__init__.pyi` has the names, and where each is. It is looked up when it is first used: importing
+gspo is light.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import sys
+from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from gspo import absent, dev
+from gspo import absent
 from gspo import train as _room  # noqa: F401  # so that the function below is there
-from gspo.config import TrainConfig, TrainSFTConfig
-from gspo.core import errors
-from gspo.core.errors import GspoError
 
 # A waiting OpenMP thread that spins costs a small model up to 27 x when a core is taken. Read by
 # the OpenMP runtime when torch is first imported; a value that the user has set stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-if TYPE_CHECKING:
-    from gspo import langgraph, objective, rewards
-    from gspo import local as local
-    from gspo import mcp as mcp
-    from gspo import metrics as metrics
-    from gspo import utils as utils
-    from gspo.backend.base import Backend, TrainResult
-    from gspo.backend.fake import FakeBackend
-    from gspo.backend.local import LocalBackend
-    from gspo.capture import (
-        auto_trajectory,
-        capture_auto_trajectory,
-        capture_yielded_trajectory,
-        trajectory,
-        yield_trajectory,
-    )
-    from gspo.experiment.whole_run import train as train
-    from gspo.gather import (
-        gather_trajectories,
-        gather_trajectory_groups,
-        retry,
-        trajectory_group_batches,
-    )
-    from gspo.model import Model, TrainableModel
-    from gspo.serve.engine import Engine
-    from gspo.serve.fake_engine import FakeEngine
-    from gspo.train.algorithms import register_algorithm
-    from gspo.trajectories import (
-        History,
-        Messages,
-        MessagesAndChoices,
-        Tools,
-        Trajectory,
-        TrajectoryGroup,
-    )
-
 __version__ = "0.1.0"
 
-__all__ = [
-    "Backend",
-    "Engine",
-    "FakeBackend",
-    "FakeEngine",
-    "GspoError",
-    "History",
-    "LocalBackend",
-    "Messages",
-    "MessagesAndChoices",
-    "Model",
-    "Tools",
-    "TrainConfig",
-    "TrainResult",
-    "TrainSFTConfig",
-    "TrainableModel",
-    "Trajectory",
-    "TrajectoryGroup",
-    "__version__",
-    "auto_trajectory",
-    "capture_auto_trajectory",
-    "capture_yielded_trajectory",
-    "dev",
-    "errors",
-    "gather_trajectories",
-    "gather_trajectory_groups",
-    "langgraph",
-    "objective",
-    "register_algorithm",
-    "retry",
-    "rewards",
-    "train",
-    "trajectory",
-    "trajectory_group_batches",
-    "yield_trajectory",
-]
-
+_STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
 _HOMES = {
-    "backend.base": ("Backend", "TrainResult"),
-    "backend.fake": ("FakeBackend",),
-    "backend.local": ("LocalBackend",),
-    "capture": (
-        *("auto_trajectory", "capture_auto_trajectory", "capture_yielded_trajectory"),
-        *("trajectory", "yield_trajectory"),
-    ),
-    "gather": (
-        *("gather_trajectories", "gather_trajectory_groups", "retry", "trajectory_group_batches"),
-    ),
-    "langgraph": ("langgraph",),
-    "local": ("local",),
-    "mcp": ("mcp",),
-    "metrics": ("metrics",),
-    "model": ("Model", "TrainableModel"),
-    "objective": ("objective",),
-    "rewards": ("rewards",),
-    "serve.engine": ("Engine",),
-    "serve.fake_engine": ("FakeEngine",),
-    "train.algorithms": ("register_algorithm",),
-    "trajectories": (
-        *("History", "Messages", "MessagesAndChoices", "Tools"),
-        *("Trajectory", "TrajectoryGroup"),
-    ),
-    "utils": ("utils",),
+    name.name: str(line.module)
+    for line in _STUB.body
+    if isinstance(line, ast.ImportFrom)
+    for name in line.names
 }
+"""Public name -> module that has it."""
+_ARTS = {"local", "mcp", "metrics", "utils"}
+"""Modules under ART's names, which `import *` leaves out."""
+__all__ = sorted({"__version__", *_HOMES} - _ARTS)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 class _Callable(ModuleType):
@@ -140,11 +51,12 @@ sys.modules["gspo.train"].__class__ = _Callable
 
 
 def __getattr__(name: str) -> Any:
-    for home, names in _HOMES.items():
-        if name in names:
-            module = importlib.import_module(f"gspo.{home}")
-            return module if name == home else getattr(module, name)
-    raise absent.refusal("gspo", name, absent.NAMES, __all__)
+    home = _HOMES.get(name)
+    if home is None:
+        raise absent.refusal("gspo", name, "gspo", __all__)
+    if home == "gspo":
+        return importlib.import_module(f"gspo.{name}")
+    return getattr(importlib.import_module(home), name)
 
 
 def __dir__() -> list[str]:

@@ -1,80 +1,73 @@
-"""What ART has and gspo has not: each use says why, and what there is instead."""
+"""What ART has and gspo has not, see absent.toml: each use says why, and what there is instead."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
-from collections.abc import Iterable, Mapping
-from typing import Any
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
-from gspo.core.errors import suggestion
+from gspo.core.errors import check_names, suggestion
 
-_HERE = "gspo trains on this machine: use gspo.LocalBackend."
-_STATE = "keep it in a file in the run's folder, LocalBackend(...).run(model).folder."
-_LOADING = (
-    "these are arguments of Unsloth, vLLM and peft. Here dev.InternalModelConfig says how a model "
-    "is loaded: max_context=, dtype=, rollout_dtype=, lora=dev.LoraConfig(...)."
-)
-
-MODULES = {
-    "serverless": _HERE,
-    "skypilot": _HERE + " SkyPilot can run the same program elsewhere.",
-    "tinker": _HERE,
-    "types": "the types are names of gspo itself: gspo.Messages, gspo.Tools, ...",
-    "yield_trajectory": "it is a name of gspo itself: gspo.yield_trajectory.",
-}
-"""Names of modules below gspo."""
-NAMES = {
-    "ServerlessBackend": _HERE,
-    "SkyPilotBackend": _HERE,
-    "TinkerBackend": _HERE,
-    "types": MODULES["types"],
-}
-DEV: Mapping[str, str] = dict.fromkeys(
-    ("EngineArgs", "InitArgs", "PeftArgs", "TrainerArgs", "OpenAIServerConfig", "ServerArgs"),
-    _LOADING,
-)
-_PROMPTED = "it is asked, not trained: art.TrainableModel(base_model=...) is trained."
-MODEL = {
-    **dict.fromkeys(("train", "train_sft", "delete_checkpoints"), _PROMPTED),
-    "get_inference_client": "model.openai_client() is the client.",
-    "litellm_completion_params": "give litellm model='openai/' + model.get_inference_name(), "
-    "base_url=model.inference_base_url and api_key=model.inference_api_key.",
-    "merge_state": _STATE,
-    "overwrite_state": _STATE,
-    "read_state": _STATE,
-    "update_wandb_config": "LocalBackend(logger=['wandb']) shows W&B the model's config.",
-}
-COPY = "a run is a folder, LocalBackend(...).run(model).folder: copy it with your own tools."
-BACKEND = {
-    "_experimental_deploy": "a checkpoint is a folder that Hugging Face and vLLM load: "
-    "result.checkpoint_path.",
-    "_experimental_pull_from_s3": COPY,
-    "_experimental_pull_model_checkpoint": COPY,
-    "_experimental_push_to_s3": COPY,
-}
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-def refusal(
-    owner: str, name: str, reasons: Mapping[str, str], names: Iterable[str] = ()
-) -> AttributeError:
-    """What `owner.__getattr__` raises for a name that it has not; `names` are those that it has.
+def _named(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The table with a key of its own for each name."""
+    return {name: value for names, value in table.items() for name in names.split(", ")}
 
-    >>> str(refusal("gspo", "ServerlessBackend", {"ServerlessBackend": "use LocalBackend."}))
-    "gspo has no 'ServerlessBackend': use LocalBackend."
+
+_TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+REASONS: Mapping[str, dict[str, str]] = _named({k: _named(v) for k, v in _TABLES.items()})
+"""What lacks names -> name -> the reason and the remedy."""
+
+
+def refusal(owner: str, name: str, lacks: str, names: Iterable[str] = ()) -> AttributeError:
+    """What `owner.__getattr__` raises for a name that it has not.
+
+    Args:
+        lacks: whose names in absent.toml are meant.
+        names: those that it has.
+
+    >>> str(refusal("gspo", "TinkerBackend", "gspo"))
+    "gspo has no 'TinkerBackend': gspo trains on this machine: use gspo.LocalBackend."
     """
-    if name in reasons:
-        return AttributeError(f"{owner} has no {name!r}: {reasons[name]}", name=name)
+    if name in REASONS[lacks]:
+        return AttributeError(f"{owner} has no {name!r}: {REASONS[lacks][name]}", name=name)
     near = suggestion(name, names, cutoff=0.7)
     return AttributeError(f"{owner} has no attribute {name!r}{near and '.'}{near}", name=name)
 
 
+def refusing(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a function: an argument that it lacks is a `ConfigError` with reason or likely name.
+
+    >>> refusing(lambda model: None)(modle=1)
+    Traceback (most recent call last):
+    gspo.core.errors.ConfigError: <lambda>: unknown argument 'modle'. Did you mean 'model'? \
+Known arguments: model.
+    """
+    title = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
+    known = [name for name in inspect.signature(function).parameters if name != "self"]
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        check_names(title, kwargs, known, REASONS.get(title, {}))
+        return function(*args, **kwargs)
+
+    return checked
+
+
 class _Finder:
-    """Python asks it last, for modules that nobody else has found: those in `MODULES` say why."""
+    """Python asks it last, for modules that nobody else has found: absent ones say why."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         root, _, rest = name.partition(".")
-        if root == "gspo" and rest in MODULES:
-            raise ModuleNotFoundError(f"gspo has no module {rest!r}: {MODULES[rest]}", name=name)
+        if root == "gspo" and (why := REASONS["modules"].get(rest)):
+            raise ModuleNotFoundError(f"gspo has no module {rest!r}: {why}", name=name)
 
 
 sys.meta_path.append(_Finder())  # pyright: ignore[reportArgumentType]

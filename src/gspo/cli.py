@@ -64,9 +64,9 @@ def demo(
 ) -> None:
     """Train the embedded Mixture-of-Experts model to sort digits, and show that it learned."""
     commands.say_loading("embedded:sort")
-    from gspo.experiment.demo import STEPS, demo_spec
+    from gspo.experiment.whole_run import DEMO_STEPS, demo_spec
 
-    _run(demo_spec(path, steps or STEPS, seed), profile, as_json)
+    _run(demo_spec(path, steps or DEMO_STEPS, seed), profile, as_json)
 
 
 @app.command()
@@ -77,6 +77,9 @@ def train(
         bool, typer.Option("--dry-run", help="Print the resolved run and its sizes, and stop.")
     ] = False,
     samples: Annotated[int, typer.Option(min=0, help="Completions of each step to print.")] = 0,
+    pipeline: Annotated[
+        bool, typer.Option("--pipeline", help="Roll out for the next step while one trains.")
+    ] = False,
     profile: ProfileOption = False,
     as_json: commands.JsonOption = False,
 ) -> None:
@@ -85,7 +88,9 @@ def train(
 
     if dry_run and profile:
         raise ConfigError("--profile times the run that --dry-run doesn't make: leave one out")
-    resolved = read_spec(spec, overrides or [])
+    resolved = read_spec(spec, [*(overrides or []), *["pipeline=true"] * pipeline])
+    if profile and resolved.pipeline:
+        raise ConfigError("--profile times one thing at once, pipeline does two: leave one out")
     commands.say_loading(resolved.model)
     if dry_run:
         from gspo.experiment.dataset_checks import check_dataset
@@ -119,7 +124,7 @@ def sft(
     """Supervised fine-tuning on the assistant's turns of conversations."""
     commands.say_loading(model)
     from gspo.experiment.stop import leave, run_until_signal
-    from gspo.experiment.tuning import tune
+    from gspo.experiment.whole_run import tune
 
     options = {"epochs": epochs, "batch_size": batch_size, "peak_lr": learning_rate, "seed": seed}
     try:
@@ -154,7 +159,7 @@ def serve(
 ) -> None:
     """Serve a model or a checkpoint with OpenAI's API."""
     commands.say_loading("the server")
-    from gspo.experiment.serving import serve_model
+    from gspo.experiment.talk import serve_model
 
     serve_model(model, host, port, name or model, api_key or None, step, path)
 

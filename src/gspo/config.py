@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from gspo import absent
 from gspo.core.options import LARGEST_COUNT, Options
 
 
@@ -17,10 +18,7 @@ class TrainConfig(Options):
     1e-05
     """
 
-    refused: ClassVar[Mapping[str, str]] = {
-        "batch_size": "a batch is what one call of train is given; dev.TrainConfig(minibatches=) "
-        "says into how many optimizer steps it is divided.",
-    }
+    refused: ClassVar[Mapping[str, str]] = absent.REASONS["TrainConfig"]
 
     learning_rate: float | None = Field(default=None, gt=0, le=1)
     """Peak learning rate of AdamW. None: by the model's size, ten times as large for LoRA, with a

@@ -18,7 +18,7 @@ from gspo.core.options import LARGEST_COUNT, Options
 
 
 def __getattr__(name: str) -> Any:
-    raise absent.refusal("gspo.dev", name, absent.DEV, __all__)
+    raise absent.refusal("gspo.dev", name, "gspo.dev", __all__)
 
 
 __all__ = ["InternalModelConfig", "LoraConfig", "RolloutDtype", "TrainConfig"]
@@ -35,7 +35,6 @@ CorrectionKind = Literal[
 ]
 RolloutDtype = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-_NO_BUNDLE = "they travel with the rollouts: use routing_replay='old_policy' or 'rollout'."
 
 
 def _known_algorithm(value: Any) -> Any:
@@ -167,25 +166,7 @@ class TrainConfig(Options):
     """Most versions that the weights may have moved on since the oldest token of a trajectory was
     sampled; an older trajectory is dropped and counted. None: any number."""
 
-    refused: ClassVar[Mapping[str, str]] = {
-        "advantage_balance": "scale your rewards instead.",
-        "allow_training_without_logprobs": "roll out through model.openai_client().",
-        "kimi_k2_tau": "no objective here has this term; leave it out.",
-        "kl_ref_adapter_path": "the KL reference is the base model; leave it out.",
-        "mask_prob_ratio": "masking by ratio is another objective than the clip; leave it out.",
-        "max_negative_advantage_importance_sampling_weight": "exp(40) bounds it; leave it out.",
-        "moe_routing_replay_bundle": _NO_BUNDLE,
-        "moe_routing_replay_path": _NO_BUNDLE,
-        "moe_routing_replay_strict": _NO_BUNDLE,
-        "num_trajectories_learning_rate_multiplier_power": "set the learning rate.",
-        "plot_tensors": "read metrics.jsonl and the report of the run instead.",
-        "scale_learning_rate_by_reward_std_dev": "scale_rewards divides advantages already.",
-        "truncated_importance_sampling": "use correction='token_truncate' with correction_high "
-        "and old_logprobs='trainer'.",
-        "num_iterations": "use epochs.",
-        "beta": "use kl_penalty_coef.",
-        "num_minibatches": "use minibatches.",
-    }
+    refused: ClassVar[Mapping[str, str]] = absent.REASONS["dev.TrainConfig"]
     fixed: ClassVar[Mapping[str, str]] = {
         "ppo": "ppo=False is ART's CISPO: use algorithm='cispo'",
         "normalize_by_length": "False is Dr. GRPO: use algorithm='dr_grpo'",
@@ -243,12 +224,7 @@ class InternalModelConfig(Options):
     'float32'
     """
 
-    refused: ClassVar[Mapping[str, str]] = {
-        "engine_args": "the engine takes what is needed: max_context=, rollout_dtype=, threads=.",
-        "init_args": "the length is max_context=; device=, dtype= and threads= say the rest.",
-        "peft_args": "give lora=dev.LoraConfig(r=, alpha=, target_modules=).",
-        "trainer_args": "they are options of dev.TrainConfig, in each call of train.",
-    }
+    refused: ClassVar[Mapping[str, str]] = absent.REASONS["dev.InternalModelConfig"]
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type. Weights and optimizer stay float32; `bfloat16` computes under autocast."""

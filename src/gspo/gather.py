@@ -6,14 +6,12 @@ import asyncio
 import functools
 import inspect
 import math
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from typing import Any, ParamSpec, TypeVar
 
-from gspo.core.draws import numbered_task
 from gspo.core.errors import DataError, RolloutTimeoutError, check_names, check_whole, shown
-from gspo.core.progress import LET_GO_SECONDS, Gather, all_or_cancel, gathering
+from gspo.core.progress import LET_GO_SECONDS, Gather, all_or_cancel, gathering, in_order
 from gspo.trajectories import Rolled, Trajectory, TrajectoryGroup, settled
 
 P = ParamSpec("P")
@@ -131,8 +129,10 @@ async def trajectory_group_batches(
         async for batch in art.trajectory_group_batches(groups, batch_size=8):
             await model.train(batch)
 
-    What runs ahead is sampled by older weights, partly, as soon as `train` publishes new ones: with
-    `max_concurrent_batches=1` nothing runs ahead, and a run repeats exactly.
+    So rollouts overlap with `train`. A batch begins once the one `max_concurrent_batches` places
+    before it is trained: when its own turn comes, its tokens are of weights that are at most
+    `max_concurrent_batches - 1` versions old. No rollout is dropped for being slow. With 1 nothing
+    runs ahead, and a run repeats exactly.
 
     Args:
         groups: as of `gather_trajectory_groups`.
@@ -151,26 +151,23 @@ async def trajectory_group_batches(
         check_whole("batch_size", batch_size, 1)
         check_whole("max_concurrent_batches", max_concurrent_batches, 1)
         check_whole("skip_batches", skip_batches, 0)
-    _close(unstarted[: skip_batches * batch_size])
-    running: deque[asyncio.Task[list[TrajectoryGroup]]] = deque()
     first = skip_batches * batch_size
+    _close(unstarted[:first])
+    works = (
+        gather_trajectory_groups(
+            unstarted[at : at + batch_size],
+            # A terminal has room for one bar.
+            pbar_desc=pbar_desc if max_concurrent_batches == 1 or at == first else None,
+            max_exceptions=max_batch_exceptions,
+            **options,
+        )
+        for at in range(first, len(unstarted), batch_size)
+    )
     try:
-        while first < len(unstarted) or running:
-            while first < len(unstarted) and len(running) < max_concurrent_batches:
-                work = gather_trajectory_groups(
-                    unstarted[first : first + batch_size],
-                    pbar_desc=None if running else pbar_desc,  # a terminal has room for one bar
-                    max_exceptions=max_batch_exceptions,
-                    **options,
-                )
-                running.append(numbered_task(first // batch_size, work))
-                first += batch_size
-            yield await running[0]
-            running.popleft()
+        async with aclosing(in_order(works, max_concurrent_batches, skip_batches)) as batches:
+            async for batch in batches:
+                yield batch
     finally:
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
         _close(unstarted[first:])
 
 

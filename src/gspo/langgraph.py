@@ -15,7 +15,8 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 from gspo.capture import AnyModel, CapturedTrajectory, auto_trajectory, trajectory
-from gspo.core.errors import ConfigError, MissingDependencyError
+from gspo.core.byname import optional
+from gspo.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from langchain_openai import ChatOpenAI
@@ -44,10 +45,8 @@ def init_chat_model(model: str | None = None, **options: Any) -> ChatOpenAI:
     """
     captured = auto_trajectory(required=True)
     assert isinstance(captured, CapturedTrajectory)
-    try:
-        from langchain_openai import ChatOpenAI
-    except ImportError:
-        raise MissingDependencyError("langchain-openai", "langgraph", "init_chat_model") from None
+    needed = "langchain-openai", "langgraph", "init_chat_model"
+    langchain = optional("langchain_openai", *needed)
     client = captured.openai_client()
     given: dict[str, Any] = {
         "model": model or captured.inference_name,
@@ -60,4 +59,4 @@ def init_chat_model(model: str | None = None, **options: Any) -> ChatOpenAI:
     }
     with contextlib.suppress(ConfigError):  # no port
         given["base_url"] = captured.base_url
-    return ChatOpenAI(**(given | options))
+    return langchain.ChatOpenAI(**(given | options))

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from openai import AsyncOpenAI
 from pydantic import BaseModel, Field, ValidationError
 
-from gspo.core.errors import ConfigError, DataError, check_names, check_whole, shown
+from gspo.absent import refusing
+from gspo.core.errors import ConfigError, DataError, check_whole, shown
 
 __all__ = ["Scenario", "generate_scenarios"]
 
 _ATTEMPTS = 4
-_REFUSED = {"show_preview": "print the scenarios: print(*scenarios, sep='\\n')."}
-_ASK = """Invent {count} tasks that a user could give to an assistant with the tools below. \
-The tasks differ from each other in what they are about, in the tools that they take and in how \
-many steps they need; none of them names a tool. Rate each from 1 (one call) to 5 (many calls, \
-and thought between them).
-Tools: {tools}
-Resources: {resources}
-{more}
-Answer with JSON only: {{"scenarios": [{{"task": "...", "difficulty": 1}}]}}"""
+_ASK = Path(__file__).with_name("scenarios.txt").read_text(encoding="utf-8")
 
 
 class Scenario(BaseModel):
@@ -36,6 +30,7 @@ class _Answer(BaseModel):
     scenarios: list[Scenario]
 
 
+@refusing
 async def generate_scenarios(
     tools: Sequence[Any],
     resources: Sequence[Any] = (),
@@ -45,7 +40,6 @@ async def generate_scenarios(
     generator_model: str,
     generator_api_key: str | None = None,
     generator_base_url: str | None = None,
-    **unknown: Any,
 ) -> list[Scenario]:
     """Ask a model for tasks that can be done with these tools.
 
@@ -60,7 +54,6 @@ async def generate_scenarios(
         ConfigError: no tools and no resources, or an argument that is unknown or out of range.
         DataError: after four answers there are too few scenarios, or what was answered is none.
     """
-    check_names("generate_scenarios", unknown, (), _REFUSED)
     check_whole("num_scenarios", num_scenarios, 1)
     if not tools and not resources:
         raise ConfigError("generate_scenarios: give at least one tool or resource")

@@ -11,19 +11,13 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, field_validator
 from gspo import absent, dev
 from gspo.backend.base import Backend, TrainResult
 from gspo.config import TrainConfig, TrainSFTConfig
-from gspo.core.errors import ConfigError, RunError, check_names, check_whole, shown
+from gspo.core.errors import ConfigError, RunError, check_whole, shown
 from gspo.core.options import Options
 from gspo.data.check import listed
 from gspo.metrics import MetricsBuilder
 from gspo.trajectories import Trajectory, TrajectoryGroup
 
 UserConfig = TypeVar("UserConfig", bound=BaseModel | dict[str, Any] | None)
-
-_CLIENTS = {
-    "_openai_client_config": "the server takes what a request says; the context is "
-    "dev.InternalModelConfig(max_context=), and the port LocalBackend(port=)."
-}
-"""An argument of ART's `register`."""
 
 
 class Model(Options, Generic[UserConfig]):
@@ -41,12 +35,7 @@ class Model(Options, Generic[UserConfig]):
 
     model_config = ConfigDict(frozen=False, arbitrary_types_allowed=True)
 
-    refused: ClassVar[Mapping[str, str]] = {
-        "run_name": "the run is named by name=, in the folder <path>/<project>/<name>.",
-        "report_metrics": "ask the backend for trackers: LocalBackend(logger=['wandb']).",
-        "base_path": "the backend has the folder: LocalBackend(path=...).",
-        "entity": "set WANDB_ENTITY; LocalBackend(logger=['wandb']) hands it on.",
-    }
+    refused: ClassVar[Mapping[str, str]] = absent.REASONS["Model"]
     trainable: ClassVar[bool] = False
     """Whether the model has weights that `train` updates."""
 
@@ -118,8 +107,8 @@ class Model(Options, Generic[UserConfig]):
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            if name in absent.MODEL:
-                raise absent.refusal(type(self).__name__, name, absent.MODEL)
+            if name in absent.REASONS["a model"]:
+                raise absent.refusal(type(self).__name__, name, "a model")
             return super().__getattr__(name)
 
     def backend(self) -> Backend:
@@ -134,13 +123,13 @@ class Model(Options, Generic[UserConfig]):
             )
         return self._backend
 
-    async def register(self, backend: Backend, **unknown: Any) -> None:
+    @absent.refusing
+    async def register(self, backend: Backend) -> None:
         """Make the model known to a backend.
 
         Raises:
             ConfigError: an unknown argument, or no backend.
         """
-        check_names("register", unknown, ["backend"], _CLIENTS)
         if isinstance(backend, type) or not hasattr(backend, "register"):
             raise ConfigError(f"register got {shown(backend)}: give a backend, art.LocalBackend()")
         await backend.register(self)  # pyright: ignore[reportArgumentType]
@@ -240,9 +229,10 @@ class TrainableModel(Model[UserConfig], Generic[UserConfig]):
             raise ConfigError(f"_internal_config is {shown(value)}; give a dev.InternalModelConfig")
         self._internal = value
 
-    async def register(self, backend: Backend, **unknown: Any) -> None:
+    @absent.refusing
+    async def register(self, backend: Backend) -> None:
         """Load the model, or go on from its run's last checkpoint."""
-        await super().register(backend, **unknown)
+        await super().register(backend)
         self.inference_base_url = getattr(backend, "base_url", lambda model: None)(self)
         self.inference_api_key = "gspo"
 

@@ -33,7 +33,7 @@ async def started(path: Path, **options: Any) -> tuple[art.LocalBackend, art.Tra
 
 async def sampled(engines: Engines, name: str) -> list[Completion]:
     engine = await engines.find(name)
-    return await engine.complete(Request(tuple(engine.encode("312")), PARAMS))
+    return await engine.complete(Request(tuple(engine.tokenizer.encode("312")), PARAMS))
 
 
 async def test_each_saved_step_answers_as_it_did_when_it_was_current(tmp_path: Path):

@@ -72,9 +72,9 @@ async def test_forks_that_cannot_be(tmp_path: Path):
         with pytest.raises(
             ConfigError, match="'from_s3_bucket' is not supported: a run is a folder"
         ):
-            await backend.fork_checkpoint(model_named("a"), "old", from_s3_bucket="b")
+            await backend.fork_checkpoint(model_named("a"), "old", from_s3_bucket="b")  # pyright: ignore[reportCallIssue]
         with pytest.raises(ConfigError, match=r"'from_modle'.* Did you mean 'from_model'"):
-            await backend.fork_checkpoint(model_named("a"), from_modle="old")
+            await backend.fork_checkpoint(model_named("a"), from_modle="old")  # pyright: ignore[reportCallIssue]
         with pytest.raises(ConfigError, match="give from_model="):
             await backend.fork_checkpoint(model_named("a"))
         await backend.fork_checkpoint(model_named("b"), "old")

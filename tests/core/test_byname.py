@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gspo.core.byname import beside, load_object
-from gspo.core.errors import ConfigError
+from gspo.core.byname import beside, load_object, optional
+from gspo.core.errors import ConfigError, MissingDependencyError
 
 
 @pytest.fixture
@@ -67,3 +67,9 @@ def test_a_library_of_the_same_name_keeps_it(folder: Path):
 def test_mistakes_are_named(folder: Path, name: str, message: str):
     with pytest.raises(ConfigError, match=message):
         load_object(name, "task")
+
+
+def test_a_package_that_is_not_installed_is_named_with_its_extra():
+    assert optional("json.decoder", "json", "none", "a test").__name__ == "json.decoder"
+    with pytest.raises(MissingDependencyError, match=r"^a test needs the package 'no-such'.*\[x\]"):
+        optional("no_such.module", "no-such", "x", "a test")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import pytest
+from pydantic import Field
 
 from gspo.core.errors import ConfigError
 from gspo.core.options import Options
@@ -47,3 +48,12 @@ def test_each_wrong_field_has_a_line():
 def test_options_are_frozen():
     with pytest.raises(Exception, match="frozen"):
         Soup().litres = 2.0  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_default_that_is_made_anew_is_a_default():
+    class Named(Options):
+        size: int = 1
+        names: list[str] = Field(default_factory=list)
+
+    assert not Named()._differs("names") and not Named(names=[])._differs("names")
+    assert Named(names=["a"])._differs("names") and Named(size=2)._differs("size")

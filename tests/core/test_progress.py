@@ -6,6 +6,9 @@ import asyncio
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from virtual_time import in_virtual_time
 
 from gspo.core.errors import ConfigError
 from gspo.core.progress import (
@@ -13,6 +16,7 @@ from gspo.core.progress import (
     all_or_cancel,
     current_gather,
     gathering,
+    in_order,
     rollout_belongings,
     within_limits,
 )
@@ -70,3 +74,47 @@ async def test_each_rollout_has_belongings_of_its_own():
     gather = Gather(total=2)
     found = await asyncio.gather(*(within_limits(mine(name), gather, name) for name in "ab"))
     assert found == [{"name": "a"}, {"name": "b"}] and rollout_belongings.get() is None
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 9)), max_size=7), st.integers(1, 4))
+def test_work_begins_as_soon_as_it_may_and_no_sooner(times: list[tuple[int, int]], most: int):
+    """Of (seconds of the work, seconds of what is done with it)."""
+    begun: dict[int, float] = {}
+    done: list[tuple[int, float]] = []
+
+    async def work(number: int) -> int:
+        assert number not in begun
+        begun[number] = asyncio.get_running_loop().time()
+        await asyncio.sleep(times[number][0])
+        return number
+
+    async def uses_all() -> None:
+        async for number in in_order(map(work, range(len(times))), most):
+            await asyncio.sleep(times[number][1])
+            done.append((number, asyncio.get_running_loop().time()))
+
+    in_virtual_time(uses_all())
+    assert [number for number, _ in done] == sorted(begun) == list(range(len(times)))
+    for number, moment in begun.items():  # work ends between the ends of its neighbours
+        assert moment == pytest.approx(done[number - most][1] if number >= most else 0)
+
+
+async def test_work_that_fails_is_told_at_its_turn_and_the_rest_is_cancelled():
+    ended: list[int] = []
+
+    async def work(number: int) -> int:
+        try:
+            if number == 1:
+                raise OSError("one")
+            await asyncio.sleep(60 * (number > 1))
+        finally:
+            ended.append(number)
+        return number
+
+    batches = in_order(map(work, range(9)), 3)
+    assert await anext(batches) == 0
+    await asyncio.sleep(0)
+    assert sorted(ended) == [0, 1]  # it has failed, but what came before it may be used in peace
+    with pytest.raises(OSError, match="one"):
+        await anext(batches)
+    assert sorted(ended) == [0, 1, 2]  # the one after it has begun nothing yet

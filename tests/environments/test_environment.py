@@ -32,6 +32,7 @@ def test_an_environment_of_your_own_is_found_by_name_and_made_for_each_episode()
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
+        ("textwold:house", {}, "cannot import textwold.*Did you mean 'textworld'"),
         ("textwurld", {}, "unknown environment 'textwurld'. Did you mean 'textworld'"),
         ("textwurld:house", {}, "cannot import textwurld"),
         (f"{SCRIPTED}:Gues", {}, "Did you mean 'Guess'"),

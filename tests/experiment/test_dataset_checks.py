@@ -79,7 +79,7 @@ def spec_of(folder: Path, *overrides: str, runs: str = "runs") -> Spec:
 async def test_a_run_ends_in_the_same_weights_wherever_it_is_killed(folder: Path):
     spec, watch = spec_of(folder), Silent()
     assert spec.steps == 3  # two epochs of 6 rows, 4 in a step: the second step is in both
-    told = "6 rows to train on and 2 held out: 3 steps of 4 prompts are 2 epochs"
+    told = "6 rows to train on and 2 held out: 3 steps of 4 prompts go over them 2 x"
     assert f"\n{told}\n" in make_plan(spec)
     whole = (await run_experiment(spec, watch)).run
     assert watch.notes[1] == told

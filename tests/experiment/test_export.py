@@ -114,7 +114,7 @@ def test_what_cannot_be_exported_is_refused_first(full: SavedRun, lora: SavedRun
             export(Export(full, 1), to, None)
     assert (tmp_path / "file").read_text() == "mine"
     on_top = SavedRun(
-        lora.folder, {**lora.config, "base_model": str(lora.folder / "checkpoints/0001")}, None
+        lora.folder, {**lora.config, "base_model": str(lora.folder / "checkpoints/0001")}, {}
     )
     with pytest.raises(ConfigError, match=r"on top of another one.*add --merge"):
         Export(on_top, 1)
@@ -122,7 +122,7 @@ def test_what_cannot_be_exported_is_refused_first(full: SavedRun, lora: SavedRun
 
 def test_a_damaged_or_unfinished_checkpoint_leaves_no_folder(full: SavedRun, tmp_path: Path):
     shutil.copytree(full.folder, tmp_path / "p/r")
-    copy = SavedRun(tmp_path / "p/r", full.config, None)
+    copy = SavedRun(tmp_path / "p/r", full.config, {})
     checkpoint = copy.folder / "checkpoints/0001"
     (checkpoint / "model.safetensors").write_bytes(b"half")
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
@@ -131,7 +131,7 @@ def test_a_damaged_or_unfinished_checkpoint_leaves_no_folder(full: SavedRun, tmp
     with pytest.raises(CheckpointError, match=r"manifest\.json"):
         write_folder(Export(copy, 1), tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
-    gone = SavedRun(full.folder, {**full.config, "base_model": "/gone", "lora": {"r": 1}}, None)
+    gone = SavedRun(full.folder, {**full.config, "base_model": "/gone", "lora": {"r": 1}}, {})
     with pytest.raises(ModelError, match="unknown base_model '/gone'"):
         Export(gone, 1)
 

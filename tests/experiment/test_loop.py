@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -18,12 +19,13 @@ from safetensors.torch import load_file
 
 import gspo as art
 from experiment.small_runs import Silent, own_rollout, records, small
-from gspo.core.errors import ConfigError
+from gspo.backend.stored_batch import read_batch
+from gspo.core.errors import ConfigError, RolloutError
 from gspo.experiment import loop as experiment
-from gspo.experiment.demo import STEPS, demo_spec
 from gspo.experiment.heldout import Estimate
 from gspo.experiment.loop import Outcome, run_experiment
 from gspo.experiment.spec import Spec
+from gspo.experiment.whole_run import DEMO_STEPS, demo_spec
 
 
 def weights(run: Path, step: int) -> bytes:
@@ -51,7 +53,7 @@ async def test_the_demo_learns(tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # a minute on an idle core, more beside other work
 async def test_the_whole_demo_learns_what_the_readme_says(tmp_path: Path):
-    outcome = await demonstrate(tmp_path, STEPS, 256)
+    outcome = await demonstrate(tmp_path, DEMO_STEPS, 256)
     assert outcome.before is not None and outcome.after is not None
     assert outcome.after.mean >= outcome.before.mean + 0.2  # 0.34 to 0.43 on three seeds
 
@@ -283,3 +285,71 @@ async def test_checkpoint_every_saves_less_and_resumes_from_what_is_saved(tmp_pa
     watch = Silent()
     await run_experiment(spec, watch)
     assert watch.first == 2 and records(spec.folder) == whole
+
+
+SLOW_TOOL = """
+import asyncio
+import itertools
+import gspo as art
+
+rewards = itertools.cycle((0.0, 1.0, 3.0))
+
+async def rollout(model, scenario):
+    messages = [{"role": "user", "content": f"prompt {scenario.index}"}]
+    for turn in range(2):
+        response = await model.openai_client().chat.completions.create(
+            model=model.inference_name, messages=messages, max_tokens=4)
+        await asyncio.sleep(0.02 * (scenario.index % 5))
+    if scenario.index == FAILS:
+        raise OSError("the tool broke")
+    items = [*messages, response.choices[0]]
+    return art.Trajectory(messages_and_choices=items, reward=next(rewards))
+"""
+
+
+def prompts_of(run: Path, step: int) -> list[str]:
+    """What was asked at a step, in order."""
+    stored = read_batch(run / "trajectories" / "train" / f"{step:04d}.parquet")
+    return [str(t.messages()[0].get("content")) for group in stored.groups for t in group]
+
+
+async def test_with_pipeline_rollouts_run_ahead_and_a_killed_run_goes_on(tmp_path: Path):
+    code, fields = SLOW_TOOL.replace("FAILS", "None"), {"prompts": 2, "completions": 3}
+    spec = own_rollout(tmp_path, code, pipeline=True, eval_prompts=0, **fields)
+    with pytest.raises(Killed):
+        await run_experiment(spec, KilledAt("stepped", 2))
+    watch = Silent()
+    run = (await run_experiment(spec, watch)).run
+    assert watch.first == 2 and watch.steps == [3]
+    told = [note for note in watch.notes if note.startswith("pipeline: ")]
+    assert "max_staleness is 1" in told[0] and "doesn't repeat exactly" in told[0]
+    lines = records(run)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    # Nothing runs ahead of the first step of a process.
+    assert [line["staleness/max"] for line in lines] == [0, 1, 0]
+    assert {line["staleness/dropped"] for line in lines} == {0}
+    for step in (1, 2, 3):  # the prompts are those of a serial run
+        wanted = [f"prompt {2 * (step - 1) + prompt}" for prompt in range(2) for _ in range(3)]
+        assert prompts_of(run, step) == wanted
+    logged = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert "throughput/tokens_per_second" in logged
+    assert "throughput/sampled_tokens_per_second" not in logged
+
+
+async def test_a_rollout_that_fails_ahead_does_not_cost_the_step_that_trains(tmp_path: Path):
+    code = SLOW_TOOL.replace("FAILS", "4")  # of the second step
+    spec = own_rollout(tmp_path, code, eval_prompts=0, completions=2, pipeline=True)
+    with pytest.raises(RolloutError, match="the tool broke"):
+        await run_experiment(spec, Silent())
+    assert [line["step"] for line in records(spec.folder)] == [1]
+    assert (spec.folder / "checkpoints" / "0001").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+async def test_the_demo_learns_with_pipeline(tmp_path: Path):
+    spec = demo_spec(str(tmp_path), 30).model_copy(update={"eval_prompts": 128, "pipeline": True})
+    outcome = await run_experiment(spec, Silent())
+    assert outcome.before is not None and outcome.after is not None
+    assert outcome.after.low is not None and outcome.before.high is not None
+    assert outcome.after.low > outcome.before.high

@@ -9,7 +9,7 @@ import pytest
 
 from experiment.small_runs import stored_run
 from gspo.core.errors import ConfigError, RunError
-from gspo.experiment.saved_run import find_run, find_runs, load_named, read_run
+from gspo.experiment.saved_run import SavedRun, find_run, find_runs, load_named, read_run
 
 
 def test_a_run_is_found_by_its_folder_and_its_names(tmp_path: Path, monkeypatch):
@@ -53,6 +53,7 @@ def test_best_is_the_best_that_is_saved_and_measured(tmp_path: Path):
     run = read_run(stored_run(tmp_path, saved=(1, 3)))
     assert run is not None and run.step("best") == 1  # 2 is better, and gone
     (run.folder / "metrics.jsonl").unlink()
+    run = SavedRun.of(run.folder)
     with pytest.raises(RunError, match="no held-out reward at any saved step"):
         run.step("best")
     shutil.rmtree(run.folder / "checkpoints")

@@ -22,6 +22,10 @@ from support import choice
         ({"task": "sort", "path": "a\0b"}, "path = .*NUL"),
         ({"task": "sort", "name": "a/b"}, "name = 'a/b': it names one folder"),
         ({"task": "sort", "project": ".."}, "project = .*leave dots"),
+        (
+            {"task": "sort", "pipeline": True, "train": {"max_staleness": 0}},
+            "max_staleness = 0 trains on nothing that was: leave one",
+        ),
     ],
 )
 def test_what_names_nothing_is_refused(fields: dict[str, Any], message: str):

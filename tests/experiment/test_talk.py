@@ -1,16 +1,22 @@
-"""`gspo sample` and `gspo chat`."""
+"""`gspo sample`, `gspo chat` and `gspo serve`."""
 
 from __future__ import annotations
 
 import io
 import json
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gspo.core.errors import ConfigError, RequestError
+from gspo.core.errors import ConfigError, ModelError, RequestError
 from gspo.experiment import talk
+from gspo.experiment.run_file import flat
 from gspo.experiment.saved_run import SavedRun
 from gspo.experiment.spec import Spec
 from gspo.policy.load import load_policy
@@ -104,7 +110,7 @@ async def test_a_run_on_own_data_is_asked_its_held_out_rows(
     fields: dict[str, Any] = {"dataset": str(rows), "reward": [f"{code}:size"], "max_tokens": 3}
 
     def named(*_: Any) -> tuple[Policy, SavedRun]:
-        return policy, SavedRun(tmp_path, {}, spec)
+        return policy, SavedRun(tmp_path, {}, flat(spec.model_dump(mode="json")))
 
     monkeypatch.setattr(talk, "load_named", named)
     spec = Spec(**fields, model="embedded:sort")
@@ -120,3 +126,79 @@ async def test_a_run_on_own_data_is_asked_its_held_out_rows(
     rows.unlink()
     with pytest.raises(ConfigError, match=r"prompts of 'mine': .*rows.jsonl.*; or give a prompt"):
         await sampled("mine")
+
+
+SERVER = """
+import asyncio
+from gspo.experiment import talk
+from gspo.serve import server
+from gspo.serve.fake_engine import FakeEngine
+
+class Slow(FakeEngine):
+    async def complete(self, request):
+        print("sampling", flush=True)
+        await asyncio.sleep(120)
+
+server.STOP_SECONDS = 1
+talk.load_named = lambda *_: (None, None)
+talk.make_engine = lambda *_, **__: Slow()
+talk.serve_model("x", "127.0.0.1", 0, "m", None)
+"""
+REQUEST = b'{"model": "m", "prompt": "hello"}'
+
+
+def answer_to(host: str, port: int) -> bytes:
+    """What a server that stops answers to a new request."""
+    while True:  # it hears of the signal a moment later
+        with socket.create_connection((host, port)) as late:
+            late.settimeout(10)
+            late.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            if not (answer := late.recv(10_000)).startswith(b"HTTP/1.1 200"):
+                return answer
+
+
+# SIGINT ends an idle server in test_cli.py.
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, -15), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
+def test_a_signal_ends_a_server_that_is_sampling(number: signal.Signals, status: int):
+    command = [sys.executable, "-c", SERVER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            address = process.stdout.readline().split(" on ")[1].strip()
+            host, port = address.split("/")[2].split(":")
+            with socket.create_connection((host, int(port))) as asking:
+                asking.sendall(
+                    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+                    b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
+                    % (len(REQUEST), REQUEST)
+                )
+                assert process.stdout.readline() == "sampling\n"
+                began = time.monotonic()
+                process.send_signal(number)
+                assert answer_to(host, int(port)).startswith(b"HTTP/1.1 503")  # a new request
+                asking.settimeout(20)
+                answer = asking.makefile("rb").read()  # of the one that runs
+                assert b" 503 " in answer and b"server_stopping" in answer
+                assert time.monotonic() - began > 0.9
+                assert process.wait(timeout=30) == status
+            assert time.monotonic() - began < 10
+        finally:
+            process.kill()
+
+
+def test_a_model_that_cannot_be_loaded_frees_the_port(monkeypatch: pytest.MonkeyPatch):
+    opened: list[socket.socket] = []
+    bound = talk.bind
+    monkeypatch.setattr(talk, "bind", lambda *a: opened.append(bound(*a)) or opened[-1])
+    with pytest.raises(ModelError, match="unknown base_model"):
+        talk.serve_model("embedded:srt", "127.0.0.1", 0, "m", None)
+    assert [listener.fileno() for listener in opened] == [-1]
+
+
+def test_a_host_without_a_key_is_refused_before_anything_is_loaded(capsys: pytest.CaptureFixture):
+    with pytest.raises(ConfigError, match="Choose an API key"):
+        talk.serve_model("embedded:sort", "0.0.0.0", 0, "m", None)
+    assert "loading" not in capsys.readouterr().err

@@ -174,13 +174,4 @@ def test_plain_lines_elsewhere(dumb: bool):
     assert lines[1] == "held-out reward at step 0: 0.250 [0.200, 0.300]"
     assert lines[4] == "step 3/12  reward 0.300  clipped 12.5%  tokens/s 1,234  left 00:09"
     assert [line.split()[1] for line in lines[2:]] == [f"{step}/12" for step in range(1, 13)]
-    assert "skipped: all advantages are 0: each group has equal rewards" in lines[-1]
-
-
-def test_a_step_whose_trajectories_are_all_too_long_says_so():
-    file = io.StringIO()
-    with LiveWatch(Console(file=file), Clock()) as watch:
-        watch.started(Spec(task="sort", steps=1), 0, [])
-        counts = {"train/trajectories": 0.0, "train/trajectories_too_long": 5.0}
-        watch.stepped(1, {"train/skipped": 1.0, **counts})
-    assert "skipped: all 5 trajectories are longer than the context" in file.getvalue()
+    assert "skipped" in lines[-1]  # the backend's warning says why

@@ -50,6 +50,23 @@ def test_a_module_that_looks_at_its_call_is_found():
     }
 
 
+class Changing(nn.Linear):
+    """Its rows have other bits in calls of many tokens, as products on AMX have."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) + (input.shape[-2] > 1500)
+
+
+def test_half_precision_is_measured_with_many_tokens_too(monkeypatch: pytest.MonkeyPatch):
+    layer, x = Changing(24, 16), torch.randn(512, 24)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        monkeypatch.setattr(exact, "pad_experts", lambda module, rows: None)
+        experts = exact._settle_experts(("experts", [Changing(24, 16)], (x,)))
+        part = exact._settle_linear(("linear", [layer], (x,)))
+    assert experts.multiple is None  # there is no other way to compute them
+    assert part.how == "blocks of 64 rows" and part.multiple in exact.MULTIPLES
+
+
 @pytest.mark.parametrize("way", [_by_blocks, _by_one_dnn])
 @pytest.mark.parametrize("bias", [True, False])
 def test_other_ways_of_a_linear_layer_are_the_layer_with_its_gradient(way: Any, bias: bool):

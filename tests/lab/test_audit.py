@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import torch
 
 from gspo import dev
 from gspo.core.errors import ConfigError, ModelError
-from gspo.lab.audit import measure, run_audit
+from gspo.lab.audit import audit_exact, measure, render_exact, run_audit
 from gspo.lab.audit_report import render
 from gspo.lab.pictures import draw_audit
 from gspo.train.minibatches import prepare
 from lab.written import as_object
+from models import folder
 from support import embedded, random_groups
 
 
@@ -120,3 +122,28 @@ def test_the_prompts_of_a_runs_file(tmp_path: Path):
     path.write_text('model = "embedded:sort"\nrollout = "scores:same"\n')
     with pytest.raises(ConfigError, match="it has no prompts beside its rollout"):
         run_audit("embedded:sort", task=str(path))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_embedded_model_is_exact(dtype: str):
+    report = audit_exact("embedded:sort", dtype)
+    assert (report["exact"], report["reason"]) == (True, None)
+    kinds = {part["kind"] for part in report["parts"]}
+    assert {"Embedding", "Qwen3MoeRMSNorm", "Linear", "Qwen3MoeExperts", "head"} <= kinds
+    assert all(report["multiple"] % part["multiple"] == 0 for part in report["parts"])
+    assert "at least" in render_exact(report)
+    assert f"exact: engine and trainer have the same bits in {dtype}" in render_exact(report)
+    json.dumps(report)
+
+
+def test_a_model_that_cannot_be_exact_says_why(tmp_path: Path):
+    report = audit_exact(folder(tmp_path, "qwen3_next"))
+    assert not report["exact"]
+    assert render_exact(report).startswith(
+        "not exact: the attention of Qwen3NextForCausalLM is not gspo's"
+    )
+
+
+def test_another_precision_is_refused():
+    with pytest.raises(ConfigError, match=r"--rollout-dtype int4: .* float32 or bfloat16"):
+        audit_exact("embedded:sort", "int4")

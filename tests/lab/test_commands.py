@@ -28,7 +28,7 @@ def test_inspect_prints_text_and_json_and_draws(tmp_path: Path):
     assert gspo_here("train", str(spec), "--set", f"path={tmp_path}").returncode == 0
     picture = tmp_path / "cosines.html"
     arguments = ("--presets", "grpo, reinforce", "--picture", str(picture), "--json")
-    done = gspo_here("inspect", str(tmp_path / "gspo" / "run"), *arguments)
+    done = gspo_here("inspect", "run", "--path", str(tmp_path), *arguments)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert "step 2: 128 trajectories in 8 groups" in lines[0]
@@ -37,6 +37,20 @@ def test_inspect_prints_text_and_json_and_draws(tmp_path: Path):
     assert [at["weights"] for at in result["at"]] == ["before", "after"]
     assert [m["name"] for m in result["at"][1]["methods"]] == ["gspo", "grpo", "reinforce"]
     assert picture.exists()
+    done = gspo_here("report", "gspo/run", "--path", str(tmp_path))
+    assert done.stdout == f"report: {tmp_path / 'gspo' / 'run' / 'report.html'}\n", done.stderr
+
+
+def test_a_dry_run_of_a_comparison_tries_the_rewards(tmp_path: Path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1", "answer": "1"}\n' * 3)
+    (tmp_path / "rewards.py").write_text("def none(completion, row):\n    return None\n")
+    (tmp_path / "methods.toml").write_text(
+        'presets = ["gspo", "grpo"]\n[base]\nmodel = "embedded:sort"\nsteps = 2\n'
+        'dataset = "rows.jsonl"\nreward = "rewards:none"\ndata = {heldout = "held.jsonl"}\n'
+    )
+    (tmp_path / "held.jsonl").write_text('{"prompt": "2", "answer": "2"}\n')
+    done = gspo_here("compare", str(tmp_path / "methods.toml"), "--dry-run", f"--path={tmp_path}")
+    assert done.returncode == 2 and "row 2, completion 0: None (NoneType)" in done.stderr
 
 
 def test_without_its_libraries_a_verb_says_what_to_install():
@@ -44,7 +58,7 @@ def test_without_its_libraries_a_verb_says_what_to_install():
         "audit embedded:sort --picture audit.html": "plotly",
         "inspect somewhere --picture cosines.html": "plotly",
         "compare --quick --dry-run": "scipy",
-        "report somewhere": "plotly",
+        "report .": "plotly",
     }
     done = gspo_without_lab(*wanted)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

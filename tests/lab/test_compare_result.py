@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from intervals import false_collapses
 
-from gspo.core.intervals import Interval, share_interval
+from gspo.experiment.heldout import Interval, share_interval
 from gspo.lab.compare import CompareSpec
 from gspo.lab.compare_cells import make_cells
 from gspo.lab.compare_result import area, collapsed, comparison, write_comparison

@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 import pytest
 from intervals import LAWS, SIZES, false_alarms
 
-from gspo.core.intervals import Interval
+from gspo.experiment.heldout import Interval
 from gspo.lab.statistics import (
     NO_DIFFERENCE,
     NO_INTERVAL,

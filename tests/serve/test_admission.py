@@ -110,6 +110,8 @@ def test_prompts_are_computed_in_parts_beside_others(policy: Policy):
     waiting = line(policy, *groups)
     assert owners(waiting.take(running), *groups) == [0, 0, 1]
     assert owners(waiting.take(running), *groups) == [2]
+    one = group(3, 2000)  # longer than a part, and yet read once for all of its completions
+    assert owners(line(policy, one).take(running), one) == [0, 0, 0]
     alone = group(1, 500), group(1, 480, first=2)
     assert owners(line(policy, *alone).take([]), *alone) == [0, 1]
 

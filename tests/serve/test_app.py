@@ -43,7 +43,7 @@ async def test_chat_choices_carry_what_training_needs(client: AsyncOpenAI, engin
     for choice in response.choices:
         extra: Any = choice
         assert extra.prompt_token_ids == chat_tokens(engine, HELLO)
-        assert engine.decode(extra.token_ids) == choice.message.content
+        assert engine.tokenizer.decode(extra.token_ids) == choice.message.content
         assert len(extra.token_logprobs) == len(extra.token_ids)
         assert (extra.temperature, extra.policy_version) == (1.0, 0)
         assert choice.logprobs is None

@@ -148,21 +148,39 @@ def test_a_long_prompt_is_read_in_pieces_beside_those_that_run(monkeypatch: pyte
     assert exact.whole(late[0]) == exact.generate([late[0].request])[0][0]
 
 
-def test_weights_that_change_in_a_prompt_read_it_again(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("changes", [1, 5])
+def test_weights_that_change_in_a_prompt_begin_it_again_in_pieces(
+    changes: int, monkeypatch: pytest.MonkeyPatch
+):
+    """One change reads no more in a step than before; and it ends though they change forever."""
     policy = embedded()
     changing = TorchEngine(policy)
     monkeypatch.setattr(module, "PROMPT_TOKENS", (32, 32))
+    sizes: list[int] = []
+    feed = SharedPrompts.feed
+
+    def fed(cache: SharedPrompts, tokens: torch.Tensor) -> torch.Tensor:
+        sizes.append(tokens.numel())
+        return feed(cache, tokens)
+
+    monkeypatch.setattr(SharedPrompts, "feed", fed)
     text = tuple(6 + i % 50 for i in range(400))
     params = SamplingParams(max_tokens=3, seed=1, ignore_eos=True)
+    short = opened(changing, 60)
     done, batch = changing.opened(Request(text, params)), changing.batch()
     with changing.computing():
-        assert batch.step(done) and batch.sampled(done[0], 0) == ((), ())
-        policy.version = 7
-        for weight in policy.trainable.values():
-            weight.mul_(1.1)
-        while batch.step([]):
-            pass
-    assert done[0].versions == (7, 7, 7)
+        batch.step(short)
+        batch.step(done)
+        for version in range(1, changes + 1):
+            policy.version = version
+            for weight in policy.trainable.values():
+                weight.mul_(1.02)
+            batch.step([])
+        while batch.busy:
+            batch.step([])
+    assert done[0].versions == (changes,) * 3 and len(short[0].tokens) == 60
+    pieces = [size for size in sizes if size > 3]  # the others are decode steps
+    assert pieces[0] == pieces[1] == 32 and max(pieces) == min(400, 32 * 2 ** (changes - 1))
     assert done[0].logprobs == pytest.approx(
         changing.generate([Request(text, params)])[0][0].logprobs, abs=1e-5
     )

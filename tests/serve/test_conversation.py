@@ -121,7 +121,7 @@ async def test_calls_come_as_openais_client_reads_them():
         assert choice.finish_reason == "tool_calls" and choice.message.content == "Well."
         calls = choice.message.tool_calls
         assert [json.loads(call.function.arguments) for call in calls] == [{"a": 2}, {"a": 3}]
-        assert engine.decode(choice.token_ids) == "Well." + CALL + CALL.replace("2", "3")
+        assert engine.tokenizer.decode(choice.token_ids) == "Well." + CALL + CALL.replace("2", "3")
         async with client.chat.completions.stream(model="m", messages=ASK, tools=[ADD]) as stream:
             async for _ in stream:
                 pass
@@ -197,7 +197,7 @@ async def test_a_stream_of_the_embedded_engine_is_its_answer():
     digit: Any = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
     add: Any = {"type": "function", "function": {"name": "add", "parameters": digit}}
     asked: dict[str, Any] = {"messages": ASK, "tools": [add], "logprobs": True, "seed": 3}
-    asked["logit_bias"] = {str(engine.encode("h")[0]): -100}  # it must call, not <think>
+    asked["logit_bias"] = {str(engine.tokenizer.encode("h")[0]): -100}  # it must call, not <think>
     async with in_process_client(app_of(engine)) as client:
         for choice in ("none", "required"):
             asked |= {"tool_choice": choice, "max_tokens": 8 if choice == "none" else 90}

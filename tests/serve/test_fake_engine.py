@@ -15,7 +15,7 @@ from gspo.weights.receipt import Probe
 
 
 def one(engine: FakeEngine, prompt: str, **params) -> Completion:
-    request = Request(tuple(engine.encode(prompt)), SamplingParams(**params))
+    request = Request(tuple(engine.tokenizer.encode(prompt)), SamplingParams(**params))
     return asyncio.run(engine.complete(request))[0]
 
 
@@ -70,7 +70,7 @@ def test_the_next_prompt_extends_a_turn_as_it_was_sampled():
     answer = asyncio.run(engine.complete(Request(tuple(prompt))))[0]
     longer = chat_tokens(engine, [*messages, {"role": "assistant", "content": answer.text}])
     assert longer[: len(prompt) + 4] == [*prompt, *answer.token_ids]
-    assert b"".join(engine.token_bytes(engine.encode("é漢"))).decode() == "é漢"
+    assert b"".join(engine.tokenizer.token_bytes(engine.tokenizer.encode("é漢"))).decode() == "é漢"
 
 
 @pytest.mark.parametrize(

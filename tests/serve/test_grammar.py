@@ -38,7 +38,7 @@ def engine() -> TorchEngine:
 def sampled(engine: TorchEngine, grammar: str, **params) -> list[Completion]:
     settings = {"n": 4, "max_tokens": 40, "seed": 1, "temperature": 2.0}
     request = Request(
-        tuple(engine.encode("12")), SamplingParams(grammar=grammar, **settings | params)
+        tuple(engine.tokenizer.encode("12")), SamplingParams(grammar=grammar, **settings | params)
     )
     return engine.generate([request])[0]
 
@@ -62,7 +62,7 @@ def test_where_a_grammar_may_end_an_end_token_ends_it(engine: TorchEngine):
     assert all(str(int(c.text)) in ("0", "-0", c.text, c.text[1:]) for c in done)
     end = engine.policy.tokenizer.eos_token_id
     assert any(c.token_ids[-1] == end and c.finish_reason == "stop" for c in done)
-    seven = engine.encode("7")[0]
+    seven = engine.tokenizer.encode("7")[0]
     stopped = sampled(engine, '{"type": "integer"}', n=20, stop_token_ids=(seven,))
     assert any(c.token_ids[-1] == seven and "7" not in c.text for c in stopped)
 
@@ -79,7 +79,9 @@ def test_log_probs_are_those_of_the_whole_distribution(engine: TorchEngine):
 
 
 def test_its_neighbours_are_as_without_it(engine: TorchEngine):
-    plain = Request(tuple(engine.encode("12")), SamplingParams(n=3, max_tokens=20, seed=4))
+    plain = Request(
+        tuple(engine.tokenizer.encode("12")), SamplingParams(n=3, max_tokens=20, seed=4)
+    )
     (alone,) = engine.generate([plain])
     bound = Request(plain.prompt, SamplingParams(n=2, max_tokens=20, seed=1, grammar=POINT))
     beside = engine.generate([bound, plain])[1]

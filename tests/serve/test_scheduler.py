@@ -18,6 +18,7 @@ import torch
 
 from gspo.core.compute import ComputeThread
 from gspo.core.errors import BusyError, NumericsError, RunError, ServeError
+from gspo.kernels.prompt_cache import SharedPrompts
 from gspo.policy.policy import Policy
 from gspo.serve import scheduler as module
 from gspo.serve.batch import Batch
@@ -506,3 +507,52 @@ async def test_a_completion_is_a_function_of_its_request(
         engine = TorchEngine(exact, compute, max_running=rng.choice([1, 2, 3, 5, 8, 64, 512]))
         assert engine.exact
         assert await arrive(engine, rng) == expected
+
+
+@pytest.mark.parametrize(
+    ("length", "piece"), [(700, 64), pytest.param(8192, 512, marks=pytest.mark.slow)]
+)
+async def test_a_long_prompt_stalls_nobody(
+    length: int, piece: int, compute: ComputeThread, steps: Steps, monkeypatch: pytest.MonkeyPatch
+):
+    """While it is read, a step reads so many of its tokens, and those beside it get one token each;
+    cancelled, it is gone with the next step; and it is answered as if it were alone."""
+    policy = embedded()
+    policy.context = length + 100
+    engine = TorchEngine(policy, compute)
+    make_exact(engine, required=True)
+    for room in ("admission", "batch"):
+        monkeypatch.setattr(f"gspo.serve.{room}.PROMPT_TOKENS", (piece, piece))
+    text = tuple(6 + i * i % 50 for i in range(length))
+    long = Request(text, SamplingParams(n=2, max_tokens=4, seed=3, ignore_eos=True))
+    fed: list[list[int]] = []  # tokens of each pass, by step
+    steps.before = lambda: fed.append([])
+    feed = SharedPrompts.feed
+
+    def seen(cache: SharedPrompts, tokens: torch.Tensor) -> torch.Tensor:
+        fed[-1].append(tokens.numel())
+        return feed(cache, tokens)
+
+    monkeypatch.setattr(SharedPrompts, "feed", seen)
+
+    async def beside(count: int) -> tuple[asyncio.Task[Any], list[asyncio.Task[Any]]]:
+        short = [asyncio.create_task(engine.complete(request(90, seed=i))) for i in range(count)]
+        await until(lambda: engine._scheduler.traffic == (count, 0))
+        first = len(fed)
+        task = asyncio.create_task(engine.complete(long))
+        await until(lambda: sum(max(step, default=0) >= piece for step in fed[first:]) >= 3)
+        return task, short
+
+    task, short = await beside(3)
+    answer = await asyncio.wait_for(task, 10 * LIMIT)
+    await asyncio.gather(*short)
+    reading = [step for step in fed if max(step, default=0) >= piece]
+    assert len(reading) == length // piece  # once for both; the last may be shorter
+    assert all(sorted(step) == [3, piece] for step in reading[1:])  # a token each
+    task, short = await beside(3)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    at = len(fed)
+    await asyncio.gather(*short)
+    assert all(step == [3] or sum(step) < 3 for step in fed[at + 1 :])
+    assert answer == engine.generate([long])[0]

@@ -276,9 +276,17 @@ def test_wide_models_are_exact_too(kind: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["gqa_4_x_64", "experts_64"])
-def test_long_prompts_at_a_high_temperature_are_exact_too(kind: str):
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("gqa_4_x_64", torch.float32),
+        ("experts_64", torch.float32),
+        ("smollm2", torch.bfloat16),
+    ],
+)
+def test_long_prompts_at_a_high_temperature_are_exact_too(kind: str, dtype: torch.dtype):
     policy = wide(kind)
+    policy.compute_dtype = dtype
     engine = engine_of(policy)
     make_exact(engine, required=True)
     generator = torch.Generator().manual_seed(2)

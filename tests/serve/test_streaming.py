@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from functools import cache
 from typing import Any
 
@@ -18,7 +18,7 @@ from gspo.core.errors import ServeError
 from gspo.serve.engine import Completion, Piece, Request, SamplingParams
 from gspo.serve.fake_engine import FakeEngine
 from gspo.serve.streaming import EventStream, GrowingText, begun, pieces
-from gspo.serve.tokens import text_of
+from gspo.serve.tokens import ModelTokenizer
 
 
 @cache
@@ -56,10 +56,7 @@ class Decoder(FakeEngine):
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         super().__init__()
-        self.tokenizer = tokenizer
-
-    def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
-        return text_of(self.tokenizer, token_ids, special=special)
+        self.tokenizer = ModelTokenizer(tokenizer, self.context)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -72,7 +69,7 @@ def test_texts_joined_are_the_whole_text(name: str, special: bool, data: st.Data
     token = st.integers(0, len(tokenizer) - 1)
     some = st.one_of(token, st.sampled_from(tokenizer("the 漢字 é")["input_ids"]))
     tokens = data.draw(st.lists(some, min_size=1, max_size=24))
-    decode = Decoder(tokenizer).decode
+    decode = Decoder(tokenizer).tokenizer.decode
     whole = decode(tokens, special=special)
     stops = ()
     if whole and data.draw(st.booleans()):
@@ -106,11 +103,13 @@ def test_half_a_character_and_half_a_stop_text_are_held_back():
 
 async def test_several_requests_side_by_side():
     engine = FakeEngine(lambda prompt, index: f"{prompt}{index}")
-    requests = [Request(tuple(engine.encode(t)), SamplingParams(n=2)) for t in ("ab", "c")]
+    requests = [
+        Request(tuple(engine.tokenizer.encode(t)), SamplingParams(n=2)) for t in ("ab", "c")
+    ]
     texts: dict[tuple[int, int], str] = {}
     async for number, piece in pieces(engine, requests):
         key = (number, piece.index)
-        texts[key] = texts.get(key, "") + engine.decode(piece.token_ids)
+        texts[key] = texts.get(key, "") + engine.tokenizer.decode(piece.token_ids)
     assert texts == {(0, 0): "ab0", (0, 1): "ab1", (1, 0): "c0", (1, 1): "c1"}
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from gspo.core.errors import RequestError
 from gspo.policy.embedded import build_tokenizer
 from gspo.serve.engine import Completion, Request, SamplingParams
-from gspo.serve.tokens import ends_of, token_bytes
+from gspo.serve.tokens import ModelTokenizer, ends_of
 from gspo.serve.torch_engine import TorchEngine
 from support import embedded
 
@@ -21,7 +21,7 @@ USER = "<|user|>"  # special: hidden from the text, and no end token of the mode
 def engine() -> TorchEngine:
     engine = TorchEngine(embedded())
     # Such a token is rare in what the model writes: make it one of the likely ones.
-    number = engine.encode(USER)[0]
+    number = engine.tokenizer.encode(USER)[0]
     with torch.no_grad():
         engine.policy.head.weight[number] *= 0
     return engine
@@ -29,12 +29,12 @@ def engine() -> TorchEngine:
 
 def sampled(engine: TorchEngine, **params) -> list[Completion]:
     settings = {"n": 40, "max_tokens": 30, "seed": 3, "temperature": 5.0, "ignore_eos": True}
-    request = Request(tuple(engine.encode("12")), SamplingParams(**settings | params))
+    request = Request(tuple(engine.tokenizer.encode("12")), SamplingParams(**settings | params))
     return engine.generate([request])[0]
 
 
 def test_a_stop_text_that_is_a_special_token_is_an_end_token(engine: TorchEngine):
-    number = engine.encode(USER)[0]
+    number = engine.tokenizer.encode(USER)[0]
     before, after = sampled(engine), sampled(engine, stop=(USER,))
     assert sum(number in completion.token_ids for completion in before) > 5
     for free, ended in zip(before, after, strict=True):
@@ -49,7 +49,7 @@ def test_a_stop_text_that_is_a_special_token_is_an_end_token(engine: TorchEngine
 
 
 def test_stop_token_ids_end_as_well(engine: TorchEngine):
-    number = engine.encode("7")[0]
+    number = engine.tokenizer.encode("7")[0]
     for special in (True, False):
         for completion in sampled(engine, stop_token_ids=(number,), skip_special_tokens=special):
             assert number not in completion.token_ids[:-1]
@@ -59,7 +59,7 @@ def test_stop_token_ids_end_as_well(engine: TorchEngine):
 
 
 def test_special_tokens_stay_in_the_text_if_that_is_asked_for(engine: TorchEngine):
-    number = engine.encode(USER)[0]
+    number = engine.tokenizer.encode(USER)[0]
     shown = sampled(engine, skip_special_tokens=False)
     assert any(USER in completion.text for completion in shown)
     for completion in sampled(engine, skip_special_tokens=False, stop=(USER,)):
@@ -76,7 +76,7 @@ def test_min_tokens_bars_ends_and_keeps_the_full_distributions_logprobs(engine: 
     assert all(end not in completion.token_ids[:11] for completion in late)
     assert any("1" in completion.text for completion in late)  # before the twelfth token
     for completion in late[:5]:
-        tokens = torch.tensor([[*engine.encode("12"), *completion.token_ids]])
+        tokens = torch.tensor([[*engine.tokenizer.encode("12"), *completion.token_ids]])
         with torch.no_grad():
             logits = engine.policy.lm(input_ids=tokens).logits[0] / 5.0
         expected = logits.log_softmax(-1)[:-1].gather(-1, tokens[0, 1:, None]).squeeze(-1)[1:]
@@ -150,26 +150,28 @@ def byte_fallback() -> PreTrainedTokenizerFast:
 def test_joined_they_are_the_text(kind):
     tokenizer = kind()
     ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-    each = token_bytes(tokenizer, ids)
+    each = ModelTokenizer(tokenizer, 9).token_bytes(ids)
     assert b"".join(each).decode() == tokenizer.decode(ids) == TEXT
     assert len(each) == len(ids)
     assert any(len(raw) == 1 and raw[0] >= 128 for raw in each)  # parts of characters
-    assert token_bytes(tokenizer, []) == []
+    assert ModelTokenizer(tokenizer, 9).token_bytes([]) == []
 
 
 def test_a_part_of_a_character():
     tokenizer = byte_level()
     ids = tokenizer("§", add_special_tokens=False)["input_ids"]
-    assert token_bytes(tokenizer, ids) == [bytes([194]), bytes([167])]
-    assert token_bytes(tokenizer, ids[1:]) == [bytes([167])]
+    assert ModelTokenizer(tokenizer, 9).token_bytes(ids) == [bytes([194]), bytes([167])]
+    assert ModelTokenizer(tokenizer, 9).token_bytes(ids[1:]) == [bytes([167])]
 
 
 def test_special_tokens_are_written_out():
     tokenizer = byte_level()
-    assert token_bytes(tokenizer, tokenizer("<|end|>")["input_ids"]) == [b"<|end|>"]
+    assert ModelTokenizer(tokenizer, 9).token_bytes(tokenizer("<|end|>")["input_ids"]) == [
+        b"<|end|>"
+    ]
 
 
 def test_other_tokenizers_decode_each_token():
     tokenizer = build_tokenizer()
     ids = tokenizer("1 a<|end|>", add_special_tokens=False)["input_ids"]
-    assert token_bytes(tokenizer, ids) == [b"1", b" ", b"a", b"<|end|>"]
+    assert ModelTokenizer(tokenizer, 9).token_bytes(ids) == [b"1", b" ", b"a", b"<|end|>"]

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Sequence
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from chat_templates import TEMPLATES, tokenizer
 from gspo.data.sample import SPLIT_REASONS, trajectory_samples
 from gspo.serve.chat import ChatFormat
+from gspo.serve.engine import Engine
 from gspo.serve.fake_engine import FakeEngine
 from gspo.serve.harmony import HARMONY
+from gspo.serve.tokens import ModelTokenizer
 from gspo.serve.tool_calls import Parsed, completion_key
 from gspo.serve.verbatim import TokenMemory, chat_tokens
 from gspo.trajectories import Trajectory
@@ -43,19 +44,14 @@ class Model:
     """A sampler by a script: it says a text in tokens of its own choice, as a model may."""
 
     def __init__(self, name: str):
-        self.name, self.tokenizer = name, tokenizer(name)
-        self.chat = ChatFormat(self.tokenizer, name, ENDS.get(name))
-        vocabulary = self.tokenizer.get_vocab()
-        added = {str(token): i for i, token in self.tokenizer.added_tokens_decoder.items()}
+        own = tokenizer(name)
+        self.name, self.tokenizer = name, ModelTokenizer(own, 9)
+        self.chat = ChatFormat(own, name, ENDS.get(name))
+        vocabulary = own.get_vocab()
+        added = {str(token): i for i, token in own.added_tokens_decoder.items()}
         self.added = added
         self.plain = {text: i for text, i in vocabulary.items() if text not in added}
         self.longest = max(map(len, self.plain))
-
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(tokens), skip_special_tokens=False)
 
     def spell(self, text: str, rng: random.Random) -> list[int]:
         """Tokens of a text, any of those that it can be spelled with."""
@@ -89,6 +85,11 @@ def byte_letters() -> dict[int, str]:
 @cache
 def model(name: str) -> Model:
     return Model(name)
+
+
+def prompt_of(one: Model, messages: list[dict], **options: Any) -> list[int]:
+    """Of an engine, only its chat and its tokenizer are asked."""
+    return chat_tokens(cast(Engine, one), messages, **options)
 
 
 def words(rng: random.Random) -> str:
@@ -160,12 +161,12 @@ def conversation(
     trajectory = Trajectory()
     history: list[dict[str, Any]] = [{"role": "user", "content": words(rng) + "?"}]
     for _ in range(rng.randint(1, 5)):
-        prompt = chat_tokens(one, history, tools=TOOLS, memory=memory)
+        prompt = prompt_of(one, history, tools=TOOLS, memory=memory)
         text, end = answer(one.name, rng, tame)
         tokens = one.spell(text + end, rng)
         if not tame and rng.random() < 0.05:  # cut by max_tokens
             tokens = tokens[: rng.randint(1, len(tokens))]
-        written = one.decode(tokens)
+        written = one.tokenizer.decode(tokens, special=True)
         parsed = one.chat.parse(written, tools=TOOLS, key=completion_key(prompt, 0))
         called = [call.id for call in parsed.tool_calls]
         memory.remember(prompt, tokens, partial(str, written), called)
@@ -232,6 +233,7 @@ def test_what_was_sampled_is_trained_on(name: str):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("name", FORMS)
 def test_what_was_sampled_is_trained_on_in_a_hundred_thousand_conversations(name: str):
     found = check(name, 50_000, edits=False) + check(name, 50_000, edits=True)
@@ -250,7 +252,7 @@ USER = [{"role": "user", "content": "hi"}]
 
 def said(one: Model, memory: TokenMemory, text: str, history: list[dict] = USER) -> tuple:
     """Ask and answer by `text`: the message, and the tokens so far."""
-    prompt = chat_tokens(one, history, tools=TOOLS, memory=memory)
+    prompt = prompt_of(one, history, tools=TOOLS, memory=memory)
     tokens = one.spell(text, random.Random(text))
     parsed = one.chat.parse(text, tools=TOOLS, key=completion_key(prompt, 0))
     memory.remember(prompt, tokens, lambda: text, [call.id for call in parsed.tool_calls])
@@ -265,9 +267,9 @@ def test_without_a_memory_the_same_text_is_other_tokens():
     one, memory = model("qwen"), TokenMemory()
     message, tokens = said(one, memory, CALL)
     history = [*USER, message, RESULT]
-    assert chat_tokens(one, history, tools=TOOLS)[: len(tokens)] != tokens
-    assert chat_tokens(one, history, tools=TOOLS, memory=memory)[: len(tokens)] == tokens
-    assert chat_tokens(one, history, tools=TOOLS, memory=TokenMemory())[: len(tokens)] != tokens
+    assert prompt_of(one, history, tools=TOOLS)[: len(tokens)] != tokens
+    assert prompt_of(one, history, tools=TOOLS, memory=memory)[: len(tokens)] == tokens
+    assert prompt_of(one, history, tools=TOOLS, memory=TokenMemory())[: len(tokens)] != tokens
 
 
 def test_of_like_calls_the_one_that_is_named_is_used():
@@ -276,7 +278,7 @@ def test_of_like_calls_the_one_that_is_named_is_used():
     other, others = said(one, memory, CALL.replace("   ", "\n"))
     assert message["tool_calls"][0]["id"] != other["tool_calls"][0]["id"]
     for chosen, expected in ((message, tokens), (other, others)):
-        prompt = chat_tokens(one, [*USER, chosen, RESULT], tools=TOOLS, memory=memory)
+        prompt = prompt_of(one, [*USER, chosen, RESULT], tools=TOOLS, memory=memory)
         assert prompt[: len(expected)] == expected
 
 
@@ -290,8 +292,8 @@ def test_a_changed_message_is_not_what_was_sampled(change: str):
     else:
         function[change] = {"name": "look_up", "arguments": '{"n": 2}'}[change]
     history = [*USER, message, RESULT]
-    prompt = chat_tokens(one, history, tools=TOOLS, memory=memory)
-    assert prompt == one.encode(one.chat.render(history, tools=TOOLS))
+    prompt = prompt_of(one, history, tools=TOOLS, memory=memory)
+    assert prompt == one.tokenizer.encode(one.chat.render(history, tools=TOOLS))
     assert prompt[: len(tokens)] != tokens
 
 
@@ -300,8 +302,8 @@ def test_what_the_template_leaves_out_stays_out():
     one, memory = model("qwen"), TokenMemory()
     message, tokens = said(one, memory, "<think>\nhm\n</think>\n\nyes<|im_end|>")
     history = [*USER, message, {"role": "user", "content": "sure?"}]
-    prompt = chat_tokens(one, history, tools=TOOLS, memory=memory)
-    assert "hm" not in one.decode(prompt)
+    prompt = prompt_of(one, history, tools=TOOLS, memory=memory)
+    assert "hm" not in one.tokenizer.decode(prompt, special=True)
     assert prompt[: len(tokens)] != tokens
 
 
@@ -309,9 +311,9 @@ def test_a_cut_answer_goes_on_with_the_end_that_was_not_sampled():
     one, memory = model("qwen"), TokenMemory()
     message, tokens = said(one, memory, "the ans")
     history = [*USER, message, {"role": "user", "content": "go on"}]
-    prompt = chat_tokens(one, history, tools=TOOLS, memory=memory)
+    prompt = prompt_of(one, history, tools=TOOLS, memory=memory)
     assert prompt[: len(tokens)] == tokens
-    assert one.decode(prompt[len(tokens) :]).startswith("<|im_end|>\n")
+    assert one.tokenizer.decode(prompt[len(tokens) :], special=True).startswith("<|im_end|>\n")
 
 
 def test_reasoning_that_a_client_has_no_field_for_comes_back():
@@ -321,7 +323,7 @@ def test_reasoning_that_a_client_has_no_field_for_comes_back():
     call = '<|channel|>commentary to=functions.add json<|message|>{"n":1}<|call|>'
     message, tokens = said(one, memory, thought + call)
     assert message.pop("reasoning_content") == "so"
-    prompt = chat_tokens(one, [*USER, message, RESULT], tools=TOOLS, memory=memory)
+    prompt = prompt_of(one, [*USER, message, RESULT], tools=TOOLS, memory=memory)
     assert prompt[: len(tokens)] == tokens
 
 
@@ -329,15 +331,22 @@ def test_another_models_tokens_are_not_used():
     memory = TokenMemory()
     message, tokens = said(model("qwen"), memory, CALL)
     other = Model("qwen")
-    prompt = chat_tokens(other, [*USER, message, RESULT], tools=TOOLS, memory=memory)
+    prompt = prompt_of(other, [*USER, message, RESULT], tools=TOOLS, memory=memory)
     assert prompt[: len(tokens)] != tokens
 
 
 def test_a_text_prompt_goes_on_from_sampled_tokens():
     engine, memory = FakeEngine(), TokenMemory()
-    prompt = memory.prompt(engine.chat, "once", engine.encode)
+    encode = engine.tokenizer.encode
+    prompt = memory.prompt(engine.chat, "once", encode)
     memory.remember(prompt, [-1, -2], lambda: "upon")  # tokens that no text is encoded as
-    assert memory.prompt(engine.chat, "onceupon a", engine.encode) == [*prompt, -1, -2, 32, 97]
-    assert memory.prompt(engine.chat, "onceup", engine.encode) == engine.encode("onceup")
+    assert memory.prompt(engine.chat, "onceupon a", encode) == [
+        *prompt,
+        -1,
+        -2,
+        32,
+        97,
+    ]
+    assert memory.prompt(engine.chat, "onceup", encode) == encode("onceup")
     memory.remember([7], [8], lambda: "x")  # nobody asked for it
-    assert memory.prompt(engine.chat, "x", engine.encode) == engine.encode("x")
+    assert memory.prompt(engine.chat, "x", encode) == encode("x")

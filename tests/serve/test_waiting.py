@@ -10,29 +10,36 @@ import pytest
 from openai import BadRequestError
 
 from gspo.serve.engine import Request
-from gspo.serve.fake_engine import FakeEngine
+from gspo.serve.fake_engine import FakeEngine, FakeTokenizer
 from gspo.serve.local_client import in_process_client
 from support import app_of
 
 
-class Counting(FakeEngine):
-    """Counts what it tokenizes, and in which thread."""
+class Counting(FakeTokenizer):
+    """Notes in which thread it tokenizes."""
 
-    threads: list[str]
+    def __init__(self) -> None:
+        self.threads: list[str] = []
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        self.threads = [*getattr(self, "threads", []), threading.current_thread().name]
+        self.threads.append(threading.current_thread().name)
         return super().encode(text, special=special)
 
 
+def counting() -> tuple[FakeEngine, Counting]:
+    engine, tokenizer = FakeEngine(), Counting()
+    engine.tokenizer = tokenizer
+    return engine, tokenizer
+
+
 async def test_what_cannot_fit_is_refused_before_it_is_tokenized():
-    engine = Counting()
+    engine, tokenizer = counting()
     async with in_process_client(app_of(engine)) as client:
         long: Any = [{"role": "user", "content": "x" * 10**7}]
         for _ in range(2):
             with pytest.raises(BadRequestError, match="text of 10000000 characters cannot fit"):
                 await client.chat.completions.create(model="m", messages=long)
-    assert not hasattr(engine, "threads")
+    assert tokenizer.threads == []
 
 
 async def test_grammars_are_compiled_beside_the_event_loop():
@@ -54,11 +61,11 @@ async def test_grammars_are_compiled_beside_the_event_loop():
 
 
 async def test_long_texts_are_tokenized_beside_the_event_loop():
-    engine = Counting()
-    engine.context = engine.most_characters = 10**6
+    engine, tokenizer = counting()
+    engine.context = tokenizer.most_characters = 10**6
     transport = httpx.ASGITransport(app=app_of(engine))
     async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
         for size in (10, 20_000):
             body = {"model": "m", "prompt": "x" * size}
             assert (await client.post("/v1/completions", json=body)).status_code == 200
-    assert engine.threads[0] == "MainThread" != engine.threads[2]
+    assert tokenizer.threads[0] == "MainThread" != tokenizer.threads[2]

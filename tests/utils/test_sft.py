@@ -86,7 +86,7 @@ async def test_what_is_refused_changes_nothing(tmp_path: Path):
         with pytest.raises(DataError, match="got no trajectories"):
             await model.train_sft(iter(()))
         with pytest.raises(ConfigError, match=r"initial_step.*one step"):
-            await train_sft_from_file(model, data, initial_step=3)
+            await train_sft_from_file(model, data, initial_step=3)  # pyright: ignore[reportCallIssue]
         assert await model.get_step() == 0
         assert not backend.run(model).metrics()
 

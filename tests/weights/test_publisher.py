@@ -152,6 +152,21 @@ class FilePublisher:
         return policy, {}
 
 
+class Digits:
+    """A tokenizer of digits."""
+
+    most_characters = 64
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        return [6 + int(character) for character in text if character.isdigit()]
+
+    def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
+        return "".join(str(token - 6) for token in token_ids)
+
+    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
+        return [self.decode([token]).encode() for token in token_ids]
+
+
 class FileEngine:
     """A second engine: it draws digits, and knows its version from the file."""
 
@@ -168,16 +183,7 @@ class FileEngine:
         with safe_open(self.file, "pt") as weights:
             return int(weights.metadata()["version"])
 
-    def encode(self, text: str, *, special: bool = False) -> list[int]:
-        return [6 + int(character) for character in text if character.isdigit()]
-
-    def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
-        return "".join(str(token - 6) for token in token_ids)
-
-    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
-        return [self.decode([token]).encode() for token in token_ids]
-
-    most_characters = 64
+    tokenizer = Digits()
     traffic = (0, 0)
 
     def check(self, request: Request) -> None:
@@ -205,7 +211,9 @@ class FileEngine:
         tokens = tuple(6 + (index + i) % 10 for i in range(3))
         logprobs = (-math.log(10),) * 3
         version = self.policy_version
-        return Completion(tokens, logprobs, self.decode(tokens), "length", (version,) * 3, 1.0)
+        return Completion(
+            tokens, logprobs, self.tokenizer.decode(tokens), "length", (version,) * 3, 1.0
+        )
 
     def reseed(self, seed: int) -> None:
         self.seeds.append(seed)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 from openai import AsyncOpenAI
 
-from gspo import dev
+from gspo import absent, dev
 from gspo.config import TrainConfig, TrainSFTConfig
 from gspo.core.errors import ConfigError, check_names, shown
 from gspo.core.files import names_a_folder
@@ -133,14 +133,6 @@ class Backend(Protocol):
         ...
 
 
-_REFUSED = {
-    "loss_fn": "name the objective with algorithm= or importance_sampling_level=.",
-    "loss_fn_config": "the objective's constants are options of dev.TrainConfig, such as epsilon=.",
-    "verbose": "call model.train(groups, verbose=True), or print the result's metrics.",
-}
-"""Arguments of ART's `backend.train` that are no options here."""
-
-
 def train_options(
     config: TrainConfig | None, _config: dev.TrainConfig | None, options: Mapping[str, Any]
 ) -> tuple[TrainConfig, dev.TrainConfig]:
@@ -149,7 +141,8 @@ def train_options(
     Raises:
         ConfigError: an option that neither has, or a configuration that is none.
     """
-    check_names("train", [name for name in options if name in _REFUSED], [], _REFUSED)
+    refused = absent.REASONS["train"]
+    check_names("train", options.keys() & refused, [], refused)
     public = {k: v for k, v in options.items() if k in TrainConfig.model_fields}
     private = {k: v for k, v in options.items() if k not in public}
     return (

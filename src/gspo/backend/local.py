@@ -28,21 +28,13 @@ from gspo.backend.stored_batch import write_batch
 from gspo.backend.trackers import TrackerName, Trackers, check_loggers
 from gspo.config import TrainConfig, TrainSFTConfig
 from gspo.core.compute import ComputeThread
-from gspo.core.errors import ConfigError, RunError, check_flag, check_names, check_whole
+from gspo.core.errors import ConfigError, RunError, check_flag, check_whole
 from gspo.data.check import plain_groups
 from gspo.policy.load import Policy
 from gspo.serve.episodes import Episode
 from gspo.serve.server import bind
 from gspo.train.settings import resolve
 from gspo.trajectories import Trajectory, TrajectoryGroup
-
-_S3: dict[str, str] = dict.fromkeys(("from_s3_bucket", "prefix"), absent.COPY)
-_FORK = ("model", "from_model", "from_project", "not_after_step", "verbose")
-_ARGUMENTS = ("path", "port", "keep_checkpoints", "seed", "logger")
-_REFUSED = {
-    "gpu_cost_per_hour_usd": "metrics.jsonl has time/step of each step; multiply.",
-    "in_process": "everything is in this process; leave it out.",
-}
 
 
 class LocalBackend(Backend):
@@ -66,6 +58,7 @@ class LocalBackend(Backend):
 
     _service_of: Callable[..., Service] = Service
 
+    @absent.refusing
     def __init__(
         self,
         path: str | Path = ".art",
@@ -74,9 +67,7 @@ class LocalBackend(Backend):
         keep_checkpoints: int | None = None,
         seed: int = 0,
         logger: Sequence[TrackerName] = (),
-        **unknown: Any,
     ):
-        check_names("LocalBackend", unknown, _ARGUMENTS, _REFUSED)
         check_whole("seed", seed)
         if port is not None:
             check_whole("port", port, 0, 65535)
@@ -257,6 +248,7 @@ class LocalBackend(Backend):
         run = self._service(model).run
         await asyncio.to_thread(run.prune, 1, best_checkpoint_metric, required=True)
 
+    @absent.refusing
     async def fork_checkpoint(
         self,
         model: ModelLike,
@@ -264,11 +256,9 @@ class LocalBackend(Backend):
         from_project: str | None = None,
         not_after_step: int | None = None,
         verbose: bool = False,
-        **unknown: Any,
     ) -> None:
         """Begin the run of a model with another run's checkpoint, before it is registered: see
         `gspo.backend.fork.fork_checkpoint`. `verbose` prints which step it is."""
-        check_names("fork_checkpoint", unknown, _FORK, _S3)
         if not from_model:
             raise ConfigError("fork_checkpoint: give from_model=, the name of the other run")
         if (model.project, model.name) in self._services:
@@ -283,7 +273,7 @@ class LocalBackend(Backend):
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            raise absent.refusal("LocalBackend", name, absent.BACKEND)
+            raise absent.refusal("LocalBackend", name, "a backend")
 
     async def close(self) -> None:
         """Stop serving and let go of the run folders, once what is being written is written.

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from gspo.core.errors import ConfigError, check_names, suggestion
+from gspo.core.errors import ConfigError, MissingDependencyError, check_names, suggestion
 
 T = TypeVar("T")
 
@@ -64,6 +64,25 @@ def find_module(name: str, what: str) -> tuple[Path | str, str]:
             f"or in {Path.cwd()}, and no installed module of that name. {_FORMS.capitalize()}"
         )
     return module, object_name
+
+
+def optional(module: str, package: str, extra: str, purpose: str) -> Any:
+    """A module of a package that is not always installed.
+
+    Args:
+        extra: of gspo, which installs the package.
+        purpose: what needs it, for the error.
+
+    Raises:
+        MissingDependencyError: it cannot be imported.
+
+    >>> optional("math", "math", "none", "a circle").pi
+    3.141592653589793
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingDependencyError(package, extra, purpose) from error
 
 
 def load_object(name: str, what: str) -> Any:

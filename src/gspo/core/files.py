@@ -43,6 +43,15 @@ def strict_json(
         return json.dumps(finite, indent=indent, allow_nan=False)
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """A file's JSON object; empty if there is none, or something else."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader, or a start after a power cut, sees the old one or the new one.
 

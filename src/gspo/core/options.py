@@ -42,7 +42,8 @@ class Options(BaseModel):
 
     def _differs(self, name: str) -> bool:
         """Whether an option has another value than its default."""
-        return getattr(self, name) != type(self).model_fields[name].default
+        field = type(self).model_fields[name]
+        return getattr(self, name) != field.get_default(call_default_factory=True)
 
 
 def _refuse_switches(cls: type[Options], data: Mapping[str, Any]) -> None:

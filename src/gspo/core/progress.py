@@ -7,9 +7,11 @@ import contextvars
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, TypeVar
 
 from gspo.core.draws import numbered_task, purpose
@@ -226,3 +228,35 @@ async def all_or_cancel(coroutines: list[Any]) -> list[Any]:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         raise
+
+
+async def in_order(
+    works: Iterable[Coroutine[Any, Any, T]], most: int, first: int = 0
+) -> AsyncGenerator[T, None]:
+    """Run coroutines, `most` of them at once, and yield their results in the order given.
+
+    The one that was yielded last counts until the next one is asked for. So in a loop that trains
+    on each result, none begins before training on the one `most` places before it is over, and
+    what it samples is at most `most - 1` versions of the weights old when it is trained on.
+
+    Args:
+        works: each is taken from here when it begins.
+        most: how many at once, from 1.
+        first: the place of the first one; a coroutine's requests are seeded by its place.
+
+    Raises:
+        Exception: what a coroutine raises, at its turn. At the end those that run are cancelled.
+    """
+    unstarted, running = enumerate(works, first), deque[asyncio.Task[T]]()
+    try:
+        while True:
+            for place, work in islice(unstarted, most - len(running)):
+                running.append(numbered_task(place, work))
+            if not running:
+                return
+            yield await running[0]
+            running.popleft()
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)

@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gspo.core.errors import DataError, MissingDependencyError, shown
+from gspo.core.byname import optional
+from gspo.core.errors import DataError, shown
 
 Rows = dict[str, dict[str, Any]]
 """By where each stands, such as `data.jsonl, row 3`, which errors name; in their order."""
@@ -104,11 +105,8 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _loaded(name: str, split: str, subset: str | None) -> Iterator[tuple[str, Any]]:
-    try:
-        import datasets  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        needs = f"dataset = {name!r}, which is no file,"
-        raise MissingDependencyError("datasets", "datasets", needs) from None
+    needs = f"dataset = {name!r}, which is no file,"
+    datasets = optional("datasets", "datasets", "datasets", needs)
     try:
         if any(Path(name, file).is_file() for file in _SAVED):
             loaded = datasets.load_from_disk(name)

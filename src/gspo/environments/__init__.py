@@ -57,7 +57,10 @@ def load_environment(
         found = getattr(importlib.import_module(f"gspo.environments.{file}"), kind)
         found = functools.partial(found, rest)
     elif colon:
-        found = load_class(name, "environment", Environment)
+        try:
+            found = load_class(name, "environment", Environment)
+        except ConfigError as error:
+            raise ConfigError(f"{error}.{suggestion(family, FAMILIES, 0.8)}") from None
     else:
         known = ", ".join(environment_names())
         raise ConfigError(

@@ -6,14 +6,14 @@ import functools
 import json
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, cast
 
-from gspo.core.errors import ConfigError, suggestion
+from gspo.core.errors import check_names
+from gspo.core.rows import read_rows
 from gspo.environments.environment import Action, Environment, Step, optional
 
 KINDS = ("simple_python", "multiple", "parallel", "parallel_multiple", "irrelevance")
-_NAMED = "gspo"
 
 
 class BFCL(Environment):
@@ -26,10 +26,9 @@ class BFCL(Environment):
     max_tokens = 256
 
     def __init__(self, kind: str):
-        if kind not in (known := [*KINDS, *(f"live_{k.removesuffix('_python')}" for k in KINDS)]):
-            near = suggestion(kind, known)
-            raise ConfigError(f"bfcl has no {kind!r}.{near} Known: {', '.join(known)}.")
-        self._kind, (self._rows, self._answers) = kind, _rows(kind)
+        known = [*KINDS, *(f"live_{k.removesuffix('_python')}" for k in KINDS)]
+        check_names("bfcl", [kind], known, {}, "kind")
+        self._kind, self._check, (self._rows, self._answers) = kind, _checker(), _rows(kind)
 
     def instance(self, seed: int) -> str:
         return self._rows[seed % len(self._rows)]["id"]
@@ -46,7 +45,7 @@ class BFCL(Environment):
             return Step(reward=float(not action.calls), done=True)
         calls = [{call.name: dict(call.arguments)} for call in action.calls]
         answer, python = self._answers[self._row["id"]], _module("constants.enums").Language.PYTHON
-        found = _checker()(self._row["function"], calls, answer, python, self._kind, _NAMED)
+        found = self._check(self._row["function"], calls, answer, python, self._kind, "gspo")
         return Step(reward=float(found["valid"]), done=True, metrics={"calls": len(calls)})
 
 
@@ -57,13 +56,11 @@ def _module(name: str) -> Any:
 @functools.cache
 def _rows(kind: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The rows of a kind, and their answers by id."""
-    folder, name = (
-        Path(_module("eval_checker").__file__).parents[1] / "data",
-        f"BFCL_v4_{kind}.json",
+    data = Path(_module("eval_checker").__file__).parents[1] / "data"
+    rows, answers = (
+        [*read_rows(path).values()] if path.exists() else []  # irrelevance has no answers
+        for path in (data / f"BFCL_v4_{kind}.json", data / f"possible_answer/BFCL_v4_{kind}.json")
     )
-    paths = folder / name, folder / "possible_answer" / name
-    texts = [path.read_text(encoding="utf-8") if path.exists() else "" for path in paths]
-    rows, answers = ([json.loads(line) for line in text.splitlines()] for text in texts)
     return rows, {row["id"]: row["ground_truth"] for row in answers}
 
 
@@ -71,10 +68,9 @@ def _rows(kind: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 def _checker() -> Any:
     """The package's checker. It asks one module how models spell names, which imports the clients
     of 15 companies: a stand-in answers for it where these are not installed."""
-    name, stand_in = "bfcl_eval.constants.model_config", cast(Any, ModuleType("model_config"))
-    stand_in.MODEL_CONFIG_MAPPING = {_NAMED: SimpleNamespace(underscore_to_dot=True)}
+    name, spells = "bfcl_eval.constants.model_config", SimpleNamespace(underscore_to_dot=True)
     before = {key: sys.modules[key] for key in (name,) if key in sys.modules}
-    sys.modules[name] = stand_in
+    sys.modules[name] = cast(Any, SimpleNamespace(MODEL_CONFIG_MAPPING={"gspo": spells}))
     try:
         return _module("eval_checker.ast_eval.ast_checker").ast_checker
     finally:
@@ -86,13 +82,9 @@ def _openai(function: dict[str, Any]) -> dict[str, Any]:
     """A function of the data in OpenAI's form: names without dots, JSON's types."""
     types = _module("constants.type_mappings").GORILLA_TO_OPENAPI
 
-    def schema(described: Any) -> Any:
-        if isinstance(described, list):
-            return [schema(item) for item in described]
-        if not isinstance(described, dict):
-            return described
+    def typed(described: dict[str, Any]) -> dict[str, Any]:
         kind = described.get("type")
-        named = {"type": types.get(kind, kind)} if isinstance(kind, str) else {}
-        return {key: schema(value) for key, value in described.items()} | named
+        return described | {"type": types.get(kind, kind)} if isinstance(kind, str) else described
 
-    return {**schema(function), "name": function["name"].replace(".", "_")}
+    named = function | {"name": function["name"].replace(".", "_")}
+    return json.loads(json.dumps(named), object_hook=typed)

@@ -13,6 +13,8 @@ from gspo.policy.embedded import cache_folder
 
 _ALONE = threading.Lock()
 """Neither TextWorld's generator nor its parser is made for threads."""
+_TOLD = ("admissible_commands", "max_score", "objective", "description", "score")
+"""What TextWorld is asked to tell of a game."""
 
 
 class TextWorld(Environment):
@@ -25,43 +27,39 @@ class TextWorld(Environment):
         commands: whether the model is shown the commands that are possible.
     """
 
+    _game: Any = None
     step_timeout = 600.0  # one waits for the games of others
 
     def __init__(self, kind: str, games: int = 100, commands: bool = True, **options: Any):
         textworld = optional("textworld", "textworld", "textworld")
         challenges = optional("textworld.challenges", "textworld", "textworld").CHALLENGES
         check_whole("environment_options.games", games, 2)
-        known = ["house", *(name.removeprefix("tw-") for name in challenges)]
-        check_names("textworld", [kind], known, {}, "game")
+        check_names("textworld", [kind], ["house", *(tw[3:] for tw in challenges)], {}, "game")
         _, self._make, add_options = challenges.get(f"tw-{kind}", (None, _house, _house_options))
-        parser = _Parser(f"textworld:{kind} with options {options}", add_help=False)
-        add_options(parser)
+        add_options(parser := _Parser(f"textworld:{kind} with options {options}", add_help=False))
         written = [(f"--{name.replace('_', '-')}", value) for name, value in options.items()]
         flags = [n if v is True else f"{n}={v}" for n, v in written if v is not False]
         self._settings = vars(parser.parse_args(flags))
         made_of = seed_of(textworld.__version__, kind, str(sorted(self._settings.items())))
         self._folder = cache_folder() / "textworld" / f"{made_of:x}"
-        self._textworld, self._game, self.games, self.commands = textworld, None, games, commands
+        self._textworld, self.games, self.commands = textworld, games, commands
 
     def instance(self, seed: int) -> str:
         return f"{self._folder.name} {seed % self.games}"
 
     def reset(self, seed: int) -> str:
         path = self._folder / f"{seed % self.games}.z8"
-        infos = self._textworld.EnvInfos(
-            admissible_commands=True, max_score=True, objective=True, description=True, score=True
-        )
         with _ALONE:
             if not path.with_suffix(".json").exists():  # it is written last
                 options = self._textworld.GameOptions()
                 options.seeds, options.path, options.file_ext = seed % self.games, str(path), ".z8"
                 self._textworld.generator.compile_game(self._make(self._settings, options), options)
+            infos = self._textworld.EnvInfos(**dict.fromkeys(_TOLD, True))
             self._game = self._textworld.start(str(path), infos)
             state, self._score = self._game.reset(), 0
         return f"{state.objective}\n{self._shown(state, state.description)}"
 
     def step(self, action: Action) -> Step:
-        assert self._game is not None
         command = " ".join(action.text.replace("\\", " ").split())  # "\\" is the machine's own
         with _ALONE:
             state, score, done = self._game.step(command)

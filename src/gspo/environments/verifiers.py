@@ -38,9 +38,7 @@ class Verifiers(Environment):
         tools = found.toolsets(found.config) or task.toolsets(found.config.task)
         if own or tools or task.NEEDS_CONTAINER:
             what = "an environment program" if own else "tools" if tools else "a container"
-            raise ConfigError(
-                f"verifiers:{taskset} brings {what} of its own: gspo plays none of these"
-            )
+            raise ConfigError(f"verifiers:{taskset} brings {what} of its own: gspo plays none")
 
     def instance(self, seed: int) -> str:
         return self._tasks[seed % len(self._tasks)].key
@@ -51,11 +49,8 @@ class Verifiers(Environment):
         return self._task.data.prompt_text
 
     async def step(self, action: Action) -> Step:
-        vf, task, trace = (
-            self._vf,
-            self._task,
-            optional("verifiers.v1.trace", "verifiers", "verifiers"),
-        )
+        vf, task = self._vf, self._task
+        trace = optional("verifiers.v1.trace", "verifiers", "verifiers")
         node = optional("verifiers.v1.graph", "verifiers", "verifiers").MessageNode
         said = [
             node(message=vf.UserMessage(content=task.data.prompt_text)),

@@ -109,7 +109,7 @@ def how_often(spec: Spec, task: DatasetTask) -> str:
     train, heldout = (len(problems) for problems in task.problems.values())
     return (
         f"{train:,} rows to train on and {heldout:,} held out: {spec.steps} steps of "
-        f"{spec.prompts} prompts are {spec.steps * spec.prompts / train:.3g} epochs"
+        f"{spec.prompts} prompts go over them {spec.steps * spec.prompts / train:.3g} x"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,10 +12,10 @@ from typing import Any, Protocol
 import gspo as art
 from gspo.core.files import strict_json, write_whole
 from gspo.core.timing import span
-from gspo.core.trees import flat
 from gspo.experiment.dataset_checks import check_dataset, check_prompts, remember_dataset
 from gspo.experiment.heldout import Estimate, estimate_reward
 from gspo.experiment.rollout import Rollouts
+from gspo.experiment.run_file import flat
 from gspo.experiment.spec import SFT, Spec
 from gspo.tasks import Task
 from gspo.train.settings import resolve
@@ -87,15 +88,21 @@ async def run_experiment(spec: Spec, watch: Watch, task: Task | None = None) -> 
     )
     rollouts = Rollouts(spec, model, task)
     await check_dataset(spec, rollouts.task)
-    async with art.LocalBackend(
+    local = art.LocalBackend(
         spec.path, keep_checkpoints=spec.keep_checkpoints, seed=spec.seed, logger=spec.logger
-    ) as backend:
+    )
+    async with local as backend, aclosing(rollouts.batches()) as batches:
         await model.register(backend)
         first = await model.get_step()
         policy = backend.policy(model)
         check_prompts(spec, rollouts.task, policy.tokenizer, policy.context)
         exact = "equal to the bit" if policy.exact else f"not equal to the bit: {policy.not_exact}"
         notes = [*remember_dataset(spec, rollouts.task), *_remember(spec)]
+        if spec.pipeline:
+            notes.append(
+                f"pipeline: rollouts run ahead, max_staleness is {spec.steps_ahead}: which weights "
+                "sample a token depends on timing, so the run doesn't repeat exactly"
+            )
         watch.started(spec, first, [f"engine and trainer are {exact}", *notes])
         before = await _evaluate(backend, rollouts, watch, 0)
         if spec.sft:
@@ -112,11 +119,11 @@ async def run_experiment(spec: Spec, watch: Watch, task: Task | None = None) -> 
             with span("step"):
                 began = time.perf_counter()
                 with span("rollout"):
-                    groups = await rollouts.batch(step)
+                    groups = await anext(batches)
                 rolled = time.perf_counter() - began
                 options, saves = (spec.train_config(), spec.train), spec.saves(step + 1)
                 result = await backend.train(model, groups, *options, save_checkpoint=saves)
-                timing = _timing(result.metrics, rolled, time.perf_counter() - began)
+                timing = _timing(spec, result.metrics, rolled, time.perf_counter() - began)
             await model.log([], "train", metrics=timing, step=result.step)
             watch.stepped(result.step, result.metrics | timing)
         steps = await model.get_step()
@@ -169,12 +176,10 @@ async def _evaluate(
     return estimate
 
 
-def _timing(metrics: dict[str, float], rolled: float, whole: float) -> dict[str, float]:
-    """Times and speeds of a step, from the seconds of its rollouts and of the whole step."""
+def _timing(spec: Spec, metrics: dict[str, float], rolled: float, whole: float) -> dict[str, float]:
+    """Times and speeds of a step, from the seconds that it waited for rollouts, and all of its."""
     sampled = metrics.get("tokens/completion", 0.0)
-    return {
-        "time/rollout": rolled,
-        "time/step": whole,
-        "throughput/sampled_tokens_per_second": sampled / rolled,
-        "throughput/tokens_per_second": sampled / whole,
-    }
+    speed = {"throughput/tokens_per_second": sampled / whole}
+    if not spec.pipeline:  # else these tokens were sampled in other seconds too
+        speed["throughput/sampled_tokens_per_second"] = sampled / rolled
+    return {"time/rollout": rolled, "time/step": whole, **speed}

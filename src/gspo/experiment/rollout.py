@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from contextlib import aclosing
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -14,7 +15,7 @@ from gspo.core.byname import load_object
 from gspo.core.choices import as_choice
 from gspo.core.draws import drawing_for, seed_of
 from gspo.core.errors import ConfigError, DataError
-from gspo.core.progress import all_or_cancel
+from gspo.core.progress import all_or_cancel, in_order
 from gspo.environments import load_environment
 from gspo.environments.play import episode_seed, play
 from gspo.experiment.spec import Spec
@@ -52,6 +53,14 @@ class Rollouts:
         self.rollout = load_rollout(spec.rollout) if spec.rollout else None
         named, options = spec.environment, spec.environment_options
         self.environment = load_environment(named, options) if named else None
+
+    async def batches(self) -> AsyncGenerator[list[TrajectoryGroup], None]:
+        """The groups of each step that the run has left, to be trained on one after another."""
+        first, ahead = await self.model.get_step(), self.spec.steps_ahead
+        works = (self.batch(step) for step in range(first, self.spec.steps))
+        async with aclosing(in_order(works, 1 + ahead, first)) as batches:
+            async for batch in batches:
+                yield batch
 
     async def batch(self, step: int) -> list[TrajectoryGroup]:
         """Make the groups of one step; dynamic sampling replaces flat ones by fresh prompts'."""

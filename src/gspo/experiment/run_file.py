@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
 from gspo.core.byname import beside
 from gspo.core.errors import ConfigError, suggestion
-from gspo.core.trees import put
 from gspo.environments import FAMILIES
 from gspo.experiment.spec import TABLES, Spec
 
@@ -102,4 +101,38 @@ def override(
         except (tomllib.TOMLDecodeError, RecursionError):  # no TOML: it is the text itself
             value = text
         data = put(data, parts, value)
+    return data
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of options with dotted keys."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            out |= flat(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = value
+    return out
+
+
+def put(table: Any, keys: list[str], value: Any) -> dict[str, Any]:
+    """A copy of the table, with the value at the keys. What is no table is replaced by one.
+
+    >>> put({"steps": 5, "train": {"epochs": 2}}, ["train", "seed"], 1)
+    {'steps': 5, 'train': {'epochs': 2, 'seed': 1}}
+    """
+    table = table if isinstance(table, dict) else {}
+    first, *rest = keys
+    return table | {first: put(table.get(first), rest, value) if rest else value}
+
+
+def nested(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The reverse of `flat`.
+
+    >>> nested({"steps": 5, "train.epochs": 2})
+    {'steps': 5, 'train': {'epochs': 2}}
+    """
+    data: dict[str, Any] = {}
+    for key, value in keys.items():
+        data = put(data, key.split("."), value)
     return data

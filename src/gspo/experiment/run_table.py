@@ -14,8 +14,6 @@ from rich.table import Table
 from rich.text import Text
 
 from gspo.backend.run import best_step
-from gspo.backend.stored_batch import UpdateRecord, read_record
-from gspo.core.errors import GspoError
 from gspo.experiment.saved_run import SavedRun
 from gspo.train.checkpoint import steps_saved
 
@@ -25,8 +23,7 @@ _IN_A_FILE = 160
 
 def describe_run(run: SavedRun) -> dict[str, Any]:
     """What `gspo runs` says of a run; None for what is not known."""
-    rewards, records = run.rewards(), run.records()
-    saved = steps_saved(run.folder / "checkpoints")
+    rewards, saved = run.values("val/reward"), steps_saved(run.folder / "checkpoints")
     best, last = best_step(rewards), max(rewards, default=None)
     files = [file for file in run.folder.rglob("*") if file.is_file()]
     lineage = run.config.get("lineage")
@@ -34,7 +31,7 @@ def describe_run(run: SavedRun) -> dict[str, Any]:
         "run": run.name,
         "base_model": run.config.get("base_model"),
         "method": method_name(run),
-        "step": max([*(int(record["step"]) for record in records), *saved], default=0),
+        "step": max([run.steps, *saved]),
         "steps": run.spec and run.spec.steps,
         "saved": saved,
         "reward_last": None if last is None else rewards[last],
@@ -42,7 +39,7 @@ def describe_run(run: SavedRun) -> dict[str, Any]:
         "best_step": best,
         "bytes": sum(file.stat().st_size for file in files),
         "changed": max((file.stat().st_mtime for file in files), default=math.nan),
-        "running": run.running(),
+        "running": run.running,
         "lineage": lineage if isinstance(lineage, list) else [],
         "folder": str(run.folder),
     }
@@ -50,23 +47,9 @@ def describe_run(run: SavedRun) -> dict[str, Any]:
 
 def method_name(run: SavedRun) -> str | None:
     """The method of the last step that was trained; `sft` where none was by rewards."""
-    record = last_update(run)
-    if record is not None:
-        lora = ", LoRA" if run.config.get("lora") else ""
-        try:
-            return f"{record.settings().algorithm}{lora}"
-        except GspoError:  # a method of another program's own
-            return None
-    return "sft" if any("sft/loss_last" in line for line in run.records()) else None
-
-
-def last_update(run: SavedRun) -> UpdateRecord | None:
-    """How the last stored rollout batch was trained on; None if none is stored."""
-    files = sorted((run.folder / "trajectories" / "train").glob("*.parquet"))
-    try:
-        return read_record(files[-1]) if files else None
-    except GspoError:
-        return None
+    if run.settings is not None:
+        return run.settings.algorithm + ", LoRA" * bool(run.config.get("lora"))
+    return "sft" if run.values("sft/loss_last") and not run.last_update else None
 
 
 def print_runs(runs: Sequence[dict[str, Any]], console: Console | None = None) -> None:

@@ -2,41 +2,53 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from gspo.backend.engines import load_step
 from gspo.backend.metrics_file import Record, read_metrics
 from gspo.backend.run import best_step, in_use
-from gspo.core.errors import ConfigError, RunError, suggestion
+from gspo.backend.stored_batch import UpdateRecord, read_record
+from gspo.core.errors import ConfigError, GspoError, RunError, suggestion
+from gspo.core.files import read_object
 from gspo.dev import InternalModelConfig
+from gspo.experiment.heldout import Estimate
+from gspo.experiment.run_file import flat, nested
 from gspo.experiment.spec import Spec
 from gspo.policy.embedded import PREFIX
 from gspo.policy.load import load_policy
 from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
 from gspo.train.checkpoint import checkpoint_name, steps_saved
+from gspo.train.settings import Settings
 
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A run's folder as it is read: nothing is locked, nothing is written.
+    """A run's folder as it is read, each file once: nothing is locked, nothing is written.
 
     Attributes:
         folder: of the run.
         config: config.json.
-        spec: what `gspo train` ran; None for a program of the user's own, or if this gspo doesn't
-            understand it.
+        options: spec.json with dotted keys; empty for a program of the user's own.
+        label: its name, distinct among the runs of a report.
     """
 
     folder: Path
     config: Mapping[str, Any]
-    spec: Spec | None
+    options: Mapping[str, Any]
+    label: str = ""
+
+    @classmethod
+    def of(cls, folder: Path, label: str = "") -> SavedRun:
+        """What the folder's files say, as far as they are there."""
+        config, options = (read_object(folder / name) for name in ("config.json", "spec.json"))
+        return cls(folder, config, flat(options), label)
 
     @property
     def name(self) -> str:
@@ -48,6 +60,14 @@ class SavedRun:
         """What the run was begun with."""
         return str(self.config.get("base_model"))
 
+    @cached_property
+    def spec(self) -> Spec | None:
+        """What `gspo train` ran; None without options, or if this gspo doesn't understand them."""
+        try:
+            return Spec(**nested(self.options)) if self.options else None
+        except ConfigError:
+            return None
+
     @property
     def load(self) -> InternalModelConfig:
         """How the run loads its model."""
@@ -55,14 +75,48 @@ class SavedRun:
             return self.spec.load
         return InternalModelConfig.model_validate({"lora": self.config.get("lora")})
 
+    @cached_property
     def records(self) -> list[Record]:
         """The lines of metrics.jsonl."""
         return read_metrics(self.folder / "metrics.jsonl")
 
-    def rewards(self) -> dict[int, float]:
+    def series(self, metric: str) -> dict[int, float | None]:
+        """A metric by step, as far as it was logged; None for what is not finite."""
+        logged = {int(r["step"]): r[metric] for r in self.records if metric in r}
+        return {step: v if math.isfinite(v) else None for step, v in logged.items()}
+
+    def values(self, metric: str) -> dict[int, float]:
+        """The finite values of a metric by step."""
+        return {step: v for step, v in self.series(metric).items() if v is not None}
+
+    @property
+    def steps(self) -> int:
+        """Calls of `train` so far."""
+        return max((int(record["step"]) for record in self.records), default=0)
+
+    @property
+    def evaluations(self) -> dict[int, Estimate]:
         """Held-out reward by step."""
-        lines = self.records()
-        return {int(r["step"]): r["val/reward"] for r in lines if "val/reward" in r}
+        at = self.values("val/reward")
+        return {int(r["step"]): Estimate.logged(r) for r in self.records if r["step"] in at}
+
+    @property
+    def batches(self) -> dict[int, Path]:
+        """The files of the stored rollout batches by their step, in order."""
+        files = (self.folder / "trajectories" / "train").glob("*.parquet")
+        return dict(sorted((int(file.stem), file) for file in files if file.stem.isdigit()))
+
+    @cached_property
+    def last_update(self) -> UpdateRecord | None:
+        """How the last stored rollout batch was trained on; None if none is stored."""
+        with suppress(GspoError):
+            return read_record([*self.batches.values()][-1]) if self.batches else None
+
+    @cached_property
+    def settings(self) -> Settings | None:
+        """Those of the last update; None without one, or if its method is of another program."""
+        with suppress(GspoError):
+            return self.last_update.settings() if self.last_update else None
 
     def step(self, wanted: str) -> int:
         """The saved step that `best`, `latest` or a number means; 0 is the base model.
@@ -71,7 +125,7 @@ class SavedRun:
             RunError: no such checkpoint; it names those that are there.
             ConfigError: none of the three.
         """
-        saved, rewards = steps_saved(self.folder / "checkpoints"), self.rewards()
+        saved, rewards = steps_saved(self.folder / "checkpoints"), self.values("val/reward")
         best = best_step({step: rewards.get(step, math.nan) for step in saved})
         there = ", ".join(f"{step} (best)" if step == best else str(step) for step in saved)
         told = f"it has steps {there}" if saved else "it has none at all"
@@ -121,6 +175,7 @@ class SavedRun:
         with self.reading(step) as checkpoint:
             return load_step(self.base_model, self.load, checkpoint)
 
+    @property
     def running(self) -> bool:
         """Whether a process holds the run."""
         return in_use(self.folder)
@@ -128,20 +183,15 @@ class SavedRun:
 
 def read_run(folder: Path) -> SavedRun | None:
     """The run of a folder; None if it is none."""
-    config = _object(folder / "config.json")
-    if "format" not in config or "base_model" not in config:  # the config of a model has neither
-        return None
-    try:
-        stored = _object(folder / "spec.json")
-        spec = Spec(**stored) if stored else None
-    except ConfigError:
-        spec = None
-    return SavedRun(folder, config, spec)
+    run = SavedRun.of(folder)
+    # The config of a model has neither.
+    return run if {"format", "base_model"} <= run.config.keys() else None
 
 
 def find_runs(path: str | Path) -> list[SavedRun]:
     """All runs of a folder of runs, of a project, or the one that the folder itself is."""
-    found = [file.parent for depth in ("", "*/", "*/*/") for file in _glob(path, depth)]
+    depths = ("", "*/", "*/*/")
+    found = [file.parent for at in depths for file in Path(path).glob(f"{at}config.json")]
     return [run for folder in sorted(found) if (run := read_run(folder))]
 
 
@@ -205,16 +255,3 @@ def load_named(name: str, step: str | None, path: str) -> tuple[Policy, SavedRun
     policy = load_policy(name)
     choose_packing(policy)
     return policy, None
-
-
-def _glob(path: str | Path, depth: str) -> list[Path]:
-    return list(Path(path).glob(f"{depth}config.json"))
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """A file's JSON object; empty if there is none, or something else."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}

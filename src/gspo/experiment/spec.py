@@ -11,7 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from gspo import dev
 from gspo.backend.trackers import TrackerName
 from gspo.config import TrainConfig
-from gspo.core.errors import suggestion
+from gspo.core.errors import ConfigError, suggestion
 from gspo.core.options import LARGEST_COUNT, TEMPERATURES, Options
 from gspo.tasks import Task, load_task, task_names
 from gspo.tasks.dataset import Data, load_dataset
@@ -35,6 +35,15 @@ class Spec(Options, title="the run"):
     >>> Spec(task="sort").model
     'embedded:sort'
     """
+
+    def __init__(self, **data: Any) -> None:
+        for name in data.keys() - type(self).model_fields.keys():
+            within = [t for t, kind in TABLES.items() if suggestion(name, kind.model_fields, 0.8)]
+            if within and not suggestion(name, type(self).model_fields, 0.8):
+                near = suggestion(name, TABLES[within[0]].model_fields).rstrip("?")
+                tables = " or ".join(within)
+                raise ConfigError(f"the run: unknown option {name!r}.{near} in {tables}?")
+        super().__init__(**data)
 
     name: str = "run"
     """Names the run folder `<path>/<project>/<name>`."""
@@ -81,6 +90,9 @@ class Spec(Options, title="the run"):
     """Rollouts per prompt, G."""
     dynamic_sampling: bool = False
     """DAPO's: groups with equal rewards are replaced by fresh prompts, in up to three rounds."""
+    pipeline: bool = False
+    """Roll out for later steps while a step trains, `[train] max_staleness` steps ahead (None: 1).
+    What is sampled then depends on timing: a run doesn't repeat exactly."""
     max_tokens: int | None = Field(default=None, ge=1, le=LARGEST_COUNT)
     """Longest completion, or turn. None: the task's or the environment's own."""
     temperature: float = Field(default=1.0, ge=TEMPERATURES[0], le=TEMPERATURES[1])
@@ -154,6 +166,11 @@ class Spec(Options, title="the run"):
                 f"{given[0]} is decided by your rollout function: leave it out, "
                 "and pass it to chat.completions.create there"
             )
+        if self.pipeline and self.train.max_staleness == 0:
+            raise ValueError(
+                "pipeline rolls out ahead of training, and max_staleness = 0 trains on nothing "
+                "that was: leave one of the two out, or give max_staleness = 1"
+            )
         if self.dynamic_sampling and self.train.algorithm == "reinforce":
             raise ValueError(
                 "dynamic_sampling drops groups with equal rewards, which algorithm='reinforce' "
@@ -210,6 +227,15 @@ class Spec(Options, title="the run"):
     def folder(self) -> Path:
         """The run's folder."""
         return Path(self.path) / self.project / self.name
+
+    @property
+    def steps_ahead(self) -> int:
+        """For how many later steps rollouts run while a step trains.
+
+        >>> Spec(task="sort", pipeline=True).steps_ahead
+        1
+        """
+        return (self.train.max_staleness or 1) if self.pipeline else 0
 
     def saves(self, step: int) -> bool:
         """Whether the weights of a step are saved.

@@ -1,11 +1,12 @@
-"""`gspo sample` and `gspo chat`: talk to any checkpoint of a run, or to any model."""
+"""`gspo sample`, `gspo chat` and `gspo serve`: any checkpoint of a run, or any model, answers."""
 
 from __future__ import annotations
 
+import logging
+import signal
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from contextlib import asynccontextmanager, closing
 from typing import Any
 
 from openai import APIStatusError
@@ -15,21 +16,16 @@ from gspo.core.errors import ConfigError, GspoError, RequestError
 from gspo.experiment.rollout import plain_prompt
 from gspo.experiment.samples import visible
 from gspo.experiment.saved_run import SavedRun, load_named
+from gspo.experiment.stop import leave
 from gspo.policy.embedded import PREFIX
+from gspo.serve.app import create_app, one_engine
 from gspo.serve.local_client import LocalClient
 from gspo.serve.selfcheck import make_engine
-from gspo.serve.server import Serving
+from gspo.serve.server import Serving, address, bind, serve
 from gspo.tasks import Problem, Task, load_task
+from gspo.trajectories import Messages
 
 _NAME = "model"
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A conversation to answer, and the task's problem that it is of, if it is one."""
-
-    messages: list[dict[str, Any]]
-    problem: Problem | None = None
 
 
 async def sample(
@@ -58,28 +54,30 @@ async def sample(
         ConfigError: no prompt, and no task that has some.
         RequestError: the engine refuses a prompt.
     """
-    asked = [Asked(_conversation(system, prompt)) for prompt in prompts]
+    # Conversations to answer, and the task's problem that each is of, if it is one.
+    asked: list[tuple[Messages, Problem | None]] = []
+    asked += [(_conversation(system, prompt), None) for prompt in prompts]
     found: list[dict[str, Any]] = []
     async with _client_of(name, step, path) as (client, run, chats):
         task = None if asked else _task_of(name, run)
         if task is not None:
             count = min(3, (task.sizes or {}).get("heldout", 3))
             problems = [task.problem("heldout", index) for index in range(count)]
-            asked = [Asked(task.messages(problem), problem) for problem in problems]
+            asked = [(task.messages(problem), problem) for problem in problems]
             limit = (run and run.spec and run.spec.max_tokens) or task.max_tokens
             options = {"max_tokens": limit, **options}
             if chats and task.template_kwargs:
                 variables = {"chat_template_kwargs": task.template_kwargs}
                 options = {**options, "extra_body": variables}
-        for one in asked:
-            print(f"{visible(plain_prompt(one.messages)).rstrip()}")
-            for choice in await _answers(client, chats, one.messages, completions, options):
+        for messages, problem in asked:
+            print(f"{visible(plain_prompt(messages)).rstrip()}")
+            for choice in await _answers(client, chats, messages, completions, options):
                 text = choice.message.content if chats else choice.text
-                row = {"prompt": one.messages[-1]["content"], "completion": text or ""}
+                row = {"prompt": messages[-1]["content"], "completion": text or ""}
                 row["finish_reason"] = choice.finish_reason
                 told = "" if choice.finish_reason != "length" else "   (cut at the limit of tokens)"
-                if task is not None and one.problem is not None:
-                    row["reward"] = (await task.grade(one.problem, [text or ""]))[0][0]
+                if task is not None and problem is not None:
+                    row["reward"] = (await task.grade(problem, [text or ""]))[0][0]
                     told += f"   (reward {row['reward']:.3f})"
                 found.append(row)
                 print(f"  -> {visible(text or '')}{told}")
@@ -190,3 +188,42 @@ def _task_of(name: str, run: SavedRun | None) -> Task:
 def _conversation(system: str, prompt: str | None = None) -> list[dict[str, Any]]:
     begin = [{"role": "system", "content": system}] if system else []
     return [*begin, *([{"role": "user", "content": prompt}] if prompt is not None else [])]
+
+
+def serve_model(
+    model: str,
+    host: str,
+    port: int,
+    name: str,
+    api_key: str | None,
+    step: str | None = None,
+    path: str = ".gspo",
+) -> None:
+    """Load `model` and answer requests until SIGINT or SIGTERM; then end the process.
+
+    Args:
+        model, step, path: what to load, see `load_named`.
+        host, port: where to listen.
+        name: of the model in requests.
+        api_key: what requests must bring.
+
+    Raises:
+        ConfigError: a host that others can reach, and no key.
+        ServeError: the port is in use; nothing was loaded then.
+        ModelError: the model cannot be loaded.
+        RunError: no such run, or step of it.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    status = 0
+    with bind(host, port, api_key) as listener, closing(ComputeThread()) as compute:
+        print(f"loading {model} ...", file=sys.stderr, flush=True)
+        policy, _ = load_named(model, step, path)
+        engine = make_engine(policy, compute, sockets=True)
+        app = create_app(one_engine(engine, lambda: [name]), lambda: [name])
+        print(f"serving {name} on {address(listener)}", flush=True)
+        try:
+            serve(app, listener, api_key)
+        except KeyboardInterrupt:
+            status = 128 + signal.SIGINT
+    leave(status)  # a batch that is still sampled has nobody left who wants it

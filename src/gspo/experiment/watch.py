@@ -17,7 +17,6 @@ from rich.text import Text
 from gspo.experiment.heldout import Estimate
 from gspo.experiment.samples import print_samples
 from gspo.experiment.spec import Spec
-from gspo.train.minibatches import why_no_update
 
 _FIELDS = (
     ("SFT loss", "sft/loss", "{:.3f}"),
@@ -99,7 +98,5 @@ def _numbers(metrics: dict[str, float]) -> str:
     """The numbers of a step that are shown."""
     parts = [f"{label} {form.format(metrics[k])}" for label, k, form in _FIELDS if k in metrics]
     if "train/skipped" in metrics:
-        names = ("train/trajectories", "train/trajectories_too_long", "staleness/dropped")
-        counts = (int(metrics.get(name, 0)) for name in names)
-        parts.append(f"skipped: {why_no_update(*counts)}")
+        parts.append("skipped")  # the backend's warning says why
     return "  ".join(parts)

@@ -1,21 +1,32 @@
-"""`art.train`: a whole run from Python, on rows and rewards of the user's own."""
+"""Whole runs: `art.train` on rows and rewards of the user's own, `gspo sft`, `gspo demo`."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
+import json
+import shutil
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import gspo as art
+from gspo.core.errors import DataError
+from gspo.dev import TrainConfig
 from gspo.experiment.loop import Outcome, run_experiment
 from gspo.experiment.spec import Spec
 from gspo.experiment.stop import run_until_signal
 from gspo.experiment.watch import LiveWatch
 from gspo.tasks.dataset import load_dataset
+from gspo.train.checkpoint import steps_saved
+from gspo.train.defaults import WARMUP
+from gspo.utils.sft import read_trajectories, train_sft_from_file
 
 Function = str | Callable[..., Any]
+DEMO_STEPS = 120
 
 
 def train(
@@ -67,3 +78,60 @@ def _finished(run: Coroutine[Any, Any, Outcome]) -> Outcome:
             raise
         finally:
             pool.submit(loop.close)
+
+
+async def tune(
+    data: Path,
+    path: str,
+    project: str,
+    name: str,
+    model: str,
+    max_tokens: int | None,
+    **options: Any,
+) -> art.TrainResult:
+    """`gspo sft`: train `model`, or go on with the run of this name.
+
+    `options` are those of `train_sft_from_file`.
+    """
+    read_trajectories(data)  # before a model is loaded or a run is begun
+    config = art.dev.InternalModelConfig(max_context=max_tokens)
+    tuned = art.TrainableModel(
+        name=name, project=project, base_model=model, _internal_config=config
+    )
+    folder = Path(path).expanduser() / project / name
+    begun = folder.exists()
+    try:
+        async with art.LocalBackend(path) as backend:
+            await tuned.register(backend)
+            return await train_sft_from_file(tuned, data, **options)
+    except DataError:
+        if not begun:  # nothing was trained: no empty run stays behind
+            shutil.rmtree(folder)
+        raise
+
+
+def demo_spec(path: str, steps: int = DEMO_STEPS, seed: int = 0) -> Spec:
+    """`gspo demo`: a Mixture-of-Experts model learns to sort, in about a minute.
+
+    GSPO as in the paper; only the schedule is tuned.
+    """
+    spec = Spec(
+        project="demo",
+        path=path,
+        task="sort",
+        steps=steps,
+        seed=seed,
+        learning_rate=3e-4,
+        train=TrainConfig(importance_sampling_level="sequence", lr_warmup_steps=WARMUP),
+    )
+    named = (spec.model_copy(update={"name": f"sort-{number}"}) for number in itertools.count(1))
+    return next(spec for spec in named if not spec.folder.exists() or _unfinished(spec))
+
+
+def _unfinished(spec: Spec) -> bool:
+    """Whether the folder holds the same demo, stopped half-way, which is then continued."""
+    with suppress(OSError, ValueError):
+        stored = json.loads((spec.folder / "spec.json").read_bytes())
+        done = max(steps_saved(spec.folder / "checkpoints"), default=0)
+        return stored == spec.model_dump(mode="json") and done < spec.steps
+    return False

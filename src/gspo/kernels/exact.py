@@ -36,6 +36,9 @@ _EXPERT_ROWS = (4, 8, 16, 32, 64)
 _FEW = 16  # a linear layer that needs more rows than this is computed in another way
 _BLOCK = 64  # rows
 _TOKENS = 512
+_MANY = (640, 1024, 2048, 4096)
+"""Tokens of large microbatches, in which half-precision products may take other kernels: on AMX the
+576 x 576 of SmolLM2 does from 576 rows on."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +123,8 @@ def _kind(modules: list[nn.Module]) -> str:
 def _settle_linear(call: _Call) -> Part:
     name, modules, inputs = call
     multiple, how = _needed(modules[0], inputs), ""
-    if multiple is None or multiple > _FEW:
-        half = torch.is_autocast_enabled(inputs[0].device.type)
+    half = torch.is_autocast_enabled(inputs[0].device.type)
+    if multiple is None or multiple > _FEW or (half and _changes_with_many(modules[0], inputs)):
         for module in modules:
             module.forward = MethodType(_by_blocks if half else _by_one_dnn, module)
         how = f"blocks of {_BLOCK} rows" if half else "oneDNN"
@@ -142,6 +145,8 @@ def _settle_experts(call: _Call) -> Part:
         multiple = _needed(modules[0], inputs)
         if multiple is not None and multiple <= _FEW:
             break
+    if torch.is_autocast_enabled(inputs[0].device.type) and _changes_with_many(modules[0], inputs):
+        multiple = None
     return Part(name, _kind(modules), multiple, f"at least {rows} tokens each")
 
 
@@ -193,6 +198,20 @@ def _same(module: nn.Module, inputs: tuple[Tensor, ...], whole: Tensor, multiple
         if count % multiple == 0 and not torch.equal(part, _rows(whole, first, count)):
             return False
     return True
+
+
+def _changes_with_many(module: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
+    """Whether rows have other bits in calls of many more tokens."""
+    whole = _first(module(*inputs))
+    for count in _MANY:
+        many = []
+        for x in inputs:
+            at = x.shape.index(_TOKENS)
+            many.append(torch.cat([x] * -(-count // _TOKENS), at).narrow(at, 0, count))
+        part = _first(module(*many)).narrow(whole.shape.index(_TOKENS), 0, _TOKENS)
+        if not torch.equal(part, whole):
+            return True
+    return False
 
 
 def _rows(x: Tensor, first: int, count: int) -> Tensor:

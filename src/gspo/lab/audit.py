@@ -2,13 +2,15 @@
 
 On unchanged weights every log-ratio is noise. Sample with the engine, score with the trainer,
 and compare l_i with the clip range. The path from engine to l_i is the one of training.
+
+`--exact` tells instead which parts of a model give a row the same bits whatever is beside it.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,17 @@ from gspo.core.errors import ConfigError
 from gspo.core.metrics import Metrics
 from gspo.data.sample import Sample, sample_of
 from gspo.data.turn import Turn
-from gspo.dev import RolloutDtype, TrainConfig
+from gspo.dev import InternalModelConfig, RolloutDtype, TrainConfig
 from gspo.experiment.run_file import read_spec
 from gspo.experiment.spec import Spec
 from gspo.lab.audit_report import make_report
+from gspo.lab.tables import as_text, cells, table
 from gspo.objective import PRESETS, Segments, sequence_log_ratio
 from gspo.policy.embedded import PREFIX, embedded_task
 from gspo.policy.load import Policy, load_policy
 from gspo.policy.probe import choose_packing
 from gspo.serve.engine import Completion, Request, SamplingParams
-from gspo.serve.selfcheck import make_engine
+from gspo.serve.selfcheck import examine, make_engine
 from gspo.serve.verbatim import chat_tokens
 from gspo.tasks import Task, load_task
 from gspo.train.expert_replay import ExpertReplay
@@ -168,3 +171,55 @@ def measure(
         ExpertReplay(policy, settings, metrics).start([trajectories])
     agreement = metrics.compute().get("moe/routing_agreement")
     return [tokens.double().numpy() for tokens in d], log_ratios.double().numpy(), agreement
+
+
+_DTYPES = ("float32", "bfloat16")
+_COLUMNS = ("name", "kind", "multiple", "how")
+
+
+def audit_exact(model: str, dtype: str = "float32") -> dict[str, Any]:
+    """Measure a model as `exact=True` does when it is loaded.
+
+    Args:
+        model: `embedded:<task>`, a folder, or a hub id.
+        dtype: that engine and trainer compute in: float32 or bfloat16.
+
+    Returns:
+        A JSON object: `exact`, the `reason` if it is not, the `multiple` of tokens that passes are
+        padded to, and the `parts`, each with its first module's name, its kind, the multiple of
+        rows that it needs (None: none helps), and how it is computed instead of as usual.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+        ConfigError: another dtype.
+    """
+    if dtype not in _DTYPES:
+        raise ConfigError(
+            f"--rollout-dtype {dtype}: with --exact, engine and trainer compute in the same "
+            f"precision: {' or '.join(_DTYPES)}"
+        )
+    policy = load_policy(model, InternalModelConfig.model_validate({"dtype": dtype}))
+    choose_packing(policy)
+    parts, reason = examine(policy)
+    return {
+        "model": model,
+        "dtype": dtype,
+        "exact": policy.exact,
+        "reason": reason,
+        "multiple": policy.multiple,
+        "parts": [asdict(part) for part in parts],
+    }
+
+
+def render_exact(report: dict[str, Any], width: int = 100) -> str:
+    """Draw the parts as a table, and the verdict below."""
+    if report["exact"]:
+        verdict = (
+            f"exact: engine and trainer have the same bits in {report['dtype']}, on this machine "
+            "and with as many threads. Passes are padded to a multiple of "
+            f"{report['multiple']} tokens."
+        )
+    else:
+        verdict = f"not exact: {report['reason']}."
+    parts = [table(cells(_COLUMNS, report["parts"]))] if report["parts"] else []
+    return as_text([*parts, verdict], width)

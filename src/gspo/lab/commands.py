@@ -5,6 +5,7 @@ Nothing is imported before it is needed: the libraries of the extra `lab` may no
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import sys
@@ -16,7 +17,7 @@ import typer
 
 from gspo.core.errors import ConfigError
 from gspo.core.files import strict_json
-from gspo.experiment.run_commands import JsonOption, say_loading
+from gspo.experiment.run_commands import JsonOption, PathOption, RunArgument, say_loading
 
 if TYPE_CHECKING:
     from gspo.core.timing import Clock
@@ -75,17 +76,18 @@ def _audit_exact(context: typer.Context, model: str, as_json: bool) -> None:
         if source is not None and source.name == "COMMANDLINE":
             raise ConfigError(f"--{name.replace('_', '-')} says nothing with --exact: leave it out")
     say_loading(model)
-    from gspo.lab.audit_exact import audit_exact, render
+    from gspo.lab.audit import audit_exact, render_exact
 
     report = audit_exact(model, context.params["rollout_dtype"])
-    print(render(report))
+    print(render_exact(report))
     if as_json:
         print(strict_json(report))
 
 
 def inspect(
-    run: Annotated[Path, typer.Argument(help="Folder of the run.")],
+    run: RunArgument,
     step: Annotated[int | None, typer.Option(min=1, help="Default: the last one.")] = None,
+    path: PathOption = ".gspo",
     weights: Annotated[str, typer.Option(help="before or after the step, or both.")] = "both",
     presets: Annotated[str | None, typer.Option(help="Some of them, as a,b,c.")] = None,
     matrix: Annotated[bool, typer.Option("--matrix", help="Print the cosines of all.")] = False,
@@ -93,15 +95,15 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Compare every method's loss, gradient and clipping on a batch that a run has stored."""
-    say_loading(str(run))
-    from gspo.lab.inspect_batch import inspect_run
-    from gspo.lab.inspect_report import render
+    say_loading(run)
+    from gspo.experiment.saved_run import find_run
+    from gspo.lab.inspect_batch import inspect_run, render
     from gspo.lab.pictures import draw_inspection, require_plotly
 
     if picture is not None:
         require_plotly()
     names = presets and [name.strip() for name in presets.split(",")]
-    inspection = inspect_run(run, step, weights, names or None)
+    inspection = inspect_run(find_run(run, path).folder, step, weights, names or None)
     print(render(inspection, matrix=matrix), end="")
     if picture is not None:
         print(f"picture: {draw_inspection(inspection, picture)}")
@@ -122,7 +124,8 @@ def compare(
     if quick == (spec is not None):
         raise ConfigError("give a spec file, or --quick: gspo compare SPEC.toml")
     say_loading("the comparison")
-    from gspo.core.intervals import require_scipy
+    from gspo.experiment.dataset_checks import check_dataset
+    from gspo.experiment.heldout import require_scipy
     from gspo.lab.compare import read_compare_spec
     from gspo.lab.compare_cells import make_cells
     from gspo.lab.compare_runs import default_workers, run_comparison
@@ -134,6 +137,9 @@ def compare(
     cells = make_cells(resolved)
     workers = workers or default_workers(cells)
     if dry_run:
+        data = {repr((s.dataset, s.reward)): s for s in (c.spec for c in cells) if s is not None}
+        for spec_of_rows in data.values():  # each reward is tried, as `gspo train --dry-run` does
+            asyncio.run(check_dataset(spec_of_rows, spec_of_rows.make_task()))
         print_cells(cells, workers)
         return
     print(summary_line(cells, workers))
@@ -157,13 +163,16 @@ def compare(
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or of one comparison.")],
+    runs: Annotated[list[str], typer.Argument(help="Runs, or the folder of one comparison.")],
     out: Annotated[Path | None, typer.Option(help="Default: <RUN>/report.html.")] = None,
+    path: PathOption = ".gspo",
 ) -> None:
     """Write a run, or several side by side, as one HTML file that needs no network."""
+    from gspo.experiment.saved_run import find_run
     from gspo.lab.report.write import make_report
 
-    print(f"report: {make_report(runs, out)}")
+    folders = [Path(run) if Path(run).is_dir() else find_run(run, path).folder for run in runs]
+    print(f"report: {make_report(folders, out)}")
 
 
 def draw(folder: Path) -> dict[str, str | None]:

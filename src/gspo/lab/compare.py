@@ -11,8 +11,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from gspo import dev
 from gspo.core.errors import ConfigError, check_names, suggestion
 from gspo.core.options import Options
-from gspo.core.trees import flat, put
-from gspo.experiment.run_file import full_keys, named_beside, override, read_toml
+from gspo.experiment.run_file import flat, full_keys, named_beside, override, read_toml
 from gspo.experiment.spec import TABLES, Spec, folder_name
 
 QUICK = Path(__file__).with_name("quick.toml")
@@ -141,15 +140,3 @@ def run_keys(data: dict[str, Any], where: str) -> dict[str, Any]:
     {'steps': 5, 'train.epochs': 2}
     """
     return {full_key(key, where): value for key, value in flat(data).items() if value != {}}
-
-
-def nested(keys: dict[str, Any]) -> dict[str, Any]:
-    """The reverse of `run_keys`.
-
-    >>> nested({"steps": 5, "train.epochs": 2})
-    {'steps': 5, 'train': {'epochs': 2}}
-    """
-    data: dict[str, Any] = {}
-    for key, value in keys.items():
-        data = put(data, key.split("."), value)
-    return data

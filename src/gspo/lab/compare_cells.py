@@ -13,8 +13,9 @@ from typing import Any, Literal
 from gspo.backend.metrics_file import read_metrics
 from gspo.core.errors import ConfigError, suggestion
 from gspo.experiment.plan import make_plan
+from gspo.experiment.run_file import nested
 from gspo.experiment.spec import Spec
-from gspo.lab.compare import CompareSpec, nested, run_keys
+from gspo.lab.compare import CompareSpec, run_keys
 from gspo.tasks.dataset import DatasetTask
 from gspo.train.settings import resolve
 

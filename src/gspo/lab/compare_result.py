@@ -15,8 +15,7 @@ from typing import Any
 from gspo.backend.metrics_file import read_metrics
 from gspo.backend.run import versions
 from gspo.core.files import explained, strict_json, write_whole
-from gspo.core.intervals import Interval, share_interval
-from gspo.experiment.heldout import Estimate
+from gspo.experiment.heldout import Estimate, Interval, share_interval
 from gspo.lab.compare import CompareSpec
 from gspo.lab.compare_cells import Cell
 from gspo.lab.statistics import p_value, paired_difference, t_interval, verdict

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from gspo.core.intervals import LEVEL
+from gspo.experiment.heldout import LEVEL
 from gspo.lab.compare_cells import Cell
 from gspo.lab.compare_result import measured
 from gspo.lab.statistics import NO_DIFFERENCE, NO_INTERVAL, holm

@@ -13,7 +13,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from gspo.core.intervals import Interval, require_scipy, students_half
+from gspo.experiment.heldout import Interval, require_scipy, students_half
 
 NO_DIFFERENCE = "no difference shown"
 NO_INTERVAL = "no interval, nothing shown"

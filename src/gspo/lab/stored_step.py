@@ -14,7 +14,7 @@ from gspo.backend.stored_batch import read_batch
 from gspo.core.errors import CheckpointError, RunError
 from gspo.core.options import LARGEST_COUNT
 from gspo.dev import InternalModelConfig, LoraConfig
-from gspo.lab.report.run_data import read_runs, stored_batches
+from gspo.experiment.saved_run import read_run
 from gspo.policy.load import load_policy
 from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
@@ -43,14 +43,13 @@ class StoredStep:
 
     def __init__(self, run: Path, number: int | None = None):
         self.run = run
-        (self._data,) = read_runs([run])
-        self._base_model: str = self._data.config.get("base_model", "")
-        if not self._base_model:
+        saved = read_run(run)
+        if saved is None:
             raise RunError(
                 f"{run} is not the folder of a run: it has no readable config.json. "
                 "Give <path>/<project>/<name>, such as .gspo/demo/sort-1"
             )
-        self._batches = stored_batches(run)
+        self._data, self._batches, self._base_model = saved, saved.batches, saved.base_model
         if not self._batches:
             raise RunError(f"{run} holds no rollout batch: it has not trained a step yet")
         self.number = max(self._batches) if number is None else number
@@ -133,7 +132,7 @@ class StoredStep:
     def _policy(self, context: int, checkpoint: Path | None = None, **options: Any) -> Policy:
         # A model that names no longest context has one beyond what `max_context` may be.
         longest = context if context <= LARGEST_COUNT else None
-        trusted = self._data.spec.get("load.trust_remote_code") is True
+        trusted = self._data.options.get("load.trust_remote_code") is True
         config = InternalModelConfig(max_context=longest, trust_remote_code=trusted, **options)
         return load_policy(self._base_model, config, checkpoint=checkpoint)
 

@@ -54,7 +54,7 @@ class Policy:
         entries: entries of the vocabulary that are tokens; None: the whole head. What lies behind
             them pads the head; log-probs are over the tokens only.
         logit_scale: factor between the head's product and the logits; None: found on the model.
-        row_tokens: tokens of a microbatch that a GPU has memory for; None: not measured yet.
+        microbatch_tokens: tokens of a microbatch that a GPU has memory for; None: not measured yet.
         routers: of an MoE model; none in a dense one.
     """
 
@@ -75,7 +75,7 @@ class Policy:
     not_exact: str = "exact=False, or a rollout_dtype"
     entries: int | None = None
     logit_scale: float | None = None
-    row_tokens: int | None = None
+    microbatch_tokens: int | None = None
     routers: Routers = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

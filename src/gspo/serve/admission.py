@@ -100,8 +100,9 @@ class Line:
             group = self._head(fair=bool(busy) or not new)
             completion = group.completions[group.next]
             prompt = completion.request.prompt
+            fresh = prompt not in begun  # else it is read already, for one more completion
             begun[prompt] = len(prompt)
-            long = len(busy) > 0 and sum(begun.values()) > most
+            long = fresh and len(busy) > 0 and sum(begun.values()) > most
             other = self._layout == "equal_lengths" and len(prompt) != width
             if new and (long or other):
                 break

@@ -144,11 +144,11 @@ def chat_logprobs(
         sampled: the tokens.
         before: tokens before them: a tokenizer may drop the space that a text begins with.
     """
-    raws = engine.token_bytes([*before, *sampled.token_ids])[len(before) :]
+    raws = engine.tokenizer.token_bytes([*before, *sampled.token_ids])[len(before) :]
     entries = []
     for i, (token, logprob) in enumerate(zip(sampled.token_ids, sampled.logprobs, strict=True)):
         top = [
-            _entry(engine, other, its, *engine.token_bytes([other]))
+            _entry(engine, other, its, *engine.tokenizer.token_bytes([other]))
             for others in sampled.top_logprobs[i : i + 1]
             for other, its in others
         ]
@@ -157,7 +157,7 @@ def chat_logprobs(
 
 
 def _entry(engine: Engine, token: int, logprob: float, raw: bytes) -> dict[str, Any]:
-    text = engine.decode([token], special=True)
+    text = engine.tokenizer.decode([token], special=True)
     return {"token": text, "logprob": logprob, "bytes": list(raw)}
 
 
@@ -169,9 +169,12 @@ def text_logprobs(engine: Engine, sampled: Completion | Piece, offset: int = 0) 
         sampled: the tokens.
         offset: characters of the tokens before them.
     """
-    texts = [engine.decode([token], special=True) for token in sampled.token_ids]
+    texts = [engine.tokenizer.decode([token], special=True) for token in sampled.token_ids]
     top = [
-        {engine.decode([token], special=True): logprob for token, logprob in reversed(others)}
+        {
+            engine.tokenizer.decode([token], special=True): logprob
+            for token, logprob in reversed(others)
+        }
         for others in sampled.top_logprobs
     ]
     return {

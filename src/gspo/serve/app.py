@@ -212,7 +212,8 @@ async def _text_completion(http: fastapi.Request, body: CompletionBody) -> TextC
     def encode() -> list[tuple[int, ...]]:
         special = body.add_special_tokens is not False
         return [
-            tuple(engine.encode(p, special=special) if isinstance(p, str) else p) for p in given
+            tuple(engine.tokenizer.encode(p, special=special) if isinstance(p, str) else p)
+            for p in given
         ]
 
     prompts = await tokenized(http, engine, [p for p in given if isinstance(p, str)], encode)
@@ -237,7 +238,9 @@ async def tokenize(http: fastapi.Request, body: TokenizeBody) -> dict[str, Any]:
         ids = await tokenized(http, engine, texts, lambda: chat_tokens(engine, messages, **options))
     else:
         special = body.add_special_tokens is not False
-        ids = await tokenized(http, engine, [text], lambda: engine.encode(text, special=special))
+        ids = await tokenized(
+            http, engine, [text], lambda: engine.tokenizer.encode(text, special=special)
+        )
     return {"tokens": ids, "count": len(ids)}
 
 
@@ -247,7 +250,7 @@ async def detokenize(http: fastapi.Request, body: DetokenizeBody) -> dict[str, A
     body.refuse_unknown()
     if body.tokens:  # `check` refuses what are no tokens of the model
         engine.check(Request((min(body.tokens), max(body.tokens))))
-    return {"prompt": engine.decode(body.tokens, special=True)}
+    return {"prompt": engine.tokenizer.decode(body.tokens, special=True)}
 
 
 async def _engine(app: fastapi.FastAPI, name: str) -> Engine:

@@ -39,14 +39,14 @@ class Joining:
         completions: all of them.
         owner: the prompt of each.
         version: of the weights that have read so far.
-        hasty: the weights changed once: what is left is read in one step, so that it ends.
+        begun: how often they were begun: anew whenever the weights change.
     """
 
     completions: list[OpenCompletion]
     owner: list[int]
     reading: Reading
     version: int
-    hasty: bool = False
+    begun: int = 1
 
     @property
     def alive(self) -> list[int]:
@@ -194,13 +194,17 @@ class Batch:
     def _read_piece(self, joining: Joining, room: int) -> int:
         """Read about as many tokens as there is room for; returns how many there were."""
         reading, version = joining.reading, self._policy.version
-        if version != joining.version:  # a prompt's keys are of the weights that go on from it
+        if version != joining.version:
+            # A prompt's keys are of the weights that go on from it. None of its tokens has been
+            # sampled, so it may as well begin now, in pieces as before. If the weights change again
+            # and again, the pieces double each time, so that it ends.
             reading.again()
-            joining.version, joining.hasty = version, True
+            joining.version, joining.begun = version, joining.begun + 1
             for completion in joining.completions:
                 completion.expert_choices.clear()
         columns, prompts = reading.width - reading.done, len(reading.prompts)
-        if self._layout == "shared" and not joining.hasty:
+        if self._layout == "shared":
+            room <<= max(0, joining.begun - 2)
             columns = min(columns, max(TILE, room // prompts // TILE * TILE))
         where = reading.places(columns)
         places = (where[prompt] for prompt in joining.owner)

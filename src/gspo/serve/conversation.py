@@ -115,7 +115,7 @@ class GrowingMessage:
         }
         if asked.memory is not None:
             tokens, ids = completion.token_ids, [call.id for call in message.tool_calls]
-            text = partial(asked.engine.decode, tokens, special=True)
+            text = partial(asked.engine.tokenizer.decode, tokens, special=True)
             asked.memory.remember(self._prompt, tokens, text, ids)
         if asked.episode is not None:
             asked.episode.record(asked.messages, asked.tools, choice)

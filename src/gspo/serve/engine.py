@@ -94,6 +94,29 @@ class Piece:
     completion: Completion | None = None
 
 
+class TokenizerView(Protocol):
+    """What a server asks of an engine's tokenizer.
+
+    Attributes:
+        most_characters: a text of more characters has more tokens than the model's context.
+    """
+
+    @property
+    def most_characters(self) -> int: ...
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of a text; `special` adds what the tokenizer puts around one (a BOS)."""
+        ...
+
+    def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
+        """Text of token ids; with `special`, special tokens too."""
+        ...
+
+    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
+        """The bytes of each token; a token may be a part of a character."""
+        ...
+
+
 @runtime_checkable
 class Engine(Protocol):
     """Samples completions. Engines know nothing of HTTP or training.
@@ -104,6 +127,7 @@ class Engine(Protocol):
     Attributes:
         chat: how its conversations are written (`gspo.serve.verbatim.chat_tokens`), and its answers
             read.
+        tokenizer: between texts and token ids.
         receipts: `complete` and `stream` ask `receipts.require` first, so that nothing is sampled
             with weights that were not proved. None: the weights never change.
     """
@@ -112,9 +136,7 @@ class Engine(Protocol):
     receipts: Receipts | None
 
     @property
-    def most_characters(self) -> int:
-        """A text of more characters has more tokens than the model's context."""
-        ...
+    def tokenizer(self) -> TokenizerView: ...
 
     @property
     def traffic(self) -> tuple[int, int]:
@@ -128,18 +150,6 @@ class Engine(Protocol):
 
     def score(self, probe: Probe) -> list[float]:
         """Log-probs of the probe's tokens but the first, by the weights that it samples with."""
-        ...
-
-    def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Token ids of a text; `special` adds what the tokenizer puts around one (a BOS)."""
-        ...
-
-    def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
-        """Text of token ids; with `special`, special tokens too."""
-        ...
-
-    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
-        """The bytes of each token; a token may be a part of a character."""
         ...
 
     def check(self, request: Request) -> None:

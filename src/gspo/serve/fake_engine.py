@@ -21,7 +21,12 @@ END = 0
 
 
 class FakeTokenizer:
-    """Writes a conversation as `<role>content`, with tools and calls in Hermes' form."""
+    """Tokens are Unicode code points; 0 ends a completion.
+
+    Writes a conversation as `<role>content`, with tools and calls in Hermes' form.
+    """
+
+    most_characters = 4096
 
     chat_template = '<tools> <tool_call>{"name": ..., "arguments": ...}</tool_call>'
     eos_token = chr(END)
@@ -46,9 +51,18 @@ class FakeTokenizer:
             text += chr(END) if message["role"] == "assistant" else "\n"
         return text[:-1] if continue_final_message else text + "<assistant>" * add_generation_prompt
 
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        return [ord(character) for character in text]
+
+    def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
+        return "".join(chr(token) for token in token_ids if special or token != END)
+
+    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
+        return [chr(token).encode() for token in token_ids]
+
 
 class FakeEngine:
-    """Tokens are Unicode code points; 0 ends a completion.
+    """Replies with texts that it is given or draws, see `FakeTokenizer`.
 
     What changes a distribution is noted in `altered_by`, and changes no reply.
 
@@ -59,11 +73,11 @@ class FakeEngine:
 
     >>> import asyncio
     >>> engine = FakeEngine(lambda prompt, index: prompt.upper())
-    >>> asyncio.run(engine.complete(Request(tuple(engine.encode("hi")))))[0].text
+    >>> asyncio.run(engine.complete(Request(tuple(engine.tokenizer.encode("hi")))))[0].text
     'HI'
     """
 
-    context = most_characters = 4096
+    context = 4096
     vocabulary = 0x110000
     traffic: tuple[int, int] = (0, 0)
 
@@ -77,17 +91,9 @@ class FakeEngine:
         self.logprob = logprob
         self.policy_version = 0
         self.receipts: Receipts | None = None
-        self.chat = ChatFormat(FakeTokenizer(), "FakeEngine")
+        self.tokenizer = FakeTokenizer()
+        self.chat = ChatFormat(self.tokenizer, "FakeEngine")
         self.requests: list[Request] = []
-
-    def encode(self, text: str, *, special: bool = False) -> list[int]:
-        return [ord(character) for character in text]
-
-    def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
-        return "".join(chr(token) for token in token_ids if special or token != END)
-
-    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
-        return [chr(token).encode() for token in token_ids]
 
     def check(self, request: Request) -> None:
         check_fits(request, self.context, self.vocabulary)
@@ -119,7 +125,7 @@ class FakeEngine:
         self.check(request)
         count = len(self.requests)
         self.requests.append(request)
-        prompt, seed = self.decode(request.prompt), request.params.seed
+        prompt, seed = self.tokenizer.decode(request.prompt), request.params.seed
         texts = []
         for index in range(request.params.n):
             rng = random.Random(f"{count if seed is None else seed}/{prompt}/{index}")
@@ -131,17 +137,17 @@ class FakeEngine:
         """The completion that says `text`, as far as the request lets it."""
         params = request.params
         ends = {END, *params.stop_token_ids}
-        tokens = [*self.encode(text), END]
+        tokens = [*self.tokenizer.encode(text), END]
         first_end = next(i for i, token in enumerate(tokens) if token in ends)
         limit = check_fits(request, self.context, self.vocabulary)
         special = not params.skip_special_tokens
         tokens = tokens[: min(first_end + 1, limit)]
         for count in range(1, len(tokens) + 1) if params.stop else ():
-            out = self.decode(tokens[:count], special=special)
+            out = self.tokenizer.decode(tokens[:count], special=special)
             if any(stop in out for stop in params.stop):
                 tokens = tokens[:count]
                 break
-        out = self.decode(tokens, special=special)
+        out = self.tokenizer.decode(tokens, special=special)
         cuts = [out.find(stop) for stop in params.stop if stop in out]
         return Completion(
             token_ids=tuple(tokens),

@@ -68,7 +68,7 @@ class GrowingText:
         return piece.completion.text[self._sent :]
 
     def _decode(self, tokens: list[int]) -> str:
-        return self._engine.decode(tokens, special=self._special)
+        return self._engine.tokenizer.decode(tokens, special=self._special)
 
 
 def _overlap(text: str, stop: str) -> int:

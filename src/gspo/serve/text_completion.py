@@ -52,7 +52,9 @@ class GrowingCompletion:
         choice |= self._prompt | training_fields(completion)
         choice["finish_reason"] = completion.finish_reason
         if self._asked.episode is not None:
-            prompt = self._asked.engine.decode(self._prompt["prompt_token_ids"], special=True)
+            prompt = self._asked.engine.tokenizer.decode(
+                self._prompt["prompt_token_ids"], special=True
+            )
             self._asked.episode.record_text(prompt, choice)
         return choice
 

@@ -74,37 +74,45 @@ def ends_of(
     return frozenset(ends)
 
 
-def text_of(
-    tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], *, special: bool = False
-) -> str:
-    """Return the text of tokens; with `special`, of special tokens too.
-
-    What follows never changes a text that doesn't end in a part of a character. So texts are not
-    cleaned up, and bytes that are no character spoil only themselves: byte fallback would give up
-    all bytes that stand together.
-    """
-    ids = list(token_ids)
-    text = decode(tokenizer, ids, special=special)
-    if "\ufffd" in text and "ByteFallback" in decoder_kinds(tokenizer):
-        hidden = set() if special else set(tokenizer.all_special_ids)
-        parts = token_bytes(tokenizer, [token for token in ids if token not in hidden])
-        return b"".join(parts).decode(errors="replace")
-    return text
-
-
-def token_bytes(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[bytes]:
-    """Return the bytes of each token, special tokens too. Joined, they are the decoded text.
+class ModelTokenizer:
+    """A model's tokenizer, as its engine shows it (`gspo.serve.engine.TokenizerView`).
 
     Args:
-        tokenizer: what decodes them.
-        token_ids: tokens that follow each other.
+        tokenizer: the model's.
+        context: how many tokens the model takes.
     """
-    kinds, added = decoder_kinds(tokenizer), tokenizer.added_tokens_decoder
-    parts = [_bytes_of(token, tokenizer, kinds, added) for token in token_ids]
-    text = str(tokenizer.decode(list(token_ids), skip_special_tokens=False))
-    if "ByteFallback" in kinds and parts and parts[0][:1] == b" " and not text.startswith(" "):
-        parts[0] = parts[0][1:]  # sentencepiece puts a space before a text, which decoding drops
-    return parts
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: int):
+        self._tokenizer = tokenizer
+        self.most_characters = context * max(map(len, tokenizer.get_vocab()))
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=special)["input_ids"]
+
+    def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
+        """Return the text of tokens; with `special`, of special tokens too.
+
+        What follows never changes a text that doesn't end in a part of a character. So texts are
+        not cleaned up, and bytes that are no character spoil only themselves: byte fallback would
+        give up all bytes that stand together.
+        """
+        ids = list(token_ids)
+        text = decode(self._tokenizer, ids, special=special)
+        if "\ufffd" in text and "ByteFallback" in decoder_kinds(self._tokenizer):
+            hidden = set() if special else set(self._tokenizer.all_special_ids)
+            parts = self.token_bytes([token for token in ids if token not in hidden])
+            return b"".join(parts).decode(errors="replace")
+        return text
+
+    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
+        """Return the bytes of each token, special tokens too. Joined, they are the decoded text."""
+        tokenizer = self._tokenizer
+        kinds, added = decoder_kinds(tokenizer), tokenizer.added_tokens_decoder
+        parts = [_bytes_of(token, tokenizer, kinds, added) for token in token_ids]
+        text = str(tokenizer.decode(list(token_ids), skip_special_tokens=False))
+        if "ByteFallback" in kinds and parts and parts[0][:1] == b" " and not text.startswith(" "):
+            parts[0] = parts[0][1:]  # sentencepiece puts a space before a text; decoding drops it
+        return parts
 
 
 def vocabulary_bytes(tokenizer: PreTrainedTokenizerBase, size: int) -> list[bytes]:

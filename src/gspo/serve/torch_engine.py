@@ -24,7 +24,7 @@ from gspo.serve.decoding import OpenCompletion
 from gspo.serve.engine import Completion, Piece, Request, check_fits
 from gspo.serve.grammar import Grammars
 from gspo.serve.scheduler import Scheduler
-from gspo.serve.tokens import end_tokens, ends_of, text_of, token_bytes
+from gspo.serve.tokens import ModelTokenizer, end_tokens, ends_of
 from gspo.weights.receipt import Probe, Receipts, score
 
 _REMEMBERED = 2**20
@@ -62,12 +62,12 @@ class TorchEngine:
             "shared" if packed and policy.packing in WITH_GSPO_ATTENTION else "model_cache"
         )
         """How keys and values are kept; `check_engine` goes on to the next if one isn't exact."""
-        self.most_characters = policy.context * max(map(len, policy.tokenizer.get_vocab()))
+        self.tokenizer = ModelTokenizer(policy.tokenizer, policy.context)
         self._seed = seed
         self._drawn: Counter[int] = Counter()
         self._ends = end_tokens(policy)
         ends = self._ends.nonzero().flatten().tolist()
-        texts = [self.decode([token], special=True) for token in ends]
+        texts = [self.tokenizer.decode([token], special=True) for token in ends]
         self.chat = ChatFormat(policy.tokenizer, str(policy.source), texts)
         self._grammars = Grammars(policy.tokenizer, policy.head.size, ends)
         self._scheduler = Scheduler(self, compute or ComputeThread(), sockets=sockets)
@@ -87,15 +87,6 @@ class TorchEngine:
     @property
     def traffic(self) -> tuple[int, int]:
         return self._scheduler.traffic
-
-    def encode(self, text: str, *, special: bool = False) -> list[int]:
-        return self.policy.tokenizer(text, add_special_tokens=special)["input_ids"]
-
-    def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
-        return text_of(self.policy.tokenizer, token_ids, special=special)
-
-    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
-        return token_bytes(self.policy.tokenizer, token_ids)
 
     def check(self, request: Request) -> None:
         self._prepare(request)
@@ -148,7 +139,7 @@ class TorchEngine:
 
     def batch(self) -> Batch:
         """Make what decodes completions together."""
-        return Batch(self.policy, self.layout, self._ends, self.decode)
+        return Batch(self.policy, self.layout, self._ends, self.tokenizer.decode)
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -201,7 +192,7 @@ class TorchEngine:
         if text is None:
             # The text is without a token of the request that ended it.
             ended = tokens[-1] in completion.ends
-            text = self.decode(
+            text = self.tokenizer.decode(
                 tokens[:-1] if ended else tokens, special=not params.skip_special_tokens
             )
         return Completion(

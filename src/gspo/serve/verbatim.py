@@ -14,10 +14,11 @@ from array import array
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 from gspo.core.progress import rollout_belongings
 from gspo.serve.chat import ChatFormat
+from gspo.serve.engine import Engine
 from gspo.serve.tool_calls import Parsed
 from gspo.serve.tool_messages import check_calls
 
@@ -46,14 +47,6 @@ class _Asked:
     tokens: array[int]
     tools: Sequence[dict] | None
     sampled: list[_Sampled]
-
-
-class Chatting(Protocol):
-    """What rendering a conversation needs of an engine."""
-
-    chat: ChatFormat
-
-    def encode(self, text: str) -> list[int]: ...
 
 
 class TokenMemory:
@@ -202,7 +195,7 @@ def encoded_after(chat: ChatFormat, text: str, encode: Callable[[str], list[int]
 
 
 def chat_tokens(
-    engine: Chatting,
+    engine: Engine,
     messages: Sequence[dict],
     *,
     tools: Sequence[dict] | None = None,
@@ -228,7 +221,7 @@ def chat_tokens(
         messages, tools=tools, template_kwargs=template_kwargs, continue_final=continue_final
     )
     if memory is None:
-        return engine.encode(text)
+        return engine.tokenizer.encode(text)
     calls = [call for message in messages for call in message.get("tool_calls") or ()]
     ids = {str(call.get("id")) for call in calls}
-    return memory.prompt(engine.chat, text, engine.encode, tools=tools, ids=ids)
+    return memory.prompt(engine.chat, text, engine.tokenizer.encode, tools=tools, ids=ids)

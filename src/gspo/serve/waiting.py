@@ -35,10 +35,10 @@ async def tokenized(
         RequestError: they are too long, or no text.
     """
     for text in texts:
-        if len(text) > engine.most_characters:
+        if len(text) > engine.tokenizer.most_characters:
             raise RequestError(
                 f"a text of {len(text)} characters cannot fit: the model's context holds "
-                f"{engine.most_characters} at most",
+                f"{engine.tokenizer.most_characters} at most",
                 "prompt",
             )
     check_whole_characters(texts)

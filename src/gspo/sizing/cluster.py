@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from gspo.core.errors import ConfigError
@@ -63,18 +64,12 @@ class Layout:
 
 def fits(size: ModelSize, rollouts: Rollouts, gpu: Gpu, gpus: int, lora: int) -> list[Fit]:
     """Try all weights and LoRA, with and without checkpointing; what trains more comes first."""
-    longest = rollouts.prompt + rollouts.longest
     found = []
-    for how in (
-        Training(checkpointing=False),
-        Training(),
-        Training(lora, 2, checkpointing=False),
-        Training(lora, 2),
-    ):
+    for rank, checkpointing in itertools.product((None, lora), (False, True)):
+        how = Training(rank, checkpointing=checkpointing)
         most = most_tokens(size, how, gpus, gpu.memory * USABLE)
-        parts = training_bytes(size, how, longest, gpus)
-        fitting = sum(parts.values()) <= gpu.memory * USABLE
-        found.append(Fit(how, gpus, parts, most, fitting))
+        parts = training_bytes(size, how, rollouts.prompt + rollouts.longest, gpus)
+        found.append(Fit(how, gpus, parts, most, sum(parts.values()) <= gpu.memory * USABLE))
     return found
 
 
@@ -86,14 +81,22 @@ def layouts(
     Raises:
         ConfigError: no sharing has room.
     """
-    per_server = server_gpus(size, gpu)
+    per_server, longest = server_gpus(size, gpu), rollouts.prompt + rollouts.longest
+    shared = [(gpus, gpus // per_server * per_server)]
+    shared += [(gpus - rolling, rolling) for rolling in range(per_server, gpus, per_server)]
     made = []
-    if per_server <= gpus and _trains(size, how, rollouts, gpu, gpus):
-        made.append(_layout(size, how, rollouts, gpu, (gpus, gpus // per_server), rates))
-    for servers in range(1, gpus // per_server + 1):
-        training = gpus - servers * per_server
-        if training and _trains(size, how, rollouts, gpu, training):
-            made.append(_layout(size, how, rollouts, gpu, (training, servers), rates, apart=True))
+    for training, rolling in shared:
+        needed = sum(training_bytes(size, how, longest, training).values())
+        if needed > gpu.memory * USABLE or not rolling:
+            continue
+        apart = training + rolling <= gpus
+        parts = {"rollouts": rollout_seconds(size, rollouts, gpu, rolling, per_server, rates)}
+        parts |= training_seconds(size, how, rollouts, gpu, training, rates)
+        trained = parts["scoring"] + parts["training"]
+        together = max(parts["rollouts"], trained) if apart else parts["rollouts"] + trained
+        parts["publication"] = publish_seconds(size, per_server, rates)
+        seconds = together + parts["publication"]
+        made.append(Layout(training, rolling, per_server, apart, parts, seconds))
     if not made:
         raise ConfigError(
             f"gpus = {gpus}: no room for {how.about()} and a rollout server, which needs "
@@ -108,30 +111,3 @@ def server_gpus(size: ModelSize, gpu: Gpu) -> int:
     while 2 * size.parameters > _WEIGHTS_SHARE * gpu.memory * count:
         count *= 2
     return count
-
-
-def _trains(size: ModelSize, how: Training, rollouts: Rollouts, gpu: Gpu, gpus: int) -> bool:
-    longest = rollouts.prompt + rollouts.longest
-    needed = sum(training_bytes(size, how, longest, gpus).values())
-    return needed <= gpu.memory * USABLE
-
-
-def _layout(
-    size: ModelSize,
-    how: Training,
-    rollouts: Rollouts,
-    gpu: Gpu,
-    shared: tuple[int, int],
-    rates: Rates,
-    *,
-    apart: bool = False,
-) -> Layout:
-    training, servers = shared
-    per_server = server_gpus(size, gpu)
-    rolling = servers * per_server
-    parts = {"rollouts": rollout_seconds(size, rollouts, gpu, rolling, per_server, rates)}
-    parts |= training_seconds(size, how, rollouts, gpu, training, rates)
-    parts["publication"] = publish_seconds(size, per_server, rates)
-    trained = parts["scoring"] + parts["training"]
-    together = max(parts["rollouts"], trained) if apart else parts["rollouts"] + trained
-    return Layout(training, rolling, per_server, apart, parts, together + parts["publication"])

@@ -6,7 +6,8 @@ import dataclasses
 import functools
 from typing import Any
 
-from gspo.core.errors import ConfigError, MissingDependencyError, check_names, suggestion
+from gspo.core.byname import optional
+from gspo.core.errors import ConfigError, check_names, suggestion
 from gspo.tasks.task import Problem, Task
 
 
@@ -19,21 +20,18 @@ class GymTask(Task):
     max_tokens = 256
 
     def __init__(self, name: str, options: dict[str, Any]):
-        try:
-            import reasoning_gym
-            from reasoning_gym.factory import DATASETS
-        except ImportError:
-            needs = MissingDependencyError("reasoning-gym", "reasoning-gym", f"the task {name}")
-            raise needs from None
+        package, needs = "reasoning-gym", f"the task {name}"
+        gym = optional("reasoning_gym", package, package, needs)
+        datasets = gym.factory.DATASETS
         dataset = name.partition(":")[2]
-        if dataset not in DATASETS:
+        if dataset not in datasets:
             raise ConfigError(
-                f"reasoning-gym has no dataset {dataset!r}.{suggestion(dataset, DATASETS)}"
+                f"reasoning-gym has no dataset {dataset!r}.{suggestion(dataset, datasets)}"
             )
-        known = sorted(field.name for field in dataclasses.fields(DATASETS[dataset][1]))
+        known = sorted(field.name for field in dataclasses.fields(datasets[dataset][1]))
         check_names(f"task_options of {name}", options, known, {})
         self.name = name
-        self._make = functools.partial(reasoning_gym.create_dataset, dataset, **options)
+        self._make = functools.partial(gym.create_dataset, dataset, **options)
         try:
             self._scorer = self._make(size=1, seed=0)
         except AssertionError as error:

@@ -20,7 +20,7 @@ from gspo.data.packing import Microbatch, pack
 from gspo.data.sample import TrajectorySamples, flat, trajectory_samples
 from gspo.objective import Objective, advantages, turn_advantages
 from gspo.policy.policy import Policy
-from gspo.train.row_memory import row_tokens
+from gspo.train.microbatch_memory import microbatch_tokens
 from gspo.train.settings import Settings, resolve
 from gspo.trajectories import Trajectory, TrajectoryGroup
 
@@ -232,12 +232,14 @@ def microbatches(
 
 def _budget(policy: Policy) -> int:
     if policy.device.type == "cuda":
-        return row_tokens(policy)
+        return microbatch_tokens(policy)
     return token_budget(policy.lm.config.get_text_config(), policy.checkpointing)
 
 
 def token_budget(config: Any, checkpointing: bool) -> int:
-    """Tokens of a microbatch whose activations fit `ACTIVATION_BYTES`. On a CPU: see `row_memory`.
+    """Tokens of a microbatch whose activations fit `ACTIVATION_BYTES`, on a CPU.
+
+    On a GPU see `microbatch_memory`.
 
     Args:
         config: the model's text config.

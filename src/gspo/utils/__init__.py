@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
-from gspo.core.errors import DataError, check_names, check_whole
+from gspo.absent import refusing
+from gspo.core.errors import DataError, check_whole
 
 __all__ = ["DatasetBatch", "iterate_dataset"]
 
 Item = TypeVar("Item")
-_KNOWN = ("groups_per_step", "num_epochs", "initial_step")
-_REFUSED = {"use_tqdm": "the gathers show a bar; leave it out."}
 
 
 class DatasetBatch(NamedTuple, Generic[Item]):
@@ -31,12 +30,12 @@ class DatasetBatch(NamedTuple, Generic[Item]):
     epoch_step: int
 
 
+@refusing
 def iterate_dataset(
     dataset: Sequence[Item],
     groups_per_step: int = 1,
     num_epochs: int = 1,
     initial_step: int = 0,
-    **unknown: Any,
 ) -> Iterator[DatasetBatch[Item]]:
     """The dataset in batches, in another order each epoch, the same in each process.
 
@@ -53,7 +52,6 @@ def iterate_dataset(
         ConfigError: an unknown argument, or a number out of range.
         DataError: the dataset is empty.
     """
-    check_names("iterate_dataset", unknown, _KNOWN, _REFUSED)
     check_whole("groups_per_step", groups_per_step, 1)
     check_whole("num_epochs", num_epochs, 0)
     check_whole("initial_step", initial_step, 0)

@@ -5,20 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from gspo.absent import refusing
 from gspo.config import TrainSFTConfig
-from gspo.core.errors import DataError, check_names, shown
+from gspo.core.errors import DataError, shown
 from gspo.core.rows import read_rows
 from gspo.trajectories import Trajectory
 
 __all__ = ["read_trajectories", "train_sft_from_file"]
-
-_KNOWN = ("epochs", "batch_size", "peak_lr", "schedule_type", "seed", "assistant_turns", "verbose")
-_ONE_CALL = "a call is one step, which is made whole or not at all."
-_REFUSED = {
-    **dict.fromkeys(("initial_step", "final_step"), _ONE_CALL),
-    "warmup_ratio": "schedule_type='linear' warms up over the first tenth of the batches.",
-    "shuffle_buffer_size": "the whole file is shuffled: leave it out.",
-}
 
 
 def read_trajectories(file_path: str | Path) -> list[Trajectory]:
@@ -67,6 +60,7 @@ def check_conversation(messages: list[Any], where: str) -> None:
         raise DataError(f"{where} has no assistant turn: there is nothing to train on")
 
 
+@refusing
 async def train_sft_from_file(
     model: Any,
     file_path: str | Path,
@@ -77,7 +71,6 @@ async def train_sft_from_file(
     seed: int = 0,
     assistant_turns: Literal["all", "last"] = "all",
     verbose: bool = False,
-    **unknown: Any,
 ) -> Any:
     """Call `model.train_sft` once on all rows of a file, in another order each epoch.
 
@@ -95,7 +88,6 @@ async def train_sft_from_file(
     Raises:
         GspoError: as `read_trajectories` and `LocalBackend.train_sft`.
     """
-    check_names("train_sft_from_file", unknown, _KNOWN, _REFUSED)
     config = TrainSFTConfig(
         learning_rate=peak_lr,
         lr_schedule=schedule_type,

@@ -12,9 +12,10 @@ import numpy as np
 
 from gspo import TrajectoryGroup
 from gspo.backend.run import Run
-from gspo.backend.stored_batch import write_batch
+from gspo.backend.stored_batch import UpdateRecord, write_batch
 from gspo.experiment.spec import Spec
 from gspo.train.observe import Trace
+from gspo.train.settings import resolve
 from support import choice, trajectory
 
 ARMS = {"gspo": 0.30, "gspo-auto": 0.36, "grpo": 0.33}
@@ -120,12 +121,13 @@ def run_folder(path: Path, name: str = "m", *, steps: int = 4, text: str = "42")
     run.claim()
     spec = Spec(name=name, project="p", path=str(path), task="sort", steps=steps, seed=7)
     (run.folder / "spec.json").write_text(json.dumps(spec.model_dump(mode="json")))
+    record = UpdateRecord.of(resolve(), version=0, context=64, dtype="float32")
     for step in range(1, steps + 1):
         run.log(step, _metrics(step))
         groups = [TrajectoryGroup([_answer(text, g + i) for i in range(3)]) for g in range(2)]
         traces = {number: [_trace(number, step)] for number in (0, 1, 2)}
         advantages = dict(enumerate([1.0, -0.5, -0.5, 0.0, 0.0, 0.0]))
-        write_batch(run.trajectories("train", step), groups, advantages, traces)
+        write_batch(run.trajectories("train", step), groups, advantages, traces, record)
     run.log(0, {"val/reward": 0.25, "val/reward_low": 0.2, "val/reward_high": 0.3})
     run.log(steps, {"val/reward": 0.75, "val/reward_low": 0.7, "val/reward_high": 0.8})
     run.close()

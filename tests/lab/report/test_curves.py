@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from experiment.small_runs import stored_run
-from gspo.experiment.spec import Spec
+from gspo.dev import TrainConfig
+from gspo.experiment.saved_run import SavedRun
 from gspo.lab.report.curves import CHARTS, charts_of
-from gspo.lab.report.run_data import RunData, read_runs, resolved
+from gspo.lab.report.run_page import read_runs
+from gspo.train.settings import Settings, resolve
 from lab.report.report_cases import run_folder, traces_of
 
 REWARD, CLIPPED, NORM = "Reward", "Share clipped", "Gradient norm before clipping"
@@ -20,13 +22,20 @@ ENTROPY = "Entropy, in nats per trained token"
 SECONDS = "Seconds per step, without evaluations"
 
 
-def curves_of(runs: list[RunData]) -> dict[str, dict[str, Any]]:
+def curves_of(runs: list[SavedRun]) -> dict[str, dict[str, Any]]:
     """Title of a chart -> name of a curve -> the curve."""
     return {
         title: {trace.name: trace for trace in traces_of(figure)}
         for figures in charts_of(runs).values()
         for title, figure in figures.items()
     }
+
+
+def logged(records: list[dict[str, float]], settings: Settings | None = None) -> SavedRun:
+    """A run that has logged these lines."""
+    run = SavedRun(Path("p/m"), {}, {}, "p/m")
+    run.__dict__.update(records=records, settings=settings)
+    return run
 
 
 def test_charts_hold_the_runs_numbers(tmp_path: Path):
@@ -74,7 +83,7 @@ def test_a_logarithmic_axis_takes_sizes_and_no_zero(tmp_path: Path):
         {"step": 1, "mismatch/log_ratio_mean": -0.5},
         {"step": 2, "mismatch/log_ratio_mean": 0.0},
     ]
-    run = RunData(Path("p/m"), "p/m", {}, {}, None, records, running=False)
+    run = logged(records)
     ((_, curves),) = curves_of([run]).items()
     assert curves["mean of tokens"].y == (0.5, None)
     ((title, figure),) = charts_of([run])["The clip"].items()
@@ -83,24 +92,23 @@ def test_a_logarithmic_axis_takes_sizes_and_no_zero(tmp_path: Path):
 
 @pytest.mark.parametrize(("algorithm", "shown"), [("gspo", True), ("grpo", False)])
 def test_only_methods_that_clip_sequences_have_a_range_of_sequences(algorithm: str, shown: bool):
-    spec = Spec(task="sort", train={"algorithm": algorithm}).model_dump(mode="json")  # pyright: ignore[reportArgumentType]
     records = [
         {"step": 1, "ratio/log_p50": 0.1, "ratio/epsilon_low": 0.2, "ratio/epsilon_high": 0.2}
     ]
-    run = RunData(Path("p/m"), "p/m", {}, {}, resolved(spec), records, running=False)
+    run = logged(records, resolve(options=TrainConfig(algorithm=algorithm)))
     assert ("clip range, low" in curves_of([run])[RATIOS]) == shown
 
 
 def test_long_runs_are_drawn_as_they_were_logged():
     records = [{"step": step, "train/reward": float(step % 2)} for step in range(1, 41)]
-    run = RunData(Path("p/m"), "p/m", {}, {}, None, records, running=False)
+    run = logged(records)
     assert list(curves_of([run])[REWARD]["train"].y) == [1.0, 0.0] * 20
 
 
 def test_each_chart_of_the_file_is_drawn_and_names_its_metric():
     metrics = [metric for chart in CHARTS for metric in chart["curves"]]
     records = [{"step": 1, **dict.fromkeys(metrics, 0.5)}]
-    run = RunData(Path("p/m"), "p/m", {}, {}, None, records, running=False)
+    run = logged(records)
     drawn = curves_of([run])
     assert list(drawn) == [chart["title"] for chart in CHARTS]
     for chart in CHARTS:

@@ -7,8 +7,7 @@ import hashlib
 from pathlib import Path
 
 from gspo.lab.report.comparison_page import comparison_page
-from gspo.lab.report.run_data import read_runs
-from gspo.lab.report.run_page import run_page
+from gspo.lab.report.run_page import read_runs, run_page
 from lab.report.page_elements import Elements
 from lab.report.report_cases import run_folder
 

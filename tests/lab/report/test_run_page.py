@@ -7,10 +7,13 @@ import re
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 
 from gspo.backend.run import Run
-from gspo.lab.report.run_data import read_runs
-from gspo.lab.report.run_page import run_page
+from gspo.core.errors import RunError
+from gspo.experiment.run_file import flat
+from gspo.experiment.spec import Spec
+from gspo.lab.report.run_page import changed, read_runs, run_page
 from lab.report.page_elements import Elements
 from lab.report.report_cases import run_folder
 
@@ -88,3 +91,31 @@ def test_a_run_without_a_step_has_a_page(tmp_path: Path):
     assert "running; this is a snapshot" in page
     run.close()
     assert "p/m: not running" in run_page(read_runs([run.folder]))
+
+
+def test_options_that_are_not_the_defaults_are_known():
+    spec = Spec(task="sort", train={"precalculate_logprobs": True, "epochs": 2}, seed=3)  # pyright: ignore[reportArgumentType]
+    stored = json.loads(json.dumps(spec.model_dump(mode="json")))
+    train = {"train.precalculate_logprobs", "train.old_logprobs", "train.epochs"}
+    assert changed(flat(stored)) == {"seed"} | train
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path):
+    one, again = run_folder(tmp_path, "one"), run_folder(tmp_path / "elsewhere", "one")
+    names = [run.label for run in read_runs([one, again])]
+    assert names == [str(one), str(again)]
+
+
+def test_a_run_alive_is_known_by_its_lock(tmp_path: Path):
+    folder = run_folder(tmp_path)
+    run = Run(tmp_path, "p", "m", {"base_model": "embedded:sort", "lora": None})
+    try:
+        assert read_runs([folder])[0].running
+    finally:
+        run.close()
+    assert not read_runs([folder])[0].running
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path):
+    with pytest.raises(RunError, match=r"neither metrics\.jsonl nor config\.json"):
+        read_runs([tmp_path / "nowhere"])

@@ -12,8 +12,7 @@ from gspo import TrajectoryGroup
 from gspo.backend.run import Run
 from gspo.backend.stored_batch import write_batch
 from gspo.core.errors import RunError
-from gspo.lab.report.run_data import read_runs
-from gspo.lab.report.run_page import run_page
+from gspo.lab.report.run_page import read_runs, run_page
 from gspo.lab.report.trajectory_browser import COMPLETIONS, LONGEST, sampled_groups, token_texts
 from gspo.trajectories import History
 from lab.report.page_elements import Elements

@@ -14,8 +14,8 @@ import plotly.graph_objects as go
 import pyarrow.parquet as pq
 from plotly.colors import qualitative
 
+from gspo.experiment.saved_run import SavedRun
 from gspo.lab.pictures import styled
-from gspo.lab.report.run_data import RunData, stored_batches
 
 CHARTS = tomllib.loads(Path(__file__).with_name("charts.toml").read_text(encoding="utf-8"))["chart"]
 _MARKED = 60
@@ -24,7 +24,7 @@ _BARS = 20
 _DASHED = {"line_dash": "dash", "line_color": "black", "mode": "lines"}
 
 
-def charts_of(runs: Sequence[RunData]) -> dict[str, dict[str, go.Figure]]:
+def charts_of(runs: Sequence[SavedRun]) -> dict[str, dict[str, go.Figure]]:
     """Section -> title -> chart of `CHARTS`. Charts and sections without data are left out."""
     charts: dict[str, dict[str, go.Figure]] = {}
     for chart in CHARTS:
@@ -35,12 +35,12 @@ def charts_of(runs: Sequence[RunData]) -> dict[str, dict[str, go.Figure]]:
     return charts
 
 
-def reward_histogram(runs: Sequence[RunData]) -> go.Figure:
+def reward_histogram(runs: Sequence[SavedRun]) -> go.Figure:
     """How many trajectories have which reward, at the first and the last stored step of a run; of
     several runs, at the last."""
     figure = go.Figure()
     for run in runs:
-        batches = stored_batches(run.folder)
+        batches = run.batches
         ends = (
             dict.fromkeys([*batches][:1] + [*batches][-1:]) if len(runs) == 1 else [*batches][-1:]
         )
@@ -51,7 +51,7 @@ def reward_histogram(runs: Sequence[RunData]) -> go.Figure:
     return styled(figure, barmode="overlay", xaxis_title="reward", showlegend=True)
 
 
-def draw(chart: Mapping[str, Any], runs: Sequence[RunData]) -> go.Figure:
+def draw(chart: Mapping[str, Any], runs: Sequence[SavedRun]) -> go.Figure:
     """One chart of `CHARTS`; without a curve if no run has logged any of its metrics."""
     alone, axis, extra = len(runs) == 1, chart.get("axis"), chart.get("with")
     curves = [(name, runs[0], metric) for metric, name in chart["curves"].items()]
@@ -59,7 +59,8 @@ def draw(chart: Mapping[str, Any], runs: Sequence[RunData]) -> go.Figure:
         curves = [(escape(run.label), run, next(iter(chart["curves"]))) for run in runs]
     figure = go.Figure()
     for (name, run, metric), color in zip(curves, cycle(qualitative.D3), strict=False):
-        steps, values = run.series(metric)
+        series = run.series(metric)
+        steps, values = [*series], [*series.values()]
         if not steps or (chart.get("unless_zero") and not any(values)):
             continue
         if axis == "log":
@@ -80,18 +81,18 @@ def draw(chart: Mapping[str, Any], runs: Sequence[RunData]) -> go.Figure:
     return figure
 
 
-def _add_heldout(figure: go.Figure, run: RunData, name: str, color: str) -> None:
-    heldout = run.heldout()
-    above = [high - mean for _, mean, _, high in heldout]
-    below = [mean - low for _, mean, low, _ in heldout]
+def _add_heldout(figure: go.Figure, run: SavedRun, name: str, color: str) -> None:
+    heldout = run.evaluations
+    means = [e.mean for e in heldout.values()]
+    above = [0.0 if e.high is None else e.high - e.mean for e in heldout.values()]
+    below = [0.0 if e.low is None else e.mean - e.low for e in heldout.values()]
     error = {"type": "data", "array": above, "arrayminus": below}
-    steps, rewards = [step for step, *_ in heldout], [mean for _, mean, *_ in heldout]
     look: dict[str, Any] = {"mode": "markers", "marker_size": 9, "marker_color": color}
     name += "held-out, 95 % interval"
-    figure.add_scatter(x=steps, y=rewards, error_y=error, name=name, **look)
+    figure.add_scatter(x=[*heldout], y=means, error_y=error, name=name, **look)
 
 
-def _add_limits(figure: go.Figure, what: str, run: RunData) -> None:
+def _add_limits(figure: go.Figure, what: str, run: SavedRun) -> None:
     """Dashed lines: the clip range of sequences, or the limit of the gradient's norm."""
     limit = run.settings.max_grad_norm if run.settings else None
     # Without the settings: noise is compared with the range only if the range is of sequences.
@@ -99,8 +100,8 @@ def _add_limits(figure: go.Figure, what: str, run: RunData) -> None:
     by_sequence = run.settings.objective.per_sequence if run.settings else noise
     if what == "clip range" and by_sequence:
         for end, sign in (("low", -1), ("high", 1)):
-            steps, values = run.series(f"ratio/epsilon_{end}")
-            edges = [math.log1p(sign * v) if v and sign * v > -1 else None for v in values]
-            figure.add_scatter(x=steps, y=edges, name=f"clip range, {end}", **_DASHED)
+            series = run.series(f"ratio/epsilon_{end}")
+            edges = [math.log1p(sign * v) if v and sign * v > -1 else None for v in series.values()]
+            figure.add_scatter(x=[*series], y=edges, name=f"clip range, {end}", **_DASHED)
     elif what == "norm limit" and limit is not None:
         figure.add_hline(limit, line_dash="dash", annotation_text="clipped above")

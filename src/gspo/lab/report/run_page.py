@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 
+from gspo.core.errors import RunError
+from gspo.experiment.run_file import flat
+from gspo.experiment.saved_run import SavedRun
+from gspo.experiment.spec import Spec
 from gspo.lab.report.curves import charts_of
 from gspo.lab.report.page import render
-from gspo.lab.report.run_data import RunData, changed
 from gspo.lab.report.trajectory_browser import LONGEST, sampled_groups
+from gspo.objective import PRESETS
 
 
-def run_page(runs: Sequence[RunData]) -> str:
+def run_page(runs: Sequence[SavedRun]) -> str:
     """The page of these runs."""
     return render(
         "run.html",
@@ -25,20 +31,21 @@ def run_page(runs: Sequence[RunData]) -> str:
         settings=[_settings(run) for run in runs],
         groups=[group for run in runs for group in sampled_groups(run)],
         longest=LONGEST,
+        presets=PRESETS,
     )
 
 
-def _status(run: RunData) -> str:
+def _status(run: SavedRun) -> str:
     if run.running:
         return "running; this is a snapshot"
-    return "finished" if run.spec and run.steps >= run.spec.get("steps", 0) else "not running"
+    return "finished" if run.options and run.steps >= run.options.get("steps", 0) else "not running"
 
 
-def _table(runs: Sequence[RunData]) -> list[list[str]]:
+def _table(runs: Sequence[SavedRun]) -> list[list[str]]:
     """One column per run: its result, and the settings in which the runs differ."""
     columns = [_facts(run) for run in runs]
-    for key in dict.fromkeys(key for run in runs for key in run.spec):
-        values = [_json(run.spec[key]) if key in run.spec else "" for run in runs]
+    for key in dict.fromkeys(key for run in runs for key in run.options):
+        values = [_json(run.options[key]) if key in run.options else "" for run in runs]
         if len(set(values)) > 1 and key not in ("name", "project", "path", "steps"):
             for column, value in zip(columns, values, strict=True):
                 column[key] = value
@@ -46,14 +53,13 @@ def _table(runs: Sequence[RunData]) -> list[list[str]]:
     return [["", *(run.label for run in runs)], *(row for row in rows if any(row[1:]))]
 
 
-def _facts(run: RunData) -> dict[str, str]:
+def _facts(run: SavedRun) -> dict[str, str]:
     """Name -> value; '' for what is not known."""
-    heldout = [mean for _, mean, _, _ in run.heldout()]
-    seconds, tokens = sum(run.values("time/step")), sum(run.values("tokens/completion"))
-    clip_range = [run.values(f"ratio/epsilon_{end}") for end in ("low", "high")]
-    planned = run.spec.get("steps")
+    seconds, tokens = (sum(run.values(n).values()) for n in ("time/step", "tokens/completion"))
+    clip_range = [[*run.values(f"ratio/epsilon_{end}").values()] for end in ("low", "high")]
+    planned = run.options.get("steps")
     return {
-        "held-out reward": _ends(heldout),
+        "held-out reward": _ends(run.values("val/reward")),
         "train reward": _ends(run.values("train/reward")),
         "model": str(run.config.get("base_model") or ""),
         "method": run.settings.algorithm if run.settings else "",
@@ -65,19 +71,47 @@ def _facts(run: RunData) -> dict[str, str]:
     }
 
 
-def _ends(rewards: Sequence[float]) -> str:
+def _ends(by_step: Mapping[int, float]) -> str:
+    rewards = [*by_step.values()]
     return f"{rewards[0]:.3f} → {rewards[-1]:.3f}" if len(rewards) > 1 else ""
 
 
-def _settings(run: RunData) -> list[list[str]]:
+def _settings(run: SavedRun) -> list[list[str]]:
     """The options of spec.json, in bold if they are not the default."""
-    bold, given = Markup("<b>{}</b>"), changed(run.spec)
+    bold, given = Markup("<b>{}</b>"), changed(run.options)
     rows = [
         [bold.format(text) if key in given else text for text in (key, _json(value))]
-        for key, value in run.spec.items()
+        for key, value in run.options.items()
     ]
     return [["option", "value"], *rows]
 
 
 def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
+
+
+def changed(spec: Mapping[str, Any]) -> set[str]:
+    """The dotted keys that a stored spec sets to another value than the default.
+
+    >>> sorted(changed({"steps": 60, "seed": 3, "train.epochs": 2}))
+    ['seed', 'train.epochs']
+    """
+    default = flat(Spec(task="sort").model_dump(mode="json"))
+    return {key for key, value in spec.items() if key not in default or value != default[key]}
+
+
+def read_runs(folders: Sequence[Path]) -> list[SavedRun]:
+    """Read runs, and label them by the last two parts of their paths, or by all if these are equal.
+
+    Raises:
+        RunError: a folder that is not one of a run.
+    """
+    names = ["/".join(folder.resolve().parts[-2:]) for folder in folders]
+    labels = names if len(set(names)) == len(names) else map(str, folders)
+    for folder in folders:
+        if not (folder / "metrics.jsonl").exists() and not (folder / "config.json").exists():
+            raise RunError(
+                f"{folder} has neither metrics.jsonl nor config.json: it is not the folder of a "
+                "run. Give <path>/<project>/<name>, such as .gspo/demo/sort-1"
+            )
+    return [*map(SavedRun.of, folders, labels)]

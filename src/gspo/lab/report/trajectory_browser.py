@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from gspo.core.errors import RunError
-from gspo.lab.report.run_data import RunData, stored_batches
+from gspo.experiment.saved_run import SavedRun
 
 STEPS, GROUPS, COMPLETIONS = 3, 3, 6
 LONGEST = 600
@@ -38,7 +38,7 @@ Part = tuple[str, str, Sequence[tuple[int, str, float, float | None]]]
 d_t of each, None if it was not trained on."""
 
 
-def sampled_groups(run: RunData) -> list[dict[str, Any]]:
+def sampled_groups(run: SavedRun) -> list[dict[str, Any]]:
     """Some groups of some steps, as run.html shows them.
 
     Each has a `title`, the `scale` of its tints, the `prompt` that its trajectories begin with
@@ -48,8 +48,7 @@ def sampled_groups(run: RunData) -> list[dict[str, Any]]:
     Raises:
         RunError: a file of trajectories is damaged.
     """
-    files = list(stored_batches(run.folder).values())
-    tokenizer = _tokenizer(run.folder)
+    tokenizer, files = _tokenizer(run.folder), [*run.batches.values()]
     return [group for path in spaced(files, STEPS) for group in _groups(run, path, tokenizer)]
 
 
@@ -72,7 +71,7 @@ def _tokenizer(folder: Path) -> Tokenizer | None:
         return None
 
 
-def _groups(run: RunData, path: Path, tokenizer: Tokenizer | None) -> Iterator[dict[str, Any]]:
+def _groups(run: SavedRun, path: Path, tokenizer: Tokenizer | None) -> Iterator[dict[str, Any]]:
     try:
         with pq.ParquetFile(path) as file:
             table = file.read(columns=_COLUMNS)  # without those that an older version lacks

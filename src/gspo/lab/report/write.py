@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gspo.core.errors import ConfigError, RunError
-from gspo.core.files import write_whole
+from gspo.core.files import read_object, write_whole
 from gspo.lab.pictures import require_plotly
-from gspo.lab.report.run_data import read_object, read_runs
 
 
 def make_report(folders: Sequence[Path], out: Path | None = None) -> Path:
@@ -21,7 +20,7 @@ def make_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     """
     require_plotly()  # before it is imported
     from gspo.lab.report.comparison_page import comparison_page
-    from gspo.lab.report.run_page import run_page
+    from gspo.lab.report.run_page import read_runs, run_page
 
     compared = [folder for folder in folders if (folder / "comparison.json").exists()]
     if len(folders) > 1 and compared:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from gspo.policy.policy import Policy
-from gspo.train import row_memory
-from gspo.train.row_memory import FEWEST, MOST, row_tokens
+from gspo.train import microbatch_memory
+from gspo.train.microbatch_memory import FEWEST, MOST, microbatch_tokens
 from support import embedded
 
 
@@ -31,7 +31,7 @@ def policy() -> Policy:
 
 
 def on(memory: Memory, policy: Policy, patch: pytest.MonkeyPatch) -> int:
-    original = row_memory._random
+    original = microbatch_memory._random
 
     def random(policy: Policy, tokens: int):
         microbatch = original(policy, tokens // 16)
@@ -47,19 +47,19 @@ def on(memory: Memory, policy: Policy, patch: pytest.MonkeyPatch) -> int:
         mem_get_info=lambda _device: (memory.free, memory.free),
         empty_cache=lambda: None,
     )
-    patch.setattr(row_memory, "_random", random)
+    patch.setattr(microbatch_memory, "_random", random)
     patch.setattr(torch, "cuda", cuda)
-    return row_tokens(policy)
+    return microbatch_tokens(policy)
 
 
 def test_what_fits_is_in_the_free_memory_and_measured_once(policy, monkeypatch):
     state = 3 * sum(p.numel() * 4 for p in policy.trainable.values())
     memory = Memory(free=state + 10_000_000_000, each=1_000_000, fixed=500_000_000)
     assert on(memory, policy, monkeypatch) == 7500
-    assert 7500 * memory.each + memory.fixed <= row_memory.SHARE * 1e10
+    assert 7500 * memory.each + memory.fixed <= microbatch_memory.SHARE * 1e10
     assert all(p.grad is None for p in policy.trainable.values())
     memory.each *= 2
-    assert row_tokens(policy) == 7500 and len(memory.tokens) == 2
+    assert microbatch_tokens(policy) == 7500 and len(memory.tokens) == 2
 
 
 @pytest.mark.parametrize(("free", "fits"), [(1e6, FEWEST), (1e15, MOST)])

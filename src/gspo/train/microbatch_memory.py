@@ -22,12 +22,12 @@ PROBED = (1024, 3072)
 _TEXT = 512  # tokens
 
 
-def row_tokens(policy: Policy) -> int:
+def microbatch_tokens(policy: Policy) -> int:
     """Tokens that fit, measured at the first call and kept: each step is packed alike."""
-    if policy.row_tokens is None:
+    if policy.microbatch_tokens is None:
         # Of several ranks the first one's: it samples, too, so less memory is free there.
-        policy.row_tokens = policy.workers.share(_measured(policy))
-    return policy.row_tokens
+        policy.microbatch_tokens = policy.workers.share(_measured(policy))
+    return policy.microbatch_tokens
 
 
 def _measured(policy: Policy) -> int:
