@@ -37,7 +37,7 @@ def test_a_mesh_of_one_rank_is_the_process_itself(alone):
     weight = torch.ones(3, requires_grad=True)
     alone.backward((weight * 2).sum())
     assert alone.map(lambda x: x + 1, [1, 2, 3]) == [2, 3, 4]
-    assert alone.share("x") == "x" and torch.equal(weight.grad, torch.full((3,), 2.0))
+    assert alone.share("x") == "x" and str(weight.grad) == "tensor([2., 2., 2.])"
     assert alone.together(lambda: 7) == 7
 
 
@@ -53,7 +53,7 @@ def test_each_rank_computes_its_share_and_a_spare_one_counts_nothing(alone, monk
         return str(item)
 
     assert alone.map(backward, [0, 1, 2]) == ["0", "1", "2"]
-    assert called == [1, 2] and float(weight.grad) == 20.0  # FSDP halves it
+    assert called == [1, 2] and str(weight.grad) == "tensor([20.])"  # FSDP halves it
 
 
 def test_what_ranks_disagree_on_is_named(alone, monkeypatch):

@@ -176,7 +176,8 @@ def begin_sharded(lm: PreTrainedModel) -> None:
     with torch.no_grad():
         lm(input_ids=torch.ones(1, 2, dtype=torch.long, device=lm.device), use_cache=False)
     reshard(lm)
-    states = dict.fromkeys(fully_shard.state(m) for m in lm.modules() if isinstance(m, FSDPModule))  # pyright: ignore[reportFunctionMemberAccess]
+    state_of: Any = fully_shard.state  # pyright: ignore[reportFunctionMemberAccess]
+    states = dict.fromkeys(state_of(m) for m in lm.modules() if isinstance(m, FSDPModule))
     groups = chain(*(getattr(state, "_fsdp_param_groups", ()) for state in states))
     entries = [entry for group in groups for entry in group.fsdp_params]
     rows = {e._sharded_param_data.untyped_storage().data_ptr(): e for e in entries}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -86,6 +86,7 @@ class Optimizer:
 
     def empty_state(self) -> dict[str, Tensor]:
         """What `state()` has after a step, of zeros."""
+        zeros: dict[str, Callable[[Tensor], Tensor]]
         zeros = {"exp_avg": torch.zeros_like, "exp_avg_sq": torch.zeros_like}
         zeros["step"] = lambda _: torch.zeros(())
         named = [(f"{n}.{k}", zeros[k], p) for n, p in self._parameters.items() for k in zeros]
