@@ -310,7 +310,7 @@ async def rollout(model, scenario):
 def prompts_of(run: Path, step: int) -> list[str]:
     """What was asked at a step, in order."""
     stored = read_batch(run / "trajectories" / "train" / f"{step:04d}.parquet")
-    return [str(t.messages()[0]["content"]) for group in stored.groups for t in group]
+    return [str(dict(t.messages()[0])["content"]) for group in stored.groups for t in group]
 
 
 async def test_with_pipeline_rollouts_run_ahead_and_a_killed_run_goes_on(tmp_path: Path):
