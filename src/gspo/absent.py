@@ -45,6 +45,10 @@ MODEL = {
     "update_wandb_config": "LocalBackend(logger=['wandb']) shows W&B the model's config.",
 }
 COPY = "a run is a folder, LocalBackend(...).run(model).folder: copy it with your own tools."
+LOCAL_BACKEND: dict[str, str] = {
+    "gpu_cost_per_hour_usd": "metrics.jsonl has time/step of each step; multiply.",
+    "in_process": "everything is in this process; leave it out.",
+}
 BACKEND = {
     "_experimental_deploy": "a checkpoint is a folder that Hugging Face and vLLM load: "
     "result.checkpoint_path.",

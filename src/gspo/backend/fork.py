@@ -6,11 +6,15 @@ import json
 import shutil
 from pathlib import Path
 
+from gspo import absent
 from gspo.backend.base import ModelLike
 from gspo.backend.run import Run
 from gspo.core.errors import RunError
 from gspo.core.files import explained, replacing
 from gspo.train.checkpoint import checkpoint_name, steps_saved, verify_checkpoint
+
+S3: dict[str, str] = dict.fromkeys(("from_s3_bucket", "prefix"), absent.COPY)
+ARGUMENTS = ("model", "from_model", "from_project", "not_after_step", "verbose")
 
 
 def fork_checkpoint(

@@ -21,7 +21,7 @@ from gspo.backend.base import (
     train_options,
     user_metrics,
 )
-from gspo.backend.fork import fork_checkpoint, run_identity
+from gspo.backend.fork import ARGUMENTS, S3, fork_checkpoint, run_identity
 from gspo.backend.run import Run
 from gspo.backend.service import Service
 from gspo.backend.stored_batch import write_batch
@@ -35,14 +35,9 @@ from gspo.serve.episodes import Episode
 from gspo.serve.server import bind
 from gspo.train.settings import resolve
 from gspo.trajectories import Trajectory, TrajectoryGroup
+from gspo.weights.vllm_publisher import check_entries
 
-_S3: dict[str, str] = dict.fromkeys(("from_s3_bucket", "prefix"), absent.COPY)
-_FORK = ("model", "from_model", "from_project", "not_after_step", "verbose")
-_ARGUMENTS = ("path", "port", "keep_checkpoints", "seed", "logger")
-_REFUSED = {
-    "gpu_cost_per_hour_usd": "metrics.jsonl has time/step of each step; multiply.",
-    "in_process": "everything is in this process; leave it out.",
-}
+_ARGUMENTS = ("path", "port", "keep_checkpoints", "seed", "logger", "engines")
 
 
 class LocalBackend(Backend):
@@ -58,6 +53,7 @@ class LocalBackend(Backend):
         seed: of requests that have none.
         logger: trackers that are shown what metrics.jsonl gets: "tensorboard", "trackio", "wandb".
             One that fails is a warning, once.
+        engines: vLLM servers that sample (docs/vllm.md); none: this process samples.
 
     Raises:
         ConfigError: an unknown argument or tracker, or a value out of range.
@@ -72,9 +68,10 @@ class LocalBackend(Backend):
         keep_checkpoints: int | None = None,
         seed: int = 0,
         logger: Sequence[TrackerName] = (),
+        engines: Sequence[str] = (),
         **unknown: Any,
     ):
-        check_names("LocalBackend", unknown, _ARGUMENTS, _REFUSED)
+        check_names("LocalBackend", unknown, _ARGUMENTS, absent.LOCAL_BACKEND)
         check_whole("seed", seed)
         if port is not None:
             check_whole("port", port, 0, 65535)
@@ -85,6 +82,7 @@ class LocalBackend(Backend):
         self.keep_checkpoints = keep_checkpoints
         self.seed = seed
         self.logger = check_loggers(logger)
+        self.engines = check_entries(engines)
         self._compute = ComputeThread()
         self._services: dict[tuple[str, str], Service] = {}
         self._runs: dict[tuple[str, str], Run] = {}
@@ -105,18 +103,20 @@ class LocalBackend(Backend):
         if not model.trainable:
             self.run(model)
             return
+        if self.engines and self._services:
+            raise ConfigError("engines= serve one model: give the other a backend of its own")
         with ExitStack() as undo:  # a model that is only half registered would lose a step
             listener = None
             if self.port is not None:
                 listener = undo.enter_context(bind("127.0.0.1", self.port))
             run = Run(self.path, model.project, model.name, run_identity(model))
             undo.callback(run.close)
-            parts = run, model, self.seed, self._compute, listener
-            service = await self._compute.run(Service, *parts)
+            parts = model, self.seed, self._compute, listener, self.engines
+            service = await self._compute.run(Service, run, *parts)
+            undo.callback(service.engines.close)
             run.claim()
-            step = service.trainer.step
-            told = described(model)
-            run.trackers = await asyncio.to_thread(Trackers, self.logger, run, step, told)
+            told = self.logger, run, service.trainer.step, described(model)
+            run.trackers = await asyncio.to_thread(Trackers, *told)
             await service.serving.start()
             self._services[key], self._runs[key] = service, run
             undo.pop_all()
@@ -268,7 +268,7 @@ class LocalBackend(Backend):
     ) -> None:
         """Begin the run of a model with another run's checkpoint, before it is registered: see
         `gspo.backend.fork.fork_checkpoint`. `verbose` prints which step it is."""
-        check_names("fork_checkpoint", unknown, _FORK, _S3)
+        check_names("fork_checkpoint", unknown, ARGUMENTS, S3)
         if not from_model:
             raise ConfigError("fork_checkpoint: give from_model=, the name of the other run")
         if (model.project, model.name) in self._services:

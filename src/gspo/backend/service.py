@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 from gspo.backend.base import ModelLike, TrainResult, completion_lengths, group_means
-from gspo.backend.engines import Engines, load_step, proved_engine
+from gspo.backend.engines import Engines, load_step, proved_engine, remote_engine
 from gspo.backend.run import Run
 from gspo.backend.sft_samples import sft_samples
 from gspo.backend.stored_batch import UpdateRecord, write_batch
@@ -46,6 +46,7 @@ class Service:
         seed: the backend's, of requests that have none.
         compute: the thread that samples and trains.
         listener: where the model is served too, or None.
+        servers: vLLM servers that sample, see `VllmServer`; none: this process samples.
 
     Attributes:
         trainer: has the weights that are trained.
@@ -69,6 +70,7 @@ class Service:
         seed: int,
         compute: ComputeThread,
         listener: socket.socket | None,
+        servers: Sequence[str] = (),
     ):
         assert model.source is not None
         config = model.internal_config
@@ -77,8 +79,11 @@ class Service:
         self._loaded = _identity(model)
         self.trainer = load_trainer(run, model.source, config)
         sockets, current = listener is not None, seed_of(seed, self.trainer.step)
-        self.engine, self.sampling, self.receipts = proved_engine(
-            self.trainer.policy, config, compute, seed=current, sockets=sockets
+        policy = self.trainer.policy
+        self.engine, self.sampling, self.receipts = (
+            remote_engine(policy, config, servers, run.folder / "published", seed=current)
+            if servers
+            else proved_engine(policy, config, compute, seed=current, sockets=sockets)
         )
         self.engines = Engines(run, model, self.engine, compute, seed=seed, sockets=sockets)
         self.serving = Serving(self.engine, self.engines.names, listener, self.engines.find)

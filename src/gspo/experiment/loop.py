@@ -88,7 +88,11 @@ async def run_experiment(spec: Spec, watch: Watch, task: Task | None = None) -> 
     rollouts = Rollouts(spec, model, task)
     await check_dataset(spec, rollouts.task)
     async with art.LocalBackend(
-        spec.path, keep_checkpoints=spec.keep_checkpoints, seed=spec.seed, logger=spec.logger
+        spec.path,
+        keep_checkpoints=spec.keep_checkpoints,
+        seed=spec.seed,
+        logger=spec.logger,
+        engines=spec.engines,
     ) as backend:
         await model.register(backend)
         first = await model.get_step()

@@ -19,10 +19,36 @@ from transformers import AddedToken, PreTrainedTokenizerBase
 from gspo.core.errors import RequestError
 from gspo.kernels.hf import bytes_to_unicode, decode, decoder_kinds
 from gspo.policy.policy import Policy
+from gspo.serve.chat import ChatFormat
 from gspo.serve.engine import SamplingParams
 
 _FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 _SPACE = "\u2581"  # how sentencepiece writes a space
+
+
+class Tokenizing:
+    """What engines of a policy share: its tokenizer, and how conversations are written with it.
+
+    Attributes:
+        ends: tokens that end a completion.
+        most_characters, chat: see `Engine`.
+    """
+
+    def __init__(self, policy: Policy):
+        self._tokenizer = policy.tokenizer
+        self.ends: list[int] = end_tokens(policy).nonzero().flatten().tolist()
+        self.most_characters = policy.context * max(map(len, policy.tokenizer.get_vocab()))
+        texts = [self.decode([token], special=True) for token in self.ends]
+        self.chat = ChatFormat(policy.tokenizer, str(policy.source), texts)
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=special)["input_ids"]
+
+    def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
+        return text_of(self._tokenizer, token_ids, special=special)
+
+    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
+        return token_bytes(self._tokenizer, token_ids)
 
 
 def end_tokens(policy: Policy) -> Bool[Tensor, " V"]:

@@ -19,19 +19,18 @@ from gspo.kernels.kv_cache import Layout
 from gspo.policy.policy import WITH_GSPO_ATTENTION, Policy
 from gspo.serve.admission import Group, Line
 from gspo.serve.batch import Batch
-from gspo.serve.chat import ChatFormat
 from gspo.serve.decoding import OpenCompletion
 from gspo.serve.engine import Completion, Piece, Request, check_fits
 from gspo.serve.grammar import Grammars
 from gspo.serve.scheduler import Scheduler
-from gspo.serve.tokens import end_tokens, ends_of, text_of, token_bytes
+from gspo.serve.tokens import Tokenizing, end_tokens, ends_of
 from gspo.weights.receipt import Probe, Receipts, score
 
 _REMEMBERED = 2**20
 """Unseeded requests whose repetitions are counted, about 100 bytes each."""
 
 
-class TorchEngine:
+class TorchEngine(Tokenizing):
     """Batched decoding of a `Policy`, which its `Scheduler` shares with whoever trains it.
 
     What a request without a seed gets depends on the engine's own `seed`, on what the request is
@@ -54,6 +53,7 @@ class TorchEngine:
         max_running: int = 512,
         sockets: bool = False,
     ):
+        super().__init__(policy)
         self.policy = policy
         self.receipts: Receipts | None = None
         self.max_running = max_running
@@ -62,14 +62,10 @@ class TorchEngine:
             "shared" if packed and policy.packing in WITH_GSPO_ATTENTION else "model_cache"
         )
         """How keys and values are kept; `check_engine` goes on to the next if one isn't exact."""
-        self.most_characters = policy.context * max(map(len, policy.tokenizer.get_vocab()))
         self._seed = seed
         self._drawn: Counter[int] = Counter()
         self._ends = end_tokens(policy)
-        ends = self._ends.nonzero().flatten().tolist()
-        texts = [self.decode([token], special=True) for token in ends]
-        self.chat = ChatFormat(policy.tokenizer, str(policy.source), texts)
-        self._grammars = Grammars(policy.tokenizer, policy.head.size, ends)
+        self._grammars = Grammars(policy.tokenizer, policy.head.size, self.ends)
         self._scheduler = Scheduler(self, compute or ComputeThread(), sockets=sockets)
 
     @property
@@ -87,15 +83,6 @@ class TorchEngine:
     @property
     def traffic(self) -> tuple[int, int]:
         return self._scheduler.traffic
-
-    def encode(self, text: str, *, special: bool = False) -> list[int]:
-        return self.policy.tokenizer(text, add_special_tokens=special)["input_ids"]
-
-    def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
-        return text_of(self.policy.tokenizer, token_ids, special=special)
-
-    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
-        return token_bytes(self.policy.tokenizer, token_ids)
 
     def check(self, request: Request) -> None:
         self._prepare(request)
