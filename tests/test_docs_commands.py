@@ -92,7 +92,11 @@ NOT_RUN = {
     "gspo chat sort-small": "a conversation; tests/experiment/test_talk.py has one",
 }
 """Command, or how it begins: why it is not run."""
-BEGINNINGS = {"curl -s http://127.0.0.1:8000": _SERVE, "python -m verl.trainer": "verl's"}
+BEGINNINGS = {
+    "curl -s http://127.0.0.1:8000": _SERVE,
+    "python -m verl.trainer": "verl's",
+    "VLLM_SERVER_DEV_MODE=1": "vLLM's; tests/serve/test_vllm_engine.py starts it so",
+}
 _SYNTAX = re.compile(r"for \w+ in .*; do|done")
 
 

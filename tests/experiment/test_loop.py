@@ -22,10 +22,10 @@ from experiment.small_runs import Silent, own_rollout, records, small
 from gspo.backend.stored_batch import read_batch
 from gspo.core.errors import ConfigError, RolloutError
 from gspo.experiment import loop as experiment
-from gspo.experiment.demo import STEPS, demo_spec
 from gspo.experiment.heldout import Estimate
 from gspo.experiment.loop import Outcome, run_experiment
 from gspo.experiment.spec import Spec
+from gspo.experiment.whole_run import DEMO_STEPS, demo_spec
 
 
 def weights(run: Path, step: int) -> bytes:
@@ -53,7 +53,7 @@ async def test_the_demo_learns(tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # a minute on an idle core, more beside other work
 async def test_the_whole_demo_learns_what_the_readme_says(tmp_path: Path):
-    outcome = await demonstrate(tmp_path, STEPS, 256)
+    outcome = await demonstrate(tmp_path, DEMO_STEPS, 256)
     assert outcome.before is not None and outcome.after is not None
     assert outcome.after.mean >= outcome.before.mean + 0.2  # 0.34 to 0.43 on three seeds
 
@@ -310,7 +310,7 @@ async def rollout(model, scenario):
 def prompts_of(run: Path, step: int) -> list[str]:
     """What was asked at a step, in order."""
     stored = read_batch(run / "trajectories" / "train" / f"{step:04d}.parquet")
-    return [str(dict(t.messages()[0])["content"]) for group in stored.groups for t in group]
+    return [str(t.messages()[0].get("content")) for group in stored.groups for t in group]
 
 
 async def test_with_pipeline_rollouts_run_ahead_and_a_killed_run_goes_on(tmp_path: Path):

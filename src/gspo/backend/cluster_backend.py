@@ -60,6 +60,11 @@ class ClusterBackend(LocalBackend):
         started = started_ranks()
         if started is not None and nproc not in (None, started):
             raise ConfigError(f"nproc={nproc}, but torchrun has started {started}: leave nproc out")
+        if options.get("engines") and (started or nproc or 1) > 1:
+            raise ConfigError(
+                "engines= is not built for more than one process: leave it out, or train with "
+                "LocalBackend(engines=...)"
+            )
         self._children: list[subprocess.Popen[bytes]] = []
         self._ranks: Ranks | None = None
         if started is None and (nproc or 1) > 1:

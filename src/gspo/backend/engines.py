@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from gspo.backend.base import ModelLike
 from gspo.backend.run import Run
 from gspo.core.compute import ComputeThread
 from gspo.core.draws import seed_of
-from gspo.core.errors import RequestError, ServeError
+from gspo.core.errors import ConfigError, RequestError, ServeError
 from gspo.dev import InternalModelConfig
 from gspo.policy.load import load_policy
 from gspo.policy.policy import Policy
@@ -19,6 +22,7 @@ from gspo.policy.probe import choose_packing
 from gspo.policy.workers import Workers
 from gspo.serve.engine import Engine
 from gspo.serve.selfcheck import make_engine
+from gspo.serve.vllm_engine import VllmEngine
 from gspo.train.checkpoint import (
     checkpoint_name,
     saved_version,
@@ -28,6 +32,7 @@ from gspo.train.checkpoint import (
 )
 from gspo.weights.publisher import Publisher, publisher_for
 from gspo.weights.receipt import Receipts
+from gspo.weights.vllm_publisher import VllmPublisher, VllmServers
 
 KEPT = 2
 """Engines of saved steps that are held at once, beside the current one."""
@@ -72,6 +77,42 @@ def proved_engine(
     receipts.prove(engine, policy.version)
     engine.receipts = receipts
     return Proved(engine, sampling, receipts)
+
+
+def remote_engine(
+    policy: Policy, config: InternalModelConfig, entries: Sequence[str], folder: Path, *, seed: int
+) -> Proved:
+    """Make the engine of a policy that vLLM servers sample, and prove each of them.
+
+    Args:
+        policy: the trainer's.
+        config: its `rollout_dtype` is the precision of the servers; None: `dtype`.
+        entries: see `VllmServer`.
+        folder: where the servers find the weights.
+        seed: of requests that have none.
+
+    Raises:
+        ConfigError: an option that a server cannot do.
+        ServeError: a server that does not answer, is set up wrongly, or has other weights.
+    """
+    dtype = config.rollout_dtype or config.dtype
+    if config.exact or dtype in ("int8", "int4"):
+        raise ConfigError(
+            f"exact={config.exact}, rollout_dtype={config.rollout_dtype!r} with engines=: vLLM "
+            "computes in another way than the trainer, in float32, bfloat16 or float16. Leave them "
+            "out"
+        )
+    policy.not_exact = "vLLM samples"
+    servers = VllmServers(entries, folder)
+    engine = VllmEngine(policy, servers, seed=seed)
+    try:
+        publisher = VllmPublisher(servers, policy, folder, getattr(torch, dtype))
+        receipts = engine.receipts = Receipts(policy, policy, publisher, publisher.probe)
+        receipts.publish(engine)
+    except BaseException:
+        engine.close()
+        raise
+    return Proved(engine, policy, receipts)
 
 
 def load_step(

@@ -35,6 +35,7 @@ from gspo.serve.episodes import Episode
 from gspo.serve.server import bind
 from gspo.train.settings import resolve
 from gspo.trajectories import Trajectory, TrajectoryGroup
+from gspo.weights.vllm_publisher import check_entries
 
 
 class LocalBackend(Backend):
@@ -50,6 +51,7 @@ class LocalBackend(Backend):
         seed: of requests that have none.
         logger: trackers that are shown what metrics.jsonl gets: "tensorboard", "trackio", "wandb".
             One that fails is a warning, once.
+        engines: vLLM servers that sample (docs/vllm.md); none: this process samples.
 
     Raises:
         ConfigError: an unknown argument or tracker, or a value out of range.
@@ -67,6 +69,7 @@ class LocalBackend(Backend):
         keep_checkpoints: int | None = None,
         seed: int = 0,
         logger: Sequence[TrackerName] = (),
+        engines: Sequence[str] = (),
     ):
         check_whole("seed", seed)
         if port is not None:
@@ -78,6 +81,7 @@ class LocalBackend(Backend):
         self.keep_checkpoints = keep_checkpoints
         self.seed = seed
         self.logger = check_loggers(logger)
+        self.engines = check_entries(engines)
         self._compute = ComputeThread()
         self._services: dict[tuple[str, str], Service] = {}
         self._runs: dict[tuple[str, str], Run] = {}
@@ -98,16 +102,19 @@ class LocalBackend(Backend):
         if not model.trainable:
             self.run(model)
             return
+        if self.engines and self._services:
+            raise ConfigError("engines= serve one model: give the other a backend of its own")
         with ExitStack() as undo:  # a model that is only half registered would lose a step
             port = self.port
             listener = None if port is None else undo.enter_context(bind("127.0.0.1", port))
             run = Run(self.path, model.project, model.name, run_identity(model))
             undo.callback(run.close)
-            parts = run, model, self.seed, self._compute, listener
+            parts = run, model, self.seed, self._compute, listener, self.engines
             service = await self._compute.run(self._service_of, *parts)
+            undo.callback(service.engines.close)
             run.claim()
-            told = service.trainer.step, described(model)
-            run.trackers = await asyncio.to_thread(Trackers, self.logger, run, *told)
+            told = self.logger, run, service.trainer.step, described(model)
+            run.trackers = await asyncio.to_thread(Trackers, *told)
             await service.serving.start()
             self._services[key], self._runs[key] = service, run
             undo.pop_all()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gspo.backend.base import ModelLike, TrainResult, completion_lengths, group_means
-from gspo.backend.engines import Engines, Proved, load_step, proved_engine
+from gspo.backend.engines import Engines, Proved, load_step, proved_engine, remote_engine
 from gspo.backend.run import Run
 from gspo.backend.sft_samples import sft_samples
 from gspo.backend.stored_batch import UpdateRecord, write_batch
@@ -48,6 +48,7 @@ class Service:
         seed: the backend's, of requests that have none.
         compute: the thread that samples and trains.
         listener: where the model is served too, or None.
+        servers: vLLM servers that sample, see `VllmServer`; none: this process samples.
 
     Attributes:
         trainer: has the weights that are trained.
@@ -71,6 +72,7 @@ class Service:
         seed: int,
         compute: ComputeThread,
         listener: socket.socket | None,
+        servers: Sequence[str] = (),
     ):
         assert model.source is not None
         config = model.internal_config
@@ -84,8 +86,12 @@ class Service:
             log.info("%s goes on from step %d", run.folder, self.trainer.step)
         run.forget_after(self.trainer.step)
         sockets, current = listener is not None, seed_of(seed, self.trainer.step)
-        self.engine, self.sampling, self.receipts = self._proved(
-            config, compute=compute, seed=current, sockets=sockets
+        self.engine, self.sampling, self.receipts = (
+            remote_engine(
+                self.trainer.policy, config, servers, run.folder / "published", seed=current
+            )
+            if servers
+            else self._proved(config, compute=compute, seed=current, sockets=sockets)
         )
         self.engines = Engines(run, model, self.engine, compute, seed=seed, sockets=sockets)
         self.serving = Serving(self.engine, self.engines.names, listener, self.engines.find)

@@ -89,7 +89,11 @@ async def run_experiment(spec: Spec, watch: Watch, task: Task | None = None) -> 
     rollouts = Rollouts(spec, model, task)
     await check_dataset(spec, rollouts.task)
     local = art.LocalBackend(
-        spec.path, keep_checkpoints=spec.keep_checkpoints, seed=spec.seed, logger=spec.logger
+        spec.path,
+        keep_checkpoints=spec.keep_checkpoints,
+        seed=spec.seed,
+        logger=spec.logger,
+        engines=spec.engines,
     )
     async with local as backend, aclosing(rollouts.batches()) as batches:
         await model.register(backend)

@@ -106,6 +106,8 @@ class Spec(Options, title="the run"):
     keep_checkpoints: int | None = Field(default=2, ge=1, le=LARGEST_COUNT)
     checkpoint_every: int = Field(default=1, ge=1, le=LARGEST_COUNT)
     """Save one each time after so many steps, where an evaluation follows, and at the end."""
+    engines: list[str] = Field(default_factory=list)
+    """vLLM servers that sample (docs/vllm.md). None: this process."""
     logger: list[TrackerName] = Field(default_factory=list)
     """Trackers that are shown the metrics too: `tensorboard`, `trackio`, `wandb`."""
     train: dev.TrainConfig = Field(default_factory=dev.TrainConfig)

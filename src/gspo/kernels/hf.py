@@ -177,9 +177,15 @@ def begin_sharded(lm: PreTrainedModel) -> None:
         lm(input_ids=torch.ones(1, 2, dtype=torch.long, device=lm.device), use_cache=False)
     reshard(lm)
     state_of: Any = fully_shard.state  # pyright: ignore[reportFunctionMemberAccess]
-    states = dict.fromkeys(state_of(m) for m in lm.modules() if isinstance(m, FSDPModule))
-    groups = chain(*(getattr(state, "_fsdp_param_groups", ()) for state in states))
-    entries = [entry for group in groups for entry in group.fsdp_params]
+    states: dict[Any, None] = {state_of(m): None for m in lm.modules() if isinstance(m, FSDPModule)}
+    try:
+        groups = chain.from_iterable(state._fsdp_param_groups for state in states)
+        entries: list[Any] = [entry for group in groups for entry in group.fsdp_params]
+    except AttributeError as error:  # without this a tied head drifts from the second step on
+        raise ModelError(
+            f"torch {torch.__version__} keeps sharded weights in another way than torch 2.13, "
+            f"which several processes need: {error}"
+        ) from error
     rows = {e._sharded_param_data.untyped_storage().data_ptr(): e for e in entries}
     for entry in entries:
         seen = entry.sharded_param._local_tensor.untyped_storage().data_ptr()

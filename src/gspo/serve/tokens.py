@@ -19,6 +19,7 @@ from transformers import AddedToken, PreTrainedTokenizerBase
 from gspo.core.errors import RequestError
 from gspo.kernels.hf import bytes_to_unicode, decode, decoder_kinds
 from gspo.policy.policy import Policy
+from gspo.serve.chat import ChatFormat
 from gspo.serve.engine import SamplingParams
 
 _FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
@@ -113,6 +114,13 @@ class ModelTokenizer:
         if "ByteFallback" in kinds and parts and parts[0][:1] == b" " and not text.startswith(" "):
             parts[0] = parts[0][1:]  # sentencepiece puts a space before a text; decoding drops it
         return parts
+
+
+def chat_format(policy: Policy, tokenizer: ModelTokenizer) -> ChatFormat:
+    """How the conversations of a policy's engine are written: its answers end in its end tokens."""
+    ends = end_tokens(policy).nonzero().flatten().tolist()
+    texts = [tokenizer.decode([token], special=True) for token in ends]
+    return ChatFormat(policy.tokenizer, str(policy.source), texts)
 
 
 def vocabulary_bytes(tokenizer: PreTrainedTokenizerBase, size: int) -> list[bytes]:

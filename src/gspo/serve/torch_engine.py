@@ -19,12 +19,11 @@ from gspo.kernels.kv_cache import Layout
 from gspo.policy.policy import WITH_GSPO_ATTENTION, Policy
 from gspo.serve.admission import Group, Line
 from gspo.serve.batch import Batch
-from gspo.serve.chat import ChatFormat
 from gspo.serve.decoding import OpenCompletion
 from gspo.serve.engine import Completion, Piece, Request, check_fits
 from gspo.serve.grammar import Grammars
 from gspo.serve.scheduler import Scheduler
-from gspo.serve.tokens import ModelTokenizer, end_tokens, ends_of
+from gspo.serve.tokens import ModelTokenizer, chat_format, end_tokens, ends_of
 from gspo.weights.receipt import Probe, Receipts, score
 
 _REMEMBERED = 2**20
@@ -63,12 +62,11 @@ class TorchEngine:
         )
         """How keys and values are kept; `check_engine` goes on to the next if one isn't exact."""
         self.tokenizer = ModelTokenizer(policy.tokenizer, policy.context)
+        self.chat = chat_format(policy, self.tokenizer)
         self._seed = seed
         self._drawn: Counter[int] = Counter()
         self._ends = end_tokens(policy)
         ends = self._ends.nonzero().flatten().tolist()
-        texts = [self.tokenizer.decode([token], special=True) for token in ends]
-        self.chat = ChatFormat(policy.tokenizer, str(policy.source), texts)
         self._grammars = Grammars(policy.tokenizer, policy.head.size, ends)
         self._scheduler = Scheduler(self, compute or ComputeThread(), sockets=sockets)
 

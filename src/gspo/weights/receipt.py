@@ -28,7 +28,7 @@ from gspo.weights.publisher import Publisher
 
 _TOKENS = 8
 """Fewest tokens of a probe: a pass over fewer takes as long."""
-_NOISE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
+NOISE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 """How far log-probs may differ if sums are taken in another order, in shares of the largest one."""
 _MERGED = 0.01
 """Share of what LoRA adapters do to the log-probs that merging them may lose."""
@@ -62,15 +62,18 @@ class Receipts:
         policy: the trainer's.
         sampling: what the engine samples from, if that is in this process.
         publisher: gives the engine the weights.
+        probe: None: one that `probe_for` makes.
 
     Attributes:
         version: of the weights that were proved last; -1 before the first receipt.
     """
 
-    def __init__(self, policy: Policy, sampling: Policy, publisher: Publisher):
+    def __init__(
+        self, policy: Policy, sampling: Policy, publisher: Publisher, probe: Probe | None = None
+    ):
         self.version = -1
         self._policy, self._sampling, self._publisher = policy, sampling, publisher
-        self._probe = probe_for(sampling)
+        self._probe = probe or probe_for(sampling)
         self._fault = "they were not proved yet"
 
     def publish(self, engine: Scorer) -> dict[str, float]:
@@ -215,7 +218,7 @@ def _wrong_merge(policy: Policy, merged: Policy, probe: Probe) -> Iterator[str]:
 
 def _noise(scores: Tensor, dtype: torch.dtype) -> float:
     """How far these log-probs may be off, computed in this precision in another order."""
-    return _NOISE[dtype] * max(1.0, scores.abs().max().item())
+    return NOISE[dtype] * max(1.0, scores.abs().max().item())
 
 
 def _same_bits(left: Tensor, right: Tensor) -> bool:

@@ -1,0 +1,303 @@
+"""One vLLM server: its settings, its weights, and the proof that it computes with them.
+
+vLLM's own HTTP routes are all that is used (0.32 and newer), of a server in its development mode:
+
+    /server_info, /weight_info              settings; the label of its weights
+    /inference/v1/generate                  token ids in and out, and the weights' label per token
+    /collective_rpc reload_weights          reads a folder's weights in place
+    /v1/load_lora_adapter                   reads an adapter beside the base model
+
+A success that vLLM reports proves nothing: in 0.32 on a CPU a reload leaves a tied head as it was
+and spoils an MoE model. So each load is followed by a probe.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from gspo.core.errors import RequestError, ServeError
+
+START_SECONDS = 900.0
+"""How long a server may take to load a model and answer."""
+LOAD_SECONDS = 600.0
+"""How long it may take to read new weights, or to score the probe."""
+LOOK_SECONDS, HEALTH_SECONDS = 30.0, 10.0
+"""While an answer is awaited, how often the server is asked if it lives, and for how long."""
+REQUEST_SECONDS = 3600.0
+"""How long one answer may take."""
+log = logging.getLogger("gspo")
+_MODULE = "-m vllm.entrypoints.openai.api_server"
+FLAGS = f"{_MODULE} --enable-scale-out --logprobs-mode processed_logprobs"
+_ENV = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "PYTHONPATH": ""}
+_ODD = (KeyError, TypeError, ValueError, IndexError, StopIteration)
+
+
+class ServerFault(ServeError):
+    """A server is dead, hangs, or was started again. Another, or a later try, may do."""
+
+
+@dataclass(frozen=True)
+class Publication:
+    """Weights that servers must sample with.
+
+    Attributes:
+        version: of the policy.
+        label: what vLLM calls these weights. No other run or version has the same.
+        folder: in Hugging Face layout; with `lora_base`, an adapter's.
+        probe: [T] token ids.
+        scores: [T - 1] log-probs of all but the first, by the trainer.
+        allowed: nats by which a server's may differ.
+        dtype, context: that a server must have.
+        lora_base: the model that the adapter is of; "": the folder is a whole model.
+        lora_rank: of the adapter.
+    """
+
+    version: int
+    label: str
+    folder: Path
+    probe: list[int]
+    scores: list[float]
+    allowed: float
+    dtype: str
+    context: int
+    lora_base: str = ""
+    lora_rank: int = 0
+
+
+class VllmServer:
+    """A server that was given by URL, or a command that starts one here.
+
+    Args:
+        entry: `http://host:port`; or the Python of an environment that has vLLM, with `env` and
+            variables before it, and vLLM's options after it.
+        log: where a server that is started here writes.
+
+    Attributes:
+        publication: the weights that it was proved to have; None: it must not be used.
+        running: completions that it samples.
+        scores: its log-probs of the last probe; `distance`, in nats, from the trainer's.
+        fault: why it is not used.
+    """
+
+    def __init__(self, entry: str, log: Path):
+        self.command = [] if entry.startswith("http") else shlex.split(entry)
+        self.url = entry.rstrip("/").removesuffix("/v1")
+        if self.command:
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        self.publication: Publication | None = None
+        self.running, self.fault = 0, "it was not asked yet"
+        self.scores: list[float] = []
+        self.distance = float("inf")
+        self._log, self._model, self._reloads = log, "", True
+        self._process: subprocess.Popen[bytes] | None = None
+        # vLLM closes a connection that nobody uses after 5 s.
+        limits = httpx.Limits(max_connections=None, keepalive_expiry=2)
+        self._http = httpx.AsyncClient(base_url=self.url, limits=limits, trust_env=False)
+
+    async def sample(
+        self, weights: Publication, prompt: list[int], params: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The answer of `/inference/v1/generate`, with weights that it was proved to have.
+
+        Raises:
+            ServerFault: it dies or hangs meanwhile, or other weights answered.
+            ServeError: it refuses the request, or gives an answer that gspo cannot read.
+        """
+        asked = asyncio.create_task(self._generate(prompt, params, weights, REQUEST_SECONDS))
+        try:
+            while not (await asyncio.wait([asked], timeout=LOOK_SECONDS))[0]:
+                await self._call("/health", None, HEALTH_SECONDS)
+            answer = asked.result()
+        finally:
+            asked.cancel()  # the connection is closed: vLLM lets go of the request
+        try:
+            labels = {s["version"] for c in answer["choices"] for s in c["weight_versions"]}
+        except _ODD as error:
+            raise ServeError(f"{self.url}: an answer that gspo cannot read: {error!r}") from None
+        if labels != {weights.label}:
+            raise ServerFault(f"{self.url} answered with the weights {labels}: it began anew")
+        return answer
+
+    async def bring(self, new: Publication) -> None:
+        """Give the server these weights, and prove it: after a return it may be used.
+
+        A server of ours that fails is started again with them, and proved again.
+
+        Raises:
+            ServerFault: it is dead or hangs.
+            ServeError: its settings are wrong, or it doesn't compute with these weights.
+        """
+        self.publication = None
+        fresh = bool(self.command) and not (self._reloads and await self._lives())
+        try:
+            try:
+                await self._loaded(new, fresh)
+            except ServeError as error:
+                if fresh or not self.command:
+                    raise
+                log.warning("%s: it is started again", error)
+                self._reloads = bool(new.lora_base)  # this vLLM doesn't reload this model rightly
+                await self._loaded(new, fresh=True)
+        except ServeError as error:
+            self.fault = str(error)
+            raise
+        self.publication = new
+
+    async def close(self) -> None:
+        """End a server that was started here; leave another one alone."""
+        self.publication = None
+        await self._http.aclose()
+        await asyncio.to_thread(self._stop)
+
+    async def _call(self, path: str, body: Any, seconds: float) -> Any:
+        """What is answered to a POST of `body`, or to a GET without one.
+
+        Raises:
+            ServerFault: no answer in time, or an error of the server.
+            RequestError: it refuses what was asked.
+        """
+        method = "GET" if body is None else "POST"
+        try:
+            answer = await self._http.request(method, path, json=body, timeout=seconds)
+        except httpx.HTTPError as error:
+            what = f"{type(error).__name__} within {seconds:.0f} s"
+            raise ServerFault(f"{self.url}{path}: {what}") from None
+        if answer.status_code != 200:
+            kind = RequestError if answer.status_code in (400, 413, 422) else ServerFault
+            raise kind(f"{self.url}{path}: HTTP {answer.status_code}: {answer.text[:500]}")
+        json = answer.headers.get("content-type", "").startswith("application/json")
+        return answer.json() if json else None
+
+    async def _generate(
+        self, prompt: list[int], params: dict[str, Any], new: Publication, seconds: float
+    ) -> Any:
+        model = new.label if new.lora_base else self._model
+        body = {"model": model, "token_ids": prompt, "sampling_params": params}
+        return await self._call("/inference/v1/generate", body, seconds)
+
+    async def _lives(self) -> bool:
+        """Whether a server that was started here answers."""
+        with suppress(ServeError):
+            await self._call("/health", None, HEALTH_SECONDS)
+            return self._process is not None and self._process.poll() is None
+        return False
+
+    async def _loaded(self, new: Publication, fresh: bool) -> None:
+        """Load the weights, into a server that is started for it if `fresh`, and prove them."""
+        if fresh:
+            await self._start(new)
+        if wrong := await self._wrong_settings(new):
+            raise ServeError(
+                f"{self.url}: {'; '.join(wrong)}. Start vLLM 0.32 or newer with "
+                f"VLLM_SERVER_DEV_MODE=1 python {FLAGS} --dtype {new.dtype} "
+                f"--max-model-len {new.context}, or give a smaller max_context"
+            )
+        folder = str(new.folder)
+        if new.lora_base:
+            adapter = {"lora_name": new.label, "lora_path": folder, "load_inplace": True}
+            await self._call("/v1/load_lora_adapter", adapter, LOAD_SECONDS)
+        elif not fresh:
+            reload = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
+            await self._call("/collective_rpc", reload, LOAD_SECONDS)
+            await self._call("/reset_prefix_cache", {}, LOAD_SECONDS)
+        await self._prove(new)
+        await self._call("/update_weight_version", {"new_version": new.label}, HEALTH_SECONDS)
+
+    async def _wrong_settings(self, new: Publication) -> list[str]:
+        """The settings with which the numbers would be others."""
+        try:
+            models = (await self._call("/v1/models", None, HEALTH_SECONDS))["data"]
+            self._model = next(m["id"] for m in models if not m.get("parent"))
+            told = await self._call("/server_info?config_format=json", None, LOAD_SECONDS)
+            found = told["vllm_config"]["model_config"]
+            right = {"logprobs_mode": "processed_logprobs", "dtype": f"torch.{new.dtype}"}
+            wrong = [f"{n} is {found[n]!r}, not {v!r}" for n, v in right.items() if found[n] != v]
+            if found["quantization"] is not None or found["max_model_len"] < new.context:
+                named = {n: found[n] for n in ("quantization", "max_model_len")}
+                wrong.append(f"{named}, where None and {new.context} or more are needed")
+            return wrong
+        except _ODD as error:
+            return [f"it is no vLLM that gspo knows ({error!r})"]
+        except ServerFault as error:
+            if "HTTP 404" not in str(error):
+                raise
+            return [str(error)]
+
+    async def _prove(self, new: Publication) -> None:
+        """Compare the server's scores of the probe with the trainer's.
+
+        Raises:
+            ServeError: they differ; says by how much, and what to do.
+        """
+        params = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0, "logprobs": 0}
+        try:
+            answer = await self._generate(new.probe, params, new, LOAD_SECONDS)
+            pairs = zip(answer["prompt_logprobs"][1:], new.probe[1:], strict=True)
+            self.scores = [float(by_id[str(token)]["logprob"]) for by_id, token in pairs]
+        except _ODD as error:
+            raise ServeError(f"{self.url}: it cannot score the probe: {error!r}") from None
+        both = zip(self.scores, new.scores, strict=True)
+        self.distance = max(abs(found - wanted) for found, wanted in both)
+        if not self.distance <= new.allowed:
+            raise ServeError(
+                f"{self.url} does not compute with version {new.version} of the weights: its "
+                f"log-probs of the probe are off by {self.distance:.3g} nats "
+                f"({new.allowed:.3g} allowed), though vLLM reported success. It serves another "
+                "model, or this vLLM cannot reload this one (docs/vllm.md): give the Python that "
+                "starts it in place of its URL, so that gspo starts it again with each version"
+            )
+
+    async def _start(self, new: Publication) -> None:
+        """Start the server anew, and wait until it answers.
+
+        Raises:
+            ServeError: it ended, or START_SECONDS went by; with the end of its log.
+        """
+        await asyncio.to_thread(self._stop)
+        rank = max(8, 1 << (new.lora_rank - 1).bit_length())
+        lora = f" --enable-lora --max-lora-rank {rank}" if new.lora_base else ""
+        ours = shlex.split(
+            f"{FLAGS} --host 127.0.0.1 --port {httpx.URL(self.url).port} --dtype {new.dtype} "
+            f"--max-model-len {new.context}{lora} --model"
+        )
+        at = next((i for i, word in enumerate(self.command) if word[0] == "-"), len(self.command))
+        # With this process, even if it is killed, ends what it has started.
+        bound = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
+        command = [*bound, *self.command[:at], *ours, new.lora_base or str(new.folder)]
+        command += self.command[at:]
+        with self._log.open("ab") as log:
+            started = self._process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=os.environ | _ENV, start_new_session=True
+            )
+        limit = time.monotonic() + START_SECONDS
+        while not await self._lives():
+            if started.poll() is not None or time.monotonic() > limit:
+                end = self._log.read_bytes()[-1500:].decode(errors="replace")
+                raise ServeError(
+                    f"{shlex.join(command)} ended, or gave no answer within {START_SECONDS:.0f} s. "
+                    f"The end of {self._log}: {end}"
+                )
+            await asyncio.sleep(0.3)
+
+    def _stop(self) -> None:
+        if self._process is None:
+            return
+        for number in (signal.SIGTERM, signal.SIGKILL):  # the group: vLLM's engine is its child
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(self._process.pid, number)
+                self._process.wait(20)

