@@ -32,6 +32,10 @@ RUN: dict[str, tuple[str, ...]] = {
     "gspo runs": (),
     "gspo sample sort-small -n 2 --step best": ("--path", ".gspo"),
     "gspo export sort-small --to out --step best --dtype bfloat16": (),
+    "gspo train run.toml --pipeline": (*SMALL, "--set", "steps=2", "--set", "name=ahead"),
+    "gspo train run.toml --pipeline --set train.max_staleness=2": (
+        *(*SMALL, "--set", "steps=3", "--set", "name=two-ahead"),
+    ),
     "gspo train run.toml --samples 3": (*SMALL, "--set", "steps=4"),
     "gspo sample embedded:sort 3141592653 --temperature 0 --max-tokens 12": (),
     "gspo fork sort-small sort-again --step latest": (),

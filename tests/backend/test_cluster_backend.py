@@ -57,7 +57,7 @@ def losses(path: Path) -> list[float]:
 
 def test_what_is_not_built_or_contradicts_itself_is_refused(monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="engines"):  # sampling by servers is not built
-        ClusterBackend(tmp_path, engines=["http://localhost:1"])
+        ClusterBackend(tmp_path, nproc=2, engines=["http://localhost:1"])
     with pytest.raises(ConfigError, match="nproc"):
         ClusterBackend(tmp_path, nproc=0)
     for name, value in {

@@ -185,7 +185,7 @@ async def test_a_step_that_is_being_saved_is_saved_before_the_run_is_let_go(
 ):
     begun, go_on, _ = held(service, "save_checkpoint")
     training = asyncio.create_task(model.train(await gather(model)))
-    await asyncio.to_thread(begun.wait, 30)
+    assert await asyncio.to_thread(begun.wait, 30)
     training.cancel()
     closing = asyncio.create_task(backend.close())
     await asyncio.wait([training, closing], timeout=0.2)
@@ -203,7 +203,7 @@ async def test_a_step_that_is_being_computed_is_not_written_after_the_run_is_let
     begun, go_on, ended = held(backend._service(model).trainer, "train")
     publish = held(service.Service, "_publish")
     training = asyncio.create_task(model.train(await gather(model)))
-    await asyncio.to_thread(begun.wait, 30)
+    assert await asyncio.to_thread(begun.wait, 30)
     training.cancel()
     await backend.close()  # it doesn't wait for the update
     before = files(tmp_path)
@@ -212,7 +212,7 @@ async def test_a_step_that_is_being_computed_is_not_written_after_the_run_is_let
     for event in (go_on, publish[1]):
         event.set()
     for event in (ended, publish[2]):
-        await asyncio.to_thread(event.wait, 30)
+        assert await asyncio.to_thread(event.wait, 30)
     await again.close()
     assert files(tmp_path) == before
     assert not (tmp_path / "p" / "m" / "checkpoints").exists()

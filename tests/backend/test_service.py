@@ -288,7 +288,7 @@ def test_the_engine_has_the_new_seed_whatever_becomes_of_the_call(
 
     async def given_up() -> None:
         call = asyncio.create_task(fresh.backend.train(fresh.model, batch()))
-        await asyncio.to_thread(begun.wait, 30)
+        assert await asyncio.to_thread(begun.wait, 30)
         call.cancel()
         await asyncio.gather(call, return_exceptions=True)
         cancelled.set()

@@ -38,6 +38,7 @@ class Table:
 
     packing = "tiles"
     version = 0
+    lm = torch.nn.Module()
 
     def __init__(self, samples: list[Sample]):
         tokens = np.concatenate([sample.tokens for sample in samples])

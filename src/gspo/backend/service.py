@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -146,7 +147,7 @@ class Service:
         """Update, publish, log, and `save`. Blocking; `batch` was made of `groups`."""
         run, trainer = self.run, self.trainer
         version = trainer.policy.version
-        out, published = self._updated(Trainer.train, trainer, batch, settings)
+        out, published = self._updated(methodcaller("train", batch, settings), trainer)
         run.trackers.configure("train", out.settings.as_config())
         metrics = self._metrics(groups, batch, out) | published
 
