@@ -23,6 +23,7 @@ def test_all_is_sorted_and_importable():
 def test_surface_is_frozen():
     assert gspo.__all__ == [
         "Backend",
+        "ClusterBackend",
         "Engine",
         "FakeBackend",
         "FakeEngine",

@@ -10,6 +10,7 @@ from gspo import rewards as rewards
 from gspo import utils as utils
 from gspo.backend.base import Backend as Backend
 from gspo.backend.base import TrainResult as TrainResult
+from gspo.backend.cluster_backend import ClusterBackend as ClusterBackend
 from gspo.backend.fake import FakeBackend as FakeBackend
 from gspo.backend.local import LocalBackend as LocalBackend
 from gspo.capture import auto_trajectory as auto_trajectory
