@@ -61,3 +61,8 @@ def test_completions_that_leave_no_room_for_a_prompt_are_refused(
     with pytest.raises(ConfigError, match=message):
         make_plan(Spec(task="sort", **fields))
     make_plan(Spec(task="sort", max_tokens=511))
+
+
+def test_the_plan_has_the_models_own_context():
+    plan = make_plan(Spec(task="lookup", max_tokens=600))  # embedded:lookup takes 2,048 tokens
+    assert "completions of up to 600 tokens" in plan

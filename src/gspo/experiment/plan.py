@@ -14,7 +14,7 @@ from gspo.environments import load_environment
 from gspo.experiment.dataset_checks import check_prompts, how_often
 from gspo.experiment.spec import Spec
 from gspo.kernels.kv_cache import kv_bytes
-from gspo.policy.embedded import PREFIX, build_model, build_tokenizer, embedded_task
+from gspo.policy.embedded import PREFIX, RECIPES, build_model, build_tokenizer, embedded_task
 from gspo.policy.source import read_config, read_tokenizer, resolve
 from gspo.tasks.dataset import DatasetTask
 from gspo.train.defaults import default_learning_rate
@@ -86,8 +86,8 @@ def make_plan(spec: Spec) -> str:
 def _base_model(spec: Spec) -> tuple[Any, Any]:
     """The model, of which only shapes are used, and its tokenizer. No weights are read."""
     if spec.model.startswith(PREFIX):
-        embedded_task(spec.model)
-        return build_model(), build_tokenizer()
+        recipe = RECIPES[embedded_task(spec.model)]
+        return build_model(recipe.get("context")), build_tokenizer()
     source, trust = resolve(spec.model), spec.load.trust_remote_code
     config = read_config(source, trust_remote_code=trust)
     tokenizer = read_tokenizer(source, trust_remote_code=trust)
