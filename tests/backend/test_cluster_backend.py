@@ -60,6 +60,8 @@ def test_what_is_not_built_or_contradicts_itself_is_refused(monkeypatch, tmp_pat
         ClusterBackend(tmp_path, nproc=2, engines=["http://localhost:1"])
     with pytest.raises(ConfigError, match="nproc"):
         ClusterBackend(tmp_path, nproc=0)
+    with pytest.raises(ConfigError, match=r"ClusterBackend: .*'nprocs'. Did you mean 'nproc'"):
+        ClusterBackend(tmp_path, nprocs=2)
     for name, value in {
         "RANK": "0",
         "WORLD_SIZE": "2",

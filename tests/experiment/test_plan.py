@@ -45,6 +45,8 @@ def test_every_name_is_checked():
         make_plan(Spec(task="sort", model="embedded:sortt"))
     with pytest.raises(ConfigError, match="cannot import nothing_here"):
         make_plan(Spec(rollout="nothing_here:f", model="embedded:sort"))
+    with pytest.raises(ConfigError, match="engines: 'localhost:8000'"):
+        make_plan(Spec(task="sort", engines=["localhost:8000"]))
 
 
 @pytest.mark.parametrize(

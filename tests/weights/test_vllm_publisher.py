@@ -181,10 +181,12 @@ def test_a_closed_street_answers_at_once(street: Street):
     street.servers.close()
 
 
-@pytest.mark.parametrize("entry", ["", "no-such-python", "ftp://host", "/nowhere/bin/python -x"])
-def test_what_is_no_server_is_refused(entry: str):
+@pytest.mark.parametrize("entry", ["", "no-such-python", "ftp://host", "/nowhere/bin/python -x", 5])
+def test_what_is_no_server_is_refused(entry: Any):
     with pytest.raises(ConfigError, match=r"engines: .*give each server's URL"):
         check_entries([entry])
+    with pytest.raises(ConfigError, match=r"engines: .*give each server's URL"):
+        check_entries(entry)
     with pytest.raises(ConfigError, match="URL once"):
         check_entries(["http://a:1", "http://a:1"])
 

@@ -8,6 +8,7 @@ constructor, and end when the first one closes. Under torchrun every rank runs t
 from __future__ import annotations
 
 import atexit
+import inspect
 import os
 import socket
 import subprocess
@@ -17,13 +18,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gspo import absent
 from gspo.backend.base import ModelLike
 from gspo.backend.engines import Proved, load_step, proved_engine
 from gspo.backend.local import LocalBackend
 from gspo.backend.ranks import Ranks, follow, load_on_ranks
 from gspo.backend.service import Service
 from gspo.core.compute import free_cores
-from gspo.core.errors import ConfigError, check_whole
+from gspo.core.errors import ConfigError, check_names, check_whole
 from gspo.dev import InternalModelConfig
 from gspo.train.mesh import LIMIT, Mesh, started_ranks
 from gspo.train.trainer import Trainer
@@ -55,12 +57,15 @@ class ClusterBackend(LocalBackend):
         timeout: float = LIMIT,
         **options: Any,
     ):
+        known = [*inspect.signature(LocalBackend).parameters, "nproc", "timeout"]
+        check_names("ClusterBackend", options, known, absent.REASONS["LocalBackend"])
+        super().__init__(path, **options)  # first: a rank that is started must not be for nothing
         if nproc is not None:
             check_whole("nproc", nproc, 1, 1024)
         started = started_ranks()
         if started is not None and nproc not in (None, started):
             raise ConfigError(f"nproc={nproc}, but torchrun has started {started}: leave nproc out")
-        if options.get("engines") and (started or nproc or 1) > 1:
+        if self.engines and (started or nproc or 1) > 1:
             raise ConfigError(
                 "engines= is not built for more than one process: leave it out, or train with "
                 "LocalBackend(engines=...)"
@@ -74,7 +79,6 @@ class ClusterBackend(LocalBackend):
             if mesh.rank > 0:
                 follow(mesh)
             self._ranks = Ranks(mesh)
-        super().__init__(path, **options)
 
     def _service_of(self, *parts: Any) -> Service:
         if self._ranks is None:

@@ -21,6 +21,7 @@ from gspo.train.defaults import default_learning_rate
 from gspo.train.minibatches import activation_bytes, token_budget
 from gspo.train.settings import resolve as resolve_settings
 from gspo.utils.sft import read_trajectories
+from gspo.weights.vllm_publisher import check_entries
 
 _COPY_BYTES = {None: 0, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 4, "int4": 4}
 """Bytes per parameter of the engine's own copy; int8 and int4 are rounded float32 numbers."""
@@ -37,6 +38,7 @@ def make_plan(spec: Spec) -> str:
     """
     settings = resolve_settings(spec.train_config(), spec.train)
     check_loggers(spec.logger)
+    check_entries(spec.engines)
     task = spec.make_task()
     if spec.rollout:
         find_module(spec.rollout, "rollout")

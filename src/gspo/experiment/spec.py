@@ -107,7 +107,7 @@ class Spec(Options, title="the run"):
     checkpoint_every: int = Field(default=1, ge=1, le=LARGEST_COUNT)
     """Save one each time after so many steps, where an evaluation follows, and at the end."""
     engines: list[str] = Field(default_factory=list)
-    """vLLM servers that sample (docs/vllm.md). None: this process."""
+    """vLLM servers that sample (docs/vllm.md); empty: this process samples."""
     logger: list[TrackerName] = Field(default_factory=list)
     """Trackers that are shown the metrics too: `tensorboard`, `trackio`, `wandb`."""
     train: dev.TrainConfig = Field(default_factory=dev.TrainConfig)

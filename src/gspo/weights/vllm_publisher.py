@@ -51,10 +51,11 @@ def check_entries(engines: Any) -> tuple[str, ...]:
     Raises:
         ConfigError: it names the value.
     """
-    entries = (engines,) if isinstance(engines, str) else tuple(engines)
+    entries = tuple(engines) if isinstance(engines, list | tuple) else (engines,)
     for entry in entries:
-        url = str(entry).startswith(("http://", "https://"))
-        if entries.count(entry) > 1 if url else not shutil.which((shlex.split(entry) or [""])[0]):
+        text = entry if isinstance(entry, str) else ""
+        url = text.startswith(("http://", "https://"))
+        if entries.count(entry) > 1 if url else not shutil.which((shlex.split(text) or [""])[0]):
             raise ConfigError(
                 f"engines: {shown(entry)}: give each server's URL once, http://host:port, or the "
                 "path of the Python of an environment with vLLM, /path/to/venv/bin/python"

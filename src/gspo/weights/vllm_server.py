@@ -174,6 +174,11 @@ class VllmServer:
         method = "GET" if body is None else "POST"
         try:
             answer = await self._http.request(method, path, json=body, timeout=seconds)
+        except httpx.ConnectError:
+            raise ServerFault(
+                f"nothing answers at {self.url}: start vLLM there, or give the Python that starts "
+                "it in place of its URL (docs/vllm.md)"
+            ) from None
         except httpx.HTTPError as error:
             what = f"{type(error).__name__} within {seconds:.0f} s"
             raise ServerFault(f"{self.url}{path}: {what}") from None
