@@ -20,7 +20,8 @@ from typing import Any, TypeVar
 
 from gspo import absent
 from gspo.backend.base import ModelLike
-from gspo.backend.engines import Proved, load_step, proved_engine
+from gspo.backend.engines import Proved, proved_engine
+from gspo.backend.loading import load_step
 from gspo.backend.local import LocalBackend
 from gspo.backend.ranks import Ranks, follow, load_on_ranks
 from gspo.backend.service import Service

@@ -11,15 +11,13 @@ from typing import NamedTuple
 import torch
 
 from gspo.backend.base import ModelLike
+from gspo.backend.loading import load_step
 from gspo.backend.run import Run
 from gspo.core.compute import ComputeThread
 from gspo.core.draws import seed_of
 from gspo.core.errors import ConfigError, RequestError, ServeError
 from gspo.dev import InternalModelConfig
-from gspo.policy.load import load_policy
 from gspo.policy.policy import Policy
-from gspo.policy.probe import choose_packing
-from gspo.policy.workers import Workers
 from gspo.serve.engine import Engine
 from gspo.serve.selfcheck import make_engine
 from gspo.serve.vllm_engine import VllmEngine
@@ -27,8 +25,6 @@ from gspo.train.checkpoint import (
     checkpoint_name,
     saved_version,
     steps_saved,
-    understood,
-    verify_checkpoint,
 )
 from gspo.weights.publisher import Publisher, publisher_for
 from gspo.weights.receipt import Receipts
@@ -113,28 +109,6 @@ def remote_engine(
         engine.close()
         raise
     return Proved(engine, policy, receipts)
-
-
-def load_step(
-    base_model: str,
-    config: InternalModelConfig,
-    checkpoint: Path | None,
-    mesh: Workers | None = None,
-) -> Policy:
-    """The weights of a checkpoint; None: the base model's.
-
-    Raises:
-        ModelError: the base model cannot be loaded.
-        CheckpointError: the checkpoint is damaged.
-    """
-    if checkpoint is None:
-        policy = load_policy(base_model, config, mesh=mesh)
-    else:
-        verify_checkpoint(checkpoint)
-        with understood(checkpoint, "the model"):
-            policy = load_policy(base_model, config, checkpoint=checkpoint, mesh=mesh)
-    choose_packing(policy)
-    return policy
 
 
 class Engines:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from gspo.backend.service import load_trainer
+from gspo.backend.loading import load_trainer
 from gspo.core.errors import ConfigError
 from gspo.dev import InternalModelConfig
 from gspo.policy.source import resolve

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import socket
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
 from operator import methodcaller
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gspo.backend.base import ModelLike, TrainResult, completion_lengths, group_means
-from gspo.backend.engines import Engines, Proved, load_step, proved_engine, remote_engine
+from gspo.backend.engines import Engines, Proved, proved_engine, remote_engine
+from gspo.backend.loading import load_trainer
 from gspo.backend.run import Run
 from gspo.backend.sft_samples import sft_samples
 from gspo.backend.stored_batch import UpdateRecord, write_batch
@@ -25,11 +24,8 @@ from gspo.core.timing import timed
 from gspo.data.check import plain_groups
 from gspo.data.sample import SPLIT_REASONS, flat, split_counts
 from gspo.dev import InternalModelConfig
-from gspo.policy.load import load_policy
-from gspo.policy.policy import Policy
-from gspo.policy.workers import Workers
 from gspo.serve.server import Serving
-from gspo.train.checkpoint import checkpoint_name, load_trainer_state, save_checkpoint, steps_saved
+from gspo.train.checkpoint import checkpoint_name, save_checkpoint, steps_saved
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.settings import Settings
 from gspo.train.supervised import plan_sft, train_sft
@@ -270,41 +266,3 @@ class Service:
 def _identity(model: ModelLike) -> dict[str, Any]:
     """What is loaded for a model, and how."""
     return {"base_model": model.source, **model.internal_config.model_dump()}
-
-
-@cache
-def _spare_the_libraries() -> None:
-    """Keep Python's garbage collector from searching what torch and transformers made at import:
-    0.2 s each time, in the midst of training. Once per process, before the first model is loaded.
-    """
-    gc.collect()
-    gc.freeze()
-
-
-def load_trainer(
-    base_model: str,
-    config: InternalModelConfig,
-    checkpoint: Path | None,
-    mesh: Workers | None = None,
-) -> Trainer:
-    """Weights, optimizer and step of a checkpoint, or of the base model; see `load_policy`.
-
-    Raises:
-        ModelError: the base model cannot be loaded.
-        CheckpointError: the checkpoint is damaged.
-    """
-    _spare_the_libraries()
-    policy = load_step(base_model, config, checkpoint, mesh)
-    policy.workers.finish(policy.lm)
-
-    def load_reference() -> Policy:
-        frozen = load_policy(base_model, config, mesh=mesh)
-        frozen.packing, frozen.shares_prompts = policy.packing, policy.shares_prompts
-        frozen.multiple = policy.multiple
-        frozen.lm.requires_grad_(False)
-        return frozen
-
-    trainer = Trainer(policy, load_reference)
-    if checkpoint is not None:
-        load_trainer_state(checkpoint, trainer)
-    return trainer

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gspo.backend.engines import load_step
+from gspo.backend.loading import load_step
 from gspo.backend.metrics_file import Record, read_metrics
 from gspo.backend.run import best_step, in_use
 from gspo.backend.stored_batch import UpdateRecord, read_record

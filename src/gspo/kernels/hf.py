@@ -12,13 +12,11 @@ import inspect
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from types import MethodType
 from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface as AttentionInterface
@@ -164,49 +162,6 @@ def sharding(ranks: int) -> dict[str, Any]:
     from transformers.distributed.configuration_utils import DistributedConfig
 
     return {"distributed_config": DistributedConfig(fsdp_size=ranks)}
-
-
-def begin_sharded(lm: PreTrainedModel) -> None:
-    """Call a sharded model once as a whole: FSDP wants that before any part of it is called.
-
-    FSDP then has two entries for a weight that embedding and head share, and where the vocabulary
-    is no multiple of the ranks, each entry has padded rows of its own: the optimizer would move one
-    of them. They get the same rows here.
-    """
-    with torch.no_grad():
-        lm(input_ids=torch.ones(1, 2, dtype=torch.long, device=lm.device), use_cache=False)
-    reshard(lm)
-    state_of: Any = fully_shard.state  # pyright: ignore[reportFunctionMemberAccess]
-    states: dict[Any, None] = {state_of(m): None for m in lm.modules() if isinstance(m, FSDPModule)}
-    try:
-        groups = chain.from_iterable(state._fsdp_param_groups for state in states)
-        entries: list[Any] = [entry for group in groups for entry in group.fsdp_params]
-    except AttributeError as error:  # without this a tied head drifts from the second step on
-        raise ModelError(
-            f"torch {torch.__version__} keeps sharded weights in another way than torch 2.13, "
-            f"which several processes need: {error}"
-        ) from error
-    rows = {e._sharded_param_data.untyped_storage().data_ptr(): e for e in entries}
-    for entry in entries:
-        seen = entry.sharded_param._local_tensor.untyped_storage().data_ptr()
-        entry._sharded_param_data = rows[seen]._sharded_param_data
-
-
-def inside_forward(lm: PreTrainedModel, run: Callable[[], Any]) -> Any:
-    """Call `run` as if it were the model's forward pass: around it FSDP gathers the weights that
-    belong to no layer, such as a tied output head's. A part of the model alone would lack them."""
-    lm.forward = run
-    try:
-        return lm()
-    finally:
-        del lm.forward
-
-
-def reshard(lm: torch.nn.Module) -> None:
-    """Free what was gathered of a sharded model's weights: each parameter is this rank's part."""
-    for module in lm.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def keep_long_rope(lm: PreTrainedModel) -> None:

@@ -17,6 +17,7 @@ from gspo.dev import InternalModelConfig
 from gspo.kernels import hf
 from gspo.kernels.attention import PACKED
 from gspo.kernels.fused import cast_experts, fuse
+from gspo.kernels.sharded import reshard
 from gspo.policy.context import settle_context
 from gspo.policy.lora import add_lora, merge_adapter, quiet_peft
 from gspo.policy.policy import Policy
@@ -65,7 +66,7 @@ def load_policy(
     context = settle_context(lm, base_model, config.max_context)
     threads, workers = _threads(lm, config.threads)
     torch.set_num_threads(threads)
-    hf.reshard(lm)  # what is frozen now is to be each rank's part
+    reshard(lm)  # what is frozen now is to be each rank's part
     peft = None if config.lora is None else add_lora(lm, config.lora, checkpoint)
     policy = Policy(
         lm=lm.eval(),

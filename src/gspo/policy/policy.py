@@ -18,6 +18,7 @@ from gspo.data.packing import Microbatch
 from gspo.kernels import hf
 from gspo.kernels.flex import FlexAttention
 from gspo.kernels.logprob import Head, TokenLogprobs, token_logprobs
+from gspo.kernels.sharded import inside_forward
 from gspo.kernels.shared_prompt_attention import SharedPromptAttention
 from gspo.policy.logits import logit_scale, soft_cap
 from gspo.policy.moe import Routers
@@ -151,7 +152,7 @@ class Policy:
             scored = self._logprobs(microbatch, chunk)
             return scored.logprobs, scored.entropy
 
-        return TokenLogprobs(*hf.inside_forward(self.lm, run))
+        return TokenLogprobs(*inside_forward(self.lm, run))
 
     def _logprobs(self, microbatch: Microbatch, chunk: int | None) -> TokenLogprobs:
         hidden = self._hidden_states(microbatch)

@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from gspo.core.errors import ModelError, suggestion
-from gspo.kernels.hf import begin_sharded, quiet, sharding
+from gspo.kernels.hf import quiet, sharding
+from gspo.kernels.sharded import begin_sharded
 from gspo.policy.embedded import PREFIX, RECIPES, embedded_folder
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

@@ -30,7 +30,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from gspo.core.errors import ConfigError, MissingDependencyError, RunError
-from gspo.kernels import hf
+from gspo.kernels.sharded import reshard
 from gspo.policy.workers import Workers
 
 A = TypeVar("A")
@@ -119,7 +119,7 @@ class Mesh(Workers):
     def finish(self, lm: torch.nn.Module) -> None:
         """Free the gathered weights, so that the optimizer and whoever reads sees each rank's part;
         add up gradients of weights that are whole on each rank, such as adapters."""
-        hf.reshard(lm)
+        reshard(lm)
         whole = [p.grad for p in lm.parameters() if p.grad is not None]
         whole = [gradient for gradient in whole if not isinstance(gradient, DTensor)]
         if whole:

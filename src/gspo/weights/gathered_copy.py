@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from gspo.kernels import hf
+from gspo.kernels.sharded import reshard
 from gspo.policy.policy import Policy
 
 
@@ -20,7 +20,7 @@ def whole_weights(policy: Policy, *, frozen: bool) -> dict[str, Tensor]:
         policy: sharded.
         frozen: also those that are not trained.
     """
-    hf.reshard(policy.lm)
+    reshard(policy.lm)
     named = dict(policy.lm.named_parameters()) if frozen else policy.trainable
     weights: dict[str, Tensor] = {}
     for name, weight in named.items():
