@@ -141,6 +141,13 @@ def test_options_that_vllm_cannot_keep_are_refused(options: dict[str, Any], tmp_
         )
 
 
+def test_servers_that_cannot_be_used_leave_no_weights(tmp_path: Path):
+    policy, config = load_policy("embedded:sort"), art.dev.InternalModelConfig()
+    with pytest.raises(ServeError, match="nothing answers at"):
+        remote_engine(policy, config, ["http://127.0.0.1:9"], tmp_path / "published", seed=0)
+    assert not list((tmp_path / "published").iterdir())
+
+
 async def trained(
     engines: list[str], base: str, folder: Path, steps: int, prompts: int = 32, **options: Any
 ) -> list[dict[str, float]]:

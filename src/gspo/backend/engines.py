@@ -16,6 +16,7 @@ from gspo.backend.run import Run
 from gspo.core.compute import ComputeThread
 from gspo.core.draws import seed_of
 from gspo.core.errors import ConfigError, RequestError, ServeError
+from gspo.core.files import remove
 from gspo.dev import InternalModelConfig
 from gspo.policy.policy import Policy
 from gspo.serve.engine import Engine
@@ -107,6 +108,8 @@ def remote_engine(
         receipts.publish(engine)
     except BaseException:
         engine.close()
+        for written in folder.glob("gspo-*"):  # whole models; the logs stay, which errors name
+            remove(written)
         raise
     return Proved(engine, policy, receipts)
 
