@@ -134,7 +134,7 @@ class StandIn:
         tokens = [10**6 if "token ids" in self.faults else token for token in c.token_ids]
         content = [
             {
-                "token_id": token,
+                "token_id": token + ("other ids" in self.faults),
                 "logprob": logprob,
                 "top_logprobs": [{"token_id": t, "logprob": p} for t, p in top],
             }

@@ -113,7 +113,7 @@ def test_what_vllm_cannot_do_is_refused(params: dict[str, Any], name: str, engin
     assert found.value.param == name
 
 
-@pytest.mark.parametrize("fault", ["token ids", "shape"])
+@pytest.mark.parametrize("fault", ["token ids", "other ids", "shape"])
 def test_an_answer_that_cannot_be_trained_on_is_refused(
     fault: str, engine: VllmEngine, stand_in: StandIn
 ):
