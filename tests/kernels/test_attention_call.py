@@ -9,10 +9,9 @@ from torch.nn import functional
 
 from data.test_shared_prompts import samples_of
 from gspo.data.packing import pack
-from gspo.kernels import attention_call
 from gspo.kernels.attention import packed_attention
 from gspo.kernels.shared_prompt_attention import SharedPromptAttention
-from kernels.test_shared_prompt_attention import brute_force, model, of_microbatches
+from kernels.test_shared_prompt_attention import brute_force
 
 
 @pytest.mark.parametrize("window", [None, 7])
@@ -42,14 +41,3 @@ def test_attention_and_its_gradient_are_those_of_a_dense_mask(window, kv_heads: 
 
     for one, two in zip(result(False), result(True), strict=True):
         torch.testing.assert_close(one, two, atol=1e-12, rtol=1e-12)
-
-
-def test_weights_that_do_not_fit_are_computed_again(monkeypatch: pytest.MonkeyPatch):
-    (microbatch,) = pack(samples_of(2), 10_000, share=True)
-    policy = model("llama")
-    expected = of_microbatches(policy, [microbatch])
-    monkeypatch.setattr(attention_call, "KEPT_BYTES", 0)
-    logprobs, gradient = of_microbatches(policy, [microbatch])
-    assert torch.equal(logprobs, expected[0])
-    for name, value in expected[1].items():
-        assert torch.equal(gradient[name], value)

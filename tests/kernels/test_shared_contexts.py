@@ -25,9 +25,8 @@ def test_each_sequence_is_in_one_group_under_its_context(sizes: list[int], data)
         assert max(sizes[c] for c in contexts) <= 2 * min(sizes[c] for c in contexts)
         members = group.members.flatten()
         places = torch.arange(len(members)) if group.places is None else group.places
-        if group.listed is not None and group.real is not None:
+        if group.listed is not None:
             assert torch.equal(members[places], group.listed)
-            assert torch.equal(group.real.flatten().nonzero()[:, 0], places)
         owner = contexts.repeat_interleave(group.members.shape[1])[places]
         assert context_of[members[places].numpy()].tolist() == owner.tolist()
         found += members[places].tolist()

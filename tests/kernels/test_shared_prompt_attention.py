@@ -53,14 +53,14 @@ def by_calls(microbatch: Microbatch, window: int | None) -> np.ndarray:
     queried: list[int] = []
     for call in calls:
         tails, queries = call.queries.shape
-        context_of = np.zeros(tails, dtype=int)
+        of_group = torch.zeros(tails, dtype=torch.long)
         for group in call.groups:
-            contexts = np.arange(len(call.context))[group.contexts]
-            members, real = group.members.numpy(), group.real
-            for row, context in enumerate(contexts):
-                named = members[row] if real is None else members[row][real[row].numpy()]
-                context_of[named] = context
-        keys = torch.cat([call.context[torch.from_numpy(context_of)], call.keys], dim=1).numpy()
+            members = group.members.flatten()
+            places = slice(None) if group.places is None else group.places
+            contexts = torch.arange(len(call.context))[group.contexts]
+            of_group[members[places]] = contexts.repeat_interleave(group.members.shape[1])[places]
+        assert not call.groups or torch.equal(of_group, call.context_of)
+        keys = torch.cat([call.context[call.context_of], call.keys], dim=1).numpy()
         hidden = np.zeros((tails, queries, keys.shape[1]), dtype=bool)
         given = call.hidden if call.hidden.dtype == torch.bool else call.hidden < 0
         hidden[..., -given.shape[-1] :] = given[:, 0, :, 0].numpy()  # all see the keys before

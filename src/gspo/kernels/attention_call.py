@@ -15,16 +15,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gspo.kernels.attention_gradient import attend_backward
 from gspo.kernels.shared_contexts import Context, ContextGroup
-from gspo.kernels.tile_attention import (
-    LOG2_E,
-    Scoring,
-    attend,
-    attend_backward,
-)
-
-KEPT_BYTES = 32 * 2**20
-"""Memory per layer for weights that wait for the backward pass; others are computed again."""
+from gspo.kernels.tile_attention import LOG2_E, Scoring, attend
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +29,7 @@ class AttentionCall:
         padding: True at the padding; None: there is none.
         keys: the token of each key; padding is token 0.
         context: the token of each key of the contexts. W may be 0.
+        context_of: the context of each tail.
         groups: which tails belong to which contexts.
         hidden: which keys a query does not see, the context's first; see `tile_attention.attend`.
     """
@@ -44,6 +38,7 @@ class AttentionCall:
     padding: Bool[Tensor, "N Q"] | None
     keys: Int[Tensor, "N L"]
     context: Int[Tensor, "P W"]
+    context_of: Int[Tensor, " N"]
     groups: Sequence[ContextGroup]
     hidden: Float[Tensor, "n 1 Q 1 S"] | Bool[Tensor, "n 1 Q 1 S"]
     _rows: dict[tuple[int, int], Any] = field(default_factory=dict, repr=False)
@@ -102,18 +97,16 @@ class _Attention(torch.autograd.Function):
         with torch.autocast(query.device.type, enabled=False):
             q, k, v = _rows(query) * (scale * LOG2_E), _rows(key), _rows(value)
             out = v.new_zeros(total * heads, v.shape[-1])
-            saved: list[Tensor] = []
+            log_totals: list[Tensor] = []
             held = None if sinks is None else sinks.detach().to(q.dtype).view(kv, -1)
             ctx.scoring = Scoring(softcap, held)
-            room = KEPT_BYTES if any(ctx.needs_input_grad) else 0
             for call in calls:
                 inputs = _gathered(call, q, k, v, heads, kv)
-                output, weights, *sums = attend(*inputs, call.hidden, scoring=ctx.scoring)
+                output, log_total = attend(*inputs, call.hidden, scoring=ctx.scoring)
                 out.index_copy_(0, call.rows(heads, kv)[0], output.reshape(-1, v.shape[-1]))
-                room -= weights.numel() * weights.itemsize
-                saved += (weights if room >= 0 else weights.new_empty(0), *sums)
+                log_totals.append(log_total)
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(q, k, v, *saved)
+            ctx.save_for_backward(q, k, v, out, *log_totals)
             ctx.calls, ctx.scale, ctx.dtype = calls, scale, query.dtype
             ctx.sinks_dtype = None if sinks is None else sinks.dtype
             ctx.shapes = query.shape, key.shape, value.shape
@@ -122,33 +115,34 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Float[Tensor, "T H E"]):  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, *saved = ctx.saved_tensors
+        q, k, v, out, *log_totals = ctx.saved_tensors
         heads, kv = ctx.shapes[0][1], ctx.shapes[1][1]
         with torch.autocast(grad.device.type, enabled=False):
             upstream = grad.to(q.dtype).reshape(-1, grad.shape[-1])
             d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
             d_sinks = None
-            each = zip(ctx.calls, saved[::3], saved[1::3], saved[2::3], strict=True)
-            for call, weights, sums, largest in each:
-                inputs = _gathered(call, q, k, v, heads, kv)
-                if weights.numel() == 0:
-                    _, weights, *_ = attend(*inputs, call.hidden, scoring=ctx.scoring)
+            for call, log_total in zip(ctx.calls, log_totals, strict=True):
                 index, own, shared = call.rows(heads, kv)
-                up = upstream.index_select(0, index).view(*inputs[0].shape[:3], -1)
+                inputs = _gathered(call, q, k, v, heads, kv)
+                rows = inputs[0].shape[:3]
+                up, output = (x.index_select(0, index).view(*rows, -1) for x in (upstream, out))
                 if call.padding is not None:
                     by_token = up.unflatten(2, (call.queries.shape[1], -1))
                     by_token.masked_fill_(call.padding[:, None, :, None, None], 0)
-                grads = attend_backward(up, *inputs, weights, sums, largest, ctx.scoring)
-                d_q.index_add_(0, index, grads[0].reshape(-1, q.shape[-1]))
-                d_k.index_add_(0, own, grads[1].reshape(-1, k.shape[-1]))
-                d_v.index_add_(0, own, grads[2].reshape(-1, v.shape[-1]))
-                if grads[3] is not None and grads[4] is not None:
-                    d_k.index_add_(0, shared, grads[3].reshape(-1, k.shape[-1]))
-                    d_v.index_add_(0, shared, grads[4].reshape(-1, v.shape[-1]))
-                if grads[5] is not None:
-                    d_sinks = grads[5] if d_sinks is None else d_sinks + grads[5]
-            d_q *= ctx.scale
-            d_k /= LOG2_E
+                grads = attend_backward(
+                    up, output, log_total, *inputs, call.context_of, call.hidden, ctx.scoring
+                )
+                d_q.index_add_(0, index, grads.query.reshape(-1, q.shape[-1]))
+                for total, of_own, of_shared in (
+                    (d_k, grads.keys, grads.context_keys),
+                    (d_v, grads.values, grads.context_values),
+                ):
+                    total.index_add_(0, own, of_own.reshape(-1, total.shape[-1]))
+                    if of_shared is not None:
+                        total.index_add_(0, shared, of_shared.reshape(-1, total.shape[-1]))
+                if grads.sinks is not None:
+                    d_sinks = grads.sinks if d_sinks is None else d_sinks + grads.sinks
+            d_q *= ctx.scale * LOG2_E
         gradients = (
             d.view(shape[2], shape[1], -1).transpose(0, 1)[None].to(ctx.dtype)
             for d, shape in zip((d_q, d_k, d_v), ctx.shapes, strict=True)

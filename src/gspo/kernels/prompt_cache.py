@@ -194,7 +194,7 @@ class SharedPrompts:
             keys, values, context, hidden = self._seen(layer, span, window)
             keys, values = (by_head(x, kv_heads) for x in (keys, values))
             rows = part.flatten(2, 3)
-            out, *_ = attend(rows, keys, values, context, hidden, self._tile, scoring)
+            out, _ = attend(rows, keys, values, context, hidden, self._tile, scoring)
             outputs.append(out.unflatten(2, part.shape[2:4]))
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
         return out.transpose(1, 2)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -21,43 +21,31 @@ class ContextGroup:
     Attributes:
         contexts: these contexts, a slice of all.
         members: [p, n] the sequences of each context; padding repeats sequence 0.
-        real: [p, n] False at the padding. None: there is none, and the group holds all sequences in
-            their order.
-        places: flat places of `members` that are real.
+        places: flat places of `members` that are no padding. None: there is none, and the group
+            holds all sequences in their order.
         listed: the sequence in each of these places.
     """
 
     contexts: slice
     members: Int[Tensor, "p n"]
-    real: Bool[Tensor, "p n"] | None = None
     places: Int[Tensor, " r"] | None = None
     listed: Int[Tensor, " r"] | None = None
 
     def gather(self, values: Float[Tensor, "N K M X"]) -> Float[Tensor, "p K nM X"]:
         """Put the values of the group's sequences under their contexts."""
-        if self.real is None:
+        if self.places is None:
             values = values.unflatten(0, self.members.shape)
         else:
             values = values[self.members]
         return values.transpose(1, 2).flatten(2, 3)
 
-    def scatter(
-        self, target: Float[Tensor, "N K M X"], values: Float[Tensor, "p K nM X"], *, add: bool
-    ) -> None:
-        """Write values that are under the contexts to their sequences in `target`, or add them."""
+    def scatter(self, target: Float[Tensor, "N K M X"], values: Float[Tensor, "p K nM X"]) -> None:
+        """Write values that are under the contexts to their sequences in `target`."""
         values = values.to(target.dtype).unflatten(2, (self.members.shape[1], -1)).transpose(1, 2)
         if self.places is None or self.listed is None:
-            place = target.view(values.shape)
-            place.add_(values) if add else place.copy_(values)
+            target.view(values.shape).copy_(values)
             return
-        put = target.index_add_ if add else target.index_copy_
-        put(0, self.listed, values.flatten(0, 1).index_select(0, self.places))
-
-    def clear_padding_(self, values: Float[Tensor, "p K nM X"]) -> None:
-        """Zero what `gather` repeated."""
-        if self.real is not None:
-            parts = values.unflatten(2, (self.members.shape[1], -1))
-            parts.masked_fill_(~self.real[:, None, :, None, None], 0)
+        target.index_copy_(0, self.listed, values.flatten(0, 1).index_select(0, self.places))
 
 
 def context_groups(
@@ -97,7 +85,7 @@ def context_groups(
         if real.all() and np.array_equal(members.ravel(), np.arange(len(context_of))):
             groups.append(ContextGroup(slice(start, stop), tensor(members)))
             continue
-        picks = (real, np.flatnonzero(real), members[real])
+        picks = (np.flatnonzero(real), members[real])
         groups.append(ContextGroup(slice(start, stop), tensor(members), *map(tensor, picks)))
     return groups
 

@@ -181,6 +181,7 @@ class SharedPromptAttention:
             None if real.all() else self._tensor(~real),
             self._tensor(keys),
             self._tensor(held),
+            self._tensor(context_of),
             context_groups(context_of, sizes, self.device) if back.size else (),
             hiding(hidden, self.device),
         )

@@ -87,7 +87,7 @@ class Step:
             if prompts is not None:
                 context = Context(prompts[0], prompts[1], self._cache.groups)
             keys, values = (slab[:, :, : self.columns] for slab in slabs)
-            out, *_ = attend(
+            out, _ = attend(
                 q, keys, values, context, self._hidden(window), None, Scoring(softcap, held)
             )
         return out.reshape(1, count, heads, -1).to(query.dtype)

@@ -88,8 +88,6 @@ def attend(
     scoring: Scoring = PLAIN,
 ) -> tuple[
     Float[Tensor, "N K M E"],
-    Float[Tensor, "N K M S"],
-    Float[Tensor, "N K M 1"],
     Float[Tensor, "N K M 1"],
 ]:
     """Attention of all sequences of a call, without a gradient. The softmax is in float32.
@@ -106,8 +104,7 @@ def attend(
         scoring: caps and sinks.
 
     Returns:
-        The output; the weights of the keys, 2^(score - largest score); their sums; and the largest
-        scores.
+        The output, and the base-2 logarithm of the sum of all 2^score, the sink's included.
     """
     width = 0 if context is None else context.keys.shape[2]
     rows = query.shape[2]
@@ -119,7 +116,7 @@ def attend(
         out = query.new_zeros(*every.shape[:3], values.shape[-1])
         sum_context(out[:, :, :rows], scores[..., :width], context, tile)
     out = _add_tiles(out, every[..., width:], values, tile)[:, :, :rows]
-    return out / total, scores, total, largest
+    return out / total, total.log2().add_(largest)
 
 
 def softmax_(
@@ -149,57 +146,6 @@ def softmax_(
     if sinks is not None:
         total = total + exp2(sinks - largest, None)
     return total, largest
-
-
-def attend_backward(
-    grad: Float[Tensor, "N K M E"],
-    query: Float[Tensor, "N K M D"],
-    keys: Float[Tensor, "N K L D"],
-    values: Float[Tensor, "N K L E"],
-    context: Context | None,
-    weights: Float[Tensor, "N K M S"],
-    total: Float[Tensor, "N K M 1"],
-    largest: Float[Tensor, "N K M 1"],
-    scoring: Scoring = PLAIN,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of query and keys, each times log2(e), of values, of the context's keys (times
-    log2(e)) and values, and of the sinks, [K, g]. The order of sums is free here: only forward
-    passes are equal to the bit.
-    """
-    width = 0 if context is None else context.keys.shape[2]
-    grad = grad / total
-    d_weights = grad @ values.mT
-    if context is not None:
-        own = d_weights
-        d_weights = torch.empty_like(weights)
-        d_weights[..., width:] = own
-        for group in context.groups:
-            products = group.gather(grad) @ context.values[group.contexts].mT
-            group.scatter(d_weights[..., :width], products, add=False)
-    mean = (d_weights * weights).sum(-1, keepdim=True).div_(total)
-    d_scores = d_weights.sub_(mean).mul_(weights)
-    d_sinks = None
-    if (sinks := scoring.by_row(query.shape[2])) is not None:
-        d_sinks = (exp2(sinks - largest, None) * -mean).sum((0, 3))
-        d_sinks = d_sinks.unflatten(1, (-1, scoring.share)).sum(1)
-    if scoring.cap is not None:  # of cap * tanh(x / cap); keys without weight have no gradient
-        capped = weights.clamp(min=torch.finfo(weights.dtype).tiny).log2_().add_(largest)
-        d_scores.mul_(1 - capped.div_(scoring.cap).square_())
-    d_query = d_scores[..., width:] @ keys
-    d_keys = d_scores[..., width:].mT @ query
-    d_values = weights[..., width:].mT @ grad
-    if context is None:
-        return d_query, d_keys, d_values, None, None, d_sinks
-    d_context_keys = torch.zeros_like(context.keys)
-    d_context_values = torch.zeros_like(context.values)
-    for group in context.groups:
-        under, used = group.gather(d_scores[..., :width]), group.gather(weights[..., :width])
-        group.clear_padding_(under)
-        group.clear_padding_(used)
-        group.scatter(d_query, under @ context.keys[group.contexts], add=True)
-        d_context_keys[group.contexts] = under.mT @ group.gather(query)
-        d_context_values[group.contexts] = used.mT @ group.gather(grad)
-    return d_query, d_keys, d_values, d_context_keys, d_context_values, d_sinks
 
 
 def hiding(
@@ -240,7 +186,7 @@ def score_context(
     for group in context.groups:
         under = group.gather(query)
         products = _product(under, context.keys[group.contexts].mT)[:, :, : under.shape[2]]
-        group.scatter(scores, products, add=False)
+        group.scatter(scores, products)
 
 
 def sum_context(
@@ -253,7 +199,7 @@ def sum_context(
     for group in context.groups:
         weighted = group.gather(weights)
         products = _add_tiles(None, weighted, context.values[group.contexts], tile)
-        group.scatter(out, products[:, :, : weighted.shape[2]], add=False)
+        group.scatter(out, products[:, :, : weighted.shape[2]])
 
 
 def _sum_of_tiles(weights: Float[Tensor, "N K M S"], tile: int | None) -> Float[Tensor, "N K M 1"]:

@@ -1,0 +1,142 @@
+"""The gradient of `tile_attention`'s attention, for training.
+
+Only forward passes are equal to the bit; the order of the gradient's sums is free. So it comes from
+torch's fused kernel where that can: on a CPU, without a soft cap, if keys and values are equally
+wide. It computes the weights again, block by block, from what the forward pass left: the output and
+the logarithm of each query's total. Nothing as large as the scores is kept or written.
+
+Shapes: as in `tile_attention`; S keys of a sequence, its context's first.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from gspo.kernels.running_softmax import LN_2, exp2
+from gspo.kernels.shared_contexts import Context
+from gspo.kernels.tile_attention import Scoring
+
+_JOINED_BYTES = 32 * 2**20
+"""Memory for keys and values that are joined at a time; a context is copied to each sequence."""
+
+
+class Gradients(NamedTuple):
+    """Of the tensors of the same name; `context_keys` and `context_values` [P K W D|E]."""
+
+    query: Float[Tensor, "N K M D"]
+    keys: Float[Tensor, "N K L D"]
+    values: Float[Tensor, "N K L E"]
+    context_keys: Float[Tensor, "P K W D"] | None
+    context_values: Float[Tensor, "P K W E"] | None
+    sinks: Float[Tensor, "K g"] | None
+
+
+def attend_backward(
+    grad: Float[Tensor, "N K M E"],
+    out: Float[Tensor, "N K M E"],
+    log_total: Float[Tensor, "N K M 1"],
+    query: Float[Tensor, "N K M D"],
+    keys: Float[Tensor, "N K L D"],
+    values: Float[Tensor, "N K L E"],
+    context: Context | None,
+    context_of: Int[Tensor, " N"],
+    hidden: Float[Tensor, "n 1 Q 1 U"] | Bool[Tensor, "n 1 Q 1 U"] | None,
+    scoring: Scoring,
+) -> Gradients:
+    """The gradient of `attend`, whose arguments these are.
+
+    Args:
+        grad: of the output.
+        out, log_total: what `attend` returned.
+        context_of: the context of each sequence, if there are contexts.
+    """
+    pair = keys, values
+    width = 0 if context is None else context.keys.shape[2]
+    shared = [] if context is None else [context.keys, context.values]
+    of_shared = [torch.zeros_like(x) for x in shared]
+    of_query, (of_keys, of_values) = torch.empty_like(query), map(torch.empty_like, pair)
+    of_one = keys.shape[1] * (width + keys.shape[2]) * (keys.shape[3] + values.shape[3])
+    count = max(1, _JOINED_BYTES // (of_one * keys.itemsize))
+    for start in range(0, len(query), count):
+        part = slice(start, start + count)
+        joined = [x[part] for x in pair]
+        if shared:
+            both = zip(shared, joined, strict=True)
+            joined = [torch.cat([x[context_of[part]], own], 2) for x, own in both]
+        mask = hidden if hidden is None or len(hidden) == 1 else hidden[part]
+        added = _added(mask, query.shape[2], joined[0].shape[2], query.dtype)
+        given = grad[part], out[part], log_total[part], query[part]
+        fused = grad.device.type == "cpu" and scoring.cap is None
+        kernel = _fused if fused and keys.shape[3] == values.shape[3] else _plain
+        of_query[part], *grads = kernel(*given, *joined, added, scoring)
+        for whole, found in zip(of_shared, grads, strict=False):
+            whole.index_add_(0, context_of[part], found[:, :, :width])
+        of_keys[part], of_values[part] = (x[:, :, width:] for x in grads)
+    of_sinks = None
+    if (sinks := scoring.by_row(query.shape[2])) is not None:
+        mean = (grad * out).sum(-1, keepdim=True)
+        of_sinks = (exp2(sinks - log_total, None) * -mean).sum((0, 3))
+        of_sinks = of_sinks.unflatten(1, (-1, scoring.share)).sum(1)
+    return Gradients(of_query, of_keys, of_values, *(of_shared or (None, None)), of_sinks)
+
+
+def _added(
+    hidden: Tensor | None, rows: int, keys: int, dtype: torch.dtype
+) -> Float[Tensor, "n 1 M S"] | None:
+    """What is added to the scores of all keys: -inf where a query doesn't see one, else 0."""
+    if hidden is None:
+        return None
+    if hidden.dtype == torch.bool:
+        hidden = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)
+    by_row = hidden.to(dtype).expand(-1, -1, -1, rows // hidden.shape[2], -1).flatten(2, 3)
+    return functional.pad(by_row, (keys - by_row.shape[-1], 0))
+
+
+def _fused(
+    grad: Tensor,
+    out: Tensor,
+    log_total: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    added: Tensor | None,
+    _scoring: Scoring,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, keys and values, by torch's kernel."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, query, keys, values, out, log_total[..., 0] * LN_2, 0.0, False,
+        attn_mask=added, scale=LN_2,
+    )  # fmt: skip
+
+
+def _plain(
+    grad: Tensor,
+    out: Tensor,
+    log_total: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    added: Tensor | None,
+    scoring: Scoring,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, with all scores in memory."""
+    scores = query @ keys.mT
+    slope = None
+    if scoring.cap is not None:
+        bent = scores.div_(scoring.cap).tanh_()
+        slope = 1 - bent * bent
+        scores = bent.mul_(scoring.cap)
+    if added is not None:
+        scores += added
+    weights = exp2(scores.sub_(log_total), scores)
+    of_values = weights.mT @ grad
+    mean = (grad * out).sum(-1, keepdim=True)
+    of_scores = weights.mul_((grad @ values.mT).sub_(mean)).mul_(LN_2)
+    if slope is not None:
+        of_scores *= slope
+    return of_scores @ keys, of_scores.mT @ query, of_values
