@@ -43,7 +43,10 @@ def test_every_bit_is_that_of_tile_attention(heads, sizes, scoring: Scoring):
         return x if together == 1 else x.transpose(1, 2).flatten(2)[:, None].contiguous()
 
     one = TokenAttention((count, *heads, depth), together, torch.float32, CPU)
-    rest = context, hidden, TILE, scoring
-    expected, *_ = attend(query * scale, keys, values, *rest)
+    rest = hidden, TILE, scoring
+    expected, *_ = attend(query * scale, keys, values, context, *rest)
+    if context is not None:
+        context = Context(slab(context.keys), slab(context.values), context.groups)
     for _ in range(2):  # in the memory of the last step
-        assert torch.equal(one.attend(query, scale, slab(keys), slab(values), *rest), expected)
+        found = one.attend(query, scale, slab(keys), slab(values), context, *rest)
+        assert torch.equal(found, expected)

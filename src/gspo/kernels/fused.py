@@ -1,4 +1,4 @@
-"""On a GPU: modules of a model computed by fewer kernels, and experts in half precision.
+"""Modules of a model computed by fewer operations; on a GPU, experts in half precision too.
 
 A module is changed only if it gives the same numbers on a trial.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from types import MethodType
 from typing import Any
 
@@ -37,6 +37,25 @@ def fuse(lm: nn.Module) -> int:
         if _projects_thrice(module):
             module.register_forward_pre_hook(_cast_once, with_kwargs=True)
     return changed
+
+
+def shorten(lm: nn.Module) -> int:
+    """On a CPU: compute RMS norms in one call where no gradient is asked for. Returns how many
+    modules were changed; they give the same bits."""
+    changed = 0
+    for module in lm.modules():
+        if _is_norm(module) and _gives_the_same(module, _rms_norm, torch.equal):
+            module.gspo_epsilon = _epsilon(module)
+            module.forward = MethodType(_short_norm, module)
+            changed += 1
+    return changed
+
+
+def _short_norm(self: Any, hidden_states: Tensor) -> Tensor:
+    dtype = self.weight.dtype
+    if torch.is_grad_enabled() or not hidden_states.dtype == dtype == torch.float32:
+        return type(self).forward(self, hidden_states)
+    return torch.rms_norm(hidden_states, self.weight.shape, self.weight, self.gspo_epsilon)
 
 
 def _projects_thrice(module: nn.Module) -> bool:
@@ -75,12 +94,16 @@ def _is_gated(module: Any) -> bool:
 
 
 @torch.no_grad()
-def _gives_the_same(module: Any, forward: Callable[[Any, Tensor], Tensor]) -> bool:
+def _gives_the_same(
+    module: Any,
+    forward: Callable[[Any, Tensor], Tensor],
+    alike: Callable[[Tensor, Tensor], bool] = partial(torch.allclose, atol=_CLOSE, rtol=_CLOSE),
+) -> bool:
     weight = next(module.parameters())
     x = torch.randn(3, weight.shape[-1], generator=torch.Generator().manual_seed(0)) * 3
     x = x.to(weight)
     try:
-        return torch.allclose(forward(module, x), module(x), atol=_CLOSE, rtol=_CLOSE)
+        return alike(forward(module, x), module(x))
     except (TypeError, RuntimeError):  # it takes something else too
         return False
 

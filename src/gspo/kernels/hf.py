@@ -216,9 +216,9 @@ def quiet() -> Iterator[None]:
 def pad_experts(experts: Any, rows: int) -> None:
     """Let each expert of a module compute at least so many tokens, if it computes any.
 
-    The tokens that are missing are zeros, whose results are dropped. Any implementation of the
-    experts may compute them; transformers' `grouped_mm` of usual experts (gated, without biases) is
-    replaced by one of fewer operations and the same bits.
+    The results of the tokens that are added are dropped. Any implementation of the experts may
+    compute them; transformers' `grouped_mm` of usual experts (gated, without biases) is replaced by
+    one of fewer operations and the same bits.
     """
     plain = experts.has_gate and not (experts.has_bias or experts.is_transposed)
     plain = plain and not getattr(experts, "has_post_expert_norm", False)
@@ -227,6 +227,8 @@ def pad_experts(experts: Any, rows: int) -> None:
     def forward(
         self: Any, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
+        if plain and not torch.is_grad_enabled():
+            return _grouped_experts(self, hidden, chosen, weights, self.gspo_rows)
         run = _grouped_experts if plain else type(self).forward
         counts = np.bincount(chosen.numpy(force=True).ravel(), minlength=self.num_experts)
         missing = np.where(counts > 0, self.gspo_rows - counts, 0).clip(min=0)
@@ -247,19 +249,24 @@ def pad_experts(experts: Any, rows: int) -> None:
 
 
 def _grouped_experts(
-    self: Any, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+    self: Any, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, rows: int = 1
 ) -> torch.Tensor:
+    """Compute experts; one with fewer tokens than `rows`, but any, computes token 0 besides."""
     each, ids = chosen.shape[1], chosen.numpy(force=True).ravel()
-    ends = np.bincount(ids, minlength=self.num_experts).cumsum().astype(np.int32)
+    counts = np.bincount(ids, minlength=self.num_experts)
+    room = np.where(counts, counts.clip(rows), 0)
+    ends = room.cumsum()
     if torch.is_grad_enabled():  # transformers' order, in which gradients of weights are added up
         order = torch.sort(chosen.flatten())[1].numpy()
     else:
-        order = ids.argsort(kind="stable")
-    back = np.empty_like(order)
-    back[order] = np.arange(len(order))
-    tokens, places, offsets = (torch.from_numpy(x) for x in (order // each, back, ends))
-    x = hidden.index_select(0, tokens).to(self.gate_up_proj.dtype)
+        order = ids.astype(np.int16).argsort(kind="stable")  # of 16 bits numpy sorts fast
+    places, tokens = np.empty_like(order), np.zeros(ends[-1], dtype=np.int64)
+    shift = (ends - room) - (counts.cumsum() - counts)
+    places[order] = np.arange(len(order)) + shift.repeat(counts)
+    tokens[places] = np.arange(len(order)) // each
+    source, back, offsets = (torch.from_numpy(x) for x in (tokens, places, ends.astype(np.int32)))
+    x = hidden.index_select(0, source).to(self.gate_up_proj.dtype)
     x = functional.grouped_mm(x, self.gate_up_proj.mT, offs=offsets)
     x = functional.grouped_mm(self._apply_gate(x), self.down_proj.mT, offs=offsets)
-    x = x.index_select(0, places) * weights.reshape(-1, 1)
+    x = x.index_select(0, back) * weights.reshape(-1, 1)
     return x.view(len(hidden), each, -1).sum(1).to(hidden.dtype)

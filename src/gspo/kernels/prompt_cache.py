@@ -55,14 +55,13 @@ class SharedPrompts:
     ):
         self.backbone, self.device, self._multiple = backbone, device, multiple
         self.capacity = whole_tiles(capacity)
-        self._prompts: dict[int, list[Tensor]] = {}  # keys and values, by layer: [P, K, W, D]
-        self._slabs: dict[int, list[Tensor]] = {}  # [N, K, columns, D]
+        self._prompts: dict[int, list[Tensor]] = {}  # keys and values, by layer: [P, k, W, d]
+        self._slabs: dict[int, list[Tensor]] = {}  # [N, k, columns, d]
         self.lengths = np.zeros(count, dtype=np.int64)  # tokens of each completion so far
         self.base = np.zeros(count, dtype=np.int64)
         self._prompt_of = np.zeros(count, dtype=np.int64)
         self._sizes = np.full(1, count)  # completions that each prompt had at first
         self.width = 0  # W
-        self._kv_heads: dict[int, int] = {}  # by layer
         self.fed = (0, 0)
         self._on_cpu = device.type == "cpu"
         self._tile = TILE if self._on_cpu and multiple > 1 else None  # else any order of sums does
@@ -121,7 +120,8 @@ class SharedPrompts:
         scale = LOG2_E * (query.shape[-1] ** -0.5 if scaling is None else scaling)
 
         def by_token(x: Tensor) -> Tensor:  # [NQ, heads, D]
-            return x[0].transpose(0, 1)[: count * queries].to(dtype)
+            x = x[0].transpose(0, 1)
+            return (x if total == count * queries else x[: count * queries]).to(dtype)
 
         held = None if sinks is None else sinks.to(dtype).view(kv_heads, -1)
         scoring = Scoring(softcap, held)
@@ -143,7 +143,6 @@ class SharedPrompts:
         """Put the new keys and values of a layer into the slabs; M = N x Q."""
         count, kv_heads = len(self._positions), key.shape[1]
         if layer not in self._slabs:
-            self._kv_heads[layer] = kv_heads
             self._slabs[layer] = new_slabs(
                 key, value, count, self.capacity, share if self.packs else ROWS
             )
@@ -193,6 +192,9 @@ class SharedPrompts:
             span = slice(start, start + part.shape[2])
             keys, values, context, hidden = self._seen(layer, span, window)
             keys, values = (by_head(x, kv_heads) for x in (keys, values))
+            if context is not None:
+                shared = (by_head(x, kv_heads) for x in (context.keys, context.values))
+                context = Context(*shared, context.groups)
             rows = part.flatten(2, 3)
             out, _ = attend(rows, keys, values, context, hidden, self._tile, scoring)
             outputs.append(out.unflatten(2, part.shape[2:4]))
@@ -233,8 +235,7 @@ class SharedPrompts:
         self.capacity = whole_tiles(TILE + capacity)
         prompts, chosen = torch.arange(len(lengths))[:, None], self._tensor(prompt_of)
         for layer, pair in self._slabs.items():
-            parts = (by_head(x[:, :, : self.width], self._kv_heads[layer]) for x in pair)
-            self._prompts[layer] = [x.clone(memory_format=torch.contiguous_format) for x in parts]
+            self._prompts[layer] = [x[:, :, : self.width].clone() for x in pair]
             begun = [x[prompts, :, self._tensor(rest)].transpose(1, 2)[chosen] for x in pair]
             more = self.capacity - TILE
             self._slabs[layer] = [functional.pad(x, (0, 0, 0, more)) for x in begun]

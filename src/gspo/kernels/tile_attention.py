@@ -35,6 +35,9 @@ _LARGE = 2**21  # pairs of a query and a key
 LOG2_E = math.log2(math.e)
 ROWS = 4
 """Fewest rows of a product: with 1 to 3, MKL sums in another order."""
+DEPTH = 64
+"""Most numbers of a query that are multiplied at once: with 4 rows of more than 80, MKL sums in
+another order than with many."""
 
 
 def whole_tiles(length: int) -> int:
@@ -108,7 +111,7 @@ def attend(
     """
     width = 0 if context is None else context.keys.shape[2]
     rows = query.shape[2]
-    every = _every_score(query, keys, context)
+    every = _every_score(query, keys, context, tile)
     scores = every[:, :, :rows]
     total, largest = softmax_(scores, hidden, tile, scoring)
     out = None
@@ -163,11 +166,14 @@ def hiding(
 
 
 def _every_score(
-    query: Float[Tensor, "N K M D"], keys: Float[Tensor, "N K L D"], context: Context | None
+    query: Float[Tensor, "N K M D"],
+    keys: Float[Tensor, "N K L D"],
+    context: Context | None,
+    tile: int | None,
 ) -> Float[Tensor, "N K R S"]:
     """Multiply queries and keys, the context's first; rows of at least `ROWS` that no query has are
     0, and so is what they give."""
-    own = _product(query, keys.mT)
+    own = _product(query, keys, tile)
     own = own.to(torch.promote_types(own.dtype, torch.float32))
     if context is None:
         return own
@@ -175,18 +181,21 @@ def _every_score(
     every = own.new_empty(*own.shape[:3], width + keys.shape[2])
     every[:, :, rows:] = 0
     every[:, :, :rows, width:] = own[:, :, :rows]
-    score_context(every[:, :, :rows, :width], query, context)
+    score_context(every[:, :, :rows, :width], query, context, tile)
     return every
 
 
 def score_context(
-    scores: Float[Tensor, "N K M W"], query: Float[Tensor, "N K M D"], context: Context
+    scores: Float[Tensor, "N K M W"],
+    query: Float[Tensor, "N K M D"],
+    context: Context,
+    tile: int | None,
 ) -> None:
     """Write the products of queries and the context's keys to `scores`."""
     for group in context.groups:
         under = group.gather(query)
-        products = _product(under, context.keys[group.contexts].mT)[:, :, : under.shape[2]]
-        group.scatter(scores, products)
+        products = _product(under, context.keys[group.contexts], tile)
+        group.scatter(scores, products[:, :, : under.shape[2]])
 
 
 def sum_context(
@@ -209,10 +218,19 @@ def _sum_of_tiles(weights: Float[Tensor, "N K M S"], tile: int | None) -> Float[
     return weights.unflatten(-1, (-1, tile)).sum(-1).cumsum(-1)[..., -1:]
 
 
-def _product(rows: Float[Tensor, "N K M D"], other: Float[Tensor, "N K D X"]) -> Tensor:
-    """rows @ other, of at least `ROWS` rows: more than `rows` has if that has fewer."""
-    product = torch.bmm(_enough(rows).flatten(0, 1), other.flatten(0, 1))
+def _product(
+    rows: Float[Tensor, "N K M D"], keys: Float[Tensor, "N K L D"], tile: int | None
+) -> Float[Tensor, "N K R L"]:
+    """rows @ keys.mT, of at least `ROWS` rows: more than `rows` has if that has fewer."""
+    product = products(_enough(rows).flatten(0, 1), keys.flatten(0, 1), tile)
     return product.unflatten(0, rows.shape[:2])
+
+
+def products(
+    rows: Float[Tensor, "B R D"], keys: Float[Tensor, "B L D"], tile: int | None
+) -> Float[Tensor, "B R L"]:
+    """rows @ keys.mT; `DEPTH` numbers at a time where the order of sums matters (`tile`)."""
+    return add_tiles(None, rows, keys.mT, DEPTH if tile else None)
 
 
 def _add_tiles(

@@ -23,6 +23,7 @@ from gspo.kernels.tile_attention import (
     ROWS,
     Scoring,
     add_tiles,
+    products,
     score_context,
     softmax_,
     sum_context,
@@ -77,17 +78,19 @@ class TokenAttention:
         rows = max(together * share, ROWS)
         size = count * kv_heads // together, rows
 
-        def room(width: int) -> tuple[Tensor, Tensor]:
-            """All, and what belongs to the heads: [N, K, g, width]."""
+        def room(width: int) -> tuple[Tensor, Tensor, Tensor]:
+            """All; what belongs to the heads, [N, K, g, width]; and what contexts are multiplied
+            with, [N, k, M, d]."""
             line = together * width
             every = torch.zeros(*size, line, dtype=dtype, device=device)
             of_head = share * line + width if together > 1 else rows * line
             strides = (kv_heads // together * rows * line, of_head, line, 1)
-            return every, every.as_strided((count, kv_heads, share, width), strides)
+            of_heads = every.as_strided((count, kv_heads, share, width), strides)
+            return every, of_heads, every.view(count, -1, rows, line)[:, :, : together * share]
 
         self._shape, self._rows = shape, together * share
-        self._query, self._query_of = room(depth)
-        self._out, self._out_of = room(wide)
+        self._query, self._query_of, self._asked = room(depth)
+        self._out, self._out_of, self._summed = room(wide)
         self._scores = torch.zeros(0, device=device)
 
     def attend(
@@ -106,27 +109,27 @@ class TokenAttention:
         Args:
             query: without a scale.
             scale: that of the scores, times `LOG2_E`.
-            keys, values: of each completion itself; k is 1 where heads stand side by side.
+            keys, values: of each completion itself; k is 1 where heads stand side by side, in the
+                context too.
             context, hidden, tile, scoring: as there.
         """
         torch.mul(query, scale, out=self._query_of)
-        every = torch.bmm(self._query, keys.flatten(0, 1).mT)
-        every = every.to(torch.promote_types(every.dtype, torch.float32))
         width = 0 if context is None else context.keys.shape[2]
+        shape = (*self._query.shape[:2], width + keys.shape[2])
+        if self._scores.shape != shape:
+            self._scores = self._scores.new_zeros(shape)
+        every = self._scores
+        every[..., width:] = products(self._query, keys.flatten(0, 1), tile)
         if context is not None:
-            own, shape = every, (*every.shape[:2], width + every.shape[2])
-            if self._scores.shape != shape:
-                self._scores = own.new_zeros(shape)
-            every = self._scores
-            every[..., width:] = own
+            of_context = every.view(*self._asked.shape[:2], -1, shape[2])
+            of_context = of_context[:, :, : self._rows, :width]
+            score_context(of_context, self._asked, context, tile)
         scores = every[:, : self._rows].view(*self._shape[:3], -1)
-        if context is not None:
-            score_context(scores[..., :width], self._query_of, context)
         total, _ = softmax_(scores, hidden, tile, scoring)
         out = None
         if context is not None:
-            out = self._out.zero_()
-            sum_context(self._out_of, scores[..., :width], context, tile)
+            out = self._out
+            sum_context(self._summed, of_context, context, tile)
         weights = every[..., width:].to(values.dtype)
         out = add_tiles(out, weights, values.flatten(0, 1), tile)
         return self._of_heads(out) / total

@@ -16,7 +16,7 @@ from gspo.core.errors import ModelError
 from gspo.dev import InternalModelConfig
 from gspo.kernels import hf
 from gspo.kernels.attention import PACKED
-from gspo.kernels.fused import cast_experts, fuse
+from gspo.kernels.fused import cast_experts, fuse, shorten
 from gspo.kernels.sharded import reshard
 from gspo.policy.context import settle_context
 from gspo.policy.lora import add_lora, merge_adapter, quiet_peft
@@ -63,6 +63,8 @@ def load_policy(
     if device.type == "cuda":
         fuse(lm)
         cast_experts()
+    else:
+        shorten(lm)
     context = settle_context(lm, base_model, config.max_context)
     threads, workers = _threads(lm, config.threads)
     torch.set_num_threads(threads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -57,6 +58,7 @@ class Policy:
         logit_scale: factor between the head's product and the logits; None: found on the model.
         microbatch_tokens: tokens of a microbatch that a GPU has memory for; None: not measured yet.
         routers: of an MoE model; none in a dense one.
+        softcap: of the logits.
     """
 
     lm: PreTrainedModel
@@ -78,13 +80,14 @@ class Policy:
     logit_scale: float | None = None
     microbatch_tokens: int | None = None
     routers: Routers = field(init=False, repr=False)
+    softcap: float | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self.routers = Routers(self.lm, self.source)
+        self.routers, self.softcap = Routers(self.lm, self.source), soft_cap(self.lm)
         if self.logit_scale is None:
             self.logit_scale = logit_scale(self.lm)
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         return self.lm.device
 
@@ -107,10 +110,10 @@ class Policy:
                 "log-probs from a plain linear head (with LoRA, leave lm_head out)"
             )
         scale = 1.0 if self.logit_scale is None else self.logit_scale
-        cap = soft_cap(self.lm)
         half = {self.compute_dtype, module.weight.dtype} != {torch.float32}
         split = self.device.type == "cuda" and half
-        return Head(module.weight, module.bias, cap, scale, self.multiple, self.entries, split)
+        cut = self.multiple, self.entries, split
+        return Head(module.weight, module.bias, self.softcap, scale, *cut)
 
     @property
     def trainable(self) -> dict[str, torch.nn.Parameter]:
