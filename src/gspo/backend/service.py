@@ -152,7 +152,7 @@ class Service:
                 out.settings,
                 version=version,
                 context=trainer.policy.context,
-                dtype=str(trainer.policy.compute_dtype).removeprefix("torch."),
+                dtype=str(trainer.policy.dtype).removeprefix("torch."),
             )
             advantages = {s[0].trajectory_id: s[0].advantage for s in batch.samples}
             stored = run.trajectories("train", trainer.step)

@@ -99,19 +99,18 @@ class _Attention(torch.autograd.Function):
         sinks: Tensor | None,
     ) -> Float[Tensor, "T H E"]:
         heads, kv, total = query.shape[1], key.shape[1], query.shape[2]
-        with torch.autocast(query.device.type, enabled=False):
-            q, k, v = _rows(query) * (scale * LOG2_E), _rows(key), _rows(value)
-            out = v.new_zeros(total * heads, v.shape[-1])
-            saved: list[Tensor] = []
-            held = None if sinks is None else sinks.detach().to(q.dtype).view(kv, -1)
-            ctx.scoring = Scoring(softcap, held)
-            room = KEPT_BYTES if any(ctx.needs_input_grad) else 0
-            for call in calls:
-                inputs = _gathered(call, q, k, v, heads, kv)
-                output, weights, *sums = attend(*inputs, call.hidden, scoring=ctx.scoring)
-                out.index_copy_(0, call.rows(heads, kv)[0], output.reshape(-1, v.shape[-1]))
-                room -= weights.numel() * weights.itemsize
-                saved += (weights if room >= 0 else weights.new_empty(0), *sums)
+        q, k, v = _rows(query) * (scale * LOG2_E), _rows(key), _rows(value)
+        out = v.new_zeros(total * heads, v.shape[-1])
+        saved: list[Tensor] = []
+        held = None if sinks is None else sinks.detach().to(q.dtype).view(kv, -1)
+        ctx.scoring = Scoring(softcap, held)
+        room = KEPT_BYTES if any(ctx.needs_input_grad) else 0
+        for call in calls:
+            inputs = _gathered(call, q, k, v, heads, kv)
+            output, weights, *sums = attend(*inputs, call.hidden, scoring=ctx.scoring)
+            out.index_copy_(0, call.rows(heads, kv)[0], output.reshape(-1, v.shape[-1]))
+            room -= weights.numel() * weights.itemsize
+            saved += (weights if room >= 0 else weights.new_empty(0), *sums)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(q, k, v, *saved)
             ctx.calls, ctx.scale, ctx.dtype = calls, scale, query.dtype
@@ -124,31 +123,30 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Float[Tensor, "T H E"]):  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, *saved = ctx.saved_tensors
         heads, kv = ctx.shapes[0][1], ctx.shapes[1][1]
-        with torch.autocast(grad.device.type, enabled=False):
-            upstream = grad.to(q.dtype).reshape(-1, grad.shape[-1])
-            d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-            d_sinks = None
-            each = zip(ctx.calls, saved[::3], saved[1::3], saved[2::3], strict=True)
-            for call, weights, sums, largest in each:
-                inputs = _gathered(call, q, k, v, heads, kv)
-                if weights.numel() == 0:
-                    _, weights, *_ = attend(*inputs, call.hidden, scoring=ctx.scoring)
-                index, own, shared = call.rows(heads, kv)
-                up = upstream.index_select(0, index).view(*inputs[0].shape[:3], -1)
-                if call.padding is not None:
-                    by_token = up.unflatten(2, (call.queries.shape[1], -1))
-                    by_token.masked_fill_(call.padding[:, None, :, None, None], 0)
-                grads = attend_backward(up, *inputs, weights, sums, largest, ctx.scoring)
-                d_q.index_add_(0, index, grads[0].reshape(-1, q.shape[-1]))
-                d_k.index_add_(0, own, grads[1].reshape(-1, k.shape[-1]))
-                d_v.index_add_(0, own, grads[2].reshape(-1, v.shape[-1]))
-                if grads[3] is not None and grads[4] is not None:
-                    d_k.index_add_(0, shared, grads[3].reshape(-1, k.shape[-1]))
-                    d_v.index_add_(0, shared, grads[4].reshape(-1, v.shape[-1]))
-                if grads[5] is not None:
-                    d_sinks = grads[5] if d_sinks is None else d_sinks + grads[5]
-            d_q *= ctx.scale
-            d_k /= LOG2_E
+        upstream = grad.to(q.dtype).reshape(-1, grad.shape[-1])
+        d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        d_sinks = None
+        each = zip(ctx.calls, saved[::3], saved[1::3], saved[2::3], strict=True)
+        for call, weights, sums, largest in each:
+            inputs = _gathered(call, q, k, v, heads, kv)
+            if weights.numel() == 0:
+                _, weights, *_ = attend(*inputs, call.hidden, scoring=ctx.scoring)
+            index, own, shared = call.rows(heads, kv)
+            up = upstream.index_select(0, index).view(*inputs[0].shape[:3], -1)
+            if call.padding is not None:
+                by_token = up.unflatten(2, (call.queries.shape[1], -1))
+                by_token.masked_fill_(call.padding[:, None, :, None, None], 0)
+            grads = attend_backward(up, *inputs, weights, sums, largest, ctx.scoring)
+            d_q.index_add_(0, index, grads[0].reshape(-1, q.shape[-1]))
+            d_k.index_add_(0, own, grads[1].reshape(-1, k.shape[-1]))
+            d_v.index_add_(0, own, grads[2].reshape(-1, v.shape[-1]))
+            if grads[3] is not None and grads[4] is not None:
+                d_k.index_add_(0, shared, grads[3].reshape(-1, k.shape[-1]))
+                d_v.index_add_(0, shared, grads[4].reshape(-1, v.shape[-1]))
+            if grads[5] is not None:
+                d_sinks = grads[5] if d_sinks is None else d_sinks + grads[5]
+        d_q *= ctx.scale
+        d_k /= LOG2_E
         gradients = (
             d.view(shape[2], shape[1], -1).transpose(0, 1)[None].to(ctx.dtype)
             for d, shape in zip((d_q, d_k, d_v), ctx.shapes, strict=True)

@@ -156,12 +156,22 @@ def recompute_layers(lm: PreTrainedModel, context_fn: Callable[[], tuple[Any, An
         layer.forward = MethodType(forward, layer)
 
 
-def sharding(ranks: int) -> dict[str, Any]:
-    """Name the argument of `from_pretrained` that divides the weights among the ranks (FSDP2)."""
+def sharding(ranks: int, *, half: bool) -> dict[str, Any]:
+    """Name the argument of `from_pretrained` that divides the weights among the ranks (FSDP2).
+
+    With `half`, the float32 weights of a layer are rounded to bfloat16 as they are gathered, and
+    their gradients added up in float32.
+    """
     # transformers 5.24 has it
     from transformers.distributed.configuration_utils import DistributedConfig
 
-    return {"distributed_config": DistributedConfig(fsdp_size=ranks)}
+    return {"distributed_config": DistributedConfig(fsdp_size=ranks, fsdp_mixed_precision=half)}
+
+
+def stays_float32(lm: PreTrainedModel, name: str) -> bool:
+    """Whether the architecture keeps a parameter in float32 in a bfloat16 model, too."""
+    kept = getattr(lm, "_keep_in_fp32_modules_strict", None) or ()
+    return any(f".{part}." in f".{name}." for part in kept)
 
 
 def keep_long_rope(lm: PreTrainedModel) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from gspo.core.compute import free_cores
@@ -16,7 +17,7 @@ from gspo.core.errors import ModelError
 from gspo.dev import InternalModelConfig
 from gspo.kernels import hf
 from gspo.kernels.attention import PACKED
-from gspo.kernels.fused import cast_experts, fuse
+from gspo.kernels.fused import fuse
 from gspo.kernels.sharded import reshard
 from gspo.policy.context import settle_context
 from gspo.policy.lora import add_lora, merge_adapter, quiet_peft
@@ -34,7 +35,10 @@ def load_policy(
     checkpoint: Path | None = None,
     mesh: Workers | None = None,
 ) -> Policy:
-    """Load `base_model`, or the weights of a checkpoint of it.
+    """Load `base_model`, or the weights of a checkpoint of it, in float32.
+
+    `Policy.round_weights` is left to the caller: an optimizer needs the float32 numbers, and how
+    samples are packed is proved with them.
 
     Args:
         base_model: `embedded:<task>`, a folder in Hugging Face layout, a hub id, or the folder of
@@ -53,7 +57,8 @@ def load_policy(
     weights = str(checkpoint) if saved_whole else source
     trust, device = config.trust_remote_code, _device(config.device)
     ranks = 1 if mesh is None else mesh.size
-    lm = read_merged(weights, base_model, trust_remote_code=trust, ranks=ranks)
+    half = config.dtype != "float32"
+    lm = read_merged(weights, base_model, trust_remote_code=trust, ranks=ranks, half=half)
     lm = lm.to(device)  # pyright: ignore[reportArgumentType]
     # What a new adapter is of: a path that is right from wherever it is read.
     lm.name_or_path = os.path.abspath(source) if Path(source).is_dir() else source
@@ -62,7 +67,6 @@ def load_policy(
         lm.set_attn_implementation(PACKED)
     if device.type == "cuda":
         fuse(lm)
-        cast_experts()
     context = settle_context(lm, base_model, config.max_context)
     threads, workers = _threads(lm, config.threads)
     torch.set_num_threads(threads)
@@ -73,7 +77,7 @@ def load_policy(
         peft=peft,
         tokenizer=tokenizer,
         source=source,
-        compute_dtype=getattr(torch, config.dtype),
+        dtype=getattr(torch, config.dtype),
         context=context,
         threads=threads,
         entries=max(tokenizer.get_vocab().values()) + 1,  # heads are often padded beyond them
@@ -128,12 +132,23 @@ def caps_or_sinks(lm: PreTrainedModel) -> bool:
     return torch.allclose(found, expected, atol=1e-3, rtol=1e-3)
 
 
-def save_weights(policy: Policy, folder: Path) -> None:
-    """Write weights and tokenizer in Hugging Face layout (with LoRA: the adapter in peft's)."""
-    first = policy.workers.rank == 0
+def save_weights(policy: Policy, folder: Path, masters: Mapping[str, Tensor] | None = None) -> None:
+    """Write weights and tokenizer in Hugging Face layout (with LoRA: the adapter in peft's).
+
+    Args:
+        policy: of these weights.
+        folder: must be there.
+        masters: by name, the float32 numbers of which the weights are the rounded ones: these are
+            written instead.
+    """
+    model = policy.peft or policy.lm
+    first, state = policy.workers.rank == 0, None
+    if masters:
+        whole = {id(p): masters[n] for n, p in policy.lm.named_parameters() if n in masters}
+        state = {n: whole.get(id(t), t) for n, t in model.state_dict(keep_vars=True).items()}
     with hf.quiet(), quiet_peft() if policy.peft else nullcontext():
         if first or not policy.peft:  # each rank has the whole adapters, and a part of a model
-            (policy.peft or policy.lm).save_pretrained(folder)
+            model.save_pretrained(folder, state_dict=state)
         if first:
             policy.tokenizer.save_pretrained(folder)
             # peft's model card, whose fields are empty

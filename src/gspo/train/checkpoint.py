@@ -158,7 +158,7 @@ def _remedy(folder: Path) -> str:
 
 def _write(folder: Path, trainer: Trainer) -> None:
     policy: Policy = trainer.policy
-    save_weights(policy, folder)
+    save_weights(policy, folder, trainer.optimizer.masters)
     tensors = trainer.optimizer.state()
     if policy.workers.size > 1:
         writer = hf_storage.HuggingFaceStorageWriter(str(folder / _SHARDS), save_distributed=True)
