@@ -1,15 +1,15 @@
 """One optimizer step of the trainer: default microbatches, 2,048 to 65,536 tokens, shared prompts.
 
 Timed is `Trainer.train` of one minibatch, with bfloat16 weights and float32 masters: packing,
-forward and backward pass, AdamW, and the metrics, as of any minibatch but a batch's first. The samples' old
-log-probs are the policy's, of the same microbatches, and the learning rate is too small to move a
-weight, so that nothing is clipped: `ok` says that `clip_fraction` is 0. `mfu` is the share of the
-data sheet's bfloat16 rate, of operations that the method needs.
+forward and backward pass, AdamW, and the metrics, as of any minibatch but a batch's first. The
+samples' old log-probs are the policy's, of the same microbatches, and the learning rate is too
+small to move a weight, so that nothing is clipped: `ok` says that `clip_fraction` is 0. `mfu` is
+the share of the data sheet's bfloat16 rate, of operations that the method needs.
 
 Beside it, each from a step of its own: seconds by phase, with waits between them; kernels,
 launches and waits under torch.profiler; casts from one float type to another; peak memory, of
-which `activations` is what the step adds
-to what lay there before, gradients of all trained weights taken off.
+which `activations` is what the step adds to what lay there before, gradients of all trained weights
+taken off.
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ def test_a_newer_format_is_refused(tmp_path: Path):
     ],
     ids=["python", "safetensors"],
 )
-@pytest.mark.parametrize("when", ["save_weights", "save_file"])
+@pytest.mark.parametrize("when", ["save_weights", "write_tensors"])
 def test_a_full_disk_leaves_the_checkpoints_before_it(
     tmp_path: Path, monkeypatch, when: str, error: Exception
 ):

@@ -132,23 +132,28 @@ def caps_or_sinks(lm: PreTrainedModel) -> bool:
     return torch.allclose(found, expected, atol=1e-3, rtol=1e-3)
 
 
-def save_weights(policy: Policy, folder: Path, masters: Mapping[str, Tensor] | None = None) -> None:
+def weights_to_store(policy: Policy, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights by the names that `save_weights` takes (with LoRA: the adapter's).
+
+    Args:
+        masters: by name in the model, float32 numbers that stand for the rounded ones.
+    """
+    whole = {id(p): masters[n] for n, p in policy.lm.named_parameters() if n in masters}
+    state: dict[str, Tensor] = (policy.peft or policy.lm).state_dict(keep_vars=True)
+    stored = [n for n, t in state.items() if policy.peft is None or t.requires_grad]
+    return {name: whole.get(id(state[name]), state[name]) for name in stored}
+
+
+def save_weights(policy: Policy, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
     """Write weights and tokenizer in Hugging Face layout (with LoRA: the adapter in peft's).
 
     Args:
-        policy: of these weights.
-        folder: must be there.
-        masters: by name, the float32 numbers of which the weights are the rounded ones: these are
-            written instead.
+        weights: written in place of the policy's; none at all: all files but that of the weights.
     """
-    model = policy.peft or policy.lm
-    first, state = policy.workers.rank == 0, None
-    if masters:
-        whole = {id(p): masters[n] for n, p in policy.lm.named_parameters() if n in masters}
-        state = {n: whole.get(id(t), t) for n, t in model.state_dict(keep_vars=True).items()}
+    first = policy.workers.rank == 0
     with hf.quiet(), quiet_peft() if policy.peft else nullcontext():
         if first or not policy.peft:  # each rank has the whole adapters, and a part of a model
-            model.save_pretrained(folder, state_dict=state)
+            (policy.peft or policy.lm).save_pretrained(folder, state_dict=weights)
         if first:
             policy.tokenizer.save_pretrained(folder)
             # peft's model card, whose fields are empty

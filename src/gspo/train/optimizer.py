@@ -102,7 +102,7 @@ class Optimizer:
     def state(self) -> dict[str, Tensor]:
         """`<parameter>.<exp_avg|exp_avg_sq|step>` -> tensor; empty before the first step."""
         return {
-            f"{name}.{key}": value.detach().cpu()
+            f"{name}.{key}": value.detach()
             for name, parameter in self._updated.items()
             for key, value in self._adam.state.get(parameter, {}).items()
         }
