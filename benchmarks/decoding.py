@@ -97,7 +97,9 @@ def compare(commit: str, cases: list[str], rounds: int) -> list[str]:
     """One line for each case."""
     from gspo.policy.embedded import embedded_folder
 
-    lines = [f"{'P x L x G x T':>16}  {commit[:12]}      exact=False  exact=True   (CPU ms, and ratios)"]
+    lines = [
+        f"{'P x L x G x T':>16}  {commit[:12]}      exact=False  exact=True   (CPU ms, and ratios)"
+    ]
     with ExitStack() as stack:
         other = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         archive = ["git", "archive", commit, "src"]

@@ -66,15 +66,18 @@ def configs(*, tiny: bool) -> dict[str, Any]:
 def measure(bench: Bench) -> None:
     """Each model in float32 and bfloat16; then the tests of the repository that need a GPU."""
     for name, config in configs(tiny=bench.tiny).items():
-        policy = None
+        policy = half = None
         with bench.row(f"{name}: load") as row:
             policy = models.policy_of(config, bench.card, dtype="float32")
+            half = models.policy_of(config, bench.card)
+            half.round_weights()
             row["packing"], row["shares_prompts"] = policy.packing, policy.shares_prompts
             row["ok"] = policy.shares_prompts and policy.packing == bench.size("flex", "tiles")
-        if policy is None:
+        if policy is None or half is None:
             continue
-        _packed(bench, policy, name)
-        _engines(bench, policy, name)
+        _packed(bench, policy, half, name)
+        _engines(bench, policy, half, name)
+        del policy, half
         free()
     _tests(bench)
 
@@ -86,7 +89,7 @@ class Scored(NamedTuple):
     gradient: dict[str, Tensor]
 
 
-def _packed(bench: Bench, policy: Policy, name: str) -> None:
+def _packed(bench: Bench, policy: Policy, half: Policy, name: str) -> None:
     samples = _samples(bench, policy)
     expected: Scored | None = None
     with bench.row(f"{name}: plain, float32") as row:
@@ -98,18 +101,16 @@ def _packed(bench: Bench, policy: Policy, name: str) -> None:
         with bench.row(f"{name}, float32, shared prompts: {share}") as row:
             row |= differences(packed(policy, samples, share), expected, samples)
             row["ok"] = row["token_max"] <= TOKEN and row["gradient_max"] <= GRADIENT
-    policy.compute_dtype = torch.bfloat16
     noise: dict[str, float] = {}
     with bench.row(f"{name}, bfloat16, plain") as row:
-        noise = differences(plain(policy, samples), expected, samples)
+        noise = differences(plain(half, samples), expected, samples)
         row |= noise
     for share in (True, False):
         with bench.row(f"{name}, bfloat16, shared prompts: {share}") as row:
-            row |= differences(packed(policy, samples, share), expected, samples)
+            row |= differences(packed(half, samples, share), expected, samples)
             keys = ("token_rms", "gradient_norm")
             if not policy.routers.modules:  # one flipped expert is more than rounding
                 row["ok"] = all(row[key] <= WORSE * noise[key] for key in keys)
-    policy.compute_dtype = torch.float32
 
 
 def _samples(bench: Bench, policy: Policy) -> list[Sample]:
@@ -162,8 +163,7 @@ def plain(policy: Policy, samples: Sequence[Sample]) -> Scored:
     parts = []
     for sample in samples:
         tokens = torch.from_numpy(sample.tokens)[None].to(policy.device)
-        with policy.autocast():
-            logits = policy.lm(input_ids=tokens, use_cache=False).logits[0, :-1]
+        logits = policy.lm(input_ids=tokens, use_cache=False).logits[0, :-1]
         logprobs = logits.float().log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0]
         parts.append(logprobs[torch.from_numpy(sample.ratio_mask[1:]).to(policy.device)])
     return _gradient(policy, torch.cat(parts))
@@ -186,20 +186,18 @@ def differences(got: Scored, wanted: Scored, samples: Sequence[Sample]) -> dict[
     }
 
 
-def _engines(bench: Bench, policy: Policy, name: str) -> None:
+def _engines(bench: Bench, policy: Policy, half: Policy, name: str) -> None:
     """What engines sampled, scored by the trainer on the same weights."""
     copy = RoundedCopy(policy, "bfloat16").policy
-    for what, kind, sampler in (
-        ("float32", torch.float32, policy),
-        ("bfloat16", torch.bfloat16, policy),
-        ("bfloat16, engine on a copy", torch.bfloat16, copy),
+    for what, trainer, sampler in (
+        ("float32", policy, policy),
+        ("bfloat16", half, half),
+        ("bfloat16, engine on a copy", half, copy),
     ):
         with bench.row(f"{name}, engine against trainer, {what}") as row:
-            policy.compute_dtype = kind
-            row |= _engine(bench, policy, sampler)
-            if kind == torch.float32:
+            row |= _engine(bench, trainer, sampler)
+            if trainer is policy:
                 row["ok"] = row["token_max"] <= TOKEN
-        policy.compute_dtype = torch.float32
 
 
 def _engine(bench: Bench, policy: Policy, sampler: Policy) -> dict[str, float]:

@@ -42,8 +42,8 @@ RAISED = 32 * 2**30
 
 
 def measure(bench: Bench) -> None:
-    """Three numbers of completions on a bfloat16 copy; less memory for keys and values; the
-    trainer's weights, which an engine without `rollout_dtype` uses; an MoE."""
+    """Three numbers of completions on a bfloat16 copy; the trainer's rounded weights, which engines
+    without `rollout_dtype` use; less memory for keys and values; an MoE."""
     _dense(bench)
     free()
     middle = bench.size(64, 16)
@@ -54,11 +54,13 @@ def measure(bench: Bench) -> None:
 
 def _dense(bench: Bench) -> None:
     policy = models.policy_of(models.dense(tiny=bench.tiny), bench.card)
+    policy.round_weights()
     copy = RoundedCopy(policy, "bfloat16").policy
     small, middle, large = bench.size((8, 64, 512), (8, 16, 24))
     for count in (large, middle, small):
         _run(bench, copy, count, RAISED, f"bfloat16 copy, {count} completions")
-    _run(bench, policy, middle, RAISED, f"the trainer's weights, {middle} completions")
+    for count in (large, middle):
+        _run(bench, policy, count, RAISED, f"the trainer's weights, {count} completions")
     # Half of the completions find room at a time; the copy's keys have half of float32's bytes.
     tight = kv_bytes(large // 2, bench.size(256, 24), copy.lm.config) // 2
     _run(bench, copy, large, tight, f"bfloat16 copy, {large} completions, less KV_BYTES")
@@ -160,8 +162,6 @@ def _floor_bytes(
 ) -> float:
     """Count the bytes that must be read, given how many completions ran at each position."""
     kind = next(policy.lm.parameters()).dtype
-    if policy.compute_dtype == torch.bfloat16:
-        kind = torch.bfloat16
     config = policy.lm.config.get_text_config()
     token = kv_bytes(1, 1, config) / torch.float32.itemsize * kind.itemsize
     weights = sum(p.numel() for p in policy.lm.parameters()) * kind.itemsize

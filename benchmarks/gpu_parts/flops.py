@@ -103,7 +103,7 @@ def _counted(policy: Policy, length: int) -> tuple[int, int]:
     for is_forward in (True, False):
         counter = FlopCounterMode(display=False, custom_mapping=experts)
         # Only this implementation of attention is made of products that torch counts on the CPU.
-        with sdpa_kernel(SDPBackend.MATH), policy.autocast(), torch.enable_grad(), counter:
+        with sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), counter:
             if is_forward:
                 out = policy.backbone(input_ids=tokens, position_ids=tokens, use_cache=False)
                 hidden = out.last_hidden_state

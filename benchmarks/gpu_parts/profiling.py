@@ -10,6 +10,7 @@ from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpu_parts.bench import Card
 from gspo.core.timing import Clock, timing
@@ -151,3 +152,26 @@ def precision(name: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+class Casts(TorchDispatchMode):
+    """Counts what is copied to another type of floats while it is on, in both passes.
+
+    Attributes:
+        count, elements: of all copies.
+        weights: those of whole parameters.
+    """
+
+    def __init__(self, policy: Policy):
+        super().__init__()
+        self._weights = {p.data_ptr() for p in policy.lm.parameters()}
+        self.count = self.elements = self.weights = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        copied = func is torch.ops.aten._to_copy.default and out.dtype != args[0].dtype
+        if copied and args[0].is_floating_point() and out.is_floating_point():
+            self.count += 1
+            self.elements += args[0].numel()
+            self.weights += args[0].data_ptr() in self._weights
+        return out

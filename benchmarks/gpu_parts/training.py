@@ -1,14 +1,15 @@
 """One optimizer step of the trainer: default microbatches, 2,048 to 65,536 tokens, shared prompts.
 
-Timed is `Trainer.train` of one minibatch in bfloat16 with float32 weights: packing, forward and
-backward pass, AdamW, and the metrics, as of any minibatch but a batch's first. The samples' old
-log-probs are the policy's, of the same microbatches, and the learning rate is too small to move a
-weight, so that nothing is clipped: `ok` says that `clip_fraction` is 0. `mfu` is the share of the
-data sheet's bfloat16 rate, of operations that the method needs.
+Timed is `Trainer.train` of one minibatch, with bfloat16 weights and float32 masters: packing,
+forward and backward pass, AdamW, and the metrics, as of any minibatch but a batch's first. The
+samples' old log-probs are the policy's, of the same microbatches, and the learning rate is too
+small to move a weight, so that nothing is clipped: `ok` says that `clip_fraction` is 0. `mfu` is
+the share of the data sheet's bfloat16 rate, of operations that the method needs.
 
 Beside it, each from a step of its own: seconds by phase, with waits between them; kernels,
-launches and waits under torch.profiler; peak memory, of which `activations` is what the step adds
-to what lay there before, gradients of all trained weights taken off.
+launches and waits under torch.profiler; casts from one float type to another; peak memory, of
+which `activations` is what the step adds to what lay there before, gradients of all trained weights
+taken off.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from gpu_parts import models
 from gpu_parts.bench import Bench, free
-from gpu_parts.profiling import host_share, phases, profiled
+from gpu_parts.profiling import Casts, host_share, phases, profiled
 from gspo.config import TrainConfig
 from gspo.dev import LoraConfig
 from gspo.dev import TrainConfig as DevTrainConfig
@@ -171,6 +172,9 @@ def _step(
     row["memory"] = _memory(trainer, before, peak, row["largest_microbatch"])
     row["phases_s"] = measured["seconds"]
     row["profile"] = profiled(step, card)
+    with Casts(policy) as casts:
+        step()
+    row["casts"] = {"count": casts.count, "elements": casts.elements, "weights": casts.weights}
     row["host_share"] = host_share(row["profile"], row["median_s"])
 
 
@@ -189,7 +193,7 @@ def _memory(
 ) -> dict[str, int | None]:
     """Bytes; `estimated` is what gspo would count on for the largest microbatch on a CPU."""
     policy = trainer.policy
-    gradients = sum(p.numel() * p.itemsize for p in policy.trainable.values())
+    gradients = sum(4 * p.numel() for p in policy.trainable.values())  # in float32
     config = policy.lm.config.get_text_config()
     added = None if before is None or peak is None else peak - before
     return {

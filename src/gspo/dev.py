@@ -227,7 +227,8 @@ class InternalModelConfig(Options):
     refused: ClassVar[Mapping[str, str]] = absent.REASONS["dev.InternalModelConfig"]
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute type. Weights and optimizer stay float32; `bfloat16` computes under autocast."""
+    """Type that engine and trainer compute in, and of their weights. With `bfloat16` these are the
+    rounded copies of float32 ones, which the optimizer updates and a checkpoint holds."""
     rollout_dtype: RolloutDtype | None = None
     """Precision of the engine. None: it samples from the trainer's own weights; else from a copy
     (LoRA merged), made again after each update."""

@@ -31,6 +31,7 @@ from gspo.core.errors import (
     ServeError,
 )
 from gspo.serve.server import Serving
+from gspo.train import checkpoint_writer
 from models import folder
 from support import choice, trajectory
 
@@ -183,7 +184,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str], tuple[threadin
 async def test_a_step_that_is_being_saved_is_saved_before_the_run_is_let_go(
     tmp_path: Path, held, model: art.TrainableModel, backend: art.LocalBackend
 ):
-    begun, go_on, _ = held(service, "save_checkpoint")
+    begun, go_on, _ = held(checkpoint_writer, "begin_checkpoint")
     training = asyncio.create_task(model.train(await gather(model)))
     assert await asyncio.to_thread(begun.wait, 30)
     training.cancel()

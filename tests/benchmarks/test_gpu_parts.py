@@ -51,7 +51,7 @@ def test_a_drawn_model_is_the_one_that_loads_from_a_folder(make: Any, tmp_path: 
     loaded = load_policy(str(tmp_path), InternalModelConfig(dtype="bfloat16", device="cpu"))
     choose_packing(loaded)
     for other in (again, loaded):
-        assert other.packing == drawn.packing and other.compute_dtype == torch.bfloat16
+        assert other.packing == drawn.packing and other.dtype == torch.bfloat16
         for (name, one), (same, two) in zip(
             drawn.lm.named_parameters(), other.lm.named_parameters(), strict=True
         ):

@@ -25,7 +25,7 @@ def head_of(lm: Any) -> Head:
 @pytest.mark.parametrize("kind", ["llama", "qwen3_next", "jitter"])
 def test_each_kind_of_module_is_measured_once(kind: str):
     lm = model(kind)
-    parts = measure(lm, head_of(lm), torch.float32)
+    parts = measure(lm, head_of(lm))
     assert all(part.multiple in exact.MULTIPLES for part in parts)
     assert len({(part.kind, part.name) for part in parts}) == len(parts)
     kinds = {part.kind for part in parts}
@@ -43,7 +43,7 @@ def test_a_module_that_looks_at_its_call_is_found():
 
     lm: Any = model("llama")
     lm.model.layers[0].mlp.act_fn = Normed()
-    bad = [part for part in measure(lm, head_of(lm), torch.float32) if part.multiple is None]
+    bad = [part for part in measure(lm, head_of(lm)) if part.multiple is None]
     assert {(part.name, part.kind) for part in bad} == {
         ("model.layers.0.mlp.act_fn", "Normed"),
         ("model.layers.0.mlp", "LlamaMLP"),
@@ -58,10 +58,10 @@ class Changing(nn.Linear):
 
 
 def test_half_precision_is_measured_with_many_tokens_too(monkeypatch: pytest.MonkeyPatch):
-    layer, x = Changing(24, 16), torch.randn(512, 24)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    layer, x = Changing(24, 16).bfloat16(), torch.randn(512, 24).bfloat16()
+    with torch.no_grad():
         monkeypatch.setattr(exact, "pad_experts", lambda module, rows: None)
-        experts = exact._settle_experts(("experts", [Changing(24, 16)], (x,)))
+        experts = exact._settle_experts(("experts", [Changing(24, 16).bfloat16()], (x,)))
         part = exact._settle_linear(("linear", [layer], (x,)))
     assert experts.multiple is None  # there is no other way to compute them
     assert part.how == "blocks of 64 rows" and part.multiple in exact.MULTIPLES
@@ -131,7 +131,7 @@ def test_padded_experts_compute_the_same(rows: int, way: str, monkeypatch: pytes
 
 def test_what_was_changed_can_be_undone():
     lm: Any = model("jitter")
-    measure(lm, head_of(lm), torch.float32)
+    measure(lm, head_of(lm))
     layer = lm.model.layers[0].self_attn.q_proj
     layer.forward = MethodType(_by_blocks, layer)
     assert any(hasattr(m, "gspo_rows") for m in lm.modules())

@@ -98,17 +98,6 @@ def test_values_are_those_of_the_calls(window: int | None, kv_heads: int):
 
 
 @uncompiled
-def test_autocast_reaches_it():
-    (microbatch,) = pack(samples_of(), 10_000, share=True)
-    q, k = (torch.randn(1, 2, microbatch.token_count, 16) for _ in range(2))
-    with torch.autocast("cpu", torch.bfloat16):
-        out = FlexAttention(SharedPromptAttention(microbatch)).attend(
-            None, q, k, k.bfloat16(), None, None
-        )
-    assert out.dtype == torch.bfloat16
-
-
-@uncompiled
 @pytest.mark.parametrize("name", ["llama", "sliding", "gemma3", "qwen3_moe"])
 def test_the_probe_proves_it_on_the_whole_model(name: str, monkeypatch: pytest.MonkeyPatch):
     def forward(policy: Policy, microbatch: Microbatch) -> tuple[torch.Tensor, bool]:

@@ -237,26 +237,6 @@ def test_frozen_head_gets_no_gradient(inputs):
     assert hidden.grad is not None
 
 
-@pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("kept", [0, 2**30])
-def test_both_passes_stay_float32_under_autocast(inputs, monkeypatch, kept, trained):
-    monkeypatch.setattr(projection, "KEPT_BYTES", kept)
-    hidden, weight, _, targets, temperatures = inputs
-    leaves = [hidden.requires_grad_(), weight.requires_grad_()] if trained else [hidden]
-    leaves[0].requires_grad_()
-
-    def both():
-        out = token_logprobs(hidden, Head(weight), targets, temperatures)
-        return out.logprobs, *torch.autograd.grad(out.logprobs.sum(), leaves)
-
-    expected = both()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = both()
-        logits = full_logits(hidden, Head(weight))
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-    assert torch.equal(logits, hidden @ weight.t())
-
-
 def test_entropy_has_no_gradient(inputs):
     hidden, weight, _, targets, temperatures = inputs
     hidden.requires_grad_()

@@ -198,7 +198,8 @@ def test_lora_shares_too():
 
 def test_bfloat16_is_as_near_as_it_is_unshared():
     exact, rough = model("llama"), model("llama")
-    rough.compute_dtype = torch.bfloat16
+    rough.dtype = torch.bfloat16
+    rough.round_weights()
     samples = samples_of()
     expected, _ = of_microbatches(exact, pack(samples, 10_000))
     apart, _ = of_microbatches(rough, pack(samples, 10_000))

@@ -130,9 +130,10 @@ def test_memory_is_planned_by_the_type_of_keys(policy: Policy, monkeypatch: pyte
     monkeypatch.setattr(admission, "kv_budget", lambda device: room)
     assert len(line(policy, group(9)).take([])) == 4
     assert len(line(policy, group(9), layout="model_cache").take([])) == 3
-    monkeypatch.setattr(policy, "compute_dtype", torch.bfloat16)
-    assert len(line(policy, group(9)).take([])) == 4  # attention in tiles keeps float32 on a CPU
-    assert len(line(policy, group(9), layout="model_cache").take([])) == 6
+    rough = embedded(dtype="bfloat16")
+    rough.round_weights()
+    assert len(line(rough, group(9)).take([])) == 4  # attention in tiles keeps float32 on a CPU
+    assert len(line(rough, group(9), layout="model_cache").take([])) == 6
 
 
 def test_one_always_fits(policy: Policy, monkeypatch: pytest.MonkeyPatch):

@@ -128,6 +128,7 @@ EXACT: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 def engine_of(policy: Policy) -> TorchEngine:
     choose_packing(policy)
+    policy.round_weights()
     return TorchEngine(policy)
 
 
@@ -180,7 +181,7 @@ FEW = {("llama", torch.float32), ("qwen3_moe", torch.float32), ("gemma3", torch.
 def test_engine_and_trainer_are_equal_to_the_bit(kind: str, dtype: torch.dtype):
     model_class, config_class, sizes = EXACT[kind]
     policy = tiny(model_class, config_class, **sizes)
-    policy.compute_dtype = dtype
+    policy.dtype = dtype
     engine = engine_of(policy)
     make_exact(engine, required=True)
     assert policy.exact
@@ -286,7 +287,7 @@ def test_wide_models_are_exact_too(kind: str):
 )
 def test_long_prompts_at_a_high_temperature_are_exact_too(kind: str, dtype: torch.dtype):
     policy = wide(kind)
-    policy.compute_dtype = dtype
+    policy.dtype = dtype
     engine = engine_of(policy)
     make_exact(engine, required=True)
     generator = torch.Generator().manual_seed(2)

@@ -26,6 +26,7 @@ from gspo.train.checkpoint import (
 from gspo.train.minibatches import prepare
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
+from gspo.weights.rollout_copy import RoundedCopy
 from support import embedded, random_groups
 
 SETTINGS = resolve(TrainConfig(learning_rate=1e-3))
@@ -39,15 +40,17 @@ def trained(steps: int = 1, **config) -> Trainer:
     return trainer
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("lora", [None, dev.LoraConfig(r=2)])
-def test_a_resumed_trainer_ends_in_the_same_weights_bit_for_bit(tmp_path: Path, lora):
-    straight = trained(3, lora=lora)
-    half = trained(1, lora=lora)
+def test_a_resumed_trainer_ends_in_the_same_weights_bit_for_bit(tmp_path: Path, lora, dtype):
+    straight = trained(3, lora=lora, dtype=dtype)
+    half = trained(1, lora=lora, dtype=dtype)
     folder = save_checkpoint(tmp_path, half)
     verify_checkpoint(folder)
-    config = InternalModelConfig(lora=lora)
-    resumed = Trainer(load_policy("embedded:sort", config, checkpoint=folder))
-    choose_packing(resumed.policy)  # as a backend does
+    config = InternalModelConfig(lora=lora, dtype=dtype)
+    policy = load_policy("embedded:sort", config, checkpoint=folder)
+    choose_packing(policy)  # as a backend does
+    resumed = Trainer(policy)
     load_trainer_state(folder, resumed)
     assert (resumed.step, resumed.policy.version) == (1, 1)
     for step in (1, 2):
@@ -56,6 +59,24 @@ def test_a_resumed_trainer_ends_in_the_same_weights_bit_for_bit(tmp_path: Path, 
     assert list(resumed.policy.trainable) == list(straight.policy.trainable)
     for name, parameter in straight.policy.trainable.items():
         assert torch.equal(parameter, resumed.policy.trainable[name]), name
+    masters = straight.optimizer.masters
+    assert list(masters) == (list(straight.policy.trainable) if dtype == "bfloat16" else [])
+    for name, master in masters.items():
+        assert torch.equal(master, resumed.optimizer.masters[name]), name
+
+
+def test_a_checkpoint_of_rounded_weights_holds_the_float32_ones(tmp_path: Path):
+    trainer = trained(dtype="bfloat16")
+    masters, weights = trainer.optimizer.masters, dict(trainer.policy.lm.named_parameters())
+    folder = save_checkpoint(tmp_path, trainer)
+    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for name, weight in saved.named_parameters():
+        assert torch.equal(weight, masters[name])
+        assert torch.equal(weight.bfloat16(), weights[name])
+    assert any((m != m.bfloat16().float()).any() for m in masters.values())
+    # What is published are the rounded weights: nothing rounds them again.
+    for name, weight in RoundedCopy(trainer.policy, "bfloat16").policy.lm.named_parameters():
+        assert torch.equal(weight, weights[name])
 
 
 def test_a_checkpoint_is_an_ordinary_hugging_face_folder(tmp_path: Path):
@@ -139,7 +160,7 @@ def test_a_newer_format_is_refused(tmp_path: Path):
     ],
     ids=["python", "safetensors"],
 )
-@pytest.mark.parametrize("when", ["save_weights", "save_file"])
+@pytest.mark.parametrize("when", ["save_weights", "write_tensors"])
 def test_a_full_disk_leaves_the_checkpoints_before_it(
     tmp_path: Path, monkeypatch, when: str, error: Exception
 ):

@@ -264,12 +264,12 @@ def test_a_router_that_cannot_be_seen_trains_without_replay():
 def test_bfloat16_replays_too():
     """Rounding moves the router's own choice; the replayed one stands."""
     exact, rough = moe(), moe()
-    rough.compute_dtype = torch.bfloat16
+    rough.dtype = torch.bfloat16
     batch = routed(exact, batch_of(exact))
     _, free = trained(batch, rough, minibatches=1)
     assert 0.5 < free["moe/routing_agreement"] < 1
     other = moe()
-    other.compute_dtype = torch.bfloat16
+    other.dtype = torch.bfloat16
     weights, _ = trained(batch, other, routing_replay="rollout", router_aux_loss_coef=0.1)
     assert all(value.isfinite().all() for value in weights.values())
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gspo.core.errors import CheckpointError, NumericsError
 from gspo.dev import TrainConfig
@@ -108,3 +110,48 @@ def test_no_update_within_the_schedule_has_a_rate_of_0(kind: Any, minibatches: i
     assert all(a > b for a, b in itertools.pairwise(rates[rising:]))
     assert min(rates) > 0
     assert learning_rate(1.0, options, 8.0, 9.0) == pytest.approx(0.0)  # lr_final, from here on
+
+
+def rounded(masters: dict[str, torch.Tensor]) -> dict[str, torch.nn.Parameter]:
+    """What computes: bfloat16 copies, whose gradients are float32."""
+    copies = {name: torch.nn.Parameter(value.bfloat16()) for name, value in masters.items()}
+    for copy in copies.values():
+        copy.grad_dtype = torch.float32
+    return copies
+
+
+@given(st.integers(0, 10**6), st.integers(1, 4))
+@settings(max_examples=20, deadline=None)
+def test_an_update_of_masters_is_the_float32_update_rounded(seed: int, steps: int):
+    own = parameters()
+    masters = {name: p.detach().clone() for name, p in own.items()}
+    copies = rounded(masters)
+    plain, mixed = Optimizer(own), Optimizer(copies, masters)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for name, parameter in own.items():
+            parameter.grad = torch.randn(3, generator=generator)
+            copies[name].grad = parameter.grad.clone()
+        norms = [one.step(1e-3, TrainConfig(weight_decay=0.1)) for one in (plain, mixed)]
+        assert norms[0] == norms[1]
+    for name, parameter in own.items():
+        assert torch.equal(mixed.masters[name], parameter)
+        assert torch.equal(copies[name], parameter.bfloat16())
+        assert copies[name].grad is None and masters[name].grad is None
+    assert all(torch.equal(value, mixed.state()[key]) for key, value in plain.state().items())
+
+
+def test_updates_that_bfloat16_cannot_hold_are_not_lost():
+    """1,000 updates of 1e-5 of a weight are 1 %; bfloat16's next number is 0.8 % away."""
+    masters = {"a": torch.ones(4)}
+    copies = rounded(masters)
+    alone = {"a": torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))}
+    mixed, lost = Optimizer(copies, masters), Optimizer(alone)
+    for _ in range(1000):
+        copies["a"].grad = torch.ones(4)
+        alone["a"].grad = torch.ones(4, dtype=torch.bfloat16)
+        mixed.step(1e-5, TrainConfig())
+        lost.step(1e-5, TrainConfig())
+    assert masters["a"].tolist() == pytest.approx([0.99] * 4, abs=2e-5)
+    assert torch.equal(copies["a"], masters["a"].bfloat16())
+    assert alone["a"].tolist() == [1.0] * 4

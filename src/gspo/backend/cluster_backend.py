@@ -28,6 +28,7 @@ from gspo.backend.service import Service
 from gspo.core.compute import free_cores
 from gspo.core.errors import ConfigError, check_names, check_whole
 from gspo.dev import InternalModelConfig
+from gspo.train.checkpoint import save_checkpoint
 from gspo.train.mesh import LIMIT, Mesh, started_ranks
 from gspo.train.trainer import Trainer
 from gspo.weights.gathered_copy import GatheredCopy, whole_weights
@@ -132,6 +133,9 @@ class ShardedService(Service):
 
     def _everywhere(self, function: Callable[..., T], *args: Any) -> T:
         return self._ranks.call(function, *args)
+
+    def _save(self) -> Path:
+        return self._everywhere(save_checkpoint, self.run.checkpoints, self.trainer)
 
     def _load(self, model: ModelLike, checkpoint: Path | None) -> Trainer:
         config, source = model.internal_config, model.source

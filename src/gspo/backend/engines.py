@@ -195,6 +195,7 @@ class Engines:
         return engine
 
     def _load(self, step: int) -> Engine:
+        self._run.settle()
         if step not in (steps := self._steps()):
             raise RequestError(
                 f"step {step} of {self._name!r} is not saved. Saved: "

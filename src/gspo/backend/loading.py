@@ -15,18 +15,24 @@ from gspo.train.checkpoint import load_trainer_state, understood, verify_checkpo
 from gspo.train.trainer import Trainer
 
 
-def load_step(
-    base_model: str,
-    config: InternalModelConfig,
-    checkpoint: Path | None,
-    mesh: Workers | None = None,
-) -> Policy:
-    """The weights of a checkpoint; None: the base model's.
+def load_step(base_model: str, config: InternalModelConfig, checkpoint: Path | None) -> Policy:
+    """The weights of a checkpoint, to be sampled from; None: the base model's.
 
     Raises:
         ModelError: the base model cannot be loaded.
         CheckpointError: the checkpoint is damaged.
     """
+    policy = _unrounded(base_model, config, checkpoint)
+    policy.round_weights()
+    return policy
+
+
+def _unrounded(
+    base_model: str,
+    config: InternalModelConfig,
+    checkpoint: Path | None,
+    mesh: Workers | None = None,
+) -> Policy:
     if checkpoint is None:
         policy = load_policy(base_model, config, mesh=mesh)
     else:
@@ -50,7 +56,7 @@ def load_trainer(
         CheckpointError: the checkpoint is damaged.
     """
     _spare_the_libraries()
-    policy = load_step(base_model, config, checkpoint, mesh)
+    policy = _unrounded(base_model, config, checkpoint, mesh)
     policy.workers.finish(policy.lm)
 
     def load_reference() -> Policy:
@@ -58,6 +64,7 @@ def load_trainer(
         frozen.packing, frozen.shares_prompts = policy.packing, policy.shares_prompts
         frozen.multiple = policy.multiple
         frozen.lm.requires_grad_(False)
+        frozen.round_weights()
         return frozen
 
     trainer = Trainer(policy, load_reference)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -252,8 +252,9 @@ class LocalBackend(Backend):
         Raises:
             ConfigError: a metric that was never logged. Nothing was deleted.
         """
-        run = self._service(model).run
-        await asyncio.to_thread(run.prune, 1, best_checkpoint_metric, required=True)
+        service = self._service(model)
+        await asyncio.to_thread(service.settle)
+        await asyncio.to_thread(service.run.prune, 1, best_checkpoint_metric, required=True)
 
     @absent.refusing
     async def fork_checkpoint(
@@ -270,6 +271,8 @@ class LocalBackend(Backend):
             raise ConfigError("fork_checkpoint: give from_model=, the name of the other run")
         if (model.project, model.name) in self._services:
             raise RunError(f"model {model.name!r} is registered: fork before register")
+        for service in self._services.values():  # one of which may be the other run's
+            await asyncio.to_thread(service.settle)
         source = from_model, from_project, not_after_step
         step = await asyncio.to_thread(fork_checkpoint, self.path, model, *source)
         if verbose:
@@ -290,13 +293,15 @@ class LocalBackend(Backend):
         services, runs = list(self._services.values()), list(self._runs.values())
         self._services.clear()
         self._runs.clear()
-        # The runs first: no failure below may leave one of them locked.
-        for run in runs:
-            await asyncio.to_thread(run.close)  # a tracker may have to send what is left
-        for service in services:
-            await service.serving.stop()
-            service.engines.close()
-        self._compute.close()
+        async with AsyncExitStack() as stack:  # in turn from the last to the first, whatever fails
+            stack.callback(self._compute.close)
+            for service in services:
+                stack.callback(service.engines.close)
+                stack.push_async_callback(service.serving.stop)
+            # The runs first: no failure may leave one of them locked. It waits for its checkpoint,
+            # and a tracker may have to send what is left.
+            for run in runs:
+                stack.push_async_callback(asyncio.to_thread, run.close)
 
     def _service(self, model: ModelLike) -> Service:
         service = self._services.get((model.project, model.name))

@@ -8,7 +8,7 @@ import math
 import os
 import platform
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -75,6 +75,8 @@ class Run:
             raise
         self.metrics, self.line = self._lines.read, self._lines.line
         self.trackers = Trackers((), self, None, {})
+        self.settle: Callable[[], None] = lambda: None
+        """Waits for what is still being written beside, which `close` does first."""
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -169,11 +171,14 @@ class Run:
         From then on nothing is written to the run, whatever is still being computed for it.
         """
         with self._writes:
-            self._closed = True
             try:
-                self.trackers.finish()
+                self.settle()
             finally:
-                self._lock.close()
+                self._closed = True
+                try:
+                    self.trackers.finish()
+                finally:
+                    self._lock.close()
 
 
 def best_step(scores: Mapping[int, float]) -> int | None:

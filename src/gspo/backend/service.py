@@ -25,7 +25,8 @@ from gspo.data.check import plain_groups
 from gspo.data.sample import SPLIT_REASONS, flat, split_counts
 from gspo.dev import InternalModelConfig
 from gspo.serve.server import Serving
-from gspo.train.checkpoint import checkpoint_name, save_checkpoint, steps_saved
+from gspo.train.checkpoint import checkpoint_name, steps_saved
+from gspo.train.checkpoint_writer import CheckpointWriter
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.settings import Settings
 from gspo.train.supervised import plan_sft, train_sft
@@ -54,6 +55,7 @@ class Service:
         receipts: gives the engine the weights after each step, and proves it before anything is
             sampled.
         engines: finds the engine of a saved step too.
+        checkpoints: writes them; a large one while training goes on.
         serving: answers for the engine, once it is started.
 
     Raises:
@@ -75,6 +77,9 @@ class Service:
         config = model.internal_config
         self.run, self.seed = run, seed
         self._told: set[str] = set()  # reasons of splits
+        self.checkpoints = CheckpointWriter()
+        self._keep: int | None = None  # checkpoints
+        run.settle = self.settle
         self._loaded = _identity(model)
         saved = steps_saved(run.checkpoints)
         checkpoint = run.checkpoints / checkpoint_name(saved[-1]) if saved else None
@@ -152,7 +157,7 @@ class Service:
                 out.settings,
                 version=version,
                 context=trainer.policy.context,
-                dtype=str(trainer.policy.compute_dtype).removeprefix("torch."),
+                dtype=str(trainer.policy.dtype).removeprefix("torch."),
             )
             advantages = {s[0].trajectory_id: s[0].advantage for s in batch.samples}
             stored = run.trajectories("train", trainer.step)
@@ -180,6 +185,8 @@ class Service:
 
         Published also after a NumericsError: earlier minibatches have moved the weights by then.
         """
+        with self.run.writing():
+            self.checkpoints.check()
         try:
             out = self._everywhere(update, *args)
         finally:
@@ -208,13 +215,13 @@ class Service:
                 store()
             except Exception as error:
                 failed = error
-            where = run.checkpoints, self.trainer
-            path = self._everywhere(save_checkpoint, *where) if save else None
+            path = self._save() if save else None
             try:
                 if failed is not None:
                     raise failed
-                if save and keep_checkpoints is not None:
-                    run.prune(keep_checkpoints, "val/reward")
+                if save:
+                    self._keep = keep_checkpoints
+                    self._prune()
                 metrics["time/checkpoint"] = time.perf_counter() - started
                 run.log(step, {"time/checkpoint": metrics["time/checkpoint"]})
             except Exception as error:
@@ -226,6 +233,23 @@ class Service:
                     "Mend that and go on; training on this batch again would train on it twice"
                 ) from error
         return TrainResult(step, metrics, path, skipped)
+
+    def _save(self) -> Path:
+        return self.checkpoints.save(self.run.checkpoints, self.trainer)
+
+    def _prune(self) -> None:
+        if self._keep is not None:
+            self.run.prune(self._keep, "val/reward")
+
+    def settle(self) -> None:
+        """Wait until the last checkpoint is on the disk.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        with self.run.writing():
+            if self.checkpoints.wait():
+                self._prune()
 
     def _metrics(
         self, groups: Sequence[TrajectoryGroup], batch: RolloutBatch, out: TrainOutput

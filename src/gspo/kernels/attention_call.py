@@ -94,17 +94,16 @@ class _Attention(torch.autograd.Function):
         sinks: Tensor | None,
     ) -> Float[Tensor, "T H E"]:
         heads, kv, total = query.shape[1], key.shape[1], query.shape[2]
-        with torch.autocast(query.device.type, enabled=False):
-            q, k, v = _rows(query) * (scale * LOG2_E), _rows(key), _rows(value)
-            out = v.new_zeros(total * heads, v.shape[-1])
-            log_totals: list[Tensor] = []
-            held = None if sinks is None else sinks.detach().to(q.dtype).view(kv, -1)
-            ctx.scoring = Scoring(softcap, held)
-            for call in calls:
-                inputs = _gathered(call, q, k, v, heads, kv)
-                output, log_total = attend(*inputs, call.hidden, scoring=ctx.scoring)
-                out.index_copy_(0, call.rows(heads, kv)[0], output.reshape(-1, v.shape[-1]))
-                log_totals.append(log_total)
+        q, k, v = _rows(query) * (scale * LOG2_E), _rows(key), _rows(value)
+        out = v.new_zeros(total * heads, v.shape[-1])
+        log_totals: list[Tensor] = []
+        held = None if sinks is None else sinks.detach().to(q.dtype).view(kv, -1)
+        ctx.scoring = Scoring(softcap, held)
+        for call in calls:
+            inputs = _gathered(call, q, k, v, heads, kv)
+            output, log_total = attend(*inputs, call.hidden, scoring=ctx.scoring)
+            out.index_copy_(0, call.rows(heads, kv)[0], output.reshape(-1, v.shape[-1]))
+            log_totals.append(log_total)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(q, k, v, out, *log_totals)
             ctx.calls, ctx.scale, ctx.dtype = calls, scale, query.dtype
@@ -117,32 +116,31 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Float[Tensor, "T H E"]):  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, out, *log_totals = ctx.saved_tensors
         heads, kv = ctx.shapes[0][1], ctx.shapes[1][1]
-        with torch.autocast(grad.device.type, enabled=False):
-            upstream = grad.to(q.dtype).reshape(-1, grad.shape[-1])
-            d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-            d_sinks = None
-            for call, log_total in zip(ctx.calls, log_totals, strict=True):
-                index, own, shared = call.rows(heads, kv)
-                inputs = _gathered(call, q, k, v, heads, kv)
-                rows = inputs[0].shape[:3]
-                up, output = (x.index_select(0, index).view(*rows, -1) for x in (upstream, out))
-                if call.padding is not None:
-                    by_token = up.unflatten(2, (call.queries.shape[1], -1))
-                    by_token.masked_fill_(call.padding[:, None, :, None, None], 0)
-                grads = attend_backward(
-                    up, output, log_total, *inputs, call.context_of, call.hidden, ctx.scoring
-                )
-                d_q.index_add_(0, index, grads.query.reshape(-1, q.shape[-1]))
-                for total, of_own, of_shared in (
-                    (d_k, grads.keys, grads.context_keys),
-                    (d_v, grads.values, grads.context_values),
-                ):
-                    total.index_add_(0, own, of_own.reshape(-1, total.shape[-1]))
-                    if of_shared is not None:
-                        total.index_add_(0, shared, of_shared.reshape(-1, total.shape[-1]))
-                if grads.sinks is not None:
-                    d_sinks = grads.sinks if d_sinks is None else d_sinks + grads.sinks
-            d_q *= ctx.scale * LOG2_E
+        upstream = grad.to(q.dtype).reshape(-1, grad.shape[-1])
+        d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        d_sinks = None
+        for call, log_total in zip(ctx.calls, log_totals, strict=True):
+            index, own, shared = call.rows(heads, kv)
+            inputs = _gathered(call, q, k, v, heads, kv)
+            rows = inputs[0].shape[:3]
+            up, output = (x.index_select(0, index).view(*rows, -1) for x in (upstream, out))
+            if call.padding is not None:
+                by_token = up.unflatten(2, (call.queries.shape[1], -1))
+                by_token.masked_fill_(call.padding[:, None, :, None, None], 0)
+            grads = attend_backward(
+                up, output, log_total, *inputs, call.context_of, call.hidden, ctx.scoring
+            )
+            d_q.index_add_(0, index, grads.query.reshape(-1, q.shape[-1]))
+            for total, of_own, of_shared in (
+                (d_k, grads.keys, grads.context_keys),
+                (d_v, grads.values, grads.context_values),
+            ):
+                total.index_add_(0, own, of_own.reshape(-1, total.shape[-1]))
+                if of_shared is not None:
+                    total.index_add_(0, shared, of_shared.reshape(-1, total.shape[-1]))
+            if grads.sinks is not None:
+                d_sinks = grads.sinks if d_sinks is None else d_sinks + grads.sinks
+        d_q *= ctx.scale * LOG2_E
         gradients = (
             d.view(shape[2], shape[1], -1).transpose(0, 1)[None].to(ctx.dtype)
             for d, shape in zip((d_q, d_k, d_v), ctx.shapes, strict=True)

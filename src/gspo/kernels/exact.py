@@ -62,26 +62,24 @@ _Call = tuple[str, list[nn.Module], tuple[Tensor, ...]]
 
 
 @torch.no_grad()
-def measure(lm: Any, head: Head, dtype: torch.dtype) -> list[Part]:
+def measure(lm: Any, head: Head) -> list[Part]:
     """Measure each kind of module of a model, and change those that need it.
 
     Args:
         lm: the model. Its experts may be padded from now on, its linear layers replaced.
         head: its vocabulary projection.
-        dtype: that it computes in.
     """
-    with torch.autocast(lm.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        calls = list(_calls(lm))
-        experts = [call for call in calls if is_experts(call[1][0])]
-        linear = [call for call in calls if isinstance(call[1][0], nn.Linear)]
-        rest = [call for call in calls if call not in experts and call not in linear]
-        # Blocks contain the others, so they come last.
-        return [
-            *(_settle_linear(call) for call in linear),
-            *(_settle_experts(call) for call in experts),
-            *(Part(name, _kind(same), _needed(same[0], inputs)) for name, same, inputs in rest),
-            _head(head),
-        ]
+    calls = list(_calls(lm))
+    experts = [call for call in calls if is_experts(call[1][0])]
+    linear = [call for call in calls if isinstance(call[1][0], nn.Linear)]
+    rest = [call for call in calls if call not in experts and call not in linear]
+    # Blocks contain the others, so they come last.
+    return [
+        *(_settle_linear(call) for call in linear),
+        *(_settle_experts(call) for call in experts),
+        *(Part(name, _kind(same), _needed(same[0], inputs)) for name, same, inputs in rest),
+        _head(head),
+    ]
 
 
 def _head(head: Head) -> Part:
@@ -90,15 +88,14 @@ def _head(head: Head) -> Part:
     hidden = torch.randn(_TOKENS, head.weight.shape[1], generator=generator)
     block = min(CPU_BLOCK[0], head.size)
     spans = [slice(0, block), slice((head.size - 1) // block * block, head.size)]
-    with torch.autocast(hidden.device.type, enabled=False):
-        pairs = [(span, project(hidden, head.weight[span], None, None)) for span in spans]
-        for multiple in MULTIPLES:
-            few = [
-                full_logits(hidden[:count], replace(head, bias=None, softcap=None, scale=1.0))
-                for count in (multiple, 2 * multiple)
-            ]
-            if all(torch.equal(x[:, s], w[: len(x)]) for x in few for s, w in pairs):
-                return Part("lm_head", "head", multiple)
+    pairs = [(span, project(hidden, head.weight[span], None, None)) for span in spans]
+    for multiple in MULTIPLES:
+        few = [
+            full_logits(hidden[:count], replace(head, bias=None, softcap=None, scale=1.0))
+            for count in (multiple, 2 * multiple)
+        ]
+        if all(torch.equal(x[:, s], w[: len(x)]) for x in few for s, w in pairs):
+            return Part("lm_head", "head", multiple)
     return Part("lm_head", "head", None)
 
 
@@ -116,6 +113,10 @@ def is_experts(module: nn.Module) -> bool:
     return hasattr(module, "_is_expert_parallel")  # transformers' mark of such a module
 
 
+def _is_half(module: nn.Module) -> bool:
+    return next(module.parameters()).dtype != torch.float32
+
+
 def _kind(modules: list[nn.Module]) -> str:
     return type(modules[0]).__name__
 
@@ -123,7 +124,7 @@ def _kind(modules: list[nn.Module]) -> str:
 def _settle_linear(call: _Call) -> Part:
     name, modules, inputs = call
     multiple, how = _needed(modules[0], inputs), ""
-    half = torch.is_autocast_enabled(inputs[0].device.type)
+    half = _is_half(modules[0])
     if multiple is None or multiple > _FEW or (half and _changes_with_many(modules[0], inputs)):
         for module in modules:
             module.forward = MethodType(_by_blocks if half else _by_one_dnn, module)
@@ -145,7 +146,7 @@ def _settle_experts(call: _Call) -> Part:
         multiple = _needed(modules[0], inputs)
         if multiple is not None and multiple <= _FEW:
             break
-    if torch.is_autocast_enabled(inputs[0].device.type) and _changes_with_many(modules[0], inputs):
+    if _is_half(modules[0]) and _changes_with_many(modules[0], inputs):
         multiple = None
     return Part(name, _kind(modules), multiple, f"at least {rows} tokens each")
 
@@ -226,10 +227,7 @@ def _by_blocks(self: nn.Linear, x: Float[Tensor, "*B K"]) -> Float[Tensor, "*B N
     """A linear layer whose products all have the same number of rows."""
     rows = x.reshape(-1, x.shape[-1])
     blocks = functional.pad(rows, (0, 0, 0, -len(rows) % _BLOCK)).split(_BLOCK)
-    weight = self.weight
-    if not weight.requires_grad and torch.is_autocast_enabled(x.device.type):
-        weight = weight.to(torch.get_autocast_dtype(x.device.type))  # autocast would for each block
-    out = torch.cat([functional.linear(block, weight, self.bias) for block in blocks])
+    out = torch.cat([functional.linear(block, self.weight, self.bias) for block in blocks])
     return out[: len(rows)].view(*x.shape[:-1], -1)
 
 

@@ -105,14 +105,11 @@ class FlexAttention:
         window: int | None,
     ) -> Float[Tensor, "1 T H E"]:
         """Attention of the whole microbatch in one layer."""
-        kind = query.device.type
-        mixed = torch.is_autocast_enabled(kind)  # autocast casts SDPA, but not this on all devices
-        dtype = torch.get_autocast_dtype(kind) if mixed else value.dtype
-        q, k, v = (x.to(dtype) for x in (query, key, value))
+        q, k, v = (x.to(value.dtype) for x in (query, key, value))
         if missing := self.padded - self.size:  # by 0 it would be a copy
             q, k, v = (functional.pad(x, (0, 0, 0, missing)) for x in (q, k, v))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        kernel = _attend if kind == "cpu" else _compiled()
+        kernel = _attend if query.device.type == "cpu" else _compiled()
         out = kernel(q, k, v, self.within(window), repr(scale))
         return out[:, :, : self.size].transpose(1, 2)
 

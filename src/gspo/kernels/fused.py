@@ -1,4 +1,4 @@
-"""Modules of a model computed by fewer operations; on a GPU, experts in half precision too.
+"""Modules of a model computed by fewer operations.
 
 A module is changed only if it gives the same numbers on a trial.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -19,8 +19,8 @@ _CLOSE = 1e-5
 
 
 def fuse(lm: nn.Module) -> int:
-    """Compute RMS norms, and the gates of feed-forward layers, by one kernel each, and cast what
-    several linear layers take once. Returns how many modules were changed.
+    """Compute RMS norms, and the gates of feed-forward layers, by one kernel each. Returns how many
+    modules were changed.
 
     transformers' norms take eight kernels forward and twelve backward, its gates two and four.
     """
@@ -34,8 +34,6 @@ def fuse(lm: nn.Module) -> int:
         if alike[kind]:
             module.forward = MethodType(new, module)
             changed += 1
-        if _projects_thrice(module):
-            module.register_forward_pre_hook(_cast_once, with_kwargs=True)
     return changed
 
 
@@ -56,25 +54,6 @@ def _short_norm(self: Any, hidden_states: Tensor) -> Tensor:
     if torch.is_grad_enabled() or not hidden_states.dtype == dtype == torch.float32:
         return type(self).forward(self, hidden_states)
     return torch.rms_norm(hidden_states, self.weight.shape, self.weight, self.gspo_epsilon)
-
-
-def _projects_thrice(module: nn.Module) -> bool:
-    """Whether its input goes through three linear layers, for each of which autocast casts it."""
-    layers = (getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj"))
-    return all(isinstance(layer, nn.Linear) for layer in layers)
-
-
-def _cast_once(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Cast the hidden states of an attention layer as autocast does."""
-    hidden = kwargs.get("hidden_states")
-    if hidden is None:
-        return None
-    return args, kwargs | {"hidden_states": _as_autocast(hidden)}
-
-
-def _as_autocast(x: Tensor) -> Tensor:
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -109,7 +88,6 @@ def _gives_the_same(
 
 
 def _gated(self: Any, x: Tensor) -> Tensor:
-    x = _as_autocast(x)
     return self.down_proj(silu_product(self.gate_proj(x), self.up_proj(x)))
 
 
@@ -131,25 +109,4 @@ def _rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
     # Its kernel takes one type only: that of the weight, as the product with it has.
     x = hidden_states.to(torch.promote_types(hidden_states.dtype, self.weight.dtype))
     weight = self.weight.to(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        return functional.rms_norm(x, weight.shape, weight, _epsilon(self))
-
-
-@cache
-def cast_experts() -> Any:
-    """Let autocast cast the products of experts on a GPU, as it casts all others.
-
-    Without this torch multiplies float32 experts one by one, and waits for the device before. It is
-    registered once, for the process; returns what keeps it.
-    """
-    library = torch.library.Library("aten", "IMPL")
-
-    def product(a: Tensor, b: Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None):
-        dtype = torch.get_autocast_dtype("cuda")
-        with torch.autocast("cuda", enabled=False):
-            return torch.ops.aten._grouped_mm.default(
-                a.to(dtype), b.to(dtype), offs=offs, bias=bias, out_dtype=out_dtype
-            )
-
-    library.impl("_grouped_mm", product, "AutocastCUDA")
-    return library
+    return functional.rms_norm(x, weight.shape, weight, _epsilon(self))

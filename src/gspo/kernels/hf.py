@@ -156,12 +156,34 @@ def recompute_layers(lm: PreTrainedModel, context_fn: Callable[[], tuple[Any, An
         layer.forward = MethodType(forward, layer)
 
 
-def sharding(ranks: int) -> dict[str, Any]:
-    """Name the argument of `from_pretrained` that divides the weights among the ranks (FSDP2)."""
+def sharding(ranks: int, *, half: bool) -> dict[str, Any]:
+    """Name the argument of `from_pretrained` that divides the weights among the ranks (FSDP2).
+
+    With `half`, the float32 weights of a layer are rounded to bfloat16 as they are gathered, and
+    their gradients added up in float32.
+    """
     # transformers 5.24 has it
     from transformers.distributed.configuration_utils import DistributedConfig
 
-    return {"distributed_config": DistributedConfig(fsdp_size=ranks)}
+    return {"distributed_config": DistributedConfig(fsdp_size=ranks, fsdp_mixed_precision=half)}
+
+
+def stored_tensors(
+    lm: PreTrainedModel, weights: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The tensors of a model as its folder holds them: tied ones once, experts one by one."""
+    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    ignored = lm._keys_to_ignore_on_save or ()
+    kept = {name: weight for name, weight in weights.items() if name not in ignored}
+    return revert_weight_conversion(lm, remove_tied_weights_from_state_dict(kept, lm))
+
+
+def stays_float32(lm: PreTrainedModel, name: str) -> bool:
+    """Whether the architecture keeps a parameter in float32 in a bfloat16 model, too."""
+    kept = getattr(lm, "_keep_in_fp32_modules_strict", None) or ()
+    return any(f".{part}." in f".{name}." for part in kept)
 
 
 def keep_long_rope(lm: PreTrainedModel) -> None:

@@ -107,12 +107,11 @@ def token_logprobs(
         hidden = functional.pad(hidden, (0, 0, 0, missing))
         temperatures = functional.pad(temperatures, (0, missing), value=1.0)
     blocks = _blocks(hidden, head, chunk)
-    with torch.autocast(hidden.device.type, enabled=False):
-        hidden, bias = head.scaled(hidden)
-        function = SplitLogprobs if head.split else ChunkedLogprobs
-        logprobs, entropy = function.apply(  # pyright: ignore[reportGeneralTypeIssues]
-            hidden, head.weight, bias, targets, temperatures, blocks, torch.is_grad_enabled()
-        )
+    hidden, bias = head.scaled(hidden)
+    function = SplitLogprobs if head.split else ChunkedLogprobs
+    logprobs, entropy = function.apply(  # pyright: ignore[reportGeneralTypeIssues]
+        hidden, head.weight, bias, targets, temperatures, blocks, torch.is_grad_enabled()
+    )
     if missing:
         logprobs, entropy = logprobs[:count], entropy[:count]
     return TokenLogprobs(logprobs, entropy)
@@ -120,22 +119,21 @@ def token_logprobs(
 
 def full_logits(hidden: Float[Tensor, "N D"], head: Head) -> Float[Tensor, "N V"]:
     """Float32 logits of a few positions, as decoding needs them."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        count = len(hidden)
-        if missing := -count % head.multiple:
-            hidden = functional.pad(hidden, (0, 0, 0, missing))
-        hidden, bias = head.scaled(hidden)
-        if head.split:
-            bias = None if bias is None else bias[: head.size]
-            logits = split_product(hidden, head.weight[: head.size])
-            return capped_(logits if bias is None else logits.add_(bias), head.softcap)[:count]
-        if head.weight.dtype == torch.float32:
-            bias = None if bias is None else bias[: head.size]
-            return project(hidden, head.weight[: head.size], bias, head.softcap)[:count]
-        # A half-precision head is never copied whole to float32, which takes longer than the rest.
-        blocks = _blocks(hidden, head).of_vocabulary(head.weight, bias)
-        parts = [project(hidden, w, b, head.softcap) for _, w, b in blocks]
-        return torch.cat(parts, dim=1)[:count]
+    count = len(hidden)
+    if missing := -count % head.multiple:
+        hidden = functional.pad(hidden, (0, 0, 0, missing))
+    hidden, bias = head.scaled(hidden)
+    if head.split:
+        bias = None if bias is None else bias[: head.size]
+        logits = split_product(hidden, head.weight[: head.size])
+        return capped_(logits if bias is None else logits.add_(bias), head.softcap)[:count]
+    if head.weight.dtype == torch.float32:
+        bias = None if bias is None else bias[: head.size]
+        return project(hidden, head.weight[: head.size], bias, head.softcap)[:count]
+    # A half-precision head is never copied whole to float32, which takes longer than the rest.
+    blocks = _blocks(hidden, head).of_vocabulary(head.weight, bias)
+    parts = [project(hidden, w, b, head.softcap) for _, w, b in blocks]
+    return torch.cat(parts, dim=1)[:count]
 
 
 def softmax_of(

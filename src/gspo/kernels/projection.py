@@ -74,7 +74,7 @@ def project(
     bias: Float[Tensor, " K"] | None,
     softcap: float | None,
 ) -> Float[Tensor, "C K"]:
-    """Float32 logits: half precision here costs the whole clip range. Not under autocast."""
+    """Float32 logits: half precision here costs the whole clip range."""
     logits = hidden.float() @ weight.float().t()
     if bias is not None:
         logits += bias
@@ -110,7 +110,7 @@ class ChunkedLogprobs(torch.autograd.Function):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         trained = grad_enabled and (need_weight or need_bias)
         ctx.frozen = grad_enabled and need_hidden and not trained
-        ctx.blocks, ctx.dtype = blocks, hidden.dtype
+        ctx.blocks = blocks
         temperatures = temperatures.float()
         inputs, keep_bytes = (hidden, weight, bias, targets), KEPT_BYTES if trained else -1
         softmax, picked, pulled, kept = _forward(
@@ -135,14 +135,12 @@ class ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _entropy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        with torch.autocast(grad.device.type, enabled=False):
-            if ctx.frozen:
-                (unit,) = ctx.saved_tensors
-                gradients = (unit * grad[:, None]).to(ctx.dtype), None, None
-            else:
-                weight, bias, *saved = ctx.saved_tensors
-                tokens, kept = _Tokens(*saved[:6]), saved[6:]
-                gradients = _backward(weight, bias, tokens, grad, kept, ctx.blocks)
+        if ctx.frozen:
+            (unit,) = ctx.saved_tensors
+            return unit * grad[:, None], None, None, None, None, None, None
+        weight, bias, *saved = ctx.saved_tensors
+        tokens, kept = _Tokens(*saved[:6]), saved[6:]
+        gradients = _backward(weight, bias, tokens, grad, kept, ctx.blocks)
         return *gradients, None, None, None, None
 
 
@@ -238,7 +236,7 @@ def _backward(
     d_hidden = d_hidden.to(inputs.dtype)
     if live is not None:
         d_hidden = torch.zeros_like(inputs).index_copy_(0, live, d_hidden)
-    return d_hidden, d_weight.to(weight.dtype), None if bias is None else d_bias.to(bias)
+    return d_hidden, d_weight, None if bias is None else d_bias
 
 
 def _powers(

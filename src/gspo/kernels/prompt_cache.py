@@ -127,11 +127,10 @@ class SharedPrompts:
         scoring = Scoring(softcap, held)
         q = by_token(query).view(count, queries, kv_heads, heads // kv_heads, -1)
         self._write(layer, by_token(key), by_token(value), q.shape[3])
-        with torch.autocast(query.device.type, enabled=False):
-            if queries == 1:
-                out = self._attend_token(layer, q[:, 0], scale, window, scoring)
-            else:
-                out = self._attend_all(layer, q.transpose(1, 2) * scale, window, scoring)
+        if queries == 1:
+            out = self._attend_token(layer, q[:, 0], scale, window, scoring)
+        else:
+            out = self._attend_all(layer, q.transpose(1, 2) * scale, window, scoring)
         out = out.reshape(count * queries, heads, -1)
         if total > len(out):
             out = functional.pad(out, (0, 0, 0, 0, 0, total - len(out)))

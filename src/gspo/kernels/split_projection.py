@@ -118,12 +118,7 @@ class SplitLogprobs(torch.autograd.Function):
                     d_weight[entries] += rounded_product(pull.t(), rounded[span].t())
                 if d_bias is not None:
                     d_bias[entries] += pull.sum(0, dtype=torch.float32)
-        gradients = d_hidden.to(hidden.dtype), _as(weight, d_weight), _as(bias, d_bias)
-        return *gradients, None, None, None, None
-
-
-def _as(like: Tensor | None, gradient: Tensor | None) -> Tensor | None:
-    return None if like is None or gradient is None else gradient.to(like.dtype)
+        return d_hidden, d_weight, d_bias, None, None, None, None
 
 
 def _of_vocabulary(weight: Tensor, bias: Tensor | None, blocks: Blocks):

@@ -79,17 +79,14 @@ class Step:
         dtype = slabs[0].dtype
         scale = LOG2_E * (query.shape[-1] ** -0.5 if scaling is None else scaling)
         held = None if sinks is None else sinks.to(dtype).view(kv_heads, -1)
-        with torch.autocast(query.device.type, enabled=False):
-            q = (query[0].transpose(0, 1).to(dtype) * scale).view(
-                count, kv_heads, -1, query.shape[-1]
-            )
-            context = None
-            if prompts is not None:
-                context = Context(prompts[0], prompts[1], self._cache.groups)
-            keys, values = (slab[:, :, : self.columns] for slab in slabs)
-            out, _ = attend(
-                q, keys, values, context, self._hidden(window), None, Scoring(softcap, held)
-            )
+        q = (query[0].transpose(0, 1).to(dtype) * scale).view(count, kv_heads, -1, query.shape[-1])
+        context = None
+        if prompts is not None:
+            context = Context(prompts[0], prompts[1], self._cache.groups)
+        keys, values = (slab[:, :, : self.columns] for slab in slabs)
+        out, _ = attend(
+            q, keys, values, context, self._hidden(window), None, Scoring(softcap, held)
+        )
         return out.reshape(1, count, heads, -1).to(query.dtype)
 
     def _hidden(self, window: int | None) -> Float[Tensor, "N 1 1 1 S"]:
@@ -114,13 +111,7 @@ Replay = Callable[[], Tensor]
 def captured(step: Step) -> Replay:
     """Capture a step; returns what replays it. The capture itself computes nothing."""
     graph = torch.cuda.CUDAGraph()
-    # autocast must not take weights that it cast before: they may be others at the next replay.
-    kind = torch.get_autocast_dtype("cuda")
-    mixed = torch.is_autocast_enabled("cuda")
-    with (
-        torch.autocast("cuda", dtype=kind, enabled=mixed, cache_enabled=False),
-        torch.cuda.graph(graph, capture_error_mode="thread_local"),
-    ):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         out = step()
 
     def replay() -> Tensor:

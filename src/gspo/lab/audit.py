@@ -200,6 +200,7 @@ def audit_exact(model: str, dtype: str = "float32") -> dict[str, Any]:
         )
     policy = load_policy(model, InternalModelConfig.model_validate({"dtype": dtype}))
     choose_packing(policy)
+    policy.round_weights()
     parts, reason = examine(policy)
     return {
         "model": model,

@@ -115,6 +115,7 @@ class StoredStep:
         options = {"dtype": self.record.dtype, "lora": lora and LoraConfig(**lora)}
         policy = self._policy(self.record.context, checkpoint, **options)
         choose_packing(policy)
+        policy.round_weights()
         policy.version = version
         return policy
 
@@ -123,7 +124,8 @@ class StoredStep:
 
         def load() -> Policy:
             frozen = self._policy(policy.context)  # which may decide the RoPE
-            frozen.packing, frozen.compute_dtype = policy.packing, policy.compute_dtype
+            frozen.packing, frozen.dtype = policy.packing, policy.dtype
+            frozen.round_weights()
             frozen.lm.requires_grad_(False)
             return frozen
 

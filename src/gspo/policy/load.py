@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from gspo.core.compute import free_cores
@@ -16,7 +17,7 @@ from gspo.core.errors import ModelError
 from gspo.dev import InternalModelConfig
 from gspo.kernels import hf
 from gspo.kernels.attention import PACKED
-from gspo.kernels.fused import cast_experts, fuse, shorten
+from gspo.kernels.fused import fuse, shorten
 from gspo.kernels.sharded import reshard
 from gspo.policy.context import settle_context
 from gspo.policy.lora import add_lora, merge_adapter, quiet_peft
@@ -34,7 +35,10 @@ def load_policy(
     checkpoint: Path | None = None,
     mesh: Workers | None = None,
 ) -> Policy:
-    """Load `base_model`, or the weights of a checkpoint of it.
+    """Load `base_model`, or the weights of a checkpoint of it, in float32.
+
+    `Policy.round_weights` is left to the caller: an optimizer needs the float32 numbers, and how
+    samples are packed is proved with them.
 
     Args:
         base_model: `embedded:<task>`, a folder in Hugging Face layout, a hub id, or the folder of
@@ -53,7 +57,8 @@ def load_policy(
     weights = str(checkpoint) if saved_whole else source
     trust, device = config.trust_remote_code, _device(config.device)
     ranks = 1 if mesh is None else mesh.size
-    lm = read_merged(weights, base_model, trust_remote_code=trust, ranks=ranks)
+    half = config.dtype != "float32"
+    lm = read_merged(weights, base_model, trust_remote_code=trust, ranks=ranks, half=half)
     lm = lm.to(device)  # pyright: ignore[reportArgumentType]
     # What a new adapter is of: a path that is right from wherever it is read.
     lm.name_or_path = os.path.abspath(source) if Path(source).is_dir() else source
@@ -62,7 +67,6 @@ def load_policy(
         lm.set_attn_implementation(PACKED)
     if device.type == "cuda":
         fuse(lm)
-        cast_experts()
     else:
         shorten(lm)
     context = settle_context(lm, base_model, config.max_context)
@@ -75,7 +79,7 @@ def load_policy(
         peft=peft,
         tokenizer=tokenizer,
         source=source,
-        compute_dtype=getattr(torch, config.dtype),
+        dtype=getattr(torch, config.dtype),
         context=context,
         threads=threads,
         entries=max(tokenizer.get_vocab().values()) + 1,  # heads are often padded beyond them
@@ -130,12 +134,28 @@ def caps_or_sinks(lm: PreTrainedModel) -> bool:
     return torch.allclose(found, expected, atol=1e-3, rtol=1e-3)
 
 
-def save_weights(policy: Policy, folder: Path) -> None:
-    """Write weights and tokenizer in Hugging Face layout (with LoRA: the adapter in peft's)."""
+def weights_to_store(policy: Policy, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights by the names that `save_weights` takes (with LoRA: the adapter's).
+
+    Args:
+        masters: by name in the model, float32 numbers that stand for the rounded ones.
+    """
+    whole = {id(p): masters[n] for n, p in policy.lm.named_parameters() if n in masters}
+    state: dict[str, Tensor] = (policy.peft or policy.lm).state_dict(keep_vars=True)
+    stored = [n for n, t in state.items() if policy.peft is None or t.requires_grad]
+    return {name: whole.get(id(state[name]), state[name]) for name in stored}
+
+
+def save_weights(policy: Policy, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write weights and tokenizer in Hugging Face layout (with LoRA: the adapter in peft's).
+
+    Args:
+        weights: written in place of the policy's; none at all: all files but that of the weights.
+    """
     first = policy.workers.rank == 0
     with hf.quiet(), quiet_peft() if policy.peft else nullcontext():
         if first or not policy.peft:  # each rank has the whole adapters, and a part of a model
-            (policy.peft or policy.lm).save_pretrained(folder)
+            (policy.peft or policy.lm).save_pretrained(folder, state_dict=weights)
         if first:
             policy.tokenizer.save_pretrained(folder)
             # peft's model card, whose fields are empty

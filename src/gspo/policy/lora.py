@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from gspo.core.errors import MissingDependencyError, ModelError
@@ -80,6 +81,25 @@ def merge_adapter(lm: PreTrainedModel, folder: str) -> PreTrainedModel:
                 f"the LoRA adapter {folder!r} doesn't fit {type(lm).__name__} of "
                 f"{lm.name_or_path!r}, or is damaged: {error}"
             ) from error
+
+
+def merged_weights(lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters of a model by the names that they have without adapters. One with an
+    adapter is merged with it in float32, beside the model, when its turn comes."""
+    adapted: dict[int, list[Any]] = {}
+    modules: Iterator[Any] = lm.modules()
+    for module in modules:
+        if hasattr(module, "get_delta_weight"):
+            inner = module.get_base_layer()
+            of = getattr(inner, getattr(module, "parameter_name", "weight"))
+            adapted.setdefault(id(of), []).append(module)
+    for name, weight in lm.named_parameters():
+        if ".lora_" in name:
+            continue
+        value = weight.detach()
+        for module in adapted.get(id(weight), ()):
+            value = value.float() + module.get_delta_weight(module.active_adapters[0])
+        yield name.replace(".base_layer", ""), value
 
 
 @contextmanager

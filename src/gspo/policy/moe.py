@@ -4,7 +4,7 @@ An expert choice is the K expert numbers of one token in one MoE layer, in the r
 transformers names the router modules of a model (`_can_record_outputs["router_logits"]`), and such
 a router picks its experts by `torch.topk` inside its forward. So it is enough to wrap the
 `forward` of each router: inside it, torch's function mode sees that one call. Gate values stay
-live, and a router in half precision is lifted to float32 on the way.
+live, and a router in half precision computes its logits in float32 all the same.
 
     with policy.routers.watch(replay) as choices:   # None: only record
         scored = policy.logprobs(microbatch)
@@ -25,12 +25,14 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from gspo.core.errors import ConfigError, DataError, ModelError, NumericsError
 from gspo.kernels.hf import find_routers
 
+_HALF = (torch.bfloat16, torch.float16)
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -119,14 +121,13 @@ class Routers:
             self._watched[thread] = before
 
     def _run(self, layer: int, index: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run the `forward` of a router watched, and in the precision of its weights: digits that
-        bfloat16 doesn't have decide between near-equal experts."""
+        """Run the `forward` of a router watched, and its products in float32: digits that bfloat16
+        doesn't have decide between near-equal experts."""
         router = self.modules[layer]
-        weight = next(router.parameters())
+        given = (*args, *kwargs.values(), *router.parameters())
+        half = any(isinstance(x, Tensor) and x.dtype in _HALF for x in given)
         choices = self._watched.get(threading.get_ident())
-        args = tuple(_cast(value, weight.dtype) for value in args)
-        kwargs = {name: _cast(value, weight.dtype) for name, value in kwargs.items()}
-        with torch.autocast(weight.device.type, enabled=False):
+        with _Float32Products() if half else nullcontext():
             if choices is None:
                 return forward(*args, **kwargs)
             choices.layer, choices.columns = layer, _count(router) or self.experts
@@ -135,6 +136,15 @@ class Routers:
                 output = forward(*args, **kwargs)
         choices.note(output[index] if isinstance(output, tuple) else output)
         return output
+
+
+class _Float32Products(TorchFunctionMode):
+    """Linear layers compute in float32, from weights and inputs of whatever type."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.linear:
+            args = tuple(value if value is None else value.float() for value in args)
+        return func(*args, **(kwargs or {}))
 
 
 class ExpertChoices(TorchFunctionMode):
@@ -278,8 +288,3 @@ def _count(*owners: Any) -> int:
     """Read the number of experts of the first router or config that names one; else 0."""
     values = (getattr(owner, name, None) for owner in owners for name in _COUNTS)
     return next((value for value in values if isinstance(value, int)), 0)
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    floats = isinstance(value, Tensor) and value.is_floating_point()
-    return value.to(dtype) if floats else value

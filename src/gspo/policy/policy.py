@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -39,7 +40,7 @@ class Policy:
         peft: the PeftModel around it, or None for full fine-tuning.
         tokenizer: the model's tokenizer.
         source: folder or id that the base weights came from.
-        compute_dtype: float32, or bfloat16 (autocast); weights are float32.
+        dtype: float32 or bfloat16: what `round_weights` rounds the weights to; they compute in it.
         context: longest sample in tokens.
         packing: how samples share a forward pass, the first that is exact: `flex` (gspo's attention
             on a GPU) or `tiles` (on a CPU), `mask` (a T x T mask, handed to the model's own
@@ -65,7 +66,7 @@ class Policy:
     peft: Any
     tokenizer: PreTrainedTokenizerBase
     source: str
-    compute_dtype: torch.dtype
+    dtype: torch.dtype
     context: int
     packing: Packing = "tiles"
     shares_prompts: bool = False
@@ -110,8 +111,7 @@ class Policy:
                 "log-probs from a plain linear head (with LoRA, leave lm_head out)"
             )
         scale = 1.0 if self.logit_scale is None else self.logit_scale
-        half = {self.compute_dtype, module.weight.dtype} != {torch.float32}
-        split = self.device.type == "cuda" and half
+        split = self.device.type == "cuda" and module.weight.dtype != torch.float32
         cut = self.multiple, self.entries, split
         return Head(module.weight, module.bias, self.softcap, scale, *cut)
 
@@ -129,11 +129,37 @@ class Policy:
         if self.threads is not None and torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
 
-    def autocast(self) -> AbstractContextManager[object]:
-        """Inside the block products are computed in `compute_dtype`."""
-        if self.compute_dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+    @torch.no_grad()
+    def round_weights(self) -> dict[str, Tensor]:
+        """Round the weights to `dtype`, in place. Once, before anything is computed that counts.
+
+        Weights that are divided among ranks stay float32: FSDP rounds what it gathers of them.
+
+        Returns:
+            The float32 numbers of those that are trained, by name: what an optimizer updates.
+            Their gradients are float32 from here on: autograd adds up those of all microbatches.
+        """
+        masters: dict[str, Tensor] = {}
+        if self.dtype == torch.float32:
+            return masters
+        for name, weight in self.lm.named_parameters():
+            if isinstance(weight, DTensor) or hf.stays_float32(self.lm, name):
+                continue
+            if weight.requires_grad:
+                masters[name] = weight.detach().float()
+            weight.data = weight.data.to(self.dtype)
+            if weight.requires_grad:
+                weight.grad_dtype = torch.float32
+        return masters
+        for name, weight in self.lm.named_parameters():
+            if (self.peft is not None and ".lora_" in name) or hf.stays_float32(self.lm, name):
+                continue
+            if weight.requires_grad:
+                masters[name] = weight.detach().float()
+            weight.data = weight.data.to(self.dtype)
+            if weight.requires_grad:
+                weight.grad_dtype = torch.float32
+        return masters
 
     @timed("forward")
     def logprobs(self, microbatch: Microbatch, chunk: int | None = None) -> TokenLogprobs:
@@ -185,16 +211,15 @@ class Policy:
             plan = SharedPromptAttention(microbatch, device)
             extra["attention_mask"] = hf.no_mask(device)
             extra["gspo_plan"] = FlexAttention(plan) if self.packing == "flex" else plan
-        with self.autocast():
-            hidden = []
-            inputs = self._there(torch.stack([microbatch.tokens, microbatch.positions]))
-            if self.multiple > 1:
-                padding = -inputs.shape[2] % self.multiple
-                self.routers.ignore_last(padding)
-                inputs, lengths = functional.pad(inputs, (0, padding)), (lengths[0] + padding,)
-            for tokens, positions in inputs.split(lengths, dim=2):
-                given = {"input_ids": tokens, "position_ids": positions} | extra
-                hidden.append(self.backbone(use_cache=False, **given).last_hidden_state[0])
+        hidden = []
+        inputs = self._there(torch.stack([microbatch.tokens, microbatch.positions]))
+        if self.multiple > 1:
+            padding = -inputs.shape[2] % self.multiple
+            self.routers.ignore_last(padding)
+            inputs, lengths = functional.pad(inputs, (0, padding)), (lengths[0] + padding,)
+        for tokens, positions in inputs.split(lengths, dim=2):
+            given = {"input_ids": tokens, "position_ids": positions} | extra
+            hidden.append(self.backbone(use_cache=False, **given).last_hidden_state[0])
         return hidden[0][: microbatch.token_count] if len(hidden) == 1 else torch.cat(hidden)
 
     def _masks(self, microbatch: Microbatch) -> Any:

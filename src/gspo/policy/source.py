@@ -118,6 +118,7 @@ def read_model(
     trust_remote_code: bool = False,
     dtype: torch.dtype = torch.float32,
     ranks: int = 1,
+    half: bool = False,
 ) -> PreTrainedModel:
     """Read a causal LM.
 
@@ -127,6 +128,7 @@ def read_model(
         trust_remote_code: run code of the folder, if its config asks for it.
         dtype: of the weights, but for those that the architecture keeps in float32.
         ranks: processes that read the model at the same time and hold a part of it each.
+        half: they compute in bfloat16.
 
     Raises:
         ModelError: unknown model or architecture, pickled or quantized weights.
@@ -134,7 +136,7 @@ def read_model(
     check_no_pickles(path)
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
     if ranks > 1:
-        options |= sharding(ranks)
+        options |= sharding(ranks, half=half)
     lm = _read(AutoModelForCausalLM, path, trust_remote_code, source, **options)
     if getattr(lm, "is_quantized", False):
         raise ModelError(f"{source!r} holds quantized weights; dequantize it to train it")

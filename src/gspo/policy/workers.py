@@ -45,7 +45,7 @@ class Workers:
     def map(self, function: Callable[[A], B], items: Sequence[A]) -> list[B]:
         """Call the function with each item; the results are in the order of the items.
 
-        Grad mode and autocast are set for each thread separately: the function sets its own.
+        Grad mode is set for each thread separately: the function sets its own.
 
         Raises:
             Exception: the first that an item raised, once all have ended.

@@ -57,7 +57,7 @@ class Line:
     def __init__(self, policy: Policy, layout: Layout, max_running: int):
         self._device = policy.device
         self._layout: Layout = layout
-        dtype = policy.lm.dtype if policy.compute_dtype == torch.float32 else policy.compute_dtype
+        dtype = policy.lm.dtype
         if layout == "shared" and self._device.type == "cpu":
             dtype = torch.float32  # as attention in tiles needs them
         size = dtype.itemsize / torch.float32.itemsize

@@ -90,7 +90,7 @@ class Batch:
         """Sample one token for each completion whose prompt has been read, `new` ones included;
         returns whether any goes on.
 
-        Called with `Policy.autocast`, without gradients.
+        Called without gradients.
         """
         if new:
             self._joining += self._begin(new)

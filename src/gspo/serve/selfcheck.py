@@ -102,7 +102,7 @@ def measure_exactness(engine: TorchEngine) -> tuple[list[Part], str | None]:
     if reason is not None:
         return parts, reason
     try:
-        parts = measure(policy.lm, policy.head, policy.compute_dtype)
+        parts = measure(policy.lm, policy.head)
         reason = _fault(engine, parts)
     except _FAILURES as error:
         reason = f"measuring it fails: {error}"
@@ -191,8 +191,7 @@ def check_engine(engine: TorchEngine) -> None:
         ModelError: the architecture's cache is not one that the engine can decode with.
     """
     source, kind = engine.policy.source, type(engine.policy.lm).__name__
-    exact = engine.policy.compute_dtype == engine.policy.lm.dtype == torch.float32
-    limit = 1e-2 if exact else 1.0
+    limit = 1e-2 if engine.policy.lm.dtype == torch.float32 else 1.0
     reasons = []
     for layout in LAYOUTS[LAYOUTS.index(engine.layout) :]:
         engine.layout = layout
@@ -227,7 +226,7 @@ def _gap(engine: TorchEngine) -> float:
     for request, done in zip(requests, engine.generate(requests), strict=True):
         for completion in done:
             tokens = torch.tensor([[*request.prompt, *completion.token_ids]], device=policy.device)
-            with torch.no_grad(), policy.autocast():
+            with torch.no_grad():
                 logits = policy.lm(input_ids=tokens, use_cache=False).logits[0]
                 logits = logits[:, : policy.head.size]
             new = tokens[0, len(request.prompt) :]

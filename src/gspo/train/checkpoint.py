@@ -11,26 +11,28 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint import hf_storage, state_dict_loader, state_dict_saver
 
 from gspo.core.errors import CheckpointError, GspoError
 from gspo.core.files import replacing, strict_json
 from gspo.core.timing import timed
-from gspo.policy.load import save_weights
-from gspo.policy.policy import Policy
+from gspo.kernels import hf
+from gspo.policy.load import save_weights, weights_to_store
+from gspo.train.tensor_file import Proof, proof_of, write_tensors
 from gspo.train.trainer import Trainer
 
 FORMAT = 1
+_WEIGHTS = "model.safetensors"
 _OPTIMIZER, _SHARDS, _STATE = "optimizer.safetensors", "optimizer", "trainer.json"
 TRAINING_FILES = (_OPTIMIZER, _SHARDS, _STATE, "manifest.json")
 """Files of a checkpoint that only training reads."""
@@ -61,19 +63,56 @@ def save_checkpoint(folder: Path, trainer: Trainer) -> Path:
     Raises:
         RunError: the disk is full or read-only. Earlier checkpoints stay as they were.
     """
-    target = folder / checkpoint_name(trainer.step)
-    workers = trainer.policy.workers
+    target, workers = folder / checkpoint_name(trainer.step), trainer.policy.workers
+    if workers.size == 1:
+        _, write = begin_checkpoint(folder, trainer, copied=False)
+        write()
+        return target
     first = workers.rank == 0
-    with replacing(target) if first else nullcontext(target) as building:
+    with replacing(target) if first else nullcontext(target) as building, _named_errors():
         if first:
             building.mkdir(parents=True)
         building = workers.share(building)
-        try:
-            _write(building, trainer)
-        except SafetensorError as error:  # safetensors raises no OSError
-            number = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from None
+        policy, masters = trainer.policy, trainer.optimizer.masters
+        save_weights(policy, building, weights_to_store(policy, masters) if masters else None)
+        writer = hf_storage.HuggingFaceStorageWriter(str(building / _SHARDS), save_distributed=True)
+        moments = {name: tensor.cpu() for name, tensor in trainer.optimizer.state().items()}
+        state_dict_saver.save(moments, storage_writer=writer)
+        if first:
+            _finish(building, _state(trainer), policy.source, {})
     return target
+
+
+def begin_checkpoint(
+    folder: Path, trainer: Trainer, *, copied: bool
+) -> tuple[Path, Callable[[], None]]:
+    """Where the checkpoint of what is now will be, and what writes it there; of one process.
+
+    Args:
+        copied: to host memory, so that training may go on before it is written.
+    """
+    policy, target = trainer.policy, folder / checkpoint_name(trainer.step)
+
+    def taken(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        copies = {id(t): t.detach().to("cpu", copy=copied) for t in tensors.values()}
+        return {name: copies[id(tensor)] for name, tensor in tensors.items()}  # tied ones stay tied
+
+    weights = taken(weights_to_store(policy, trainer.optimizer.masters))
+    moments, state = taken(trainer.optimizer.state()), _state(trainer)
+
+    def write() -> None:
+        with replacing(target) as building, _named_errors():
+            building.mkdir(parents=True)
+            proofs = {_OPTIMIZER: write_tensors(building / _OPTIMIZER, moments)}
+            if policy.peft is None:
+                save_weights(policy, building, {})
+                stored = hf.stored_tensors(policy.lm, weights)
+                proofs[_WEIGHTS] = write_tensors(building / _WEIGHTS, stored)
+            else:
+                save_weights(policy, building, weights)
+            _finish(building, state, policy.source, proofs)
+
+    return target, write
 
 
 def load_trainer_state(folder: Path, trainer: Trainer) -> None:
@@ -131,7 +170,7 @@ def verify_checkpoint(folder: Path) -> None:
     for path, proof in ((folder / name, proof) for name, proof in files.items()):
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; {_remedy(folder)}")
-        if _proof(path) != proof:
+        if proof_of(path) != proof:
             raise CheckpointError(f"{path} is damaged: the manifest differs; {_remedy(folder)}")
 
 
@@ -156,23 +195,31 @@ def _remedy(folder: Path) -> str:
     return f"delete {folder} to go on from the checkpoint before it"
 
 
-def _write(folder: Path, trainer: Trainer) -> None:
-    policy: Policy = trainer.policy
-    save_weights(policy, folder)
-    tensors = trainer.optimizer.state()
-    if policy.workers.size > 1:
-        writer = hf_storage.HuggingFaceStorageWriter(str(folder / _SHARDS), save_distributed=True)
-        state_dict_saver.save(dict(tensors), storage_writer=writer)
-        if policy.workers.rank > 0:
-            return
-    else:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / _OPTIMIZER)
+@contextmanager
+def _named_errors() -> Iterator[None]:
+    """Turn an error of safetensors, which raises no OSError, into one."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error)) from None
+
+
+def _state(trainer: Trainer) -> dict[str, Any]:
+    """What is stored beside the tensors, as it is now."""
     epsilon = trainer.epsilon.epsilon_low
-    state = {"step": trainer.step, "policy_version": policy.version, "epsilon_low": epsilon}
+    return {"step": trainer.step, "policy_version": trainer.policy.version, "epsilon_low": epsilon}
+
+
+def _finish(
+    folder: Path, state: Mapping[str, Any], base_model: str, proofs: Mapping[str, Proof]
+) -> None:
+    """Write the state, and the manifest of all files; `proofs` are known already."""
     (folder / _STATE).write_text(strict_json(state))
     written = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    files = {str(path.relative_to(folder)): _proof(path) for path in written}
-    manifest = {"format": FORMAT, "base_model": policy.source, "files": files}
+    names = {str(path.relative_to(folder)): path for path in written}
+    files = {name: proofs.get(name) or proof_of(path) for name, path in names.items()}
+    manifest = {"format": FORMAT, "base_model": base_model, "files": files}
     (folder / "manifest.json").write_text(strict_json(manifest, indent=1))
 
 
@@ -183,10 +230,3 @@ def _read_shards(folder: Path, trainer: Trainer) -> dict[str, Tensor]:
     tensors = {n: t for n, t in trainer.optimizer.empty_state().items() if n in stored}
     state_dict_loader.load(tensors, storage_reader=reader, no_dist=trainer.policy.workers.size == 1)
     return tensors
-
-
-def _proof(path: Path) -> dict[str, int | str]:
-    """What the manifest says of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}

@@ -38,9 +38,9 @@ def _measured(policy: Policy) -> int:
         torch.cuda.empty_cache()
         return FEWEST
     each = max(1.0, (many - few) / (PROBED[1] - PROBED[0]))
-    fixed = max(0.0, few - each * PROBED[0])  # such as weights that autocast has cast
-    # Gradients, and the two moments of AdamW, which the first step makes.
-    state = 3 * sum(p.numel() * p.itemsize for p in policy.trainable.values())
+    fixed = max(0.0, few - each * PROBED[0])
+    # Gradients, and the two moments of AdamW, which the first step makes, in float32.
+    state = 3 * 4 * sum(p.numel() for p in policy.trainable.values())
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return max(FEWEST, min(MOST, int((SHARE * (free - state) - fixed) / each)))

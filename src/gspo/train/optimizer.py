@@ -43,12 +43,28 @@ def learning_rate(peak: float, options: TrainConfig, begin: float, end: float) -
 
 
 class Optimizer:
-    """AdamW over named parameters; each step sets its hyper-parameters."""
+    """AdamW over named parameters; each step sets its hyper-parameters.
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]):
-        self._parameters = dict(parameters)
+    A parameter that computes rounded is the copy of a float32 master: the update, which may be
+    smaller than its last digit, is made to the master, and the copy is rounded again.
+
+    Args:
+        parameters: what has gradients.
+        masters: by name, the float32 numbers of those that are rounded (`Policy.round_weights`).
+
+    Attributes:
+        masters: these, as they are after the last step.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, torch.nn.Parameter],
+        masters: Mapping[str, Tensor] | None = None,
+    ):
+        self._parameters, self.masters = dict(parameters), dict(masters or {})
+        self._updated = {**self._parameters, **self.masters}
         fused = all(p.device.type in _FUSED for p in self._parameters.values())
-        self._adam = torch.optim.AdamW(self._parameters.values(), lr=0.0, fused=fused)
+        self._adam = torch.optim.AdamW(self._updated.values(), lr=0.0, fused=fused)
 
     @timed("optimizer")
     def step(self, rate: float, options: TrainConfig) -> float:
@@ -68,19 +84,26 @@ class Optimizer:
         (group,) = self._adam.param_groups
         group["lr"], group["weight_decay"] = rate, options.weight_decay
         group["betas"], group["eps"] = options.adam_betas, options.adam_epsilon
+        copies: list[Tensor] = [self._parameters[name] for name in self.masters]
+        for master, copy in zip(self.masters.values(), copies, strict=True):
+            master.grad = copy.grad
         self._adam.step()
+        if copies:
+            with torch.no_grad():
+                torch._foreach_copy_(copies, list(self.masters.values()))  # pyright: ignore[reportPrivateImportUsage]
         self.clear()
         return norm
 
     def clear(self) -> None:
         """Drop the gradients."""
-        self._adam.zero_grad(set_to_none=True)
+        for tensor in (*self._parameters.values(), *self.masters.values()):
+            tensor.grad = None
 
     def state(self) -> dict[str, Tensor]:
         """`<parameter>.<exp_avg|exp_avg_sq|step>` -> tensor; empty before the first step."""
         return {
-            f"{name}.{key}": value.detach().cpu()
-            for name, parameter in self._parameters.items()
+            f"{name}.{key}": value.detach()
+            for name, parameter in self._updated.items()
             for key, value in self._adam.state.get(parameter, {}).items()
         }
 
@@ -89,7 +112,7 @@ class Optimizer:
         zeros: dict[str, Callable[[Tensor], Tensor]]
         zeros = {"exp_avg": torch.zeros_like, "exp_avg_sq": torch.zeros_like}
         zeros["step"] = lambda _: torch.zeros(())
-        named = [(f"{n}.{k}", zeros[k], p) for n, p in self._parameters.items() for k in zeros]
+        named = [(f"{n}.{k}", zeros[k], p) for n, p in self._updated.items() for k in zeros]
         return {name: make(parameter.detach()) for name, make, parameter in named}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -102,6 +125,6 @@ class Optimizer:
             parameter, _, key = name.rpartition(".")
             if parameter not in self._parameters:
                 raise CheckpointError(f"the optimizer state has {name!r}, which the model lacks")
-            weights = self._parameters[parameter]
+            weights = self._updated[parameter]
             device = value.device if key == "step" else weights.device
             self._adam.state[weights][key] = value.clone().to(device)

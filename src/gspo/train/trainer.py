@@ -79,11 +79,12 @@ class Call:
 
 
 class Trainer:
-    """Trains a policy: owns its optimizer. `step` counts calls of `train` over the run's life."""
+    """Trains a policy: owns its optimizer, and rounds its weights to its `dtype`. `step` counts
+    calls of `train` over the run's life."""
 
     def __init__(self, policy: Policy, load_reference: Callable[[], Policy] | None = None):
         self.policy = policy
-        self.optimizer = Optimizer(policy.trainable)
+        self.optimizer = Optimizer(policy.trainable, policy.round_weights())
         self.step = 0
         self.epsilon = EpsilonController()
         self._load_reference = load_reference

@@ -31,7 +31,7 @@ def whole_weights(policy: Policy, *, frozen: bool) -> dict[str, Tensor]:
 
 
 class GatheredCopy:
-    """The copy, and its publisher (see `Publisher`).
+    """The copy, and its publisher (see `Publisher`). Its weights are rounded as FSDP rounds them.
 
     Args:
         policy: of the same model, loaded whole; it is written over.
@@ -51,7 +51,10 @@ class GatheredCopy:
         return policy.version
 
     def expected(self, policy: Policy) -> tuple[Policy, Mapping[str, Tensor]]:
-        return self.policy, _tensors(self.policy.lm) | dict(self._gather(False))
+        tensors = _tensors(self.policy.lm)
+        return self.policy, tensors | {
+            n: w.to(tensors[n].dtype) for n, w in self._gather(False).items()
+        }
 
     @torch.no_grad()
     def _take(self, weights: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,6 @@ receipt the engine refuses to sample. docs/reliability.md lists the faults that 
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from gspo.core.errors import ServeError
 from gspo.kernels.logprob import full_logits
+from gspo.policy.lora import merged_weights
 from gspo.policy.policy import Policy
 from gspo.weights.publisher import Publisher
 
@@ -102,8 +102,7 @@ class Receipts:
         difference = _distance(torch.tensor(engine.score(self._probe)), wanted)
         allowed = self._publisher.tolerance
         if self._policy.device.type != "cpu":  # a GPU adds up a token's experts in any order
-            kinds = self._sampling.lm.dtype, self._sampling.compute_dtype
-            allowed = max(allowed, *(_noise(wanted, dtype) for dtype in kinds))
+            allowed = max(allowed, _noise(wanted, self._sampling.lm.dtype))
         faults = list(_wrong_tensors(self._sampling.lm, weights)) if weights else []
         if not difference <= allowed:
             faults.append(
@@ -161,7 +160,6 @@ def score(policy: Policy, probe: Probe) -> Float[Tensor, " T-1"]:
     """Compute the log-prob of each token of the probe but the first, without a cache."""
     tokens = probe.tokens.to(policy.device)
     with ExitStack() as stack:
-        stack.enter_context(policy.autocast())
         if probe.expert_choices is not None:
             stack.enter_context(policy.routers.watch(probe.expert_choices))
         hidden = policy.backbone(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
@@ -202,16 +200,16 @@ def _wrong_tensors(lm: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[str
         yield f"tensors that are not the trainer's: {', '.join(wrong[:2])}{others}"
 
 
-def _wrong_merge(policy: Policy, merged: Policy, probe: Probe) -> Iterator[str]:
+def _wrong_merge(policy: Policy, plain: Policy, probe: Probe) -> Iterator[str]:
     """Say if merging the adapters changes what the model computes."""
-    beside = copy.copy(policy)
-    beside.compute_dtype = torch.float32
-    scores = score(beside, probe)
-    difference = _distance(score(merged, probe), scores)
-    if difference <= _noise(scores, torch.float32):
+    merged = {name: weight.float() for name, weight in merged_weights(policy.lm)}
+    merged |= dict(policy.lm.named_buffers())
+    scores = score(policy, probe)
+    difference = _distance(_scored_with(merged, plain, probe), scores)
+    if difference <= _noise(scores, policy.lm.dtype):
         return
     with policy.reference():
-        effect = _distance(score(beside, probe), scores)
+        effect = _distance(score(policy, probe), scores)
     if not difference <= effect * _MERGED:  # large adapters lose more digits
         yield f"merging the LoRA adapters moves log-probs of the probe by {difference:.3g} nats"
 

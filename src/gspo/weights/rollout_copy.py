@@ -17,8 +17,9 @@ purpose, on any machine:
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -29,6 +30,7 @@ from transformers import PreTrainedModel
 from gspo.core.errors import ModelError
 from gspo.dev import RolloutDtype
 from gspo.kernels.hf import Conv1D
+from gspo.policy.lora import merged_weights
 from gspo.policy.policy import Policy
 
 GROUP = 32
@@ -44,8 +46,7 @@ class RoundedCopy:
 
     Attributes:
         policy: what the engine samples from. It shares no tensor with the trainer's policy and is
-            never trained. Its `compute_dtype` is float32 whatever the precision, which means: no
-            autocast; each weight computes in the type that it has.
+            never trained.
 
     Raises:
         ModelError: int8 or int4 of experts whose layout transformers doesn't declare.
@@ -56,12 +57,14 @@ class RoundedCopy:
     def __init__(self, policy: Policy, dtype: RolloutDtype):
         self._type = torch.float32 if dtype in _BITS else getattr(torch, dtype)
         self._bits = _BITS.get(dtype)
-        lm = copy.deepcopy(policy.lm) if policy.peft is None else _merged(policy).lm
-        lm.requires_grad_(False)
-        for parameter in lm.parameters():
-            parameter.grad = None
-            parameter.data = parameter.data.to(self._type)
-        self.policy = _plain(policy, lm.eval())
+        whole = policy.peft or policy.lm
+        empty = {id(p): torch.empty_like(p, dtype=self._type) for p in whole.parameters()}
+        lm = _with_parameters(whole, empty)
+        self.policy = self._plain(policy, lm if policy.peft is None else lm.unload())
+        self._modules = None  # what `expected` weights compute in; None: the trainer's own modules
+        if policy.peft is not None:  # which have other names
+            nothing = {id(p): p.new_empty(0) for p in self.policy.lm.parameters()}
+            self._modules = self._plain(policy, _with_parameters(self.policy.lm, nothing))
         self.publish(policy)
 
     @torch.no_grad()
@@ -71,29 +74,42 @@ class RoundedCopy:
             **dict(self.policy.lm.named_parameters()),
             **dict(self.policy.lm.named_buffers()),
         }
-        for name, value in self._rounded(_merged(policy).lm):
-            tensors[name].copy_(value)
+        for name, value in self._held(policy):
+            tensors[name].copy_(value)  # which rounds it
         self.policy.version = policy.version
         return policy.version
 
     @torch.no_grad()
     def expected(self, policy: Policy) -> tuple[Policy, dict[str, Tensor]]:
         """Round the trainer's weights again, beside the copy; see `Publisher`."""
-        merged = _merged(policy)
-        return merged, dict(self._rounded(merged.lm))
+        kinds = {name: p.dtype for name, p in self.policy.lm.named_parameters()}
+        weights = {n: w.to(kinds.get(n, w.dtype)) for n, w in self._held(policy)}
+        return self._modules or policy, weights
 
-    def _rounded(self, lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-        """Yield what the engine holds of a model without adapters."""
-        layouts = {} if self._bits is None else dict(quantized_weights(lm))
-        for name, value in lm.named_parameters():
+    def _held(self, policy: Policy) -> Iterator[tuple[str, Tensor]]:
+        """Yield what the engine holds, one by one, before it is rounded to the engine's type."""
+        layouts = {} if self._bits is None else dict(quantized_weights(self.policy.lm))
+        for name, value in merged_weights(policy.lm):
             if self._bits is not None and name in layouts:
                 # Scales belong to outputs; the inputs are the last axis unless it is transposed.
                 value = value.mT if layouts[name] else value
                 value = fake_quantized(value, self._bits)
                 value = value.mT if layouts[name] else value
-            yield name, value.detach().to(self._type)
+            yield name, value
         # Buffers such as the rotary frequencies stay float32 in engines too.
-        yield from lm.named_buffers()
+        yield from policy.lm.named_buffers()
+
+    def _plain(self, policy: Policy, lm: PreTrainedModel) -> Policy:
+        """Make a policy of a model without adapters, which is not trained."""
+        same = replace(policy, lm=lm.eval(), peft=None, dtype=self._type, checkpointing=False)
+        same.multiple, same.exact = 1, False
+        return same
+
+
+def _with_parameters(lm: Any, values: Mapping[int, Tensor]) -> Any:
+    """A copy of a model with other parameters, by the `id` of its own, of which none is copied."""
+    others = {place: torch.nn.Parameter(value, False) for place, value in values.items()}
+    return copy.deepcopy(lm, others)
 
 
 def fake_quantized(weight: Float[Tensor, "*R C"], bits: int) -> Float[Tensor, "*R C"]:
@@ -136,19 +152,3 @@ def quantized_weights(lm: PreTrainedModel) -> Iterator[tuple[str, bool]]:
                     "so int8 and int4 have no output channels to scale: use bfloat16"
                 )
             yield from ((f"{name}.{weight}", bool(module.is_transposed)) for weight in stacked)
-
-
-def _merged(policy: Policy) -> Policy:
-    """Return the policy in float32 without adapters: they are merged into a copy of its model."""
-    if policy.peft is not None:
-        return _plain(policy, copy.deepcopy(policy.peft).merge_and_unload())
-    same = copy.copy(policy)  # `replace` would watch the routers of the model a second time
-    same.compute_dtype = torch.float32
-    return same
-
-
-def _plain(policy: Policy, lm: PreTrainedModel) -> Policy:
-    """Make a policy of a model without adapters, which is not trained."""
-    same = replace(policy, lm=lm, peft=None, compute_dtype=torch.float32, checkpointing=False)
-    same.multiple, same.exact = 1, False
-    return same
