@@ -15,6 +15,7 @@ from pathlib import Path
 from torch.distributed.tensor import DTensor
 
 import gspo as art
+from gspo.kernels.token_parts import TokenParts
 from gspo.policy.load import load_policy
 from gspo.policy.probe import choose_packing
 from gspo.train.mesh import Mesh
@@ -28,8 +29,8 @@ from support import random_groups
 
 STEPS, RATE = 5, 1e-3
 SMALL = {"packed_sequence_length": 60}  # several microbatches
-CASES: dict[str, tuple[str, dict, dict]] = {
-    # name: base model, InternalModelConfig, TrainConfig
+CASES: dict[str, tuple] = {
+    # name: base model, InternalModelConfig, TrainConfig, and how ranks divide a model (Mesh.divide)
     "dense": ("dense", {}, SMALL),
     "dense_untied": ("dense_untied", {}, SMALL),
     "dense_lora": ("dense", {"lora": {"r": 4}}, SMALL),
@@ -54,12 +55,33 @@ CASES: dict[str, tuple[str, dict, dict]] = {
     "kl_lora": ("embedded:sort", {"lora": {"r": 4}}, SMALL),
     "turns": ("embedded:sort", {}, SMALL | {"sequence_unit": "turn"}),
     "bfloat16": ("embedded:sort", {"dtype": "bfloat16"}, SMALL),
+    "parts": ("embedded:sort", {}, SMALL, {"cp_size": 2}),
+    "parts_of_all": ("embedded:sort", {}, {}, {"cp_size": 0}),  # 0: all ranks
+    "parts_dense": ("dense", {}, SMALL, {"cp_size": 2}),
+    "parts_lora": ("dense", {"lora": {"r": 4}}, SMALL, {"cp_size": 2}),
+    "parts_kl": ("embedded:sort", {}, SMALL, {"cp_size": 2}),
+    "parts_replay": (
+        "embedded:sort",
+        {"activation_checkpointing": True},
+        SMALL | {"routing_replay": "old_policy", "router_aux_loss_coef": 0.1, "measure_routing": True},
+        {"cp_size": 2},
+    ),
+    "parts_turns": ("embedded:sort", {}, SMALL | {"sequence_unit": "turn", "importance_sampling_level": "geometric_average", "epsilon": 0.2}, {"cp_size": 2}),
+    "experts": ("embedded:sort", {}, SMALL, {"ep_size": 2}),
+    "experts_of_all": ("embedded:sort", {}, {}, {"ep_size": 0}),
+    "experts_replay": (
+        "embedded:sort",
+        {"activation_checkpointing": True},
+        SMALL | {"routing_replay": "old_policy", "router_aux_loss_coef": 0.1},
+        {"ep_size": 2},
+    ),
+    "experts_parts": ("embedded:sort", {}, SMALL, {"cp_size": 2, "ep_size": 2}),
 }
 
 
 def trained(name: str, mesh: Mesh | None, folder: Path) -> tuple[dict, list[dict]]:
     """The weights after five calls of `train`, and the metrics of each."""
-    base, config, options = CASES[name]
+    base, config, options, *_ = CASES[name]
     if base.startswith("dense"):
         base = str(folder / base)
     load = art.dev.InternalModelConfig(threads=1, **config)
@@ -78,7 +100,7 @@ def trained(name: str, mesh: Mesh | None, folder: Path) -> tuple[dict, list[dict
         if name == "skipped":  # the second group alone makes a minibatch, or none
             for t in groups[step % 8]:
                 t.reward = 1.0
-        kl = {"kl_penalty_coef": 0.1} if name.startswith("kl") else {}
+        kl = {"kl_penalty_coef": 0.1} if "kl" in name else {}
         settings = resolve(
             art.TrainConfig(learning_rate=RATE, **kl),
             art.dev.TrainConfig(adam_epsilon=1e-4, **options),
@@ -100,6 +122,9 @@ def difference(a: float, b: float) -> float:
 
 
 def compare(name: str, mesh: Mesh, folder: Path) -> dict:
+    sizes = {"cp_size": 1, "ep_size": 1} | dict(*CASES[name][3:])
+    mesh.parts = TokenParts()
+    mesh.divide(*(size or mesh.size for size in sizes.values()))
     weights, metrics = trained(name, mesh, folder)
     one_weights, one_metrics = trained(name, None, folder)
     assert weights.keys() == one_weights.keys(), weights.keys() ^ one_weights.keys()

@@ -43,7 +43,7 @@ def test_a_mesh_of_one_rank_is_the_process_itself(alone):
 
 def test_each_rank_computes_its_share_and_a_spare_one_counts_nothing(alone, monkeypatch):
     """The second of two ranks, of three items: 1, and in the second turn 2 to no account."""
-    alone.rank, alone.size = 1, 2
+    alone.rank, alone.size, alone.count = 1, 2, 2
     monkeypatch.setattr(alone, "gather", lambda own: [["0", "2"], own])
     weight, called = torch.zeros(1, requires_grad=True), []
 

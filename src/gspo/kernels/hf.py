@@ -156,12 +156,18 @@ def recompute_layers(lm: PreTrainedModel, context_fn: Callable[[], tuple[Any, An
         layer.forward = MethodType(forward, layer)
 
 
-def sharding(ranks: int) -> dict[str, Any]:
-    """Name the argument of `from_pretrained` that divides the weights among the ranks (FSDP2)."""
+def sharding(ranks: int, ep_size: int) -> dict[str, Any]:
+    """Name the argument of `from_pretrained` that divides the weights among the ranks (FSDP2), and
+    whole experts among each `ep_size` of them."""
     # transformers 5.24 has it
     from transformers.distributed.configuration_utils import DistributedConfig
 
-    return {"distributed_config": DistributedConfig(fsdp_size=ranks)}
+    return {"distributed_config": DistributedConfig(fsdp_size=ranks, ep_size=ep_size)}
+
+
+def has_divided_experts(lm: PreTrainedModel) -> bool:
+    """Whether processes have whole experts of a model each, which exchange their tokens."""
+    return any(getattr(module, "_is_expert_parallel", False) for module in lm.modules())
 
 
 def keep_long_rope(lm: PreTrainedModel) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from gspo.core.errors import CheckpointError, NumericsError
 from gspo.core.timing import timed
@@ -48,7 +50,12 @@ class Optimizer:
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter]):
         self._parameters = dict(parameters)
         fused = all(p.device.type in _FUSED for p in self._parameters.values())
-        self._adam = torch.optim.AdamW(self._parameters.values(), lr=0.0, fused=fused)
+        meshes: dict[Any, list[torch.nn.Parameter]] = {}  # torch takes those of one mesh at a time
+        for parameter in self._parameters.values():
+            meshes.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+        self._meshes = list(meshes.values())
+        groups = [{"params": parameters} for parameters in self._meshes]
+        self._adam = torch.optim.AdamW(groups, lr=0.0, fused=fused)
 
     @timed("optimizer")
     def step(self, rate: float, options: TrainConfig) -> float:
@@ -58,19 +65,30 @@ class Optimizer:
             NumericsError: the gradient is NaN or infinite; nothing was updated.
         """
         limit = math.inf if options.max_grad_norm is None else options.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), limit).item()
+        total = self._norm()
+        norm = total.item()
         if not math.isfinite(norm):
             self.clear()
             raise NumericsError(
                 f"the gradient's norm is {norm}: lower the learning rate, or look at the batch's "
                 "ratio/log_abs_max"
             )
-        (group,) = self._adam.param_groups
-        group["lr"], group["weight_decay"] = rate, options.weight_decay
-        group["betas"], group["eps"] = options.adam_betas, options.adam_epsilon
+        for parameters, group in zip(self._meshes, self._adam.param_groups, strict=True):
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, total)
+            group["lr"], group["weight_decay"] = rate, options.weight_decay
+            group["betas"], group["eps"] = options.adam_betas, options.adam_epsilon
         self._adam.step()
         self.clear()
         return norm
+
+    def _norm(self) -> Tensor:
+        """Of the whole gradient."""
+        norms = []
+        for parameters in self._meshes:
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
 
     def clear(self) -> None:
         """Drop the gradients."""
