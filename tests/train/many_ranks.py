@@ -11,7 +11,9 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch.distributed.tensor import DTensor
 
 import gspo as art
@@ -63,10 +65,21 @@ CASES: dict[str, tuple] = {
     "parts_replay": (
         "embedded:sort",
         {"activation_checkpointing": True},
-        SMALL | {"routing_replay": "old_policy", "router_aux_loss_coef": 0.1, "measure_routing": True},
+        SMALL
+        | {"routing_replay": "old_policy", "router_aux_loss_coef": 0.1, "measure_routing": True},
         {"cp_size": 2},
     ),
-    "parts_turns": ("embedded:sort", {}, SMALL | {"sequence_unit": "turn", "importance_sampling_level": "geometric_average", "epsilon": 0.2}, {"cp_size": 2}),
+    "parts_turns": (
+        "embedded:sort",
+        {},
+        SMALL
+        | {
+            "sequence_unit": "turn",
+            "importance_sampling_level": "geometric_average",
+            "epsilon": 0.2,
+        },
+        {"cp_size": 2},
+    ),
     "experts": ("embedded:sort", {}, SMALL, {"ep_size": 2}),
     "experts_of_all": ("embedded:sort", {}, {}, {"ep_size": 0}),
     "experts_replay": (
@@ -79,8 +92,11 @@ CASES: dict[str, tuple] = {
 }
 
 
-def trained(name: str, mesh: Mesh | None, folder: Path) -> tuple[dict, list[dict]]:
-    """The weights after five calls of `train`, and the metrics of each."""
+def trained(
+    name: str, mesh: Mesh | None, folder: Path, adam_epsilon: float = 1e-4, **more: Any
+) -> tuple[dict, list[dict], list[dict]]:
+    """The weights after five calls of `train`, the metrics of each, and the gradients of each
+    optimizer step before they are clipped."""
     base, config, options, *_ = CASES[name]
     if base.startswith("dense"):
         base = str(folder / base)
@@ -94,7 +110,14 @@ def trained(name: str, mesh: Mesh | None, folder: Path) -> tuple[dict, list[dict
         frozen.packing, frozen.shares_prompts = policy.packing, policy.shares_prompts
         return frozen
 
-    trainer, metrics = Trainer(policy, reference), []
+    trainer, metrics, gradients = Trainer(policy, reference), [], []
+    step_of = trainer.optimizer.step
+
+    def step_seen(*args: Any) -> float:
+        gradients.append({n: whole(p.grad) for n, p in policy.trainable.items()})
+        return step_of(*args)
+
+    trainer.optimizer.step = step_seen
     for step in range(STEPS):
         groups = random_groups(policy, groups=8, size=4, seed=step)
         if name == "skipped":  # the second group alone makes a minibatch, or none
@@ -103,16 +126,26 @@ def trained(name: str, mesh: Mesh | None, folder: Path) -> tuple[dict, list[dict
         kl = {"kl_penalty_coef": 0.1} if "kl" in name else {}
         settings = resolve(
             art.TrainConfig(learning_rate=RATE, **kl),
-            art.dev.TrainConfig(adam_epsilon=1e-4, **options),
+            art.dev.TrainConfig(adam_epsilon=adam_epsilon, **(options | more)),
         )
         batch = prepare(groups, settings, context=policy.context, vocabulary=policy.head.size)
         metrics.append(trainer.train(batch, settings).metrics.compute())
     policy.workers.finish(policy.lm)
-    weights = {
-        n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
-        for n, p in policy.lm.named_parameters()
-    }
-    return weights, metrics
+    weights = {n: whole(p) for n, p in policy.lm.named_parameters()}
+    return weights, metrics, gradients
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def apart(found: dict, expected: dict) -> float:
+    """The largest difference, relative to a tensor's largest value (at least 1e-3)."""
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    return max(
+        float((found[n] - w).abs().max() / w.abs().max().clamp(min=1e-3))
+        for n, w in expected.items()
+    )
 
 
 def difference(a: float, b: float) -> float:
@@ -125,13 +158,8 @@ def compare(name: str, mesh: Mesh, folder: Path) -> dict:
     sizes = {"cp_size": 1, "ep_size": 1} | dict(*CASES[name][3:])
     mesh.parts = TokenParts()
     mesh.divide(*(size or mesh.size for size in sizes.values()))
-    weights, metrics = trained(name, mesh, folder)
-    one_weights, one_metrics = trained(name, None, folder)
-    assert weights.keys() == one_weights.keys(), weights.keys() ^ one_weights.keys()
-    moved = max(
-        float((weights[n] - w).abs().max() / w.abs().max().clamp(min=1e-3))
-        for n, w in one_weights.items()
-    )
+    weights, metrics, gradients = trained(name, mesh, folder)
+    one_weights, one_metrics, one_gradients = trained(name, None, folder)
     told = {}
     for mine, one in zip(metrics, one_metrics, strict=True):
         same = {
@@ -147,7 +175,8 @@ def compare(name: str, mesh: Mesh, folder: Path) -> dict:
     worst = max(told, key=told.__getitem__)
     return {
         "case": name,
-        "weights": moved,
+        "weights": apart(weights, one_weights),
+        "gradients": apart(gradients[0], one_gradients[0]),  # at the same weights
         "metrics": told[worst],
         "metric": worst,
         "updates": sum(m["optim/updates"] for m in metrics),

@@ -31,7 +31,7 @@ class TokenParts:
 
     rank: int = 0
     size: int = 1
-    group: dist.ProcessGroup | None = None
+    group: Any = None
 
     def span(self, tokens: int) -> tuple[int, int]:
         """The first and the end of this part's tokens; the end may lie behind the last one."""

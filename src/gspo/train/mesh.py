@@ -110,8 +110,7 @@ class Mesh(Workers):
         if cp_size > 1 and self.parts.size == 1:
             starts, wait = range(0, self.size, cp_size), timedelta(seconds=self.limit)
             groups = [dist.new_group(range(s, s + cp_size), timeout=wait) for s in starts]
-            group: Any = groups[self.rank // cp_size]
-            self.parts = TokenParts(self.rank % cp_size, cp_size, group)
+            self.parts = TokenParts(self.rank % cp_size, cp_size, groups[self.rank // cp_size])
 
     def map(self, function: Callable[[A], B], items: Sequence[A]) -> list[B]:
         """Call the function with each item on one rank, or on those that divide a microbatch's
