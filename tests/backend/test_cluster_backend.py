@@ -60,6 +60,11 @@ def test_what_is_not_built_or_contradicts_itself_is_refused(monkeypatch, tmp_pat
         ClusterBackend(tmp_path, nproc=2, engines=["http://localhost:1"])
     with pytest.raises(ConfigError, match="nproc"):
         ClusterBackend(tmp_path, nproc=0)
+    for name in ("cp_size", "ep_size"):
+        with pytest.raises(ConfigError, match=f"{name}=3 does not divide 4 ranks"):
+            ClusterBackend(tmp_path, nproc=4, **{name: 3})
+        with pytest.raises(ConfigError, match=name):
+            ClusterBackend(tmp_path, nproc=2, **{name: 4})
     with pytest.raises(ConfigError, match=r"ClusterBackend: .*'nprocs'. Did you mean 'nproc'"):
         ClusterBackend(tmp_path, nprocs=2)
     for name, value in {

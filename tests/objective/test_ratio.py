@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from gspo.objective import MAX_LOG_RATIO, PRESETS, k3, policy_loss
-from objective.cases import cases, in_order, near, only, padded, shuffled
+from gspo.objective import (
+    MAX_LOG_RATIO,
+    PRESETS,
+    Level,
+    LossOutput,
+    Objective,
+    k3,
+    policy_loss,
+)
+from objective.cases import LEVELS, cases, in_order, near, only, padded, run, shuffled
 from objective.naive import Case
 from objective.naive_presets import LOOPS, add_kl, loop
+from objective.parts import Meeting
 from objective.test_presets import evaluate, likely, trained_tokens
 
 LOGPROBS = st.floats(-20, 0, width=32)
+FIELDS = ("ids", "new", "old", "reference", "sampled", "trained", "token_advantages")
 PAIRS = st.lists(st.tuples(LOGPROBS, LOGPROBS), min_size=1, max_size=50)
 
 
@@ -145,3 +158,88 @@ def test_its_weight_against_the_surrogate_is_that_of_other_trainers(name: str) -
     (gradient,) = torch.autograd.grad(out.loss, new)
     assert out.loss.item() == pytest.approx(loss.item(), rel=1e-12)
     torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-16)
+
+
+def in_parts(
+    case: Case, objective: Objective, size: int, seed: int, tokens: int | None, **arguments: Any
+) -> tuple[list[LossOutput], np.ndarray]:
+    """The outputs of `size` threads with some of the tokens each, and the gradient by token."""
+    owner = np.random.default_rng(seed).integers(0, size, len(case.ids))
+    meeting, gradient = Meeting(size), np.zeros(len(case.ids))
+
+    def work(part: int, sum_parts: Callable[[Tensor], Tensor]) -> LossOutput:
+        here = np.flatnonzero(owner == part)  # none, too
+        values = {name: torch.tensor(getattr(case, name)[here]) for name in FIELDS}
+        new = values["new"].requires_grad_()
+        out = policy_loss(
+            new,
+            values["old"],
+            values["ids"].long(),
+            torch.tensor(case.advantages) if not case.per_token else None,
+            objective,
+            token_advantages=values["token_advantages"] if case.per_token else None,
+            ratio_mask=values["sampled"].bool(),
+            loss_mask=values["trained"].bool(),
+            total_tokens=tokens,
+            reference_logprobs=values["reference"] if objective.kl_coef else None,
+            sequence_count=case.count if case.per_token else None,
+            sum_parts=sum_parts,
+        )
+        (out.loss / size).backward()
+        assert new.grad is not None
+        gradient[here] = new.grad.numpy()
+        return out
+
+    return meeting.each(work), gradient
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+@settings(max_examples=5)
+@given(case=cases(max_length=30).map(likely), size=st.sampled_from([2, 4]), seed=st.integers(0, 99))
+def test_parts_of_sequences_meet_in_the_loss_of_the_loop(
+    name: str, case: Case, size: int, seed: int
+) -> None:
+    """l_i of two sums, and each other sum: loss, gradient and statistics are those of all tokens,
+    whichever process has which of them."""
+    value, divisor = LOOPS[name]
+    tokens = max(trained_tokens(case), 1)
+    expected = loop(case, value, case.count if divisor == "N" else tokens)
+    assume(expected.margin > 1e-9)
+    given = tokens if seed % 2 else None
+    outs, gradient = in_parts(case, PRESETS[name].objective, size, seed, given)
+    whole, _ = evaluate(case, PRESETS[name].objective, in_order(case))
+    least = 1e-25 * (name == "vespo")
+    near(gradient, expected.gradient, 1e-10 * expected.gradient_scale + least)
+    for out in outs:
+        near(out.loss.item(), expected.loss, 1e-10 * expected.loss_scale + least)
+        assert out.clipped_tokens.tolist() == expected.clipped
+        assert torch.allclose(out.log_ratio, whole.log_ratio, rtol=1e-12, atol=1e-12)
+        for same in ("lengths", "loss_tokens", "extreme"):
+            assert torch.equal(getattr(out, same), getattr(whole, same))
+
+
+@pytest.mark.parametrize("level", [level for level in LEVELS if level != "sequence"])
+@settings(max_examples=5)
+@given(case=cases(max_length=30, max_scale=1.0, per_token=True), seed=st.integers(0, 99))
+def test_parts_meet_with_advantages_and_kl_of_tokens(level: Level, case: Case, seed: int) -> None:
+    objective = Objective(level, 0.2, 0.3, kl_coef=0.1)
+    outs, gradient = in_parts(case, objective, 2, seed, None)
+    whole, expected = run(case, objective, in_order(case))
+    scale = np.abs(expected).max() + 1e-30
+    near(gradient, expected, 1e-9 * scale)
+    for out in outs:
+        near(out.loss.item(), whole.loss.item(), 1e-10 * (1 + abs(whole.loss.item())))
+        near(out.kl.item(), whole.kl.item(), 1e-10 * (1 + abs(whole.kl.item())))
+
+
+def test_parts_need_the_number_of_sequences() -> None:
+    """The largest id of a part may not be the largest of all."""
+    values, ids = torch.zeros(2), torch.tensor([0, 1])
+    objective = Objective("token", 0.2, 0.2)
+    sums: dict[str, Any] = {"token_advantages": torch.ones(2), "sum_parts": lambda x: x}
+    with pytest.raises(ValueError, match="give sequence_count"):
+        policy_loss(values, values, ids, None, objective, **sums)
+    out = policy_loss(values, values, ids, None, objective, sequence_count=3, **sums)
+    assert out.lengths.tolist() == [1, 1, 0]
+    with pytest.raises(ValueError, match="leave it out"):
+        policy_loss(values, values, ids, torch.ones(2), objective, sequence_count=2)

@@ -11,10 +11,13 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch.distributed.tensor import DTensor
 
 import gspo as art
+from gspo.kernels.token_parts import TokenParts
 from gspo.policy.load import load_policy
 from gspo.policy.probe import choose_packing
 from gspo.train.mesh import Mesh
@@ -28,8 +31,8 @@ from support import random_groups
 
 STEPS, RATE = 5, 1e-3
 SMALL = {"packed_sequence_length": 60}  # several microbatches
-CASES: dict[str, tuple[str, dict, dict]] = {
-    # name: base model, InternalModelConfig, TrainConfig
+CASES: dict[str, tuple] = {
+    # name: base model, InternalModelConfig, TrainConfig, and how ranks divide a model (Mesh.divide)
     "dense": ("dense", {}, SMALL),
     "dense_untied": ("dense_untied", {}, SMALL),
     "dense_lora": ("dense", {"lora": {"r": 4}}, SMALL),
@@ -54,12 +57,47 @@ CASES: dict[str, tuple[str, dict, dict]] = {
     "kl_lora": ("embedded:sort", {"lora": {"r": 4}}, SMALL),
     "turns": ("embedded:sort", {}, SMALL | {"sequence_unit": "turn"}),
     "bfloat16": ("embedded:sort", {"dtype": "bfloat16"}, SMALL),
+    "parts": ("embedded:sort", {}, SMALL, {"cp_size": 2}),
+    "parts_of_all": ("embedded:sort", {}, {}, {"cp_size": 0}),  # 0: all ranks
+    "parts_dense": ("dense", {}, SMALL, {"cp_size": 2}),
+    "parts_lora": ("dense", {"lora": {"r": 4}}, SMALL, {"cp_size": 2}),
+    "parts_kl": ("embedded:sort", {}, SMALL, {"cp_size": 2}),
+    "parts_replay": (
+        "embedded:sort",
+        {"activation_checkpointing": True},
+        SMALL
+        | {"routing_replay": "old_policy", "router_aux_loss_coef": 0.1, "measure_routing": True},
+        {"cp_size": 2},
+    ),
+    "parts_turns": (
+        "embedded:sort",
+        {},
+        SMALL
+        | {
+            "sequence_unit": "turn",
+            "importance_sampling_level": "geometric_average",
+            "epsilon": 0.2,
+        },
+        {"cp_size": 2},
+    ),
+    "experts": ("embedded:sort", {}, SMALL, {"ep_size": 2}),
+    "experts_of_all": ("embedded:sort", {}, {}, {"ep_size": 0}),
+    "experts_replay": (
+        "embedded:sort",
+        {"activation_checkpointing": True},
+        SMALL | {"routing_replay": "old_policy", "router_aux_loss_coef": 0.1},
+        {"ep_size": 2},
+    ),
+    "experts_parts": ("embedded:sort", {}, SMALL, {"cp_size": 2, "ep_size": 2}),
 }
 
 
-def trained(name: str, mesh: Mesh | None, folder: Path) -> tuple[dict, list[dict]]:
-    """The weights after five calls of `train`, and the metrics of each."""
-    base, config, options = CASES[name]
+def trained(
+    name: str, mesh: Mesh | None, folder: Path, adam_epsilon: float = 1e-4, **more: Any
+) -> tuple[dict, list[dict], list[dict]]:
+    """The weights after five calls of `train`, the metrics of each, and the gradients of each
+    optimizer step before they are clipped."""
+    base, config, options, *_ = CASES[name]
     if base.startswith("dense"):
         base = str(folder / base)
     load = art.dev.InternalModelConfig(threads=1, **config)
@@ -72,25 +110,42 @@ def trained(name: str, mesh: Mesh | None, folder: Path) -> tuple[dict, list[dict
         frozen.packing, frozen.shares_prompts = policy.packing, policy.shares_prompts
         return frozen
 
-    trainer, metrics = Trainer(policy, reference), []
+    trainer, metrics, gradients = Trainer(policy, reference), [], []
+    step_of = trainer.optimizer.step
+
+    def step_seen(*args: Any) -> float:
+        gradients.append({n: whole(p.grad) for n, p in policy.trainable.items()})
+        return step_of(*args)
+
+    trainer.optimizer.step = step_seen
     for step in range(STEPS):
         groups = random_groups(policy, groups=8, size=4, seed=step)
         if name == "skipped":  # the second group alone makes a minibatch, or none
             for t in groups[step % 8]:
                 t.reward = 1.0
-        kl = {"kl_penalty_coef": 0.1} if name.startswith("kl") else {}
+        kl = {"kl_penalty_coef": 0.1} if "kl" in name else {}
         settings = resolve(
             art.TrainConfig(learning_rate=RATE, **kl),
-            art.dev.TrainConfig(adam_epsilon=1e-4, **options),
+            art.dev.TrainConfig(adam_epsilon=adam_epsilon, **(options | more)),
         )
         batch = prepare(groups, settings, context=policy.context, vocabulary=policy.head.size)
         metrics.append(trainer.train(batch, settings).metrics.compute())
     policy.workers.finish(policy.lm)
-    weights = {
-        n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
-        for n, p in policy.lm.named_parameters()
-    }
-    return weights, metrics
+    weights = {n: whole(p) for n, p in policy.lm.named_parameters()}
+    return weights, metrics, gradients
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def apart(found: dict, expected: dict) -> float:
+    """The largest difference, relative to a tensor's largest value (at least 1e-3)."""
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    return max(
+        float((found[n] - w).abs().max() / w.abs().max().clamp(min=1e-3))
+        for n, w in expected.items()
+    )
 
 
 def difference(a: float, b: float) -> float:
@@ -100,13 +155,11 @@ def difference(a: float, b: float) -> float:
 
 
 def compare(name: str, mesh: Mesh, folder: Path) -> dict:
-    weights, metrics = trained(name, mesh, folder)
-    one_weights, one_metrics = trained(name, None, folder)
-    assert weights.keys() == one_weights.keys(), weights.keys() ^ one_weights.keys()
-    moved = max(
-        float((weights[n] - w).abs().max() / w.abs().max().clamp(min=1e-3))
-        for n, w in one_weights.items()
-    )
+    sizes = {"cp_size": 1, "ep_size": 1} | dict(*CASES[name][3:])
+    mesh.parts = TokenParts()
+    mesh.divide(*(size or mesh.size for size in sizes.values()))
+    weights, metrics, gradients = trained(name, mesh, folder)
+    one_weights, one_metrics, one_gradients = trained(name, None, folder)
     told = {}
     for mine, one in zip(metrics, one_metrics, strict=True):
         same = {
@@ -122,7 +175,8 @@ def compare(name: str, mesh: Mesh, folder: Path) -> dict:
     worst = max(told, key=told.__getitem__)
     return {
         "case": name,
-        "weights": moved,
+        "weights": apart(weights, one_weights),
+        "gradients": apart(gradients[0], one_gradients[0]),  # at the same weights
         "metrics": told[worst],
         "metric": worst,
         "updates": sum(m["optim/updates"] for m in metrics),

@@ -13,7 +13,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,10 +44,14 @@ class ClusterBackend(LocalBackend):
         nproc: how many ranks to start on this machine, this process included. None: those that
             torchrun has started; without torchrun, this process alone.
         timeout: seconds that a rank waits for another one inside a step.
+        cp_size: how many neighbouring ranks compute a microbatch together, each a part of its
+            length (for sequences that one rank has no memory for).
+        ep_size: how many ranks share one set of an MoE model's experts; tokens go to them.
         options: `LocalBackend`'s.
 
     Raises:
-        ConfigError: `nproc` under torchrun, or ranks that don't come or don't fit together.
+        ConfigError: `nproc` under torchrun, ranks that don't come or don't fit together, or sizes
+            that don't divide their number.
         MissingDependencyError: transformers is older than 5.24.
     """
 
@@ -57,9 +61,17 @@ class ClusterBackend(LocalBackend):
         *,
         nproc: int | None = None,
         timeout: float = LIMIT,
+        cp_size: int = 1,
+        ep_size: int = 1,
         **options: Any,
     ):
-        known = [*inspect.signature(LocalBackend).parameters, "nproc", "timeout"]
+        known = [
+            *inspect.signature(LocalBackend).parameters,
+            "nproc",
+            "timeout",
+            "cp_size",
+            "ep_size",
+        ]
         check_names("ClusterBackend", options, known, absent.REASONS["LocalBackend"])
         super().__init__(path, **options)  # first: a rank that is started must not be for nothing
         if nproc is not None:
@@ -67,16 +79,22 @@ class ClusterBackend(LocalBackend):
         started = started_ranks()
         if started is not None and nproc not in (None, started):
             raise ConfigError(f"nproc={nproc}, but torchrun has started {started}: leave nproc out")
-        if self.engines and (started or nproc or 1) > 1:
+        size = started or nproc or 1
+        self._sizes = {"cp_size": cp_size, "ep_size": ep_size}
+        for name, value in self._sizes.items():
+            check_whole(name, value, 1, size)
+            if size % value:
+                raise ConfigError(f"{name}={value} does not divide {size} ranks")
+        if self.engines and size > 1:
             raise ConfigError(
                 "engines= is not built for more than one process: leave it out, or train with "
                 "LocalBackend(engines=...)"
             )
         self._children: list[subprocess.Popen[bytes]] = []
         self._ranks: Ranks | None = None
-        if started is None and (nproc or 1) > 1:
-            self._start(nproc or 1, timeout)
-        if (started or nproc or 1) > 1:
+        if started is None and size > 1:
+            self._start(size, timeout)
+        if size > 1:
             mesh = Mesh(timeout)
             if mesh.rank > 0:
                 follow(mesh)
@@ -85,7 +103,7 @@ class ClusterBackend(LocalBackend):
     def _service_of(self, *parts: Any) -> Service:
         if self._ranks is None:
             return Service(*parts)
-        return ShardedService(*parts, ranks=self._ranks)
+        return ShardedService(*parts, ranks=self._ranks, sizes=self._sizes)
 
     async def close(self) -> None:
         ranks, self._ranks = self._ranks, None
@@ -127,8 +145,8 @@ class ClusterBackend(LocalBackend):
 class ShardedService(Service):
     """A model whose weights are divided among the ranks."""
 
-    def __init__(self, *parts: Any, ranks: Ranks):
-        self._ranks = ranks
+    def __init__(self, *parts: Any, ranks: Ranks, sizes: Mapping[str, int]):
+        self._ranks, self._sizes = ranks, sizes
         super().__init__(*parts)
 
     def _everywhere(self, function: Callable[..., T], *args: Any) -> T:
@@ -144,8 +162,14 @@ class ShardedService(Service):
                 "exact=True and rollout_dtype are not built for more than one process: the engine "
                 "samples from an unsharded float32 copy. Leave them out"
             )
+        if config.lora is not None and self._sizes["ep_size"] > 1:
+            raise ConfigError(
+                "ep_size and lora: adapters of experts would be whole on each rank, they not; "
+                "leave one of the two out"
+            )
         self._copied = source or "", config, checkpoint
-        return self._ranks.call(load_on_ranks, self._ranks.mesh, *self._copied, self.run.folder)
+        shared = self.run.folder, *self._sizes.values()
+        return self._ranks.call(load_on_ranks, self._ranks.mesh, *self._copied, *shared)
 
     def _proved(self, config: InternalModelConfig, **options: Any) -> Proved:
         gather = partial(self._everywhere, _weights_of, self.trainer)

@@ -87,17 +87,21 @@ def load_on_ranks(
     config: InternalModelConfig,
     checkpoint: Path | None,
     folder: Path,
+    cp_size: int,
+    ep_size: int,
 ) -> Trainer:
     """Load a model on every rank, a part of it each.
 
     Args:
         folder: of the run, which all ranks must see.
+        cp_size, ep_size: see `Mesh.divide`.
 
     Raises:
         ConfigError: the ranks have other files of the model, or another folder.
         ModelError, CheckpointError: see `load_trainer`.
     """
     _check_shared(mesh, folder)
+    mesh.divide(cp_size, ep_size)
     remedy = "copy the same files to every machine, or give a folder that all of them share"
     mesh.agree(f"base_model {base_model!r}", _fingerprint(resolve(base_model)), remedy)
     trainer = load_trainer(base_model, config, checkpoint, mesh)

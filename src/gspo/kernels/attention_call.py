@@ -60,8 +60,8 @@ class AttentionCall:
 
 def attend_calls(
     query: Float[Tensor, "1 H T D"],
-    key: Float[Tensor, "1 K T D"],
-    value: Float[Tensor, "1 K T E"],
+    key: Float[Tensor, "1 K U D"],
+    value: Float[Tensor, "1 K U E"],
     calls: Sequence[AttentionCall],
     scale: float,
     softcap: float | None = None,
@@ -70,7 +70,7 @@ def attend_calls(
     """Attend, in float32 whatever the inputs are.
 
     Soft cap and sinks are those of `tile_attention.Scoring`. Each token is a query of at most one
-    call; the output of the others is 0.
+    call; the output of the others is 0. The keys may be of more tokens than the queries.
     """
     return _Attention.apply(query, key, value, calls, scale, softcap, sinks)[None]  # pyright: ignore[reportGeneralTypeIssues, reportOptionalSubscript]
 

@@ -82,7 +82,8 @@ def attend_backward(
         mean = (grad * out).sum(-1, keepdim=True)
         of_sinks = (exp2(sinks - log_total, None) * -mean).sum((0, 3))
         of_sinks = of_sinks.unflatten(1, (-1, scoring.share)).sum(1)
-    return Gradients(of_query, of_keys, of_values, *(of_shared or (None, None)), of_sinks)
+    of_context = (of_shared[0], of_shared[1]) if of_shared else (None, None)
+    return Gradients(of_query, of_keys, of_values, *of_context, of_sinks)
 
 
 def _added(

@@ -156,8 +156,9 @@ def recompute_layers(lm: PreTrainedModel, context_fn: Callable[[], tuple[Any, An
         layer.forward = MethodType(forward, layer)
 
 
-def sharding(ranks: int, *, half: bool) -> dict[str, Any]:
-    """Name the argument of `from_pretrained` that divides the weights among the ranks (FSDP2).
+def sharding(ranks: int, ep_size: int, *, half: bool) -> dict[str, Any]:
+    """Name the argument of `from_pretrained` that divides the weights among the ranks (FSDP2), and
+    whole experts among each `ep_size` of them.
 
     With `half`, the float32 weights of a layer are rounded to bfloat16 as they are gathered, and
     their gradients added up in float32.
@@ -165,7 +166,8 @@ def sharding(ranks: int, *, half: bool) -> dict[str, Any]:
     # transformers 5.24 has it
     from transformers.distributed.configuration_utils import DistributedConfig
 
-    return {"distributed_config": DistributedConfig(fsdp_size=ranks, fsdp_mixed_precision=half)}
+    config = DistributedConfig(fsdp_size=ranks, ep_size=ep_size, fsdp_mixed_precision=half)
+    return {"distributed_config": config}
 
 
 def stored_tensors(
@@ -184,6 +186,11 @@ def stays_float32(lm: PreTrainedModel, name: str) -> bool:
     """Whether the architecture keeps a parameter in float32 in a bfloat16 model, too."""
     kept = getattr(lm, "_keep_in_fp32_modules_strict", None) or ()
     return any(f".{part}." in f".{name}." for part in kept)
+
+
+def has_divided_experts(lm: PreTrainedModel) -> bool:
+    """Whether processes have whole experts of a model each, which exchange their tokens."""
+    return any(getattr(module, "_is_expert_parallel", False) for module in lm.modules())
 
 
 def keep_long_rope(lm: PreTrainedModel) -> None:

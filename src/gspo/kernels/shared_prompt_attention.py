@@ -23,12 +23,10 @@ from torch import Tensor
 from gspo.data.packing import Microbatch
 from gspo.kernels.attention_call import AttentionCall, attend_calls
 from gspo.kernels.shared_contexts import context_groups
-from gspo.kernels.tile_attention import (
-    TILE,
-    hiding,
-    whole_tiles,
-)
+from gspo.kernels.tile_attention import TILE, hiding, whole_tiles
+from gspo.kernels.token_parts import TokenParts
 
+_WHOLE = TokenParts()
 WASTE, SLACK = 1.3, 8
 """Padding makes a tail at most 1.3 x as long, or at most 8 tokens longer."""
 QUERIES = 256
@@ -61,14 +59,26 @@ class Tail(NamedTuple):
 class SharedPromptAttention:
     """Attention of one microbatch, for one forward pass, used by all of its layers.
 
+    Args:
+        microbatch: as a whole.
+        device: of the tensors.
+        parts: the part of its tokens whose outputs are computed here; the keys and values of the
+            others come from other processes.
+
     Attributes:
         size: T, the tokens of the microbatch.
         positions: [T] position of each token in its samples.
     """
 
-    def __init__(self, microbatch: Microbatch, device: torch.device | None = None):
+    def __init__(
+        self,
+        microbatch: Microbatch,
+        device: torch.device | None = None,
+        parts: TokenParts = _WHOLE,
+    ):
         self.device = device or torch.device("cpu")
-        self.size = microbatch.token_count
+        self.size, self._parts = microbatch.token_count, parts
+        self._first, self._end = parts.span(self.size)
         self._index = microbatch.index.numpy()
         self.positions = microbatch.positions[0].numpy()
         lengths, shared = np.array(microbatch.lengths), np.array(microbatch.shared)
@@ -107,8 +117,14 @@ class SharedPromptAttention:
     ) -> Float[Tensor, "1 T H E"]:
         """Attention of the whole microbatch in one layer, in float32 whatever the inputs are.
 
-        T may be larger than `size`: tokens behind the samples, whose output is 0.
+        T may be larger than `size`: tokens behind the samples, whose output is 0. Of a part of the
+        tokens, they are those of the part.
         """
+        if self._parts.size > 1:
+            both = torch.cat([key, value], -1)[0].transpose(0, 1)  # token by token
+            both = both.to(torch.promote_types(both.dtype, torch.float32))  # gradients are added up
+            whole = self._parts.join(both).transpose(0, 1)[None]
+            key, value = whole.split([key.shape[-1], value.shape[-1]], -1)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return attend_calls(query, key, value, self.within(window), scale, softcap, sinks)
 
@@ -124,9 +140,10 @@ class SharedPromptAttention:
     def _groups(self, window: int | None) -> list[list[Tail]]:
         """Tails that are attended in one call, the widest of each group first."""
         pieces = [
-            Tail(tail.start + done, min(QUERIES, tail.width - done), tail.context + done, tail.path)
+            Tail(tail.start + done, min(QUERIES, end - done), tail.context + done, tail.path)
             for tail in self._tails
-            for done in range(0, tail.width, QUERIES)
+            for end in [min(tail.width, self._end - tail.start)]
+            for done in range(max(0, self._first - tail.start), end, QUERIES)
         ]
 
         def size(tail: Tail) -> tuple[int, int, int, int]:
@@ -162,7 +179,7 @@ class SharedPromptAttention:
 
         place = np.arange(int(width.max()))[None]
         real = place < width
-        queries = start + np.where(real, place, 0)
+        queries = start - self._first + np.where(real, place, 0)
         at = before + np.where(real, place, 0)  # position of each query
         key = base + np.arange(int(own[0, 0]))[None]  # position of each key
         keys = self._index[path + np.where(key < before + width, key, 0)]

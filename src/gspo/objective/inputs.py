@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,8 @@ def checked(
     advantages: Tensor | None,
     total_sequences: int | None,
     given: dict[str, Tensor | None],
+    sequence_count: int | None,
+    sum_parts: Callable[[Tensor], Tensor] | None,
 ) -> tuple[dict[str, Tensor], PerSequence | None, Segments]:
     """Check and flatten the arguments of `policy_loss`.
 
@@ -57,14 +61,28 @@ def checked(
     # Ids of tokens that were not sampled don't count.
     ids = tokens["sequence_ids"] = torch.where(tokens["ratio_mask"].to(ids.device), ids, 0)
     lowest, highest = torch.stack(ids.aminmax()).tolist() if ids.numel() else (0, -1)
-    count = highest + 1 if advantages is None else advantages.numel()
+    count = _count(highest + 1, advantages, sequence_count, summed=sum_parts is not None)
     if lowest < 0 or highest >= count:
         raise ValueError(f"sequence_ids are {lowest} to {highest}, but there are {count} sequences")
-    return _flattened(tokens, advantages, count)
+    return _flattened(tokens, advantages, count, sum_parts)
+
+
+def _count(seen: int, advantages: Tensor | None, given: int | None, *, summed: bool) -> int:
+    """S, of the ids seen here or of what else says it."""
+    if advantages is not None:
+        if given is not None:
+            raise ValueError("sequence_count is the number of advantages: leave it out")
+        return advantages.numel()
+    if given is None and summed:
+        raise ValueError("sum_parts and token_advantages: give sequence_count, the same in all")
+    return seen if given is None else given
 
 
 def _flattened(
-    tokens: dict[str, Tensor], advantages: Tensor | None, count: int
+    tokens: dict[str, Tensor],
+    advantages: Tensor | None,
+    count: int,
+    sum_parts: Callable[[Tensor], Tensor] | None,
 ) -> tuple[dict[str, Tensor], PerSequence | None, Segments]:
     """What `checked` returns, of arguments that fit together."""
     logprobs = tokens["logprobs"]
@@ -73,7 +91,7 @@ def _flattened(
         for name, tensor in tokens.items()
     }
     mask = flat["ratio_mask"]
-    segments = Segments(flat["sequence_ids"], count, mask, flat["loss_mask"] & mask)
+    segments = Segments(flat["sequence_ids"], count, mask, flat["loss_mask"] & mask, sum_parts)
     for name in ("logprobs", "old_logprobs"):
         flat[name] = torch.where(mask, flat[name], 0.0)
     if advantages is not None:

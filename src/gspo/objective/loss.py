@@ -16,7 +16,7 @@ For GSPO, `policy_loss` is these lines, with masks, sums over packed sequences a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +84,8 @@ def policy_loss(
     total_tokens: int | None = None,
     sampling_logprobs: Tokens | None = None,
     reference_logprobs: Tokens | None = None,
+    sequence_count: int | None = None,
+    sum_parts: Callable[[Tensor], Tensor] | None = None,
 ) -> LossOutput:
     """-(1/N) Σ_i of the clipped surrogate (GSPO, arXiv 2507.18071, equation 5), plus KL.
 
@@ -108,6 +110,11 @@ def policy_loss(
         sampling_logprobs: log-probs under mu, the engine that sampled; needed if the objective has
             a correction for pi_old / mu, and only then.
         reference_logprobs: needed if `objective.kl_coef` is above 0, and only then.
+        sequence_count: S, if `token_advantages` are given. Default: the largest sequence id + 1.
+        sum_parts: adds up a tensor over R processes that each have a part of the sequences' tokens
+            (the others missing, or False in `ratio_mask`), and its gradient too; each sequence's
+            sums meet in it. Every process then has the whole loss, and the gradients of their
+            parts are those of R times the loss: divide it by R. Default: all tokens are here.
 
     Raises:
         ValueError: shapes, dtypes, ids or masks that don't fit together.
@@ -125,10 +132,13 @@ def policy_loss(
     given = {"old_logprobs": old_logprobs, "sequence_ids": sequence_ids, "ratio_mask": ratio_mask}
     given |= {"loss_mask": loss_mask, "token_advantages": token_advantages}
     given |= {"sampling_logprobs": sampling_logprobs, "reference_logprobs": reference_logprobs}
-    tokens, advantages, segments = checked(logprobs, objective, advantages, total_sequences, given)
+    tokens, advantages, segments = checked(
+        logprobs, objective, advantages, total_sequences, given, sequence_count, sum_parts
+    )
     total = segments.count if total_sequences is None else total_sequences  # N
+    loss_tokens = segments.sum(segments.loss_mask.float())
     if objective.aggregate == "token_mean":
-        total = max(int(segments.loss_mask.sum()) if total_tokens is None else total_tokens, 1)  # T
+        total = max(int(loss_tokens.long().sum()) if total_tokens is None else total_tokens, 1)  # T
     new, old, a = tokens["logprobs"], tokens["old_logprobs"], tokens["token_advantages"]
 
     d = new - old  # d_t of each sampled token
@@ -157,7 +167,7 @@ def policy_loss(
         kl=kl.detach(),
         log_ratio=log_ratio.detach(),
         lengths=segments.lengths,
-        loss_tokens=segments.sum(segments.loss_mask.float()),
+        loss_tokens=loss_tokens,
         clipped_tokens=segments.sum(clipped.float()),
         extreme=is_extreme(objective.exponent, d.detach(), log_ratio.detach(), segments),
     )

@@ -6,6 +6,7 @@ l_i = (1/L_i) sum_t d_t (GSPO, arXiv 2507.18071, equation 7: s_i = exp(l_i)).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -35,6 +36,8 @@ class Segments:
         count: number of sequences, S.
         ratio_mask: tokens that were sampled. They give the length L_i and the log-ratio l_i.
         loss_mask: tokens that are trained on, a subset of `ratio_mask`.
+        sum_parts: adds up a tensor over the processes that have a part of each sequence's tokens,
+            and its gradient too. None: all tokens are here.
 
     Three tokens, two sequences (of 2 and 1 tokens):
 
@@ -48,6 +51,7 @@ class Segments:
     count: int
     ratio_mask: TokenMask
     loss_mask: TokenMask
+    sum_parts: Callable[[Tensor], Tensor] | None = None
 
     @cached_property
     def lengths(self) -> PerSequence:
@@ -55,10 +59,14 @@ class Segments:
         return self.sum(self.ratio_mask.float())
 
     def sum(self, values: PerToken) -> PerSequence:
-        """Sum per sequence, accumulated in float64 if the device has it; result in their dtype."""
+        """Sum per sequence, accumulated in float64 if the device has it; result in their dtype.
+
+        All of the objective's sums over tokens are this one: here the parts of a sequence meet.
+        """
         wide = torch.float32 if values.device.type == "mps" else torch.float64
         total = torch.zeros(self.count, dtype=wide, device=values.device)
-        return total.index_add(0, self.ids, values.to(wide)).to(values.dtype)
+        total = total.index_add(0, self.ids, values.to(wide))
+        return (self.sum_parts(total) if self.sum_parts else total).to(values.dtype)
 
     def mean(self, values: PerToken) -> PerSequence:
         """Sum per sequence over L_i. A sequence without tokens gets 0."""

@@ -56,9 +56,10 @@ def load_policy(
     saved_whole = checkpoint is not None and config.lora is None
     weights = str(checkpoint) if saved_whole else source
     trust, device = config.trust_remote_code, _device(config.device)
-    ranks = 1 if mesh is None else mesh.size
-    half = config.dtype != "float32"
-    lm = read_merged(weights, base_model, trust_remote_code=trust, ranks=ranks, half=half)
+    shares: dict[str, Any] = {"half": config.dtype != "float32"}
+    if mesh is not None:
+        shares |= {"ranks": mesh.size, "ep_size": mesh.ep_size}
+    lm = read_merged(weights, base_model, trust_remote_code=trust, **shares)
     lm = lm.to(device)  # pyright: ignore[reportArgumentType]
     # What a new adapter is of: a path that is right from wherever it is read.
     lm.name_or_path = os.path.abspath(source) if Path(source).is_dir() else source

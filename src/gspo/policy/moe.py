@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 
 from gspo.core.errors import ConfigError, DataError, ModelError, NumericsError
 from gspo.kernels.hf import find_routers
+from gspo.kernels.token_parts import TokenParts
 
 _HALF = (torch.bfloat16, torch.float16)
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -95,20 +96,17 @@ class Routers:
             yield choices
         choices.check(strict or replay is not None)
 
-    def ignore_last(self, tokens: int) -> None:
-        """In the forward pass that follows, the last tokens are padding: each router chooses for
-        them, and nothing is recorded."""
-        choices = self._watched.get(threading.get_ident())
-        if choices is not None:
-            choices.padding = tokens
+    @property
+    def watched(self) -> ExpertChoices | None:
+        """What this thread's forward passes are recorded in; None: nothing is."""
+        return self._watched.get(threading.get_ident())
 
     def recompute(self) -> tuple[Any, Any]:
         """`context_fn` of torch's checkpoint: a recomputed layer takes its earlier choices.
 
         They are rewound to the first tokens of this layer; the block's own record stays as it is.
         """
-        choices = self._watched.get(threading.get_ident())
-        return nullcontext(), self._watching(None if choices is None else choices.rewound())
+        return nullcontext(), self._watching(self.watched and self.watched.rewound())
 
     @contextmanager
     def _watching(self, choices: ExpertChoices | None) -> Iterator[None]:
@@ -126,7 +124,7 @@ class Routers:
         router = self.modules[layer]
         given = (*args, *kwargs.values(), *router.parameters())
         half = any(isinstance(x, Tensor) and x.dtype in _HALF for x in given)
-        choices = self._watched.get(threading.get_ident())
+        choices = self.watched
         with _Float32Products() if half else nullcontext():
             if choices is None:
                 return forward(*args, **kwargs)
@@ -159,6 +157,7 @@ class ExpertChoices(TorchFunctionMode):
         balance: sum over layers and tokens of the weighted router probabilities, with gradient;
             0 without weights. A token counts as often as there are `copies` of it.
         complete: the choice of every router could be seen. Known when the block has ended.
+        first: place in the microbatch of the first token that the routers see.
         padding: tokens at the end of a call that are not recorded.
     """
 
@@ -183,12 +182,13 @@ class ExpertChoices(TorchFunctionMode):
         self._finite: list[tuple[int, Tensor]] = []
         self._unseen: tuple[int, int] | None = None
         self.layer = self.columns = self.calls = 0  # of the router that runs
-        self.padding = 0
+        self.padding = self.first = 0
 
     def rewound(self) -> ExpertChoices:
         """Make the choices of a layer that is recomputed: the same replay, from here on."""
         again = ExpertChoices(self._routers, self._replay, self._weights, self._copies)
         again._routed, again.padding = list(self._routed), self.padding
+        again.first = self.first
         return again
 
     def __getstate__(self) -> dict[str, Any]:
@@ -206,10 +206,10 @@ class ExpertChoices(TorchFunctionMode):
         self.calls += 1
         real = len(scores) - self.padding
         preferred = used = out.indices[:real]
-        layer, start = self.layer, self._routed[self.layer]
+        layer, start = self.layer, self.first + self._routed[self.layer]
         self._routed[layer] += len(preferred)
         if self._replay is not None:
-            wanted = self._replay[start : self._routed[layer], layer]
+            wanted = self._replay[start : start + len(preferred), layer]
             if wanted.shape != preferred.shape:
                 raise DataError(
                     f"expert choices of {tuple(wanted.shape)} tokens and experts were to be "
@@ -233,10 +233,25 @@ class ExpertChoices(TorchFunctionMode):
         if self._weights is not None and self._copies is not None:
             # Also if recomputed: checkpoint wants the same tensors saved, in the same order.
             probabilities = logits.float().softmax(-1)
-            end = self._routed[layer]
+            end = self.first + self._routed[layer]
             copies = self._copies[end - len(logits) : end].to(logits.device, torch.float32)
             weights = self._weights[layer].to(logits.device)
             self.balance = self.balance + copies @ probabilities @ weights
+
+    def join(self, tokens: int, parts: TokenParts) -> None:
+        """After the pass: put together what was chosen for all parts of so many tokens."""
+        if not (self.complete and self._unseen is None and all(self._preferred)):
+            return
+        own = torch.stack([torch.cat(calls) for calls in (*self._preferred, *self._used)], 1)
+        own = torch.cat([own, own.new_zeros(self.padding, *own.shape[1:])])
+        whole = parts.join(own.int())[:tokens].to(self._dtype).unbind(1)  # gloo knows no int16
+        layers = len(self._preferred)
+        self._preferred, self._used = [[c] for c in whole[:layers]], [[c] for c in whole[layers:]]
+        self._routed = [tokens] * layers
+        finite = parts.sum(torch.stack([f for _, f in self._finite]).float()) == parts.size
+        self._finite = [(layer, f) for (layer, _), f in zip(self._finite, finite, strict=True)]
+        if isinstance(self.balance, Tensor):
+            self.balance = parts.sum(self.balance)
 
     def check(self, strict: bool) -> None:
         """Refuse, after the forward pass, what was left over or could not be seen.

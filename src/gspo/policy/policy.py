@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
@@ -162,7 +162,9 @@ class Policy:
         return masters
 
     @timed("forward")
-    def logprobs(self, microbatch: Microbatch, chunk: int | None = None) -> TokenLogprobs:
+    def logprobs(
+        self, microbatch: Microbatch, chunk: int | None = None, *, own: bool = False
+    ) -> TokenLogprobs:
         """Compute log-probs of the sampled tokens, at the temperatures they were sampled with.
 
         Every sample sees only itself, whatever else is in the microbatch.
@@ -170,6 +172,7 @@ class Policy:
         Args:
             microbatch: packed samples; M of their tokens were sampled.
             chunk: tokens whose logits exist at once; None: see `token_logprobs`.
+            own: 0 for tokens that another process computes (see `TokenParts`), without waiting.
 
         Returns:
             [M] float32 log-probs with gradient, and entropies without.
@@ -181,16 +184,30 @@ class Policy:
             scored = self._logprobs(microbatch, chunk)
             return scored.logprobs, scored.entropy
 
-        return TokenLogprobs(*inside_forward(self.lm, run))
+        logprobs, entropy = inside_forward(self.lm, run)
+        if not own:
+            logprobs, entropy = map(self.workers.parts.sum, (logprobs, entropy))
+        return TokenLogprobs(logprobs, entropy)
 
     def _logprobs(self, microbatch: Microbatch, chunk: int | None) -> TokenLogprobs:
-        hidden = self._hidden_states(microbatch)
-        return token_logprobs(
-            hidden.index_select(0, self._there(microbatch.sources)),
-            self.head,
-            microbatch.tokens[0, microbatch.targets],
-            self._there(microbatch.temperatures),
-            chunk,
+        hidden, parts = self._hidden_states(microbatch), self.workers.parts
+        sources, targets = microbatch.sources, microbatch.tokens[0, microbatch.targets]
+        temperatures, held = microbatch.temperatures, parts.holds(sources, microbatch.token_count)
+        if held is not None:
+            first, _ = parts.span(microbatch.token_count)
+            sources, targets, temperatures = (
+                sources[held] - first,
+                targets[held],
+                temperatures[held],
+            )
+        hidden = hidden.index_select(0, self._there(sources))
+        scored = token_logprobs(hidden, self.head, targets, self._there(temperatures), chunk)
+        if held is None:
+            return scored
+        zeros, places = scored.entropy.new_zeros(len(held)), self._there(held.nonzero()[:, 0])
+        return TokenLogprobs(
+            zeros.index_copy(0, places, scored.logprobs),
+            zeros.index_copy(0, places, scored.entropy),
         )
 
     def _there(self, values: Tensor) -> Tensor:
@@ -198,29 +215,39 @@ class Policy:
         return values.to(self.device, non_blocking=True)
 
     def _hidden_states(self, microbatch: Microbatch) -> Float[Tensor, "T D"]:
-        device = self.device
+        device, parts = self.device, self.workers.parts
         if self.packing == "single" and microbatch.token_count < microbatch.sample_tokens:
             raise ValueError("a microbatch with shared prompts, and a model packed by 'single'")
+        if self.packing != "tiles" and parts.size > 1:
+            raise ValueError(f"packed by {self.packing!r}, samples cannot be divided")
         extra: dict[str, Any] = {}
-        lengths: tuple[int, ...] = (microbatch.token_count,)
-        if self.packing == "single":
-            lengths = microbatch.lengths
-        elif self.packing == "mask":
+        if self.packing == "mask":
             extra["attention_mask"] = self._masks(microbatch)
-        else:
-            plan = SharedPromptAttention(microbatch, device)
+        elif self.packing != "single":
+            plan = SharedPromptAttention(microbatch, device, parts)
             extra["attention_mask"] = hf.no_mask(device)
             extra["gspo_plan"] = FlexAttention(plan) if self.packing == "flex" else plan
+        inputs = self._inputs(microbatch)
+        lengths = [*microbatch.lengths[:-1]] if self.packing == "single" else []
+        lengths.append(inputs.shape[2] - sum(lengths))  # with padding, if there is any
         hidden = []
-        inputs = self._there(torch.stack([microbatch.tokens, microbatch.positions]))
-        if self.multiple > 1:
-            padding = -inputs.shape[2] % self.multiple
-            self.routers.ignore_last(padding)
-            inputs, lengths = functional.pad(inputs, (0, padding)), (lengths[0] + padding,)
         for tokens, positions in inputs.split(lengths, dim=2):
             given = {"input_ids": tokens, "position_ids": positions} | extra
             hidden.append(self.backbone(use_cache=False, **given).last_hidden_state[0])
+        if parts.size > 1 and (choices := self.routers.watched) is not None:
+            choices.join(microbatch.token_count, parts)
         return hidden[0][: microbatch.token_count] if len(hidden) == 1 else torch.cat(hidden)
+
+    def _inputs(self, microbatch: Microbatch) -> Int[Tensor, "2 1 t"]:
+        """Tokens and positions of this process's part, padded; what the routers see is noted."""
+        parts, tokens = self.workers.parts, microbatch.token_count
+        inputs = self._there(torch.stack([microbatch.tokens, microbatch.positions]))
+        inputs = parts.take(inputs)
+        padding = -inputs.shape[2] % self.multiple
+        if (choices := self.routers.watched) is not None:
+            choices.first, more = parts.real(tokens)
+            choices.padding = padding + more
+        return functional.pad(inputs, (0, padding)) if padding else inputs
 
     def _masks(self, microbatch: Microbatch) -> Any:
         """Make the T x T mask in the form that the model's attention takes: one for each layer type

@@ -60,6 +60,7 @@ def choose_packing(policy: Policy) -> None:
         faults.append(f"{packing}: {fault}")
     else:
         remedy = "leave activation_checkpointing out" if policy.checkpointing else "not supported"
+        remedy = "leave cp_size out" if policy.workers.parts.size > 1 else remedy
         raise ModelError(
             f"{policy.source}: gspo's log-probs differ from those of {type(policy.lm).__name__} "
             f"itself, one text at a time too ({faults[-1]}): {remedy}"
@@ -124,9 +125,13 @@ def _trained(policy: Policy, microbatch: Microbatch) -> tuple[Tensor, bool]:
         hook.remove()
     outside = torch.ones(microbatch.token_count, dtype=torch.bool)
     outside[microbatch.index.split(microbatch.lengths)[middle]] = False
-    outside = outside.to(logprobs.device)
+    parts = policy.workers.parts
+    outside = parts.take(outside).to(logprobs.device)
     beyond = [g[0, outside] for g in gradients if g is not None and policy.packing != "single"]
-    return logprobs.detach(), any(bool(gradient.any()) for gradient in beyond)
+    leaks = sum(
+        (gradient.any().float() for gradient in beyond), torch.zeros((), device=logprobs.device)
+    )
+    return logprobs.detach(), bool(parts.sum(leaks))
 
 
 def _random_samples(policy: Policy) -> list[Sample]:

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from gspo.core.errors import ModelError, suggestion
-from gspo.kernels.hf import quiet, sharding
+from gspo.kernels.hf import has_divided_experts, quiet, sharding
 from gspo.kernels.sharded import begin_sharded
 from gspo.policy.embedded import PREFIX, RECIPES, embedded_folder
 
@@ -118,6 +118,7 @@ def read_model(
     trust_remote_code: bool = False,
     dtype: torch.dtype = torch.float32,
     ranks: int = 1,
+    ep_size: int = 1,
     half: bool = False,
 ) -> PreTrainedModel:
     """Read a causal LM.
@@ -128,6 +129,7 @@ def read_model(
         trust_remote_code: run code of the folder, if its config asks for it.
         dtype: of the weights, but for those that the architecture keeps in float32.
         ranks: processes that read the model at the same time and hold a part of it each.
+        ep_size: how many of them share one set of experts.
         half: they compute in bfloat16.
 
     Raises:
@@ -136,11 +138,16 @@ def read_model(
     check_no_pickles(path)
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
     if ranks > 1:
-        options |= sharding(ranks, half=half)
+        options |= sharding(ranks, ep_size, half=half)
     lm = _read(AutoModelForCausalLM, path, trust_remote_code, source, **options)
     if getattr(lm, "is_quantized", False):
         raise ModelError(f"{source!r} holds quantized weights; dequantize it to train it")
     if ranks > 1:
+        if ep_size > 1 and not has_divided_experts(lm):
+            raise ModelError(
+                f"ep_size={ep_size}: {source!r} has no experts that transformers can divide among "
+                "processes; leave ep_size out"
+            )
         begin_sharded(lm)
     return lm
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gspo.core.timing import beside
+from gspo.kernels.token_parts import TokenParts
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -32,9 +33,12 @@ class Workers:
         count: how many microbatches are computed side by side.
         threads: how many of them in this process.
         rank, size: which of how many processes this is.
+        parts: which tokens of a microbatch this process computes.
+        ep_size: how many processes share one set of experts.
     """
 
-    rank, size = 0, 1
+    rank, size, ep_size = 0, 1, 1
+    parts = TokenParts()
 
     def __init__(self, count: int = 1):
         self.count = self.threads = count

@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 
 from gspo.core.errors import ConfigError, MissingDependencyError, RunError
 from gspo.kernels.sharded import reshard
+from gspo.kernels.token_parts import TokenParts
 from gspo.policy.workers import Workers
 
 A = TypeVar("A")
@@ -102,19 +103,30 @@ class Mesh(Workers):
         for package in ("gspo", "torch", "transformers"):
             self.agree(f"the version of {package}", version(package), "install the same everywhere")
 
+    def divide(self, cp_size: int, ep_size: int) -> None:
+        """Let so many neighbouring ranks compute a microbatch together, each a part of its length,
+        and so many share one set of experts. Called on all ranks, before a model is loaded."""
+        self.count, self.ep_size = self.size // cp_size, ep_size
+        if cp_size > 1 and self.parts.size == 1:
+            starts, wait = range(0, self.size, cp_size), timedelta(seconds=self.limit)
+            groups = [dist.new_group(range(s, s + cp_size), timeout=wait) for s in starts]
+            self.parts = TokenParts(self.rank % cp_size, cp_size, groups[self.rank // cp_size])
+
     def map(self, function: Callable[[A], B], items: Sequence[A]) -> list[B]:
-        """Call the function with each item on one rank; every rank gets all results, in order."""
-        own = []
-        for turn in range(0, len(items), self.size):
-            self._counts = turn + self.rank < len(items)
-            result = function(items[turn + self.rank if self._counts else turn])
-            own += [result] * self._counts
-        results = self.gather(own)
-        return [results[i % self.size][i // self.size] for i in range(len(items))]
+        """Call the function with each item on one rank, or on those that divide a microbatch's
+        tokens; every rank gets all results, in order."""
+        own, team = [], self.rank // self.parts.size
+        for turn in range(0, len(items), self.count):
+            self._counts = turn + team < len(items)
+            result = function(items[turn + team if self._counts else turn])
+            own += [result] * (self._counts and self.parts.rank == 0)
+        results = self.gather(own)[:: self.parts.size]
+        return [results[i % self.count][i // self.count] for i in range(len(items))]
 
     def backward(self, loss: Tensor) -> None:
-        # FSDP takes the mean over the ranks; the losses of microbatches are to be added up.
-        (loss * (self.size * self._counts)).backward()
+        # FSDP takes the mean over the ranks; the losses of microbatches are to be added up. Ranks
+        # that divide a microbatch have the same loss, see `TokenParts`.
+        (loss * (self.count * self._counts)).backward()
 
     def finish(self, lm: torch.nn.Module) -> None:
         """Free the gathered weights, so that the optimizer and whoever reads sees each rank's part;

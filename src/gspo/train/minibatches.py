@@ -233,7 +233,8 @@ def microbatches(
 def _budget(policy: Policy) -> int:
     if policy.device.type == "cuda":
         return microbatch_tokens(policy)
-    return token_budget(policy.lm.config.get_text_config(), policy.checkpointing)
+    tokens = token_budget(policy.lm.config.get_text_config(), policy.checkpointing)
+    return tokens * policy.workers.parts.size
 
 
 def token_budget(config: Any, checkpointing: bool) -> int:

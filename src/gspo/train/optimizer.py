@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from gspo.core.errors import CheckpointError, NumericsError
 from gspo.core.timing import timed
@@ -64,7 +66,12 @@ class Optimizer:
         self._parameters, self.masters = dict(parameters), dict(masters or {})
         self._updated = {**self._parameters, **self.masters}
         fused = all(p.device.type in _FUSED for p in self._parameters.values())
-        self._adam = torch.optim.AdamW(self._updated.values(), lr=0.0, fused=fused)
+        meshes: dict[Any, list[str]] = {}  # torch takes parameters of one mesh at a time
+        for name, parameter in self._parameters.items():
+            meshes.setdefault(getattr(parameter, "device_mesh", None), []).append(name)
+        self._meshes = [[self._parameters[n] for n in names] for names in meshes.values()]
+        groups = [{"params": [self._updated[n] for n in names]} for names in meshes.values()]
+        self._adam = torch.optim.AdamW(groups, lr=0.0, fused=fused)
 
     @timed("optimizer")
     def step(self, rate: float, options: TrainConfig) -> float:
@@ -74,16 +81,18 @@ class Optimizer:
             NumericsError: the gradient is NaN or infinite; nothing was updated.
         """
         limit = math.inf if options.max_grad_norm is None else options.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), limit).item()
+        total = self._norm()
+        norm = total.item()
         if not math.isfinite(norm):
             self.clear()
             raise NumericsError(
                 f"the gradient's norm is {norm}: lower the learning rate, or look at the batch's "
                 "ratio/log_abs_max"
             )
-        (group,) = self._adam.param_groups
-        group["lr"], group["weight_decay"] = rate, options.weight_decay
-        group["betas"], group["eps"] = options.adam_betas, options.adam_epsilon
+        for parameters, group in zip(self._meshes, self._adam.param_groups, strict=True):
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, total)
+            group["lr"], group["weight_decay"] = rate, options.weight_decay
+            group["betas"], group["eps"] = options.adam_betas, options.adam_epsilon
         copies: list[Tensor] = [self._parameters[name] for name in self.masters]
         for master, copy in zip(self.masters.values(), copies, strict=True):
             master.grad = copy.grad
@@ -93,6 +102,15 @@ class Optimizer:
                 torch._foreach_copy_(copies, list(self.masters.values()))  # pyright: ignore[reportPrivateImportUsage]
         self.clear()
         return norm
+
+    def _norm(self) -> Tensor:
+        """Of the whole gradient."""
+        norms = []
+        for parameters in self._meshes:
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
 
     def clear(self) -> None:
         """Drop the gradients."""

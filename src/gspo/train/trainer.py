@@ -162,9 +162,14 @@ class Trainer:
             total_sequences, total_tokens: N and T of the whole minibatch.
             exact: refuse log-probs that are not the engine's, to the bit.
         """
-        settings, objective = call.settings, call.settings.objective
+        settings, objective, parts = (
+            call.settings,
+            call.settings.objective,
+            self.policy.workers.parts,
+        )
         with call.experts.watch(microbatch) as choices:  # log pi_theta of the sampled tokens
-            scored = self.policy.logprobs(microbatch, settings.logprob_calculation_chunk_size)
+            chunk = settings.logprob_calculation_chunk_size
+            scored = self.policy.logprobs(microbatch, chunk, own=True)
         if exact:
             check_exact(scored.logprobs, microbatch)
         of_tokens = microbatch.token_advantages  # A_ik, if turns have advantages of their own
@@ -175,16 +180,20 @@ class Trainer:
             microbatch.advantages if of_tokens is None else None,
             objective,
             token_advantages=of_tokens,
+            ratio_mask=parts.holds(microbatch.sources, microbatch.token_count),
             loss_mask=microbatch.loss_mask,
             total_sequences=total_sequences,
             total_tokens=total_tokens,
             sampling_logprobs=microbatch.sampling_logprobs if objective.correction else None,
             reference_logprobs=self.reference(microbatch) if objective.kl_coef > 0 else None,
+            sequence_count=None if of_tokens is None else len(microbatch.advantages),
+            sum_parts=parts.sum if parts.size > 1 else None,  # of l_i, L_i and all others
         )
         loss = out.loss + call.experts.coefficient * choices.balance
         # Detached: else the graph of each microbatch would live until the end of the step.
         out = replace(out, loss=loss.detach())
-        return loss, (scored.logprobs.detach(), scored.entropy, out, choices)
+        whole = parts.sum(scored.logprobs.detach()), parts.sum(scored.entropy)
+        return loss, (*whole, out, choices)
 
     def reference(self, microbatch: Microbatch) -> Float[Tensor, " M"]:
         """Log-probs of the frozen base model: LoRA's model without adapters, else a copy."""
