@@ -32,6 +32,15 @@ PYTHON = os.environ.get("GSPO_VLLM_PYTHON", "")
 REAL = f"env VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 {PYTHON} --enforce-eager"
 """The Python of an environment with vLLM, at its end."""
 SORT = load_task("sort")
+ALTERING = {
+    "top_k": 5,
+    "min_p": 0.1,
+    "min_tokens": 2,
+    "repetition_penalty": 1.1,
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.5,
+}
+"""Parameters of the distribution that tokens are drawn from."""
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +81,7 @@ def told(completions: list[Completion]) -> list[tuple[Any, ...]]:
     "params",
     [
         {"n": 3, "max_tokens": 6, "top_logprobs": 2},
-        {"temperature": 0.0, "stop": ("2",)},
+        {"n": 2, "temperature": 0.0, "stop": ("2",)},
         {"n": 2, "ignore_eos": True, "max_tokens": 5, "temperature": 0.7},
         {"stop_token_ids": (7, 8), "max_tokens": 9},
     ],
@@ -103,6 +112,9 @@ def test_draws_depend_on_the_seed_and_on_how_often_a_prompt_was_asked(engine: Vl
         ({"top_p": 0.9}, "top_p"),
         ({"logit_bias": ((5, 1.0),)}, "logit_bias"),
         ({"grammar": "root ::= 'a'"}, "grammar"),
+        *(({name: value}, name) for name, value in ALTERING.items()),
+        ({"temperature": 0.005}, "temperature"),
+        ({"temperature": 2.5}, "temperature"),
         ({"expert_choices": True}, "return_routes"),
         ({"max_tokens": 100_000}, "max_tokens"),
     ],
@@ -113,7 +125,7 @@ def test_what_vllm_cannot_do_is_refused(params: dict[str, Any], name: str, engin
     assert found.value.param == name
 
 
-@pytest.mark.parametrize("fault", ["token ids", "other ids", "shape"])
+@pytest.mark.parametrize("fault", ["token ids", "other ids", "shape", "nan"])
 def test_an_answer_that_cannot_be_trained_on_is_refused(
     fault: str, engine: VllmEngine, stand_in: StandIn
 ):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from gspo.backend.engines import dtype_of_servers
 from gspo.backend.trackers import check_loggers
 from gspo.core.byname import find_module
 from gspo.core.errors import ConfigError
@@ -38,7 +39,8 @@ def make_plan(spec: Spec) -> str:
     """
     settings = resolve_settings(spec.train_config(), spec.train)
     check_loggers(spec.logger)
-    check_entries(spec.engines)
+    if check_entries(spec.engines):
+        dtype_of_servers(spec.load)
     task = spec.make_task()
     if spec.rollout:
         find_module(spec.rollout, "rollout")
