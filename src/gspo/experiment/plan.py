@@ -39,8 +39,7 @@ def make_plan(spec: Spec) -> str:
     """
     settings = resolve_settings(spec.train_config(), spec.train)
     check_loggers(spec.logger)
-    if check_entries(spec.engines):
-        dtype_of_servers(spec.load)
+    check_entries(spec.engines)
     task = spec.make_task()
     if spec.rollout:
         find_module(spec.rollout, "rollout")
@@ -75,6 +74,9 @@ def make_plan(spec: Spec) -> str:
         f"completions of up to {longest} tokens; microbatches of up to {tokens} tokens",
         _memory(spec, tokens, limit or 256, config, parameters),
     ]
+    if spec.engines:
+        named = str(dtype_of_servers(spec.load)).removeprefix("torch.")
+        lines.insert(1, f"sampled by vLLM in {named}: {', '.join(spec.engines)}")
     if isinstance(task, DatasetTask):
         lines.insert(3, how_often(spec, task))
     if played:
