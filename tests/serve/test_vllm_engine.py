@@ -102,6 +102,13 @@ def test_it_says_what_the_embedded_engine_says(params: dict[str, Any], engine: V
     assert remote[0].temperature == local[0].temperature
 
 
+def test_end_tokens_end_a_completion_and_stay_in_it(engine: VllmEngine):
+    done = completed(engine, n=16, max_tokens=60)
+    assert all(c.token_ids[-1] in engine._ends for c in done if c.finish_reason == "stop")
+    assert "stop" in [c.finish_reason for c in done]
+    assert len(completed(engine, max_tokens=60, ignore_eos=True)[0].token_ids) == 60
+
+
 def test_draws_depend_on_the_seed_and_on_how_often_a_prompt_was_asked(engine: VllmEngine):
     first, second = (told(completed(engine, n=2, max_tokens=9)) for _ in range(2))
     engine.reseed(3)
@@ -219,7 +226,8 @@ def test_a_server_of_ours_is_started_again_if_it_cannot_reload(
     entry = f"env PYTHONPATH={source} {python}"
     metrics = asyncio.run(trained([entry], "embedded:sort", tmp_path / "runs", 2))
     assert all(m["publish/probe_max_diff"] < 1e-4 for m in metrics)
-    assert len(starts.read_text().splitlines()) == (3 if fault else 1)
+    # After the rehearsal: not at all; or the first time in vain, then with each version.
+    assert len(starts.read_text().splitlines()) == (4 if fault else 1)
 
 
 def tiny(folder: Path, kind: str, steps: int) -> str:
@@ -300,6 +308,7 @@ def gain(run: Path, steps: int) -> tuple[float, float, float]:
 
 @real
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # 3 minutes on cores that are half free
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_twenty_steps_on_vllm_learn(seed: int, tmp_path: Path):
     """`gspo train run.toml`, GSPO with the paper's clip range and four minibatches."""

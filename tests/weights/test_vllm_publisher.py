@@ -168,11 +168,11 @@ def test_what_is_allowed_is_measured_once(street: Street, monkeypatch: pytest.Mo
     monkeypatch.setattr(vllm_publisher, "_MARGIN", 50.0)
     street.publish(1.01)
     assert street.publisher._first == 1e-6
-    largest = max(map(abs, street.servers.scores))
+    largest = max(map(abs, street.servers.farthest.scores))
     assert street.publisher.tolerance == pytest.approx(max(1e-4, 50e-6 * largest), rel=1e-3)
     street.publisher._first = 1.0
     street.publish(1.01)
-    largest = max(map(abs, street.servers.scores))
+    largest = max(map(abs, street.servers.farthest.scores))
     assert street.publisher.tolerance == pytest.approx(1e-4 * largest, rel=1e-3)
 
 
@@ -294,7 +294,7 @@ def test_a_server_may_fail_right_after_its_proof(
     street.publish()
     for server in street.servers.servers:
         server.publication = None
-    assert len(street.servers.scores) == 126 and street.servers.distance < 1e-5
+    assert len(street.servers.farthest.scores) == 126 and street.servers.farthest.distance < 1e-5
 
 
 def test_what_is_being_sampled_is_waited_for(

@@ -129,7 +129,7 @@ def test_an_answer_of_other_weights_is_not_taken(
         with pytest.raises(ServerFault, match="began anew"):
             await server.sample(new, [1, 2, 3], PARAMS)
         stand_in.faults |= {"hangs", "hung health"}
-        with pytest.raises(ServerFault, match=r"/health: TimeoutError within 0.2 s"):
+        with pytest.raises(ServerFault, match=r"/health: no answer within 0.2 s"):
             await server.sample(new, [1, 2, 3], PARAMS)
         await server.close()
 
@@ -241,7 +241,7 @@ def test_an_answer_that_never_ends_is_a_fault(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(vllm_server, "LOAD_SECONDS", 0.3)
 
     async def version(server: VllmServer) -> None:
-        with pytest.raises(ServerFault, match=r"generate: TimeoutError within 0.3 s"):
+        with pytest.raises(ServerFault, match=r"generate: no answer within 0.3 s"):
             await server.bring(told(tmp_path, 0, -1.0, -2.0))
 
     own(tmp_path, "trickles", version)

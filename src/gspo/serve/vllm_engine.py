@@ -19,11 +19,6 @@ _PLAIN = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "ig
 """Else vLLM takes what the model's generation_config.json says; the ends are told in each request.
 """
 
-_TEMPERATURES = 0.01, 2.0
-"""vLLM raises what is lower without a word, and refuses what is higher."""
-_NONE = -9999.0
-"""What vLLM says in place of a NaN or -inf."""
-
 
 class VllmEngine:
     """Token ids in and out of vLLM servers, which each publication proves one by one.
@@ -62,7 +57,7 @@ class VllmEngine:
 
     def score(self, probe: Probe) -> list[float]:
         """Those of the server that is farthest from the trainer, as the publication asked it."""
-        return self._servers.scores
+        return self._servers.farthest.scores
 
     def check(self, request: Request) -> None:
         self._params(request)
@@ -110,13 +105,9 @@ class VllmEngine:
                 "expert choices: leave it out, or sample in this process (no engines=)",
                 param=name,
             )
-        low, high = _TEMPERATURES
-        if params.temperature and not low <= params.temperature <= high:
-            raise RequestError(
-                f"temperature = {params.temperature:g}: vLLM samples at 0 and from {low:g} to "
-                f"{high:g}",
-                param="temperature",
-            )
+        if params.temperature and not 0.01 <= params.temperature <= 2:  # it raises what is lower
+            told = f"temperature = {params.temperature:g}: vLLM samples at 0, and at 0.01 to 2"
+            raise RequestError(told, param="temperature")
         ends = ends_of(params, self._policy_tokenizer, self._size)
         return _PLAIN | {
             "n": params.n if params.temperature else 1,  # else vLLM refuses: all are the same
@@ -150,7 +141,7 @@ class VllmEngine:
         logprobs = tuple(float(entry["logprob"]) for entry in content)
         known = all(0 <= token < self._size for token in tokens)
         named = [entry["token_id"] for entry in content] == list(tokens)
-        numbers = all(_NONE < p < 1e-3 for p in logprobs)
+        numbers = all(-9999 < p < 1e-3 for p in logprobs)  # which vLLM says in place of a NaN
         reason = choice["finish_reason"]
         if not (tokens and known and named and numbers and reason in ("stop", "length")):
             raise ValueError(f"{reason!r}: tokens {tokens[:8]}... with log-probs {logprobs[:8]}...")

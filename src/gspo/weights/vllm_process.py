@@ -49,15 +49,12 @@ class VllmProcess:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         ours = [*FLAGS.split(), "--host", "127.0.0.1", "--port", f"{port}", *settings]
+        env = os.environ | _ENV
         bound = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
         self._command = [*bound, *self._python, *ours, "--model", model, *self._options]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                self._command,
-                stdout=log,
-                stderr=log,
-                env=os.environ | _ENV,
-                start_new_session=True,
+                self._command, stdout=log, stderr=log, env=env, start_new_session=True
             )
         return f"http://127.0.0.1:{port}"
 

@@ -85,18 +85,17 @@ class VllmServers:
     Attributes:
         run: begins the labels of the publications. No other run has the same.
         waiting: requests without a server.
-        scores, distance: of the last publication, by the server that is farthest from the trainer.
+        farthest: the server whose scores of the last publication are farthest from the trainer's.
     """
 
     def __init__(self, entries: Sequence[str], folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.run = folder.resolve(), f"gspo-{uuid.uuid4().hex[:12]}"
-        self._remove("gspo-")
+        self.forget("gspo-")
         self.loop = asyncio.new_event_loop()
         self.servers = [VllmServer(e, folder / f"vllm-{i}.log") for i, e in enumerate(entries)]
         self.waiting, self._changing, self._closed = 0, False, False
-        self.scores: list[float] = []
-        self.distance = float("inf")
+        self.farthest = self.servers[0]
         self._asking = threading.Lock()
         self._wanted: Publication | None = None
         self._asked: set[asyncio.Task[Any]] = set()
@@ -127,12 +126,13 @@ class VllmServers:
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
         self.loop.close()
-        self._remove(self.run)
+        self.forget(self.run)
 
-    def keep_last(self, count: int) -> None:
-        """Remove the folders of all but the last publications."""
-        written = self.folder.glob(f"{self.run}-*")
-        for old in sorted(written, key=lambda path: path.stat().st_mtime_ns)[:-count]:
+    def forget(self, run: str, kept: int = 0) -> None:
+        """Remove a run's folders of all but the last publications."""
+        found = self.folder.glob(f"*{run}*")  # one that was half written has a dot before
+        written = sorted(found, key=lambda path: path.stat().st_mtime_ns)
+        for old in written[: len(written) - kept]:
             remove(old)
 
     async def publish(self, new: Publication) -> None:
@@ -162,8 +162,7 @@ class VllmServers:
                 raise error
         await self._free()
         proved = [server for server in self.servers if server.publication]
-        farthest = max(proved, key=lambda server: server.distance)
-        self.scores, self.distance = farthest.scores, farthest.distance
+        self.farthest = max(proved, key=lambda server: server.distance)
 
     async def sample(self, prompt: list[int], params: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """The version of the weights, and the answer of the server that has least to do.
@@ -181,8 +180,8 @@ class VllmServers:
             try:
                 return weights.version, await asked
             except ServerFault as error:
-                log.warning("asked again elsewhere: %s", error)
                 if server.publication is weights:  # else it is being mended already
+                    log.warning("what it sampled is asked again elsewhere: %s", error)
                     server.fault, server.publication = str(error), None
                     self._repair(server)
             except asyncio.CancelledError:
@@ -207,10 +206,6 @@ class VllmServers:
     async def _close(self) -> None:
         await _ended(asyncio.all_tasks() - {asyncio.current_task()})
         await asyncio.gather(*(server.close() for server in self.servers))
-
-    def _remove(self, run: str) -> None:
-        for left in self.folder.glob(f"*{run}*"):  # one that was half written has a dot before
-            remove(left)
 
     async def _free(self) -> VllmServer:
         """The proved server that has least to do, once there is one."""
@@ -318,8 +313,8 @@ class VllmPublisher:
             lora = policy.source, policy.peft.peft_config[policy.peft.active_adapter].r
         new = Publication(policy.version, label, target, *probed, dtype, policy.context, *lora)
         self._servers.ask(self._servers.publish(new)).result()
-        self._servers.keep_last(_KEPT)
-        return self._servers.distance / largest
+        self._servers.forget(self._servers.run, _KEPT)
+        return self._servers.farthest.distance / largest
 
     def expected(self, policy: Policy) -> tuple[Policy, dict[str, torch.Tensor]]:
         """The trainer's own scores are what a server must reproduce; see `Publisher`."""

@@ -30,7 +30,7 @@ START_SECONDS = 900.0
 """How long a server may take to load a model and answer."""
 LOAD_SECONDS = 600.0
 """How long it may take to read new weights, or to score the probe."""
-LOOK_SECONDS, HEALTH_SECONDS = 30.0, 10.0
+LOOK_SECONDS, HEALTH_SECONDS = 30.0, 60.0
 """While an answer is awaited, how often the server is asked if it lives, and for how long."""
 REQUEST_SECONDS = 3600.0
 """How long one answer may take."""
@@ -180,7 +180,8 @@ class VllmServer:
                 "it in place of its URL (docs/vllm.md)"
             ) from None
         except (httpx.HTTPError, TimeoutError) as error:
-            what = f"{type(error).__name__} within {seconds:g} s"
+            slow = isinstance(error, TimeoutError)
+            what = f"no answer within {seconds:g} s" if slow else repr(error)
             raise ServerFault(f"{self.url}{path}: {what}") from None
         if answer.status_code != 200:
             kind = RequestError if answer.status_code in (400, 413, 422) else ServerFault
@@ -237,12 +238,10 @@ class VllmServer:
             self._model = next(m["id"] for m in models if not m.get("parent"))
             told = await self._call("/server_info?config_format=json", None, LOAD_SECONDS)
             found = told["vllm_config"]["model_config"]
+            room = max(new.context, found["max_model_len"])
             right = {"logprobs_mode": "processed_logprobs", "dtype": f"torch.{new.dtype}"}
-            wrong = [f"{n} is {found[n]!r}, not {v!r}" for n, v in right.items() if found[n] != v]
-            if found["quantization"] is not None or found["max_model_len"] < new.context:
-                named = {n: found[n] for n in ("quantization", "max_model_len")}
-                wrong.append(f"{named}, where None and {new.context} or more are needed")
-            return wrong
+            right |= {"quantization": None, "max_model_len": room}
+            return [f"{n} is {found[n]!r}, not {v!r}" for n, v in right.items() if found[n] != v]
         except _ODD as error:
             return [f"it is no vLLM that gspo knows ({error!r})"]
         except ServerFault as error:
