@@ -10,23 +10,29 @@ On the simulated engine a decode step takes a time of its own, however many comp
 up to the engine's slots; `train` takes another. Everything else is real, but the seconds are those
 of a clock that jumps (virtual_time.py), so these rows are the same on any machine. The embedded
 rows train a model, in real seconds: there engine and trainer share one thread, and what overlaps is
-what waits for something else, such as a tool.
+what waits for something else, such as a tool. In the vLLM rows a server of one thread samples
+beside the trainer's thread; they need GSPO_VLLM_PYTHON, or an environment of 3.5 GB is made:
+
+    GSPO_VLLM_PYTHON=venv/bin/python python benchmarks/run.py overlap:vllm overlap:vllm_tool
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import random
 import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import run
-from harness import Pairs, stamp
+import venvs
+from harness import WORK, Pairs, stamp
 from virtual_time import in_virtual_time
 
 import gspo as art
@@ -222,6 +228,8 @@ class Episodes:
 
     Attributes:
         tool: seconds of the slowest call of the tool; the fastest takes a `SPREAD`th. 0: no tool.
+        tokens: of the longest answer; the shortest has a `SPREAD`th. 0: up to 12.
+        vllm: whether a vLLM server samples, from a dense model of random weights.
     """
 
     steps: int = 6
@@ -229,6 +237,8 @@ class Episodes:
     completions: int = 8
     tool: float = 1.0
     ahead: int = 1
+    tokens: int = 0
+    vllm: bool = False
 
 
 async def episode(
@@ -241,8 +251,9 @@ async def episode(
         answer = await model.openai_client().chat.completions.create(
             model=model.inference_name,
             messages=art.Trajectory(messages_and_choices=items).messages(),
-            max_tokens=12,
+            max_tokens=sizes.tokens * length(group, number) // SPREAD or 12,
             seed=number,
+            extra_body={"ignore_eos": bool(sizes.tokens)},
         )
         items.append(answer.choices[0])
         if turn == 0:
@@ -250,12 +261,46 @@ async def episode(
     return art.Trajectory(messages_and_choices=items, reward=number % 2)
 
 
-async def train_embedded(sizes: Episodes) -> float:
+def server() -> list[str]:
+    """What starts a vLLM server of one thread."""
+    python = os.environ.get("GSPO_VLLM_PYTHON") or venvs.python_of("vllm")
+    return [f"env VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 {python} --enforce-eager"]
+
+
+@cache
+def dense() -> str:
+    """A model of random weights that vLLM takes on a CPU: heads of 32, untied."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from gspo.policy.embedded import SPECIAL, build_tokenizer
+
+    folder, tokenizer = WORK / "overlap-dense", build_tokenizer()
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=256,
+        max_position_embeddings=1024,
+        eos_token_id=SPECIAL.index("<|end|>"),
+        tie_word_embeddings=False,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+async def train_model(sizes: Episodes) -> float:
     """Seconds of the loop's steps; loading is left out."""
     numbers = range(sizes.completions)
     with tempfile.TemporaryDirectory() as folder:
-        async with art.LocalBackend(folder, keep_checkpoints=1) as backend:
-            model = art.TrainableModel(name="m", project="overlap", base_model="embedded:sort")
+        engines, base = (server(), dense()) if sizes.vllm else ((), "embedded:sort")
+        async with art.LocalBackend(folder, keep_checkpoints=1, engines=engines) as backend:
+            model = art.TrainableModel(name="m", project="overlap", base_model=base)
             await model.register(backend)
             groups = [
                 art.TrajectoryGroup(episode(model, sizes, g, n) for n in numbers)
@@ -276,7 +321,7 @@ async def train_embedded(sizes: Episodes) -> float:
 def seconds_of(sizes: Sizes | Episodes) -> float:
     """Seconds of a run: of the jumping clock, or real ones."""
     if isinstance(sizes, Episodes):
-        return asyncio.run(train_embedded(sizes))
+        return asyncio.run(train_model(sizes))
     return in_virtual_time(simulate(sizes)).seconds
 
 
@@ -292,7 +337,7 @@ def compared(sizes: Sizes | Episodes, repeats: int) -> Pairs:
 
 LONGEST = SPREAD * Sizes.tick
 """Seconds of the longest rollout."""
-PARTS = ("half", "equal", "two_ahead", "three", "tool", "no_tool")
+PARTS = ("half", "equal", "two_ahead", "three", "tool", "no_tool", "vllm", "vllm_tool")
 CASES: dict[str, tuple[str, Sizes | Episodes, float | None]] = {
     "half": ("train takes half of the longest rollout", Sizes(train=LONGEST / 2), GOAL),
     "equal": ("train takes as long as the longest rollout", Sizes(train=LONGEST), GOAL),
@@ -304,6 +349,16 @@ CASES: dict[str, tuple[str, Sizes | Episodes, float | None]] = {
         GOAL,
     ),
     "no_tool": ("embedded model, no tool", Episodes(tool=0.0), None),
+    "vllm": (
+        "vLLM server, answers of 12 to 360 tokens",
+        Episodes(groups=8, completions=8, tool=0.0, tokens=360, vllm=True),
+        GOAL,
+    ),
+    "vllm_tool": (
+        "vLLM server, a tool of up to 10 s",
+        Episodes(groups=8, completions=4, tool=10.0, vllm=True),
+        GOAL,
+    ),
 }
 """What is measured, its sizes, its goal."""
 
@@ -312,7 +367,7 @@ def shape(sizes: Sizes | Episodes) -> str:
     """For the table."""
     told = f"{sizes.steps} steps of {sizes.groups} x {sizes.completions}, {sizes.ahead} ahead"
     if isinstance(sizes, Episodes):
-        return f"{told}, 2 turns, 1 thread"
+        return f"{told}, 2 turns, {'a thread each' if sizes.vllm else '1 thread'}"
     return f"{told}, lengths 1..{SPREAD}, {sizes.slots} slots"
 
 
@@ -321,7 +376,8 @@ def measure_part(part: str, repeats: int = 3, *, tiny: bool = False) -> dict[str
     what, sizes, goal = CASES[part]
     simulated = isinstance(sizes, Sizes)
     if tiny:
-        sizes = replace(sizes, steps=3, groups=2, **({} if simulated else {"tool": 0.02}))
+        fields = {} if simulated else {"tool": 0.02, "tokens": sizes.tokens and SPREAD}
+        sizes = replace(sizes, steps=3, groups=2, **fields)
     pairs = compared(sizes, 1 if simulated else repeats)
     detail: dict[str, Any] = {}
     for side, seconds in (("ours", pairs.ours), ("other", pairs.other)):

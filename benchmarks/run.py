@@ -60,7 +60,7 @@ class Unit:
     @property
     def set(self) -> str:
         """The set that it belongs to."""
-        return "vllm" if self.name == "vs_vllm" else "cpu"
+        return "vllm" if "vllm" in str(self) else "cpu"
 
 
 def discover(folder: Path = HERE) -> list[Unit]:

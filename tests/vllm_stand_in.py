@@ -19,6 +19,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
+from safetensors.torch import load_file
 
 from gspo.policy.load import load_policy
 from gspo.serve import engine as engines
@@ -26,7 +27,7 @@ from gspo.serve.params import SamplingParams
 from gspo.serve.torch_engine import TorchEngine
 from gspo.weights.receipt import Probe, score
 
-PARAMS = {"n": 1, "max_tokens": 5, "temperature": 1.0, "logprobs": 0}
+PARAMS = {"n": 1, "max_tokens": 5, "temperature": 1.0, "logprobs": 0, "ignore_eos": True}
 """Of a short request."""
 LOADING = threading.Lock()
 """transformers loads one model at a time."""
@@ -38,7 +39,9 @@ class StandIn:
     Attributes:
         faults: of `dead` (each route answers 500), `hangs`, `hung health`, `stale` (a reload that
             does nothing), `old head` (all but the tied head is loaded), `log-probs`, `token ids`,
-            `shape`, `no label`: what is wrong with it now.
+            `nan`, `shape`, `held blocks` (the prefix cache is not reset), `no json`: what is wrong
+            with it now.
+        seconds: before it answers a request to sample, beside what is computed.
         config: what it says of its settings.
         asked: paths of the requests so far.
     """
@@ -60,7 +63,7 @@ class StandIn:
         self.app.post("/collective_rpc")(self._reload)
         self.app.post("/v1/load_lora_adapter")(self._lora)
         self.app.post("/update_weight_version")(self._label)
-        self.app.post("/reset_prefix_cache")(lambda: Response())
+        self.app.post("/reset_prefix_cache")(self._reset)
         self.app.get("/health")(lambda: Response())
         self.app.get("/v1/models")(lambda: {"data": [{"id": "base", "parent": None}]})
         self.app.get("/server_info")(lambda: {"vllm_config": {"model_config": self.config}})
@@ -68,18 +71,21 @@ class StandIn:
     def restart(self) -> None:
         """Forget whatever was loaded after the start."""
         self.label, self.adapters = "default", dict[str, Any]()
-        self._read(self.folder)
-
-    def _read(self, folder: str) -> None:
         with LOADING:
-            self.policy = load_policy(folder)
-            self.engine = TorchEngine(self.policy)
+            if not hasattr(self, "policy"):
+                self.policy = load_policy(self.folder)
+                self.engine = TorchEngine(self.policy)
+                state = self.policy.lm.state_dict()
+                self.first = {name: weight.clone() for name, weight in state.items()}
+            self.policy.lm.load_state_dict(self.first)
 
     async def _faulty(self, request: Request, proceed: Any) -> Response:
         self.asked.append(request.url.path)
         sampling = request.url.path == "/inference/v1/generate"
         if "dead" in self.faults:
             return JSONResponse({"error": "EngineDeadError"}, 500)
+        if "no json" in self.faults:
+            return Response('{"choices": [', media_type="application/json")
         if ("hangs" in self.faults and sampling) or ("hung health" in self.faults and not sampling):
             await asyncio.sleep(60)
         if sampling:
@@ -88,11 +94,22 @@ class StandIn:
 
     def _reload(self, body: dict[str, Any]) -> dict[str, Any]:
         if "stale" not in self.faults:
-            head: Any = self.policy.lm.lm_head.weight.detach()
-            self._read(body["kwargs"]["weights_path"])
+            lm: Any = self.policy.lm
+            head = lm.lm_head.weight
+            old = head.detach().clone()
+            folder = body["kwargs"]["weights_path"]
+            found = load_file(f"{folder}/model.safetensors")
+            if lm.load_state_dict(found, strict=False).unexpected_keys:  # an MoE's have other names
+                with LOADING:
+                    lm.load_state_dict(type(lm).from_pretrained(folder).state_dict())
             if "old head" in self.faults:
-                self.policy.lm.lm_head.weight = torch.nn.Parameter(head)
+                lm.lm_head.weight = torch.nn.Parameter(old)
+            elif head is not lm.model.embed_tokens.weight:
+                lm.tie_weights()
         return {"results": [None]}
+
+    def _reset(self, reset_running_requests: bool = False) -> dict[str, Any]:
+        return {"success": reset_running_requests and "held blocks" not in self.faults}
 
     def _lora(self, body: dict[str, Any]) -> Response:
         from peft import PeftModel
@@ -123,6 +140,8 @@ class StandIn:
             scores = [None, *({str(token): {"logprob": p - off}} for token, p in pairs)]
         names = "n", "max_tokens", "temperature", "seed", "ignore_eos"
         given: dict[str, Any] = {name: asked[name] for name in names if name in asked}
+        if not asked["temperature"] and asked["n"] > 1:
+            return JSONResponse({"error": "n must be 1 when using greedy sampling"}, 400)
         given["stop"] = tuple(asked.get("stop", ()))
         given["stop_token_ids"] = tuple(asked.get("stop_token_ids", ()))
         params = SamplingParams(top_logprobs=max(1, asked["logprobs"]), **given)
@@ -135,7 +154,7 @@ class StandIn:
         content = [
             {
                 "token_id": token + ("other ids" in self.faults),
-                "logprob": logprob,
+                "logprob": -9999.0 if "nan" in self.faults else logprob,
                 "top_logprobs": [{"token_id": t, "logprob": p} for t, p in top],
             }
             for token, logprob, top in zip(tokens, c.logprobs, c.top_logprobs, strict=True)
@@ -150,7 +169,7 @@ class StandIn:
         }
         whole = engine.tokenizer.decode(c.token_ids)
         if c.finish_reason == "stop" and c.token_ids[-1] not in params.stop_token_ids:
-            told["stop_reason"] = next(stop for stop in params.stop if stop in whole)
+            told["stop_reason"] = next((stop for stop in params.stop if stop in whole), None)
         if "shape" in self.faults:
             del told["logprobs"]
         return told

@@ -4,6 +4,7 @@ trained."""
 from __future__ import annotations
 
 import doctest
+import os
 from statistics import mean
 
 import overlap
@@ -43,6 +44,9 @@ def test_each_part_is_a_case() -> None:
 
 
 @pytest.mark.slow  # it loads a model twice
-def test_the_embedded_model_runs() -> None:
-    row = overlap.measure_part("tool", 1, tiny=True)
+@pytest.mark.parametrize("part", ["tool", "vllm", "vllm_tool"])
+def test_a_real_model_runs(part: str) -> None:
+    if "vllm" in part and not os.environ.get("GSPO_VLLM_PYTHON"):
+        pytest.skip("GSPO_VLLM_PYTHON names no environment with vLLM")
+    row = overlap.measure_part(part, 1, tiny=True)
     assert row["ratio"] > 0 and row["unit"] == "s"

@@ -47,6 +47,7 @@ def test_benchmarks_are_the_files_with_a_measure_function() -> None:
     assert {"rollout", "vs_trl:a", "vs_trl:e", "vs_vllm:moe"} <= set(found)
     assert {"logprob", "prefix", "packing"} <= set(found)
     assert (found["rollout"], found["vs_vllm:moe"]) == ("cpu", "vllm")
+    assert (found["overlap:tool"], found["overlap:vllm_tool"]) == ("cpu", "vllm")
     assert not {"harness", "guard", "figures", "precision", "gpu_suite"} & set(found)
 
 

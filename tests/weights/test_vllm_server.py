@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import json
+import os
+import signal
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from gspo.weights import vllm_server
 from gspo.weights.receipt import Probe, score
 from gspo.weights.vllm_server import Publication, ServerFault, VllmServer
 from vllm_stand_in import PARAMS, StandIn
+from vllm_stub import entry, gone, starts
 
 
 def published(policy: Policy, folder: Path, version: int = 1) -> Publication:
@@ -125,7 +129,7 @@ def test_an_answer_of_other_weights_is_not_taken(
         with pytest.raises(ServerFault, match="began anew"):
             await server.sample(new, [1, 2, 3], PARAMS)
         stand_in.faults |= {"hangs", "hung health"}
-        with pytest.raises(ServerFault, match="ReadTimeout within 0 s"):
+        with pytest.raises(ServerFault, match=r"/health: no answer within 0.2 s"):
             await server.sample(new, [1, 2, 3], PARAMS)
         await server.close()
 
@@ -144,3 +148,100 @@ def test_an_adapter_is_loaded_beside_its_model(url: str, stand_in: StandIn, tmp_
     new = replace(whole, lora_base="base", lora_rank=2)
     assert brought(url, new).distance < 1e-4
     assert list(stand_in.adapters) == [new.label]
+
+
+def test_keys_and_values_of_older_weights_are_not_used(url: str, stand_in: StandIn, tmp_path: Path):
+    stand_in.faults.add("held blocks")
+    with pytest.raises(ServerFault, match="keeps what it computed with older weights"):
+        brought(url, moved(tmp_path))
+    assert stand_in.label == "default"
+
+
+def test_half_an_answer_is_a_fault(url: str, stand_in: StandIn, tmp_path: Path):
+    stand_in.faults.add("no json")
+    with pytest.raises(ServerFault, match=r"/v1/models: no JSON: "):
+        brought(url, moved(tmp_path))
+
+
+def told(folder: Path, version: int, *scores: float, die: bool = False) -> Publication:
+    """A publication to a stub, which has no model: its scores stand in the folder."""
+    target = folder / f"v{version}"
+    target.mkdir()
+    (target / "scores.json").write_text(json.dumps(scores))
+    if die:
+        (target / "die").touch()
+    wanted = [-1.0 - version, -2.0]
+    return Publication(version, f"gspo-{version}", target, [1, 2, 3], wanted, 1e-3, "float32", 512)
+
+
+def own(folder: Path, faults: str, work: Callable[[VllmServer], Awaitable[None]]) -> int:
+    """Let a server that gspo starts do something; how often it was started."""
+
+    async def main() -> None:
+        server = VllmServer(entry(folder, faults), folder / "log")
+        try:
+            await work(server)
+        finally:
+            await server.close()
+
+    asyncio.run(main())
+    assert gone([number for numbers in starts(folder) for number in numbers])
+    return len(starts(folder))
+
+
+@pytest.mark.parametrize(("faults", "expected"), [("", 1), ("stale", 3)])
+def test_a_server_that_cannot_reload_is_started_with_each_version(
+    faults: str, expected: int, tmp_path: Path
+):
+    async def versions(server: VllmServer) -> None:
+        for version in range(3):
+            new = told(tmp_path, version, -1.0 - version, -2.0)
+            await server.bring(new)
+            assert server.publication is new and server.distance == 0
+
+    assert own(tmp_path, faults, versions) == expected
+
+
+def test_a_server_that_dies_is_started_again_and_still_reloads(tmp_path: Path):
+    async def versions(server: VllmServer) -> None:
+        for version in range(4):
+            await server.bring(told(tmp_path, version, -1.0 - version, -2.0, die=version == 1))
+            if version == 2:
+                os.kill(starts(tmp_path)[-1][0], signal.SIGKILL)
+                gone(starts(tmp_path)[-1][:1])
+
+    assert own(tmp_path, "", versions) == 3  # of the reload; and of the kill
+
+
+@pytest.mark.parametrize(("fault", "said"), [("ends", "no model .*v0, an-option"), ("deaf", "")])
+def test_a_server_that_does_not_start_is_a_fault_in_time(
+    fault: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(vllm_server, "START_SECONDS", 0.5)
+
+    async def version(server: VllmServer) -> None:
+        with pytest.raises(ServerFault, match=rf"(?s)python -m vllm.*{tmp_path}/log: {said}"):
+            await server.bring(told(tmp_path, 0, -1.0, -2.0))
+        assert server.publication is None and server.fault
+
+    own(tmp_path, fault, version)
+
+
+@pytest.mark.parametrize("scores", [(-1.0, float("nan")), (float("nan"), -2.0), (-1.0,), (-1, -3)])
+def test_scores_that_prove_nothing_are_refused(scores: tuple[float, ...], tmp_path: Path):
+    async def version(server: VllmServer) -> None:
+        with pytest.raises(ServeError, match=r"off by|cannot score the probe"):
+            await server.bring(told(tmp_path, 0, *scores))
+        assert server.publication is None
+
+    own(tmp_path, "", version)
+
+
+def test_an_answer_that_never_ends_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(vllm_server, "LOAD_SECONDS", 0.3)
+
+    async def version(server: VllmServer) -> None:
+        with pytest.raises(ServerFault, match=r"generate: no answer within 0.3 s"):
+            await server.bring(told(tmp_path, 0, -1.0, -2.0))
+
+    own(tmp_path, "trickles", version)

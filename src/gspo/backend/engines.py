@@ -16,7 +16,6 @@ from gspo.backend.run import Run
 from gspo.core.compute import ComputeThread
 from gspo.core.draws import seed_of
 from gspo.core.errors import ConfigError, RequestError, ServeError
-from gspo.core.files import remove
 from gspo.dev import InternalModelConfig
 from gspo.policy.policy import Policy
 from gspo.serve.engine import Engine
@@ -76,6 +75,22 @@ def proved_engine(
     return Proved(engine, sampling, receipts)
 
 
+def dtype_of_servers(config: InternalModelConfig) -> torch.dtype:
+    """The precision in which vLLM servers of a model must compute.
+
+    Raises:
+        ConfigError: an option that a server cannot do.
+    """
+    dtype = config.rollout_dtype or config.dtype
+    if config.exact or dtype in ("int8", "int4"):
+        raise ConfigError(
+            f"exact={config.exact}, rollout_dtype={config.rollout_dtype!r} with engines=: vLLM "
+            "computes in another way than the trainer, in float32, bfloat16 or float16. Leave them "
+            "out"
+        )
+    return getattr(torch, dtype)
+
+
 def remote_engine(
     policy: Policy, config: InternalModelConfig, entries: Sequence[str], folder: Path, *, seed: int
 ) -> Proved:
@@ -92,24 +107,16 @@ def remote_engine(
         ConfigError: an option that a server cannot do.
         ServeError: a server that does not answer, is set up wrongly, or has other weights.
     """
-    dtype = config.rollout_dtype or config.dtype
-    if config.exact or dtype in ("int8", "int4"):
-        raise ConfigError(
-            f"exact={config.exact}, rollout_dtype={config.rollout_dtype!r} with engines=: vLLM "
-            "computes in another way than the trainer, in float32, bfloat16 or float16. Leave them "
-            "out"
-        )
+    dtype = dtype_of_servers(config)
     policy.not_exact = "vLLM samples"
     servers = VllmServers(entries, folder)
     engine = VllmEngine(policy, servers, seed=seed)
     try:
-        publisher = VllmPublisher(servers, policy, folder, getattr(torch, dtype))
+        publisher = VllmPublisher(servers, policy, dtype)
         receipts = engine.receipts = Receipts(policy, policy, publisher, publisher.probe)
         receipts.publish(engine)
     except BaseException:
         engine.close()
-        for written in folder.glob("gspo-*"):  # whole models; the logs stay, which errors name
-            remove(written)
         raise
     return Proved(engine, policy, receipts)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from gspo.backend.engines import dtype_of_servers
 from gspo.backend.trackers import check_loggers
 from gspo.core.byname import find_module
 from gspo.core.errors import ConfigError
@@ -73,6 +74,9 @@ def make_plan(spec: Spec) -> str:
         f"completions of up to {longest} tokens; microbatches of up to {tokens} tokens",
         _memory(spec, tokens, limit or 256, config, parameters),
     ]
+    if spec.engines:
+        named = str(dtype_of_servers(spec.load)).removeprefix("torch.")
+        lines.insert(1, f"sampled by vLLM in {named}: {', '.join(spec.engines)}")
     if isinstance(task, DatasetTask):
         lines.insert(3, how_often(spec, task))
     if played:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections import Counter
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -58,7 +57,7 @@ class VllmEngine:
 
     def score(self, probe: Probe) -> list[float]:
         """Those of the server that is farthest from the trainer, as the publication asked it."""
-        return self._servers.farthest().scores
+        return self._servers.farthest.scores
 
     def check(self, request: Request) -> None:
         self._params(request)
@@ -82,10 +81,11 @@ class VllmEngine:
         version, answer = await asyncio.wrap_future(self._servers.ask(asked))
         try:
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-            if [choice["index"] for choice in choices] != list(range(request.params.n)):
-                raise ValueError(f"{len(choices)} completions of {request.params.n}")
+            if [choice["index"] for choice in choices] != list(range(params["n"])):
+                raise ValueError(f"{len(choices)} completions of {params['n']}")
             ends = frozenset(params["stop_token_ids"])
-            return [self._completion(choice, request, ends, version) for choice in choices]
+            read = [self._completion(choice, request, ends, version) for choice in choices]
+            return read * (request.params.n // params["n"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ServeError(f"vLLM gave an answer that gspo cannot read: {error!r}") from None
 
@@ -105,9 +105,12 @@ class VllmEngine:
                 "expert choices: leave it out, or sample in this process (no engines=)",
                 param=name,
             )
+        if params.temperature and not 0.01 <= params.temperature <= 2:  # it raises what is lower
+            told = f"temperature = {params.temperature:g}: vLLM samples at 0, and at 0.01 to 2"
+            raise RequestError(told, param="temperature")
         ends = ends_of(params, self._policy_tokenizer, self._size)
         return _PLAIN | {
-            "n": params.n,
+            "n": params.n if params.temperature else 1,  # else vLLM refuses: all are the same
             "max_tokens": limit,
             "temperature": params.temperature,
             "logprobs": params.top_logprobs,
@@ -138,7 +141,7 @@ class VllmEngine:
         logprobs = tuple(float(entry["logprob"]) for entry in content)
         known = all(0 <= token < self._size for token in tokens)
         named = [entry["token_id"] for entry in content] == list(tokens)
-        numbers = all(-math.inf < p < 1e-3 for p in logprobs)
+        numbers = all(-9999 < p < 1e-3 for p in logprobs)  # which vLLM says in place of a NaN
         reason = choice["finish_reason"]
         if not (tokens and known and named and numbers and reason in ("stop", "length")):
             raise ValueError(f"{reason!r}: tokens {tokens[:8]}... with log-probs {logprobs[:8]}...")

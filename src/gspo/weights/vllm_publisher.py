@@ -14,11 +14,12 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
+import httpx
 import numpy as np
 import torch
 
@@ -27,7 +28,7 @@ from gspo.core.files import remove, replacing, write_whole
 from gspo.policy.load import save_weights
 from gspo.policy.policy import Policy
 from gspo.weights.receipt import NOISE, Probe, score
-from gspo.weights.vllm_server import Publication, ServerFault, VllmServer
+from gspo.weights.vllm_server import Publication, ServerFault, VllmServer, server_url
 
 T = TypeVar("T")
 log = logging.getLogger("gspo")
@@ -35,12 +36,16 @@ TRIES = 10
 """Servers that a request may be sent to, one after the other, before it fails."""
 DOWN_SECONDS = 900.0
 """How long a request waits for a server that can be used: a start takes as long."""
-DRAIN_SECONDS = 120.0
-"""How long a publication waits for what is being sampled. The rest is sampled anew, with the new
-weights."""
+DRAIN_SECONDS = 3600.0
+"""How long a publication waits for what is being sampled. What is left is sampled anew, with the
+new weights. So the limit is far from what completions need: else long ones, which are those of hard
+prompts, would get a second draw and short ones would not."""
+NOTICE_SECONDS = 60.0
+"""After waiting so long for that, the log says so."""
 _BACKOFF = 30.0
 _PROBE_TOKENS = 128
 _KEPT = 2
+_CLOSED = "the backend that served this model is closed"
 _MARGIN, _FLOOR = 8.0, 1e-4
 """Allowed are so many times the nats that a server was off at first, and at least these."""
 
@@ -52,10 +57,16 @@ def check_entries(engines: Any) -> tuple[str, ...]:
         ConfigError: it names the value.
     """
     entries = tuple(engines) if isinstance(engines, list | tuple) else (engines,)
+    urls = [server_url(entry) for entry in entries if isinstance(entry, str)]
     for entry in entries:
-        text = entry if isinstance(entry, str) else ""
-        url = text.startswith(("http://", "https://"))
-        if entries.count(entry) > 1 if url else not shutil.which((shlex.split(text) or [""])[0]):
+        try:
+            if entry.startswith(("http://", "https://")):
+                fine = httpx.URL(entry).host and urls.count(server_url(entry)) == 1
+            else:
+                fine = shutil.which(shlex.split(entry)[0])
+        except (AttributeError, IndexError, ValueError, httpx.InvalidURL):
+            fine = False
+        if not fine:
             raise ConfigError(
                 f"engines: {shown(entry)}: give each server's URL once, http://host:port, or the "
                 "path of the Python of an environment with vLLM, /path/to/venv/bin/python"
@@ -68,14 +79,24 @@ class VllmServers:
 
     Args:
         entries: see `VllmServer`.
-        folder: for the logs of servers that are started here.
+        folder: of the publications, and for the logs of servers that are started here. What a
+            killed run has left there is removed.
+
+    Attributes:
+        run: begins the labels of the publications. No other run has the same.
+        waiting: requests without a server.
+        farthest: the server whose scores of the last publication are farthest from the trainer's.
     """
 
     def __init__(self, entries: Sequence[str], folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.run = folder.resolve(), f"gspo-{uuid.uuid4().hex[:12]}"
+        self.forget("gspo-")
         self.loop = asyncio.new_event_loop()
         self.servers = [VllmServer(e, folder / f"vllm-{i}.log") for i, e in enumerate(entries)]
         self.waiting, self._changing, self._closed = 0, False, False
+        self.farthest = self.servers[0]
+        self._asking = threading.Lock()
         self._wanted: Publication | None = None
         self._asked: set[asyncio.Task[Any]] = set()
         self._repairs: dict[VllmServer, asyncio.Task[None]] = {}
@@ -83,44 +104,65 @@ class VllmServers:
         self._thread.start()
 
     def ask(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Start work in the servers' loop, from any other thread. Its waits have limits."""
-        return asyncio.run_coroutine_threadsafe(work, self.loop)
+        """Start work in the servers' loop, from any other thread. Its waits have limits.
+
+        Raises:
+            ServeError: it is closed, or (of the future) was closed meanwhile.
+        """
+        with self._asking:
+            if self._closed:
+                work.close()
+                raise ServeError(_CLOSED)
+            return asyncio.run_coroutine_threadsafe(self._until_closed(work), self.loop)
 
     def close(self) -> None:
-        """Fail what is asked, and end the servers that were started here."""
-        if not self._closed:
+        """Fail what is asked, end the servers that were started here, and remove the weights."""
+        with self._asking:
+            if self._closed:
+                return
             self._closed = True
-            self.ask(self._close()).result()
-            self.loop.call_soon_threadsafe(self.loop.stop)
-            self._thread.join()
-            self.loop.close()
+            closing = asyncio.run_coroutine_threadsafe(self._close(), self.loop)
+        closing.result()
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+        self.forget(self.run)
+
+    def forget(self, run: str, kept: int = 0) -> None:
+        """Remove a run's folders of all but the last publications."""
+        found = self.folder.glob(f"*{run}*")  # one that was half written has a dot before
+        written = sorted(found, key=lambda path: path.stat().st_mtime_ns)
+        for old in written[: len(written) - kept]:
+            remove(old)
 
     async def publish(self, new: Publication) -> None:
         """Give all servers these weights, and prove it.
 
         Raises:
-            ServeError: one does not compute with them, or none answers.
+            ServeError: one does not compute with them; or none answers: the first time at once,
+                later after DOWN_SECONDS.
         """
-        self._wanted, self._changing = new, True
+        first, self._wanted, self._changing = self._wanted is None, new, True
         try:
-            if self._asked:
+            if self._asked and (await asyncio.wait(self._asked, timeout=NOTICE_SECONDS))[1]:
+                told = "new weights wait for %d requests that are being sampled, up to %.0f s"
+                log.warning(told, len(self._asked), DRAIN_SECONDS)
                 await asyncio.wait(self._asked, timeout=DRAIN_SECONDS)
-            for task in self._asked:
-                task.cancel()
-            for repair in self._repairs.values():
-                repair.cancel()
-            await asyncio.gather(*self._repairs.values(), return_exceptions=True)
+            await _ended([*self._asked, *self._repairs.values()])
             tries = [server.bring(new) for server in self.servers]
             results = await asyncio.gather(*tries, return_exceptions=True)
         finally:
             self._changing = False
-        proved = any(server.publication is new for server in self.servers)
+        alone = first and not any(server.publication for server in self.servers)
         for server, error in zip(self.servers, results, strict=True):
-            if isinstance(error, ServerFault) and proved:
+            if isinstance(error, ServerFault) and not alone:
                 log.warning("without %s for now: %s", server.url, error)
                 self._repair(server)
             elif isinstance(error, BaseException):
                 raise error
+        await self._free()
+        proved = [server for server in self.servers if server.publication]
+        self.farthest = max(proved, key=lambda server: server.distance)
 
     async def sample(self, prompt: list[int], params: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """The version of the weights, and the answer of the server that has least to do.
@@ -138,9 +180,10 @@ class VllmServers:
             try:
                 return weights.version, await asked
             except ServerFault as error:
-                log.warning("asked again elsewhere: %s", error)
-                server.fault, server.publication = str(error), None
-                self._repair(server)
+                if server.publication is weights:  # else it is being mended already
+                    log.warning("what it sampled is asked again elsewhere: %s", error)
+                    server.fault, server.publication = str(error), None
+                    self._repair(server)
             except asyncio.CancelledError:
                 task = asyncio.current_task()
                 if task is None or task.cancelling():
@@ -151,13 +194,17 @@ class VllmServers:
                 server.running -= params["n"]
         raise ServeError(f"a request failed {TRIES} times, last: {self._faults()}")
 
-    def farthest(self) -> VllmServer:
-        """The proved server whose scores of the probe are farthest from the trainer's."""
-        return max((s for s in self.servers if s.publication), key=lambda server: server.distance)
+    async def _until_closed(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of work that `close` ends: whoever waits for it is told why."""
+        try:
+            return await work
+        except asyncio.CancelledError:
+            if not self._closed:
+                raise
+            raise ServeError(_CLOSED) from None
 
     async def _close(self) -> None:
-        for task in [*self._asked, *self._repairs.values()]:
-            task.cancel()
+        await _ended(asyncio.all_tasks() - {asyncio.current_task()})
         await asyncio.gather(*(server.close() for server in self.servers))
 
     async def _free(self) -> VllmServer:
@@ -165,26 +212,33 @@ class VllmServers:
         self.waiting += 1
         limit = time.monotonic() + DOWN_SECONDS
         try:
-            while not self._closed:
+            while True:
                 proved = [s for s in self.servers if s.publication is not None]
                 if proved and not self._changing:
                     return min(proved, key=lambda server: server.running)
-                if not (self._changing or self._repairs) or time.monotonic() > limit:
+                mending = self._changing or not all(r.done() for r in self._repairs.values())
+                if not mending or time.monotonic() > limit:
                     raise ServeError(f"no vLLM server can be used: {self._faults()}")
                 await asyncio.sleep(0.02)
         finally:
             self.waiting -= 1
-        raise ServeError("the backend that served this model is closed")
 
     def _faults(self) -> str:
         return "; ".join(f"{server.url}: {server.fault}" for server in self.servers)
 
     def _repair(self, server: VllmServer) -> None:
         """Try until the server has the weights again; gives up if it has them and fails."""
-        if server not in self._repairs and not self._changing and self._wanted is not None:
-            repair = self.loop.create_task(_repaired(server, self._wanted))
-            self._repairs[server] = repair
-            repair.add_done_callback(lambda _: self._repairs.pop(server))
+        begun = self._repairs.get(server)
+        if not (begun and not begun.done()) and not self._changing and not self._closed:
+            assert self._wanted is not None
+            self._repairs[server] = self.loop.create_task(_repaired(server, self._wanted))
+
+
+async def _ended(tasks: Collection[asyncio.Task[Any]]) -> None:
+    """Cancel tasks, and wait until they have ended."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _repaired(server: VllmServer, wanted: Publication) -> None:
@@ -204,7 +258,6 @@ class VllmPublisher:
     Args:
         servers: what samples.
         policy: the trainer's.
-        folder: where versions are written.
         dtype: that the servers compute in.
 
     Attributes:
@@ -212,21 +265,44 @@ class VllmPublisher:
             routers send them to the experts.
     """
 
-    def __init__(self, servers: VllmServers, policy: Policy, folder: Path, dtype: torch.dtype):
+    def __init__(self, servers: VllmServers, policy: Policy, dtype: torch.dtype):
         rng = np.random.default_rng(0)
         length = min(_PROBE_TOKENS, policy.context - 1)
         self.probe = Probe(torch.from_numpy(rng.integers(0, policy.entries, length)), None)
         self.tolerance = float("inf")
-        self._servers, self._folder, self._dtype = servers, folder, dtype
-        self._run, self._first = uuid.uuid4().hex[:12], float("inf")
+        self._servers, self._dtype = servers, dtype
+        self._first: float | None = None
 
     def publish(self, policy: Policy) -> int:
         """Write the folder, and have each server read it and prove it; see `Publisher`."""
+        if self._first is None and policy.peft is None:
+            self._rehearse(policy)
+        share = self._give(policy, f"{policy.version}")
+        self._first = share if self._first is None else self._first
+        return policy.version
+
+    @torch.no_grad()
+    def _rehearse(self, policy: Policy) -> None:
+        """Give the servers other weights first. So the first publication shows whether they reload
+        all tensors rightly: what a step changes may be less than bfloat16 can show.
+        """
+        matrices = [weight for weight in policy.lm.parameters() if weight.dim() > 1]
+        for weight in matrices:
+            weight.mul_(0.5)
+        try:
+            self._give(policy, "rehearsal")
+        finally:
+            for weight in matrices:
+                weight.mul_(2.0)  # a power of 2: the same to the bit
+
+    def _give(self, policy: Policy, name: str) -> float:
+        """Publish; how far the farthest server is, in shares of the largest log-prob."""
         scores = score(policy, self.probe)
-        noise = NOISE[self._dtype] * max(1.0, scores.abs().max().item())
-        self.tolerance = min(noise, max(_FLOOR, _MARGIN * self._first))
-        label = f"gspo-{self._run}-{policy.version}"
-        target = self._folder.resolve() / label
+        largest = max(1.0, scores.abs().max().item())
+        known = NOISE[self._dtype] if self._first is None else _MARGIN * self._first
+        self.tolerance = max(_FLOOR, min(NOISE[self._dtype], known) * largest)
+        label = f"{self._servers.run}-{name}"
+        target = self._servers.folder / label
         with replacing(target) as building:
             building.mkdir(parents=True)
             save_weights(policy, building)
@@ -237,11 +313,8 @@ class VllmPublisher:
             lora = policy.source, policy.peft.peft_config[policy.peft.active_adapter].r
         new = Publication(policy.version, label, target, *probed, dtype, policy.context, *lora)
         self._servers.ask(self._servers.publish(new)).result()
-        self._first = min(self._first, self._servers.farthest().distance)
-        written = sorted(self._folder.glob("gspo-*"), key=lambda path: path.stat().st_mtime_ns)
-        for old in written[:-_KEPT]:
-            remove(old)
-        return policy.version
+        self._servers.forget(self._servers.run, _KEPT)
+        return self._servers.farthest.distance / largest
 
     def expected(self, policy: Policy) -> tuple[Policy, dict[str, torch.Tensor]]:
         """The trainer's own scores are what a server must reproduce; see `Publisher`."""

@@ -15,12 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import shlex
-import shutil
-import signal
-import socket
-import subprocess
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,20 +24,27 @@ from typing import Any
 import httpx
 
 from gspo.core.errors import RequestError, ServeError
+from gspo.weights.vllm_process import FLAGS, VllmProcess
 
 START_SECONDS = 900.0
 """How long a server may take to load a model and answer."""
 LOAD_SECONDS = 600.0
 """How long it may take to read new weights, or to score the probe."""
-LOOK_SECONDS, HEALTH_SECONDS = 30.0, 10.0
+LOOK_SECONDS, HEALTH_SECONDS = 30.0, 60.0
 """While an answer is awaited, how often the server is asked if it lives, and for how long."""
 REQUEST_SECONDS = 3600.0
 """How long one answer may take."""
 log = logging.getLogger("gspo")
-_MODULE = "-m vllm.entrypoints.openai.api_server"
-FLAGS = f"{_MODULE} --enable-scale-out --logprobs-mode processed_logprobs"
-_ENV = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "PYTHONPATH": ""}
 _ODD = (KeyError, TypeError, ValueError, IndexError, StopIteration)
+
+
+def server_url(entry: str) -> str:
+    """The address of a server, as its requests begin; what is no URL stays as it is.
+
+    >>> server_url("http://gpu1:8000/v1/")
+    'http://gpu1:8000'
+    """
+    return entry.rstrip("/").removesuffix("/v1") if entry.startswith("http") else entry
 
 
 class ServerFault(ServeError):
@@ -82,8 +83,7 @@ class VllmServer:
     """A server that was given by URL, or a command that starts one here.
 
     Args:
-        entry: `http://host:port`; or the Python of an environment that has vLLM, with `env` and
-            variables before it, and vLLM's options after it.
+        entry: `http://host:port`; or what starts one here, see `VllmProcess`.
         log: where a server that is started here writes.
 
     Attributes:
@@ -94,20 +94,17 @@ class VllmServer:
     """
 
     def __init__(self, entry: str, log: Path):
-        self.command = [] if entry.startswith("http") else shlex.split(entry)
-        self.url = entry.rstrip("/").removesuffix("/v1")
-        if self.command:
-            with socket.create_server(("127.0.0.1", 0)) as free:
-                self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        self.url = server_url(entry)
+        self._own = None if entry.startswith("http") else VllmProcess(entry, log)
         self.publication: Publication | None = None
         self.running, self.fault = 0, "it was not asked yet"
         self.scores: list[float] = []
         self.distance = float("inf")
-        self._log, self._model, self._reloads = log, "", True
-        self._process: subprocess.Popen[bytes] | None = None
+        self._model, self._reloads = "", True
         # vLLM closes a connection that nobody uses after 5 s.
         limits = httpx.Limits(max_connections=None, keepalive_expiry=2)
-        self._http = httpx.AsyncClient(base_url=self.url, limits=limits, trust_env=False)
+        safe = self.url.startswith("https:")  # certificates take a while to be read
+        self._http = httpx.AsyncClient(limits=limits, timeout=None, trust_env=False, verify=safe)
 
     async def sample(
         self, weights: Publication, prompt: list[int], params: dict[str, Any]
@@ -143,15 +140,16 @@ class VllmServer:
             ServeError: its settings are wrong, or it doesn't compute with these weights.
         """
         self.publication = None
-        fresh = bool(self.command) and not (self._reloads and await self._lives())
+        fresh = self._own is not None and not (self._reloads and await self._lives())
         try:
             try:
                 await self._loaded(new, fresh)
             except ServeError as error:
-                if fresh or not self.command:
+                if fresh or self._own is None:
                     raise
                 log.warning("%s: it is started again", error)
-                self._reloads = bool(new.lora_base)  # this vLLM doesn't reload this model rightly
+                # Else this vLLM doesn't reload this model rightly.
+                self._reloads = bool(new.lora_base) or isinstance(error, ServerFault)
                 await self._loaded(new, fresh=True)
         except ServeError as error:
             self.fault = str(error)
@@ -162,7 +160,8 @@ class VllmServer:
         """End a server that was started here; leave another one alone."""
         self.publication = None
         await self._http.aclose()
-        await asyncio.to_thread(self._stop)
+        if self._own is not None:
+            await asyncio.to_thread(self._own.stop)
 
     async def _call(self, path: str, body: Any, seconds: float) -> Any:
         """What is answered to a POST of `body`, or to a GET without one.
@@ -173,20 +172,25 @@ class VllmServer:
         """
         method = "GET" if body is None else "POST"
         try:
-            answer = await self._http.request(method, path, json=body, timeout=seconds)
+            async with asyncio.timeout(seconds):  # httpx limits single reads, not the whole
+                answer = await self._http.request(method, self.url + path, json=body)
         except httpx.ConnectError:
             raise ServerFault(
                 f"nothing answers at {self.url}: start vLLM there, or give the Python that starts "
                 "it in place of its URL (docs/vllm.md)"
             ) from None
-        except httpx.HTTPError as error:
-            what = f"{type(error).__name__} within {seconds:.0f} s"
+        except (httpx.HTTPError, TimeoutError) as error:
+            slow = isinstance(error, TimeoutError)
+            what = f"no answer within {seconds:g} s" if slow else repr(error)
             raise ServerFault(f"{self.url}{path}: {what}") from None
         if answer.status_code != 200:
             kind = RequestError if answer.status_code in (400, 413, 422) else ServerFault
             raise kind(f"{self.url}{path}: HTTP {answer.status_code}: {answer.text[:500]}")
         json = answer.headers.get("content-type", "").startswith("application/json")
-        return answer.json() if json else None
+        try:
+            return answer.json() if json else None
+        except ValueError:
+            raise ServerFault(f"{self.url}{path}: no JSON: {answer.text[:200]!r}") from None
 
     async def _generate(
         self, prompt: list[int], params: dict[str, Any], new: Publication, seconds: float
@@ -198,8 +202,9 @@ class VllmServer:
     async def _lives(self) -> bool:
         """Whether a server that was started here answers."""
         with suppress(ServeError):
-            await self._call("/health", None, HEALTH_SECONDS)
-            return self._process is not None and self._process.poll() is None
+            if self._own is not None and self._own.runs:
+                await self._call("/health", None, HEALTH_SECONDS)
+                return self._own.runs
         return False
 
     async def _loaded(self, new: Publication, fresh: bool) -> None:
@@ -219,7 +224,10 @@ class VllmServer:
         elif not fresh:
             reload = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
             await self._call("/collective_rpc", reload, LOAD_SECONDS)
-            await self._call("/reset_prefix_cache", {}, LOAD_SECONDS)
+            # What still runs, of somebody else, would keep keys and values of the old weights.
+            forget = "/reset_prefix_cache?reset_running_requests=true"
+            if not (await self._call(forget, {}, LOAD_SECONDS) or {}).get("success"):
+                raise ServerFault(f"{self.url} keeps what it computed with older weights")
         await self._prove(new)
         await self._call("/update_weight_version", {"new_version": new.label}, HEALTH_SECONDS)
 
@@ -230,12 +238,10 @@ class VllmServer:
             self._model = next(m["id"] for m in models if not m.get("parent"))
             told = await self._call("/server_info?config_format=json", None, LOAD_SECONDS)
             found = told["vllm_config"]["model_config"]
+            room = max(new.context, found["max_model_len"])
             right = {"logprobs_mode": "processed_logprobs", "dtype": f"torch.{new.dtype}"}
-            wrong = [f"{n} is {found[n]!r}, not {v!r}" for n, v in right.items() if found[n] != v]
-            if found["quantization"] is not None or found["max_model_len"] < new.context:
-                named = {n: found[n] for n in ("quantization", "max_model_len")}
-                wrong.append(f"{named}, where None and {new.context} or more are needed")
-            return wrong
+            right |= {"quantization": None, "max_model_len": room}
+            return [f"{n} is {found[n]!r}, not {v!r}" for n, v in right.items() if found[n] != v]
         except _ODD as error:
             return [f"it is no vLLM that gspo knows ({error!r})"]
         except ServerFault as error:
@@ -257,8 +263,9 @@ class VllmServer:
         except _ODD as error:
             raise ServeError(f"{self.url}: it cannot score the probe: {error!r}") from None
         both = zip(self.scores, new.scores, strict=True)
-        self.distance = max(abs(found - wanted) for found, wanted in both)
-        if not self.distance <= new.allowed:
+        off = [abs(found - wanted) for found, wanted in both]
+        self.distance = max(off)
+        if not all(nats <= new.allowed for nats in off):  # a NaN is no largest one
             raise ServeError(
                 f"{self.url} does not compute with version {new.version} of the weights: its "
                 f"log-probs of the probe are off by {self.distance:.3g} nats "
@@ -271,38 +278,21 @@ class VllmServer:
         """Start the server anew, and wait until it answers.
 
         Raises:
-            ServeError: it ended, or START_SECONDS went by; with the end of its log.
+            ServerFault: it ended, or START_SECONDS went by; with the end of its log.
         """
-        await asyncio.to_thread(self._stop)
-        rank = max(8, 1 << (new.lora_rank - 1).bit_length())
-        lora = f" --enable-lora --max-lora-rank {rank}" if new.lora_base else ""
-        ours = shlex.split(
-            f"{FLAGS} --host 127.0.0.1 --port {httpx.URL(self.url).port} --dtype {new.dtype} "
-            f"--max-model-len {new.context}{lora} --model"
-        )
-        at = next((i for i, word in enumerate(self.command) if word[0] == "-"), len(self.command))
-        # With this process, even if it is killed, ends what it has started.
-        bound = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
-        command = [*bound, *self.command[:at], *ours, new.lora_base or str(new.folder)]
-        command += self.command[at:]
-        with self._log.open("ab") as log:
-            started = self._process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=os.environ | _ENV, start_new_session=True
-            )
+        own = self._own
+        assert own is not None
+        await asyncio.to_thread(own.stop)
+        settings = ["--dtype", new.dtype, "--max-model-len", f"{new.context}"]
+        if new.lora_base:
+            rank = max(8, 1 << (new.lora_rank - 1).bit_length())
+            settings += ["--enable-lora", "--max-lora-rank", f"{rank}"]
+        self.url = own.start(new.lora_base or str(new.folder), *settings)
         limit = time.monotonic() + START_SECONDS
         while not await self._lives():
-            if started.poll() is not None or time.monotonic() > limit:
-                end = self._log.read_bytes()[-1500:].decode(errors="replace")
-                raise ServeError(
-                    f"{shlex.join(command)} ended, or gave no answer within {START_SECONDS:.0f} s. "
-                    f"The end of {self._log}: {end}"
+            if not own.runs or time.monotonic() > limit:
+                raise ServerFault(
+                    f"a server ended, or gave no answer within {START_SECONDS:.0f} s: "
+                    f"{own.last_words()}"
                 )
             await asyncio.sleep(0.3)
-
-    def _stop(self) -> None:
-        if self._process is None:
-            return
-        for number in (signal.SIGTERM, signal.SIGKILL):  # the group: vLLM's engine is its child
-            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                os.killpg(self._process.pid, number)
-                self._process.wait(20)

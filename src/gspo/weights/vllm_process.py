@@ -1,0 +1,75 @@
+"""A vLLM server that is a process of this machine, which gspo starts and ends."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+END_SECONDS = 20.0
+"""How long a server may take to end when it is told to. Then it is killed."""
+FLAGS = "-m vllm.entrypoints.openai.api_server --enable-scale-out"
+FLAGS += " --logprobs-mode processed_logprobs"
+_ENV = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "PYTHONPATH": ""}
+
+
+class VllmProcess:
+    """One server after another, each a process group: vLLM's engine is a child of its server.
+
+    It ends with this process, even if that is killed, where the system has `setpriv` (Linux).
+
+    Args:
+        entry: the Python of an environment that has vLLM, with `env` and variables before it, and
+            vLLM's options after it.
+        log: where the servers write.
+    """
+
+    def __init__(self, entry: str, log: Path):
+        words = shlex.split(entry)
+        at = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+        self._python, self._options, self._log = words[:at], words[at:], log
+        self._command: list[str] = []
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def runs(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def start(self, model: str, *settings: str) -> str:
+        """Start a server of a model with these arguments of vLLM; returns its address.
+
+        To be called in a thread that lives on: the server ends with it.
+        """
+        # A new port each time: meanwhile somebody else may listen on the former one.
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        ours = [*FLAGS.split(), "--host", "127.0.0.1", "--port", f"{port}", *settings]
+        env = os.environ | _ENV
+        bound = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
+        self._command = [*bound, *self._python, *ours, "--model", model, *self._options]
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command, stdout=log, stderr=log, env=env, start_new_session=True
+            )
+        return f"http://127.0.0.1:{port}"
+
+    def stop(self) -> None:
+        """End the server, if one runs, and whatever it has started; in 2 x END_SECONDS at most."""
+        if (process := self._process) is None:
+            return
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, number)
+                process.wait(END_SECONDS)
+        if self._process is process:  # its number may be another's from now on
+            self._process = None
+
+    def last_words(self) -> str:
+        """The command, and the end of what the server has written."""
+        end = self._log.read_bytes()[-1500:].decode(errors="replace")
+        return f"{shlex.join(self._command)}. The end of {self._log}: {end}"

@@ -1,0 +1,87 @@
+"""Servers that gspo starts end with it, whatever becomes of them or of it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gspo.weights import vllm_process
+from gspo.weights.vllm_process import VllmProcess
+from vllm_stub import entry, gone, lives, starts
+
+SETTINGS = "--dtype", "float32", "--max-model-len", "512"
+PARENT = """
+import sys, time
+from pathlib import Path
+from gspo.weights.vllm_process import VllmProcess
+VllmProcess(sys.argv[1], Path(sys.argv[2])).start("m", *sys.argv[3:])
+print("started", flush=True)
+time.sleep(300)
+"""
+
+
+def started(folder: Path, faults: str = "") -> VllmProcess:
+    """A process whose start is noted: it has a child."""
+    process = VllmProcess(entry(folder, faults), folder / "log")
+    process.start("m", *SETTINGS)
+    limit = time.monotonic() + 10
+    while not starts(folder):
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    return process
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path
+    for number in (n for numbers in starts(tmp_path) for n in numbers if lives(n)):
+        os.kill(number, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("fault", ["", "stubborn"])
+def test_it_ends_with_all_that_it_has_started(
+    fault: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(vllm_process, "END_SECONDS", 0.2)
+    process = started(folder, fault)
+    assert process.runs
+    process.stop()
+    assert not process.runs
+    assert gone(starts(folder)[0])
+    process.stop()
+
+
+def test_each_start_has_a_port_of_its_own(folder: Path):
+    process = VllmProcess(entry(folder, "deaf"), folder / "log")
+    ports = [process.start("m", *SETTINGS), (process.stop(), process.start("m", *SETTINGS))[1]]
+    process.stop()
+    assert len({*ports}) == 2 and all(port.startswith("http://127.0.0.1:") for port in ports)
+
+
+def test_what_a_server_has_said_is_told(folder: Path):
+    process = started(folder, "ends")
+    assert gone(starts(folder)[0][:1])
+    assert not process.runs
+    assert "no model m, an-option" in process.last_words()
+    assert f"{folder / 'python'} -m vllm.entrypoints" in process.last_words()
+    process.stop()  # its child lives still
+    assert gone(starts(folder)[0])
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="this system has no setpriv")
+def test_a_killed_parent_leaves_no_server(folder: Path):
+    arguments = [sys.executable, "-c", PARENT, entry(folder), str(folder / "log"), *SETTINGS]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None and parent.stdout.readline() == "started\n"
+        while not starts(folder):
+            time.sleep(0.01)
+        parent.kill()
+    assert gone(starts(folder)[0][:1])
