@@ -67,7 +67,7 @@ def trained(name: str, mesh: Mesh | None, folder: Path) -> tuple[dict, list[dict
     choose_packing(policy)
     policy.workers.finish(policy.lm)
 
-    def reference():
+    def reference(_):
         frozen = load_policy(base, load, mesh=mesh)
         frozen.packing, frozen.shares_prompts = policy.packing, policy.shares_prompts
         return frozen
