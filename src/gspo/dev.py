@@ -108,6 +108,9 @@ class TrainConfig(Options):
     kl_penalty_coef: float | None = Field(default=None, ge=0)
     """As in `TrainConfig`, which it overrides if it is given. If neither is given, your own
     `Objective` keeps its `kl_coef`."""
+    kl_reference: str | None = Field(default=None, min_length=1)
+    """The model that the KL term is against, such as a teacher: a folder, a checkpoint of a run, a
+    hub id, with the tokens of the model that is trained. None: the base model."""
     ppo: Literal[True] = True
     """ART's switch between the clipped surrogate and CISPO; here the algorithm says it."""
     normalize_by_length: Literal[True] = True

@@ -47,6 +47,9 @@ def test_every_name_is_checked():
         make_plan(Spec(rollout="nothing_here:f", model="embedded:sort"))
     with pytest.raises(ConfigError, match="engines: 'localhost:8000'"):
         make_plan(Spec(task="sort", engines=["localhost:8000"]))
+    teacher = dev.TrainConfig(kl_penalty_coef=1.0, kl_reference="./nobody")
+    with pytest.raises(ModelError, match="kl_reference: unknown base_model './nobody'"):
+        make_plan(Spec(task="sort", train=teacher))
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,8 @@ def test_status_and_kind(error: Exception, status: int, kind: str):
 @pytest.mark.parametrize(
     ("method", "path", "content", "status", "message"),
     [
-        ("GET", "/nowhere", b"", 404, "no route /nowhere: a base URL ends in /v1"),
+        ("GET", "/nowhere", b"", 404, "no route /nowhere. A base URL ends in /v1"),
+        ("POST", "/v1/embeddings", b"{}", 404, "embeddings, images and audio need another one"),
         ("GET", "/v1/chat/completions", b"", 405, "does not answer GET"),
         ("POST", "/v1/chat/completions", b'{"model": ', 400, "the body is no JSON"),
         ("POST", "/v1/chat/completions", b"", 400, "must be a JSON object"),

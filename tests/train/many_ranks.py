@@ -105,7 +105,7 @@ def trained(
     choose_packing(policy)
     policy.workers.finish(policy.lm)
 
-    def reference():
+    def reference(_):
         frozen = load_policy(base, load, mesh=mesh)
         frozen.packing, frozen.shares_prompts = policy.packing, policy.shares_prompts
         return frozen

@@ -23,7 +23,7 @@ def trained(workers: int, options: dev.TrainConfig, **load) -> tuple[dict, dict[
     policy = embedded(**load)
     policy.workers = Workers(workers)
     batch = prepare(random_groups(policy), context=512)
-    out = Trainer(policy, load_reference=embedded).train(batch, resolve(options=options))
+    out = Trainer(policy, lambda _: embedded()).train(batch, resolve(options=options))
     metrics = out.metrics.compute()
     metrics.pop("time/train")
     return metrics, {name: p.detach().clone() for name, p in policy.trainable.items()}

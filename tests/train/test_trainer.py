@@ -218,7 +218,7 @@ def test_on_policy_the_first_minibatch_has_ratio_one_and_the_clip_acts_later():
 
 def test_kl_is_zero_at_the_base_model_and_grows_away_from_it():
     policy = embedded()
-    trainer = Trainer(policy, lambda: load_policy("embedded:sort"))
+    trainer = Trainer(policy, lambda _: load_policy("embedded:sort"))
     batch = batch_of(policy)
     settings = resolve(TrainConfig(learning_rate=1e-2, kl_penalty_coef=0.1))
     first = trainer.train(
@@ -569,7 +569,7 @@ def test_only_the_first_step_on_fresh_samples_measures_the_engine(
 def test_n_and_t_count_the_whole_step(steps: list[Step], unit: Any, sequences: int, kl_coef: float):
     """Flat groups too, with and without a forward pass; three turns, the last in another sample."""
     policy = embedded()
-    trainer = Trainer(policy, lambda: load_policy("embedded:sort"))
+    trainer = Trainer(policy, lambda _: load_policy("embedded:sort"))
     options = dev.TrainConfig(minibatches=1, sequence_unit=unit)
     settings = resolve(TrainConfig(kl_penalty_coef=kl_coef), options)
     trainer.train(prepare([two_samples(0.0), two_samples(1.0)], context=512), settings)
@@ -642,7 +642,7 @@ def away(policy: Policy) -> Policy:
 @pytest.mark.parametrize("flat", [(0, 1, 2, 3), (0, 1, 3)])
 def test_a_kl_term_alone_is_a_step(flat: tuple[int, ...]):
     policy = away(embedded())
-    trainer = Trainer(policy, lambda: load_policy("embedded:sort"))
+    trainer = Trainer(policy, lambda _: load_policy("embedded:sort"))
     before = weights(policy)
     out = trainer.train(four_groups(policy, flat), resolve(TrainConfig(kl_penalty_coef=0.1)))
     metrics = out.metrics.compute()
@@ -658,7 +658,7 @@ def test_a_kl_term_alone_is_a_step(flat: tuple[int, ...]):
 
 def test_a_kl_term_alone_draws_the_policy_to_its_reference():
     policy = away(embedded())
-    trainer = Trainer(policy, lambda: load_policy("embedded:sort"))
+    trainer = Trainer(policy, lambda _: load_policy("embedded:sort"))
     settings = resolve(
         TrainConfig(learning_rate=1e-5, kl_penalty_coef=1.0), dev.TrainConfig(minibatches=1)
     )
@@ -670,7 +670,7 @@ def test_a_kl_term_alone_draws_the_policy_to_its_reference():
 @pytest.mark.parametrize("kl_coef", [0.0, 0.1])
 def test_the_share_that_is_logged_is_the_share_that_auto_epsilon_steers(kl_coef: float):
     policy = away(embedded())
-    trainer = Trainer(policy, lambda: load_policy("embedded:sort"))
+    trainer = Trainer(policy, lambda _: load_policy("embedded:sort"))
     options = dev.TrainConfig(epsilon=0.8, epsilon_high=1.0, minibatches=1)
     settings = resolve(TrainConfig(kl_penalty_coef=kl_coef), options)
     out = trainer.train(four_groups(policy, (1, 2), groups=6), settings)
@@ -690,8 +690,8 @@ def test_the_share_that_is_logged_is_the_share_that_auto_epsilon_steers(kl_coef:
 def test_the_reference_is_loaded_once():
     policy, loaded = embedded(), []
 
-    def load() -> Policy:
-        loaded.append(1)
+    def load(name: str | None) -> Policy:
+        loaded.append(name)
         return load_policy("embedded:sort")
 
     trainer = Trainer(policy, load)
@@ -700,7 +700,10 @@ def test_the_reference_is_loaded_once():
     assert not loaded
     for _ in range(2):
         trainer.train(batch, resolve(TrainConfig(kl_penalty_coef=0.1)))
-    assert len(loaded) == 1
+    teacher = dev.TrainConfig(kl_penalty_coef=0.1, kl_reference="teacher")
+    for _ in range(2):
+        trainer.train(batch, resolve(options=teacher))
+    assert loaded == [None, "teacher"]
 
 
 def test_with_a_reference_rows_wait_for_one_another(monkeypatch: pytest.MonkeyPatch):
@@ -712,7 +715,7 @@ def test_with_a_reference_rows_wait_for_one_another(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(policy.workers, "map", lambda f, rows: mapped.append(1) or whole(f, rows))
     batch = four_groups(policy)
     options = dev.TrainConfig(packed_sequence_length=60, minibatches=1)
-    trainer = Trainer(policy, lambda: load_policy("embedded:sort"))
+    trainer = Trainer(policy, lambda _: load_policy("embedded:sort"))
     trainer.train(batch, resolve(TrainConfig(kl_penalty_coef=0.1), options))
     assert not mapped
     trainer.train(batch, resolve(options=options))
@@ -729,7 +732,9 @@ def test_layers_are_recomputed_without_train_mode(
     monkeypatch.setattr(
         Policy,
         "logprobs",
-        lambda policy, *args: modes.append(policy.lm.training) or inner(policy, *args),
+        lambda policy, *args, **named: (
+            modes.append(policy.lm.training) or inner(policy, *args, **named)
+        ),
     )
     Trainer(policy).train(four_groups(policy), resolve())
     assert modes == [False] * 4
@@ -759,7 +764,7 @@ def test_without_a_kl_term_a_flat_minibatch_is_no_step():
 def test_dapo_leaves_flat_groups_out_of_the_kl_term_too():
     """As dynamic sampling would have: so a batch of flat groups alone is skipped."""
     policy = away(embedded())
-    trainer = Trainer(policy, lambda: load_policy("embedded:sort"))
+    trainer = Trainer(policy, lambda _: load_policy("embedded:sort"))
     settings = resolve(TrainConfig(kl_penalty_coef=0.1), dev.TrainConfig(algorithm="dapo"))
     out = trainer.train(four_groups(policy, (0, 1, 2, 3)), settings)
     assert (out.updates, policy.version) == (0, 0)

@@ -6,6 +6,7 @@ import gc
 from functools import cache
 from pathlib import Path
 
+from gspo.core.errors import ModelError
 from gspo.dev import InternalModelConfig
 from gspo.policy.load import load_policy
 from gspo.policy.policy import Policy
@@ -59,12 +60,26 @@ def load_trainer(
     policy = _unrounded(base_model, config, checkpoint, mesh)
     policy.workers.finish(policy.lm)
 
-    def load_reference() -> Policy:
-        frozen = load_policy(base_model, config, mesh=mesh)
-        frozen.packing, frozen.shares_prompts = policy.packing, policy.shares_prompts
-        frozen.multiple = policy.multiple
+    def load_reference(name: str | None) -> Policy:
+        if name is None:
+            frozen = load_policy(base_model, config, mesh=mesh)
+            frozen.packing, frozen.shares_prompts = policy.packing, policy.shares_prompts
+            frozen.multiple = policy.multiple
+        else:
+            own = {"lora": None, "max_context": policy.context}
+            try:
+                frozen = load_policy(name, config.model_copy(update=own), mesh=mesh)
+                choose_packing(frozen)
+            except ModelError as error:
+                raise ModelError(f"kl_reference: {error}") from None
+            if frozen.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+                raise ModelError(
+                    f"kl_reference {name!r} has other tokens than {base_model!r}: it cannot score "
+                    "what that samples. Give a model with the same tokenizer"
+                )
         frozen.lm.requires_grad_(False)
         frozen.round_weights()
+        policy.use_threads()  # those of the other model may be more
         return frozen
 
     trainer = Trainer(policy, load_reference)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from gspo.backend.engines import dtype_of_servers
 from gspo.backend.trackers import check_loggers
 from gspo.core.byname import find_module
-from gspo.core.errors import ConfigError
+from gspo.core.errors import ConfigError, ModelError
 from gspo.environments import load_environment
 from gspo.experiment.dataset_checks import check_prompts, how_often
 from gspo.experiment.spec import Spec
@@ -40,6 +40,11 @@ def make_plan(spec: Spec) -> str:
     settings = resolve_settings(spec.train_config(), spec.train)
     check_loggers(spec.logger)
     check_entries(spec.engines)
+    if spec.train.kl_reference is not None:
+        try:
+            resolve(spec.train.kl_reference)
+        except ModelError as error:
+            raise ModelError(f"kl_reference: {error}") from None
     task = spec.make_task()
     if spec.rollout:
         find_module(spec.rollout, "rollout")

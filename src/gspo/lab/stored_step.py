@@ -113,30 +113,34 @@ class StoredStep:
             )
         lora = self._data.config.get("lora")
         options = {"dtype": self.record.dtype, "lora": lora and LoraConfig(**lora)}
-        policy = self._policy(self.record.context, checkpoint, **options)
+        policy = self._policy(self._base_model, self.record.context, checkpoint, **options)
         choose_packing(policy)
         policy.round_weights()
         policy.version = version
         return policy
 
     def trainer(self, policy: Policy) -> Trainer:
-        """A trainer of the policy, with the base model that a KL term refers to."""
+        """A trainer of the policy, with the model that a KL term is against."""
 
-        def load() -> Policy:
-            frozen = self._policy(policy.context)  # which may decide the RoPE
-            frozen.packing, frozen.dtype = policy.packing, policy.dtype
+        def load(name: str | None) -> Policy:
+            # the context may decide the RoPE
+            frozen = self._policy(name or self._base_model, policy.context)
+            choose_packing(frozen)
+            frozen.dtype = policy.dtype
             frozen.round_weights()
             frozen.lm.requires_grad_(False)
             return frozen
 
         return Trainer(policy, load)
 
-    def _policy(self, context: int, checkpoint: Path | None = None, **options: Any) -> Policy:
+    def _policy(
+        self, name: str, context: int, checkpoint: Path | None = None, **options: Any
+    ) -> Policy:
         # A model that names no longest context has one beyond what `max_context` may be.
         longest = context if context <= LARGEST_COUNT else None
         trusted = self._data.options.get("load.trust_remote_code") is True
         config = InternalModelConfig(max_context=longest, trust_remote_code=trusted, **options)
-        return load_policy(self._base_model, config, checkpoint=checkpoint)
+        return load_policy(name, config, checkpoint=checkpoint)
 
 
 def listed(steps: Iterable[int]) -> str:

@@ -109,7 +109,8 @@ async def _answer(http: fastapi.Request, error: Exception) -> JSONResponse:
 
 
 _STOCK = {
-    "Not Found": "no route {1}: a base URL ends in /v1, and /openapi.json lists all routes",
+    "Not Found": "no route {1}. A base URL ends in /v1, and /openapi.json lists all routes. This "
+    "server writes text: embeddings, images and audio need another one",
     "Method Not Allowed": "{1} does not answer {0}: see /openapi.json",
 }
 """Starlette's own words for them, which name nothing."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, reduce
+from functools import lru_cache, reduce
 from itertools import chain
 from typing import Any
 
@@ -82,12 +82,14 @@ class Trainer:
     """Trains a policy: owns its optimizer, and rounds its weights to its `dtype`. `step` counts
     calls of `train` over the run's life."""
 
-    def __init__(self, policy: Policy, load_reference: Callable[[], Policy] | None = None):
+    def __init__(
+        self, policy: Policy, load_reference: Callable[[str | None], Policy] | None = None
+    ):
         self.policy = policy
         self.optimizer = Optimizer(policy.trainable, policy.round_weights())
         self.step = 0
         self.epsilon = EpsilonController()
-        self._load_reference = load_reference
+        self._load_reference = load_reference and lru_cache(maxsize=1)(load_reference)
         self._warned: set[str] = set()
 
     def train(self, batch: plan.RolloutBatch, settings: Settings) -> TrainOutput:
@@ -185,7 +187,7 @@ class Trainer:
             total_sequences=total_sequences,
             total_tokens=total_tokens,
             sampling_logprobs=microbatch.sampling_logprobs if objective.correction else None,
-            reference_logprobs=self.reference(microbatch) if objective.kl_coef > 0 else None,
+            reference_logprobs=self.reference(microbatch, settings) if objective.kl_coef else None,
             sequence_count=None if of_tokens is None else len(microbatch.advantages),
             sum_parts=parts.sum if parts.size > 1 else None,  # of l_i, L_i and all others
         )
@@ -195,20 +197,21 @@ class Trainer:
         whole = parts.sum(scored.logprobs.detach()), parts.sum(scored.entropy)
         return loss, (*whole, out, choices)
 
-    def reference(self, microbatch: Microbatch) -> Float[Tensor, " M"]:
-        """Log-probs of the frozen base model: LoRA's model without adapters, else a copy."""
+    def reference(self, microbatch: Microbatch, settings: Settings) -> Float[Tensor, " M"]:
+        """Log-probs of the frozen model that the KL term is against."""
+        frozen = self._frozen(settings.kl_reference)
         with torch.no_grad():
-            if self._frozen is not None:
-                return self._frozen.logprobs(microbatch).logprobs
+            if frozen is not None:
+                return frozen.logprobs(microbatch).logprobs
             with self.policy.reference():
                 return self.policy.logprobs(microbatch).logprobs
 
-    @cached_property
-    def _frozen(self) -> Policy | None:
-        if self.policy.peft is not None:
+    def _frozen(self, name: str | None) -> Policy | None:
+        """The reference of this name. None: the base model; with LoRA the policy itself is it."""
+        if name is None and self.policy.peft is not None:
             return None
         assert self._load_reference is not None
-        return self._load_reference()
+        return self._load_reference(name)
 
     def _begin(self, batch: plan.RolloutBatch, settings: Settings) -> Call:
         """Fix what stays the same over all updates: settings, minibatches, experts and pi_old."""
@@ -221,7 +224,7 @@ class Trainer:
         warn_of_unread(batch, settings, self._warned)
         experts = ExpertReplay(self.policy, settings, observer.metrics)
         if settings.objective.kl_coef > 0:
-            _ = self._frozen  # loaded before any work
+            self._frozen(settings.kl_reference)  # loaded before any work
         self.policy.lm.eval()  # train mode is dropout and noise under any name: never wanted
         if not settings.preset.counts_flat:
             batch = batch.with_signal()
