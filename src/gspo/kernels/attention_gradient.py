@@ -55,25 +55,25 @@ def attend_backward(
         out, log_total: what `attend` returned.
         context_of: the context of each sequence, if there are contexts.
     """
-    pair = keys, values
     width = 0 if context is None else context.keys.shape[2]
-    shared = [] if context is None else [context.keys, context.values]
+    shared = () if context is None else (context.keys, context.values)
     of_shared = [torch.zeros_like(x) for x in shared]
-    of_query, (of_keys, of_values) = torch.empty_like(query), map(torch.empty_like, pair)
+    of_query, (of_keys, of_values) = torch.empty_like(query), map(torch.empty_like, (keys, values))
     of_one = keys.shape[1] * (width + keys.shape[2]) * (keys.shape[3] + values.shape[3])
     count = max(1, _JOINED_BYTES // (of_one * keys.itemsize))
     for start in range(0, len(query), count):
         part = slice(start, start + count)
-        joined = [x[part] for x in pair]
-        if shared:
-            both = zip(shared, joined, strict=True)
-            joined = [torch.cat([x[context_of[part]], own], 2) for x, own in both]
+        every_key, every_value = keys[part], values[part]
+        if context is not None:
+            of = context_of[part]
+            every_key = torch.cat([context.keys[of], every_key], 2)
+            every_value = torch.cat([context.values[of], every_value], 2)
         mask = hidden if hidden is None or len(hidden) == 1 else hidden[part]
-        added = _added(mask, query.shape[2], joined[0].shape[2], query.dtype)
+        added = _added(mask, query.shape[2], every_key.shape[2], query.dtype)
         given = grad[part], out[part], log_total[part], query[part]
         fused = grad.device.type == "cpu" and scoring.cap is None
         kernel = _fused if fused and keys.shape[3] == values.shape[3] else _plain
-        of_query[part], *grads = kernel(*given, *joined, added, scoring)
+        of_query[part], *grads = kernel(*given, every_key, every_value, added, scoring)
         for whole, found in zip(of_shared, grads, strict=False):
             whole.index_add_(0, context_of[part], found[:, :, :width])
         of_keys[part], of_values[part] = (x[:, :, width:] for x in grads)
