@@ -59,7 +59,7 @@ RUN: dict[str, tuple[str, ...]] = {
 }
 """In an order in which each finds what it needs."""
 
-_ENVIRONMENTS = "a minute; tests/examples/test_environments.py does it with another file"
+_ENVIRONMENTS = "a minute; tests/examples/test_environments.py does it, where it is installed"
 _BENCHMARKS = "minutes to hours; tests/benchmarks has the parts"
 _SERVE = "a port; test_cli.py serves and asks"
 NOT_RUN = {
@@ -67,11 +67,12 @@ NOT_RUN = {
     "make test": "this",
     "gspo demo --steps 3 --path /tmp/runs --json": "run with other numbers in test_cli.py",
     "python examples/agents/train_lookup.py --agent plain": "minutes; test_agents.py has parts",
-    "python examples/environments/lessons.py examples/environments/gcd.toml": _ENVIRONMENTS,
-    "gspo train examples/environments/gcd.toml": _ENVIRONMENTS,
-    "python examples/environments/curve.py .gspo/environments/gcd .gspo/environments/larger": (
+    "python examples/environments/lessons.py examples/environments/guess.toml": _ENVIRONMENTS,
+    "gspo train examples/environments/guess.toml": _ENVIRONMENTS,
+    "python examples/environments/curve.py .gspo/environments/{gcd,larger,guess,coins,pole}": (
         _ENVIRONMENTS
     ),
+    "pip install gymnasium textarena textworld": "network",
     "make bench": _BENCHMARKS,
     "make bench-check": _BENCHMARKS,
     "make bench-vllm": _BENCHMARKS,

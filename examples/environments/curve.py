@@ -1,6 +1,6 @@
 """Draw the held-out reward of runs, and say what training added.
 
-    python examples/environments/curve.py .gspo/environments/spell .gspo/environments/coin
+    python examples/environments/curve.py .gspo/environments/guess .gspo/environments/coins
 
 Each run is measured before its warm start (step 0), after it (step 1), and while it trains. The
 difference between step 1 and the last is over instances of the environment, each with itself.
@@ -51,8 +51,12 @@ def added(run: Path) -> str:
 
 
 def main(runs: list[Path]) -> None:
-    figure, axes = plt.subplots(1, len(runs), figsize=(3.1 * len(runs), 2.7), squeeze=False)
-    for axis, run in zip(axes[0], runs, strict=True):
+    rows, columns = -(-len(runs) // 3), min(len(runs), 3)
+    size = (3.1 * columns, 2.6 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    for axis in axes.flat[len(runs) :]:
+        axis.axis("off")
+    for axis, run in zip(axes.flat, runs, strict=False):
         lines = [line for line in measured(run) if line["step"] > 0]
         steps = [line["step"] for line in lines]
         low, high = ([line[f"val/reward_{end}"] for line in lines] for end in ("low", "high"))
@@ -68,7 +72,8 @@ def main(runs: list[Path]) -> None:
             ]
             print(f"{run.name} step {line['step']}: {line['val/reward']:.3f} [{', '.join(ends)}]")
         print(f"{run.name}: {added(run)}")
-    axes[0][0].set_ylabel("held-out reward")
+    for row in axes:
+        row[0].set_ylabel("held-out reward")
     figure.tight_layout()
     figure.savefig(OUT, metadata={"Date": None})
 

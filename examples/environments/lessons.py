@@ -26,18 +26,13 @@ from gspo.experiment.spec import Spec
 SEED = 1_000_003
 
 
-def choose(spec: Spec, environment: Any, told: str, rng: random.Random) -> str:
+def choose(spec: Spec, environment: Any, rng: random.Random) -> str:
     """An action that the environment understands."""
-    family = str(spec.environment).partition(":")[0]
-    if family == "textworld":
-        return rng.choice(told.splitlines()[-1].split("; "))
-    if family == "gymnasium":
+    if hasattr(environment, "possible"):
+        return rng.choice(environment.possible)
+    if "actions" in spec.environment_options:
         return rng.choice(spec.environment_options["actions"])
-    if isinstance(getattr(environment, "rounds", None), list):  # larger.py
-        return rng.choice(told[:2])
-    if family == "textarena":
-        return f"[{rng.randint(1, spec.environment_options['max_number'])}]"
-    return environment._problem.answer  # pyright: ignore
+    return environment._problem.answer  # reasoning-gym
 
 
 async def conversation(spec: Spec, make: Any, index: int) -> list[dict[str, str]]:
@@ -48,7 +43,7 @@ async def conversation(spec: Spec, make: Any, index: int) -> list[dict[str, str]
     if environment.system_prompt:
         messages.insert(0, {"role": "system", "content": environment.system_prompt})
     for _ in range(spec.max_turns or environment.max_turns):
-        text = choose(spec, environment, messages[-1]["content"], rng)
+        text = choose(spec, environment, rng)
         messages.append({"role": "assistant", "content": text})
         step = environment.step(Action(text))
         if step.done:
