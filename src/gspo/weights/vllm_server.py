@@ -92,8 +92,9 @@ class VllmServer:
         self.scores: list[float] = []
         self.distance = float("inf")
         self._model, self._reloads = "", True
-        # vLLM closes a connection that nobody uses after 5 s.
-        limits = httpx.Limits(max_connections=None, keepalive_expiry=2)
+        # A connection each: vLLM closes those that nobody uses, and to use one at that moment looks
+        # as if the server had died.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         safe = self.url.startswith("https:")  # certificates take a while to be read
         self._http = httpx.AsyncClient(limits=limits, timeout=None, trust_env=False, verify=safe)
 
