@@ -92,7 +92,7 @@ async def test_without_it_the_engine_shares_the_weights(tmp_path: Path):
     await backend.close()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int4"])
+@pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "int4"])
 async def test_a_resumed_run_ends_in_the_same_weights(tmp_path: Path, dtype: art.dev.RolloutDtype):
     async def steps(folder: str, count: int) -> None:
         backend = art.LocalBackend(tmp_path / folder)

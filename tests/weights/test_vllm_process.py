@@ -10,11 +10,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from gspo.core.errors import ConfigError
 from gspo.weights import vllm_process
-from gspo.weights.vllm_process import VllmProcess
+from gspo.weights.vllm_process import VllmProcess, check_entries
 from vllm_stub import entry, gone, lives, starts
 
 SETTINGS = "--dtype", "float32", "--max-model-len", "512"
@@ -85,3 +87,25 @@ def test_a_killed_parent_leaves_no_server(folder: Path):
             time.sleep(0.01)
         parent.kill()
     assert gone(starts(folder)[0][:1])
+
+
+@pytest.mark.parametrize(
+    "entry",
+    ["", "no-such-python", "ftp://host", "/nowhere/bin/python -x", 5, "http://", "http://a:port"],
+)
+def test_what_is_no_server_is_refused(entry: Any):
+    with pytest.raises(ConfigError, match=r"engines: .*give each server's URL"):
+        check_entries([entry])
+    with pytest.raises(ConfigError, match=r"engines: .*give each server's URL"):
+        check_entries(entry)
+
+
+@pytest.mark.parametrize("again", ["http://a:1", "http://a:1/", "http://a:1/v1"])
+def test_a_server_is_named_once(again: str):
+    with pytest.raises(ConfigError, match="URL once"):
+        check_entries(["http://a:1", again])
+
+
+def test_entries_may_be_one_text():
+    assert check_entries("http://a:1") == ("http://a:1",)
+    assert check_entries(["env A=1 python3 --x"] * 2) == ("env A=1 python3 --x",) * 2

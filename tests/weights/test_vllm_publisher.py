@@ -13,11 +13,11 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from gspo.core.errors import ConfigError, RequestError, ServeError
+from gspo.core.errors import RequestError, ServeError
 from gspo.policy.embedded import build_tokenizer
 from gspo.policy.load import Policy, load_policy
 from gspo.weights import vllm_publisher, vllm_server
-from gspo.weights.vllm_publisher import VllmPublisher, VllmServers, check_entries
+from gspo.weights.vllm_publisher import VllmPublisher, VllmServers
 from vllm_stand_in import PARAMS, StandIn
 
 
@@ -406,25 +406,3 @@ def test_two_runs_on_one_server_cost_reloads_and_no_wrong_token(
         assert other.samples(1) == [2]
     finally:
         other.servers.close()
-
-
-@pytest.mark.parametrize(
-    "entry",
-    ["", "no-such-python", "ftp://host", "/nowhere/bin/python -x", 5, "http://", "http://a:port"],
-)
-def test_what_is_no_server_is_refused(entry: Any):
-    with pytest.raises(ConfigError, match=r"engines: .*give each server's URL"):
-        check_entries([entry])
-    with pytest.raises(ConfigError, match=r"engines: .*give each server's URL"):
-        check_entries(entry)
-
-
-@pytest.mark.parametrize("again", ["http://a:1", "http://a:1/", "http://a:1/v1"])
-def test_a_server_is_named_once(again: str):
-    with pytest.raises(ConfigError, match="URL once"):
-        check_entries(["http://a:1", again])
-
-
-def test_entries_may_be_one_text():
-    assert check_entries("http://a:1") == ("http://a:1",)
-    assert check_entries(["env A=1 python3 --x"] * 2) == ("env A=1 python3 --x",) * 2

@@ -213,11 +213,13 @@ def test_a_server_that_dies_is_started_again_and_still_reloads(tmp_path: Path):
     assert own(tmp_path, "", versions) == 3  # of the reload; and of the kill
 
 
-@pytest.mark.parametrize(("fault", "said"), [("ends", "no model .*v0, an-option"), ("deaf", "")])
+@pytest.mark.parametrize(
+    ("fault", "said", "seconds"), [("ends", "no model .*v0, an-option", 30.0), ("deaf", "", 0.5)]
+)
 def test_a_server_that_does_not_start_is_a_fault_in_time(
-    fault: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fault: str, said: str, seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(vllm_server, "START_SECONDS", 0.5)
+    monkeypatch.setattr(vllm_server, "START_SECONDS", seconds)
 
     async def version(server: VllmServer) -> None:
         with pytest.raises(ServerFault, match=rf"(?s)python -m vllm.*{tmp_path}/log: {said}"):
@@ -245,3 +247,16 @@ def test_an_answer_that_never_ends_is_a_fault(tmp_path: Path, monkeypatch: pytes
             await server.bring(told(tmp_path, 0, -1.0, -2.0))
 
     own(tmp_path, "trickles", version)
+
+
+def test_no_connection_is_used_twice(url: str, tmp_path: Path):
+    """The server may close it at that moment, which would look like its death."""
+
+    async def asked() -> None:
+        server = VllmServer(url, Path("unused"))
+        await server.bring(published(load_policy("embedded:sort"), tmp_path))
+        transport: Any = server._http._transport
+        assert transport._pool.connections == []
+        await server.close()
+
+    asyncio.run(asked())

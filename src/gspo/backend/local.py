@@ -35,7 +35,7 @@ from gspo.serve.episodes import Episode
 from gspo.serve.server import bind
 from gspo.train.settings import resolve
 from gspo.trajectories import Trajectory, TrajectoryGroup
-from gspo.weights.vllm_publisher import check_entries
+from gspo.weights.vllm_process import check_entries
 
 
 class LocalBackend(Backend):

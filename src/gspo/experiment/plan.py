@@ -22,7 +22,7 @@ from gspo.train.defaults import default_learning_rate
 from gspo.train.minibatches import activation_bytes, token_budget
 from gspo.train.settings import resolve as resolve_settings
 from gspo.utils.sft import read_trajectories
-from gspo.weights.vllm_publisher import check_entries
+from gspo.weights.vllm_process import check_entries
 
 _COPY_BYTES = {None: 0, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 4, "int4": 4}
 """Bytes per parameter of the engine's own copy; int8 and int4 are rounded float32 numbers."""

@@ -1,4 +1,4 @@
-"""A vLLM server that is a process of this machine, which gspo starts and ends."""
+"""What an entry of `engines` names: a server's URL, or a process that gspo starts and ends."""
 
 from __future__ import annotations
 
@@ -10,12 +10,50 @@ import socket
 import subprocess
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+import httpx
+
+from gspo.core.errors import ConfigError, shown
 
 END_SECONDS = 20.0
 """How long a server may take to end when it is told to. Then it is killed."""
 FLAGS = "-m vllm.entrypoints.openai.api_server --enable-scale-out"
 FLAGS += " --logprobs-mode processed_logprobs"
 _ENV = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "PYTHONPATH": ""}
+
+
+def server_url(entry: str) -> str:
+    """The address of a server, as its requests begin; what is no URL stays as it is.
+
+    >>> server_url("http://gpu1:8000/v1/")
+    'http://gpu1:8000'
+    """
+    return entry.rstrip("/").removesuffix("/v1") if entry.startswith("http") else entry
+
+
+def check_entries(engines: Any) -> tuple[str, ...]:
+    """Refuse what is neither a URL nor a command.
+
+    Raises:
+        ConfigError: it names the value.
+    """
+    entries = tuple(engines) if isinstance(engines, list | tuple) else (engines,)
+    urls = [server_url(entry) for entry in entries if isinstance(entry, str)]
+    for entry in entries:
+        try:
+            if entry.startswith(("http://", "https://")):
+                fine = httpx.URL(entry).host and urls.count(server_url(entry)) == 1
+            else:
+                fine = shutil.which(shlex.split(entry)[0])
+        except (AttributeError, IndexError, ValueError, httpx.InvalidURL):
+            fine = False
+        if not fine:
+            raise ConfigError(
+                f"engines: {shown(entry)}: give each server's URL once, http://host:port, or the "
+                "path of the Python of an environment with vLLM, /path/to/venv/bin/python"
+            )
+    return entries
 
 
 class VllmProcess:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import shlex
-import shutil
 import threading
 import time
 import uuid
@@ -19,16 +17,15 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
-import httpx
 import numpy as np
 import torch
 
-from gspo.core.errors import ConfigError, ServeError, shown
+from gspo.core.errors import ServeError
 from gspo.core.files import remove, replacing, write_whole
 from gspo.policy.load import save_weights
 from gspo.policy.policy import Policy
 from gspo.weights.receipt import NOISE, Probe, score
-from gspo.weights.vllm_server import Publication, ServerFault, VllmServer, server_url
+from gspo.weights.vllm_server import Publication, ServerFault, VllmServer
 
 T = TypeVar("T")
 log = logging.getLogger("gspo")
@@ -48,30 +45,6 @@ _KEPT = 2
 _CLOSED = "the backend that served this model is closed"
 _MARGIN, _FLOOR = 8.0, 1e-4
 """Allowed are so many times the nats that a server was off at first, and at least these."""
-
-
-def check_entries(engines: Any) -> tuple[str, ...]:
-    """Refuse what is neither a URL nor a command.
-
-    Raises:
-        ConfigError: it names the value.
-    """
-    entries = tuple(engines) if isinstance(engines, list | tuple) else (engines,)
-    urls = [server_url(entry) for entry in entries if isinstance(entry, str)]
-    for entry in entries:
-        try:
-            if entry.startswith(("http://", "https://")):
-                fine = httpx.URL(entry).host and urls.count(server_url(entry)) == 1
-            else:
-                fine = shutil.which(shlex.split(entry)[0])
-        except (AttributeError, IndexError, ValueError, httpx.InvalidURL):
-            fine = False
-        if not fine:
-            raise ConfigError(
-                f"engines: {shown(entry)}: give each server's URL once, http://host:port, or the "
-                "path of the Python of an environment with vLLM, /path/to/venv/bin/python"
-            )
-    return entries
 
 
 class VllmServers:

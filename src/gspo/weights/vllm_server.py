@@ -24,7 +24,7 @@ from typing import Any
 import httpx
 
 from gspo.core.errors import RequestError, ServeError
-from gspo.weights.vllm_process import FLAGS, VllmProcess
+from gspo.weights.vllm_process import FLAGS, VllmProcess, server_url
 
 START_SECONDS = 900.0
 """How long a server may take to load a model and answer."""
@@ -36,15 +36,6 @@ REQUEST_SECONDS = 3600.0
 """How long one answer may take."""
 log = logging.getLogger("gspo")
 _ODD = (KeyError, TypeError, ValueError, IndexError, StopIteration)
-
-
-def server_url(entry: str) -> str:
-    """The address of a server, as its requests begin; what is no URL stays as it is.
-
-    >>> server_url("http://gpu1:8000/v1/")
-    'http://gpu1:8000'
-    """
-    return entry.rstrip("/").removesuffix("/v1") if entry.startswith("http") else entry
 
 
 class ServerFault(ServeError):
@@ -101,8 +92,9 @@ class VllmServer:
         self.scores: list[float] = []
         self.distance = float("inf")
         self._model, self._reloads = "", True
-        # vLLM closes a connection that nobody uses after 5 s.
-        limits = httpx.Limits(max_connections=None, keepalive_expiry=2)
+        # A connection each: vLLM closes those that nobody uses, and to use one at that moment looks
+        # as if the server had died.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         safe = self.url.startswith("https:")  # certificates take a while to be read
         self._http = httpx.AsyncClient(limits=limits, timeout=None, trust_env=False, verify=safe)
 
