@@ -54,6 +54,8 @@ CASES: dict[str, tuple[str, dict, dict]] = {
     "kl_lora": ("embedded:sort", {"lora": {"r": 4}}, SMALL),
     "turns": ("embedded:sort", {}, SMALL | {"sequence_unit": "turn"}),
     "bfloat16": ("embedded:sort", {"dtype": "bfloat16"}, SMALL),
+    "bfloat16_dense": ("dense", {"dtype": "bfloat16"}, SMALL),
+    "bfloat16_lora": ("dense", {"dtype": "bfloat16", "lora": {"r": 4}}, SMALL),
 }
 
 
@@ -70,6 +72,7 @@ def trained(name: str, mesh: Mesh | None, folder: Path) -> tuple[dict, list[dict
     def reference():
         frozen = load_policy(base, load, mesh=mesh)
         frozen.packing, frozen.shares_prompts = policy.packing, policy.shares_prompts
+        frozen.round_weights()
         return frozen
 
     trainer, metrics = Trainer(policy, reference), []
@@ -87,9 +90,9 @@ def trained(name: str, mesh: Mesh | None, folder: Path) -> tuple[dict, list[dict
         metrics.append(trainer.train(batch, settings).metrics.compute())
     policy.workers.finish(policy.lm)
     weights = {
-        n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().float().clone()
         for n, p in policy.lm.named_parameters()
-    }
+    } | trainer.optimizer.masters
     return weights, metrics
 
 
