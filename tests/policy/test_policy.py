@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -19,6 +20,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
+from gspo import dev
 from gspo.data.packing import pack
 from gspo.kernels import attention
 from gspo.policy.embedded import build_tokenizer
@@ -170,9 +172,67 @@ def test_activation_checkpointing_changes_no_gradient():
 
 def test_bfloat16_is_near_and_its_logprobs_float32(policy: Policy):
     low = embedded(dtype="bfloat16")
+    low.round_weights()
     items = samples(policy)
     exact, rough = scored(policy, items, 10_000), scored(low, items, 10_000)
     assert {value.dtype for value in rough.values()} == {torch.float32}
     # Over all tokens and generously: processors round bfloat16 products in different orders.
     gaps = torch.cat([(rough[key] - value).abs() for key, value in exact.items()])
     assert 0 < gaps.median() < 0.3
+
+
+@pytest.mark.parametrize("lora", [None, dev.LoraConfig(r=2)])
+def test_rounding_keeps_the_float32_weights_of_what_is_trained(lora):
+    policy, exact = embedded(lora=lora, dtype="bfloat16"), embedded(lora=lora)
+    masters = policy.round_weights()
+    assert {p.dtype for p in policy.lm.parameters()} == {torch.bfloat16}  # experts, adapters, head
+    before = dict(exact.lm.named_parameters())
+    assert list(masters) == list(policy.trainable)
+    for name, weight in policy.lm.named_parameters():
+        assert torch.equal(weight, before[name].bfloat16())
+        assert name not in masters or torch.equal(masters[name], before[name])
+    assert all(b.dtype != torch.bfloat16 for b in policy.lm.buffers())  # rotary frequencies
+
+
+def test_gradients_of_microbatches_add_up_in_float32():
+    policy = embedded(dtype="bfloat16")
+    policy.round_weights()
+    batch = prepare(random_groups(policy), context=512)
+    parts = pack([s for own in batch.samples for s in own], budget=60)
+    assert len(parts) > 2
+    expected: dict[str, torch.Tensor] = {}
+    for part in parts:
+        loss = policy.logprobs(part).logprobs.sum()
+        found = torch.autograd.grad(loss, list(policy.trainable.values()), allow_unused=True)
+        for name, gradient in zip(policy.trainable, found, strict=True):
+            if gradient is not None:
+                assert gradient.dtype == torch.float32
+                expected[name] = expected.get(name, 0) + gradient
+        policy.logprobs(part).logprobs.sum().backward()
+    for name, gradient in expected.items():
+        grad = policy.trainable[name].grad
+        assert grad is not None and grad.dtype == torch.float32
+        torch.testing.assert_close(grad, gradient, atol=1e-5, rtol=1e-5)
+        # A sum in bfloat16 would hold fewer digits.
+        assert (grad != grad.bfloat16().float()).any() or not grad.any(), name
+
+
+@pytest.mark.parametrize("lora", [None, dev.LoraConfig(r=2)])
+def test_no_weight_is_cast_in_a_step_but_routers_and_the_cpus_head(lora):
+    """The head's blocks become float32 on a CPU; a GPU multiplies them as they are."""
+    policy = embedded(lora=lora, dtype="bfloat16")
+    policy.round_weights()
+    weights = {p.data_ptr(): n for n, p in policy.lm.named_parameters()}
+    cast: list[str] = []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in weights:
+                cast.append(weights[args[0].data_ptr()])
+            return func(*args, **(kwargs or {}))
+
+    (microbatch,) = pack(prepare(random_groups(policy), context=512).samples[0], budget=100)
+    with Casts():
+        policy.logprobs(microbatch).logprobs.sum().backward()
+    assert all(".mlp.gate." in name or name == "model.embed_tokens.weight" for name in cast), cast
+    assert len(cast) <= 2 * len(policy.routers.modules) + 2

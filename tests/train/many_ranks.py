@@ -57,6 +57,8 @@ CASES: dict[str, tuple] = {
     "kl_lora": ("embedded:sort", {"lora": {"r": 4}}, SMALL),
     "turns": ("embedded:sort", {}, SMALL | {"sequence_unit": "turn"}),
     "bfloat16": ("embedded:sort", {"dtype": "bfloat16"}, SMALL),
+    "bfloat16_dense": ("dense", {"dtype": "bfloat16"}, SMALL),
+    "bfloat16_lora": ("dense", {"dtype": "bfloat16", "lora": {"r": 4}}, SMALL),
     "parts": ("embedded:sort", {}, SMALL, {"cp_size": 2}),
     "parts_of_all": ("embedded:sort", {}, {}, {"cp_size": 0}),  # 0: all ranks
     "parts_dense": ("dense", {}, SMALL, {"cp_size": 2}),
@@ -108,6 +110,7 @@ def trained(
     def reference(_):
         frozen = load_policy(base, load, mesh=mesh)
         frozen.packing, frozen.shares_prompts = policy.packing, policy.shares_prompts
+        frozen.round_weights()
         return frozen
 
     trainer, metrics, gradients = Trainer(policy, reference), [], []
@@ -131,7 +134,8 @@ def trained(
         batch = prepare(groups, settings, context=policy.context, vocabulary=policy.head.size)
         metrics.append(trainer.train(batch, settings).metrics.compute())
     policy.workers.finish(policy.lm)
-    weights = {n: whole(p) for n, p in policy.lm.named_parameters()}
+    weights = {n: whole(p).float() for n, p in policy.lm.named_parameters()}
+    weights |= trainer.optimizer.masters
     return weights, metrics, gradients
 
 

@@ -27,6 +27,7 @@ from train.many_ranks import apart, trained
 
 CASES = Path(__file__).parent / "many_ranks.py"
 WEIGHTS, METRICS, GRADIENTS = 1e-5, 1e-4, 5e-6
+ROUNDED = 0.1  # float32 masters after 20 updates from bfloat16 passes
 """Largest relative differences after 20 optimizer steps in float32; 7e-6 and 2.4e-5 were seen."""
 
 
@@ -186,8 +187,10 @@ def test_ranks_train_as_one_process_does(ranks, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case')]
-    assert len(told) == 31
-    exact = [case for case in told if case["case"] != "bfloat16"]
+    assert len(told) == 33
+    exact = [case for case in told if "bfloat16" not in case["case"]]
+    rough = [case for case in told if "bfloat16" in case["case"]]
+    assert all(case["weights"] < ROUNDED for case in rough), told
     assert all(case["weights"] < WEIGHTS and case["metrics"] < METRICS for case in exact), told
     assert all(case["gradients"] < GRADIENTS for case in exact), told
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig
 
 from gspo import dev
@@ -243,3 +244,31 @@ def test_an_engine_samples_in_every_precision_and_says_float32(dtype: dev.Rollou
     stored = torch.tensor(values, dtype=torch.float64)
     assert torch.equal(stored.float().double(), stored)  # float32 values ...
     assert not torch.equal(stored.bfloat16().double(), stored)  # ... and not half ones in disguise
+
+
+@pytest.mark.parametrize("lora", [None, dev.LoraConfig(r=2)])
+def test_a_publication_copies_each_weight_once(lora, monkeypatch: pytest.MonkeyPatch):
+    """Into the engine's own memory; no model is copied beside it."""
+    policy = embedded(lora=lora)
+    copied = RoundedCopy(policy, "bfloat16")
+    monkeypatch.setattr(copy, "deepcopy", lambda *_: pytest.fail("a model is copied"))
+    written: list[int] = []
+
+    class Written(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default):
+                written.append(args[0].numel())
+            return func(*args, **(kwargs or {}))
+
+    tensors = [*copied.policy.lm.parameters(), *copied.policy.lm.buffers()]
+    with Written():
+        copied.publish(policy)
+    assert sum(written) == sum(t.numel() for t in tensors)
+
+
+def test_a_copy_in_the_type_of_the_trainer_is_expected_without_a_copy():
+    policy = embedded(dtype="bfloat16")
+    policy.round_weights()
+    _, expected = RoundedCopy(policy, "bfloat16").expected(policy)
+    for name, weight in policy.lm.named_parameters():
+        assert expected[name].data_ptr() == weight.data_ptr()

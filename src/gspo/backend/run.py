@@ -172,7 +172,8 @@ class Run:
         """
         with self._writes:
             try:
-                self.settle()
+                if not self._closed:
+                    self.settle()
             finally:
                 self._closed = True
                 try:

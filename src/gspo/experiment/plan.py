@@ -117,8 +117,9 @@ def _memory(spec: Spec, tokens: int, limit: int, config: Any, parameters: int) -
     """
     rollouts = min(_LARGEST_ROLLOUTS, spec.prompts * spec.completions)
     trained = parameters if spec.load.lora is None else parameters // 50
+    half = spec.load.dtype == "bfloat16"
     parts = {
-        "weights": 4 * parameters,
+        "weights": 2 * parameters + 4 * trained if half else 4 * parameters,
         "engine's copy": _COPY_BYTES[spec.load.rollout_dtype] * parameters,
         "optimizer": 8 * trained,
         "gradients": 4 * trained,

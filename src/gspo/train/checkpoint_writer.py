@@ -1,13 +1,12 @@
-"""Write checkpoints while training goes on: one at a time, and hashed in the pass that writes them.
+"""Write checkpoints while training goes on, one at a time.
 
 A large checkpoint is first copied to host memory, which is 12 bytes for each trained parameter
-(float32 weights and AdamW's two moments) until it is on the disk. A small one is written at once.
+(float32 weights and AdamW's two moments) until it is on the disk. A small one is waited for.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from gspo.core.errors import GspoError, RunError
@@ -22,12 +21,14 @@ LIMIT = 3600.0
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one run; `save` and `wait` are called by one thread at a time."""
+    """Writes the checkpoints of one run; its methods are called by one thread at a time.
+
+    A program that ends waits for what is being written.
+    """
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._target = Path()
-        self._failed: Exception | None = None
+        self._thread = ThreadPoolExecutor(1, "gspo-checkpoint")
+        self._last: tuple[Path, Future[None]] | None = None
 
     @timed("checkpoint")
     def save(self, folder: Path, trainer: Trainer) -> Path:
@@ -36,16 +37,17 @@ class CheckpointWriter:
         Raises:
             RunError: it cannot be written, or the one before it could not; this one is then.
         """
-        _, failed = self._ended()
+        failed: GspoError | None = None
+        try:
+            self.wait()
+        except GspoError as error:
+            failed = error
         size = sum(12 * weight.numel() for weight in trainer.policy.trainable.values())
         large = size >= BACKGROUND_BYTES
         target, write = begin_checkpoint(folder, trainer, copied=large)
-        self._target = target
-        # No daemon: a program that ends waits for it.
-        self._thread = threading.Thread(target=self._run, args=(write,), name="gspo-checkpoint")
-        self._thread.start()
+        self._last = target, self._thread.submit(write)
         if not large:
-            failed = failed or self._ended()[1]
+            self.wait()
         if failed is not None:
             raise failed
         return target
@@ -56,36 +58,22 @@ class CheckpointWriter:
         Raises:
             RunError: names its folder.
         """
-        if self._thread is None or not self._thread.is_alive():
+        if self._last is not None and self._last[1].done():
             self.wait()
 
     def wait(self) -> bool:
         """Return when the last checkpoint is on the disk; whether there was any to wait for.
 
         Raises:
-            RunError: it could not be written, or took longer than `LIMIT`. Names its folder.
+            RunError: it could not be written, or takes longer than `LIMIT`. Names its folder.
         """
-        waited, failed = self._ended()
-        if failed is not None:
-            raise failed
-        return waited
-
-    def _run(self, write: Callable[[], None]) -> None:
-        try:
-            write()
-        except Exception as error:
-            self._failed = error
-
-    def _ended(self) -> tuple[bool, GspoError | None]:
-        """Wait for the thread; whether there was one, and why its checkpoint is not there."""
-        if (thread := self._thread) is None:
-            return False, None
-        thread.join(LIMIT)
-        if thread.is_alive():
-            return True, RunError(
-                f"{self._target} is not written after {LIMIT:.0f} s: does its disk hang?"
-            )
-        failed, self._thread, self._failed = self._failed, None, None
-        if failed is not None and not isinstance(failed, GspoError):
-            failed = RunError(f"cannot write the checkpoint {self._target}: {failed}")
-        return True, failed
+        if self._last is None:
+            return False
+        target, writing = self._last
+        if not wait([writing], LIMIT).done:
+            raise RunError(f"{target} is not written after {LIMIT:.0f} s: does its disk hang?")
+        self._last, error = None, writing.exception()
+        if error is None:
+            return True
+        told = RunError(f"cannot write the checkpoint {target}: {error}")
+        raise error if isinstance(error, GspoError) else told

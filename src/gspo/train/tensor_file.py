@@ -9,33 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
 
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+_TYPES = "float64 F64 float32 F32 bfloat16 BF16 float16 F16 int64 I64 int32 I32 uint8 U8 bool BOOL"
+_NAMES = {getattr(torch, own): name for own, name in zip(*[iter(_TYPES.split())] * 2, strict=True)}
 
-
-class Proof(TypedDict):
-    """What a manifest says of a file."""
-
-    bytes: int
-    sha256: str
+Proof = dict[str, int | str]
+"""What a manifest says of a file: its `bytes` and `sha256`."""
 
 
 def proof_of(path: Path) -> Proof:
@@ -52,7 +37,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Proof:
         OSError: it cannot be written.
         KeyError: a type that the format lacks.
     """
-    assert sys.byteorder == "little"  # as the format is
     # The widest types first, so that each tensor lies at a multiple of its own width.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
