@@ -132,8 +132,10 @@ def save_weights(policy: Policy, folder: Path) -> None:
     """Write weights and tokenizer in Hugging Face layout (with LoRA: the adapter in peft's)."""
     first = policy.workers.rank == 0
     with hf.quiet(), quiet_peft() if policy.peft else nullcontext():
-        if first or not policy.peft:  # each rank has the whole adapters, and a part of a model
-            (policy.peft or policy.lm).save_pretrained(folder)
+        if policy.peft:  # peft gathers what it reads of the model below, so all ranks call it
+            policy.peft.save_pretrained(folder, is_main_process=first)
+        else:
+            policy.lm.save_pretrained(folder)
         if first:
             policy.tokenizer.save_pretrained(folder)
             # peft's model card, whose fields are empty
