@@ -159,6 +159,6 @@ def test_a_lora_run_with_sft_is_that_of_one_process_and_is_exported(tmp_path):
     ]
     for name in ("sft/loss", "loss/policy", "train/reward"):
         many, one = ([line[name] for line in lines if name in line] for lines in metrics)
-        assert many and many == pytest.approx(one, rel=1e-4, abs=1e-6), name
+        assert many and many == pytest.approx(one, rel=1e-4, abs=1e-5), name
     gspo(tmp_path, "export", "m", "--path", "runs", "--to", "out", "--merge")
     load_policy(str(tmp_path / "out"))

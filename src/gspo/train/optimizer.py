@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from gspo.core.errors import CheckpointError, NumericsError
 from gspo.core.timing import timed
 from gspo.dev import TrainConfig
 
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 _FUSED = ("cpu", "cuda")
 """Devices on which the update of all parameters is one kernel."""
 
@@ -53,8 +54,7 @@ class Optimizer:
         meshes: dict[Any, list[torch.nn.Parameter]] = {}  # torch takes those of one mesh at a time
         for parameter in self._parameters.values():
             meshes.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
-        self._meshes = list(meshes.values())
-        groups = [{"params": parameters} for parameters in self._meshes]
+        groups = [{"params": parameters} for parameters in meshes.values()]
         self._adam = torch.optim.AdamW(groups, lr=0.0, fused=fused)
 
     @timed("optimizer")
@@ -73,8 +73,8 @@ class Optimizer:
                 f"the gradient's norm is {norm}: lower the learning rate, or look at the batch's "
                 "ratio/log_abs_max"
             )
-        for parameters, group in zip(self._meshes, self._adam.param_groups, strict=True):
-            torch.nn.utils.clip_grads_with_norm_(parameters, limit, total)
+        for group in self._adam.param_groups:
+            torch.nn.utils.clip_grads_with_norm_(group["params"], limit, total)
             group["lr"], group["weight_decay"] = rate, options.weight_decay
             group["betas"], group["eps"] = options.adam_betas, options.adam_epsilon
         self._adam.step()
@@ -84,8 +84,8 @@ class Optimizer:
     def _norm(self) -> Tensor:
         """Of the whole gradient."""
         norms = []
-        for parameters in self._meshes:
-            gradients = [p.grad for p in parameters if p.grad is not None]
+        for group in self._adam.param_groups:
+            gradients = [p.grad for p in group["params"] if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
             norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
@@ -104,11 +104,11 @@ class Optimizer:
 
     def empty_state(self) -> dict[str, Tensor]:
         """What `state()` has after a step, of zeros."""
-        zeros: dict[str, Callable[[Tensor], Tensor]]
-        zeros = {"exp_avg": torch.zeros_like, "exp_avg_sq": torch.zeros_like}
-        zeros["step"] = lambda _: torch.zeros(())
-        named = [(f"{n}.{k}", zeros[k], p) for n, p in self._parameters.items() for k in zeros]
-        return {name: make(parameter.detach()) for name, make, parameter in named}
+        zeros: dict[str, Tensor] = {}
+        for name, parameter in self._parameters.items():
+            zeros |= {f"{name}.{k}": torch.zeros_like(parameter.detach()) for k in _MOMENTS}
+            zeros[f"{name}.step"] = torch.zeros(())
+        return zeros
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state()` returned.
