@@ -11,6 +11,7 @@ import pytest
 
 from gspo.backend.cluster_backend import ClusterBackend
 from gspo.core.errors import ConfigError
+from gspo.policy.load import load_policy
 
 USER = """
 import asyncio, os, signal, sys
@@ -109,3 +110,55 @@ def test_a_killed_rank_is_named_and_the_same_command_goes_on(tmp_path):
     assert re.search(r"RunError: rank 1 \(.*\): ended", done.stderr), done.stderr[-2000:]
     done = user(2, tmp_path / "r", 1)
     assert done.returncode == 0 and done.stdout.startswith("2 "), done.stderr[-2000:]
+
+
+RUN = """
+name = "m"
+path = "runs"
+task = "sort"
+steps = 2
+prompts = 4
+completions = 4
+eval_prompts = 0
+[load]
+lora = {r = 4}
+[sft]
+data = "lessons.jsonl"
+batch_size = 2
+"""
+LESSONS = [("3 1 2", "1 2 3"), ("9 4", "4 9"), ("5 5 1 0", "0 1 5 5")]
+
+
+def lessons() -> str:
+    rows = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+        for q, a in LESSONS
+    ]
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def gspo(folder: Path, *arguments: str) -> None:
+    command = [sys.executable, "-c", "from gspo.cli import main; main()", *arguments]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_a_lora_run_with_sft_is_that_of_one_process_and_is_exported(tmp_path):
+    """By two ranks, which first divide sequences and then microbatches."""
+    (tmp_path / "run.toml").write_text(RUN)
+    (tmp_path / "lessons.jsonl").write_text(lessons())
+    train = ("train", "run.toml", "--set", "steps=3", "--set")
+    gspo(tmp_path, "train", "run.toml", "--set", "nproc=2", "--set", "cp_size=2")
+    gspo(tmp_path, *train, "nproc=2")  # goes on
+    gspo(tmp_path, *train, "name=one")
+    metrics = [
+        [json.loads(line) for line in (tmp_path / f"runs/gspo/{name}/metrics.jsonl").open()]
+        for name in ("m", "one")
+    ]
+    for name in ("sft/loss", "loss/policy", "train/reward"):
+        many, one = ([line[name] for line in lines if name in line] for lines in metrics)
+        assert many and many == pytest.approx(one, rel=1e-4, abs=1e-5), name
+    gspo(tmp_path, "export", "m", "--path", "runs", "--to", "out", "--merge")
+    load_policy(str(tmp_path / "out"))

@@ -213,3 +213,18 @@ def test_other_orders_of_sums_are_as_far_apart_in_one_process(name, tmp_path):
     least = {n: torch.stack([g[n].abs() for g in gradients]).amin(0)[far[n]] for n in far}
     entries = torch.cat(list(least.values()))
     assert (entries < 1e-6).float().mean() > 0.95
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_the_same_weights_and_moments_for_any_number_of_ranks(tmp_path):
+    """Written by 4 ranks, read and written by 1, read by 2."""
+    script, told, before = Path(__file__).parent / "digests.py", [], []
+    for ranks in (4, 1, 2):
+        run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+        command = [*run, str(script), str(tmp_path / str(ranks)), *before]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        told += [line for line in done.stdout.splitlines() if line.startswith("digest")]
+        before = [str(tmp_path / str(ranks) / "0001")]
+    assert len(told) == 3 and len(set(told)) == 1, told

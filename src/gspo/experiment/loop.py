@@ -88,14 +88,17 @@ async def run_experiment(spec: Spec, watch: Watch, task: Task | None = None) -> 
     )
     rollouts = Rollouts(spec, model, task)
     await check_dataset(spec, rollouts.task)
-    local = art.LocalBackend(
+    made = art.ClusterBackend(
         spec.path,
         keep_checkpoints=spec.keep_checkpoints,
         seed=spec.seed,
         logger=spec.logger,
         engines=spec.engines,
+        nproc=spec.nproc,
+        cp_size=spec.cp_size,
+        ep_size=spec.ep_size,
     )
-    async with local as backend, aclosing(rollouts.batches()) as batches:
+    async with made as backend, aclosing(rollouts.batches()) as batches:
         await model.register(backend)
         first = await model.get_step()
         policy = backend.policy(model)

@@ -108,6 +108,12 @@ class Spec(Options, title="the run"):
     """Save one each time after so many steps, where an evaluation follows, and at the end."""
     engines: list[str] = Field(default_factory=list)
     """vLLM servers that sample (docs/vllm.md); empty: this process samples."""
+    nproc: int | None = Field(default=None, ge=1, le=1024)
+    """Processes that train one model together (docs/cluster.md). None: this one, or torchrun's."""
+    cp_size: int = Field(default=1, ge=1)
+    """Of these, how many divide a microbatch's tokens among them."""
+    ep_size: int = Field(default=1, ge=1)
+    """Of these, how many share one set of experts."""
     logger: list[TrackerName] = Field(default_factory=list)
     """Trackers that are shown the metrics too: `tensorboard`, `trackio`, `wandb`."""
     train: dev.TrainConfig = Field(default_factory=dev.TrainConfig)

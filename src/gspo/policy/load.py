@@ -155,8 +155,10 @@ def save_weights(policy: Policy, folder: Path, weights: dict[str, Tensor] | None
     """
     first = policy.workers.rank == 0
     with hf.quiet(), quiet_peft() if policy.peft else nullcontext():
-        if first or not policy.peft:  # each rank has the whole adapters, and a part of a model
-            (policy.peft or policy.lm).save_pretrained(folder, state_dict=weights)
+        if policy.peft:  # peft gathers what it reads of the model below, so all ranks call it
+            policy.peft.save_pretrained(folder, is_main_process=first, state_dict=weights)
+        else:
+            policy.lm.save_pretrained(folder, state_dict=weights)
         if first:
             policy.tokenizer.save_pretrained(folder)
             # peft's model card, whose fields are empty

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from gspo.core.errors import CheckpointError, NumericsError
 from gspo.core.timing import timed
 from gspo.dev import TrainConfig
 
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 _FUSED = ("cpu", "cuda")
 """Devices on which the update of all parameters is one kernel."""
 
@@ -66,11 +67,10 @@ class Optimizer:
         self._parameters, self.masters = dict(parameters), dict(masters or {})
         self._updated = {**self._parameters, **self.masters}
         fused = all(p.device.type in _FUSED for p in self._parameters.values())
-        meshes: dict[Any, list[str]] = {}  # torch takes parameters of one mesh at a time
-        for name, parameter in self._parameters.items():
-            meshes.setdefault(getattr(parameter, "device_mesh", None), []).append(name)
-        self._meshes = [[self._parameters[n] for n in names] for names in meshes.values()]
-        groups = [{"params": [self._updated[n] for n in names]} for names in meshes.values()]
+        meshes: dict[Any, list[Tensor]] = {}  # torch takes those of one mesh at a time
+        for tensor in self._updated.values():
+            meshes.setdefault(getattr(tensor, "device_mesh", None), []).append(tensor)
+        groups = [{"params": tensors} for tensors in meshes.values()]
         self._adam = torch.optim.AdamW(groups, lr=0.0, fused=fused)
 
     @timed("optimizer")
@@ -80,6 +80,9 @@ class Optimizer:
         Raises:
             NumericsError: the gradient is NaN or infinite; nothing was updated.
         """
+        copies: list[Tensor] = [self._parameters[name] for name in self.masters]
+        for master, copy in zip(self.masters.values(), copies, strict=True):
+            master.grad = copy.grad
         limit = math.inf if options.max_grad_norm is None else options.max_grad_norm
         total = self._norm()
         norm = total.item()
@@ -89,13 +92,10 @@ class Optimizer:
                 f"the gradient's norm is {norm}: lower the learning rate, or look at the batch's "
                 "ratio/log_abs_max"
             )
-        for parameters, group in zip(self._meshes, self._adam.param_groups, strict=True):
-            torch.nn.utils.clip_grads_with_norm_(parameters, limit, total)
+        for group in self._adam.param_groups:
+            torch.nn.utils.clip_grads_with_norm_(group["params"], limit, total)
             group["lr"], group["weight_decay"] = rate, options.weight_decay
             group["betas"], group["eps"] = options.adam_betas, options.adam_epsilon
-        copies: list[Tensor] = [self._parameters[name] for name in self.masters]
-        for master, copy in zip(self.masters.values(), copies, strict=True):
-            master.grad = copy.grad
         self._adam.step()
         if copies:
             with torch.no_grad():
@@ -106,8 +106,8 @@ class Optimizer:
     def _norm(self) -> Tensor:
         """Of the whole gradient."""
         norms = []
-        for parameters in self._meshes:
-            gradients = [p.grad for p in parameters if p.grad is not None]
+        for group in self._adam.param_groups:
+            gradients = [p.grad for p in group["params"] if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
             norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
@@ -127,11 +127,11 @@ class Optimizer:
 
     def empty_state(self) -> dict[str, Tensor]:
         """What `state()` has after a step, of zeros."""
-        zeros: dict[str, Callable[[Tensor], Tensor]]
-        zeros = {"exp_avg": torch.zeros_like, "exp_avg_sq": torch.zeros_like}
-        zeros["step"] = lambda _: torch.zeros(())
-        named = [(f"{n}.{k}", zeros[k], p) for n, p in self._updated.items() for k in zeros]
-        return {name: make(parameter.detach()) for name, make, parameter in named}
+        zeros: dict[str, Tensor] = {}
+        for name, parameter in self._updated.items():
+            zeros |= {f"{name}.{k}": torch.zeros_like(parameter.detach()) for k in _MOMENTS}
+            zeros[f"{name}.step"] = torch.zeros(())
+        return zeros
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state()` returned.
