@@ -70,8 +70,7 @@ def test_a_teacher_of_another_shape_is_what_the_kl_term_is_against(tmp_path: Pat
         mask = torch.from_numpy(sample.ratio_mask)[1:]
         with torch.no_grad():
             student, other = (
-                lm(input_ids=tokens).logits[0, :-1, : trainer.policy.entries].double()
-                for lm in lms
+                lm(input_ids=tokens).logits[0, :-1, : trainer.policy.entries].double() for lm in lms
             )
         q = (other.log_softmax(-1) - student.log_softmax(-1)).gather(-1, tokens[0, 1:, None])
         q = q.squeeze(-1)[mask]
