@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import tempfile
 import time
-from typing import Literal
 
 import gspo as art
 from gspo.experiment.heldout import Estimate, estimate_reward
@@ -67,12 +66,11 @@ async def distill(
     path: str,
     *,
     lessons: int = 6000,
-    steps: int = 40,
+    steps: int = 80,
     prompts: int = 64,
     completions: int = 2,
     eval_prompts: int = 400,
-    learning_rate: float = 1e-3,
-    estimator: Literal["k2", "k3"] = "k2",
+    learning_rate: float = 2e-4,
     seed: int = 0,
 ) -> tuple[Estimate, Estimate, Estimate]:
     """Held-out reward of the teacher, and of the student before and after."""
@@ -89,7 +87,7 @@ async def distill(
         await student.register(backend)
         found.append(await heldout(student, eval_prompts))
         config = art.TrainConfig(learning_rate=learning_rate, kl_penalty_coef=1.0)
-        against = art.dev.TrainConfig(kl_reference=str(checkpoint), kl_estimator=estimator)
+        against = art.dev.TrainConfig(kl_reference=str(checkpoint))
         for step in range(steps):
             drawn = range(step * prompts, (step + 1) * prompts)
             problems = [TASK.problem("train", index) for index in drawn]
@@ -106,9 +104,8 @@ async def distill(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Distil a sorter, without a reward.")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--estimator", choices=("k2", "k3"), default="k2", help="of the KL term")
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--seed", type=int, default=0, help="of what is sampled")
     options = parser.parse_args()
     asyncio.run(distill(tempfile.mkdtemp(prefix="distill-"), **vars(options)))

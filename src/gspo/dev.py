@@ -111,9 +111,6 @@ class TrainConfig(Options):
     kl_reference: str | None = Field(default=None, min_length=1)
     """The model that the KL term is against, such as a teacher: a folder, a checkpoint of a run, a
     hub id, with the tokens of the model that is trained. None: the base model."""
-    kl_estimator: Literal["k2", "k3"] | None = None
-    """How a token estimates the KL term: `k2` for a teacher unlike the policy, or `k3`. None: the
-    preset's, which is `k3`."""
     ppo: Literal[True] = True
     """ART's switch between the clipped surrogate and CISPO; here the algorithm says it."""
     normalize_by_length: Literal[True] = True

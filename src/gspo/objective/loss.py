@@ -32,7 +32,6 @@ from .ratio import (
     bounded_exp,
     importance_ratio,
     is_extreme,
-    k2,
     k3,
     sequence_log_ratio,
 )
@@ -50,8 +49,8 @@ class LossOutput:
         loss: scalar, already divided by the step's N (or T): add it up over microbatches and
             ranks.
         policy: the surrogate's part of `loss`, without the KL term.
-        kl: the KL term, reduced as the surrogate is (see `Objective.aggregate`) and not yet
-            weighted: `loss = policy + kl_coef * kl`. 0 without a reference.
+        kl: k3 of the trained tokens, reduced as the surrogate is (see `Objective.aggregate`) and
+            not yet weighted: `loss = policy + kl_coef * kl`. 0 without a reference.
         log_ratio: l_i per sequence, unbounded.
         lengths: L_i, sampled tokens per sequence.
         loss_tokens: tokens of each sequence that are trained on.
@@ -149,8 +148,7 @@ def policy_loss(
 
     kl = torch.zeros_like(policy)
     if reference_logprobs is not None:
-        estimator = k2 if objective.kl_estimator == "k2" else k3
-        estimate = estimator(new, tokens["reference_logprobs"], segments.loss_mask)
+        estimate = k3(new, tokens["reference_logprobs"], segments.loss_mask)
         kl = _sum(segments.mean(estimate), objective, segments) / total
     clipped = torch.zeros_like(a) if clipped is None else clipped & segments.loss_mask
     return LossOutput(

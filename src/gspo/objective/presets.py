@@ -18,7 +18,6 @@ from .surrogates import SURROGATES
 Aggregate = Literal["sequence_mean", "sequence_sum", "token_mean"]
 AdvantageKind = Literal["group_std", "group_mean", "leave_one_out", "reward"]
 EpsilonScale = Literal["constant", "sqrt_length"]
-KLEstimator = Literal["k2", "k3"]
 
 
 @dataclass(frozen=True)
@@ -28,13 +27,12 @@ class Objective:
     Attributes:
         level: over what the importance ratio is taken.
         epsilon_low, epsilon_high: the clip range, in the surrogate's units (see surrogates.py).
-        kl_coef: weight of the KL term against reference log-probs.
-        kl_estimator: of that term: `k3`, or `k2` (see ratio.py).
+        kl_coef: weight of the k3 term against reference log-probs.
         surrogate: what is done with ratio and advantage; a name of surrogates.py, or one that
             `register_surrogate` was given.
         aggregate: `sequence_mean`: (1/N) Σ_i (1/L_i) Σ_t; `sequence_sum`: (1/N) Σ_i Σ_t;
-            `token_mean`: (1/T) Σ_i Σ_t with T the step's tokens. Surrogate and KL term are both
-            reduced in this way, so that `kl_coef` weighs a token's against a token's.
+            `token_mean`: (1/T) Σ_i Σ_t with T the step's tokens. Surrogate and k3 are both reduced
+            in this way, so that `kl_coef` weighs a token's k3 against a token's surrogate.
         epsilon_scale: `sqrt_length` divides epsilon by sqrt(L_i), so that the band on the summed
             log-ratio grows as sqrt(L_i) (FSPO, arXiv 2509.09177).
         correction: weight for pi_old / mu, if the two are kept apart.
@@ -51,7 +49,6 @@ class Objective:
     epsilon_low: float
     epsilon_high: float
     kl_coef: float = 0.0
-    kl_estimator: KLEstimator = "k3"
     surrogate: str = "clip"
     aggregate: Aggregate = "sequence_mean"
     epsilon_scale: EpsilonScale = "constant"
@@ -60,7 +57,6 @@ class Objective:
 
     def __post_init__(self) -> None:
         choices = {"level": get_args(Level), "surrogate": SURROGATES}
-        choices |= {"kl_estimator": get_args(KLEstimator)}
         choices |= {"aggregate": get_args(Aggregate), "epsilon_scale": get_args(EpsilonScale)}
         for name, known in choices.items():
             if (value := getattr(self, name)) not in known:

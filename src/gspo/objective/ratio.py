@@ -157,16 +157,3 @@ def k3(logprobs: PerToken, reference: PerToken, mask: TokenMask) -> PerToken:
     q = token_log_ratio(reference, logprobs, mask)
     # expm1: at q = 1e-4 the plain difference would be nothing but rounding.
     return torch.expm1(q.clamp(max=MAX_LOG_RATIO)) - q
-
-
-def k2(logprobs: PerToken, reference: PerToken, mask: TokenMask) -> PerToken:
-    """(log pi_ref - log pi_theta)^2 / 2; 0 outside the mask.
-
-    On samples of pi_theta, its gradient is an estimate of that of KL(pi_theta || pi_ref); k3's is
-    one of that of KL(pi_ref || pi_theta). Source as of `k3`.
-
-    >>> mask = torch.tensor([True, True, False])
-    >>> k2(torch.tensor([-1.0, -1.0, 0.0]), torch.tensor([-1.0, -2.0, 0.0]), mask).tolist()
-    [0.0, 0.5, 0.0]
-    """
-    return token_log_ratio(reference, logprobs, mask).square() / 2

@@ -78,17 +78,14 @@ def resolve(config: TrainConfig | None = None, options: dev.TrainConfig | None =
     if kl is None:
         public = "kl_penalty_coef" in config.model_fields_set
         kl = config.kl_penalty_coef if public else original.kl_coef
-    if unread := [
-        name for name in ("kl_reference", "kl_estimator") if getattr(given, name) and not kl
-    ]:
-        raise ConfigError(f"{unread[0]} is of a KL term: give a kl_penalty_coef too")
+    if given.kl_reference is not None and not kl:
+        raise ConfigError("kl_reference is of a KL term: give a kl_penalty_coef too")
     try:
         objective = replace(
             original,
             epsilon_low=low,
             epsilon_high=given.epsilon_high or high,
             kl_coef=kl,
-            kl_estimator=given.kl_estimator or original.kl_estimator,
             epsilon_scale=given.epsilon_scale or original.epsilon_scale,
             correction=_correction(original.correction, given),
         )
@@ -107,7 +104,6 @@ def resolve(config: TrainConfig | None = None, options: dev.TrainConfig | None =
         "epsilon_scale": objective.epsilon_scale,
         "scale_rewards": {"group_std": True, "group_mean": False}.get(advantage),
         "kl_penalty_coef": objective.kl_coef,
-        "kl_estimator": objective.kl_estimator if kl else None,
         "correction": correction and correction.kind,
         "correction_low": correction and correction.low,
         "correction_high": correction and correction.high,
