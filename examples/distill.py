@@ -66,11 +66,11 @@ async def distill(
     path: str,
     *,
     lessons: int = 6000,
-    steps: int = 40,
+    steps: int = 80,
     prompts: int = 64,
     completions: int = 2,
     eval_prompts: int = 400,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 2e-4,
     seed: int = 0,
 ) -> tuple[Estimate, Estimate, Estimate]:
     """Held-out reward of the teacher, and of the student before and after."""
@@ -104,8 +104,8 @@ async def distill(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Distil a sorter, without a reward.")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--seed", type=int, default=0, help="of what is sampled")
     options = parser.parse_args()
     asyncio.run(distill(tempfile.mkdtemp(prefix="distill-"), **vars(options)))

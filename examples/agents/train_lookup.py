@@ -26,6 +26,7 @@ from openai import AsyncOpenAI
 
 import gspo as art
 from gspo.experiment.heldout import Estimate, estimate_reward
+from gspo.lab.statistics import paired_difference
 from gspo.tasks import load_task
 from gspo.tasks.task import Problem, Split
 
@@ -138,6 +139,7 @@ async def train(
 ) -> list[Estimate]:
     """Train, and print the held-out reward after the warm start, every `every` steps, and after."""
     estimates: list[Estimate] = []
+    first: dict[str, float] = {}  # reward of each question, before
     began = time.process_time()
     async with art.LocalBackend(path=path, port=0, seed=seed) as backend:
         model = art.TrainableModel(name="agent", project="lookup", base_model="embedded:lookup")
@@ -149,6 +151,11 @@ async def train(
                 estimates.append(estimate_reward(tried))
                 used = time.process_time() - began
                 print(f"step {step}: held out {estimates[-1]}, {used:.0f} CPU seconds", flush=True)
+                now = {str(t.messages()[0]): t.reward for group in tried for t in group}
+                if first:  # the same questions
+                    change = paired_difference([now[q] for q in first], [*first.values()])
+                    print(f"change of {len(first)} questions: {change}", flush=True)
+                first = first or now
             if step < steps:
                 drawn = range(step * prompts, (step + 1) * prompts)
                 batch = await groups(model, agent, "train", drawn, completions)

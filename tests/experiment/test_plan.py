@@ -48,7 +48,7 @@ def test_every_name_is_checked():
     with pytest.raises(ConfigError, match="engines: 'localhost:8000'"):
         make_plan(Spec(task="sort", engines=["localhost:8000"]))
     teacher = dev.TrainConfig(kl_penalty_coef=1.0, kl_reference="./nobody")
-    with pytest.raises(ModelError, match="kl_reference: unknown base_model './nobody'"):
+    with pytest.raises(ModelError, match="kl_reference: unknown base_model"):
         make_plan(Spec(task="sort", train=teacher))
 
 

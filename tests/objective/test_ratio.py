@@ -73,6 +73,17 @@ def test_gradient_is_one_minus_the_ratio() -> None:
     assert new.grad.tolist() == pytest.approx(expected, rel=1e-6)
 
 
+def test_the_mean_gradient_is_that_of_kl_from_the_reference() -> None:
+    """Each token weighted by its probability: all samples at once."""
+    logits = torch.tensor([0.3, -1.2, 0.7, 2.0], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([-0.5, 0.1, 1.5, 0.0], dtype=torch.float64).log_softmax(0)
+    new = logits.log_softmax(0)
+    estimate = k3(new, reference, torch.ones(4, dtype=torch.bool))
+    (found,) = torch.autograd.grad((new.detach().exp() * estimate).sum(), logits, retain_graph=True)
+    (expected,) = torch.autograd.grad((reference.exp() * (reference - new)).sum(), logits)
+    torch.testing.assert_close(found, expected)
+
+
 def test_finite_for_huge_differences_and_zero_outside_the_mask() -> None:
     new = torch.tensor([-1e4, 1e4, math.nan, -math.inf], requires_grad=True)
     reference = torch.tensor([0.0, 0.0, 1.0, math.nan])

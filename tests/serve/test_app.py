@@ -105,8 +105,11 @@ async def test_what_means_nothing_is_refused_by_name(client, extra: dict, messag
     ("extra", "message"),
     [
         ({"repetition_penalty": 0}, "repetition_penalty = 0.0 (float): must be in [0.01, 100]"),
-        ({"echo": True}, "echo is not supported by this server yet"),
-        ({"add_special_tokens": True}, "add_special_tokens is not supported by this server yet"),
+        ({"echo": True}, "echo is not supported: log-probs are of sampled tokens only"),
+        (
+            {"add_special_tokens": True},
+            "add_special_tokens is not supported: the chat template writes them",
+        ),
         ({"top_k": -5}, "top_k = -5 (int): must be at least 1, or 0 for all tokens"),
         ({"max_tokenz": 5}, "'max_tokenz'. Did you mean 'max_tokens'?"),
         ({"stop_tokens_please": [1]}, "unknown parameter 'stop_tokens_please'."),

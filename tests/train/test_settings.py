@@ -102,7 +102,7 @@ def test_a_steered_range_is_the_objectives():
         ({"epsilon": "auto", "epsilon_high": 0.1}, "leave epsilon_high out"),
         ({"algorithm": "grpo", "epsilon_scale": "sqrt_length"}, "needs a sequence-level ratio"),
         ({"correction_low": 0.1}, "need a correction"),
-        ({"kl_reference": "teacher"}, "kl_reference .*: give a kl_penalty_coef too"),
+        ({"kl_reference": "teacher"}, "kl_reference is of a KL term: give a kl_penalty_coef too"),
         ({"correction": "token_mask"}, "set old_logprobs='trainer'"),
         ({"algorithm": "rloo", "scale_rewards": True}, "leave scale_rewards out"),
         ({"precalculate_logprobs": True, "old_logprobs": "rollout"}, "give one of the two"),

@@ -16,19 +16,29 @@ from gspo.serve.message_texts import text_messages
 _IGNORABLE = {"user", "metadata", "service_tier", "prompt_cache_key", "prompt_cache_retention"}
 _IGNORABLE |= {"safety_identifier", "verbosity"}
 """Labels for the provider's own books, and hints: they ask for nothing that changes an answer."""
-_UNSUPPORTED: tuple[tuple[Any, str], ...] = (
-    (False, "store echo use_beam_search add_special_tokens background"),
-    (0, "prompt_logprobs"),
-    (1, "best_of length_penalty"),
-    ("", "suffix chat_template"),
-    ([], "functions documents"),
-    (["text"], "modalities"),
-    ("disabled", "truncation"),
-    (None, "audio prediction web_search_options previous_response_id conversation prompt"),
-    (None, "max_tool_calls context_management function_call"),
+_STORED = "nothing is stored: send the whole conversation"
+_SCORED = "log-probs are of sampled tokens only"
+_DRAWN = "completions are drawn one by one: ask for several by n"
+_UNSUPPORTED: tuple[tuple[Any, str, str], ...] = (
+    (False, "store background", _STORED),
+    (None, "previous_response_id conversation prompt", _STORED),
+    (False, "echo", _SCORED),
+    (0, "prompt_logprobs", _SCORED),
+    (False, "use_beam_search", _DRAWN),
+    (1, "best_of length_penalty", _DRAWN),
+    (False, "add_special_tokens", "the chat template writes them"),
+    ("", "chat_template", "the template is the model's own; its variables: chat_template_kwargs"),
+    ("", "suffix", "a completion goes on from its prompt"),
+    ([], "functions documents", "give tools, and write documents into the messages"),
+    (None, "function_call", "use tool_choice"),
+    (["text"], "modalities", "this server writes text"),
+    (None, "audio", "this server writes text"),
+    (None, "web_search_options max_tool_calls", "it is the client that runs tools"),
+    ("disabled", "truncation", "send what fits the model's context"),
+    (None, "context_management prediction", "the prompt is what is sent, and no more"),
 )
 """Parameters of OpenAI's and vLLM's APIs that this version doesn't have, behind the value that asks
-for nothing. Any other value is refused by name: nothing is accepted and ignored."""
+for nothing, and what to do instead. Nothing is accepted and ignored."""
 _SAMPLING = {"n", "temperature", "top_p", "seed", "ignore_eos", "min_tokens", "skip_special_tokens"}
 _SAMPLING |= {"min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
 """Fields that are named as in `SamplingParams`; null means its default."""
@@ -40,7 +50,7 @@ def _document(schema: dict[str, Any]) -> None:
     schema["additionalProperties"] = False
     for name in sorted(_IGNORABLE - fields.keys()):
         fields[name] = {"description": "accepted; asks for nothing that changes an answer"}
-    for value, names in _UNSUPPORTED:
+    for value, names, _ in _UNSUPPORTED:
         for name in names.split():
             fields.setdefault(name, {"enum": [None], "description": "not supported"})
             if "enum" in fields[name] and value is not None:
@@ -68,11 +78,11 @@ class _Asked(BaseModel):
             RequestError: it names the first.
         """
         for name, value in (self.model_extra or {}).items():
-            neutral = [value for value, names in _UNSUPPORTED if name in names.split()]
-            if value is None or name in _IGNORABLE or any(_same(value, x) for x in neutral):
+            known = [(value, why) for value, names, why in _UNSUPPORTED if name in names.split()]
+            if value is None or name in _IGNORABLE or any(_same(value, x) for x, _ in known):
                 continue
-            if neutral:
-                raise RequestError(f"{name} is not supported by this server yet", param=name)
+            if known:
+                raise RequestError(f"{name} is not supported: {known[0][1]}", param=name)
             # A far-fetched hint misleads: only a misspelling gets one.
             near = suggestion(name, type(self).model_fields, cutoff=0.8)
             raise RequestError(f"unknown parameter {name!r}.{near}", param=name)

@@ -79,7 +79,7 @@ def resolve(config: TrainConfig | None = None, options: dev.TrainConfig | None =
         public = "kl_penalty_coef" in config.model_fields_set
         kl = config.kl_penalty_coef if public else original.kl_coef
     if given.kl_reference is not None and not kl:
-        raise ConfigError("kl_reference is what a KL term is against: give a kl_penalty_coef too")
+        raise ConfigError("kl_reference is of a KL term: give a kl_penalty_coef too")
     try:
         objective = replace(
             original,
