@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers import LlamaConfig
 
 from gspo.kernels import exact
 from gspo.kernels.exact import _by_blocks, _by_one_dnn, measure
@@ -57,14 +58,19 @@ class Changing(nn.Linear):
         return super().forward(input) + (input.shape[-2] > 1500)
 
 
-def test_half_precision_is_measured_with_many_tokens_too(monkeypatch: pytest.MonkeyPatch):
-    layer, x = Changing(24, 16).bfloat16(), torch.randn(512, 24).bfloat16()
+@pytest.mark.parametrize(
+    ("dtype", "how"), [(torch.bfloat16, "blocks of 64 rows"), (torch.float32, "oneDNN")]
+)
+def test_calls_of_many_tokens_are_measured_too(
+    dtype: torch.dtype, how: str, monkeypatch: pytest.MonkeyPatch
+):
+    layer, x = Changing(24, 16).to(dtype), torch.randn(512, 24).to(dtype)
     with torch.no_grad():
         monkeypatch.setattr(exact, "pad_experts", lambda module, rows: None)
-        experts = exact._settle_experts(("experts", [Changing(24, 16).bfloat16()], (x,)))
+        experts = exact._settle_experts(("experts", [Changing(24, 16).to(dtype)], (x,)))
         part = exact._settle_linear(("linear", [layer], (x,)))
     assert experts.multiple is None  # there is no other way to compute them
-    assert part.how == "blocks of 64 rows" and part.multiple in exact.MULTIPLES
+    assert part.how == how and part.multiple in exact.MULTIPLES
 
 
 @pytest.mark.parametrize("way", [_by_blocks, _by_one_dnn])
@@ -127,6 +133,18 @@ def test_padded_experts_compute_the_same(rows: int, way: str, monkeypatch: pytes
     assert min(count for count in counts if count) >= (1 if rows == 1 else rows)
     for one, two in zip(found, expected, strict=True):
         torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [64, 96, 128, 256])
+def test_heads_whose_scores_depend_on_the_rows_are_named(
+    depth: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Gemma 3's heads of 256, four for one key head, and those of Qwen3's 128, two for one."""
+    for share in (1, 2, 4):
+        config = LlamaConfig(num_attention_heads=share, num_key_value_heads=1, head_dim=depth)
+        assert exact._attention(config).multiple == 8
+    monkeypatch.setattr(exact, "attend", lambda rows, *_: (rows + rows.shape[2],))
+    assert exact._attention(config).multiple is None
 
 
 def test_what_was_changed_can_be_undone():

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from gspo.kernels.fused import fuse
+from gspo.kernels.fused import fuse, shorten
 from models import model
 
 
@@ -27,6 +27,22 @@ def test_norms_and_gates_are_changed_if_they_give_the_same(kind: str, changed: i
     assert fuse(lm) == changed
     for one, other in zip(outputs(lm), expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "changed"), [("llama", 9), ("cohere", 0), ("gemma2", 0)])
+def test_short_norms_give_the_same_bits_and_gradients(kind: str, changed: int):
+    lm = model(kind)
+    tokens = torch.arange(24)[None] % 29 + 1
+    expected = outputs(lm)
+    assert shorten(lm) == changed
+    for one, other in zip(outputs(lm), expected, strict=True):
+        assert torch.equal(one, other)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        calls: list[Any] = []
+        short = torch.rms_norm
+        patch.setattr(torch, "rms_norm", lambda *args: calls.append(args) or short(*args))
+        assert torch.equal(lm(input_ids=tokens, use_cache=False).logits, expected[0])
+        assert len(calls) == changed
 
 
 @pytest.mark.parametrize("kinds", [("bfloat16", "float32"), ("float32", "bfloat16")])

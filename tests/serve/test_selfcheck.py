@@ -230,6 +230,22 @@ WIDE: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         *QWEN3,
         {"hidden_size": 256, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 128},
     ),
+    "gemma3_270m": (
+        transformers.Gemma3ForCausalLM,
+        transformers.Gemma3TextConfig,
+        {
+            "hidden_size": 640,
+            "intermediate_size": 2048,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "vocab_size": 5_000,
+        },
+    ),
+    "gqa_2_x_128": (  # the heads of Qwen3-0.6B
+        *QWEN3,
+        {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128},
+    ),
     "experts_64": (
         transformers.Qwen3MoeForCausalLM,
         transformers.Qwen3MoeConfig,

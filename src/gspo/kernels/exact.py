@@ -30,6 +30,7 @@ from gspo.kernels.hf import backbone, no_mask, pad_experts
 from gspo.kernels.logprob import CPU_BLOCK, Head, full_logits
 from gspo.kernels.projection import project
 from gspo.kernels.running_softmax import VECTOR
+from gspo.kernels.tile_attention import attend
 
 MULTIPLES = (8, 16, 32, 64)
 _EXPERT_ROWS = (4, 8, 16, 32, 64)
@@ -37,8 +38,8 @@ _FEW = 16  # a linear layer that needs more rows than this is computed in anothe
 _BLOCK = 64  # rows
 _TOKENS = 512
 _MANY = (640, 1024, 2048, 4096)
-"""Tokens of large microbatches, in which half-precision products may take other kernels: on AMX the
-576 x 576 of SmolLM2 does from 576 rows on."""
+"""Tokens of large microbatches, in which products may take other kernels: in bfloat16 on AMX the
+576 x 576 of SmolLM2 does from 576 rows on. In float32 none was seen to; the most is tried."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,24 @@ def measure(lm: Any, head: Head) -> list[Part]:
         *(_settle_linear(call) for call in linear),
         *(_settle_experts(call) for call in experts),
         *(Part(name, _kind(same), _needed(same[0], inputs)) for name, same, inputs in rest),
+        _attention(lm.config.get_text_config()),
         _head(head),
     ]
+
+
+def _attention(config: Any) -> Part:
+    """One token of each of several sequences that are alike, against many tokens of one."""
+    heads = config.num_attention_heads
+    share = heads // (getattr(config, "num_key_value_heads", None) or heads)
+    depth = getattr(config, "head_dim", None) or config.hidden_size // heads
+    generator = torch.Generator().manual_seed(0)
+    rows, keys, values = torch.randn(3, 1, 1, _BLOCK * share, depth, generator=generator)
+    keys, values = keys[:, :, :_BLOCK], values[:, :, :_BLOCK]
+    many, *_ = attend(rows, keys, values, None, None)
+    alike = (x.expand(_BLOCK, -1, -1, -1) for x in (keys, values))
+    each, *_ = attend(rows.view(_BLOCK, 1, share, depth), *alike, None, None)
+    same = torch.equal(each.view(many.shape), many)
+    return Part(f"heads of {depth}", "attention", MULTIPLES[0] if same else None)
 
 
 def _head(head: Head) -> Part:
@@ -125,7 +142,7 @@ def _settle_linear(call: _Call) -> Part:
     name, modules, inputs = call
     multiple, how = _needed(modules[0], inputs), ""
     half = _is_half(modules[0])
-    if multiple is None or multiple > _FEW or (half and _changes_with_many(modules[0], inputs)):
+    if multiple is None or multiple > _FEW or _changes_with_many(modules[0], inputs):
         for module in modules:
             module.forward = MethodType(_by_blocks if half else _by_one_dnn, module)
         how = f"blocks of {_BLOCK} rows" if half else "oneDNN"
@@ -146,7 +163,7 @@ def _settle_experts(call: _Call) -> Part:
         multiple = _needed(modules[0], inputs)
         if multiple is not None and multiple <= _FEW:
             break
-    if _is_half(modules[0]) and _changes_with_many(modules[0], inputs):
+    if _changes_with_many(modules[0], inputs):
         multiple = None
     return Part(name, _kind(modules), multiple, f"at least {rows} tokens each")
 
@@ -204,7 +221,8 @@ def _same(module: nn.Module, inputs: tuple[Tensor, ...], whole: Tensor, multiple
 def _changes_with_many(module: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
     """Whether rows have other bits in calls of many more tokens."""
     whole = _first(module(*inputs))
-    for count in _MANY:
+    half = torch.is_autocast_enabled(inputs[0].device.type)
+    for count in _MANY if half else _MANY[-1:]:
         many = []
         for x in inputs:
             at = x.shape.index(_TOKENS)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-_CLOSE = 1e-5
+_close = partial(torch.allclose, atol=1e-5, rtol=1e-5)
 
 
 def fuse(lm: nn.Module) -> int:
@@ -76,7 +76,7 @@ def _is_gated(module: Any) -> bool:
 def _gives_the_same(
     module: Any,
     forward: Callable[[Any, Tensor], Tensor],
-    alike: Callable[[Tensor, Tensor], bool] = partial(torch.allclose, atol=_CLOSE, rtol=_CLOSE),
+    alike: Callable[[Tensor, Tensor], bool] = _close,
 ) -> bool:
     weight = next(module.parameters())
     x = torch.randn(3, weight.shape[-1], generator=torch.Generator().manual_seed(0)) * 3

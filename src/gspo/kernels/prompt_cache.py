@@ -140,7 +140,7 @@ class SharedPrompts:
         self, layer: int, key: Float[Tensor, "M K D"], value: Float[Tensor, "M K E"], share: int
     ) -> None:
         """Put the new keys and values of a layer into the slabs; M = N x Q."""
-        count, kv_heads = len(self._positions), key.shape[1]
+        count = len(self._positions)
         if layer not in self._slabs:
             self._slabs[layer] = new_slabs(
                 key, value, count, self.capacity, share if self.packs else ROWS

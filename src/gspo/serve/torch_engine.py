@@ -150,7 +150,7 @@ class TorchEngine:
             self.receipts.require(self.policy.version, self)
         self.policy.lm.eval()
         self.policy.use_threads()
-        with span("sampling"), torch.no_grad():
+        with span("sampling"), torch.inference_mode():
             yield
 
     def opened(self, request: Request) -> list[OpenCompletion]:
