@@ -85,6 +85,7 @@ def test_a_teacher_of_another_shape_is_what_the_kl_term_is_against(tmp_path: Pat
     assert own["loss/kl"] < again["loss/kl"] / 2
 
 
+@pytest.mark.slow
 def test_with_lora_a_teacher_is_a_model_of_its_own(tmp_path: Path):
     teacher = load_trainer("embedded:sort", CONFIG, None)
     with torch.no_grad():
