@@ -38,7 +38,9 @@ def choose(spec: Spec, environment: Any, rng: random.Random) -> str:
 async def conversation(spec: Spec, make: Any, index: int) -> list[dict[str, str]]:
     """One episode as messages."""
     seed, _ = await episode_seed(make, "train", index, SEED)
-    environment, rng = make(), random.Random(f"{spec.environment}/{index}")
+    # The same from any folder: docs/environments.md measured runs from the clone's.
+    named = f"examples/environments/{Path(str(spec.environment)).name}/{index}"
+    environment, rng = make(), random.Random(named)
     messages = [{"role": "user", "content": environment.reset(seed)}]
     if environment.system_prompt:
         messages.insert(0, {"role": "system", "content": environment.system_prompt})

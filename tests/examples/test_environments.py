@@ -28,7 +28,7 @@ def test_the_pole_is_told_by_a_digit_and_stands_if_it_is_followed(short: Any):
     pytest.importorskip("gymnasium")
     game, steps = short("Pole"), []
     told = game.reset(1)
-    assert told in "45" and game.instance(1) != game.instance(2)
+    assert told in "45" and len({game.instance(seed) for seed in range(8)}) == 8
     game.reset(1)
     while not steps or not steps[-1].done:
         steps.append(game.step(Action("0" if told < "5" else "9")))
@@ -79,13 +79,13 @@ def test_coins_are_told_by_exits_and_won_by_going_on(short: Any):
         ("larger", None, 400, 9, 0.2),
         ("guess", "textarena", 800, 12, 0.05),
         ("coins", "textworld", 400, 10, 0.15),
-        ("pole", "gymnasium", 200, 10, 0.2),
+        ("pole", "gymnasium", 200, 8, 0.2),
     ],
 )
 def test_a_warm_start_then_training_raises_the_held_out_reward(
     name: str, package: str | None, lessons: int, steps: int, gain: float, tmp_path: Path
 ):
-    """Measured with these steps: 0.5, 0.11, 0.33 and 0.43; docs/environments.md has longer runs."""
+    """docs/environments.md has longer runs. A solved game may be lost again within a step."""
     if package:
         pytest.importorskip(package)
     for file in (*FOLDER.glob("*.py"), FOLDER / f"{name}.toml"):
