@@ -154,7 +154,10 @@ def test_a_lora_run_with_sft_is_that_of_one_process_and_is_exported(tmp_path):
     gspo(tmp_path, *train, "nproc=2")  # goes on
     gspo(tmp_path, *train, "name=one")
     metrics = [
-        [json.loads(line) for line in (tmp_path / f"runs/gspo/{name}/metrics.jsonl").open()]
+        [
+            json.loads(line)
+            for line in (tmp_path / "runs/gspo" / name / "metrics.jsonl").read_text().splitlines()
+        ]
         for name in ("m", "one")
     ]
     for name in ("sft/loss", "loss/policy", "train/reward"):
