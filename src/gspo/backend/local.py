@@ -252,9 +252,9 @@ class LocalBackend(Backend):
         Raises:
             ConfigError: a metric that was never logged. Nothing was deleted.
         """
-        service = self._service(model)
-        await asyncio.to_thread(service.settle)
-        await asyncio.to_thread(service.run.prune, 1, best_checkpoint_metric, required=True)
+        run = self._service(model).run
+        await asyncio.to_thread(run.settle)
+        await asyncio.to_thread(run.prune, 1, best_checkpoint_metric, required=True)
 
     @absent.refusing
     async def fork_checkpoint(
@@ -293,14 +293,14 @@ class LocalBackend(Backend):
         services, runs = list(self._services.values()), list(self._runs.values())
         self._services.clear()
         self._runs.clear()
-        async with AsyncExitStack() as stack:  # in turn from the last to the first, whatever fails
+        async with AsyncExitStack() as stack:  # the last first, whatever fails: no run stays locked
             stack.callback(self._compute.close)
             for service in services:
                 stack.callback(service.engines.close)
                 stack.push_async_callback(service.serving.stop)
-            # The runs first: no failure may leave one of them locked. It waits for its checkpoint,
-            # and a tracker may have to send what is left.
-            for run in runs:
+            for (
+                run
+            ) in runs:  # which waits for its checkpoint, and a tracker that sends what is left
                 stack.push_async_callback(asyncio.to_thread, run.close)
 
     def _service(self, model: ModelLike) -> Service:
