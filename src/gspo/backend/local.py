@@ -286,10 +286,8 @@ class LocalBackend(Backend):
             raise absent.refusal("LocalBackend", name, "a backend")
 
     async def close(self) -> None:
-        """Stop serving and let go of the run folders, once what is being written is written.
-
-        A training step that is still being computed, since its `train` was cancelled, is lost.
-        """
+        """Stop serving and let go of the run folders, once what is being written is written. A
+        training step that is still being computed, since its `train` was cancelled, is lost."""
         services, runs = list(self._services.values()), list(self._runs.values())
         self._services.clear()
         self._runs.clear()
@@ -298,9 +296,7 @@ class LocalBackend(Backend):
             for service in services:
                 stack.callback(service.engines.close)
                 stack.push_async_callback(service.serving.stop)
-            for (
-                run
-            ) in runs:  # which waits for its checkpoint, and a tracker that sends what is left
+            for run in runs:  # which waits for its checkpoint, and for its trackers
                 stack.push_async_callback(asyncio.to_thread, run.close)
 
     def _service(self, model: ModelLike) -> Service:
