@@ -252,9 +252,9 @@ class LocalBackend(Backend):
         Raises:
             ConfigError: a metric that was never logged. Nothing was deleted.
         """
-        service = self._service(model)
-        await asyncio.to_thread(service.settle)
-        await asyncio.to_thread(service.run.prune, 1, best_checkpoint_metric, required=True)
+        run = self._service(model).run
+        await asyncio.to_thread(run.settle)
+        await asyncio.to_thread(run.prune, 1, best_checkpoint_metric, required=True)
 
     @absent.refusing
     async def fork_checkpoint(
@@ -286,21 +286,17 @@ class LocalBackend(Backend):
             raise absent.refusal("LocalBackend", name, "a backend")
 
     async def close(self) -> None:
-        """Stop serving and let go of the run folders, once what is being written is written.
-
-        A training step that is still being computed, since its `train` was cancelled, is lost.
-        """
+        """Stop serving and let go of the run folders, once what is being written is written. A
+        training step that is still being computed, since its `train` was cancelled, is lost."""
         services, runs = list(self._services.values()), list(self._runs.values())
         self._services.clear()
         self._runs.clear()
-        async with AsyncExitStack() as stack:  # in turn from the last to the first, whatever fails
+        async with AsyncExitStack() as stack:  # the last first, whatever fails: no run stays locked
             stack.callback(self._compute.close)
             for service in services:
                 stack.callback(service.engines.close)
                 stack.push_async_callback(service.serving.stop)
-            # The runs first: no failure may leave one of them locked. It waits for its checkpoint,
-            # and a tracker may have to send what is left.
-            for run in runs:
+            for run in runs:  # which waits for its checkpoint, and for its trackers
                 stack.push_async_callback(asyncio.to_thread, run.close)
 
     def _service(self, model: ModelLike) -> Service:
