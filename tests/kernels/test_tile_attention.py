@@ -8,15 +8,8 @@ import torch
 from torch import Tensor
 
 from gspo.kernels.shared_contexts import Context, context_groups
-from gspo.kernels.tile_attention import (
-    LOG2_E,
-    PLAIN,
-    TILE,
-    Scoring,
-    attend,
-    attend_backward,
-    hiding,
-)
+from gspo.kernels.tile_attention import LOG2_E, PLAIN, TILE, Scoring, attend, attend_backward
+from gspo.kernels.unseen import hiding
 
 CPU = torch.device("cpu")
 

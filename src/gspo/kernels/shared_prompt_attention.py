@@ -23,11 +23,8 @@ from torch import Tensor
 from gspo.data.packing import Microbatch
 from gspo.kernels.attention_call import AttentionCall, attend_calls
 from gspo.kernels.shared_contexts import context_groups
-from gspo.kernels.tile_attention import (
-    TILE,
-    hiding,
-    whole_tiles,
-)
+from gspo.kernels.tile_attention import TILE, whole_tiles
+from gspo.kernels.unseen import hiding
 
 WASTE, SLACK = 1.3, 8
 """Padding makes a tail at most 1.3 x as long, or at most 8 tokens longer."""
