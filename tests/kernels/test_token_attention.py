@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from gspo.kernels.shared_contexts import Context, context_groups
-from gspo.kernels.tile_attention import LOG2_E, PLAIN, TILE, Scoring, attend, hiding
+from gspo.kernels.tile_attention import LOG2_E, PLAIN, TILE, Scoring, attend
 from gspo.kernels.token_attention import TokenAttention, beside
+from gspo.kernels.unseen import hiding
 
 CPU = torch.device("cpu")
 

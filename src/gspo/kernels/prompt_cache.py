@@ -12,9 +12,9 @@ from torch.nn import functional
 
 from gspo.kernels.hf import no_mask
 from gspo.kernels.shared_contexts import Context, context_groups
-from gspo.kernels.tile_attention import LOG2_E, ROWS, TILE, Scoring, attend, hiding, whole_tiles
+from gspo.kernels.tile_attention import LOG2_E, ROWS, TILE, Scoring, attend, whole_tiles
 from gspo.kernels.token_attention import TokenAttention, by_head, new_slabs
-from gspo.kernels.unseen import Span, unseen
+from gspo.kernels.unseen import Span, hiding, unseen
 
 _SCORE_BYTES = 64 * 2**20
 """Memory for the scores of a pass over prompts, whose queries are attended piece by piece."""

@@ -23,8 +23,9 @@ from torch import Tensor
 from gspo.data.packing import Microbatch
 from gspo.kernels.attention_call import AttentionCall, attend_calls
 from gspo.kernels.shared_contexts import context_groups
-from gspo.kernels.tile_attention import TILE, hiding, whole_tiles
+from gspo.kernels.tile_attention import TILE, whole_tiles
 from gspo.kernels.token_parts import TokenParts
+from gspo.kernels.unseen import hiding
 
 _WHOLE = TokenParts()
 WASTE, SLACK = 1.3, 8

@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -31,7 +30,6 @@ from gspo.kernels.shared_contexts import Context
 
 TILE = 32
 """Positions of a tile. 32 was faster than 64 and 128 on all shapes that were tried."""
-_LARGE = 2**21  # pairs of a query and a key
 LOG2_E = math.log2(math.e)
 ROWS = 4
 """Fewest rows of a product: with 1 to 3, MKL sums in another order."""
@@ -100,8 +98,8 @@ def attend(
             M = Q x heads.
         keys, values: of each sequence itself.
         context: what stands before them.
-        hidden: which keys a query does not see, as `hiding` makes it: of the last U of W + L, the
-            context first. The others are seen by all. None: all are.
+        hidden: which keys a query does not see, as `unseen.hiding` makes it: of the last U of
+            W + L, the context first. The others are seen by all. None: all are.
         tile: positions that are summed in one product; None: all of them, where the order of the
             sum does not matter.
         scoring: caps and sinks.
@@ -149,20 +147,6 @@ def softmax_(
     if sinks is not None:
         total = total + exp2(sinks - largest, None)
     return total, largest
-
-
-def hiding(
-    hidden: np.ndarray, device: torch.device
-) -> Float[Tensor, "n 1 Q 1 U"] | Bool[Tensor, "n 1 Q 1 U"]:
-    """[n, Q, S], True if a query does not see a key -> what is added to the scores; the mask itself
-    if it is large: adding is faster, but takes four times the memory. Without the first keys, if
-    all queries see them."""
-    if len(hidden) > 1 and (hidden == hidden[:1]).all():
-        hidden = hidden[:1]
-    hidden = hidden[..., int(hidden.any((0, 1)).argmax()) :]  # the keys before are seen by all
-    if hidden.size <= _LARGE:
-        hidden = np.where(hidden, np.float32(-np.inf), np.float32(0))
-    return torch.from_numpy(hidden[:, None, :, None]).to(device)
 
 
 def _every_score(
@@ -221,9 +205,10 @@ def _sum_of_tiles(weights: Float[Tensor, "N K M S"], tile: int | None) -> Float[
 def _product(
     rows: Float[Tensor, "N K M D"], keys: Float[Tensor, "N K L D"], tile: int | None
 ) -> Float[Tensor, "N K R L"]:
-    """rows @ keys.mT, of at least `ROWS` rows: more than `rows` has if that has fewer."""
-    product = products(_enough(rows).flatten(0, 1), keys.flatten(0, 1), tile)
-    return product.unflatten(0, rows.shape[:2])
+    """`products` of at least `ROWS` rows: more than `rows` has if that has fewer."""
+    return products(_enough(rows).flatten(0, 1), keys.flatten(0, 1), tile).unflatten(
+        0, rows.shape[:2]
+    )
 
 
 def products(

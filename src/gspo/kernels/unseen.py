@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import TypeAlias
 
 import numpy as np
-from jaxtyping import Bool, Int
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from gspo.kernels.tile_attention import TILE, whole_tiles
 
+_LARGE = 2**21  # pairs of a query and a key
 Span: TypeAlias = tuple[int, int, int]
 """The first position of the prompts that is seen, the first column of the slabs, and the last + 1.
 """
@@ -51,3 +54,17 @@ def unseen(
     if window is not None:
         hidden |= place <= query_positions[:, :, None] - window
     return (first, column, columns), hidden if hidden.any() else None
+
+
+def hiding(
+    hidden: np.ndarray, device: torch.device
+) -> Float[Tensor, "n 1 Q 1 U"] | Bool[Tensor, "n 1 Q 1 U"]:
+    """[n, Q, S], True if a query does not see a key -> what is added to the scores; the mask itself
+    if it is large: adding is faster, but takes four times the memory. Without the first keys, if
+    all queries see them."""
+    if len(hidden) > 1 and (hidden == hidden[:1]).all():
+        hidden = hidden[:1]
+    hidden = hidden[..., int(hidden.any((0, 1)).argmax()) :]  # the keys before are seen by all
+    if hidden.size <= _LARGE:
+        hidden = np.where(hidden, np.float32(-np.inf), np.float32(0))
+    return torch.from_numpy(hidden[:, None, :, None]).to(device)
