@@ -116,9 +116,10 @@ def trained(
     trainer, metrics, gradients = Trainer(policy, reference), [], []
     step_of = trainer.optimizer.step
 
-    def step_seen(*args: Any) -> float:
-        gradients.append({n: whole(p.grad) for n, p in policy.trainable.items()})
-        return step_of(*args)
+    def step_seen(rate: float, options: Any) -> float:
+        grads = {n: p.grad for n, p in policy.trainable.items()}
+        gradients.append({n: whole(g) for n, g in grads.items() if g is not None})
+        return step_of(rate, options)
 
     trainer.optimizer.step = step_seen
     for step in range(STEPS):

@@ -38,16 +38,8 @@ def make_plan(spec: Spec) -> str:
             model's context has no room for.
     """
     settings = resolve_settings(spec.train_config(), spec.train)
-    check_loggers(spec.logger)
-    check_entries(spec.engines)
-    if spec.train.kl_reference is not None:
-        try:
-            resolve(spec.train.kl_reference)
-        except ModelError as error:
-            raise ModelError(f"kl_reference: {error}") from None
+    _check_names(spec)
     task = spec.make_task()
-    if spec.rollout:
-        find_module(spec.rollout, "rollout")
     played = (
         load_environment(spec.environment, spec.environment_options)() if spec.environment else None
     )
@@ -92,6 +84,19 @@ def make_plan(spec: Spec) -> str:
     if spec.rollout is None and tokenizer.chat_template is None:
         lines.insert(2, "no chat template: plain prompts")
     return "\n".join(lines)
+
+
+def _check_names(spec: Spec) -> None:
+    """Refuse trackers, servers, a teacher or a rollout that don't exist."""
+    check_loggers(spec.logger)
+    check_entries(spec.engines)
+    if spec.train.kl_reference is not None:
+        try:
+            resolve(spec.train.kl_reference)
+        except ModelError as error:
+            raise ModelError(f"kl_reference: {error}") from None
+    if spec.rollout:
+        find_module(spec.rollout, "rollout")
 
 
 def _base_model(spec: Spec) -> tuple[Any, Any]:

@@ -92,9 +92,9 @@ def _attention(config: Any) -> Part:
     generator = torch.Generator().manual_seed(0)
     rows, keys, values = torch.randn(3, 1, 1, _BLOCK * share, depth, generator=generator)
     keys, values = keys[:, :, :_BLOCK], values[:, :, :_BLOCK]
-    many, *_ = attend(rows, keys, values, None, None)
-    alike = (x.expand(_BLOCK, -1, -1, -1) for x in (keys, values))
-    each, *_ = attend(rows.view(_BLOCK, 1, share, depth), *alike, None, None)
+    many, _ = attend(rows, keys, values, None, None)
+    alike = [x.expand(_BLOCK, -1, -1, -1) for x in (keys, values)]
+    each, _ = attend(rows.view(_BLOCK, 1, share, depth), alike[0], alike[1], None, None)
     same = torch.equal(each.view(many.shape), many)
     return Part(f"heads of {depth}", "attention", MULTIPLES[0] if same else None)
 
