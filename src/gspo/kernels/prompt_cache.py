@@ -193,8 +193,8 @@ class SharedPrompts:
             keys, values, context, hidden = self._seen(layer, span, window)
             keys, values = (by_head(x, kv_heads) for x in (keys, values))
             if context is not None:
-                shared = (by_head(x, kv_heads) for x in (context.keys, context.values))
-                context = Context(*shared, context.groups)
+                shared = [by_head(x, kv_heads) for x in (context.keys, context.values)]
+                context = Context(shared[0], shared[1], context.groups)
             rows = part.flatten(2, 3)
             out, *_ = attend(rows, keys, values, context, hidden, self._tile, scoring)
             outputs.append(out.unflatten(2, part.shape[2:4]))

@@ -120,9 +120,8 @@ class TokenAttention:
             self._scores = self._scores.new_zeros(shape)
         every = self._scores
         every[..., width:] = products(self._query, keys.flatten(0, 1), tile)
+        of_context = every.view(*self._asked.shape[:2], -1, shape[2])[:, :, : self._rows, :width]
         if context is not None:
-            of_context = every.view(*self._asked.shape[:2], -1, shape[2])
-            of_context = of_context[:, :, : self._rows, :width]
             score_context(of_context, self._asked, context, tile)
         scores = every[:, : self._rows].view(*self._shape[:3], -1)
         total, _ = softmax_(scores, hidden, tile, scoring)
