@@ -9,7 +9,7 @@ import importlib.util
 from collections.abc import Callable
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +44,8 @@ def shorten(lm: nn.Module) -> int:
     module: Any
     for module in lm.modules():
         if _is_norm(module) and _gives_the_same(module, _rms_norm, torch.equal):
-            module.gspo_epsilon = _epsilon(module)
-            module.forward = MethodType(_short_norm, module)
+            norm = cast(Any, module)
+            norm.gspo_epsilon, norm.forward = _epsilon(norm), MethodType(_short_norm, norm)
             changed += 1
     return changed
 
