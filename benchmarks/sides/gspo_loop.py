@@ -36,10 +36,11 @@ async def run(job: Job) -> dict[str, Any]:
     """Register, check, and go round the loop."""
     from forced import FORCED
 
-    from gspo.backend import service
+    from gspo.train import checkpoint_writer
 
     # The one thing that is taken away: TRL runs with save_strategy="no".
-    unsaved = mock.patch.object(service, "save_checkpoint", lambda *_: Path(os.devnull))
+    unwritten = (Path(os.devnull), lambda: None)
+    unsaved = mock.patch.object(checkpoint_writer, "begin_checkpoint", lambda *_, **__: unwritten)
     with tempfile.TemporaryDirectory() as folder, unsaved:
         backend = art.LocalBackend(folder, seed=job["seed"])
         model = art.TrainableModel(

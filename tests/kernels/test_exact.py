@@ -147,7 +147,7 @@ def test_heads_whose_scores_depend_on_the_rows_are_named(
     for share in (1, 2, 4):
         config = LlamaConfig(num_attention_heads=share, num_key_value_heads=1, head_dim=depth)
         assert exact._attention(config).multiple == 8
-    monkeypatch.setattr(exact, "attend", lambda rows, *_: (rows + rows.shape[2],))
+    monkeypatch.setattr(exact, "attend", lambda rows, *_: (rows + rows.shape[2], None))
     assert exact._attention(config).multiple is None
 
 
