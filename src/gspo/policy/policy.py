@@ -151,15 +151,6 @@ class Policy:
             if weight.requires_grad:
                 weight.grad_dtype = torch.float32
         return masters
-        for name, weight in self.lm.named_parameters():
-            if (self.peft is not None and ".lora_" in name) or hf.stays_float32(self.lm, name):
-                continue
-            if weight.requires_grad:
-                masters[name] = weight.detach().float()
-            weight.data = weight.data.to(self.dtype)
-            if weight.requires_grad:
-                weight.grad_dtype = torch.float32
-        return masters
 
     @timed("forward")
     def logprobs(

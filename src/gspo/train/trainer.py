@@ -164,11 +164,8 @@ class Trainer:
             total_sequences, total_tokens: N and T of the whole minibatch.
             exact: refuse log-probs that are not the engine's, to the bit.
         """
-        settings, objective, parts = (
-            call.settings,
-            call.settings.objective,
-            self.policy.workers.parts,
-        )
+        settings, objective = call.settings, call.settings.objective
+        parts = self.policy.workers.parts
         with call.experts.watch(microbatch) as choices:  # log pi_theta of the sampled tokens
             chunk = settings.logprob_calculation_chunk_size
             scored = self.policy.logprobs(microbatch, chunk, own=True)
