@@ -146,8 +146,9 @@ def test_a_merge_that_leaves_the_adapters_out_is_seen(monkeypatch: pytest.Monkey
     """A fault that publication and comparison share."""
     policy = MODELS["lora"]()
     layers = [m for m in policy.lm.modules() if hasattr(m, "get_delta_weight")]
-    for kind in {type(layer) for layer in layers}:  # a forward pass has its own product
-        whole: Any = kind.get_delta_weight
+    kinds: set[Any] = {type(layer) for layer in layers}
+    for kind in kinds:  # a forward pass has its own product
+        whole = kind.get_delta_weight
         monkeypatch.setattr(kind, "get_delta_weight", lambda *a, real=whole: 0 * real(*a))
     sampling, publisher = publisher_for(policy, "int8")
     receipts = Receipts(policy, sampling, publisher)
