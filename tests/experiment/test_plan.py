@@ -55,6 +55,25 @@ def test_every_name_is_checked():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"cp_size": 2}, "cp_size=2, but 1 process trains: give nproc"),
+        ({"nproc": 4, "ep_size": 3}, "ep_size=3 does not divide 4 ranks"),
+        ({"nproc": 2, "engines": ["http://localhost:1"]}, "engines= is not built for more"),
+        ({"nproc": 2, "load": {"exact": True}}, "exact=True and rollout_dtype are not built"),
+        ({"nproc": 2, "ep_size": 2, "load": {"lora": {}}}, "ep_size and lora"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused_before_they_start(fields, message: str):
+    with pytest.raises(ConfigError, match=message):
+        make_plan(Spec(task="sort", **fields))
+
+
+def test_the_number_of_processes_is_told():
+    assert "trained by 2 processes" in make_plan(Spec(task="sort", nproc=2))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
         ({"max_tokens": 600}, "max_tokens = 600: 'embedded:sort' has a context of 512 tokens"),
         ({"max_tokens": 512}, "give max_tokens = 511 or less"),
         ({"load": dev.InternalModelConfig(max_context=16)}, "max_tokens = 16: .* context of 16"),

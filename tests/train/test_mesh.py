@@ -53,35 +53,35 @@ def test_a_mesh_of_one_rank_is_the_process_itself(alone):
     assert alone.together(lambda: 7) == 7
 
 
-def test_each_rank_computes_its_share_and_a_spare_one_counts_nothing(alone, monkeypatch):
-    """The second of two ranks, of three items: 1, and in the second turn 2 to no account."""
-    alone.rank, alone.size, alone.count = 1, 2, 2
-    monkeypatch.setattr(alone, "gather", lambda own: [["0", "2"], own])
+def mapped(mesh: Mesh) -> tuple[list[int], float]:
+    """Which of three items this rank computes, and the sum of their gradients: 10 to the item."""
     weight, called = torch.zeros(1, requires_grad=True), []
 
     def backward(item: int) -> str:
         called.append(item)
-        alone.backward(weight.sum() * 10**item)
+        mesh.backward(weight.sum() * 10**item)
         return str(item)
 
-    assert alone.map(backward, [0, 1, 2]) == ["0", "1", "2"]
-    assert called == [1, 2] and str(weight.grad) == "tensor([20.])"  # FSDP halves it
+    assert mesh.map(backward, [0, 1, 2]) == ["0", "1", "2"]
+    assert weight.grad is not None
+    return called, weight.grad.item()
+
+
+def test_each_rank_computes_its_share_and_a_spare_one_counts_nothing(alone, monkeypatch):
+    """The second of two ranks, of three items: 1, and in the second turn 2 to no account."""
+    alone.rank, alone.size, alone.count = 1, 2, 2
+    monkeypatch.setattr(alone, "gather", lambda own: [["0", "2"], own])
+    called, gradient = mapped(alone)
+    assert called == [1, 2] and gradient == 20  # FSDP halves it
 
 
 def test_ranks_that_divide_a_microbatch_compute_the_same_one(alone, monkeypatch):
     """The last of four ranks, two to a microbatch: with rank 2 it computes the second of three."""
     alone.rank, alone.size, alone.count, alone.parts = 3, 4, 2, TokenParts(1, 2)
     monkeypatch.setattr(alone, "gather", lambda own: [["0", "2"], [], ["1"], own])
-    weight, called = torch.zeros(1, requires_grad=True), []
-
-    def backward(item: int) -> str:
-        called.append(item)
-        alone.backward(weight.sum() * 10**item)
-        return str(item)
-
-    assert alone.map(backward, [0, 1, 2]) == ["0", "1", "2"]
+    called, gradient = mapped(alone)
     # FSDP takes the mean of four, of which two have a part of the same gradient, twice each.
-    assert called == [1, 2] and str(weight.grad) == "tensor([20.])"
+    assert called == [1, 2] and gradient == 20
 
 
 def test_n_and_t_are_those_of_all_ranks(alone, monkeypatch):

@@ -13,7 +13,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -65,34 +65,15 @@ class ClusterBackend(LocalBackend):
         ep_size: int = 1,
         **options: Any,
     ):
-        known = [
-            *inspect.signature(LocalBackend).parameters,
-            "nproc",
-            "timeout",
-            "cp_size",
-            "ep_size",
-        ]
+        own, more = (inspect.signature(kind).parameters for kind in (ClusterBackend, LocalBackend))
+        known = [*more, *(name for name in own if name != "options")]
         check_names("ClusterBackend", options, known, absent.REASONS["LocalBackend"])
         super().__init__(path, **options)  # first: a rank that is started must not be for nothing
-        if nproc is not None:
-            check_whole("nproc", nproc, 1, 1024)
-        started = started_ranks()
-        if started is not None and nproc not in (None, started):
-            raise ConfigError(f"nproc={nproc}, but torchrun has started {started}: leave nproc out")
-        size = started or nproc or 1
         self._sizes = {"cp_size": cp_size, "ep_size": ep_size}
-        for name, value in self._sizes.items():
-            check_whole(name, value, 1, size)
-            if size % value:
-                raise ConfigError(f"{name}={value} does not divide {size} ranks")
-        if self.engines and size > 1:
-            raise ConfigError(
-                "engines= is not built for more than one process: leave it out, or train with "
-                "LocalBackend(engines=...)"
-            )
+        size = check_ranks(nproc, self._sizes, self.engines)
         self._children: list[subprocess.Popen[bytes]] = []
         self._ranks: Ranks | None = None
-        if started is None and size > 1:
+        if started_ranks() is None and size > 1:
             self._start(size, timeout)
         if size > 1:
             mesh = Mesh(timeout)
@@ -157,16 +138,7 @@ class ShardedService(Service):
 
     def _load(self, model: ModelLike, checkpoint: Path | None) -> Trainer:
         config, source = model.internal_config, model.source
-        if config.exact or config.rollout_dtype is not None:
-            raise ConfigError(
-                "exact=True and rollout_dtype are not built for more than one process: the engine "
-                "samples from an unsharded float32 copy. Leave them out"
-            )
-        if config.lora is not None and self._sizes["ep_size"] > 1:
-            raise ConfigError(
-                "ep_size and lora: adapters of experts would be whole on each rank, they not; "
-                "leave one of the two out"
-            )
+        check_divided(config, self._sizes["ep_size"])
         self._copied = source or "", config, checkpoint
         shared = self.run.folder, *self._sizes.values()
         return self._ranks.call(load_on_ranks, self._ranks.mesh, *self._copied, *shared)
@@ -180,3 +152,55 @@ class ShardedService(Service):
 
 def _weights_of(trainer: Trainer, frozen: bool) -> Any:
     return whole_weights(trainer.policy, frozen=frozen)
+
+
+def check_ranks(nproc: int | None, sizes: Mapping[str, int], engines: Sequence[str]) -> int:
+    """Return how many ranks will train, or refuse what doesn't fit them.
+
+    Args:
+        nproc, engines: as of `ClusterBackend`.
+        sizes: its `cp_size` and `ep_size`, by name.
+
+    Raises:
+        ConfigError: `nproc` under torchrun, sizes that don't divide the ranks, or servers beside
+            several ranks.
+    """
+    if nproc is not None:
+        check_whole("nproc", nproc, 1, 1024)
+    started = started_ranks()
+    if started is not None and nproc not in (None, started):
+        raise ConfigError(f"nproc={nproc}, but torchrun has started {started}: leave nproc out")
+    size = started or nproc or 1
+    for name, value in sizes.items():
+        if value > size:
+            raise ConfigError(
+                f"{name}={value}, but {size} process{'es train' if size > 1 else ' trains'}: give "
+                "nproc, or start more by torchrun"
+            )
+        check_whole(name, value, 1, size)
+        if size % value:
+            raise ConfigError(f"{name}={value} does not divide {size} ranks")
+    if engines and size > 1:
+        raise ConfigError(
+            "engines= is not built for more than one process: leave it out, or train with "
+            "LocalBackend(engines=...)"
+        )
+    return size
+
+
+def check_divided(config: InternalModelConfig, ep_size: int) -> None:
+    """Refuse how a model is to be loaded, if several ranks can't.
+
+    Raises:
+        ConfigError: an engine of its own precision or to the bit, or adapters beside `ep_size`.
+    """
+    if config.exact or config.rollout_dtype is not None:
+        raise ConfigError(
+            "exact=True and rollout_dtype are not built for more than one process: the engine "
+            "samples from an unsharded float32 copy. Leave them out"
+        )
+    if config.lora is not None and ep_size > 1:
+        raise ConfigError(
+            "ep_size and lora: adapters of experts would be whole on each rank, they not; "
+            "leave one of the two out"
+        )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from gspo.backend.cluster_backend import check_divided, check_ranks
 from gspo.backend.engines import dtype_of_servers
 from gspo.backend.trackers import check_loggers
 from gspo.core.byname import find_module
@@ -39,6 +40,11 @@ def make_plan(spec: Spec) -> str:
     """
     settings = resolve_settings(spec.train_config(), spec.train)
     _check_names(spec)
+    ranks = check_ranks(
+        spec.nproc, {"cp_size": spec.cp_size, "ep_size": spec.ep_size}, spec.engines
+    )
+    if ranks > 1:
+        check_divided(spec.load, spec.ep_size)
     task = spec.make_task()
     played = (
         load_environment(spec.environment, spec.environment_options)() if spec.environment else None
@@ -74,6 +80,8 @@ def make_plan(spec: Spec) -> str:
     if spec.engines:
         named = str(dtype_of_servers(spec.load)).removeprefix("torch.")
         lines.insert(1, f"sampled by vLLM in {named}: {', '.join(spec.engines)}")
+    if ranks > 1:
+        lines.insert(1, f"trained by {ranks} processes; memory is that of one process alone")
     if isinstance(task, DatasetTask):
         lines.insert(3, how_often(spec, task))
     if played:

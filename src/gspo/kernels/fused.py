@@ -41,7 +41,6 @@ def shorten(lm: nn.Module) -> int:
     """On a CPU: compute RMS norms in one call where no gradient is asked for. Returns how many
     modules were changed; they give the same bits."""
     changed = 0
-    module: Any
     for module in lm.modules():
         if _is_norm(module) and _gives_the_same(module, _rms_norm, torch.equal):
             norm = cast(Any, module)

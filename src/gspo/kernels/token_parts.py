@@ -60,9 +60,9 @@ class TokenParts:
         """Add values of the same shape up over all parts, in forward and in backward pass."""
         return values if self.size == 1 else _Sum.apply(values, self.group)  # pyright: ignore
 
-    def join(self, part: Shaped[Tensor, "t ..."]) -> Shaped[Tensor, "T ..."]:
-        """Put the parts of all one after another; their gradients go back to each part's owner."""
-        return part if self.size == 1 else _Join.apply(part, self)  # pyright: ignore
+    def join(self, values: Shaped[Tensor, "t ..."]) -> Shaped[Tensor, "T ..."]:
+        """Put the values of all parts one after another; gradients go back to each part's owner."""
+        return values if self.size == 1 else _Join.apply(values, self)  # pyright: ignore
 
 
 @no_type_check
@@ -82,10 +82,10 @@ class _Sum(torch.autograd.Function):
 @no_type_check
 class _Join(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, part, parts):
+    def forward(ctx: Any, values, parts):
         ctx.parts = parts
-        whole = part.new_empty(len(part) * parts.size, *part.shape[1:])
-        dist.all_gather_into_tensor(whole, part.contiguous(), group=parts.group)
+        whole = values.new_empty(len(values) * parts.size, *values.shape[1:])
+        dist.all_gather_into_tensor(whole, values.contiguous(), group=parts.group)
         return whole
 
     @staticmethod

@@ -67,15 +67,15 @@ def checked(
     return _flattened(tokens, advantages, count, sum_parts)
 
 
-def _count(seen: int, advantages: Tensor | None, given: int | None, *, summed: bool) -> int:
-    """S, of the ids seen here or of what else says it."""
+def _count(ids_end: int, advantages: Tensor | None, given: int | None, *, summed: bool) -> int:
+    """S, of the largest id here + 1 or of what else says it."""
     if advantages is not None:
         if given is not None:
             raise ValueError("sequence_count is the number of advantages: leave it out")
         return advantages.numel()
     if given is None and summed:
         raise ValueError("sum_parts and token_advantages: give sequence_count, the same in all")
-    return seen if given is None else given
+    return ids_end if given is None else given
 
 
 def _flattened(

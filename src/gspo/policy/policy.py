@@ -154,7 +154,7 @@ class Policy:
 
     @timed("forward")
     def logprobs(
-        self, microbatch: Microbatch, chunk: int | None = None, *, own: bool = False
+        self, microbatch: Microbatch, chunk: int | None = None, *, part_only: bool = False
     ) -> TokenLogprobs:
         """Compute log-probs of the sampled tokens, at the temperatures they were sampled with.
 
@@ -163,7 +163,7 @@ class Policy:
         Args:
             microbatch: packed samples; M of their tokens were sampled.
             chunk: tokens whose logits exist at once; None: see `token_logprobs`.
-            own: 0 for tokens that another process computes (see `TokenParts`), without waiting.
+            part_only: 0 for tokens that another process computes (see `TokenParts`); nothing waits.
 
         Returns:
             [M] float32 log-probs with gradient, and entropies without.
@@ -176,7 +176,7 @@ class Policy:
             return scored.logprobs, scored.entropy
 
         logprobs, entropy = inside_forward(self.lm, run)
-        if not own:
+        if not part_only:
             logprobs, entropy = map(self.workers.parts.sum, (logprobs, entropy))
         return TokenLogprobs(logprobs, entropy)
 

@@ -168,7 +168,7 @@ class Trainer:
         parts = self.policy.workers.parts
         with call.experts.watch(microbatch) as choices:  # log pi_theta of the sampled tokens
             chunk = settings.logprob_calculation_chunk_size
-            scored = self.policy.logprobs(microbatch, chunk, own=True)
+            scored = self.policy.logprobs(microbatch, chunk, part_only=True)
         if exact:
             check_exact(scored.logprobs, microbatch)
         of_tokens = microbatch.token_advantages  # A_ik, if turns have advantages of their own

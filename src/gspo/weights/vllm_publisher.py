@@ -101,11 +101,11 @@ class VllmServers:
         self.loop.close()
         self.forget(self.run)
 
-    def forget(self, run: str, kept: int = 0) -> None:
-        """Remove a run's folders of all but the last publications."""
+    def forget(self, run: str, keep_last: int = 0) -> None:
+        """Remove the folders of a run's publications, but for so many of the last."""
         found = self.folder.glob(f"*{run}*")  # one that was half written has a dot before
         written = sorted(found, key=lambda path: path.stat().st_mtime_ns)
-        for old in written[: len(written) - kept]:
+        for old in written[: len(written) - keep_last]:
             remove(old)
 
     async def publish(self, new: Publication) -> None:
