@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import functional
 
 from gspo.kernels.running_softmax import LN_2, exp2
 from gspo.kernels.shared_contexts import Context
@@ -92,10 +91,12 @@ def _added(
     """What is added to the scores of all keys: -inf where a query doesn't see one, else 0."""
     if hidden is None:
         return None
-    if hidden.dtype == torch.bool:
-        hidden = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)
-    by_row = hidden.to(dtype).expand(-1, -1, -1, rows // hidden.shape[2], -1).flatten(2, 3)
-    return functional.pad(by_row, (keys - by_row.shape[-1], 0))
+    count, _, queries, _, last = hidden.shape
+    added = torch.zeros(count, 1, queries, rows // queries, keys, dtype=dtype, device=hidden.device)
+    of_last = added[..., keys - last :]
+    large = hidden.dtype == torch.bool
+    of_last.masked_fill_(hidden, -torch.inf) if large else of_last.copy_(hidden)
+    return added.flatten(2, 3)
 
 
 def _fused(

@@ -18,6 +18,7 @@ P contexts; D wide keys, E wide values.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gspo.kernels.running_softmax import exp2
-from gspo.kernels.shared_contexts import Context
+from gspo.kernels.shared_contexts import Context, ContextGroup
 
 TILE = 32
 """Positions of a tile. 32 was faster than 64 and 128 on all shapes that were tried."""
@@ -107,17 +108,75 @@ def attend(
     Returns:
         The output, and the base-2 logarithm of the sum of all 2^score, the sink's included.
     """
-    width = 0 if context is None else context.keys.shape[2]
     rows = query.shape[2]
-    every = _every_score(query, keys, context, tile)
-    scores = every[:, :, :rows]
-    total, largest = softmax_(scores, hidden, tile, scoring)
+    own = _product(query, keys, tile)
+    own = own.to(torch.promote_types(own.dtype, torch.float32))
+    shared = None if context is None else _ContextScores(query, context, tile, own.dtype)
+    total, largest = softmax_(own[:, :, :rows], hidden, tile, scoring, shared)
     out = None
-    if context is not None:
-        out = query.new_zeros(*every.shape[:3], values.shape[-1])
-        sum_context(out[:, :, :rows], scores[..., :width], context, tile)
-    out = _add_tiles(out, every[..., width:], values, tile)[:, :, :rows]
+    if shared is not None:
+        out = query.new_zeros(*own.shape[:3], values.shape[-1])
+        shared.write_sums(out[:, :, :rows])
+    out = _add_tiles(out, own, values, tile)[:, :, :rows]
     return out / total, total.log2().add_(largest)
+
+
+class _ContextScores:
+    """Scores of a context's keys, of all queries that share it in one tensor; then their weights.
+
+    Attributes:
+        scores: of each group, [p, K, nM, W].
+    """
+
+    def __init__(
+        self,
+        query: Float[Tensor, "N K M D"],
+        context: Context,
+        tile: int | None,
+        dtype: torch.dtype,
+    ):
+        self._context, self._tile = context, tile
+        self.scores: list[Tensor] = []
+        for group in context.groups:
+            rows = group.gather(query)
+            products = _product(rows, context.keys[group.contexts], tile)
+            self.scores.append(products[:, :, : rows.shape[2]].to(dtype))
+
+    def hide(self, hidden: Float[Tensor, "n 1 Q 1 U"] | Bool[Tensor, "n 1 Q 1 U"]) -> None:
+        """Of the last U keys, those that a query does not see."""
+        for group, scores in self._groups():
+            of_group = hidden[group.members] if len(hidden) > 1 else hidden[None]
+            shape = group.members.shape[1], hidden.shape[2], -1
+            _hide(scores.unflatten(2, shape), of_group.transpose(1, 2))
+
+    def largest(self, like: Float[Tensor, "N K M 1"]) -> Float[Tensor, "N K M 1"]:
+        """The largest score of each query."""
+        out = torch.empty_like(like)
+        for group, scores in self._groups():
+            group.scatter(out, scores.amax(-1, keepdim=True))
+        return out
+
+    def weigh_(self, largest: Float[Tensor, "N K M 1"]) -> Float[Tensor, "N K M t"]:
+        """Turn the scores into weights; returns the sum of each tile."""
+        out = None
+        for group, scores in self._groups():
+            weights = exp2(scores.sub_(group.gather(largest)), scores)
+            sums = _tile_sums(weights, self._tile)
+            if out is None:
+                out = sums.new_empty(*largest.shape[:3], sums.shape[-1])
+            group.scatter(out, sums)
+        assert out is not None
+        return out
+
+    def write_sums(self, out: Float[Tensor, "N K M E"]) -> None:
+        """Write the weighted sums of the context's values."""
+        for group, weights in self._groups():
+            values = self._context.values[group.contexts]
+            sums = _add_tiles(None, weights, values, self._tile)
+            group.scatter(out, sums[:, :, : weights.shape[2]])
+
+    def _groups(self) -> Iterator[tuple[ContextGroup, Tensor]]:
+        return zip(self._context.groups, self.scores, strict=True)
 
 
 def softmax_(
@@ -125,48 +184,40 @@ def softmax_(
     hidden: Float[Tensor, "n 1 Q 1 U"] | Bool[Tensor, "n 1 Q 1 U"] | None,
     tile: int | None,
     scoring: Scoring,
+    shared: _ContextScores | None = None,
 ) -> tuple[Float[Tensor, "N K M 1"], Float[Tensor, "N K M 1"]]:
     """Turn scores into the weights 2^(score - largest score); see `attend`.
+
+    Args:
+        scores: of each sequence's own keys; without `shared`, of its context's keys before them.
+        hidden, tile, scoring: as there.
+        shared: the scores of the context's keys.
 
     Returns:
         The sums of the weights, and the largest scores.
     """
     if scoring.cap is not None:
-        scores.div_(scoring.cap).tanh_().mul_(scoring.cap)
+        for x in [scores] if shared is None else [scores, *shared.scores]:
+            x.div_(scoring.cap).tanh_().mul_(scoring.cap)
     if hidden is not None:
-        by_token = scores.unflatten(2, (hidden.shape[2], -1))[..., -hidden.shape[4] :]
-        large = hidden.dtype == torch.bool
-        by_token.masked_fill_(hidden, -torch.inf) if large else by_token.add_(hidden)
+        before = hidden.shape[4] - scores.shape[3]  # keys of the context that the mask speaks of
+        _hide(scores.unflatten(2, (hidden.shape[2], -1)), hidden[..., max(0, before) :])
+        if shared is not None and before > 0:
+            shared.hide(hidden[..., :before])
     # Powers of 2: torch's exp takes ten times as long for -inf.
     largest = scores.amax(-1, keepdim=True)
+    if shared is not None:
+        largest = torch.maximum(largest, shared.largest(largest))
     sinks = scoring.by_row(scores.shape[2])
     if sinks is not None:
         largest = torch.maximum(largest, sinks)
-    exp2(scores.sub_(largest), scores)
-    total = _sum_of_tiles(scores, tile)
+    sums = _tile_sums(exp2(scores.sub_(largest), scores), tile)
+    if shared is not None:
+        sums = torch.cat([shared.weigh_(largest), sums], -1)
+    total = sums.cumsum(-1)[..., -1:]
     if sinks is not None:
         total = total + exp2(sinks - largest, None)
     return total, largest
-
-
-def _every_score(
-    query: Float[Tensor, "N K M D"],
-    keys: Float[Tensor, "N K L D"],
-    context: Context | None,
-    tile: int | None,
-) -> Float[Tensor, "N K R S"]:
-    """Multiply queries and keys, the context's first; rows of at least `ROWS` that no query has are
-    0, and so is what they give."""
-    own = _product(query, keys, tile)
-    own = own.to(torch.promote_types(own.dtype, torch.float32))
-    if context is None:
-        return own
-    rows, width = query.shape[2], context.keys.shape[2]
-    every = own.new_empty(*own.shape[:3], width + keys.shape[2])
-    every[:, :, rows:] = 0
-    every[:, :, :rows, width:] = own[:, :, :rows]
-    score_context(every[:, :, :rows, :width], query, context, tile)
-    return every
 
 
 def score_context(
@@ -195,11 +246,17 @@ def sum_context(
         group.scatter(out, products[:, :, : weighted.shape[2]])
 
 
-def _sum_of_tiles(weights: Float[Tensor, "N K M S"], tile: int | None) -> Float[Tensor, "N K M 1"]:
-    """Add the weights, tile after tile."""
+def _tile_sums(weights: Float[Tensor, "N K M S"], tile: int | None) -> Float[Tensor, "N K M t"]:
+    """The sum of each tile's weights."""
     if tile is None or weights.shape[-1] <= tile:
         return weights.sum(-1, keepdim=True)
-    return weights.unflatten(-1, (-1, tile)).sum(-1).cumsum(-1)[..., -1:]
+    return weights.unflatten(-1, (-1, tile)).sum(-1)
+
+
+def _hide(scores: Tensor, hidden: Tensor) -> None:
+    """Make the scores of the last keys that a query does not see -inf, in place."""
+    seen = scores[..., scores.shape[-1] - hidden.shape[-1] :]
+    seen.masked_fill_(hidden, -torch.inf) if hidden.dtype == torch.bool else seen.add_(hidden)
 
 
 def _product(
