@@ -111,7 +111,7 @@ def attend(
     rows = query.shape[2]
     own = _product(query, keys, tile)
     own = own.to(torch.promote_types(own.dtype, torch.float32))
-    shared = None if context is None else _ContextScores(query, context, tile, own.dtype)
+    shared = None if context is None else ContextScores(query, context, tile, own.dtype)
     total, largest = softmax_(own[:, :, :rows], hidden, tile, scoring, shared)
     out = None
     if shared is not None:
@@ -121,7 +121,7 @@ def attend(
     return out / total, total.log2().add_(largest)
 
 
-class _ContextScores:
+class ContextScores:
     """Scores of a context's keys, of all queries that share it in one tensor; then their weights.
 
     Attributes:
@@ -184,7 +184,7 @@ def softmax_(
     hidden: Float[Tensor, "n 1 Q 1 U"] | Bool[Tensor, "n 1 Q 1 U"] | None,
     tile: int | None,
     scoring: Scoring,
-    shared: _ContextScores | None = None,
+    shared: ContextScores | None = None,
 ) -> tuple[Float[Tensor, "N K M 1"], Float[Tensor, "N K M 1"]]:
     """Turn scores into the weights 2^(score - largest score); see `attend`.
 
@@ -218,32 +218,6 @@ def softmax_(
     if sinks is not None:
         total = total + exp2(sinks - largest, None)
     return total, largest
-
-
-def score_context(
-    scores: Float[Tensor, "N K M W"],
-    query: Float[Tensor, "N K M D"],
-    context: Context,
-    tile: int | None,
-) -> None:
-    """Write the products of queries and the context's keys to `scores`."""
-    for group in context.groups:
-        under = group.gather(query)
-        products = _product(under, context.keys[group.contexts], tile)
-        group.scatter(scores, products[:, :, : under.shape[2]])
-
-
-def sum_context(
-    out: Float[Tensor, "N K M E"],
-    weights: Float[Tensor, "N K M W"],
-    context: Context,
-    tile: int | None,
-) -> None:
-    """Write the weighted sums of the context's values to `out`."""
-    for group in context.groups:
-        weighted = group.gather(weights)
-        products = _add_tiles(None, weighted, context.values[group.contexts], tile)
-        group.scatter(out, products[:, :, : weighted.shape[2]])
 
 
 def _tile_sums(weights: Float[Tensor, "N K M S"], tile: int | None) -> Float[Tensor, "N K M t"]:

@@ -14,6 +14,8 @@ Shapes: as in `tile_attention`; g query heads share a key head, and M = g.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -21,12 +23,11 @@ from torch import Tensor
 from gspo.kernels.shared_contexts import Context
 from gspo.kernels.tile_attention import (
     ROWS,
+    ContextScores,
     Scoring,
     add_tiles,
     products,
-    score_context,
     softmax_,
-    sum_context,
 )
 
 _WIDEST = 64  # numbers side by side; with more of them the zeros cost more than is saved
@@ -91,7 +92,6 @@ class TokenAttention:
         self._shape, self._rows = shape, together * share
         self._query, self._query_of, self._asked = room(depth)
         self._out, self._out_of, self._summed = room(wide)
-        self._scores = torch.zeros(0, device=device)
 
     def attend(
         self,
@@ -114,24 +114,19 @@ class TokenAttention:
             context, hidden, tile, scoring: as there.
         """
         torch.mul(query, scale, out=self._query_of)
-        width = 0 if context is None else context.keys.shape[2]
-        shape = (*self._query.shape[:2], width + keys.shape[2])
-        if self._scores.shape != shape:
-            self._scores = self._scores.new_zeros(shape)
-        every = self._scores
-        every[..., width:] = products(self._query, keys.flatten(0, 1), tile)
-        of_context = every.view(*self._asked.shape[:2], -1, shape[2])[:, :, : self._rows, :width]
-        if context is not None:
-            score_context(of_context, self._asked, context, tile)
-        scores = every[:, : self._rows].view(*self._shape[:3], -1)
-        total, _ = softmax_(scores, hidden, tile, scoring)
+        own = products(self._query, keys.flatten(0, 1), tile)
+        own = own.to(torch.promote_types(own.dtype, torch.float32))
+        scores = own.view(*self._asked.shape[:2], -1, own.shape[2])[:, :, : self._rows]
+        if scoring.sinks is not None:
+            scoring = replace(scoring, sinks=scoring.sinks.view(scores.shape[1], -1))
+        shared = None if context is None else ContextScores(self._asked, context, tile, own.dtype)
+        total, _ = softmax_(scores, hidden, tile, scoring, shared)
         out = None
-        if context is not None:
+        if shared is not None:
             out = self._out
-            sum_context(self._summed, of_context, context, tile)
-        weights = every[..., width:].to(values.dtype)
-        out = add_tiles(out, weights, values.flatten(0, 1), tile)
-        return self._of_heads(out) / total
+            shared.write_sums(self._summed)
+        out = add_tiles(out, own.to(values.dtype), values.flatten(0, 1), tile)
+        return self._of_heads(out) / total.view(*self._shape[:3], 1)
 
     def _of_heads(self, out: Float[Tensor, "B R e"]) -> Float[Tensor, "N K g E"]:
         return out.as_strided(self._out_of.shape, self._out_of.stride())
