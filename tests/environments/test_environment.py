@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from environments.scripted import Guess
 from experiment.small_runs import Silent
 from gspo.core.errors import ConfigError, MissingDependencyError
 from gspo.environments import environment_names, load_environment
-from gspo.environments.environment import optional
 from gspo.experiment.loop import run_experiment
 from gspo.experiment.plan import make_plan
 from gspo.experiment.run_file import read_spec
@@ -46,9 +46,11 @@ def test_mistakes_are_named(name: str, options: dict[str, Any], message: str):
         load_environment(name, options)
 
 
-def test_a_missing_package_is_named_with_its_extra():
-    with pytest.raises(MissingDependencyError, match=r"No module named 'nosuch'.*'.\[textworld\]'"):
-        optional("nosuch", "textworld", "textworld")
+def test_a_missing_package_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch):
+    for kind, told in (("textworld", r"-e '.\[textworld\]'"), ("verifiers", "--no-deps verifiers")):
+        monkeypatch.setitem(sys.modules, kind, None)
+        with pytest.raises(MissingDependencyError, match=rf"{kind}:house .*pip install {told}"):
+            load_environment(f"{kind}:house")
 
 
 @pytest.mark.parametrize(

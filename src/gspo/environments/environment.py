@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
-
-from gspo.core.errors import MissingDependencyError
 
 Number: TypeAlias = float | int | bool
 
@@ -99,16 +96,3 @@ class Environment(ABC):
     def close(self) -> None:
         """Give back what the episode holds."""
         return None
-
-
-def optional(module: str, package: str, extra: str) -> Any:
-    """A module of a package that only this family needs.
-
-    Raises:
-        MissingDependencyError: it cannot be imported, and which module is missing.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        purpose = f"an environment of {package} ({error})"
-        raise MissingDependencyError(package, extra, purpose) from None

@@ -20,7 +20,7 @@ from openai import BadRequestError
 from gspo.capture import trajectory
 from gspo.core.draws import seed_of
 from gspo.core.errors import DataError, GspoError, RolloutError, RolloutTimeoutError, shown
-from gspo.core.plain import plain_number
+from gspo.core.plain import plain_number, plain_values
 from gspo.environments.environment import Action, Call, Environment, Step
 from gspo.model import TrainableModel
 from gspo.tasks.task import Split, held_out
@@ -201,7 +201,7 @@ class _Place:
         """The reward of a step, checked.
 
         Raises:
-            DataError: it is no `Step`, or its reward is no number.
+            DataError: it is no `Step`, or its reward or a metric is no number.
         """
         if not isinstance(step, Step):
             raise DataError(f"{self}: step returned {shown(step)}; it must return a Step")
@@ -210,6 +210,7 @@ class _Place:
             raise DataError(
                 f"{self}: the reward is {shown(step.reward)}; it must be a finite number"
             )
+        plain_values(step.metrics, f"{self}: metrics")
         return float(reward)
 
 

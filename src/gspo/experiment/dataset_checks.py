@@ -59,7 +59,7 @@ def check_prompts(spec: Spec, task: Task | None, tokenizer: Any, context: int | 
         context: of the model, in tokens; None: no limit.
 
     Raises:
-        ConfigError: variables of a chat template, of a model that has none.
+        ConfigError: a variable that the model's chat template doesn't have.
         DataError: the template refuses a row.
         SampleTooLongError: the first row that is too long, and how many there are.
     """
@@ -67,8 +67,10 @@ def check_prompts(spec: Spec, task: Task | None, tokenizer: Any, context: int | 
         return
     chat, limit = ChatFormat(tokenizer, spec.model), spec.max_tokens or task.max_tokens
     plain = tokenizer.chat_template is None
-    if plain and task.template_kwargs:
-        raise ConfigError(f"data.chat_template_kwargs: {spec.model!r} has no chat template")
+    for name in task.template_kwargs or ():
+        if plain or not chat.mentions(name):
+            told = f"{spec.model!r} has no chat template with a variable {name!r}"
+            raise ConfigError(f"data.chat_template_kwargs: {told}")
     too_long: list[tuple[str, int]] = []
     steps = {"train": spec.steps * spec.prompts * (3 if spec.dynamic_sampling else 1)}
     split: Split

@@ -128,16 +128,10 @@ class Rollouts:
         assert make is not None
         seed, instance = await episode_seed(make, scenario.split, scenario.index, scenario.seed)
 
+        limits = spec.model_dump(include={"max_turns", "max_tokens", "temperature", "step_timeout"})
+
         async def episode(model: TrainableModel, scenario: Scenario) -> Trajectory:
-            trajectory = await play(
-                make(),
-                model,
-                seed,
-                max_turns=spec.max_turns,
-                max_tokens=spec.max_tokens,
-                temperature=spec.temperature,
-                step_timeout=spec.step_timeout,
-            )
+            trajectory = await play(make(), model, seed, **limits)
             trajectory.metadata["instance"] = instance
             return trajectory
 
