@@ -14,12 +14,14 @@ from experiment.small_runs import Silent, records
 from experiment.test_loop import Killed, KilledAt, weights
 from gspo.backend.stored_batch import read_batch
 from gspo.core.errors import ConfigError, DataError, GspoError, RolloutError, SampleTooLongError
-from gspo.experiment.dataset_checks import check_dataset, check_prompts
+from gspo.experiment.dataset_checks import check_dataset, check_prompts, how_often
 from gspo.experiment.loop import run_experiment
 from gspo.experiment.plan import make_plan
+from gspo.experiment.rollout import Rollouts
 from gspo.experiment.run_file import read_spec
 from gspo.experiment.spec import Spec
 from gspo.policy.embedded import build_tokenizer, embedded_folder
+from gspo.tasks.dataset import DatasetTask
 
 REWARDS = """
 import asyncio
@@ -170,6 +172,32 @@ def test_a_template_that_refuses_a_row_and_one_that_is_not_there(folder: Path):
 def test_fields_that_contradict(fields: dict[str, Any], told: str):
     with pytest.raises(ConfigError, match=told):
         Spec(model="embedded:sort", **fields)
+
+
+def test_epochs_become_steps_and_a_stored_run_is_read_again(folder: Path):
+    spec = spec_of(folder)
+    assert (spec.steps, spec.data.epochs) == (3, None)
+    assert Spec(**json.loads(spec.model_dump_json())) == spec
+
+
+async def test_an_epoch_begins_after_the_sft(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[int] = []
+
+    async def groups(self: Rollouts, split: str, indices: range, size: int, step: int) -> list:
+        asked.extend(indices)
+        return []
+
+    monkeypatch.setattr(Rollouts, "groups", groups)
+    (folder / "lessons.jsonl").write_text("")
+    spec = spec_of(folder, "sft.data=lessons.jsonl")
+    model: Any = None
+    rollouts, task = Rollouts(spec, model), spec.make_task()
+    assert isinstance(task, DatasetTask)
+    told = how_often(spec, task)
+    assert spec.steps == 4 and "3 steps of 4 prompts go over them 2 x" in told
+    for step in range(1, spec.steps):
+        await rollouts.batch(step)
+    assert asked == [*range(12)]
 
 
 def test_names_in_a_file_are_found_beside_it(folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -109,9 +109,10 @@ def remember_dataset(spec: Spec, task: Task | None) -> list[str]:
 def how_often(spec: Spec, task: DatasetTask) -> str:
     """How many rows there are, and how often each is trained on."""
     train, heldout = (len(problems) for problems in task.problems.values())
+    steps = spec.steps - bool(spec.sft)
     return (
-        f"{train:,} rows to train on and {heldout:,} held out: {spec.steps} steps of "
-        f"{spec.prompts} prompts go over them {spec.steps * spec.prompts / train:.3g} x"
+        f"{train:,} rows to train on and {heldout:,} held out: {steps} steps of "
+        f"{spec.prompts} prompts go over them {steps * spec.prompts / train:.3g} x"
     )
 
 

@@ -225,11 +225,12 @@ class Spec(Options, title="the run"):
         return load_dataset(self.dataset, self.reward, self.reward_weights, self.data)
 
     def with_steps(self, task: Task | None = None) -> Spec:
-        """The spec with the number of steps that its epochs come to, rounded up."""
+        """The spec with the number of steps in place of epochs, rounded up."""
         if self.data.epochs is None or not (task := task or self.make_task()) or not task.sizes:
             return self
-        steps = -(-self.data.epochs * task.sizes["train"] // self.prompts)
-        return self.model_copy(update={"steps": steps})
+        steps = -(-self.data.epochs * task.sizes["train"] // self.prompts) + bool(self.sft)
+        data = self.data.model_copy(update={"epochs": None})  # both together are refused
+        return self.model_copy(update={"steps": steps, "data": data})
 
     @property
     def folder(self) -> Path:
