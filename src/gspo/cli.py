@@ -127,10 +127,10 @@ def sft(
     from gspo.experiment.stop import leave, run_until_signal
     from gspo.experiment.whole_run import tune
 
-    options = {"epochs": epochs, "batch_size": batch_size, "seed": seed}
-    options |= {"learning_rate": learning_rate}
+    given = {"epochs": epochs, "batch_size": batch_size, "seed": seed}
+    given |= {"learning_rate": learning_rate}
     try:
-        done = run_until_signal(tune(data, path, project, name, model, max_tokens, **options))
+        done = run_until_signal(tune(data, path, project, name, model, max_tokens, **given))
     except SystemExit as stopped:
         print("stopped: nothing of this call is saved; give it again", file=sys.stderr)
         leave(int(stopped.code or 0))

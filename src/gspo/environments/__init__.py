@@ -19,17 +19,11 @@ __all__ = [
     "Call",
     "Environment",
     "Step",
-    "environment_names",
     "load_environment",
 ]
 
 FAMILIES = ("bfcl", "gymnasium", "openenv", "reasoning-gym", "textarena", "textworld", "verifiers")
 """A new family is a file in this folder, with one class, and stands here."""
-
-
-def environment_names() -> list[str]:
-    """What `load_environment` takes."""
-    return [*(f"{family}:<name>" for family in FAMILIES), "<module>:<Class>"]
 
 
 def load_environment(
@@ -55,7 +49,7 @@ def load_environment(
         except ConfigError as error:
             raise ConfigError(f"{error}.{suggestion(family, FAMILIES, 0.8)}") from None
     else:
-        known = ", ".join(environment_names())
+        known = ", ".join([*(f"{family}:<name>" for family in FAMILIES), "<module>:<Class>"])
         raise ConfigError(
             f"unknown environment {name!r}.{suggestion(name, FAMILIES)} Known: {known}."
         )

@@ -5,9 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
-
-Number: TypeAlias = float | int | bool
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -38,9 +36,9 @@ class Step:
     """
 
     text: str | Sequence[str] = ""
-    reward: Number = 0.0
+    reward: float = 0.0
     done: bool = False
-    metrics: Mapping[str, Number] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 class Environment(ABC):
@@ -93,6 +91,5 @@ class Environment(ABC):
         """
         return self.reset(seed)
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Give back what the episode holds."""
-        return None

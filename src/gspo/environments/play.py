@@ -227,15 +227,12 @@ class _Running:
             except BaseException as error:
                 outcome = None, error
             with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(self._settle, outcome)
+                settle = self.outcome.set_result
+                loop.call_soon_threadsafe(lambda: self.outcome.done() or settle(outcome))
 
         run = contextvars.copy_context().run
         self._thread = threading.Thread(target=run, args=(work,), daemon=True)
         self._thread.start()
-
-    def _settle(self, outcome: tuple[Any, BaseException | None]) -> None:
-        if not self.outcome.done():
-            self.outcome.set_result(outcome)
 
     def end(self) -> None:
         """End it, as soon as it runs Python code."""

@@ -33,9 +33,8 @@ class TextWorld(Environment):
     step_timeout = 600.0  # one waits for the games of others
 
     def __init__(self, kind: str, games: int = 100, commands: bool = True, **options: Any):
-        needs = ("textworld", "textworld", f"textworld:{kind}")
-        textworld = optional("textworld", *needs)
-        challenges = optional("textworld.challenges", *needs).CHALLENGES
+        textworld = optional("textworld", "textworld", "textworld", f"textworld:{kind}")
+        challenges = import_module("textworld.challenges").CHALLENGES
         check_whole("environment_options.games", games, 2)
         check_names("textworld", [kind], ["house", *(tw[3:] for tw in challenges)], {}, "game")
         _, self._make, add_options = challenges.get(f"tw-{kind}", (None, _house, _house_options))

@@ -27,9 +27,8 @@ class Verifiers(Environment):
     max_tokens = 512
 
     def __init__(self, taskset: str, rows: int = 1000, config: dict[str, Any] | None = None):
-        needs = ("verifiers", "", f"verifiers:{taskset}")
-        self._vf = optional("verifiers.v1", *needs)
-        load = optional("verifiers.v1.utils.loaders", *needs)
+        self._vf = optional("verifiers.v1", "verifiers", "", f"verifiers:{taskset}")
+        load = optional("verifiers.v1.utils.loaders", "verifiers", "", f"verifiers:{taskset}")
         try:
             made = load.taskset_config_type(taskset)(id=taskset, **config or {})
             found = load.load_taskset(made)

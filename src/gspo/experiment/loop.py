@@ -45,8 +45,8 @@ class Outcome:
 
     def as_json(self) -> dict[str, Any]:
         """The fields that `gspo demo --json` and `gspo train --json` print."""
-        found = {"before": self.before, "after": self.after}
-        found |= {"after_sft": self.warm} if self.warm else {}
+        warm = {"after_sft": self.warm} if self.warm else {}
+        found = {"before": self.before, **warm, "after": self.after}
         return {
             **{f"reward_{when}": it and it.mean for when, it in found.items()},
             **{f"reward_{when}_95": it and [it.low, it.high] for when, it in found.items()},

@@ -31,8 +31,8 @@ def model_card(run: SavedRun, step: int, *, adapter: bool, dtype: str) -> str:
     """
     method, settings = method_name(run), run.settings
     rewards = {at: estimate for at, estimate in run.evaluations.items() if at <= step}
-    warm = {1} if run.spec and run.spec.sft else set()
-    told = {*[*rewards][:1], *(warm & rewards.keys()), *[*rewards][-1:]}
+    warm = [1] * bool(run.spec and run.spec.sft and 1 in rewards)
+    told = {*[*rewards][:1], *warm, *[*rewards][-1:]}
     given = flat(run.spec.model_dump(mode="json", exclude_defaults=True)) if run.spec else {}
     folder = Path(run.base_model)
     return _TEMPLATES.get_template("model_card.md").render(
@@ -73,8 +73,7 @@ def _without_folders(value: Any) -> Any:
         return [*map(_without_folders, value)]
     if not isinstance(value, str):
         return value
-    if value.startswith("/") and Path(value).is_dir():
-        return Path(value).name
+    value = Path(value).name if value.startswith("/") and Path(value).is_dir() else value
     return re.sub(r"^(?:[^:\s]*/)?([^/:]+\.\w+(?::\w+)?)$", r"\1", value)
 
 

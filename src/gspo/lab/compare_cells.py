@@ -148,9 +148,7 @@ def _resolve(
     try:
         spec = Spec(**nested(keys))
         prompts = spec.model_dump_json(include=_PROMPTS)
-        if prompts not in tasks:
-            tasks[prompts] = spec.make_task()
-        task = tasks[prompts]
+        task = tasks[prompts] if prompts in tasks else tasks.setdefault(prompts, spec.make_task())
         make_plan(spec := spec.with_steps(task), task)
     except ConfigError as error:
         return Cell(arm, stress, None, status="refused", error=str(error))

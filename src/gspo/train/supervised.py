@@ -55,10 +55,8 @@ def plan_sft(count: int, config: TrainSFTConfig, policy: Policy) -> SFTPlan:
             )
         return [*zip(batches, peak, strict=True)]
     peak = peak or default_learning_rate(base_parameters(policy), policy.peft is not None)
-    schedule = TrainConfig()
-    if config.lr_schedule == "linear":
-        warmup = steps // 10
-        schedule = TrainConfig(lr_schedule="linear", lr_warmup_steps=warmup, lr_total_steps=steps)
+    linear = {"lr_schedule": "linear", "lr_warmup_steps": steps // 10, "lr_total_steps": steps}
+    schedule = TrainConfig(**(linear if config.lr_schedule == "linear" else {}))
     return [(batch, learning_rate(peak, schedule, k, k + 1)) for k, batch in enumerate(batches)]
 
 
