@@ -148,7 +148,7 @@ def test_a_template_that_refuses_a_row_and_one_that_is_not_there(folder: Path):
     told = "'embedded:sort' has no chat template with a variable 'enable_thinking'"
     with pytest.raises(ConfigError, match=told):
         check_prompts(named, named.make_task(), tokenizer, 512)
-    tokenizer.chat_template += "{{ enable_thinking }}"
+    tokenizer.chat_template = f"{tokenizer.chat_template}{{{{ enable_thinking }}}}"
     check_prompts(named, named.make_task(), tokenizer, 512)
     tokenizer.chat_template = None
     with pytest.raises(ConfigError, match=told):
