@@ -250,3 +250,13 @@ async def test_a_model_learns_from_a_judge(tmp_path: Path) -> None:
             config = art.dev.TrainConfig(lr_warmup_steps=5)
             await model.train(groups, art.TrainConfig(learning_rate=3e-4), config)
     assert sum(scores[-8:]) / 8 > sum(scores[:8]) / 8 + 0.03, scores
+
+
+async def test_a_judge_that_never_answers_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        judge = art.Model(name="j", project="p", inference_base_url=url, inference_api_key="k")
+        judge._client = judge.openai_client().with_options(max_retries=0)
+        with pytest.raises(JudgeError, match=r"'j' gave no answer: Request timed out.*'timeout'"):
+            await ruler_score_group(group_of("a", "b"), judge, params={"timeout": 0.1})
+        await judge._client.close()

@@ -96,8 +96,9 @@ def train(
         from gspo.experiment.dataset_checks import check_dataset
         from gspo.experiment.plan import make_plan
 
-        plan = make_plan(resolved)
-        asyncio.run(check_dataset(resolved, resolved.make_task()))
+        task = resolved.make_task()
+        plan = make_plan(resolved, task)
+        asyncio.run(check_dataset(resolved, task))
         print(f"{strict_json(resolved.model_dump(), indent=2)}\n\n{plan}")
     else:
         _run(resolved, profile, as_json, samples)
@@ -126,9 +127,10 @@ def sft(
     from gspo.experiment.stop import leave, run_until_signal
     from gspo.experiment.whole_run import tune
 
-    options = {"epochs": epochs, "batch_size": batch_size, "peak_lr": learning_rate, "seed": seed}
+    given = {"epochs": epochs, "batch_size": batch_size, "seed": seed}
+    given |= {"learning_rate": learning_rate}
     try:
-        done = run_until_signal(tune(data, path, project, name, model, max_tokens, **options))
+        done = run_until_signal(tune(data, path, project, name, model, max_tokens, **given))
     except SystemExit as stopped:
         print("stopped: nothing of this call is saved; give it again", file=sys.stderr)
         leave(int(stopped.code or 0))
@@ -247,6 +249,8 @@ def _run(spec: Spec, profiled: bool, as_json: bool, samples: int = 0) -> None:
     if outcome.before and outcome.after:
         interval = "" if outcome.before.low is None else "   (95 % interval)"
         print(f"held-out reward before  {outcome.before}{interval}")
+        if outcome.warm:
+            print(f"held-out reward after SFT {outcome.warm}")
         print(f"held-out reward after   {outcome.after}   over {outcome.prompts} prompts")
     print(f"steps: {outcome.steps}, in {outcome.seconds:.0f} s; run in {outcome.run}")
     files = commands.draw(outcome.run)

@@ -233,7 +233,8 @@ async def _ask(client: AsyncOpenAI, asked: dict[str, Any], count: int, attempts:
             continue
         except APIError as error:
             status = f" (HTTP {error.status_code})" if isinstance(error, APIStatusError) else ""
-            raise JudgeError(f"the judge {name!r} gave no answer{status}: {error}") from error
+            told = f"the judge {name!r} gave no answer{status}: {error} Is its server up? "
+            raise JudgeError(told + "params={'timeout': seconds} limits a request") from error
         tries += 1
         if answer.usage is not None:
             verdict.prompt_tokens += answer.usage.prompt_tokens

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gspo.core import rows
 from gspo.core.errors import DataError, MissingDependencyError
 from gspo.core.rows import read_rows
 
@@ -23,9 +24,10 @@ ROWS = [{"prompt": "a, b", "answer": "1"}, {"prompt": 'say "x"\ny', "answer": "0
 
 def test_the_formats_say_the_same(tmp_path: Path):
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, ROWS)) + "\n\n")
+    (tmp_path / "x.json").write_text(json.dumps(ROWS, indent=1))
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "x.parquet")
     (tmp_path / "x.csv").write_text('prompt,answer\n"a, b",1\n"say ""x""\ny",007\n')
-    for name in ("x.jsonl", "x.parquet", "x.csv"):
+    for name in ("x.jsonl", "x.json", "x.parquet", "x.csv"):
         path = tmp_path / name
         assert read_rows(path) == {f"{path}, row {n}": row for n, row in enumerate(ROWS, 1)}
     assert read_rows(ROWS) == {"dataset[0]": ROWS[0], "dataset[1]": ROWS[1]}
@@ -62,8 +64,11 @@ def test_any_rows_come_back_from_jsonl(tmp_path_factory: Any, rows: list[dict]):
         ("x.csv", b"prompt,answer\n", r"x\.csv is empty"),
         ("x.csv", b"prompt,answer\na,1\nb, c,2\n", r"x\.csv, row 2 has 3 values for 2 columns"),
         ("x.csv", b"prompt,prompt\na,1\n", "two columns have one name: prompt, prompt"),
-        ("x.csv", b'prompt\n"a\n', "is not text in UTF-8: unexpected end of data"),
-        ("x.csv", b"prompt\n\xff\n", "is not text in UTF-8"),
+        ("x.csv", b'prompt\n"a\n', "is not CSV in UTF-8: unexpected end of data"),
+        ("x.csv", b"prompt\n\xff\n", "is not CSV in UTF-8"),
+        ("x.json", b'[{"prompt": "a"},', r"x\.json is not JSON: Expecting value"),
+        ("x.json", b'[{"prompt": "a"}, 5]', r"x\.json, row 2 is 5 \(int\); give an object"),
+        ("x.xlsx", b"PK", r"x\.xlsx, row 1 is not JSON: .*; give \.jsonl, \.csv or \.parquet"),
         ("x.parquet", b"PAR", r"x\.parquet is not parquet"),
     ],
 )
@@ -85,13 +90,13 @@ def test_options_of_the_library_mean_nothing_for_a_file(tmp_path: Path):
     (tmp_path / "x.jsonl").write_text("{}")
     with pytest.raises(DataError, match="split and subset are of the `datasets` library"):
         read_rows(tmp_path / "x.jsonl", "test")
-    with pytest.raises(DataError, match=r"cannot read .*no\.csv: there is no such file in "):
+    with pytest.raises(DataError, match=r"there is no file .*no\.csv, in .* or beside"):
         read_rows(tmp_path / "no.csv")
 
 
 def test_without_the_library_a_name_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    told = r"dataset = 'openai/gsm8k', which is no file, needs the package 'datasets'"
+    told = r"dataset = 'openai/gsm8k', which is no file, \(.*\) needs the package 'datasets'"
     with pytest.raises(MissingDependencyError, match=told):
         read_rows("openai/gsm8k")
 
@@ -103,6 +108,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     def load_dataset(name: str, subset: str | None, split: str) -> list[dict[str, str]]:
         calls.append((name, subset, split))
+        assert Path(name).exists() != module.config.HF_HUB_OFFLINE  # no hub answers
         if split == "tset":
             raise ValueError('Unknown split "tset".\nmore')
         return ROWS
@@ -113,6 +119,8 @@ def library(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     module = types.ModuleType("datasets")
     module.load_dataset, module.load_from_disk = load_dataset, load_from_disk  # pyright: ignore
+    module.config = types.SimpleNamespace(HF_HUB_OFFLINE=False)  # pyright: ignore
+    monkeypatch.setattr(rows, "hub_answers", lambda: False)
     monkeypatch.setitem(sys.modules, "datasets", module)
     return calls
 

@@ -93,10 +93,12 @@ class Broken(Guess):
         if self.way == "exit":
             raise SystemExit(1)
         nonsense: Any = 17
+        text: Any = "high"
         steps = {
             "none": None,
             "text": "text",
             "nan": Step(reward=math.nan),
             "number": Step(nonsense),
+            "metric": Step(metrics={"score": text}),
         }
         return steps[self.way]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,7 @@ import pytest
 from environments.scripted import Guess
 from experiment.small_runs import Silent
 from gspo.core.errors import ConfigError, MissingDependencyError
-from gspo.environments import environment_names, load_environment
-from gspo.environments.environment import optional
+from gspo.environments import load_environment
 from gspo.experiment.loop import run_experiment
 from gspo.experiment.plan import make_plan
 from gspo.experiment.run_file import read_spec
@@ -26,7 +26,8 @@ def test_an_environment_of_your_own_is_found_by_name_and_made_for_each_episode()
     first, second = make(), make()
     assert first is not second
     assert first.reset(0) == "1 to 3?"
-    assert "textworld:<name>" in environment_names()
+    with pytest.raises(ConfigError, match=r"Known: bfcl:<name>.*textworld:<name>.*<module>:"):
+        load_environment("nothing")
 
 
 @pytest.mark.parametrize(
@@ -46,16 +47,21 @@ def test_mistakes_are_named(name: str, options: dict[str, Any], message: str):
         load_environment(name, options)
 
 
-def test_a_missing_package_is_named_with_its_extra():
-    with pytest.raises(MissingDependencyError, match=r"No module named 'nosuch'.*'.\[textworld\]'"):
-        optional("nosuch", "textworld", "textworld")
+def test_a_missing_package_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch):
+    for kind, told in (("textworld", r"-e '.\[textworld\]'"), ("verifiers", "--no-deps verifiers")):
+        monkeypatch.setitem(sys.modules, kind, None)
+        with pytest.raises(MissingDependencyError, match=rf"{kind}:house .*pip install {told}"):
+            load_environment(f"{kind}:house")
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"environment": "a:B", "task": "sort"}, "leave task, dataset, rollout out"),
-        ({"environment": "a:B", "model": ""}, "an environment has no model of its own"),
+        (
+            {"environment": "a:B", "model": ""},
+            "has a model of its own: give a model",
+        ),
         ({"task": "sort", "max_turns": 3}, "max_turns is of an environment, but none is given"),
         ({"task": "sort", "environment_options": {"a": 1}}, "environment_options is of an env"),
         ({"task": "sort", "step_timeout": 3}, "step_timeout is of an environment"),

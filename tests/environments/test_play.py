@@ -131,6 +131,7 @@ async def test_an_environment_that_hangs_is_named_and_ended(playing: Any):
         ("none", DataError, r"step returned None \(NoneType\); it must return a Step"),
         ("text", DataError, r"step returned 'text' \(str\); it must return a Step"),
         ("number", DataError, r"the step's text is 17 \(int\); it must be a text$"),
+        ("metric", DataError, r"metrics\['score'\] is 'high' \(str\); it must be a number"),
         ("nan", DataError, r"the reward is nan \(float\); it must be a finite number"),
     ],
 )

@@ -14,12 +14,14 @@ from experiment.small_runs import Silent, records
 from experiment.test_loop import Killed, KilledAt, weights
 from gspo.backend.stored_batch import read_batch
 from gspo.core.errors import ConfigError, DataError, GspoError, RolloutError, SampleTooLongError
-from gspo.experiment.dataset_checks import check_dataset, check_prompts
+from gspo.experiment.dataset_checks import check_dataset, check_prompts, how_often
 from gspo.experiment.loop import run_experiment
 from gspo.experiment.plan import make_plan
+from gspo.experiment.rollout import Rollouts
 from gspo.experiment.run_file import read_spec
 from gspo.experiment.spec import Spec
 from gspo.policy.embedded import build_tokenizer, embedded_folder
+from gspo.tasks.dataset import DatasetTask
 
 REWARDS = """
 import asyncio
@@ -137,15 +139,19 @@ def test_rows_that_the_context_has_no_room_for(folder: Path):
 
 
 def test_a_template_that_refuses_a_row_and_one_that_is_not_there(folder: Path):
-    write(folder, [*ROWS, {"messages": [{"role": "user", "content": 5}], "answer": ""}])
+    write(folder, [*ROWS, {"messages": [{"role": "usr", "content": "5"}], "answer": ""}])
     spec, tokenizer = spec_of(folder), build_tokenizer()
     with pytest.raises(DataError, match=r"data\.jsonl, row 9: "):
         check_prompts(spec, spec.make_task(), tokenizer, 512)
     write(folder, ROWS)
     named = spec_of(folder, "data.chat_template_kwargs.enable_thinking=false")
+    told = "'embedded:sort' has no chat template with a variable 'enable_thinking'"
+    with pytest.raises(ConfigError, match=told):
+        check_prompts(named, named.make_task(), tokenizer, 512)
+    tokenizer.chat_template = f"{tokenizer.chat_template}{{{{ enable_thinking }}}}"
     check_prompts(named, named.make_task(), tokenizer, 512)
     tokenizer.chat_template = None
-    with pytest.raises(ConfigError, match="'embedded:sort' has no chat template"):
+    with pytest.raises(ConfigError, match=told):
         check_prompts(named, named.make_task(), tokenizer, 512)
 
 
@@ -168,6 +174,32 @@ def test_fields_that_contradict(fields: dict[str, Any], told: str):
         Spec(model="embedded:sort", **fields)
 
 
+def test_epochs_become_steps_and_a_stored_run_is_read_again(folder: Path):
+    spec = spec_of(folder)
+    assert (spec.steps, spec.data.epochs) == (3, None)
+    assert Spec(**json.loads(spec.model_dump_json())) == spec
+
+
+async def test_an_epoch_begins_after_the_sft(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[int] = []
+
+    async def groups(self: Rollouts, split: str, indices: range, size: int, step: int) -> list:
+        asked.extend(indices)
+        return []
+
+    monkeypatch.setattr(Rollouts, "groups", groups)
+    (folder / "lessons.jsonl").write_text("")
+    spec = spec_of(folder, "sft.data=lessons.jsonl")
+    model: Any = None
+    rollouts, task = Rollouts(spec, model), spec.make_task()
+    assert isinstance(task, DatasetTask)
+    told = how_often(spec, task)
+    assert spec.steps == 4 and "3 steps of 4 prompts go over them 2 x" in told
+    for step in range(1, spec.steps):
+        await rollouts.batch(step)
+    assert asked == [*range(12)]
+
+
 def test_names_in_a_file_are_found_beside_it(folder: Path, monkeypatch: pytest.MonkeyPatch):
     (folder / "held.csv").write_text("prompt,answer\n900,009\n")
     spec = spec_of(folder, "data.heldout=held.csv")
@@ -175,7 +207,7 @@ def test_names_in_a_file_are_found_beside_it(folder: Path, monkeypatch: pytest.M
     assert task is not None and task.sizes == {"train": 8, "heldout": 1}
     assert spec.reward == [f"{folder / 'scores.py'}:{name}" for name in ("exact", "digits")]
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(GspoError, match="'no_such_data', which is no file, needs the package"):
+    with pytest.raises(GspoError, match=r"'no_such_data', which is no file, .* needs the package"):
         spec_of(folder, "dataset=no_such_data")
 
 

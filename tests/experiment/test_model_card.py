@@ -61,3 +61,32 @@ def test_a_program_of_the_users_own_has_no_file(tmp_path: Path):
     (folder / "metrics.jsonl").unlink()
     text = card(folder)
     assert "A program of its own" in text and "It was not measured." in text
+
+
+def test_rows_and_rewards_of_ones_own_are_named_and_a_warm_start_is_measured(tmp_path: Path):
+    folder = stored_run(tmp_path)
+    spec = json.loads((folder / "spec.json").read_text())
+    named = {
+        "dataset": "/home/me/secret/rows.jsonl",
+        "reward": ["/home/me/secret/s.py:exact", "s:x"],
+    }
+    spec |= {
+        "task": None,
+        "sft": {"data": "a/lessons.jsonl"},
+        "reward_weights": [1.0, 0.2],
+        **named,
+    }
+    (folder / "spec.json").write_text(json.dumps(spec))
+    text = card(folder)
+    assert "| data | `rows.jsonl`, 4 prompts x 8 a step; before it SFT on `lessons.jsonl` |" in text
+    assert "| reward | 1 x `s.py:exact` + 0.2 x `s:x` |" in text
+    assert 'reward = ["s.py:exact", "s:x"]' in text and "secret" not in text
+    assert "| 0 | 0.200" in text and "| 1, after the SFT | 0.500" in text and "| 3 | 0.400" in text
+    spec |= {
+        "dataset": None,
+        "reward": [],
+        "reward_weights": None,
+        "environment": "textworld:house",
+    }
+    (folder / "spec.json").write_text(json.dumps(spec))
+    assert "| data | `textworld:house`, 4 prompts" in card(folder)

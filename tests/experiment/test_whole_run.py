@@ -125,8 +125,10 @@ async def test_the_first_step_of_a_run(tmp_path: Path):
     assert lines[1]["sft/batches"] == 2 and "train/reward" not in lines[1]
     assert lines[1]["sft/learning_rate"] == 1e-4
     assert "val/reward" in lines[1] and "train/reward" in lines[2]
+    assert outcome.warm is not None and outcome.warm == watch.estimates[1]
+    assert outcome.as_json()["reward_after_sft"] == outcome.warm.mean
     again = Silent()
-    await run_experiment(spec, again)
+    assert (await run_experiment(spec, again)).warm == outcome.warm  # of the log
     assert (again.steps, again.estimates) == ([], [])
 
 

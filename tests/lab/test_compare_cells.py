@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from gspo.core.errors import ConfigError
+from gspo.experiment import spec as spec_module
 from gspo.lab.compare import CompareSpec, read_compare_spec
 from gspo.lab.compare_cells import Cell, make_cells
+from gspo.tasks.dataset import load_dataset
 
 STUDY = Path(__file__).parents[2] / "docs" / "study"
 
@@ -192,3 +194,22 @@ def test_other_rows_of_a_dataset_are_other_cells(tmp_path: Path):
     assert first == named() and first.startswith("data-gspo-seed0-")
     data.write_text("prompt\n" + "".join(f"{n}\n" for n in range(1, 11)))
     assert named() != first
+
+
+def test_the_rows_are_read_once_for_all_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "scores.py").write_text("def same(completion, row):\n    return 0\n")
+    (tmp_path / "data.csv").write_text("prompt\n" + "".join(f"{n}\n" for n in range(10)))
+    path, read = tmp_path / "own.toml", []
+    path.write_text(
+        'presets = ["gspo", "grpo"]\nseeds = 3\n[stress]\nlearning_rate = [1e-4, 1e-3]\n[base]\n'
+        'model = "embedded:sort"\ndataset = "data.csv"\nreward = "scores:same"\n'
+    )
+
+    def counted(*arguments: Any):
+        read.append(arguments[0])
+        return load_dataset(*arguments)
+
+    monkeypatch.setattr(spec_module, "load_dataset", counted)
+    cells = make_cells(read_compare_spec(path))
+    assert len(cells) == 12 and read == [str(tmp_path / "data.csv")]
+    assert len({cell.spec.name for cell in cells if cell.spec}) == 12

@@ -80,6 +80,9 @@ def test_the_dry_run_lists_each_cell_and_what_is_left(
     first, _, last = capsys.readouterr().out.splitlines()
     assert first.startswith("pending  gspo seed=0  sort-gspo-seed0-")
     assert last == "2 cells: 0 done, 0 refused, 2 to run, 2 at once"
+    base = {"task": "sort", "steps": 2, "pipeline": True}
+    line = summary_line(make_cells(small(tmp_path, base=base)), 2)
+    assert "what a cell samples depends on timing" in line
 
 
 def test_the_time_left_is_that_of_the_cells_done(tmp_path: Path):

@@ -102,8 +102,8 @@ def exact(completions, answer):
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        ({"question": "a"}, r'dataset\[2\] has no column "prompt" or "messages"; it has: question'),
-        ({"prompt": None, "answer": 1}, r"dataset\[2\] has no column"),
+        ({"question": "a"}, r'no value in a column "prompt" or "messages"; it has: question'),
+        ({"prompt": None, "answer": 1}, r"dataset\[2\] has no value in a column"),
         ({"prompt": "a", "messages": [USER]}, r"dataset\[2\] has both columns"),
         ({"prompt": 5}, r"dataset\[2\]: prompt is 5 \(int\)"),
         ({"messages": "hi"}, r"dataset\[2\]: messages is 'hi'"),
@@ -111,6 +111,7 @@ def exact(completions, answer):
         ({"messages": [USER, {"role": "assistant", "content": "x"}]}, "must end with what is ask"),
         ({"messages": [USER, "x"]}, r"dataset\[2\], message 1 is 'x'"),
         ({"messages": [{"content": "x"}]}, r"dataset\[2\], message 0 .* needs a role"),
+        ({"messages": [{"role": "user"}]}, r"message 0: content is None .*; give a text"),
         ({"prompt": "a"}, r"dataset\[2\] has no column 'answer', which the reward 'exact' takes"),
     ],
 )

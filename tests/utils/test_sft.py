@@ -121,7 +121,7 @@ def test_reading(tmp_path: Path):
         ('{"prompt": 1, "answer": 2}', 'row 1 has no column "messages"; it has: prompt, answer'),
         ("[1]", r"row 1 is \[1\] \(list\); give an object"),
         ('{"messages": "hi"}', "row 1: messages are 'hi' .*; give a list"),
-        ('{"messages": [5]}', r"row 1: messages are \[5\]"),
+        ('{"messages": [5]}', "row 1, message 0 is 5"),
         (json.dumps(lesson(0) | {"tools": 5}), "row 1: Trajectory: tools"),
     ],
 )
@@ -132,7 +132,7 @@ def test_bad_files(tmp_path: Path, text: str, told: str):
 
 
 def test_files_that_cannot_be_read(tmp_path: Path):
-    with pytest.raises(DataError, match=r"cannot read .*no.jsonl"):
+    with pytest.raises(DataError, match=r"there is no file .*no.jsonl"):
         read_trajectories(tmp_path / "no.jsonl")
     (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe{")
     with pytest.raises(DataError, match="is not text in UTF-8"):

@@ -70,11 +70,11 @@ def optional(module: str, package: str, extra: str, purpose: str) -> Any:
     """A module of a package that is not always installed.
 
     Args:
-        extra: of gspo, which installs the package.
+        extra: of gspo, which installs the package; none: it is installed without its needs.
         purpose: what needs it, for the error.
 
     Raises:
-        MissingDependencyError: it cannot be imported.
+        MissingDependencyError: it cannot be imported, and which module is missing.
 
     >>> optional("math", "math", "none", "a circle").pi
     3.141592653589793
@@ -82,7 +82,7 @@ def optional(module: str, package: str, extra: str, purpose: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MissingDependencyError(package, extra, purpose) from error
+        raise MissingDependencyError(package, extra, f"{purpose} ({error})") from error
 
 
 def load_object(name: str, what: str) -> Any:
@@ -132,15 +132,19 @@ def made_of(kind: Callable[..., T], what: str, name: str, options: Mapping[str, 
     """An object of what the option `what` names, from its table of options.
 
     Raises:
-        ConfigError: an option that the constructor doesn't have or lacks, or an abstract class.
+        ConfigError: an option that the constructor doesn't have or lacks, an abstract class, or
+            what the constructor raises.
     """
     known = inspect.signature(kind).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         check_names(f"{what}_options of {name!r}", options, known, {})
     try:
         return kind(**options)
-    except TypeError as error:  # an argument or a method is missing
-        raise ConfigError(f"{what} = {name!r} with options {dict(options)}: {error}") from None
+    except (ConfigError, MissingDependencyError):
+        raise
+    except Exception as error:  # an argument or a method is missing, or the user's code fails
+        why = f"with options {dict(options)}: {type(error).__name__}: {error}"
+        raise ConfigError(f"{what} = {name!r} {why}") from error
 
 
 def _file(module: str, folder: Path) -> Path | None:

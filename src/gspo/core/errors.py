@@ -97,10 +97,10 @@ class MissingDependencyError(GspoError):
     """An optional package is not installed."""
 
     def __init__(self, package: str, extra: str, purpose: str):
-        super().__init__(
-            f"{purpose} needs the package {package!r}: "
-            f"pip install -e '.[{extra}]' in your clone of gspo (it is not on PyPI)"
-        )
+        how = f"-e '.[{extra}]' in your clone of gspo (it is not on PyPI)"
+        if not extra:
+            how = f"--no-deps {package}; what it then misses: see docs/environments.md"
+        super().__init__(f"{purpose} needs the package {package!r}: pip install {how}")
 
 
 def suggestion(name: str, choices: Iterable[str], cutoff: float = 0.55) -> str:

@@ -7,12 +7,14 @@ import json
 from collections.abc import Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gspo.core.byname import optional
 from gspo.core.errors import DataError, shown
+from gspo.core.hub import hub_answers
 
 Rows = dict[str, dict[str, Any]]
 """By where each stands, such as `data.jsonl, row 3`, which errors name; in their order."""
@@ -54,6 +56,22 @@ def read_rows(source: Any, split: str = "train", subset: str | None = None) -> R
     return found
 
 
+def check_messages(messages: Any, where: str) -> None:
+    """Refuse what is no conversation: each message needs a role, and a text or calls of tools.
+
+    Raises:
+        DataError: it names `where`, which is the row.
+    """
+    if not isinstance(messages, list):
+        raise DataError(f"{where}: messages are {shown(messages)}; give a list of messages")
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise DataError(f"{where}, message {number} is {shown(message)}; it needs a role")
+        content = message.get("content")
+        if not isinstance(content, str | None) or (content is None and "tool_calls" not in message):
+            raise DataError(f"{where}, message {number}: content is {shown(content)}; give a text")
+
+
 def _in_memory(source: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(source, Mapping) or not isinstance(source, Sized):
         raise DataError(
@@ -64,25 +82,29 @@ def _in_memory(source: Any) -> Iterator[tuple[str, Any]]:
 
 def _of_file(path: Path) -> Iterator[tuple[str, Any]]:
     if not path.is_file() and not path.exists():
-        raise DataError(f"cannot read {path}: there is no such file in {path.absolute().parent}")
+        raise DataError(f"there is no file {path}, in {Path.cwd()} or beside the run's file")
     read = {".csv": _csv, ".parquet": _parquet}.get(path.suffix, _jsonl)
     try:
         yield from ((f"{path}, row {number}", row) for number, row in read(path))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
-    except (UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
-        kind = "parquet" if path.suffix == ".parquet" else "text in UTF-8"
-        raise DataError(f"{path} is not {kind}: {error}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, pa.ArrowException) as error:
+        kind = {".parquet": "parquet", ".csv": "CSV in UTF-8", ".json": "JSON"}.get(path.suffix)
+        raise DataError(f"{path} is not {kind or 'text in UTF-8'}: {error}") from None
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
     # -sig: some editors begin a file with a mark.
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+    text = path.read_text(encoding="utf-8-sig")
+    other = "" if path.suffix in _SUFFIXES else "; give .jsonl, .csv or .parquet"
+    if path.suffix == ".json" and text.lstrip().startswith("["):
+        text = "\n".join(map(json.dumps, json.loads(text)))  # a list of the rows
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 yield number, json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}, row {number} is not JSON: {error}") from None
+                raise DataError(f"{path}, row {number} is not JSON: {error}{other}") from None
 
 
 def _csv(path: Path) -> Iterator[tuple[int, Any]]:
@@ -112,7 +134,9 @@ def _loaded(name: str, split: str, subset: str | None) -> Iterator[tuple[str, An
             loaded = datasets.load_from_disk(name)
             loaded = loaded[split] if isinstance(loaded, Mapping) else loaded
         else:
-            loaded = datasets.load_dataset(name, subset, split=split)
+            offline = datasets.config.HF_HUB_OFFLINE or not (Path(name).exists() or hub_answers())
+            with patch.object(datasets.config, "HF_HUB_OFFLINE", offline):  # else it asks for 20 s
+                loaded = datasets.load_dataset(name, subset, split=split)
         rows = [*loaded]
     except Exception as error:  # of many kinds: of files, of the network, of the data
         why = (str(error).splitlines() or [""])[0]

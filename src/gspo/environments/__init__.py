@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from gspo.core.byname import load_class, made_of
-from gspo.core.errors import ConfigError, suggestion
+from gspo.core.errors import ConfigError, check_whole, shown, suggestion
 from gspo.environments.environment import Action, Call, Environment, Step
 
 __all__ = [
@@ -19,25 +19,11 @@ __all__ = [
     "Call",
     "Environment",
     "Step",
-    "environment_names",
     "load_environment",
 ]
 
-FAMILIES: Mapping[str, str] = {
-    "bfcl": "bfcl:BFCL",
-    "gymnasium": "gymnasium:Gymnasium",
-    "openenv": "openenv:OpenEnv",
-    "reasoning-gym": "reasoning_gym:ReasoningGym",
-    "textarena": "textarena:TextArena",
-    "textworld": "textworld:TextWorld",
-    "verifiers": "verifiers:Verifiers",
-}
-"""Family -> file and class. A new one is a file in this folder, and stands here."""
-
-
-def environment_names() -> list[str]:
-    """What `load_environment` takes."""
-    return [*(f"{family}:<name>" for family in FAMILIES), "<module>:<Class>"]
+FAMILIES = ("bfcl", "gymnasium", "openenv", "reasoning-gym", "textarena", "textworld", "verifiers")
+"""A new family is a file in this folder, with one class, and stands here."""
 
 
 def load_environment(
@@ -48,24 +34,30 @@ def load_environment(
     Your own class derives from `Environment`; `options` are its constructor's keyword arguments.
 
     Raises:
-        ConfigError: no such family, name or class; or an option that it doesn't have.
+        ConfigError: no such family, name or class; an option that it doesn't have; or a limit that
+            is none.
         MissingDependencyError: the family's package is not installed.
     """
     family, colon, rest = name.partition(":")
     if family in FAMILIES:
-        file, _, kind = FAMILIES[family].partition(":")
-        found = getattr(importlib.import_module(f"gspo.environments.{file}"), kind)
-        found = functools.partial(found, rest)
+        file = importlib.import_module(f"gspo.environments.{family.replace('-', '_')}")
+        (kind,) = (k for k in Environment.__subclasses__() if k.__module__ == file.__name__)
+        found = functools.partial(kind, rest)
     elif colon:
         try:
             found = load_class(name, "environment", Environment)
         except ConfigError as error:
             raise ConfigError(f"{error}.{suggestion(family, FAMILIES, 0.8)}") from None
     else:
-        known = ", ".join(environment_names())
+        known = ", ".join([*(f"{family}:<name>" for family in FAMILIES), "<module>:<Class>"])
         raise ConfigError(
             f"unknown environment {name!r}.{suggestion(name, FAMILIES)} Known: {known}."
         )
     make = functools.partial(made_of, found, "environment", name, dict(options or {}))
-    make().close()
+    made = make()
+    for limit in ("max_turns", "max_tokens"):
+        check_whole(f"{name}: {limit}", getattr(made, limit), 1)
+    if not isinstance(made.step_timeout, int | float) or made.step_timeout <= 0:
+        raise ConfigError(f"{name}: step_timeout = {shown(made.step_timeout)}: give seconds")
+    made.close()
     return make

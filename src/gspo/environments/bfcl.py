@@ -9,9 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+from gspo.core.byname import optional
 from gspo.core.errors import check_names
 from gspo.core.rows import read_rows
-from gspo.environments.environment import Action, Environment, Step, optional
+from gspo.environments.environment import Action, Environment, Step
 
 KINDS = ("simple_python", "multiple", "parallel", "parallel_multiple", "irrelevance")
 
@@ -50,7 +51,7 @@ class BFCL(Environment):
 
 
 def _module(name: str) -> Any:
-    return optional(f"bfcl_eval.{name}", "bfcl-eval", "bfcl")
+    return optional(f"bfcl_eval.{name}", "bfcl-eval", "", "bfcl:<kind>")
 
 
 @functools.cache

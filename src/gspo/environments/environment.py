@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
-
-from gspo.core.errors import MissingDependencyError
-
-Number: TypeAlias = float | int | bool
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -41,9 +36,9 @@ class Step:
     """
 
     text: str | Sequence[str] = ""
-    reward: Number = 0.0
+    reward: float = 0.0
     done: bool = False
-    metrics: Mapping[str, Number] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 class Environment(ABC):
@@ -96,19 +91,5 @@ class Environment(ABC):
         """
         return self.reset(seed)
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Give back what the episode holds."""
-        return None
-
-
-def optional(module: str, package: str, extra: str) -> Any:
-    """A module of a package that only this family needs.
-
-    Raises:
-        MissingDependencyError: it cannot be imported, and which module is missing.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        purpose = f"an environment of {package} ({error})"
-        raise MissingDependencyError(package, extra, purpose) from None

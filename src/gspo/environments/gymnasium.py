@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from gspo.core.byname import optional
 from gspo.core.errors import ConfigError, shown
-from gspo.environments.environment import Action, Environment, Step, optional
+from gspo.environments.environment import Action, Environment, Step
 
 
 class Gymnasium(Environment):
@@ -27,7 +28,7 @@ class Gymnasium(Environment):
         unknown: float = 0.0,
         **options: Any,
     ):
-        gymnasium = optional("gymnasium", "gymnasium", "gymnasium")
+        gymnasium = optional("gymnasium", "gymnasium", "gymnasium", f"gymnasium:{name}")
         try:
             self._env = gymnasium.make(name, **options)
         except Exception as error:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from gspo.core.byname import optional
 from gspo.core.errors import ConfigError, RolloutError, shown
-from gspo.environments.environment import Action, Environment, Step, optional
+from gspo.environments.environment import Action, Environment, Step
 
 
 class OpenEnv(Environment):
@@ -28,7 +29,7 @@ class OpenEnv(Environment):
     ):
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"openenv:{url}: give the server's URL, openenv:http://host:port")
-        self._connect = optional("websockets.sync.client", "websockets", "openenv").connect
+        self._connect = optional("websockets.sync.client", "websockets", "openenv", url).connect
         self._url, self._field, self._shown, self._reset = url, action, observation, reset or {}
         self._socket: Any = None
 

@@ -20,7 +20,7 @@ from openai import BadRequestError
 from gspo.capture import trajectory
 from gspo.core.draws import seed_of
 from gspo.core.errors import DataError, GspoError, RolloutError, RolloutTimeoutError, shown
-from gspo.core.plain import plain_number
+from gspo.core.plain import plain_number, plain_values
 from gspo.environments.environment import Action, Call, Environment, Step
 from gspo.model import TrainableModel
 from gspo.tasks.task import Split, held_out
@@ -201,7 +201,7 @@ class _Place:
         """The reward of a step, checked.
 
         Raises:
-            DataError: it is no `Step`, or its reward is no number.
+            DataError: it is no `Step`, or its reward or a metric is no number.
         """
         if not isinstance(step, Step):
             raise DataError(f"{self}: step returned {shown(step)}; it must return a Step")
@@ -210,6 +210,7 @@ class _Place:
             raise DataError(
                 f"{self}: the reward is {shown(step.reward)}; it must be a finite number"
             )
+        plain_values(step.metrics, f"{self}: metrics")
         return float(reward)
 
 
@@ -226,15 +227,12 @@ class _Running:
             except BaseException as error:
                 outcome = None, error
             with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(self._settle, outcome)
+                settle = self.outcome.set_result
+                loop.call_soon_threadsafe(lambda: self.outcome.done() or settle(outcome))
 
         run = contextvars.copy_context().run
         self._thread = threading.Thread(target=run, args=(work,), daemon=True)
         self._thread.start()
-
-    def _settle(self, outcome: tuple[Any, BaseException | None]) -> None:
-        if not self.outcome.done():
-            self.outcome.set_result(outcome)
 
     def end(self) -> None:
         """End it, as soon as it runs Python code."""

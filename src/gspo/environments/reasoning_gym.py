@@ -26,8 +26,7 @@ class ReasoningGym(Environment):
         return self._problem.prompt
 
     def step(self, action: Action) -> Step:
-        score = _task(*self._named).score(self._problem, action.text)
-        return Step(reward=score, done=True)
+        return Step(reward=_task(*self._named).score(self._problem, action.text), done=True)
 
 
 @functools.lru_cache(maxsize=64)

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from gspo.core.byname import optional
 from gspo.core.errors import ConfigError, suggestion
-from gspo.environments.environment import Action, Environment, Step, optional
+from gspo.environments.environment import Action, Environment, Step
 
 _RANDOM = threading.Lock()
 """The games draw from Python's global generator: one game at a time, each with its own state."""
@@ -26,7 +27,7 @@ class TextArena(Environment):
     """
 
     def __init__(self, game: str, brackets: bool = True, **options: Any):
-        games = optional("textarena.envs.registration", "textarena", "textarena")
+        games = optional("textarena.envs.registration", "textarena", "textarena", game)
         if game not in games.ENV_REGISTRY:
             near = suggestion(game, games.ENV_REGISTRY)
             raise ConfigError(f"TextArena has no game {game!r}.{near}")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import threading
+from importlib import import_module
 from typing import Any
 
+from gspo.core.byname import optional
 from gspo.core.draws import seed_of
 from gspo.core.errors import ConfigError, check_names, check_whole
-from gspo.environments.environment import Action, Environment, Step, optional
+from gspo.environments.environment import Action, Environment, Step
 from gspo.policy.embedded import cache_folder
 
 _ALONE = threading.Lock()
@@ -31,8 +33,8 @@ class TextWorld(Environment):
     step_timeout = 600.0  # one waits for the games of others
 
     def __init__(self, kind: str, games: int = 100, commands: bool = True, **options: Any):
-        textworld = optional("textworld", "textworld", "textworld")
-        challenges = optional("textworld.challenges", "textworld", "textworld").CHALLENGES
+        textworld = optional("textworld", "textworld", "textworld", f"textworld:{kind}")
+        challenges = import_module("textworld.challenges").CHALLENGES
         check_whole("environment_options.games", games, 2)
         check_names("textworld", [kind], ["house", *(tw[3:] for tw in challenges)], {}, "game")
         _, self._make, add_options = challenges.get(f"tw-{kind}", (None, _house, _house_options))
@@ -89,4 +91,4 @@ def _house_options(parser: argparse.ArgumentParser) -> None:
 
 def _house(settings: dict[str, int], options: Any) -> Any:
     options.nb_rooms, options.nb_objects, options.quest_length = settings.values()
-    return optional("textworld.generator", "textworld", "textworld").make_game(options)
+    return import_module("textworld.generator").make_game(options)

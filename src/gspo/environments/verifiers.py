@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from importlib import import_module
 from typing import Any
 
+from gspo.core.byname import optional
 from gspo.core.errors import ConfigError, RolloutError
-from gspo.environments.environment import Action, Environment, Step, optional
+from gspo.environments.environment import Action, Environment, Step
 
 
 class Verifiers(Environment):
@@ -25,8 +27,8 @@ class Verifiers(Environment):
     max_tokens = 512
 
     def __init__(self, taskset: str, rows: int = 1000, config: dict[str, Any] | None = None):
-        self._vf = optional("verifiers.v1", "verifiers", "verifiers")
-        load = optional("verifiers.v1.utils.loaders", "verifiers", "verifiers")
+        self._vf = optional("verifiers.v1", "verifiers", "", f"verifiers:{taskset}")
+        load = optional("verifiers.v1.utils.loaders", "verifiers", "", f"verifiers:{taskset}")
         try:
             made = load.taskset_config_type(taskset)(id=taskset, **config or {})
             found = load.load_taskset(made)
@@ -50,8 +52,8 @@ class Verifiers(Environment):
 
     async def step(self, action: Action) -> Step:
         vf, task = self._vf, self._task
-        trace = optional("verifiers.v1.trace", "verifiers", "verifiers")
-        node = optional("verifiers.v1.graph", "verifiers", "verifiers").MessageNode
+        trace = import_module("verifiers.v1.trace")
+        node = import_module("verifiers.v1.graph").MessageNode
         said = [
             node(message=vf.UserMessage(content=task.data.prompt_text)),
             node(message=vf.AssistantMessage(content=action.text), parent=0, sampled=True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 from gspo.backend.metrics_file import read_metrics
@@ -59,7 +60,7 @@ def check_prompts(spec: Spec, task: Task | None, tokenizer: Any, context: int | 
         context: of the model, in tokens; None: no limit.
 
     Raises:
-        ConfigError: variables of a chat template, of a model that has none.
+        ConfigError: a variable that the model's chat template doesn't have.
         DataError: the template refuses a row.
         SampleTooLongError: the first row that is too long, and how many there are.
     """
@@ -67,21 +68,18 @@ def check_prompts(spec: Spec, task: Task | None, tokenizer: Any, context: int | 
         return
     chat, limit = ChatFormat(tokenizer, spec.model), spec.max_tokens or task.max_tokens
     plain = tokenizer.chat_template is None
-    if plain and task.template_kwargs:
-        raise ConfigError(f"data.chat_template_kwargs: {spec.model!r} has no chat template")
+    if missing := [name for name in task.template_kwargs or () if not chat.mentions(name)]:
+        told = f"{spec.model!r} has no chat template with a variable {missing[0]!r}"
+        raise ConfigError(f"data.chat_template_kwargs: {told}")
+    render = plain_prompt if plain else partial(chat.render, template_kwargs=task.template_kwargs)
     too_long: list[tuple[str, int]] = []
     steps = {"train": spec.steps * spec.prompts * (3 if spec.dynamic_sampling else 1)}
     split: Split
     for split, problems in task.problems.items():
         for index in range(min(len(problems), steps.get(split, spec.eval_prompts))):
             problem = task.problem(split, index, spec.seed)
-            messages, variables = task.messages(problem), task.template_kwargs
             try:
-                text = (
-                    plain_prompt(messages)
-                    if plain
-                    else chat.render(messages, template_kwargs=variables)
-                )
+                text = render(task.messages(problem))
             except (RequestError, TypeError, KeyError) as error:
                 raise DataError(f"{problem.where}: {error}") from None
             length = len(tokenizer(text, add_special_tokens=plain)["input_ids"])
@@ -107,9 +105,10 @@ def remember_dataset(spec: Spec, task: Task | None) -> list[str]:
 def how_often(spec: Spec, task: DatasetTask) -> str:
     """How many rows there are, and how often each is trained on."""
     train, heldout = (len(problems) for problems in task.problems.values())
+    steps = spec.steps - bool(spec.sft)
     return (
-        f"{train:,} rows to train on and {heldout:,} held out: {spec.steps} steps of "
-        f"{spec.prompts} prompts go over them {spec.steps * spec.prompts / train:.3g} x"
+        f"{train:,} rows to train on and {heldout:,} held out: {steps} steps of "
+        f"{spec.prompts} prompts go over them {steps * spec.prompts / train:.3g} x"
     )
 
 

@@ -32,6 +32,7 @@ class Outcome:
         prompts: number of distinct held-out prompts that were measured.
         seconds: the wall time of this process.
         before, after: held-out reward; None if the spec evaluates nothing.
+        warm: between them, after the SFT of [sft]; else None.
     """
 
     run: Path
@@ -40,14 +41,15 @@ class Outcome:
     seconds: float
     before: Estimate | None
     after: Estimate | None
+    warm: Estimate | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The fields that `gspo demo --json` and `gspo train --json` print."""
+        warm = {"after_sft": self.warm} if self.warm else {}
+        found = {"before": self.before, **warm, "after": self.after}
         return {
-            "reward_before": self.before and self.before.mean,
-            "reward_after": self.after and self.after.mean,
-            "reward_before_95": self.before and [self.before.low, self.before.high],
-            "reward_after_95": self.after and [self.after.low, self.after.high],
+            **{f"reward_{when}": it and it.mean for when, it in found.items()},
+            **{f"reward_{when}_95": it and [it.low, it.high] for when, it in found.items()},
             "prompts": self.prompts,
             "steps": self.steps,
             "seconds": round(self.seconds, 2),
@@ -111,13 +113,13 @@ async def run_experiment(spec: Spec, watch: Watch, task: Task | None = None) -> 
                 "sample a token depends on timing, so the run doesn't repeat exactly"
             )
         watch.started(spec, first, [f"engine and trainer are {exact}", *notes])
-        before = await _evaluate(backend, rollouts, watch, 0)
+        before, warm = await _evaluate(backend, rollouts, watch, 0), None
         if spec.sft:
             if first == 0:
                 result = await model.train_sft(lessons, _sft_config(spec.sft, spec.seed))
                 watch.stepped(result.step, result.metrics)
             first = max(1, first)
-            await _evaluate(backend, rollouts, watch, 1)
+            warm = await _evaluate(backend, rollouts, watch, 1)
         for step in range(first, spec.steps):
             if spec.eval_every and step % spec.eval_every == 0:
                 # Before the step and not after it: so a run that was killed between training and
@@ -136,7 +138,8 @@ async def run_experiment(spec: Spec, watch: Watch, task: Task | None = None) -> 
         steps = await model.get_step()
         after = await _evaluate(backend, rollouts, watch, steps)
     prompts = (after and after.prompts) or spec.eval_prompts
-    return Outcome(spec.folder, steps, prompts, time.perf_counter() - started, before, after)
+    seconds = time.perf_counter() - started
+    return Outcome(spec.folder, steps, prompts, seconds, before, after, warm)
 
 
 def _sft_config(sft: SFT, seed: int) -> art.TrainSFTConfig:

@@ -30,7 +30,9 @@ def model_card(run: SavedRun, step: int, *, adapter: bool, dtype: str) -> str:
         dtype: of the weights.
     """
     method, settings = method_name(run), run.settings
-    rewards = [(at, estimate) for at, estimate in run.evaluations.items() if at <= step]
+    rewards = {at: estimate for at, estimate in run.evaluations.items() if at <= step}
+    warm = [1] * bool(run.spec and run.spec.sft and 1 in rewards)
+    told = {*[*rewards][:1], *warm, *[*rewards][-1:]}
     given = flat(run.spec.model_dump(mode="json", exclude_defaults=True)) if run.spec else {}
     folder = Path(run.base_model)
     return _TEMPLATES.get_template("model_card.md").render(
@@ -48,7 +50,7 @@ def model_card(run: SavedRun, step: int, *, adapter: bool, dtype: str) -> str:
         step=step,
         spec=run.spec,
         given=given | {"model": run.spec and run.spec.model},
-        evaluations=[*rewards[:1], *rewards[1:][-1:]],
+        evaluations=[(at, rewards[at]) for at in sorted(told)],
         version=art.__version__,
     )
 
@@ -67,8 +69,11 @@ def _header(run: SavedRun, adapter: bool, method: str) -> str:
 
 def _without_folders(value: Any) -> Any:
     """A value, of whose paths the folders are left out: a card is read by others."""
+    if isinstance(value, list):
+        return [*map(_without_folders, value)]
     if not isinstance(value, str):
         return value
+    value = Path(value).name if value.startswith("/") and Path(value).is_dir() else value
     return re.sub(r"^(?:[^:\s]*/)?([^/:]+\.\w+(?::\w+)?)$", r"\1", value)
 
 

@@ -18,6 +18,7 @@ from gspo.experiment.spec import Spec
 from gspo.kernels.kv_cache import kv_bytes
 from gspo.policy.embedded import PREFIX, RECIPES, build_model, build_tokenizer, embedded_task
 from gspo.policy.source import read_config, read_tokenizer, resolve
+from gspo.tasks import Task
 from gspo.tasks.dataset import DatasetTask
 from gspo.train.defaults import default_learning_rate
 from gspo.train.minibatches import activation_bytes, token_budget
@@ -31,8 +32,11 @@ _LARGEST_ROLLOUTS = 512
 """The most completions that are decoded at once."""
 
 
-def make_plan(spec: Spec) -> str:
+def make_plan(spec: Spec, task: Task | None = None) -> str:
     """Check each name that the spec gives, and describe the run. Memory is an estimate.
+
+    Args:
+        task: the spec's, if it is loaded already.
 
     Raises:
         GspoError: a model, task, rollout or option that doesn't exist, or completions that the
@@ -45,7 +49,7 @@ def make_plan(spec: Spec) -> str:
     )
     if ranks > 1:
         check_divided(spec.load, spec.ep_size)
-    task = spec.make_task()
+    task = task or spec.make_task()
     played = (
         load_environment(spec.environment, spec.environment_options)() if spec.environment else None
     )

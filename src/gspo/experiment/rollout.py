@@ -65,13 +65,15 @@ class Rollouts:
     async def batch(self, step: int) -> list[TrajectoryGroup]:
         """Make the groups of one step; dynamic sampling replaces flat ones by fresh prompts'."""
         spec, size = self.spec, self.spec.prompts
+        # The first epoch of a dataset begins after the SFT.
+        place = step - bool(spec.sft and self.task and self.task.sizes)
         if not spec.dynamic_sampling:
-            indices = range(step * size, (step + 1) * size)
+            indices = range(place * size, (place + 1) * size)
             return await self.groups("train", indices, spec.completions, step)
         turns = resolve(options=spec.train).turn_weight > 0
         differing: list[TrajectoryGroup] = []
         flat: list[TrajectoryGroup] = []
-        for first in range(step * _ROUNDS * size, (step + 1) * _ROUNDS * size, size):
+        for first in range(place * _ROUNDS * size, (place + 1) * _ROUNDS * size, size):
             indices = range(first, first + size - len(differing))
             for group in await self.groups("train", indices, spec.completions, step):
                 rewards = {
@@ -128,16 +130,10 @@ class Rollouts:
         assert make is not None
         seed, instance = await episode_seed(make, scenario.split, scenario.index, scenario.seed)
 
+        limits = spec.model_dump(include={"max_turns", "max_tokens", "temperature", "step_timeout"})
+
         async def episode(model: TrainableModel, scenario: Scenario) -> Trajectory:
-            trajectory = await play(
-                make(),
-                model,
-                seed,
-                max_turns=spec.max_turns,
-                max_tokens=spec.max_tokens,
-                temperature=spec.temperature,
-                step_timeout=spec.step_timeout,
-            )
+            trajectory = await play(make(), model, seed, **limits)
             trajectory.metadata["instance"] = instance
             return trajectory
 

@@ -153,8 +153,6 @@ class Spec(Options, title="the run"):
         for name in ("environment_options", "max_turns", "step_timeout"):
             if self.environment is None and getattr(self, name):
                 raise ValueError(f"{name} is of an environment, but none is given")
-        if self.environment is not None and not self.model:
-            raise ValueError("an environment has no model of its own: give a model")
         return self
 
     @model_validator(mode="after")
@@ -186,10 +184,7 @@ class Spec(Options, title="the run"):
             )
         if not self.model:
             near = suggestion(self.task or "", task_names())
-            raise ValueError(
-                f"task = {self.task!r} is no built-in task, and only those have a model of their "
-                f"own: give a model.{near}"
-            )
+            raise ValueError(f"only a built-in task has a model of its own: give a model.{near}")
         return self
 
     def _check_dataset(self) -> None:
@@ -225,11 +220,12 @@ class Spec(Options, title="the run"):
         return load_dataset(self.dataset, self.reward, self.reward_weights, self.data)
 
     def with_steps(self, task: Task | None = None) -> Spec:
-        """The spec with the number of steps that its epochs come to, rounded up."""
+        """The spec with the number of steps in place of epochs, rounded up."""
         if self.data.epochs is None or not (task := task or self.make_task()) or not task.sizes:
             return self
-        steps = -(-self.data.epochs * task.sizes["train"] // self.prompts)
-        return self.model_copy(update={"steps": steps})
+        steps = -(-self.data.epochs * task.sizes["train"] // self.prompts) + bool(self.sft)
+        data = self.data.model_copy(update={"epochs": None})  # both together are refused
+        return self.model_copy(update={"steps": steps, "data": data})
 
     @property
     def folder(self) -> Path:

@@ -23,7 +23,7 @@ from gspo.experiment.watch import LiveWatch
 from gspo.tasks.dataset import load_dataset
 from gspo.train.checkpoint import steps_saved
 from gspo.train.defaults import WARMUP
-from gspo.utils.sft import read_trajectories, train_sft_from_file
+from gspo.utils.sft import read_trajectories
 
 Function = str | Callable[..., Any]
 DEMO_STEPS = 120
@@ -91,19 +91,18 @@ async def tune(
 ) -> art.TrainResult:
     """`gspo sft`: train `model`, or go on with the run of this name.
 
-    `options` are those of `train_sft_from_file`.
+    `options` are those of `TrainSFTConfig`.
     """
-    read_trajectories(data)  # before a model is loaded or a run is begun
-    config = art.dev.InternalModelConfig(max_context=max_tokens)
-    tuned = art.TrainableModel(
-        name=name, project=project, base_model=model, _internal_config=config
-    )
+    lessons = read_trajectories(data)  # before a model is loaded or a run is begun
+    config = art.TrainSFTConfig(lr_schedule="linear", **options)
+    load = art.dev.InternalModelConfig(max_context=max_tokens)
+    tuned = art.TrainableModel(name=name, project=project, base_model=model, _internal_config=load)
     folder = Path(path).expanduser() / project / name
     begun = folder.exists()
     try:
         async with art.LocalBackend(path) as backend:
             await tuned.register(backend)
-            return await train_sft_from_file(tuned, data, **options)
+            return await tuned.train_sft(lessons, config)
     except DataError:
         if not begun:  # nothing was trained: no empty run stays behind
             shutil.rmtree(folder)

@@ -137,9 +137,9 @@ def compare(
     cells = make_cells(resolved)
     workers = workers or default_workers(cells)
     if dry_run:
-        data = {repr((s.dataset, s.reward)): s for s in (c.spec for c in cells) if s is not None}
-        for spec_of_rows in data.values():  # each reward is tried, as `gspo train --dry-run` does
-            asyncio.run(check_dataset(spec_of_rows, spec_of_rows.make_task()))
+        tried = {id(cell.task): (cell.spec, cell.task) for cell in cells if cell.spec}
+        for run, task in tried.values():  # each reward, as `gspo train --dry-run` does
+            asyncio.run(check_dataset(run, task))
         print_cells(cells, workers)
         return
     print(summary_line(cells, workers))

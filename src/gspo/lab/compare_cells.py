@@ -16,17 +16,23 @@ from gspo.experiment.plan import make_plan
 from gspo.experiment.run_file import nested
 from gspo.experiment.spec import Spec
 from gspo.lab.compare import CompareSpec, run_keys
+from gspo.tasks import Task
 from gspo.tasks.dataset import DatasetTask
 from gspo.train.settings import resolve
 
 CELLS = "cells"
 _DEFAULTS = {"load.threads": 1, "keep_checkpoints": 1}
 """Defaults of a cell, which the base may change: one core, and one checkpoint on disk."""
+_PROMPTS = {"task", "task_options", "dataset", "reward", "reward_weights", "data"}
+"""Fields of a run that its task is made of."""
 _FACTOR = re.compile(r"\*\s*(\d+\.?\d*(?:[eE][+-]?\d+)?)\s*")
 
 Status = Literal["pending", "running", "done", "failed", "refused"]
 Level = tuple[Any, dict[str, Any]]
 """An arm, or one value of an axis: its label, and the keys of a run that it sets."""
+
+Tasks = dict[str, Task | None]
+"""By the fields of a run that they are made of."""
 
 
 @dataclass
@@ -38,6 +44,7 @@ class Cell:
         stress: axis -> value, or the label of a table.
         spec: the run; None if it is refused.
         error: why it failed, or why the arm has no meaning under these stressors.
+        task: the run's; cells of the same prompts have the same one.
     """
 
     arm: str
@@ -47,6 +54,7 @@ class Cell:
     error: str | None = None
     seed: int = 0
     id: str = ""
+    task: Task | None = None
 
     @property
     def folder(self) -> Path:
@@ -82,9 +90,10 @@ def make_cells(compare: CompareSpec) -> list[Cell]:
         axes[axis] = _levels(f"stress {axis}", tables)
     _check_collisions(arms, axes)
     cells: list[Cell] = []
+    tasks: Tasks = {}
     for levels in itertools.product(*axes.values()):
         stress = {axis: label for axis, (label, _) in zip(axes, levels, strict=True)}
-        cells += [_resolve(arm, stress, base | keys, levels) for arm, keys in arms]
+        cells += [_resolve(arm, stress, base | keys, levels, tasks) for arm, keys in arms]
     _check_refusals(cells)
     return [_with_seed(cell, seed, compare.path) for seed in compare.seeds for cell in cells]
 
@@ -125,21 +134,27 @@ def _factor(value: Any) -> float | None:
 
 
 def _resolve(
-    arm: str, stress: dict[str, Any], keys: dict[str, Any], levels: tuple[Level, ...]
+    arm: str, stress: dict[str, Any], keys: dict[str, Any], levels: tuple[Level, ...], tasks: Tasks
 ) -> Cell:
-    """The cell without its seed, checked as `gspo train --dry-run` does."""
+    """The cell without its seed, checked as `gspo train --dry-run` does.
+
+    Args:
+        tasks: those that are loaded: a dataset is read once, whatever the number of its cells.
+    """
     for _, level in levels:
         for key, value in level.items():
             factor = _factor(value)
             keys[key] = value if factor is None else _scaled(key, factor, keys)
     try:
-        spec = Spec(**nested(keys)).with_steps()
-        make_plan(spec)
+        spec = Spec(**nested(keys))
+        prompts = spec.model_dump_json(include=_PROMPTS)
+        task = tasks[prompts] if prompts in tasks else tasks.setdefault(prompts, spec.make_task())
+        make_plan(spec := spec.with_steps(task), task)
     except ConfigError as error:
         return Cell(arm, stress, None, status="refused", error=str(error))
     if spec.eval_prompts == 0:
         raise ConfigError("eval_prompts = 0: arms are compared by their held-out reward")
-    return Cell(arm, stress, spec)
+    return Cell(arm, stress, spec, task=task)
 
 
 def _scaled(key: str, factor: float, keys: dict[str, Any]) -> float:
@@ -171,12 +186,12 @@ def _with_seed(cell: Cell, seed: int, path: str) -> Cell:
         train = cell.spec.train.model_copy(update={"seed": seed})
         place = {"seed": seed, "train": train, "path": path, "project": CELLS}
         spec = cell.spec.model_copy(update=place)
-        cell.spec = spec.model_copy(update={"name": _run_name(spec)})
+        cell.spec = spec.model_copy(update={"name": _run_name(spec, cell.task)})
         cell.status = "done" if cell.is_finished() else "pending"
     return cell
 
 
-def _run_name(spec: Spec) -> str:
+def _run_name(spec: Spec, task: Task | None) -> str:
     """By content: the same run has the same name, in whichever comparison it is a cell."""
     # A method's own number of minibatches is that number, given or not.
     minibatches = resolve(options=spec.train).minibatches
@@ -184,7 +199,7 @@ def _run_name(spec: Spec) -> str:
     content = spec.model_copy(update={"train": train}).model_dump(
         mode="json", exclude_defaults=True, exclude={"name", "path", "project"}
     )
-    if isinstance(task := spec.make_task() if spec.dataset else None, DatasetTask):
+    if isinstance(task, DatasetTask):
         content["dataset"] = task.digest  # other rows are another run
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
     method = spec.train.algorithm or "gspo"

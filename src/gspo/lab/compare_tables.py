@@ -47,6 +47,8 @@ def summary_line(cells: Sequence[Cell], workers: int) -> str:
     if seconds and count["pending"]:
         left = fmean(seconds) * count["pending"] / min(workers, count["pending"])
         line += f"; roughly {timedelta(seconds=round(left))}, as fast as those done"
+    if any(cell.spec and cell.spec.pipeline for cell in cells):
+        line += "\npipeline: what a cell samples depends on timing, so it doesn't repeat exactly"
     return line
 
 

@@ -7,14 +7,10 @@ it: there is no question at the terminal.
 from __future__ import annotations
 
 import json
-import socket
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
-from huggingface_hub.constants import ENDPOINT
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -26,6 +22,7 @@ from transformers import (
 )
 
 from gspo.core.errors import ModelError, suggestion
+from gspo.core.hub import hub_answers
 from gspo.kernels.hf import has_divided_experts, quiet, sharding
 from gspo.kernels.sharded import begin_sharded
 from gspo.policy.embedded import PREFIX, RECIPES, embedded_folder
@@ -172,7 +169,7 @@ def _read(auto: Any, path: str, trust_remote_code: bool, name: str = "", **optio
     """Call `from_pretrained`; an error becomes a ModelError that calls the model `name`."""
     is_folder = Path(path).is_dir()
     # A hub that cannot be reached is not asked again and again: its cache is searched.
-    options |= {"local_files_only": not is_folder and not _hub_answers()}
+    options |= {"local_files_only": not is_folder and not hub_answers()}
     try:
         with quiet():
             return auto.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
@@ -188,11 +185,3 @@ def _read(auto: Any, path: str, trust_remote_code: bool, name: str = "", **optio
             reason = f": it is the folder of a run: give one of its checkpoints, {str(saved[-1])!r}"
         what = "the tokenizer of " if auto is AutoTokenizer else ""
         raise ModelError(f"cannot load {what}base_model {name or path!r}{reason}") from error
-
-
-def _hub_answers() -> bool:
-    try:
-        # A proxy, if there is one, resolves names itself.
-        return bool(getproxies() or socket.getaddrinfo(urlsplit(ENDPOINT).hostname, 443))
-    except OSError:
-        return False

@@ -47,6 +47,5 @@ def load_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
     task = made_of(kind, "task", name, given)
     if not hasattr(task, "max_tokens"):
         raise ConfigError(f"task = {name!r} needs max_tokens, the default limit of a completion")
-    if not hasattr(task, "name"):
-        task.name = name
+    task.name = getattr(task, "name", name)
     return task

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 from gspo.core.draws import seed_of
 from gspo.core.errors import ConfigError, DataError, shown
 from gspo.core.options import LARGEST_COUNT, Options
-from gspo.core.rows import Rows, read_rows
+from gspo.core.rows import Rows, check_messages, read_rows
 from gspo.tasks.scoring import Reward, grade, load_rewards
 from gspo.tasks.task import Problem, Split, Task
 
@@ -102,7 +102,7 @@ class DatasetTask(Task):
     def _problem(self, where: str, row: Mapping[str, Any]) -> Problem:
         asked = [name for name in ("prompt", "messages") if row.get(name) is not None]
         if len(asked) != 1:
-            has = "both columns" if asked else "no column"
+            has = "both columns" if asked else "no value in a column"
             raise DataError(f'{where} has {has} "prompt" or "messages"; it has: {", ".join(row)}')
         prompt = row[asked[0]]
         if isinstance(prompt, list) and asked:
@@ -173,9 +173,7 @@ def _asked(problem: Problem) -> Any:
 
 
 def _checked(where: str, messages: list[Any], system_prompt: str | None) -> list[dict[str, Any]]:
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise DataError(f"{where}, message {number} is {shown(message)}; it needs a role")
+    check_messages(messages, where)
     if not messages or messages[-1]["role"] == "assistant":
         raise DataError(
             f"{where}: its messages must end with what is asked; give what the assistant should "

@@ -20,8 +20,7 @@ class GymTask(Task):
     max_tokens = 256
 
     def __init__(self, name: str, options: dict[str, Any]):
-        package, needs = "reasoning-gym", f"the task {name}"
-        gym = optional("reasoning_gym", package, package, needs)
+        gym = optional("reasoning_gym", "reasoning-gym", "reasoning-gym", f"the task {name}")
         datasets = gym.factory.DATASETS
         dataset = name.partition(":")[2]
         if dataset not in datasets:

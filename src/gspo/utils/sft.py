@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from gspo.absent import refusing
 from gspo.config import TrainSFTConfig
-from gspo.core.errors import DataError, shown
-from gspo.core.rows import read_rows
+from gspo.core.errors import DataError
+from gspo.core.rows import check_messages, read_rows
 from gspo.trajectories import Trajectory
 
 __all__ = ["read_trajectories", "train_sft_from_file"]
@@ -32,10 +32,7 @@ def read_trajectories(file_path: str | Path) -> list[Trajectory]:
 def _trajectory(where: str, row: dict[str, Any]) -> Trajectory:
     if "messages" not in row:
         raise DataError(f'{where} has no column "messages"; it has: {", ".join(row)}')
-    messages = row["messages"]
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise DataError(f"{where}: messages are {shown(messages)}; give a list of messages")
-    check_conversation(messages, where)
+    check_conversation(messages := row["messages"], where)
     try:
         return Trajectory(
             messages_and_choices=messages, tools=row.get("tools") or None, metadata={"row": where}
@@ -44,18 +41,13 @@ def _trajectory(where: str, row: dict[str, Any]) -> Trajectory:
         raise DataError(f"{where}: {error}") from None
 
 
-def check_conversation(messages: list[Any], where: str) -> None:
+def check_conversation(messages: Any, where: str) -> None:
     """Refuse what no model has to be loaded for: a message without role or text, or no answer.
 
     Raises:
         DataError: it names `where`, which is the row.
     """
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise DataError(f"{where}, message {number} is {shown(message)}; it needs a role")
-        content = message.get("content")
-        if not isinstance(content, str | None) or (content is None and "tool_calls" not in message):
-            raise DataError(f"{where}, message {number}: content is {shown(content)}; give a text")
+    check_messages(messages, where)
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError(f"{where} has no assistant turn: there is nothing to train on")
 
@@ -68,16 +60,16 @@ async def train_sft_from_file(
     batch_size: int = 8,
     peak_lr: float | None = None,
     schedule_type: Literal["constant", "linear"] = "linear",
-    seed: int = 0,
-    assistant_turns: Literal["all", "last"] = "all",
     verbose: bool = False,
 ) -> Any:
     """Call `model.train_sft` once on all rows of a file, in another order each epoch.
 
+    Other options: `model.train_sft(read_trajectories(path), TrainSFTConfig(...))`.
+
     Args:
         model: a registered `TrainableModel`.
         file_path: see `read_trajectories`.
-        epochs, batch_size, seed, assistant_turns: see `TrainSFTConfig`.
+        epochs, batch_size: see `TrainSFTConfig`.
         peak_lr: None: by the model's size.
         schedule_type: `linear` has a warmup.
         verbose: print the call's metrics.
@@ -88,12 +80,6 @@ async def train_sft_from_file(
     Raises:
         GspoError: as `read_trajectories` and `LocalBackend.train_sft`.
     """
-    config = TrainSFTConfig(
-        learning_rate=peak_lr,
-        lr_schedule=schedule_type,
-        batch_size=batch_size,
-        assistant_turns=assistant_turns,
-        epochs=epochs,
-        seed=seed,
-    )
+    rate = {"learning_rate": peak_lr, "lr_schedule": schedule_type}
+    config = TrainSFTConfig(epochs=epochs, batch_size=batch_size, seed=0, **rate)
     return await model.train_sft(read_trajectories(file_path), config, verbose=verbose)
