@@ -19,7 +19,6 @@ from gspo.policy.probe import choose_packing
 from gspo.train import checkpoint
 from gspo.train.checkpoint import (
     load_trainer_state,
-    save_checkpoint,
     steps_saved,
     verify_checkpoint,
 )
@@ -27,7 +26,7 @@ from gspo.train.minibatches import prepare
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
 from gspo.weights.rollout_copy import RoundedCopy
-from support import embedded, random_groups
+from support import embedded, random_groups, save_checkpoint
 
 SETTINGS = resolve(TrainConfig(learning_rate=1e-3))
 

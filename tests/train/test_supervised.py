@@ -17,7 +17,7 @@ from gspo.data.turn import Turn
 from gspo.policy.embedded import embedded_folder
 from gspo.policy.workers import Workers
 from gspo.train.settings import resolve
-from gspo.train.supervised import SFTPlan, plan_sft, sft_gradient, train_sft
+from gspo.train.supervised import plan_sft, sft_gradient, train_sft
 from gspo.train.trainer import Trainer
 from support import embedded
 
@@ -75,34 +75,34 @@ def test_each_epoch_has_each_sample_once_in_an_order_of_its_own():
     policy = embedded()
     config = art.TrainSFTConfig(batch_size=4, epochs=3, seed=7)
     plan = plan_sft(10, config, policy)
-    assert [len(batch) for batch in plan.batches] == [4, 4, 2] * 3
-    epochs = [list(chain(*plan.batches[i : i + 3])) for i in (0, 3, 6)]
+    assert [len(batch) for _, batch in plan] == [4, 4, 2] * 3
+    epochs = [list(chain(*(batch for _, batch in plan[i : i + 3]))) for i in (0, 3, 6)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
     assert plan == plan_sft(10, config, policy)
     other = plan_sft(10, art.TrainSFTConfig(batch_size=4, epochs=3, seed=8), policy)
-    assert plan.batches != other.batches
+    assert plan != other
     given = plan_sft(10, art.TrainSFTConfig(batch_size=4), policy)
-    assert given.batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    assert given.rates == [1.5e-4] * 3  # by the model's size
+    assert [batch for _, batch in given] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert [rate for rate, _ in given] == [1.5e-4] * 3  # by the model's size
 
 
 def test_learning_rates():
     policy = embedded()
     each = art.TrainSFTConfig(batch_size=1, learning_rate=[0.1, 0.2])
-    assert plan_sft(2, each, policy).rates == [0.1, 0.2]
+    assert [rate for rate, _ in plan_sft(2, each, policy)] == [0.1, 0.2]
     with pytest.raises(ConfigError, match="2 numbers, but 3 trajectories make 3 batches"):
         plan_sft(3, each, policy)
     linear = art.TrainSFTConfig(batch_size=1, learning_rate=1.0, lr_schedule="linear")
-    rates = plan_sft(20, linear, policy).rates
+    rates = [rate for rate, _ in plan_sft(20, linear, policy)]
     assert rates[:3] == [0.5, 1.0, 1.0] and rates[-1] > 0
     assert rates[2:] == sorted(rates[2:], reverse=True)
-    assert plan_sft(1, linear, policy).rates == [1.0]
+    assert [rate for rate, _ in plan_sft(1, linear, policy)] == [1.0]
 
 
 def test_a_call_is_one_step_and_one_version():
     trainer = Trainer(embedded())
-    metrics = train_sft(trainer, samples(), SFTPlan([[0, 1], [2, 3, 4]], [1e-3, 2e-3])).compute()
+    metrics = train_sft(trainer, samples(), [(1e-3, [0, 1]), (2e-3, [2, 3, 4])]).compute()
     assert (trainer.step, trainer.policy.version) == (1, 1)
     assert (metrics["sft/batches"], metrics["sft/learning_rate"]) == (2, 2e-3)
     assert metrics["sft/tokens"] == sum(sample.sampled for sample in samples())
@@ -123,7 +123,7 @@ def test_a_gradient_that_is_not_finite_makes_no_update(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(trainer.optimizer, "step", second_fails)
     with pytest.raises(NumericsError, match=r"SFT in step 0, batch 1: .* its update was not made"):
-        train_sft(trainer, samples(), SFTPlan([[0], [1]], [1e-3, 1e-3]))
+        train_sft(trainer, samples(), [(1e-3, [0]), (1e-3, [1])])
     assert (trainer.step, trainer.policy.version) == (0, 1)  # the first batch has moved weights
     assert all(p.grad is None for p in trainer.policy.trainable.values())
     assert all(torch.isfinite(p).all() for p in trainer.policy.trainable.values())

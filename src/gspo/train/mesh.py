@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
@@ -97,6 +98,7 @@ class Mesh(Workers):
                 f" waited up to {limit:.0f} s at {where} for the other ranks: {error}. Give every "
                 "machine the same number of machines, and an address that all of them reach"
             ) from None
+        self.checkpoint_group = dist.new_group(backend="gloo", timeout=wait)
         self.count, self.limit, self._calls = self.size, limit, 0
         self._counts, self.broken = True, ""
         self.hosts: list[str] = self.gather(socket.gethostname())
@@ -111,6 +113,12 @@ class Mesh(Workers):
             starts, wait = range(0, self.size, cp_size), timedelta(seconds=self.limit)
             groups = [dist.new_group(range(s, s + cp_size), timeout=wait) for s in starts]
             self.parts = TokenParts(self.rank % cp_size, cp_size, groups[self.rank // cp_size])
+
+    def limit_waits(self) -> None:
+        """Let nothing wait for longer than `limit`. A loaded model has groups of ranks of its own,
+        in which torch would wait for 30 minutes."""
+        for group in distributed_c10d._world.pg_map:
+            distributed_c10d._set_pg_timeout(timedelta(seconds=self.limit), group)
 
     def map(self, function: Callable[[A], B], items: Sequence[A]) -> list[B]:
         """Call the function with each item on one rank, or on those that divide a microbatch's

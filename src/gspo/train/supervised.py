@@ -12,7 +12,6 @@ import math
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -31,18 +30,8 @@ from gspo.train.optimizer import learning_rate
 from gspo.train.settings import Settings, resolve
 from gspo.train.trainer import Trainer
 
-
-@dataclass(frozen=True)
-class SFTPlan:
-    """The optimizer steps of one call.
-
-    Attributes:
-        batches: numbers of the samples of each step.
-        rates: its learning rate.
-    """
-
-    batches: Sequence[Sequence[int]]
-    rates: Sequence[float]
+SFTPlan = list[tuple[float, list[int]]]
+"""Of each optimizer step of one call: its learning rate, and the numbers of its samples."""
 
 
 def plan_sft(count: int, config: TrainSFTConfig, policy: Policy) -> SFTPlan:
@@ -64,13 +53,13 @@ def plan_sft(count: int, config: TrainSFTConfig, policy: Policy) -> SFTPlan:
                 f"TrainSFTConfig: learning_rate has {len(peak)} numbers, but {count} trajectories "
                 f"make {steps} batches: give one number, or one for each batch"
             )
-        return SFTPlan(batches, peak)
+        return list(zip(peak, batches, strict=True))
     peak = peak or default_learning_rate(base_parameters(policy), policy.peft is not None)
     schedule = TrainConfig()
     if config.lr_schedule == "linear":
         warmup = steps // 10
         schedule = TrainConfig(lr_schedule="linear", lr_warmup_steps=warmup, lr_total_steps=steps)
-    return SFTPlan(batches, [learning_rate(peak, schedule, k, k + 1) for k in range(steps)])
+    return [(learning_rate(peak, schedule, k, k + 1), batch) for k, batch in enumerate(batches)]
 
 
 def train_sft(trainer: Trainer, samples: Sequence[Sample], plan: SFTPlan) -> Metrics:
@@ -84,7 +73,7 @@ def train_sft(trainer: Trainer, samples: Sequence[Sample], plan: SFTPlan) -> Met
     policy.use_threads()
     policy.lm.eval()  # train mode is dropout and noise under any name: never wanted
     try:
-        for batch, rate in zip(plan.batches, plan.rates, strict=True):
+        for rate, batch in plan:
             loss, tokens = sft_gradient(policy, [samples[i] for i in batch], settings)
             norm = trainer.optimizer.step(rate, settings)
             losses.append(loss)
@@ -101,7 +90,7 @@ def train_sft(trainer: Trainer, samples: Sequence[Sample], plan: SFTPlan) -> Met
     metrics.add("sft/loss_first", losses[0])
     metrics.add("sft/loss_last", losses[-1])
     metrics.add("sft/batches", len(losses))
-    metrics.maximum("sft/learning_rate", max(plan.rates))
+    metrics.maximum("sft/learning_rate", max(rate for rate, _ in plan))
     metrics.add("time/train", time.perf_counter() - started)
     return metrics
 
