@@ -96,10 +96,10 @@ def test_the_plan_has_the_models_own_context():
 
 def test_experts_that_a_model_lacks_are_not_divided(tmp_path: Path):
     dense = saved_model(tmp_path / "dense", "llama")
-    with pytest.raises(ModelError, match=r"ep_size=2: .*dense.* has no experts that transformers"):
+    with pytest.raises(ModelError, match=r"ep_size=2: .*dense.* has 0 experts that transformers"):
         make_plan(Spec(task="sort", model=str(dense), nproc=2, ep_size=2))
     with pytest.raises(
-        ModelError, match=r"ep_size=3: 'embedded:sort' has \d+ experts, no multiple"
+        ModelError, match=r"ep_size=3: 'embedded:sort' has \d+ experts that .* a divisor"
     ):
         make_plan(Spec(task="sort", nproc=3, ep_size=3))
 

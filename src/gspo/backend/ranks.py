@@ -111,7 +111,6 @@ def load_on_ranks(
     remedy = "copy the same files to every machine, or give a folder that all of them share"
     mesh.agree(f"base_model {base_model!r}", _fingerprint(resolve(base_model)), remedy)
     trainer = load_trainer(base_model, config, checkpoint, mesh)
-    mesh.limit_waits()
     packing = trainer.policy.packing, trainer.policy.shares_prompts
     mesh.agree("how samples are packed", packing, "use machines of one kind")
     return trainer

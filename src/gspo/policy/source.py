@@ -174,13 +174,12 @@ def check_experts(lm: PreTrainedModel, source: str, ep_size: int) -> None:
         ModelError: names the model and how many experts it has.
     """
     stacked = {p.shape[0] for n, p in lm.named_parameters() if p.dim() == 3 and ".experts." in n}
-    if ep_size > 1 and not (getattr(lm, "ep_plan", None) and stacked):
-        has = "has no experts that transformers can divide among processes"
-    elif any(experts % ep_size for experts in stacked):
-        has = f"has {max(stacked)} experts, no multiple of that"
-    else:
-        return
-    raise ModelError(f"ep_size={ep_size}: {source!r} {has}; leave ep_size out")
+    experts = min(stacked, default=0) if getattr(lm, "ep_plan", None) else 0
+    if ep_size > 1 and (not experts or experts % ep_size):
+        raise ModelError(
+            f"ep_size={ep_size}: {source!r} has {experts} experts that transformers can divide "
+            "among processes: leave ep_size out, or give a divisor of their number"
+        )
 
 
 def check_no_pickles(path: str) -> None:

@@ -98,6 +98,9 @@ class Mesh(Workers):
                 f" waited up to {limit:.0f} s at {where} for the other ranks: {error}. Give every "
                 "machine the same number of machines, and an address that all of them reach"
             ) from None
+        # A model that is divided makes groups of its own, in which torch waits for 30 minutes.
+        distributed_c10d.default_pg_timeout = wait
+        distributed_c10d.default_pg_nccl_timeout = wait  # pyright: ignore[reportPrivateImportUsage]
         self.checkpoint_group = dist.new_group(backend="gloo", timeout=wait)
         self.count, self.limit, self._calls = self.size, limit, 0
         self._counts, self.broken = True, ""
@@ -113,12 +116,6 @@ class Mesh(Workers):
             starts, wait = range(0, self.size, cp_size), timedelta(seconds=self.limit)
             groups = [dist.new_group(range(s, s + cp_size), timeout=wait) for s in starts]
             self.parts = TokenParts(self.rank % cp_size, cp_size, groups[self.rank // cp_size])
-
-    def limit_waits(self) -> None:
-        """Let nothing wait for longer than `limit`. A loaded model has groups of ranks of its own,
-        in which torch would wait for 30 minutes."""
-        for group in distributed_c10d._world.pg_map:
-            distributed_c10d._set_pg_timeout(timedelta(seconds=self.limit), group)
 
     def map(self, function: Callable[[A], B], items: Sequence[A]) -> list[B]:
         """Call the function with each item on one rank, or on those that divide a microbatch's
@@ -214,8 +211,8 @@ class Mesh(Workers):
         try:
             self._store.set(f"{number}-{self.rank}", json.dumps([kind, str(failed)]))
             notes = self._notes(number, GRACE if failed else self.limit)
-        except RuntimeError:
-            notes = {0: ["lost", "the rendezvous is gone"]}
+        except RuntimeError:  # the store has ended with the first rank
+            notes = {rank: ["lost", "no store"] for rank in range(1, self.size)}
         if len(notes) == self.size and {kind} == {note[0] for note in notes.values()} - {"lost"}:
             if failed is not None:
                 raise failed
