@@ -85,6 +85,13 @@ class Mesh(Workers):
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         try:
             self._store, self.rank, self.size = next(rendezvous("env://", timeout=wait))
+            self._store.set(f"size-{self.rank}", str(self.size))
+            for other in range(self.size):  # else whoever expects fewer would wait for ever
+                if (told := int(self._store.get(f"size-{other}"))) != self.size:
+                    raise ConfigError(
+                        f"rank {self.rank} on {socket.gethostname()} is one of {self.size}, but "
+                        f"rank {other} one of {told}: start all with the same numbers"
+                    )
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
                 store=PrefixStore("gspo-group", self._store),
