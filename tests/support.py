@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -17,6 +18,7 @@ from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
 from gspo.serve.app import create_app, one_engine
 from gspo.serve.engine import Engine
+from gspo.train.checkpoint import begin_checkpoint
 from gspo.train.expert_replay import ExpertReplay
 from gspo.train.minibatches import RolloutBatch
 from gspo.train.observe import Observer
@@ -76,6 +78,13 @@ def embedded(name: str = "embedded:sort", **config: Any) -> Policy:
     policy = load_policy(name, art.dev.InternalModelConfig(**config))
     choose_packing(policy)
     return policy
+
+
+def save_checkpoint(folder: Path, trainer: Trainer) -> Path:
+    """Write a checkpoint of what is now, and return when it is there."""
+    target, write = begin_checkpoint(folder, trainer, copied=False)
+    write()
+    return target
 
 
 def gradient_of(

@@ -6,11 +6,12 @@ As a program it takes the arguments of `vllm.entrypoints.openai.api_server` that
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 import uvicorn
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from safetensors.torch import load_file
 
 from gspo.policy.load import load_policy
@@ -31,16 +32,27 @@ PARAMS = {"n": 1, "max_tokens": 5, "temperature": 1.0, "logprobs": 0, "ignore_eo
 """Of a short request."""
 LOADING = threading.Lock()
 """transformers loads one model at a time."""
+_ODD = {"null": None, "nan": float("nan"), "infinite": float("-inf"), "9999": -9999.0}
+
+
+async def _trickle() -> AsyncIterator[bytes]:
+    while True:
+        yield b" "
+        await asyncio.sleep(0.05)
 
 
 class StandIn:
     """One server.
 
     Attributes:
-        faults: of `dead` (each route answers 500), `hangs`, `hung health`, `stale` (a reload that
-            does nothing), `old head` (all but the tied head is loaded), `log-probs`, `token ids`,
-            `nan`, `shape`, `held blocks` (the prefix cache is not reset), `no json`: what is wrong
-            with it now.
+        faults: what is wrong with it now. `dead` (each route answers 500), `hangs`, `hung health`,
+            `trickles` (answers that never end), `no json`, `begins anew` (once, when it is asked to
+            sample); of a reload: `stale` (it does nothing), `old head` (all but the tied head is
+            loaded), `held blocks` (the prefix cache is not reset); of an answer: `log-probs`,
+            `token ids`, `other ids`, `null`, `nan`, `infinite`, `9999`, `shape`, `cut` (fewer
+            tokens than asked for), `cut stop` (ended, by nothing), `abort`, `no reason`, `no
+            label`, `label of one`.
+        busy: to so many requests it answers 503, to be asked again at once.
         seconds: before it answers a request to sample, beside what is computed.
         config: what it says of its settings.
         asked: paths of the requests so far.
@@ -54,7 +66,7 @@ class StandIn:
             "quantization": None,
             "max_model_len": length,
         }
-        self.seconds = 0.0
+        self.seconds, self.busy = 0.0, 0
         self.lock = threading.Lock()
         self.restart()
         self.app = FastAPI()
@@ -88,6 +100,14 @@ class StandIn:
             return Response('{"choices": [', media_type="application/json")
         if ("hangs" in self.faults and sampling) or ("hung health" in self.faults and not sampling):
             await asyncio.sleep(60)
+        if self.busy:
+            self.busy -= 1
+            return JSONResponse({"error": "scaling"}, 503, {"Retry-After": "0"})
+        if sampling and "trickles" in self.faults:
+            return StreamingResponse(_trickle(), media_type="application/json")
+        if sampling and "begins anew" in self.faults:
+            self.faults.remove("begins anew")
+            self.restart()
         if sampling:
             await asyncio.sleep(self.seconds)
         return await proceed(request)
@@ -129,7 +149,10 @@ class StandIn:
         if engine is None:
             return JSONResponse({"error": {"message": "no such model"}}, 404)
         with self.lock:
-            return self._answer(engine, body["token_ids"], body["sampling_params"])
+            answer = self._answer(engine, body["token_ids"], body["sampling_params"])
+        if isinstance(answer, Response):
+            return answer
+        return Response(json.dumps(answer), media_type="application/json")  # NaN is possible
 
     def _answer(self, engine: TorchEngine, prompt: list[int], asked: dict[str, Any]) -> Any:
         off = 0.5 if "log-probs" in self.faults else 0.0
@@ -154,7 +177,7 @@ class StandIn:
         content = [
             {
                 "token_id": token + ("other ids" in self.faults),
-                "logprob": -9999.0 if "nan" in self.faults else logprob,
+                "logprob": next((p for f, p in _ODD.items() if f in self.faults), logprob),
                 "top_logprobs": [{"token_id": t, "logprob": p} for t, p in top],
             }
             for token, logprob, top in zip(tokens, c.logprobs, c.top_logprobs, strict=True)
@@ -172,6 +195,16 @@ class StandIn:
             told["stop_reason"] = next((stop for stop in params.stop if stop in whole), None)
         if "shape" in self.faults:
             del told["logprobs"]
+        if self.faults & {"cut", "cut stop"}:
+            told["token_ids"], told["stop_reason"] = tokens[:2], None
+            told["logprobs"]["content"] = content[:2]
+            told["finish_reason"] = "length" if "cut" in self.faults else "stop"
+        if self.faults & {"abort", "no reason"}:
+            told["finish_reason"] = "abort" if "abort" in self.faults else None
+        if "no label" in self.faults:
+            told["weight_versions"] = []
+        if "label of one" in self.faults and index:
+            told["weight_versions"][0]["version"] = "default"
         return told
 
     @contextmanager

@@ -82,13 +82,16 @@ class Stub(BaseHTTPRequestHandler):
         pairs = zip(tokens[1:], scores, strict=False)
         told = [None, *({str(token): {"logprob": score}} for token, score in pairs)]
         spans = [{"version": self.label, "start": 0, "end": 1}]
-        return {"prompt_logprobs": told, "choices": [{"weight_versions": spans}]}
+        return {
+            "prompt_logprobs": told,
+            "choices": [{"weight_versions": spans, "finish_reason": "length"}],
+        }
 
     def answer(self, content: object) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.end_headers()
-        while "trickles" in self.faults and self.command == "POST":
+        while "trickles" in self.faults and self.path == "/inference/v1/generate":
             self.wfile.write(b" ")
             time.sleep(0.05)
         self.wfile.write(json.dumps(content).encode())

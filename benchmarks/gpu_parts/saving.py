@@ -11,7 +11,8 @@ from gpu_parts.bench import Bench, free
 from gpu_parts.training import KINDS, MODES, STANDING
 from gspo.config import TrainConfig
 from gspo.dev import TrainConfig as DevTrainConfig
-from gspo.train.checkpoint import save_checkpoint, verify_checkpoint
+from gspo.train.checkpoint import verify_checkpoint
+from gspo.train.checkpoint_writer import CheckpointWriter
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
 from gspo.weights.rollout_copy import RoundedCopy
@@ -64,7 +65,9 @@ def _saved(bench: Bench, trainer: Trainer) -> dict[str, Any]:
         made: list[Path] = []
 
         def save() -> None:
-            made.append(save_checkpoint(Path(folder), trainer))
+            writer = CheckpointWriter()
+            made.append(writer.save(Path(folder), trainer))
+            writer.wait()
 
         times = bench.time(save, repeats=1, warmup=0)
         (target,) = made

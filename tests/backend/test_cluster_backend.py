@@ -121,7 +121,7 @@ prompts = 4
 completions = 4
 eval_prompts = 0
 [load]
-lora = {r = 4}
+LORA
 [sft]
 data = "lessons.jsonl"
 batch_size = 2
@@ -145,12 +145,20 @@ def gspo(folder: Path, *arguments: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_lora_run_with_sft_is_that_of_one_process_and_is_exported(tmp_path):
-    """By two ranks, which first divide sequences and then microbatches."""
-    (tmp_path / "run.toml").write_text(RUN)
+@pytest.mark.parametrize(
+    ("divided", "load"),
+    [
+        ("cp_size", "lora = {r = 4}"),
+        ("ep_size", "lora = {r = 4, target_modules = ['q_proj', 'v_proj']}"),
+        ("ep_size", ""),
+    ],
+)
+def test_a_run_with_sft_is_that_of_one_process_and_is_exported(divided, load, tmp_path):
+    """By two ranks, which first divide sequences or experts, and then microbatches."""
+    (tmp_path / "run.toml").write_text(RUN.replace("LORA", load))
     (tmp_path / "lessons.jsonl").write_text(lessons())
     train = ("train", "run.toml", "--set", "steps=3", "--set")
-    gspo(tmp_path, "train", "run.toml", "--set", "nproc=2", "--set", "cp_size=2")
+    gspo(tmp_path, "train", "run.toml", "--set", "nproc=2", "--set", f"{divided}=2")
     gspo(tmp_path, *train, "nproc=2")  # goes on
     gspo(tmp_path, *train, "name=one")
     metrics = [
@@ -163,5 +171,5 @@ def test_a_lora_run_with_sft_is_that_of_one_process_and_is_exported(tmp_path):
     for name in ("sft/loss", "loss/policy", "train/reward"):
         many, one = ([line[name] for line in lines if name in line] for lines in metrics)
         assert many and many == pytest.approx(one, rel=1e-4, abs=1e-5), name
-    gspo(tmp_path, "export", "m", "--path", "runs", "--to", "out", "--merge")
+    gspo(tmp_path, "export", "m", "--path", "runs", "--to", "out", *["--merge"] * ("lora" in load))
     load_policy(str(tmp_path / "out"))

@@ -14,11 +14,10 @@ from gspo.backend.loading import load_step, load_trainer
 from gspo.core.errors import CheckpointError, ModelError
 from gspo.dev import InternalModelConfig
 from gspo.policy.policy import Policy
-from gspo.train.checkpoint import save_checkpoint
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.settings import Settings, resolve
 from models import folder
-from support import random_groups
+from support import random_groups, save_checkpoint
 
 CONFIG = InternalModelConfig()
 

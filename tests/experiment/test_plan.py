@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from gspo import dev
 from gspo.core.errors import ConfigError, ModelError
 from gspo.experiment.plan import make_plan
 from gspo.experiment.spec import Spec
+from models import folder as saved_model
 
 
 def test_the_plan_of_the_embedded_model():
@@ -90,3 +92,18 @@ def test_completions_that_leave_no_room_for_a_prompt_are_refused(
 def test_the_plan_has_the_models_own_context():
     plan = make_plan(Spec(task="lookup", max_tokens=600))  # embedded:lookup takes 2,048 tokens
     assert "completions of up to 600 tokens" in plan
+
+
+def test_experts_that_a_model_lacks_are_not_divided(tmp_path: Path):
+    dense = saved_model(tmp_path / "dense", "llama")
+    with pytest.raises(ModelError, match=r"ep_size=2: .*dense.* has 0 experts that transformers"):
+        make_plan(Spec(task="sort", model=str(dense), nproc=2, ep_size=2))
+    with pytest.raises(
+        ModelError, match=r"ep_size=3: 'embedded:sort' has \d+ experts that .* a divisor"
+    ):
+        make_plan(Spec(task="sort", nproc=3, ep_size=3))
+
+
+def test_adapters_beside_divided_experts_are_named():
+    load = {"lora": {"target_modules": ["q_proj", "v_proj"]}}
+    assert "trained by 2" in make_plan(Spec(task="sort", nproc=2, ep_size=2, load=load))

@@ -134,13 +134,16 @@ def test_what_vllm_cannot_do_is_refused(params: dict[str, Any], name: str, engin
     assert found.value.param == name
 
 
-@pytest.mark.parametrize("fault", ["token ids", "other ids", "shape", "nan"])
+@pytest.mark.parametrize(
+    "fault",
+    ["token ids", "other ids", "shape", "9999", "null", "nan", "infinite", "cut", "cut stop"],
+)
 def test_an_answer_that_cannot_be_trained_on_is_refused(
     fault: str, engine: VllmEngine, stand_in: StandIn
 ):
     stand_in.faults.add(fault)
     with pytest.raises(ServeError, match="gave an answer that gspo cannot read"):
-        completed(engine)
+        completed(engine, max_tokens=6, ignore_eos=True)
 
 
 def test_a_stream_gives_each_completion_whole(engine: VllmEngine):

@@ -14,13 +14,12 @@ from torch.distributed.tensor import DTensor
 
 import gspo as art
 from gspo.backend.loading import load_trainer
-from gspo.train.checkpoint import save_checkpoint
 from gspo.train.mesh import Mesh
 from gspo.train.minibatches import prepare
 from gspo.train.settings import resolve
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from support import random_groups
+from support import random_groups, save_checkpoint
 
 
 def main(folder: Path, checkpoint: Path | None) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gspo import dev
@@ -19,7 +20,6 @@ from gspo.policy.probe import choose_packing
 from gspo.train import checkpoint
 from gspo.train.checkpoint import (
     load_trainer_state,
-    save_checkpoint,
     steps_saved,
     verify_checkpoint,
 )
@@ -27,7 +27,7 @@ from gspo.train.minibatches import prepare
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
 from gspo.weights.rollout_copy import RoundedCopy
-from support import embedded, random_groups
+from support import embedded, random_groups, save_checkpoint
 
 SETTINGS = resolve(TrainConfig(learning_rate=1e-3))
 
@@ -195,3 +195,24 @@ def test_a_steered_clip_range_goes_on_where_it_was(tmp_path: Path):
     again = Trainer(trainer.policy)
     load_trainer_state(tmp_path / "0001", again)
     assert again.epsilon.epsilon_low == 0.0123
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            CheckpointException("", {1: (OSError(errno.ENOSPC, "No space left"), None)}),  # pyright: ignore[reportArgumentType]
+            r"optimizer: rank 1: .*No space left\. Free some space there",
+        ),
+        (RuntimeError("Connection closed"), r"a rank has ended or hangs .*start the command again"),
+    ],
+)
+def test_what_a_rank_could_not_write_is_said(
+    error: BaseException, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def save(*args, **options):
+        raise error
+
+    monkeypatch.setattr(checkpoint.state_dict_saver, "save", save)
+    with pytest.raises(RunError, match=said):
+        checkpoint._write_shards(tmp_path / "optimizer", {}, None)

@@ -5,10 +5,13 @@ import os
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -40,6 +43,8 @@ def alone(monkeypatch):
     given = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for name, value in given.items():
         monkeypatch.setenv(name, value)
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        monkeypatch.setattr(distributed_c10d, name, getattr(distributed_c10d, name))
     mesh = Mesh(5)
     yield mesh
     mesh.close()
@@ -163,10 +168,36 @@ def test_a_rank_that_fails_alone_is_named_and_ends_all(alone, monkeypatch, note,
         alone.together(lambda: 1)
 
 
+def test_the_first_rank_is_named_if_the_store_has_ended_with_it(alone, monkeypatch):
+    alone.hosts, alone.size, alone.rank = ["a", "b"], 2, 1
+
+    def gone(*_):
+        raise RuntimeError("Broken pipe")
+
+    store = type("Store", (), {"set": gone})
+    monkeypatch.setattr(alone, "_store", store)
+    with pytest.raises(RunError, match=r"^rank 0 \(a\): ended, or hangs\. "):
+        alone.together(lambda: 1)
+
+
+def test_groups_that_a_model_makes_wait_no_longer_than_the_limit(alone):
+    made = init_device_mesh("cpu", (1, 1), mesh_dim_names=("efsdp", "ep"))["ep"].get_group()
+    options: Any = made._get_backend(torch.device("cpu")).options
+    assert options._timeout == timedelta(seconds=5)
+
+
 def test_a_transformers_without_sharding_is_refused(monkeypatch):
     monkeypatch.setattr(module, "version", lambda package: "5.23.1")
     with pytest.raises(MissingDependencyError, match=r"5\.24"):
         Mesh()
+
+
+def test_ranks_that_count_otherwise_are_named(alone, monkeypatch):
+    store = torch.distributed.HashStore()
+    store.set("size-0", "2")
+    monkeypatch.setattr(module, "rendezvous", lambda *_, **__: iter([(store, 1, 3)]))
+    with pytest.raises(ConfigError, match=r"rank 1 on .* is one of 3, but rank 0 one of 2"):
+        Mesh(5)
 
 
 def test_half_of_torchruns_variables_are_refused(monkeypatch):

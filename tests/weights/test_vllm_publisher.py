@@ -176,7 +176,7 @@ def test_what_is_allowed_is_measured_once(street: Street, monkeypatch: pytest.Mo
     assert street.publisher.tolerance == pytest.approx(1e-4 * largest, rel=1e-3)
 
 
-@pytest.mark.parametrize("fault", ["dead", "hung", "restarted"])
+@pytest.mark.parametrize("fault", ["dead", "hung", "restarted", "abort", "begins anew"])
 def test_a_server_that_fails_costs_retries(
     fault: str, street: Street, pair: list[StandIn], caplog: pytest.LogCaptureFixture
 ):
@@ -185,6 +185,8 @@ def test_a_server_that_fails_costs_retries(
     first = pair[0]
     if fault == "restarted":
         first.restart()
+    elif fault in ("abort", "begins anew"):
+        first.faults.add(fault)
     else:
         first.faults |= {"dead"} if fault == "dead" else {"hangs", "hung health"}
     assert street.samples(*[1] * 4) == [1] * 4
@@ -259,6 +261,13 @@ def test_weights_that_do_not_arrive_stop_the_run(street: Street, pair: list[Stan
     pair[1].faults.add("old head")
     with pytest.raises(ServeError, match="does not compute with version 2"):
         street.publish(1.05)
+
+
+def test_a_second_server_with_other_weights_is_named(street: Street, pair: list[StandIn]):
+    pair[1].faults.add("stale")
+    with pytest.raises(ServeError, match="does not compute with version 1") as found:
+        street.publish()
+    assert street.servers.servers[1].url in str(found.value)
 
 
 def test_dead_servers_do_not_stop_a_publication(street: Street, pair: list[StandIn]):

@@ -46,6 +46,7 @@ def stand_in() -> StandIn:
 @pytest.fixture
 def url(stand_in: StandIn) -> Iterator[str]:
     stand_in.faults.clear()
+    stand_in.asked.clear()
     before = dict(stand_in.config)
     stand_in.restart()
     with stand_in.listening() as address:
@@ -80,7 +81,7 @@ def test_a_success_that_is_none_is_found(fault: str, url: str, stand_in: StandIn
         brought(url, moved(tmp_path))
     assert url in str(found.value)
     assert "version 1" in str(found.value)
-    assert stand_in.label == "default"
+    assert stand_in.asked.count("/collective_rpc") == 2  # it may have begun anew: loaded once more
 
 
 @pytest.mark.parametrize(
@@ -260,3 +261,71 @@ def test_no_connection_is_used_twice(url: str, tmp_path: Path):
         await server.close()
 
     asyncio.run(asked())
+
+
+@pytest.mark.parametrize("before", ["/reset_prefix_cache", "/inference/v1/generate"])
+def test_a_server_that_begins_anew_between_load_and_proof_is_not_used(
+    before: str, url: str, stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With the weights of its start, and perhaps the label of those that it lost."""
+    new, times = moved(tmp_path), [1]
+    call = VllmServer._call
+
+    async def restarting(self: VllmServer, path: str, *rest: Any) -> Any:
+        if path.startswith(before) and times:
+            times.pop()
+            stand_in.restart()
+        return await call(self, path, *rest)
+
+    monkeypatch.setattr(VllmServer, "_call", restarting)
+    if "generate" in before:
+        with pytest.raises(ServerFault, match=r"weights {.default.}: began anew"):
+            brought(url, new)  # whoever called tries again
+    else:
+        assert brought(url, new).publication is new
+        assert stand_in.asked.count("/collective_rpc") == 2
+
+
+def test_a_busy_server_is_asked_again_and_not_for_ever(
+    url: str, stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    stand_in.busy = 3
+    new = moved(tmp_path)
+    assert brought(url, new).publication is new and stand_in.busy == 0
+    monkeypatch.setattr(vllm_server, "HEALTH_SECONDS", 0.5)
+    stand_in.busy = 99
+    with pytest.raises(ServerFault, match=r"HTTP 503: .*scaling|no answer within 0.5 s"):
+        brought(url, new)
+    stand_in.busy = 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("no label", r"with the weights set\(\)"),
+        ("label of one", "with the weights {'default'}"),
+        ("abort", "ended a completion itself: 'abort'"),
+        ("no reason", "ended a completion itself: None"),
+        ("trickles", "no answer within 0.3 s"),
+    ],
+)
+def test_an_answer_that_another_server_may_give_better_is_a_fault(
+    fault: str,
+    said: str,
+    url: str,
+    stand_in: StandIn,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    if fault == "trickles":
+        monkeypatch.setattr(vllm_server, "REQUEST_SECONDS", 0.3)
+
+    async def sampled() -> None:
+        server, new = VllmServer(url, Path("unused")), moved(tmp_path)
+        await server.bring(new)
+        stand_in.faults.add(fault)
+        with pytest.raises(ServerFault, match=said):
+            await server.sample(new, [1, 2, 3], PARAMS | {"n": 2})
+        await server.close()
+
+    asyncio.run(sampled())

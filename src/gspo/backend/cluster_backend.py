@@ -7,13 +7,16 @@ constructor, and end when the first one closes. Under torchrun every rank runs t
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import inspect
+import logging
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,14 +29,14 @@ from gspo.backend.local import LocalBackend
 from gspo.backend.ranks import Ranks, follow, load_on_ranks
 from gspo.backend.service import Service
 from gspo.core.compute import free_cores
-from gspo.core.errors import ConfigError, check_names, check_whole
+from gspo.core.errors import ConfigError, RunError, check_names, check_whole
 from gspo.dev import InternalModelConfig
-from gspo.train.checkpoint import save_checkpoint
 from gspo.train.mesh import LIMIT, Mesh, started_ranks
 from gspo.train.trainer import Trainer
 from gspo.weights.gathered_copy import GatheredCopy, whole_weights
 
 T = TypeVar("T")
+log = logging.getLogger("gspo")
 
 
 class ClusterBackend(LocalBackend):
@@ -88,12 +91,13 @@ class ClusterBackend(LocalBackend):
 
     async def close(self) -> None:
         ranks, self._ranks = self._ranks, None
-        try:
+        async with AsyncExitStack() as stack:  # the last first, whatever fails
+            stack.callback(self._end_children, 10.0)
+            stack.push_async_callback(super().close)
             if ranks is not None:
-                await self._compute.run(ranks.close)
-        finally:
-            await super().close()
-            self._end_children(10.0)
+                stack.push_async_callback(self._compute.run, ranks.close)
+            for service in self._services.values():  # all ranks write their part of a checkpoint
+                stack.push_async_callback(asyncio.to_thread, service.settle)
 
     def _start(self, nproc: int, timeout: float) -> None:
         """Start the other ranks, and set this one's variables."""
@@ -133,8 +137,13 @@ class ShardedService(Service):
     def _everywhere(self, function: Callable[..., T], *args: Any) -> T:
         return self._ranks.call(function, *args)
 
-    def _save(self) -> Path:
-        return self._everywhere(save_checkpoint, self.run.checkpoints, self.trainer)
+    def settle(self) -> None:
+        try:
+            super().settle()
+        except RunError as error:
+            if not self._ranks.mesh.broken:
+                raise
+            log.warning("%s", error)  # why the ranks end was raised before
 
     def _load(self, model: ModelLike, checkpoint: Path | None) -> Trainer:
         config, source = model.internal_config, model.source
@@ -192,15 +201,17 @@ def check_divided(config: InternalModelConfig, ep_size: int) -> None:
     """Refuse how a model is to be loaded, if several ranks can't.
 
     Raises:
-        ConfigError: an engine of its own precision or to the bit, or adapters beside `ep_size`.
+        ConfigError: an engine of its own precision or to the bit, or adapters of experts beside
+            `ep_size`.
     """
     if config.exact or config.rollout_dtype is not None:
         raise ConfigError(
             "exact=True and rollout_dtype are not built for more than one process: the engine "
             "samples from an unsharded float32 copy. Leave them out"
         )
-    if config.lora is not None and ep_size > 1:
+    if config.lora is not None and config.lora.target_modules == "all-linear" and ep_size > 1:
         raise ConfigError(
-            "ep_size and lora: adapters of experts would be whole on each rank, they not; "
-            "leave one of the two out"
+            "ep_size and lora: adapters of experts would be whole on each rank, they not. Name the "
+            "layers that get adapters, such as target_modules = ['q_proj', 'v_proj'], or leave "
+            "one of the two out"
         )

@@ -21,11 +21,7 @@ from gspo.policy.policy import Policy
 from gspo.serve.engine import Engine
 from gspo.serve.selfcheck import make_engine
 from gspo.serve.vllm_engine import VllmEngine
-from gspo.train.checkpoint import (
-    checkpoint_name,
-    saved_version,
-    steps_saved,
-)
+from gspo.train.checkpoint import checkpoint_name, saved_version, steps_saved
 from gspo.weights.publisher import Publisher, publisher_for
 from gspo.weights.receipt import Receipts
 from gspo.weights.vllm_publisher import VllmPublisher, VllmServers

@@ -8,13 +8,15 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from gspo.backend.loading import load_trainer
-from gspo.core.errors import ConfigError
+from gspo.core.errors import ConfigError, GspoError
 from gspo.dev import InternalModelConfig
 from gspo.policy.source import resolve
+from gspo.train.checkpoint_writer import CheckpointWriter
 from gspo.train.mesh import GRACE, Mesh
 from gspo.train.trainer import Trainer
 
@@ -22,7 +24,7 @@ T = TypeVar("T")
 
 
 class _Known(NamedTuple):
-    """What each rank has of its own: the mesh, or a trainer."""
+    """What each rank has of its own: the mesh, a trainer, or a writer of checkpoints."""
 
     number: int
 
@@ -35,8 +37,8 @@ class Ranks:
         self._known: list[Any] = [mesh]
 
     def call(self, function: Callable[..., T], *args: Any) -> T:
-        """Call a function of a module on every rank; the mesh and trainers among its arguments are
-        each rank's own.
+        """Call a function of a module on every rank; what it has of its own, such as a trainer,
+        each rank takes from there.
 
         Raises:
             RunError: see `Mesh.together`.
@@ -60,6 +62,10 @@ class Ranks:
                 if self.mesh.broken:
                     raise
                 print(f"rank {self.mesh.rank}: {type(error).__name__}: {error}", file=sys.stderr)
+        for writer in self._known:  # the first rank knows already what became of a checkpoint
+            if isinstance(writer, CheckpointWriter):
+                with suppress(GspoError):
+                    writer.wait()
         self.mesh.close()
 
     def close(self) -> None:
@@ -72,7 +78,7 @@ class Ranks:
         function, told = work
         args = [self._known[a.number] if isinstance(a, _Known) else a for a in told]
         result = function(*args)
-        if isinstance(result, Trainer):
+        if isinstance(result, Trainer | CheckpointWriter):
             self._known.append(result)
         return _end if function is _end else result
 

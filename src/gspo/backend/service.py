@@ -77,7 +77,7 @@ class Service:
         config = model.internal_config
         self.run, self.seed = run, seed
         self._told: set[str] = set()  # reasons of splits
-        self.checkpoints = CheckpointWriter()
+        self.checkpoints = self._everywhere(CheckpointWriter)
         self._keep: int | None = None  # checkpoints
         run.settle = self.settle
         self._loaded = _identity(model)
@@ -153,12 +153,9 @@ class Service:
         metrics = self._metrics(groups, batch, out) | published
 
         def store() -> None:
-            record = UpdateRecord.of(
-                out.settings,
-                version=version,
-                context=trainer.policy.context,
-                dtype=str(trainer.policy.dtype).removeprefix("torch."),
-            )
+            dtype = str(trainer.policy.dtype).removeprefix("torch.")
+            at = {"version": version, "context": trainer.policy.context}
+            record = UpdateRecord.of(out.settings, **at, dtype=dtype)
             advantages = {s[0].trajectory_id: s[0].advantage for s in batch.samples}
             stored = run.trajectories("train", trainer.step)
             turns = {s[0].trajectory_id: s[0].turn_advantages for s in batch.samples}
@@ -235,7 +232,8 @@ class Service:
         return TrainResult(step, metrics, path, skipped)
 
     def _save(self) -> Path:
-        return self.checkpoints.save(self.run.checkpoints, self.trainer)
+        how = CheckpointWriter.save, self.checkpoints, self.run.checkpoints, self.trainer
+        return self._everywhere(*how)
 
     def _prune(self) -> None:
         if self._keep is not None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM
-
 from gspo.backend.cluster_backend import check_divided, check_ranks
 from gspo.backend.engines import dtype_of_servers
 from gspo.backend.trackers import check_loggers
@@ -17,7 +14,7 @@ from gspo.experiment.dataset_checks import check_prompts, how_often
 from gspo.experiment.spec import Spec
 from gspo.kernels.kv_cache import kv_bytes
 from gspo.policy.embedded import PREFIX, RECIPES, build_model, build_tokenizer, embedded_task
-from gspo.policy.source import read_config, read_tokenizer, resolve
+from gspo.policy.source import check_experts, empty_model, read_tokenizer, resolve
 from gspo.tasks import Task
 from gspo.tasks.dataset import DatasetTask
 from gspo.train.defaults import default_learning_rate
@@ -54,6 +51,7 @@ def make_plan(spec: Spec, task: Task | None = None) -> str:
         load_environment(spec.environment, spec.environment_options)() if spec.environment else None
     )
     model, tokenizer = _base_model(spec)
+    check_experts(model, spec.model, spec.ep_size)
     config, parameters = model.config.get_text_config(), sum(p.numel() for p in model.parameters())
     limit = spec.max_tokens or getattr(task or played, "max_tokens", None)
     context = spec.load.max_context or getattr(config, "max_position_embeddings", None)
@@ -117,10 +115,8 @@ def _base_model(spec: Spec) -> tuple[Any, Any]:
         recipe = RECIPES[embedded_task(spec.model)]
         return build_model(recipe.get("context")), build_tokenizer()
     source, trust = resolve(spec.model), spec.load.trust_remote_code
-    config = read_config(source, trust_remote_code=trust)
     tokenizer = read_tokenizer(source, trust_remote_code=trust)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust), tokenizer
+    return empty_model(source, trust_remote_code=trust), tokenizer
 
 
 def _memory(spec: Spec, tokens: int, limit: int, config: Any, parameters: int) -> str:

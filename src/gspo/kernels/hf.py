@@ -188,11 +188,6 @@ def stays_float32(lm: PreTrainedModel, name: str) -> bool:
     return any(f".{part}." in f".{name}." for part in kept)
 
 
-def has_divided_experts(lm: PreTrainedModel) -> bool:
-    """Whether processes have whole experts of a model each, which exchange their tokens."""
-    return any(getattr(module, "_is_expert_parallel", False) for module in lm.modules())
-
-
 def keep_long_rope(lm: PreTrainedModel) -> None:
     """Give texts of every length the RoPE frequencies that longrope has for long ones."""
     for module in lm.modules():

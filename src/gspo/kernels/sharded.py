@@ -7,7 +7,9 @@ from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from gspo.core.errors import ModelError
@@ -47,6 +49,11 @@ def inside_forward(lm: PreTrainedModel, run: Callable[[], Any]) -> Any:
         return lm()
     finally:
         del lm.forward
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that several processes hold a part of each; all of them call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def reshard(lm: torch.nn.Module) -> None:

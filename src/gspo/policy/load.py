@@ -148,21 +148,17 @@ def weights_to_store(policy: Policy, masters: Mapping[str, Tensor]) -> dict[str,
 
 
 def save_weights(policy: Policy, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
-    """Write weights and tokenizer in Hugging Face layout (with LoRA: the adapter in peft's).
+    """Write weights and tokenizer in Hugging Face layout (with LoRA: the adapter in peft's). Of
+    several ranks the first one does, with whole weights.
 
     Args:
         weights: written in place of the policy's; none at all: all files but that of the weights.
     """
-    first = policy.workers.rank == 0
     with hf.quiet(), quiet_peft() if policy.peft else nullcontext():
-        if policy.peft:  # peft gathers what it reads of the model below, so all ranks call it
-            policy.peft.save_pretrained(folder, is_main_process=first, state_dict=weights)
-        else:
-            policy.lm.save_pretrained(folder, state_dict=weights)
-        if first:
-            policy.tokenizer.save_pretrained(folder)
-            # peft's model card, whose fields are empty
-            (folder / "README.md").unlink(missing_ok=True)
+        (policy.peft or policy.lm).save_pretrained(folder, state_dict=weights)
+        policy.tokenizer.save_pretrained(folder)
+        # peft's model card, whose fields are empty
+        (folder / "README.md").unlink(missing_ok=True)
 
 
 def _device(name: str) -> torch.device:

@@ -23,7 +23,7 @@ from transformers import (
 
 from gspo.core.errors import ModelError, suggestion
 from gspo.core.hub import hub_answers
-from gspo.kernels.hf import has_divided_experts, quiet, sharding
+from gspo.kernels.hf import quiet, sharding
 from gspo.kernels.sharded import begin_sharded
 from gspo.policy.embedded import PREFIX, RECIPES, embedded_folder
 
@@ -97,6 +97,17 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> PreTrainedCo
     return _read(AutoConfig, adapters_below(source)[0], trust_remote_code)
 
 
+def empty_model(source: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a config without numbers: its weights are on the meta device.
+
+    Raises:
+        ModelError: see `read_config`.
+    """
+    config = read_config(source, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
 def read_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Read the model's tokenizer; an adapter's own, if it has one.
 
@@ -133,6 +144,8 @@ def read_model(
         ModelError: unknown model or architecture, pickled or quantized weights.
     """
     check_no_pickles(path)
+    if ep_size > 1:
+        check_experts(empty_model(path, trust_remote_code=trust_remote_code), source, ep_size)
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
     if ranks > 1:
         options |= sharding(ranks, ep_size, half=half)
@@ -140,13 +153,30 @@ def read_model(
     if getattr(lm, "is_quantized", False):
         raise ModelError(f"{source!r} holds quantized weights; dequantize it to train it")
     if ranks > 1:
-        if ep_size > 1 and not has_divided_experts(lm):
-            raise ModelError(
-                f"ep_size={ep_size}: {source!r} has no experts that transformers can divide among "
-                "processes; leave ep_size out"
-            )
         begin_sharded(lm)
+        # Else to save it would gather the weights of all ranks, whatever is to be written.
+        lm.config.distributed_config = None
     return lm
+
+
+def check_experts(lm: PreTrainedModel, source: str, ep_size: int) -> None:
+    """Refuse to divide experts that a model doesn't have.
+
+    Args:
+        lm: of the config; its weights may be on the meta device.
+        source: what the user calls it.
+        ep_size: how many processes share one set of experts.
+
+    Raises:
+        ModelError: names the model and how many experts it has.
+    """
+    stacked = {p.shape[0] for n, p in lm.named_parameters() if p.dim() == 3 and ".experts." in n}
+    experts = min(stacked, default=0) if getattr(lm, "ep_plan", None) else 0
+    if ep_size > 1 and (not experts or experts % ep_size):
+        raise ModelError(
+            f"ep_size={ep_size}: {source!r} has {experts} experts that transformers can divide "
+            "among processes: leave ep_size out, or give a divisor of their number"
+        )
 
 
 def check_no_pickles(path: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,11 +34,13 @@ class Workers:
         threads: how many of them in this process.
         rank, size: which of how many processes this is.
         parts: which tokens of a microbatch this process computes.
+        checkpoint_group: connects the processes for what they write beside training.
         ep_size: how many processes share one set of experts.
     """
 
     rank, size, ep_size = 0, 1, 1
     parts = TokenParts()
+    checkpoint_group: Any = None
 
     def __init__(self, count: int = 1):
         self.count = self.threads = count

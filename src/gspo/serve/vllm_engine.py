@@ -83,8 +83,7 @@ class VllmEngine:
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
             if [choice["index"] for choice in choices] != list(range(params["n"])):
                 raise ValueError(f"{len(choices)} completions of {params['n']}")
-            ends = frozenset(params["stop_token_ids"])
-            read = [self._completion(choice, request, ends, version) for choice in choices]
+            read = [self._completion(choice, request, params, version) for choice in choices]
             return read * (request.params.n // params["n"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ServeError(f"vLLM gave an answer that gspo cannot read: {error!r}") from None
@@ -129,9 +128,9 @@ class VllmEngine:
         return seed_of(asked, self._drawn[asked]) >> 1
 
     def _completion(
-        self, choice: dict[str, Any], request: Request, ends: frozenset[int], version: int
+        self, choice: dict[str, Any], request: Request, asked: dict[str, Any], version: int
     ) -> Completion:
-        """What vLLM says of one completion.
+        """What vLLM says of one completion that it was `asked` for.
 
         Raises:
             KeyError, TypeError, ValueError: it says something else.
@@ -142,12 +141,15 @@ class VllmEngine:
         known = all(0 <= token < self._size for token in tokens)
         named = [entry["token_id"] for entry in content] == list(tokens)
         numbers = all(-9999 < p < 1e-3 for p in logprobs)  # which vLLM says in place of a NaN
-        reason = choice["finish_reason"]
-        if not (tokens and known and named and numbers and reason in ("stop", "length")):
+        reason, stop = choice["finish_reason"], choice["stop_reason"]
+        ended = tokens[-1:] if tokens and tokens[-1] in asked["stop_token_ids"] else ()
+        stopped = bool(ended) or isinstance(stop, str)
+        whole = stopped if reason == "stop" else len(tokens) == asked["max_tokens"]
+        if not (tokens and known and named and numbers and whole):
             raise ValueError(f"{reason!r}: tokens {tokens[:8]}... with log-probs {logprobs[:8]}...")
         special = not params.skip_special_tokens
-        text = self.tokenizer.decode(tokens[:-1] if tokens[-1] in ends else tokens, special=special)
-        if isinstance(stop := choice["stop_reason"], str):
+        text = self.tokenizer.decode(tokens[: len(tokens) - len(ended)], special=special)
+        if isinstance(stop, str):
             text = text.split(stop)[0]
         tops: list[TopLogprobs] = []
         for entry in content if params.top_logprobs else ():

@@ -9,8 +9,9 @@ from gspo.sizing.model_size import ModelSize
 HEAD_TOKENS = 1024
 """Tokens whose float32 logits, and what their backward pass needs, exist at once."""
 _LOGITS = 3
-_BACKWARD = 0.5
-"""Gradients of a layer's activations that exist at once, as a share of the activations."""
+_BACKWARD, _BACKWARD_OF_EXPERTS = 0.5, 1.0
+"""Gradients of a layer's activations that exist at once, as a share of the activations: beside
+experts those of all copies of their tokens do."""
 _GATHERED_LAYERS = 2
 """Of sharded weights: the layer that computes, and the next, which is on its way."""
 
@@ -56,6 +57,7 @@ def training_bytes(size: ModelSize, how: Training, tokens: int, gpus: int) -> di
     adapters = 0 if how.lora is None else how.lora * size.lora_rank_one
     trained = size.parameters if how.lora is None else adapters
     base = 0 if how.lora is None else how.base_bytes * size.parameters
+    backward = _BACKWARD_OF_EXPERTS if size.experts else _BACKWARD
     layer = 2.0 * tokens * (2 * size.outputs + 2 * size.width)
     kept = 1 if how.checkpointing else size.layers
     inputs = 2.0 * tokens * size.width * size.layers
@@ -67,7 +69,7 @@ def training_bytes(size: ModelSize, how: Training, tokens: int, gpus: int) -> di
         "gradients": 4 * trained / gpus,
         "AdamW": 8 * trained / gpus,
         "gathered": gathered if gpus > 1 else 0,
-        "activations": inputs + (kept + _BACKWARD) * layer,
+        "activations": inputs + (kept + backward) * layer,
         "logits": 4.0 * _LOGITS * HEAD_TOKENS * size.vocabulary,
     }
 

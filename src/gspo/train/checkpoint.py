@@ -14,7 +14,7 @@ import errno
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint import hf_storage, state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 
-from gspo.core.errors import CheckpointError, GspoError
+from gspo.core.errors import CheckpointError, GspoError, RunError
 from gspo.core.files import replacing, strict_json
-from gspo.core.timing import timed
 from gspo.kernels import hf
+from gspo.kernels.sharded import full
 from gspo.policy.load import save_weights, weights_to_store
 from gspo.train.tensor_file import Proof, proof_of, write_tensors
 from gspo.train.trainer import Trainer
@@ -56,60 +57,50 @@ def steps_saved(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name == checkpoint_name(int(name)))
 
 
-@timed("checkpoint")
-def save_checkpoint(folder: Path, trainer: Trainer) -> Path:
-    """Write `folder/<step>`; it exists whole or not at all.
-
-    Raises:
-        RunError: the disk is full or read-only. Earlier checkpoints stay as they were.
-    """
-    target, workers = folder / checkpoint_name(trainer.step), trainer.policy.workers
-    if workers.size == 1:
-        _, write = begin_checkpoint(folder, trainer, copied=False)
-        write()
-        return target
-    first = workers.rank == 0
-    with replacing(target) if first else nullcontext(target) as building, _named_errors():
-        if first:
-            building.mkdir(parents=True)
-        building = workers.share(building)
-        policy, masters = trainer.policy, trainer.optimizer.masters
-        save_weights(policy, building, weights_to_store(policy, masters) if masters else None)
-        writer = hf_storage.HuggingFaceStorageWriter(str(building / _SHARDS), save_distributed=True)
-        moments = {name: tensor.cpu() for name, tensor in trainer.optimizer.state().items()}
-        state_dict_saver.save(moments, storage_writer=writer)
-        if first:
-            _finish(building, _state(trainer), policy.source, {})
-    return target
-
-
 def begin_checkpoint(
     folder: Path, trainer: Trainer, *, copied: bool
 ) -> tuple[Path, Callable[[], None]]:
-    """Where the checkpoint of what is now will be, and what writes it there; of one process.
+    """Where the checkpoint of what is now will be, and what writes it there. All ranks call this
+    together, and each calls what writes, in whichever thread.
 
     Args:
         copied: to host memory, so that training may go on before it is written.
     """
-    policy, target = trainer.policy, folder / checkpoint_name(trainer.step)
+    policy, workers = trainer.policy, trainer.policy.workers
+    first, target = workers.rank == 0, folder / checkpoint_name(trainer.step)
 
-    def taken(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        copies = {id(t): t.detach().to("cpu", copy=copied) for t in tensors.values()}
-        return {name: copies[id(tensor)] for name, tensor in tensors.items()}  # tied ones stay tied
+    def taken(tensors: Mapping[str, Tensor], whole: bool) -> dict[str, Tensor]:
+        copies: dict[int, Tensor] = {}
+        for tensor in tensors.values():
+            if id(tensor) not in copies:  # tied ones stay tied
+                complete = full(tensor) if whole else tensor
+                kept = complete if first or not whole else complete.new_empty(0)
+                copies[id(tensor)] = kept.detach().to("cpu", copy=copied)
+        return {name: copies[id(tensor)] for name, tensor in tensors.items()}
 
-    weights = taken(weights_to_store(policy, trainer.optimizer.masters))
-    moments, state = taken(trainer.optimizer.state()), _state(trainer)
+    weights = taken(weights_to_store(policy, trainer.optimizer.masters), whole=True)
+    moments, state = taken(trainer.optimizer.state(), whole=False), _state(trainer)
+    with ExitStack() as begun:
+        building = begun.enter_context(replacing(target)) if first else target
+        begun.enter_context(_named_errors())
+        if first:
+            building.mkdir(parents=True)
+        building = workers.share(building)
+        finish = begun.pop_all()
 
     def write() -> None:
-        with replacing(target) as building, _named_errors():
-            building.mkdir(parents=True)
-            proofs = {_OPTIMIZER: write_tensors(building / _OPTIMIZER, moments)}
+        with finish:
+            proofs = {}
+            if workers.size > 1:
+                _write_shards(building / _SHARDS, moments, workers.checkpoint_group)
+            else:
+                proofs[_OPTIMIZER] = write_tensors(building / _OPTIMIZER, moments)
+            if not first:
+                return
+            save_weights(policy, building, weights if policy.peft else {})
             if policy.peft is None:
-                save_weights(policy, building, {})
                 stored = hf.stored_tensors(policy.lm, weights)
                 proofs[_WEIGHTS] = write_tensors(building / _WEIGHTS, stored)
-            else:
-                save_weights(policy, building, weights)
             _finish(building, state, policy.source, proofs)
 
     return target, write
@@ -185,7 +176,7 @@ def understood(folder: Path, what: str) -> Iterator[None]:
         yield
     except GspoError:
         raise
-    except Exception as error:  # each library has other errors for a file that it cannot read
+    except (Exception, CheckpointException) as error:  # each library has errors of its own
         raise CheckpointError(
             f"{folder}: {what} is damaged ({type(error).__name__}: {error}); {_remedy(folder)}"
         ) from error
@@ -221,6 +212,25 @@ def _finish(
     files = {name: proofs.get(name) or proof_of(path) for name, path in names.items()}
     manifest = {"format": FORMAT, "base_model": base_model, "files": files}
     (folder / "manifest.json").write_text(strict_json(manifest, indent=1))
+
+
+def _write_shards(folder: Path, moments: Mapping[str, Tensor], group: Any) -> None:
+    """Write this rank's part, in a group of ranks of its own: others may train meanwhile.
+
+    Raises:
+        RunError: it could not be written on a rank, which is named; on all ranks alike.
+    """
+    writer = hf_storage.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    try:
+        state_dict_saver.save(dict(moments), storage_writer=writer, process_group=group)
+    except CheckpointException as failed:
+        told = "; ".join(f"rank {rank}: {error[0]}" for rank, error in failed.failures.items())
+        remedy = "Free some space there, or give all ranks a folder that they can write"
+        raise RunError(f"cannot write {folder}: {told}. {remedy}") from None
+    except RuntimeError as error:
+        raise RunError(
+            f"cannot write {folder}: a rank has ended or hangs ({error}); start the command again"
+        ) from None
 
 
 def _read_shards(folder: Path, trainer: Trainer) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ LIMIT = 3600.0
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one run; its methods are called by one thread at a time.
+    """Writes the checkpoints of one run, on each rank its part. Called by one thread at a time.
 
     A program that ends waits for what is being written.
     """
@@ -48,7 +48,9 @@ class CheckpointWriter:
         self._last = target, self._thread.submit(write)
         if not large:
             self.wait()
-        if failed is not None:
+        if (
+            failed is not None and trainer.policy.workers.rank == 0
+        ):  # others wrote only a part of it
             raise failed
         return target
 

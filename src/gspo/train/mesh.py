@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
@@ -84,6 +85,13 @@ class Mesh(Workers):
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         try:
             self._store, self.rank, self.size = next(rendezvous("env://", timeout=wait))
+            self._store.set(f"size-{self.rank}", str(self.size))
+            for other in range(self.size):  # else whoever expects fewer would wait for ever
+                if (told := int(self._store.get(f"size-{other}"))) != self.size:
+                    raise ConfigError(
+                        f"rank {self.rank} on {socket.gethostname()} is one of {self.size}, but "
+                        f"rank {other} one of {told}: start all with the same numbers"
+                    )
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
                 store=PrefixStore("gspo-group", self._store),
@@ -97,6 +105,10 @@ class Mesh(Workers):
                 f" waited up to {limit:.0f} s at {where} for the other ranks: {error}. Give every "
                 "machine the same number of machines, and an address that all of them reach"
             ) from None
+        # A model that is divided makes groups of its own, in which torch waits for 30 minutes.
+        distributed_c10d.default_pg_timeout = wait
+        distributed_c10d.default_pg_nccl_timeout = wait  # pyright: ignore[reportPrivateImportUsage]
+        self.checkpoint_group = dist.new_group(backend="gloo", timeout=wait)
         self.count, self.limit, self._calls = self.size, limit, 0
         self._counts, self.broken = True, ""
         self.hosts: list[str] = self.gather(socket.gethostname())
@@ -206,8 +218,8 @@ class Mesh(Workers):
         try:
             self._store.set(f"{number}-{self.rank}", json.dumps([kind, str(failed)]))
             notes = self._notes(number, GRACE if failed else self.limit)
-        except RuntimeError:
-            notes = {0: ["lost", "the rendezvous is gone"]}
+        except RuntimeError:  # the store has ended with the first rank
+            notes = {rank: ["lost", "no store"] for rank in range(1, self.size)}
         if len(notes) == self.size and {kind} == {note[0] for note in notes.values()} - {"lost"}:
             if failed is not None:
                 raise failed

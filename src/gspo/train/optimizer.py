@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from gspo.core.errors import CheckpointError, NumericsError
 from gspo.core.timing import timed
 from gspo.dev import TrainConfig
+from gspo.kernels.sharded import full
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _FUSED = ("cpu", "cuda")
@@ -109,7 +109,7 @@ class Optimizer:
         for group in self._adam.param_groups:
             gradients = [p.grad for p in group["params"] if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
-            norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+            norms.append(full(norm))
         return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
 
     def clear(self) -> None:

@@ -11,14 +11,7 @@ from typing import Any
 from gspo import dev
 from gspo.config import TrainConfig
 from gspo.core.errors import ConfigError
-from gspo.objective import (
-    BOUNDS,
-    LEVEL_DEFAULTS,
-    PRESETS,
-    Correction,
-    Objective,
-    Preset,
-)
+from gspo.objective import BOUNDS, LEVEL_DEFAULTS, PRESETS, Correction, Objective, Preset
 from gspo.train.algorithms import find_algorithm
 
 

@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from gspo.kernels.sharded import reshard
+from gspo.kernels.sharded import full, reshard
 from gspo.policy.policy import Policy
 
 
@@ -24,7 +23,7 @@ def whole_weights(policy: Policy, *, frozen: bool) -> dict[str, Tensor]:
     named = dict(policy.lm.named_parameters()) if frozen else policy.trainable
     weights: dict[str, Tensor] = {}
     for name, weight in named.items():
-        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        whole = full(weight)
         if policy.workers.rank == 0:
             weights[name] = whole.detach()
     return weights

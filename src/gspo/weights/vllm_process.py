@@ -20,6 +20,11 @@ END_SECONDS = 20.0
 """How long a server may take to end when it is told to. Then it is killed."""
 FLAGS = "-m vllm.entrypoints.openai.api_server --enable-scale-out"
 FLAGS += " --logprobs-mode processed_logprobs"
+_BOUND = """
+exec 3<&0 </dev/null
+(trap "" TERM; cat <&3; kill -TERM 0; sleep "$0"; kill -KILL 0) >/dev/null &
+exec "$@" 3<&-"""
+"""The shell becomes the server; its watcher ends the group once nobody holds the pipe any more."""
 _ENV = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "PYTHONPATH": ""}
 
 
@@ -59,7 +64,8 @@ def check_entries(engines: Any) -> tuple[str, ...]:
 class VllmProcess:
     """One server after another, each a process group: vLLM's engine is a child of its server.
 
-    It ends with this process, even if that is killed, where the system has `setpriv` (Linux).
+    It ends with this process, even if that is killed: a watcher in its group waits for the end of a
+    pipe that only this process holds open.
 
     Args:
         entry: the Python of an environment that has vLLM, with `env` and variables before it, and
@@ -79,20 +85,21 @@ class VllmProcess:
         return self._process is not None and self._process.poll() is None
 
     def start(self, model: str, *settings: str) -> str:
-        """Start a server of a model with these arguments of vLLM; returns its address.
-
-        To be called in a thread that lives on: the server ends with it.
-        """
+        """Start a server of a model with these arguments of vLLM; returns its address."""
         # A new port each time: meanwhile somebody else may listen on the former one.
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         ours = [*FLAGS.split(), "--host", "127.0.0.1", "--port", f"{port}", *settings]
         env = os.environ | _ENV
-        bound = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
-        self._command = [*bound, *self._python, *ours, "--model", model, *self._options]
+        self._command = [*self._python, *ours, "--model", model, *self._options]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                self._command, stdout=log, stderr=log, env=env, start_new_session=True
+                ["sh", "-c", _BOUND, f"{END_SECONDS:g}", *self._command],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=env,
+                start_new_session=True,
             )
         return f"http://127.0.0.1:{port}"
 
@@ -104,6 +111,8 @@ class VllmProcess:
             with suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, number)
                 process.wait(END_SECONDS)
+        if process.stdin is not None:
+            process.stdin.close()
         if self._process is process:  # its number may be another's from now on
             self._process = None
 

@@ -18,6 +18,7 @@ import logging
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ START_SECONDS = 900.0
 LOAD_SECONDS = 600.0
 """How long it may take to read new weights, or to score the probe."""
 LOOK_SECONDS, HEALTH_SECONDS = 30.0, 60.0
-"""While an answer is awaited, how often the server is asked if it lives, and for how long."""
+"""While an answer is awaited, how often the server is asked if it lives, and for how long.
+It may be busy (Retry-After) for so long, too."""
 REQUEST_SECONDS = 3600.0
 """How long one answer may take."""
 log = logging.getLogger("gspo")
@@ -111,16 +113,9 @@ class VllmServer:
         try:
             while not (await asyncio.wait([asked], timeout=LOOK_SECONDS))[0]:
                 await self._call("/health", None, HEALTH_SECONDS)
-            answer = asked.result()
+            return asked.result()
         finally:
             asked.cancel()  # the connection is closed: vLLM lets go of the request
-        try:
-            labels = {s["version"] for c in answer["choices"] for s in c["weight_versions"]}
-        except _ODD as error:
-            raise ServeError(f"{self.url}: an answer that gspo cannot read: {error!r}") from None
-        if labels != {weights.label}:
-            raise ServerFault(f"{self.url} answered with the weights {labels}: it began anew")
-        return answer
 
     async def bring(self, new: Publication) -> None:
         """Give the server these weights, and prove it: after a return it may be used.
@@ -133,19 +128,19 @@ class VllmServer:
         """
         self.publication = None
         fresh = self._own is not None and not (self._reloads and await self._lives())
-        try:
+        for last in (fresh, True):
             try:
                 await self._loaded(new, fresh)
+                break
             except ServeError as error:
-                if fresh or self._own is None:
+                self.fault, fault = str(error), isinstance(error, ServerFault)
+                if last or (self._own is None and fault):
                     raise
-                log.warning("%s: it is started again", error)
+                how = "started again" if self._own else "loaded once more"
+                log.warning("%s: it is %s", error, how)
                 # Else this vLLM doesn't reload this model rightly.
-                self._reloads = bool(new.lora_base) or isinstance(error, ServerFault)
-                await self._loaded(new, fresh=True)
-        except ServeError as error:
-            self.fault = str(error)
-            raise
+                self._reloads = bool(new.lora_base) or fault
+                fresh = self._own is not None
         self.publication = new
 
     async def close(self) -> None:
@@ -163,9 +158,14 @@ class VllmServer:
             RequestError: it refuses what was asked.
         """
         method = "GET" if body is None else "POST"
+        ask = partial(self._http.request, method, self.url + path, json=body)
+        busy_until = time.monotonic() + HEALTH_SECONDS
         try:
             async with asyncio.timeout(seconds):  # httpx limits single reads, not the whole
-                answer = await self._http.request(method, self.url + path, json=body)
+                answer = await ask()
+                while pause := _asked_to_wait(answer, busy_until):
+                    await asyncio.sleep(pause)
+                    answer = await ask()
         except httpx.ConnectError:
             raise ServerFault(
                 f"nothing answers at {self.url}: start vLLM there, or give the Python that starts "
@@ -178,18 +178,28 @@ class VllmServer:
         if answer.status_code != 200:
             kind = RequestError if answer.status_code in (400, 413, 422) else ServerFault
             raise kind(f"{self.url}{path}: HTTP {answer.status_code}: {answer.text[:500]}")
-        json = answer.headers.get("content-type", "").startswith("application/json")
         try:
-            return answer.json() if json else None
+            return answer.json() if "json" in answer.headers.get("content-type", "") else None
         except ValueError:
             raise ServerFault(f"{self.url}{path}: no JSON: {answer.text[:200]!r}") from None
 
     async def _generate(
         self, prompt: list[int], params: dict[str, Any], new: Publication, seconds: float
     ) -> Any:
+        """An answer whose completions are whole, and of these weights alone."""
         model = new.label if new.lora_base else self._model
         body = {"model": model, "token_ids": prompt, "sampling_params": params}
-        return await self._call("/inference/v1/generate", body, seconds)
+        answer = await self._call("/inference/v1/generate", body, seconds)
+        try:
+            for choice in answer["choices"]:
+                labels = {span["version"] for span in choice["weight_versions"]}
+                if labels != {new.label}:
+                    raise ServerFault(f"{self.url} answered with the weights {labels}: began anew")
+                if (reason := choice["finish_reason"]) not in ("stop", "length"):
+                    raise ServerFault(f"{self.url} ended a completion itself: {reason!r}")
+        except _ODD as error:
+            raise ServeError(f"{self.url}: an answer that gspo cannot read: {error!r}") from None
+        return answer
 
     async def _lives(self) -> bool:
         """Whether a server that was started here answers."""
@@ -220,8 +230,9 @@ class VllmServer:
             forget = "/reset_prefix_cache?reset_running_requests=true"
             if not (await self._call(forget, {}, LOAD_SECONDS) or {}).get("success"):
                 raise ServerFault(f"{self.url} keeps what it computed with older weights")
-        await self._prove(new)
+        # Before the proof: a server that begins anew after it has lost the label too.
         await self._call("/update_weight_version", {"new_version": new.label}, HEALTH_SECONDS)
+        await self._prove(new)
 
     async def _wrong_settings(self, new: Publication) -> list[str]:
         """The settings with which the numbers would be others."""
@@ -288,3 +299,12 @@ class VllmServer:
                     f"{own.last_words()}"
                 )
             await asyncio.sleep(0.3)
+
+
+def _asked_to_wait(answer: httpx.Response, until: float) -> float:
+    """Seconds after which a server that is busy, or a proxy before it, wants to be asked again; 0:
+    it does not, or not before `until`."""
+    told = answer.headers.get("retry-after", "")
+    busy = answer.status_code in (429, 503) and told.isdecimal()
+    pause = max(float(told), 0.1) if busy else 0.0
+    return pause if time.monotonic() + pause < until else 0.0
