@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from gspo.kernels.attention import PACKED
 from gspo.kernels.fused import fuse, shorten
 from gspo.kernels.sharded import reshard
 from gspo.policy.context import settle_context
+from gspo.policy.logits import logit_scale
 from gspo.policy.lora import add_lora, merge_adapter, quiet_peft
 from gspo.policy.policy import Policy
 from gspo.policy.source import adapters_below, read_model, read_tokenizer, resolve
@@ -64,13 +65,12 @@ def load_policy(
     # What a new adapter is of: a path that is right from wherever it is read.
     lm.name_or_path = os.path.abspath(source) if Path(source).is_dir() else source
     tokenizer = read_tokenizer(source, trust_remote_code=trust)
-    if hf.attention_implementation(lm) == "sdpa" or caps_or_sinks(lm):
-        lm.set_attn_implementation(PACKED)
-    if device.type == "cuda":
-        fuse(lm)
-    else:
-        shorten(lm)
-    context = settle_context(lm, base_model, config.max_context)
+    with _told(base_model, lm):
+        if hf.attention_implementation(lm) == "sdpa" or caps_or_sinks(lm):
+            lm.set_attn_implementation(PACKED)
+        fuse(lm) if device.type == "cuda" else shorten(lm)
+        context = settle_context(lm, base_model, config.max_context)
+        scale = logit_scale(lm)
     threads, workers = _threads(lm, config.threads)
     torch.set_num_threads(threads)
     reshard(lm)  # what is frozen now is to be each rank's part
@@ -83,6 +83,7 @@ def load_policy(
         dtype=getattr(torch, config.dtype),
         context=context,
         threads=threads,
+        logit_scale=scale,
         entries=max(tokenizer.get_vocab().values()) + 1,  # heads are often padded beyond them
         checkpointing=config.activation_checkpointing,
         # peft swaps the experts' weights on the module while it computes, for every thread.
@@ -91,6 +92,22 @@ def load_policy(
     if policy.checkpointing:  # with the same replayed choices of experts
         hf.recompute_layers(lm, policy.routers.recompute)
     return policy
+
+
+@contextmanager
+def _told(name: str, lm: PreTrainedModel) -> Iterator[None]:
+    """Say of an error inside the block that the model cannot be computed.
+
+    Raises:
+        ModelError: in place of whatever transformers or torch raise.
+    """
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        raise ModelError(
+            f"{name!r}: {type(lm).__name__} cannot compute a few tokens ({type(error).__name__}: "
+            f"{error}): its config is wrong, or it is called in a way that gspo doesn't know"
+        ) from error
 
 
 def read_merged(

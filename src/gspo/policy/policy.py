@@ -120,6 +120,11 @@ class Policy:
         """Trained parameters by name, in a fixed order."""
         return {n: p for n, p in self.lm.named_parameters() if p.requires_grad}
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers by name."""
+        return {**dict(self.lm.named_parameters()), **dict(self.lm.named_buffers())}
+
     def reference(self) -> AbstractContextManager[None]:
         """Inside the block the adapters are off: the base model (LoRA only)."""
         return self.peft.disable_adapter()

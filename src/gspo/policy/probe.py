@@ -48,7 +48,7 @@ def choose_packing(policy: Policy) -> None:
     samples, faults = _random_samples(policy), []
     (apart,) = pack(samples, budget=10_000)
     (shared,) = pack(samples, budget=10_000, share=True)
-    expected = _plain_logprobs(policy, samples)
+    expected = plain_logprobs(policy, samples)
     for packing in _ways(policy):
         policy.packing = packing
         fault = _fault(policy, apart, expected)
@@ -155,13 +155,14 @@ def _random_samples(policy: Policy) -> list[Sample]:
 
 
 @torch.no_grad()
-def _plain_logprobs(policy: Policy, samples: Sequence[Sample]) -> Float[Tensor, " M"]:
+def plain_logprobs(policy: Policy, samples: Sequence[Sample]) -> Float[Tensor, " M"]:
     """Compute log-probs the plain way: a call of the model per sample, full logits, float32."""
     logprobs_of_samples = []
     for sample in samples:
         tokens = torch.from_numpy(sample.tokens)[None].to(policy.device)
         logits = policy.lm(input_ids=tokens, use_cache=False).logits[0, :-1, : policy.head.size]
-        logprobs = (logits.float() / _TEMPERATURE).log_softmax(-1)
+        temperatures = torch.from_numpy(sample.temperatures[1:, None]).to(policy.device)
+        logprobs = (logits.float() / temperatures).log_softmax(-1)
         logprobs = logprobs.gather(-1, tokens[0, 1:, None]).squeeze(-1)
         sampled = torch.from_numpy(sample.ratio_mask[1:]).to(policy.device)
         logprobs_of_samples.append(logprobs[sampled])

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from gspo.core.compute import ComputeThread
 from gspo.core.errors import ModelError
 from gspo.data.packing import pack
-from gspo.data.sample import sample_of
+from gspo.data.sample import Sample, sample_of
 from gspo.data.turn import Turn
 from gspo.kernels.exact import MULTIPLES, Part, measure, undo
 from gspo.kernels.kv_cache import LAYOUTS, Layout
@@ -18,7 +20,8 @@ from gspo.kernels.tile_attention import TILE
 from gspo.policy.context import probe_length
 from gspo.policy.load import SMALL
 from gspo.policy.policy import Policy
-from gspo.serve.engine import Engine, Request, SamplingParams
+from gspo.policy.probe import plain_logprobs
+from gspo.serve.engine import Completion, Engine, Request, SamplingParams
 from gspo.serve.torch_engine import TorchEngine
 
 log = logging.getLogger("gspo")
@@ -163,22 +166,31 @@ def _inexact(engine: TorchEngine) -> float:
         prompt = (*text[: length // 2], *text[-(length - length // 2) :])  # they begin alike
         params = SamplingParams(n=count, max_tokens=tokens, seed=length, ignore_eos=True)
         requests.append(Request(prompt, params))
-    worst = 0.0
-    running = engine.max_running
+    running, answers, differences = engine.max_running, None, list[Tensor]()
     try:
         for engine.max_running in (running, 3):
-            samples = [
-                sample_of([Turn([*request.prompt], [*c.token_ids], [*c.logprobs])], 0, number)
-                for request, completions in zip(requests, engine.generate(requests), strict=True)
-                for number, c in enumerate(completions)
-            ]
-            for budget, share in ((10**6, policy.shares_prompts), (1, False)):
-                for microbatch in pack(samples, budget, share=share):
-                    logprobs = policy.logprobs(microbatch).logprobs.detach()
-                    worst = max(worst, (logprobs - microbatch.sampling_logprobs).abs().max().item())
+            before, answers = answers, engine.generate(requests)
+            if answers != before:  # else they were scored
+                differences += _differences(policy, _samples(requests, answers))
     finally:
         engine.max_running = running
-    return worst
+    return torch.cat(differences).abs().max().item()  # NaN if there is one
+
+
+def _samples(requests: Sequence[Request], answers: Sequence[Sequence[Completion]]) -> list[Sample]:
+    """What was sampled, each completion a sample."""
+    return [
+        sample_of([Turn([*request.prompt], [*c.token_ids], [*c.logprobs])], 0, number)
+        for request, completions in zip(requests, answers, strict=True)
+        for number, c in enumerate(completions)
+    ]
+
+
+def _differences(policy: Policy, samples: Sequence[Sample]) -> Iterator[Tensor]:
+    """Score samples as training does, together and one by one."""
+    for budget, share in ((10**6, policy.shares_prompts), (1, False)):
+        for microbatch in pack(samples, budget, share=share):
+            yield policy.logprobs(microbatch).logprobs.detach() - microbatch.sampling_logprobs
 
 
 def check_engine(engine: TorchEngine) -> None:
@@ -222,15 +234,7 @@ def _gap(engine: TorchEngine) -> float:
     if reach:  # past the model's sliding window
         prompt = tuple(1 + i % (policy.head.size - 1) for i in range(reach))
         requests.append(Request(prompt, replace(params, n=1)))
-    gaps = [torch.zeros(1)]
-    for request, done in zip(requests, engine.generate(requests), strict=True):
-        for completion in done:
-            tokens = torch.tensor([[*request.prompt, *completion.token_ids]], device=policy.device)
-            with torch.no_grad():
-                logits = policy.lm(input_ids=tokens, use_cache=False).logits[0]
-                logits = logits[:, : policy.head.size]
-            new = tokens[0, len(request.prompt) :]
-            expected = logits.float().log_softmax(-1)[len(request.prompt) - 1 : -1]
-            expected = expected.gather(-1, new[:, None]).squeeze(-1).cpu()
-            gaps.append((torch.tensor(completion.logprobs) - expected).abs())
-    return torch.cat(gaps).max().item()  # NaN if there is one
+    samples = _samples(requests, engine.generate(requests))
+    sampled = torch.cat([torch.from_numpy(s.old_logprobs[s.ratio_mask]) for s in samples])
+    gaps = sampled - plain_logprobs(policy, samples).cpu()
+    return gaps.abs().max().item()  # NaN if there is one
