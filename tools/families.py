@@ -96,7 +96,12 @@ def tiny_config(family: str) -> Any:
     whole = kind()
     known = {*vars(whole), *getattr(whole, "attribute_map", {})}
     given = {name: value for name, value in USUAL.items() if name in known}
-    given = {n: v for n, v in given.items() if getattr(whole, n, None) is not None or "id" in n}
+    told = ("id", "group", "per_tok")  # also if they are None in a config of no arguments
+    given = {
+        name: value
+        for name, value in given.items()
+        if getattr(whole, name, None) is not None or any(part in name for part in told)
+    }
     if "kv_lora_rank" in given:  # latent attention, whose heads all have keys of their own
         given["num_key_value_heads"] = given["num_attention_heads"]
     config = kind(**given | OWN.get(family, {}))

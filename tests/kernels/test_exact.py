@@ -168,7 +168,7 @@ def test_what_was_changed_can_be_undone():
     lm: Any = model("jitter")
     measure(lm, head_of(lm))
     layer = lm.model.layers[0].self_attn.q_proj
-    layer.forward = MethodType(_by_blocks, layer)
+    layer.gspo_rows, layer.forward = 8, MethodType(_by_blocks, layer)
     assert any(hasattr(m, "gspo_rows") for m in lm.modules())
     exact.undo(lm)
     assert not any(hasattr(m, "gspo_rows") or "forward" in vars(m) for m in lm.modules())

@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from gspo.kernels.hf import backbone, no_mask, pad_experts
+from gspo.kernels.kv_cache import key_heads
 from gspo.kernels.logprob import CPU_BLOCK, Head, full_logits
 from gspo.kernels.projection import project
 from gspo.kernels.running_softmax import VECTOR
@@ -74,22 +75,21 @@ def measure(lm: Any, head: Head) -> list[Part]:
         lm: the model. Its experts may be padded from now on, its linear layers replaced.
         head: its vocabulary projection.
     """
-    calls = list(_calls(lm))
-    linear = list(_settled_linear(lm))  # blocks contain them
-    experts = [_settle_experts(*call) for call in calls if is_experts(call[1][0])]
-    rest = [
-        Part(name, _kind(same[0]), _multiple(same[0], inputs, _rows_for(same[0])))
-        for name, same, inputs in calls
-        if not is_experts(same[0])
-    ]
-    return [*linear, *experts, *rest, _attention(lm.config.get_text_config()), _head(head)]
+    calls = sorted(_calls(lm), key=lambda call: not is_experts(call[1][0]))
+    parts = list(_settled_linear(lm))
+    for name, same, inputs in calls:  # blocks contain the others
+        if is_experts(same[0]):
+            parts.append(_settle_experts(name, same, inputs))
+        else:
+            multiple = _multiple(same[0], inputs, _rows_for(same[0]))
+            parts.append(Part(name, type(same[0]).__name__, multiple))
+    return [*parts, _attention(lm.config.get_text_config()), _head(head)]
 
 
 def _attention(config: Any) -> Part:
     """One token of each of several sequences that are alike, against many tokens of one."""
-    heads = config.num_attention_heads
-    share = heads // (getattr(config, "num_key_value_heads", None) or heads)
-    depth = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads, depth = key_heads(config)
+    share = config.num_attention_heads // kv_heads
     rows, keys, values = _numbers(3, 1, 1, _BLOCK * share, depth)
     keys, values = keys[:, :, :_BLOCK], values[:, :, :_BLOCK]
     many, _ = attend(rows, keys, values, None, None)
@@ -105,32 +105,23 @@ def _head(head: Head) -> Part:
     block = min(CPU_BLOCK[0], head.size)
     spans = [slice(0, block), slice((head.size - 1) // block * block, head.size)]
     pairs = [(span, project(hidden, head.weight[span], None, None)) for span in spans]
-    for multiple in MULTIPLES:
-        few = [
-            full_logits(hidden[:count], replace(head, bias=None, softcap=None, scale=1.0))
-            for count in (multiple, 2 * multiple)
-        ]
-        if all(torch.equal(x[:, s], w[: len(x)]) for x in few for s, w in pairs):
-            return Part("lm_head", "head", multiple)
-    return Part("lm_head", "head", None)
+    plain, wrong = replace(head, bias=None, softcap=None, scale=1.0), set[int]()
+    for count in _ROWS[:3]:
+        few = full_logits(hidden[:count], plain)
+        if not all(torch.equal(few[:, span], many[:count]) for span, many in pairs):
+            wrong.add(count)
+    return Part("lm_head", "head", _fitting(wrong))
 
 
 def undo(lm: Any) -> None:
     """Compute a model's modules as before `measure`."""
     for module in lm.modules():
-        forward = getattr(module.__dict__.get("forward"), "__func__", None)
         if hasattr(module, "gspo_rows"):
             del module.gspo_rows, module.forward
-        elif forward in (_by_blocks, _by_one_dnn):
-            del module.forward
 
 
 def is_experts(module: nn.Module) -> bool:
     return hasattr(module, "_is_expert_parallel")  # transformers' mark of such a module
-
-
-def _kind(module: nn.Module) -> str:
-    return type(module).__name__
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -140,9 +131,8 @@ def _is_linear(module: nn.Module) -> bool:
 def _settled_linear(lm: Any) -> Iterator[Part]:
     """Measure the linear layers below the head, each shape once, and change those that need it."""
     alike: dict[tuple[Any, ...], list[tuple[str, nn.Linear]]] = {}
-    head = lm.get_output_embeddings()
     for name, module in lm.named_modules():
-        if _is_linear(module) and module is not head:
+        if _is_linear(module) and module is not lm.get_output_embeddings():
             shape = module.in_features, module.out_features, module.bias is not None
             alike.setdefault((*shape, module.weight.dtype), []).append((name, module))
     for shape, layers in alike.items():
@@ -150,12 +140,12 @@ def _settled_linear(lm: Any) -> Iterator[Part]:
         multiple, as_usual = _linear(*shape, torch.get_num_threads())
         way, how = _other_way(shape[3])
         for _, layer in [] if as_usual else layers:
-            layer.forward = MethodType(way, layer)
+            layer.gspo_rows, layer.forward = multiple, MethodType(way, layer)
         # A function of its output, such as sigmoid, must find whole vectors only. Measuring it is
         # not enough: rounding to bfloat16 hides a difference most of the time.
         whole = vector // math.gcd(vector, shape[1])
         multiple = None if multiple is None else math.lcm(multiple, whole)
-        yield Part(layers[0][0], _kind(layers[0][1]), multiple, "" if as_usual else how)
+        yield Part(layers[0][0], type(layers[0][1]).__name__, multiple, "" if as_usual else how)
 
 
 @cache
@@ -181,15 +171,11 @@ def _other_way(dtype: torch.dtype) -> tuple[Callable[..., Tensor], str]:
     return (_by_blocks, f"blocks of {_BLOCK} rows") if half else (_by_one_dnn, "oneDNN")
 
 
-@cache
-def _drawn() -> Tensor:
-    return torch.randn(2**20 - 3, generator=torch.Generator().manual_seed(0))
-
-
 def _numbers(*shape: int) -> Tensor:
     """Random numbers that repeat: to draw millions takes longer than to multiply them."""
-    count = math.prod(shape)
-    return _drawn().repeat(-(-count // len(_drawn())))[:count].view(shape)
+    count, generator = math.prod(shape), torch.Generator().manual_seed(0)
+    few = torch.randn(65_521, generator=generator)  # a prime: rows are other pieces of them
+    return few.repeat(-(-count // len(few)))[:count].view(shape)
 
 
 def _settle_experts(name: str, modules: list[nn.Module], inputs: tuple[Tensor, ...]) -> Part:
@@ -200,7 +186,7 @@ def _settle_experts(name: str, modules: list[nn.Module], inputs: tuple[Tensor, .
         multiple = _multiple(modules[0], inputs, _rows_for(modules[0]))
         if multiple is not None and multiple <= _FEW:
             break
-    return Part(name, _kind(modules[0]), multiple, f"at least {rows} tokens each")
+    return Part(name, type(modules[0]).__name__, multiple, f"at least {rows} tokens each")
 
 
 def _rows_for(module: nn.Module) -> tuple[int, ...]:
@@ -216,9 +202,8 @@ def _calls(lm: Any) -> Iterator[tuple[str, list[nn.Module], tuple[Tensor, ...]]]
     names = {module: name for name, module in lm.named_modules()}
 
     def note(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        values = (*inputs, *named.values())
-        by_token = [x for x in values if isinstance(x, Tensor) and _SEEN in x.shape[:2]]
-        if named or not by_token or len(by_token) != len(values):
+        by_token = [x for x in inputs if isinstance(x, Tensor) and _SEEN in x.shape[:2]]
+        if named or not by_token or len(by_token) != len(inputs):
             return
         shapes = tuple(tuple(p.shape) for p in module.parameters())
         kind = (type(module), shapes, *(tuple(x.shape) for x in by_token))
@@ -267,6 +252,11 @@ def _multiple(
         few = torch.cat([_first(run(*call)) for call in calls], axis)
         if not torch.equal(few, whole.narrow(axis, (most - rows) // 2, rows)):
             wrong.add(count)
+    return _fitting(wrong)
+
+
+def _fitting(wrong: set[int]) -> int | None:
+    """The smallest multiple that no call of so many rows was of, whose bits were wrong."""
     return next((m for m in MULTIPLES if all(count % m for count in wrong)), None)
 
 

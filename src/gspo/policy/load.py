@@ -20,7 +20,6 @@ from gspo.kernels.attention import PACKED
 from gspo.kernels.fused import fuse, shorten
 from gspo.kernels.sharded import reshard
 from gspo.policy.context import settle_context
-from gspo.policy.logits import logit_scale
 from gspo.policy.lora import add_lora, merge_adapter, quiet_peft
 from gspo.policy.policy import Policy
 from gspo.policy.source import adapters_below, read_model, read_tokenizer, resolve
@@ -70,25 +69,23 @@ def load_policy(
             lm.set_attn_implementation(PACKED)
         fuse(lm) if device.type == "cuda" else shorten(lm)
         context = settle_context(lm, base_model, config.max_context)
-        scale = logit_scale(lm)
-    threads, workers = _threads(lm, config.threads)
-    torch.set_num_threads(threads)
-    reshard(lm)  # what is frozen now is to be each rank's part
-    peft = None if config.lora is None else add_lora(lm, config.lora, checkpoint)
-    policy = Policy(
-        lm=lm.eval(),
-        peft=peft,
-        tokenizer=tokenizer,
-        source=source,
-        dtype=getattr(torch, config.dtype),
-        context=context,
-        threads=threads,
-        logit_scale=scale,
-        entries=max(tokenizer.get_vocab().values()) + 1,  # heads are often padded beyond them
-        checkpointing=config.activation_checkpointing,
-        # peft swaps the experts' weights on the module while it computes, for every thread.
-        workers=mesh or Workers(1 if peft else workers),
-    )
+        threads, workers = _threads(lm, config.threads)
+        torch.set_num_threads(threads)
+        reshard(lm)  # what is frozen now is to be each rank's part
+        peft = None if config.lora is None else add_lora(lm, config.lora, checkpoint)
+        policy = Policy(
+            lm=lm.eval(),
+            peft=peft,
+            tokenizer=tokenizer,
+            source=source,
+            dtype=getattr(torch, config.dtype),
+            context=context,
+            threads=threads,
+            entries=max(tokenizer.get_vocab().values()) + 1,  # heads are often padded beyond them
+            checkpointing=config.activation_checkpointing,
+            # peft swaps the experts' weights on the module while it computes, for every thread.
+            workers=mesh or Workers(1 if peft else workers),
+        )
     if policy.checkpointing:  # with the same replayed choices of experts
         hf.recompute_layers(lm, policy.routers.recompute)
     return policy

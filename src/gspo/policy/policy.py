@@ -258,8 +258,7 @@ class Policy:
             return query < until[key]
 
         def near(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            near_enough = positions[query] < positions[key] + window
-            return (query < until[key]) & near_enough
+            return (query < until[key]) & (positions[query] < positions[key] + window)
 
         types = getattr(config, "layer_types", None)
         if types is not None and "sliding_attention" not in types:

@@ -27,7 +27,8 @@ from gspo.policy.policy import Packing, Policy
 log = logging.getLogger("gspo")
 
 _ORDER: tuple[Packing, ...] = ("flex", "tiles", "mask", "single")
-_REFUSALS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
+FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
+"""What a model raises that is called in a way that it doesn't know."""
 _UNRELATED = (9, 4, 7)  # tokens of texts that have nothing in common
 _SHARED, _PROMPTS, _COMPLETIONS = 16, (19, 18), (5, 8)  # tokens
 _TEMPERATURE = 0.7
@@ -89,7 +90,7 @@ def _fault(
     """Say what is wrong with the log-probs of a microbatch; None if nothing is."""
     try:
         logprobs, leaks = _trained(policy, microbatch)
-    except _REFUSALS as error:
+    except FAILURES as error:
         return f"{type(error).__name__}: {error}"
     gap = (logprobs - expected).abs().max().item()
     if tolerance is None:

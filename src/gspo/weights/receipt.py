@@ -226,10 +226,7 @@ def _noise(scores: Tensor, dtype: torch.dtype) -> float:
 
 
 def _same_bits(left: Tensor, right: Tensor) -> bool:
-    if left.shape != right.shape:
-        return False
-    integers = _INTEGERS[left.element_size()]
-    return torch.equal(left.view(integers), right.view(integers))
+    return torch.equal(*(x.view(_INTEGERS[x.element_size()]) for x in (left, right)))
 
 
 def _distance(left: Tensor, right: Tensor) -> float:

@@ -98,9 +98,8 @@ class RoundedCopy:
 
     def _plain(self, policy: Policy, lm: PreTrainedModel) -> Policy:
         """Make a policy of a model without adapters, which is not trained."""
-        same = replace(policy, lm=lm.eval(), peft=None, dtype=self._type, checkpointing=False)
-        same.multiple, same.exact = 1, False
-        return same
+        other = {"dtype": self._type, "checkpointing": False, "multiple": 1, "exact": False}
+        return replace(policy, lm=lm.eval(), peft=None, **other)
 
 
 def _with_parameters(lm: Any, values: Mapping[int, Tensor]) -> Any:
