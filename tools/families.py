@@ -92,7 +92,7 @@ OWN: dict[str, dict[str, Any]] = {
 
 def tiny_config(family: str) -> Any:
     """A small config: that of the family with other numbers where `USUAL` has the name."""
-    kind = CONFIG_MAPPING[family]
+    kind: Any = CONFIG_MAPPING[family]
     whole = kind()
     known = {*vars(whole), *getattr(whole, "attribute_map", {})}
     given = {name: value for name, value in USUAL.items() if name in known}
