@@ -98,12 +98,7 @@ class RoundedCopy:
 
     def _plain(self, policy: Policy, lm: PreTrainedModel) -> Policy:
         """Make a policy of a model without adapters, which is not trained."""
-        other: dict[str, Any] = {
-            "dtype": self._type,
-            "checkpointing": False,
-            "multiple": 1,
-            "exact": False,
-        }
+        other = {"dtype": self._type, "checkpointing": False, "multiple": 1, "exact": False}
         return replace(policy, lm=lm.eval(), peft=None, **other)
 
 
