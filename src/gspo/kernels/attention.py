@@ -74,11 +74,10 @@ def packed_attention(
         raise NotImplementedError(f"gspo_packed attention with {unknown or 'dropout'}")
     if not getattr(module, "is_causal", True):
         raise NotImplementedError("gspo_packed attention is causal")
-    bends = (softcap, s_aux)
-    if isinstance(gspo_plan, FlexAttention):
-        if bent:
-            raise NotImplementedError("gspo_packed attention on a GPU with softcap or s_aux")
-        bends = ()
+    on_gpu = isinstance(gspo_plan, FlexAttention)
+    if on_gpu and bent:
+        raise NotImplementedError("gspo_packed attention on a GPU with softcap or s_aux")
+    bends: Any = () if on_gpu else (softcap, s_aux)
     out = gspo_plan.attend(layer, query, key, value, scaling, sliding_window, *bends)
     return out.contiguous(), None  # as transformers' own: JetMoe takes a view of it
 

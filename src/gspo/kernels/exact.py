@@ -130,7 +130,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _settled_linear(lm: Any) -> Iterator[Part]:
     """Measure the linear layers below the head, each shape once, and change those that need it."""
-    alike: dict[tuple[Any, ...], list[tuple[str, nn.Linear]]] = {}
+    alike: dict[tuple[Any, ...], list[tuple[str, Any]]] = {}
     for name, module in lm.named_modules():
         if _is_linear(module) and module is not lm.get_output_embeddings():
             shape = module.in_features, module.out_features, module.bias is not None

@@ -256,19 +256,22 @@ def pad_experts(experts: Any, rows: int) -> None:
     def forward(
         self: Any, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        if plain:
+        if plain and not torch.is_grad_enabled():
             return _grouped_experts(self, hidden, chosen, weights, self.gspo_rows)
+        run = _grouped_experts if plain else type(self).forward
         counts = np.bincount(chosen.numpy(force=True).ravel(), minlength=self.num_experts)
         missing = np.where(counts > 0, self.gspo_rows - counts, 0).clip(min=0)
+        if not missing.any():
+            return run(self, hidden, chosen, weights)
         extra = torch.from_numpy(np.arange(len(missing)).repeat(missing)).to(chosen.device)
         tokens = -(-len(extra) // chosen.shape[1])
         # Places of the last token that are left over go to an expert that has enough.
         filler = extra.new_full((tokens * chosen.shape[1] - len(extra),), int(counts.argmax()))
-        more = torch.cat([extra, filler]).view(tokens, chosen.shape[1]).to(chosen.dtype)
+        more = torch.cat([extra, filler]).view(tokens, -1).to(chosen.dtype)
         chosen = torch.cat([chosen, more])
+        hidden_more = hidden.new_zeros(tokens, hidden.shape[1])
         weights = torch.cat([weights, weights.new_zeros(tokens, weights.shape[1])])
-        padded = torch.cat([hidden, hidden.new_zeros(tokens, hidden.shape[1])])
-        return type(self).forward(self, padded, chosen, weights)[: len(hidden)]
+        return run(self, torch.cat([hidden, hidden_more]), chosen, weights)[: len(hidden)]
 
     experts.gspo_rows = rows
     experts.forward = MethodType(forward, experts)

@@ -135,7 +135,7 @@ def _inexact(engine: TorchEngine) -> float:
     small = sum(p.numel() for p in policy.lm.parameters()) < SMALL
     tokens = 8 if small else 4
     lengths = (1, TILE - 1, TILE, TILE + 1, 2 * TILE + 1) if small else (2, TILE + 1)
-    requests = _requests(policy, lengths, tokens, windows=small)
+    requests = [*_requests(policy, lengths, tokens, windows=small)]
     running, answers, differences = engine.max_running, None, list[Tensor]()
     try:
         for engine.max_running in (running, 3):
@@ -149,20 +149,18 @@ def _inexact(engine: TorchEngine) -> float:
 
 def _requests(
     policy: Policy, lengths: Sequence[int], tokens: int, *, windows: bool = True
-) -> list[Request]:
+) -> Iterator[Request]:
     """Ask for two completions of prompts that begin alike, of these lengths; and, with `windows`,
     of one that is longer than the model's sliding window, if that costs little."""
     longest = policy.context - tokens
     reach = probe_length(policy.lm, longest) if windows else 0
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(policy.head.size, (max(reach, *lengths),), generator=generator).tolist()
-    requests = []
     for length in (*lengths, *([reach] if reach else [])):
         length = max(1, min(length, longest))
         prompt = (*text[: length // 2], *text[-(length - length // 2) :])
         params = SamplingParams(n=2, max_tokens=tokens, seed=length, ignore_eos=True)
-        requests.append(Request(prompt, params))
-    return requests
+        yield Request(prompt, params)
 
 
 def _samples(requests: Sequence[Request], answers: Sequence[Sequence[Completion]]) -> list[Sample]:
@@ -214,7 +212,7 @@ def check_engine(engine: TorchEngine) -> None:
 
 def _gap(engine: TorchEngine) -> float:
     """Return the largest difference between the engine's log-probs and the plain ones."""
-    requests = _requests(engine.policy, (5, 3), 3)  # the shorter one is padded
+    requests = [*_requests(engine.policy, (5, 3), 3)]  # the shorter one is padded
     samples = _samples(requests, engine.generate(requests))
     sampled = torch.cat([torch.from_numpy(s.old_logprobs[s.ratio_mask]) for s in samples])
     gaps = sampled - plain_logprobs(engine.policy, samples).cpu()
