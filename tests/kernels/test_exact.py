@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import LlamaConfig
 
 from gspo.kernels import exact
-from gspo.kernels.exact import _by_blocks, _by_one_dnn, measure
+from gspo.kernels.exact import _by_blocks, _by_one_dnn, _linear, measure
 from gspo.kernels.hf import pad_experts
 from gspo.kernels.logprob import Head
 from models import model
@@ -51,26 +51,39 @@ def test_a_module_that_looks_at_its_call_is_found():
     }
 
 
-class Changing(nn.Linear):
-    """Its rows have other bits in calls of many tokens, as products on AMX have."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return super().forward(input) + (input.shape[-2] > 1500)
-
-
 @pytest.mark.parametrize(
     ("dtype", "how"), [(torch.bfloat16, "blocks of 64 rows"), (torch.float32, "oneDNN")]
 )
 def test_calls_of_many_tokens_are_measured_too(
     dtype: torch.dtype, how: str, monkeypatch: pytest.MonkeyPatch
 ):
-    layer, x = Changing(24, 16).to(dtype), torch.randn(512, 24).to(dtype)
+    """Rows have other bits in calls of many tokens, as products on AMX have."""
+    product = functional.linear
+
+    def changing(x: torch.Tensor, *weights: Any) -> torch.Tensor:
+        return product(x, *weights) + (x.shape[-2] > 600)
+
+    monkeypatch.setattr(functional, "linear", changing)
+    monkeypatch.setattr(exact, "pad_experts", lambda module, rows: None)
+    layer, x = nn.Linear(24, 16).to(dtype), torch.randn(37, 24).to(dtype)
+    _linear.cache_clear()
     with torch.no_grad():
-        monkeypatch.setattr(exact, "pad_experts", lambda module, rows: None)
-        experts = exact._settle_experts(("experts", [Changing(24, 16).to(dtype)], (x,)))
-        part = exact._settle_linear(("linear", [layer], (x,)))
+        experts = exact._settle_experts("experts", [layer], (x,))
+        assert exact._other_way(dtype)[1] == how
+        multiple, as_usual = _linear(24, 16, True, dtype, 1)
+    _linear.cache_clear()  # of what is not true
     assert experts.multiple is None  # there is no other way to compute them
-    assert part.how == how and part.multiple in exact.MULTIPLES
+    assert not as_usual and multiple in exact.MULTIPLES
+
+
+def test_a_shape_is_measured_once_in_a_process():
+    lm: Any = model("llama")
+    first = measure(lm, head_of(lm))
+    before = _linear.cache_info()
+    exact.undo(lm)
+    assert measure(lm, head_of(lm)) == first
+    after = _linear.cache_info()
+    assert after.misses == before.misses and after.hits > before.hits
 
 
 @pytest.mark.parametrize("way", [_by_blocks, _by_one_dnn])
@@ -155,7 +168,7 @@ def test_what_was_changed_can_be_undone():
     lm: Any = model("jitter")
     measure(lm, head_of(lm))
     layer = lm.model.layers[0].self_attn.q_proj
-    layer.forward = MethodType(_by_blocks, layer)
+    layer.gspo_rows, layer.forward = 8, MethodType(_by_blocks, layer)
     assert any(hasattr(m, "gspo_rows") for m in lm.modules())
     exact.undo(lm)
     assert not any(hasattr(m, "gspo_rows") or "forward" in vars(m) for m in lm.modules())

@@ -145,7 +145,7 @@ def test_several_log_probs_have_the_bits_of_the_drawn_ones():
     tokens, logprobs, softmax = sample(logits, temperature, torch.full((9,), 0.5))
     rows = torch.tensor([1, 4, 8])
     same = logits[rows].gather(1, tokens[rows, None])
-    assert torch.equal(softmax.several_logprobs(same, rows).squeeze(1), logprobs[rows])
+    assert torch.equal(softmax.logprobs(same, rows).squeeze(1), logprobs[rows])
 
 
 def test_a_barred_token_far_above_the_others_leaves_their_distribution():

@@ -6,6 +6,7 @@ import copy
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -194,29 +195,187 @@ def flipped_sign(on: Publication) -> None:
     on.rng.choice(on.matrices("_proj")).neg_()
 
 
+def flipped_bit(on: Publication) -> None:
+    numbers = on.pick()[0].view(-1)
+    bits = numbers.view({2: torch.int16, 4: torch.int32}[numbers.element_size()])
+    bits[on.rng.randrange(len(bits))] ^= 1 << on.rng.randrange(8 * bits.element_size() - 1)
+
+
+def swapped_bytes(on: Publication) -> None:
+    """As a reader of the other byte order would have it."""
+    weight = on.pick("_proj")[0].view(-1)
+    size = weight.element_size()
+    weight.copy_(weight.view(torch.uint8).view(-1, size).flip(1).flatten().view(weight.dtype))
+
+
+def keys_as_values(on: Publication) -> None:
+    """Of one head of one layer."""
+    layer: Any = on.lm.get_submodule(f"model.layers.{on.rng.randrange(3)}.self_attn")
+    first = layer.head_dim * on.rng.randrange(len(layer.k_proj.weight) // layer.head_dim)
+    keys, values = (p.weight[first : first + layer.head_dim] for p in (layer.k_proj, layer.v_proj))
+    kept = keys.clone()
+    keys.copy_(values)
+    values.copy_(kept)
+
+
+def added_bias(on: Publication) -> None:
+    layer = on.rng.choice([m for n, m in on.lm.named_modules() if n.endswith("_proj")])
+    assert isinstance(layer, nn.Linear)
+    layer.bias = nn.Parameter(torch.full_like(layer.weight[:, 0], 0.01), requires_grad=False)
+
+
+def rounded(on: Publication) -> None:
+    """One tensor, to half of the digits that it has."""
+    weight, _ = on.pick()
+    fewer = torch.float8_e4m3fn if weight.dtype == torch.bfloat16 else torch.bfloat16
+    weight.copy_(weight.to(fewer).to(weight.dtype))
+
+
+def other_type(on: Publication) -> None:
+    """The same numbers, as far as the type holds them."""
+    name = on.rng.choice([n for n, _ in on.lm.named_parameters() if "layers." in n])
+    module = on.lm.get_submodule(name.rpartition(".")[0])
+    weight = on.lm.get_parameter(name)
+    kind = torch.float64 if weight.dtype == torch.float32 else torch.float32
+    setattr(module, name.rpartition(".")[2], nn.Parameter(weight.to(kind), requires_grad=False))
+
+
+def shared_tensor(on: Publication) -> None:
+    """Two layers have the same one, which is the first one's."""
+    first, second = (
+        on.lm.get_submodule(f"model.layers.{layer}.self_attn.o_proj")
+        for layer in on.rng.sample(range(3), 2)
+    )
+    second.weight = first.weight
+
+
+def other_epsilon(on: Publication) -> None:
+    """No tensor differs."""
+    norms: list[Any] = [m for n, m in on.lm.named_modules() if n.endswith("layernorm")]
+    norm = on.rng.choice(norms)
+    norm.variance_epsilon = norm.gspo_epsilon = 1e-3
+
+
+def other_scale(on: Publication) -> None:
+    """No tensor differs: scores of attention are multiplied by another number."""
+    layer: Any = on.lm.get_submodule(f"model.layers.{on.rng.randrange(3)}.self_attn")
+    layer.scaling *= 1.01
+
+
+def other_rotation(on: Publication) -> None:
+    """No tensor differs: longrope's and yarn's factor of the rotations is another one."""
+    rotary: Any = on.lm.get_submodule("model.rotary_emb")
+    rotary.attention_scaling = 1.01
+
+
+def swapped_rows(on: Publication) -> None:
+    weight, _ = on.pick("embed_tokens")
+    rows = on.rng.sample(on.unused, 2)
+    weight[rows] = weight[rows[::-1]]
+
+
+def nan_in_a_row(on: Publication) -> None:
+    weight, _ = on.pick("embed_tokens")
+    weight[on.rng.choice(on.unused), on.rng.randrange(weight.shape[1])] = torch.nan
+
+
+def denormal_in_a_row(on: Publication) -> None:
+    weight, _ = on.pick("embed_tokens")
+    small = torch.finfo(weight.dtype).smallest_normal / 2
+    weight[on.rng.choice(on.unused), on.rng.randrange(weight.shape[1])] = small
+
+
+def shifted_head(on: Publication) -> None:
+    """Each row of the head is that of the token before."""
+    head: Any = on.lm.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    head.weight = nn.Parameter(head.weight.roll(1, 0), requires_grad=False)
+
+
+def other_tie(on: Publication) -> None:
+    """A tied head gets a tensor of its own, with the same numbers; another one is tied."""
+    head: Any = on.lm.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    rows: Any = on.lm.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+    tied = head.weight is rows.weight
+    head.weight = nn.Parameter(head.weight.clone(), requires_grad=False) if tied else rows.weight
+
+
+def norm_of_another_layer(on: Publication) -> None:
+    first, second = (
+        on.lm.get_parameter(f"model.layers.{layer}.input_layernorm.weight")
+        for layer in on.rng.sample(range(3), 2)
+    )
+    first.copy_(second)
+
+
+def gate_as_up(on: Publication) -> None:
+    """Of one expert."""
+    weight, _ = on.pick("mlp.experts.gate_up_proj")
+    expert = weight[on.rng.randrange(len(weight))]
+    expert.copy_(expert.roll(len(expert) // 2, 0))
+
+
+def shares_not_normalised(on: Publication) -> None:
+    """No tensor differs: the weights of a token's experts don't add up to 1."""
+    router: Any = on.lm.get_submodule(f"model.layers.{on.rng.randrange(3)}.mlp.gate")
+    router.norm_topk_prob = not router.norm_topk_prob
+
+
 def frozen_base(on: Publication) -> None:
-    publish_merged(on, lambda name, weight: weight.zero_())
+    def change(other: Policy) -> None:
+        for weight in other.trainable.values():
+            weight.zero_()
+
+    publish_merged(on, change)
 
 
 def empty_adapter(on: Publication) -> None:
     chosen = on.rng.choice([n for n, _ in on.policy.lm.named_parameters() if "lora_B" in n])
-    publish_merged(on, lambda name, weight: weight.zero_() if name == chosen else None)
+    publish_merged(on, lambda other: other.trainable[chosen].zero_())
 
 
 def other_adapter(on: Publication) -> None:
     generator = torch.Generator().manual_seed(on.rng.getrandbits(32))
-    publish_merged(
-        on, lambda name, weight: weight.copy_(torch.randn(weight.shape, generator=generator) / 50)
-    )
+
+    def change(other: Policy) -> None:
+        for weight in other.trainable.values():
+            weight.copy_(torch.randn(weight.shape, generator=generator) / 50)
+
+    publish_merged(on, change)
 
 
-def publish_merged(on: Publication, change: Callable[[str, Tensor], object]) -> None:
+def exchanged_adapters(on: Publication) -> None:
+    """Those of two layers, A and B."""
+    layers = on.rng.sample(range(3), 2)
+
+    def exchange(other: Policy) -> None:
+        named = other.trainable
+        for name, first in named.items():
+            if f"layers.{layers[0]}." in name:
+                second = named[name.replace(f"layers.{layers[0]}.", f"layers.{layers[1]}.")]
+                kept = first.detach().clone()
+                first.copy_(second)
+                second.copy_(kept)
+
+    publish_merged(on, exchange)
+
+
+def other_alpha(on: Publication) -> None:
+    """Of the adapters of one weight."""
+
+    def scale(other: Policy) -> None:
+        adapted: list[Any] = [m for m in other.lm.modules() if hasattr(m, "get_delta_weight")]
+        adapter = on.rng.choice(adapted)
+        adapter.scaling["default"] *= 2
+
+    publish_merged(on, scale)
+
+
+def publish_merged(on: Publication, change: Callable[[Policy], object]) -> None:
     """Publish what a copy of the trainer has after its adapters were changed."""
     other = copy.copy(on.policy)
     other.peft = copy.deepcopy(on.policy.peft)
     other.lm = other.peft.get_base_model()
-    for name, parameter in other.trainable.items():
-        change(name, parameter.data)
+    change(other)
     wrong = RoundedCopy(other, on.dtype).policy.lm
     for name, parameter in on.lm.named_parameters():
         parameter.copy_(wrong.get_parameter(name))
@@ -243,20 +402,40 @@ EVERYWHERE = {
     "one rotary frequency": other_frequencies,
     "sign flip": flipped_sign,
     "a hook left on a module": left_hook,
+    "one bit of one number": flipped_bit,
+    "bytes in the other order": swapped_bytes,
+    "a head's keys and values exchanged": keys_as_values,
+    "a bias where none is": added_bias,
+    "two layers with one tensor": shared_tensor,
+    "a tensor of another type": other_type,
+    "another epsilon of a norm": other_epsilon,
+    "another scale of the scores": other_scale,
+    "another scale of the rotations": other_rotation,
 }
 OF_TRAINED_EMBEDDINGS = {
     "old head": old_head,
     "one row of the embedding": unused_row,
+    "two unused rows exchanged": swapped_rows,
+    "NaN in an unused row": nan_in_a_row,
+    "a denormal number in an unused row": denormal_in_a_row,
+    "rows of the head shifted by one": shifted_head,
+    "a head tied or untied": other_tie,
+    "the norm of another layer": norm_of_another_layer,
+    "one tensor rounded": rounded,
 }
 OF_EXPERTS = {
     "experts permuted": permuted_experts,
     "one expert of one layer old": one_old_expert,
     "one router row old": old_router_row,
+    "an expert's gate and up exchanged": gate_as_up,
+    "shares of experts not normalised": shares_not_normalised,
 }
 OF_ADAPTERS = {
     "frozen base under LoRA": frozen_base,
     "empty adapter of one weight": empty_adapter,
     "adapter of another seed": other_adapter,
+    "adapters of two layers exchanged": exchanged_adapters,
+    "another alpha of an adapter": other_alpha,
 }
 Fault = Callable[[Publication], None]
 FAULTS: dict[str, dict[str, Fault]] = {

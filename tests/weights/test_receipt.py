@@ -42,18 +42,22 @@ def refused(policy: Policy, fault: Fault, dtype: dev.RolloutDtype, seed: int) ->
 @pytest.mark.parametrize(("model", "name"), CASES)
 def test_a_fault_is_caught_before_the_first_token(model: str, name: str):
     policy = MODELS[model]()
-    count = 1 if model == "lora" else 2  # peft's copies take a while; the slow test has each dtype
-    for seed, dtype in enumerate(random.Random(f"{model}/{name}").sample(DTYPES, count)):
-        message = refused(policy, FAULTS[model][name], dtype, seed)
-        assert "has no receipt for version" in message and "off by" in message
+    dtype = random.Random(f"{model}/{name}").choice(DTYPES)  # the slow test has each
+    message = refused(policy, FAULTS[model][name], dtype, 0)
+    assert "has no receipt for version" in message
+    assert any(said in message for said in ("off by", "only one side has it", "torch."))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # a machine with a load of 50 takes more than the usual ten minutes
 @pytest.mark.parametrize(("model", "name"), CASES)
 def test_a_fault_is_caught_each_of_fifty_times(model: str, name: str):
     policy = MODELS[model]()
+    by_scores = 0
     for seed in range(50):
-        refused(policy, FAULTS[model][name], DTYPES[seed % len(DTYPES)], 100 + seed)
+        message = refused(policy, FAULTS[model][name], DTYPES[seed % len(DTYPES)], 100 + seed)
+        by_scores += "its log-probs of the probe" in message or "cannot score" in message
+    print(f"{model}, {name}: {by_scores} of 50 by the scores")
 
 
 @pytest.mark.parametrize("dtype", [None, *DTYPES])
@@ -63,6 +67,7 @@ def test_honest_publications_raise_no_alarm(model: str, dtype: dev.RolloutDtype 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("dtype", [None, *DTYPES])
 @pytest.mark.parametrize("model", MODELS)
 def test_a_thousand_honest_publications_raise_no_alarm(model: str, dtype: dev.RolloutDtype | None):

@@ -31,7 +31,7 @@ from gspo.kernels.shared_prompt_attention import SharedPromptAttention
 from gspo.kernels.step_graph import Step
 
 PACKED = "gspo_packed"
-_HARMLESS = frozenset({"is_causal", "position_ids", "use_cache", "cache_position"})
+_HARMLESS = {"is_causal", "position_ids", "use_cache", "cache_position", "output_attentions"}
 
 
 def packed_attention(
@@ -74,12 +74,12 @@ def packed_attention(
         raise NotImplementedError(f"gspo_packed attention with {unknown or 'dropout'}")
     if not getattr(module, "is_causal", True):
         raise NotImplementedError("gspo_packed attention is causal")
-    if isinstance(gspo_plan, FlexAttention):
-        if bent:
-            raise NotImplementedError("gspo_packed attention on a GPU with softcap or s_aux")
-        return gspo_plan.attend(layer, query, key, value, scaling, sliding_window), None
-    bends = softcap, s_aux
-    return gspo_plan.attend(layer, query, key, value, scaling, sliding_window, *bends), None
+    on_gpu = isinstance(gspo_plan, FlexAttention)
+    if on_gpu and bent:
+        raise NotImplementedError("gspo_packed attention on a GPU with softcap or s_aux")
+    bends: Any = () if on_gpu else (softcap, s_aux)
+    out = gspo_plan.attend(layer, query, key, value, scaling, sliding_window, *bends)
+    return out.contiguous(), None  # as transformers' own: JetMoe takes a view of it
 
 
 def _with_whole_scores(

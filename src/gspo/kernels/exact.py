@@ -15,10 +15,11 @@ That nothing else makes engine and trainer differ is proved afterwards, end to e
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from types import MethodType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -27,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from gspo.kernels.hf import backbone, no_mask, pad_experts
+from gspo.kernels.kv_cache import key_heads
 from gspo.kernels.logprob import CPU_BLOCK, Head, full_logits
 from gspo.kernels.projection import project
 from gspo.kernels.running_softmax import VECTOR
@@ -36,10 +38,16 @@ MULTIPLES = (8, 16, 32, 64)
 _EXPERT_ROWS = (4, 8, 16, 32, 64)
 _FEW = 16  # a linear layer that needs more rows than this is computed in another way
 _BLOCK = 64  # rows
-_TOKENS = 512
-_MANY = (640, 1024, 2048, 4096)
-"""Tokens of large microbatches, in which products may take other kernels: in bfloat16 on AMX the
-576 x 576 of SmolLM2 does from 576 rows on. In float32 none was seen to; the most is tried."""
+_SEEN = 37
+"""Tokens of the pass that shows what modules are given: no model has so many heads."""
+_ROWS = (8, 16, 24, 32, 64, 192, 512)
+"""Rows of the calls that are compared with the largest of them."""
+_MANY = {torch.float32: (1024,), torch.bfloat16: (128, 384, 640, 4096)}
+"""Further rows for products, by type: in bfloat16 on AMX the 576 x 576 of SmolLM2 takes another
+kernel from 576 rows on, and its 576 x 192 between 40 and 176. In float32 none was seen to from 16
+rows on, up to 8,192 (docs/log.md)."""
+_OUTPUTS = 2**18
+"""Numbers that are compared in bfloat16: rounding hides all but one difference in some 20,000."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +67,6 @@ class Part:
     how: str = ""
 
 
-_Call = tuple[str, list[nn.Module], tuple[Tensor, ...]]
-
-
 @torch.no_grad()
 def measure(lm: Any, head: Head) -> list[Part]:
     """Measure each kind of module of a model, and change those that need it.
@@ -70,27 +75,22 @@ def measure(lm: Any, head: Head) -> list[Part]:
         lm: the model. Its experts may be padded from now on, its linear layers replaced.
         head: its vocabulary projection.
     """
-    calls = list(_calls(lm))
-    experts = [call for call in calls if is_experts(call[1][0])]
-    linear = [call for call in calls if isinstance(call[1][0], nn.Linear)]
-    rest = [call for call in calls if call not in experts and call not in linear]
-    # Blocks contain the others, so they come last.
-    return [
-        *(_settle_linear(call) for call in linear),
-        *(_settle_experts(call) for call in experts),
-        *(Part(name, _kind(same), _needed(same[0], inputs)) for name, same, inputs in rest),
-        _attention(lm.config.get_text_config()),
-        _head(head),
-    ]
+    calls = sorted(_calls(lm), key=lambda call: not is_experts(call[1][0]))
+    parts = list(_settled_linear(lm))
+    for name, same, inputs in calls:  # blocks contain the others
+        if is_experts(same[0]):
+            parts.append(_settle_experts(name, same, inputs))
+        else:
+            multiple = _multiple(same[0], inputs, _rows_for(same[0]))
+            parts.append(Part(name, type(same[0]).__name__, multiple))
+    return [*parts, _attention(lm.config.get_text_config()), _head(head)]
 
 
 def _attention(config: Any) -> Part:
     """One token of each of several sequences that are alike, against many tokens of one."""
-    heads = config.num_attention_heads
-    share = heads // (getattr(config, "num_key_value_heads", None) or heads)
-    depth = getattr(config, "head_dim", None) or config.hidden_size // heads
-    generator = torch.Generator().manual_seed(0)
-    rows, keys, values = torch.randn(3, 1, 1, _BLOCK * share, depth, generator=generator)
+    kv_heads, depth = key_heads(config)
+    share = config.num_attention_heads // kv_heads
+    rows, keys, values = _numbers(3, 1, 1, _BLOCK * share, depth)
     keys, values = keys[:, :, :_BLOCK], values[:, :, :_BLOCK]
     many, _ = attend(rows, keys, values, None, None)
     alike = [x.expand(_BLOCK, -1, -1, -1) for x in (keys, values)]
@@ -101,94 +101,122 @@ def _attention(config: Any) -> Part:
 
 def _head(head: Head) -> Part:
     """Logits of few rows over the whole vocabulary, against many rows over a block of it."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(_TOKENS, head.weight.shape[1], generator=generator)
+    hidden = _numbers(_ROWS[-1], head.weight.shape[1])
     block = min(CPU_BLOCK[0], head.size)
     spans = [slice(0, block), slice((head.size - 1) // block * block, head.size)]
     pairs = [(span, project(hidden, head.weight[span], None, None)) for span in spans]
-    for multiple in MULTIPLES:
-        few = [
-            full_logits(hidden[:count], replace(head, bias=None, softcap=None, scale=1.0))
-            for count in (multiple, 2 * multiple)
-        ]
-        if all(torch.equal(x[:, s], w[: len(x)]) for x in few for s, w in pairs):
-            return Part("lm_head", "head", multiple)
-    return Part("lm_head", "head", None)
+    plain, wrong = replace(head, bias=None, softcap=None, scale=1.0), set[int]()
+    for count in _ROWS[:3]:
+        few = full_logits(hidden[:count], plain)
+        if not all(torch.equal(few[:, span], many[:count]) for span, many in pairs):
+            wrong.add(count)
+    return Part("lm_head", "head", _fitting(wrong))
 
 
 def undo(lm: Any) -> None:
     """Compute a model's modules as before `measure`."""
     for module in lm.modules():
-        forward = getattr(module.__dict__.get("forward"), "__func__", None)
         if hasattr(module, "gspo_rows"):
             del module.gspo_rows, module.forward
-        elif forward in (_by_blocks, _by_one_dnn):
-            del module.forward
 
 
 def is_experts(module: nn.Module) -> bool:
     return hasattr(module, "_is_expert_parallel")  # transformers' mark of such a module
 
 
-def _is_half(module: nn.Module) -> bool:
-    return next(module.parameters()).dtype != torch.float32
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
-def _kind(modules: list[nn.Module]) -> str:
-    return type(modules[0]).__name__
+def _settled_linear(lm: Any) -> Iterator[Part]:
+    """Measure the linear layers below the head, each shape once, and change those that need it."""
+    alike: dict[tuple[Any, ...], list[tuple[str, Any]]] = {}
+    for name, module in lm.named_modules():
+        if _is_linear(module) and module is not lm.get_output_embeddings():
+            shape = module.in_features, module.out_features, module.bias is not None
+            alike.setdefault((*shape, module.weight.dtype), []).append((name, module))
+    for shape, layers in alike.items():
+        vector = VECTOR * torch.get_num_threads()
+        multiple, as_usual = _linear(*shape, torch.get_num_threads())
+        way, how = _other_way(shape[3])
+        for _, layer in [] if as_usual else layers:
+            layer.gspo_rows, layer.forward = multiple, MethodType(way, layer)
+        # A function of its output, such as sigmoid, must find whole vectors only. Measuring it is
+        # not enough: rounding to bfloat16 hides a difference most of the time.
+        whole = vector // math.gcd(vector, shape[1])
+        multiple = None if multiple is None else math.lcm(multiple, whole)
+        yield Part(layers[0][0], type(layers[0][1]).__name__, multiple, "" if as_usual else how)
 
 
-def _settle_linear(call: _Call) -> Part:
-    name, modules, inputs = call
-    multiple, how = _needed(modules[0], inputs), ""
-    half = _is_half(modules[0])
-    if multiple is None or multiple > _FEW or _changes_with_many(modules[0], inputs):
-        for module in modules:
-            module.forward = MethodType(_by_blocks if half else _by_one_dnn, module)
-        how = f"blocks of {_BLOCK} rows" if half else "oneDNN"
-        multiple = _needed(modules[0], inputs)
-    # A function of its output, such as sigmoid, must find whole vectors only. Measuring it is not
-    # enough: rounding to bfloat16 hides a difference most of the time.
-    vector = VECTOR * torch.get_num_threads()
-    whole = vector // math.gcd(vector, cast(nn.Linear, modules[0]).out_features)
-    return Part(name, _kind(modules), None if multiple is None else math.lcm(multiple, whole), how)
+@cache
+@torch.no_grad()
+def _linear(
+    inputs: int, outputs: int, biased: bool, dtype: torch.dtype, threads: int
+) -> tuple[int | None, bool]:
+    """The multiple of rows that linear layers of a shape need, and whether they are computed as
+    usual then. Measured once in a process, for each number of `threads`."""
+    layer = nn.utils.skip_init(nn.Linear, inputs, outputs, biased, dtype=dtype)
+    for parameter in layer.parameters():
+        parameter.copy_(_numbers(*parameter.shape) / inputs**0.5)
+    given, rows = (_numbers(_SEEN, inputs).to(dtype),), (*_ROWS, *_MANY[dtype])
+    multiple = _multiple(layer, given, rows)
+    if multiple is not None and multiple <= _FEW:
+        return multiple, True
+    return _multiple(MethodType(_other_way(dtype)[0], layer), given, rows), False
 
 
-def _settle_experts(call: _Call) -> Part:
-    name, modules, inputs = call
+def _other_way(dtype: torch.dtype) -> tuple[Callable[..., Tensor], str]:
+    """How linear layers are computed that differ with the rows, and its name."""
+    half = dtype != torch.float32
+    return (_by_blocks, f"blocks of {_BLOCK} rows") if half else (_by_one_dnn, "oneDNN")
+
+
+def _numbers(*shape: int) -> Tensor:
+    """Random numbers that repeat: to draw millions takes longer than to multiply them."""
+    count, generator = math.prod(shape), torch.Generator().manual_seed(0)
+    few = torch.randn(65_521, generator=generator)  # a prime: rows are other pieces of them
+    return few.repeat(-(-count // len(few)))[:count].view(shape)
+
+
+def _settle_experts(name: str, modules: list[nn.Module], inputs: tuple[Tensor, ...]) -> Part:
     multiple, rows = None, 0
     for rows in _EXPERT_ROWS:
         for module in modules:
             pad_experts(module, rows)
-        multiple = _needed(modules[0], inputs)
+        multiple = _multiple(modules[0], inputs, _rows_for(modules[0]))
         if multiple is not None and multiple <= _FEW:
             break
-    if _changes_with_many(modules[0], inputs):
-        multiple = None
-    return Part(name, _kind(modules), multiple, f"at least {rows} tokens each")
+    return Part(name, type(modules[0]).__name__, multiple, f"at least {rows} tokens each")
 
 
-def _calls(lm: Any) -> Iterator[_Call]:
-    """Yield the modules of each kind with the inputs that one has in a pass over random tokens."""
-    calls: dict[object, _Call] = {}
+def _rows_for(module: nn.Module) -> tuple[int, ...]:
+    """Rows to try: many for a module that may multiply by a weight of its own."""
+    weight = next(module.parameters(recurse=False), None)
+    return _ROWS if weight is None else (*_ROWS, *_MANY[weight.dtype])
+
+
+def _calls(lm: Any) -> Iterator[tuple[str, list[nn.Module], tuple[Tensor, ...]]]:
+    """Yield the modules of each kind but linear layers: the name of the first of them, all of them,
+    and what one is given in a pass over a few random tokens."""
+    calls: dict[object, tuple[str, list[nn.Module], tuple[Tensor, ...]]] = {}
     names = {module: name for name, module in lm.named_modules()}
 
     def note(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        values = (*inputs, *named.values())
-        by_token = [x for x in values if isinstance(x, Tensor) and _TOKENS in x.shape[:2]]
-        if named or not by_token or len(by_token) != len(values):
+        by_token = [x for x in inputs if isinstance(x, Tensor) and _SEEN in x.shape[:2]]
+        if named or not by_token or len(by_token) != len(inputs):
             return
         shapes = tuple(tuple(p.shape) for p in module.parameters())
         kind = (type(module), shapes, *(tuple(x.shape) for x in by_token))
         given = tuple(x.detach().clone() for x in by_token)
         calls.setdefault(kind, (names[module], [], given))[1].append(module)
 
-    hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in lm.modules()]
+    modules = [module for module in lm.modules() if not _is_linear(module)]
+    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
     generator = torch.Generator().manual_seed(0)
     size = lm.get_input_embeddings().weight.shape[0]
-    tokens = torch.randint(size, (1, _TOKENS), generator=generator).to(lm.device)
+    tokens = torch.randint(size, (1, _SEEN), generator=generator).to(lm.device)
     # Positions that begin again: short samples, so that any context holds them.
-    positions = (torch.arange(_TOKENS, device=lm.device) % 16)[None]
+    positions = (torch.arange(_SEEN, device=lm.device) % 8)[None]
     try:
         backbone(lm)(
             input_ids=tokens,
@@ -202,39 +230,39 @@ def _calls(lm: Any) -> Iterator[_Call]:
     yield from calls.values()
 
 
-def _needed(module: nn.Module, inputs: tuple[Tensor, ...]) -> int | None:
-    """Find the smallest multiple of rows at which rows have the bits of a call of many rows."""
-    whole = _first(module(*inputs))
-    return next((m for m in MULTIPLES if _same(module, inputs, whole, m)), None)
+def _multiple(
+    run: Callable[..., Any], inputs: tuple[Tensor, ...], counts: Sequence[int]
+) -> int | None:
+    """Find the smallest multiple of rows at which rows have the bits of the call of most rows.
+
+    Args:
+        run: a module, or how it is computed.
+        inputs: of `_SEEN` tokens; they are repeated, times other numbers.
+        counts: rows of the calls, the most last.
+    """
+    most, axes = counts[-1], [x.shape.index(_SEEN) for x in inputs]
+    many = [_repeated(x, axis, most) for x, axis in zip(inputs, axes, strict=True)]
+    whole, wrong = _first(run(*many)), set[int]()
+    for count in counts[:-1] if most in whole.shape else ():  # else it has no rows by token
+        rows = 1 if whole.dtype == torch.float32 else min(most, _OUTPUTS // whole.shape[-1])
+        rows = max(rows // count, 1) * count
+        middle = [x.narrow(a, (most - rows) // 2, rows) for x, a in zip(many, axes, strict=True)]
+        calls = zip(*(x.split(count, a) for x, a in zip(middle, axes, strict=True)), strict=True)
+        axis = whole.shape.index(most)
+        few = torch.cat([_first(run(*call)) for call in calls], axis)
+        if not torch.equal(few, whole.narrow(axis, (most - rows) // 2, rows)):
+            wrong.add(count)
+    return _fitting(wrong)
 
 
-def _same(module: nn.Module, inputs: tuple[Tensor, ...], whole: Tensor, multiple: int) -> bool:
-    several = range(multiple, 4 * multiple + 1, multiple)
-    for count in sorted({*several, 64, 96, 128, 192, 256, 384}):
-        first = (_TOKENS - count) // 2
-        part = _first(module(*(_rows(x, first, count) for x in inputs)))
-        if count % multiple == 0 and not torch.equal(part, _rows(whole, first, count)):
-            return False
-    return True
+def _fitting(wrong: set[int]) -> int | None:
+    """The smallest multiple that no call of so many rows was of, whose bits were wrong."""
+    return next((m for m in MULTIPLES if all(count % m for count in wrong)), None)
 
 
-def _changes_with_many(module: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
-    """Whether rows have other bits in calls of many more tokens."""
-    whole = _first(module(*inputs))
-    half = torch.is_autocast_enabled(inputs[0].device.type)
-    for count in _MANY if half else _MANY[-1:]:
-        many = []
-        for x in inputs:
-            at = x.shape.index(_TOKENS)
-            many.append(torch.cat([x] * -(-count // _TOKENS), at).narrow(at, 0, count))
-        part = _first(module(*many)).narrow(whole.shape.index(_TOKENS), 0, _TOKENS)
-        if not torch.equal(part, whole):
-            return True
-    return False
-
-
-def _rows(x: Tensor, first: int, count: int) -> Tensor:
-    return x.narrow(x.shape.index(_TOKENS), first, count)
+def _repeated(x: Tensor, axis: int, count: int) -> Tensor:
+    again = x.index_select(axis, torch.arange(count, device=x.device) % _SEEN)
+    return again * (1 + _numbers(*again.shape) / 8).to(x.dtype) if x.is_floating_point() else again
 
 
 def _first(output: Any) -> Tensor:

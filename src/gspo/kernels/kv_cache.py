@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -174,10 +174,15 @@ class Reading:
         return self._cache, self._hidden
 
 
-def kv_bytes(completions: int, positions: int, config: object) -> int:
-    """Bytes of float32 keys and values, from the model's text config."""
+def key_heads(config: Any) -> tuple[int, int]:
+    """How many heads of keys a model has, and their width, from its text config."""
     heads = getattr(config, "num_attention_heads", 1)
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads  # type: ignore[attr-defined]
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    layers = config.num_hidden_layers  # type: ignore[attr-defined]
-    return completions * positions * layers * kv_heads * width * 2 * torch.float32.itemsize
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return getattr(config, "num_key_value_heads", None) or heads, width
+
+
+def kv_bytes(completions: int, positions: int, config: Any) -> int:
+    """Bytes of float32 keys and values, from the model's text config."""
+    kv_heads, width = key_heads(config)
+    each = config.num_hidden_layers * kv_heads * width * 2 * torch.float32.itemsize
+    return completions * positions * each

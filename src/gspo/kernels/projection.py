@@ -55,9 +55,9 @@ class Blocks(NamedTuple):
     def of_vocabulary(
         self, weight: Tensor, bias: Tensor | None
     ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """Slices of the vocabulary, with their float32 weights and their biases."""
+        """Slices of the vocabulary, with their weights and biases."""
         for entries in self.of_entries():
-            yield entries, weight[entries].float(), None if bias is None else bias[entries]
+            yield entries, weight[entries], None if bias is None else bias[entries]
 
     def of_entries(self) -> list[slice]:
         """Slices of the vocabulary."""
@@ -165,6 +165,7 @@ def _forward(
     softmax, picked, kept = RunningSoftmax(temperatures), torch.zeros_like(temperatures), []
     pulled = torch.zeros_like(hidden, dtype=torch.float32) if pull else None
     for entries, w, b in blocks.of_vocabulary(weight, bias):
+        w = w.float()  # once, not for each block of tokens
         keep_bytes -= 4 * targets.shape[0] * w.shape[0]
         keep = not pull and keep_bytes >= 0
         # In one piece: blocks that stay, between others that go, would leave holes in the heap.
@@ -227,6 +228,7 @@ def _backward(
     d_weight.index_add_(0, tokens.targets, hidden * up[:, None])
     d_bias = up.new_zeros(weight.shape[0]).index_add_(0, tokens.targets, up)
     for entries, w, b in blocks.of_vocabulary(weight, bias):
+        w = w.float()
         for span, power, factor in powers(w, b):
             pull = down[span] * factor
             d_hidden[span].addcmul_(power @ w, pull[:, None])

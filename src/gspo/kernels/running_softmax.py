@@ -86,16 +86,15 @@ class RunningSoftmax:
             self.spread[tokens] -= x.clamp_(min=-1e4).mul_(power).sum(-1)
         return power, new, decay
 
-    def logprobs(self, logits: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
-        """Log-probs in nats of one entry per token, given its logit."""
-        return ((logits - self.max) * self.scale - self.total.log2()) * LN_2
-
-    def several_logprobs(
-        self, logits: Float[Tensor, "K E"], tokens: Int[Tensor, " K"]
-    ) -> Float[Tensor, "K E"]:
-        """Log-probs of E entries of each of K tokens, with the bits of `logprobs`."""
-        top, scale, total = self.max[tokens], self.scale[tokens], self.total.log2()[tokens]
-        return ((logits - top[:, None]) * scale[:, None] - total[:, None]) * LN_2
+    def logprobs(
+        self, logits: Float[Tensor, "*S"], tokens: Int[Tensor, " K"] | None = None
+    ) -> Float[Tensor, "*S"]:
+        """Log-probs in nats of one entry per token, given its logit; or of several entries of each
+        of these tokens, [K, E], with the same bits."""
+        top, scale, total = self.max, self.scale, self.total.log2()
+        if tokens is not None:
+            top, scale, total = (x[tokens][:, None] for x in (top, scale, total))
+        return ((logits - top) * scale - total) * LN_2
 
     def entropy(self) -> Float[Tensor, " M"]:
         """Entropies in nats."""

@@ -28,7 +28,7 @@ from jaxtyping import BFloat16, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gspo.kernels.projection import Blocks, cap_slope, capped_, pick
+from gspo.kernels.projection import cap_slope, capped_, pick
 from gspo.kernels.running_softmax import LN_2, RunningSoftmax, log2_power_
 
 
@@ -79,7 +79,7 @@ class SplitLogprobs(torch.autograd.Function):
         picked = torch.zeros_like(softmax.scale)
         kernels = _kernels(hidden.device.type)
         left = left_factor(hidden, weight.dtype)
-        for entries, w, b in _of_vocabulary(weight, bias, blocks):
+        for entries, w, b in blocks.of_vocabulary(weight, bias):
             right = right_factor(w, hidden.dtype)
             for span in blocks.of_tokens(len(targets)):
                 x = _logits(left[span], right, b)
@@ -106,7 +106,7 @@ class SplitLogprobs(torch.autograd.Function):
         d_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
-        for entries, w, b in _of_vocabulary(weight, bias, blocks):
+        for entries, w, b in blocks.of_vocabulary(weight, bias):
             w = w.bfloat16()
             for span in blocks.of_tokens(len(targets)):
                 x = _logits(rounded[span], w, b)
@@ -119,11 +119,6 @@ class SplitLogprobs(torch.autograd.Function):
                 if d_bias is not None:
                     d_bias[entries] += pull.sum(0, dtype=torch.float32)
         return d_hidden, d_weight, d_bias, None, None, None, None
-
-
-def _of_vocabulary(weight: Tensor, bias: Tensor | None, blocks: Blocks):
-    for entries in blocks.of_entries():
-        yield entries, weight[entries], None if bias is None else bias[entries]
 
 
 def _logits(

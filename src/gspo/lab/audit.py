@@ -32,7 +32,7 @@ from gspo.policy.embedded import PREFIX, embedded_task
 from gspo.policy.load import Policy, load_policy
 from gspo.policy.probe import choose_packing
 from gspo.serve.engine import Completion, Request, SamplingParams
-from gspo.serve.selfcheck import examine, make_engine
+from gspo.serve.selfcheck import make_engine, measure_exactness
 from gspo.serve.verbatim import chat_tokens
 from gspo.tasks import Task, load_task
 from gspo.train.expert_replay import ExpertReplay
@@ -201,7 +201,7 @@ def audit_exact(model: str, dtype: str = "float32") -> dict[str, Any]:
     policy = load_policy(model, InternalModelConfig.model_validate({"dtype": dtype}))
     choose_packing(policy)
     policy.round_weights()
-    parts, reason = examine(policy)
+    parts, reason = measure_exactness(make_engine(policy, ComputeThread()))
     return {
         "model": model,
         "dtype": dtype,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -64,33 +64,47 @@ def load_policy(
     # What a new adapter is of: a path that is right from wherever it is read.
     lm.name_or_path = os.path.abspath(source) if Path(source).is_dir() else source
     tokenizer = read_tokenizer(source, trust_remote_code=trust)
-    if hf.attention_implementation(lm) == "sdpa" or caps_or_sinks(lm):
-        lm.set_attn_implementation(PACKED)
-    if device.type == "cuda":
-        fuse(lm)
-    else:
-        shorten(lm)
-    context = settle_context(lm, base_model, config.max_context)
-    threads, workers = _threads(lm, config.threads)
-    torch.set_num_threads(threads)
-    reshard(lm)  # what is frozen now is to be each rank's part
-    peft = None if config.lora is None else add_lora(lm, config.lora, checkpoint)
-    policy = Policy(
-        lm=lm.eval(),
-        peft=peft,
-        tokenizer=tokenizer,
-        source=source,
-        dtype=getattr(torch, config.dtype),
-        context=context,
-        threads=threads,
-        entries=max(tokenizer.get_vocab().values()) + 1,  # heads are often padded beyond them
-        checkpointing=config.activation_checkpointing,
-        # peft swaps the experts' weights on the module while it computes, for every thread.
-        workers=mesh or Workers(1 if peft else workers),
-    )
+    with _told(base_model, lm):
+        if hf.attention_implementation(lm) == "sdpa" or caps_or_sinks(lm):
+            lm.set_attn_implementation(PACKED)
+        fuse(lm) if device.type == "cuda" else shorten(lm)
+        context = settle_context(lm, base_model, config.max_context)
+        threads, workers = _threads(lm, config.threads)
+        torch.set_num_threads(threads)
+        reshard(lm)  # what is frozen now is to be each rank's part
+        peft = None if config.lora is None else add_lora(lm, config.lora, checkpoint)
+        policy = Policy(
+            lm=lm.eval(),
+            peft=peft,
+            tokenizer=tokenizer,
+            source=source,
+            dtype=getattr(torch, config.dtype),
+            context=context,
+            threads=threads,
+            entries=max(tokenizer.get_vocab().values()) + 1,  # heads are often padded beyond them
+            checkpointing=config.activation_checkpointing,
+            # peft swaps the experts' weights on the module while it computes, for every thread.
+            workers=mesh or Workers(1 if peft else workers),
+        )
     if policy.checkpointing:  # with the same replayed choices of experts
         hf.recompute_layers(lm, policy.routers.recompute)
     return policy
+
+
+@contextmanager
+def _told(name: str, lm: PreTrainedModel) -> Iterator[None]:
+    """Say of an error inside the block that the model cannot be computed.
+
+    Raises:
+        ModelError: in place of whatever transformers or torch raise.
+    """
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        raise ModelError(
+            f"{name!r}: {type(lm).__name__} cannot compute a few tokens ({type(error).__name__}: "
+            f"{error}): its config is wrong, or it is called in a way that gspo doesn't know"
+        ) from error
 
 
 def read_merged(

@@ -120,6 +120,11 @@ class Policy:
         """Trained parameters by name, in a fixed order."""
         return {n: p for n, p in self.lm.named_parameters() if p.requires_grad}
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers by name."""
+        return {**dict(self.lm.named_parameters()), **dict(self.lm.named_buffers())}
+
     def reference(self) -> AbstractContextManager[None]:
         """Inside the block the adapters are off: the base model (LoRA only)."""
         return self.peft.disable_adapter()
@@ -253,8 +258,7 @@ class Policy:
             return query < until[key]
 
         def near(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            near_enough = positions[query] < positions[key] + window
-            return (query < until[key]) & near_enough
+            return (query < until[key]) & (positions[query] < positions[key] + window)
 
         types = getattr(config, "layer_types", None)
         if types is not None and "sliding_attention" not in types:

@@ -27,7 +27,8 @@ from gspo.policy.policy import Packing, Policy
 log = logging.getLogger("gspo")
 
 _ORDER: tuple[Packing, ...] = ("flex", "tiles", "mask", "single")
-_REFUSALS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
+FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
+"""What a model raises that is called in a way that it doesn't know."""
 _UNRELATED = (9, 4, 7)  # tokens of texts that have nothing in common
 _SHARED, _PROMPTS, _COMPLETIONS = 16, (19, 18), (5, 8)  # tokens
 _TEMPERATURE = 0.7
@@ -48,7 +49,7 @@ def choose_packing(policy: Policy) -> None:
     samples, faults = _random_samples(policy), []
     (apart,) = pack(samples, budget=10_000)
     (shared,) = pack(samples, budget=10_000, share=True)
-    expected = _plain_logprobs(policy, samples)
+    expected = plain_logprobs(policy, samples)
     for packing in _ways(policy):
         policy.packing = packing
         fault = _fault(policy, apart, expected)
@@ -89,7 +90,7 @@ def _fault(
     """Say what is wrong with the log-probs of a microbatch; None if nothing is."""
     try:
         logprobs, leaks = _trained(policy, microbatch)
-    except _REFUSALS as error:
+    except FAILURES as error:
         return f"{type(error).__name__}: {error}"
     gap = (logprobs - expected).abs().max().item()
     if tolerance is None:
@@ -155,13 +156,14 @@ def _random_samples(policy: Policy) -> list[Sample]:
 
 
 @torch.no_grad()
-def _plain_logprobs(policy: Policy, samples: Sequence[Sample]) -> Float[Tensor, " M"]:
+def plain_logprobs(policy: Policy, samples: Sequence[Sample]) -> Float[Tensor, " M"]:
     """Compute log-probs the plain way: a call of the model per sample, full logits, float32."""
     logprobs_of_samples = []
     for sample in samples:
         tokens = torch.from_numpy(sample.tokens)[None].to(policy.device)
         logits = policy.lm(input_ids=tokens, use_cache=False).logits[0, :-1, : policy.head.size]
-        logprobs = (logits.float() / _TEMPERATURE).log_softmax(-1)
+        temperatures = torch.from_numpy(sample.temperatures[1:, None]).to(policy.device)
+        logprobs = (logits.float() / temperatures).log_softmax(-1)
         logprobs = logprobs.gather(-1, tokens[0, 1:, None]).squeeze(-1)
         sampled = torch.from_numpy(sample.ratio_mask[1:]).to(policy.device)
         logprobs_of_samples.append(logprobs[sampled])

@@ -187,7 +187,7 @@ class Running:
         rows = torch.tensor(self._top, device=self.device)
         most = max(self.completions[row].params.top_logprobs for row in self._top)
         values, tokens = logits[rows].topk(min(most, logits.shape[1]))
-        logprobs = softmax.several_logprobs(values, rows).tolist()
+        logprobs = softmax.logprobs(values, rows).tolist()
         for row, ids, numbers in zip(self._top, tokens.tolist(), logprobs, strict=True):
             completion = self.completions[row]
             if completion.finish is None:

@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from gspo.core.compute import ComputeThread
 from gspo.core.errors import ModelError
 from gspo.data.packing import pack
-from gspo.data.sample import sample_of
+from gspo.data.sample import Sample, sample_of
 from gspo.data.turn import Turn
 from gspo.kernels.exact import MULTIPLES, Part, measure, undo
-from gspo.kernels.kv_cache import LAYOUTS, Layout
+from gspo.kernels.kv_cache import LAYOUTS
 from gspo.kernels.tile_attention import TILE
 from gspo.policy.context import probe_length
 from gspo.policy.load import SMALL
 from gspo.policy.policy import Policy
-from gspo.serve.engine import Engine, Request, SamplingParams
+from gspo.policy.probe import FAILURES, plain_logprobs
+from gspo.serve.engine import Completion, Request, SamplingParams
 from gspo.serve.torch_engine import TorchEngine
 
 log = logging.getLogger("gspo")
-
-_FAILURES = (RuntimeError, AttributeError, TypeError, ValueError, LookupError)
-_PROMPT = (1, 2, 3, 4, 5)
-_TOKENS = 3
-_SLOWER: dict[Layout, str] = {
-    "model_cache": "each completion is decoded with a copy of its prompt's keys, which is slower",
-    "equal_lengths": "only prompts of equal length are decoded together, which is slower",
-}
 
 
 def make_engine(
@@ -39,7 +33,7 @@ def make_engine(
     seed: int = 0,
     sockets: bool = False,
     exact: bool | None = False,
-) -> Engine:
+) -> TorchEngine:
     """Make the engine that samples from `policy` in this process, and check it.
 
     Args:
@@ -76,17 +70,6 @@ def make_exact(engine: TorchEngine, *, required: bool) -> None:
     log.info("%s: engine and trainer are not equal to the bit: %s", source, reason)
 
 
-def examine(policy: Policy) -> tuple[list[Part], str | None]:
-    """Do what `measure_exactness` does with an engine that is made for it.
-
-    Raises:
-        ModelError: see `check_engine`.
-    """
-    engine = TorchEngine(policy)
-    check_engine(engine)
-    return measure_exactness(engine)
-
-
 def measure_exactness(engine: TorchEngine) -> tuple[list[Part], str | None]:
     """Make engine and trainer equal to the bit, if that can be; `policy.exact` says so.
 
@@ -97,14 +80,12 @@ def measure_exactness(engine: TorchEngine) -> tuple[list[Part], str | None]:
         The parts of the model, and why it is not exact (None: it is).
     """
     policy = engine.policy
-    parts: list[Part] = []
-    reason = _obstacle(engine)
-    if reason is not None:
-        return parts, reason
+    parts, reason = list[Part](), _obstacle(engine)
     try:
-        parts = measure(policy.lm, policy.head)
-        reason = _fault(engine, parts)
-    except _FAILURES as error:
+        if reason is None:
+            parts = measure(policy.lm, policy.head)
+            reason = _fault(engine, parts)
+    except FAILURES as error:
         reason = f"measuring it fails: {error}"
     policy.exact = reason is None
     if not policy.exact:
@@ -152,33 +133,50 @@ def _inexact(engine: TorchEngine) -> float:
     """Return the largest difference between sampled and scored log-probs; 0: all bits are equal."""
     policy = engine.policy
     small = sum(p.numel() for p in policy.lm.parameters()) < SMALL
-    tokens, count = (8, 2) if small else (4, 2)
+    tokens = 8 if small else 4
     lengths = (1, TILE - 1, TILE, TILE + 1, 2 * TILE + 1) if small else (2, TILE + 1)
-    reach = probe_length(policy.lm, policy.context - tokens)
-    generator = torch.Generator().manual_seed(0)
-    text = torch.randint(policy.head.size, (max(reach, lengths[-1]),), generator=generator).tolist()
-    requests = []
-    for length in (*lengths, *([reach] if reach and small else [])):
-        length = max(1, min(length, policy.context - tokens))
-        prompt = (*text[: length // 2], *text[-(length - length // 2) :])  # they begin alike
-        params = SamplingParams(n=count, max_tokens=tokens, seed=length, ignore_eos=True)
-        requests.append(Request(prompt, params))
-    worst = 0.0
-    running = engine.max_running
+    requests = [*_requests(policy, lengths, tokens, windows=small)]
+    running, answers, differences = engine.max_running, None, list[Tensor]()
     try:
         for engine.max_running in (running, 3):
-            samples = [
-                sample_of([Turn([*request.prompt], [*c.token_ids], [*c.logprobs])], 0, number)
-                for request, completions in zip(requests, engine.generate(requests), strict=True)
-                for number, c in enumerate(completions)
-            ]
-            for budget, share in ((10**6, policy.shares_prompts), (1, False)):
-                for microbatch in pack(samples, budget, share=share):
-                    logprobs = policy.logprobs(microbatch).logprobs.detach()
-                    worst = max(worst, (logprobs - microbatch.sampling_logprobs).abs().max().item())
+            before, answers = answers, engine.generate(requests)
+            if answers != before:  # else they were scored
+                differences += _differences(policy, _samples(requests, answers))
     finally:
         engine.max_running = running
-    return worst
+    return torch.cat(differences).abs().max().item()  # NaN if there is one
+
+
+def _requests(
+    policy: Policy, lengths: Sequence[int], tokens: int, *, windows: bool = True
+) -> Iterator[Request]:
+    """Ask for two completions of prompts that begin alike, of these lengths; and, with `windows`,
+    of one that is longer than the model's sliding window, if that costs little."""
+    longest = policy.context - tokens
+    reach = probe_length(policy.lm, longest) if windows else 0
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(policy.head.size, (max(reach, *lengths),), generator=generator).tolist()
+    for length in (*lengths, *([reach] if reach else [])):
+        length = max(1, min(length, longest))
+        prompt = (*text[: length // 2], *text[-(length - length // 2) :])
+        params = SamplingParams(n=2, max_tokens=tokens, seed=length, ignore_eos=True)
+        yield Request(prompt, params)
+
+
+def _samples(requests: Sequence[Request], answers: Sequence[Sequence[Completion]]) -> list[Sample]:
+    """What was sampled, each completion a sample."""
+    return [
+        sample_of([Turn([*request.prompt], [*c.token_ids], [*c.logprobs])], 0, number)
+        for request, completions in zip(requests, answers, strict=True)
+        for number, c in enumerate(completions)
+    ]
+
+
+def _differences(policy: Policy, samples: Sequence[Sample]) -> Iterator[Tensor]:
+    """Score samples as training does, together and one by one."""
+    for budget, share in ((10**6, policy.shares_prompts), (1, False)):
+        for microbatch in pack(samples, budget, share=share):
+            yield policy.logprobs(microbatch).logprobs.detach() - microbatch.sampling_logprobs
 
 
 def check_engine(engine: TorchEngine) -> None:
@@ -197,12 +195,12 @@ def check_engine(engine: TorchEngine) -> None:
         engine.layout = layout
         try:
             gap = _gap(engine)
-        except _FAILURES as error:
+        except FAILURES as error:
             reasons.append(f"{layout}: {error}")
             continue
         if gap <= limit:
             if layout != "shared":
-                log.info("%s: %s", source, _SLOWER[layout])
+                log.info("%s: decoded by %r, which is slower than 'shared'", source, layout)
             return
         reasons.append(f"{layout}: off by {gap:.3g} nats from the plain forward pass")
     raise ModelError(
@@ -214,23 +212,8 @@ def check_engine(engine: TorchEngine) -> None:
 
 def _gap(engine: TorchEngine) -> float:
     """Return the largest difference between the engine's log-probs and the plain ones."""
-    policy = engine.policy
-    params = SamplingParams(max_tokens=_TOKENS, seed=0, n=2)
-    # Two prompts of different lengths: the shorter one is padded.
-    requests = [Request(prompt, params) for prompt in (_PROMPT, _PROMPT[:3])]
-    reach = probe_length(policy.lm, policy.context - _TOKENS)
-    if reach:  # past the model's sliding window
-        prompt = tuple(1 + i % (policy.head.size - 1) for i in range(reach))
-        requests.append(Request(prompt, replace(params, n=1)))
-    gaps = [torch.zeros(1)]
-    for request, done in zip(requests, engine.generate(requests), strict=True):
-        for completion in done:
-            tokens = torch.tensor([[*request.prompt, *completion.token_ids]], device=policy.device)
-            with torch.no_grad():
-                logits = policy.lm(input_ids=tokens, use_cache=False).logits[0]
-                logits = logits[:, : policy.head.size]
-            new = tokens[0, len(request.prompt) :]
-            expected = logits.float().log_softmax(-1)[len(request.prompt) - 1 : -1]
-            expected = expected.gather(-1, new[:, None]).squeeze(-1).cpu()
-            gaps.append((torch.tensor(completion.logprobs) - expected).abs())
-    return torch.cat(gaps).max().item()  # NaN if there is one
+    requests = [*_requests(engine.policy, (5, 3), 3)]  # the shorter one is padded
+    samples = _samples(requests, engine.generate(requests))
+    sampled = torch.cat([torch.from_numpy(s.old_logprobs[s.ratio_mask]) for s in samples])
+    gaps = sampled - plain_logprobs(engine.policy, samples).cpu()
+    return gaps.abs().max().item()  # NaN if there is one

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gspo.kernels.sharded import full, reshard
 from gspo.policy.policy import Policy
@@ -42,6 +42,7 @@ class GatheredCopy:
     def __init__(self, policy: Policy, gather: Callable[[bool], Mapping[str, Tensor]]):
         self.policy, self._gather = policy, gather
         policy.lm.requires_grad_(False)
+        self._types = {name: tensor.dtype for name, tensor in policy.tensors.items()}
         self._take(gather(True))
 
     def publish(self, policy: Policy) -> int:
@@ -50,17 +51,11 @@ class GatheredCopy:
         return policy.version
 
     def expected(self, policy: Policy) -> tuple[Policy, Mapping[str, Tensor]]:
-        tensors = _tensors(self.policy.lm)
-        return self.policy, tensors | {
-            n: w.to(tensors[n].dtype) for n, w in self._gather(False).items()
-        }
+        whole = {n: w.to(self._types[n]) for n, w in self._gather(False).items()}
+        return self.policy, self.policy.tensors | whole
 
     @torch.no_grad()
     def _take(self, weights: Mapping[str, Tensor]) -> None:
-        tensors = _tensors(self.policy.lm)
+        tensors = self.policy.tensors
         for name, weight in weights.items():
             tensors[name].copy_(weight)
-
-
-def _tensors(lm: nn.Module) -> dict[str, Tensor]:
-    return {**dict(lm.named_parameters()), **dict(lm.named_buffers())}

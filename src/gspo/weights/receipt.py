@@ -99,11 +99,16 @@ class Receipts:
         started = time.perf_counter()
         expected, weights = self._publisher.expected(self._policy)
         wanted = _scored_with(weights, expected, self._probe)
-        difference = _distance(torch.tensor(engine.score(self._probe)), wanted)
+        faults, difference = [], float("inf")
+        try:
+            difference = _distance(torch.tensor(engine.score(self._probe)), wanted)
+        except Exception as error:  # of whatever kind: such weights cannot be sampled with
+            faults.append(f"it cannot score the probe: {error}")
         allowed = self._publisher.tolerance
         if self._policy.device.type != "cpu":  # a GPU adds up a token's experts in any order
             allowed = max(allowed, _noise(wanted, self._sampling.lm.dtype))
-        faults = list(_wrong_tensors(self._sampling.lm, weights)) if weights else []
+        if weights:
+            faults += _wrong_tensors(self._sampling.tensors, weights)
         if not difference <= allowed:
             faults.append(
                 f"its log-probs of the probe are off by {difference:.3g} nats "
@@ -186,13 +191,14 @@ def _scored_with(weights: Mapping[str, Tensor], policy: Policy, probe: Probe) ->
     return torch.func.functional_call(_Scoring(policy, probe), named, ())
 
 
-def _wrong_tensors(lm: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[str]:
+def _wrong_tensors(tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Iterator[str]:
     """Name the parameters and buffers of an engine whose bits are not those of `weights`."""
-    tensors = {**dict(lm.named_parameters()), **dict(lm.named_buffers())}
     wrong = []
     for name in dict.fromkeys([*weights, *tensors]):
         if name not in tensors or name not in weights:
             wrong.append(f"{name} (only one side has it)")
+        elif tensors[name].dtype != weights[name].dtype:
+            wrong.append(f"{name} ({tensors[name].dtype}, not {weights[name].dtype})")
         elif not _same_bits(tensors[name], weights[name]):
             wrong.append(f"{name} (off by {_distance(tensors[name], weights[name]):.3g})")
     if wrong:
@@ -220,10 +226,7 @@ def _noise(scores: Tensor, dtype: torch.dtype) -> float:
 
 
 def _same_bits(left: Tensor, right: Tensor) -> bool:
-    if left.shape != right.shape or left.dtype != right.dtype:
-        return False
-    integers = _INTEGERS[left.element_size()]
-    return torch.equal(left.view(integers), right.view(integers))
+    return torch.equal(*(x.view(_INTEGERS[x.element_size()]) for x in (left, right)))
 
 
 def _distance(left: Tensor, right: Tensor) -> float:

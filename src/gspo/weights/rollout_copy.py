@@ -70,10 +70,7 @@ class RoundedCopy:
     @torch.no_grad()
     def publish(self, policy: Policy) -> int:
         """Round the trainer's weights again, in place; see `Publisher`."""
-        tensors = {
-            **dict(self.policy.lm.named_parameters()),
-            **dict(self.policy.lm.named_buffers()),
-        }
+        tensors = self.policy.tensors
         for name, value in self._held(policy):
             tensors[name].copy_(value)  # which rounds it
         self.policy.version = policy.version
@@ -82,8 +79,8 @@ class RoundedCopy:
     @torch.no_grad()
     def expected(self, policy: Policy) -> tuple[Policy, dict[str, Tensor]]:
         """Round the trainer's weights again, beside the copy; see `Publisher`."""
-        kinds = {name: p.dtype for name, p in self.policy.lm.named_parameters()}
-        weights = {n: w.to(kinds.get(n, w.dtype)) for n, w in self._held(policy)}
+        buffers = dict(policy.lm.named_buffers())
+        weights = {n: w if n in buffers else w.to(self._type) for n, w in self._held(policy)}
         return self._modules or policy, weights
 
     def _held(self, policy: Policy) -> Iterator[tuple[str, Tensor]]:
@@ -101,9 +98,8 @@ class RoundedCopy:
 
     def _plain(self, policy: Policy, lm: PreTrainedModel) -> Policy:
         """Make a policy of a model without adapters, which is not trained."""
-        same = replace(policy, lm=lm.eval(), peft=None, dtype=self._type, checkpointing=False)
-        same.multiple, same.exact = 1, False
-        return same
+        other = {"dtype": self._type, "checkpointing": False, "multiple": 1, "exact": False}
+        return replace(policy, lm=lm.eval(), peft=None, **other)
 
 
 def _with_parameters(lm: Any, values: Mapping[int, Tensor]) -> Any:
