@@ -24,8 +24,8 @@ from typing import Any, Protocol
 from gspo.core.errors import RequestError, suggestion
 from gspo.serve.call_formats import FORMATS, Format
 from gspo.serve.harmony import HARMONY, HarmonyParser
+from gspo.serve.messages import tools_of, with_objects
 from gspo.serve.tool_calls import CallParser, Parsed, Parser, joined
-from gspo.serve.tool_messages import tools_of, with_objects
 
 _PROBE_TOOL = {
     "type": "function",

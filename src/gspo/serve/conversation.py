@@ -22,7 +22,8 @@ class Conversation(Asked):
     """A chat, ready to be sampled.
 
     Attributes:
-        messages: as they were asked.
+        messages: as they were asked, but for one that the answer goes on with.
+        begun: the text of that one.
         tools: what was offered to the model.
         reads: whether the answer is read for calls and channels. Its text then has the special
             tokens, which the message leaves out.
@@ -31,6 +32,7 @@ class Conversation(Asked):
     """
 
     messages: Sequence[dict[str, Any]] = ()
+    begun: str = ""
     tools: Sequence[dict[str, Any]] | None = None
     reads: bool = False
     calls: bool = False
@@ -118,7 +120,10 @@ class GrowingMessage:
             text = partial(asked.engine.tokenizer.decode, tokens, special=True)
             asked.memory.remember(self._prompt, tokens, text, ids)
         if asked.episode is not None:
-            asked.episode.record(asked.messages, asked.tools, choice)
+            whole = choice["message"]
+            if asked.begun:  # a client sends both back as one message
+                whole = whole | {"content": asked.begun + (whole["content"] or "")}
+            asked.episode.record(asked.messages, asked.tools, choice | {"message": whole})
         return choice
 
     def _wire(self, delta: Delta) -> dict[str, Any]:

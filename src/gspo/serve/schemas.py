@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from gspo.core.draws import purpose
 from gspo.core.errors import RequestError, shown, suggestion
-from gspo.serve.chat import ChatFormat, tools_of
+from gspo.core.plain import deeper_than
+from gspo.serve.call_formats import DEEPEST
+from gspo.serve.chat import ChatFormat
 from gspo.serve.engine import SamplingParams
-from gspo.serve.message_texts import text_messages
+from gspo.serve.messages import text_messages
+from gspo.serve.params import MOST_COMPLETIONS
 
 _IGNORABLE = {"user", "metadata", "service_tier", "prompt_cache_key", "prompt_cache_retention"}
 _IGNORABLE |= {"safety_identifier", "verbosity"}
@@ -57,6 +60,22 @@ def _document(schema: dict[str, Any]) -> None:
                 fields[name]["enum"].append(value)
 
 
+MOST_ITEMS = 65_536
+"""Messages, or tools, of a request."""
+# A list or a dict of millions is refused at its first fault: each further one would be noted too.
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Ids = Annotated[list[int], Field(fail_fast=True)]
+Dicts = Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=MOST_ITEMS)]
+Prompts = Annotated[list[Ids], Field(fail_fast=True, max_length=MOST_COMPLETIONS)]
+
+
+def _first_fault(value: Any) -> Any:
+    for name, number in value.items() if isinstance(value, dict) else ():
+        if type(number) not in (int, float):
+            raise ValueError(f"{shown(name)} is {shown(number)}: must be a number")
+    return value
+
+
 def ranged(low: float, high: float | None = None) -> Any:
     """A number that may be left out. The engine checks its range, which the document shows."""
     limits: dict[str, Any] = {"minimum": low} | ({} if high is None else {"maximum": high})
@@ -70,6 +89,13 @@ class _Asked(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, json_schema_extra=_document)
 
     model: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_not_too_deep(cls, body: Any) -> Any:
+        if deeper_than(DEEPEST, body):
+            raise ValueError(f"it is nested more than {DEEPEST} deep")
+        return body
 
     def refuse_unknown(self) -> None:
         """Refuse fields that mean nothing here, unless their value asks for nothing.
@@ -88,10 +114,16 @@ class _Asked(BaseModel):
             raise RequestError(f"unknown parameter {name!r}.{near}", param=name)
 
 
-class StreamOptions(BaseModel):
+class EventOptions(BaseModel):
     """OpenAI's `stream_options`: what a stream carries besides the answer."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_obfuscation: Literal[False] | None = None
+
+
+class StreamOptions(EventOptions):
+    """The same, of a stream of chunks."""
 
     include_usage: bool | None = None
 
@@ -99,15 +131,15 @@ class StreamOptions(BaseModel):
 class SampledBody(_Asked):
     """What the routes that sample have in common."""
 
-    n: int | None = ranged(1, 4096)
+    n: int | None = ranged(1, MOST_COMPLETIONS)
     temperature: float | None = ranged(0, 100)
     top_p: float | None = ranged(0, 1)
-    stop: str | list[str] | None = None
+    stop: str | Texts | None = None
     seed: int | None = None
     return_routes: bool | None = None
     return_token_ids: bool | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Ids | None = None
     min_tokens: int | None = ranged(0)
     skip_special_tokens: bool | None = None
     top_k: int | None = ranged(-1)
@@ -115,7 +147,7 @@ class SampledBody(_Asked):
     repetition_penalty: float | None = ranged(0.01, 100)
     presence_penalty: float | None = ranged(-2, 2)
     frequency_penalty: float | None = ranged(-2, 2)
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], BeforeValidator(_first_fault)] | None = None
     stream: bool | None = None
 
     def sampling(self, max_tokens: int | None, top_logprobs: int = 0) -> SamplingParams:
@@ -139,7 +171,7 @@ class SampledBody(_Asked):
 
     def _biases(self) -> Iterator[tuple[int, float]]:
         for name, bias in sorted((self.logit_bias or {}).items()):
-            if not (name.isascii() and name.isdecimal() and len(name) < 10):
+            if not (name.isascii() and name.isdecimal() and name == str(int(name[:10]))):
                 raise RequestError(f"logit_bias: {shown(name)} is no token id", "logit_bias")
             yield int(name), bias
 
@@ -162,12 +194,12 @@ class _Chunked(SampledBody):
 class ChatBody(_Chunked):
     """POST /v1/chat/completions."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: Dicts = Field(min_length=1)
     max_tokens: int | None = ranged(1)
     max_completion_tokens: int | None = ranged(1)
     logprobs: bool | None = None
     top_logprobs: int | None = ranged(0, 20)
-    tools: list[dict[str, Any]] | None = None
+    tools: Dicts | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
@@ -179,10 +211,14 @@ class ChatBody(_Chunked):
         """See `sampling`."""
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs is for logprobs = true", "top_logprobs")
-        # The new name, or the old one.
-        new = self.max_completion_tokens
-        limit = self.max_tokens if new is None else new
-        return self.sampling(limit, self.top_logprobs or 0)
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            raise RequestError(
+                f"max_tokens = {self.max_tokens}, max_completion_tokens = "
+                f"{self.max_completion_tokens}: they are one limit, under its old and its new name",
+                "max_completion_tokens",
+            )
+        return self.sampling(next(iter(limits), None), self.top_logprobs or 0)
 
     def template_kwargs(self, chat: ChatFormat) -> dict[str, Any]:
         """Variables of the chat template.
@@ -201,62 +237,12 @@ class ChatBody(_Chunked):
             given.setdefault("reasoning_effort", self.reasoning_effort)
         return given
 
-    def must_call(self) -> str | bool:
-        """Whether the answer must be a call of a tool: its name, or True for any.
-
-        Raises:
-            RequestError: a tool_choice that means nothing, or names no tool of the request.
-        """
-        choice = self.tool_choice
-        if choice in (None, "auto", "none"):
-            return False
-        if choice == "required":
-            wanted: str | bool = True
-        else:
-            function = choice.get("function") if isinstance(choice, dict) else None
-            wanted = function.get("name", "") if isinstance(function, dict) else ""
-            if not isinstance(wanted, str) or not wanted:
-                raise RequestError(
-                    f"tool_choice = {shown(choice)}: must be auto, none, required, or "
-                    '{"type": "function", "function": {"name": ...}}',
-                    "tool_choice",
-                )
-        names = list(tools_of(self.tools or ()))
-        if not names or (isinstance(wanted, str) and wanted not in names):
-            raise RequestError(
-                f"tool_choice = {shown(choice)}: the request's tools are {names}", "tool_choice"
-            )
-        return wanted
-
-    def answer_schema(self) -> Any:
-        """The JSON schema that the answer must keep to; None if it is text.
-
-        Raises:
-            RequestError: a response_format that means nothing.
-        """
-        given = self.response_format or {"type": "text"}
-        kind, inner = given.get("type"), given.get("json_schema")
-        if kind == "text":
-            return None
-        if kind == "json_object":
-            return {"type": "object"}
-        if kind == "json_schema" and isinstance(inner, dict):
-            schema = inner.get("schema")
-            if isinstance(schema, dict | bool):
-                return schema
-        raise RequestError(
-            f'response_format = {shown(given)}: must be {{"type": "text"}}, '
-            '{"type": "json_object"} or {"type": "json_schema", "json_schema": {"name": ..., '
-            '"schema": a JSON schema}}',
-            "response_format",
-        )
-
 
 class CompletionBody(_Chunked):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: int | None = 16
+    prompt: str | Texts | Ids | Prompts
+    max_tokens: int | None = ranged(1)
     logprobs: int | None = ranged(0, 20)
     add_special_tokens: bool | None = None
 
@@ -264,7 +250,8 @@ class CompletionBody(_Chunked):
         """See `sampling`. `logprobs` is how many tokens have theirs, beside the chosen one."""
         if self.logprobs is not None and not 0 <= self.logprobs <= 20:
             raise RequestError(f"logprobs = {self.logprobs}: must be in 0..20", "logprobs")
-        return self.sampling(self.max_tokens, self.logprobs or 0)
+        limit = 16 if self.max_tokens is None else self.max_tokens
+        return self.sampling(limit, self.logprobs or 0)
 
     def prompts(self) -> list[str | list[int]]:
         """Return the prompts one by one, as text or as token ids.
@@ -282,9 +269,9 @@ class TokenizeBody(_Asked):
     """POST /tokenize: a text, or the messages of a chat."""
 
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Dicts | None = None
     add_special_tokens: bool | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Dicts | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     def content(self) -> tuple[str, list[dict[str, Any]] | None]:
@@ -296,13 +283,18 @@ class TokenizeBody(_Asked):
         self.refuse_unknown()
         if (self.prompt is None) == (not self.messages):
             raise RequestError("give either prompt, a text, or messages", "prompt")
+        others = ("add_special_tokens",) if self.messages else ("tools", "chat_template_kwargs")
+        for name in others:
+            if getattr(self, name):
+                kind = "a prompt" if self.messages else "messages"
+                raise RequestError(f"{name} is of {kind}: leave it out", name)
         return self.prompt or "", text_messages(self.messages) if self.messages else None
 
 
 class DetokenizeBody(_Asked):
     """POST /detokenize."""
 
-    tokens: list[int]
+    tokens: Ids
 
 
 def _same(value: Any, neutral: Any) -> bool:
