@@ -8,7 +8,7 @@ import pytest
 
 from gspo.core.errors import RequestError
 from gspo.serve.responses_input import ResponsesBody, chat_of
-from gspo.serve.schemas import SampledBody
+from gspo.serve.schemas import SampledBody, StreamOptions
 
 
 def test_reasoning_goes_back_into_its_turn():
@@ -60,7 +60,7 @@ def test_each_parameter_of_sampling_reaches_the_chat():
         **{"return_token_ids": False, "ignore_eos": True, "stop_token_ids": [1]},
         **{"min_tokens": 2, "skip_special_tokens": False, "top_k": 3, "min_p": 0.1},
         **{"repetition_penalty": 1.5, "presence_penalty": 1.0, "frequency_penalty": 1.0},
-        **{"logit_bias": {"1": 2.0}, "stream": True},
+        **{"logit_bias": {"1": 2.0}, "stream": True, "stream_options": StreamOptions()},
     }
     assert given.keys() == SampledBody.model_fields.keys() - {"model", "n"}
     chat = chat_of(ResponsesBody(model="m", input="a", **given))

@@ -18,7 +18,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from gspo.core.errors import RequestError
 from gspo.serve import episodes
-from gspo.serve.answers import Asked
+from gspo.serve.answers import Asked, TextCompletion
 from gspo.serve.constraint import answer_grammar, answer_schema, required_call
 from gspo.serve.conversation import Conversation
 from gspo.serve.engine import Completion, Engine, Piece, Request
@@ -31,7 +31,6 @@ from gspo.serve.responses import GrowingResponse
 from gspo.serve.responses_input import ResponsesBody, chat_of
 from gspo.serve.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from gspo.serve.streaming import EventStream, begun, pieces
-from gspo.serve.text_completion import TextCompletion
 from gspo.serve.verbatim import chat_tokens, rollout_memory
 from gspo.serve.waiting import LONG_TEXT, aside, together, tokenized, unless_gone
 

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 
 from gspo.core.errors import RequestError, shown, suggestion
 from gspo.serve.messages import check_whole_characters, texts_in
-from gspo.serve.schemas import ChatBody, Dicts, EventOptions, SampledBody, ranged
+from gspo.serve.schemas import ChatBody, Dicts, SampledBody, ranged
 
 Included = Literal["message.output_text.logprobs"]
 _TEXTS = ("input_text", "output_text", "text")
@@ -38,11 +38,10 @@ class ResponsesBody(SampledBody):
     top_logprobs: int | None = ranged(0, 20)
     metadata: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    stream_options: EventOptions | None = None
 
 
 _SHARED = ResponsesBody.model_fields.keys() & ChatBody.model_fields.keys()
-_SHARED -= {"tools", "tool_choice", "stream_options"}
+_SHARED -= {"tools", "tool_choice"}
 """Fields that mean the same in a chat."""
 
 

@@ -114,18 +114,13 @@ class _Asked(BaseModel):
             raise RequestError(f"unknown parameter {name!r}.{near}", param=name)
 
 
-class EventOptions(BaseModel):
+class StreamOptions(BaseModel):
     """OpenAI's `stream_options`: what a stream carries besides the answer."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    include_obfuscation: Literal[False] | None = None
-
-
-class StreamOptions(EventOptions):
-    """The same, of a stream of chunks."""
-
     include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class SampledBody(_Asked):
@@ -149,6 +144,7 @@ class SampledBody(_Asked):
     frequency_penalty: float | None = ranged(-2, 2)
     logit_bias: Annotated[dict[str, float], BeforeValidator(_first_fault)] | None = None
     stream: bool | None = None
+    stream_options: StreamOptions | None = None
 
     def sampling(self, max_tokens: int | None, top_logprobs: int = 0) -> SamplingParams:
         """Return the engine's parameters.
@@ -157,6 +153,8 @@ class SampledBody(_Asked):
             RequestError: an unknown parameter, or a value out of range.
         """
         self.refuse_unknown()
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options is for streams: stream = true", "stream_options")
         return SamplingParams(
             **self.model_dump(include=_SAMPLING, exclude_none=True),
             max_tokens=max_tokens,
@@ -169,6 +167,10 @@ class SampledBody(_Asked):
             top_logprobs=top_logprobs,
         )
 
+    def usage_asked(self) -> bool:
+        """Whether a stream ends with its counts of tokens."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
     def _biases(self) -> Iterator[tuple[int, float]]:
         for name, bias in sorted((self.logit_bias or {}).items()):
             if not (name.isascii() and name.isdecimal() and name == str(int(name[:10]))):
@@ -176,22 +178,7 @@ class SampledBody(_Asked):
             yield int(name), bias
 
 
-class _Chunked(SampledBody):
-    """What the routes have in common whose streams are chunks."""
-
-    stream_options: StreamOptions | None = None
-
-    def sampling(self, max_tokens: int | None, top_logprobs: int = 0) -> SamplingParams:
-        if self.stream_options is not None and not self.stream:
-            raise RequestError("stream_options is for streams: stream = true", "stream_options")
-        return super().sampling(max_tokens, top_logprobs)
-
-    def usage_asked(self) -> bool:
-        """Whether a stream ends with its counts of tokens."""
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
-
-
-class ChatBody(_Chunked):
+class ChatBody(SampledBody):
     """POST /v1/chat/completions."""
 
     messages: Dicts = Field(min_length=1)
@@ -238,7 +225,7 @@ class ChatBody(_Chunked):
         return given
 
 
-class CompletionBody(_Chunked):
+class CompletionBody(SampledBody):
     """POST /v1/completions."""
 
     prompt: str | Texts | Ids | Prompts
