@@ -233,14 +233,12 @@ def text_logprobs(engine: Engine, sampled: Completion | Piece, offset: int = 0) 
         sampled: the tokens.
         offset: characters of the tokens before them.
     """
-    texts = [engine.tokenizer.decode([token], special=True) for token in sampled.token_ids]
-    top = [
-        {
-            engine.tokenizer.decode([token], special=True): logprob
-            for token, logprob in reversed(others)
-        }
-        for others in sampled.top_logprobs
-    ]
+
+    def read(token: int) -> str:
+        return engine.tokenizer.decode([token], special=True)
+
+    texts = [read(token) for token in sampled.token_ids]
+    top = [{read(t): p for t, p in reversed(others)} for others in sampled.top_logprobs]
     return {
         "tokens": texts,
         "token_logprobs": list(sampled.logprobs),

@@ -103,14 +103,12 @@ class GrowingMessage:
     def recorded(self, completion: Completion) -> dict[str, Any]:
         """The choice that all pieces add up to; its episode keeps it and remembers its tokens."""
         asked, message = self._asked, joined(self._deltas)
-        stopped = completion.finish_reason == "stop"
+        called = message.tool_calls and completion.finish_reason == "stop"
         choice = {
             "index": self._index,
             "message": message.wire(),
             "logprobs": chat_logprobs(asked.engine, completion) if asked.logprobs else None,
-            "finish_reason": "tool_calls"
-            if message.tool_calls and stopped
-            else completion.finish_reason,
+            "finish_reason": "tool_calls" if called else completion.finish_reason,
             "prompt_token_ids": self._prompt,
             **token_fields(completion),
             **training_fields(completion),

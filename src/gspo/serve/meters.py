@@ -29,10 +29,7 @@ class Meters:
             "gspo_requests", "Requests answered", ["route", "status"], registry=kept
         )
         self.tokens = Counter(
-            "gspo_tokens",
-            "Tokens of prompts, and sampled ones",
-            ["kind"],
-            registry=kept,
+            "gspo_tokens", "Tokens of prompts, and sampled ones", ["kind"], registry=kept
         )
         self.seconds = Histogram(
             "gspo_request_seconds", "From a request to the end of its answer", ["route"],

@@ -16,10 +16,7 @@ from gspo.serve.schemas import ChatBody, Dicts, SampledBody, ranged
 
 Included = Literal["message.output_text.logprobs"]
 _TEXTS = ("input_text", "output_text", "text")
-_PARTS = {
-    "text": {"format", "verbosity"},
-    "reasoning": {"effort", "summary", "generate_summary"},
-}
+_PARTS = {"text": {"format", "verbosity"}, "reasoning": {"effort", "summary", "generate_summary"}}
 """What these objects may hold. Summaries: nothing is summed up, so whichever kind is asked for."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gspo.core.draws import purpose
 from gspo.core.errors import RequestError, shown, suggestion
@@ -60,20 +60,12 @@ def _document(schema: dict[str, Any]) -> None:
                 fields[name]["enum"].append(value)
 
 
-MOST_ITEMS = 65_536
-"""Messages, or tools, of a request."""
 # A list or a dict of millions is refused at its first fault: each further one would be noted too.
 Texts = Annotated[list[str], Field(fail_fast=True)]
 Ids = Annotated[list[int], Field(fail_fast=True)]
-Dicts = Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=MOST_ITEMS)]
+Dicts = Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=65_536)]
 Prompts = Annotated[list[Ids], Field(fail_fast=True, max_length=MOST_COMPLETIONS)]
-
-
-def _first_fault(value: Any) -> Any:
-    for name, number in value.items() if isinstance(value, dict) else ():
-        if type(number) not in (int, float):
-            raise ValueError(f"{shown(name)} is {shown(number)}: must be a number")
-    return value
+Numbers = Field(json_schema_extra={"additionalProperties": {"type": "number"}})
 
 
 def ranged(low: float, high: float | None = None) -> Any:
@@ -142,7 +134,7 @@ class SampledBody(_Asked):
     repetition_penalty: float | None = ranged(0.01, 100)
     presence_penalty: float | None = ranged(-2, 2)
     frequency_penalty: float | None = ranged(-2, 2)
-    logit_bias: Annotated[dict[str, float], BeforeValidator(_first_fault)] | None = None
+    logit_bias: Annotated[dict[str, Any], Numbers] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -173,8 +165,10 @@ class SampledBody(_Asked):
 
     def _biases(self) -> Iterator[tuple[int, float]]:
         for name, bias in sorted((self.logit_bias or {}).items()):
-            if not (name.isascii() and name.isdecimal() and name == str(int(name[:10]))):
-                raise RequestError(f"logit_bias: {shown(name)} is no token id", "logit_bias")
+            token = name.isascii() and name.isdecimal() and name == str(int(name[:10]))
+            if not token or type(bias) not in (int, float):
+                told = f"logit_bias: {shown(name)} is no token id, or {shown(bias)} no number"
+                raise RequestError(told, "logit_bias")
             yield int(name), bias
 
 
