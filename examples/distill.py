@@ -24,7 +24,7 @@ TASK = load_task("sort")
 
 def lesson(index: int) -> art.Trajectory:
     """What the teacher is taught: a question, and its right answer."""
-    problem = TASK.problem("train", index, 1)  # the student is asked those of seed 0
+    problem = TASK.problem("train", index, 1)  # the student is asked those of even seeds
     return art.Trajectory(
         messages_and_choices=[
             {"role": "user", "content": problem.prompt},
@@ -90,7 +90,7 @@ async def distill(
         against = art.dev.TrainConfig(kl_reference=str(checkpoint))
         for step in range(steps):
             drawn = range(step * prompts, (step + 1) * prompts)
-            problems = [TASK.problem("train", index) for index in drawn]
+            problems = [TASK.problem("train", index, 2 * seed) for index in drawn]
             batch = await groups(student, problems, completions)
             result = await student.train(batch, config, against)
             if step % 10 == 0:
@@ -106,7 +106,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Distil a sorter, without a reward.")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--seed", type=int, default=0, help="of what is sampled")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the questions, and of what is sampled"
+    )
     options = parser.parse_args()
     asyncio.run(distill(tempfile.mkdtemp(prefix="distill-"), **vars(options)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import pytest
 
 import gspo as art
 from gspo import absent, dev
-from gspo.config import TrainConfig
+from gspo.config import TrainConfig, TrainSFTConfig
 from gspo.core.options import title_of
 from gspo.dev import InternalModelConfig
+from gspo.experiment.spec import Spec
 from gspo.mcp import generate_scenarios
 from gspo.utils import iterate_dataset
 from gspo.utils.sft import train_sft_from_file
@@ -70,8 +72,44 @@ def test_arguments(function: Any, title: str):
 
 def test_each_table_has_a_user():
     """None is left behind when what it is of is renamed."""
-    options = {title_of(c) for c in (TrainConfig, art.Model, dev.TrainConfig, InternalModelConfig)}
+    kinds = TrainConfig, TrainSFTConfig, art.Model, dev.TrainConfig, InternalModelConfig
+    options = {title_of(kind) for kind in kinds}
     functions = {"LocalBackend", "fork_checkpoint", "register", "ruler", "ruler_score_group"}
     functions |= {"generate_scenarios", "iterate_dataset", "train_sft_from_file", "train"}
-    names = {"modules", "gspo", "gspo.dev", "a model", "a backend"}
+    names = {"modules", "gspo", "gspo.dev", "a model", "a backend", "other trainers"}
     assert set(absent.REASONS) == options | functions | names
+
+
+OTHERS = absent.REASONS["other trainers"]
+HERE = {*Spec.model_fields, *TrainConfig.model_fields, *dev.TrainConfig.model_fields}
+HERE |= set(InternalModelConfig.model_fields)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_names_of_other_trainers(name: str):
+    """Wherever they are given, and what they lead to is there."""
+    options: Any
+    for options in (Spec, TrainConfig, dev.TrainConfig, InternalModelConfig, art.TrainableModel):
+        if name in options.model_fields:
+            continue
+        with pytest.raises(art.errors.ConfigError) as caught:
+            options(**{name: 1})
+        assert OTHERS[name] in str(caught.value) or name in absent.REASONS[title_of(options)]
+    assert set(re.findall(r"\buse (\w+)", OTHERS[name])) <= HERE | {"base_model"}
+
+
+def test_each_name_in_the_docs_leads_to_the_option_beside_it():
+    page = (Path(__file__).parents[1] / "docs/coming-from.md").read_text()
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("| ")]
+    seen = 0
+    for theirs, ours in ((row[1], row[2]) for row in rows if len(row) == 5):
+        words = set(re.findall(r"`(?:\w+\.)?(\w+)(?: = [^`]*)?`", re.sub(r"\[.*?\]", "", ours)))
+        for name in re.findall(r"`-*([\w.]+)", re.sub(r"\[.*?\]", "", theirs)):
+            parts = [part for part in name.split(".") if part]
+            if not parts or parts[-1] in HERE:
+                continue
+            told = " ".join(OTHERS[part] for part in parts[1:] or parts if part in OTHERS)
+            assert told, name
+            assert not words or words & set(re.findall(r"\w+", told)), (name, told)
+            seen += 1
+    assert seen > 60

@@ -53,6 +53,7 @@ NOT_RUN = {
     ("own-data.md", 0): "TRL's",
     ("own-data.md", 1): "a model of the network; tests/experiment/test_whole_run.py runs its like",
     ("judges.md", 0): "asks a server of others; tests/test_rewards.py has one",
+    ("environments.md", 1): "needs verifiers; tests/environments/test_verifiers.py has it",
 }
 
 

@@ -26,6 +26,15 @@ REASONS: Mapping[str, dict[str, str]] = _named({k: _named(v) for k, v in _TABLES
 """What lacks names -> name -> the reason and the remedy."""
 
 
+def of_options(title: str) -> Mapping[str, str]:
+    """Why a function or a set of options lacks names, which ART or another trainer has.
+
+    >>> of_options("TrainConfig")["beta"]
+    'use kl_penalty_coef, of dev.TrainConfig or [train].'
+    """
+    return REASONS["other trainers"] | REASONS.get(title, {})
+
+
 def refusal(owner: str, name: str, lacks: str, names: Iterable[str] = ()) -> AttributeError:
     """What `owner.__getattr__` raises for a name that it has not.
 
@@ -55,7 +64,7 @@ Known arguments: model.
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> T:
-        check_names(title, kwargs, known, REASONS.get(title, {}))
+        check_names(title, kwargs, known, of_options(title))
         return function(*args, **kwargs)
 
     return checked

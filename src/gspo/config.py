@@ -18,7 +18,7 @@ class TrainConfig(Options):
     1e-05
     """
 
-    refused: ClassVar[Mapping[str, str]] = absent.REASONS["TrainConfig"]
+    refused: ClassVar[Mapping[str, str]] = absent.of_options("TrainConfig")
 
     learning_rate: float | None = Field(default=None, gt=0, le=1)
     """Peak learning rate of AdamW. None: by the model's size, ten times as large for LoRA, with a
@@ -32,6 +32,8 @@ class TrainSFTConfig(Options):
 
     >>> TrainSFTConfig(batch_size=4, epochs=2).learning_rate
     """
+
+    refused: ClassVar[Mapping[str, str]] = absent.of_options("TrainSFTConfig")
 
     learning_rate: (
         Annotated[float, Field(gt=0, le=1)] | list[Annotated[float, Field(gt=0, le=1)]] | None

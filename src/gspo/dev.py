@@ -169,7 +169,7 @@ class TrainConfig(Options):
     """Most versions that the weights may have moved on since the oldest token of a trajectory was
     sampled; an older trajectory is dropped and counted. None: any number."""
 
-    refused: ClassVar[Mapping[str, str]] = absent.REASONS["dev.TrainConfig"]
+    refused: ClassVar[Mapping[str, str]] = absent.of_options("dev.TrainConfig")
     fixed: ClassVar[Mapping[str, str]] = {
         "ppo": "ppo=False is ART's CISPO: use algorithm='cispo'",
         "normalize_by_length": "False is Dr. GRPO: use algorithm='dr_grpo'",
@@ -227,7 +227,7 @@ class InternalModelConfig(Options):
     'float32'
     """
 
-    refused: ClassVar[Mapping[str, str]] = absent.REASONS["dev.InternalModelConfig"]
+    refused: ClassVar[Mapping[str, str]] = absent.of_options("dev.InternalModelConfig")
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type that engine and trainer compute in, and of their weights. With `bfloat16` these are the

@@ -35,7 +35,7 @@ class Model(Options, Generic[UserConfig]):
 
     model_config = ConfigDict(frozen=False, arbitrary_types_allowed=True)
 
-    refused: ClassVar[Mapping[str, str]] = absent.REASONS["Model"]
+    refused: ClassVar[Mapping[str, str]] = absent.of_options("Model")
     trainable: ClassVar[bool] = False
     """Whether the model has weights that `train` updates."""
 
@@ -246,6 +246,7 @@ class TrainableModel(Model[UserConfig], Generic[UserConfig]):
         config: TrainConfig | None = None,
         _config: dev.TrainConfig | None = None,
         verbose: bool = False,
+        **options: Any,
     ) -> TrainResult:
         """Train on one rollout batch, log it, and save a checkpoint.
 
@@ -255,11 +256,14 @@ class TrainableModel(Model[UserConfig], Generic[UserConfig]):
             _config: everything else. `dev.TrainConfig(importance_sampling_level="sequence")` is
                 GSPO with the paper's clip range and four minibatches; it is the default too.
             verbose: print the call's metrics.
+            options: fields of either by keyword, and `save_checkpoint`.
 
         Raises:
             GspoError: see `LocalBackend.train`.
         """
-        result = await self.backend().train(self, listed(trajectory_groups), config, _config)
+        result = await self.backend().train(
+            self, listed(trajectory_groups), config, _config, **options
+        )
         return _told(result) if verbose else result
 
     async def train_sft(

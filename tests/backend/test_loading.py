@@ -99,9 +99,9 @@ def test_with_lora_a_teacher_is_a_model_of_its_own(tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("none", "kl_reference: unknown base_model"),
+        ("none", "kl_reference, the teacher: unknown model"),
         ("tokens", "has other tokens than 'embedded:sort'.*Give a model with the same tokenizer"),
-        ("context", "kl_reference: max_context = 512, but .* has a context of 256"),
+        ("context", "kl_reference, the teacher: max_context = 512, but .* has a context of 256"),
     ],
 )
 def test_a_teacher_that_cannot_score_the_tokens_is_refused(

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import importlib
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import gspo as art
 from gspo.core.errors import ConfigError
 from gspo.environments import Action, load_environment
 
@@ -74,3 +78,70 @@ async def test_an_episode_is_a_task_and_its_scoring():
 def test_mistakes_are_named(name: str, options: dict, message: str):
     with pytest.raises(ConfigError, match=message):
         load_environment(f"verifiers:{name}", options)
+
+
+TOOLS = """
+import verifiers.v1 as vf
+
+__all__ = ["LettersTaskset"]
+
+
+class Letters(vf.Toolset[vf.ToolsetConfig]):
+    TOOL_PREFIX = None
+
+    @vf.tool
+    def look_up(self, key: int) -> str:
+        "Look a key up."
+        return "abcdefghij"[key]
+
+
+class Data(vf.TaskData):
+    answer: str
+
+
+class LettersTask(vf.Task[Data, vf.State, vf.TaskConfig]):
+    @classmethod
+    def toolsets(cls, config):
+        return [Letters(vf.ToolsetConfig())]
+
+    @vf.reward
+    async def right(self, trace):
+        return float(trace.last_reply == self.data.answer)
+
+
+class LettersTaskset(vf.Taskset[LettersTask, vf.TasksetConfig]):
+    def load(self):
+        yield LettersTask(Data(prompt="the largest?", answer="e"), self.config.task)
+
+
+if __name__ == "__main__":
+    Letters.run()
+"""
+
+
+@pytest.mark.slow
+async def test_its_own_agent_with_tools_is_captured_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The rollout of docs/environments.md, as it stands there."""
+    (tmp_path / "gspo_letters.py").write_text(TOOLS)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("GSPO_KEY", "")
+    page = (Path(__file__).parents[2] / "docs" / "environments.md").read_text()
+    section = page.split("## Tasksets of verifiers with tools")[1]
+    names: dict[str, Any] = {}
+    exec(section.split("```python\n")[1].split("```")[0], names)
+    loaders: Any = importlib.import_module("verifiers.v1.utils.loaders")
+    (task,) = loaders.load_taskset(loaders.taskset_config_type("gspo_letters")(id="gspo_letters"))
+    call = '<tool_call>{"name": "look_up", "arguments": {"key": 4}}</tool_call>'
+    said = iter([call, "e"])
+    async with art.FakeBackend(lambda prompt, index: next(said), port=0) as backend:
+        model = art.TrainableModel(name="m", project="p", base_model="any")
+        await model.register(backend)
+        t = await names["rollout"](model, task)
+    assert t.reward == 1 and not t.additional_histories
+    assert [m["role"] for m in t.messages()] == ["user", "assistant", "tool", "assistant"]
+    assert t.messages()[2]["content"] == "e"
+    first, second = t.choices()
+    tokens = first.prompt_token_ids + first.token_ids  # pyright: ignore
+    assert second.prompt_token_ids[: len(tokens)] == tokens  # pyright: ignore

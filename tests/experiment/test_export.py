@@ -132,7 +132,7 @@ def test_a_damaged_or_unfinished_checkpoint_leaves_no_folder(full: SavedRun, tmp
         write_folder(Export(copy, 1), tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
     gone = SavedRun(full.folder, {**full.config, "base_model": "/gone", "lora": {"r": 1}}, {})
-    with pytest.raises(ModelError, match="unknown base_model '/gone'"):
+    with pytest.raises(ModelError, match="unknown model '/gone'"):
         Export(gone, 1)
 
 

@@ -41,7 +41,7 @@ def test_options_that_change_the_plan():
 def test_every_name_is_checked():
     with pytest.raises(ConfigError, match="Did you mean 'sort'"):
         make_plan(Spec(task="srot", model="embedded:sort"))
-    with pytest.raises(ModelError, match="unknown base_model"):
+    with pytest.raises(ModelError, match="unknown model"):
         make_plan(Spec(task="sort", model="./nowhere"))
     with pytest.raises(ModelError, match="Did you mean"):
         make_plan(Spec(task="sort", model="embedded:sortt"))
@@ -50,7 +50,7 @@ def test_every_name_is_checked():
     with pytest.raises(ConfigError, match="engines: 'localhost:8000'"):
         make_plan(Spec(task="sort", engines=["localhost:8000"]))
     teacher = dev.TrainConfig(kl_penalty_coef=1.0, kl_reference="./nobody")
-    with pytest.raises(ModelError, match="kl_reference: unknown base_model"):
+    with pytest.raises(ModelError, match="kl_reference, the teacher: unknown model"):
         make_plan(Spec(task="sort", train=teacher))
 
 

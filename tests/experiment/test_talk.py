@@ -193,7 +193,7 @@ def test_a_model_that_cannot_be_loaded_frees_the_port(monkeypatch: pytest.Monkey
     opened: list[socket.socket] = []
     bound = talk.bind
     monkeypatch.setattr(talk, "bind", lambda *a: opened.append(bound(*a)) or opened[-1])
-    with pytest.raises(ModelError, match="unknown base_model"):
+    with pytest.raises(ModelError, match="unknown model"):
         talk.serve_model("embedded:srt", "127.0.0.1", 0, "m", None)
     assert [listener.fileno() for listener in opened] == [-1]
 

@@ -46,6 +46,7 @@ def test_the_room_for_a_completion():
         ((5,), SamplingParams(), r"vocabulary is 0\.\.4"),
         ((1, 2), SamplingParams(max_tokens=7), "the model's context is 8"),
         ((1, 2), SamplingParams(max_tokens=2, min_tokens=3), "at most 2 tokens fit"),
+        ((1,) * 50, SamplingParams(), "the prompt has 50 tokens"),
         (
             (1, 2),
             SamplingParams(logit_bias=((4, 1.0), (5, 1.0))),

@@ -48,6 +48,22 @@ async def test_a_program_is_captured_by_its_base_url_alone(client: AsyncOpenAI):
     assert further.choices()[0].token_ids == text.choices[0].token_ids  # pyright: ignore
 
 
+async def test_an_answer_that_was_begun_is_one_message(client: AsyncOpenAI):
+    agent = of(client, "begun")
+    begun: Any = {"role": "assistant", "content": "I am"}
+    more: dict[str, Any] = {"continue_final_message": True}
+    first = await agent.chat.completions.create(model="m", messages=[*HI, begun], extra_body=more)
+    said = "I am" + (first.choices[0].message.content or "")
+    messages: Any = [*HI, {"role": "assistant", "content": said}, *HI]
+    second: Any = await agent.chat.completions.create(model="m", messages=messages)
+    trajectory = art.Trajectory(**(await send(client, "GET", "begun")).json())
+    assert not trajectory.additional_histories
+    assert [m.get("content") for m in trajectory.messages()[:3]] == ["hi", said, "hi"]
+    choices: Any = trajectory.choices()
+    tokens = choices[0].prompt_token_ids + choices[0].token_ids
+    assert second.choices[0].prompt_token_ids[: len(tokens)] == tokens
+
+
 async def test_each_of_several_choices_is_recorded(client: AsyncOpenAI):
     agent = of(client, "many")
     answer = await agent.chat.completions.create(model="m", messages=HI, n=3)

@@ -14,6 +14,7 @@ from gspo.serve import episodes
 from gspo.serve.app import create_app, one_engine
 from gspo.serve.episodes import Episode, Episodes, current, recording
 from gspo.serve.fake_engine import FakeEngine
+from gspo.serve.refusals import Refusal
 from gspo.serve.server import in_process_client
 from serve.episode_client import HI, names, of, send
 from support import choice
@@ -56,7 +57,8 @@ async def test_number_tokens_and_age_are_bounded(
     with pytest.raises(RateLimitError, match="with 10"):
         await of(client, "b").chat.completions.create(model="m", messages=HI)
     monkeypatch.setattr(episodes, "IDLE_SECONDS", -1)
-    assert app.state.episodes.find("b") is None
+    with pytest.raises(Refusal, match="no episode 'b' here"):
+        app.state.episodes.find("b")
     assert not app.state.episodes._episodes
 
 

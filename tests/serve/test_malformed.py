@@ -208,6 +208,31 @@ async def test_wrong_bodies_are_refused_by_the_thousand(seed: int):
     assert found[400] > 500
 
 
+@pytest.mark.parametrize("depth", [50, 150, 400, 700, 900, 1900])
+async def test_a_value_may_be_nested_as_deep_as_it_likes(depth: int):
+    deep = "[" * depth + "]" * depth
+    call = {"function": {"name": "f", "arguments": deep}}
+    says = '<tool_call>{"name": "f", "arguments": {"a": ' + deep + "}}</tool_call>"
+    bodies = [
+        {"messages": [{"role": "user", "content": "x", "y": "DEEP"}]},
+        {"messages": [{"role": "assistant", "content": "", "tool_calls": [call]}]},
+        {"metadata": "DEEP"},
+        {"chat_template_kwargs": {"a": "DEEP"}},
+        {"tools": [{"function": {"name": "f", "parameters": {"a": "DEEP"}}}]},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"a": "DEEP"}}}},
+    ]
+    async with in_process_client(app_of(FakeEngine(lambda prompt, index: says))) as client:
+        for number, body in enumerate(bodies):
+            asked = json.dumps({"model": "m", "messages": [{"role": "user"}], **body})
+            answer: Any = await client._client.post(
+                f"http://gspo.local/episodes/e{number}/v1/chat/completions",
+                content=asked.replace('"DEEP"', deep).encode(),
+                headers={"content-type": "application/json"},
+            )
+            fine = depth <= 50 or number == 1
+            assert answer.status_code == (200 if fine else 400), (number, answer.content[:300])
+
+
 # The document of the routes, and what schemathesis makes of it: requests that it allows and that it
 # forbids; the answers must be as it says. `call_and_validate` holds the status (none of 500), the
 # kind and the shape of each answer against the document.

@@ -18,6 +18,8 @@ from gspo.serve.params import SamplingParams
         {"top_p": 0},
         {"top_p": 1.1},
         {"stop": ("",)},
+        {"stop": ("a",) * 65},
+        {"stop": ("a" * 1025,)},
         {"min_tokens": -1},
         {"top_k": -1},
         {"min_p": -0.1},

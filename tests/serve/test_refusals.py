@@ -10,7 +10,7 @@ import pytest
 
 from gspo.core.errors import BusyError, DataError, RequestError, ServeError
 from gspo.serve.fake_engine import FakeEngine
-from gspo.serve.refusals import HungUpError, UnknownModelError, refusal
+from gspo.serve.refusals import Refusal, refusal
 from support import app_of
 
 JSON = {"content-type": "application/json"}
@@ -27,9 +27,9 @@ async def http():
     ("error", "status", "kind"),
     [
         (RequestError("no", "n"), 400, "invalid_request_error"),
-        (UnknownModelError("no", "model"), 404, "invalid_request_error"),
+        (Refusal(404, "no", param="model"), 404, "invalid_request_error"),
         (BusyError("full"), 429, "rate_limit_error"),
-        (HungUpError("gone"), 499, "invalid_request_error"),
+        (Refusal(499, "gone"), 499, "invalid_request_error"),
         (ServeError("stuck"), 500, "server_error"),
         (DataError("bad"), 500, "server_error"),
         (KeyError("a bug"), 500, "server_error"),

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from gspo.core.draws import drawing_for
 from gspo.core.errors import RequestError
 from gspo.serve.engine import SamplingParams
-from gspo.serve.schemas import ChatBody, CompletionBody
+from gspo.serve.schemas import DEEPEST, ChatBody, CompletionBody, TokenizeBody
 
 MESSAGES = [{"role": "user", "content": "?"}]
 
@@ -67,8 +67,13 @@ def test_null_is_the_default():
 def test_the_limit_under_both_of_its_names():
     assert chat().params().max_tokens is None
     assert chat(max_tokens=3).params().max_tokens == 3
-    assert chat(max_tokens=3, max_completion_tokens=5).params().max_tokens == 5
-    assert CompletionBody(model="m", prompt="x").max_tokens == 16
+    assert chat(max_tokens=3, max_completion_tokens=3).params().max_tokens == 3
+    with pytest.raises(
+        RequestError, match="max_tokens = 3, max_completion_tokens = 5: they are one"
+    ):
+        chat(max_tokens=3, max_completion_tokens=5).params()
+    for given in ({}, {"max_tokens": None}):
+        assert CompletionBody(model="m", prompt="x", **given).params().max_tokens == 16
 
 
 @pytest.mark.parametrize(
@@ -95,6 +100,9 @@ def test_values_that_ask_for_nothing_are_taken(fields: dict[str, Any]):
     [
         ({"stream_options": {"include_usage": True}}, "stream_options is for streams"),
         ({"temprature": 1.0}, "unknown parameter 'temprature'. Did you mean 'temperature'"),
+        ({"logit_bias": {"1": "a"}}, "logit_bias: .* 'a' .* no number"),
+        ({"logit_bias": {"1": True}}, "logit_bias: .* True .* no number"),
+        ({"logit_bias": {"01": 1}}, "logit_bias: '01' .* is no token id"),
         ({"guided_json": {}}, r"unknown parameter 'guided_json'\.$"),
     ],
 )
@@ -130,3 +138,41 @@ def test_prompts_one_by_one(prompt: Any, prompts: list[Any]):
 def test_a_list_without_prompts_is_refused():
     with pytest.raises(RequestError, match="at least one prompt"):
         CompletionBody(model="m", prompt=[]).prompts()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("messages", [1] * 10**6),
+        ("stop", [1] * 10**6),
+        ("stop_token_ids", ["a"] * 10**6),
+        ("tools", [None] * 10**6),
+    ],
+)
+def test_of_a_million_faults_one_is_noted(name: str, value: Any):
+    with pytest.raises(ValidationError) as caught:
+        chat(**{name: value})
+    assert caught.value.error_count() <= 2  # one of each kind that the field may be of
+
+
+def test_what_is_nested_too_deep_is_refused():
+    deep: Any = "x"
+    for _ in range(DEEPEST - 1):
+        deep = [deep]
+    assert chat(response_format={"x": deep[0]}).response_format
+    with pytest.raises(ValidationError, match=f"nested more than {DEEPEST} deep"):
+        chat(response_format={"x": deep})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"messages": MESSAGES, "add_special_tokens": True}, "add_special_tokens is of a prompt"),
+        ({"prompt": "a", "tools": [{}]}, "tools is of messages"),
+        ({"prompt": "a", "chat_template_kwargs": {"a": 1}}, "chat_template_kwargs is of messages"),
+        ({}, "give either prompt, a text, or messages"),
+    ],
+)
+def test_what_is_tokenized_is_a_text_or_a_chat(fields: dict[str, Any], message: str):
+    with pytest.raises(RequestError, match=message):
+        TokenizeBody(model="m", **fields).content()

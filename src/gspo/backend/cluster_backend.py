@@ -70,7 +70,7 @@ class ClusterBackend(LocalBackend):
     ):
         own, more = (inspect.signature(kind).parameters for kind in (ClusterBackend, LocalBackend))
         known = [*more, *(name for name in own if name != "options")]
-        check_names("ClusterBackend", options, known, absent.REASONS["LocalBackend"])
+        check_names("ClusterBackend", options, known, absent.of_options("LocalBackend"))
         super().__init__(path, **options)  # first: a rank that is started must not be for nothing
         self._sizes = {"cp_size": cp_size, "ep_size": ep_size}
         size = check_ranks(nproc, self._sizes, self.engines)

@@ -71,7 +71,7 @@ def load_trainer(
                 frozen = load_policy(name, config.model_copy(update=own), mesh=mesh)
                 choose_packing(frozen)
             except ModelError as error:
-                raise ModelError(f"kl_reference: {error}") from None
+                raise ModelError(f"kl_reference, the teacher: {error}") from None
             if frozen.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
                 raise ModelError(
                     f"kl_reference {name!r} has other tokens than {base_model!r}: it cannot score "

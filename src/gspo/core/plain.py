@@ -87,3 +87,17 @@ def plain_values(values: Any, where: str, *, texts: bool = False) -> dict[str, A
             raise DataError(f"{where}[{name!r}] is {shown(value)}; it must be {kinds}")
         plain[name] = value if number is None else number
     return plain
+
+
+def deeper_than(levels: int, value: Any) -> bool:
+    """Whether lists and dicts stand in one another more than so many deep: what walks through a
+    value of JSON by recursion fails at some depth.
+
+    >>> deeper_than(2, {"a": [1]}), deeper_than(1, {"a": [1]})
+    (False, True)
+    """
+    inside = [value] if isinstance(value, dict | list) else []
+    for _ in range(levels):
+        parts = (item.values() if isinstance(item, dict) else item for item in inside)
+        inside = [part for items in parts for part in items if isinstance(part, dict | list)]
+    return bool(inside)

@@ -104,7 +104,7 @@ def _check_names(spec: Spec) -> None:
         try:
             resolve(spec.train.kl_reference)
         except ModelError as error:
-            raise ModelError(f"kl_reference: {error}") from None
+            raise ModelError(f"kl_reference, the teacher: {error}") from None
     if spec.rollout:
         find_module(spec.rollout, "rollout")
 

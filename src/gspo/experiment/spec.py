@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from os.path import expanduser
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from gspo import dev
+from gspo import absent, dev
 from gspo.backend.trackers import TrackerName
 from gspo.config import TrainConfig
 from gspo.core.errors import ConfigError, suggestion
@@ -19,6 +20,8 @@ from gspo.tasks.dataset import Data, load_dataset
 
 class SFT(Options, title="[sft]"):
     """Supervised fine-tuning on given conversations, before everything else."""
+
+    refused: ClassVar[Mapping[str, str]] = absent.of_options("TrainSFTConfig")
 
     data: str
     """JSONL, a row `{"messages": [...], "tools": [...]}`; its path is beside the TOML file."""
@@ -36,8 +39,10 @@ class Spec(Options, title="the run"):
     'embedded:sort'
     """
 
+    refused: ClassVar[Mapping[str, str]] = dev.TrainConfig.refused
+
     def __init__(self, **data: Any) -> None:
-        for name in data.keys() - type(self).model_fields.keys():
+        for name in data.keys() - type(self).model_fields.keys() - self.refused.keys():
             within = [t for t, kind in TABLES.items() if suggestion(name, kind.model_fields, 0.8)]
             if within and not suggestion(name, type(self).model_fields, 0.8):
                 near = suggestion(name, TABLES[within[0]].model_fields).rstrip("?")

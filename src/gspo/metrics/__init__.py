@@ -184,32 +184,30 @@ def track_api_cost(
         full = f"{provider}/{model_name}"
         return builder.price(full if full in builder._prices else model_name)
 
-    @contextmanager
-    def counted() -> Iterator[list[Any]]:
-        """The block puts what the function returned into the list."""
-        results: list[Any] = []
-        builder = _active.get()
-        price = builder and price_in(builder)
-        yield results
-        if builder is not None and price is not None:
-            builder.add_response_cost(source.strip("/"), response_getter(results[0]), price)
+    def charging() -> Callable[[Any], Any]:
+        """What takes a result, and counts it. The price is looked up first: before it is asked."""
+        if (builder := _active.get()) is None:
+            return lambda result: result
+        price = price_in(builder)
+
+        def charge(result: Any) -> Any:
+            builder.add_response_cost(source.strip("/"), response_getter(result), price)
+            return result
+
+        return charge
 
     def decorate(function: Any) -> Any:
         if inspect.iscoroutinefunction(function):
 
             @functools.wraps(function)
             async def asks(*args: Any, **kwargs: Any) -> Any:
-                with counted() as results:
-                    results.append(await function(*args, **kwargs))
-                return results[0]
+                return charging()(await function(*args, **kwargs))
 
             return asks
 
         @functools.wraps(function)
         def asks_and_waits(*args: Any, **kwargs: Any) -> Any:
-            with counted() as results:
-                results.append(function(*args, **kwargs))
-            return results[0]
+            return charging()(function(*args, **kwargs))
 
         return asks_and_waits
 

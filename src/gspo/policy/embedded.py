@@ -72,7 +72,7 @@ def embedded_task(name: str) -> str:
     if task_name not in RECIPES:
         near = suggestion(task_name, RECIPES)
         names = ", ".join(PREFIX + task for task in RECIPES)
-        raise ModelError(f"unknown base_model {name!r}.{near} Embedded models: {names}.")
+        raise ModelError(f"unknown model {name!r}.{near} Embedded models: {names}.")
     return task_name
 
 

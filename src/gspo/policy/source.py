@@ -45,7 +45,7 @@ def resolve(base_model: str) -> str:
             resolve(base)
         except ModelError:
             raise ModelError(
-                f"base_model {base_model!r} is a LoRA adapter of {base!r}, which is not a folder "
+                f"{base_model!r} is a LoRA adapter of {base!r}, which is not a folder "
                 f"here: write where that model is into base_model_name_or_path of "
                 f"{folder / 'adapter_config.json'}"
             ) from None
@@ -53,7 +53,7 @@ def resolve(base_model: str) -> str:
     if is_path and not folder.is_dir():
         near = suggestion(base_model, [PREFIX + name for name in RECIPES])
         raise ModelError(
-            f"unknown base_model {base_model!r}: it is not a folder.{near} Give a folder in "
+            f"unknown model {base_model!r}: it is not a folder.{near} Give a folder in "
             "Hugging Face layout, a hub id such as 'Qwen/Qwen3-0.6B', or 'embedded:sort'."
         )
     return base_model
@@ -214,4 +214,4 @@ def _read(auto: Any, path: str, trust_remote_code: bool, name: str = "", **optio
         if is_folder and (saved := sorted(Path(path).glob("checkpoints/[0-9]*"))):
             reason = f": it is the folder of a run: give one of its checkpoints, {str(saved[-1])!r}"
         what = "the tokenizer of " if auto is AutoTokenizer else ""
-        raise ModelError(f"cannot load {what}base_model {name or path!r}{reason}") from error
+        raise ModelError(f"cannot load {what}{name or path!r}{reason}") from error

@@ -1,4 +1,5 @@
-"""Completions in the shapes of OpenAI's answers, whole or as the chunks of a stream.
+"""Completions in the shapes of OpenAI's answers, whole or as the chunks of a stream: what all have
+in common, and those of texts. Those of chats: `gspo.serve.conversation`.
 
 Beside OpenAI's fields, each choice carries what training needs: `token_ids`, `prompt_token_ids`,
 `token_logprobs`, `temperature` and `policy_version`; `policy_versions`, one of each token, if
@@ -19,6 +20,7 @@ from typing import Any, ClassVar, Protocol
 from gspo.data.expert_choices import encode_expert_choices
 from gspo.serve.engine import Completion, Engine, Piece, Request, SamplingParams
 from gspo.serve.episodes import Episode
+from gspo.serve.streaming import GrowingText
 
 _TOKENS = {"prompt_token_ids", "token_ids", "token_logprobs"}
 _numbers = itertools.count(1)  # numbers the answers of this process
@@ -112,6 +114,68 @@ class Asked:
         return counts | {"total_tokens": asked + sampled}
 
 
+class TextCompletion(Asked):
+    """Prompts that are to be continued, ready to be sampled."""
+
+    kinds = ("cmpl", "text_completion", "text_completion")
+
+    def begin(self, index: int, prompt: Sequence[int]) -> GrowingCompletion:
+        return GrowingCompletion(self, index, prompt)
+
+
+class GrowingCompletion:
+    """One choice of a text completion: a chunk for each piece, with its tokens.
+
+    Args:
+        asked: the request.
+        index: number of the choice.
+        prompt: what it continues.
+    """
+
+    def __init__(self, asked: TextCompletion, index: int, prompt: Sequence[int]):
+        self._asked, self._index = asked, index
+        self._text = GrowingText(asked.engine, asked.params)
+        self._prompt = {"prompt_token_ids": list(prompt)}
+        self._begun = False
+        self._offset = 0  # characters of the tokens so far
+
+    def chunks(self, piece: Piece) -> Iterable[dict[str, Any]]:
+        choice = self._choice(self._text.read(piece), piece)
+        if not self._begun:
+            self._begun = True
+            choice |= self._prompt
+        if piece.completion is not None:
+            whole = self.whole(piece.completion)
+            choice |= training_fields(piece.completion)
+            choice["finish_reason"] = whole["finish_reason"]
+        yield choice
+
+    def whole(self, completion: Completion) -> dict[str, Any]:
+        self._offset = 0
+        choice = self._choice(completion.text, completion)
+        choice |= self._prompt | training_fields(completion)
+        choice["finish_reason"] = completion.finish_reason
+        if self._asked.episode is not None:
+            prompt = self._asked.engine.tokenizer.decode(
+                self._prompt["prompt_token_ids"], special=True
+            )
+            self._asked.episode.record_text(prompt, choice)
+        return choice
+
+    def _choice(self, text: str, sampled: Completion | Piece) -> dict[str, Any]:
+        logprobs = None
+        if self._asked.logprobs:
+            logprobs = text_logprobs(self._asked.engine, sampled, self._offset)
+            self._offset += sum(map(len, logprobs["tokens"]))
+        return {
+            "index": self._index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": None,
+            **token_fields(sampled),
+        }
+
+
 def training_fields(completion: Completion) -> dict[str, Any]:
     """What training needs of a completion beside its tokens."""
     fields: dict[str, Any] = {
@@ -169,14 +233,12 @@ def text_logprobs(engine: Engine, sampled: Completion | Piece, offset: int = 0) 
         sampled: the tokens.
         offset: characters of the tokens before them.
     """
-    texts = [engine.tokenizer.decode([token], special=True) for token in sampled.token_ids]
-    top = [
-        {
-            engine.tokenizer.decode([token], special=True): logprob
-            for token, logprob in reversed(others)
-        }
-        for others in sampled.top_logprobs
-    ]
+
+    def read(token: int) -> str:
+        return engine.tokenizer.decode([token], special=True)
+
+    texts = [read(token) for token in sampled.token_ids]
+    top = [{read(t): p for t, p in reversed(others)} for others in sampled.top_logprobs]
     return {
         "tokens": texts,
         "token_logprobs": list(sampled.logprobs),

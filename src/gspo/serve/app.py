@@ -7,6 +7,7 @@ import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import fastapi
@@ -17,28 +18,26 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from gspo.core.errors import RequestError
 from gspo.serve import episodes
-from gspo.serve.answers import Asked
-from gspo.serve.constraint import answer_grammar
+from gspo.serve.answers import Asked, TextCompletion
+from gspo.serve.constraint import answer_grammar, answer_schema, required_call
 from gspo.serve.conversation import Conversation
 from gspo.serve.engine import Completion, Engine, Piece, Request
 from gspo.serve.episode_routes import include_episodes
-from gspo.serve.message_texts import text_messages, texts_in
+from gspo.serve.messages import text_messages, texts_in
 from gspo.serve.meters import Metered, Meters
-from gspo.serve.refusals import DOCUMENTED, UnknownModelError, add_handlers
+from gspo.serve.params import MOST_COMPLETIONS
+from gspo.serve.refusals import DOCUMENTED, Refusal, add_handlers
 from gspo.serve.responses import GrowingResponse
 from gspo.serve.responses_input import ResponsesBody, chat_of
 from gspo.serve.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from gspo.serve.streaming import EventStream, begun, pieces
-from gspo.serve.text_completion import TextCompletion
 from gspo.serve.verbatim import chat_tokens, rollout_memory
-from gspo.serve.waiting import aside, together, tokenized, unless_gone
+from gspo.serve.waiting import LONG_TEXT, aside, together, tokenized, unless_gone
 
 Find = Callable[[str], Awaitable[Engine]]
 
 # The handlers are functions of the module, not closures: FastAPI never lets go of a handler.
 router, v1 = fastapi.APIRouter(), fastapi.APIRouter()
-MOST_COMPLETIONS = 4096
-"""Most completions of one request, over all its prompts."""
 
 
 def _answers(model: Any) -> dict[int | str, dict[str, Any]]:
@@ -137,7 +136,7 @@ async def _conversation(
     engine, params, episode = await _engine(app, body.model), body.params(), episodes.current(app)
     memory = episode.memory if episode else rollout_memory()
     messages, tools = text_messages(body.messages), body.tools or None
-    must_call, schema = body.must_call(), body.answer_schema()
+    continues = bool(body.continue_final_message)
     calls = tools if body.tool_choice != "none" else None
     reads = engine.chat.wants_special(calls)
     if reads and body.skip_special_tokens is False:
@@ -149,14 +148,14 @@ async def _conversation(
     grammar = answer_grammar(
         engine.chat,
         calls,
-        must_call=must_call,
+        must_call=required_call(body.tool_choice, tools),
         parallel=body.parallel_tool_calls is not False,
-        schema=schema,
+        schema=answer_schema(body.response_format),
     )
     options = {
         "tools": tools,
         "template_kwargs": body.template_kwargs(engine.chat),
-        "continue_final": bool(body.continue_final_message),
+        "continue_final": continues,
         "memory": memory,
     }
     texts = texts_in([messages, tools, options["template_kwargs"]])
@@ -164,7 +163,8 @@ async def _conversation(
     call = Conversation(
         engine=engine,
         model=body.model,
-        messages=body.messages,
+        messages=body.messages[: len(messages) - continues],
+        begun=messages[-1]["content"] if continues else "",
         prompts=[tuple(prompt)],
         params=replace(
             params,
@@ -248,22 +248,28 @@ async def tokenize(http: fastapi.Request, body: TokenizeBody) -> dict[str, Any]:
 async def detokenize(http: fastapi.Request, body: DetokenizeBody) -> dict[str, Any]:
     engine = await _engine(http.app, body.model)
     body.refuse_unknown()
-    if body.tokens:  # `check` refuses what are no tokens of the model
-        engine.check(Request((min(body.tokens), max(body.tokens))))
-    return {"prompt": engine.tokenizer.decode(body.tokens, special=True)}
+    ids = body.tokens
+    if ids:  # `check` refuses what are no tokens of the model
+        engine.check(Request((min(ids), max(ids))))
+    if len(ids) > (most := engine.tokenizer.most_characters):
+        raise RequestError(f"{len(ids)} tokens: at most {most} are read at once", "tokens")
+    text = await aside(
+        http, partial(engine.tokenizer.decode, ids, special=True), len(ids) >= LONG_TEXT
+    )
+    return {"prompt": text}
 
 
 async def _engine(app: fastapi.FastAPI, name: str) -> Engine:
     """The engine of this model.
 
     Raises:
-        UnknownModelError: the server has no such model.
+        Refusal: the server has no such model.
         ServeError: it is closed.
     """
     try:
         engine = await app.state.find(name)
     except RequestError as error:
-        raise UnknownModelError(str(error), "model") from None
+        raise Refusal(404, str(error), "model_not_found", "model") from None
     app.state.engines[name] = engine
     return engine
 

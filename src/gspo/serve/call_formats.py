@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from gspo.core.plain import deeper_than
+
 Tools = Mapping[str, Mapping[str, Any]]
 """Name of a tool -> the JSON schema of its arguments."""
 
@@ -52,6 +54,10 @@ class Format:
         return digits if self.id_size < 24 else f"call_{digits}"
 
 
+DEEPEST = 100
+"""Lists and dicts within one another, in a body or a call: what writes JSON goes only so deep."""
+
+
 def _constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
 
@@ -68,7 +74,7 @@ def json_values(text: str, between: str = "") -> list[Any]:
             values.append(value)
     except (ValueError, RecursionError):
         return []
-    return values
+    return [] if deeper_than(DEEPEST, values) else values
 
 
 def _calls(values: list[Any], arguments: str = "arguments") -> list[Call]:

@@ -24,16 +24,13 @@ from typing import Any, Protocol
 from gspo.core.errors import RequestError, suggestion
 from gspo.serve.call_formats import FORMATS, Format
 from gspo.serve.harmony import HARMONY, HarmonyParser
+from gspo.serve.messages import tools_of, with_objects
 from gspo.serve.tool_calls import CallParser, Parsed, Parser, joined
-from gspo.serve.tool_messages import tools_of, with_objects
 
-_PROBE_TOOL = {
-    "type": "function",
-    "function": {
-        "name": "probe",
-        "description": "probe",
-        "parameters": {"type": "object", "properties": {}},
-    },
+_PROBE = {
+    "name": "probe",
+    "description": "probe",
+    "parameters": {"type": "object", "properties": {}},
 }
 
 
@@ -85,8 +82,9 @@ class ChatFormat:
     def takes_tools(self) -> bool:
         """Whether the template shows tools to the model."""
         hello = [{"role": "user", "content": "hello"}]
+        tools = [{"type": "function", "function": _PROBE}]
         try:
-            plain, shown_tool = self._apply(hello), self._apply(hello, tools=[_PROBE_TOOL])
+            plain, shown_tool = self._apply(hello), self._apply(hello, tools=tools)
         except RequestError:
             return True  # it wants more than a hello: the request will tell
         return plain != shown_tool

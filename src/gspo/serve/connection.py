@@ -13,7 +13,8 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from gspo.serve.guard import HEADER_BYTES, Guard, Refusal
+from gspo.serve.guard import HEADER_BYTES, Guard
+from gspo.serve.refusals import Refusal, error_response
 
 try:
     import resource
@@ -67,10 +68,10 @@ class Connection(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """Answer what isn't HTTP, in OpenAI's form."""
         status = getattr(sys.exception(), "error_status_hint", 400)
-        start, body = Refusal(status, msg, "bad_request", connection="close").answer()
+        answer = error_response(Refusal(status, msg, "bad_request", connection="close"))
         lines = [f"HTTP/1.1 {status} Refused".encode()]
-        lines += [name + b": " + value for name, value in start["headers"]]
-        self.transport.write(b"\r\n".join([*lines, b"", body["body"]]))
+        lines += [name + b": " + value for name, value in answer.raw_headers]
+        self.transport.write(b"\r\n".join([*lines, b"", bytes(answer.body)]))
         self.transport.close()
 
     def abort(self) -> None:

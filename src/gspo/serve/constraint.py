@@ -8,10 +8,61 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gspo.core.errors import RequestError
-from gspo.serve.chat import ChatFormat, tools_of
+from gspo.core.errors import RequestError, shown
+from gspo.serve.chat import ChatFormat
+from gspo.serve.messages import tools_of
 
 _ANY = "/(?s:.*)/"
+
+
+def required_call(choice: Any, tools: Sequence[dict] | None) -> str | bool:
+    """Whether a request's `tool_choice` says that the answer must be a call: the tool's name, or
+    True for any.
+
+    Raises:
+        RequestError: it means nothing, or names no tool of the request.
+    """
+    if choice in (None, "auto", "none"):
+        return False
+    wanted: Any = True
+    if choice != "required":
+        function = choice.get("function") if isinstance(choice, dict) else None
+        wanted = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(wanted, str) or not wanted:
+            raise RequestError(
+                f"tool_choice = {shown(choice)}: must be auto, none, required, or "
+                '{"type": "function", "function": {"name": ...}}',
+                "tool_choice",
+            )
+    names = list(tools_of(tools or ()))
+    if not names or (wanted is not True and wanted not in names):
+        raise RequestError(
+            f"tool_choice = {shown(choice)}: the request's tools are {names}", "tool_choice"
+        )
+    return wanted
+
+
+def answer_schema(response_format: dict[str, Any] | None) -> Any:
+    """The JSON schema that an answer must keep to; None if it is text.
+
+    Raises:
+        RequestError: a `response_format` that means nothing.
+    """
+    given = response_format or {"type": "text"}
+    kind, inner = given.get("type"), given.get("json_schema")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    schema = inner.get("schema") if isinstance(inner, dict) else None
+    if kind == "json_schema" and isinstance(schema, dict | bool):
+        return schema
+    raise RequestError(
+        f'response_format = {shown(given)}: must be {{"type": "text"}}, '
+        '{"type": "json_object"} or {"type": "json_schema", "json_schema": {"name": ..., '
+        '"schema": a JSON schema}}',
+        "response_format",
+    )
 
 
 def answer_grammar(

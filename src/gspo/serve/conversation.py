@@ -22,7 +22,8 @@ class Conversation(Asked):
     """A chat, ready to be sampled.
 
     Attributes:
-        messages: as they were asked.
+        messages: as they were asked, but for one that the answer goes on with.
+        begun: the text of that one.
         tools: what was offered to the model.
         reads: whether the answer is read for calls and channels. Its text then has the special
             tokens, which the message leaves out.
@@ -31,6 +32,7 @@ class Conversation(Asked):
     """
 
     messages: Sequence[dict[str, Any]] = ()
+    begun: str = ""
     tools: Sequence[dict[str, Any]] | None = None
     reads: bool = False
     calls: bool = False
@@ -101,14 +103,12 @@ class GrowingMessage:
     def recorded(self, completion: Completion) -> dict[str, Any]:
         """The choice that all pieces add up to; its episode keeps it and remembers its tokens."""
         asked, message = self._asked, joined(self._deltas)
-        stopped = completion.finish_reason == "stop"
+        called = message.tool_calls and completion.finish_reason == "stop"
         choice = {
             "index": self._index,
             "message": message.wire(),
             "logprobs": chat_logprobs(asked.engine, completion) if asked.logprobs else None,
-            "finish_reason": "tool_calls"
-            if message.tool_calls and stopped
-            else completion.finish_reason,
+            "finish_reason": "tool_calls" if called else completion.finish_reason,
             "prompt_token_ids": self._prompt,
             **token_fields(completion),
             **training_fields(completion),
@@ -118,7 +118,10 @@ class GrowingMessage:
             text = partial(asked.engine.tokenizer.decode, tokens, special=True)
             asked.memory.remember(self._prompt, tokens, text, ids)
         if asked.episode is not None:
-            asked.episode.record(asked.messages, asked.tools, choice)
+            whole = choice["message"]
+            if asked.begun:  # a client sends both back as one message
+                whole = whole | {"content": asked.begun + (whole["content"] or "")}
+            asked.episode.record(asked.messages, asked.tools, choice | {"message": whole})
         return choice
 
     def _wire(self, delta: Delta) -> dict[str, Any]:

@@ -216,15 +216,15 @@ def check_fits(request: Request, context: int, vocabulary: int) -> int:
             )
     room = context - length
     wanted = request.params.max_tokens
-    if request.params.min_tokens > (wanted or room):
-        raise RequestError(
-            f"min_tokens is {request.params.min_tokens}, but at most {wanted or room} tokens fit",
-            param="min_tokens",
-        )
     if room < 1 or (wanted is not None and wanted > room):
         raise RequestError(
             f"the prompt has {length} tokens and max_tokens is {wanted}, "
             f"but the model's context is {context}",
             param="max_tokens",
+        )
+    if request.params.min_tokens > (wanted or room):
+        raise RequestError(
+            f"min_tokens is {request.params.min_tokens}, but at most {wanted or room} tokens fit",
+            param="min_tokens",
         )
     return room if wanted is None else wanted

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import fastapi
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from gspo.core.draws import drawing_for
 from gspo.core.errors import RequestError
-from gspo.serve.episodes import IDLE_SECONDS, Episodes, recording
-from gspo.serve.refusals import DOCUMENTED, error_body
+from gspo.serve.episodes import Episodes, recording
+from gspo.serve.refusals import DOCUMENTED
 
 Id = Annotated[
     str,
@@ -57,40 +57,28 @@ class RewardBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     reward: Reward
-    turn_rewards: list[Reward] | None = None
+    turn_rewards: Annotated[list[Reward], Field(fail_fast=True)] | None = None
 
 
 @router.get("/episodes/{episode}")
 async def read_episode(http: fastapi.Request, id: Id) -> Response:
     episode = http.app.state.episodes.find(id)
-    if episode is None:
-        return _unknown(id)
     text = await asyncio.to_thread(episode.so_far().model_dump_json)  # which may take a while
     return Response(text, media_type="application/json")
 
 
 @router.post("/episodes/{episode}/reward")
-async def reward_episode(http: fastapi.Request, id: Id, body: RewardBody) -> Response:
-    episode = http.app.state.episodes.find(id)
-    if episode is None:
-        return _unknown(id)
-    trajectory, given = episode.trajectory, body.turn_rewards
+async def reward_episode(http: fastapi.Request, id: Id, body: RewardBody) -> dict[str, Any]:
+    trajectory, given = http.app.state.episodes.find(id).trajectory, body.turn_rewards
     if given is not None and len(given) != (turns := len(trajectory.sampled_turns())):
         message = f"turn_rewards has {len(given)} numbers, but episode {id!r} has {turns} turns"
         raise RequestError(message, "turn_rewards")
     trajectory.reward, trajectory.turn_rewards = body.reward, given
-    return JSONResponse(body.model_dump(exclude_none=True))
+    return body.model_dump(exclude_none=True)
 
 
 @router.delete("/episodes/{episode}")
-async def drop_episode(http: fastapi.Request, id: Id) -> Response:
-    return JSONResponse({"deleted": True}) if http.app.state.episodes.drop(id) else _unknown(id)
-
-
-def _unknown(id: str) -> Response:
-    """Status 404 in OpenAI's form."""
-    message = (
-        f"there is no episode {id!r} here: it made no request yet, was deleted, or was not asked "
-        f"for in {IDLE_SECONDS // 3600} hours"
-    )
-    return JSONResponse(error_body(404, message, "episode", "not_found"), status_code=404)
+async def drop_episode(http: fastapi.Request, id: Id) -> dict[str, bool]:
+    episodes = http.app.state.episodes
+    episodes.drop(episodes.find(id).id)
+    return {"deleted": True}

@@ -28,6 +28,7 @@ from gspo.core.draws import Word
 from gspo.core.errors import BusyError, ConfigError, RequestError
 from gspo.core.variables import holding
 from gspo.serve.histories import Conversations
+from gspo.serve.refusals import Refusal
 from gspo.serve.verbatim import TokenMemory
 from gspo.trajectories import History, Trajectory
 
@@ -167,11 +168,23 @@ class Episodes:
         self._episodes: dict[str, tuple[Episode, float]] = {}  # in the order of their last use
         self._lock = threading.Lock()
 
-    def find(self, id: str) -> Episode | None:
-        """The episode of this id; None if it never was, was dropped, or was idle for too long."""
+    def find(self, id: str) -> Episode:
+        """The episode of this id.
+
+        Raises:
+            Refusal: it never was, was dropped, or was idle for too long (HTTP 404).
+        """
         with self._lock:
             self._forget_idle()
-            return self._used(id)
+            if (episode := self._used(id)) is None:
+                raise Refusal(
+                    404,
+                    f"there is no episode {id!r} here: it made no request yet, was deleted, or was "
+                    f"not asked for in {IDLE_SECONDS // 3600} hours",
+                    "not_found",
+                    "episode",
+                )
+            return episode
 
     def open(self, id: str) -> Episode:
         """The episode of this id, a new one if there is none.
@@ -209,10 +222,10 @@ class Episodes:
         with self._lock:
             self._put(episode)
 
-    def drop(self, id: str) -> bool:
-        """Forget an episode; False if there is none."""
+    def drop(self, id: str) -> None:
+        """Forget an episode, if it is there."""
         with self._lock:
-            return self._episodes.pop(id, None) is not None
+            self._episodes.pop(id, None)
 
     def _used(self, id: str) -> Episode | None:
         entry = self._episodes.pop(id, None)

@@ -26,8 +26,6 @@ from gspo.serve.tokens import vocabulary_bytes
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-JSON_OBJECT = '{"type": "object"}'
-"""The grammar of any JSON object."""
 _REMEMBERED = 64
 """Compiled grammars, of which each takes up to a few megabytes."""
 

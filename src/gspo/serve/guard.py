@@ -8,12 +8,11 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
-import json
 import re
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gspo.serve.refusals import RETRY_SECONDS, error_body
+from gspo.serve.refusals import Refusal, error_response
 
 MAX_HEADERS = 100
 HEADER_BYTES = 32 * 2**10
@@ -33,32 +32,6 @@ OPEN_PATHS = {"/health"}
 
 LOOPBACK = {"localhost", "127.0.0.1", "[::1]"}
 _HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[^:/@\[\]\s]+?)\.?(?::\d{1,5})?")
-
-
-class Refusal(Exception):
-    """A request that never reaches the app.
-
-    Args:
-        status: of HTTP.
-        message: for the person who reads it.
-        code: for the program that reads it.
-        headers: beside the usual ones.
-    """
-
-    def __init__(self, status: int, message: str, code: str | None = None, **headers: str):
-        super().__init__(message)
-        self.status, self.code, self.headers = status, code, headers
-
-    def answer(self) -> tuple[Message, Message]:
-        """The refusal in OpenAI's form, as ASGI's messages."""
-        body = json.dumps(error_body(self.status, str(self), code=self.code)).encode()
-        headers = {"content-type": "application/json", "content-length": str(len(body))}
-        if self.status in (429, 503):
-            headers["retry-after"] = str(RETRY_SECONDS)
-        headers |= {name.replace("_", "-"): value for name, value in self.headers.items()}
-        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-        start = {"type": "http.response.start", "status": self.status, "headers": raw}
-        return start, {"type": "http.response.body", "body": body}
 
 
 class Guard:
@@ -103,12 +76,13 @@ class Guard:
                 finally:
                     self.running.discard(limit)
         except Refusal as refusal:
-            await answer.refuse(refusal)
+            await answer.refuse(refusal, scope, receive)
         except Exception:
             if not answer.late and not limit.expired():
                 raise
             message = "the server stops, and this request has not ended in time"
-            await answer.refuse(Refusal(503, message, "server_stopping", connection="close"))
+            refusal = Refusal(503, message, "server_stopping", connection="close")
+            await answer.refuse(refusal, scope, receive)
         if not answer.ended and (connection := scope.get("state", {}).get("connection")):
             connection.abort()  # a part of an answer must not look like a whole one
             await asyncio.sleep(0)  # it is closed then
@@ -235,11 +209,10 @@ class _Answer:
         self._started = True
         self.ended = message["type"] == "http.response.body" and not more
 
-    async def refuse(self, refusal: Refusal) -> None:
+    async def refuse(self, refusal: Refusal, scope: Scope, receive: Receive) -> None:
         """Answer with an error, if nothing is sent yet."""
         if not self._started:
-            for message in refusal.answer():
-                await self._send(message)
+            await error_response(refusal)(scope, receive, self._send)
             self.ended = True
 
 

@@ -54,20 +54,14 @@ class HarmonyParser(Parser):
                 return False  # a call comes whole
             after = found.end() if found else end
             self._call(recipient[1], body, self._text[:after])
+        elif (channel := _CHANNEL.search(self._header)) and channel[1] == "analysis":
+            self._out += [Delta(reasoning=body)] if body else []
         else:
-            self._pass_on(body)
+            self._content(body)
         self._at = found.end() if found else end
         if found:
             self._header = None
         return bool(found)
-
-    def _pass_on(self, body: str) -> None:
-        channel = _CHANNEL.search(self._header or "")
-        if channel and channel[1] == "analysis":
-            if body:
-                self._out.append(Delta(reasoning=body))
-        else:
-            self._content(body)
 
     def _call(self, name: str, body: str, text: str) -> None:
         values = json_values(body)

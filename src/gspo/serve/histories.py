@@ -139,5 +139,5 @@ def _canonical(arguments: Any) -> str:
     try:
         parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
         return json.dumps(parsed, sort_keys=True)
-    except ValueError:
+    except (ValueError, RecursionError):
         return str(arguments)

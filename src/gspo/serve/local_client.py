@@ -23,7 +23,7 @@ from openai.types.chat import ChatCompletion
 from gspo.core.errors import GspoError, ServeError
 from gspo.core.variables import holding
 from gspo.serve.app import chat_answer
-from gspo.serve.refusals import RETRY_SECONDS, refusal
+from gspo.serve.refusals import error_response
 from gspo.serve.schemas import ChatBody
 from gspo.serve.waiting import IN_PROCESS
 
@@ -172,9 +172,8 @@ def _failure(error: Exception) -> Any:
         raise error
     if not isinstance(error, GspoError):
         log.error("a chat failed", exc_info=error)
-    status, body = refusal(error)
-    headers = {"Retry-After": str(RETRY_SECONDS)} if status == 429 else None
-    return http.Response(status, headers=headers, json=body)
+    answer = error_response(error)
+    return http.Response(answer.status_code, headers=answer.raw_headers, content=answer.body)
 
 
 class _Body(http.AsyncByteStream):

@@ -9,9 +9,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gspo.serve.engine import Engine
+from gspo.serve.refusals import HUNG_UP
 
-HUNG_UP = "499"
-"""The status under which requests are counted whose client left."""
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 
@@ -30,10 +29,7 @@ class Meters:
             "gspo_requests", "Requests answered", ["route", "status"], registry=kept
         )
         self.tokens = Counter(
-            "gspo_tokens",
-            "Tokens of prompts, and sampled ones",
-            ["kind"],
-            registry=kept,
+            "gspo_tokens", "Tokens of prompts, and sampled ones", ["kind"], registry=kept
         )
         self.seconds = Histogram(
             "gspo_request_seconds", "From a request to the end of its answer", ["route"],
@@ -72,7 +68,7 @@ class Metered:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        began, status, whole = time.monotonic(), HUNG_UP, False
+        began, status, whole = time.monotonic(), str(HUNG_UP), False
 
         async def watched(message: Message) -> None:
             nonlocal status, whole
@@ -85,7 +81,7 @@ class Metered:
             await self._app(scope, receive, watched)
         finally:
             route = _route(scope)
-            self._meters.requests.labels(route, status if whole else HUNG_UP).inc()
+            self._meters.requests.labels(route, status if whole else str(HUNG_UP)).inc()
             self._meters.seconds.labels(route).observe(time.monotonic() - began)
 
 

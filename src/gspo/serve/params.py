@@ -8,6 +8,9 @@ from functools import cached_property
 from gspo.core.errors import RequestError, shown
 from gspo.core.options import TEMPERATURES
 
+MOST_COMPLETIONS = 4096
+"""Most completions of one request, over all its prompts."""
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -18,8 +21,8 @@ class SamplingParams:
         max_tokens: most tokens of one completion; None: up to the model's context.
         temperature: of the distribution, 0.001 to 100; 0 takes the likeliest token.
         top_p: sample from the smallest set of tokens that holds this much probability.
-        stop: texts at whose first occurrence a completion ends; they are cut from the text, but
-            their tokens were sampled and stay in `token_ids`.
+        stop: at most 64 texts, at whose first occurrence a completion ends; they are cut from the
+            text, but their tokens were sampled and stay in `token_ids`.
         seed: completion i of a seeded request depends on (seed, i) only, not on other requests.
         purpose: what a request without a seed is drawn for, such as ("train", 3, 0): the split, the
             number of the prompt and that of the rollout. Its draws depend on the engine's seed, on
@@ -78,13 +81,14 @@ class SamplingParams:
         warm = self.temperature == 0 or low <= self.temperature <= high
         repeats = 0.01 <= self.repetition_penalty <= 100
         presence, frequency = abs(self.presence_penalty) <= 2, abs(self.frequency_penalty) <= 2
+        stops = len(self.stop) <= 64 and all(0 < len(text) <= 1024 for text in self.stop)
         biased = all(abs(bias) <= 100 for _, bias in self.logit_bias)
         for name, value, fine, rule in (
-            ("n", self.n, 1 <= self.n <= 4096, "in 1..4096"),
+            ("n", self.n, 1 <= self.n <= MOST_COMPLETIONS, f"in 1..{MOST_COMPLETIONS}"),
             ("max_tokens", self.max_tokens, limit >= 1, "at least 1"),
             ("temperature", self.temperature, warm, f"0, or in [{low:g}, {high:g}]"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]"),
-            ("stop", self.stop, all(self.stop), "texts that are not empty"),
+            ("stop", self.stop, stops, "at most 64 texts of 1 to 1024 characters"),
             ("min_tokens", self.min_tokens, self.min_tokens >= 0, "at least 0"),
             ("top_k", self.top_k, self.top_k >= 0, "at least 1, or 0 for all tokens"),
             ("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]"),

@@ -1,13 +1,13 @@
-"""A stream of random numbers for each completion, all streams computed together.
+"""A stream of random numbers for each completion.
 
 Philox is counter-based (Salmon et al., 2011): number i of a stream is a function of (key, i), so
-no state is kept but how many were drawn. numpy has the same generator, one object per stream;
-making 512 of them takes longer than the numbers do.
+no state is kept but how many were drawn. The numbers are numpy's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +17,6 @@ from torch import Tensor
 _BLOCKS = (16, 64)
 """Numbers that are computed at once: of new streams, many of which end soon; and after that."""
 _LARGEST = 1.0 - 2.0**-23  # below 1 after rounding to float32 and scaling
-_ROUNDS = 10
-_FACTORS = np.array([[0xD2E7470EE14C6C93], [0xCA5A826395121157]], dtype=np.uint64)
-_KEY_STEPS = np.array([[0x9E3779B97F4A7C15], [0xBB67AE8584CAA73B]], dtype=np.uint64)
-_HALF, _LOW = np.uint64(32), np.uint64(2**32 - 1)
-_HIGH_FACTORS, _LOW_FACTORS = _FACTORS >> _HALF, _FACTORS & _LOW
 
 
 class RandomStreams:
@@ -82,37 +77,11 @@ def philox(
     >>> philox(np.zeros((2, 1), dtype=np.uint64), np.zeros(1, dtype=np.uint64), 1).item()
     213000021201967259
     """
-    # One counter gives four numbers; numpy's first counter is 1.
-    counters = first // 4 + np.arange(1, (count + 6) // 4 + 1, dtype=np.uint64)[:, None]
-    even = np.zeros((2, counters.size), dtype=np.uint64)  # words 0 and 2 of each counter
-    odd = np.zeros_like(even)  # words 1 and 3
-    even[0] = counters.ravel()
-    keys = np.tile(keys, len(counters))
-    for _ in range(_ROUNDS):
-        high, low = _products(even)
-        odd = odd ^ keys
-        odd ^= high[::-1]
-        even, odd = odd, low[::-1]
-        keys += _KEY_STEPS
-    words = np.stack([even[0], odd[0], even[1], odd[1]])
-    words = words.reshape(4, *counters.shape).swapaxes(0, 1)
-    words = words.reshape(4 * len(counters), len(first))
-    places = (first % 4).astype(np.int64) + np.arange(count)[:, None]
-    return np.take_along_axis(words, places, axis=0)
-
-
-def _products(x: UInt64[np.ndarray, "2 N"]) -> tuple[np.ndarray, np.ndarray]:
-    """The high and low 64 bits of x * _FACTORS, by halves of 32 bits."""
-    x_high, x_low = x >> _HALF, x & _LOW
-    low = _LOW_FACTORS * x_low
-    low >>= _HALF
-    middle = _LOW_FACTORS * x_high
-    middle += low
-    other = _HIGH_FACTORS * x_low
-    other += middle & _LOW
-    high = _HIGH_FACTORS * x_high
-    middle >>= _HALF
-    other >>= _HALF
-    high += middle
-    high += other
-    return high, _FACTORS * x
+    numbers = np.empty((len(first), count), dtype=np.uint64)
+    generator = np.random.Philox(0)  # one for all: to make one takes longer than its numbers do
+    state: Any = generator.state
+    for row, key, done in zip(numbers, keys.T, first.tolist(), strict=True):
+        state["state"] = {"key": key, "counter": [done // 4, 0, 0, 0]}  # each gives four numbers
+        generator.state = state
+        row[:] = generator.random_raw(done % 4 + count)[done % 4 :]
+    return numbers.T

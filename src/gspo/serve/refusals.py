@@ -12,7 +12,9 @@ from starlette.exceptions import HTTPException
 
 from gspo.core.errors import BusyError, GspoError, RequestError, ServeError
 
-RETRY_SECONDS = 1
+HUNG_UP = 499
+"""The status of a request whose client left before its answer was out; nobody reads it."""
+_RETRY_SECONDS = 1
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -29,12 +31,28 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-class UnknownModelError(RequestError):
-    """The server has no such model (HTTP 404)."""
+class Refusal(ServeError):
+    """A request that is answered with this status.
 
+    Args:
+        status: of HTTP.
+        message: for the person who reads it.
+        code: for the program that reads it.
+        param: what of the request is to blame.
+        headers: beside the usual ones; `_` stands for `-`.
+    """
 
-class HungUpError(ServeError):
-    """The client left before its answer was there; nobody reads this one."""
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        **headers: str,
+    ):
+        super().__init__(message)
+        self.status, self.code, self.param = status, code, param
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
 DOCUMENTED: dict[int | str, dict[str, Any]] = {
@@ -51,21 +69,19 @@ def add_handlers(app: fastapi.FastAPI) -> None:
 
 
 def refusal(error: Exception) -> tuple[int, dict[str, Any]]:
-    """Return status and body: 400 if the request is to blame, 404 for an unknown model, 429 if it
-    should be sent again later, else 500.
+    """Return status and body: a `Refusal`'s own, 400 if the request is to blame, 429 if it should
+    be sent again later, else 500.
 
     >>> refusal(RequestError("n = 0: must be in 1..4096", "n"))[1]["error"]["param"]
     'n'
     """
     message, param, code, status = str(error), None, None, 500
-    if isinstance(error, RequestError):
-        param, status = error.param, 400
-        if isinstance(error, UnknownModelError):
-            status, code = 404, "model_not_found"
+    if isinstance(error, Refusal):
+        status, code, param = error.status, error.code, error.param
+    elif isinstance(error, RequestError):
+        status, param = 400, error.param
     elif isinstance(error, BusyError):
         status = 429
-    elif isinstance(error, HungUpError):
-        status = 499
     elif isinstance(error, RequestValidationError):
         message, param = _of_validation(error)
         status = 400
@@ -75,15 +91,17 @@ def refusal(error: Exception) -> tuple[int, dict[str, Any]]:
         message = f"an error of the server itself, {type(error).__name__}: see its log"
     message = message.encode(errors="backslashreplace").decode()  # half a surrogate pair is no text
     param = param if param is None else param.encode(errors="backslashreplace").decode()
-    return status, error_body(status, message, param, code)
-
-
-def error_body(
-    status: int, message: str, param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
-    """Return the body that goes with a status."""
     kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_response(error: Exception) -> JSONResponse:
+    """The answer that an error is."""
+    status, body = refusal(error)
+    headers = dict(getattr(error, "headers", None) or {})  # such as Allow, of a 405
+    if status in (429, 503):
+        headers.setdefault("Retry-After", str(_RETRY_SECONDS))
+    return JSONResponse(body, status_code=status, headers=headers)
 
 
 def _of_validation(error: RequestValidationError) -> tuple[str, str | None]:
@@ -92,6 +110,8 @@ def _of_validation(error: RequestValidationError) -> tuple[str, str | None]:
     names = [str(name) for name in first["loc"] if name != "body"]
     if first["type"] == "json_invalid":
         return f"the body is no JSON: {first['ctx']['error']} at character {names[0]}", None
+    if not names and first["type"] == "value_error":
+        return f"the body: {first['ctx']['error']}", None
     if not names:
         return f"the body must be a JSON object, sent as application/json: {first['msg']}", None
     param = ".".join(names)
@@ -99,13 +119,10 @@ def _of_validation(error: RequestValidationError) -> tuple[str, str | None]:
 
 
 async def _answer(http: fastapi.Request, error: Exception) -> JSONResponse:
-    status, body = refusal(error)
-    headers = dict(getattr(error, "headers", None) or {})  # Allow, of a 405
-    if isinstance(error, HTTPException) and status in (404, 405) and error.detail in _STOCK:
-        body["error"]["message"] = _STOCK[error.detail].format(http.method, http.url.path)
-    if status == 429:
-        headers.setdefault("Retry-After", str(RETRY_SECONDS))
-    return JSONResponse(body, status_code=status, headers=headers)
+    if isinstance(error, HTTPException) and error.detail in _STOCK:
+        said = _STOCK[error.detail].format(http.method, http.url.path)
+        error = HTTPException(error.status_code, said, error.headers)
+    return error_response(error)
 
 
 _STOCK = {

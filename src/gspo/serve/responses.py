@@ -132,16 +132,15 @@ class GrowingResponse:
     def _end(self, completion: Completion) -> dict[str, Any]:
         """The last event: that the answer is whole."""
         choice = self._call.shown(self._message.recorded(completion))
-        status = "incomplete" if completion.finish_reason == "length" else "completed"
+        cut = completion.finish_reason == "length"
+        status = "incomplete" if cut else "completed"
         prompt, sampled = len(self._call.prompts[0]), len(completion.token_ids)
         # What training needs; the temperature of the log-probs is 1 where that of sampling is 0.
         hidden = {"index", "message", "logprobs", "finish_reason", "temperature"}
         self._whole |= {name: choice[name] for name in choice.keys() - hidden}
         self._whole |= {
             "status": status,
-            "incomplete_details": {"reason": "max_output_tokens"}
-            if status == "incomplete"
-            else None,
+            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
             "output": self._output,
             "usage": {
                 "input_tokens": prompt,

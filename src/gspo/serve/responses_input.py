@@ -6,46 +6,40 @@ Nothing is stored: each request brings the whole conversation.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 
-from gspo.core.errors import RequestError, shown
-from gspo.serve.message_texts import check_whole_characters, texts_in
-from gspo.serve.schemas import ChatBody, SampledBody, ranged
+from gspo.core.errors import RequestError, shown, suggestion
+from gspo.serve.messages import check_whole_characters, texts_in
+from gspo.serve.schemas import ChatBody, Dicts, SampledBody, ranged
 
+Included = Literal["message.output_text.logprobs"]
 _TEXTS = ("input_text", "output_text", "text")
-_SHARED = {"model", "temperature", "top_p", "top_logprobs", "parallel_tool_calls", "stream"}
-_SHARED |= {"top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
-_SHARED |= {"logit_bias", "seed", "stop", "stop_token_ids", "min_tokens", "ignore_eos"}
-_SHARED |= {"return_routes", "return_token_ids", "chat_template_kwargs"}
-"""Fields that a chat has under the same name."""
-
-
-class NoOptions(BaseModel):
-    """What a stream of `/v1/responses` carries besides: nothing."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    include_obfuscation: Literal[False] | None = None
+_PARTS = {"text": {"format", "verbosity"}, "reasoning": {"effort", "summary", "generate_summary"}}
+"""What these objects may hold. Summaries: nothing is summed up, so whichever kind is asked for."""
 
 
 class ResponsesBody(SampledBody):
     """POST /v1/responses."""
 
-    input: str | list[dict[str, Any]]
+    input: str | Dicts
     instructions: str | None = None
     max_output_tokens: int | None = ranged(1)
-    tools: list[dict[str, Any]] | None = None
+    tools: Dicts | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     text: dict[str, Any] | None = None
     reasoning: dict[str, Any] | None = None
-    include: list[Literal["message.output_text.logprobs"]] | None = None
+    include: Annotated[list[Included], Field(fail_fast=True)] | None = None
     top_logprobs: int | None = ranged(0, 20)
     metadata: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    stream_options: NoOptions | None = None
+
+
+_SHARED = ResponsesBody.model_fields.keys() & ChatBody.model_fields.keys()
+_SHARED -= {"tools", "tool_choice"}
+"""Fields that mean the same in a chat."""
 
 
 def chat_of(body: ResponsesBody) -> ChatBody:
@@ -55,6 +49,10 @@ def chat_of(body: ResponsesBody) -> ChatBody:
         RequestError: an item, a tool or a format that means nothing here.
     """
     body.refuse_unknown()
+    for name, known in _PARTS.items():
+        for part in (getattr(body, name) or {}).keys() - known:
+            near = suggestion(part, known, cutoff=0.7)
+            raise RequestError(f"unknown parameter '{name}.{part}'.{near}", f"{name}.{part}")
     check_whole_characters(texts_in([*vars(body).values()]))  # the answer repeats them
     if body.n not in (None, 1):
         raise RequestError(f"n = {body.n}: a response is one completion", "n")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gspo.core.draws import purpose
 from gspo.core.errors import RequestError, shown, suggestion
-from gspo.serve.chat import ChatFormat, tools_of
+from gspo.core.plain import deeper_than
+from gspo.serve.call_formats import DEEPEST
+from gspo.serve.chat import ChatFormat
 from gspo.serve.engine import SamplingParams
-from gspo.serve.message_texts import text_messages
+from gspo.serve.messages import text_messages
+from gspo.serve.params import MOST_COMPLETIONS
 
 _IGNORABLE = {"user", "metadata", "service_tier", "prompt_cache_key", "prompt_cache_retention"}
 _IGNORABLE |= {"safety_identifier", "verbosity"}
@@ -57,6 +60,14 @@ def _document(schema: dict[str, Any]) -> None:
                 fields[name]["enum"].append(value)
 
 
+# A list or a dict of millions is refused at its first fault: each further one would be noted too.
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Ids = Annotated[list[int], Field(fail_fast=True)]
+Dicts = Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=65_536)]
+Prompts = Annotated[list[Ids], Field(fail_fast=True, max_length=MOST_COMPLETIONS)]
+Numbers = Field(json_schema_extra={"additionalProperties": {"type": "number"}})
+
+
 def ranged(low: float, high: float | None = None) -> Any:
     """A number that may be left out. The engine checks its range, which the document shows."""
     limits: dict[str, Any] = {"minimum": low} | ({} if high is None else {"maximum": high})
@@ -70,6 +81,13 @@ class _Asked(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, json_schema_extra=_document)
 
     model: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_not_too_deep(cls, body: Any) -> Any:
+        if deeper_than(DEEPEST, body):
+            raise ValueError(f"it is nested more than {DEEPEST} deep")
+        return body
 
     def refuse_unknown(self) -> None:
         """Refuse fields that mean nothing here, unless their value asks for nothing.
@@ -94,20 +112,21 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class SampledBody(_Asked):
     """What the routes that sample have in common."""
 
-    n: int | None = ranged(1, 4096)
+    n: int | None = ranged(1, MOST_COMPLETIONS)
     temperature: float | None = ranged(0, 100)
     top_p: float | None = ranged(0, 1)
-    stop: str | list[str] | None = None
+    stop: str | Texts | None = None
     seed: int | None = None
     return_routes: bool | None = None
     return_token_ids: bool | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Ids | None = None
     min_tokens: int | None = ranged(0)
     skip_special_tokens: bool | None = None
     top_k: int | None = ranged(-1)
@@ -115,8 +134,9 @@ class SampledBody(_Asked):
     repetition_penalty: float | None = ranged(0.01, 100)
     presence_penalty: float | None = ranged(-2, 2)
     frequency_penalty: float | None = ranged(-2, 2)
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, Any], Numbers] | None = None
     stream: bool | None = None
+    stream_options: StreamOptions | None = None
 
     def sampling(self, max_tokens: int | None, top_logprobs: int = 0) -> SamplingParams:
         """Return the engine's parameters.
@@ -125,6 +145,8 @@ class SampledBody(_Asked):
             RequestError: an unknown parameter, or a value out of range.
         """
         self.refuse_unknown()
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options is for streams: stream = true", "stream_options")
         return SamplingParams(
             **self.model_dump(include=_SAMPLING, exclude_none=True),
             max_tokens=max_tokens,
@@ -137,37 +159,28 @@ class SampledBody(_Asked):
             top_logprobs=top_logprobs,
         )
 
-    def _biases(self) -> Iterator[tuple[int, float]]:
-        for name, bias in sorted((self.logit_bias or {}).items()):
-            if not (name.isascii() and name.isdecimal() and len(name) < 10):
-                raise RequestError(f"logit_bias: {shown(name)} is no token id", "logit_bias")
-            yield int(name), bias
-
-
-class _Chunked(SampledBody):
-    """What the routes have in common whose streams are chunks."""
-
-    stream_options: StreamOptions | None = None
-
-    def sampling(self, max_tokens: int | None, top_logprobs: int = 0) -> SamplingParams:
-        if self.stream_options is not None and not self.stream:
-            raise RequestError("stream_options is for streams: stream = true", "stream_options")
-        return super().sampling(max_tokens, top_logprobs)
-
     def usage_asked(self) -> bool:
         """Whether a stream ends with its counts of tokens."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
+    def _biases(self) -> Iterator[tuple[int, float]]:
+        for name, bias in sorted((self.logit_bias or {}).items()):
+            token = name.isascii() and name.isdecimal() and name == str(int(name[:10]))
+            if not token or type(bias) not in (int, float):
+                told = f"logit_bias: {shown(name)} is no token id, or {shown(bias)} no number"
+                raise RequestError(told, "logit_bias")
+            yield int(name), bias
 
-class ChatBody(_Chunked):
+
+class ChatBody(SampledBody):
     """POST /v1/chat/completions."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: Dicts = Field(min_length=1)
     max_tokens: int | None = ranged(1)
     max_completion_tokens: int | None = ranged(1)
     logprobs: bool | None = None
     top_logprobs: int | None = ranged(0, 20)
-    tools: list[dict[str, Any]] | None = None
+    tools: Dicts | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
@@ -179,10 +192,14 @@ class ChatBody(_Chunked):
         """See `sampling`."""
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs is for logprobs = true", "top_logprobs")
-        # The new name, or the old one.
-        new = self.max_completion_tokens
-        limit = self.max_tokens if new is None else new
-        return self.sampling(limit, self.top_logprobs or 0)
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            raise RequestError(
+                f"max_tokens = {self.max_tokens}, max_completion_tokens = "
+                f"{self.max_completion_tokens}: they are one limit, under its old and its new name",
+                "max_completion_tokens",
+            )
+        return self.sampling(next(iter(limits), None), self.top_logprobs or 0)
 
     def template_kwargs(self, chat: ChatFormat) -> dict[str, Any]:
         """Variables of the chat template.
@@ -201,62 +218,12 @@ class ChatBody(_Chunked):
             given.setdefault("reasoning_effort", self.reasoning_effort)
         return given
 
-    def must_call(self) -> str | bool:
-        """Whether the answer must be a call of a tool: its name, or True for any.
 
-        Raises:
-            RequestError: a tool_choice that means nothing, or names no tool of the request.
-        """
-        choice = self.tool_choice
-        if choice in (None, "auto", "none"):
-            return False
-        if choice == "required":
-            wanted: str | bool = True
-        else:
-            function = choice.get("function") if isinstance(choice, dict) else None
-            wanted = function.get("name", "") if isinstance(function, dict) else ""
-            if not isinstance(wanted, str) or not wanted:
-                raise RequestError(
-                    f"tool_choice = {shown(choice)}: must be auto, none, required, or "
-                    '{"type": "function", "function": {"name": ...}}',
-                    "tool_choice",
-                )
-        names = list(tools_of(self.tools or ()))
-        if not names or (isinstance(wanted, str) and wanted not in names):
-            raise RequestError(
-                f"tool_choice = {shown(choice)}: the request's tools are {names}", "tool_choice"
-            )
-        return wanted
-
-    def answer_schema(self) -> Any:
-        """The JSON schema that the answer must keep to; None if it is text.
-
-        Raises:
-            RequestError: a response_format that means nothing.
-        """
-        given = self.response_format or {"type": "text"}
-        kind, inner = given.get("type"), given.get("json_schema")
-        if kind == "text":
-            return None
-        if kind == "json_object":
-            return {"type": "object"}
-        if kind == "json_schema" and isinstance(inner, dict):
-            schema = inner.get("schema")
-            if isinstance(schema, dict | bool):
-                return schema
-        raise RequestError(
-            f'response_format = {shown(given)}: must be {{"type": "text"}}, '
-            '{"type": "json_object"} or {"type": "json_schema", "json_schema": {"name": ..., '
-            '"schema": a JSON schema}}',
-            "response_format",
-        )
-
-
-class CompletionBody(_Chunked):
+class CompletionBody(SampledBody):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: int | None = 16
+    prompt: str | Texts | Ids | Prompts
+    max_tokens: int | None = ranged(1)
     logprobs: int | None = ranged(0, 20)
     add_special_tokens: bool | None = None
 
@@ -264,7 +231,8 @@ class CompletionBody(_Chunked):
         """See `sampling`. `logprobs` is how many tokens have theirs, beside the chosen one."""
         if self.logprobs is not None and not 0 <= self.logprobs <= 20:
             raise RequestError(f"logprobs = {self.logprobs}: must be in 0..20", "logprobs")
-        return self.sampling(self.max_tokens, self.logprobs or 0)
+        limit = 16 if self.max_tokens is None else self.max_tokens
+        return self.sampling(limit, self.logprobs or 0)
 
     def prompts(self) -> list[str | list[int]]:
         """Return the prompts one by one, as text or as token ids.
@@ -282,9 +250,9 @@ class TokenizeBody(_Asked):
     """POST /tokenize: a text, or the messages of a chat."""
 
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Dicts | None = None
     add_special_tokens: bool | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Dicts | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     def content(self) -> tuple[str, list[dict[str, Any]] | None]:
@@ -296,13 +264,18 @@ class TokenizeBody(_Asked):
         self.refuse_unknown()
         if (self.prompt is None) == (not self.messages):
             raise RequestError("give either prompt, a text, or messages", "prompt")
+        others = ("add_special_tokens",) if self.messages else ("tools", "chat_template_kwargs")
+        for name in others:
+            if getattr(self, name):
+                kind = "a prompt" if self.messages else "messages"
+                raise RequestError(f"{name} is of {kind}: leave it out", name)
         return self.prompt or "", text_messages(self.messages) if self.messages else None
 
 
 class DetokenizeBody(_Asked):
     """POST /detokenize."""
 
-    tokens: list[int]
+    tokens: Ids
 
 
 def _same(value: Any, neutral: Any) -> bool:

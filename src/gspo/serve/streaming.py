@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from gspo.core.errors import GspoError
 from gspo.serve.engine import Engine, Piece, Request, SamplingParams
 from gspo.serve.refusals import refusal
+from gspo.serve.tool_calls import marks, may_begin
 
 log = logging.getLogger("gspo")
 
@@ -36,7 +37,7 @@ class GrowingText:
 
     def __init__(self, engine: Engine, params: SamplingParams):
         self._engine, self._special = engine, not params.skip_special_tokens
-        self._stops = params.stop
+        self._beginnings = marks(frozenset(params.stop))[1]  # of stop texts
         self._tokens: list[int] = []
         # Tokens are decoded from `_start` on, where text that is already out begins: a tokenizer
         # may drop the space before the first token that it decodes. From `_read` on they are new.
@@ -55,7 +56,7 @@ class GrowingText:
             self._start = self._read
         self._read = len(self._tokens)
         text = self._held + new
-        certain = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
+        certain = len(text) - may_begin(text, self._beginnings)
         self._held = text[certain:]
         self._sent += certain
         return text[:certain]
@@ -69,16 +70,6 @@ class GrowingText:
 
     def _decode(self, tokens: list[int]) -> str:
         return self._engine.tokenizer.decode(tokens, special=self._special)
-
-
-def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that `stop` begins with, but not the whole of it.
-
-    >>> _overlap("xaab", "abc"), _overlap("abc", "abc")
-    (2, 0)
-    """
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 async def pieces(

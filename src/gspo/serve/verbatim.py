@@ -19,8 +19,8 @@ from typing import Any
 from gspo.core.progress import rollout_belongings
 from gspo.serve.chat import ChatFormat
 from gspo.serve.engine import Engine
+from gspo.serve.messages import check_calls
 from gspo.serve.tool_calls import Parsed
-from gspo.serve.tool_messages import check_calls
 
 
 @dataclass(frozen=True)

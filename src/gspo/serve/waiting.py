@@ -10,8 +10,8 @@ import fastapi
 
 from gspo.core.errors import RequestError
 from gspo.serve.engine import Completion, Engine, Request
-from gspo.serve.message_texts import check_whole_characters
-from gspo.serve.refusals import HungUpError
+from gspo.serve.messages import check_whole_characters
+from gspo.serve.refusals import HUNG_UP, Refusal
 
 T = TypeVar("T")
 IN_PROCESS = "in-process"
@@ -74,7 +74,7 @@ async def unless_gone(http: fastapi.Request, coroutine: Coroutine[Any, Any, T]) 
     """Await what is to be answered, unless the client hangs up.
 
     Raises:
-        HungUpError: it did.
+        Refusal: it did.
     """
     if _in_process(http):  # its client cancels this task itself
         return await coroutine
@@ -84,7 +84,7 @@ async def unless_gone(http: fastapi.Request, coroutine: Coroutine[Any, Any, T]) 
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
-            raise HungUpError("the client hung up")
+            raise Refusal(HUNG_UP, "the client hung up")
         return work.result()
     finally:
         gone.cancel()
