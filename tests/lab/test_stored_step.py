@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from gspo import dev
+from gspo.backend import loading
 from gspo.core.errors import CheckpointError, ModelError, RunError
-from gspo.lab import stored_step
 from gspo.lab.stored_step import StoredStep
 from lab.test_inspect_batch import a_run
 
@@ -61,9 +61,8 @@ def test_what_is_no_run_is_named(tmp_path: Path, run: Path):
 def test_a_model_without_a_longest_context_can_be_inspected(run: Path):
     step = StoredStep(run, 1)
     step.record = dataclasses.replace(step.record, context=2**31)
-    policy = step.load("before")
-    policy.context = 2**31
-    assert step.trainer(policy)
+    trainer = step.load("before")
+    assert trainer.policy.context > 0 and trainer.step == 0
 
 
 def test_code_of_the_models_folder_runs_only_if_the_run_allowed_it(
@@ -74,15 +73,15 @@ def test_code_of_the_models_folder_runs_only_if_the_run_allowed_it(
             raise ModelError("say so: dev.InternalModelConfig(trust_remote_code=True)")
         raise ModelError("loaded with trust")
 
-    monkeypatch.setattr(stored_step, "load_policy", load)
+    monkeypatch.setattr(loading, "load_policy", load)
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     with pytest.raises(ModelError, match="say so"):
         StoredStep(copy, 1).load("before")
-    for stored in ('{"load": {"trust_remote_code": false}}', "[", "[1]"):
+    for stored in ('{"task": "sort", "load": {"trust_remote_code": false}}', "[", "[1]"):
         (copy / "spec.json").write_text(stored)
         with pytest.raises(ModelError, match="say so"):
             StoredStep(copy, 1).load("before")
-    (copy / "spec.json").write_text('{"load": {"trust_remote_code": true}}')
+    (copy / "spec.json").write_text('{"task": "sort", "load": {"trust_remote_code": true}}')
     with pytest.raises(ModelError, match="loaded with trust"):
         StoredStep(copy, 1).load("before")

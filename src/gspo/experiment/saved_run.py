@@ -118,6 +118,19 @@ class SavedRun:
         with suppress(GspoError):
             return self.last_update.settings() if self.last_update else None
 
+    @property
+    def method(self) -> str | None:
+        """The method of the last step that was trained; `sft` where none was by rewards."""
+        if self.settings is not None:
+            return self.settings.algorithm + ", LoRA" * bool(self.config.get("lora"))
+        return "sft" if self.values("sft/loss_last") and not self.last_update else None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that are not the default; a task and a model have none."""
+        default = flat(Spec(task="sort").model_dump(mode="json", exclude={"task", "model"}))
+        return {k: v for k, v in self.options.items() if k not in default or v != default[k]}
+
     def step(self, wanted: str) -> int:
         """The saved step that `best`, `latest` or a number means; 0 is the base model.
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import shutil
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +15,11 @@ import gspo as art
 from gspo.core.errors import DataError
 from gspo.dev import TrainConfig
 from gspo.experiment.loop import Outcome, run_experiment
+from gspo.experiment.saved_run import SavedRun
 from gspo.experiment.spec import Spec
 from gspo.experiment.stop import run_until_signal
 from gspo.experiment.watch import LiveWatch
 from gspo.tasks.dataset import load_dataset
-from gspo.train.checkpoint import steps_saved
 from gspo.train.defaults import WARMUP
 from gspo.utils.sft import read_trajectories, train_sft_from_file
 
@@ -130,8 +128,5 @@ def demo_spec(path: str, steps: int = DEMO_STEPS, seed: int = 0) -> Spec:
 
 def _unfinished(spec: Spec) -> bool:
     """Whether the folder holds the same demo, stopped half-way, which is then continued."""
-    with suppress(OSError, ValueError):
-        stored = json.loads((spec.folder / "spec.json").read_bytes())
-        done = max(steps_saved(spec.folder / "checkpoints"), default=0)
-        return stored == spec.model_dump(mode="json") and done < spec.steps
-    return False
+    run = SavedRun.of(spec.folder)
+    return run.spec == spec and run.steps < spec.steps

@@ -20,6 +20,7 @@ from tokenizers.decoders import DecodeStream
 
 from gspo.core.errors import RunError
 from gspo.experiment.saved_run import SavedRun
+from gspo.experiment.watch import message_text
 
 STEPS, GROUPS, COMPLETIONS = 3, 3, 6
 LONGEST = 600
@@ -165,12 +166,8 @@ def token_texts(ids: Sequence[int], tokenizer: Tokenizer | None) -> list[str]:
 
 
 def _message(message: Row) -> tuple[str, str]:
-    """Role and text; what else a message holds, such as tool calls, is shown as JSON."""
-    content = message.get("content")
-    rest = {k: v for k, v in message.items() if k not in ("role", "content", "sampled") and v}
-    parts = [part for part in (content, rest) if part]
-    texts = [p if isinstance(p, str) else json.dumps(p, ensure_ascii=False) for p in parts]
-    text = "\n".join(texts)
+    """Role and text of a message."""
+    text = message_text(message)
     if len(text) > 4 * LONGEST:
         text = f"{text[: 4 * LONGEST]} … {len(text) - 4 * LONGEST:,} more characters"
     return str(message.get("role", "")), text

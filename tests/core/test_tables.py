@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gspo.lab.tables import as_text, table
+from gspo.core.tables import as_text, table
 
 
 def test_numbers_stand_on_the_right_and_words_on_the_left():

@@ -10,6 +10,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+_WORD = 30
+"""A longer word may be broken on a narrow terminal."""
+_IN_A_FILE = 140
+"""Columns of a table that no terminal shows."""
+
 
 def cells(names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     """The rows' fields as text: first the names as a header, then a list for each row.
@@ -50,18 +55,23 @@ def table(rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
         words = not all(value[:1] in "0123456789+-" for value in values)
         longest = max((len(word) for value in values for word in value.split()), default=0)
         justify = "left" if words else "right"
-        out.add_column(name, justify=justify, min_width=longest, overflow="fold")
+        out.add_column(name, justify=justify, min_width=min(longest, _WORD), overflow="fold")
     for row in rest:
         out.add_row(*row)
     return out
 
 
-def as_text(parts: Iterable[str | Table], width: int) -> str:
+def as_text(parts: Iterable[str | Table], width: int | None = None) -> str:
     """Lines and tables one below the other; only tables are fitted into `width` columns.
+
+    None: those of the terminal, or wide enough if there is none.
 
     >>> as_text(["one line", table([["a", "b"], ["x", "2"]])], width=20).splitlines()
     ['one line', '', '  a   b', ' ───────', '  x   2', '']
     """
+    if width is None:
+        terminal = Console()
+        width = terminal.width if terminal.is_terminal else _IN_A_FILE
     file = io.StringIO()
     console = Console(file=file, width=width, highlight=False, markup=False)
     for part in parts:
