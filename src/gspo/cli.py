@@ -125,9 +125,12 @@ def sft(
     from gspo.experiment.stop import leave, run_until_signal
     from gspo.experiment.whole_run import tune
 
-    options = {"epochs": epochs, "batch_size": batch_size, "peak_lr": learning_rate, "seed": seed}
+    sizes = {"epochs": epochs, "batch_size": batch_size, "lr_schedule": "linear"}
+    config = gspo.TrainSFTConfig(learning_rate=learning_rate, seed=seed, **sizes)
+    load = gspo.dev.InternalModelConfig(max_context=max_tokens)
+    tuned = gspo.TrainableModel(name=name, project=project, base_model=model, _internal_config=load)
     try:
-        done = run_until_signal(tune(data, path, project, name, model, max_tokens, **options))
+        done = run_until_signal(tune(data, tuned, config, path))
     except SystemExit as stopped:
         print("stopped: nothing of this call is saved; give it again", file=sys.stderr)
         leave(int(stopped.code or 0))

@@ -22,7 +22,7 @@ from gspo.sizing.cluster import (
     training_seconds,
     weight_bytes,
 )
-from gspo.sizing.memory import Training
+from gspo.sizing.model_size import Training
 from models import read_size
 
 TEXT = Path(__file__).with_name("published_steps.csv").read_text()

@@ -10,8 +10,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-_WORD = 30
-"""A longer word may be broken on a narrow terminal."""
 _IN_A_FILE = 140
 """Columns of a table that no terminal shows."""
 
@@ -44,18 +42,22 @@ def text(value: Any) -> str:
     return str(value)
 
 
-def table(rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
+def table(rows: Sequence[Sequence[str]], title: str | None = None, *, plain: bool = False) -> Table:
     """Draw the first row as a header above the others. Numbers stand on the right.
 
     On a narrow terminal values are broken between their words, and only headers inside.
+
+    Args:
+        plain: narrower, without a line below the header; words are broken, and numbers are not.
     """
     header, *rest = rows
-    out = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="")
+    line = None if plain else box.SIMPLE_HEAD
+    out = Table(box=line, pad_edge=not plain, title=title, title_justify="left", title_style="")
     for name, *values in zip(header, *rest, strict=True):
         words = not all(value[:1] in "0123456789+-" for value in values)
+        look = {"justify": "left" if words else "right", "no_wrap": plain and not words}
         longest = max((len(word) for value in values for word in value.split()), default=0)
-        justify = "left" if words else "right"
-        out.add_column(name, justify=justify, min_width=min(longest, _WORD), overflow="fold")
+        out.add_column(name, min_width=None if plain else longest, overflow="fold", **look)
     for row in rest:
         out.add_row(*row)
     return out

@@ -44,7 +44,7 @@ def describe_run(run: SavedRun) -> dict[str, Any]:
 
 def runs_text(runs: Sequence[dict[str, Any]], width: int | None = None) -> str:
     """The table of runs, see `as_text`."""
-    return as_text([table([_COLUMNS, *map(_row, runs)])], width)
+    return as_text([table([_COLUMNS, *map(_row, runs)], plain=True)], width)
 
 
 def _row(run: dict[str, Any]) -> list[str]:

@@ -145,7 +145,13 @@ class Spec(Options, title="the run"):
         return data
 
     @model_validator(mode="after")
-    def _environment_stands_alone(self) -> Spec:
+    def _belongs_together(self) -> Spec:
+        self._check_environment()
+        self._check_prompts()
+        self._check_dataset()
+        return self
+
+    def _check_environment(self) -> None:
         if self.environment is not None and (self.task or self.rollout or self.dataset is not None):
             raise ValueError(
                 "an environment has its own prompts and rollout: leave task, dataset, rollout out"
@@ -155,15 +161,12 @@ class Spec(Options, title="the run"):
                 raise ValueError(f"{name} is of an environment, but none is given")
         if self.environment is not None and not self.model:
             raise ValueError("an environment has no model of its own: give a model")
-        return self
 
-    @model_validator(mode="after")
-    def _has_prompts_and_a_model(self) -> Spec:
+    def _check_prompts(self) -> None:
         if not (self.task or self.rollout or self.dataset is not None or self.environment):
             raise ValueError(
                 "give a task, a dataset, an environment, or a rollout = 'module:function'"
             )
-        self._check_dataset()
         if self.task is None and self.task_options:
             raise ValueError("task_options are given, but no task")
         if self.rollout is None and self.environment is None and self.rollout_timeout is not None:
@@ -190,7 +193,6 @@ class Spec(Options, title="the run"):
                 f"task = {self.task!r} is no built-in task, and only those have a model of their "
                 f"own: give a model.{near}"
             )
-        return self
 
     def _check_dataset(self) -> None:
         if self.dataset is None:

@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow.parquet as pq
 from rich import progress
@@ -21,6 +21,7 @@ from rich.text import Text
 from gspo.experiment.heldout import Estimate
 from gspo.experiment.spec import Spec
 
+T = TypeVar("T")
 _FIELDS = (
     ("SFT loss", "sft/loss", "{:.3f}"),
     ("reward", "train/reward", "{:.3f}"),
@@ -120,15 +121,24 @@ def sample_lines(batch: Path, step: int, count: int) -> list[str]:
     """
     rows = pq.read_table(batch, columns=["reward", "advantage", "messages"]).to_pylist()
     rows.sort(key=lambda row: row["reward"])
-    last, shown = len(rows) - 1, min(count, len(rows))
     lines = []
-    for row in (rows[round(at * last / max(1, shown - 1))] for at in range(shown)):
+    for row in spaced(rows, count):
         # Of a trajectory that was left out of training there is no advantage.
         advantage = "none" if row["advantage"] is None else f"{row['advantage']:+.3f}"
         prompt, said = map(_line, _prompt_and_answer(json.loads(row["messages"])))
         told = f"reward {row['reward']:.3f}  advantage {advantage}  {prompt} -> {said}"
         lines.append(f"sample of step {step}: {told}")
     return [*lines, f"rewards of step {step}: {histogram([row['reward'] for row in rows])}"]
+
+
+def spaced(values: Sequence[T], count: int) -> list[T]:
+    """Up to `count` of the values: the first, the last, and some evenly between.
+
+    >>> spaced(range(10), 3), spaced("ab", 3)
+    ([0, 4, 9], ['a', 'b'])
+    """
+    last, count = len(values) - 1, min(count, len(values))
+    return [values[at * last // max(1, count - 1)] for at in range(count)]
 
 
 def histogram(values: Sequence[float]) -> str:

@@ -21,7 +21,7 @@ from gspo.experiment.stop import run_until_signal
 from gspo.experiment.watch import LiveWatch
 from gspo.tasks.dataset import load_dataset
 from gspo.train.defaults import WARMUP
-from gspo.utils.sft import read_trajectories, train_sft_from_file
+from gspo.utils.sft import read_trajectories
 
 Function = str | Callable[..., Any]
 DEMO_STEPS = 120
@@ -79,29 +79,16 @@ def _finished(run: Coroutine[Any, Any, Outcome]) -> Outcome:
 
 
 async def tune(
-    data: Path,
-    path: str,
-    project: str,
-    name: str,
-    model: str,
-    max_tokens: int | None,
-    **options: Any,
+    data: Path, model: art.TrainableModel, config: art.TrainSFTConfig, path: str
 ) -> art.TrainResult:
-    """`gspo sft`: train `model`, or go on with the run of this name.
-
-    `options` are those of `train_sft_from_file`.
-    """
-    read_trajectories(data)  # before a model is loaded or a run is begun
-    config = art.dev.InternalModelConfig(max_context=max_tokens)
-    tuned = art.TrainableModel(
-        name=name, project=project, base_model=model, _internal_config=config
-    )
-    folder = Path(path).expanduser() / project / name
+    """`gspo sft`: train a model on conversations, or go on with the run of its name."""
+    lessons = read_trajectories(data)  # before a model is loaded or a run is begun
+    folder = Path(path).expanduser() / model.project / model.name
     begun = folder.exists()
     try:
         async with art.LocalBackend(path) as backend:
-            await tuned.register(backend)
-            return await train_sft_from_file(tuned, data, **options)
+            await model.register(backend)
+            return await model.train_sft(lessons, config)
     except DataError:
         if not begun:  # nothing was trained: no empty run stays behind
             shutil.rmtree(folder)

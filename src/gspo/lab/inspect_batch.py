@@ -16,8 +16,7 @@ from gspo.core.metrics import Metrics
 from gspo.core.tables import as_text, cells, table, text
 from gspo.data.sample import flat, split_counts, unit_count
 from gspo.lab.audit_report import summarise
-from gspo.lab.gradients import cosines, gram, method_gradient
-from gspo.lab.stored_step import WEIGHTS, StoredStep
+from gspo.lab.stored_step import WEIGHTS, StoredStep, cosines, gram, method_gradient
 from gspo.objective import PRESETS
 from gspo.policy.load import Policy
 from gspo.train.expert_replay import ExpertReplay, fix_before_updates

@@ -7,8 +7,7 @@ import itertools
 from dataclasses import dataclass
 
 from gspo.core.errors import ConfigError
-from gspo.sizing.memory import Training, most_tokens, training_bytes
-from gspo.sizing.model_size import ModelSize
+from gspo.sizing.model_size import ModelSize, Training, most_tokens, training_bytes
 
 USABLE = 0.92
 """Share of a GPU's memory that tensors get; the rest is CUDA's, and gaps between tensors."""

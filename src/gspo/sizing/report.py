@@ -11,8 +11,7 @@ from jinja2 import Template
 from gspo.core.errors import ConfigError, suggestion
 from gspo.core.tables import as_text, table
 from gspo.sizing.cluster import GPUS, Fit, Gpu, Layout, Rates, Rollouts, fits, layouts
-from gspo.sizing.memory import HEAD_TOKENS, Training
-from gspo.sizing.model_size import ModelSize, read_size
+from gspo.sizing.model_size import HEAD_TOKENS, ModelSize, Training, read_size
 
 _SHOWN_LAYOUTS = 5
 _TEXT = Template(

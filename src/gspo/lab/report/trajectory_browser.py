@@ -20,7 +20,7 @@ from tokenizers.decoders import DecodeStream
 
 from gspo.core.errors import RunError
 from gspo.experiment.saved_run import SavedRun
-from gspo.experiment.watch import message_text
+from gspo.experiment.watch import message_text, spaced
 
 STEPS, GROUPS, COMPLETIONS = 3, 3, 6
 LONGEST = 600
@@ -51,16 +51,6 @@ def sampled_groups(run: SavedRun) -> list[dict[str, Any]]:
     """
     tokenizer, files = _tokenizer(run.folder), [*run.batches.values()]
     return [group for path in spaced(files, STEPS) for group in _groups(run, path, tokenizer)]
-
-
-def spaced(values: Sequence[Any], count: int) -> list[Any]:
-    """Up to `count` of the values: the first, the last, and some evenly between.
-
-    >>> spaced(range(10), 3), spaced("ab", 3)
-    ([0, 4, 9], ['a', 'b'])
-    """
-    places = np.linspace(0, len(values) - 1, min(count, len(values)))
-    return [values[int(place)] for place in places]
 
 
 def _tokenizer(folder: Path) -> Tokenizer | None:
