@@ -158,7 +158,7 @@ def prune(
 ) -> None:
     """Delete a run's checkpoints, but for the latest and the best."""
     from gspo.backend.run import Run
-    from gspo.experiment.saved_run import find_run
+    from gspo.experiment.saved_run import find_run, listed
     from gspo.train.checkpoint import steps_saved
 
     found = find_run(run, path)
@@ -171,11 +171,7 @@ def prune(
     finally:
         held.close()
     gone = [step for step in before if step not in after]
-    print(f"{found.name}: deleted {_steps(gone)}; kept {_steps(after)}")
-
-
-def _steps(steps: list[int]) -> str:
-    return ", ".join(map(str, steps)) or "none"
+    print(f"{found.name}: deleted {listed(gone)}; kept {listed(after)}")
 
 
 def _options(temperature: float, max_tokens: int | None) -> dict[str, Any]:

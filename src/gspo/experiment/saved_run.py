@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,9 +21,7 @@ from gspo.experiment.heldout import Estimate
 from gspo.experiment.run_file import flat, nested
 from gspo.experiment.spec import Spec
 from gspo.policy.embedded import PREFIX
-from gspo.policy.load import load_policy
 from gspo.policy.policy import Policy
-from gspo.policy.probe import choose_packing
 from gspo.train.checkpoint import checkpoint_name, steps_saved
 from gspo.train.settings import Settings
 
@@ -194,6 +192,15 @@ class SavedRun:
         return in_use(self.folder)
 
 
+def listed(steps: Iterable[int]) -> str:
+    """Steps as people read them.
+
+    >>> listed([1, 4]), listed([])
+    ('1, 4', 'none')
+    """
+    return ", ".join(map(str, steps)) or "none"
+
+
 def read_run(folder: Path) -> SavedRun | None:
     """The run of a folder; None if it is none."""
     run = SavedRun.of(folder)
@@ -265,6 +272,4 @@ def load_named(name: str, step: str | None, path: str) -> tuple[Policy, SavedRun
         return run.policy(run.step(step or "latest")), run
     if step is not None:
         raise ConfigError(f"--step {step}: only a run has steps, and {name!r} is a model")
-    policy = load_policy(name)
-    choose_packing(policy)
-    return policy, None
+    return load_step(name, InternalModelConfig(), None), None

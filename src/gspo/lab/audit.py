@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from openai.types.chat.chat_completion import Choice
 
+from gspo.backend.loading import load_step
 from gspo.core.errors import ConfigError
 from gspo.core.metrics import Metrics
 from gspo.core.tables import as_text, cells, table
@@ -31,8 +32,7 @@ from gspo.experiment.talk import MODEL, client_of
 from gspo.lab.audit_report import make_report
 from gspo.objective import PRESETS, Segments, sequence_log_ratio
 from gspo.policy.embedded import PREFIX, embedded_task
-from gspo.policy.load import Policy, load_policy
-from gspo.policy.probe import choose_packing
+from gspo.policy.policy import Policy
 from gspo.serve.selfcheck import examine
 from gspo.tasks import Task, load_task
 from gspo.train.expert_replay import ExpertReplay
@@ -83,8 +83,7 @@ def run_audit(
     options = {"model": model, "task": task or embedded_task(model), "temperature": temperature}
     spec = Spec.model_validate(options | {"load": {"rollout_dtype": rollout_dtype}, "train": clip})
     objective, source = resolve(options=spec.train).objective, _task(str(spec.task))
-    policy = load_policy(model)
-    choose_packing(policy)
+    policy = load_step(model, InternalModelConfig(), None)
     prompts = min(prompts, source.sizes["heldout"] if source.sizes else prompts)
     messages = [source.messages(source.problem("heldout", i, 0)) for i in range(prompts)]
     request: dict[str, Any] = {"n": completions, "temperature": temperature}
@@ -188,9 +187,7 @@ def audit_exact(model: str, dtype: str = "float32") -> dict[str, Any]:
             f"--rollout-dtype {dtype}: with --exact, engine and trainer compute in the same "
             f"precision: {' or '.join(_DTYPES)}"
         )
-    policy = load_policy(model, InternalModelConfig.model_validate({"dtype": dtype}))
-    choose_packing(policy)
-    policy.round_weights()
+    policy = load_step(model, InternalModelConfig.model_validate({"dtype": dtype}), None)
     parts, reason = examine(policy)
     return {
         "model": model,

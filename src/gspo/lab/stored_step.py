@@ -7,7 +7,7 @@ itself; only the optimizer is left out. The run is only read, and may be trainin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from gspo.backend.loading import load_trainer
 from gspo.backend.stored_batch import read_batch
 from gspo.core.errors import CheckpointError, RunError
 from gspo.core.options import LARGEST_COUNT
-from gspo.experiment.saved_run import read_run
+from gspo.experiment.saved_run import listed, read_run
 from gspo.train.checkpoint import checkpoint_name, steps_saved
 from gspo.train.expert_replay import ExpertReplay
 from gspo.train.minibatches import RolloutBatch
@@ -118,15 +118,6 @@ class StoredStep:
                 "came between. Inspect it with --weights after"
             )
         return trainer
-
-
-def listed(steps: Iterable[int]) -> str:
-    """Steps as an error lists them.
-
-    >>> listed([1, 4]), listed([])
-    ('1, 4', 'none')
-    """
-    return ", ".join(map(str, steps)) or "none"
 
 
 def method_gradient(
