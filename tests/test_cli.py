@@ -248,7 +248,7 @@ def test_something_is_said_before_what_takes_seconds(arguments: list[str], tmp_p
         "def said(what):\n"
         f"    print([name for name in {HEAVY} if name in sys.modules])\n"
         "    raise SystemExit\n"
-        "commands.say_loading = run_commands.say_loading = said\n"
+        "cli.say_loading = commands.say_loading = run_commands.say_loading = said\n"
         f"sys.argv = ['gspo', *{arguments}]\ncli.main()"
     )
     command = [sys.executable, "-c", code]

@@ -13,9 +13,8 @@ from __future__ import annotations
 import argparse
 
 from gspo.core.errors import ConfigError
-from gspo.sizing.cluster import fits, layouts
+from gspo.sizing.cluster import GPUS, Rates, Rollouts, fits, layouts
 from gspo.sizing.model_size import read_size
-from gspo.sizing.step_time import GPUS, Rates, Rollouts
 
 
 def main() -> None:

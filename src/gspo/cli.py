@@ -14,7 +14,7 @@ import gspo
 from gspo.core.errors import ConfigError, GspoError, RolloutError
 from gspo.core.files import strict_json
 from gspo.experiment import run_commands
-from gspo.experiment.run_commands import PathOption
+from gspo.experiment.run_commands import JsonOption, PathOption, say_loading, show_json
 from gspo.lab import commands
 
 if TYPE_CHECKING:
@@ -60,10 +60,10 @@ def demo(
     steps: Annotated[int | None, typer.Option(min=1, help="Rollout batches.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the prompts and of sampling.")] = 0,
     profile: ProfileOption = False,
-    as_json: commands.JsonOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Train the embedded Mixture-of-Experts model to sort digits, and show that it learned."""
-    commands.say_loading("embedded:sort")
+    say_loading("embedded:sort")
     from gspo.experiment.whole_run import DEMO_STEPS, demo_spec
 
     _run(demo_spec(path, steps or DEMO_STEPS, seed), profile, as_json)
@@ -81,7 +81,7 @@ def train(
         bool, typer.Option("--pipeline", help="Roll out for the next step while one trains.")
     ] = False,
     profile: ProfileOption = False,
-    as_json: commands.JsonOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Train from a file. The same command goes on where a killed run stopped."""
     from gspo.experiment.run_file import read_spec
@@ -91,10 +91,9 @@ def train(
     resolved = read_spec(spec, [*(overrides or []), *["pipeline=true"] * pipeline])
     if profile and resolved.pipeline:
         raise ConfigError("--profile times one thing at once, pipeline does two: leave one out")
-    commands.say_loading(resolved.model)
+    say_loading(resolved.model)
     if dry_run:
-        from gspo.experiment.dataset_checks import check_dataset
-        from gspo.experiment.plan import make_plan
+        from gspo.experiment.plan import check_dataset, make_plan
 
         task = resolved.make_task()
         plan = make_plan(resolved, task)
@@ -120,17 +119,19 @@ def sft(
         int | None, typer.Option(min=2, help="Longest row. Default: the model's context.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the rows' order.")] = 0,
-    as_json: commands.JsonOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Supervised fine-tuning on the assistant's turns of conversations."""
-    commands.say_loading(model)
+    say_loading(model)
     from gspo.experiment.stop import leave, run_until_signal
     from gspo.experiment.whole_run import tune
 
-    given = {"epochs": epochs, "batch_size": batch_size, "seed": seed}
-    given |= {"learning_rate": learning_rate}
+    sizes = {"epochs": epochs, "batch_size": batch_size, "lr_schedule": "linear"}
+    config = gspo.TrainSFTConfig(learning_rate=learning_rate, seed=seed, **sizes)
+    load = gspo.dev.InternalModelConfig(max_context=max_tokens)
+    tuned = gspo.TrainableModel(name=name, project=project, base_model=model, _internal_config=load)
     try:
-        done = run_until_signal(tune(data, path, project, name, model, max_tokens, **given))
+        done = run_until_signal(tune(data, tuned, config, path))
     except SystemExit as stopped:
         print("stopped: nothing of this call is saved; give it again", file=sys.stderr)
         leave(int(stopped.code or 0))
@@ -141,8 +142,7 @@ def sft(
         f"{told['sft/tokens']:,.0f} trained tokens"
     )
     print(f"step {done.step}; checkpoint in {done.checkpoint_path}")
-    if as_json:
-        print(strict_json({"step": done.step, "checkpoint": str(done.checkpoint_path), **told}))
+    show_json(as_json, {"step": done.step, "checkpoint": str(done.checkpoint_path), **told})
 
 
 @app.command()
@@ -160,7 +160,7 @@ def serve(
     path: PathOption = ".gspo",
 ) -> None:
     """Serve a model or a checkpoint with OpenAI's API."""
-    commands.say_loading("the server")
+    say_loading("the server")
     from gspo.experiment.talk import serve_model
 
     serve_model(model, host, port, name or model, api_key or None, step, path)
@@ -181,21 +181,20 @@ def plan(
     mfu: Annotated[
         float | None, typer.Option(min=0.001, max=1, help="Share of the FLOP/s of training.")
     ] = None,
-    as_json: commands.JsonOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Estimate memory, seconds of a step and the balance of GPUs, before you pay for them."""
+    from gspo.sizing.cluster import Rollouts
     from gspo.sizing.report import make_report
-    from gspo.sizing.step_time import Rollouts
 
     wanted = Rollouts(completions, prompt_tokens, mean_tokens, longest or 4 * mean_tokens)
     text, told = make_report(model, gpu, gpus, wanted, lora, mfu)
     print(text, end="")
-    if as_json:
-        print(strict_json(told))
+    show_json(as_json, told)
 
 
 @app.command()
-def presets(as_json: commands.JsonOption = False) -> None:
+def presets(as_json: JsonOption = False) -> None:
     """List the named methods: formula, defaults and source."""
     from gspo.objective import PRESETS
 
@@ -212,8 +211,7 @@ def presets(as_json: commands.JsonOption = False) -> None:
             typer.secho(preset.name, bold=True)
             told = ", ".join(f"{name}={value}" for name, value in defaults.items())
             print(f"  {preset.formula}\n  {told}\n  {preset.source}")
-    if as_json:
-        print(strict_json(methods))
+    show_json(as_json, methods)
 
 
 # In the order of the help: what a newcomer needs stands first.
@@ -256,8 +254,7 @@ def _run(spec: Spec, profiled: bool, as_json: bool, samples: int = 0) -> None:
     files = commands.draw(outcome.run)
     if clock is not None:
         files["profile"] = commands.print_profile(clock, outcome.run)
-    if as_json:
-        print(strict_json(outcome.as_json() | files))
+    show_json(as_json, outcome.as_json() | files)
 
 
 if __name__ == "__main__":

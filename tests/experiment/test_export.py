@@ -1,4 +1,4 @@
-"""Exports, as transformers and peft load them, and a stand-in of a hub."""
+"""Exports, as transformers and peft load them, a stand-in of a hub, and what model cards say."""
 
 from __future__ import annotations
 
@@ -8,24 +8,28 @@ import os
 import shutil
 import subprocess
 import threading
+import tomllib
 import warnings
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
 import peft
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vs_vllm import build
 
-from experiment.small_runs import trained_run
+from experiment.small_runs import stored_run, trained_run
 from gspo import dev
 from gspo.core.errors import CheckpointError, ConfigError, ModelError, RunError
-from gspo.experiment.export import Export, export, write_folder
-from gspo.experiment.saved_run import SavedRun
+from gspo.experiment.export import Export, export, model_card, write_folder
+from gspo.experiment.saved_run import SavedRun, read_run
+from gspo.experiment.spec import Spec
 from gspo.kernels.hf import quiet
 
 TOKENS = torch.tensor([[9, 8, 7, 6, 5, 9]])
@@ -254,3 +258,80 @@ def test_vllm_computes_what_was_trained(
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     moved = base(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1] - scores
     assert moved.abs().max() > 0.01  # else nothing of the training would be seen
+
+
+def card(folder: Path, adapter: bool = False) -> str:
+    run = read_run(folder)
+    what: Any = SimpleNamespace(run=run, step=3, is_adapter=adapter, dtype="bfloat16")
+    return model_card(what)
+
+
+def test_the_card_says_what_when_and_how(tmp_path: Path):
+    text = card(stored_run(tmp_path, lineage=[{"run": "p/first", "step": 5}]))
+    for told in ("`embedded:sort`", "all weights", "`gspo`: -(1/N)", "epsilon 0.0003 / 0.0004"):
+        assert told in text
+    assert "| 0 | 0.200" in text and "| 3 | 0.400" in text and "| 2 |" not in text
+    assert "over 8 prompts" in text and "from `p/first`, step 5" in text and "bfloat16" in text
+    header: Any = ModelCard(text).data
+    assert header.library_name == "transformers" and header.license is None
+    assert header.base_model is None and header.tags == ["gspo", "reinforcement-learning"]
+    assert "write `license:`" in text
+
+
+def test_the_command_is_a_file_that_gives_the_same_run(tmp_path: Path):
+    folder = stored_run(tmp_path)
+    toml = card(folder).split("```toml\n")[1].split("```")[0]
+    stored = Spec(**json.loads((folder / "spec.json").read_text()))
+    assert Spec(**tomllib.loads(toml), path=stored.path) == stored
+
+
+def test_a_hub_model_is_linked_and_folders_of_the_machine_are_not_told(tmp_path: Path):
+    lora = {"r": 4, "alpha": 8.0, "target_modules": "all-linear"}
+    folder = stored_run(tmp_path, base_model="Qwen/Qwen3-0.6B", lora=lora)
+    spec = json.loads((folder / "spec.json").read_text())
+    spec |= {"task": None, "rollout": "/home/me/secret/mine.py:rollout", "model": "Qwen/Qwen3-0.6B"}
+    (folder / "spec.json").write_text(json.dumps(spec))
+    text = card(folder, adapter=True)
+    header: Any = ModelCard(text).data
+    assert header.base_model == "Qwen/Qwen3-0.6B"
+    assert "mine.py:rollout" in text and "secret" not in text and str(tmp_path) not in text
+    assert "LoRA adapters (r = 4" in text and "AutoPeftModelForCausalLM" in text
+    merged = card(folder)
+    assert "merged into the weights" in merged and "AutoModelForCausalLM" in merged
+
+
+def test_a_program_of_the_users_own_has_no_file(tmp_path: Path):
+    folder = stored_run(tmp_path)
+    (folder / "spec.json").unlink()
+    (folder / "metrics.jsonl").unlink()
+    text = card(folder)
+    assert "A program of its own" in text and "It was not measured." in text
+
+
+def test_rows_and_rewards_of_ones_own_are_named_and_a_warm_start_is_measured(tmp_path: Path):
+    folder = stored_run(tmp_path)
+    spec = json.loads((folder / "spec.json").read_text())
+    named = {
+        "dataset": "/home/me/secret/rows.jsonl",
+        "reward": ["/home/me/secret/s.py:exact", "s:x"],
+    }
+    spec |= {
+        "task": None,
+        "sft": {"data": "a/lessons.jsonl"},
+        "reward_weights": [1.0, 0.2],
+        **named,
+    }
+    (folder / "spec.json").write_text(json.dumps(spec))
+    text = card(folder)
+    assert "| data | `rows.jsonl`, 4 prompts x 8 a step; before it SFT on `lessons.jsonl` |" in text
+    assert "| reward | 1 x `s.py:exact` + 0.2 x `s:x` |" in text
+    assert 'reward = ["s.py:exact", "s:x"]' in text and "secret" not in text
+    assert "| 0 | 0.200" in text and "| 1, after the SFT | 0.500" in text and "| 3 | 0.400" in text
+    spec |= {
+        "dataset": None,
+        "reward": [],
+        "reward_weights": None,
+        "environment": "textworld:house",
+    }
+    (folder / "spec.json").write_text(json.dumps(spec))
+    assert "| data | `textworld:house`, 4 prompts" in card(folder)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
-from rich.console import Console
-
 from experiment.small_runs import stored_run
-from gspo.experiment.run_table import describe_run, method_name, print_runs
+from gspo.experiment.run_table import describe_run, runs_text
 from gspo.experiment.saved_run import read_run
 
 
@@ -21,9 +18,8 @@ def test_a_run_is_described(tmp_path: Path):
     assert (told["reward_best"], told["best_step"], told["reward_last"]) == (0.9, 2, 0.4)
     assert told["bytes"] > 1000 and told["running"] is False and told["lineage"] == parents
 
-    file = io.StringIO()
-    print_runs([told], Console(file=file, width=120, force_terminal=True, _environ={}))
-    assert "p/r (from p/first @5)" in file.getvalue() and "0.900 @2" in file.getvalue()
+    text = runs_text([told], 120)
+    assert "p/r (from p/first @5)" in text and "0.900 @2" in text
 
 
 def test_a_run_with_nothing_in_it_yet(tmp_path: Path):
@@ -34,7 +30,7 @@ def test_a_run_with_nothing_in_it_yet(tmp_path: Path):
     assert run is not None
     told = describe_run(run)
     assert (told["method"], told["step"], told["reward_best"]) == (None, 0, None)
-    print_runs([told], Console(file=io.StringIO()))
+    assert "p/r" in runs_text([told], 120)
 
 
 def test_a_run_of_sft_says_so(tmp_path: Path):
@@ -42,4 +38,4 @@ def test_a_run_of_sft_says_so(tmp_path: Path):
     (folder / "trajectories/train/0003.parquet").unlink()
     (folder / "metrics.jsonl").write_text('{"step": 1, "sft/loss_last": 0.5}\n')
     run = read_run(folder)
-    assert run is not None and method_name(run) == "sft"
+    assert run is not None and run.method == "sft"

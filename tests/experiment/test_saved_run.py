@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 
 from experiment.small_runs import stored_run
 from gspo.core.errors import ConfigError, RunError
+from gspo.experiment.run_file import flat
 from gspo.experiment.saved_run import SavedRun, find_run, find_runs, load_named, read_run
+from gspo.experiment.spec import Spec
 
 
 def test_a_run_is_found_by_its_folder_and_its_names(tmp_path: Path, monkeypatch):
@@ -84,3 +87,12 @@ def test_what_is_no_run_has_no_steps(tmp_path: Path):
         load_named("embedded:sort", "1", str(tmp_path))
     with pytest.raises(RunError, match="or name a model"):
         load_named("nothing", None, str(tmp_path))
+
+
+def test_options_that_are_not_the_defaults_are_known(tmp_path: Path):
+    spec = Spec(task="sort", train={"precalculate_logprobs": True, "epochs": 2}, seed=3)  # pyright: ignore[reportArgumentType]
+    stored = json.loads(json.dumps(spec.model_dump(mode="json")))
+    run = SavedRun(tmp_path, {}, flat(stored))
+    train = {"train.precalculate_logprobs", "train.old_logprobs", "train.epochs"}
+    assert run.given.keys() == {"task", "model", "seed"} | train
+    assert run.given["train.epochs"] == 2

@@ -1,4 +1,4 @@
-"""What is shown of a run, as a terminal and as a log file see it."""
+"""What is shown of a run, as a terminal and as a log file see it: the bar, lines, completions."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ import io
 import logging
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
+import gspo as art
+from gspo.backend.stored_batch import write_batch
 from gspo.experiment.heldout import Estimate
 from gspo.experiment.spec import Spec
-from gspo.experiment.watch import LiveWatch
+from gspo.experiment.watch import LiveWatch, histogram, sample_lines, visible
+from support import choice
 
 
 class Clock:
@@ -175,3 +181,82 @@ def test_plain_lines_elsewhere(dumb: bool):
     assert lines[4] == "step 3/12  reward 0.300  clipped 12.5%  tokens/s 1,234  left 00:09"
     assert [line.split()[1] for line in lines[2:]] == [f"{step}/12" for step in range(1, 13)]
     assert "skipped" in lines[-1]  # the backend's warning says why
+
+
+def batch(path: Path, rewards: list[float], text: str = "x") -> Path:
+    message = {"role": "assistant", "content": text}
+    groups = [
+        art.TrajectoryGroup(
+            art.Trajectory(
+                messages_and_choices=[
+                    {"role": "system", "content": "be brief"},
+                    {"role": "user", "content": f"prompt {reward}"},
+                    choice([4, 5], message=message),
+                ],
+                reward=reward,
+            )
+            for reward in rewards
+        )
+    ]
+    write_batch(path / "1.parquet", groups, {number: number / 2 for number in range(len(rewards))})
+    return path / "1.parquet"
+
+
+def test_samples_are_spread_from_the_lowest_to_the_highest_reward(tmp_path: Path):
+    path = batch(tmp_path, [0.5, 0.0, 1.0, 0.25, 0.75])
+    *samples, rewards = sample_lines(path, 7, 3)
+    assert [line.split()[5] for line in samples] == ["0.000", "0.500", "1.000"]
+    assert 'advantage +0.000  "prompt 0.5" -> ' in samples[1]
+    assert rewards.startswith("rewards of step 7: 0 [") and rewards.endswith("] 1, mean 0.500")
+    assert len(sample_lines(path, 7, 99)) == 5 + 1
+
+
+def test_a_trajectory_that_was_left_out_has_no_advantage(tmp_path: Path):
+    group = art.TrajectoryGroup([art.Trajectory(messages_and_choices=[choice([4])], reward=0.5)])
+    write_batch(tmp_path / "1.parquet", [group])
+    assert "reward 0.500  advantage none" in sample_lines(tmp_path / "1.parquet", 7, 1)[0]
+
+
+def test_a_sample_is_one_line_without_codes_of_the_completion(tmp_path: Path):
+    lines = sample_lines(batch(tmp_path, [0.0, 1.0], "a\nb\x1b[2J"), 7, 2)
+    assert lines[0] == (
+        'sample of step 7: reward 0.000  advantage +0.000  "prompt 0.0" -> "a\\nb\\\\x1b[2J"'
+    )
+    assert lines[2] == "rewards of step 7: 0 [█        █] 1, mean 0.500"
+
+
+def test_a_long_completion_says_where_it_was_cut(tmp_path: Path):
+    line = sample_lines(batch(tmp_path, [0.0], "y" * 1000), 7, 1)[0]
+    assert line.endswith('yyy" ... (1,000 characters)') and len(line) < 400
+
+
+def test_samples_stand_below_their_step_without_markup(tmp_path: Path):
+    folder = tmp_path / "gspo" / "run" / "trajectories" / "train"
+    folder.mkdir(parents=True)
+    text = "[bold]no markup[/bold] \x1b]0;title\x07"
+    batch(folder, [0.0, 1.0], text).rename(folder / "0001.parquet")
+    console, file = terminal(color_system=None)
+    with LiveWatch(console, Clock(), samples=2) as watch:
+        watch.started(Spec(task="sort", steps=2, path=str(tmp_path)), 0, [])
+        watch.stepped(1, metrics(1))
+    said = file.getvalue()
+    assert "[bold]no markup[/bold]" in said and "\x1b]0" not in said and "\x07" not in said
+    assert "advantage +0.500" in said and "rewards of step 1: " in said
+
+
+@given(st.lists(st.floats(-1e6, 1e6), max_size=50))
+def test_a_histogram_counts_every_value(values: list[float]):
+    text = histogram(values)
+    if len(set(values)) > 1:
+        bars = text[text.index("[") + 1 : text.index("]")]
+        assert len(bars) == 10 and "█" in bars and bars[0] != " " and bars[-1] != " "
+    else:
+        assert text.startswith("all " if values else "none")
+
+
+@given(st.text(st.characters(max_codepoint=0x2FF), max_size=20))
+def test_visible_text_moves_no_cursor(text: str):
+    shown = visible(text)
+    assert all(c.isprintable() or c in "\n\t" or ord(c) > 0x9F for c in shown)
+    if text.isascii() and text.isprintable():
+        assert shown == text

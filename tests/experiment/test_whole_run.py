@@ -89,10 +89,14 @@ def test_the_command(tmp_path: Path):
     assert Path(told["checkpoint"]) == tmp_path / "gspo" / "sft" / "checkpoints" / "0001"
 
 
+def tuned() -> art.TrainableModel:
+    return art.TrainableModel(name="m", project="p", base_model="embedded:sort")
+
+
 async def test_a_bad_file_begins_no_run(tmp_path: Path):
     (tmp_path / "data.jsonl").write_text("{}")
     with pytest.raises(DataError, match="row 1 has no column"):
-        await tune(tmp_path / "data.jsonl", str(tmp_path), "p", "m", "embedded:sort", None)
+        await tune(tmp_path / "data.jsonl", tuned(), art.TrainSFTConfig(), str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
 
 
@@ -101,12 +105,12 @@ async def test_rows_that_the_model_refuses_leave_no_empty_run(tmp_path: Path):
     good, long = tmp_path / "good.jsonl", tmp_path / "long.jsonl"
     good.write_text(json.dumps(ROW))
     long.write_text(json.dumps(ROW).replace("312", "312" * 200))
-    where = (str(tmp_path), "p", "m", "embedded:sort", None)
+    config = art.TrainSFTConfig(lr_schedule="linear", seed=0)
     for there in (False, True):
         if there:
-            await tune(good, *where)
+            await tune(good, tuned(), config, str(tmp_path))
         with pytest.raises(DataError, match=r"row 1 has 60\d tokens"):
-            await tune(long, *where)
+            await tune(long, tuned(), config, str(tmp_path))
         assert (tmp_path / "p" / "m").exists() == there
 
 

@@ -50,7 +50,7 @@ def test_a_dry_run_of_a_comparison_tries_the_rewards(tmp_path: Path):
     )
     (tmp_path / "held.jsonl").write_text('{"prompt": "2", "answer": "2"}\n')
     done = gspo_here("compare", str(tmp_path / "methods.toml"), "--dry-run", f"--path={tmp_path}")
-    assert done.returncode == 2 and "row 2, completion 0: None (NoneType)" in done.stderr
+    assert done.returncode == 2 and "row 2, completion 0 is None (NoneType)" in done.stderr
 
 
 def test_without_its_libraries_a_verb_says_what_to_install():

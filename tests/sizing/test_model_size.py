@@ -1,14 +1,23 @@
-"""Counts of models, from configs alone."""
+"""Counts of models, and the memory formula against published figures and by its own laws."""
 
 from __future__ import annotations
 
+import csv
+from pathlib import Path
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gspo.core.errors import ModelError
 from gspo.policy.embedded import build_model
-from gspo.sizing.model_size import count, read_size
+from gspo.sizing.model_size import Training, count, most_tokens, read_size, training_bytes
+from models import read_size as size_of
+
+TEXT = Path(__file__).with_name("published_memory.csv").read_text()
+PUBLISHED = list(csv.DictReader(TEXT.splitlines()))
 
 
 @pytest.mark.parametrize(
@@ -59,3 +68,36 @@ def test_embedded_model_is_counted_as_it_is():
 def test_unknown_model_names_the_shipped_ones():
     with pytest.raises(ModelError, match=r"Configs that gspo knows: .*Qwen/Qwen3-30B-A3B"):
         read_size("./no-such-folder")
+
+
+@pytest.mark.parametrize(
+    "point", PUBLISHED, ids=lambda p: f"{p['model']}-{p['tokens']}-{p['lora']}"
+)
+def test_published_memory_within_15_percent(point: dict[str, str]):
+    how = Training(
+        lora=int(point["lora"]) if point["lora"] else None,
+        base_bytes=int(point["base_bytes"]),
+        checkpointing=point["checkpointing"] == "1",
+    )
+    size = size_of(point["model"])
+    parts = training_bytes(size, how, int(point["tokens"]), int(point["gpus"]))
+    assert sum(parts.values()) / 2**30 == pytest.approx(float(point["published_gib"]), rel=0.15)
+
+
+def test_all_weights_take_16_bytes_each():
+    size = size_of("Qwen/Qwen3-8B")
+    parts = training_bytes(size, Training(), 0, 1)
+    assert parts["weights"] + parts["gradients"] + parts["AdamW"] == 16 * size.parameters
+    assert parts["activations"] == parts["gathered"] == 0
+
+
+@given(st.integers(1, 512), st.sampled_from([None, 8]), st.booleans(), st.floats(1e10, 2e11))
+def test_most_tokens_is_the_most(gpus: int, lora: int | None, checkpointing: bool, free: float):
+    size, how = size_of("embedded:sort"), Training(lora, checkpointing=checkpointing)
+    most = most_tokens(size, how, gpus, free)
+    assert sum(training_bytes(size, how, most, gpus).values()) <= free
+    assert sum(training_bytes(size, how, most + 1024, gpus).values()) > free
+
+
+def test_no_room_for_the_weights():
+    assert most_tokens(size_of("Qwen/Qwen3-8B"), Training(), 1, 80e9) == 0

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from gspo.cli import app
 from gspo.core.errors import ConfigError
+from gspo.sizing.cluster import Rollouts
 from gspo.sizing.report import make_report
-from gspo.sizing.step_time import Rollouts
 
 
 def plan(*arguments: str) -> tuple[int, str]:

@@ -1,1 +1,1 @@
-"""What every room may use: errors, metrics, clocks, files, random draws."""
+"""What every room may use: errors, metrics, clocks, files, random draws, tables of text."""

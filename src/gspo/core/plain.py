@@ -9,6 +9,7 @@ from gspo.core.errors import DataError, shown
 
 LARGEST_REWARD = 1e100
 """The squares of larger ones leave float64, and with them the group's standard deviation."""
+_REMEDY = f"rewards must be finite numbers, of {LARGEST_REWARD:g} at most"
 NUMBER = "a number (int, float, bool, or a scalar of numpy or torch)"
 """What `plain_number` takes, for errors."""
 
@@ -29,6 +30,18 @@ def plain_number(value: Any) -> int | float | bool | None:
     if isinstance(scalar, bool):
         return scalar
     return int(scalar) if isinstance(scalar, int) else wide
+
+
+def plain_reward(value: Any, where: str, remedy: str = _REMEDY) -> float:
+    """A reward as a float of Python's own. `where` says what it is of, for errors.
+
+    Raises:
+        DataError: it is no finite number, or larger than `LARGEST_REWARD`.
+    """
+    reward = plain_number(value)
+    if reward is None or not abs(reward) <= LARGEST_REWARD:  # NaN is within no limits
+        raise DataError(f"{where} is {shown(value)}; {remedy}")
+    return float(reward)
 
 
 def plain_turn_rewards(rewards: Any, turns: int, where: str) -> list[float] | None:
@@ -52,14 +65,7 @@ def plain_turn_rewards(rewards: Any, turns: int, where: str) -> list[float] | No
             f"{where}: turn_rewards is {shown(rewards)}; it must be a list with one number for "
             f"each Choice, of which there are {turns}: 0 for a turn that earned nothing"
         )
-    plain = [plain_number(reward) for reward in rewards]
-    for turn, reward in enumerate(plain):
-        if reward is None or not abs(reward) <= LARGEST_REWARD:
-            raise DataError(
-                f"{where}: turn_rewards[{turn}] is {shown(rewards[turn])}; rewards must be finite "
-                f"numbers, of {LARGEST_REWARD:g} at most"
-            )
-    return [float(reward) for reward in plain if reward is not None]
+    return [plain_reward(r, f"{where}: turn_rewards[{turn}]") for turn, r in enumerate(rewards)]
 
 
 def plain_values(values: Any, where: str, *, texts: bool = False) -> dict[str, Any]:

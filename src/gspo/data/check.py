@@ -10,7 +10,7 @@ from openai.types.chat.chat_completion import Choice
 
 from gspo.core.choices import as_choice
 from gspo.core.errors import DataError, shown
-from gspo.core.plain import LARGEST_REWARD, plain_number, plain_turn_rewards, plain_values
+from gspo.core.plain import plain_reward, plain_turn_rewards, plain_values
 from gspo.data.turn import read_fields
 from gspo.trajectories import History, Trajectory, TrajectoryGroup
 
@@ -85,12 +85,7 @@ def plain_groups(groups: Any) -> list[TrajectoryGroup]:
 def _plain(trajectory: Any, where: str) -> Trajectory:
     if not isinstance(trajectory, Trajectory):
         raise DataError(f"{where} is {shown(trajectory)}, not a Trajectory")
-    reward = plain_number(trajectory.reward)
-    if reward is None or not abs(reward) <= LARGEST_REWARD:
-        raise DataError(
-            f"{where}: reward is {shown(trajectory.reward)}; rewards must be finite numbers, "
-            f"of {LARGEST_REWARD:g} at most"
-        )
+    reward = plain_reward(trajectory.reward, f"{where}: reward")
     if not isinstance(histories := trajectory.additional_histories, list):
         raise DataError(f"{where}: additional_histories is {shown(histories)}; it must be a list")
     values = {
@@ -98,7 +93,7 @@ def _plain(trajectory: Any, where: str) -> Trajectory:
             _plain_history(history, f"{where}, additional history {h}")
             for h, history in enumerate(histories)
         ],
-        "reward": float(reward),
+        "reward": reward,
         "metrics": plain_values(trajectory.metrics, f"{where}: metrics"),
         "metadata": plain_values(trajectory.metadata, f"{where}: metadata", texts=True),
     }

@@ -1,28 +1,37 @@
-"""`gspo export`: a checkpoint as a folder that others load, or as a repository of a hub."""
+"""`gspo export`: a checkpoint as a folder that others load, or as a repository of a hub.
+
+model_card.md is the text of its README.md: what the model is of, how it was trained, what came of
+it.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import httpx
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from safetensors.torch import load_file, save_file
 
+import gspo as art
 from gspo.core.errors import ConfigError, RunError, suggestion
 from gspo.core.files import explained, replacing, strict_json
-from gspo.experiment.model_card import model_card
 from gspo.experiment.saved_run import SavedRun
 from gspo.kernels.hf import quiet
+from gspo.objective import PRESETS
 from gspo.policy.load import read_merged
 from gspo.policy.source import adapters_below, read_model, read_tokenizer, resolve
 from gspo.train.checkpoint import TRAINING_FILES, verify_checkpoint
@@ -133,8 +142,7 @@ def write_folder(what: Export, to: Path) -> None:
             _settle_adapter(what, building)
         elif what.dtype != "float32":
             _cast(what, building)
-        card = model_card(what.run, what.step, adapter=what.is_adapter, dtype=what.dtype)
-        (building / "README.md").write_text(card, encoding="utf-8")
+        (building / "README.md").write_text(model_card(what), encoding="utf-8")
 
 
 def make_repository(name: str) -> str:
@@ -193,3 +201,51 @@ def _settle_adapter(what: Export, building: Path) -> None:
     fields = json.loads(config.read_bytes())
     fields["base_model_name_or_path"] = os.path.abspath(base) if Path(base).is_dir() else base
     config.write_text(strict_json(fields, indent=2) + "\n")
+
+
+def model_card(what: Export) -> str:
+    """The card of an exported step."""
+    run, settings, base = what.run, what.run.settings, what.run.base_model
+    rewards = {at: estimate for at, estimate in run.evaluations.items() if at <= what.step}
+    warm = [1] * bool(run.spec and run.spec.sft and 1 in rewards)
+    told = {*[*rewards][:1], *warm, *[*rewards][-1:]}
+    # Of a folder its name, since the rest says where it lay on a machine.
+    shown = Path(base).name if Path(base).is_dir() else base
+    on_hub = base.count("/") == 1 and not Path(base).exists()
+    method = (run.method or "").partition(",")[0]
+    header = ModelCardData(
+        base_model=base if on_hub else None,
+        library_name="peft" if what.is_adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=["gspo", "reinforcement-learning", *([method] if method not in ("gspo", "") else [])],
+    )
+    return _TEMPLATES.get_template("model_card.md").render(
+        what=what,
+        run=run,
+        header=header.to_yaml(),
+        base=shown,
+        preset=PRESETS.get(settings.algorithm) if settings else None,
+        given=run.given | {"model": run.spec and run.spec.model},
+        evaluations=[(at, rewards[at]) for at in sorted(told)],
+        version=art.__version__,
+    )
+
+
+def _without_folders(value: Any) -> Any:
+    """A value, of whose paths the folders are left out: a card is read by others."""
+    if isinstance(value, list):
+        return [*map(_without_folders, value)]
+    if not isinstance(value, str):
+        return value
+    value = Path(value).name if value.startswith("/") and Path(value).is_dir() else value
+    return re.sub(r"^(?:[^:\s]*/)?([^/:]+\.\w+(?::\w+)?)$", r"\1", value)
+
+
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+_TEMPLATES.filters |= {"public": _without_folders, "json": partial(json.dumps, ensure_ascii=False)}

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import gspo as art
-from gspo.core.files import strict_json, write_whole
+from gspo.core.files import read_object, strict_json, write_whole
 from gspo.core.timing import span
-from gspo.experiment.dataset_checks import check_dataset, check_prompts, remember_dataset
 from gspo.experiment.heldout import Estimate, estimate_reward
+from gspo.experiment.plan import check_dataset, check_prompts, remember_dataset
 from gspo.experiment.rollout import Rollouts
 from gspo.experiment.run_file import flat
 from gspo.experiment.spec import SFT, Spec
@@ -70,6 +70,10 @@ class Watch(Protocol):
         """Held-out reward was measured at the weights of `step`."""
 
 
+_OF_THE_BACKEND = ("keep_checkpoints", "seed", "logger", "engines", "nproc", "cp_size", "ep_size")
+"""Fields of a spec that the backend takes under the same names."""
+
+
 async def run_experiment(spec: Spec, watch: Watch, task: Task | None = None) -> Outcome:
     """Run `spec`, or go on where a killed run of the same folder stopped.
 
@@ -90,29 +94,11 @@ async def run_experiment(spec: Spec, watch: Watch, task: Task | None = None) -> 
     )
     rollouts = Rollouts(spec, model, task)
     await check_dataset(spec, rollouts.task)
-    made = art.ClusterBackend(
-        spec.path,
-        keep_checkpoints=spec.keep_checkpoints,
-        seed=spec.seed,
-        logger=spec.logger,
-        engines=spec.engines,
-        nproc=spec.nproc,
-        cp_size=spec.cp_size,
-        ep_size=spec.ep_size,
-    )
+    made = art.ClusterBackend(spec.path, **{name: getattr(spec, name) for name in _OF_THE_BACKEND})
     async with made as backend, aclosing(rollouts.batches()) as batches:
         await model.register(backend)
         first = await model.get_step()
-        policy = backend.policy(model)
-        check_prompts(spec, rollouts.task, policy.tokenizer, policy.context)
-        exact = "equal to the bit" if policy.exact else f"not equal to the bit: {policy.not_exact}"
-        notes = [*remember_dataset(spec, rollouts.task), *_remember(spec)]
-        if spec.pipeline:
-            notes.append(
-                f"pipeline: rollouts run ahead, max_staleness is {spec.steps_ahead}: which weights "
-                "sample a token depends on timing, so the run doesn't repeat exactly"
-            )
-        watch.started(spec, first, [f"engine and trainer are {exact}", *notes])
+        watch.started(spec, first, _begin(backend, rollouts))
         before, warm = await _evaluate(backend, rollouts, watch, 0), None
         if spec.sft:
             if first == 0:
@@ -142,6 +128,22 @@ async def run_experiment(spec: Spec, watch: Watch, task: Task | None = None) -> 
     return Outcome(spec.folder, steps, prompts, seconds, before, after, warm)
 
 
+def _begin(backend: art.LocalBackend, rollouts: Rollouts) -> list[str]:
+    """Refuse prompts that the model cannot take, write to the run what it is made of, and return
+    what is worth knowing of it."""
+    spec, policy = rollouts.spec, backend.policy(rollouts.model)
+    check_prompts(spec, rollouts.task, policy.tokenizer, policy.context)
+    exact = "equal to the bit" if policy.exact else f"not equal to the bit: {policy.not_exact}"
+    notes = [f"engine and trainer are {exact}"]
+    notes += [*remember_dataset(spec, rollouts.task), *_remember(spec)]
+    if spec.pipeline:
+        notes.append(
+            f"pipeline: rollouts run ahead, max_staleness is {spec.steps_ahead}: which weights "
+            "sample a token depends on timing, so the run doesn't repeat exactly"
+        )
+    return notes
+
+
 def _sft_config(sft: SFT, seed: int) -> art.TrainSFTConfig:
     options = sft.model_dump(exclude={"data"})
     return art.TrainSFTConfig(**options, lr_schedule="linear", seed=seed)
@@ -152,15 +154,12 @@ def _remember(spec: Spec) -> list[str]:
     path = spec.folder / "spec.json"
     text = strict_json(spec.model_dump(mode="json"), indent=1) + "\n"
     new = flat(json.loads(text))
-    try:
-        old = flat(json.loads(path.read_bytes())) if path.exists() else new
-        changed = [key for key in new if old.get(key) != new[key]]
-        told = [f"changed since the run began: {k}: {old.get(k)} -> {new[k]}" for k in changed]
-    except (OSError, ValueError, RecursionError, AttributeError):
-        # Nothing depends on it: the run goes on with the new one.
-        told = [f"{path} was damaged, and is written again"]
+    old = flat(read_object(path)) if path.exists() else new
+    changed = [key for key in new if old.get(key) != new[key]]
+    told = [f"changed since the run began: {k}: {old.get(k)} -> {new[k]}" for k in changed]
     write_whole(path, text)
-    return told
+    # Nothing depends on the old one: the run goes on with the new one.
+    return told if old else [f"{path} was damaged, and is written again"]
 
 
 async def _evaluate(

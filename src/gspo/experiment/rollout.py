@@ -1,31 +1,48 @@
-"""Rollouts of an experiment: answers to the task's prompts, or the user's function."""
+"""Rollouts of an experiment: answers to the task's prompts, or the user's function.
+
+What the user's code raises is shown with the lines of that code.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
-from contextlib import aclosing
+import os
+import sysconfig
+import traceback
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
-from openai import BadRequestError
+from openai import APIStatusError
+from openai.types.chat.chat_completion import Choice
 
+import gspo
 from gspo.core.byname import load_object
 from gspo.core.choices import as_choice
 from gspo.core.draws import drawing_for, seed_of
-from gspo.core.errors import ConfigError, DataError
+from gspo.core.errors import ConfigError, DataError, GspoError, RequestError, RolloutError
 from gspo.core.progress import all_or_cancel, in_order
 from gspo.environments import load_environment
 from gspo.environments.play import episode_seed, play
 from gspo.experiment.spec import Spec
-from gspo.experiment.user_error import users_errors
 from gspo.gather import gather_trajectory_groups
 from gspo.model import TrainableModel
 from gspo.tasks import Problem, Split, Task
 from gspo.train.minibatches import shaped_reward
 from gspo.train.settings import resolve
 from gspo.trajectories import Rolled, Trajectory, TrajectoryGroup, settled
+
+_ROUNDS = 3
+"""How often dynamic sampling draws prompts for one step, at most."""
+FRAMES = 4
+"""How many of the user's innermost lines are shown."""
+LINES = 4
+"""How many lines of the exception's text are shown."""
+_OURS = str(Path(gspo.__file__).parent) + os.sep
+_LIBRARIES = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib")})
 
 
 @dataclass(frozen=True)
@@ -38,8 +55,6 @@ class Scenario:
     problem: Problem | None
 
 
-_ROUNDS = 3
-"""How often dynamic sampling draws prompts for one step, at most."""
 Rollout = Callable[[TrainableModel, Scenario], Awaitable[Rolled]]
 
 
@@ -142,10 +157,8 @@ class Rollouts:
     async def _answers(self, scenario: Scenario, size: int, seed: int) -> TrajectoryGroup:
         """Ask for all completions in one request, which computes the prompt once.
 
-        A model without a chat template is sent the plain text of the messages.
-
         Raises:
-            DataError: the engine refuses the prompt.
+            RequestError: see `ask`.
         """
         task, problem, train = self.task, scenario.problem, self.spec.train
         assert task is not None and problem is not None
@@ -162,18 +175,10 @@ class Rollouts:
             "seed": seed,
             "extra_body": {"return_routes": True} if expert_choices else {},
         }
-        if task.template_kwargs:
-            options["extra_body"]["chat_template_kwargs"] = task.template_kwargs
-        client = self.model.openai_client()
         backend: Any = self.model.backend()
-        try:
-            if backend.policy(self.model).tokenizer.chat_template is None:
-                answer = await client.completions.create(prompt=plain_prompt(messages), **options)
-            else:
-                answer = await client.chat.completions.create(messages=messages, **options)
-        except BadRequestError as error:
-            raise DataError(f"the engine refuses a prompt of the task: {error.message}") from None
-        choices = [*filter(None, map(as_choice, answer.choices))]
+        chats = backend.policy(self.model).tokenizer.chat_template is not None
+        client = self.model.openai_client()
+        choices = await ask(client, messages, chats, task.template_kwargs, **options)
         grades = await task.grade(problem, [choice.message.content or "" for choice in choices])
         row = {"row": problem.where} if problem.where else {}
         return TrajectoryGroup(
@@ -185,6 +190,36 @@ class Rollouts:
             )
             for choice, (reward, parts) in zip(choices, grades, strict=True)
         )
+
+
+async def ask(
+    client: Any,
+    messages: list[dict[str, Any]],
+    chats: bool,
+    template_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> list[Choice]:
+    """Completions of a conversation.
+
+    Args:
+        client: of the model.
+        chats: the model has a chat template; else it is sent the plain text of the messages.
+        template_kwargs: variables of the template.
+        options: of the request.
+
+    Raises:
+        RequestError: the engine refuses the prompt.
+    """
+    body = {"chat_template_kwargs": template_kwargs} if chats and template_kwargs else {}
+    options["extra_body"] = {**options.get("extra_body", {}), **body}
+    try:
+        if chats:
+            answer = await client.chat.completions.create(messages=messages, **options)
+        else:
+            answer = await client.completions.create(prompt=plain_prompt(messages), **options)
+    except APIStatusError as error:
+        raise RequestError(f"the engine refuses a prompt: {error.message}") from None
+    return [*filter(None, map(as_choice, answer.choices))]
 
 
 def plain_prompt(messages: list[dict[str, Any]]) -> str:
@@ -212,3 +247,47 @@ def load_rollout(name: str) -> Rollout:
             f"rollout = {name!r} must take two arguments: (model, scenario): {error}"
         ) from None
     return function
+
+
+@contextmanager
+def users_errors(split: str, index: int, step: int) -> Iterator[None]:
+    """Run the user's code in the block, and show what it raises by the user's lines.
+
+    A call of `sys.exit` is an error too: it would end the run as if it had finished.
+
+    Args:
+        split, index: of the prompt.
+        step: calls of `train` so far.
+
+    Raises:
+        RolloutError: the user's code raised. A mistake in gspo itself keeps its traceback.
+        DataError: what it returned is refused, or a prompt is; it says which prompt's.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if not _in_library(f)]
+        users = [frame for frame in frames if not frame.filename.startswith(_OURS)]
+        place = f"the rollout of prompt {index} ({split}), after step {step}"
+        if not users and isinstance(error, DataError | RequestError):
+            raise DataError(f"{place}: {error}") from error
+        if not users or (users[-1] is not frames[-1] and not isinstance(error, GspoError)):
+            raise
+        lines = str(error).splitlines() or ["(without a text)"]
+        text = [f"{place}, raised {type(error).__name__}: {lines[0]}", *lines[1:LINES]]
+        if len(lines) > LINES:
+            text.append("...")
+        if (cause := error.__cause__) is not None:
+            text += f"caused by {type(cause).__name__}: {cause}".splitlines()[:1]
+        text += getattr(error, "__notes__", [])  # such as which reward, and which row
+        text += [f"  {f.filename}, line {f.lineno}, in {f.name}: {f.line}" for f in users[-FRAMES:]]
+        saved = f"Step {step} is saved" if step else "Nothing was trained yet"
+        text.append(f"{saved}: mend it, and the same command goes on.")
+        raise RolloutError("\n".join(text)) from error
+
+
+def _in_library(frame: traceback.FrameSummary) -> bool:
+    """Whether a frame lies in an installed package, in Python's own, or in no file."""
+    name = frame.filename
+    library = name.startswith(("<", *_LIBRARIES)) or "site-packages" in name
+    return library and not name.startswith(_OURS)

@@ -31,6 +31,12 @@ def say_loading(what: str) -> None:
     print(f"loading {what} ...", file=sys.stderr, flush=True)
 
 
+def show_json(wanted: bool, value: Any) -> None:
+    """Print the last line that `--json` asks for."""
+    if wanted:
+        print(strict_json(value))
+
+
 def runs(
     path: Annotated[Path, typer.Argument(help="Folder of the runs, of a project or a run.")] = Path(
         ".gspo"
@@ -38,15 +44,14 @@ def runs(
     as_json: JsonOption = False,
 ) -> None:
     """List runs: base model, method, step, held-out reward, checkpoints, size."""
-    from gspo.experiment.run_table import describe_run, print_runs
+    from gspo.experiment.run_table import describe_run, runs_text
     from gspo.experiment.saved_run import find_runs
 
     found = [describe_run(run) for run in find_runs(path)]
     if not found:
         raise RunError(f"no runs in {path}: give the folder that they are in")
-    print_runs(found)
-    if as_json:
-        print(strict_json(found))
+    print(runs_text(found), end="")
+    show_json(as_json, found)
 
 
 def sample(
@@ -73,8 +78,7 @@ def sample(
     options = _options(temperature, max_tokens) | {"seed": seed}
     where: dict[str, Any] = {"step": step, "path": path, "system": system, "options": options}
     found = asyncio.run(talk.sample(model, prompts or [], completions=completions, **where))
-    if as_json:
-        print(strict_json(found))
+    show_json(as_json, found)
 
 
 def chat(
@@ -154,7 +158,7 @@ def prune(
 ) -> None:
     """Delete a run's checkpoints, but for the latest and the best."""
     from gspo.backend.run import Run
-    from gspo.experiment.saved_run import find_run
+    from gspo.experiment.saved_run import find_run, listed
     from gspo.train.checkpoint import steps_saved
 
     found = find_run(run, path)
@@ -167,11 +171,7 @@ def prune(
     finally:
         held.close()
     gone = [step for step in before if step not in after]
-    print(f"{found.name}: deleted {_steps(gone)}; kept {_steps(after)}")
-
-
-def _steps(steps: list[int]) -> str:
-    return ", ".join(map(str, steps)) or "none"
+    print(f"{found.name}: deleted {listed(gone)}; kept {listed(after)}")
 
 
 def _options(temperature: float, max_tokens: int | None) -> dict[str, Any]:

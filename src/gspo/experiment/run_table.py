@@ -8,17 +8,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.filesize import decimal
-from rich.table import Table
-from rich.text import Text
 
 from gspo.backend.run import best_step
+from gspo.core.tables import as_text, table
 from gspo.experiment.saved_run import SavedRun
 from gspo.train.checkpoint import steps_saved
 
-_IN_A_FILE = 160
-"""Columns of a table that no terminal shows."""
+_COLUMNS = ["run", "base model", "method", "step", "last", "best", "size", "changed, UTC"]
 
 
 def describe_run(run: SavedRun) -> dict[str, Any]:
@@ -30,7 +27,7 @@ def describe_run(run: SavedRun) -> dict[str, Any]:
     return {
         "run": run.name,
         "base_model": run.config.get("base_model"),
-        "method": method_name(run),
+        "method": run.method,
         "step": max([run.steps, *saved]),
         "steps": run.spec and run.spec.steps,
         "saved": saved,
@@ -45,26 +42,9 @@ def describe_run(run: SavedRun) -> dict[str, Any]:
     }
 
 
-def method_name(run: SavedRun) -> str | None:
-    """The method of the last step that was trained; `sft` where none was by rewards."""
-    if run.settings is not None:
-        return run.settings.algorithm + ", LoRA" * bool(run.config.get("lora"))
-    return "sft" if run.values("sft/loss_last") and not run.last_update else None
-
-
-def print_runs(runs: Sequence[dict[str, Any]], console: Console | None = None) -> None:
-    """Print the table."""
-    console = console or Console()
-    if not console.is_terminal:
-        console = Console(width=_IN_A_FILE)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("run", "base model", "method"):
-        table.add_column(name, overflow="fold")
-    for name in ("step", "last", "best", "size", "changed, UTC"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for run in runs:
-        table.add_row(*map(Text, _row(run)))
-    console.print(table)
+def runs_text(runs: Sequence[dict[str, Any]], width: int | None = None) -> str:
+    """The table of runs, see `as_text`."""
+    return as_text([table([_COLUMNS, *map(_row, runs)], plain=True)], width)
 
 
 def _row(run: dict[str, Any]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,9 +21,7 @@ from gspo.experiment.heldout import Estimate
 from gspo.experiment.run_file import flat, nested
 from gspo.experiment.spec import Spec
 from gspo.policy.embedded import PREFIX
-from gspo.policy.load import load_policy
 from gspo.policy.policy import Policy
-from gspo.policy.probe import choose_packing
 from gspo.train.checkpoint import checkpoint_name, steps_saved
 from gspo.train.settings import Settings
 
@@ -118,6 +116,19 @@ class SavedRun:
         with suppress(GspoError):
             return self.last_update.settings() if self.last_update else None
 
+    @property
+    def method(self) -> str | None:
+        """The method of the last step that was trained; `sft` where none was by rewards."""
+        if self.settings is not None:
+            return self.settings.algorithm + ", LoRA" * bool(self.config.get("lora"))
+        return "sft" if self.values("sft/loss_last") and not self.last_update else None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that are not the default; a task and a model have none."""
+        default = flat(Spec(task="sort").model_dump(mode="json", exclude={"task", "model"}))
+        return {k: v for k, v in self.options.items() if k not in default or v != default[k]}
+
     def step(self, wanted: str) -> int:
         """The saved step that `best`, `latest` or a number means; 0 is the base model.
 
@@ -179,6 +190,15 @@ class SavedRun:
     def running(self) -> bool:
         """Whether a process holds the run."""
         return in_use(self.folder)
+
+
+def listed(steps: Iterable[int]) -> str:
+    """Steps as people read them.
+
+    >>> listed([1, 4]), listed([])
+    ('1, 4', 'none')
+    """
+    return ", ".join(map(str, steps)) or "none"
 
 
 def read_run(folder: Path) -> SavedRun | None:
@@ -252,6 +272,4 @@ def load_named(name: str, step: str | None, path: str) -> tuple[Policy, SavedRun
         return run.policy(run.step(step or "latest")), run
     if step is not None:
         raise ConfigError(f"--step {step}: only a run has steps, and {name!r} is a model")
-    policy = load_policy(name)
-    choose_packing(policy)
-    return policy, None
+    return load_step(name, InternalModelConfig(), None), None

@@ -150,7 +150,13 @@ class Spec(Options, title="the run"):
         return data
 
     @model_validator(mode="after")
-    def _environment_stands_alone(self) -> Spec:
+    def _belongs_together(self) -> Spec:
+        self._check_environment()
+        self._check_prompts()
+        self._check_dataset()
+        return self
+
+    def _check_environment(self) -> None:
         if self.environment is not None and (self.task or self.rollout or self.dataset is not None):
             raise ValueError(
                 "an environment has its own prompts and rollout: leave task, dataset, rollout out"
@@ -158,15 +164,12 @@ class Spec(Options, title="the run"):
         for name in ("environment_options", "max_turns", "step_timeout"):
             if self.environment is None and getattr(self, name):
                 raise ValueError(f"{name} is of an environment, but none is given")
-        return self
 
-    @model_validator(mode="after")
-    def _has_prompts_and_a_model(self) -> Spec:
+    def _check_prompts(self) -> None:
         if not (self.task or self.rollout or self.dataset is not None or self.environment):
             raise ValueError(
                 "give a task, a dataset, an environment, or a rollout = 'module:function'"
             )
-        self._check_dataset()
         if self.task is None and self.task_options:
             raise ValueError("task_options are given, but no task")
         if self.rollout is None and self.environment is None and self.rollout_timeout is not None:
@@ -190,7 +193,6 @@ class Spec(Options, title="the run"):
         if not self.model:
             near = suggestion(self.task or "", task_names())
             raise ValueError(f"only a built-in task has a model of its own: give a model.{near}")
-        return self
 
     def _check_dataset(self) -> None:
         if self.dataset is None:

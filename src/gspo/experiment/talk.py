@@ -12,20 +12,20 @@ from typing import Any
 from openai import APIStatusError
 
 from gspo.core.compute import ComputeThread
-from gspo.core.errors import ConfigError, GspoError, RequestError
-from gspo.experiment.rollout import plain_prompt
-from gspo.experiment.samples import visible
+from gspo.core.errors import ConfigError, GspoError
+from gspo.experiment.rollout import ask, plain_prompt
 from gspo.experiment.saved_run import SavedRun, load_named
 from gspo.experiment.stop import leave
+from gspo.experiment.watch import visible
 from gspo.policy.embedded import PREFIX
+from gspo.policy.policy import Policy
 from gspo.serve.app import create_app, one_engine
 from gspo.serve.local_client import LocalClient
 from gspo.serve.selfcheck import make_engine
 from gspo.serve.server import Serving, address, bind, serve
 from gspo.tasks import Problem, Task, load_task
-from gspo.trajectories import Messages
 
-_NAME = "model"
+MODEL = "model"
 
 
 async def sample(
@@ -55,32 +55,33 @@ async def sample(
         RequestError: the engine refuses a prompt.
     """
     # Conversations to answer, and the task's problem that each is of, if it is one.
-    asked: list[tuple[Messages, Problem | None]] = []
+    asked: list[tuple[list[dict[str, Any]], Problem | None]] = []
     asked += [(_conversation(system, prompt), None) for prompt in prompts]
     found: list[dict[str, Any]] = []
-    async with _client_of(name, step, path) as (client, run, chats):
+    request: dict[str, Any] = {"model": MODEL, "n": completions, **options}
+    policy, run = load_named(name, step, path)
+    chats = policy.tokenizer.chat_template is not None
+    async with client_of(policy) as client:
         task = None if asked else _task_of(name, run)
         if task is not None:
             count = min(3, (task.sizes or {}).get("heldout", 3))
             problems = [task.problem("heldout", index) for index in range(count)]
             asked = [(task.messages(problem), problem) for problem in problems]
             limit = (run and run.spec and run.spec.max_tokens) or task.max_tokens
-            options = {"max_tokens": limit, **options}
-            if chats and task.template_kwargs:
-                variables = {"chat_template_kwargs": task.template_kwargs}
-                options = {**options, "extra_body": variables}
+            request = {"max_tokens": limit, **request}
+        variables = task and task.template_kwargs
         for messages, problem in asked:
             print(f"{visible(plain_prompt(messages)).rstrip()}")
-            for choice in await _answers(client, chats, messages, completions, options):
-                text = choice.message.content if chats else choice.text
-                row = {"prompt": messages[-1]["content"], "completion": text or ""}
+            for choice in await ask(client, messages, chats, variables, **request):
+                text = choice.message.content or ""
+                row = {"prompt": messages[-1]["content"], "completion": text}
                 row["finish_reason"] = choice.finish_reason
                 told = "" if choice.finish_reason != "length" else "   (cut at the limit of tokens)"
                 if task is not None and problem is not None:
-                    row["reward"] = (await task.grade(problem, [text or ""]))[0][0]
+                    row["reward"] = (await task.grade(problem, [text]))[0][0]
                     told += f"   (reward {row['reward']:.3f})"
                 found.append(row)
-                print(f"  -> {visible(text or '')}{told}")
+                print(f"  -> {visible(text)}{told}")
     return found
 
 
@@ -94,9 +95,10 @@ async def chat(
     Raises:
         ConfigError: a model without a chat template.
     """
-    async with _client_of(name, step, path) as (client, _, chats):
-        if not chats:
-            raise ConfigError(f"{name!r} has no chat template: use gspo sample, with whole prompts")
+    policy, _ = load_named(name, step, path)
+    if policy.tokenizer.chat_template is None:
+        raise ConfigError(f"{name!r} has no chat template: use gspo sample, with whole prompts")
+    async with client_of(policy) as client:
         print("/new begins a new conversation, /quit or Ctrl-D ends", file=sys.stderr)
         history = _conversation(system)
         while (text := _read_line()) != "/quit":
@@ -119,7 +121,7 @@ async def _streamed(
     parts: list[str] = []
     messages: Any = history
     stream: Any = await client.chat.completions.create(
-        model=_NAME, messages=messages, stream=True, **options
+        model=MODEL, messages=messages, stream=True, **options
     )
     async for chunk in stream:
         if chunk.choices and (text := chunk.choices[0].delta.content):
@@ -138,37 +140,16 @@ def _read_line() -> str:
 
 
 @asynccontextmanager
-async def _client_of(
-    name: str, step: str | None, path: str
-) -> AsyncIterator[tuple[LocalClient, SavedRun | None, bool]]:
-    """A client of the loaded model, its run, and whether it has a chat template."""
-    policy, run = load_named(name, step, path)
+async def client_of(policy: Policy) -> AsyncIterator[LocalClient]:
+    """A client of a loaded model, which requests call `MODEL`."""
     compute = ComputeThread()
-    serving = Serving(make_engine(policy, compute), lambda: [_NAME])
+    serving = Serving(make_engine(policy, compute), lambda: [MODEL])
     try:
         await serving.start()
-        yield serving.client, run, policy.tokenizer.chat_template is not None
+        yield serving.client
     finally:
         await serving.stop()
         compute.close()
-
-
-async def _answers(
-    client: LocalClient,
-    chats: bool,
-    messages: list[Any],
-    count: int,
-    options: Mapping[str, Any],
-) -> list[Any]:
-    request: dict[str, Any] = {"model": _NAME, "n": count, **options}
-    try:
-        if chats:
-            answer = await client.chat.completions.create(messages=messages, **request)
-        else:
-            answer = await client.completions.create(prompt=plain_prompt(messages), **request)
-    except APIStatusError as error:
-        raise RequestError(f"the engine refuses a prompt: {error.message}") from None
-    return list(answer.choices)
 
 
 def _task_of(name: str, run: SavedRun | None) -> Task:

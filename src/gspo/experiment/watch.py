@@ -1,29 +1,37 @@
-"""What is shown of a run while it runs: a bar on a terminal, plain lines elsewhere."""
+"""What is shown of a run while it runs: a bar on a terminal, plain lines elsewhere, completions."""
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import time
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any, TypeVar
 
+import pyarrow.parquet as pq
 from rich import progress
 from rich.console import Console
 from rich.table import Column
 from rich.text import Text
 
 from gspo.experiment.heldout import Estimate
-from gspo.experiment.samples import print_samples
 from gspo.experiment.spec import Spec
 
+T = TypeVar("T")
 _FIELDS = (
     ("SFT loss", "sft/loss", "{:.3f}"),
     ("reward", "train/reward", "{:.3f}"),
     ("clipped", "ratio/clip_fraction", "{:.1%}"),
     ("tokens/s", "throughput/tokens_per_second", "{:,.0f}"),
 )
+_BARS = " ▁▂▃▄▅▆▇█"
+_BINS = 10
+_LONGEST = 300
+"""Characters of a prompt or completion that a line shows."""
 
 
 class LiveWatch(AbstractContextManager["LiveWatch"]):
@@ -67,9 +75,7 @@ class LiveWatch(AbstractContextManager["LiveWatch"]):
     def started(self, spec: Spec, step: int, notes: list[str]) -> None:
         self._folder = spec.folder
         resumed = f", going on from step {step}" if step else ""
-        self._print(f"training {spec.model} in {spec.folder}{resumed}")
-        for note in notes:
-            self._print(note)
+        self._print(f"training {spec.model} in {spec.folder}{resumed}", *notes)
         self._bar.add_task("", total=spec.steps, completed=step)
         if not self._plain:
             self._bar.start()
@@ -84,14 +90,15 @@ class LiveWatch(AbstractContextManager["LiveWatch"]):
             self._print(f"step {step}/{task.total}  {task.description}  left {left}")
         batch = self._folder / "trajectories" / "train" / f"{step:04d}.parquet"
         if self._samples and batch.exists():  # a step of SFT has none
-            print_samples(self.console, batch, step, self._samples)
+            self._print(*sample_lines(batch, step, self._samples))
 
     def evaluated(self, step: int, estimate: Estimate) -> None:
         self._print(f"held-out reward at step {step}: {estimate}")
 
-    def _print(self, text: str) -> None:
-        """Print a line; rich puts it above the bar."""
-        self.console.print(Text(text), soft_wrap=True)
+    def _print(self, *lines: str) -> None:
+        """Print lines; rich puts them above the bar."""
+        for line in lines:
+            self.console.print(Text(line), soft_wrap=True)
 
 
 def _numbers(metrics: dict[str, float]) -> str:
@@ -100,3 +107,95 @@ def _numbers(metrics: dict[str, float]) -> str:
     if "train/skipped" in metrics:
         parts.append("skipped")  # the backend's warning says why
     return "  ".join(parts)
+
+
+def sample_lines(batch: Path, step: int, count: int) -> list[str]:
+    """Completions of a stored rollout batch, spread evenly from the lowest to the highest reward.
+
+    The last line tells how many trajectories have which reward.
+
+    Args:
+        batch: the step's file of trajectories.
+        step: its number.
+        count: how many completions to show.
+    """
+    rows = pq.read_table(batch, columns=["reward", "advantage", "messages"]).to_pylist()
+    rows.sort(key=lambda row: row["reward"])
+    lines = []
+    for row in spaced(rows, count):
+        # Of a trajectory that was left out of training there is no advantage.
+        advantage = "none" if row["advantage"] is None else f"{row['advantage']:+.3f}"
+        prompt, said = map(_line, _prompt_and_answer(json.loads(row["messages"])))
+        told = f"reward {row['reward']:.3f}  advantage {advantage}  {prompt} -> {said}"
+        lines.append(f"sample of step {step}: {told}")
+    return [*lines, f"rewards of step {step}: {histogram([row['reward'] for row in rows])}"]
+
+
+def spaced(values: Sequence[T], count: int) -> list[T]:
+    """Up to `count` of the values: the first, the last, and some evenly between.
+
+    >>> spaced(range(10), 3), spaced("ab", 3)
+    ([0, 4, 9], ['a', 'b'])
+    """
+    last, count = len(values) - 1, min(count, len(values))
+    return [values[at * last // max(1, count - 1)] for at in range(count)]
+
+
+def histogram(values: Sequence[float]) -> str:
+    """Where numbers lie: the bar of each tenth of their range, its ends, and the mean.
+
+    >>> histogram([0, 0, 0, 1])
+    '0 [█        ▃] 1, mean 0.250'
+    """
+    if not values:
+        return "none"
+    low, high = min(values), max(values)
+    mean = f"mean {sum(values) / len(values):.3f}"
+    if low == high:
+        return f"all {low:.3g}, {mean}"
+    counts = [0] * _BINS
+    for value in values:
+        counts[min(_BINS - 1, int((value - low) / (high - low) * _BINS))] += 1
+    bars = "".join(_BARS[-(-count * (len(_BARS) - 1) // max(counts))] for count in counts)
+    return f"{low:.3g} [{bars}] {high:.3g}, {mean}"
+
+
+def visible(text: str) -> str:
+    """The text with its control characters spelt out, but for new lines and tabs.
+
+    A completion may hold the codes that move a terminal's cursor or change its title.
+
+    >>> visible("a\\x1b[2Jb\\n")
+    'a\\\\x1b[2Jb\\n'
+    """
+    return "".join(
+        c
+        if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs")
+        else c.encode("unicode_escape").decode()
+        for c in text
+    )
+
+
+def _prompt_and_answer(messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """What stands before the first sampled message, and what was sampled; turns by new lines."""
+    first = next((i for i, m in enumerate(messages) if m.get("sampled")), len(messages))
+    prompt = message_text(messages[first - 1]) if first else ""
+    return prompt, "\n".join(message_text(m) for m in messages if m.get("sampled"))
+
+
+def message_text(message: Mapping[str, Any]) -> str:
+    """A message's text, and what else it holds, such as calls of tools, as JSON.
+
+    >>> message_text({"role": "assistant", "content": "Look:", "tool_calls": [1]})
+    'Look:\\n{"tool_calls": [1]}'
+    """
+    rest = {k: v for k, v in message.items() if k not in ("role", "content", "sampled") and v}
+    parts = (part for part in (message.get("content"), rest) if part)
+    return "\n".join(p if isinstance(p, str) else json.dumps(p, ensure_ascii=False) for p in parts)
+
+
+def _line(text: str) -> str:
+    """A text as one line of JSON, without control characters, which says where it was cut."""
+    text = visible(text)
+    cut = f" ... ({len(text):,} characters)" if len(text) > _LONGEST else ""
+    return json.dumps(text[:_LONGEST], ensure_ascii=False) + cut

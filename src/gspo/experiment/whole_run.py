@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import shutil
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +15,11 @@ import gspo as art
 from gspo.core.errors import DataError
 from gspo.dev import TrainConfig
 from gspo.experiment.loop import Outcome, run_experiment
+from gspo.experiment.saved_run import SavedRun
 from gspo.experiment.spec import Spec
 from gspo.experiment.stop import run_until_signal
 from gspo.experiment.watch import LiveWatch
 from gspo.tasks.dataset import load_dataset
-from gspo.train.checkpoint import steps_saved
 from gspo.train.defaults import WARMUP
 from gspo.utils.sft import read_trajectories
 
@@ -81,28 +79,16 @@ def _finished(run: Coroutine[Any, Any, Outcome]) -> Outcome:
 
 
 async def tune(
-    data: Path,
-    path: str,
-    project: str,
-    name: str,
-    model: str,
-    max_tokens: int | None,
-    **options: Any,
+    data: Path, model: art.TrainableModel, config: art.TrainSFTConfig, path: str
 ) -> art.TrainResult:
-    """`gspo sft`: train `model`, or go on with the run of this name.
-
-    `options` are those of `TrainSFTConfig`.
-    """
+    """`gspo sft`: train a model on conversations, or go on with the run of its name."""
     lessons = read_trajectories(data)  # before a model is loaded or a run is begun
-    config = art.TrainSFTConfig(lr_schedule="linear", **options)
-    load = art.dev.InternalModelConfig(max_context=max_tokens)
-    tuned = art.TrainableModel(name=name, project=project, base_model=model, _internal_config=load)
-    folder = Path(path).expanduser() / project / name
+    folder = Path(path).expanduser() / model.project / model.name
     begun = folder.exists()
     try:
         async with art.LocalBackend(path) as backend:
-            await tuned.register(backend)
-            return await tuned.train_sft(lessons, config)
+            await model.register(backend)
+            return await model.train_sft(lessons, config)
     except DataError:
         if not begun:  # nothing was trained: no empty run stays behind
             shutil.rmtree(folder)
@@ -129,8 +115,5 @@ def demo_spec(path: str, steps: int = DEMO_STEPS, seed: int = 0) -> Spec:
 
 def _unfinished(spec: Spec) -> bool:
     """Whether the folder holds the same demo, stopped half-way, which is then continued."""
-    with suppress(OSError, ValueError):
-        stored = json.loads((spec.folder / "spec.json").read_bytes())
-        done = max(steps_saved(spec.folder / "checkpoints"), default=0)
-        return stored == spec.model_dump(mode="json") and done < spec.steps
-    return False
+    run = SavedRun.of(spec.folder)
+    return run.spec == spec and run.steps < spec.steps

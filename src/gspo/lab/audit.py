@@ -10,30 +10,31 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from openai.types.chat.chat_completion import Choice
 
+from gspo.backend.loading import load_step
 from gspo.core.compute import ComputeThread
 from gspo.core.errors import ConfigError
 from gspo.core.metrics import Metrics
+from gspo.core.tables import as_text, cells, table
 from gspo.data.sample import Sample, sample_of
-from gspo.data.turn import Turn
+from gspo.data.turn import read_turn
 from gspo.dev import InternalModelConfig, RolloutDtype, TrainConfig
+from gspo.experiment.rollout import ask
 from gspo.experiment.run_file import read_spec
 from gspo.experiment.spec import Spec
+from gspo.experiment.talk import MODEL, client_of
 from gspo.lab.audit_report import make_report
-from gspo.lab.tables import as_text, cells, table
 from gspo.objective import PRESETS, Segments, sequence_log_ratio
 from gspo.policy.embedded import PREFIX, embedded_task
-from gspo.policy.load import Policy, load_policy
-from gspo.policy.probe import choose_packing
-from gspo.serve.engine import Completion, Request, SamplingParams
+from gspo.policy.policy import Policy
 from gspo.serve.selfcheck import make_engine, measure_exactness
-from gspo.serve.verbatim import chat_tokens
 from gspo.tasks import Task, load_task
 from gspo.train.expert_replay import ExpertReplay
 from gspo.train.old_logprobs import with_trainer_logprobs
@@ -83,14 +84,12 @@ def run_audit(
     options = {"model": model, "task": task or embedded_task(model), "temperature": temperature}
     spec = Spec.model_validate(options | {"load": {"rollout_dtype": rollout_dtype}, "train": clip})
     objective, source = resolve(options=spec.train).objective, _task(str(spec.task))
-    policy = load_policy(model)
-    choose_packing(policy)
+    policy = load_step(model, InternalModelConfig(), None)
     prompts = min(prompts, source.sizes["heldout"] if source.sizes else prompts)
     messages = [source.messages(source.problem("heldout", i, 0)) for i in range(prompts)]
-    params = SamplingParams(
-        n=completions, max_tokens=max_tokens or source.max_tokens, temperature=temperature
-    )
-    samples = sample_all(policy, rollout_dtype, messages, params, source.template_kwargs)
+    request: dict[str, Any] = {"n": completions, "temperature": temperature}
+    request["max_tokens"] = max_tokens or source.max_tokens
+    samples = sample_all(policy, rollout_dtype, messages, source.template_kwargs, **request)
     d, log_ratios, agreement = measure(policy, samples)
     asked = options | {
         **{"rollout_dtype": rollout_dtype, "prompts": prompts, "completions": completions},
@@ -116,35 +115,26 @@ def _task(name: str) -> Task:
 def sample_all(
     policy: Policy,
     rollout_dtype: RolloutDtype,
-    conversations: Sequence[list[dict[str, str]]],
-    params: SamplingParams,
+    conversations: Sequence[list[dict[str, Any]]],
     template_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> list[Sample]:
-    """Sample in this precision, with the weights of `policy`; each completion is a sample."""
+    """Sample in this precision, with the weights of `policy`; each completion is a sample.
+
+    `options` are those of the requests, such as `n`.
+    """
     sampling, _ = publisher_for(policy, rollout_dtype)
-    compute = ComputeThread()
-    engine = make_engine(sampling, compute)
-    params = replace(params, expert_choices=bool(policy.routers.modules))
-    requests = [
-        Request(tuple(chat_tokens(engine, c, template_kwargs=template_kwargs)), params)
-        for c in conversations
-    ]
+    chats = policy.tokenizer.chat_template is not None
+    options |= {"model": MODEL, "extra_body": {"return_routes": bool(policy.routers.modules)}}
 
-    async def answers() -> list[list[Completion]]:
-        return await asyncio.gather(*(engine.complete(request) for request in requests))
+    async def answers() -> list[list[Choice]]:
+        async with client_of(sampling) as client:
+            requests = (ask(client, c, chats, template_kwargs, **options) for c in conversations)
+            return await asyncio.gather(*requests)
 
-    try:
-        answered = zip(requests, asyncio.run(answers()), strict=True)
-    finally:
-        compute.close()
-    turns = [_turn(request, completion) for request, answer in answered for completion in answer]
-    return [sample_of([turn], trajectory_id=number) for number, turn in enumerate(turns)]
-
-
-def _turn(request: Request, completion: Completion) -> Turn:
-    tokens, logprobs = list(completion.token_ids), list(completion.logprobs)
-    versions = (completion.temperature, completion.policy_versions[0], completion.expert_choices)
-    return Turn(list(request.prompt), tokens, logprobs, *versions)
+    choices = enumerate(choice for answer in asyncio.run(answers()) for choice in answer)
+    turns = ((number, read_turn(choice, f"completion {number}")) for number, choice in choices)
+    return [sample_of([turn], trajectory_id=number) for number, turn in turns]
 
 
 def measure(
@@ -198,9 +188,7 @@ def audit_exact(model: str, dtype: str = "float32") -> dict[str, Any]:
             f"--rollout-dtype {dtype}: with --exact, engine and trainer compute in the same "
             f"precision: {' or '.join(_DTYPES)}"
         )
-    policy = load_policy(model, InternalModelConfig.model_validate({"dtype": dtype}))
-    choose_packing(policy)
-    policy.round_weights()
+    policy = load_step(model, InternalModelConfig.model_validate({"dtype": dtype}), None)
     parts, reason = measure_exactness(make_engine(policy, ComputeThread()))
     return {
         "model": model,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gspo.lab.tables import as_text, cells, table
+from gspo.core.tables import as_text, cells, table
 
 TOLERATED = 0.05
 """Share of the sequences that noise may clip."""

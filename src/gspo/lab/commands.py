@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gspo.core.errors import ConfigError
-from gspo.core.files import strict_json
-from gspo.experiment.run_commands import JsonOption, PathOption, RunArgument, say_loading
+from gspo.experiment.run_commands import JsonOption, PathOption, RunArgument, say_loading, show_json
 
 if TYPE_CHECKING:
     from gspo.core.timing import Clock
@@ -65,8 +64,7 @@ def audit(
     print(render(report), end="")
     if picture is not None:
         print(f"picture            {draw_audit(report, log_ratios, picture)}")
-    if as_json:
-        print(strict_json(report))
+    show_json(as_json, report)
 
 
 def _audit_exact(context: typer.Context, model: str, as_json: bool) -> None:
@@ -80,8 +78,7 @@ def _audit_exact(context: typer.Context, model: str, as_json: bool) -> None:
 
     report = audit_exact(model, context.params["rollout_dtype"])
     print(render_exact(report))
-    if as_json:
-        print(strict_json(report))
+    show_json(as_json, report)
 
 
 def inspect(
@@ -107,8 +104,7 @@ def inspect(
     print(render(inspection, matrix=matrix), end="")
     if picture is not None:
         print(f"picture: {draw_inspection(inspection, picture)}")
-    if as_json:
-        print(strict_json(inspection))
+    show_json(as_json, inspection)
 
 
 def compare(
@@ -124,8 +120,8 @@ def compare(
     if quick == (spec is not None):
         raise ConfigError("give a spec file, or --quick: gspo compare SPEC.toml")
     say_loading("the comparison")
-    from gspo.experiment.dataset_checks import check_dataset
     from gspo.experiment.heldout import require_scipy
+    from gspo.experiment.plan import check_dataset
     from gspo.lab.compare import read_compare_spec
     from gspo.lab.compare_cells import make_cells
     from gspo.lab.compare_runs import default_workers, run_comparison
@@ -154,10 +150,9 @@ def compare(
     if quick:
         print(QUICK_ADVICE)
     count = Counter(cell.status for cell in cells)
-    if as_json:
-        statuses = {status: count[status] for status in ("done", "failed", "refused")}
-        told = {"folder": str(resolved.folder), **page, **statuses, "paired": content["paired"]}
-        print(strict_json(told))
+    statuses = {status: count[status] for status in ("done", "failed", "refused")}
+    told = {"folder": str(resolved.folder), **page, **statuses, "paired": content["paired"]}
+    show_json(as_json, told)
     if count["failed"]:
         raise SystemExit(1)
 

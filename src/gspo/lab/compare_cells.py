@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from gspo.backend.metrics_file import read_metrics
 from gspo.core.errors import ConfigError, suggestion
 from gspo.experiment.plan import make_plan
 from gspo.experiment.run_file import nested
+from gspo.experiment.saved_run import SavedRun
 from gspo.experiment.spec import Spec
 from gspo.lab.compare import CompareSpec, run_keys
 from gspo.tasks import Task
@@ -65,9 +65,8 @@ class Cell:
     def is_finished(self) -> bool:
         """Whether the run has made its last step and evaluated it."""
         assert self.spec is not None
-        records = read_metrics(self.folder / "metrics.jsonl")
-        last = records[-1] if records else {}
-        return last.get("step") == self.spec.steps and "val/reward" in last
+        run = SavedRun.of(self.folder)
+        return run.steps == self.spec.steps and run.steps in run.values("val/reward")
 
 
 def make_cells(compare: CompareSpec) -> list[Cell]:

@@ -12,10 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from gspo.backend.metrics_file import read_metrics
 from gspo.backend.run import versions
 from gspo.core.files import explained, strict_json, write_whole
-from gspo.experiment.heldout import Estimate, Interval, share_interval
+from gspo.experiment.heldout import Interval, share_interval
+from gspo.experiment.saved_run import SavedRun
 from gspo.lab.compare import CompareSpec
 from gspo.lab.compare_cells import Cell
 from gspo.lab.statistics import p_value, paired_difference, t_interval, verdict
@@ -78,12 +78,12 @@ def _row(compare: CompareSpec, cell: Cell) -> Row:
 
 
 @cache
-def measured(run: Path) -> Row:
+def measured(folder: Path) -> Row:
     """What a finished run shows. It no longer changes."""
-    records = read_metrics(run / "metrics.jsonl")
-    names = dict.fromkeys(name for record in records for name in record if name != "step")
-    curves = {name: _curve(records, name) for name in names}
-    evaluations = [Estimate.logged(record) for record in records if "val/reward" in record]
+    run = SavedRun.of(folder)
+    names = dict.fromkeys(name for record in run.records for name in record if name != "step")
+    curves = {name: _curve(run.values(name)) for name in names}
+    evaluations = [*run.evaluations.values()]
     held_out = curves["val/reward"]
     # Two evaluations, at the start and the end, make no curve.
     curve = held_out if len(evaluations) > 2 else curves["train/reward"]
@@ -98,10 +98,9 @@ def measured(run: Path) -> Row:
     }
 
 
-def _curve(records: Sequence[Mapping[str, float]], name: str) -> dict[str, list[float]]:
+def _curve(by_step: Mapping[int, float]) -> dict[str, list[float]]:
     # To six digits, which is more than any of them is worth.
-    points = [(int(r["step"]), float(f"{r[name]:.6g}")) for r in records if name in r]
-    return {"step": [step for step, _ in points], "value": [value for _, value in points]}
+    return {"step": [*by_step], "value": [float(f"{value:.6g}") for value in by_step.values()]}
 
 
 def area(steps: Sequence[float], values: Sequence[float]) -> float:

@@ -8,13 +8,11 @@ from datetime import timedelta
 from statistics import fmean
 from typing import Any
 
-from rich.console import Console
-
+from gspo.core.tables import as_text, cells, table
 from gspo.experiment.heldout import LEVEL
 from gspo.lab.compare_cells import Cell
 from gspo.lab.compare_result import measured
 from gspo.lab.statistics import NO_DIFFERENCE, NO_INTERVAL, holm
-from gspo.lab.tables import as_text, cells, table
 
 Row = Mapping[str, Any]
 """An object of comparison.json."""
@@ -57,10 +55,8 @@ def result_text(content: Row, width: int | None = None) -> str:
 
     Args:
         content: that of comparison.json.
-        width: of the tables; None: that of the terminal, or wide enough if there is none.
+        width: of the tables, see `as_text`.
     """
-    console = Console()
-    width = width or (console.width if console.is_terminal else 140)
     tables = []
     if summary := [row for row in content["summary"] if row["seeds"]]:
         title = f"{content['name']}: means over seeds with their 95 % interval"

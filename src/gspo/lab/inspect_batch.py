@@ -13,11 +13,10 @@ import torch
 from gspo.backend.stored_batch import UpdateRecord
 from gspo.core.errors import ConfigError, check_names
 from gspo.core.metrics import Metrics
+from gspo.core.tables import as_text, cells, table, text
 from gspo.data.sample import flat, split_counts, unit_count
 from gspo.lab.audit_report import summarise
-from gspo.lab.gradients import cosines, gram, method_gradient
-from gspo.lab.stored_step import WEIGHTS, StoredStep
-from gspo.lab.tables import as_text, cells, table, text
+from gspo.lab.stored_step import WEIGHTS, StoredStep, cosines, gram, method_gradient
 from gspo.objective import PRESETS
 from gspo.policy.load import Policy
 from gspo.train.expert_replay import ExpertReplay, fix_before_updates
@@ -103,7 +102,7 @@ def _batches(
     }
     if by_trainer is None:
         return batches
-    experts = ExpertReplay(step.load("before"), by_trainer, Metrics())
+    experts = ExpertReplay(step.load("before").policy, by_trainer, Metrics())
     return {
         kind: replace(batch, samples=tuple(fix_before_updates(experts, [batch.samples])))
         for kind, batch in batches.items()
@@ -138,7 +137,7 @@ def _at_weights(
         `epsilon` is None if it has no range, `sequences` is N, `loss` is without the KL term and
         `grad_norm` with it, before any clipping by norm; `cosine` is with the run's gradient.
     """
-    trainer = step.trainer(step.load(weights))
+    trainer = step.load(weights)
     _check_memory(trainer.policy, len(methods))
     gradients, log_ratios = [], []
     rows: list[dict[str, Any]] = []

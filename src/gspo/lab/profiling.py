@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from gspo.core.files import strict_json, write_whole
+from gspo.core.tables import as_text, cells, table
 from gspo.core.timing import Clock
-from gspo.lab.tables import as_text, cells, table
 
 _COLUMNS = ("phase", "calls", "ms", "share")
 

@@ -9,11 +9,9 @@ from typing import Any
 from jinja2 import Template
 
 from gspo.core.errors import ConfigError, suggestion
-from gspo.lab.tables import as_text, table
-from gspo.sizing.cluster import Fit, Layout, fits, layouts
-from gspo.sizing.memory import HEAD_TOKENS, Training
-from gspo.sizing.model_size import ModelSize, read_size
-from gspo.sizing.step_time import GPUS, Gpu, Rates, Rollouts
+from gspo.core.tables import as_text, table
+from gspo.sizing.cluster import GPUS, Fit, Gpu, Layout, Rates, Rollouts, fits, layouts
+from gspo.sizing.model_size import HEAD_TOKENS, ModelSize, Training, read_size
 
 _SHOWN_LAYOUTS = 5
 _TEXT = Template(

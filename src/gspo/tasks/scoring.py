@@ -22,12 +22,12 @@ from typing import Any
 
 from gspo.core.byname import load_object
 from gspo.core.errors import ConfigError, DataError, RolloutTimeoutError, shown
-from gspo.core.plain import plain_number
+from gspo.core.plain import plain_reward
 from gspo.core.progress import all_or_cancel
 
 LIMIT_SECONDS = 600.0
 """How long an `async` reward function may take for one prompt."""
-_LARGEST = 1e100
+
 _ARGUMENTS = ("completions", "prompts")
 _SHAPES = "write (completion, row) -> float, or TRL's (completions, **columns) -> list[float]"
 
@@ -170,13 +170,5 @@ def _numbers(told: str, values: Any, size: int) -> list[float]:
         raise DataError(
             f"{told}: {shown(values)} for {size} completions: return a list of {size} numbers"
         )
-    numbers: list[float] = []
-    for number, value in enumerate(values):
-        plain = plain_number(value)
-        if plain is None or not -_LARGEST <= plain <= _LARGEST:  # NaN is within no limits
-            raise DataError(
-                f"{told}, completion {number}: {shown(value)}: return a finite number, 0 if the "
-                "function says nothing of this row"
-            )
-        numbers.append(float(plain))
-    return numbers
+    remedy = "return a finite number, 0 if the function says nothing of this row"
+    return [plain_reward(v, f"{told}, completion {n}", remedy) for n, v in enumerate(values)]

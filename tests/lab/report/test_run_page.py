@@ -11,9 +11,7 @@ import pytest
 
 from gspo.backend.run import Run
 from gspo.core.errors import RunError
-from gspo.experiment.run_file import flat
-from gspo.experiment.spec import Spec
-from gspo.lab.report.run_page import changed, read_runs, run_page
+from gspo.lab.report.run_page import read_runs, run_page
 from lab.report.page_elements import Elements
 from lab.report.report_cases import run_folder
 
@@ -91,13 +89,6 @@ def test_a_run_without_a_step_has_a_page(tmp_path: Path):
     assert "running; this is a snapshot" in page
     run.close()
     assert "p/m: not running" in run_page(read_runs([run.folder]))
-
-
-def test_options_that_are_not_the_defaults_are_known():
-    spec = Spec(task="sort", train={"precalculate_logprobs": True, "epochs": 2}, seed=3)  # pyright: ignore[reportArgumentType]
-    stored = json.loads(json.dumps(spec.model_dump(mode="json")))
-    train = {"train.precalculate_logprobs", "train.old_logprobs", "train.epochs"}
-    assert changed(flat(stored)) == {"seed"} | train
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path):

@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
 from gspo.core.errors import RunError
-from gspo.experiment.run_file import flat
 from gspo.experiment.saved_run import SavedRun
-from gspo.experiment.spec import Spec
 from gspo.lab.report.curves import charts_of
 from gspo.lab.report.page import render
 from gspo.lab.report.trajectory_browser import LONGEST, sampled_groups
@@ -78,7 +75,7 @@ def _ends(by_step: Mapping[int, float]) -> str:
 
 def _settings(run: SavedRun) -> list[list[str]]:
     """The options of spec.json, in bold if they are not the default."""
-    bold, given = Markup("<b>{}</b>"), changed(run.options)
+    bold, given = Markup("<b>{}</b>"), run.given
     rows = [
         [bold.format(text) if key in given else text for text in (key, _json(value))]
         for key, value in run.options.items()
@@ -88,16 +85,6 @@ def _settings(run: SavedRun) -> list[list[str]]:
 
 def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-def changed(spec: Mapping[str, Any]) -> set[str]:
-    """The dotted keys that a stored spec sets to another value than the default.
-
-    >>> sorted(changed({"steps": 60, "seed": 3, "train.epochs": 2}))
-    ['seed', 'train.epochs']
-    """
-    default = flat(Spec(task="sort").model_dump(mode="json"))
-    return {key for key, value in spec.items() if key not in default or value != default[key]}
 
 
 def read_runs(folders: Sequence[Path]) -> list[SavedRun]:

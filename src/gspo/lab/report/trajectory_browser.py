@@ -20,6 +20,7 @@ from tokenizers.decoders import DecodeStream
 
 from gspo.core.errors import RunError
 from gspo.experiment.saved_run import SavedRun
+from gspo.experiment.watch import message_text, spaced
 
 STEPS, GROUPS, COMPLETIONS = 3, 3, 6
 LONGEST = 600
@@ -50,16 +51,6 @@ def sampled_groups(run: SavedRun) -> list[dict[str, Any]]:
     """
     tokenizer, files = _tokenizer(run.folder), [*run.batches.values()]
     return [group for path in spaced(files, STEPS) for group in _groups(run, path, tokenizer)]
-
-
-def spaced(values: Sequence[Any], count: int) -> list[Any]:
-    """Up to `count` of the values: the first, the last, and some evenly between.
-
-    >>> spaced(range(10), 3), spaced("ab", 3)
-    ([0, 4, 9], ['a', 'b'])
-    """
-    places = np.linspace(0, len(values) - 1, min(count, len(values)))
-    return [values[int(place)] for place in places]
 
 
 def _tokenizer(folder: Path) -> Tokenizer | None:
@@ -165,12 +156,8 @@ def token_texts(ids: Sequence[int], tokenizer: Tokenizer | None) -> list[str]:
 
 
 def _message(message: Row) -> tuple[str, str]:
-    """Role and text; what else a message holds, such as tool calls, is shown as JSON."""
-    content = message.get("content")
-    rest = {k: v for k, v in message.items() if k not in ("role", "content", "sampled") and v}
-    parts = [part for part in (content, rest) if part]
-    texts = [p if isinstance(p, str) else json.dumps(p, ensure_ascii=False) for p in parts]
-    text = "\n".join(texts)
+    """Role and text of a message."""
+    text = message_text(message)
     if len(text) > 4 * LONGEST:
         text = f"{text[: 4 * LONGEST]} … {len(text) - 4 * LONGEST:,} more characters"
     return str(message.get("role", "")), text

@@ -10,6 +10,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+_IN_A_FILE = 140
+"""Columns of a table that no terminal shows."""
+
 
 def cells(names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     """The rows' fields as text: first the names as a header, then a list for each row.
@@ -39,29 +42,38 @@ def text(value: Any) -> str:
     return str(value)
 
 
-def table(rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
+def table(rows: Sequence[Sequence[str]], title: str | None = None, *, plain: bool = False) -> Table:
     """Draw the first row as a header above the others. Numbers stand on the right.
 
     On a narrow terminal values are broken between their words, and only headers inside.
+
+    Args:
+        plain: narrower, without a line below the header; words are broken, and numbers are not.
     """
     header, *rest = rows
-    out = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="")
+    line = None if plain else box.SIMPLE_HEAD
+    out = Table(box=line, pad_edge=not plain, title=title, title_justify="left", title_style="")
     for name, *values in zip(header, *rest, strict=True):
         words = not all(value[:1] in "0123456789+-" for value in values)
+        look = {"justify": "left" if words else "right", "no_wrap": plain and not words}
         longest = max((len(word) for value in values for word in value.split()), default=0)
-        justify = "left" if words else "right"
-        out.add_column(name, justify=justify, min_width=longest, overflow="fold")
+        out.add_column(name, min_width=None if plain else longest, overflow="fold", **look)
     for row in rest:
         out.add_row(*row)
     return out
 
 
-def as_text(parts: Iterable[str | Table], width: int) -> str:
+def as_text(parts: Iterable[str | Table], width: int | None = None) -> str:
     """Lines and tables one below the other; only tables are fitted into `width` columns.
+
+    None: those of the terminal, or wide enough if there is none.
 
     >>> as_text(["one line", table([["a", "b"], ["x", "2"]])], width=20).splitlines()
     ['one line', '', '  a   b', ' ───────', '  x   2', '']
     """
+    if width is None:
+        terminal = Console()
+        width = terminal.width if terminal.is_terminal else _IN_A_FILE
     file = io.StringIO()
     console = Console(file=file, width=width, highlight=False, markup=False)
     for part in parts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gspo.lab.tables import as_text, table
+from gspo.core.tables import as_text, table
 
 
 def test_numbers_stand_on_the_right_and_words_on_the_left():
@@ -23,3 +23,11 @@ def test_only_tables_are_cut_to_the_width():
     text = as_text([line, table([["a"], ["y " * 100]])], width=50)
     assert text.splitlines()[0] == line
     assert all(len(cut) <= 50 and cut == cut.rstrip() for cut in text.splitlines()[1:])
+
+
+def test_a_plain_table_is_narrow_and_keeps_numbers_whole():
+    rows = [["run", "changed"], ["a-long-name-" * 4, "2026-11-27 14:03"], ["b", "12"]]
+    lines = as_text([table(rows, plain=True)], width=30).splitlines()
+    assert lines[0].split() == ["run", "changed"] and lines[-1].split() == ["b", "12"]
+    assert any(line.endswith("2026-11-27 14:03") for line in lines)
+    assert all(len(line) <= 30 for line in lines)
