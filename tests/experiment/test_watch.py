@@ -18,7 +18,7 @@ import gspo as art
 from gspo.backend.stored_batch import write_batch
 from gspo.experiment.heldout import Estimate
 from gspo.experiment.spec import Spec
-from gspo.experiment.watch import LiveWatch, histogram, sample_lines, visible
+from gspo.experiment.watch import LiveWatch, histogram, read_samples, visible
 from support import choice
 
 
@@ -202,46 +202,57 @@ def batch(path: Path, rewards: list[float], text: str = "x") -> Path:
     return path / "1.parquet"
 
 
+def printed(batch: Path, count: int, console: Console, file: io.StringIO) -> str:
+    """What is shown of step 1 of a run whose trajectories these are."""
+    folder = batch.parent / "gspo" / "run" / "trajectories" / "train"
+    folder.mkdir(parents=True)
+    batch.rename(folder / "0001.parquet")
+    with LiveWatch(console, Clock(), samples=count) as watch:
+        watch.started(Spec(task="sort", steps=2, path=str(batch.parent)), 0, [])
+        watch.stepped(1, metrics(1))
+    return file.getvalue()
+
+
+def logged(batch: Path, count: int) -> list[str]:
+    """The lines of a log below the step's own."""
+    file = io.StringIO()
+    return printed(batch, count, Console(file=file, _environ={}), file).splitlines()[2:]
+
+
 def test_samples_are_spread_from_the_lowest_to_the_highest_reward(tmp_path: Path):
     path = batch(tmp_path, [0.5, 0.0, 1.0, 0.25, 0.75])
-    *samples, rewards = sample_lines(path, 7, 3)
-    assert [line.split()[5] for line in samples] == ["0.000", "0.500", "1.000"]
-    assert 'advantage +0.000  "prompt 0.5" -> ' in samples[1]
-    assert rewards.startswith("rewards of step 7: 0 [") and rewards.endswith("] 1, mean 0.500")
-    assert len(sample_lines(path, 7, 99)) == 5 + 1
+    rewards, samples = read_samples(path, 3)
+    assert [sample[0] for sample in samples] == ["0.000", "0.500", "1.000"]
+    assert samples[1][1:3] == ("+0.000", "prompt 0.5")
+    assert rewards == [0, 0.25, 0.5, 0.75, 1]
+    assert len(read_samples(path, 99)[1]) == 5
 
 
 def test_a_trajectory_that_was_left_out_has_no_advantage(tmp_path: Path):
     group = art.TrajectoryGroup([art.Trajectory(messages_and_choices=[choice([4])], reward=0.5)])
     write_batch(tmp_path / "1.parquet", [group])
-    assert "reward 0.500  advantage none" in sample_lines(tmp_path / "1.parquet", 7, 1)[0]
+    assert "reward 0.500  advantage none" in logged(tmp_path / "1.parquet", 1)[0]
 
 
-def test_a_sample_is_one_line_without_codes_of_the_completion(tmp_path: Path):
-    lines = sample_lines(batch(tmp_path, [0.0, 1.0], "a\nb\x1b[2J"), 7, 2)
+def test_a_log_gets_a_line_each_without_codes_of_the_completion(tmp_path: Path):
+    lines = logged(batch(tmp_path, [0.0, 1.0], "a\nb\x1b[2J"), 2)
     assert lines[0] == (
-        'sample of step 7: reward 0.000  advantage +0.000  "prompt 0.0" -> "a\\nb\\\\x1b[2J"'
+        'sample of step 1: reward 0.000  advantage +0.000  "prompt 0.0" -> "a\\nb\\\\x1b[2J"'
     )
-    assert lines[2] == "rewards of step 7: 0 [█        █] 1, mean 0.500"
+    assert lines[2] == "rewards of step 1: 0 [█        █] 1, mean 0.500"
 
 
 def test_a_long_completion_says_where_it_was_cut(tmp_path: Path):
-    line = sample_lines(batch(tmp_path, [0.0], "y" * 1000), 7, 1)[0]
+    line = logged(batch(tmp_path, [0.0], "y" * 1000), 1)[0]
     assert line.endswith('yyy" ... (1,000 characters)') and len(line) < 400
 
 
-def test_samples_stand_below_their_step_without_markup(tmp_path: Path):
-    folder = tmp_path / "gspo" / "run" / "trajectories" / "train"
-    folder.mkdir(parents=True)
-    text = "[bold]no markup[/bold] \x1b]0;title\x07"
-    batch(folder, [0.0, 1.0], text).rename(folder / "0001.parquet")
-    console, file = terminal(color_system=None)
-    with LiveWatch(console, Clock(), samples=2) as watch:
-        watch.started(Spec(task="sort", steps=2, path=str(tmp_path)), 0, [])
-        watch.stepped(1, metrics(1))
-    said = file.getvalue()
+def test_a_terminal_gets_a_table_without_codes_of_the_completion(tmp_path: Path):
+    path = batch(tmp_path, [0.0, 1.0], "[bold]no markup[/bold] \x1b]0;title\x07")
+    said = printed(path, 2, *terminal(width=100, color_system=None))
     assert "[bold]no markup[/bold]" in said and "\x1b]0" not in said and "\x07" not in said
-    assert "advantage +0.500" in said and "rewards of step 1: " in said
+    assert "┃" in said and "advantage" in said and "+0.500" in said
+    assert re.search(r"step 1 *\n", said) and "rewards of step 1: " in said
 
 
 @given(st.lists(st.floats(-1e6, 1e6), max_size=50))

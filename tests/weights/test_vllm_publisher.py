@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -385,6 +386,27 @@ def test_closing_fails_what_is_asked_and_what_is_asked_afterwards(
     with pytest.raises(ServeError, match="is closed"):
         street.samples(1)
     street.servers.close()
+
+
+def test_what_closing_fails_is_not_told_of_those_who_left(street: Street, pair: list[StandIn]):
+    street.publish()
+    for server in pair:
+        server.faults |= {"hangs"}
+    said: list[str] = []
+    street.servers.loop.set_exception_handler(lambda _, told: said.append(told["message"]))
+
+    async def left() -> None:
+        waits = street.servers.ask(street.servers.sample([1, 2, 3], PARAMS))
+        await asyncio.sleep(0.05)
+        street.servers._closed = True  # as `close` sets it, before the one that asked has gone
+        waits.cancel()
+        await asyncio.sleep(0.05)
+        street.servers._closed = False
+
+    asyncio.run(left())
+    gc.collect()
+    street.servers.close()
+    assert said == []
 
 
 def test_closing_ends_a_publication(street: Street, pair: list[StandIn]):

@@ -203,6 +203,20 @@ def test_a_server_that_cannot_reload_is_started_with_each_version(
     assert own(tmp_path, faults, versions) == expected
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_prompts_are_read_whole_where_there_is_no_gpu(
+    gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+
+    async def version(server: VllmServer) -> None:
+        await server.bring(told(tmp_path, 0, -1.0, -2.0))
+        command = Path(f"/proc/{starts(tmp_path)[-1][0]}/cmdline").read_text().split("\0")
+        assert ("--no-enable-chunked-prefill" in command) is not gpu
+
+    own(tmp_path, "", version)
+
+
 def test_a_server_that_dies_is_started_again_and_still_reloads(tmp_path: Path):
     async def versions(server: VllmServer) -> None:
         for version in range(4):

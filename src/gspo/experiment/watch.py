@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import pyarrow.parquet as pq
 from rich import progress
 from rich.console import Console
-from rich.table import Column
+from rich.table import Column, Table
 from rich.text import Text
 
 from gspo.experiment.heldout import Estimate
@@ -90,10 +90,30 @@ class LiveWatch(AbstractContextManager["LiveWatch"]):
             self._print(f"step {step}/{task.total}  {task.description}  left {left}")
         batch = self._folder / "trajectories" / "train" / f"{step:04d}.parquet"
         if self._samples and batch.exists():  # a step of SFT has none
-            self._print(*sample_lines(batch, step, self._samples))
+            self._show(batch, step)
 
     def evaluated(self, step: int, estimate: Estimate) -> None:
         self._print(f"held-out reward at step {step}: {estimate}")
+
+    def _show(self, batch: Path, step: int) -> None:
+        """A table of completions on a terminal, a line each elsewhere; and all rewards."""
+        rewards, samples = read_samples(batch, self._samples)
+        if self._plain:
+            for reward, advantage, *texts in samples:
+                told = " -> ".join(map(_line, texts))
+                self._print(
+                    f"sample of step {step}: reward {reward}  advantage {advantage}  {told}"
+                )
+        else:
+            table = Table(title=f"step {step}", title_justify="left", show_lines=True, expand=True)
+            for name in ("reward", "advantage"):
+                table.add_column(name, justify="right", no_wrap=True)
+            for name in ("prompt", "completion"):
+                table.add_column(name, ratio=1, overflow="fold")
+            for sample in samples:
+                table.add_row(*(Text(visible(text)) for text in sample))
+            self.console.print(table)
+        self._print(f"rewards of step {step}: {histogram(rewards)}")
 
     def _print(self, *lines: str) -> None:
         """Print lines; rich puts them above the bar."""
@@ -109,26 +129,22 @@ def _numbers(metrics: dict[str, float]) -> str:
     return "  ".join(parts)
 
 
-def sample_lines(batch: Path, step: int, count: int) -> list[str]:
-    """Completions of a stored rollout batch, spread evenly from the lowest to the highest reward.
-
-    The last line tells how many trajectories have which reward.
+def read_samples(batch: Path, count: int) -> tuple[list[float], list[tuple[str, str, str, str]]]:
+    """All rewards of a stored rollout batch; and of trajectories that are spread evenly over them
+    reward, advantage (none: it was left out of training), prompt and completion.
 
     Args:
         batch: the step's file of trajectories.
-        step: its number.
-        count: how many completions to show.
+        count: how many trajectories.
     """
     rows = pq.read_table(batch, columns=["reward", "advantage", "messages"]).to_pylist()
     rows.sort(key=lambda row: row["reward"])
-    lines = []
+    samples = []
     for row in spaced(rows, count):
-        # Of a trajectory that was left out of training there is no advantage.
         advantage = "none" if row["advantage"] is None else f"{row['advantage']:+.3f}"
-        prompt, said = map(_line, _prompt_and_answer(json.loads(row["messages"])))
-        told = f"reward {row['reward']:.3f}  advantage {advantage}  {prompt} -> {said}"
-        lines.append(f"sample of step {step}: {told}")
-    return [*lines, f"rewards of step {step}: {histogram([row['reward'] for row in rows])}"]
+        texts = _prompt_and_answer(json.loads(row["messages"]))
+        samples.append((f"{row['reward']:.3f}", advantage, *texts))
+    return [row["reward"] for row in rows], samples
 
 
 def spaced(values: Sequence[T], count: int) -> list[T]:

@@ -169,6 +169,9 @@ class VllmServers:
 
     async def _until_closed(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of work that `close` ends: whoever waits for it is told why."""
+        task = asyncio.current_task()
+        assert task is not None
+        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # told or not
         try:
             return await work
         except asyncio.CancelledError:
