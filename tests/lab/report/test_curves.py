@@ -88,6 +88,8 @@ def test_a_logarithmic_axis_takes_sizes_and_no_zero(tmp_path: Path):
     assert curves["mean of tokens"].y == (0.5, None)
     ((title, figure),) = charts_of([run])["The clip"].items()
     assert title == NOISE and figure.layout.yaxis.type == "log"
+    ((_, curves),) = curves_of([logged([records[1]])]).items()
+    assert curves["mean of tokens, always 0"].y == (None,)
 
 
 @pytest.mark.parametrize(("algorithm", "shown"), [("gspo", True), ("grpo", False)])

@@ -64,6 +64,7 @@ def draw(chart: Mapping[str, Any], runs: Sequence[SavedRun]) -> go.Figure:
         if not steps or (chart.get("unless_zero") and not any(values)):
             continue
         if axis == "log":
+            name += "" if any(values) else ", always 0"
             values = [abs(value) if value else None for value in values]
         mode = "lines" if len(steps) > _MARKED else "lines+markers"
         look = {"mode": mode, "line_color": color, "hovertemplate": f"%{{y}} ({metric})"}
