@@ -57,7 +57,7 @@ RUN: dict[str, tuple[str, ...]] = {
     "gspo compare stability.toml": ("--dry-run",),
     "gspo compare stability.toml --dry-run": (),
 }
-"""In an order in which each finds what it needs."""
+"""In an order in which one worker does little twice."""
 
 _ENVIRONMENTS = "a minute; tests/examples/test_environments.py does it, where it is installed"
 _BENCHMARKS = "minutes to hours; tests/benchmarks has the parts"
@@ -160,6 +160,9 @@ def test_the_commands_run_and_warn_of_nothing(
     capsys: pytest.CaptureFixture[str],
 ):
     monkeypatch.chdir(place)
+    # Another worker may have run the commands before this one.
+    if "sort-small" in command and not Path(".gspo/gspo/sort-small").exists():
+        gspo(f"gspo train run.toml --set steps=2 {shlex.join(SMALL)}")
     for run in (".gspo/demo/sort-1", ".gspo/demo/sort-2"):
         if run in command and not Path(run).exists():
             name = Path(run).name  # as `gspo demo` leaves it, from fewer prompts

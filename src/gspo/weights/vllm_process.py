@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 
 from gspo.core.errors import ConfigError, shown
 
@@ -90,6 +91,10 @@ class VllmProcess:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         ours = [*FLAGS.split(), "--host", "127.0.0.1", "--port", f"{port}", *settings]
+        if not torch.cuda.is_available():
+            # vLLM 0.32's engine dies of a seeded request whose prompt it reads in pieces: torch's
+            # generator of a CPU has no offset.
+            ours.append("--no-enable-chunked-prefill")
         env = os.environ | _ENV
         self._command = [*self._python, *ours, "--model", model, *self._options]
         with self._log.open("ab") as log:

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import torch
 
 from gspo.core.errors import RequestError, ServeError
 from gspo.weights.vllm_process import FLAGS, VllmProcess, server_url
@@ -288,10 +287,6 @@ class VllmServer:
         assert own is not None
         await asyncio.to_thread(own.stop)
         settings = ["--dtype", new.dtype, "--max-model-len", f"{new.context}"]
-        if not torch.cuda.is_available():
-            # vLLM 0.32's engine dies of a seeded request whose prompt it reads in pieces: torch's
-            # generator of a CPU has no offset.
-            settings.append("--no-enable-chunked-prefill")
         if new.lora_base:
             rank = max(8, 1 << (new.lora_rank - 1).bit_length())
             settings += ["--enable-lora", "--max-lora-rank", f"{rank}"]
