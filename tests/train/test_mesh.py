@@ -193,7 +193,7 @@ def test_a_transformers_without_sharding_is_refused(monkeypatch):
 
 
 def test_ranks_that_count_otherwise_are_named(alone, monkeypatch):
-    store = torch.distributed.HashStore()
+    store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     store.set("size-0", "2")
     monkeypatch.setattr(module, "rendezvous", lambda *_, **__: iter([(store, 1, 3)]))
     with pytest.raises(ConfigError, match=r"rank 1 on .* is one of 3, but rank 0 one of 2"):
