@@ -218,13 +218,13 @@ def test_a_refusal_of_the_hub_comes_before_any_work(full: SavedRun, hub: type[Hu
     assert not (tmp_path / "out").exists()
 
 
-VLLM = Path(__file__).parents[2] / "benchmarks/.venvs/vllm/bin/python"
-"""Made by `make bench-vllm`."""
+_MADE = Path(__file__).parents[2] / "benchmarks/.venvs/vllm/bin/python"  # by `make bench-vllm`
+VLLM = Path(os.environ.get("GSPO_VLLM_PYTHON") or _MADE)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # on a busy machine
-@pytest.mark.skipif(not VLLM.exists(), reason="no benchmarks/.venvs/vllm: make bench-vllm")
+@pytest.mark.skipif(not VLLM.exists(), reason="no GSPO_VLLM_PYTHON, and not made: make bench-vllm")
 @pytest.mark.parametrize(
     ("part", "load", "options"),
     [
