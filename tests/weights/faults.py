@@ -476,3 +476,10 @@ class Street:
 
         self.publisher.publish = publish
         return self.receipts.publish(self.engine)
+
+
+OF_NO_TENSOR = {
+    "another epsilon of a norm",
+    "another scale of the scores",
+    "another scale of the rotations",
+}

@@ -19,7 +19,7 @@ from gspo.weights.publisher import publisher_for
 from gspo.weights.receipt import Receipts, probe_for
 from policy.routers import MOE, moe, phimoe
 from support import embedded, random_groups
-from weights.faults import FAULTS, MODELS, Fault, Street, dense, stale, update
+from weights.faults import FAULTS, MODELS, OF_NO_TENSOR, Fault, Street, dense, stale, update
 
 DTYPES: tuple[dev.RolloutDtype, ...] = get_args(dev.RolloutDtype)
 ASKED = [Request((1, 2, 3), SamplingParams(max_tokens=1))]
@@ -53,9 +53,11 @@ def test_a_fault_is_caught_before_the_first_token(model: str, name: str):
 @pytest.mark.parametrize(("model", "name"), CASES)
 def test_a_fault_is_caught_each_of_fifty_times(model: str, name: str):
     policy = MODELS[model]()
+    # Where no tensor differs, what is computed otherwise may lie within a rounded copy's noise.
+    dtypes = DTYPES[:1] if name in OF_NO_TENSOR else DTYPES
     by_scores = 0
     for seed in range(50):
-        message = refused(policy, FAULTS[model][name], DTYPES[seed % len(DTYPES)], 100 + seed)
+        message = refused(policy, FAULTS[model][name], dtypes[seed % len(dtypes)], 100 + seed)
         by_scores += "its log-probs of the probe" in message or "cannot score" in message
     print(f"{model}, {name}: {by_scores} of 50 by the scores")
 
