@@ -124,8 +124,15 @@ def attend(
 class ContextScores:
     """Scores of a context's keys, of all queries that share it in one tensor; then their weights.
 
+    They stay under their contexts, as one product for all sequences makes them: what is written
+    to sequences is one number a query, or one a tile, and not all scores.
+
+    Args:
+        query, context, tile: as of `attend`.
+        dtype: of the scores.
+
     Attributes:
-        scores: of each group, [p, K, nM, W].
+        scores: of each group, [p, K, nM, W]; n sequences share each of p contexts.
     """
 
     def __init__(

@@ -48,9 +48,8 @@ class CheckpointWriter:
         self._last = target, self._thread.submit(write)
         if not large:
             self.wait()
-        if (
-            failed is not None and trainer.policy.workers.rank == 0
-        ):  # others wrote only a part of it
+        first = trainer.policy.workers.rank == 0  # the others wrote only a part of it
+        if failed is not None and first:
             raise failed
         return target
 
