@@ -95,6 +95,8 @@ def override(
         misplaced = len(rest) == 1 and first in TABLES and near and key not in near
         if first not in keys or misplaced:
             hint = f" Did you mean {near[0]!r}?" if near else suggestion(first, keys)
+            if reason := Spec.refused.get(parts[-1]):
+                hint = f" It is not supported: {reason}"
             raise ConfigError(f"--set {item!r}: unknown key {key!r}.{hint}")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
