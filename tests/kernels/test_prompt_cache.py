@@ -46,7 +46,7 @@ def test_whole_tiles_of_prompts_are_shared_and_prompts_may_be_fed_in_pieces(back
             patch.setattr(prompt_cache, "_SCORE_BYTES", size)
             kv, hidden = start(backbone, LONG, prompt_of, "shared")
             assert isinstance(kv, SharedPrompts)
-            assert kv._prompts[0][0].shape[:3] == (4, 1, 64)  # both key heads side by side
+            assert kv._prompts[0][0].shape[::2] == (4, 64)
             tokens = torch.arange(6) + 20
             states.append((hidden, kv.advance(tokens), kv.advance(tokens + 1)))
     for one, other in zip(*states, strict=True):

@@ -21,7 +21,9 @@ def random(seed: int, *shape: int) -> Tensor:
 
 @pytest.mark.parametrize("scoring", [PLAIN, Scoring(0.7, torch.ones(4, 1))])
 @pytest.mark.parametrize("sizes", [(), (3, 2)])
-@pytest.mark.parametrize("heads", [(2, 2, 16), (4, 1, 16), (3, 3, 64), (1, 2, 8)])
+@pytest.mark.parametrize(
+    "heads", [(2, 2, 16), (4, 1, 16), (3, 3, 64), (1, 2, 8), (2, 2, 8), (8, 1, 8), (3, 2, 2)]
+)
 def test_every_bit_is_that_of_tile_attention(heads, sizes, scoring: Scoring):
     kv_heads, share, depth = heads
     if scoring is not PLAIN:
@@ -37,8 +39,9 @@ def test_every_bit_is_that_of_tile_attention(heads, sizes, scoring: Scoring):
         context = Context(shared[0], shared[1], groups)
     unseen = np.arange(length)[None, None] > np.arange(60, 60 + count)[:, None, None]
     hidden = hiding(unseen, CPU)
-    together = kv_heads if beside(*heads) else 1
-    assert (together > 1) == (heads in ((2, 2, 16), (4, 1, 16)))
+    together = kv_heads if beside(*heads, depth, torch.float32) else 1
+    if depth >= 16 or kv_heads == 1:  # narrower heads: only if the library's bits allow it
+        assert (together > 1) == (heads in ((2, 2, 16), (4, 1, 16)))
 
     def slab(x: Tensor) -> Tensor:
         return x if together == 1 else x.transpose(1, 2).flatten(2)[:, None].contiguous()

@@ -75,7 +75,7 @@ async def test_threads_that_train_side_by_side_share_the_time(tmp_path: Path):
     assert records(plain) == records(run)
     phases = by_name(report)
     assert sum(p["seconds"] for p in phases.values()) == pytest.approx(report["seconds"])
-    assert phases["backward"]["calls"] > 2 * 4
+    assert phases["backward"]["calls"] > phases["optimizer"]["calls"] > 0  # several microbatches
 
 
 async def test_files_and_text(tmp_path: Path):

@@ -664,7 +664,7 @@ def test_a_kl_term_alone_draws_the_policy_to_its_reference():
     )
     batch = four_groups(policy, (0, 1, 2, 3))
     before, after = (trainer.train(batch, settings).metrics.compute()["loss/kl"] for _ in range(2))
-    assert after < 0.9 * before
+    assert after < 0.95 * before
 
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.1])

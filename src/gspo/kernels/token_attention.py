@@ -7,7 +7,7 @@ queries are written where products read them, and small key heads stand side by 
           .           query of head 1
 
 What lies beside this diagonal is 0, and adds exact zeros to each score; the same places of the
-output are not read.
+output are not read. Heads stand so only where the loaded library's bits allow it (`beside`).
 
 Shapes: as in `tile_attention`; g query heads share a key head, and M = g.
 """
@@ -15,6 +15,7 @@ Shapes: as in `tile_attention`; g query heads share a key head, and M = g.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,10 +23,14 @@ from torch import Tensor
 
 from gspo.kernels.shared_contexts import Context
 from gspo.kernels.tile_attention import (
+    LOG2_E,
+    PLAIN,
     ROWS,
+    TILE,
     ContextScores,
     Scoring,
     add_tiles,
+    attend,
     products,
     softmax_,
 )
@@ -33,13 +38,26 @@ from gspo.kernels.tile_attention import (
 _WIDEST = 64  # numbers side by side; with more of them the zeros cost more than is saved
 
 
-def beside(kv_heads: int, share: int, depth: int) -> bool:
-    """Whether the key heads of a completion stand side by side.
+@cache
+@torch.no_grad()
+def beside(kv_heads: int, share: int, depth: int, wide: int, dtype: torch.dtype) -> bool:
+    """Whether the key heads of a completion stand side by side: small ones do, if this gives the
+    bits of `attend` here. MKL on AMD sums products of 8 columns in another order than of 16.
 
-    >>> beside(2, 2, 16), beside(3, 3, 64)
-    (True, False)
+    >>> beside(3, 3, 64, 64, torch.float32)
+    False
     """
-    return share < ROWS <= kv_heads * share and kv_heads * depth <= _WIDEST
+    if not share < ROWS <= kv_heads * share or kv_heads * max(depth, wide) > _WIDEST:
+        return False
+    draw, count = torch.Generator().manual_seed(0), 256  # roundings to bfloat16 hide most
+    query, keys, values = (
+        torch.randn(count, kv_heads, *shape, generator=draw).to(dtype)
+        for shape in ((share, depth), (TILE, depth), (TILE, wide))
+    )
+    expected, _ = attend(query * LOG2_E, keys, values, None, None)
+    slabs = (x.transpose(1, 2).flatten(2)[:, None] for x in (keys, values))
+    one = TokenAttention((*query.shape, wide), kv_heads, dtype, query.device)
+    return torch.equal(one.attend(query, LOG2_E, *slabs, None, None, TILE, PLAIN), expected)
 
 
 def new_slabs(
@@ -47,8 +65,8 @@ def new_slabs(
 ) -> list[Tensor]:
     """Room for the keys and values of N completions, [N, K, columns, D] and [N, K, columns, E]; or
     [N, 1, columns, KD] and [N, 1, columns, KE], if the heads stand side by side."""
-    kv_heads = key.shape[1]
-    together = kv_heads if beside(kv_heads, share, max(key.shape[2], value.shape[2])) else 1
+    kv_heads, depth, wide = key.shape[1], key.shape[2], value.shape[2]
+    together = kv_heads if beside(kv_heads, share, depth, wide, key.dtype) else 1
     shape = count, kv_heads // together, columns
     return [x.new_zeros(*shape, together * x.shape[2]) for x in (key, value)]
 
