@@ -226,7 +226,7 @@ def batch_side(lm: Any, case: Case) -> Iterator[Side]:
             manager.add_request(list(prompt), max_new_tokens=limit, eos_token_id=-1)
         tokens = finished = 0
         while finished < len(case.lengths):
-            result = manager.get_result(timeout=60)
+            result = manager.get_result(timeout=300)
             assert result is not None and result.error is None, f"generate_batch: {result}"
             if result.is_finished():
                 finished += 1
