@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from gspo.config import TrainSFTConfig
 from gspo.core.compute import ComputeThread
 from gspo.core.draws import seed_of
 from gspo.core.errors import RunError
+from gspo.core.log import log
 from gspo.core.timing import timed
 from gspo.data.check import plain_groups
 from gspo.data.sample import SPLIT_REASONS, flat, split_counts
@@ -34,7 +34,6 @@ from gspo.train.trainer import Trainer, TrainOutput
 from gspo.trajectories import TrajectoryGroup
 
 T = TypeVar("T")
-log = logging.getLogger("gspo")
 
 
 class Service:

@@ -8,13 +8,13 @@ counters that it counts up itself.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from gspo.core.log import log
 from gspo.kernels.hf import no_mask
 from gspo.kernels.prompt_cache import SharedPrompts
 from gspo.kernels.shared_contexts import Context
@@ -22,8 +22,6 @@ from gspo.kernels.tile_attention import LOG2_E, Scoring, attend
 
 COLUMNS = 128
 """A step is captured for so many more columns of the slabs than it needs, until they are full."""
-
-log = logging.getLogger("gspo")
 
 
 class Step:

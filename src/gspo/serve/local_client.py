@@ -11,7 +11,6 @@ import asyncio
 import contextvars
 import importlib
 import json
-import logging
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -21,13 +20,12 @@ from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from openai.types.chat import ChatCompletion
 
 from gspo.core.errors import GspoError, ServeError
+from gspo.core.log import log
 from gspo.core.variables import holding
 from gspo.serve.app import chat_answer
 from gspo.serve.refusals import error_response
 from gspo.serve.schemas import ChatBody
 from gspo.serve.waiting import IN_PROCESS
-
-log = logging.getLogger("gspo")
 
 BASE_URL = "http://gspo.local/v1"
 STREAM_MESSAGES = 16

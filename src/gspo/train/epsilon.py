@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gspo.core.log import log
 from gspo.core.metrics import Metrics
 from gspo.objective import MAX_LOG_RATIO, Objective
 from gspo.train.observe import Observer, Trace
 from gspo.train.settings import Settings
-
-log = logging.getLogger("gspo")
 
 LOWEST, HIGHEST = 1e-6, 1.0
 RATE = 0.3
