@@ -65,7 +65,9 @@ def needed_epsilon(objective: Objective, trace: Trace) -> float:
     distance = math.expm1(min(trace.log_ratio, MAX_LOG_RATIO))
     scale = objective.epsilon_high / objective.epsilon_low
     distance = distance / scale if trace.advantage > 0 else -distance
-    return max(_in_epsilons(objective, distance, trace.length), 0.0)
+    if objective.epsilon_scale == "sqrt_length":  # what `clip_range` compares with epsilon itself
+        distance *= math.sqrt(max(trace.length, 1.0))
+    return max(distance, 0.0)
 
 
 def noise_warning(settings: Settings, metrics: Metrics) -> str | None:
@@ -79,12 +81,6 @@ def noise_warning(settings: Settings, metrics: Metrics) -> str | None:
         f"unchanged weights (epsilon {settings.objective.epsilon_low:.2g}): raise epsilon, set "
         "epsilon='auto' or old_logprobs='trainer', or roll out in a finer dtype"
     )
-
-
-def _in_epsilons(objective: Objective, distance: float, length: float) -> float:
-    """What `clip_range` compares with epsilon itself, for a sequence of this length."""
-    by_length = objective.epsilon_scale == "sqrt_length"
-    return distance * math.sqrt(max(length, 1.0)) if by_length else distance
 
 
 def _bounded(epsilon: float, scale: float) -> float:
