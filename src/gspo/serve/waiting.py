@@ -21,9 +21,7 @@ LONG_TEXT = 10_000
 
 
 def _in_process(http: fastapi.Request | None) -> bool:
-    if http is None:
-        return True
-    return http.client is not None and http.client.host == IN_PROCESS
+    return http is None or (http.client is not None and http.client.host == IN_PROCESS)
 
 
 async def tokenized(
