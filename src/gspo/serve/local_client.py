@@ -185,7 +185,7 @@ class _Body(http.AsyncByteStream):
 
     def __init__(self, app: FastAPI, scope: dict[str, Any], content: bytes, seconds: float | None):
         self._app, self._scope, self._seconds = app, scope, seconds
-        self._content: bytes | None = content
+        self._body = [{"type": "http.request", "body": content, "more_body": False}]
         self._messages: asyncio.Queue[Any] = asyncio.Queue(STREAM_MESSAGES)
         self._task = asyncio.create_task(self._run())
 
@@ -197,10 +197,9 @@ class _Body(http.AsyncByteStream):
             await self._messages.put(error)
 
     async def _receive(self) -> dict[str, Any]:
-        if self._content is None:
+        if not self._body:
             await asyncio.Event().wait()  # whoever hangs up ends the task
-        content, self._content = self._content, None
-        return {"type": "http.request", "body": content, "more_body": False}
+        return self._body.pop()
 
     async def next(self) -> dict[str, Any]:
         """The next message of the answer.
