@@ -77,6 +77,7 @@ class Batch:
         self._running: Running | None = None
         self._joining: deque[Joining] = deque()
         self._cancelled = False
+        self._most = PROMPT_TOKENS[policy.device.type == "cuda"]
 
     @property
     def busy(self) -> list[OpenCompletion]:
@@ -175,10 +176,6 @@ class Batch:
             )
             joining.append(Joining(completions, owner, reading, self._policy.version))
         return joining
-
-    @property
-    def _most(self) -> int:
-        return PROMPT_TOKENS[self._policy.device.type == "cuda"]
 
     def _read(self) -> list[Joining]:
         """Read on in the prompts, in turns; returns those that have been read."""
