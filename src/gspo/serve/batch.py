@@ -117,16 +117,14 @@ class Batch:
 
     def cancel(self, completion: OpenCompletion) -> None:
         """End a completion that nobody wants any more; its place is free at once."""
+        completion.finish = "length"
         if self._running is not None and completion in self._running.completions:
-            self._running.cancel(completion)
+            self._running.alive -= 1
             self._cancelled = True
             self._leave_if_over()
-            return
         for joining in list(self._joining):
-            if completion in joining.completions:
-                completion.finish = "length"
-                if not joining.alive:
-                    self._joining.remove(joining)
+            if not joining.alive:
+                self._joining.remove(joining)
 
     def _leave_if_over(self) -> None:
         """Let go of keys and values once nothing runs."""
