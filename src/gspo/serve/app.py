@@ -235,12 +235,11 @@ async def tokenize(http: fastapi.Request, body: TokenizeBody) -> dict[str, Any]:
     if messages is not None:
         options = {"tools": body.tools, "template_kwargs": body.chat_template_kwargs}
         texts = texts_in([messages, *options.values()])
-        ids = await tokenized(http, engine, texts, lambda: chat_tokens(engine, messages, **options))
+        encode = partial(chat_tokens, engine, messages, **options)
     else:
         special = body.add_special_tokens is not False
-        ids = await tokenized(
-            http, engine, [text], lambda: engine.tokenizer.encode(text, special=special)
-        )
+        texts, encode = [text], partial(engine.tokenizer.encode, text, special=special)
+    ids = await tokenized(http, engine, texts, encode)
     return {"tokens": ids, "count": len(ids)}
 
 
