@@ -97,7 +97,9 @@ def _add(messages: list[dict[str, Any]], item: Mapping[str, Any], where: str) ->
     elif kind == "function_call":
         function = {"name": item.get("name"), "arguments": item.get("arguments")}
         call = {"id": item.get("call_id"), "type": "function", "function": function}
-        turn = _turn(messages)
+        if not messages or messages[-1]["role"] != "assistant":  # else it is of that turn
+            messages.append({"role": "assistant", "content": None})
+        turn = messages[-1]
         turn["tool_calls"] = [*(turn.get("tool_calls") or []), call]
     elif kind == "reasoning":
         parts = item.get("content") or item.get("summary") or []
@@ -113,13 +115,6 @@ def _add(messages: list[dict[str, Any]], item: Mapping[str, Any], where: str) ->
         messages.append({"role": item.get("role"), "content": content})
     else:
         raise RequestError(f"{where}: items of type {shown(kind)} are not supported", "input")
-
-
-def _turn(messages: list[dict[str, Any]]) -> dict[str, Any]:
-    """The turn of the model that a call belongs to."""
-    if not messages or messages[-1]["role"] != "assistant":
-        messages.append({"role": "assistant", "content": None})
-    return messages[-1]
 
 
 def _text(content: Any, where: str) -> str:
