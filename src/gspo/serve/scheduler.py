@@ -67,7 +67,7 @@ class Scheduler:
     @property
     def joins(self) -> bool:
         """Whether requests join those that run."""
-        return self._sockets or self._engine.exact
+        return self._sockets or self._engine.policy.exact
 
     @property
     def traffic(self) -> tuple[int, int]:
