@@ -211,7 +211,8 @@ class Service:
                 store()
             except Exception as error:
                 failed = error
-            path = self._save() if save else None
+            writing = CheckpointWriter.save, self.checkpoints, run.checkpoints, self.trainer
+            path = self._everywhere(*writing) if save else None
             try:
                 if failed is not None:
                     raise failed
@@ -229,10 +230,6 @@ class Service:
                     "Mend that and go on; training on this batch again would train on it twice"
                 ) from error
         return TrainResult(step, metrics, path, skipped)
-
-    def _save(self) -> Path:
-        how = CheckpointWriter.save, self.checkpoints, self.run.checkpoints, self.trainer
-        return self._everywhere(*how)
 
     def _prune(self) -> None:
         if self._keep is not None:
