@@ -19,6 +19,7 @@ difference is taken before it is rounded: a probability near 1 loses nothing.
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from functools import cache
 from typing import Any
@@ -170,11 +171,8 @@ def pull(
 @cache
 def _kernels(device: str) -> Any:
     """What has `add` and `pull` for a device: Triton's kernels, or this module."""
-    if device == "cuda":
-        try:
-            from gspo.kernels import logit_kernels
-        except ImportError:  # no Triton
-            pass
-        else:
-            return logit_kernels
+    if device == "cuda" and importlib.util.find_spec("triton"):
+        from gspo.kernels import logit_kernels
+
+        return logit_kernels
     return sys.modules[__name__]
