@@ -108,7 +108,7 @@ class SharedPrompts:
         query: Float[Tensor, "1 H T D"],
         key: Float[Tensor, "1 K T D"],
         value: Float[Tensor, "1 K T E"],
-        scaling: float | None,
+        scale: float,
         window: int | None,
         softcap: float | None = None,
         sinks: Float[Tensor, " H"] | None = None,
@@ -117,7 +117,7 @@ class SharedPrompts:
         count, queries = self._positions.shape
         total, heads, kv_heads = query.shape[2], query.shape[1], key.shape[1]
         dtype = torch.float32 if self._on_cpu else query.dtype
-        scale = LOG2_E * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        scale = LOG2_E * scale
 
         def by_token(x: Tensor) -> Tensor:  # [NQ, heads, D]
             x = x[0].transpose(0, 1)
