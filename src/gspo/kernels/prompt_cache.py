@@ -39,7 +39,6 @@ class SharedPrompts:
         multiple: the tokens of a pass are padded to a multiple of this (see `kernels.exact`).
 
     Attributes:
-        fed: completions, and tokens of each, of the last pass.
         packs: small key heads may stand side by side in the slabs; see `token_attention`.
     """
 
@@ -62,7 +61,7 @@ class SharedPrompts:
         self._prompt_of = np.zeros(count, dtype=np.int64)
         self._sizes = np.full(1, count)  # completions that each prompt had at first
         self.width = 0  # W
-        self.fed = (0, 0)
+
         self._on_cpu = device.type == "cpu"
         self._tile = TILE if self._on_cpu and multiple > 1 else None  # else any order of sums does
         self._group()
@@ -82,7 +81,7 @@ class SharedPrompts:
 
     def feed(self, tokens: Int[Tensor, "N Q"]) -> Float[Tensor, "N Q D"]:
         """Feed Q tokens to each completion; returns the last hidden states."""
-        count, queries = self.fed = tuple(tokens.shape)
+        count, queries = tokens.shape
         self._positions = self.lengths[:, None] + np.arange(queries)
         columns = int((self._positions[:, -1] - self.base).max()) + 1
         self.make_room(columns)
