@@ -49,7 +49,7 @@ class Service:
 
     Attributes:
         trainer: has the weights that are trained.
-        sampling: what the engine samples from: the trainer's policy, or a copy of it.
+
         engine: samples.
         receipts: gives the engine the weights after each step, and proves it before anything is
             sampled.
@@ -87,13 +87,12 @@ class Service:
             log.info("%s goes on from step %d", run.folder, self.trainer.step)
         run.forget_after(self.trainer.step)
         sockets, current = listener is not None, seed_of(seed, self.trainer.step)
-        self.engine, self.sampling, self.receipts = (
-            remote_engine(
-                self.trainer.policy, config, servers, run.folder / "published", seed=current
-            )
-            if servers
-            else self._proved(config, compute=compute, seed=current, sockets=sockets)
-        )
+        if servers:
+            folder, policy = run.folder / "published", self.trainer.policy
+            proved = remote_engine(policy, config, servers, folder, seed=current)
+        else:
+            proved = self._proved(config, compute=compute, seed=current, sockets=sockets)
+        self.engine, self.receipts = proved
         self.engines = Engines(run, model, self.engine, compute, seed=seed, sockets=sockets)
         self.serving = Serving(self.engine, self.engines.names, listener, self.engines.find)
 
