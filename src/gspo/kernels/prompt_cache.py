@@ -174,11 +174,7 @@ class SharedPrompts:
         return self._by_shape[shape].attend(query, scale, *seen, self._tile, scoring)
 
     def _attend_all(
-        self,
-        layer: int,
-        query: Float[Tensor, "N K Q g D"],
-        window: int | None,
-        scoring: Scoring,
+        self, layer: int, query: Float[Tensor, "N K Q g D"], window: int | None, scoring: Scoring
     ) -> Float[Tensor, "N Q K g E"]:
         """Attention of several queries of each completion, as many at a time as memory allows."""
         count, kv_heads, queries, share, _ = query.shape

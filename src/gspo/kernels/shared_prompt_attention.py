@@ -72,10 +72,7 @@ class SharedPromptAttention:
     """
 
     def __init__(
-        self,
-        microbatch: Microbatch,
-        device: torch.device | None = None,
-        parts: TokenParts = _WHOLE,
+        self, microbatch: Microbatch, device: torch.device | None = None, parts: TokenParts = _WHOLE
     ):
         self.device = device or torch.device("cpu")
         self.size, self._parts = microbatch.token_count, parts
