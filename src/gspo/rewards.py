@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from gspo.absent import refusing
 from gspo.core.errors import ConfigError, JudgeError, check_names, shown
 from gspo.core.files import write_whole
+from gspo.core.log import log
 from gspo.model import Model
 from gspo.trajectories import Message, Tools, TrajectoryGroup
 
 __all__ = ["DEFAULT_RUBRIC", "TrajectoryScore", "ruler", "ruler_score_group"]
-
-log = logging.getLogger("gspo")
 
 DEFAULT_RUBRIC = """\
 - What counts first is whether the goal was reached.

@@ -1,12 +1,15 @@
 import ast
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from tokenizers import decoders
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.cache_utils import DynamicCache
 
-from gspo.kernels.hf import cache_argument
+from gspo.kernels.hf import cache_argument, decoder_kinds
 
 SOURCE = Path(__file__).parents[2] / "src" / "gspo"
 DOOR = SOURCE / "kernels" / "hf.py"
@@ -46,3 +49,17 @@ def test_a_cache_is_handed_over_without_a_deprecation():
     kv = DynamicCache(config=config)
     lm.model(input_ids=torch.ones(1, 3, dtype=torch.long), **cache_argument(lm.model, kv))
     assert kv.get_seq_length() == 3
+
+
+class OfDecoder(PreTrainedTokenizerFast):
+    """A tokenizer of which there is nothing but its decoder."""
+
+    def __init__(self, decoder: Any):
+        self._tokenizer: Any = SimpleNamespace(decoder=decoder)
+
+
+def test_the_kinds_of_a_decoder_are_read_without_the_vocabulary():
+    steps = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    assert decoder_kinds(OfDecoder(steps)) == {"ByteFallback", "Fuse"}
+    assert decoder_kinds(OfDecoder(decoders.ByteLevel())) == {"ByteLevel"}
+    assert decoder_kinds(OfDecoder(None)) == frozenset()

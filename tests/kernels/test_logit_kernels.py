@@ -10,6 +10,7 @@ import torch
 
 from gspo.kernels import split_projection
 from gspo.kernels.running_softmax import RunningSoftmax
+from gspo.kernels.split_projection import LogitBlock
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -38,12 +39,12 @@ def test_they_do_what_torchs_operations_do(softcap: float | None, monkeypatch):
     for kernels in (split_projection, logit_kernels):
         softmax, picked = RunningSoftmax(temperatures), torch.zeros(9, device=DEVICE)
         for start, stop in ((0, 130), (130, 300)):
-            block = logits[tokens, start:stop].contiguous()
-            given = targets[tokens], picked[tokens], start, softcap
-            kernels.add(softmax, tokens, block, *given)
-        block = logits[tokens, 130:].contiguous()
-        given = targets[tokens], chosen[tokens], up[tokens], 130, softcap
-        pulled = kernels.pull(softmax, tokens, block, *given)
+            part = logits[tokens, start:stop].contiguous()
+            block = LogitBlock(softmax, tokens, part, targets[tokens], start, softcap)
+            kernels.add(block, picked[tokens])
+        part = logits[tokens, 130:].contiguous()
+        block = LogitBlock(softmax, tokens, part, targets[tokens], 130, softcap)
+        pulled = kernels.pull(block, chosen[tokens], up[tokens])
         state = softmax.max, softmax.total, softmax.entropy(), picked
         results.append([*(x[tokens] for x in state), pulled.float()])
     for one, other, near in zip(*results, (1e-6, 1e-5, 1e-5, 1e-6, 2**-7), strict=True):

@@ -512,7 +512,7 @@ async def test_a_completion_is_a_function_of_its_request(
     """Whatever the order of arrival, the joins, the cancellations and the size of the batch: the
     same tokens, the same bits of their log-probs."""
     engine = TorchEngine(exact, compute)
-    assert engine.exact
+    assert engine.policy.exact
     expected = await arrive(engine, random.Random(0))
     for seed in orders:
         rng = random.Random(seed)

@@ -20,6 +20,7 @@ from gspo.policy.load import Policy
 from gspo.serve.chat import ChatFormat
 from gspo.serve.engine import Completion, Engine, Piece, Request, check_fits
 from gspo.serve.fake_engine import FakeTokenizer
+from gspo.serve.torch_engine import TorchEngine
 from gspo.train.minibatches import prepare
 from gspo.weights.publisher import SharedMemory, publisher_for
 from gspo.weights.receipt import Probe, Receipts, score
@@ -87,7 +88,8 @@ async def test_without_it_the_engine_shares_the_weights(tmp_path: Path):
     model = make(None)
     await model.register(backend)
     service = backend._service(model)
-    assert service.sampling is service.trainer.policy
+    assert isinstance(service.engine, TorchEngine)
+    assert service.engine.policy is service.trainer.policy
     assert isinstance(service.receipts._publisher, SharedMemory)
     await backend.close()
 

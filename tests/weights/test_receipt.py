@@ -203,16 +203,16 @@ async def test_a_step_whose_publication_is_wrong_is_refused(tmp_path: Path):
     async with art.LocalBackend(tmp_path) as backend:
         await model.register(backend)
         service = backend._service(model)
-        publisher = service.receipts._publisher
+        publisher: Any = service.receipts._publisher
         honest = publisher.publish
 
         def wrong(policy: Any) -> int:
             version = honest(policy)
             with torch.no_grad():
-                service.sampling.lm.get_parameter("model.norm.weight")[3] = 0
+                publisher.policy.lm.get_parameter("model.norm.weight")[3] = 0
             return version
 
-        publisher.publish = wrong  # pyright: ignore[reportAttributeAccessIssue]
+        publisher.publish = wrong
         groups = random_groups(service.trainer.policy)
         with pytest.raises(ServeError, match=r"TorchEngine .* version 1 .*model\.norm\.weight"):
             await backend.train(model, groups, learning_rate=1e-3)

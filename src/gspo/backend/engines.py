@@ -35,12 +35,10 @@ class Proved(NamedTuple):
 
     Attributes:
         engine: samples.
-        sampling: what it samples from: the policy, or a copy of it.
         receipts: publishes the policy's weights to it.
     """
 
     engine: Engine
-    sampling: Policy
     receipts: Receipts
 
 
@@ -68,7 +66,7 @@ def proved_engine(
     receipts = Receipts(policy, sampling, publisher)
     receipts.prove(engine, policy.version)
     engine.receipts = receipts
-    return Proved(engine, sampling, receipts)
+    return Proved(engine, receipts)
 
 
 def dtype_of_servers(config: InternalModelConfig) -> torch.dtype:
@@ -114,7 +112,7 @@ def remote_engine(
     except BaseException:
         engine.close()
         raise
-    return Proved(engine, policy, receipts)
+    return Proved(engine, receipts)
 
 
 class Engines:

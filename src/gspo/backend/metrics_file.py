@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from gspo.core.files import explained, strict_json, write_whole
-
-log = logging.getLogger("gspo")
+from gspo.core.log import log
 
 Record = dict[str, float]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from gspo.config import TrainSFTConfig
 from gspo.core.compute import ComputeThread
 from gspo.core.draws import seed_of
 from gspo.core.errors import RunError
+from gspo.core.log import log
 from gspo.core.timing import timed
 from gspo.data.check import plain_groups
 from gspo.data.sample import SPLIT_REASONS, flat, split_counts
@@ -34,7 +34,6 @@ from gspo.train.trainer import Trainer, TrainOutput
 from gspo.trajectories import TrajectoryGroup
 
 T = TypeVar("T")
-log = logging.getLogger("gspo")
 
 
 class Service:
@@ -50,7 +49,7 @@ class Service:
 
     Attributes:
         trainer: has the weights that are trained.
-        sampling: what the engine samples from: the trainer's policy, or a copy of it.
+
         engine: samples.
         receipts: gives the engine the weights after each step, and proves it before anything is
             sampled.
@@ -88,13 +87,12 @@ class Service:
             log.info("%s goes on from step %d", run.folder, self.trainer.step)
         run.forget_after(self.trainer.step)
         sockets, current = listener is not None, seed_of(seed, self.trainer.step)
-        self.engine, self.sampling, self.receipts = (
-            remote_engine(
-                self.trainer.policy, config, servers, run.folder / "published", seed=current
-            )
-            if servers
-            else self._proved(config, compute=compute, seed=current, sockets=sockets)
-        )
+        if servers:
+            folder, policy = run.folder / "published", self.trainer.policy
+            proved = remote_engine(policy, config, servers, folder, seed=current)
+        else:
+            proved = self._proved(config, compute=compute, seed=current, sockets=sockets)
+        self.engine, self.receipts = proved
         self.engines = Engines(run, model, self.engine, compute, seed=seed, sockets=sockets)
         self.serving = Serving(self.engine, self.engines.names, listener, self.engines.find)
 
@@ -212,7 +210,8 @@ class Service:
                 store()
             except Exception as error:
                 failed = error
-            path = self._save() if save else None
+            writing = CheckpointWriter.save, self.checkpoints, run.checkpoints, self.trainer
+            path = self._everywhere(*writing) if save else None
             try:
                 if failed is not None:
                     raise failed
@@ -230,10 +229,6 @@ class Service:
                     "Mend that and go on; training on this batch again would train on it twice"
                 ) from error
         return TrainResult(step, metrics, path, skipped)
-
-    def _save(self) -> Path:
-        how = CheckpointWriter.save, self.checkpoints, self.run.checkpoints, self.trainer
-        return self._everywhere(*how)
 
     def _prune(self) -> None:
         if self._keep is not None:

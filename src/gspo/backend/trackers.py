@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextvars
 import importlib.util
 import json
-import logging
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,11 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from gspo.core.errors import ConfigError, MissingDependencyError, suggestion
 from gspo.core.files import write_whole
+from gspo.core.log import log
 
 if TYPE_CHECKING:
     from gspo.backend.run import Run
-
-log = logging.getLogger("gspo")
 
 TrackerName = Literal["tensorboard", "trackio", "wandb"]
 Config = dict[str, Any]

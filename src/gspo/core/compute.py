@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import logging
 import os
 import threading
 from collections import deque
@@ -13,11 +12,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
 from gspo.core.errors import RunError
+from gspo.core.log import log
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-log = logging.getLogger("gspo")
 
 NOTICE_SECONDS = 600.0
 """After waiting so long, the log says once which job is running."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import logging
 import math
 import time
 from collections import deque
@@ -16,10 +15,10 @@ from typing import Any, TypeVar
 
 from gspo.core.draws import numbered_task, purpose
 from gspo.core.errors import ConfigError, DataError, RolloutTimeoutError, shown
+from gspo.core.log import log
 from gspo.core.variables import holding
 
 T = TypeVar("T")
-log = logging.getLogger("gspo")
 
 LET_GO_SECONDS = 5.0
 """How long a rollout that is cancelled may take to clean up."""

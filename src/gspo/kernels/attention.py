@@ -62,8 +62,8 @@ def packed_attention(
     """
     layer: Any = getattr(module, "layer_idx", None)
     bent = softcap is not None or s_aux is not None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if gspo_plan is None and bent:
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         scored = query, key, value, attention_mask, scale, softcap, s_aux
         return _with_whole_scores(*scored), None
     if gspo_plan is None:
@@ -78,7 +78,7 @@ def packed_attention(
     if on_gpu and bent:
         raise NotImplementedError("gspo_packed attention on a GPU with softcap or s_aux")
     bends: Any = () if on_gpu else (softcap, s_aux)
-    out = gspo_plan.attend(layer, query, key, value, scaling, sliding_window, *bends)
+    out = gspo_plan.attend(layer, query, key, value, scale, sliding_window, *bends)
     return out.contiguous(), None  # as transformers' own: JetMoe takes a view of it
 
 

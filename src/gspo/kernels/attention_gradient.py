@@ -69,12 +69,17 @@ def attend_backward(
             every_value = torch.cat([context.values[of], every_value], 2)
         mask = hidden if hidden is None or len(hidden) == 1 else hidden[part]
         added = _added(mask, query.shape[2], every_key.shape[2], query.dtype)
-        given = grad[part], out[part], log_total[part], query[part]
+        given = grad[part], query[part], every_key, every_value, out[part]
         fused = grad.device.type == "cpu" and scoring.cap is None
-        kernel = _fused if fused and keys.shape[3] == values.shape[3] else _plain
-        of_query[part], *grads = kernel(*given, every_key, every_value, added, scoring)
-        for whole, found in zip(of_shared, grads, strict=False):
-            whole.index_add_(0, context_of[part], found[:, :, :width])
+        if fused and keys.shape[3] == values.shape[3]:
+            kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+            totals = log_total[part, ..., 0] * LN_2
+            found = kernel(*given, totals, 0.0, False, attn_mask=added, scale=LN_2)
+        else:
+            found = _plain(*given, log_total[part], added, scoring.cap)
+        of_query[part], *grads = found
+        for whole, one in zip(of_shared, grads, strict=False):
+            whole.index_add_(0, context_of[part], one[:, :, :width])
         of_keys[part], of_values[part] = (x[:, :, width:] for x in grads)
     of_sinks = None
     if (sinks := scoring.by_row(query.shape[2])) is not None:
@@ -99,40 +104,23 @@ def _added(
     return added.flatten(2, 3)
 
 
-def _fused(
-    grad: Tensor,
-    out: Tensor,
-    log_total: Tensor,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    added: Tensor | None,
-    _scoring: Scoring,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, keys and values, by torch's kernel."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, query, keys, values, out, log_total[..., 0] * LN_2, 0.0, False,
-        attn_mask=added, scale=LN_2,
-    )  # fmt: skip
-
-
 def _plain(
     grad: Tensor,
-    out: Tensor,
-    log_total: Tensor,
     query: Tensor,
     keys: Tensor,
     values: Tensor,
+    out: Tensor,
+    log_total: Tensor,
     added: Tensor | None,
-    scoring: Scoring,
+    cap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same, with all scores in memory."""
+    """What torch's kernel gives, of query, keys and values, with all scores in memory."""
     scores = query @ keys.mT
     slope = None
-    if scoring.cap is not None:
-        bent = scores.div_(scoring.cap).tanh_()
+    if cap is not None:
+        bent = scores.div_(cap).tanh_()
         slope = 1 - bent * bent
-        scores = bent.mul_(scoring.cap)
+        scores = bent.mul_(cap)
     if added is not None:
         scores += added
     weights = exp2(scores.sub_(log_total), scores)

@@ -101,14 +101,14 @@ class FlexAttention:
         query: Float[Tensor, "1 H T D"],
         key: Float[Tensor, "1 K T D"],
         value: Float[Tensor, "1 K T E"],
-        scaling: float | None,
+        scale: float,
         window: int | None,
     ) -> Float[Tensor, "1 T H E"]:
         """Attention of the whole microbatch in one layer."""
         q, k, v = (x.to(value.dtype) for x in (query, key, value))
         if missing := self.padded - self.size:  # by 0 it would be a copy
             q, k, v = (functional.pad(x, (0, 0, 0, missing)) for x in (q, k, v))
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+
         kernel = _attend if query.device.type == "cpu" else _compiled()
         out = kernel(q, k, v, self.within(window), repr(scale))
         return out[:, :, : self.size].transpose(1, 2)

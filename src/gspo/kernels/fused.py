@@ -18,13 +18,11 @@ from torch.nn import functional
 _close = partial(torch.allclose, atol=1e-5, rtol=1e-5)
 
 
-def fuse(lm: nn.Module) -> int:
-    """Compute RMS norms, and the gates of feed-forward layers, by one kernel each. Returns how many
-    modules were changed.
+def fuse(lm: nn.Module) -> None:
+    """Compute RMS norms, and the gates of feed-forward layers, by one kernel each.
 
     transformers' norms take eight kernels forward and twelve backward, its gates two and four.
     """
-    changed = 0
     alike: dict[type, bool] = {}
     for module in lm.modules():
         kind, new = type(module), _gated if hasattr(module, "gate_proj") else _rms_norm
@@ -33,20 +31,14 @@ def fuse(lm: nn.Module) -> int:
             alike[kind] = is_one and _gives_the_same(module, new)
         if alike[kind]:
             module.forward = MethodType(new, module)
-            changed += 1
-    return changed
 
 
-def shorten(lm: nn.Module) -> int:
-    """On a CPU: compute RMS norms in one call where no gradient is asked for. Returns how many
-    modules were changed; they give the same bits."""
-    changed = 0
+def shorten(lm: nn.Module) -> None:
+    """On a CPU: compute RMS norms in one call where no gradient is asked for, of the same bits."""
     for module in lm.modules():
         if _is_norm(module) and _gives_the_same(module, _rms_norm, torch.equal):
             norm = cast(Any, module)
             norm.gspo_epsilon, norm.forward = _epsilon(norm), MethodType(_short_norm, norm)
-            changed += 1
-    return changed
 
 
 def _short_norm(self: Any, hidden_states: Tensor) -> Tensor:

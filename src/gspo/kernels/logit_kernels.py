@@ -11,10 +11,10 @@ from typing import no_type_check
 import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
-from jaxtyping import BFloat16, Float, Int
+from jaxtyping import BFloat16, Float
 from torch import Tensor
 
-from gspo.kernels.running_softmax import RunningSoftmax
+from gspo.kernels.split_projection import LogitBlock
 
 _BLOCK = 2048
 """Logits of a token that a program holds at once."""
@@ -64,16 +64,9 @@ def _add(
     tl.store(spreads + token, spread)
 
 
-def add(
-    softmax: RunningSoftmax,
-    span: slice,
-    logits: Float[Tensor, "C K"],
-    targets: Int[Tensor, " C"],
-    picked: Float[Tensor, " C"],
-    start: int,
-    softcap: float | None,
-) -> None:
+def add(block: LogitBlock, picked: Float[Tensor, " C"]) -> None:
     """As `split_projection.add`."""
+    softmax, span, logits, targets, start, softcap = block
     state = (softmax.max[span], softmax.total[span], softmax.spread[span])
     _add[(len(logits),)](  # pyright: ignore[reportIndexIssue]
         logits, targets, softmax.scale[span], *state, picked,
@@ -107,16 +100,10 @@ def _pull(
 
 
 def pull(
-    softmax: RunningSoftmax,
-    span: slice,
-    logits: Float[Tensor, "C K"],
-    targets: Int[Tensor, " C"],
-    chosen: Float[Tensor, " C"],
-    grad: Float[Tensor, " C"],
-    start: int,
-    softcap: float | None,
+    block: LogitBlock, chosen: Float[Tensor, " C"], grad: Float[Tensor, " C"]
 ) -> BFloat16[Tensor, "C K"]:
     """As `split_projection.pull`."""
+    softmax, span, logits, targets, start, softcap = block
     out = torch.empty_like(logits, dtype=torch.bfloat16)
     grid = (len(logits), triton.cdiv(logits.shape[1], _BLOCK))
     _pull[grid](  # pyright: ignore[reportIndexIssue]

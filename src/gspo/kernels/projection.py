@@ -56,12 +56,8 @@ class Blocks(NamedTuple):
         self, weight: Tensor, bias: Tensor | None
     ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Slices of the vocabulary, with their weights and biases."""
-        for entries in self.of_entries():
+        for entries in _slices(self.vocabulary, self.entries):
             yield entries, weight[entries], None if bias is None else bias[entries]
-
-    def of_entries(self) -> list[slice]:
-        """Slices of the vocabulary."""
-        return _slices(self.vocabulary, self.entries)
 
 
 def _slices(count: int, size: int) -> list[slice]:

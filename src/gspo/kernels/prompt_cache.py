@@ -39,7 +39,6 @@ class SharedPrompts:
         multiple: the tokens of a pass are padded to a multiple of this (see `kernels.exact`).
 
     Attributes:
-        fed: completions, and tokens of each, of the last pass.
         packs: small key heads may stand side by side in the slabs; see `token_attention`.
     """
 
@@ -62,7 +61,7 @@ class SharedPrompts:
         self._prompt_of = np.zeros(count, dtype=np.int64)
         self._sizes = np.full(1, count)  # completions that each prompt had at first
         self.width = 0  # W
-        self.fed = (0, 0)
+
         self._on_cpu = device.type == "cpu"
         self._tile = TILE if self._on_cpu and multiple > 1 else None  # else any order of sums does
         self._group()
@@ -82,7 +81,7 @@ class SharedPrompts:
 
     def feed(self, tokens: Int[Tensor, "N Q"]) -> Float[Tensor, "N Q D"]:
         """Feed Q tokens to each completion; returns the last hidden states."""
-        count, queries = self.fed = tuple(tokens.shape)
+        count, queries = tokens.shape
         self._positions = self.lengths[:, None] + np.arange(queries)
         columns = int((self._positions[:, -1] - self.base).max()) + 1
         self.make_room(columns)
@@ -108,7 +107,7 @@ class SharedPrompts:
         query: Float[Tensor, "1 H T D"],
         key: Float[Tensor, "1 K T D"],
         value: Float[Tensor, "1 K T E"],
-        scaling: float | None,
+        scale: float,
         window: int | None,
         softcap: float | None = None,
         sinks: Float[Tensor, " H"] | None = None,
@@ -117,7 +116,7 @@ class SharedPrompts:
         count, queries = self._positions.shape
         total, heads, kv_heads = query.shape[2], query.shape[1], key.shape[1]
         dtype = torch.float32 if self._on_cpu else query.dtype
-        scale = LOG2_E * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        scale = LOG2_E * scale
 
         def by_token(x: Tensor) -> Tensor:  # [NQ, heads, D]
             x = x[0].transpose(0, 1)
@@ -175,11 +174,7 @@ class SharedPrompts:
         return self._by_shape[shape].attend(query, scale, *seen, self._tile, scoring)
 
     def _attend_all(
-        self,
-        layer: int,
-        query: Float[Tensor, "N K Q g D"],
-        window: int | None,
-        scoring: Scoring,
+        self, layer: int, query: Float[Tensor, "N K Q g D"], window: int | None, scoring: Scoring
     ) -> Float[Tensor, "N Q K g E"]:
         """Attention of several queries of each completion, as many at a time as memory allows."""
         count, kv_heads, queries, share, _ = query.shape

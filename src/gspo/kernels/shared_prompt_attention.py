@@ -72,10 +72,7 @@ class SharedPromptAttention:
     """
 
     def __init__(
-        self,
-        microbatch: Microbatch,
-        device: torch.device | None = None,
-        parts: TokenParts = _WHOLE,
+        self, microbatch: Microbatch, device: torch.device | None = None, parts: TokenParts = _WHOLE
     ):
         self.device = device or torch.device("cpu")
         self.size, self._parts = microbatch.token_count, parts
@@ -111,7 +108,7 @@ class SharedPromptAttention:
         query: Float[Tensor, "1 H T D"],
         key: Float[Tensor, "1 K T D"],
         value: Float[Tensor, "1 K T E"],
-        scaling: float | None,
+        scale: float,
         window: int | None,
         softcap: float | None = None,
         sinks: Float[Tensor, " H"] | None = None,
@@ -126,7 +123,7 @@ class SharedPromptAttention:
             both = both.to(torch.promote_types(both.dtype, torch.float32))  # gradients are added up
             whole = self._parts.join(both).transpose(0, 1)[None]
             key, value = whole.split([key.shape[-1], value.shape[-1]], -1)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+
         return attend_calls(query, key, value, self.within(window), scale, softcap, sinks)
 
     def within(self, window: int | None) -> list[AttentionCall]:

@@ -19,9 +19,10 @@ difference is taken before it is rounded: a probability near 1 loses nothing.
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import BFloat16, Float, Int
@@ -70,6 +71,23 @@ def rounded_product(a: BFloat16[Tensor, "M L"], b: BFloat16[Tensor, "K L"]) -> F
     return a.float() @ b.float().t()
 
 
+class LogitBlock(NamedTuple):
+    """Logits of C tokens over K entries of the vocabulary, which are not capped yet.
+
+    Attributes:
+        softmax: of all tokens.
+        span: which of them these are.
+        start: the first of the entries.
+    """
+
+    softmax: RunningSoftmax
+    span: slice
+    logits: Float[Tensor, "C K"]
+    targets: Int[Tensor, " C"]
+    start: int
+    softcap: float | None
+
+
 class SplitLogprobs(torch.autograd.Function):
     """(log-probs, entropy) of the targets, as of `projection.ChunkedLogprobs`."""
 
@@ -83,8 +101,8 @@ class SplitLogprobs(torch.autograd.Function):
             right = right_factor(w, hidden.dtype)
             for span in blocks.of_tokens(len(targets)):
                 x = _logits(left[span], right, b)
-                given = targets[span], picked[span], entries.start, blocks.softcap
-                kernels.add(softmax, span, x, *given)
+                block = LogitBlock(softmax, span, x, targets[span], entries.start, blocks.softcap)
+                kernels.add(block, picked[span])
         logprobs = softmax.logprobs(picked)
         ctx.blocks = blocks
         if grad_enabled:
@@ -111,8 +129,8 @@ class SplitLogprobs(torch.autograd.Function):
             for span in blocks.of_tokens(len(targets)):
                 x = _logits(rounded[span], w, b)
                 up = grad[span] * softmax.scale[span] * LN_2  # upstream gradient / temperature
-                given = targets[span], chosen[span], up, entries.start, blocks.softcap
-                pull = kernels.pull(softmax, span, x, *given)
+                block = LogitBlock(softmax, span, x, targets[span], entries.start, blocks.softcap)
+                pull = kernels.pull(block, chosen[span], up)
                 d_hidden[span] += rounded_product(pull, w.t())
                 if d_weight is not None:
                     d_weight[entries] += rounded_product(pull.t(), rounded[span].t())
@@ -128,34 +146,21 @@ def _logits(
     return x if bias is None else x.add_(bias)
 
 
-def add(
-    softmax: RunningSoftmax,
-    span: slice,
-    logits: Float[Tensor, "C K"],
-    targets: Int[Tensor, " C"],
-    picked: Float[Tensor, " C"],
-    start: int,
-    softcap: float | None,
-) -> None:
-    """Take the logits of entries from `start` on into the softmax of some tokens, and the targets'
-    among them into `picked`. The logits may be overwritten; they are not capped yet."""
+def add(block: LogitBlock, picked: Float[Tensor, " C"]) -> None:
+    """Take the logits into the softmax of their tokens, and the targets' among them into `picked`.
+    They may be overwritten."""
+    softmax, span, logits, targets, start, softcap = block
     logits = capped_(logits, softcap)
     pick(logits, targets - start, picked)
     softmax.add(span, logits, first=start == 0)
 
 
 def pull(
-    softmax: RunningSoftmax,
-    span: slice,
-    logits: Float[Tensor, "C K"],
-    targets: Int[Tensor, " C"],
-    chosen: Float[Tensor, " C"],
-    grad: Float[Tensor, " C"],
-    start: int,
-    softcap: float | None,
+    block: LogitBlock, chosen: Float[Tensor, " C"], grad: Float[Tensor, " C"]
 ) -> BFloat16[Tensor, "C K"]:
-    """The gradient of logits that are not capped yet: (one at the target - probability) * cap's
-    slope * `grad`, rounded. The targets' probabilities are `chosen`."""
+    """The gradient of the logits: (one at the target - probability) * cap's slope * `grad`,
+    rounded. The targets' probabilities are `chosen`."""
+    softmax, span, logits, targets, start, softcap = block
     logits = capped_(logits, softcap)
     slope = None if softcap is None else cap_slope(logits, softcap)
     power = log2_power_(logits, softmax.max[span], softmax.scale[span]).exp2_()
@@ -170,11 +175,8 @@ def pull(
 @cache
 def _kernels(device: str) -> Any:
     """What has `add` and `pull` for a device: Triton's kernels, or this module."""
-    if device == "cuda":
-        try:
-            from gspo.kernels import logit_kernels
-        except ImportError:  # no Triton
-            pass
-        else:
-            return logit_kernels
+    if device == "cuda" and importlib.util.find_spec("triton"):
+        from gspo.kernels import logit_kernels
+
+        return logit_kernels
     return sys.modules[__name__]

@@ -8,13 +8,13 @@ counters that it counts up itself.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from gspo.core.log import log
 from gspo.kernels.hf import no_mask
 from gspo.kernels.prompt_cache import SharedPrompts
 from gspo.kernels.shared_contexts import Context
@@ -22,8 +22,6 @@ from gspo.kernels.tile_attention import LOG2_E, Scoring, attend
 
 COLUMNS = 128
 """A step is captured for so many more columns of the slabs than it needs, until they are full."""
-
-log = logging.getLogger("gspo")
 
 
 class Step:
@@ -61,7 +59,7 @@ class Step:
         query: Float[Tensor, "1 H N D"],
         key: Float[Tensor, "1 K N D"],
         value: Float[Tensor, "1 K N E"],
-        scaling: float | None,
+        scale: float,
         window: int | None,
         softcap: float | None = None,
         sinks: Float[Tensor, " H"] | None = None,
@@ -77,9 +75,9 @@ class Step:
             rows = x[0].transpose(0, 1).reshape(count * kv_heads, -1).to(slab.dtype)
             slab.view(-1, slab.shape[-1]).index_copy_(0, self._places[kv_heads], rows)
         dtype = slabs[0].dtype
-        scale = LOG2_E * (query.shape[-1] ** -0.5 if scaling is None else scaling)
         held = None if sinks is None else sinks.to(dtype).view(kv_heads, -1)
-        q = (query[0].transpose(0, 1).to(dtype) * scale).view(count, kv_heads, -1, query.shape[-1])
+        q = query[0].transpose(0, 1).to(dtype) * (LOG2_E * scale)
+        q = q.view(count, kv_heads, -1, query.shape[-1])
         context = None
         if prompts is not None:
             context = Context(prompts[0], prompts[1], self._cache.groups)

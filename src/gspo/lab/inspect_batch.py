@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from gspo.backend.stored_batch import UpdateRecord
 from gspo.core.errors import ConfigError, check_names
@@ -19,6 +18,7 @@ from gspo.lab.audit_report import summarise
 from gspo.lab.stored_step import WEIGHTS, StoredStep, cosines, gram, method_gradient
 from gspo.objective import PRESETS
 from gspo.policy.load import Policy
+from gspo.serve.admission import free_memory
 from gspo.train.expert_replay import ExpertReplay, fix_before_updates
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.settings import Settings
@@ -221,16 +221,6 @@ def _check_memory(policy: Policy, methods: int) -> None:
             f"{free / 2**20:,.0f} MiB that are free: name at most {max(free // size, 1)} methods "
             "with --presets, the run's own included"
         )
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had; None if the system doesn't tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
-    kilobytes = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(kilobytes[0]) * 1024 if kilobytes else None
 
 
 FEW = 6

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from html import escape
 from importlib.util import find_spec
@@ -13,12 +12,11 @@ import numpy as np
 
 from gspo.core.errors import MissingDependencyError
 from gspo.core.files import explained, replacing, write_whole
+from gspo.core.log import log
 from gspo.lab.audit_report import clip_band
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-
-log = logging.getLogger("gspo")
 
 
 def require_plotly() -> None:

@@ -8,7 +8,6 @@ computed beside others at a far position, which costs the same whatever the thre
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,9 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 from gspo.core.errors import ModelError
+from gspo.core.log import log
 from gspo.kernels.hf import backbone, keep_long_rope
-
-log = logging.getLogger("gspo")
 
 PROBE_WORK = 2e11
 """Parameters x tokens that a probe may compute: some seconds on two cores."""

@@ -191,11 +191,8 @@ class Policy:
         temperatures, held = microbatch.temperatures, parts.holds(sources, microbatch.token_count)
         if held is not None:
             first, _ = parts.span(microbatch.token_count)
-            sources, targets, temperatures = (
-                sources[held] - first,
-                targets[held],
-                temperatures[held],
-            )
+            sources = sources[held] - first
+            targets, temperatures = targets[held], temperatures[held]
         hidden = hidden.index_select(0, self._there(sources))
         scored = token_logprobs(hidden, self.head, targets, self._there(temperatures), chunk)
         if held is None:

@@ -8,7 +8,6 @@ is the pass that training makes: with gradients, and with recomputed layers if t
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 
@@ -18,13 +17,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gspo.core.errors import ModelError
+from gspo.core.log import log
 from gspo.data.packing import Microbatch, pack
 from gspo.data.sample import Sample, sample_of
 from gspo.data.turn import Turn
 from gspo.policy.context import chunk_in, probe_length
 from gspo.policy.policy import Packing, Policy
-
-log = logging.getLogger("gspo")
 
 _ORDER: tuple[Packing, ...] = ("flex", "tiles", "mask", "single")
 FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)

@@ -6,6 +6,7 @@ real type, and may take a share of what the machine has free.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -140,13 +141,19 @@ class Line:
 
 def kv_budget(device: torch.device) -> float:
     """Bytes that keys and values may take now."""
+    most = math.inf if device.type == "cuda" else KV_BYTES
+    free = free_memory(device)
+    return KV_BYTES if free is None else min(most, FREE_SHARE * free)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be had; None if the system doesn't tell."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return FREE_SHARE * (free + cached)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         (available,) = (int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, ValueError):  # not Linux
-        return KV_BYTES
-    return min(KV_BYTES, FREE_SHARE * 1024 * available)
+        return None
+    return 1024 * available

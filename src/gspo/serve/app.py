@@ -167,9 +167,7 @@ async def _conversation(
         begun=messages[-1]["content"] if continues else "",
         prompts=[tuple(prompt)],
         params=replace(
-            params,
-            grammar=grammar,
-            skip_special_tokens=params.skip_special_tokens and not reads,
+            params, grammar=grammar, skip_special_tokens=params.skip_special_tokens and not reads
         ),
         tools=tools,
         reads=reads,
@@ -235,12 +233,11 @@ async def tokenize(http: fastapi.Request, body: TokenizeBody) -> dict[str, Any]:
     if messages is not None:
         options = {"tools": body.tools, "template_kwargs": body.chat_template_kwargs}
         texts = texts_in([messages, *options.values()])
-        ids = await tokenized(http, engine, texts, lambda: chat_tokens(engine, messages, **options))
+        encode = partial(chat_tokens, engine, messages, **options)
     else:
         special = body.add_special_tokens is not False
-        ids = await tokenized(
-            http, engine, [text], lambda: engine.tokenizer.encode(text, special=special)
-        )
+        texts, encode = [text], partial(engine.tokenizer.encode, text, special=special)
+    ids = await tokenized(http, engine, texts, encode)
     return {"tokens": ids, "count": len(ids)}
 
 

@@ -65,11 +65,7 @@ class Batch:
     """
 
     def __init__(
-        self,
-        policy: Policy,
-        layout: Layout,
-        ends: Bool[Tensor, " V"],
-        decode: Callable[..., str],
+        self, policy: Policy, layout: Layout, ends: Bool[Tensor, " V"], decode: Callable[..., str]
     ):
         self._policy = policy
         self._layout: Layout = layout
@@ -77,6 +73,7 @@ class Batch:
         self._running: Running | None = None
         self._joining: deque[Joining] = deque()
         self._cancelled = False
+        self._most = PROMPT_TOKENS[policy.device.type == "cuda"]
 
     @property
     def busy(self) -> list[OpenCompletion]:
@@ -116,16 +113,14 @@ class Batch:
 
     def cancel(self, completion: OpenCompletion) -> None:
         """End a completion that nobody wants any more; its place is free at once."""
+        completion.finish = "length"
         if self._running is not None and completion in self._running.completions:
-            self._running.cancel(completion)
+            self._running.alive -= 1
             self._cancelled = True
             self._leave_if_over()
-            return
         for joining in list(self._joining):
-            if completion in joining.completions:
-                completion.finish = "length"
-                if not joining.alive:
-                    self._joining.remove(joining)
+            if not joining.alive:
+                self._joining.remove(joining)
 
     def _leave_if_over(self) -> None:
         """Let go of keys and values once nothing runs."""
@@ -175,10 +170,6 @@ class Batch:
             )
             joining.append(Joining(completions, owner, reading, self._policy.version))
         return joining
-
-    @property
-    def _most(self) -> int:
-        return PROMPT_TOKENS[self._policy.device.type == "cuda"]
 
     def _read(self) -> list[Joining]:
         """Read on in the prompts, in turns; returns those that have been read."""

@@ -194,11 +194,6 @@ class Running:
                 pairs = tuple(zip(ids, numbers, strict=True))
                 completion.top_logprobs.append(pairs[: completion.params.top_logprobs])
 
-    def cancel(self, completion: OpenCompletion) -> None:
-        """End a completion that nobody wants any more."""
-        completion.finish = "length"
-        self.alive -= 1
-
     def keep(self) -> np.ndarray:
         """Drop the finished completions; returns the places of those that stay."""
         places = [i for i, completion in enumerate(self.completions) if completion.finish is None]

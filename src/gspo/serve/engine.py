@@ -200,19 +200,15 @@ def check_fits(request: Request, context: int, vocabulary: int) -> int:
     length = len(request.prompt)
     if length == 0:
         raise RequestError("the prompt is empty: it needs at least one token", param="prompt")
-    for token in (min(request.prompt), max(request.prompt)):
+    ends = (min(request.prompt), max(request.prompt))
+    named = [("prompt", "the prompt has", token) for token in ends]
+    named += [("logit_bias", "logit_bias names", token) for token, _ in request.params.logit_bias]
+    for param, told, token in named:
         if not 0 <= token < vocabulary:
             raise RequestError(
-                f"the prompt has the token id {shown(token)}, but the model's vocabulary is "
+                f"{told} the token id {shown(token)}, but the model's vocabulary is "
                 f"0..{vocabulary - 1}",
-                param="prompt",
-            )
-    for token, _ in request.params.logit_bias:
-        if not 0 <= token < vocabulary:
-            raise RequestError(
-                f"logit_bias names the token id {shown(token)}, but the model's vocabulary is "
-                f"0..{vocabulary - 1}",
-                param="logit_bias",
+                param,
             )
     room = context - length
     wanted = request.params.max_tokens

@@ -11,7 +11,6 @@ Their routes are in `gspo.serve.episode_routes`.
 from __future__ import annotations
 
 import copy
-import logging
 import threading
 import time
 import uuid
@@ -26,6 +25,7 @@ from openai.types.chat.chat_completion import Choice
 from gspo.core.choices import as_choice
 from gspo.core.draws import Word
 from gspo.core.errors import BusyError, ConfigError, RequestError
+from gspo.core.log import log
 from gspo.core.variables import holding
 from gspo.serve.histories import Conversations
 from gspo.serve.refusals import Refusal
@@ -33,7 +33,6 @@ from gspo.serve.verbatim import TokenMemory
 from gspo.trajectories import History, Trajectory
 
 AnyHistory = TypeVar("AnyHistory", History, Trajectory)
-log = logging.getLogger("gspo")
 
 MOST_EPISODES = 4096
 MOST_TOKENS = 2**25

@@ -73,11 +73,8 @@ class Grammars:
             self._vocabulary = LLTokenizer(wrapped, n_vocab=self._size, eos_token=self._ends)
         schema = grammar.lstrip()[:1] in ("{", "[") or grammar.strip() in ("true", "false")
         try:
-            text = (
-                LLMatcher.grammar_from_json_schema(grammar)
-                if schema
-                else LLMatcher.grammar_from_lark(grammar)
-            )
+            read = LLMatcher.grammar_from_json_schema if schema else LLMatcher.grammar_from_lark
+            text = read(grammar)
         except ValueError as error:  # no JSON
             raise _refusal(f"the schema {shown(grammar)} is no JSON: {error}") from None
         matcher = LLMatcher(self._vocabulary, text, log_level=0)

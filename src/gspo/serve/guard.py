@@ -139,15 +139,10 @@ class Guard:
             if not await self._read(scope, receive, body):
                 answer.ended = True  # nobody is there any more
                 return
-            content: bytes | None = bytes(body)
+            whole = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
             async def replay() -> Message:
-                nonlocal content
-                if content is None:
-                    return await receive()
-                message = {"type": "http.request", "body": content, "more_body": False}
-                content = None
-                return message
+                return whole.pop() if whole else await receive()
 
             await self._app(scope, replay, answer.send)
         finally:

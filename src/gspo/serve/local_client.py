@@ -11,7 +11,6 @@ import asyncio
 import contextvars
 import importlib
 import json
-import logging
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -21,13 +20,12 @@ from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from openai.types.chat import ChatCompletion
 
 from gspo.core.errors import GspoError, ServeError
+from gspo.core.log import log
 from gspo.core.variables import holding
 from gspo.serve.app import chat_answer
 from gspo.serve.refusals import error_response
 from gspo.serve.schemas import ChatBody
 from gspo.serve.waiting import IN_PROCESS
-
-log = logging.getLogger("gspo")
 
 BASE_URL = "http://gspo.local/v1"
 STREAM_MESSAGES = 16
@@ -187,7 +185,7 @@ class _Body(http.AsyncByteStream):
 
     def __init__(self, app: FastAPI, scope: dict[str, Any], content: bytes, seconds: float | None):
         self._app, self._scope, self._seconds = app, scope, seconds
-        self._content: bytes | None = content
+        self._body = [{"type": "http.request", "body": content, "more_body": False}]
         self._messages: asyncio.Queue[Any] = asyncio.Queue(STREAM_MESSAGES)
         self._task = asyncio.create_task(self._run())
 
@@ -199,10 +197,9 @@ class _Body(http.AsyncByteStream):
             await self._messages.put(error)
 
     async def _receive(self) -> dict[str, Any]:
-        if self._content is None:
+        if not self._body:
             await asyncio.Event().wait()  # whoever hangs up ends the task
-        content, self._content = self._content, None
-        return {"type": "http.request", "body": content, "more_body": False}
+        return self._body.pop()
 
     async def next(self) -> dict[str, Any]:
         """The next message of the answer.

@@ -37,15 +37,12 @@ class LogitRules:
     """
 
     def __init__(self, completions: Sequence[OpenCompletion], ends: Bool[Tensor, " V"]):
-        rows = [
-            row
-            for row, completion in enumerate(completions)
-            if not _CHANGES.isdisjoint(completion.params.altered_by)
-        ]
+        params = [completion.params for completion in completions]
+        rows = [i for i, p in enumerate(params) if not _CHANGES.isdisjoint(p.altered_by)]
         self.rows = torch.tensor(rows, dtype=torch.long, device=ends.device)
         self._completions = [completions[row] for row in rows]
         self._ends = ends
-        params = [completion.params for completion in self._completions]
+        params = [params[row] for row in rows]
         self._always = any(set(p.altered_by) & (_CHANGES - {"min_tokens"}) for p in params)
         self._bias = self._penalties = self._prompts = None
         if any(p.logit_bias for p in params):
@@ -62,10 +59,7 @@ class LogitRules:
             self._prompts = torch.from_numpy(np.stack(prompts)).to(ends.device)
 
     def apply(
-        self,
-        logits: Float[Tensor, "R V"],
-        tokens: Int[Tensor, "R C"],
-        counts: Int[Tensor, " R"],
+        self, logits: Float[Tensor, "R V"], tokens: Int[Tensor, "R C"], counts: Int[Tensor, " R"]
     ) -> Float[Tensor, "K V"] | None:
         """Return the changed logits of the K completions; None if none is to be changed.
 

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 
 from gspo.core.errors import RequestError, shown, suggestion
 from gspo.serve.messages import check_whole_characters, texts_in
-from gspo.serve.schemas import ChatBody, Dicts, SampledBody, ranged
+from gspo.serve.schemas import AnsweredBody, ChatBody, Dicts, ranged
 
 Included = Literal["message.output_text.logprobs"]
 _TEXTS = ("input_text", "output_text", "text")
@@ -20,25 +20,19 @@ _PARTS = {"text": {"format", "verbosity"}, "reasoning": {"effort", "summary", "g
 """What these objects may hold. Summaries: nothing is summed up, so whichever kind is asked for."""
 
 
-class ResponsesBody(SampledBody):
+class ResponsesBody(AnsweredBody):
     """POST /v1/responses."""
 
     input: str | Dicts
     instructions: str | None = None
     max_output_tokens: int | None = ranged(1)
-    tools: Dicts | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
     text: dict[str, Any] | None = None
     reasoning: dict[str, Any] | None = None
     include: Annotated[list[Included], Field(fail_fast=True)] | None = None
-    top_logprobs: int | None = ranged(0, 20)
     metadata: dict[str, Any] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
 
 
-_SHARED = ResponsesBody.model_fields.keys() & ChatBody.model_fields.keys()
-_SHARED -= {"tools", "tool_choice"}
+_SHARED = AnsweredBody.model_fields.keys() - {"tools", "tool_choice"}
 """Fields that mean the same in a chat."""
 
 
@@ -97,7 +91,9 @@ def _add(messages: list[dict[str, Any]], item: Mapping[str, Any], where: str) ->
     elif kind == "function_call":
         function = {"name": item.get("name"), "arguments": item.get("arguments")}
         call = {"id": item.get("call_id"), "type": "function", "function": function}
-        turn = _turn(messages)
+        if not messages or messages[-1]["role"] != "assistant":  # else it is of that turn
+            messages.append({"role": "assistant", "content": None})
+        turn = messages[-1]
         turn["tool_calls"] = [*(turn.get("tool_calls") or []), call]
     elif kind == "reasoning":
         parts = item.get("content") or item.get("summary") or []
@@ -113,13 +109,6 @@ def _add(messages: list[dict[str, Any]], item: Mapping[str, Any], where: str) ->
         messages.append({"role": item.get("role"), "content": content})
     else:
         raise RequestError(f"{where}: items of type {shown(kind)} are not supported", "input")
-
-
-def _turn(messages: list[dict[str, Any]]) -> dict[str, Any]:
-    """The turn of the model that a call belongs to."""
-    if not messages or messages[-1]["role"] != "assistant":
-        messages.append({"role": "assistant", "content": None})
-    return messages[-1]
 
 
 def _text(content: Any, where: str) -> str:

@@ -9,7 +9,6 @@ a publication is one job, so no token is sampled in the midst of it.
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 import time
 from collections import defaultdict
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from gspo.core.compute import ComputeThread
 from gspo.core.errors import BusyError, GspoError, ServeError
+from gspo.core.log import log
 from gspo.serve.admission import Line
 from gspo.serve.batch import Batch
 from gspo.serve.desk import Desk, Made, Ticket
@@ -38,8 +38,6 @@ TURN_SECONDS = 24 * 3600.0
 """How long a step may wait for the jobs before it, such as a call of `train`."""
 LOOK_SECONDS = 30.0
 """Seconds between two looks of a waiting request: is the engine stuck?"""
-
-log = logging.getLogger("gspo")
 
 
 class Scheduler:
@@ -69,7 +67,7 @@ class Scheduler:
     @property
     def joins(self) -> bool:
         """Whether requests join those that run."""
-        return self._sockets or self._engine.exact
+        return self._sockets or self._engine.policy.exact
 
     @property
     def traffic(self) -> tuple[int, int]:

@@ -172,19 +172,24 @@ class SampledBody(_Asked):
             yield int(name), bias
 
 
-class ChatBody(SampledBody):
+class AnsweredBody(SampledBody):
+    """What a chat and a response have in common."""
+
+    top_logprobs: int | None = ranged(0, 20)
+    tools: Dicts | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class ChatBody(AnsweredBody):
     """POST /v1/chat/completions."""
 
     messages: Dicts = Field(min_length=1)
     max_tokens: int | None = ranged(1)
     max_completion_tokens: int | None = ranged(1)
     logprobs: bool | None = None
-    top_logprobs: int | None = ranged(0, 20)
-    tools: Dicts | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
     reasoning_effort: str | None = None
 

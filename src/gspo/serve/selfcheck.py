@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from gspo.core.compute import ComputeThread
 from gspo.core.errors import ModelError
+from gspo.core.log import log
 from gspo.data.packing import pack
 from gspo.data.sample import Sample, sample_of
 from gspo.data.turn import Turn
@@ -22,8 +22,6 @@ from gspo.policy.policy import Policy
 from gspo.policy.probe import FAILURES, plain_logprobs
 from gspo.serve.engine import Completion, Request, SamplingParams
 from gspo.serve.torch_engine import TorchEngine
-
-log = logging.getLogger("gspo")
 
 
 def make_engine(

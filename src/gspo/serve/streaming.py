@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -13,11 +12,10 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from gspo.core.errors import GspoError
+from gspo.core.log import log
 from gspo.serve.engine import Engine, Piece, Request, SamplingParams
 from gspo.serve.refusals import refusal
 from gspo.serve.tool_calls import marks, may_begin
-
-log = logging.getLogger("gspo")
 
 MAX_WAITING = 64
 """Pieces of one answer that may wait for their reader here."""

@@ -8,13 +8,13 @@ with byte fallback (Llama 2, Gemma) have tokens such as `<0xE4>`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
-from transformers import AddedToken, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from gspo.core.errors import RequestError
 from gspo.kernels.hf import bytes_to_unicode, decode, decoder_kinds
@@ -107,11 +107,9 @@ class ModelTokenizer:
 
     def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
         """Return the bytes of each token, special tokens too. Joined, they are the decoded text."""
-        tokenizer = self._tokenizer
-        kinds, added = decoder_kinds(tokenizer), tokenizer.added_tokens_decoder
-        parts = [_bytes_of(token, tokenizer, kinds, added) for token in token_ids]
-        text = str(tokenizer.decode(list(token_ids), skip_special_tokens=False))
-        if "ByteFallback" in kinds and parts and parts[0][:1] == b" " and not text.startswith(" "):
+        parts, tokenizer = _bytes_of(token_ids, self._tokenizer), self._tokenizer
+        begins = parts and parts[0][:1] == b" " and "ByteFallback" in decoder_kinds(tokenizer)
+        if begins and not decode(tokenizer, list(token_ids), special=True).startswith(" "):
             parts[0] = parts[0][1:]  # sentencepiece puts a space before a text; decoding drops it
         return parts
 
@@ -125,27 +123,27 @@ def chat_format(policy: Policy, tokenizer: ModelTokenizer) -> ChatFormat:
 
 def vocabulary_bytes(tokenizer: PreTrainedTokenizerBase, size: int) -> list[bytes]:
     """Return the bytes of the tokens 0 to size - 1; none of those that the tokenizer lacks."""
-    kinds, added = decoder_kinds(tokenizer), tokenizer.added_tokens_decoder
-    known = [_bytes_of(i, tokenizer, kinds, added) for i in range(min(size, len(tokenizer)))]
+    known = _bytes_of(range(min(size, len(tokenizer))), tokenizer)
     return known + [b""] * (size - len(known))
 
 
-def _bytes_of(
-    token_id: int,
-    tokenizer: PreTrainedTokenizerBase,
-    kinds: frozenset[str],
-    added: Mapping[int, AddedToken],
-) -> bytes:
-    if token_id in added:
-        return str(added[token_id]).encode()
-    token = str(tokenizer.convert_ids_to_tokens(token_id))
-    if "ByteLevel" in kinds:
-        numbers = _byte_numbers()
-        return bytes(numbers[c] for c in token) if set(token) <= numbers.keys() else token.encode()
-    if "ByteFallback" in kinds:
-        byte = _FALLBACK.fullmatch(token)
-        return bytes([int(byte[1], 16)]) if byte else token.replace(_SPACE, " ").encode()
-    return str(tokenizer.decode([token_id])).encode()
+def _bytes_of(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
+    kinds, added = decoder_kinds(tokenizer), tokenizer.added_tokens_decoder
+    numbers = _byte_numbers()
+
+    def of(token_id: int) -> bytes:
+        if token_id in added:
+            return str(added[token_id]).encode()
+        token = str(tokenizer.convert_ids_to_tokens(token_id))
+        if "ByteLevel" in kinds:
+            known = set(token) <= numbers.keys()
+            return bytes(numbers[c] for c in token) if known else token.encode()
+        if "ByteFallback" in kinds:
+            byte = _FALLBACK.fullmatch(token)
+            return bytes([int(byte[1], 16)]) if byte else token.replace(_SPACE, " ").encode()
+        return str(tokenizer.decode([token_id])).encode()
+
+    return [of(token_id) for token_id in token_ids]
 
 
 @cache

@@ -78,11 +78,6 @@ class TorchEngine:
         return score(self.policy, probe).tolist()
 
     @property
-    def exact(self) -> bool:
-        """Whether a completion's numbers don't depend on what is decoded beside it."""
-        return self.policy.exact
-
-    @property
     def traffic(self) -> tuple[int, int]:
         return self._scheduler.traffic
 

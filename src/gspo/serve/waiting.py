@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import fastapi
 
 from gspo.core.errors import RequestError
+from gspo.core.progress import all_or_cancel
 from gspo.serve.engine import Completion, Engine, Request
 from gspo.serve.messages import check_whole_characters
 from gspo.serve.refusals import HUNG_UP, Refusal
@@ -21,9 +22,7 @@ LONG_TEXT = 10_000
 
 
 def _in_process(http: fastapi.Request | None) -> bool:
-    if http is None:
-        return True
-    return http.client is not None and http.client.host == IN_PROCESS
+    return http is None or (http.client is not None and http.client.host == IN_PROCESS)
 
 
 async def tokenized(
@@ -62,12 +61,7 @@ async def together(engine: Engine, requests: Sequence[Request]) -> list[list[Com
         return [await engine.complete(requests[0])]
     for request in requests:  # all of them, before the first is sampled
         engine.check(request)
-    tasks = [asyncio.create_task(engine.complete(request)) for request in requests]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
+    return await all_or_cancel([engine.complete(request) for request in requests])
 
 
 async def unless_gone(http: fastapi.Request, coroutine: Coroutine[Any, Any, T]) -> T:

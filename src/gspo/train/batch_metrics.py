@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
+from gspo.core.log import log
 from gspo.core.metrics import Metrics
 from gspo.data.sample import TrajectorySamples, flat, split_counts
 from gspo.train.minibatches import RolloutBatch
 from gspo.train.settings import Settings
-
-log = logging.getLogger("gspo")
 
 
 def describe(metrics: Metrics, batch: RolloutBatch, version: int) -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gspo.core.log import log
 from gspo.core.metrics import Metrics
 from gspo.objective import MAX_LOG_RATIO, Objective
 from gspo.train.observe import Observer, Trace
 from gspo.train.settings import Settings
-
-log = logging.getLogger("gspo")
 
 LOWEST, HIGHEST = 1e-6, 1.0
 RATE = 0.3
@@ -67,7 +65,9 @@ def needed_epsilon(objective: Objective, trace: Trace) -> float:
     distance = math.expm1(min(trace.log_ratio, MAX_LOG_RATIO))
     scale = objective.epsilon_high / objective.epsilon_low
     distance = distance / scale if trace.advantage > 0 else -distance
-    return max(_in_epsilons(objective, distance, trace.length), 0.0)
+    if objective.epsilon_scale == "sqrt_length":  # what `clip_range` compares with epsilon itself
+        distance *= math.sqrt(max(trace.length, 1.0))
+    return max(distance, 0.0)
 
 
 def noise_warning(settings: Settings, metrics: Metrics) -> str | None:
@@ -81,12 +81,6 @@ def noise_warning(settings: Settings, metrics: Metrics) -> str | None:
         f"unchanged weights (epsilon {settings.objective.epsilon_low:.2g}): raise epsilon, set "
         "epsilon='auto' or old_logprobs='trainer', or roll out in a finer dtype"
     )
-
-
-def _in_epsilons(objective: Objective, distance: float, length: float) -> float:
-    """What `clip_range` compares with epsilon itself, for a sequence of this length."""
-    by_length = objective.epsilon_scale == "sqrt_length"
-    return distance * math.sqrt(max(length, 1.0)) if by_length else distance
 
 
 def _bounded(epsilon: float, scale: float) -> float:
