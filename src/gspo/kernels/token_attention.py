@@ -55,9 +55,9 @@ def beside(kv_heads: int, share: int, depth: int, wide: int, dtype: torch.dtype)
         for shape in ((share, depth), (TILE, depth), (TILE, wide))
     )
     expected, _ = attend(query * LOG2_E, keys, values, None, None)
-    slabs = (x.transpose(1, 2).flatten(2)[:, None] for x in (keys, values))
-    one = TokenAttention((*query.shape, wide), kv_heads, dtype, query.device)
-    return torch.equal(one.attend(query, LOG2_E, *slabs, None, None, TILE, PLAIN), expected)
+    slab, other = (x.transpose(1, 2).flatten(2)[:, None] for x in (keys, values))
+    one = TokenAttention((count, kv_heads, share, depth, wide), kv_heads, dtype, query.device)
+    return torch.equal(one.attend(query, LOG2_E, slab, other, None, None, TILE, PLAIN), expected)
 
 
 def new_slabs(
