@@ -357,6 +357,7 @@ def test_what_cannot_be_exact_says_why(caplog: pytest.LogCaptureFixture):
     check_engine(engine)
     with pytest.raises(ModelError, match=r"exact=True, but the attention of \w+ is not gspo's"):
         make_exact(engine, required=True)
+    assert f"decoded by {engine.layout!r}" in policy.not_exact
     caplog.set_level("INFO", logger="gspo")
     make_exact(engine, required=False)
     assert "not equal to the bit: the attention of" in caplog.text
