@@ -48,6 +48,10 @@ LONGROPE = {
 }
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
+    "gemma4": (  # its layers' heads differ in width
+        "gemma4_text",
+        {"sliding_window": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 60},
+    ),
     "longrope": (
         "phi3",
         {

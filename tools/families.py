@@ -86,6 +86,45 @@ OWN: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_d_head": 16, "attn_layer_indices": [1, 3]},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "granitemoehybrid": {"mamba_d_head": 16, "layer_types": ["mamba", "attention"] * 2},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
+    "ministral": {"head_dim": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 32},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "n_mamba_heads": 4},
+    "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4},
+    "inkling2_text": {"unpadded_vocab_size": 103, "swa_num_attention_heads": 4, "rel_extent": 64},
+    "inkling2_loop_text": {
+        "unpadded_vocab_size": 103,
+        "swa_num_attention_heads": 4,
+        "rel_extent": 64,
+    },
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10_000.0}
+            for kind in ("sliding_attention", "full_attention")
+        },
+    },
+    "dots1": {"n_shared_experts": 1, "n_routed_experts": 8},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2},
+        "ffn_config": {
+            "hidden_size": 32,
+            "ffn_hidden_size": 48,
+            "moe_num_experts": 8,
+            "moe_top_k": 2,
+        },
+    },
+    "codegen": {"rotary_dim": 8},
+    "gptj": {"rotary_dim": 8},
+    "ctrl": {"dff": 48},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_heads": 4, "window_size": 16},
+    "xlnet": {"d_inner": 48},
+    "xlstm": {"num_heads": 4},
+    "rwkv": {"attention_hidden_size": 32, "context_length": 256},
+    "prophetnet": {"num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4},
     "gemma3n_text": {"intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.0] * 4},
 }
 
@@ -94,6 +133,7 @@ def tiny_config(family: str) -> Any:
     """A small config: that of the family with other numbers where `USUAL` has the name."""
     kind: Any = CONFIG_MAPPING[family]
     whole = kind()
+    whole.allow_global_per_layer_attribute_access = True  # Gemma 4: not all layers are alike
     known = {*vars(whole), *getattr(whole, "attribute_map", {})}
     given = {name: value for name, value in USUAL.items() if name in known}
     told = ("id", "group", "per_tok")  # also if they are None in a config of no arguments

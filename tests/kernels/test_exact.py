@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from types import MethodType
+from copy import copy
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import LlamaConfig
 
 from gspo.kernels import exact
 from gspo.kernels.exact import _by_blocks, _by_one_dnn, _linear, measure
 from gspo.kernels.hf import pad_experts
-from gspo.kernels.logprob import Head
+from gspo.kernels.logprob import CPU_BLOCK, Head, full_logits
+from gspo.kernels.projection import entry_slices, project
 from models import model
 from support import embedded
 
@@ -158,10 +159,47 @@ def test_heads_whose_scores_depend_on_the_rows_are_named(
 ):
     """Gemma 3's heads of 256, four for one key head, and those of Qwen3's 128, two for one."""
     for share in (1, 2, 4):
-        config = LlamaConfig(num_attention_heads=share, num_key_value_heads=1, head_dim=depth)
-        assert exact._attention(config).multiple == 8
+        assert exact._attention(share, depth).multiple == 8
     monkeypatch.setattr(exact, "attend", lambda rows, *_: (rows + rows.shape[2], None))
-    assert exact._attention(config).multiple is None
+    assert exact._attention(4, depth).multiple is None
+
+
+@pytest.mark.parametrize("entries", [2049, 2056, 4099])
+def test_a_vocabulary_just_beyond_whole_blocks_has_no_narrow_block(entries: int):
+    """MKL on AMD sums products of 1 to 8 columns in another order, of 32 rows and more too."""
+    draw = torch.Generator().manual_seed(0)
+    weight, hidden = torch.randn(entries, 32, generator=draw), torch.randn(64, 32, generator=draw)
+    assert exact._head(Head(weight)).multiple == 8
+    last = entry_slices(entries, CPU_BLOCK[0])[-1]
+    block = project(hidden, weight[last], None, None)
+    for rows in (8, 32, 64):
+        assert torch.equal(full_logits(hidden[:rows], Head(weight))[:, last], block[:rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_depend_on_their_place_are_found(dtype: torch.dtype):
+    """As where a product of few columns takes rows that begin at odd addresses otherwise."""
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return x + (torch.arange(len(x)) % 2)[:, None]
+
+    given = (torch.randn(37, 8).to(dtype),)
+    assert exact._multiple(run, given, exact._rows_for(nn.Linear(8, 8, dtype=dtype))) is None
+    assert exact._multiple(lambda x: x + 1, given, exact._ROWS) == 8
+
+
+def test_each_shape_of_heads_is_measured():
+    lm: Any = model("llama")
+    config = lm.config
+    wide = copy(config)
+    wide.head_dim = 16
+    layers = [config, config, config, wide]
+    lm.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(per_layer_config=layers))
+    try:
+        names = [part.name for part in measure(lm, head_of(lm)) if part.kind == "attention"]
+    finally:
+        lm.config = config
+    assert names == ["heads of 8", "heads of 16"]
 
 
 def test_what_was_changed_can_be_undone():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -61,3 +62,11 @@ def test_every_state_is_that_of_the_whole_text(backbone, layout, monkeypatch: py
 def test_memory_is_counted_from_the_config():
     config = model("llama").config
     assert kv_bytes(3, 10, config) == 3 * 10 * 4 * 2 * 8 * 2 * 4  # layers, heads, width, k and v
+
+
+def test_layers_whose_heads_differ_are_counted_one_by_one():
+    """As in Gemma 4, whose config refuses to name one width."""
+    heads = [(4, 2, 8), (4, 1, 32)]
+    names = "num_attention_heads", "num_key_value_heads", "head_dim"
+    layers = [SimpleNamespace(**dict(zip(names, shape, strict=True))) for shape in heads]
+    assert kv_bytes(3, 10, SimpleNamespace(per_layer_config=layers)) == 3 * 10 * (16 + 32) * 2 * 4

@@ -33,6 +33,7 @@ LAYOUTS = {
     "granite": "shared",
     "windows": "shared",
     "gemma2": "shared",
+    "gemma4": "shared",
     "llama4": "model_cache",
     "qwen3_next": "model_cache",
     "qwen3_5": "model_cache",
@@ -50,9 +51,10 @@ def kinds() -> list[Any]:
     """Those that transformers' release can decode by a cache at all."""
     new = pytest.mark.skipif(
         Version(transformers.__version__) < Version("5.24"),
-        reason="Mamba's cache of transformers before 5.24 is refused",
+        reason="transformers before 5.24: Mamba's cache is refused, and there is no Gemma 4",
     )
-    return [pytest.param(kind, marks=[new] * kind.startswith("mamba")) for kind in LAYOUTS]
+    newer = ("mamba", "gemma4")
+    return [pytest.param(kind, marks=[new] * kind.startswith(newer)) for kind in LAYOUTS]
 
 
 @pytest.mark.parametrize("kind", kinds())
@@ -355,6 +357,7 @@ def test_what_cannot_be_exact_says_why(caplog: pytest.LogCaptureFixture):
     check_engine(engine)
     with pytest.raises(ModelError, match=r"exact=True, but the attention of \w+ is not gspo's"):
         make_exact(engine, required=True)
+    assert f"decoded by {engine.layout!r}" in policy.not_exact
     caplog.set_level("INFO", logger="gspo")
     make_exact(engine, required=False)
     assert "not equal to the bit: the attention of" in caplog.text

@@ -28,9 +28,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from gspo.kernels.hf import backbone, no_mask, pad_experts
-from gspo.kernels.kv_cache import key_heads
+from gspo.kernels.kv_cache import head_shapes
 from gspo.kernels.logprob import CPU_BLOCK, Head, full_logits
-from gspo.kernels.projection import project
+from gspo.kernels.projection import entry_slices, project
 from gspo.kernels.running_softmax import VECTOR
 from gspo.kernels.tile_attention import attend
 
@@ -83,13 +83,17 @@ def measure(lm: Any, head: Head) -> list[Part]:
         else:
             multiple = _multiple(same[0], inputs, _rows_for(same[0]))
             parts.append(Part(name, type(same[0]).__name__, multiple))
-    return [*parts, _attention(lm.config.get_text_config()), _head(head)]
+    shapes = sorted({(n // k, width) for n, k, width in head_shapes(lm.config.get_text_config())})
+    return [*parts, *(_attention(*shape) for shape in shapes), _head(head)]
 
 
-def _attention(config: Any) -> Part:
-    """One token of each of several sequences that are alike, against many tokens of one."""
-    kv_heads, depth = key_heads(config)
-    share = config.num_attention_heads // kv_heads
+def _attention(share: int, depth: int) -> Part:
+    """One token of each of several sequences that are alike, against many tokens of one.
+
+    Args:
+        share: heads that share a key head.
+        depth: width of a head.
+    """
     rows, keys, values = _numbers(3, 1, 1, _BLOCK * share, depth)
     keys, values = keys[:, :, :_BLOCK], values[:, :, :_BLOCK]
     many, _ = attend(rows, keys, values, None, None)
@@ -102,13 +106,14 @@ def _attention(config: Any) -> Part:
 def _head(head: Head) -> Part:
     """Logits of few rows over the whole vocabulary, against many rows over a block of it."""
     hidden = _numbers(_ROWS[-1], head.weight.shape[1])
-    block = min(CPU_BLOCK[0], head.size)
-    spans = [slice(0, block), slice((head.size - 1) // block * block, head.size)]
-    pairs = [(span, project(hidden, head.weight[span], None, None)) for span in spans]
+    spans = entry_slices(head.size, CPU_BLOCK[0])
+    pairs = [(s, project(hidden, head.weight[s], None, None)) for s in (spans[0], spans[-1])]
     plain, wrong = replace(head, bias=None, softcap=None, scale=1.0), set[int]()
-    for count in _ROWS[:3]:
-        few = full_logits(hidden[:count], plain)
-        if not all(torch.equal(few[:, span], many[:count]) for span, many in pairs):
+    for count in _ROWS[:5]:
+        if count == MULTIPLES[-1] and not wrong:
+            break  # so many rows of a whole vocabulary take long
+        few, some = full_logits(hidden[1 : count + 1], plain), slice(1, count + 1)
+        if not all(torch.equal(few[:, span], many[some]) for span, many in pairs):
             wrong.add(count)
     return Part("lm_head", "head", _fitting(wrong))
 
@@ -244,13 +249,14 @@ def _multiple(
     many = [_repeated(x, axis, most) for x, axis in zip(inputs, axes, strict=True)]
     whole, wrong = _first(run(*many)), set[int]()
     for count in counts[:-1] if most in whole.shape else ():  # else it has no rows by token
-        rows = 1 if whole.dtype == torch.float32 else min(most, _OUTPUTS // whole.shape[-1])
+        rows = 1 if whole.dtype == torch.float32 else min(most - 1, _OUTPUTS // whole.shape[-1])
         rows = max(rows // count, 1) * count
-        middle = [x.narrow(a, (most - rows) // 2, rows) for x, a in zip(many, axes, strict=True)]
+        start = (most - rows) // 2 | 1  # odd: where a row begins in memory may matter too
+        middle = [x.narrow(a, start, rows) for x, a in zip(many, axes, strict=True)]
         calls = zip(*(x.split(count, a) for x, a in zip(middle, axes, strict=True)), strict=True)
         axis = whole.shape.index(most)
         few = torch.cat([_first(run(*call)) for call in calls], axis)
-        if not torch.equal(few, whole.narrow(axis, (most - rows) // 2, rows)):
+        if not torch.equal(few, whole.narrow(axis, start, rows)):
             wrong.add(count)
     return _fitting(wrong)
 

@@ -174,15 +174,17 @@ class Reading:
         return self._cache, self._hidden
 
 
-def key_heads(config: Any) -> tuple[int, int]:
-    """How many heads of keys a model has, and their width, from its text config."""
-    heads = getattr(config, "num_attention_heads", 1)
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return getattr(config, "num_key_value_heads", None) or heads, width
+def head_shapes(config: Any) -> list[tuple[int, int, int]]:
+    """Of each layer: its heads, its heads of keys, and their width; from a model's text config."""
+    shapes, layers = [], getattr(config, "per_layer_config", None)  # Gemma 4's are not all alike
+    for layer in layers or [config] * config.num_hidden_layers:
+        heads = getattr(layer, "num_attention_heads", 1)
+        width = getattr(layer, "head_dim", None) or layer.hidden_size // heads
+        shapes.append((heads, getattr(layer, "num_key_value_heads", None) or heads, width))
+    return shapes
 
 
 def kv_bytes(completions: int, positions: int, config: Any) -> int:
     """Bytes of float32 keys and values, from the model's text config."""
-    kv_heads, width = key_heads(config)
-    each = config.num_hidden_layers * kv_heads * width * 2 * torch.float32.itemsize
-    return completions * positions * each
+    each = sum(kv_heads * width for _, kv_heads, width in head_shapes(config))
+    return completions * positions * each * 2 * torch.float32.itemsize

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from gspo.core.errors import DataError
 from gspo.core.timing import timed
-from gspo.kernels.projection import Blocks, ChunkedLogprobs, capped_, project
+from gspo.kernels.projection import Blocks, ChunkedLogprobs, capped_, entry_slices, project
 from gspo.kernels.running_softmax import LN_2, RunningSoftmax
 from gspo.kernels.split_projection import SplitLogprobs, split_product
 
@@ -149,7 +149,7 @@ def softmax_of(
     # A device has no bits to match, and one block is fewer launches.
     entries = CPU_BLOCK[0] if logits.device.type == "cpu" else logits.shape[1]
     everyone, tops = slice(0, len(logits)), []
-    spans = [slice(start, start + entries) for start in range(0, logits.shape[1], entries)]
+    spans = entry_slices(logits.shape[1], entries)
     for span in spans:
         x = logits[:, span].clone(memory_format=torch.contiguous_format)
         first, out = span.start == 0, powers if len(spans) == 1 else None

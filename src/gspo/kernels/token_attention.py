@@ -144,7 +144,5 @@ class TokenAttention:
             out = self._out
             shared.write_sums(self._summed)
         out = add_tiles(out, own.to(values.dtype), values.flatten(0, 1), tile)
-        return self._of_heads(out) / total.view(*self._shape[:3], 1)
-
-    def _of_heads(self, out: Float[Tensor, "B R e"]) -> Float[Tensor, "N K g E"]:
-        return out.as_strided(self._out_of.shape, self._out_of.stride())
+        out = out.as_strided(self._out_of.shape, self._out_of.stride())
+        return out / total.view(*self._shape[:3], 1)

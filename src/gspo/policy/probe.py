@@ -25,7 +25,7 @@ from gspo.policy.context import chunk_in, probe_length
 from gspo.policy.policy import Packing, Policy
 
 _ORDER: tuple[Packing, ...] = ("flex", "tiles", "mask", "single")
-FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
+FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
 """What a model raises that is called in a way that it doesn't know."""
 _UNRELATED = (9, 4, 7)  # tokens of texts that have nothing in common
 _SHARED, _PROMPTS, _COMPLETIONS = 16, (19, 18), (5, 8)  # tokens

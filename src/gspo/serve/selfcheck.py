@@ -121,8 +121,8 @@ def _obstacle(engine: TorchEngine) -> str | None:
         )
     if policy.packing != "tiles" or engine.layout != "shared":
         return (
-            f"the attention of {type(policy.lm).__name__} is not gspo's (samples are packed by "
-            f"{policy.packing!r})"
+            f"the attention of {type(policy.lm).__name__} is not gspo's, or not once in a layer "
+            f"(samples are packed by {policy.packing!r} and decoded by {engine.layout!r})"
         )
     return None
 
