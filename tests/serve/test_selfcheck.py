@@ -353,7 +353,7 @@ def test_what_cannot_be_exact_says_why(caplog: pytest.LogCaptureFixture):
     policy.lm.set_attn_implementation("eager")
     engine = engine_of(policy)
     check_engine(engine)
-    with pytest.raises(ModelError, match=r"exact=True, but \w+ is not computed by gspo's attention"):
+    with pytest.raises(ModelError, match=r"exact=True, but \w+ is not computed by gspo's"):
         make_exact(engine, required=True)
     caplog.set_level("INFO", logger="gspo")
     make_exact(engine, required=False)

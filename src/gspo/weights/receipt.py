@@ -129,9 +129,9 @@ class Receipts:
         if fault := self._fault or (behind if version != self.version else ""):
             raise ServeError(
                 f"{type(engine).__name__} has no receipt for version {version} of the weights of "
-                f"{self._policy.source}: {fault}. Nothing is sampled with them (docs/reliability.md"
-                "). Start the run again: it goes on from its last checkpoint. If this happens again "
-                "with a rollout_dtype, leave that out: the engine then shares the trainer's weights"
+                f"{self._policy.source}: {fault}. Nothing is sampled with them: see "
+                "docs/reliability.md. Start the run again: it goes on from its last checkpoint. If "
+                "it fails again with a rollout_dtype, leave that out: the weights are shared then"
             )
 
 
