@@ -291,7 +291,8 @@ def old_bias(on: Publication) -> None:
 
 def no_bias(on: Publication) -> None:
     names = [n for n, _ in on.lm.named_parameters() if n.endswith("_proj.bias")]
-    on.lm.get_submodule(on.rng.choice(names).removesuffix(".bias")).bias = None
+    layer: Any = on.lm.get_submodule(on.rng.choice(names).removesuffix(".bias"))
+    layer.bias = None
 
 
 def other_correction(on: Publication) -> None:
