@@ -258,7 +258,7 @@ class InternalModelConfig(Options):
     def _exact_needs_the_same_weights(self) -> InternalModelConfig:
         if self.exact and self.rollout_dtype is not None:
             raise ValueError(
-                f"exact=True and rollout_dtype={self.rollout_dtype!r}: a copy of the weights in "
-                "another precision has other log-probs. Leave one of the two out."
+                f"exact=True and rollout_dtype={self.rollout_dtype!r}: an engine that samples from "
+                "a copy of the weights is not exact in any precision. Leave one of the two out"
             )
         return self

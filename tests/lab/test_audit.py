@@ -140,7 +140,7 @@ def test_a_model_that_cannot_be_exact_says_why(tmp_path: Path):
     report = audit_exact(folder(tmp_path, "qwen3_next"))
     assert not report["exact"]
     assert render_exact(report).startswith(
-        "not exact: the attention of Qwen3NextForCausalLM is not gspo's"
+        "not exact: Qwen3NextForCausalLM is not computed by gspo's attention"
     )
 
 

@@ -47,7 +47,7 @@ def test_context_cannot_exceed_the_models():
         load_policy("embedded:sort", dev.InternalModelConfig(max_context=513))
 
 
-@pytest.mark.parametrize("device", ["cuda", "gpu"])
+@pytest.mark.parametrize("device", ["cuda", "gpu", "fpga"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_a_device_that_is_not_there_is_named(device: str):
     with pytest.raises(ModelError, match=f"device = '{device}'.*use 'auto' or 'cpu'"):

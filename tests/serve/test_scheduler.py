@@ -392,7 +392,7 @@ async def test_a_stuck_step_gives_an_error_that_names_it(
     with pytest.raises(ServeError, match=r"stuck: in decode step 1 for \d+ s, since ..:..:..; now"):
         await asyncio.wait_for(engine.complete(request()), LIMIT)
     stream: Any = engine.stream(request())
-    with pytest.raises(ServeError, match=r"running: Scheduler\._run"):
+    with pytest.raises(ServeError, match=r"running: Scheduler\._run\. Kill this process"):
         await asyncio.wait_for(anext(stream), LIMIT)
     steps.before = lambda: None
     gate.set()

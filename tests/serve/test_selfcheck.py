@@ -355,12 +355,12 @@ def test_what_cannot_be_exact_says_why(caplog: pytest.LogCaptureFixture):
     policy.lm.set_attn_implementation("eager")
     engine = engine_of(policy)
     check_engine(engine)
-    with pytest.raises(ModelError, match=r"exact=True, but the attention of \w+ is not gspo's"):
+    with pytest.raises(ModelError, match=r"exact=True, but \w+ is not computed by gspo's"):
         make_exact(engine, required=True)
     assert f"decoded by {engine.layout!r}" in policy.not_exact
     caplog.set_level("INFO", logger="gspo")
     make_exact(engine, required=False)
-    assert "not equal to the bit: the attention of" in caplog.text
+    assert "is not computed by gspo's attention" in caplog.text
     assert not policy.exact
     assert policy.multiple == 1
 

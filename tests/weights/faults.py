@@ -67,7 +67,7 @@ class Publication:
     """What a fault may use.
 
     Attributes:
-        lm: the engine's model, after the publication.
+        sampling: the engine's, after the publication.
         policy: the trainer's.
         older: the engine's tensors before each publication, the latest last.
         dtype: of the engine.
@@ -75,12 +75,16 @@ class Publication:
         rng: chooses which tensor.
     """
 
-    lm: nn.Module
+    sampling: Policy
     policy: Policy
     older: list[State]
     dtype: dev.RolloutDtype
     unused: list[int]
     rng: random.Random
+
+    @property
+    def lm(self) -> nn.Module:
+        return self.sampling.lm
 
     def matrices(self, name: str = "") -> list[nn.Parameter]:
         """Weights whose name has this in it, in the order of their layers."""
@@ -461,15 +465,15 @@ class Street:
     def publish(self, fault: Fault | None = None) -> dict[str, float]:
         """Train a step and publish it, with a fault."""
         update(self.policy, self.rng)
-        lm, honest = self.publisher.policy.lm, type(self.publisher).publish
-        self.older.append(state(lm))
+        sampling, honest = self.publisher.policy, type(self.publisher).publish
+        self.older.append(state(sampling.lm))
         used = self.receipts._probe.tokens.tolist()
         unused = [token for token in range(100) if token not in used]
 
         def publish(policy: Policy) -> int:
             version = honest(self.publisher, policy)
             if fault is not None:
-                on = Publication(lm, self.policy, self.older, self.dtype, unused, self.rng)
+                on = Publication(sampling, self.policy, self.older, self.dtype, unused, self.rng)
                 with torch.no_grad():
                     fault(on)
             return version

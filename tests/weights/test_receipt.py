@@ -19,11 +19,20 @@ from gspo.weights.publisher import publisher_for
 from gspo.weights.receipt import Receipts, probe_for
 from policy.routers import MOE, moe, phimoe
 from support import embedded, random_groups
-from weights.faults import FAULTS, MODELS, OF_NO_TENSOR, Fault, Street, dense, stale, update
+from weights import rare_faults
+from weights.faults import FAULTS, Fault, Street, dense, stale, update
+from weights.rare_faults import MODELS, OF_NO_TENSOR
 
 DTYPES: tuple[dev.RolloutDtype, ...] = get_args(dev.RolloutDtype)
 ASKED = [Request((1, 2, 3), SamplingParams(max_tokens=1))]
 CASES = [(model, name) for model, faults in FAULTS.items() for name in faults]
+RARE = [(model, name) for model, faults in rare_faults.FAULTS.items() for name in faults]
+ONE_EACH = list({name: (model, name) for model, name in RARE}.values())
+"""Each of the rare faults, on the last model that it is of."""
+
+
+def fault_of(model: str, name: str) -> Fault:
+    return (rare_faults.FAULTS[model] | FAULTS.get(model, {}))[name]
 
 
 def refused(policy: Policy, fault: Fault, dtype: dev.RolloutDtype, seed: int) -> str:
@@ -39,31 +48,34 @@ def refused(policy: Policy, fault: Fault, dtype: dev.RolloutDtype, seed: int) ->
     return str(error.value)
 
 
-@pytest.mark.parametrize(("model", "name"), CASES)
+def dtypes_of(name: str) -> tuple[dev.RolloutDtype, ...]:
+    """Where no tensor differs, what is computed otherwise may lie within a rounded copy's noise."""
+    return DTYPES[:1] if name in OF_NO_TENSOR else DTYPES
+
+
+@pytest.mark.parametrize(("model", "name"), [*CASES, *ONE_EACH])
 def test_a_fault_is_caught_before_the_first_token(model: str, name: str):
     policy = MODELS[model]()
-    dtype = random.Random(f"{model}/{name}").choice(DTYPES)  # the slow test has each
-    message = refused(policy, FAULTS[model][name], dtype, 0)
+    dtype = random.Random(f"{model}/{name}").choice(dtypes_of(name))  # the slow test has each
+    message = refused(policy, fault_of(model, name), dtype, 0)
     assert "has no receipt for version" in message
     assert any(said in message for said in ("off by", "only one side has it", "torch."))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)  # a machine with a load of 50 takes more than the usual ten minutes
-@pytest.mark.parametrize(("model", "name"), CASES)
+@pytest.mark.parametrize(("model", "name"), [*CASES, *RARE])
 def test_a_fault_is_caught_each_of_fifty_times(model: str, name: str):
-    policy = MODELS[model]()
-    # Where no tensor differs, what is computed otherwise may lie within a rounded copy's noise.
-    dtypes = DTYPES[:1] if name in OF_NO_TENSOR else DTYPES
+    policy, dtypes = MODELS[model](), dtypes_of(name)
     by_scores = 0
     for seed in range(50):
-        message = refused(policy, FAULTS[model][name], dtypes[seed % len(dtypes)], 100 + seed)
+        message = refused(policy, fault_of(model, name), dtypes[seed % len(dtypes)], 100 + seed)
         by_scores += "its log-probs of the probe" in message or "cannot score" in message
     print(f"{model}, {name}: {by_scores} of 50 by the scores")
 
 
 @pytest.mark.parametrize("dtype", [None, *DTYPES])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", FAULTS)
 def test_honest_publications_raise_no_alarm(model: str, dtype: dev.RolloutDtype | None):
     publish_honestly(model, dtype, 3)
 
@@ -71,7 +83,7 @@ def test_honest_publications_raise_no_alarm(model: str, dtype: dev.RolloutDtype 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("dtype", [None, *DTYPES])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", FAULTS)
 def test_a_thousand_honest_publications_raise_no_alarm(model: str, dtype: dev.RolloutDtype | None):
     publish_honestly(model, dtype, 1000)
 

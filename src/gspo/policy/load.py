@@ -181,7 +181,8 @@ def _device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # the second: torch was built without CUDA
-        raise ModelError(f"device = {name!r}: {error}: use 'auto' or 'cpu'") from None
+        reason = str(error).split(". ")[0]  # torch goes on with a list of all its kernels
+        raise ModelError(f"device = {name!r}: {reason}: use 'auto' or 'cpu'") from None
 
 
 def _threads(lm: PreTrainedModel, wanted: int | None) -> tuple[int, int]:

@@ -140,7 +140,7 @@ class Scheduler:
                     raise ServeError(
                         f"the engine is stuck: {what} for {waited:.0f} s, since "
                         f"{time.strftime('%H:%M:%S', time.localtime(time.time() - waited))}; now "
-                        f"running: {self._compute.running}. Load the model again, in a new process"
+                        f"running: {self._compute.running}. Kill this process, and start it again"
                     ) from None
             else:
                 if isinstance(item, Exception):

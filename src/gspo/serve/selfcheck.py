@@ -113,7 +113,7 @@ def _obstacle(engine: TorchEngine) -> str | None:
     """Say what rules exactness out before anything is measured."""
     policy = engine.policy
     if policy.device.type != "cpu":
-        return f"gspo has no kernels with fixed tiles for device {policy.device.type!r}"
+        return f"on device {policy.device.type!r} sums depend on the batch: give device='cpu'"
     if torch.get_num_threads() > 2:
         return (
             f"with {torch.get_num_threads()} threads torch cuts tensors at places that gspo does "
@@ -121,7 +121,7 @@ def _obstacle(engine: TorchEngine) -> str | None:
         )
     if policy.packing != "tiles" or engine.layout != "shared":
         return (
-            f"the attention of {type(policy.lm).__name__} is not gspo's, or not once in a layer "
+            f"{type(policy.lm).__name__} is not computed by gspo's attention, once in each layer "
             f"(samples are packed by {policy.packing!r} and decoded by {engine.layout!r})"
         )
     return None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from gspo.kernels.sharded import full, reshard
 from gspo.policy.policy import Policy
+from gspo.weights.rollout_copy import without_weights
 
 
 @torch.no_grad()
@@ -40,10 +42,11 @@ class GatheredCopy:
     tolerance = 0.0
 
     def __init__(self, policy: Policy, gather: Callable[[bool], Mapping[str, Tensor]]):
-        self.policy, self._gather = policy, gather
+        self.policy, self._gather, self._trained = policy, gather, set(policy.trainable)
         policy.lm.requires_grad_(False)
-        self._types = {name: tensor.dtype for name, tensor in policy.tensors.items()}
+        self._modules = replace(policy, lm=without_weights(policy.lm))
         self._take(gather(True))
+        self._hashes = self._frozen_hashes()
 
     def publish(self, policy: Policy) -> int:
         self._take(self._gather(False))
@@ -51,8 +54,17 @@ class GatheredCopy:
         return policy.version
 
     def expected(self, policy: Policy) -> tuple[Policy, Mapping[str, Tensor]]:
-        whole = {n: w.to(self._types[n]) for n, w in self._gather(False).items()}
-        return self.policy, self.policy.tensors | whole
+        """In modules that the engine doesn't have. Frozen weights are gathered only if the copy's
+        are others than at first."""
+        types = {name: tensor.dtype for name, tensor in self._modules.tensors.items()}
+        changed = self._frozen_hashes() != self._hashes
+        whole = {n: w.to(types[n]) for n, w in self._gather(changed).items()}
+        return self._modules, self.policy.tensors | dict(policy.lm.named_buffers()) | whole
+
+    def _frozen_hashes(self) -> dict[str, list[int]]:
+        """A number for each row of the weights that are not trained."""
+        named = self.policy.lm.named_parameters()
+        return {n: torch.hash_tensor(w, -1).tolist() for n, w in named if n not in self._trained}
 
     @torch.no_grad()
     def _take(self, weights: Mapping[str, Tensor]) -> None:

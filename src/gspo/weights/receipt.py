@@ -77,11 +77,7 @@ class Receipts:
         self._fault = "they were not proved yet"
 
     def publish(self, engine: Scorer) -> dict[str, float]:
-        """Give the engine the trainer's weights, and prove it; returns what `prove` does.
-
-        Raises:
-            ServeError: see `prove`.
-        """
+        """Give the engine the trainer's weights, and prove it; returns and raises as `prove`."""
         self._fault = f"the publication of version {self._policy.version} did not end"
         version = self._publisher.publish(self._policy)
         return self.prove(engine, version)
@@ -129,15 +125,13 @@ class Receipts:
         Raises:
             ServeError: says which engine and version, and by how much it is off.
         """
-        fault = self._fault
-        if version != self.version:
-            fault = fault or f"the last receipt is for version {self.version}"
-        if fault:
+        behind = f"the last receipt is for version {self.version}"
+        if fault := self._fault or (behind if version != self.version else ""):
             raise ServeError(
                 f"{type(engine).__name__} has no receipt for version {version} of the weights of "
-                f"{self._policy.source}: {fault}. Nothing is sampled with them. Start the run "
-                "again: it goes on from its last checkpoint. If this happens again with a "
-                "rollout_dtype, leave that out: the engine then samples from the trainer's weights"
+                f"{self._policy.source}: {fault}. Nothing is sampled with them: see "
+                "docs/reliability.md. Start the run again: it goes on from its last checkpoint. If "
+                "it fails again with a rollout_dtype, leave that out: the weights are shared then"
             )
 
 

@@ -63,8 +63,7 @@ class RoundedCopy:
         self.policy = self._plain(policy, lm if policy.peft is None else lm.unload())
         self._modules = None  # what `expected` weights compute in; None: the trainer's own modules
         if policy.peft is not None:  # which have other names
-            nothing = {id(p): p.new_empty(0) for p in self.policy.lm.parameters()}
-            self._modules = self._plain(policy, _with_parameters(self.policy.lm, nothing))
+            self._modules = self._plain(policy, without_weights(self.policy.lm))
         self.publish(policy)
 
     @torch.no_grad()
@@ -106,6 +105,11 @@ def _with_parameters(lm: Any, values: Mapping[int, Tensor]) -> Any:
     """A copy of a model with other parameters, by the `id` of its own, of which none is copied."""
     others = {place: torch.nn.Parameter(value, False) for place, value in values.items()}
     return copy.deepcopy(lm, others)
+
+
+def without_weights(lm: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model's modules, whose parameters are empty."""
+    return _with_parameters(lm, {id(p): p.new_empty(0) for p in lm.parameters()})
 
 
 def fake_quantized(weight: Float[Tensor, "*R C"], bits: int) -> Float[Tensor, "*R C"]:
