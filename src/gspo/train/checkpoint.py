@@ -79,7 +79,9 @@ def begin_checkpoint(
         return {name: copies[id(tensor)] for name, tensor in tensors.items()}
 
     weights = taken(weights_to_store(policy, trainer.optimizer.masters), whole=True)
-    moments, state = taken(trainer.optimizer.state(), whole=False), _state(trainer)
+    moments = taken(trainer.optimizer.state(), whole=False)
+    state = {"step": trainer.step, "policy_version": policy.version}
+    state |= {"epsilon_low": trainer.epsilon.epsilon_low}
     with ExitStack() as begun:
         building = begun.enter_context(replacing(target)) if first else target
         begun.enter_context(_named_errors())
@@ -194,12 +196,6 @@ def _named_errors() -> Iterator[None]:
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, str(error)) from None
-
-
-def _state(trainer: Trainer) -> dict[str, Any]:
-    """What is stored beside the tensors, as it is now."""
-    epsilon = trainer.epsilon.epsilon_low
-    return {"step": trainer.step, "policy_version": trainer.policy.version, "epsilon_low": epsilon}
 
 
 def _finish(
