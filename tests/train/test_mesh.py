@@ -187,6 +187,33 @@ def test_a_rank_that_waits_for_the_one_that_ended_is_not_named(alone, monkeypatc
         alone.together(closed)
 
 
+def test_an_error_that_comes_of_a_lost_rank_does_not_hide_it(alone, monkeypatch):
+    """Such as a checkpoint that could not be written since the other rank has ended."""
+    alone.hosts, alone.size = ["a", "b"], 2
+    monkeypatch.setattr(module, "GRACE", 0.5)
+
+    def failed():
+        raise RunError("cannot write optimizer: a rank has ended")
+
+    with pytest.raises(RunError, match=r"^rank 1 \(b\): ended, or hangs\. The ranks"):
+        alone.together(failed)
+
+
+def test_a_rank_that_lives_is_not_blamed_for_the_error_of_another(alone, monkeypatch):
+    """It waits in an exchange that the other one left by its error."""
+    alone.hosts, alone.size = ["a", "b"], 2
+    monkeypatch.setattr(module, "GRACE", 0.5)
+    other = Mesh.__new__(Mesh)
+    other.rank = 1
+    Thread(target=other._answer, args=[alone._store.clone()]).start()
+
+    def failed():
+        raise ValueError("a bad number")
+
+    with pytest.raises(RunError, match=r"^rank 0 \(a\): ValueError: a bad number\. The ranks"):
+        alone.together(failed)
+
+
 def test_what_the_first_to_know_says_is_said_by_all(alone, monkeypatch):
     """Whoever comes later finds the ones that have ended since, too."""
     alone.hosts, alone.size = ["a", "b"], 2
@@ -267,7 +294,7 @@ def test_ranks_train_as_one_process_does(ranks, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case')]
-    assert len(told) == 33
+    assert len(told) == 34
     exact = [case for case in told if "bfloat16" not in case["case"]]
     rough = [case for case in told if "bfloat16" in case["case"]]
     assert all(case["weights"] < ROUNDED for case in rough), told

@@ -225,14 +225,14 @@ class Mesh(Workers):
         lost = isinstance(failed, RuntimeError) and not isinstance(failed, torch.OutOfMemoryError)
         kind = "" if failed is None else "lost" if lost else type(failed).__name__
         try:
-            if lost:
-                self._store.set("lost", "")
+            if failed is not None:
+                self._store.set("asked", str(number))
             self._store.set(f"{number}-{self.rank}", json.dumps([kind, str(failed)]))
             notes = self._notes(number, GRACE if failed else self.limit)
             kinds = {note[0] for note in notes.values()} - {"lost"}
             if len(notes) < self.size or kinds != {kind}:
                 # Whoever knows first says it: that one ends, and others may find only that.
-                told = self._whose_fault(notes)
+                told = self._whose_fault(number, notes)
                 self.broken = self._store.compare_set("broken", "", told).decode()
         except RuntimeError:  # the store has ended with the first rank
             self.broken = self._ends({0: "ended, or hangs"})
@@ -262,21 +262,24 @@ class Mesh(Workers):
             time.sleep(0.002)
         return notes
 
-    def _whose_fault(self, notes: dict[int, list[str]]) -> str:
+    def _whose_fault(self, number: int, notes: dict[int, list[str]]) -> str:
         raised = {r: f"{k}: {text}" for r, (k, text) in notes.items() if k not in ("", "lost")}
         silent = [r for r in range(self.size) if r not in notes]
         # Whoever answers and is silent waits for one that doesn't: not all see at once who ended.
-        gone = [r for r in silent if not self._store.check([f"lives-{r}"])]
+        # What others raise then may be no more than that they have lost it.
+        gone = [r for r in silent if not self._store.check([f"lives-{number}-{r}"])]
         others = {r: text for r, (kind, text) in notes.items() if kind == "lost"}
-        return self._ends(raised or dict.fromkeys(gone or silent, "ended, or hangs") or others)
+        gone, silent = (dict.fromkeys(ranks, "ended, or hangs") for ranks in (gone, silent))
+        return self._ends(gone or raised or silent or others)
 
     def _answer(self, store: Any) -> None:
-        """Tell ranks that have lost another one that this process lives, if it waits or not."""
+        """Tell ranks that have an error that this process lives, if it waits or not."""
         with suppress(RuntimeError):  # the store has ended with the first rank
             # A thread that is still inside torch when Python ends would abort the process.
-            while main_thread().is_alive() and dist.is_initialized() and not store.check(["lost"]):
+            while main_thread().is_alive() and dist.is_initialized():
+                if store.check(["asked"]):
+                    store.set(f"lives-{store.get('asked').decode()}-{self.rank}", "")
                 time.sleep(_PAUSE)
-            store.set(f"lives-{self.rank}", "")
 
     def _ends(self, faults: Mapping[int, str]) -> str:
         told = [f"rank {rank} ({self.hosts[rank]}): {why}" for rank, why in faults.items()]
