@@ -268,7 +268,8 @@ def test_ranks_that_do_not_fit_together_are_named(value, other, alone, monkeypat
 
 def test_a_rank_that_does_not_come_is_named(alone, monkeypatch):
     wait = timedelta(seconds=0.3)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=wait, wait_for_workers=False)
+    made: Any = dist
+    store = made.TCPStore("127.0.0.1", 0, is_master=True, timeout=wait, wait_for_workers=False)
     _, facts = json.loads(alone._store.get("rank 0"))
     store.set("rank 0", json.dumps(["a", facts | {"ranks": 3}]))
     monkeypatch.setattr(module, "rendezvous", lambda *_, **__: iter([(store, 1, 3)]))

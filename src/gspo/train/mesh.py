@@ -122,7 +122,8 @@ class Mesh(Workers):
         self.checkpoint_group = dist.new_group(backend="gloo", timeout=wait)
         self.count, self.limit, self._calls = self.size, limit, 0
         self._counts, self.broken = True, ""
-        Thread(target=self._answer, args=[self._store.clone()]).start()
+        own: Any = self._store  # a copy: one that waits for work is locked for other threads
+        Thread(target=self._answer, args=[own.clone()]).start()
 
     def divide(self, cp_size: int, ep_size: int) -> None:
         """Let so many neighbouring ranks compute a microbatch together, each a part of its length,
