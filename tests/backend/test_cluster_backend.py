@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +14,36 @@ import pytest
 from gspo.backend.cluster_backend import ClusterBackend
 from gspo.core.errors import ConfigError
 from gspo.policy.load import load_policy
+from gspo.train.checkpoint import steps_saved
 
 USER = """
 import asyncio, os, signal, sys
 import gspo as art
 from gspo.backend.cluster_backend import ClusterBackend
+from gspo.train import checkpoint
+from gspo.train.mesh import Mesh
+from gspo.weights import gathered_copy
+
+PLACES = {
+    "backward": (Mesh, "backward"),
+    "checkpoint": (checkpoint, "_write_shards"),
+    "gather": (gathered_copy, "full"),
+}
+
+def strike(place, rank, call, kind):
+    owner, name = PLACES[place]
+    real, calls = getattr(owner, name), []
+    def run(*args, **options):
+        calls.append(1)
+        if len(calls) == int(call):
+            os.kill(os.getpid(), getattr(signal, kind))
+        return real(*args, **options)
+    if os.environ["RANK"] == rank:
+        setattr(owner, name, run)
 
 async def main(nproc, path, steps, fault):
+    if ":" in fault:
+        strike(*fault.split(":"))
     kind = {"timeout": 60.0} if nproc == 0 else {"nproc": nproc, "timeout": 60.0}
     async with ClusterBackend(path=path, **kind) as backend:
         model = art.TrainableModel(name="m", project="p", base_model="embedded:sort")
@@ -49,6 +74,33 @@ def user(nproc: int, path: Path, steps: int, fault: str = "", launcher: tuple[st
     command = [sys.executable, *launcher, str(script), str(nproc), str(path), str(steps), fault]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+
+
+def by_hand(ranks: int, path: Path, steps: int, fault: str = "") -> list[tuple[int, str]]:
+    """Start each rank without a launcher, which would end the others itself; exit status and
+    errors of each.
+
+    Args:
+        fault: the place of `PLACES`, the rank, the call of it there, and the signal.
+    """
+    script = path.parent / "user.py"
+    script.write_text(USER)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    started = []
+    for rank in range(ranks):
+        number = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        env = os.environ | {"OMP_NUM_THREADS": "1"} | where | number
+        command = [sys.executable, str(script), "0", str(path), str(steps), fault]
+        with (path.parent / f"errors-{rank}").open("w") as errors:
+            started.append(subprocess.Popen(command, env=env, stderr=errors))
+    try:
+        codes = [process.wait(300) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(code, (path.parent / f"errors-{r}").read_text()) for r, code in enumerate(codes)]
 
 
 def losses(path: Path) -> list[float]:
@@ -110,6 +162,35 @@ def test_a_killed_rank_is_named_and_the_same_command_goes_on(tmp_path):
     assert re.search(r"RunError: rank 1 \(.*\): ended", done.stderr), done.stderr[-2000:]
     done = user(2, tmp_path / "r", 1)
     assert done.returncode == 0 and done.stdout.startswith("2 "), done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "fault"),
+    [
+        (4, "backward:1:6:SIGKILL"),  # the last rank exchanges nothing with it in most sums
+        (2, "checkpoint:1:2:SIGKILL"),
+        (2, "gather:1:100:SIGKILL"),
+    ],
+)
+def test_all_name_the_rank_that_ended_and_the_run_ends_as_an_undisturbed_one(
+    ranks, fault, tmp_path
+):
+    for rank, (code, errors) in enumerate(by_hand(ranks, tmp_path / "r", 2, fault)):
+        if rank == 1:
+            assert code == -signal.SIGKILL
+        else:
+            named = re.findall(r"rank (\d) \([^)]*\): (?:ended|\w+Error)", errors)
+            assert code == 1 and set(named) == {"1"}, errors[-2000:]
+    done = sum(steps_saved(tmp_path / "r/p/m/checkpoints")) > 0
+    assert all(code == 0 for code, _ in by_hand(ranks, tmp_path / "r", 2 - done))
+    assert all(code == 0 for code, _ in by_hand(ranks, tmp_path / "whole", 1))
+    assert all(code == 0 for code, _ in by_hand(ranks, tmp_path / "whole", 1))
+    weights = [
+        (tmp_path / run / "p/m/checkpoints/0002/model.safetensors").read_bytes()
+        for run in ("r", "whole")
+    ]
+    assert weights[0] == weights[1]
 
 
 RUN = """

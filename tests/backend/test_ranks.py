@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from gspo.backend.ranks import Ranks, _check_shared, _fingerprint
+from gspo.backend.ranks import Ranks, _check_shared
 from gspo.core.errors import ConfigError
 
 
@@ -39,14 +39,3 @@ def test_a_folder_that_a_rank_cannot_see_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"rank 1 \(b\) can't see"):
         _check_shared(OneRank((True, False)), tmp_path)  # pyright: ignore[reportArgumentType]
     assert not list(tmp_path.iterdir())
-
-
-def test_other_files_of_a_model_are_noticed(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(b"12")
-    one = _fingerprint(str(tmp_path))
-    (tmp_path / "config.json").write_text("[]")
-    two = _fingerprint(str(tmp_path))
-    (tmp_path / "model.safetensors").write_bytes(b"123")
-    assert len({one, two, _fingerprint(str(tmp_path))}) == 3
-    assert _fingerprint("org/model") == "org/model"

@@ -229,6 +229,17 @@ def test_tokens_with_other_experts_are_not_shared_if_they_are_replayed():
     assert len(microbatch.expert_choices) == microbatch.sample_tokens
 
 
+def test_expert_choices_follow_their_tokens_where_nothing_is_shared():
+    """The samples lie in the order of their tokens, not in that in which they are given."""
+    samples = [with_experts(small_sample([token, 1, 2, 3], 2, i)) for i, token in enumerate((9, 4))]
+    (microbatch,) = pack(samples, 1000, share=True, replay=True)
+    assert microbatch.shared == (0, 0) and microbatch.tokens[0, 0] == 4
+    replayed = microbatch.replayed_choices()
+    for sample, path in zip(samples, paths(microbatch), strict=True):
+        assert sample.expert_choices is not None
+        assert torch.equal(replayed[path][:-1], torch.from_numpy(sample.expert_choices).short())
+
+
 def test_without_replay_all_expert_choices_are_kept_for_comparison():
     samples = [with_experts(small_sample([1, 2, 3, 4 + i], 3, i)) for i in range(3)]
     (microbatch,) = pack(samples, 1000, share=True)

@@ -132,3 +132,33 @@ def test_the_folder_of_a_run_is_told_from_a_model(tmp_path: Path):
     (tmp_path / "checkpoints" / "0003").mkdir(parents=True)
     with pytest.raises(ModelError, match=r"folder of a run: give one of its .*checkpoints/0003"):
         load_policy(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_other_content_of_the_same_size_is_another_model(name: str, tmp_path: Path):
+    """A fine-tuned model has the sizes of the one that it was made of."""
+    (tmp_path / "config.json").write_bytes(b"{}")
+    (tmp_path / "model.safetensors").write_bytes(bytes(3 * 2**20))
+    before = source.fingerprint(str(tmp_path))
+    assert source.fingerprint(str(tmp_path)) == before
+    content = bytearray((tmp_path / name).read_bytes())
+    content[-1] = 1
+    (tmp_path / name).write_bytes(content)
+    assert source.fingerprint(str(tmp_path)) != before
+
+
+def test_of_large_files_pieces_are_read_throughout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(source, "_PIECE", 4)
+    monkeypatch.setattr(source, "_PIECES", 10)
+    path, seen = tmp_path / "model.safetensors", set()
+    for tenth in range(10):
+        path.write_bytes(bytes(100 * tenth) + b"\1" * (1000 - 100 * tenth))
+        seen.add(source.fingerprint(str(tmp_path)))
+    assert len(seen) == 10
+
+
+def test_a_hub_model_is_told_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = PreTrainedConfig()
+    config._commit_hash = "abc123"
+    monkeypatch.setattr(source, "read_config", lambda *_, **__: config)
+    assert source.fingerprint("org/model") == "commit abc123"

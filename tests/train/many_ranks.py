@@ -36,6 +36,7 @@ CASES: dict[str, tuple] = {
     "dense": ("dense", {}, SMALL),
     "dense_untied": ("dense_untied", {}, SMALL),
     "dense_lora": ("dense", {"lora": {"r": 4}}, SMALL),
+    "untied_lora": ("dense_untied", {"lora": {"r": 4}}, SMALL),
     "moe": ("embedded:sort", {}, SMALL),
     "moe_lora": ("embedded:sort", {"lora": {"r": 4}}, SMALL),
     "unshared": ("embedded:sort", {}, SMALL | {"share_prefixes": False}),

@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 import torch
+from torch import distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -168,6 +171,62 @@ def test_a_rank_that_fails_alone_is_named_and_ends_all(alone, monkeypatch, note,
         alone.together(lambda: 1)
 
 
+def test_a_rank_that_waits_for_the_one_that_ended_is_not_named(alone, monkeypatch):
+    """Of four, the second ends; the last one sees nothing of it yet, but answers."""
+    alone.hosts, alone.size = ["a", "b", "c", "d"], 4
+    monkeypatch.setattr(module, "GRACE", 0.5)
+    alone._store.set("0-2", json.dumps(["lost", "Connection closed by peer"]))
+    other = Mesh.__new__(Mesh)
+    other.rank = 3
+    Thread(target=other._answer, args=[alone._store.clone()]).start()
+
+    def closed():
+        raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(RunError, match=r"^rank 1 \(b\): ended, or hangs\. The ranks"):
+        alone.together(closed)
+
+
+def test_an_error_that_comes_of_a_lost_rank_does_not_hide_it(alone, monkeypatch):
+    """Such as a checkpoint that could not be written since the other rank has ended."""
+    alone.hosts, alone.size = ["a", "b"], 2
+    monkeypatch.setattr(module, "GRACE", 0.5)
+
+    def failed():
+        raise RunError("cannot write optimizer: a rank has ended")
+
+    with pytest.raises(RunError, match=r"^rank 1 \(b\): ended, or hangs\. The ranks"):
+        alone.together(failed)
+
+
+def test_a_rank_that_lives_is_not_blamed_for_the_error_of_another(alone, monkeypatch):
+    """It waits in an exchange that the other one left by its error."""
+    alone.hosts, alone.size = ["a", "b"], 2
+    monkeypatch.setattr(module, "GRACE", 0.5)
+    other = Mesh.__new__(Mesh)
+    other.rank = 1
+    Thread(target=other._answer, args=[alone._store.clone()]).start()
+
+    def failed():
+        raise ValueError("a bad number")
+
+    with pytest.raises(RunError, match=r"^rank 0 \(a\): ValueError: a bad number\. The ranks"):
+        alone.together(failed)
+
+
+def test_what_the_first_to_know_says_is_said_by_all(alone, monkeypatch):
+    """Whoever comes later finds the ones that have ended since, too."""
+    alone.hosts, alone.size = ["a", "b"], 2
+    monkeypatch.setattr(module, "GRACE", 60)
+    alone._store.set("broken", "rank 7 (h): ended, or hangs")
+
+    def closed():
+        raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(RunError, match="rank 7"):
+        alone.together(closed)
+
+
 def test_the_first_rank_is_named_if_the_store_has_ended_with_it(alone, monkeypatch):
     alone.hosts, alone.size, alone.rank = ["a", "b"], 2, 1
 
@@ -192,11 +251,29 @@ def test_a_transformers_without_sharding_is_refused(monkeypatch):
         Mesh()
 
 
-def test_ranks_that_count_otherwise_are_named(alone, monkeypatch):
+@pytest.mark.parametrize(
+    ("value", "other"), [("ranks", 2), ("GPU", "?"), ("gspo", "0.0"), ("torch", "2.11.0")]
+)
+def test_ranks_that_do_not_fit_together_are_named(value, other, alone, monkeypatch):
     store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-    store.set("size-0", "2")
+    _, facts = json.loads(alone._store.get("rank 0"))
+    facts["ranks"] = 3
+    store.set("rank 0", json.dumps(["a", facts | {value: other}]))
     monkeypatch.setattr(module, "rendezvous", lambda *_, **__: iter([(store, 1, 3)]))
-    with pytest.raises(ConfigError, match=r"rank 1 on .* is one of 3, but rank 0 one of 2"):
+    mine = re.escape(f"'{value}': {facts[value]!r}")
+    named = rf"rank 1 \(.+\) has .*{mine}.* rank 0 \(a\) .*'{value}': '?{re.escape(str(other))}"
+    with pytest.raises(ConfigError, match=named):
+        Mesh(5)
+
+
+def test_a_rank_that_does_not_come_is_named(alone, monkeypatch):
+    wait = timedelta(seconds=0.3)
+    made: Any = dist
+    store = made.TCPStore("127.0.0.1", 0, is_master=True, timeout=wait, wait_for_workers=False)
+    _, facts = json.loads(alone._store.get("rank 0"))
+    store.set("rank 0", json.dumps(["a", facts | {"ranks": 3}]))
+    monkeypatch.setattr(module, "rendezvous", lambda *_, **__: iter([(store, 1, 3)]))
+    with pytest.raises(ConfigError, match=r"waited up to 5 s at 127.*for the other ranks.*rank 2"):
         Mesh(5)
 
 
@@ -218,7 +295,7 @@ def test_ranks_train_as_one_process_does(ranks, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case')]
-    assert len(told) == 33
+    assert len(told) == 34
     exact = [case for case in told if "bfloat16" not in case["case"]]
     rough = [case for case in told if "bfloat16" in case["case"]]
     assert all(case["weights"] < ROUNDED for case in rough), told

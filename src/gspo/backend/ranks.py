@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 import time
@@ -10,12 +9,11 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from gspo.backend.loading import load_trainer
 from gspo.core.errors import ConfigError, GspoError
 from gspo.dev import InternalModelConfig
-from gspo.policy.source import resolve
 from gspo.train.checkpoint_writer import CheckpointWriter
 from gspo.train.mesh import GRACE, Mesh
 from gspo.train.trainer import Trainer
@@ -23,18 +21,12 @@ from gspo.train.trainer import Trainer
 T = TypeVar("T")
 
 
-class _Known(NamedTuple):
-    """What each rank has of its own: the mesh, a trainer, or a writer of checkpoints."""
-
-    number: int
-
-
 class Ranks:
     """The ranks of this process's group. `call` on the first one, `follow` on all others."""
 
     def __init__(self, mesh: Mesh):
         self.mesh = mesh
-        self._known: list[Any] = [mesh]
+        self._known: list[Any] = [mesh]  # what each has of its own: trainers, writers
 
     def call(self, function: Callable[..., T], *args: Any) -> T:
         """Call a function of a module on every rank; what it has of its own, such as a trainer,
@@ -44,7 +36,7 @@ class Ranks:
             RunError: see `Mesh.together`.
         """
         numbers = {id(known): n for n, known in enumerate(self._known)}
-        told = [_Known(numbers[id(a)]) if id(a) in numbers else a for a in args]
+        told = [(n := numbers.get(id(a)), a if n is None else None) for a in args]
         return self.mesh.together(lambda: self._work(self.mesh.share((function, told))))
 
     def follow(self) -> None:
@@ -76,7 +68,7 @@ class Ranks:
 
     def _work(self, work: Any) -> Any:
         function, told = work
-        args = [self._known[a.number] if isinstance(a, _Known) else a for a in told]
+        args = [given if n is None else self._known[n] for n, given in told]
         result = function(*args)
         if isinstance(result, Trainer | CheckpointWriter):
             self._known.append(result)
@@ -108,8 +100,6 @@ def load_on_ranks(
     """
     _check_shared(mesh, folder)
     mesh.divide(cp_size, ep_size)
-    remedy = "copy the same files to every machine, or give a folder that all of them share"
-    mesh.agree(f"base_model {base_model!r}", _fingerprint(resolve(base_model)), remedy)
     trainer = load_trainer(base_model, config, checkpoint, mesh)
     packing = trainer.policy.packing, trainer.policy.shares_prompts
     mesh.agree("how samples are packed", packing, "use machines of one kind")
@@ -132,18 +122,6 @@ def _check_shared(mesh: Mesh, folder: Path) -> None:
             f"{', '.join(who)} can't see {folder}, which rank 0 ({mesh.hosts[0]}) writes: give "
             "ClusterBackend(path=) a folder that all machines share"
         )
-
-
-def _fingerprint(source: str) -> str:
-    """Of a folder's small files and the sizes of all; of a hub id, the id."""
-    if not Path(source).is_dir():
-        return source
-    digest = hashlib.sha256()
-    for path in sorted(p for p in Path(source).iterdir() if p.is_file()):
-        size = path.stat().st_size
-        content = path.read_bytes() if path.suffix == ".json" else b""
-        digest.update(f"{path.name} {size} ".encode() + content)
-    return digest.hexdigest()[:16]
 
 
 def follow(mesh: Mesh) -> None:

@@ -116,8 +116,6 @@ class Microbatch:
         chosen = self.expert_choices
         if chosen is None:
             raise DataError("a microbatch without expert choices in a step that replays them")
-        if self.token_count == self.sample_tokens:
-            return chosen
         replayed = chosen.new_empty(self.token_count, *chosen.shape[1:])
         replayed[self.index] = chosen
         if not torch.equal(replayed[self.index], chosen):

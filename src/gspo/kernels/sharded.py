@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 from gspo.core.errors import ModelError
 
+_state_of: Any = fully_shard.state  # pyright: ignore[reportFunctionMemberAccess]
+
 
 def begin_sharded(lm: PreTrainedModel) -> None:
     """Call a sharded model once as a whole: FSDP wants that before any part of it is called.
@@ -25,8 +27,7 @@ def begin_sharded(lm: PreTrainedModel) -> None:
     with torch.no_grad():
         lm(input_ids=torch.ones(1, 2, dtype=torch.long, device=lm.device), use_cache=False)
     reshard(lm)
-    state_of: Any = fully_shard.state  # pyright: ignore[reportFunctionMemberAccess]
-    states: dict[Any, None] = {state_of(m): None for m in lm.modules() if isinstance(m, FSDPModule)}
+    states = {_state_of(m): None for m in lm.modules() if isinstance(m, FSDPModule)}
     try:
         groups = chain.from_iterable(state._fsdp_param_groups for state in states)
         entries: list[Any] = [entry for group in groups for entry in group.fsdp_params]
@@ -60,4 +61,7 @@ def reshard(lm: torch.nn.Module) -> None:
     """Free what was gathered of a sharded model's weights: each parameter is this rank's part."""
     for module in lm.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()
+            # Not `module.reshard()`: after a call of the backbone alone it leaves norm and head
+            # gathered, and LoRA would freeze what is gathered and train this rank's part.
+            for group in _state_of(module)._fsdp_param_groups:
+                group._to_sharded()

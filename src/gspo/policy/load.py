@@ -22,7 +22,7 @@ from gspo.kernels.sharded import reshard
 from gspo.policy.context import settle_context
 from gspo.policy.lora import add_lora, merge_adapter, quiet_peft
 from gspo.policy.policy import Policy
-from gspo.policy.source import adapters_below, read_model, read_tokenizer, resolve
+from gspo.policy.source import adapters_below, fingerprint, read_model, read_tokenizer, resolve
 from gspo.policy.workers import Workers
 
 SMALL = 20_000_000  # parameters below which threads inside an operation slow a step down
@@ -58,6 +58,9 @@ def load_policy(
     trust, device = config.trust_remote_code, _device(config.device)
     shares: dict[str, Any] = {"half": config.dtype != "float32"}
     if mesh is not None:
+        remedy = "copy the same files to every machine, or give a folder that all of them share"
+        files = fingerprint(source, trust_remote_code=trust)
+        mesh.agree(f"model {base_model!r}", files, remedy)
         shares |= {"ranks": mesh.size, "ep_size": mesh.ep_size}
     lm = read_merged(weights, base_model, trust_remote_code=trust, **shares)
     lm = lm.to(device)  # pyright: ignore[reportArgumentType]

@@ -6,7 +6,9 @@ it: there is no question at the terminal.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ from gspo.kernels.sharded import begin_sharded
 from gspo.policy.embedded import PREFIX, RECIPES, embedded_folder
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_PIECE, _PIECES = 2**20, 64
+"""Bytes of a piece of a file that is compared, and how many of a large file."""
 _REFUSALS = (OSError, ValueError, ImportError, AttributeError, KeyError, SafetensorError)
 
 
@@ -95,6 +99,26 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> PreTrainedCo
         ModelError: it cannot be read, or asks for code of the folder.
     """
     return _read(AutoConfig, adapters_below(source)[0], trust_remote_code)
+
+
+def fingerprint(source: str, *, trust_remote_code: bool = False) -> str:
+    """What tells a model from another one of the same name: of a folder's files, their sizes and
+    their content (of large ones so many pieces that other weights show); of a hub id, the commit.
+
+    Raises:
+        ModelError: see `read_config`.
+    """
+    if not Path(source).is_dir():
+        config = read_config(source, trust_remote_code=trust_remote_code)
+        return f"commit {getattr(config, '_commit_hash', None)}"
+    digest = hashlib.sha256()
+    for path in sorted(p for p in Path(source).iterdir() if p.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            for place in range(0, size, max(_PIECE, size // _PIECES)):
+                digest.update(os.pread(file.fileno(), _PIECE, place))
+    return digest.hexdigest()[:16]
 
 
 def empty_model(source: str, *, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -73,3 +73,6 @@ class Workers:
     def share(self, value: A) -> A:
         """The value that the first process gives."""
         return value
+
+    def agree(self, name: str, value: object, remedy: str) -> None:
+        """Refuse what is not the same in all processes."""

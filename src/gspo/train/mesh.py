@@ -17,9 +17,11 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from importlib.metadata import version
+from threading import Thread, main_thread
 from typing import Any, TypeVar
 
 import torch
@@ -44,6 +46,10 @@ IDLE = 24 * 3600.0
 """Seconds that a rank waits for work, which is what sampling may take."""
 GRACE = 5.0
 """Seconds after an error in which the other ranks may say that they had one too."""
+_PAUSE = 0.2
+"""Seconds between two looks whether a rank was lost."""
+_SAME = ("gspo", "torch", "transformers")
+"""What has one version on all ranks."""
 _STARTED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -83,14 +89,19 @@ class Mesh(Workers):
         if on_gpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        here, self.hosts = socket.gethostname(), []
         try:
             self._store, self.rank, self.size = next(rendezvous("env://", timeout=wait))
-            self._store.set(f"size-{self.rank}", str(self.size))
-            for other in range(self.size):  # else whoever expects fewer would wait for ever
-                if (told := int(self._store.get(f"size-{other}"))) != self.size:
+            mine = {"ranks": self.size, "GPU": on_gpu, **{name: version(name) for name in _SAME}}
+            self._store.set(f"rank {self.rank}", json.dumps([here, mine]))
+            for other in range(self.size):  # torch's error names the key, so who is late
+                there, told = json.loads(self._store.get(f"rank {other}"))
+                self.hosts.append(there)
+                if told != mine:  # a group would not be made, or be one that waits for ever
                     raise ConfigError(
-                        f"rank {self.rank} on {socket.gethostname()} is one of {self.size}, but "
-                        f"rank {other} one of {told}: start all with the same numbers"
+                        f"rank {self.rank} ({here}) has {mine}, but rank {other} ({there}) {told}: "
+                        "start the same number everywhere, and install the same on machines of one "
+                        "kind"
                     )
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
@@ -101,8 +112,8 @@ class Mesh(Workers):
             )
         except (RuntimeError, ValueError) as error:
             raise ConfigError(
-                f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} on {socket.gethostname()}"
-                f" waited up to {limit:.0f} s at {where} for the other ranks: {error}. Give every "
+                f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} on {here} waited "
+                f"up to {limit:.0f} s at {where} for the other ranks: {error}. Give every "
                 "machine the same number of machines, and an address that all of them reach"
             ) from None
         # A model that is divided makes groups of its own, in which torch waits for 30 minutes.
@@ -111,9 +122,8 @@ class Mesh(Workers):
         self.checkpoint_group = dist.new_group(backend="gloo", timeout=wait)
         self.count, self.limit, self._calls = self.size, limit, 0
         self._counts, self.broken = True, ""
-        self.hosts: list[str] = self.gather(socket.gethostname())
-        for package in ("gspo", "torch", "transformers"):
-            self.agree(f"the version of {package}", version(package), "install the same everywhere")
+        own: Any = self._store  # a copy: one that waits for work is locked for other threads
+        Thread(target=self._answer, args=[own.clone()]).start()
 
     def divide(self, cp_size: int, ep_size: int) -> None:
         """Let so many neighbouring ranks compute a microbatch together, each a part of its length,
@@ -216,16 +226,22 @@ class Mesh(Workers):
         lost = isinstance(failed, RuntimeError) and not isinstance(failed, torch.OutOfMemoryError)
         kind = "" if failed is None else "lost" if lost else type(failed).__name__
         try:
+            if failed is not None:
+                self._store.set("asked", str(number))
             self._store.set(f"{number}-{self.rank}", json.dumps([kind, str(failed)]))
             notes = self._notes(number, GRACE if failed else self.limit)
+            kinds = {note[0] for note in notes.values()} - {"lost"}
+            if len(notes) < self.size or kinds != {kind}:
+                # Whoever knows first says it: that one ends, and others may find only that.
+                told = self._whose_fault(number, notes)
+                self.broken = self._store.compare_set("broken", "", told).decode()
         except RuntimeError:  # the store has ended with the first rank
-            notes = {rank: ["lost", "no store"] for rank in range(1, self.size)}
-        if len(notes) == self.size and {kind} == {note[0] for note in notes.values()} - {"lost"}:
-            if failed is not None:
-                raise failed
-            return result
-        self.broken = self._whose_fault(notes)
-        raise RunError(self.broken) from failed
+            self.broken = self._ends({0: "ended, or hangs"})
+        if self.broken:
+            raise RunError(self.broken) from failed
+        if failed is not None:
+            raise failed
+        return result
 
     def close(self) -> None:
         """Leave the group."""
@@ -242,20 +258,32 @@ class Mesh(Workers):
                     notes[rank] = json.loads(self._store.get(f"{number}-{rank}"))
                     if notes[rank][0]:  # an error: whoever has none yet waits no longer
                         end = min(end, time.monotonic() + GRACE)
-            if time.monotonic() > end:
+            if time.monotonic() > end or self._store.check(["broken"]):
                 break
             time.sleep(0.002)
         return notes
 
-    def _whose_fault(self, notes: dict[int, list[str]]) -> str:
-        raised = {
-            r: f"{kind}: {text}" for r, (kind, text) in notes.items() if kind not in ("", "lost")
-        }
-        silent = {r: "ended, or hangs" for r in range(self.size) if r not in notes}
+    def _whose_fault(self, number: int, notes: dict[int, list[str]]) -> str:
+        raised = {r: f"{k}: {text}" for r, (k, text) in notes.items() if k not in ("", "lost")}
+        silent = [r for r in range(self.size) if r not in notes]
+        # Whoever answers and is silent waits for one that doesn't: not all see at once who ended.
+        # What others raise then may be no more than that they have lost it.
+        gone = [r for r in silent if not self._store.check([f"lives-{number}-{r}"])]
         others = {r: text for r, (kind, text) in notes.items() if kind == "lost"}
-        told = [
-            f"rank {r} ({self.hosts[r]}): {why}" for r, why in (raised or silent or others).items()
-        ]
+        gone, silent = (dict.fromkeys(ranks, "ended, or hangs") for ranks in (gone, silent))
+        return self._ends(gone or raised or silent or others)
+
+    def _answer(self, store: Any) -> None:
+        """Tell ranks that have an error that this process lives, if it waits or not."""
+        with suppress(RuntimeError):  # the store has ended with the first rank
+            # A thread that is still inside torch when Python ends would abort the process.
+            while main_thread().is_alive() and dist.is_initialized():
+                if store.check(["asked"]):
+                    store.set(f"lives-{store.get('asked').decode()}-{self.rank}", "")
+                time.sleep(_PAUSE)
+
+    def _ends(self, faults: Mapping[int, str]) -> str:
+        told = [f"rank {rank} ({self.hosts[rank]}): {why}" for rank, why in faults.items()]
         return (
             f"{'; '.join(told)}. The ranks train one model together, so all of them end. Mend that "
             "and start the same command again: it goes on from the last checkpoint"

@@ -23,12 +23,8 @@ def whole_weights(policy: Policy, *, frozen: bool) -> dict[str, Tensor]:
     """
     reshard(policy.lm)
     named = dict(policy.lm.named_parameters()) if frozen else policy.trainable
-    weights: dict[str, Tensor] = {}
-    for name, weight in named.items():
-        whole = full(weight)
-        if policy.workers.rank == 0:
-            weights[name] = whole.detach()
-    return weights
+    whole = ((name, full(weight).detach()) for name, weight in named.items())
+    return {name: weight for name, weight in whole if policy.workers.rank == 0}
 
 
 class GatheredCopy:
