@@ -71,11 +71,7 @@ def read_turn(choice: Any, where: str) -> Turn:
         DataError: see `read_fields`.
     """
     turn = read_fields(choice, where)
-    named = {
-        "token_ids": turn.tokens,
-        "prompt_token_ids": turn.prompt,
-        "log-probs": turn.logprobs,
-    }
+    named = {"token_ids": turn.tokens, "prompt_token_ids": turn.prompt, "log-probs": turn.logprobs}
     if missing := [name for name, values in named.items() if not values]:
         raise MissingLogprobsError(
             f"{where} has no {' and no '.join(missing)}: roll out through model.openai_client() "

@@ -14,13 +14,7 @@ from gspo.core.byname import load_class, made_of
 from gspo.core.errors import ConfigError, check_whole, shown, suggestion
 from gspo.environments.environment import Action, Call, Environment, Step
 
-__all__ = [
-    "Action",
-    "Call",
-    "Environment",
-    "Step",
-    "load_environment",
-]
+__all__ = ["Action", "Call", "Environment", "Step", "load_environment"]
 
 FAMILIES = ("bfcl", "gymnasium", "openenv", "reasoning-gym", "textarena", "textworld", "verifiers")
 """A new family is a file in this folder, with one class, and stands here."""

@@ -88,10 +88,7 @@ def attend(
     hidden: Float[Tensor, "n 1 Q 1 U"] | Bool[Tensor, "n 1 Q 1 U"] | None,
     tile: int | None = TILE,
     scoring: Scoring = PLAIN,
-) -> tuple[
-    Float[Tensor, "N K M E"],
-    Float[Tensor, "N K M 1"],
-]:
+) -> tuple[Float[Tensor, "N K M E"], Float[Tensor, "N K M 1"]]:
     """Attention of all sequences of a call, without a gradient. The softmax is in float32.
 
     Args:

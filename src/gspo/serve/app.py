@@ -167,9 +167,7 @@ async def _conversation(
         begun=messages[-1]["content"] if continues else "",
         prompts=[tuple(prompt)],
         params=replace(
-            params,
-            grammar=grammar,
-            skip_special_tokens=params.skip_special_tokens and not reads,
+            params, grammar=grammar, skip_special_tokens=params.skip_special_tokens and not reads
         ),
         tools=tools,
         reads=reads,

@@ -65,11 +65,7 @@ class Batch:
     """
 
     def __init__(
-        self,
-        policy: Policy,
-        layout: Layout,
-        ends: Bool[Tensor, " V"],
-        decode: Callable[..., str],
+        self, policy: Policy, layout: Layout, ends: Bool[Tensor, " V"], decode: Callable[..., str]
     ):
         self._policy = policy
         self._layout: Layout = layout

@@ -62,10 +62,7 @@ class ChatFormat:
     """
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        source: str = "this model",
-        ends: Sequence[str] | None = None,
+        self, tokenizer: Tokenizer, source: str = "this model", ends: Sequence[str] | None = None
     ):
         self.tokenizer, self.source = tokenizer, source
         own = getattr(tokenizer, "eos_token", None)

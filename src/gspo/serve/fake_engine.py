@@ -82,10 +82,7 @@ class FakeEngine:
     traffic: tuple[int, int] = (0, 0)
 
     def __init__(
-        self,
-        reply: Callable[[str, int], str] | None = None,
-        *,
-        logprob: float = -math.log(4),
+        self, reply: Callable[[str, int], str] | None = None, *, logprob: float = -math.log(4)
     ):
         self.reply = reply
         self.logprob = logprob

@@ -62,10 +62,7 @@ class LogitRules:
             self._prompts = torch.from_numpy(np.stack(prompts)).to(ends.device)
 
     def apply(
-        self,
-        logits: Float[Tensor, "R V"],
-        tokens: Int[Tensor, "R C"],
-        counts: Int[Tensor, " R"],
+        self, logits: Float[Tensor, "R V"], tokens: Int[Tensor, "R C"], counts: Int[Tensor, " R"]
     ) -> Float[Tensor, "K V"] | None:
         """Return the changed logits of the K completions; None if none is to be changed.
 

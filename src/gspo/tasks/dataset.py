@@ -67,12 +67,7 @@ class DatasetTask(Task):
     max_tokens = 256
 
     def __init__(
-        self,
-        name: str,
-        rows: Rows,
-        heldout: float | Rows,
-        rewards: Sequence[Reward],
-        data: Data,
+        self, name: str, rows: Rows, heldout: float | Rows, rewards: Sequence[Reward], data: Data
     ):
         self.name, self.rewards, self.shuffle = name, rewards, data.shuffle
         self.system_prompt = data.system_prompt

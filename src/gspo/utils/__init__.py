@@ -32,10 +32,7 @@ class DatasetBatch(NamedTuple, Generic[Item]):
 
 @refusing
 def iterate_dataset(
-    dataset: Sequence[Item],
-    groups_per_step: int = 1,
-    num_epochs: int = 1,
-    initial_step: int = 0,
+    dataset: Sequence[Item], groups_per_step: int = 1, num_epochs: int = 1, initial_step: int = 0
 ) -> Iterator[DatasetBatch[Item]]:
     """The dataset in batches, in another order each epoch, the same in each process.
 
