@@ -56,6 +56,7 @@ class StandIn:
         passing: whether the faults end with the next answer to a request to sample.
         refusals: the status with which a path is answered in any case.
         busy: to so many requests it answers 503, to be asked again at once.
+        failing: to so many, 502.
         seconds: before it answers a request to sample, beside what is computed.
         config: what it says of its settings.
         asked: paths of the requests so far.
@@ -69,7 +70,7 @@ class StandIn:
             "quantization": None,
             "max_model_len": length,
         }
-        self.seconds, self.busy, self.passing = 0.0, 0, False
+        self.seconds, self.busy, self.failing, self.passing = 0.0, 0, 0, False
         self.refusals: dict[str, int] = {}
         self.lock = threading.Lock()
         self.restart()
@@ -99,19 +100,10 @@ class StandIn:
     async def _faulty(self, request: Request, proceed: Any) -> Response:
         self.asked.append(request.url.path)
         sampling = request.url.path == "/inference/v1/generate"
-        if "dead" in self.faults:
-            return JSONResponse({"error": "EngineDeadError"}, 500)
-        if "no json" in self.faults:
-            return Response('{"choices": [', media_type="application/json")
-        if "deep" in self.faults:
-            return Response("[" * 100_000, media_type="application/json")
-        if status := self.refusals.get(request.url.path):
-            return JSONResponse({"detail": "refused"}, status)
+        if (broken := self._broken(request.url.path)) is not None:
+            return broken
         if ("hangs" in self.faults and sampling) or ("hung health" in self.faults and not sampling):
             await asyncio.sleep(60)
-        if self.busy:
-            self.busy -= 1
-            return JSONResponse({"error": "scaling"}, 503, {"Retry-After": "0"})
         if sampling and "trickles" in self.faults:
             return StreamingResponse(_trickle(), media_type="application/json")
         if sampling and "begins anew" in self.faults:
@@ -120,6 +112,23 @@ class StandIn:
         if sampling:
             await asyncio.sleep(self.seconds)
         return await proceed(request)
+
+    def _broken(self, path: str) -> Response | None:
+        if "dead" in self.faults:
+            return JSONResponse({"error": "EngineDeadError"}, 500)
+        if "no json" in self.faults:
+            return Response('{"choices": [', media_type="application/json")
+        if "deep" in self.faults:
+            return Response("[" * 100_000, media_type="application/json")
+        if status := self.refusals.get(path):
+            return JSONResponse({"detail": "refused"}, status)
+        if self.busy:
+            self.busy -= 1
+            return JSONResponse({"error": "scaling"}, 503, {"Retry-After": "0"})
+        if self.failing:
+            self.failing -= 1
+            return JSONResponse({"error": "of a moment"}, 502)
+        return None
 
     def _reload(self, body: dict[str, Any]) -> dict[str, Any]:
         if "stale" not in self.faults:

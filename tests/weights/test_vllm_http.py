@@ -65,6 +65,18 @@ def test_a_busy_server_is_asked_again_and_not_for_ever(
         answered(f"{url}/health", 0.1)
 
 
+def test_an_error_of_a_moment_is_asked_again(
+    url: str, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(vllm_http, "AGAIN_SECONDS", 30.0)
+    stand_in.failing = 2
+    assert answered(f"{url}/weight_info")
+    monkeypatch.setattr(vllm_http, "AGAIN_SECONDS", 0.2)
+    stand_in.failing = 1
+    with pytest.raises(ServerFault, match=r"/health: HTTP 502"):
+        answered(f"{url}/health")
+
+
 @pytest.mark.parametrize("fault", ["no json", "deep"])
 def test_half_an_answer_is_a_fault(fault: str, url: str, stand_in: StandIn):
     stand_in.faults.add(fault)

@@ -17,7 +17,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from gspo.core.errors import RequestError, ServeError
 from gspo.policy.embedded import build_tokenizer
 from gspo.policy.load import Policy, load_policy
-from gspo.weights import vllm_publisher, vllm_server
+from gspo.weights import vllm_http, vllm_publisher, vllm_server
 from gspo.weights.vllm_publisher import VllmPublisher, VllmServers
 from vllm_stand_in import PARAMS, StandIn
 
@@ -96,7 +96,8 @@ def street(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Street]:
     monkeypatch.setattr(vllm_server, "LOOK_SECONDS", 0.1)
-    monkeypatch.setattr(vllm_server, "HEALTH_SECONDS", 1.0)
+    monkeypatch.setattr(vllm_server, "HEALTH_SECONDS", 2.0)
+    monkeypatch.setattr(vllm_http, "AGAIN_SECONDS", 0.0)
     monkeypatch.setattr(vllm_publisher, "DOWN_SECONDS", 10.0)
     monkeypatch.setattr(vllm_publisher, "_BACKOFF", 0.05)
     for server in pair:
@@ -122,7 +123,7 @@ def until(holds: Callable[[], bool]) -> None:
         while not holds():
             await asyncio.sleep(0.01)
 
-    asyncio.run(asyncio.wait_for(poll(), 10))
+    asyncio.run(asyncio.wait_for(poll(), 30))
 
 
 def test_load_is_even_and_folders_are_let_go_of(street: Street, pair: list[StandIn]):

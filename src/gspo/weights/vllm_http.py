@@ -11,8 +11,8 @@ import httpx
 
 from gspo.core.errors import RequestError, ServeError
 
-BUSY_SECONDS = 60.0
-"""For how long a server that says it is busy (Retry-After) is asked again."""
+AGAIN_SECONDS, BUSY_SECONDS = 1.0, 60.0
+"""For how long a server that has failed is asked again; one that says it is busy (Retry-After)."""
 
 
 class ServerFault(ServeError):
@@ -36,11 +36,11 @@ async def call(http: httpx.AsyncClient, url: str, body: Any, seconds: float) -> 
         RequestError: it refuses what was asked, or has no such route.
     """
     ask = partial(http.request, "GET" if body is None else "POST", url, json=body)
-    busy_until = time.monotonic() + BUSY_SECONDS
+    began = time.monotonic()
     try:
         async with asyncio.timeout(seconds):  # httpx limits single reads, not the whole
             answer = await ask()
-            while pause := _asked_to_wait(answer, busy_until):
+            while pause := _pause(answer, time.monotonic() - began):
                 await asyncio.sleep(pause)
                 answer = await ask()
     except httpx.ConnectError:
@@ -61,10 +61,14 @@ async def call(http: httpx.AsyncClient, url: str, body: Any, seconds: float) -> 
         raise ServerFault(f"{url}: no JSON: {answer.text[:200]!r}") from None
 
 
-def _asked_to_wait(answer: httpx.Response, until: float) -> float:
-    """Seconds after which a server that is busy, or a proxy before it, wants to be asked again; 0:
-    it does not, or not before `until`."""
-    told = answer.headers.get("retry-after", "")
-    busy = answer.status_code in (429, 503) and told.isdecimal()
-    pause = max(float(told), 0.1) if busy else 0.0
-    return pause if time.monotonic() + pause < until else 0.0
+def _pause(answer: httpx.Response, seconds: float) -> float:
+    """Seconds after which to ask again, so many after the first time; 0: not at all.
+
+    A server that is busy, or a proxy before it, says when. Another error may be one of the proxy.
+    """
+    told, pause, most = answer.headers.get("retry-after", ""), 0.3, AGAIN_SECONDS
+    if answer.status_code in (429, 503) and told.isdecimal():
+        pause, most = max(float(told), 0.1), BUSY_SECONDS
+    elif answer.status_code < 500:
+        return 0.0
+    return pause if seconds + pause < most else 0.0

@@ -201,7 +201,8 @@ class VllmServers:
             self.waiting -= 1
 
     def _faults(self) -> str:
-        return "; ".join(f"{server.url}: {server.fault}" for server in self.servers)
+        faults = "; ".join(f"{server.url}: {server.fault}" for server in self.servers)
+        return f"{faults}. Start these servers again, or leave them out of engines="
 
     def _repair(self, server: VllmServer) -> None:
         """Try until the server has the weights again; gives up if it has them and fails."""
