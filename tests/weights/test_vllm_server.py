@@ -117,7 +117,7 @@ def test_wrong_settings_are_named_with_the_remedy(
 def test_what_is_no_vllm_is_said(url: str, stand_in: StandIn, tmp_path: Path):
     new = published(load_policy("embedded:sort"), tmp_path)
     stand_in.config = {}
-    with pytest.raises(ServeError, match="does not answer as vLLM does"):
+    with pytest.raises(ServerFault, match=r"does not answer as vLLM does.*Start vLLM 0\.32"):
         brought(url, new)
     stand_in.faults.add("dead")
     with pytest.raises(ServerFault, match=r"HTTP 500: .*EngineDeadError"):

@@ -197,12 +197,15 @@ class VllmServer:
             settings += ["--enable-lora", "--max-lora-rank", f"{rank}"]
         if fresh:
             await self._start(new.lora_base or str(new.folder), settings)
+        kind = ServeError
         try:
             if not (wrong := await self._wrong_settings(new)):
                 return await self._load(new, fresh)
         except (RequestError, *_ODD) as error:
             wrong = [f"it does not answer as vLLM does ({error!r})"]
-        raise ServeError(
+            if not isinstance(error, RequestError):
+                kind = ServerFault  # perhaps of a moment
+        raise kind(
             f"{self.url}: {'; '.join(wrong)}. Start vLLM 0.32 or newer, without --api-key, with "
             f"{ENV} python {FLAGS} {' '.join(settings)}, or give a smaller max_context"
         )
