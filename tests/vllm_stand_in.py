@@ -46,13 +46,17 @@ class StandIn:
 
     Attributes:
         faults: what is wrong with it now. `dead` (each route answers 500), `hangs`, `hung health`,
-            `trickles` (answers that never end), `no json`, `begins anew` (once, when it is asked to
-            sample); of a reload: `stale` (it does nothing), `old head` (all but the tied head is
-            loaded), `held blocks` (the prefix cache is not reset); of an answer: `log-probs`,
-            `token ids`, `other ids`, `null`, `nan`, `infinite`, `9999`, `shape`, `cut` (fewer
-            tokens than asked for), `cut stop` (ended, by nothing), `abort`, `no reason`, `no
-            label`, `label of one`.
+            `hung engine` (what the engine itself must answer takes 1 s), `trickles` (answers that
+            never end), `no json`, `deep`, `begins anew` (once, when it is asked to sample); of a
+            reload: `stale` (it does nothing), `old head` (all but the tied head is loaded), `held
+            blocks` (the prefix cache is not reset); of an answer: `list`, `log-probs`, `token
+            ids`, `other ids`, `null`, `nan`, `infinite`, `9999`, `shape`, `cut` (fewer tokens than
+            asked for), `cut stop` (ended, by nothing), `abort`, `no reason`, `no label`, `label of
+            one`.
+        passing: whether the faults end with the next answer to a request to sample.
+        refusals: the status with which a path is answered in any case.
         busy: to so many requests it answers 503, to be asked again at once.
+        failing: to so many, 502.
         seconds: before it answers a request to sample, beside what is computed.
         config: what it says of its settings.
         asked: paths of the requests so far.
@@ -66,7 +70,8 @@ class StandIn:
             "quantization": None,
             "max_model_len": length,
         }
-        self.seconds, self.busy = 0.0, 0
+        self.seconds, self.busy, self.failing, self.passing = 0.0, 0, 0, False
+        self.refusals: dict[str, int] = {}
         self.lock = threading.Lock()
         self.restart()
         self.app = FastAPI()
@@ -77,6 +82,7 @@ class StandIn:
         self.app.post("/update_weight_version")(self._label)
         self.app.post("/reset_prefix_cache")(self._reset)
         self.app.get("/health")(lambda: Response())
+        self.app.get("/weight_info")(self._told)
         self.app.get("/v1/models")(lambda: {"data": [{"id": "base", "parent": None}]})
         self.app.get("/server_info")(lambda: {"vllm_config": {"model_config": self.config}})
 
@@ -94,15 +100,10 @@ class StandIn:
     async def _faulty(self, request: Request, proceed: Any) -> Response:
         self.asked.append(request.url.path)
         sampling = request.url.path == "/inference/v1/generate"
-        if "dead" in self.faults:
-            return JSONResponse({"error": "EngineDeadError"}, 500)
-        if "no json" in self.faults:
-            return Response('{"choices": [', media_type="application/json")
+        if (broken := self._broken(request.url.path)) is not None:
+            return broken
         if ("hangs" in self.faults and sampling) or ("hung health" in self.faults and not sampling):
             await asyncio.sleep(60)
-        if self.busy:
-            self.busy -= 1
-            return JSONResponse({"error": "scaling"}, 503, {"Retry-After": "0"})
         if sampling and "trickles" in self.faults:
             return StreamingResponse(_trickle(), media_type="application/json")
         if sampling and "begins anew" in self.faults:
@@ -111,6 +112,23 @@ class StandIn:
         if sampling:
             await asyncio.sleep(self.seconds)
         return await proceed(request)
+
+    def _broken(self, path: str) -> Response | None:
+        if "dead" in self.faults:
+            return JSONResponse({"error": "EngineDeadError"}, 500)
+        if "no json" in self.faults:
+            return Response('{"choices": [', media_type="application/json")
+        if "deep" in self.faults:
+            return Response("[" * 100_000, media_type="application/json")
+        if status := self.refusals.get(path):
+            return JSONResponse({"detail": "refused"}, status)
+        if self.busy:
+            self.busy -= 1
+            return JSONResponse({"error": "scaling"}, 503, {"Retry-After": "0"})
+        if self.failing:
+            self.failing -= 1
+            return JSONResponse({"error": "of a moment"}, 502)
+        return None
 
     def _reload(self, body: dict[str, Any]) -> dict[str, Any]:
         if "stale" not in self.faults:
@@ -144,12 +162,21 @@ class StandIn:
         self.label = body["new_version"]
         return {"success": True}
 
+    def _told(self) -> dict[str, Any]:
+        if "hung engine" in self.faults:
+            time.sleep(1)
+        return {"weight_version": self.label}
+
     def _generate(self, body: dict[str, Any]) -> Any:
         engine = self.engine if body["model"] == "base" else self.adapters.get(body["model"])
         if engine is None:
             return JSONResponse({"error": {"message": "no such model"}}, 404)
         with self.lock:
             answer = self._answer(engine, body["token_ids"], body["sampling_params"])
+            if "list" in self.faults:
+                answer = []
+            if self.passing:
+                self.faults.clear()
         if isinstance(answer, Response):
             return answer
         return Response(json.dumps(answer), media_type="application/json")  # NaN is possible

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from gspo.core.errors import RunError
 from gspo.core.files import remove, replacing, strict_json, write_whole
@@ -43,14 +44,23 @@ def test_a_folder_is_replaced_whole(tmp_path: Path):
     assert names(tmp_path) == {"f"}
 
 
-def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path: Path):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left (os error 28)"),
+        SafetensorError("Error while serializing: I/O error: quota (os error 122)"),
+    ],
+    ids=["python", "safetensors", "quota"],
+)
+def test_a_full_disk_is_named_and_leaves_what_was_there(error: Exception, tmp_path: Path):
     path = tmp_path / "a"
     write_whole(path, "old")
     with pytest.raises(RunError, match=r"cannot write .*/a: the disk is full\. Free some space"):  # noqa: SIM117
         with replacing(path) as building:
             building.mkdir()
             (building / "half").write_text("x")
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise error
     assert path.read_text() == "old"
     assert names(tmp_path) == {"a"}
 

@@ -26,6 +26,7 @@ from gspo.serve.engine import Completion, Request, SamplingParams
 from gspo.serve.torch_engine import TorchEngine
 from gspo.serve.vllm_engine import VllmEngine
 from gspo.tasks import load_task
+from gspo.weights import vllm_publisher
 from processes import gspo
 from vllm_stand_in import StandIn
 
@@ -68,6 +69,7 @@ def engine(shared: VllmEngine, stand_in: StandIn) -> Iterator[VllmEngine]:
     shared.reseed(3)
     yield shared
     stand_in.faults.clear()
+    stand_in.passing = False
 
 
 def completed(engine: Any, prompt: str = "<|user|>312<|assistant|>", **params: Any) -> Any:
@@ -138,11 +140,16 @@ def test_what_vllm_cannot_do_is_refused(params: dict[str, Any], name: str, engin
     "fault",
     ["token ids", "other ids", "shape", "9999", "null", "nan", "infinite", "cut", "cut stop"],
 )
-def test_an_answer_that_cannot_be_trained_on_is_refused(
-    fault: str, engine: VllmEngine, stand_in: StandIn
+def test_an_answer_that_cannot_be_trained_on_is_asked_again_and_never_taken(
+    fault: str, engine: VllmEngine, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
 ):
     stand_in.faults.add(fault)
-    with pytest.raises(ServeError, match="gave an answer that gspo cannot read"):
+    stand_in.passing = True
+    assert len(completed(engine, max_tokens=6, ignore_eos=True)[0].token_ids) == 6
+    stand_in.passing = False
+    stand_in.faults.add(fault)
+    monkeypatch.setattr(vllm_publisher, "TRIES", 2)
+    with pytest.raises(ServeError, match=r"failed 2 times, last: .*http.* gspo cannot read"):
         completed(engine, max_tokens=6, ignore_eos=True)
 
 

@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from gspo.core.errors import RunError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -92,9 +94,10 @@ def explained(path: Path) -> Iterator[None]:
     """Turn an error of the file system into a `RunError` that names the path and the remedy."""
     try:
         yield
-    except OSError as error:
-        full = error.errno in _FULL
-        why = "the disk is full" if full else error.strerror or str(error)
+    except (OSError, SafetensorError) as error:  # safetensors raises no OSError
+        told = f"(os error {getattr(error, 'errno', None)}) {error}"
+        full = any(f"(os error {number})" in told for number in _FULL)
+        why = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
         remedy = (
             "Free some space; what was there before is intact" if full else "Choose another path"
         )

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from gspo.core.draws import seed_of
-from gspo.core.errors import RequestError, ServeError
+from gspo.core.errors import RequestError
 from gspo.policy.policy import Policy
 from gspo.serve.engine import Completion, Piece, Request, TopLogprobs, check_fits
 from gspo.serve.tokens import ModelTokenizer, chat_format, end_tokens, ends_of
@@ -77,16 +77,16 @@ class VllmEngine:
 
     async def complete(self, request: Request) -> list[Completion]:
         params = self._params(request)
-        asked = self._servers.sample(list(request.prompt), {**params, "seed": self._key(request)})
-        version, answer = await asyncio.wrap_future(self._servers.ask(asked))
-        try:
+
+        def read(answer: Any, version: int) -> list[Completion]:
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
             if [choice["index"] for choice in choices] != list(range(params["n"])):
                 raise ValueError(f"{len(choices)} completions of {params['n']}")
-            read = [self._completion(choice, request, params, version) for choice in choices]
-            return read * (request.params.n // params["n"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ServeError(f"vLLM gave an answer that gspo cannot read: {error!r}") from None
+            return [self._completion(choice, request, params, version) for choice in choices]
+
+        seeded = {**params, "seed": self._key(request)}
+        sampled = self._servers.ask(self._servers.sample(list(request.prompt), seeded, read))
+        return await asyncio.wrap_future(sampled) * (request.params.n // params["n"])
 
     def _params(self, request: Request) -> dict[str, Any]:
         """The request in vLLM's words, but for its seed.

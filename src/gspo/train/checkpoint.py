@@ -10,15 +10,12 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint import hf_storage, state_dict_loader, state_dict_saver
@@ -84,7 +81,6 @@ def begin_checkpoint(
     state = {"step": trainer.step, "policy_version": policy.version, "epsilon_low": epsilon}
     with ExitStack() as begun:
         building = begun.enter_context(replacing(target)) if first else target
-        begun.enter_context(_named_errors())
         if first:
             building.mkdir(parents=True)
         building = workers.share(building)
@@ -186,16 +182,6 @@ def understood(folder: Path, what: str) -> Iterator[None]:
 
 def _remedy(folder: Path) -> str:
     return f"delete {folder} to go on from the checkpoint before it"
-
-
-@contextmanager
-def _named_errors() -> Iterator[None]:
-    """Turn an error of safetensors, which raises no OSError, into one."""
-    try:
-        yield
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]) if number else errno.EIO, str(error)) from None
 
 
 def _finish(

@@ -19,6 +19,7 @@ from gspo.core.errors import ConfigError, shown
 
 END_SECONDS = 20.0
 """How long a server may take to end when it is told to. Then it is killed."""
+ENV = "VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
 FLAGS = "-m vllm.entrypoints.openai.api_server --enable-scale-out"
 FLAGS += " --logprobs-mode processed_logprobs"
 _BOUND = """
@@ -26,7 +27,6 @@ exec 3<&0 </dev/null
 (trap "" TERM; cat <&3; kill -TERM 0; sleep "$0"; kill -KILL 0) >/dev/null &
 exec "$@" 3<&-"""
 """The shell becomes the server; its watcher ends the group once nobody holds the pipe any more."""
-_ENV = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "PYTHONPATH": ""}
 
 
 def server_url(entry: str) -> str:
@@ -95,15 +95,14 @@ class VllmProcess:
             # vLLM 0.32's engine dies of a seeded request whose prompt it reads in pieces: torch's
             # generator of a CPU has no offset.
             ours.append("--no-enable-chunked-prefill")
-        env = os.environ | _ENV
-        self._command = [*self._python, *ours, "--model", model, *self._options]
+        variables = "env", *ENV.split(), "PYTHONPATH="
+        self._command = [*variables, *self._python, *ours, "--model", model, *self._options]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 ["sh", "-c", _BOUND, f"{END_SECONDS:g}", *self._command],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env=env,
                 start_new_session=True,
             )
         return f"http://127.0.0.1:{port}"

@@ -25,7 +25,8 @@ from gspo.core.files import remove, replacing, write_whole
 from gspo.policy.load import save_weights
 from gspo.policy.policy import Policy
 from gspo.weights.receipt import NOISE, Probe, score
-from gspo.weights.vllm_server import Publication, ServerFault, VllmServer
+from gspo.weights.vllm_http import ServerFault
+from gspo.weights.vllm_server import Publication, Read, VllmServer
 
 T = TypeVar("T")
 log = logging.getLogger("gspo")
@@ -137,8 +138,8 @@ class VllmServers:
         proved = [server for server in self.servers if server.publication]
         self.farthest = max(proved, key=lambda server: server.distance)
 
-    async def sample(self, prompt: list[int], params: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        """The version of the weights, and the answer of the server that has least to do.
+    async def sample(self, prompt: list[int], params: dict[str, Any], read: Read[T]) -> T:
+        """What is read of the answer of the server that has least to do; see `VllmServer.sample`.
 
         Raises:
             ServeError: no server can be used, or none could answer this request.
@@ -147,11 +148,11 @@ class VllmServers:
             server = await self._free()
             weights = server.publication
             assert weights is not None
-            asked = asyncio.create_task(server.sample(weights, prompt, params))
+            asked = asyncio.create_task(server.sample(weights, prompt, params, read))
             self._asked.add(asked)
             server.running += params["n"]
             try:
-                return weights.version, await asked
+                return await asked
             except ServerFault as error:
                 if server.publication is weights:  # else it is being mended already
                     log.warning("what it sampled is asked again elsewhere: %s", error)
@@ -200,7 +201,8 @@ class VllmServers:
             self.waiting -= 1
 
     def _faults(self) -> str:
-        return "; ".join(f"{server.url}: {server.fault}" for server in self.servers)
+        faults = "; ".join(f"{server.url}: {server.fault}" for server in self.servers)
+        return f"{faults}. Start these servers again, or leave them out of engines="
 
     def _repair(self, server: VllmServer) -> None:
         """Try until the server has the weights again; gives up if it has them and fails."""

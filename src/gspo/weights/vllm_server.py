@@ -16,32 +16,30 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import uuid
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import httpx
+from typing import Any, TypeVar
 
 from gspo.core.errors import RequestError, ServeError
-from gspo.weights.vllm_process import FLAGS, VllmProcess, server_url
+from gspo.weights.vllm_http import ServerFault, call, client
+from gspo.weights.vllm_process import ENV, FLAGS, VllmProcess, server_url
 
 START_SECONDS = 900.0
 """How long a server may take to load a model and answer."""
 LOAD_SECONDS = 600.0
 """How long it may take to read new weights, or to score the probe."""
 LOOK_SECONDS, HEALTH_SECONDS = 30.0, 60.0
-"""While an answer is awaited, how often the server is asked if it lives, and for how long.
-It may be busy (Retry-After) for so long, too."""
+"""While an answer is awaited, how often the server is asked if it lives, and for how long."""
 REQUEST_SECONDS = 3600.0
 """How long one answer may take."""
+T = TypeVar("T")
+Read = Callable[[Any, int], T]
+"""Makes something of an answer and of the version of its weights."""
 log = logging.getLogger("gspo")
-_ODD = (KeyError, TypeError, ValueError, IndexError, StopIteration)
-
-
-class ServerFault(ServeError):
-    """A server is dead, hangs, or was started again. Another, or a later try, may do."""
+_ODD = (KeyError, TypeError, ValueError, IndexError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -94,26 +92,33 @@ class VllmServer:
         self.scores: list[float] = []
         self.distance = float("inf")
         self._model, self._reloads = "", True
-        # A connection each: vLLM closes those that nobody uses, and to use one at that moment looks
-        # as if the server had died.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        safe = self.url.startswith("https:")  # certificates take a while to be read
-        self._http = httpx.AsyncClient(limits=limits, timeout=None, trust_env=False, verify=safe)
+        self._http = client(self.url)
 
     async def sample(
-        self, weights: Publication, prompt: list[int], params: dict[str, Any]
-    ) -> dict[str, Any]:
-        """The answer of `/inference/v1/generate`, with weights that it was proved to have.
+        self, weights: Publication, prompt: list[int], params: dict[str, Any], read: Read[T]
+    ) -> T:
+        """What is read of the answer of `/inference/v1/generate`, with proved weights.
+
+        Args:
+            read: of the answer and the weights' version. What it raises of an answer that is none
+                is a fault of the server.
 
         Raises:
-            ServerFault: it dies or hangs meanwhile, or other weights answered.
-            ServeError: it refuses the request, or gives an answer that gspo cannot read.
+            ServerFault: it dies or hangs meanwhile, other weights answered, or nobody can read it.
+            RequestError: it refuses the request.
         """
-        asked = asyncio.create_task(self._generate(prompt, params, weights, REQUEST_SECONDS))
+        asked = asyncio.create_task(self._generate(prompt, params, weights, read, REQUEST_SECONDS))
         try:
             while not (await asyncio.wait([asked], timeout=LOOK_SECONDS))[0]:
                 await self._call("/health", None, HEALTH_SECONDS)
+                # The engine, which is another process: it answers when its step has ended.
+                await self._call("/weight_info", None, LOAD_SECONDS)
             return asked.result()
+        except RequestError as error:  # perhaps since it was started again, with other settings
+            told = await self._call("/weight_info", None, LOAD_SECONDS)
+            if told == {"weight_version": weights.label}:
+                raise
+            raise ServerFault(f"{error}, of the weights {told}: it began anew") from None
         finally:
             asked.cancel()  # the connection is closed: vLLM lets go of the request
 
@@ -128,19 +133,21 @@ class VllmServer:
         """
         self.publication = None
         fresh = self._own is not None and not (self._reloads and await self._lives())
-        for last in (fresh, True):
+        for last in (fresh or self._own is None, True):
+            # A label for each try: where several servers answer at one URL, one of them may have
+            # got the label of a former try, and never its weights.
+            new = replace(new, label=f"{new.label}-{uuid.uuid4().hex[:8]}")
             try:
                 await self._loaded(new, fresh)
                 break
             except ServeError as error:
-                self.fault, fault = str(error), isinstance(error, ServerFault)
-                if last or (self._own is None and fault):
+                self.fault = str(error)
+                if last:
                     raise
-                how = "started again" if self._own else "loaded once more"
-                log.warning("%s: it is %s", error, how)
+                log.warning("%s: it is started again", error)
                 # Else this vLLM doesn't reload this model rightly.
-                self._reloads = bool(new.lora_base) or fault
-                fresh = self._own is not None
+                self._reloads = bool(new.lora_base) or isinstance(error, ServerFault)
+                fresh = True
         self.publication = new
 
     async def close(self) -> None:
@@ -151,55 +158,28 @@ class VllmServer:
             await asyncio.to_thread(self._own.stop)
 
     async def _call(self, path: str, body: Any, seconds: float) -> Any:
-        """What is answered to a POST of `body`, or to a GET without one.
-
-        Raises:
-            ServerFault: no answer in time, or an error of the server.
-            RequestError: it refuses what was asked.
-        """
-        method = "GET" if body is None else "POST"
-        ask = partial(self._http.request, method, self.url + path, json=body)
-        busy_until = time.monotonic() + HEALTH_SECONDS
-        try:
-            async with asyncio.timeout(seconds):  # httpx limits single reads, not the whole
-                answer = await ask()
-                while pause := _asked_to_wait(answer, busy_until):
-                    await asyncio.sleep(pause)
-                    answer = await ask()
-        except httpx.ConnectError:
-            raise ServerFault(
-                f"nothing answers at {self.url}: start vLLM there, or give the Python that starts "
-                "it in place of its URL (docs/vllm.md)"
-            ) from None
-        except (httpx.HTTPError, TimeoutError) as error:
-            slow = isinstance(error, TimeoutError)
-            what = f"no answer within {seconds:g} s" if slow else repr(error)
-            raise ServerFault(f"{self.url}{path}: {what}") from None
-        if answer.status_code != 200:
-            kind = RequestError if answer.status_code in (400, 413, 422) else ServerFault
-            raise kind(f"{self.url}{path}: HTTP {answer.status_code}: {answer.text[:500]}")
-        try:
-            return answer.json() if "json" in answer.headers.get("content-type", "") else None
-        except ValueError:
-            raise ServerFault(f"{self.url}{path}: no JSON: {answer.text[:200]!r}") from None
+        return await call(self._http, self.url + path, body, seconds)
 
     async def _generate(
-        self, prompt: list[int], params: dict[str, Any], new: Publication, seconds: float
-    ) -> Any:
-        """An answer whose completions are whole, and of these weights alone."""
+        self, prompt: list[int], params: Any, new: Publication, read: Read[T], limit: float
+    ) -> T:
+        """What is read of an answer whose completions are whole, and of these weights alone."""
         model = new.label if new.lora_base else self._model
         body = {"model": model, "token_ids": prompt, "sampling_params": params}
-        answer = await self._call("/inference/v1/generate", body, seconds)
+        answer = await self._call("/inference/v1/generate", body, limit)
         try:
             for choice in answer["choices"]:
                 labels = {span["version"] for span in choice["weight_versions"]}
                 if labels != {new.label}:
-                    raise ServerFault(f"{self.url} answered with the weights {labels}: began anew")
+                    raise ServerFault(
+                        f"{self.url} answered with the weights {labels}: it began anew, another "
+                        "run uses it, or several servers answer there"
+                    )
                 if (reason := choice["finish_reason"]) not in ("stop", "length"):
                     raise ServerFault(f"{self.url} ended a completion itself: {reason!r}")
+            return read(answer, new.version)
         except _ODD as error:
-            raise ServeError(f"{self.url}: an answer that gspo cannot read: {error!r}") from None
-        return answer
+            raise ServerFault(f"{self.url}: an answer that gspo cannot read: {error!r}") from None
 
     async def _lives(self) -> bool:
         """Whether a server that was started here answers."""
@@ -211,14 +191,29 @@ class VllmServer:
 
     async def _loaded(self, new: Publication, fresh: bool) -> None:
         """Load the weights, into a server that is started for it if `fresh`, and prove them."""
+        settings = ["--dtype", new.dtype, "--max-model-len", f"{new.context}"]
+        if new.lora_base:
+            rank = max(8, 1 << (new.lora_rank - 1).bit_length())
+            settings += ["--enable-lora", "--max-lora-rank", f"{rank}"]
         if fresh:
-            await self._start(new)
-        if wrong := await self._wrong_settings(new):
-            raise ServeError(
-                f"{self.url}: {'; '.join(wrong)}. Start vLLM 0.32 or newer with "
-                f"VLLM_SERVER_DEV_MODE=1 python {FLAGS} --dtype {new.dtype} "
-                f"--max-model-len {new.context}, or give a smaller max_context"
-            )
+            await self._start(new.lora_base or str(new.folder), settings)
+        kind = ServeError
+        try:
+            if not (wrong := await self._wrong_settings(new)):
+                return await self._load(new, fresh)
+        except (RequestError, *_ODD) as error:
+            wrong = [f"it does not answer as vLLM does ({error!r})"]
+            if not isinstance(error, RequestError):
+                kind = ServerFault  # perhaps of a moment
+        raise kind(
+            f"{self.url}: {'; '.join(wrong)}. Start vLLM 0.32 or newer, without --api-key, with "
+            f"{ENV} python {FLAGS} {' '.join(settings)}, or give a smaller max_context"
+        )
+
+    async def _load(self, new: Publication, fresh: bool) -> None:
+        # Before the load: a server that begins anew during it has lost the label, and what is
+        # sampled there for somebody else, with their label, is not sampled with these weights.
+        await self._call("/update_weight_version", {"new_version": new.label}, HEALTH_SECONDS)
         folder = str(new.folder)
         if new.lora_base:
             adapter = {"lora_name": new.label, "lora_path": folder, "load_inplace": True}
@@ -230,27 +225,18 @@ class VllmServer:
             forget = "/reset_prefix_cache?reset_running_requests=true"
             if not (await self._call(forget, {}, LOAD_SECONDS) or {}).get("success"):
                 raise ServerFault(f"{self.url} keeps what it computed with older weights")
-        # Before the proof: a server that begins anew after it has lost the label too.
-        await self._call("/update_weight_version", {"new_version": new.label}, HEALTH_SECONDS)
         await self._prove(new)
 
     async def _wrong_settings(self, new: Publication) -> list[str]:
         """The settings with which the numbers would be others."""
-        try:
-            models = (await self._call("/v1/models", None, HEALTH_SECONDS))["data"]
-            self._model = next(m["id"] for m in models if not m.get("parent"))
-            told = await self._call("/server_info?config_format=json", None, LOAD_SECONDS)
-            found = told["vllm_config"]["model_config"]
-            room = max(new.context, found["max_model_len"])
-            right = {"logprobs_mode": "processed_logprobs", "dtype": f"torch.{new.dtype}"}
-            right |= {"quantization": None, "max_model_len": room}
-            return [f"{n} is {found[n]!r}, not {v!r}" for n, v in right.items() if found[n] != v]
-        except _ODD as error:
-            return [f"it is no vLLM that gspo knows ({error!r})"]
-        except ServerFault as error:
-            if "HTTP 404" not in str(error):
-                raise
-            return [str(error)]
+        models = (await self._call("/v1/models", None, HEALTH_SECONDS))["data"]
+        self._model, *_ = (model["id"] for model in models if not model.get("parent"))
+        told = await self._call("/server_info?config_format=json", None, LOAD_SECONDS)
+        found = told["vllm_config"]["model_config"]
+        room = max(new.context, found["max_model_len"])
+        right = {"logprobs_mode": "processed_logprobs", "dtype": f"torch.{new.dtype}"}
+        right |= {"quantization": None, "max_model_len": room}
+        return [f"{n} is {found[n]!r}, not {v!r}" for n, v in right.items() if found[n] != v]
 
     async def _prove(self, new: Publication) -> None:
         """Compare the server's scores of the probe with the trainer's.
@@ -258,13 +244,13 @@ class VllmServer:
         Raises:
             ServeError: they differ; says by how much, and what to do.
         """
-        params = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0, "logprobs": 0}
-        try:
-            answer = await self._generate(new.probe, params, new, LOAD_SECONDS)
+
+        def scores(answer: Any, _: int) -> list[float]:
             pairs = zip(answer["prompt_logprobs"][1:], new.probe[1:], strict=True)
-            self.scores = [float(by_id[str(token)]["logprob"]) for by_id, token in pairs]
-        except _ODD as error:
-            raise ServeError(f"{self.url}: it cannot score the probe: {error!r}") from None
+            return [float(by_id[str(token)]["logprob"]) for by_id, token in pairs]
+
+        params = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0, "logprobs": 0}
+        self.scores = await self._generate(new.probe, params, new, scores, LOAD_SECONDS)
         both = zip(self.scores, new.scores, strict=True)
         off = [abs(found - wanted) for found, wanted in both]
         self.distance = max(off)
@@ -277,7 +263,7 @@ class VllmServer:
                 "starts it in place of its URL, so that gspo starts it again with each version"
             )
 
-    async def _start(self, new: Publication) -> None:
+    async def _start(self, model: str, settings: list[str]) -> None:
         """Start the server anew, and wait until it answers.
 
         Raises:
@@ -286,11 +272,7 @@ class VllmServer:
         own = self._own
         assert own is not None
         await asyncio.to_thread(own.stop)
-        settings = ["--dtype", new.dtype, "--max-model-len", f"{new.context}"]
-        if new.lora_base:
-            rank = max(8, 1 << (new.lora_rank - 1).bit_length())
-            settings += ["--enable-lora", "--max-lora-rank", f"{rank}"]
-        self.url = own.start(new.lora_base or str(new.folder), *settings)
+        self.url = own.start(model, *settings)
         limit = time.monotonic() + START_SECONDS
         while not await self._lives():
             if not own.runs or time.monotonic() > limit:
@@ -299,12 +281,3 @@ class VllmServer:
                     f"{own.last_words()}"
                 )
             await asyncio.sleep(0.3)
-
-
-def _asked_to_wait(answer: httpx.Response, until: float) -> float:
-    """Seconds after which a server that is busy, or a proxy before it, wants to be asked again; 0:
-    it does not, or not before `until`."""
-    told = answer.headers.get("retry-after", "")
-    busy = answer.status_code in (429, 503) and told.isdecimal()
-    pause = max(float(told), 0.1) if busy else 0.0
-    return pause if time.monotonic() + pause < until else 0.0
