@@ -103,8 +103,8 @@ def _memory(tried: list[Fit], gpus: int, card: Gpu) -> str:
         for fit in tried
     ]
     title = (
-        f"GiB on each of {gpus} GPU{'s' * (gpus > 1)}, of {card.memory / 2**30:.0f}, at a microbatch of the longest "
-        "sample, with and without checkpointing"
+        f"GiB on each of {gpus} GPU{'s' * (gpus > 1)}, of {card.memory / 2**30:.0f}, at a "
+        "microbatch of the longest sample, with and without checkpointing"
     )
     return as_text([table([header, *rows], title)], width=120).removesuffix("\n")
 
