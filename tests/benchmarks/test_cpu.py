@@ -24,6 +24,7 @@ def test_doctests() -> None:
         assert doctest.testmod(module).failed == 0
 
 
+@pytest.mark.slow
 def test_logprobs_run_and_say_what_was_extrapolated() -> None:
     frozen, trained = (Result.of(row) for row in logprob.measure(1, tiny=True))
     assert {"logprob", "entropy", "d_hidden"} == set(frozen.detail["gaps"])

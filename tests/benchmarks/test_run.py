@@ -136,6 +136,7 @@ def test_resume_leaves_out_what_is_fresh(elsewhere: Path, monkeypatch: pytest.Mo
     assert ran == ["b", "a:x", "b"]
 
 
+@pytest.mark.slow
 def test_a_benchmark_runs_in_a_process_of_its_own(
     elsewhere: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -140,6 +140,7 @@ def assert_same(broken: Path, whole: Path, step: int) -> None:
     assert names[0] == names[1]
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_an_unbroken_one(tmp_path: Path):
     command = Command(tmp_path)
     whole, broken = command.finish("whole"), command.folder("broken")

@@ -135,6 +135,7 @@ def begun(pid: int) -> str | None:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 @pytest.mark.timeout(900)  # seconds on idle cores, minutes beside other work
+@pytest.mark.slow
 def test_a_killed_comparison_repeats_no_finished_cell(tmp_path: Path):
     spec = write_spec(tmp_path, steps=12)
     folders = [cell.folder for cell in make_cells(read_compare_spec(spec))]
