@@ -93,7 +93,8 @@ CASES = {
     "cispo": _preset("cispo", epsilon_high=0.1),
     "gmpo": _preset("gmpo"),
     "sapo": _preset("sapo"),
-    "luspo": _preset("luspo"),
+    # Its loss counts each sequence by its length: another vendor's sums move it by 1.2e-6.
+    "luspo": Case(train={"algorithm": "luspo"}, tolerance=5e-6),
     # Its weights are powers of the product of all ratios, times log-probs of -5: the rounding of
     # float32 alone is above 1e-6 there.
     "vespo": Case(train={"algorithm": "vespo"}, learning_rate=3e-4, tolerance=1e-5),
