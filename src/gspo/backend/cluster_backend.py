@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import inspect
-import logging
 import os
 import socket
 import subprocess
@@ -30,13 +29,13 @@ from gspo.backend.ranks import Ranks, follow, load_on_ranks
 from gspo.backend.service import Service
 from gspo.core.compute import free_cores
 from gspo.core.errors import ConfigError, RunError, check_names, check_whole
+from gspo.core.log import log
 from gspo.dev import InternalModelConfig
 from gspo.train.mesh import LIMIT, Mesh, started_ranks
 from gspo.train.trainer import Trainer
 from gspo.weights.gathered_copy import GatheredCopy, whole_weights
 
 T = TypeVar("T")
-log = logging.getLogger("gspo")
 
 
 class ClusterBackend(LocalBackend):

@@ -67,12 +67,14 @@ def entry_slices(count: int, size: int) -> list[slice]:
     >>> [(part.start, part.stop) for part in entry_slices(4097, 2048)]
     [(0, 2048), (2048, 4097)]
     """
-    return _slices(count, size, size // 32)
+    slices = _slices(count, size)
+    if len(slices) > 1 and count - slices[-1].start <= size // 32:
+        slices[-2:] = [slice(slices[-2].start, count)]
+    return slices
 
 
-def _slices(count: int, size: int, narrow: int = 0) -> list[slice]:
-    starts = range(0, max(count - narrow, min(count, 1)), size)
-    return [slice(start, stop) for start, stop in pairwise([*starts, count])]
+def _slices(count: int, size: int) -> list[slice]:
+    return [slice(start, stop) for start, stop in pairwise([*range(0, count, size), count])]
 
 
 def project(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import threading
 import time
 import uuid
@@ -22,6 +21,7 @@ import torch
 
 from gspo.core.errors import ServeError
 from gspo.core.files import remove, replacing, write_whole
+from gspo.core.log import log
 from gspo.policy.load import save_weights
 from gspo.policy.policy import Policy
 from gspo.weights.receipt import NOISE, Probe, score
@@ -29,7 +29,6 @@ from gspo.weights.vllm_http import ServerFault
 from gspo.weights.vllm_server import Publication, Read, VllmServer
 
 T = TypeVar("T")
-log = logging.getLogger("gspo")
 TRIES = 10
 """Servers that a request may be sent to, one after the other, before it fails."""
 DOWN_SECONDS = 900.0

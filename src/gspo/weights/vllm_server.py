@@ -14,7 +14,6 @@ and spoils an MoE model. So each load is followed by a probe.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 import uuid
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gspo.core.errors import RequestError, ServeError
+from gspo.core.log import log
 from gspo.weights.vllm_http import ServerFault, call, client
 from gspo.weights.vllm_process import ENV, FLAGS, VllmProcess, server_url
 
@@ -38,7 +38,6 @@ REQUEST_SECONDS = 3600.0
 T = TypeVar("T")
 Read = Callable[[Any, int], T]
 """Makes something of an answer and of the version of its weights."""
-log = logging.getLogger("gspo")
 _ODD = (KeyError, TypeError, ValueError, IndexError, AttributeError)
 
 
