@@ -13,11 +13,9 @@ from torch.nn import functional
 
 from gspo.kernels import exact
 from gspo.kernels.exact import _by_blocks, _by_one_dnn, _linear, measure
-from gspo.kernels.hf import pad_experts
 from gspo.kernels.logprob import CPU_BLOCK, Head, full_logits
 from gspo.kernels.projection import entry_slices, project
 from models import model
-from support import embedded
 
 
 def head_of(lm: Any) -> Head:
@@ -109,48 +107,6 @@ def test_other_ways_of_a_linear_layer_are_the_layer_with_its_gradient(way: Any, 
     whole = layer(x)
     for rows in (2, 3, 64, 65):
         assert torch.equal(layer(x[:, :rows]), whole[:, :rows])
-
-
-@pytest.mark.parametrize("way", ["grouped_mm", "batched_mm"])
-@pytest.mark.parametrize("rows", [1, 5, 64])
-def test_padded_experts_compute_the_same(rows: int, way: str, monkeypatch: pytest.MonkeyPatch):
-    policy = embedded()
-    experts: Any = next(m for m in policy.lm.modules() if exact.is_experts(m))
-    experts.config._experts_implementation = way
-    torch.manual_seed(0)
-    hidden = torch.randn(7, experts.hidden_dim, requires_grad=True)
-    chosen = torch.stack([torch.randperm(experts.num_experts)[:2] for _ in range(7)])
-    chosen[:, 0] = 3  # one has enough tokens, some have one, some none
-    weights = torch.rand(7, 2, requires_grad=True)
-    leaves = [hidden, weights, experts.gate_up_proj, experts.down_proj]
-
-    def run() -> list[torch.Tensor]:
-        out = experts(hidden, chosen, weights)
-        return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
-
-    expected = run()
-    counts: list[int] = []
-    grouped, forward = functional.grouped_mm, type(experts).forward
-
-    def multiply(x: torch.Tensor, weight: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
-        counts.extend(offs.diff(prepend=offs.new_zeros(1)).tolist())
-        return grouped(x, weight, offs=offs)
-
-    def counted(self: Any, tokens: torch.Tensor, index: torch.Tensor, *rest: Any) -> Any:
-        counts.extend(torch.bincount(index.flatten()).tolist())
-        return forward(self, tokens, index, *rest)
-
-    pad_experts(experts, rows)
-    monkeypatch.setattr(functional, "grouped_mm", multiply)
-    monkeypatch.setattr(type(experts), "forward", counted)
-    found = run()
-    assert min(count for count in counts if count) >= (1 if rows == 1 else rows)
-    for one, two in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
-    counts.clear()
-    with torch.no_grad():  # another order, and token 0 in place of zeros
-        torch.testing.assert_close(experts(hidden, chosen, weights), expected[0])
-    assert min(count for count in counts if count) >= rows
 
 
 @pytest.mark.parametrize("depth", [64, 96, 128, 256])

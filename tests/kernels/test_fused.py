@@ -23,8 +23,13 @@ def changed_in(lm: torch.nn.Module) -> int:
     return sum("forward" in vars(module) for module in lm.modules())
 
 
-# llama: nine norms and four gates. Cohere's norms are others, Gemma's gates and norms too.
-@pytest.mark.parametrize(("kind", "changed"), [("llama", 13), ("cohere", 4), ("gemma2", 0)])
+# llama: nine norms and four gates. Cohere's norms are others, Gemma's gates and norms too. Four
+# layers of experts in PhiMoE, beside nine norms in Mixtral ("jitter"), beside shared ones in Qwen3.
+CHANGED = [("llama", 13), ("cohere", 4), ("gemma2", 0), ("phimoe", 4)]
+CHANGED += [("jitter", 13), ("qwen3_next", 8)]
+
+
+@pytest.mark.parametrize(("kind", "changed"), CHANGED)
 def test_norms_and_gates_are_changed_if_they_give_the_same(kind: str, changed: int):
     lm = model(kind)
     expected = outputs(lm)

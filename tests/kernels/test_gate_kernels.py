@@ -15,16 +15,17 @@ def test_they_do_what_torchs_operations_do(kind: torch.dtype):
     from gspo.kernels.gate_kernels import SiluProduct
 
     rng = torch.Generator().manual_seed(0)
-    gate, up, grad = (torch.randn(9, 300, generator=rng).to(DEVICE, kind) for _ in range(3))
-    given = gate.requires_grad_(), up.requires_grad_()
-    one = SiluProduct.apply(*given)
-    other = functional.silu(gate.float()) * up.float()
-    near = 1e-5 if kind == torch.float32 else 2**-7
-    pairs = zip(
-        [one, *torch.autograd.grad(one, given, grad)],
-        [other, *torch.autograd.grad(other, given, grad.float())],
-        strict=True,
-    )
-    for found, expected in pairs:
-        assert found.dtype == kind
-        torch.testing.assert_close(found.float(), expected.float(), atol=near, rtol=near)
+    # Rows of less and of more than a block.
+    for shape in ((9, 300), (2, 3, 1030)):
+        gate, up, grad = (torch.randn(shape, generator=rng).to(DEVICE, kind) for _ in range(3))
+        both = torch.cat([gate, up], -1).requires_grad_()
+        given = gate.requires_grad_(), up.requires_grad_()
+        expected = functional.silu(gate.float()) * up.float()
+        wanted = torch.autograd.grad(expected, given, grad.float())
+        one, joined = SiluProduct.apply(*given), SiluProduct.apply(both, None)
+        (halves,) = torch.autograd.grad(joined, both, grad)
+        found = [one, *torch.autograd.grad(one, given, grad), joined, *halves.chunk(2, -1)]
+        near = 1e-5 if kind == torch.float32 else 2**-7
+        for own, other in zip(found, [expected, *wanted] * 2, strict=True):
+            assert own.dtype == kind
+            torch.testing.assert_close(own.float(), other.float(), atol=near, rtol=near)

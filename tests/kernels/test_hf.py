@@ -14,6 +14,7 @@ from gspo.kernels.hf import cache_argument, decoder_kinds
 SOURCE = Path(__file__).parents[2] / "src" / "gspo"
 DOOR = SOURCE / "kernels" / "hf.py"
 PRIVATE = {"_attn_implementation", "_can_record_outputs", "_tied_weights_keys", "_no_split_modules"}
+PRIVATE |= {"_experts_implementation", "_apply_gate"}
 
 
 def reached(path: Path) -> set[str]:

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from gspo.kernels.hf import backbone, no_mask, pad_experts
+from gspo.kernels.experts import pad_experts
+from gspo.kernels.hf import backbone, no_mask
 from gspo.kernels.kv_cache import head_shapes
 from gspo.kernels.logprob import CPU_BLOCK, Head, full_logits
 from gspo.kernels.projection import entry_slices, project

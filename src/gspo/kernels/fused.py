@@ -15,21 +15,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-_close = partial(torch.allclose, atol=1e-5, rtol=1e-5)
+from gspo.kernels.experts import sorted_experts
+from gspo.kernels.hf import usual_experts
 
 
 def fuse(lm: nn.Module) -> None:
-    """Compute RMS norms, and the gates of feed-forward layers, by one kernel each.
+    """Compute RMS norms, and the gates of feed-forward layers, by one kernel each; experts by few.
 
     transformers' norms take eight kernels forward and twelve backward, its gates two and four.
     """
-    alike: dict[type, bool] = {}
+    silu_experts = partial(sorted_experts, gate=silu_product)
+    experts = (usual_experts, silu_experts), (usual_experts, sorted_experts)
+    forms = (_is_norm, _rms_norm), (_is_gated, _gated), *experts
+    alike: dict[type, Callable[..., Tensor] | None] = {}
     for module in lm.modules():
-        kind, new = type(module), _gated if hasattr(module, "gate_proj") else _rms_norm
+        kind = type(module)
         if kind not in alike:
-            is_one = _is_gated(module) if new is _gated else _is_norm(module)
-            alike[kind] = is_one and _gives_the_same(module, new)
-        if alike[kind]:
+            fitting = (new for fits, new in forms if fits(module))
+            alike[kind] = next((new for new in fitting if _gives_the_same(module, new)), None)
+        if new := alike[kind]:
             module.forward = MethodType(new, module)
 
 
@@ -39,6 +43,10 @@ def shorten(lm: nn.Module) -> None:
         if _is_norm(module) and _gives_the_same(module, _rms_norm, torch.equal):
             norm = cast(Any, module)
             norm.gspo_epsilon, norm.forward = _epsilon(norm), MethodType(_short_norm, norm)
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).abs().max() <= 1e-5 * other.abs().max())
 
 
 def _short_norm(self: Any, hidden_states: Tensor) -> Tensor:
@@ -67,14 +75,17 @@ def _is_gated(module: Any) -> bool:
 @torch.no_grad()
 def _gives_the_same(
     module: Any,
-    forward: Callable[[Any, Tensor], Tensor],
+    forward: Callable[..., Tensor],
     alike: Callable[[Tensor, Tensor], bool] = _close,
 ) -> bool:
     weight = next(module.parameters())
     x = torch.randn(3, weight.shape[-1], generator=torch.Generator().manual_seed(0)) * 3
-    x = x.to(weight)
+    given = [x.to(weight)]
+    if usual_experts(module):
+        chosen = torch.arange(6, device=weight.device).view(3, 2) % module.num_experts
+        given += [chosen, given[0][:, :2]]
     try:
-        return alike(forward(module, x), module(x))
+        return alike(forward(module, *given), module(*given))
     except (TypeError, RuntimeError):  # it takes something else too
         return False
 
@@ -83,12 +94,15 @@ def _gated(self: Any, x: Tensor) -> Tensor:
     return self.down_proj(silu_product(self.gate_proj(x), self.up_proj(x)))
 
 
-def silu_product(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up."""
-    if gate.is_cuda and gate.dtype == up.dtype and importlib.util.find_spec("triton"):
+def silu_product(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    """silu(gate) * up; without `up`, the last dimension of `gate` holds both, side by side."""
+    alike = up is None or gate.dtype == up.dtype
+    if gate.is_cuda and alike and importlib.util.find_spec("triton"):
         from gspo.kernels.gate_kernels import SiluProduct
 
         return SiluProduct.apply(gate, up)
+    if up is None:
+        gate, up = gate.chunk(2, -1)
     return functional.silu(gate) * up
 
 

@@ -15,9 +15,7 @@ from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
-import numpy as np
 import torch
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface as AttentionInterface
 from transformers import AttentionMaskInterface as AttentionMaskInterface
@@ -238,60 +236,15 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def pad_experts(experts: Any, rows: int) -> None:
-    """Let each expert of a module compute at least so many tokens, if it computes any.
-
-    The results of the tokens that are added are dropped. Any implementation of the experts may
-    compute them; transformers' `grouped_mm` of usual experts (gated, without biases) is replaced by
-    one of fewer operations and the same bits.
-    """
-    plain = experts.has_gate and not (experts.has_bias or experts.is_transposed)
-    plain = plain and not getattr(experts, "has_post_expert_norm", False)
-    plain = plain and experts.config._experts_implementation == "grouped_mm"
-
-    def forward(
-        self: Any, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        if plain and not torch.is_grad_enabled():
-            return _grouped_experts(self, hidden, chosen, weights, self.gspo_rows)
-        run = _grouped_experts if plain else type(self).forward
-        counts = np.bincount(chosen.numpy(force=True).ravel(), minlength=self.num_experts)
-        missing = np.where(counts > 0, self.gspo_rows - counts, 0).clip(min=0)
-        if not missing.any():
-            return run(self, hidden, chosen, weights)
-        extra = torch.from_numpy(np.arange(len(missing)).repeat(missing)).to(chosen.device)
-        tokens = -(-len(extra) // chosen.shape[1])
-        # Places of the last token that are left over go to an expert that has enough.
-        filler = extra.new_full((tokens * chosen.shape[1] - len(extra),), int(counts.argmax()))
-        more = torch.cat([extra, filler]).view(tokens, -1).to(chosen.dtype)
-        chosen = torch.cat([chosen, more])
-        hidden_more = hidden.new_zeros(tokens, hidden.shape[1])
-        weights = torch.cat([weights, weights.new_zeros(tokens, weights.shape[1])])
-        return run(self, torch.cat([hidden, hidden_more]), chosen, weights)[: len(hidden)]
-
-    experts.gspo_rows = rows
-    experts.forward = MethodType(forward, experts)
+def usual_experts(experts: Any) -> bool:
+    """Whether it is a module of gated experts without biases, computed by `grouped_mm`."""
+    if not getattr(experts, "has_gate", False) or experts.has_bias or experts.is_transposed:
+        return False
+    if getattr(experts, "has_post_expert_norm", False):
+        return False
+    return experts.config._experts_implementation == "grouped_mm"
 
 
-def _grouped_experts(
-    self: Any, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, rows: int = 1
-) -> torch.Tensor:
-    """Compute experts; one with fewer tokens than `rows`, but any, computes token 0 besides."""
-    each, ids = chosen.shape[1], chosen.numpy(force=True).ravel()
-    counts = np.bincount(ids, minlength=self.num_experts)
-    room = np.where(counts, counts.clip(rows), 0)
-    ends = room.cumsum()
-    if torch.is_grad_enabled():  # transformers' order, in which gradients of weights are added up
-        order = torch.sort(chosen.flatten())[1].numpy()
-    else:
-        order = ids.astype(np.int16).argsort(kind="stable")  # of 16 bits numpy sorts fast
-    places, tokens = np.empty_like(order), np.zeros(ends[-1], dtype=np.int64)
-    shift = (ends - room) - (counts.cumsum() - counts)
-    places[order] = np.arange(len(order)) + shift.repeat(counts)
-    tokens[places] = np.arange(len(order)) // each
-    source, back, offsets = (torch.from_numpy(x) for x in (tokens, places, ends.astype(np.int32)))
-    x = hidden.index_select(0, source).to(self.gate_up_proj.dtype)
-    x = functional.grouped_mm(x, self.gate_up_proj.mT, offs=offsets)
-    x = functional.grouped_mm(self._apply_gate(x), self.down_proj.mT, offs=offsets)
-    x = x.index_select(0, back) * weights.reshape(-1, 1)
-    return x.view(len(hidden), each, -1).sum(1).to(hidden.dtype)
+def gate_of(experts: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What experts compute between their two products."""
+    return experts._apply_gate
