@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
 from gspo.core import compute as module
-from gspo.core.compute import ComputeThread, free_cores
-from gspo.core.errors import RunError
+from gspo.core.compute import ComputeThread, Threads, free_cores
+from gspo.core.errors import RunError, ServeError
 
 
 @pytest.fixture
@@ -127,6 +130,7 @@ async def test_a_long_wait_names_what_it_waits_for(
     compute: ComputeThread, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.setattr(module, "NOTICE_SECONDS", 0.01)
+    monkeypatch.setattr(module, "LOOK_SECONDS", 0.01)
     done = threading.Event()
 
     def slow() -> None:
@@ -140,6 +144,110 @@ async def test_a_long_wait_names_what_it_waits_for(
     await waits
     assert "int has waited" in caplog.text
     assert all("slow" in record.message.split("running:")[1] for record in caplog.records)
+
+
+async def test_a_stuck_job_is_named_to_all_who_wait(
+    compute: ComputeThread, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(module, "LIMIT", 0.05)
+    monkeypatch.setattr(module, "LOOK_SECONDS", 0.01)
+    done, ran = threading.Event(), []
+
+    def stuck() -> None:
+        done.wait(30)
+
+    waits = [compute.run(stuck), compute.run(ran.append, 1), compute.run(ran.append, 2)]
+    errors = await asyncio.wait_for(asyncio.gather(*waits, return_exceptions=True), 20)
+    assert [type(error) for error in errors] == [ServeError] * 3
+    assert all("stuck: it has been in" in str(e) and "stuck for 0 s" in str(e) for e in errors)
+    done.set()  # it was slow only, so work goes on; whoever had given up is not served
+    assert compute.submit(lambda: 7).result(30) == 7
+    assert ran == []
+
+
+async def test_a_job_says_what_it_does_and_how_long_that_may_take(compute: ComputeThread):
+    said, done = threading.Event(), threading.Event()
+
+    def steps() -> None:
+        compute.doing("step 3", 0.0)
+        said.set()
+        done.wait(30)
+        compute.doing("step 4", 60.0)
+
+    job = compute.submit(steps)
+    await asyncio.to_thread(said.wait, 10)
+    with pytest.raises(ServeError, match=r"it has been in step 3 for 0 s, since ..:..:.., and 0 s"):
+        compute.check()
+    done.set()
+    job.result(10)
+    compute.check()
+
+
+def test_the_thread_of_one_that_nobody_holds_ends():
+    compute = ComputeThread()
+    (thread,) = compute._threads.each
+    compute.submit(int).result(10)
+    del compute
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+AT_THE_END = """
+import sys, threading, time
+from gspo.core import compute as module
+
+module.EXIT_SECONDS = float(sys.argv[1])
+compute, begun, go_on = module.ComputeThread(), threading.Event(), threading.Event()
+
+def job():
+    begun.set()
+    go_on.wait()
+    print("done")
+
+compute.submit(job)
+compute.submit(print, "never")
+begun.wait()
+if sys.argv[2] == "slow":
+    def release():
+        while not compute._closed:  # until the program's end
+            time.sleep(0.01)
+        go_on.set()
+
+    threading.Thread(target=release, daemon=True).start()
+else:
+    raise ValueError("the program's own")
+"""
+
+
+@pytest.mark.parametrize("kind, seconds", [("stuck", "0.1"), ("slow", "60")])
+def test_a_program_ends_even_if_a_job_never_does(kind: str, seconds: str):
+    """With its own error, and not before a job that ends in time."""
+    command = [sys.executable, "-c", AT_THE_END, seconds, kind]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    if kind == "slow":
+        assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+    else:
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "ValueError: the program's own" in done.stderr
+        assert "job still runs 0 s after the program: it is left undone" in done.stderr
+
+
+def test_work_waits_in_a_queue_for_the_first_thread_that_is_free():
+    threads, names = Threads(2, "some"), set()
+    both = threading.Barrier(2)
+
+    def work() -> None:
+        both.wait(10)
+        names.add(threading.get_ident())
+
+    for job in [threads.submit(work) for _ in range(4)]:
+        job.result(10)
+    assert len(names) == 2
+    threads.close()
+    for thread in threads.each:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in threads.each)
 
 
 def test_cores_are_counted_where_the_system_cannot_say_which_are_allowed(

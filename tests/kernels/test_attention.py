@@ -63,3 +63,18 @@ def test_soft_caps_and_sinks_are_the_same_with_a_plan_and_without(bent: dict):
     torch.testing.assert_close(causal, packed_attention(layer, few, few, few, mask, **bent)[0])
     added = torch.where(mask, 0.0, -1e9)
     torch.testing.assert_close(causal, packed_attention(layer, few, few, few, added, **bent)[0])
+
+
+@pytest.mark.parametrize("width", [2, 6, 7])
+def test_narrow_heads_are_widened_for_a_plan_and_keep_their_width(width: int):
+    """With the scale of the width that they have."""
+    plan, _ = inputs()
+    x = torch.randn(3, 1, 2, plan.size, width, requires_grad=True)
+    seen = torch.arange(plan.size)[:, None] < torch.from_numpy(plan.until)[None]
+    seen &= torch.arange(plan.size)[None] <= torch.arange(plan.size)[:, None]
+    layer: Any = torch.nn.Module()
+    found, _ = packed_attention(layer, *x, None, gspo_plan=plan)
+    expected, _ = packed_attention(layer, *x, seen[None, None])
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(out.square().sum(), x)[0] for out in (found, expected)]
+    torch.testing.assert_close(*gradients)

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from gspo.kernels import exact
-from gspo.kernels.exact import _by_blocks, _by_one_dnn, _linear, measure
+from gspo.kernels import exact, linear_ways
+from gspo.kernels.exact import _linear, measure
 from gspo.kernels.logprob import CPU_BLOCK, Head, full_logits
 from gspo.kernels.projection import entry_slices, project
 from models import model
@@ -68,7 +68,7 @@ def test_calls_of_many_tokens_are_measured_too(
     _linear.cache_clear()
     with torch.no_grad():
         experts = exact._settle_experts("experts", [layer], (x,))
-        assert exact._other_way(dtype)[1] == how
+        assert linear_ways.other_way(dtype)[1] == how
         multiple, as_usual = _linear(24, 16, True, dtype, 1)
     _linear.cache_clear()  # of what is not true
     assert experts.multiple is None  # there is no other way to compute them
@@ -85,30 +85,6 @@ def test_a_shape_is_measured_once_in_a_process():
     assert after.misses == before.misses and after.hits > before.hits
 
 
-@pytest.mark.parametrize("way", [_by_blocks, _by_one_dnn])
-@pytest.mark.parametrize("bias", [True, False])
-def test_other_ways_of_a_linear_layer_are_the_layer_with_its_gradient(way: Any, bias: bool):
-    torch.manual_seed(0)
-    layer, x = nn.Linear(24, 10, bias=bias), torch.randn(1, 130, 24, requires_grad=True)
-    weight = torch.randn(1, 130, 10)
-
-    def run() -> list[torch.Tensor]:
-        layer.zero_grad()
-        x.grad = None
-        out = layer(x)
-        (out * weight).sum().backward()
-        grads = [x.grad, *(p.grad for p in layer.parameters())]
-        return [out.detach(), *(grad.clone() for grad in grads if grad is not None)]
-
-    expected = run()
-    layer.forward = MethodType(way, layer)
-    for found, wanted in zip(run(), expected, strict=True):
-        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
-    whole = layer(x)
-    for rows in (2, 3, 64, 65):
-        assert torch.equal(layer(x[:, :rows]), whole[:, :rows])
-
-
 @pytest.mark.parametrize("depth", [64, 96, 128, 256])
 def test_heads_whose_scores_depend_on_the_rows_are_named(
     depth: int, monkeypatch: pytest.MonkeyPatch
@@ -118,6 +94,12 @@ def test_heads_whose_scores_depend_on_the_rows_are_named(
         assert exact._attention(share, depth).multiple == 8
     monkeypatch.setattr(exact, "attend", lambda rows, *_: (rows + rows.shape[2], None))
     assert exact._attention(4, depth).multiple is None
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 6, 10, 66, 130])
+def test_heads_of_any_width_are_invariant_once_they_are_widened(depth: int):
+    for share in (1, 2, 3, 4):
+        assert exact._attention(share, depth).multiple == 8
 
 
 @pytest.mark.parametrize("entries", [2049, 2056, 4099])
@@ -144,6 +126,42 @@ def test_rows_that_depend_on_their_place_are_found(dtype: torch.dtype):
     assert exact._multiple(lambda x: x + 1, given, exact._ROWS) == 8
 
 
+@pytest.mark.parametrize("rows", [5, 7, 9, 33])
+def test_a_token_has_the_same_gate_wherever_it_stands(rows: int):
+    """GPT-OSS's takes a sigmoid of all numbers in one piece, and the last ones fill no vector."""
+
+    class Experts(nn.Module):
+        def _apply_gate(self, x: torch.Tensor) -> torch.Tensor:
+            return x[..., ::2].sigmoid() * x[..., 1::2] * (1 + vector_ends(x[..., ::2]))
+
+    def vector_ends(x: torch.Tensor) -> torch.Tensor:
+        """1 at the numbers that fill no vector of 16."""
+        whole = x.numel() // 16 * 16
+        return (torch.arange(x.numel()) >= whole).view(x.shape)
+
+    experts, x = Experts(), torch.randn(70, 24, requires_grad=True)
+    plain = experts._apply_gate(x[:64])  # 64 x 12: whole vectors
+    assert not torch.equal(experts._apply_gate(x[:rows])[-1], plain[rows - 1])
+    gate = MethodType(exact._whole_gate, experts)
+    out = gate(x[:rows])
+    assert torch.equal(out, plain[:rows])
+    assert torch.equal(gate(x[None, :rows])[0], plain[:rows])
+    out.sum().backward()
+    assert x.grad is not None and x.grad[:rows].all() and not x.grad[rows:].any()
+
+
+def test_experts_are_measured_with_few_and_with_many_tokens():
+    """A router that sends all tokens to one expert hides what another number of rows does."""
+    policy = embedded()
+    experts: Any = next(m for m in policy.lm.modules() if exact.is_experts(m))
+    chosen = torch.full((37, 2), 3)
+    drawn = exact._uneven(chosen, experts)
+    assert drawn.shape == chosen.shape and drawn.dtype == chosen.dtype
+    assert (drawn.sort(-1)[0].diff() > 0).all()  # two experts of a token are two
+    counts = drawn.flatten().bincount(minlength=experts.num_experts)
+    assert counts.max() >= 3 * counts.min() and (counts > 0).sum() > experts.num_experts // 2
+
+
 def test_each_shape_of_heads_is_measured():
     lm: Any = model("llama")
     config = lm.config
@@ -162,7 +180,7 @@ def test_what_was_changed_can_be_undone():
     lm: Any = model("jitter")
     measure(lm, head_of(lm))
     layer = lm.model.layers[0].self_attn.q_proj
-    layer.gspo_rows, layer.forward = 8, MethodType(_by_blocks, layer)
+    layer.gspo_rows, layer.forward = 8, MethodType(linear_ways._by_blocks, layer)
     assert any(hasattr(m, "gspo_rows") for m in lm.modules())
     exact.undo(lm)
     assert not any(hasattr(m, "gspo_rows") or "forward" in vars(m) for m in lm.modules())

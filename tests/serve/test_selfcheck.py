@@ -124,6 +124,15 @@ EXACT: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         transformers.Gemma2Config,
         {"sliding_window": 16, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
     ),
+    **{
+        f"heads of {width}": (
+            transformers.LlamaForCausalLM,
+            transformers.LlamaConfig,
+            {"num_attention_heads": heads, "num_key_value_heads": 2, "head_dim": width},
+        )
+        for width, heads in ((2, 2), (6, 2), (66, 4))
+    },
+    "narrow_gpt_oss": (*MOE["gpt_oss"][:2], MOE["gpt_oss"][2] | {"intermediate_size": 36}),
     **{name: MOE[name] for name in ("qwen3_moe", "mixtral", "olmoe", "gpt_oss")},  # the last: sinks
 }
 
@@ -170,7 +179,12 @@ def asked(policy: Policy, count: int = 2, tokens: int = 12) -> list[Request]:
     ]
 
 
-FEW = {("llama", torch.float32), ("qwen3_moe", torch.float32), ("gemma3", torch.bfloat16)}
+FEW = {
+    ("llama", torch.float32),
+    ("heads of 2", torch.float32),
+    ("qwen3_moe", torch.float32),
+    ("gemma3", torch.bfloat16),
+}
 
 
 @pytest.mark.parametrize(

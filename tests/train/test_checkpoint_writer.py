@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from gspo.core.errors import RunError
+from gspo.policy.workers import Workers
 from gspo.train import checkpoint, checkpoint_writer
 from gspo.train.checkpoint import steps_saved, verify_checkpoint
 from gspo.train.checkpoint_writer import CheckpointWriter
@@ -99,6 +101,74 @@ def test_an_error_is_raised_by_the_next_call_with_its_folder(
     assert steps_saved(tmp_path) == ([trainer.step] if call == "save" else [])
 
 
+class Rank(Workers):
+    """One of two; the first one's `share` comes before the other one's."""
+
+    size = 2
+
+    def __init__(self, rank: int, told: list[bytes]):
+        super().__init__()
+        self.rank, self._told = rank, told
+
+    def share(self, value):
+        if self.rank == 0:
+            self._told.append(pickle.dumps(value))
+        return value if self.rank == 0 else pickle.loads(self._told.pop(0))
+
+
+def saved_on_ranks(folder: Path, trainer: Trainer, writers: list[CheckpointWriter]) -> list:
+    """What `save` returns or raises, on each rank."""
+    told, results = list[bytes](), []
+    for rank, writer in enumerate(writers):
+        trainer.policy.workers = Rank(rank, told)
+        try:
+            results.append(writer.save(folder, trainer))
+        except RunError as error:
+            results.append(str(error))
+    assert not told
+    return results
+
+
+@pytest.mark.parametrize("size", [0, 2**40])
+def test_an_error_of_the_first_rank_alone_is_raised_on_all(
+    tmp_path: Path, trainer: Trainer, monkeypatch: pytest.MonkeyPatch, size: int
+):
+    """Else they disagree on whether the call went well, and all end."""
+    finish, failures = checkpoint._finish, [OSError(errno.ENOSPC, "full")]
+
+    def full(*args):
+        if failures:
+            raise failures.pop()
+        return finish(*args)
+
+    monkeypatch.setattr(checkpoint, "_finish", full)
+    monkeypatch.setattr(checkpoint, "_write_shards", lambda *args: None)
+    monkeypatch.setattr(checkpoint_writer, "BACKGROUND_BYTES", size)
+    monkeypatch.setattr(trainer.policy, "workers", Workers())  # put back at the end
+    monkeypatch.setattr(trainer, "step", trainer.step)
+    writers = [CheckpointWriter(), CheckpointWriter()]
+    results = saved_on_ranks(tmp_path, trainer, writers)
+    if size == 0:  # written beside training: the next call says it
+        assert results == [tmp_path / f"{trainer.step:04}"] * 2
+        assert writers[0]._last is not None
+        wait([writers[0]._last[1]], 30)
+        trainer.step += 1
+        results = saved_on_ranks(tmp_path, trainer, writers)
+    assert results[0] == results[1] and "the disk is full" in results[0]
+    trainer.step += 1
+    assert saved_on_ranks(tmp_path, trainer, writers) == [tmp_path / f"{trainer.step:04}"] * 2
+
+
+def test_a_folder_that_the_first_rank_cannot_make_holds_up_no_other(
+    tmp_path: Path, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(trainer.policy, "workers", Workers())
+    (tmp_path / "file").touch()
+    writers = [CheckpointWriter(), CheckpointWriter()]
+    results = saved_on_ranks(tmp_path / "file", trainer, writers)
+    assert results[0] == results[1] and "cannot write" in results[0]
+
+
 def test_a_disk_that_hangs_is_named(tmp_path: Path, trainer: Trainer, slow, monkeypatch):
     _, go_on = slow
     monkeypatch.setattr(checkpoint_writer, "LIMIT", 0.05)
@@ -113,6 +183,7 @@ def test_a_disk_that_hangs_is_named(tmp_path: Path, trainer: Trainer, slow, monk
 
 KILLED = """
 import asyncio, os, signal, sys, gspo as art
+from gspo.policy.workers import Workers
 from gspo.train import checkpoint, checkpoint_writer
 from support import random_groups
 

@@ -11,11 +11,10 @@ from typing import Any
 
 from openai import APIStatusError
 
-from gspo.core.compute import ComputeThread
+from gspo.core.compute import ComputeThread, leave
 from gspo.core.errors import ConfigError, GspoError
 from gspo.experiment.rollout import ask, plain_prompt
 from gspo.experiment.saved_run import SavedRun, load_named
-from gspo.experiment.stop import leave
 from gspo.experiment.watch import visible
 from gspo.policy.embedded import PREFIX
 from gspo.policy.policy import Policy

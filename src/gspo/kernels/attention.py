@@ -29,6 +29,7 @@ from gspo.kernels.hf import (
 from gspo.kernels.prompt_cache import SharedPrompts
 from gspo.kernels.shared_prompt_attention import SharedPromptAttention
 from gspo.kernels.step_graph import Step
+from gspo.kernels.tile_attention import widened
 
 PACKED = "gspo_packed"
 _HARMLESS = {"is_causal", "position_ids", "use_cache", "cache_position", "output_attentions"}
@@ -78,8 +79,11 @@ def packed_attention(
     if on_gpu and bent:
         raise NotImplementedError("gspo_packed attention on a GPU with softcap or s_aux")
     bends: Any = () if on_gpu else (softcap, s_aux)
+    wide = value.shape[-1]
+    if query.device.type == "cpu":
+        query, key, value = map(widened, (query, key, value))
     out = gspo_plan.attend(layer, query, key, value, scale, sliding_window, *bends)
-    return out.contiguous(), None  # as transformers' own: JetMoe takes a view of it
+    return out[..., :wide].contiguous(), None  # as transformers' own: JetMoe takes a view of it
 
 
 def _with_whole_scores(

@@ -24,21 +24,20 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from gspo.kernels.experts import pad_experts
 from gspo.kernels.hf import backbone, no_mask
 from gspo.kernels.kv_cache import head_shapes
+from gspo.kernels.linear_ways import BLOCK, other_way
 from gspo.kernels.logprob import CPU_BLOCK, Head, full_logits
 from gspo.kernels.projection import entry_slices, project
 from gspo.kernels.running_softmax import VECTOR
-from gspo.kernels.tile_attention import attend
+from gspo.kernels.tile_attention import attend, widened
 
 MULTIPLES = (8, 16, 32, 64)
 _EXPERT_ROWS = (4, 8, 16, 32, 64)
 _FEW = 16  # a linear layer that needs more rows than this is computed in another way
-_BLOCK = 64  # rows
 _SEEN = 37
 """Tokens of the pass that shows what modules are given: no model has so many heads."""
 _ROWS = (8, 16, 24, 32, 64, 192, 512)
@@ -95,11 +94,11 @@ def _attention(share: int, depth: int) -> Part:
         share: heads that share a key head.
         depth: width of a head.
     """
-    rows, keys, values = _numbers(3, 1, 1, _BLOCK * share, depth)
-    keys, values = keys[:, :, :_BLOCK], values[:, :, :_BLOCK]
+    rows, keys, values = widened(_numbers(3, 1, 1, BLOCK * share, depth))
+    keys, values = keys[:, :, :BLOCK], values[:, :, :BLOCK]
     many, _ = attend(rows, keys, values, None, None)
-    alike = [x.expand(_BLOCK, -1, -1, -1) for x in (keys, values)]
-    each, _ = attend(rows.view(_BLOCK, 1, share, depth), alike[0], alike[1], None, None)
+    alike = [x.expand(BLOCK, -1, -1, -1) for x in (keys, values)]
+    each, _ = attend(rows.view(BLOCK, 1, share, -1), alike[0], alike[1], None, None)
     same = torch.equal(each.view(many.shape), many)
     return Part(f"heads of {depth}", "attention", MULTIPLES[0] if same else None)
 
@@ -124,6 +123,7 @@ def undo(lm: Any) -> None:
     for module in lm.modules():
         if hasattr(module, "gspo_rows"):
             del module.gspo_rows, module.forward
+            vars(module).pop("_apply_gate", None)
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -144,7 +144,7 @@ def _settled_linear(lm: Any) -> Iterator[Part]:
     for shape, layers in alike.items():
         vector = VECTOR * torch.get_num_threads()
         multiple, as_usual = _linear(*shape, torch.get_num_threads())
-        way, how = _other_way(shape[3])
+        way, how = other_way(shape[3])
         for _, layer in [] if as_usual else layers:
             layer.gspo_rows, layer.forward = multiple, MethodType(way, layer)
         # A function of its output, such as sigmoid, must find whole vectors only. Measuring it is
@@ -168,13 +168,7 @@ def _linear(
     multiple = _multiple(layer, given, rows)
     if multiple is not None and multiple <= _FEW:
         return multiple, True
-    return _multiple(MethodType(_other_way(dtype)[0], layer), given, rows), False
-
-
-def _other_way(dtype: torch.dtype) -> tuple[Callable[..., Tensor], str]:
-    """How linear layers are computed that differ with the rows, and its name."""
-    half = dtype != torch.float32
-    return (_by_blocks, f"blocks of {_BLOCK} rows") if half else (_by_one_dnn, "oneDNN")
+    return _multiple(MethodType(other_way(dtype)[0], layer), given, rows), False
 
 
 def _numbers(*shape: int) -> Tensor:
@@ -184,15 +178,35 @@ def _numbers(*shape: int) -> Tensor:
     return few.repeat(-(-count // len(few)))[:count].view(shape)
 
 
-def _settle_experts(name: str, modules: list[nn.Module], inputs: tuple[Tensor, ...]) -> Part:
+def _settle_experts(name: str, modules: list[Any], inputs: tuple[Tensor, ...]) -> Part:
     multiple, rows = None, 0
+    inputs = tuple(x if x.is_floating_point() else _uneven(x, modules[0]) for x in inputs)
+    for module in modules:
+        if hasattr(module, "_apply_gate"):
+            module._apply_gate = MethodType(_whole_gate, module)
     for rows in _EXPERT_ROWS:
         for module in modules:
             pad_experts(module, rows)
-        multiple = _multiple(modules[0], inputs, _rows_for(modules[0]))
+        multiple = _multiple(modules[0], inputs, _rows_for(modules[0]), least=BLOCK)
         if multiple is not None and multiple <= _FEW:
             break
     return Part(name, type(modules[0]).__name__, multiple, f"at least {rows} tokens each")
+
+
+def _uneven(chosen: Tensor, experts: Any) -> Tensor:
+    """Other choices of experts, some of them rare: a router that prefers one shows only that."""
+    drawn = torch.rand(len(chosen), experts.num_experts, generator=torch.Generator().manual_seed(0))
+    drawn *= torch.linspace(1, 0.2, experts.num_experts)
+    return drawn.topk(chosen.shape[1])[1].to(chosen)
+
+
+def _whole_gate(self: Any, x: Float[Tensor, "*B T N"]) -> Float[Tensor, "*B T E"]:
+    """The gate of experts, as many rows that vectors are filled: GPT-OSS takes a sigmoid of all
+    numbers in one piece, whose last ones torch computes otherwise (`running_softmax.exp2`)."""
+    vector = VECTOR * torch.get_num_threads()
+    missing = -x.shape[-2] % (vector // math.gcd(vector, x.shape[-1] // 2))
+    padded = functional.pad(x, (0, 0, 0, missing)) if missing else x
+    return type(self)._apply_gate(self, padded)[..., : x.shape[-2], :]
 
 
 def _rows_for(module: nn.Module) -> tuple[int, ...]:
@@ -237,7 +251,7 @@ def _calls(lm: Any) -> Iterator[tuple[str, list[nn.Module], tuple[Tensor, ...]]]
 
 
 def _multiple(
-    run: Callable[..., Any], inputs: tuple[Tensor, ...], counts: Sequence[int]
+    run: Callable[..., Any], inputs: tuple[Tensor, ...], counts: Sequence[int], least: int = 1
 ) -> int | None:
     """Find the smallest multiple of rows at which rows have the bits of the call of most rows.
 
@@ -245,12 +259,13 @@ def _multiple(
         run: a module, or how it is computed.
         inputs: of `_SEEN` tokens; they are repeated, times other numbers.
         counts: rows of the calls, the most last.
+        least: rows that are compared at least, in float32.
     """
     most, axes = counts[-1], [x.shape.index(_SEEN) for x in inputs]
     many = [_repeated(x, axis, most) for x, axis in zip(inputs, axes, strict=True)]
     whole, wrong = _first(run(*many)), set[int]()
     for count in counts[:-1] if most in whole.shape else ():  # else it has no rows by token
-        rows = 1 if whole.dtype == torch.float32 else min(most - 1, _OUTPUTS // whole.shape[-1])
+        rows = least if whole.dtype == torch.float32 else min(most - 1, _OUTPUTS // whole.shape[-1])
         rows = max(rows // count, 1) * count
         start = (most - rows) // 2 | 1  # odd: where a row begins in memory may matter too
         middle = [x.narrow(a, start, rows) for x, a in zip(many, axes, strict=True)]
@@ -274,36 +289,3 @@ def _repeated(x: Tensor, axis: int, count: int) -> Tensor:
 
 def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
-
-
-def _by_blocks(self: nn.Linear, x: Float[Tensor, "*B K"]) -> Float[Tensor, "*B N"]:
-    """A linear layer whose products all have the same number of rows."""
-    rows = x.reshape(-1, x.shape[-1])
-    blocks = functional.pad(rows, (0, 0, 0, -len(rows) % _BLOCK)).split(_BLOCK)
-    out = torch.cat([functional.linear(block, self.weight, self.bias) for block in blocks])
-    return out[: len(rows)].view(*x.shape[:-1], -1)
-
-
-def _by_one_dnn(self: nn.Linear, x: Float[Tensor, "*B K"]) -> Float[Tensor, "*B N"]:
-    """A linear layer that is computed by oneDNN instead of MKL."""
-    return _OneDnnLinear.apply(x, self.weight, self.bias)  # pyright: ignore[reportReturnType]
-
-
-class _OneDnnLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.biased = bias is not None
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])
-        needed = ctx.needs_input_grad
-        return (
-            grad @ weight if needed[0] else None,
-            rows.mT @ x.reshape(-1, x.shape[-1]) if needed[1] else None,
-            rows.sum(0) if ctx.biased and needed[2] else None,
-        )

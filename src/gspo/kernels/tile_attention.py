@@ -80,6 +80,17 @@ class Scoring:
 PLAIN = Scoring()
 
 
+def widened(x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B d"]:
+    """Zeros behind each row, to a multiple of 4: then products of any number of rows sum in one
+    order. Those of 2 numbers torch computes in a loop of its own if there are few rows, and rows
+    of 6 or 10 MKL by where they begin in memory.
+
+    >>> widened(torch.ones(3, 66)).shape
+    torch.Size([3, 68])
+    """
+    return functional.pad(x, (0, -x.shape[-1] % 4)) if x.shape[-1] % 4 else x
+
+
 def attend(
     query: Float[Tensor, "N K M D"],
     keys: Float[Tensor, "N K L D"],

@@ -8,12 +8,14 @@ operation mostly wait for one another.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from gspo.core.compute import Threads
 from gspo.core.timing import beside
 from gspo.kernels.token_parts import TokenParts
 
@@ -44,9 +46,8 @@ class Workers:
 
     def __init__(self, count: int = 1):
         self.count = self.threads = count
-        self._pool = ThreadPoolExecutor(
-            count, "gspo-microbatch", initializer=torch.set_num_threads, initargs=(1,)
-        )
+        if count > 1:
+            self._pool = Threads(count, "gspo-microbatch", partial(torch.set_num_threads, 1))
 
     def map(self, function: Callable[[A], B], items: Sequence[A]) -> list[B]:
         """Call the function with each item; the results are in the order of the items.
@@ -59,7 +60,7 @@ class Workers:
         if self.count == 1 or len(items) == 1:
             return [function(item) for item in items]
         work = beside(function)  # a clock that is held sees what the threads do
-        futures = [self._pool.submit(work, item) for item in items]
+        futures = [self._pool.submit(partial(work, item)) for item in items]
         wait(futures)
         return [future.result() for future in futures]
 

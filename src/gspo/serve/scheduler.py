@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from gspo.core.compute import ComputeThread
+from gspo.core.compute import LOOK_SECONDS, ComputeThread
 from gspo.core.errors import BusyError, GspoError, ServeError
 from gspo.core.log import log
 from gspo.serve.admission import Line
@@ -34,10 +33,6 @@ MAX_PIECES = 256
 """Pieces of a stream that may wait for their reader."""
 STEP_SECONDS = 1800.0
 """A longer step is stuck. The prompts of a first batch may take minutes on a CPU."""
-TURN_SECONDS = 24 * 3600.0
-"""How long a step may wait for the jobs before it, such as a call of `train`."""
-LOOK_SECONDS = 30.0
-"""Seconds between two looks of a waiting request: is the engine stuck?"""
 
 
 class Scheduler:
@@ -62,7 +57,6 @@ class Scheduler:
         self._active: list[Ticket] = []
         self._decoding: tuple[Line, Batch] | None = None
         self._steps = 0
-        self._doing = ("", 0.0, TURN_SECONDS)
 
     @property
     def joins(self) -> bool:
@@ -134,14 +128,7 @@ class Scheduler:
                 async with asyncio.timeout(LOOK_SECONDS):
                     item = await ticket.box.get()
             except TimeoutError:
-                what, since, limit = self._doing
-                waited = time.monotonic() - since
-                if waited > limit and self._queued:
-                    raise ServeError(
-                        f"the engine is stuck: {what} for {waited:.0f} s, since "
-                        f"{time.strftime('%H:%M:%S', time.localtime(time.time() - waited))}; now "
-                        f"running: {self._compute.running}. Kill this process, and start it again"
-                    ) from None
+                self._compute.check()
             else:
                 if isinstance(item, Exception):
                     raise item
@@ -158,7 +145,6 @@ class Scheduler:
 
     def _queue(self) -> None:
         """Queue the next steps behind the jobs that wait for the device. Under the lock."""
-        self._doing = ("waiting for its turn on the device", time.monotonic(), TURN_SECONDS)
         try:
             job = self._compute.submit(self._run)
         except GspoError as error:
@@ -207,7 +193,7 @@ class Scheduler:
         line, batch = self._decoding
         self._drop_gone(line, batch)
         self._steps += 1
-        self._doing = (f"in decode step {self._steps}", time.monotonic(), STEP_SECONDS)
+        self._compute.doing(f"decode step {self._steps}", STEP_SECONDS)
         try:
             goes_on = batch.step(line.take(batch.busy))
         except Exception as error:

@@ -22,10 +22,11 @@ from torch.distributed.checkpoint import hf_storage, state_dict_loader, state_di
 from torch.distributed.checkpoint.api import CheckpointException
 
 from gspo.core.errors import CheckpointError, GspoError, RunError
-from gspo.core.files import replacing, strict_json
+from gspo.core.files import explained, replacing, strict_json
 from gspo.kernels import hf
 from gspo.kernels.sharded import full
 from gspo.policy.load import save_weights, weights_to_store
+from gspo.policy.workers import Workers
 from gspo.train.tensor_file import Proof, proof_of, write_tensors
 from gspo.train.trainer import Trainer
 
@@ -80,10 +81,7 @@ def begin_checkpoint(
     epsilon = trainer.epsilon.epsilon_low
     state = {"step": trainer.step, "policy_version": policy.version, "epsilon_low": epsilon}
     with ExitStack() as begun:
-        building = begun.enter_context(replacing(target)) if first else target
-        if first:
-            building.mkdir(parents=True)
-        building = workers.share(building)
+        building = _begun(begun, target, workers)
         finish = begun.pop_all()
 
     def write() -> None:
@@ -102,6 +100,23 @@ def begin_checkpoint(
             _finish(building, state, policy.source, proofs)
 
     return target, write
+
+
+def _begun(begun: ExitStack, target: Path, workers: Workers) -> Path:
+    """Where the first rank builds the checkpoint. What it cannot do is raised on all ranks, so that
+    none waits for it."""
+    building, failed = target, None
+    try:
+        if workers.rank == 0:
+            building = begun.enter_context(replacing(target))
+            with explained(target):
+                building.mkdir(parents=True)
+    except RunError as error:
+        failed = error
+    building, failed = workers.share((building, failed))
+    if failed is not None:
+        raise failed
+    return building
 
 
 def load_trainer_state(folder: Path, trainer: Trainer) -> None:

@@ -35,23 +35,28 @@ class CheckpointWriter:
         """Write `folder/<step>`: it is there whole when `wait` returns, or not at all.
 
         Raises:
-            RunError: it cannot be written, or the one before it could not; this one is then.
+            RunError: it cannot be written, or the one before it could not; this one is then. On all
+                ranks alike: what the first one, which writes most of it, has found.
         """
-        failed: GspoError | None = None
-        try:
-            self.wait()
-        except GspoError as error:
-            failed = error
+        failed = self._failure()
         size = sum(12 * weight.numel() for weight in trainer.policy.trainable.values())
         large = size >= BACKGROUND_BYTES
         target, write = begin_checkpoint(folder, trainer, copied=large)
         self._last = target, self._thread.submit(write)
         if not large:
-            self.wait()
-        first = trainer.policy.workers.rank == 0  # the others wrote only a part of it
-        if failed is not None and first:
+            failed = self._failure() or failed
+        failed = trainer.policy.workers.share(failed)
+        if failed is not None:
             raise failed
         return target
+
+    def _failure(self) -> GspoError | None:
+        """What `wait` raises."""
+        try:
+            self.wait()
+        except GspoError as error:
+            return error
+        return None
 
     def check(self) -> None:
         """Say at once if the last checkpoint could not be written.
