@@ -16,6 +16,7 @@ from gspo.kernels.exact import _linear, measure
 from gspo.kernels.logprob import CPU_BLOCK, Head, full_logits
 from gspo.kernels.projection import entry_slices, project
 from models import model
+from support import embedded
 
 
 def head_of(lm: Any) -> Head:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gspo.kernels.experts import pad_experts
-from gspo.kernels.hf import backbone, no_mask
+from gspo.kernels.hf import GATE, backbone, no_mask
 from gspo.kernels.kv_cache import head_shapes
 from gspo.kernels.linear_ways import BLOCK, other_way
 from gspo.kernels.logprob import CPU_BLOCK, Head, full_logits
@@ -123,7 +123,7 @@ def undo(lm: Any) -> None:
     for module in lm.modules():
         if hasattr(module, "gspo_rows"):
             del module.gspo_rows, module.forward
-            vars(module).pop("_apply_gate", None)
+            vars(module).pop(GATE, None)
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -182,8 +182,8 @@ def _settle_experts(name: str, modules: list[Any], inputs: tuple[Tensor, ...]) -
     multiple, rows = None, 0
     inputs = tuple(x if x.is_floating_point() else _uneven(x, modules[0]) for x in inputs)
     for module in modules:
-        if hasattr(module, "_apply_gate"):
-            module._apply_gate = MethodType(_whole_gate, module)
+        if hasattr(module, GATE):
+            setattr(module, GATE, MethodType(_whole_gate, module))
     for rows in _EXPERT_ROWS:
         for module in modules:
             pad_experts(module, rows)
@@ -206,7 +206,7 @@ def _whole_gate(self: Any, x: Float[Tensor, "*B T N"]) -> Float[Tensor, "*B T E"
     vector = VECTOR * torch.get_num_threads()
     missing = -x.shape[-2] % (vector // math.gcd(vector, x.shape[-1] // 2))
     padded = functional.pad(x, (0, 0, 0, missing)) if missing else x
-    return type(self)._apply_gate(self, padded)[..., : x.shape[-2], :]
+    return getattr(type(self), GATE)(self, padded)[..., : x.shape[-2], :]
 
 
 def _rows_for(module: nn.Module) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm
 
-from gspo.kernels.hf import gate_of, usual_experts
+from gspo.kernels.hf import GATE, usual_experts
 
 
 def sorted_experts(
@@ -32,7 +32,7 @@ def sorted_experts(
     transformers' gradients of tokens are added up by whichever thread comes first, and 5.17 zeroes
     six times a layer what no expert computed, which is nothing here.
     """
-    each, experts, gate = chosen.shape[1], self.num_experts, gate or gate_of(self)
+    each, experts, gate = chosen.shape[1], self.num_experts, gate or getattr(self, GATE)
     order = chosen.flatten().to(torch.int16).argsort(stable=True)  # of 16 bits a GPU sorts fast
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     kind = torch.int32 if order.is_cuda else torch.float32  # what histc takes there
@@ -113,6 +113,6 @@ def _grouped_experts(
     source, back, offsets = (torch.from_numpy(x) for x in (tokens, places, ends.astype(np.int32)))
     x = hidden.index_select(0, source).to(self.gate_up_proj.dtype)
     x = grouped_mm(x, self.gate_up_proj.mT, offs=offsets)
-    x = grouped_mm(gate_of(self)(x), self.down_proj.mT, offs=offsets)
+    x = grouped_mm(getattr(self, GATE)(x), self.down_proj.mT, offs=offsets)
     x = x.index_select(0, back) * weights.reshape(-1, 1)
     return x.view(len(hidden), each, -1).sum(1).to(hidden.dtype)

@@ -33,6 +33,9 @@ from transformers.utils import logging
 
 from gspo.core.errors import ModelError
 
+GATE = "_apply_gate"
+"""The method of a module of experts that computes what is between their two products."""
+
 
 def cache_argument(backbone: torch.nn.Module, kv_cache: Cache) -> dict[str, Any]:
     """Name the keyword argument that hands a cache to a forward pass.
@@ -243,8 +246,3 @@ def usual_experts(experts: Any) -> bool:
     if getattr(experts, "has_post_expert_norm", False):
         return False
     return experts.config._experts_implementation == "grouped_mm"
-
-
-def gate_of(experts: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What experts compute between their two products."""
-    return experts._apply_gate
