@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,31 @@ def test_from_the_base_model_and_from_a_checkpoint(tmp_path: Path):
     for name, weight in trainer.policy.trainable.items():
         assert torch.equal(weights[name], weight)
     assert again.policy.packing == trainer.policy.packing  # chosen, not the default
+
+
+class MallInfo(ctypes.Structure):
+    """What glibc's `mallinfo2` returns; `hblkhd` are the bytes that are mapped one by one."""
+
+    NAMES = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = tuple((name, ctypes.c_size_t) for name in NAMES.split())
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallinfo2") or "MALLOC_MMAP_THRESHOLD_" in os.environ,
+    reason="no glibc with mallinfo2, or its threshold is set",
+)
+def test_freed_tensors_go_back_to_the_system():
+    """Left alone, glibc keeps the second tensor's memory, since it has seen one of that size."""
+    load_trainer("embedded:sort", CONFIG, None)
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = MallInfo
+    megabytes = 2**20 // 4
+    torch.zeros(30 * megabytes)
+    before = mallinfo().hblkhd
+    tensor = torch.zeros(16 * megabytes)
+    assert mallinfo().hblkhd - before >= tensor.nbytes
+    del tensor
+    assert mallinfo().hblkhd == before
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path):

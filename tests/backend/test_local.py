@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -536,3 +539,41 @@ async def test_a_registered_name_is_not_loaded_otherwise(
     again._internal_config = art.dev.InternalModelConfig(**options)
     with pytest.raises(RunError, match=f"is registered with {message}.*another name"):
         await again.register(backend)
+
+
+UNUSED = (
+    *("pandas", "matplotlib", "plotly", "typer", "datasets", "peft", "vllm", "llguidance"),
+    *("tensorboard", "wandb", "trackio", "langgraph", "langchain_openai", "torch._inductor.graph"),
+    *("gspo.cli", "gspo.lab", "gspo.experiment", "gspo.environments"),
+)
+TRAINED = f"""
+import asyncio, os, sys
+os.environ.pop("ARROW_DEFAULT_MEMORY_POOL", None)
+import gspo as art
+from test_local import rollout
+
+async def main():
+    model = art.TrainableModel(name="m", project="p", base_model="embedded:sort")
+    async with art.LocalBackend(sys.argv[1]) as backend:
+        await model.register(backend)
+        groups = [art.TrajectoryGroup([await rollout(model, "312") for _ in range(2)])]
+        for place, trajectory in enumerate(groups[0]):
+            trajectory.reward = place
+        await model.train(groups)
+
+asyncio.run(main())
+import pyarrow
+pool = pyarrow.default_memory_pool().backend_name
+print([name for name in {UNUSED} if name in sys.modules], pool)
+"""
+
+
+@pytest.mark.slow
+def test_a_step_of_training_loads_nothing_that_it_does_not_use(tmp_path: Path):
+    """Modules are a third of a small run's memory. Its sibling is `test_import_is_light`."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", TRAINED, str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == "[] system\n", done.stderr

@@ -209,8 +209,6 @@ class Engines:
             policy.version = saved_version(checkpoint)
         policy.lm.requires_grad_(False)
         seed = seed_of(self._seed, step)  # as the current engine's was at this step
-        engine = proved_engine(
-            policy, self._config, self._compute, seed=seed, sockets=self._sockets
-        ).engine
-        self._alive.add(engine)
-        return engine
+        made = proved_engine(policy, self._config, self._compute, seed=seed, sockets=self._sockets)
+        self._alive.add(made.engine)
+        return made.engine

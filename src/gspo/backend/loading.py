@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import os
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from gspo.policy.probe import choose_packing
 from gspo.policy.workers import Workers
 from gspo.train.checkpoint import load_trainer_state, understood, verify_checkpoint
 from gspo.train.trainer import Trainer
+
+_M_MMAP_THRESHOLD = -3  # as glibc's malloc.h numbers it
 
 
 def load_step(base_model: str, config: InternalModelConfig, checkpoint: Path | None) -> Policy:
@@ -56,7 +60,7 @@ def load_trainer(
         ModelError: the base model cannot be loaded.
         CheckpointError: the checkpoint is damaged.
     """
-    _spare_the_libraries()
+    _prepare_process()
     policy = _unrounded(base_model, config, checkpoint, mesh)
     policy.workers.finish(policy.lm)
 
@@ -89,9 +93,19 @@ def load_trainer(
 
 
 @cache
-def _spare_the_libraries() -> None:
-    """Keep Python's garbage collector from searching what torch and transformers made at import:
-    0.2 s each time, in the midst of training. Once per process, before the first model is loaded.
+def _prepare_process() -> None:
+    """Settle, before the first model is loaded, how this process treats memory.
+
+    Python's garbage collector does not search what torch and transformers made at import: 0.2 s
+    each time, in the midst of training.
+
+    glibc gives a tensor of 1 MiB or more back to the system when it is freed. Left alone it keeps
+    some of up to 32 MiB for the next ones, in a pool of each thread that computes, with holes
+    between them: a twelfth of all memory while long answers are trained, for no CPU time that could
+    be measured (docs/log.md, 2026-11-27). What the user has set stays.
     """
     gc.collect()
     gc.freeze()
+    set_by_user = {"MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys()
+    if os.name == "posix" and not set_by_user:  # other C libraries have no mallopt
+        getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)(_M_MMAP_THRESHOLD, 2**20)
