@@ -58,7 +58,7 @@ class StandIn:
         busy: to so many requests it answers 503, to be asked again at once.
         failing: to so many, 502.
         seconds: before it answers a request to sample, beside what is computed.
-        config: what it says of its settings.
+        config, lora: what it says of its settings.
         asked: paths of the requests so far.
     """
 
@@ -70,6 +70,7 @@ class StandIn:
             "quantization": None,
             "max_model_len": length,
         }
+        self.lora: dict[str, int] | None = {"max_lora_rank": 16}
         self.seconds, self.busy, self.failing, self.passing = 0.0, 0, 0, False
         self.refusals: dict[str, int] = {}
         self.lock = threading.Lock()
@@ -84,7 +85,7 @@ class StandIn:
         self.app.get("/health")(lambda: Response())
         self.app.get("/weight_info")(self._told)
         self.app.get("/v1/models")(lambda: {"data": [{"id": "base", "parent": None}]})
-        self.app.get("/server_info")(lambda: {"vllm_config": {"model_config": self.config}})
+        self.app.get("/server_info")(self._settings)
 
     def restart(self) -> None:
         """Forget whatever was loaded after the start."""
@@ -161,6 +162,9 @@ class StandIn:
     def _label(self, body: dict[str, Any]) -> dict[str, Any]:
         self.label = body["new_version"]
         return {"success": True}
+
+    def _settings(self) -> dict[str, Any]:
+        return {"vllm_config": {"model_config": self.config, "lora_config": self.lora}}
 
     def _told(self) -> dict[str, Any]:
         if "hung engine" in self.faults:

@@ -203,6 +203,29 @@ def test_a_server_that_fails_costs_retries(
     assert [server.running for server in street.servers.servers] == [0, 0]
 
 
+def test_a_spoilt_answer_costs_no_other_one(
+    street: Street, pair: list[StandIn], monkeypatch: pytest.MonkeyPatch
+):
+    """The server has its weights still: what else it samples keeps the label."""
+    monkeypatch.setattr(vllm_server, "HEALTH_SECONDS", 60.0)
+    street.publish(1.01)
+    first = pair[0]
+    label = first.label
+    for server in pair:
+        server.asked.clear()
+        server.seconds = 0.2
+    first.faults.add("abort")
+    first.passing = True
+    try:
+        assert street.samples(*[1] * 12) == [1] * 12
+    finally:
+        first.passing = False
+    until(lambda: street.servers.servers[0].publication is not None)
+    assert first.label == label
+    assert sum(map(generated, pair)) == 12 + 1 + 1  # one again, and the probe
+    assert "/collective_rpc" not in first.asked
+
+
 def test_a_late_fault_of_old_weights_takes_no_server_away(street: Street, pair: list[StandIn]):
     """A server that was mended while one of its requests still failed is not mended again."""
     street.publish()

@@ -59,11 +59,11 @@ def url(stand_in: StandIn) -> Iterator[str]:
     stand_in.faults.clear()
     stand_in.refusals.clear()
     stand_in.asked.clear()
-    before = dict(stand_in.config)
+    before, lora = dict(stand_in.config), stand_in.lora
     stand_in.restart()
     with stand_in.listening() as address:
         yield address
-    stand_in.config = before
+    stand_in.config, stand_in.lora = before, lora
 
 
 def brought(url: str, new: Publication) -> VllmServer:
@@ -112,6 +112,57 @@ def test_wrong_settings_are_named_with_the_remedy(
     with pytest.raises(ServeError, match=rf"{name}.*--logprobs-mode processed_logprobs"):
         brought(url, published(load_policy("embedded:sort"), tmp_path))
     assert "/collective_rpc" not in stand_in.asked[-3:]
+
+
+@pytest.mark.parametrize(("lora", "rank"), [({"max_lora_rank": 8}, 8), (None, 0)])
+def test_a_rank_above_the_servers_is_named(
+    lora: dict[str, int] | None, rank: int, url: str, stand_in: StandIn, tmp_path: Path
+):
+    stand_in.lora = lora
+    new = replace(published(load_policy("embedded:sort"), tmp_path), lora_base="base", lora_rank=9)
+    with pytest.raises(ServeError, match=rf"max_lora_rank is {rank}, not 9.*--max-lora-rank 16"):
+        brought(url, new)
+    assert "/v1/load_lora_adapter" not in stand_in.asked
+
+
+@pytest.mark.parametrize("spoilt", ["half", "gone"])
+def test_a_folder_that_cannot_be_read_is_named(spoilt: str, url: str, tmp_path: Path):
+    new = moved(tmp_path)
+    weights = new.folder / "model.safetensors"
+    if spoilt == "half":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    else:
+        weights.unlink()
+    with pytest.raises(ServerFault, match=rf"HTTP 500: .*was to read {new.folder}: .* whole"):
+        brought(url, new)
+
+
+def test_weights_that_were_damaged_on_the_disk_are_named(url: str, tmp_path: Path):
+    new = moved(tmp_path)
+    weights = new.folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-4000:] = content[-8000:-4000]
+    weights.write_bytes(content)
+    with pytest.raises(ServeError, match=rf"off by .* nats .*{new.folder} is damaged"):
+        brought(url, new)
+
+
+def test_a_server_that_hangs_while_it_loads_is_found_early(
+    url: str, stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Not after LOAD_SECONDS only, for which all others would wait with it."""
+    monkeypatch.setattr(vllm_server, "LOOK_SECONDS", 0.1)
+    call = VllmServer._call
+
+    async def stopping(self: VllmServer, path: str, *rest: Any) -> Any:
+        if path == "/collective_rpc":
+            monkeypatch.setattr(vllm_server, "HEALTH_SECONDS", 0.2)
+            stand_in.faults.add("hung health")
+        return await call(self, path, *rest)
+
+    monkeypatch.setattr(VllmServer, "_call", stopping)
+    with pytest.raises(ServerFault, match=r"/health: no answer within 0.2 s"):
+        brought(url, moved(tmp_path))
 
 
 def test_what_is_no_vllm_is_said(url: str, stand_in: StandIn, tmp_path: Path):

@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from gspo.core.errors import GspoError
 from gspo.core.log import log
+from gspo.core.progress import cancelled
 from gspo.serve.engine import Engine, Piece, Request, SamplingParams
 from gspo.serve.refusals import refusal
 from gspo.serve.tool_calls import marks, may_begin
@@ -102,9 +103,7 @@ async def pieces(
             else:
                 yield number, item
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancelled(*tasks)
 
 
 class EventStream(StreamingResponse):

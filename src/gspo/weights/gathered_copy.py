@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gspo.kernels.sharded import full, reshard
 from gspo.policy.policy import Policy
-from gspo.weights.rollout_copy import without_weights
+from gspo.weights.rollout_copy import overwrite, without_weights
 
 
 @torch.no_grad()
@@ -41,11 +41,11 @@ class GatheredCopy:
         self.policy, self._gather, self._trained = policy, gather, set(policy.trainable)
         policy.lm.requires_grad_(False)
         self._modules = replace(policy, lm=without_weights(policy.lm))
-        self._take(gather(True))
+        overwrite(policy, gather(True).items())
         self._hashes = self._frozen_hashes()
 
     def publish(self, policy: Policy) -> int:
-        self._take(self._gather(False))
+        overwrite(self.policy, self._gather(False).items())
         self.policy.version = policy.version
         return policy.version
 
@@ -61,9 +61,3 @@ class GatheredCopy:
         """A number for each row of the weights that are not trained."""
         named = self.policy.lm.named_parameters()
         return {n: torch.hash_tensor(w, -1).tolist() for n, w in named if n not in self._trained}
-
-    @torch.no_grad()
-    def _take(self, weights: Mapping[str, Tensor]) -> None:
-        tensors = self.policy.tensors
-        for name, weight in weights.items():
-            tensors[name].copy_(weight)

@@ -17,7 +17,7 @@ purpose, on any machine:
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -66,12 +66,9 @@ class RoundedCopy:
             self._modules = self._plain(policy, without_weights(self.policy.lm))
         self.publish(policy)
 
-    @torch.no_grad()
     def publish(self, policy: Policy) -> int:
         """Round the trainer's weights again, in place; see `Publisher`."""
-        tensors = self.policy.tensors
-        for name, value in self._held(policy):
-            tensors[name].copy_(value)  # which rounds it
+        overwrite(self.policy, self._held(policy))
         self.policy.version = policy.version
         return policy.version
 
@@ -105,6 +102,14 @@ def _with_parameters(lm: Any, values: Mapping[int, Tensor]) -> Any:
     """A copy of a model with other parameters, by the `id` of its own, of which none is copied."""
     others = {place: torch.nn.Parameter(value, False) for place, value in values.items()}
     return copy.deepcopy(lm, others)
+
+
+@torch.no_grad()
+def overwrite(policy: Policy, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy weights and buffers, by name, into a policy's own, which rounds them to their type."""
+    tensors = policy.tensors
+    for name, weight in weights:
+        tensors[name].copy_(weight)
 
 
 def without_weights(lm: PreTrainedModel) -> PreTrainedModel:

@@ -11,7 +11,7 @@ import itertools
 import threading
 import time
 import uuid
-from collections.abc import Collection, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ import torch
 from gspo.core.errors import ServeError
 from gspo.core.files import remove, replacing, write_whole
 from gspo.core.log import log
+from gspo.core.progress import cancelled
 from gspo.policy.load import save_weights
 from gspo.policy.policy import Policy
 from gspo.weights.receipt import NOISE, Probe, score
@@ -121,7 +122,7 @@ class VllmServers:
                 told = "new weights wait for %d requests that are being sampled, up to %.0f s"
                 log.warning(told, len(self._asked), DRAIN_SECONDS)
                 await asyncio.wait(self._asked, timeout=DRAIN_SECONDS)
-            await _ended([*self._asked, *self._repairs.values()])
+            await cancelled(*self._asked, *self._repairs.values())
             tries = [server.bring(new) for server in self.servers]
             results = await asyncio.gather(*tries, return_exceptions=True)
         finally:
@@ -180,7 +181,7 @@ class VllmServers:
             raise ServeError(_CLOSED) from None
 
     async def _close(self) -> None:
-        await _ended(asyncio.all_tasks() - {asyncio.current_task()})
+        await cancelled(*asyncio.all_tasks() - {asyncio.current_task()})
         await asyncio.gather(*(server.close() for server in self.servers))
 
     async def _free(self) -> VllmServer:
@@ -209,13 +210,6 @@ class VllmServers:
         if not (begun and not begun.done()) and not self._changing and not self._closed:
             assert self._wanted is not None
             self._repairs[server] = self.loop.create_task(_repaired(server, self._wanted))
-
-
-async def _ended(tasks: Collection[asyncio.Task[Any]]) -> None:
-    """Cancel tasks, and wait until they have ended."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _repaired(server: VllmServer, wanted: Publication) -> None:

@@ -87,6 +87,7 @@ class VllmServer:
         self.url = server_url(entry)
         self._own = None if entry.startswith("http") else VllmProcess(entry, log)
         self.publication: Publication | None = None
+        self._given: Publication | None = None  # the last that was proved
         self.running, self.fault = 0, "it was not asked yet"
         self.scores: list[float] = []
         self.distance = float("inf")
@@ -106,20 +107,13 @@ class VllmServer:
             ServerFault: it dies or hangs meanwhile, other weights answered, or nobody can read it.
             RequestError: it refuses the request.
         """
-        asked = asyncio.create_task(self._generate(prompt, params, weights, read, REQUEST_SECONDS))
         try:
-            while not (await asyncio.wait([asked], timeout=LOOK_SECONDS))[0]:
-                await self._call("/health", None, HEALTH_SECONDS)
-                # The engine, which is another process: it answers when its step has ended.
-                await self._call("/weight_info", None, LOAD_SECONDS)
-            return asked.result()
+            return await self._generate(prompt, params, weights, read, REQUEST_SECONDS)
         except RequestError as error:  # perhaps since it was started again, with other settings
             told = await self._call("/weight_info", None, LOAD_SECONDS)
             if told == {"weight_version": weights.label}:
                 raise
             raise ServerFault(f"{error}, of the weights {told}: it began anew") from None
-        finally:
-            asked.cancel()  # the connection is closed: vLLM lets go of the request
 
     async def bring(self, new: Publication) -> None:
         """Give the server these weights, and prove it: after a return it may be used.
@@ -130,15 +124,23 @@ class VllmServer:
             ServerFault: it is dead or hangs.
             ServeError: its settings are wrong, or it doesn't compute with these weights.
         """
-        self.publication = None
-        fresh = self._own is not None and not (self._reloads and await self._lives())
+        given, self.publication = self._given, None
+        if given is not None and given == replace(new, label=given.label):
+            # One answer was spoilt, perhaps on its way. If the weights are still there, what else
+            # it samples goes on under their label.
+            with suppress(ServeError):
+                await self._prove(given, HEALTH_SECONDS)
+                self.publication = given
+                return
+        fresh = self._own is not None and not (self._reloads and self._own.runs)
         for last in (fresh or self._own is None, True):
             # A label for each try: where several servers answer at one URL, one of them may have
             # got the label of a former try, and never its weights.
             new = replace(new, label=f"{new.label}-{uuid.uuid4().hex[:8]}")
             try:
                 await self._loaded(new, fresh)
-                break
+                self.publication = self._given = new
+                return
             except ServeError as error:
                 self.fault = str(error)
                 if last:
@@ -147,7 +149,6 @@ class VllmServer:
                 # Else this vLLM doesn't reload this model rightly.
                 self._reloads = bool(new.lora_base) or isinstance(error, ServerFault)
                 fresh = True
-        self.publication = new
 
     async def close(self) -> None:
         """End a server that was started here; leave another one alone."""
@@ -157,7 +158,17 @@ class VllmServer:
             await asyncio.to_thread(self._own.stop)
 
     async def _call(self, path: str, body: Any, seconds: float) -> Any:
-        return await call(self._http, self.url + path, body, seconds)
+        """`call`, and meanwhile look whether the server lives if its answer may take long."""
+        asked = asyncio.create_task(call(self._http, self.url + path, body, seconds))
+        look = LOOK_SECONDS if seconds > HEALTH_SECONDS else None
+        try:
+            while not (await asyncio.wait([asked], timeout=look))[0]:
+                await call(self._http, f"{self.url}/health", None, HEALTH_SECONDS)
+                # The engine, which is another process: it answers when its step has ended.
+                await call(self._http, f"{self.url}/weight_info", None, LOAD_SECONDS)
+            return asked.result()
+        finally:
+            asked.cancel()  # the connection is closed: vLLM lets go of the request
 
     async def _generate(
         self, prompt: list[int], params: Any, new: Publication, read: Read[T], limit: float
@@ -180,14 +191,6 @@ class VllmServer:
         except _ODD as error:
             raise ServerFault(f"{self.url}: an answer that gspo cannot read: {error!r}") from None
 
-    async def _lives(self) -> bool:
-        """Whether a server that was started here answers."""
-        with suppress(ServeError):
-            if self._own is not None and self._own.runs:
-                await self._call("/health", None, HEALTH_SECONDS)
-                return self._own.runs
-        return False
-
     async def _loaded(self, new: Publication, fresh: bool) -> None:
         """Load the weights, into a server that is started for it if `fresh`, and prove them."""
         settings = ["--dtype", new.dtype, "--max-model-len", f"{new.context}"]
@@ -202,8 +205,7 @@ class VllmServer:
                 return await self._load(new, fresh)
         except (RequestError, *_ODD) as error:
             wrong = [f"it does not answer as vLLM does ({error!r})"]
-            if not isinstance(error, RequestError):
-                kind = ServerFault  # perhaps of a moment
+            kind = ServeError if isinstance(error, RequestError) else ServerFault
         raise kind(
             f"{self.url}: {'; '.join(wrong)}. Start vLLM 0.32 or newer, without --api-key, with "
             f"{ENV} python {FLAGS} {' '.join(settings)}, or give a smaller max_context"
@@ -214,30 +216,39 @@ class VllmServer:
         # sampled there for somebody else, with their label, is not sampled with these weights.
         await self._call("/update_weight_version", {"new_version": new.label}, HEALTH_SECONDS)
         folder = str(new.folder)
-        if new.lora_base:
-            adapter = {"lora_name": new.label, "lora_path": folder, "load_inplace": True}
-            await self._call("/v1/load_lora_adapter", adapter, LOAD_SECONDS)
-        elif not fresh:
-            reload = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
-            await self._call("/collective_rpc", reload, LOAD_SECONDS)
+        try:
+            if new.lora_base:
+                adapter = {"lora_name": new.label, "lora_path": folder, "load_inplace": True}
+                await self._call("/v1/load_lora_adapter", adapter, LOAD_SECONDS)
+            elif not fresh:
+                reload = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
+                await self._call("/collective_rpc", reload, LOAD_SECONDS)
+        except ServerFault as error:
+            raise ServerFault(
+                f"{error}. It was to read {folder}: that must be whole, at this path on its "
+                f"machine too, and of its model, {self._model}. Start it again: it may be spoilt"
+            ) from None
+        if not (new.lora_base or fresh):
             # What still runs, of somebody else, would keep keys and values of the old weights.
             forget = "/reset_prefix_cache?reset_running_requests=true"
             if not (await self._call(forget, {}, LOAD_SECONDS) or {}).get("success"):
                 raise ServerFault(f"{self.url} keeps what it computed with older weights")
-        await self._prove(new)
+        await self._prove(new, LOAD_SECONDS)
 
     async def _wrong_settings(self, new: Publication) -> list[str]:
         """The settings with which the numbers would be others."""
         models = (await self._call("/v1/models", None, HEALTH_SECONDS))["data"]
         self._model, *_ = (model["id"] for model in models if not model.get("parent"))
         told = await self._call("/server_info?config_format=json", None, LOAD_SECONDS)
-        found = told["vllm_config"]["model_config"]
-        room = max(new.context, found["max_model_len"])
-        right = {"logprobs_mode": "processed_logprobs", "dtype": f"torch.{new.dtype}"}
-        right |= {"quantization": None, "max_model_len": room}
+        config = told["vllm_config"]
+        found = {"max_lora_rank": 0} | config["model_config"] | (config.get("lora_config") or {})
+        least = {"max_model_len": new.context, "max_lora_rank": new.lora_rank}
+        right = {name: max(value, found[name]) for name, value in least.items()}
+        right |= {"logprobs_mode": "processed_logprobs", "quantization": None}
+        right["dtype"] = f"torch.{new.dtype}"
         return [f"{n} is {found[n]!r}, not {v!r}" for n, v in right.items() if found[n] != v]
 
-    async def _prove(self, new: Publication) -> None:
+    async def _prove(self, new: Publication, seconds: float) -> None:
         """Compare the server's scores of the probe with the trainer's.
 
         Raises:
@@ -249,17 +260,17 @@ class VllmServer:
             return [float(by_id[str(token)]["logprob"]) for by_id, token in pairs]
 
         params = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0, "logprobs": 0}
-        self.scores = await self._generate(new.probe, params, new, scores, LOAD_SECONDS)
+        self.scores = await self._generate(new.probe, params, new, scores, seconds)
         both = zip(self.scores, new.scores, strict=True)
         off = [abs(found - wanted) for found, wanted in both]
         self.distance = max(off)
         if not all(nats <= new.allowed for nats in off):  # a NaN is no largest one
             raise ServeError(
                 f"{self.url} does not compute with version {new.version} of the weights: its "
-                f"log-probs of the probe are off by {self.distance:.3g} nats "
-                f"({new.allowed:.3g} allowed), though vLLM reported success. It serves another "
-                "model, or this vLLM cannot reload this one (docs/vllm.md): give the Python that "
-                "starts it in place of its URL, so that gspo starts it again with each version"
+                f"log-probs of the probe are off by {self.distance:.3g} nats ({new.allowed:.3g} "
+                f"allowed), though vLLM reported success. It serves another model, {new.folder} is "
+                "damaged, or this vLLM cannot load this model rightly (docs/vllm.md). In place of "
+                "its URL, give the Python that starts it: gspo starts it again with each version"
             )
 
     async def _start(self, model: str, settings: list[str]) -> None:
@@ -273,7 +284,11 @@ class VllmServer:
         await asyncio.to_thread(own.stop)
         self.url = own.start(model, *settings)
         limit = time.monotonic() + START_SECONDS
-        while not await self._lives():
+        while True:
+            with suppress(ServeError):
+                await self._call("/health", None, HEALTH_SECONDS)
+                if own.runs:  # else somebody else has its port
+                    return
             if not own.runs or time.monotonic() > limit:
                 raise ServerFault(
                     f"a server ended, or gave no answer within {START_SECONDS:.0f} s: "
