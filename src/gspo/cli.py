@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import gspo
+from gspo.core.compute import leave
 from gspo.core.errors import ConfigError, GspoError, RolloutError
 from gspo.core.files import strict_json
 from gspo.experiment import run_commands
@@ -123,7 +124,7 @@ def sft(
 ) -> None:
     """Supervised fine-tuning on the assistant's turns of conversations."""
     say_loading(model)
-    from gspo.experiment.stop import leave, run_until_signal
+    from gspo.experiment.stop import run_until_signal
     from gspo.experiment.whole_run import tune
 
     sizes = {"epochs": epochs, "batch_size": batch_size, "lr_schedule": "linear"}
@@ -226,7 +227,7 @@ def _run(spec: Spec, profiled: bool, as_json: bool, samples: int = 0) -> None:
     """Run an experiment, and show what it found."""
     from gspo.core.timing import timing
     from gspo.experiment.loop import run_experiment
-    from gspo.experiment.stop import leave, run_until_signal
+    from gspo.experiment.stop import run_until_signal
     from gspo.experiment.watch import LiveWatch
     from gspo.lab.profiling import step_clock
     from gspo.train.checkpoint import steps_saved

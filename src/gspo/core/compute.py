@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from gspo.core.errors import RunError
 from gspo.core.log import log
@@ -25,6 +26,14 @@ def free_cores() -> int:
     """Number of cores that this process may use; all of them if the system doesn't say."""
     allowed = getattr(os, "sched_getaffinity", None)
     return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+def leave(status: int) -> NoReturn:
+    """End the process now. The interpreter would first wait for the thread that computes, and
+    what it computes is not written any more."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 class ComputeThread:

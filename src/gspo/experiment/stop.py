@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 from collections.abc import Coroutine
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
@@ -60,14 +59,6 @@ def run_until_signal(coroutine: Coroutine[Any, Any, T]) -> T:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     raise SystemExit(128 + arrived[0])
-
-
-def leave(status: int) -> NoReturn:
-    """End the process now. The interpreter would first wait for the thread that computes, and
-    what it computes is not written any more."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 def _end_at_once(number: int) -> NoReturn:
