@@ -131,6 +131,22 @@ def test_what_is_not_built_or_contradicts_itself_is_refused(monkeypatch, tmp_pat
         ClusterBackend(tmp_path, nproc=4)
 
 
+def test_ranks_compare_what_each_was_told(monkeypatch, tmp_path):
+    """Under torchrun each rank has a script of its own, and only the first one's counts."""
+
+    def mesh(timeout, settings):
+        raise ConfigError(json.dumps(settings))
+
+    monkeypatch.setattr("gspo.backend.cluster_backend.Mesh", mesh)
+    started = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as told:
+        ClusterBackend(tmp_path, cp_size=2, seed=3, config={"dtype": "bfloat16"})
+    own = {"path": str(tmp_path), "cp_size": "2", "ep_size": "1", "seed": "3", "dtype": "bfloat16"}
+    assert json.loads(str(told.value)) == {"timeout": "600.0", **own}
+
+
 def test_one_process_starts_nothing(tmp_path):
     backend = ClusterBackend(tmp_path, nproc=1)
     assert backend._ranks is None and not backend._children
@@ -225,8 +241,10 @@ def lessons() -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def gspo(folder: Path, *arguments: str) -> None:
-    command = [sys.executable, "-c", "from gspo.cli import main; main()", *arguments]
+def gspo(folder: Path, *arguments: str, ranks: int = 0) -> None:
+    """Ends well. `ranks`: as many as torchrun starts."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks else []
+    command = [sys.executable, *launcher, "-m", "gspo.cli", *arguments]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -247,7 +265,7 @@ def test_a_run_with_sft_is_that_of_one_process_and_is_exported(divided, load, tm
     (tmp_path / "lessons.jsonl").write_text(lessons())
     train = ("train", "run.toml", "--set", "steps=3", "--set")
     gspo(tmp_path, "train", "run.toml", "--set", "nproc=2", "--set", f"{divided}=2")
-    gspo(tmp_path, *train, "nproc=2")  # goes on
+    gspo(tmp_path, *train[:-1], ranks=2)  # goes on
     gspo(tmp_path, *train, "name=one")
     metrics = [
         [

@@ -197,6 +197,16 @@ def test_a_steered_clip_range_goes_on_where_it_was(tmp_path: Path):
     assert again.epsilon.epsilon_low == 0.0123
 
 
+def test_ranks_whose_steps_were_all_skipped_write_a_whole_checkpoint(tmp_path: Path):
+    """AdamW has no moments yet, so there is nothing that ranks could write a part of."""
+    trainer = Trainer(embedded())
+    trainer.policy.workers.size = 2
+    folder = save_checkpoint(tmp_path, trainer)
+    verify_checkpoint(folder)
+    trainer.policy.workers.size = 1
+    load_trainer_state(folder, trainer)
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [

@@ -35,6 +35,10 @@ CASES = Path(__file__).parent / "many_ranks.py"
 WEIGHTS, METRICS, GRADIENTS = 1e-5, 1e-4, 5e-6
 ROUNDED = 0.1  # float32 masters after 20 updates from bfloat16 passes
 """Largest relative differences after 20 optimizer steps in float32; 7e-6 and 2.4e-5 were seen."""
+AMPLIFIED = 1e-4
+"""Where AdamW's epsilon of 1e-4 turns the rounding of small gradients into ten times as much of
+weights that have hardly moved. 1.5e-5 was seen; one process is 8e-5 away from itself in float64, in
+which ranks and it agree within 3e-13."""
 
 
 @pytest.fixture
@@ -252,7 +256,8 @@ def test_a_transformers_without_sharding_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("value", "other"), [("ranks", 2), ("GPU", "?"), ("gspo", "0.0"), ("torch", "2.11.0")]
+    ("value", "other"),
+    [("ranks", 2), ("GPU", "?"), ("gspo", "0.0"), ("torch", "2.11.0"), ("peft", "0.1")],
 )
 def test_ranks_that_do_not_fit_together_are_named(value, other, alone, monkeypatch):
     store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
@@ -264,6 +269,17 @@ def test_ranks_that_do_not_fit_together_are_named(value, other, alone, monkeypat
     named = rf"rank 1 \(.+\) has .*{mine}.* rank 0 \(a\) .*'{value}': '?{re.escape(str(other))}"
     with pytest.raises(ConfigError, match=named):
         Mesh(5)
+
+
+def test_a_rank_that_was_told_something_else_is_named(alone, monkeypatch):
+    store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    _, facts = json.loads(alone._store.get("rank 0"))
+    told = facts | {"ranks": 2, "seed": "0", "dtype": "float32"}
+    store.set("rank 0", json.dumps(["a", told]))
+    monkeypatch.setattr(module, "rendezvous", lambda *_, **__: iter([(store, 1, 2)]))
+    named = r"has {'seed': '7'}, but rank 0 \(a\) {'seed': '0'}: start"  # and nothing that is equal
+    with pytest.raises(ConfigError, match=named):
+        Mesh(5, {"dtype": "float32", "seed": "7"})
 
 
 def test_a_rank_that_does_not_come_is_named(alone, monkeypatch):
@@ -295,7 +311,11 @@ def test_ranks_train_as_one_process_does(ranks, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case')]
-    assert len(told) == 34
+    assert len(told) == 36
+    (far,) = [case for case in told if case["case"] == "all_lora_kl"]
+    told.remove(far)  # with a larger epsilon it is within the bounds of all others: damped_lora_kl
+    assert far["weights"] < AMPLIFIED and far["metrics"] < METRICS, far
+    assert far["gradients"] < GRADIENTS, far
     exact = [case for case in told if "bfloat16" not in case["case"]]
     rough = [case for case in told if "bfloat16" in case["case"]]
     assert all(case["weights"] < ROUNDED for case in rough), told
@@ -305,12 +325,15 @@ def test_ranks_train_as_one_process_does(ranks, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["moe", "moe_lora"])
-def test_other_orders_of_sums_are_as_far_apart_in_one_process(name, tmp_path):
+def test_other_orders_of_sums_are_as_far_apart_in_one_process(name, tmp_path, monkeypatch):
     """With AdamW's epsilon of 1e-8 and no ranks at all: a gradient near 0 becomes a full step.
 
     The gradients agree at the same weights, as those of ranks do; what ends apart had a gradient
     below 1e-6 in some step, but for what such entries moved in their turn (LoRA's other half).
+    16 updates: in the 19th, on an AMD processor, a router chose another expert for a token, and
+    from there on all weights are apart.
     """
+    monkeypatch.setattr("train.many_ranks.STEPS", 4)
     runs = [
         trained(name, None, tmp_path, 1e-8, packed_sequence_length=length) for length in (60, 100)
     ]

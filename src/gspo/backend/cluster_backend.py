@@ -49,11 +49,13 @@ class ClusterBackend(LocalBackend):
         cp_size: how many neighbouring ranks compute a microbatch together, each a part of its
             length (for sequences that one rank has no memory for).
         ep_size: how many ranks share one set of an MoE model's experts; tokens go to them.
+        config: what your script was told, such as its own options: only the first rank's counts,
+            so a rank that was told something else is refused at the start.
         options: `LocalBackend`'s.
 
     Raises:
-        ConfigError: `nproc` under torchrun, ranks that don't come or don't fit together, or sizes
-            that don't divide their number.
+        ConfigError: `nproc` under torchrun, ranks that don't come, don't fit together or were given
+            other arguments, or sizes that don't divide their number.
         MissingDependencyError: transformers is older than 5.24.
     """
 
@@ -65,6 +67,7 @@ class ClusterBackend(LocalBackend):
         timeout: float = LIMIT,
         cp_size: int = 1,
         ep_size: int = 1,
+        config: Mapping[str, Any] | None = None,
         **options: Any,
     ):
         own, more = (inspect.signature(kind).parameters for kind in (ClusterBackend, LocalBackend))
@@ -75,10 +78,12 @@ class ClusterBackend(LocalBackend):
         size = check_ranks(nproc, self._sizes, self.engines)
         self._children: list[subprocess.Popen[bytes]] = []
         self._ranks: Ranks | None = None
+        given = {"path": path, "timeout": timeout, **self._sizes, **options, **(config or {})}
         if started_ranks() is None and size > 1:
             self._start(size, timeout)
+            given = {}  # ranks that are started here have no script
         if size > 1:
-            mesh = Mesh(timeout)
+            mesh = Mesh(timeout, {name: str(value) for name, value in given.items()})
             if mesh.rank > 0:
                 follow(mesh)
             self._ranks = Ranks(mesh)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from gspo.backend.loading import load_trainer
+from gspo.core.compute import leave
 from gspo.core.errors import ConfigError, GspoError
 from gspo.dev import InternalModelConfig
 from gspo.train.checkpoint_writer import CheckpointWriter
@@ -124,12 +124,15 @@ def _check_shared(mesh: Mesh, folder: Path) -> None:
         )
 
 
-def follow(mesh: Mesh) -> None:
-    """A rank other than the first: work until the end, and leave the process."""
+def follow(mesh: Mesh) -> NoReturn:
+    """A rank other than the first: work until the end, and leave the process.
+
+    Not by an exception: what surrounds the constructor in the script is the first rank's work. The
+    others learn of an error by the closed connection: no library may delay that.
+    """
     try:
         Ranks(mesh).follow()
     except Exception as error:
         print(f"rank {mesh.rank} ({mesh.hosts[mesh.rank]}) ends: {error}", file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(1)  # the others learn of it by the closed connection: no library may delay that
-    raise SystemExit(0)
+        leave(1)
+    leave(0)

@@ -16,7 +16,7 @@ from gspo.experiment.heldout import Estimate, estimate_reward
 from gspo.experiment.plan import check_dataset, check_prompts, remember_dataset
 from gspo.experiment.rollout import Rollouts
 from gspo.experiment.run_file import flat
-from gspo.experiment.spec import SFT, Spec
+from gspo.experiment.spec import Spec
 from gspo.tasks import Task
 from gspo.train.settings import resolve
 from gspo.utils.sft import read_trajectories
@@ -94,7 +94,8 @@ async def run_experiment(spec: Spec, watch: Watch, task: Task | None = None) -> 
     )
     rollouts = Rollouts(spec, model, task)
     await check_dataset(spec, rollouts.task)
-    made = art.ClusterBackend(spec.path, **{name: getattr(spec, name) for name in _OF_THE_BACKEND})
+    given = {name: getattr(spec, name) for name in _OF_THE_BACKEND}
+    made = art.ClusterBackend(spec.path, config=spec.model_dump(exclude_defaults=True), **given)
     async with made as backend, aclosing(rollouts.batches()) as batches:
         await model.register(backend)
         first = await model.get_step()
@@ -102,7 +103,9 @@ async def run_experiment(spec: Spec, watch: Watch, task: Task | None = None) -> 
         before, warm = await _evaluate(backend, rollouts, watch, 0), None
         if spec.sft:
             if first == 0:
-                result = await model.train_sft(lessons, _sft_config(spec.sft, spec.seed))
+                config = spec.sft.model_dump(exclude={"data"})
+                config |= {"lr_schedule": "linear", "seed": spec.seed}
+                result = await model.train_sft(lessons, art.TrainSFTConfig(**config))
                 watch.stepped(result.step, result.metrics)
             first = max(1, first)
             warm = await _evaluate(backend, rollouts, watch, 1)
@@ -142,11 +145,6 @@ def _begin(backend: art.LocalBackend, rollouts: Rollouts) -> list[str]:
             "sample a token depends on timing, so the run doesn't repeat exactly"
         )
     return notes
-
-
-def _sft_config(sft: SFT, seed: int) -> art.TrainSFTConfig:
-    options = sft.model_dump(exclude={"data"})
-    return art.TrainSFTConfig(**options, lr_schedule="linear", seed=seed)
 
 
 def _remember(spec: Spec) -> list[str]:

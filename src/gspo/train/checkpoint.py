@@ -87,9 +87,9 @@ def begin_checkpoint(
     def write() -> None:
         with finish:
             proofs = {}
-            if workers.size > 1:
+            if workers.size > 1 and moments:  # a run whose steps were all skipped has none yet
                 _write_shards(building / _SHARDS, moments, workers.checkpoint_group)
-            else:
+            elif first:
                 proofs[_OPTIMIZER] = write_tensors(building / _OPTIMIZER, moments)
             if not first:
                 return

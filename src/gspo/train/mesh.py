@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from importlib.metadata import version
+from importlib.util import find_spec
 from threading import Thread, main_thread
 from typing import Any, TypeVar
 
@@ -48,8 +49,8 @@ GRACE = 5.0
 """Seconds after an error in which the other ranks may say that they had one too."""
 _PAUSE = 0.2
 """Seconds between two looks whether a rank was lost."""
-_SAME = ("gspo", "torch", "transformers")
-"""What has one version on all ranks."""
+_SAME = ("gspo", "torch", "transformers", "peft")
+"""What has one version on all ranks, or is missing on all."""
 _STARTED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -76,12 +77,16 @@ class Mesh(Workers):
         limit: seconds that one rank waits for another inside a step.
         broken: why the ranks cannot go on; empty if they can.
 
+    Args:
+        limit: see below.
+        settings: by name, what all ranks must have been given alike.
+
     Raises:
-        ConfigError: a rank did not come, or another version of a package is installed there.
+        ConfigError: a rank did not come, or has another setting or version of a package.
         MissingDependencyError: transformers is too old.
     """
 
-    def __init__(self, limit: float = LIMIT):
+    def __init__(self, limit: float = LIMIT, settings: Mapping[str, str] | None = None):
         super().__init__()
         if tuple(map(int, version("transformers").split(".")[:2])) < (5, 24):
             raise MissingDependencyError("transformers>=5.24", "cluster", "more than one process")
@@ -92,16 +97,19 @@ class Mesh(Workers):
         here, self.hosts = socket.gethostname(), []
         try:
             self._store, self.rank, self.size = next(rendezvous("env://", timeout=wait))
-            mine = {"ranks": self.size, "GPU": on_gpu, **{name: version(name) for name in _SAME}}
+            mine = {name: version(name) for name in _SAME if find_spec(name)}
+            mine |= {"ranks": self.size, "GPU": on_gpu, **(settings or {})}
             self._store.set(f"rank {self.rank}", json.dumps([here, mine]))
             for other in range(self.size):  # torch's error names the key, so who is late
                 there, told = json.loads(self._store.get(f"rank {other}"))
                 self.hosts.append(there)
                 if told != mine:  # a group would not be made, or be one that waits for ever
+                    odd = [name for name in {**mine, **told} if mine.get(name) != told.get(name)]
+                    ours, theirs = ({n: facts.get(n) for n in odd} for facts in (mine, told))
                     raise ConfigError(
-                        f"rank {self.rank} ({here}) has {mine}, but rank {other} ({there}) {told}: "
-                        "start the same number everywhere, and install the same on machines of one "
-                        "kind"
+                        f"rank {self.rank} ({here}) has {ours}, but rank {other} ({there}) "
+                        f"{theirs}: start the same number everywhere with the same settings, and "
+                        "install the same on machines of one kind"
                     )
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
@@ -154,8 +162,8 @@ class Mesh(Workers):
         """Free the gathered weights, so that the optimizer and whoever reads sees each rank's part;
         add up gradients of weights that are whole on each rank, such as adapters."""
         reshard(lm)
-        whole = [p.grad for p in lm.parameters() if p.grad is not None]
-        whole = [gradient for gradient in whole if not isinstance(gradient, DTensor)]
+        own = (p.grad for p in lm.parameters())
+        whole = [g for g in own if g is not None and not isinstance(g, DTensor)]
         if whole:
             together = torch.cat([gradient.flatten() for gradient in whole])
             dist.all_reduce(together)
