@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -115,9 +116,9 @@ def test_what_is_not_built_or_contradicts_itself_is_refused(monkeypatch, tmp_pat
         ClusterBackend(tmp_path, nproc=0)
     for name in ("cp_size", "ep_size"):
         with pytest.raises(ConfigError, match=f"{name}=3 does not divide 4 ranks"):
-            ClusterBackend(tmp_path, nproc=4, **{name: 3})
+            ClusterBackend(tmp_path, nproc=4, **cast(Any, {name: 3}))
         with pytest.raises(ConfigError, match=name):
-            ClusterBackend(tmp_path, nproc=2, **{name: 4})
+            ClusterBackend(tmp_path, nproc=2, **cast(Any, {name: 4}))
     with pytest.raises(ConfigError, match=r"ClusterBackend: .*'nprocs'. Did you mean 'nproc'"):
         ClusterBackend(tmp_path, nprocs=2)
     for name, value in {

@@ -73,8 +73,9 @@ def test_narrow_heads_are_widened_for_a_plan_and_keep_their_width(width: int):
     seen = torch.arange(plan.size)[:, None] < torch.from_numpy(plan.until)[None]
     seen &= torch.arange(plan.size)[None] <= torch.arange(plan.size)[:, None]
     layer: Any = torch.nn.Module()
-    found, _ = packed_attention(layer, *x, None, gspo_plan=plan)
-    expected, _ = packed_attention(layer, *x, seen[None, None])
+    q, k, v = x
+    found, _ = packed_attention(layer, q, k, v, None, gspo_plan=plan)
+    expected, _ = packed_attention(layer, q, k, v, seen[None, None])
     torch.testing.assert_close(found, expected)
     gradients = [torch.autograd.grad(out.square().sum(), x)[0] for out in (found, expected)]
     torch.testing.assert_close(*gradients)

@@ -32,7 +32,7 @@ def sorted_experts(
     transformers' gradients of tokens are added up by whichever thread comes first, and 5.17 zeroes
     six times a layer what no expert computed, which is nothing here.
     """
-    each, experts, gate = chosen.shape[1], self.num_experts, gate or getattr(self, GATE)
+    each, experts, between = chosen.shape[1], self.num_experts, gate or getattr(self, GATE)
     order = chosen.flatten().to(torch.int16).argsort(stable=True)  # of 16 bits a GPU sorts fast
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     kind = torch.int32 if order.is_cuda else torch.float32  # what histc takes there
@@ -40,7 +40,7 @@ def sorted_experts(
     offsets = counts.cumsum(0, dtype=torch.int32)
     x = _Rows.apply(hidden.to(self.gate_up_proj.dtype), order // each, back)
     x = grouped_mm(x, self.gate_up_proj.mT, offs=offsets)
-    x = grouped_mm(gate(x), self.down_proj.mT, offs=offsets)
+    x = grouped_mm(between(x), self.down_proj.mT, offs=offsets)
     x = _Rows.apply(x, back, order).unflatten(0, (-1, each)) * weights[..., None]
     return x.sum(1).to(hidden.dtype)
 
