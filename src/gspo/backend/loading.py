@@ -99,13 +99,14 @@ def _prepare_process() -> None:
     Python's garbage collector does not search what torch and transformers made at import: 0.2 s
     each time, in the midst of training.
 
-    glibc gives a tensor of 1 MiB or more back to the system when it is freed. Left alone it keeps
+    glibc gives a tensor of 4 MiB or more back to the system when it is freed. Left alone it keeps
     some of up to 32 MiB for the next ones, in a pool of each thread that computes, with holes
-    between them: a twelfth of all memory while long answers are trained, for no CPU time that could
-    be measured (docs/log.md, 2026-11-27). What the user has set stays.
+    between them: a twentieth of all memory while long answers are trained, for no time that could
+    be measured; from 1 MiB on it takes 5 to 8 % (docs/log.md, 2026-11-27). What the user has set
+    stays.
     """
     gc.collect()
     gc.freeze()
     set_by_user = {"MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys()
     if os.name == "posix" and not set_by_user:  # other C libraries have no mallopt
-        getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)(_M_MMAP_THRESHOLD, 2**20)
+        getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)(_M_MMAP_THRESHOLD, 2**22)
