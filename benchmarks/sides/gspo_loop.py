@@ -22,8 +22,9 @@ from unittest import mock
 
 # Each side has what its package alone brings. The environment of gspo's benchmarks has more, and
 # transformers imports scipy and PIL, 45 MB, wherever they are.
-for extra in ("scipy", "PIL", "accelerate", "peft"):
-    sys.modules[extra] = None  # pyright: ignore[reportArgumentType]
+if __name__ == "__main__":
+    for extra in ("scipy", "PIL", "accelerate", "peft"):
+        sys.modules[extra] = None  # pyright: ignore[reportArgumentType]
 
 import gspo as art  # noqa: E402
 

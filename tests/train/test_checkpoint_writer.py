@@ -157,6 +157,7 @@ def test_an_error_of_the_first_rank_alone_is_raised_on_all(
     assert results[0] == results[1] and "the disk is full" in results[0]
     trainer.step += 1
     assert saved_on_ranks(tmp_path, trainer, writers) == [tmp_path / f"{trainer.step:04}"] * 2
+    assert all(writer.wait() or size for writer in writers)  # before `_finish` is another test's
 
 
 def test_a_folder_that_the_first_rank_cannot_make_holds_up_no_other(
