@@ -26,7 +26,7 @@ if __name__ == "__main__":
     for extra in ("scipy", "PIL", "accelerate", "peft"):
         sys.modules[extra] = None  # pyright: ignore[reportArgumentType]
 
-import gspo as art  # noqa: E402
+import gspo as art
 
 Job = dict[str, Any]
 
