@@ -31,6 +31,15 @@ def sorted_experts(
 
     transformers' gradients of tokens are added up by whichever thread comes first, and 5.17 zeroes
     six times a layer what no expert computed, which is nothing here.
+
+    Args:
+        self: a module of `usual_experts`.
+        hidden: [T, D] of T tokens.
+        chosen, weights: [T, K] the experts of each token, and what their outputs are multiplied by.
+        gate: what is between the two products; None: the module's own.
+
+    Returns:
+        [T, D], of the type of `hidden`.
     """
     each, experts, between = chosen.shape[1], self.num_experts, gate or getattr(self, GATE)
     order = chosen.flatten().to(torch.int16).argsort(stable=True)  # of 16 bits a GPU sorts fast
