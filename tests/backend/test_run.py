@@ -154,6 +154,27 @@ def test_what_is_being_written_is_finished_before_another_process_has_the_run(ru
     assert [line["step"] for line in lines(run)] == [1]
 
 
+def test_a_thread_that_writes_for_ever_is_named(run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("gspo.backend.run.WRITE_SECONDS", 0.05)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def write() -> None:
+        with run.writing():
+            begun.set()
+            go_on.wait(10)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    begun.wait(10)
+    for call in (run.close, lambda: run.log(1, {"a": 1.0})):
+        with pytest.raises(RunError, match=f"writing to the run {run.folder} for 0 s"):
+            call()
+    go_on.set()
+    writer.join(10)
+    run.log(1, {"a": 1.0})
+    assert [line["step"] for line in lines(run)] == [1]
+
+
 def test_checkpoints_are_deleted_links_too_and_foreign_names_stay(run: Run, tmp_path: Path):
     for name in ("0001", "0003", "²", "0002.old"):
         (run.checkpoints / name / "inside").mkdir(parents=True)

@@ -182,6 +182,39 @@ def test_a_disk_that_hangs_is_named(tmp_path: Path, trainer: Trainer, slow, monk
     assert writer.wait()
 
 
+ENDED = """
+import os, sys, threading
+from gspo.train import checkpoint_writer
+from gspo.train.trainer import Trainer
+from support import embedded
+
+def write():
+    if sys.argv[2] == "hang":
+        threading.Event().wait()
+    raise OSError(28, "full")
+
+trainer = Trainer(embedded())
+checkpoint_writer.LIMIT = 1.0
+checkpoint_writer.BACKGROUND_BYTES = 0
+checkpoint_writer.begin_checkpoint = lambda *_, **__: (sys.argv[1], write)
+writer = checkpoint_writer.CheckpointWriter()
+writer.save(sys.argv[1], trainer)
+if os.fork() == 0:  # has no thread that writes
+    sys.exit()
+os.wait()
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"), [("hang", "0001 is not written after 1 s"), ("full", "cannot write the ch")]
+)
+def test_a_program_that_ends_says_what_was_not_written(fault: str, told: str):
+    command = [sys.executable, "-c", ENDED, "0001", fault]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert ended.stderr.count(told) == 1
+
+
 KILLED = """
 import asyncio, os, signal, sys, gspo as art
 from gspo.policy.workers import Workers

@@ -21,6 +21,8 @@ from gspo.core.files import explained, names_a_folder, remove, strict_json, writ
 from gspo.train.checkpoint import checkpoint_name, steps_saved
 
 FORMAT = 1
+WRITE_SECONDS = 4000.0
+"""Whoever writes waits so long for another thread that does: a checkpoint may take an hour."""
 
 
 def versions() -> dict[str, str]:
@@ -85,10 +87,22 @@ class Run:
         Raises:
             RunError: the run is closed. A step that was being computed then is not saved.
         """
-        with self._writes:
+        with self._alone():
             if self._closed:
                 raise RunError(f"the run {self.folder} is closed: nothing more is written to it")
             yield
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._writes.acquire(timeout=WRITE_SECONDS):
+            raise RunError(
+                f"another thread has been writing to the run {self.folder} for "
+                f"{WRITE_SECONDS:.0f} s: does its disk hang?"
+            )
+        try:
+            yield
+        finally:
+            self._writes.release()
 
     def claim(self, lineage: Sequence[Mapping[str, Any]] = ()) -> None:
         """Write the identity, once it has proved usable: a misspelt model must not stay.
@@ -169,8 +183,11 @@ class Run:
         """Wait for what is being written, then let another process have the folder.
 
         From then on nothing is written to the run, whatever is still being computed for it.
+
+        Raises:
+            RunError: another thread's writing does not end.
         """
-        with self._writes:
+        with self._alone():
             try:
                 if not self._closed:
                     self.settle()

@@ -6,10 +6,14 @@ A large checkpoint is first copied to host memory, which is 12 bytes for each tr
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+import atexit
+import weakref
+from concurrent.futures import Future, wait
 from pathlib import Path
 
+from gspo.core.compute import Threads
 from gspo.core.errors import GspoError, RunError
+from gspo.core.log import log
 from gspo.core.timing import timed
 from gspo.train.checkpoint import begin_checkpoint
 from gspo.train.trainer import Trainer
@@ -18,17 +22,19 @@ BACKGROUND_BYTES = 64 * 2**20
 """Smaller checkpoints (of trained weights and moments) are waited for."""
 LIMIT = 3600.0
 """Seconds that a checkpoint may take to be written."""
+_living: weakref.WeakSet[CheckpointWriter] = weakref.WeakSet()
 
 
 class CheckpointWriter:
     """Writes the checkpoints of one run, on each rank its part. Called by one thread at a time.
 
-    A program that ends waits for what is being written.
+    A program that ends waits for what is being written, as `wait` does.
     """
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "gspo-checkpoint")
+        self._thread = Threads(1, "gspo-checkpoint")
         self._last: tuple[Path, Future[None]] | None = None
+        _living.add(self)
 
     @timed("checkpoint")
     def save(self, folder: Path, trainer: Trainer) -> Path:
@@ -83,3 +89,13 @@ class CheckpointWriter:
             return True
         told = RunError(f"cannot write the checkpoint {target}: {error}")
         raise error if isinstance(error, GspoError) else told
+
+
+@atexit.register
+def _end() -> None:
+    for writer in [*_living]:
+        if writer._thread.each[0].is_alive():  # not so in a fork
+            try:
+                writer.wait()
+            except GspoError as error:
+                log.error("%s", error)
