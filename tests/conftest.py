@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from jaxtyping import config, install_import_hook
+from jaxtyping import config, install_import_hook, jaxtyped
 
 from library_warnings import Collector
 
@@ -28,6 +31,16 @@ SHAPED = [
     for path in sorted((SOURCE / room).glob("*.py"))
     if "jaxtyping" in path.read_text(encoding="utf-8")
 ]
+
+
+def outermost(function: Any, *, typechecker: Any, check: Callable[..., Any] = jaxtyped) -> Any:
+    """Check a function, but none inside another one: it would be wrapped anew, for 4 ms, with each
+    call of that."""
+    inner = "<locals>" in getattr(function, "__qualname__", "")
+    return function if inner else check(function, typechecker=typechecker)
+
+
+jaxtyping.jaxtyped = lambda **options: partial(outermost, **options)
 install_import_hook(SHAPED, "beartype.beartype")
 
 settings.register_profile(

@@ -210,12 +210,12 @@ async def steps(folder: Path, config: dict[str, Any], done: list[str]) -> float:
     return worst
 
 
-def trial(family: str, *, lora: bool, dtype: str) -> dict[str, Any]:
+def trial(family: str, *, lora: bool, dtype: str, threads: int) -> dict[str, Any]:
     """What becomes of one family."""
-    config: dict[str, Any] = {"exact": True, "dtype": dtype, "threads": 1}
+    config: dict[str, Any] = {"exact": True, "dtype": dtype, "threads": threads}
     if lora:
         config["lora"] = art.dev.LoraConfig(r=4)
-    row: dict[str, Any] = {"family": family, "lora": lora, "dtype": dtype}
+    row: dict[str, Any] = {"family": family, "lora": lora, "dtype": dtype, "threads": threads}
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / family
         try:
@@ -284,6 +284,7 @@ def main() -> None:
     parser.add_argument("families", nargs="*")
     parser.add_argument("--lora", action="store_true", help="train adapters")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--threads", type=int, default=1, help="a microbatch each")
     parser.add_argument("--json", type=Path, help="append a line for each to this file")
     asked = parser.parse_args()
     logging.getLogger("gspo").setLevel(logging.ERROR)
@@ -292,7 +293,7 @@ def main() -> None:
     counts: dict[str, int] = {}
     for family in asked.families or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         started = time.monotonic()
-        row = apart(family, lora=asked.lora, dtype=asked.dtype)
+        row = apart(family, lora=asked.lora, dtype=asked.dtype, threads=asked.threads)
         row["seconds"] = round(time.monotonic() - started, 1)
         counts[row["result"]] = counts.get(row["result"], 0) + 1
         print(f"{family:22} {row['result']:10} {row.get('reason', '')[:180]}", flush=True)
