@@ -128,7 +128,7 @@ class Trainer:
             return False
         # N and T: trajectories without a gradient count too.
         n = sum(unit_count(samples, settings.sequence_unit) for samples in minibatch)
-        t = sum(int(sample.loss_mask.sum()) for sample in flat(minibatch))
+        t = sum(sample.sampled for sample in flat(minibatch))
         on_policy = observer.on_policy(trained)
         microbatches = plan.microbatches(self.policy, trained, settings, replay=experts.replays)
         experts.begin(microbatches, on_policy=on_policy)
@@ -180,7 +180,6 @@ class Trainer:
             objective,
             token_advantages=of_tokens,
             ratio_mask=parts.holds(microbatch.sources, microbatch.token_count),
-            loss_mask=microbatch.loss_mask,
             total_sequences=total_sequences,
             total_tokens=total_tokens,
             sampling_logprobs=microbatch.sampling_logprobs if objective.correction else None,
