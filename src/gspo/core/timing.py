@@ -10,7 +10,6 @@ clock.seconds                     # {"step": ..., "forward": ...}
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
 from collections import Counter
@@ -133,21 +132,13 @@ def beside(function: Callable[P, T]) -> Callable[P, T]:
     return inner
 
 
-def span(name: str) -> AbstractContextManager[None]:
+@contextmanager
+def span(name: str) -> Iterator[None]:
     """A span of the clock around it (see `Clock.span`); nothing if there is none."""
     clock = _current.get()
-    return nullcontext() if clock is None else clock.span(name)
+    with nullcontext() if clock is None else clock.span(name):
+        yield
 
 
-def timed(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Make each call of a function a span."""
-
-    def decorate(function: Callable[P, T]) -> Callable[P, T]:
-        @functools.wraps(function)
-        def inner(*args: P.args, **kwargs: P.kwargs) -> T:
-            with span(name):
-                return function(*args, **kwargs)
-
-        return inner
-
-    return decorate
+timed = span
+"""`span` as a decorator: each call of the function is a span."""
