@@ -58,30 +58,20 @@ class AttentionCall:
         return self._rows[heads, kv_heads]
 
 
-def attend_calls(
-    query: Float[Tensor, "1 H T D"],
-    key: Float[Tensor, "1 K U D"],
-    value: Float[Tensor, "1 K U E"],
-    calls: Sequence[AttentionCall],
-    scale: float,
-    softcap: float | None = None,
-    sinks: Float[Tensor, " H"] | None = None,
-) -> Float[Tensor, "1 T H E"]:
-    """Attend, in float32 whatever the inputs are.
-
-    Soft cap and sinks are those of `tile_attention.Scoring`. Each token is a query of at most one
-    call; the output of the others is 0. The keys may be of more tokens than the queries.
-    """
-    return _Attention.apply(query, key, value, calls, scale, softcap, sinks)[None]  # pyright: ignore[reportGeneralTypeIssues, reportOptionalSubscript]
-
-
 def _rows(x: Float[Tensor, "1 H T D"]) -> Float[Tensor, "TH D"]:
     """Token by token, and inside a token head by head; in float32 at least."""
     x = x[0].transpose(0, 1).reshape(-1, x.shape[-1])
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class _Attention(torch.autograd.Function):
+class CalledAttention(torch.autograd.Function):
+    """[T, H, E] of queries [1, H, T, D] and keys and values [1, K, U, D|E] by calls, in float32
+    whatever the inputs are.
+
+    Soft cap and sinks are those of `tile_attention.Scoring`. Each token is a query of at most one
+    call; the output of the others is 0. The keys may be of more tokens than the queries.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,

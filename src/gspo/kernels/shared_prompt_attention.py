@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gspo.data.packing import Microbatch
-from gspo.kernels.attention_call import AttentionCall, attend_calls
+from gspo.kernels.attention_call import AttentionCall, CalledAttention
 from gspo.kernels.shared_contexts import context_groups
 from gspo.kernels.tile_attention import TILE, whole_tiles
 from gspo.kernels.token_parts import TokenParts
@@ -123,8 +123,8 @@ class SharedPromptAttention:
             both = both.to(torch.promote_types(both.dtype, torch.float32))  # gradients are added up
             whole = self._parts.join(both).transpose(0, 1)[None]
             key, value = whole.split([key.shape[-1], value.shape[-1]], -1)
-
-        return attend_calls(query, key, value, self.within(window), scale, softcap, sinks)
+        given = query, key, value, self.within(window), scale, softcap, sinks
+        return CalledAttention.apply(*given)[None]  # pyright: ignore[reportGeneralTypeIssues, reportOptionalSubscript]
 
     def within(self, window: int | None) -> list[AttentionCall]:
         """Make the calls for layers whose tokens see the last `window` positions, with theirs."""
