@@ -117,19 +117,15 @@ class CalledAttention(torch.autograd.Function):
             if call.padding is not None:
                 by_token = up.unflatten(2, (call.queries.shape[1], -1))
                 by_token.masked_fill_(call.padding[:, None, :, None, None], 0)
-            grads = attend_backward(
+            of_query, of_own, of_shared, of_sinks = attend_backward(
                 up, output, log_total, *inputs, call.context_of, call.hidden, ctx.scoring
             )
-            d_q.index_add_(0, index, grads.query.reshape(-1, q.shape[-1]))
-            for total, of_own, of_shared in (
-                (d_k, grads.keys, grads.context_keys),
-                (d_v, grads.values, grads.context_values),
-            ):
-                total.index_add_(0, own, of_own.reshape(-1, total.shape[-1]))
-                if of_shared is not None:
-                    total.index_add_(0, shared, of_shared.reshape(-1, total.shape[-1]))
-            if grads.sinks is not None:
-                d_sinks = grads.sinks if d_sinks is None else d_sinks + grads.sinks
+            d_q.index_add_(0, index, of_query.reshape(-1, q.shape[-1]))
+            for places, gradients in ((own, of_own), (shared, of_shared)):
+                for total, gradient in zip((d_k, d_v), gradients, strict=False):
+                    total.index_add_(0, places, gradient.reshape(-1, total.shape[-1]))
+            if of_sinks is not None:
+                d_sinks = of_sinks if d_sinks is None else d_sinks + of_sinks
         d_q *= ctx.scale * LOG2_E
         gradients = (
             d.view(shape[2], shape[1], -1).transpose(0, 1)[None].to(ctx.dtype)
