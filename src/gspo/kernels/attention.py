@@ -19,13 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gspo.kernels import hf
 from gspo.kernels.flex import FlexAttention
-from gspo.kernels.hf import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    sdpa_attention_forward,
-    sdpa_mask,
-)
 from gspo.kernels.prompt_cache import SharedPrompts
 from gspo.kernels.shared_prompt_attention import SharedPromptAttention
 from gspo.kernels.step_graph import Step
@@ -69,7 +64,7 @@ def packed_attention(
         return _with_whole_scores(*scored), None
     if gspo_plan is None:
         kwargs |= {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window}
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return hf.sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     unknown = [k for k, v in kwargs.items() if v is not None and k not in _HARMLESS]
     if unknown or dropout:
         raise NotImplementedError(f"gspo_packed attention with {unknown or 'dropout'}")
@@ -119,5 +114,5 @@ def _with_whole_scores(
     return (weights.to(value.dtype) @ value).transpose(1, 2).contiguous()
 
 
-AttentionInterface.register(PACKED, packed_attention)
-AttentionMaskInterface.register(PACKED, sdpa_mask)
+hf.AttentionInterface.register(PACKED, packed_attention)
+hf.AttentionMaskInterface.register(PACKED, hf.sdpa_mask)
