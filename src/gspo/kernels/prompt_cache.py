@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gspo.kernels.hf import no_mask
+from gspo.kernels.layer_input import LayerInput
 from gspo.kernels.shared_contexts import Context, context_groups
 from gspo.kernels.tile_attention import LOG2_E, ROWS, TILE, Scoring, attend, whole_tiles
 from gspo.kernels.token_attention import TokenAttention, by_head, new_slabs
@@ -101,31 +102,20 @@ class SharedPrompts:
         self.lengths = self.lengths + queries
         return hidden.view(count, queries, -1)
 
-    def attend(
-        self,
-        layer: int,
-        query: Float[Tensor, "1 H T D"],
-        key: Float[Tensor, "1 K T D"],
-        value: Float[Tensor, "1 K T E"],
-        scale: float,
-        window: int | None,
-        softcap: float | None = None,
-        sinks: Float[Tensor, " H"] | None = None,
-    ) -> Float[Tensor, "1 T H E"]:
+    def attend(self, given: LayerInput) -> Float[Tensor, "1 T H E"]:
         """Attention of one layer inside `feed`."""
         count, queries = self._positions.shape
+        layer, query, key, window = given.layer, given.query, given.key, given.window
         total, heads, kv_heads = query.shape[2], query.shape[1], key.shape[1]
         dtype = torch.float32 if self._on_cpu else query.dtype
-        scale = LOG2_E * scale
+        scale, scoring = LOG2_E * given.scale, given.scoring(dtype)
 
         def by_token(x: Tensor) -> Tensor:  # [NQ, heads, D]
             x = x[0].transpose(0, 1)
             return (x if total == count * queries else x[: count * queries]).to(dtype)
 
-        held = None if sinks is None else sinks.to(dtype).view(kv_heads, -1)
-        scoring = Scoring(softcap, held)
         q = by_token(query).view(count, queries, kv_heads, heads // kv_heads, -1)
-        self._write(layer, by_token(key), by_token(value), q.shape[3])
+        self._write(layer, by_token(key), by_token(given.value), q.shape[3])
         if queries == 1:
             out = self._attend_token(layer, q[:, 0], scale, window, scoring)
         else:
