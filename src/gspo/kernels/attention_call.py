@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from gspo.kernels.attention_gradient import attend_backward
 from gspo.kernels.shared_contexts import Context, ContextGroup
-from gspo.kernels.tile_attention import LOG2_E, Scoring, attend
+from gspo.kernels.tile_attention import LOG2_E, Scoring, attend, in_float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,7 @@ class AttentionCall:
 def _rows(x: Float[Tensor, "1 H T D"]) -> Float[Tensor, "TH D"]:
     """Token by token, and inside a token head by head; in float32 at least."""
     x = x[0].transpose(0, 1).reshape(-1, x.shape[-1])
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return in_float32(x)
 
 
 class CalledAttention(torch.autograd.Function):

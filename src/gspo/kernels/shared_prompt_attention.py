@@ -24,7 +24,7 @@ from gspo.data.packing import Microbatch
 from gspo.kernels.attention_call import AttentionCall, CalledAttention
 from gspo.kernels.layer_input import LayerInput
 from gspo.kernels.shared_contexts import context_groups
-from gspo.kernels.tile_attention import TILE, whole_tiles
+from gspo.kernels.tile_attention import TILE, in_float32, whole_tiles
 from gspo.kernels.token_parts import TokenParts
 from gspo.kernels.unseen import hiding
 
@@ -112,7 +112,7 @@ class SharedPromptAttention:
         key, value = given.key, given.value
         if self._parts.size > 1:
             both = torch.cat([key, value], -1)[0].transpose(0, 1)  # token by token
-            both = both.to(torch.promote_types(both.dtype, torch.float32))  # gradients are added up
+            both = in_float32(both)  # gradients are added up
             whole = self._parts.join(both).transpose(0, 1)[None]
             key, value = whole.split([key.shape[-1], value.shape[-1]], -1)
         calls = self.within(given.window)
