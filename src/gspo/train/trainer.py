@@ -12,7 +12,7 @@ For each minibatch (GSPO, Zheng et al., arXiv 2507.18071; the objective is in ob
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from itertools import chain
@@ -196,11 +196,8 @@ class Trainer:
     def reference(self, microbatch: Microbatch, settings: Settings) -> Float[Tensor, " M"]:
         """Log-probs of the frozen model that the KL term is against."""
         frozen = self._frozen(settings.kl_reference)
-        with torch.no_grad():
-            if frozen is not None:
-                return frozen.logprobs(microbatch).logprobs
-            with self.policy.reference():
-                return self.policy.logprobs(microbatch).logprobs
+        with torch.no_grad(), nullcontext() if frozen else self.policy.reference():
+            return (frozen or self.policy).logprobs(microbatch).logprobs
 
     def _frozen(self, name: str | None) -> Policy | None:
         """The reference of this name. None: the base model; with LoRA the policy itself is it."""
