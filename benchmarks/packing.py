@@ -225,7 +225,6 @@ def sample(number: int, length: int, prompt: int = 6) -> Sample:
     return Sample(
         tokens=np.zeros(length, np.int64),
         ratio_mask=mask,
-        loss_mask=mask,
         old_logprobs=logprobs,
         sampling_logprobs=logprobs,
         temperatures=np.ones(length, np.float32),

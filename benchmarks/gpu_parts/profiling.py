@@ -123,7 +123,7 @@ def phases(card: Card) -> Iterator[dict[str, Any]]:
     that went through the trainer's forward pass. The waits make the whole slower than otherwise.
     """
     measured: dict[str, Any] = {"microbatches": []}
-    clock = Clock("step", sync=card.synchronize)
+    clock = Clock(sync=card.synchronize)
     microbatches = measured["microbatches"]
     logprobs = Policy.logprobs
 

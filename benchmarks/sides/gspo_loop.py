@@ -218,7 +218,6 @@ def fixed_samples(batch: Job) -> list[Any]:
             Sample(
                 tokens=np.array(prompt + completion),
                 ratio_mask=mask,
-                loss_mask=mask,
                 old_logprobs=logprobs,
                 sampling_logprobs=logprobs,
                 temperatures=np.ones(length, np.float32),

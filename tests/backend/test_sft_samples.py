@@ -61,7 +61,7 @@ def read(spelling: Any, *rows: Any, last: bool = False, context: int = 999):
 
 def spelled(spelling: Any, sample: Any) -> tuple[str, list[str]]:
     """The whole text, and the text of each answer."""
-    turns = sorted(set(sample.turn_ids[sample.loss_mask].tolist()))
+    turns = sorted(set(sample.turn_ids[sample.ratio_mask].tolist()))
     ids = sample.tokens
     answers = [spelling.decode(ids[sample.turn_ids == turn]) for turn in turns]
     return spelling.decode(ids), answers
@@ -73,7 +73,6 @@ def test_the_embedded_template():
     text, answers = spelled(spelling, sample)
     assert text == "<|user|>a<|assistant|>bc<|end|><|user|>d<|assistant|>e<|end|>"
     assert answers == ["bc<|end|>", "e<|end|>"]
-    assert (sample.loss_mask == sample.ratio_mask).all()
     (last,) = read(spelling, TALK, last=True)
     assert spelled(spelling, last) == (text, ["e<|end|>"])
     with_context = [*TALK, {"role": "user", "content": "not asked"}]

@@ -15,7 +15,7 @@ from gspo.core.timing import Clock, beside, span, timed, timing
 def ticking() -> Clock:
     """Each look at the time is one second after the last."""
     at = itertools.count()
-    return Clock("step", now=lambda: float(next(at)))
+    return Clock(now=lambda: float(next(at)))
 
 
 @timed("inner")
@@ -71,7 +71,7 @@ def test_without_a_clock_a_timed_function_is_itself():
 
 def test_the_device_is_waited_for_at_each_edge():
     waits = []
-    clock = Clock("step", sync=lambda: waits.append(1))
+    clock = Clock(sync=lambda: waits.append(1))
     with clock.span("step"), clock.span("a"):
         pass
     with clock.span("a"):

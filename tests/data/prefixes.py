@@ -51,7 +51,6 @@ def small_sample(tokens: Sequence[int], prompt: int, number: int = 0, group: int
     return Sample(
         tokens=np.array(tokens, dtype=np.int64),
         ratio_mask=mask,
-        loss_mask=mask,
         old_logprobs=np.where(mask, -1, 0).astype(np.float32),
         sampling_logprobs=np.where(mask, -1, 0).astype(np.float32),
         temperatures=np.ones(len(tokens), np.float32),

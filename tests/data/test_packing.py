@@ -24,7 +24,6 @@ def make_sample(trajectory_id: int, length: int, rng: np.random.Generator) -> Sa
     return Sample(
         tokens=rng.integers(0, 2**40, length),
         ratio_mask=mask,
-        loss_mask=mask & (rng.random(length) < 0.7),
         old_logprobs=np.where(mask, -rng.random(length), 0).astype(np.float32),
         sampling_logprobs=np.where(mask, -rng.random(length), 0).astype(np.float32),
         temperatures=np.where(mask, rng.random(length) + 0.5, 1).astype(np.float32),
@@ -64,7 +63,6 @@ def test_every_sample_appears_once_and_as_it_was(samples: list[Sample], budget: 
             used += int(inside.sum())
             own = sample.ratio_mask
             assert (microbatch.targets[inside] - start).tolist() == np.flatnonzero(own).tolist()
-            assert microbatch.loss_mask[inside].tolist() == sample.loss_mask[own].tolist()
             assert microbatch.old_logprobs[inside].tolist() == sample.old_logprobs[own].tolist()
             sampling = sample.sampling_logprobs[own].tolist()
             assert microbatch.sampling_logprobs[inside].tolist() == sampling
@@ -137,7 +135,6 @@ def test_types_and_shapes() -> None:
         assert getattr(microbatch, name).dtype == torch.int64
     for name in ("old_logprobs", "temperatures", "advantages"):
         assert getattr(microbatch, name).dtype == torch.float32
-    assert microbatch.loss_mask.dtype == torch.bool
     assert microbatch.advantages.tolist() == [-0.5]
 
 

@@ -39,7 +39,6 @@ def test_a_single_turn() -> None:
     sample = one(turn, trajectory_id=5, group_id=2, advantage=-1.5)
     assert sample.tokens.tolist() == [1, 2, 3, 7, 8]
     assert sample.ratio_mask.tolist() == [False, False, False, True, True]
-    assert sample.loss_mask.tolist() == sample.ratio_mask.tolist()
     assert sample.old_logprobs.tolist() == [0, 0, 0, -0.5, -2.0]
     assert sample.temperatures.tolist() == pytest.approx([1, 1, 1, 0.7, 0.7])
     assert sample.turn_ids.tolist() == [-1, -1, -1, 0, 0]
@@ -54,9 +53,8 @@ def test_the_arrays_have_the_documented_types() -> None:
     sample = one(choice([7], [1]))
     kinds = {name: getattr(sample, name).dtype for name in ("tokens", "turn_ids")}
     assert set(kinds.values()) == {np.dtype(np.int64)}
-    assert sample.ratio_mask.dtype == sample.loss_mask.dtype == np.dtype(bool)
+    assert sample.ratio_mask.dtype == np.dtype(bool)
     assert sample.old_logprobs.dtype == sample.temperatures.dtype == np.dtype(np.float32)
-    assert sample.loss_mask is not sample.ratio_mask
 
 
 def test_turns_that_extend_each_other_are_one_sample() -> None:

@@ -12,6 +12,7 @@ from gspo.data.packing import Microbatch, pack
 from gspo.kernels import flex
 from gspo.kernels.attention import packed_attention
 from gspo.kernels.flex import BLOCK, FlexAttention
+from gspo.kernels.layer_input import LayerInput
 from gspo.kernels.shared_prompt_attention import SharedPromptAttention
 from gspo.policy import probe
 from gspo.policy.policy import Policy
@@ -132,7 +133,8 @@ def test_microbatches_of_any_length_and_window_are_compiled_twice(monkeypatch: p
         for system, window, share in ((3, None, True), (200, 5, True), (200, None, False)):
             (microbatch,) = pack(samples_of(1, system=system)[:3], 10_000, share=share)
             q, k = (torch.randn(1, h, microbatch.token_count, 16) for h in (4, 2))
-            FlexAttention(SharedPromptAttention(microbatch)).attend(None, q, k, k, scale, window)
+            given = LayerInput(0, q, k, k, scale, window)
+            FlexAttention(SharedPromptAttention(microbatch)).attend(given)
         assert counter.frame_count == expected
     flex._compiled.cache_clear()
 

@@ -46,7 +46,7 @@ def test_every_bit_is_that_of_tile_attention(heads, sizes, scoring: Scoring):
     def slab(x: Tensor) -> Tensor:
         return x if together == 1 else x.transpose(1, 2).flatten(2)[:, None].contiguous()
 
-    one = TokenAttention((count, *heads, depth), together, torch.float32, CPU)
+    one = TokenAttention((count, *heads, depth), together, query)
     rest = hidden, TILE, scoring
     expected, *_ = attend(query * scale, keys, values, context, *rest)
     if context is not None:

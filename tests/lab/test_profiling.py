@@ -30,7 +30,7 @@ def by_name(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def test_a_phase_is_charged_without_what_is_inside_it():
     at = iter([0.0, 1.0, 3.0, 6.0, 7.0, 8.0])
-    clock = Clock("step", now=lambda: next(at))
+    clock = Clock(now=lambda: next(at))
     with clock.span("step"), clock.span("forward"), clock.span("head"):
         pass
     report = make_report(clock)

@@ -18,10 +18,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from gspo import dev
 from gspo.config import TrainConfig
 from gspo.core.errors import ConfigError, DataError, ModelError, NumericsError
+from gspo.core.metrics import Metrics
 from gspo.data.packing import Microbatch
 from gspo.data.sample import Sample, TrajectorySamples
 from gspo.policy.load import Policy
-from gspo.train.expert_replay import ExpertReplay, changed_slots, with_preferred_experts
+from gspo.train.expert_replay import ExpertReplay, changed_slots
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
@@ -38,7 +39,7 @@ def batch_of(policy: Policy, **extra: Any) -> RolloutBatch:
 
 def own_choices(policy: Policy, trajectories: Sequence[TrajectorySamples]) -> list[np.ndarray]:
     """What the routers prefer, for each sample."""
-    recorded = with_preferred_experts(policy, trajectories, WHOLE)
+    recorded = ExpertReplay(policy, WHOLE, Metrics()).preferred(trajectories)
     chosen = [sample.expert_choices for samples in recorded for sample in samples]
     return [experts for experts in chosen if experts is not None]
 
@@ -51,7 +52,7 @@ def routed(policy: Policy, batch: RolloutBatch, shift: int = 0, missing: int = 1
         own = (sample.expert_choices[: len(sample) - missing] + shift) % policy.routers.experts
         return dataclasses.replace(sample, expert_choices=own.astype(np.uint8))
 
-    recorded = with_preferred_experts(policy, batch.samples, WHOLE)
+    recorded = ExpertReplay(policy, WHOLE, Metrics()).preferred(batch.samples)
     samples = tuple(tuple(one(sample) for sample in own) for own in recorded)
     return dataclasses.replace(batch, samples=samples)
 

@@ -62,14 +62,12 @@ class Table:
 
 
 def samples_of_a_step() -> list[Sample]:
-    """Three samples a trajectory, of very different lengths; one trajectory has no loss."""
+    """Three samples a trajectory, of very different lengths."""
     rng = np.random.default_rng(0)
     out = []
     for owner in range(TRAJECTORIES):
         for _ in range(3):
             sample = make_sample(owner, int(rng.integers(2, 4 + 3 * owner)), rng)
-            if owner == 3:
-                sample.loss_mask[:] = False
             advantage = float(np.round(np.sin(owner), 2)) if owner != 5 else 0.0
             out.append(dataclasses.replace(sample, advantage=advantage))
     return out
@@ -87,7 +85,7 @@ def of_a_step(
     """Gradient and metrics of one optimizer step of TOTAL sequences."""
     table: Any = Table(samples_of_a_step())
     watch = Observer(table, RolloutBatch((), (), 0))
-    tokens = sum(int(sample.loss_mask.sum()) for sample in samples)
+    tokens = sum(sample.sampled for sample in samples)
 
     def loss_of(microbatch: Microbatch) -> tuple[Tensor, Scored]:
         scored = table.forward(microbatch)
@@ -97,7 +95,6 @@ def of_a_step(
             microbatch.sequence_ids,
             microbatch.advantages,
             objective,
-            loss_mask=microbatch.loss_mask,
             total_sequences=TOTAL,
             total_tokens=tokens,
             reference_logprobs=reference(microbatch) if objective.kl_coef else None,
@@ -140,10 +137,10 @@ def test_the_kl_term_is_the_same_in_any_budget_and_is_the_loops(
     weight = Table(samples).weight.detach().double().numpy()
     row, expected = 0, 0.0
     length = {o: sum(s.sampled for s in samples if s.trajectory_id == o) for o in range(12)}
-    total = sum(int(s.loss_mask.sum()) for s in samples) if aggregate == "token_mean" else TOTAL
+    total = sum(s.sampled for s in samples) if aggregate == "token_mean" else TOTAL
     for sample in samples:
         for t in range(len(sample)):
-            if sample.loss_mask[t]:
+            if sample.ratio_mask[t]:
                 q = float(sample.old_logprobs[t]) - 0.3 + 0.1 * (int(sample.tokens[t]) % 7)
                 q -= weight[row + t]
                 mean = length[sample.trajectory_id] if aggregate == "sequence_mean" else 1
@@ -174,7 +171,6 @@ def test_the_metrics_are_what_they_say() -> None:
     _, metrics = of_a_step(samples, objective, budget=40)
     log_ratios, clipped, advantages, policy = [], [], [], 0.0
     masks = np.concatenate([sample.ratio_mask for sample in samples])
-    trained = np.concatenate([sample.loss_mask for sample in samples])
     old = np.concatenate([sample.old_logprobs for sample in samples]).astype(float)
     owners = np.concatenate([np.full(len(sample), sample.trajectory_id) for sample in samples])
     for owner in range(TRAJECTORIES):
@@ -185,10 +181,10 @@ def test_the_metrics_are_what_they_say() -> None:
         free, bound = s * advantage, np.clip(s, 1 - EPSILON, 1 + EPSILON) * advantage
         policy -= min(free, bound) / TOTAL
         log_ratios.append(log_ratio)
-        clipped.append(bound < free and owner != 3)
+        clipped.append(bound < free)
         advantages.append(advantage)
     hit, sign, log_ratios = np.array(clipped), np.sign(advantages), np.array(log_ratios)
-    tokens = np.array([(trained & (owners == owner)).sum() for owner in range(TRAJECTORIES)])
+    tokens = np.array([(masks & (owners == owner)).sum() for owner in range(TRAJECTORIES)])
     counted = sign != 0
     log_ratios = log_ratios[counted]  # of sequences with an advantage
     signal = masks & counted[owners]
@@ -210,7 +206,7 @@ def test_the_metrics_are_what_they_say() -> None:
         "ratio/log_p99": np.quantile(log_ratios, 0.99),
         "ratio/log_square": np.square(log_ratios).mean(),
         "ratio/token_log_square": np.square((weight - old)[signal]).mean(),
-        "loss/entropy": -weight[trained].mean(),
+        "loss/entropy": -weight[masks].mean(),
         "tokens/trained": sum(tokens),
         "tokens/computed": len(masks),
         "tokens/shared_saving": 0.0,

@@ -29,7 +29,7 @@ def drive(optimizer: Optimizer, own: dict[str, torch.nn.Parameter], options, ste
 def test_step_equals_torchs_adamw():
     options = TrainConfig(weight_decay=0.1, adam_betas=(0.8, 0.9), max_grad_norm=None)
     own, other = parameters(), parameters()
-    drive(Optimizer(own), own, options, 3)
+    drive(Optimizer(own, {}), own, options, 3)
     adam = torch.optim.AdamW(other.values(), lr=1e-2, betas=(0.8, 0.9), weight_decay=0.1)
     for step in range(3):
         for i, parameter in enumerate(other.values()):
@@ -42,7 +42,7 @@ def test_step_equals_torchs_adamw():
 def test_the_gradient_is_clipped_to_the_norm():
     own = {"a": torch.nn.Parameter(torch.zeros(4))}
     own["a"].grad = torch.full((4,), 3.0)
-    assert Optimizer(own).step(0.1, TrainConfig(max_grad_norm=1.0)) == pytest.approx(6.0)
+    assert Optimizer(own, {}).step(0.1, TrainConfig(max_grad_norm=1.0)) == pytest.approx(6.0)
 
 
 @pytest.mark.parametrize(("limit", "scale"), [(1.0, 1 / 6), (12.0, 1.0), (None, 1.0)])
@@ -51,7 +51,7 @@ def test_the_update_is_made_from_the_clipped_gradient(limit: float | None, scale
     own = {"a": torch.nn.Parameter(torch.zeros(4, dtype=torch.float64))}
     own["a"].grad = torch.full((4,), 3.0, dtype=torch.float64)
     options = TrainConfig(max_grad_norm=limit, adam_epsilon=1e6)
-    assert Optimizer(own).step(0.1, options) == pytest.approx(6.0)
+    assert Optimizer(own, {}).step(0.1, options) == pytest.approx(6.0)
     assert own["a"].tolist() == pytest.approx([-0.1 * 3.0 * scale / 1e6] * 4, rel=1e-4)
 
 
@@ -59,7 +59,7 @@ def test_a_gradient_that_is_not_finite_updates_nothing():
     own = {"a": torch.nn.Parameter(torch.ones(2))}
     own["a"].grad = torch.tensor([float("nan"), 1.0])
     with pytest.raises(NumericsError, match="norm is nan: lower the learning rate"):
-        Optimizer(own).step(0.1, TrainConfig())
+        Optimizer(own, {}).step(0.1, TrainConfig())
     assert own["a"].tolist() == [1.0, 1.0]
     assert own["a"].grad is None
 
@@ -67,13 +67,13 @@ def test_a_gradient_that_is_not_finite_updates_nothing():
 def test_state_round_trips_exactly():
     options = TrainConfig()
     own, other = parameters(), parameters()
-    first = Optimizer(own)
+    first = Optimizer(own, {})
     drive(first, own, options, 2)
     state = {k: v.clone() for k, v in first.state().items()}
     with torch.no_grad():
         for name, parameter in other.items():
             parameter.copy_(own[name])
-    second = Optimizer(other)
+    second = Optimizer(other, {})
     second.load_state(state)
     drive(first, own, options, 2)
     drive(second, other, options, 2)
@@ -83,7 +83,7 @@ def test_state_round_trips_exactly():
 
 def test_state_of_another_model_is_refused():
     with pytest.raises(CheckpointError, match=r"'z\.exp_avg'"):
-        Optimizer(parameters()).load_state({"z.exp_avg": torch.zeros(3)})
+        Optimizer(parameters(), {}).load_state({"z.exp_avg": torch.zeros(3)})
 
 
 def test_schedules():
@@ -126,7 +126,7 @@ def test_an_update_of_masters_is_the_float32_update_rounded(seed: int, steps: in
     own = parameters()
     masters = {name: p.detach().clone() for name, p in own.items()}
     copies = rounded(masters)
-    plain, mixed = Optimizer(own), Optimizer(copies, masters)
+    plain, mixed = Optimizer(own, {}), Optimizer(copies, masters)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         for name, parameter in own.items():
@@ -146,7 +146,7 @@ def test_updates_that_bfloat16_cannot_hold_are_not_lost():
     masters = {"a": torch.ones(4)}
     copies = rounded(masters)
     alone = {"a": torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))}
-    mixed, lost = Optimizer(copies, masters), Optimizer(alone)
+    mixed, lost = Optimizer(copies, masters), Optimizer(alone, {})
     for _ in range(1000):
         copies["a"].grad = torch.ones(4)
         alone["a"].grad = torch.ones(4, dtype=torch.bfloat16)

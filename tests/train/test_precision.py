@@ -49,8 +49,8 @@ def float64_logprobs(hidden: torch.Tensor, head: torch.Tensor, tokens: torch.Ten
 
 
 def log_ratio(new: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
-    sampled = torch.ones_like(microbatch.loss_mask)
-    segments = Segments(microbatch.sequence_ids, 1, sampled, microbatch.loss_mask)
+    sampled = torch.ones_like(microbatch.targets, dtype=torch.bool)
+    segments = Segments(microbatch.sequence_ids, 1, sampled, sampled)
     return sequence_log_ratio(token_log_ratio(new, microbatch.old_logprobs, sampled), segments)
 
 

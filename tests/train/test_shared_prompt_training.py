@@ -15,11 +15,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from data.prefixes import branching_groups
 from gspo import dev
 from gspo.config import TrainConfig
+from gspo.core.metrics import Metrics
 from gspo.data.packing import pack
 from gspo.data.sample import Sample
 from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
-from gspo.train.expert_replay import with_preferred_experts
+from gspo.train.expert_replay import ExpertReplay
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.settings import resolve
 from gspo.train.trainer import Trainer
@@ -157,7 +158,7 @@ def with_engine_choices(policy: Policy, batch: RolloutBatch, noise: float) -> Ro
         own[other] = (own[other] + 1) % policy.routers.experts
         return dataclasses.replace(sample, expert_choices=own)
 
-    recorded = with_preferred_experts(policy, batch.samples, resolve())
+    recorded = ExpertReplay(policy, resolve(), Metrics()).preferred(batch.samples)
     samples = tuple(tuple(one(sample) for sample in own) for own in recorded)
     return dataclasses.replace(batch, samples=samples)
 

@@ -47,7 +47,7 @@ def naive(batch: list[Sample]) -> tuple[float, dict[str, torch.Tensor]]:
         ids = torch.from_numpy(sample.tokens)
         logprobs = lm(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
         for t in range(1, len(ids)):
-            if sample.loss_mask[t]:
+            if sample.ratio_mask[t]:
                 loss = loss - logprobs[t - 1, ids[t]]
                 total += 1
     (loss / total).backward()
@@ -63,7 +63,7 @@ def test_loss_and_gradient_are_those_of_a_naive_loop(tokens: int | None, workers
     settings = resolve(options=dev.TrainConfig(packed_sequence_length=tokens))
     loss, total = sft_gradient(policy, batch, settings)
     expected, gradients = naive(batch)
-    assert total == sum(int(sample.loss_mask.sum()) for sample in batch)
+    assert total == sum(sample.sampled for sample in batch)
     assert loss == pytest.approx(expected, rel=1e-5)
     own = {n: p.grad for n, p in policy.trainable.items() if p.grad is not None}
     assert own.keys() == gradients.keys()

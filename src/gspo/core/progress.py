@@ -40,7 +40,7 @@ class Gather:
     """Counts and limits of one gather. `max_exceptions` below 1 is a share of `total`.
 
     >>> gather = Gather(total=4, max_exceptions=0.5)
-    >>> gather.failed(ValueError("no")); gather.finished(1.0)
+    >>> gather.failed(ValueError("no")); gather.finished(1.0, {}, 9)
     >>> gather.exceptions, gather.mean_reward()
     (1, 1.0)
 
@@ -88,14 +88,12 @@ class Gather:
             return self.rollout_timeout, "rollout_timeout"
         return left, "timeout"
 
-    def finished(
-        self, reward: float, metrics: Mapping[str, Any] | None = None, completion_tokens: int = 0
-    ) -> None:
+    def finished(self, reward: float, metrics: Mapping[str, Any], completion_tokens: int) -> None:
         """Count a trajectory of a rollout that ended. Metrics that are no numbers are not shown."""
         self.done += 1
         self._rewards += reward
         self.completion_tokens += completion_tokens
-        for name, value in (metrics or {}).items():
+        for name, value in metrics.items():
             if isinstance(value, int | float):
                 total, count = self.metrics.get(name, (0.0, 0))
                 self.metrics[name] = (total + value, count + 1)

@@ -3,14 +3,13 @@
 @timed("forward")                 # or: with span("backward"): ...
 def policy.logprobs(batch): ...
 
-with timing(Clock("step")) as clock:
-    train()
+with timing(Clock()) as clock:
+    train()                       # its steps: with span("step")
 clock.seconds                     # {"step": ..., "forward": ...}
 """
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
 from collections import Counter
@@ -25,15 +24,18 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Clock:
-    """Charges each moment inside its outermost span to the innermost open one.
+STEP = "step"
+"""The outermost span: what is left to it belongs to no other."""
 
-    So the seconds of all names add up to those of the `root` spans. Spans outside a root are not
+
+class Clock:
+    """Charges each moment inside a step to the innermost open span.
+
+    So the seconds of all names add up to those of the `STEP` spans. Spans outside a step are not
     counted. Only threads inside `beside` have spans at the same time; then each moment is divided
     equally among them.
 
     Args:
-        root: name of the outermost span; what is left to it belongs to no other.
         sync: called before each look at the time, such as `torch.cuda.synchronize`.
         now: seconds.
 
@@ -42,7 +44,7 @@ class Clock:
         calls: spans by name.
 
     >>> at = iter([0.0, 2.0, 5.0, 6.0])
-    >>> clock = Clock("step", now=lambda: next(at))
+    >>> clock = Clock(now=lambda: next(at))
     >>> with clock.span("step"), clock.span("forward"):
     ...     pass
     >>> dict(clock.seconds)
@@ -50,13 +52,8 @@ class Clock:
     """
 
     def __init__(
-        self,
-        root: str,
-        *,
-        sync: Callable[[], None] | None = None,
-        now: Callable[[], float] = time.perf_counter,
+        self, sync: Callable[[], None] | None = None, now: Callable[[], float] = time.perf_counter
     ):
-        self.root = root
         self.sync = sync
         self.seconds: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
@@ -69,7 +66,7 @@ class Clock:
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
         """Charge the time inside to `name`."""
-        if not self._open and name != self.root:
+        if not self._open and name != STEP:
             yield
             return
         with self._lock:
@@ -133,21 +130,13 @@ def beside(function: Callable[P, T]) -> Callable[P, T]:
     return inner
 
 
-def span(name: str) -> AbstractContextManager[None]:
+@contextmanager
+def span(name: str) -> Iterator[None]:
     """A span of the clock around it (see `Clock.span`); nothing if there is none."""
     clock = _current.get()
-    return nullcontext() if clock is None else clock.span(name)
+    with nullcontext() if clock is None else clock.span(name):
+        yield
 
 
-def timed(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Make each call of a function a span."""
-
-    def decorate(function: Callable[P, T]) -> Callable[P, T]:
-        @functools.wraps(function)
-        def inner(*args: P.args, **kwargs: P.kwargs) -> T:
-            with span(name):
-                return function(*args, **kwargs)
-
-        return inner
-
-    return decorate
+timed = span
+"""`span` as a decorator: each call of the function is a span."""

@@ -103,17 +103,12 @@ def _plain(trajectory: Any, where: str) -> Trajectory:
 
 
 def _plain_history(history: Any, where: str) -> Any:
-    """A conversation with plain messages; refuse what cannot be written or trained on."""
+    """A conversation with plain messages and Choices, which may be any client's; refuse what
+    cannot be written or trained on."""
     if not isinstance(history, History | Trajectory):
         raise DataError(f"{where} is {shown(history)}, not a History")
     _check_json(history.tools, f"{where}: tools")
-    items = _plain_items(history.messages_and_choices, where)
-    return history.model_copy(update={"messages_and_choices": items})
-
-
-def _plain_items(items: Any, where: str) -> list[Any]:
-    """The messages and the Choices of any client; refuse what cannot be written or trained on."""
-    if not isinstance(items, list):
+    if not isinstance(items := history.messages_and_choices, list):
         raise DataError(f"{where}: messages_and_choices is {shown(items)}; it must be a list")
     plain: list[Any] = []
     choices = 0
@@ -134,7 +129,7 @@ def _plain_items(items: Any, where: str) -> list[Any]:
                 "Choice that the model's client returned"
             )
         plain.append(item)
-    return plain
+    return history.model_copy(update={"messages_and_choices": plain})
 
 
 def _plain_choice(choice: Choice, where: str) -> Choice:

@@ -51,7 +51,6 @@ class Microbatch:
         targets: [M] place of each sampled token (never the first of its sample).
         sources: [M] place of the token before it, from which it is predicted.
         sequence_ids: [M] sequence (trajectory, or turn of one) of each sampled token, in 0..S-1.
-        loss_mask: [M] sampled tokens that are trained on.
         old_logprobs, sampling_logprobs, temperatures: [M] float32.
         advantages: [S] float32; of a sequence whose turns have advantages of their own, the mean
             over its sampled tokens.
@@ -69,7 +68,6 @@ class Microbatch:
     targets: Int[Tensor, " M"]
     sources: Int[Tensor, " M"]
     sequence_ids: Int[Tensor, " M"]
-    loss_mask: Bool[Tensor, " M"]
     old_logprobs: Float[Tensor, " M"]
     sampling_logprobs: Float[Tensor, " M"]
     temperatures: Float[Tensor, " M"]
@@ -251,7 +249,6 @@ class _Packer:
             targets=torch.from_numpy(index[masks]),
             sources=torch.from_numpy(index[np.flatnonzero(masks) - 1]),
             sequence_ids=torch.from_numpy(sequence),
-            loss_mask=sampled("loss_mask"),
             old_logprobs=sampled("old_logprobs"),
             sampling_logprobs=sampled("sampling_logprobs"),
             temperatures=sampled("temperatures"),

@@ -45,8 +45,7 @@ class Sample:
 
     Attributes:
         tokens: prompt and completions, int64.
-        ratio_mask: tokens that the policy sampled.
-        loss_mask: tokens that are trained on, a subset.
+        ratio_mask: tokens that the policy sampled: those that are trained on.
         old_logprobs: float32 log-probs of the sampled tokens under pi_old, which ratios are taken
             against: the engine's, unless the trainer computed its own; 0 elsewhere.
         sampling_logprobs: float32 log-probs under mu, the engine that sampled; 0 elsewhere.
@@ -68,7 +67,6 @@ class Sample:
 
     tokens: np.ndarray
     ratio_mask: np.ndarray
-    loss_mask: np.ndarray
     old_logprobs: np.ndarray
     sampling_logprobs: np.ndarray
     temperatures: np.ndarray
@@ -240,7 +238,6 @@ def sample_of(
     return Sample(
         tokens=np.asarray(tokens, dtype=np.int64),
         ratio_mask=mask,
-        loss_mask=mask.copy(),
         old_logprobs=logprobs,
         sampling_logprobs=logprobs,
         temperatures=temperatures,

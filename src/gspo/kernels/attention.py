@@ -19,13 +19,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gspo.kernels import hf
 from gspo.kernels.flex import FlexAttention
-from gspo.kernels.hf import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    sdpa_attention_forward,
-    sdpa_mask,
-)
+from gspo.kernels.layer_input import LayerInput
 from gspo.kernels.prompt_cache import SharedPrompts
 from gspo.kernels.shared_prompt_attention import SharedPromptAttention
 from gspo.kernels.step_graph import Step
@@ -61,7 +57,6 @@ def packed_attention(
         NotImplementedError: the architecture asks for something that this doesn't compute (biases;
             on a GPU soft caps and sinks too); the caller then packs by mask instead.
     """
-    layer: Any = getattr(module, "layer_idx", None)
     bent = softcap is not None or s_aux is not None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if gspo_plan is None and bent:
@@ -69,20 +64,19 @@ def packed_attention(
         return _with_whole_scores(*scored), None
     if gspo_plan is None:
         kwargs |= {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window}
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return hf.sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     unknown = [k for k, v in kwargs.items() if v is not None and k not in _HARMLESS]
     if unknown or dropout:
         raise NotImplementedError(f"gspo_packed attention with {unknown or 'dropout'}")
     if not getattr(module, "is_causal", True):
         raise NotImplementedError("gspo_packed attention is causal")
-    on_gpu = isinstance(gspo_plan, FlexAttention)
-    if on_gpu and bent:
+    if isinstance(gspo_plan, FlexAttention) and bent:
         raise NotImplementedError("gspo_packed attention on a GPU with softcap or s_aux")
-    bends: Any = () if on_gpu else (softcap, s_aux)
     wide = value.shape[-1]
     if query.device.type == "cpu":
         query, key, value = map(widened, (query, key, value))
-    out = gspo_plan.attend(layer, query, key, value, scale, sliding_window, *bends)
+    heads, layer = (query, key, value), getattr(module, "layer_idx", None)
+    out = gspo_plan.attend(LayerInput(layer, *heads, scale, sliding_window, softcap, s_aux))
     return out[..., :wide].contiguous(), None  # as transformers' own: JetMoe takes a view of it
 
 
@@ -119,5 +113,5 @@ def _with_whole_scores(
     return (weights.to(value.dtype) @ value).transpose(1, 2).contiguous()
 
 
-AttentionInterface.register(PACKED, packed_attention)
-AttentionMaskInterface.register(PACKED, sdpa_mask)
+hf.AttentionInterface.register(PACKED, packed_attention)
+hf.AttentionMaskInterface.register(PACKED, hf.sdpa_mask)

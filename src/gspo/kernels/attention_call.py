@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from gspo.kernels.attention_gradient import attend_backward
 from gspo.kernels.shared_contexts import Context, ContextGroup
-from gspo.kernels.tile_attention import LOG2_E, Scoring, attend
+from gspo.kernels.tile_attention import LOG2_E, Scoring, attend, in_float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,30 +58,20 @@ class AttentionCall:
         return self._rows[heads, kv_heads]
 
 
-def attend_calls(
-    query: Float[Tensor, "1 H T D"],
-    key: Float[Tensor, "1 K U D"],
-    value: Float[Tensor, "1 K U E"],
-    calls: Sequence[AttentionCall],
-    scale: float,
-    softcap: float | None = None,
-    sinks: Float[Tensor, " H"] | None = None,
-) -> Float[Tensor, "1 T H E"]:
-    """Attend, in float32 whatever the inputs are.
+def _rows(x: Float[Tensor, "1 H T D"]) -> Float[Tensor, "TH D"]:
+    """Token by token, and inside a token head by head; in float32 at least."""
+    x = x[0].transpose(0, 1).reshape(-1, x.shape[-1])
+    return in_float32(x)
+
+
+class CalledAttention(torch.autograd.Function):
+    """[T, H, E] of queries [1, H, T, D] and keys and values [1, K, U, D|E] by calls, in float32
+    whatever the inputs are.
 
     Soft cap and sinks are those of `tile_attention.Scoring`. Each token is a query of at most one
     call; the output of the others is 0. The keys may be of more tokens than the queries.
     """
-    return _Attention.apply(query, key, value, calls, scale, softcap, sinks)[None]  # pyright: ignore[reportGeneralTypeIssues, reportOptionalSubscript]
 
-
-def _rows(x: Float[Tensor, "1 H T D"]) -> Float[Tensor, "TH D"]:
-    """Token by token, and inside a token head by head; in float32 at least."""
-    x = x[0].transpose(0, 1).reshape(-1, x.shape[-1])
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -127,19 +117,15 @@ class _Attention(torch.autograd.Function):
             if call.padding is not None:
                 by_token = up.unflatten(2, (call.queries.shape[1], -1))
                 by_token.masked_fill_(call.padding[:, None, :, None, None], 0)
-            grads = attend_backward(
+            of_query, of_own, of_shared, of_sinks = attend_backward(
                 up, output, log_total, *inputs, call.context_of, call.hidden, ctx.scoring
             )
-            d_q.index_add_(0, index, grads.query.reshape(-1, q.shape[-1]))
-            for total, of_own, of_shared in (
-                (d_k, grads.keys, grads.context_keys),
-                (d_v, grads.values, grads.context_values),
-            ):
-                total.index_add_(0, own, of_own.reshape(-1, total.shape[-1]))
-                if of_shared is not None:
-                    total.index_add_(0, shared, of_shared.reshape(-1, total.shape[-1]))
-            if grads.sinks is not None:
-                d_sinks = grads.sinks if d_sinks is None else d_sinks + grads.sinks
+            d_q.index_add_(0, index, of_query.reshape(-1, q.shape[-1]))
+            for places, gradients in ((own, of_own), (shared, of_shared)):
+                for total, gradient in zip((d_k, d_v), gradients, strict=False):
+                    total.index_add_(0, places, gradient.reshape(-1, total.shape[-1]))
+            if of_sinks is not None:
+                d_sinks = of_sinks if d_sinks is None else d_sinks + of_sinks
         d_q *= ctx.scale * LOG2_E
         gradients = (
             d.view(shape[2], shape[1], -1).transpose(0, 1)[None].to(ctx.dtype)

@@ -10,8 +10,6 @@ Shapes: as in `tile_attention`; S keys of a sequence, its context's first.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -22,17 +20,6 @@ from gspo.kernels.tile_attention import Scoring
 
 _JOINED_BYTES = 32 * 2**20
 """Memory for keys and values that are joined at a time; a context is copied to each sequence."""
-
-
-class Gradients(NamedTuple):
-    """Of the tensors of the same name; `context_keys` and `context_values` [P K W D|E]."""
-
-    query: Float[Tensor, "N K M D"]
-    keys: Float[Tensor, "N K L D"]
-    values: Float[Tensor, "N K L E"]
-    context_keys: Float[Tensor, "P K W D"] | None
-    context_values: Float[Tensor, "P K W E"] | None
-    sinks: Float[Tensor, "K g"] | None
 
 
 def attend_backward(
@@ -46,18 +33,22 @@ def attend_backward(
     context_of: Int[Tensor, " N"],
     hidden: Float[Tensor, "n 1 Q 1 U"] | Bool[Tensor, "n 1 Q 1 U"] | None,
     scoring: Scoring,
-) -> Gradients:
+) -> tuple[Float[Tensor, "N K M D"], list[Tensor], list[Tensor], Float[Tensor, "K g"] | None]:
     """The gradient of `attend`, whose arguments these are.
 
     Args:
         grad: of the output.
         out, log_total: what `attend` returned.
         context_of: the context of each sequence, if there are contexts.
+
+    Returns:
+        What belongs to the query; to keys and values; to the keys [P, K, W, D] and values
+        [P, K, W, E] of the context, if there is one; and to the sinks.
     """
     width = 0 if context is None else context.keys.shape[2]
     shared = () if context is None else (context.keys, context.values)
     of_shared = [torch.zeros_like(x) for x in shared]
-    of_query, (of_keys, of_values) = torch.empty_like(query), map(torch.empty_like, (keys, values))
+    of_query, of_own = torch.empty_like(query), [torch.empty_like(x) for x in (keys, values)]
     of_one = keys.shape[1] * (width + keys.shape[2]) * (keys.shape[3] + values.shape[3])
     count = max(1, _JOINED_BYTES // (of_one * keys.itemsize))
     for start in range(0, len(query), count):
@@ -80,14 +71,14 @@ def attend_backward(
         of_query[part], *grads = found
         for whole, one in zip(of_shared, grads, strict=False):
             whole.index_add_(0, context_of[part], one[:, :, :width])
-        of_keys[part], of_values[part] = (x[:, :, width:] for x in grads)
+        for whole, one in zip(of_own, grads, strict=True):
+            whole[part] = one[:, :, width:]
     of_sinks = None
     if (sinks := scoring.by_row(query.shape[2])) is not None:
         mean = (grad * out).sum(-1, keepdim=True)
         of_sinks = (exp2(sinks - log_total, None) * -mean).sum((0, 3))
         of_sinks = of_sinks.unflatten(1, (-1, scoring.share)).sum(1)
-    of_context = (of_shared[0], of_shared[1]) if of_shared else (None, None)
-    return Gradients(of_query, of_keys, of_values, *of_context, of_sinks)
+    return of_query, of_own, of_shared, of_sinks
 
 
 def _added(

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from gspo.kernels.layer_input import LayerInput
 from gspo.kernels.shared_prompt_attention import SharedPromptAttention
 
 BLOCK = 128
@@ -95,22 +96,14 @@ class FlexAttention:
             )
         return self._by_window[window]
 
-    def attend(
-        self,
-        _layer: int | None,
-        query: Float[Tensor, "1 H T D"],
-        key: Float[Tensor, "1 K T D"],
-        value: Float[Tensor, "1 K T E"],
-        scale: float,
-        window: int | None,
-    ) -> Float[Tensor, "1 T H E"]:
+    def attend(self, given: LayerInput) -> Float[Tensor, "1 T H E"]:
         """Attention of the whole microbatch in one layer."""
-        q, k, v = (x.to(value.dtype) for x in (query, key, value))
+        q, k, v = (x.to(given.value.dtype) for x in (given.query, given.key, given.value))
         if missing := self.padded - self.size:  # by 0 it would be a copy
             q, k, v = (functional.pad(x, (0, 0, 0, missing)) for x in (q, k, v))
 
-        kernel = _attend if query.device.type == "cpu" else _compiled()
-        out = kernel(q, k, v, self.within(window), repr(scale))
+        kernel = _attend if q.device.type == "cpu" else _compiled()
+        out = kernel(q, k, v, self.within(given.window), repr(given.scale))
         return out[:, :, : self.size].transpose(1, 2)
 
 

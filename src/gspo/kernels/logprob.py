@@ -123,12 +123,11 @@ def full_logits(hidden: Float[Tensor, "N D"], head: Head) -> Float[Tensor, "N V"
     if missing := -count % head.multiple:
         hidden = functional.pad(hidden, (0, 0, 0, missing))
     hidden, bias = head.scaled(hidden)
+    bias = None if bias is None else bias[: head.size]
     if head.split:
-        bias = None if bias is None else bias[: head.size]
         logits = split_product(hidden, head.weight[: head.size])
         return capped_(logits if bias is None else logits.add_(bias), head.softcap)[:count]
     if head.weight.dtype == torch.float32:
-        bias = None if bias is None else bias[: head.size]
         return project(hidden, head.weight[: head.size], bias, head.softcap)[:count]
     # A half-precision head is never copied whole to float32, which takes longer than the rest.
     blocks = _blocks(hidden, head).of_vocabulary(head.weight, bias)

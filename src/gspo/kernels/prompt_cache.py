@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gspo.kernels.hf import no_mask
+from gspo.kernels.layer_input import LayerInput
 from gspo.kernels.shared_contexts import Context, context_groups
-from gspo.kernels.tile_attention import LOG2_E, ROWS, TILE, Scoring, attend, whole_tiles
+from gspo.kernels.tile_attention import LOG2_E, ROWS, TILE, attend, whole_tiles
 from gspo.kernels.token_attention import TokenAttention, by_head, new_slabs
 from gspo.kernels.unseen import Span, hiding, unseen
 
@@ -101,35 +102,23 @@ class SharedPrompts:
         self.lengths = self.lengths + queries
         return hidden.view(count, queries, -1)
 
-    def attend(
-        self,
-        layer: int,
-        query: Float[Tensor, "1 H T D"],
-        key: Float[Tensor, "1 K T D"],
-        value: Float[Tensor, "1 K T E"],
-        scale: float,
-        window: int | None,
-        softcap: float | None = None,
-        sinks: Float[Tensor, " H"] | None = None,
-    ) -> Float[Tensor, "1 T H E"]:
+    def attend(self, given: LayerInput) -> Float[Tensor, "1 T H E"]:
         """Attention of one layer inside `feed`."""
         count, queries = self._positions.shape
+        query, key = given.query, given.key
         total, heads, kv_heads = query.shape[2], query.shape[1], key.shape[1]
         dtype = torch.float32 if self._on_cpu else query.dtype
-        scale = LOG2_E * scale
 
         def by_token(x: Tensor) -> Tensor:  # [NQ, heads, D]
             x = x[0].transpose(0, 1)
             return (x if total == count * queries else x[: count * queries]).to(dtype)
 
-        held = None if sinks is None else sinks.to(dtype).view(kv_heads, -1)
-        scoring = Scoring(softcap, held)
         q = by_token(query).view(count, queries, kv_heads, heads // kv_heads, -1)
-        self._write(layer, by_token(key), by_token(value), q.shape[3])
+        self._write(given.layer, by_token(key), by_token(given.value), q.shape[3])
         if queries == 1:
-            out = self._attend_token(layer, q[:, 0], scale, window, scoring)
+            out = self._attend_token(given, q[:, 0])
         else:
-            out = self._attend_all(layer, q.transpose(1, 2) * scale, window, scoring)
+            out = self._attend_all(given, q.transpose(1, 2))
         out = out.reshape(count * queries, heads, -1)
         if total > len(out):
             out = functional.pad(out, (0, 0, 0, 0, 0, total - len(out)))
@@ -155,28 +144,24 @@ class SharedPrompts:
             all_rows.index_copy_(0, self._places[rows], x.reshape(-1, slab.shape[-1]))
 
     def _attend_token(
-        self,
-        layer: int,
-        query: Float[Tensor, "N K g D"],
-        scale: float,
-        window: int | None,
-        scoring: Scoring,
+        self, given: LayerInput, query: Float[Tensor, "N K g D"]
     ) -> Float[Tensor, "N K g E"]:
         """Attention of one query of each completion."""
-        keys, values, context, hidden = self._seen(layer, slice(0, 1), window)
+        keys, values, context, hidden = self._seen(given, slice(0, 1))
         count, kv_heads, share, depth = query.shape
         together = kv_heads // keys.shape[1]
         shape = count, kv_heads, share, depth, values.shape[3] // together
         if shape not in self._by_shape:
-            made = TokenAttention(shape, together, query.dtype, self.device)
-            self._by_shape[shape] = made
-        seen = keys, values, context, hidden
+            self._by_shape[shape] = TokenAttention(shape, together, query)
+        seen, scoring = (keys, values, context, hidden), given.scoring(query.dtype)
+        scale = LOG2_E * given.scale
         return self._by_shape[shape].attend(query, scale, *seen, self._tile, scoring)
 
     def _attend_all(
-        self, layer: int, query: Float[Tensor, "N K Q g D"], window: int | None, scoring: Scoring
+        self, given: LayerInput, query: Float[Tensor, "N K Q g D"]
     ) -> Float[Tensor, "N Q K g E"]:
         """Attention of several queries of each completion, as many at a time as memory allows."""
+        query, scoring = query * (LOG2_E * given.scale), given.scoring(query.dtype)
         count, kv_heads, queries, share, _ = query.shape
         longest = self.width + self._columns
         piece = max(1, _SCORE_BYTES // (4 * count * kv_heads * share * longest))
@@ -184,7 +169,7 @@ class SharedPrompts:
         for start in range(0, queries, piece):
             part = query[:, :, start : start + piece]
             span = slice(start, start + part.shape[2])
-            keys, values, context, hidden = self._seen(layer, span, window)
+            keys, values, context, hidden = self._seen(given, span)
             keys, values = (by_head(x, kv_heads) for x in (keys, values))
             if context is not None:
                 shared = [by_head(x, kv_heads) for x in (context.keys, context.values)]
@@ -196,22 +181,22 @@ class SharedPrompts:
         return out.transpose(1, 2)
 
     def _seen(
-        self, layer: int, queries: slice, window: int | None
+        self, given: LayerInput, queries: slice
     ) -> tuple[Tensor, Tensor, Context | None, Tensor | None]:
         """The slabs' keys and values, the prompts', and which of them these queries don't see."""
-        key = (queries.start, queries.stop, window)
+        key = (queries.start, queries.stop, given.window)
         found = self._masks.get(key)
         if found is None:
             at = self._positions[:, queries]
-            span, hidden = unseen(at, self.base, self.width, window)
+            span, hidden = unseen(at, self.base, self.width, given.window)
             found = span, None if hidden is None else hiding(hidden, self.device)
             if hidden is None or hidden.size <= _LARGEST_MASK:
                 self._masks[key] = found  # that of a long prompt is made again for each layer
         (first, column, columns), mask = found
-        keys, values = (x[:, :, column:columns] for x in self._slabs[layer])
+        keys, values = (x[:, :, column:columns] for x in self._slabs[given.layer])
         context = None
         if first < self.width:
-            shared = [x[:, :, first:] for x in self._prompts[layer]]
+            shared = [x[:, :, first:] for x in self._prompts[given.layer]]
             context = Context(shared[0], shared[1], self.groups)
         return keys, values, context, mask
 

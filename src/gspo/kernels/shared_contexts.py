@@ -82,10 +82,8 @@ def context_groups(
         real = place < counts[start:stop, None]
         listed = np.minimum(first[start:stop, None] + place, len(order) - 1)
         members = np.where(real, order[listed], 0)
-        if real.all() and np.array_equal(members.ravel(), np.arange(len(context_of))):
-            groups.append(ContextGroup(slice(start, stop), tensor(members)))
-            continue
-        picks = (np.flatnonzero(real), members[real])
+        in_order = real.all() and np.array_equal(members.ravel(), np.arange(len(context_of)))
+        picks = () if in_order else (np.flatnonzero(real), members[real])
         groups.append(ContextGroup(slice(start, stop), tensor(members), *map(tensor, picks)))
     return groups
 

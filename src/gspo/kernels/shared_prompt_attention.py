@@ -21,9 +21,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gspo.data.packing import Microbatch
-from gspo.kernels.attention_call import AttentionCall, attend_calls
+from gspo.kernels.attention_call import AttentionCall, CalledAttention
+from gspo.kernels.layer_input import LayerInput
 from gspo.kernels.shared_contexts import context_groups
-from gspo.kernels.tile_attention import TILE, whole_tiles
+from gspo.kernels.tile_attention import TILE, in_float32, whole_tiles
 from gspo.kernels.token_parts import TokenParts
 from gspo.kernels.unseen import hiding
 
@@ -102,29 +103,21 @@ class SharedPromptAttention:
         """Tokens and padding that layers without a window compute."""
         return sum(len(group) * group[0].width for group in self._groups(None))
 
-    def attend(
-        self,
-        _layer: int | None,
-        query: Float[Tensor, "1 H T D"],
-        key: Float[Tensor, "1 K T D"],
-        value: Float[Tensor, "1 K T E"],
-        scale: float,
-        window: int | None,
-        softcap: float | None = None,
-        sinks: Float[Tensor, " H"] | None = None,
-    ) -> Float[Tensor, "1 T H E"]:
+    def attend(self, given: LayerInput) -> Float[Tensor, "1 T H E"]:
         """Attention of the whole microbatch in one layer, in float32 whatever the inputs are.
 
         T may be larger than `size`: tokens behind the samples, whose output is 0. Of a part of the
         tokens, they are those of the part.
         """
+        key, value = given.key, given.value
         if self._parts.size > 1:
             both = torch.cat([key, value], -1)[0].transpose(0, 1)  # token by token
-            both = both.to(torch.promote_types(both.dtype, torch.float32))  # gradients are added up
+            both = in_float32(both)  # gradients are added up
             whole = self._parts.join(both).transpose(0, 1)[None]
             key, value = whole.split([key.shape[-1], value.shape[-1]], -1)
-
-        return attend_calls(query, key, value, self.within(window), scale, softcap, sinks)
+        calls = self.within(given.window)
+        tensors, scoring = (given.query, key, value), (given.scale, given.softcap, given.sinks)
+        return CalledAttention.apply(*tensors, calls, *scoring)[None]  # pyright: ignore[reportGeneralTypeIssues, reportOptionalSubscript]
 
     def within(self, window: int | None) -> list[AttentionCall]:
         """Make the calls for layers whose tokens see the last `window` positions, with theirs."""

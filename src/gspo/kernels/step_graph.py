@@ -16,9 +16,10 @@ from torch import Tensor
 
 from gspo.core.log import log
 from gspo.kernels.hf import no_mask
+from gspo.kernels.layer_input import LayerInput
 from gspo.kernels.prompt_cache import SharedPrompts
 from gspo.kernels.shared_contexts import Context
-from gspo.kernels.tile_attention import LOG2_E, Scoring, attend
+from gspo.kernels.tile_attention import LOG2_E, attend
 
 COLUMNS = 128
 """A step is captured for so many more columns of the slabs than it needs, until they are full."""
@@ -53,38 +54,27 @@ class Step:
         self.positions += 1
         return hidden
 
-    def attend(
-        self,
-        layer: int,
-        query: Float[Tensor, "1 H N D"],
-        key: Float[Tensor, "1 K N D"],
-        value: Float[Tensor, "1 K N E"],
-        scale: float,
-        window: int | None,
-        softcap: float | None = None,
-        sinks: Float[Tensor, " H"] | None = None,
-    ) -> Float[Tensor, "1 N H E"]:
+    def attend(self, given: LayerInput) -> Float[Tensor, "1 N H E"]:
         """Attention of one layer."""
+        query, key = given.query, given.key
         count, heads, kv_heads = query.shape[2], query.shape[1], key.shape[1]
-        prompts, slabs = self._cache.layer(layer)
+        prompts, slabs = self._cache.layer(given.layer)
         if kv_heads not in self._places:
             first = torch.arange(count * kv_heads, device=query.device).view(count, kv_heads)
             column = (self.positions - self._base)[:, None]
             self._places[kv_heads] = (first * slabs[0].shape[2] + column).flatten()
-        for slab, x in zip(slabs, (key, value), strict=True):
+        for slab, x in zip(slabs, (key, given.value), strict=True):
             rows = x[0].transpose(0, 1).reshape(count * kv_heads, -1).to(slab.dtype)
             slab.view(-1, slab.shape[-1]).index_copy_(0, self._places[kv_heads], rows)
         dtype = slabs[0].dtype
-        held = None if sinks is None else sinks.to(dtype).view(kv_heads, -1)
-        q = query[0].transpose(0, 1).to(dtype) * (LOG2_E * scale)
+        q = query[0].transpose(0, 1).to(dtype) * (LOG2_E * given.scale)
         q = q.view(count, kv_heads, -1, query.shape[-1])
         context = None
         if prompts is not None:
             context = Context(prompts[0], prompts[1], self._cache.groups)
         keys, values = (slab[:, :, : self.columns] for slab in slabs)
-        out, _ = attend(
-            q, keys, values, context, self._hidden(window), None, Scoring(softcap, held)
-        )
+        hidden, scoring = self._hidden(given.window), given.scoring(dtype)
+        out, _ = attend(q, keys, values, context, hidden, None, scoring)
         return out.reshape(1, count, heads, -1).to(query.dtype)
 
     def _hidden(self, window: int | None) -> Float[Tensor, "N 1 1 1 S"]:

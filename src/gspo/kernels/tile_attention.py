@@ -117,9 +117,8 @@ def attend(
         The output, and the base-2 logarithm of the sum of all 2^score, the sink's included.
     """
     rows = query.shape[2]
-    own = _product(query, keys, tile)
-    own = own.to(torch.promote_types(own.dtype, torch.float32))
-    shared = None if context is None else ContextScores(query, context, tile, own.dtype)
+    own = in_float32(_product(query, keys, tile))
+    shared = None if context is None else ContextScores(query, context, tile)
     total, largest = softmax_(own[:, :, :rows], hidden, tile, scoring, shared)
     out = None
     if shared is not None:
@@ -127,6 +126,11 @@ def attend(
         shared.write_sums(out[:, :, :rows])
     out = _add_tiles(out, own, values, tile)[:, :, :rows]
     return out / total, total.log2().add_(largest)
+
+
+def in_float32(x: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class ContextScores:
@@ -137,25 +141,18 @@ class ContextScores:
 
     Args:
         query, context, tile: as of `attend`.
-        dtype: of the scores.
 
     Attributes:
         scores: of each group, [p, K, nM, W]; n sequences share each of p contexts.
     """
 
-    def __init__(
-        self,
-        query: Float[Tensor, "N K M D"],
-        context: Context,
-        tile: int | None,
-        dtype: torch.dtype,
-    ):
+    def __init__(self, query: Float[Tensor, "N K M D"], context: Context, tile: int | None):
         self._context, self._tile = context, tile
         self.scores: list[Tensor] = []
         for group in context.groups:
             rows = group.gather(query)
             products = _product(rows, context.keys[group.contexts], tile)
-            self.scores.append(products[:, :, : rows.shape[2]].to(dtype))
+            self.scores.append(in_float32(products[:, :, : rows.shape[2]]))
 
     def hide(self, hidden: Float[Tensor, "n 1 Q 1 U"] | Bool[Tensor, "n 1 Q 1 U"]) -> None:
         """Of the last U keys, those that a query does not see."""

@@ -31,6 +31,7 @@ from gspo.kernels.tile_attention import (
     Scoring,
     add_tiles,
     attend,
+    in_float32,
     products,
     softmax_,
 )
@@ -56,7 +57,7 @@ def beside(kv_heads: int, share: int, depth: int, wide: int, dtype: torch.dtype)
     )
     expected, _ = attend(query * LOG2_E, keys, values, None, None)
     slab, other = (x.transpose(1, 2).flatten(2)[:, None] for x in (keys, values))
-    one = TokenAttention((count, kv_heads, share, depth, wide), kv_heads, dtype, query.device)
+    one = TokenAttention((count, kv_heads, share, depth, wide), kv_heads, query)
     return torch.equal(one.attend(query, LOG2_E, slab, other, None, None, TILE, PLAIN), expected)
 
 
@@ -83,16 +84,10 @@ class TokenAttention:
     Args:
         shape: N, K, g, D, E.
         together: key heads that stand side by side.
-        dtype, device: of the products.
+        like: has the type and the device of the products.
     """
 
-    def __init__(
-        self,
-        shape: tuple[int, int, int, int, int],
-        together: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ):
+    def __init__(self, shape: tuple[int, int, int, int, int], together: int, like: Tensor):
         count, kv_heads, share, depth, wide = shape
         rows = max(together * share, ROWS)
         size = count * kv_heads // together, rows
@@ -101,7 +96,7 @@ class TokenAttention:
             """All; what belongs to the heads, [N, K, g, width]; and what contexts are multiplied
             with, [N, k, M, d]."""
             line = together * width
-            every = torch.zeros(*size, line, dtype=dtype, device=device)
+            every = like.new_zeros(*size, line)
             of_head = share * line + width if together > 1 else rows * line
             strides = (kv_heads // together * rows * line, of_head, line, 1)
             of_heads = every.as_strided((count, kv_heads, share, width), strides)
@@ -132,12 +127,11 @@ class TokenAttention:
             context, hidden, tile, scoring: as there.
         """
         torch.mul(query, scale, out=self._query_of)
-        own = products(self._query, keys.flatten(0, 1), tile)
-        own = own.to(torch.promote_types(own.dtype, torch.float32))
+        own = in_float32(products(self._query, keys.flatten(0, 1), tile))
         scores = own.view(*self._asked.shape[:2], -1, own.shape[2])[:, :, : self._rows]
         if scoring.sinks is not None:
             scoring = replace(scoring, sinks=scoring.sinks.view(scores.shape[1], -1))
-        shared = None if context is None else ContextScores(self._asked, context, tile, own.dtype)
+        shared = None if context is None else ContextScores(self._asked, context, tile)
         total, _ = softmax_(scores, hidden, tile, scoring, shared)
         out = None
         if shared is not None:

@@ -19,7 +19,7 @@ from gspo.lab.stored_step import WEIGHTS, StoredStep, cosines, gram, method_grad
 from gspo.objective import PRESETS
 from gspo.policy.load import Policy
 from gspo.serve.admission import free_memory
-from gspo.train.expert_replay import ExpertReplay, fix_before_updates
+from gspo.train.expert_replay import ExpertReplay
 from gspo.train.minibatches import RolloutBatch, prepare
 from gspo.train.settings import Settings
 
@@ -104,7 +104,7 @@ def _batches(
         return batches
     experts = ExpertReplay(step.load("before").policy, by_trainer, Metrics())
     return {
-        kind: replace(batch, samples=tuple(fix_before_updates(experts, [batch.samples])))
+        kind: replace(batch, samples=tuple(experts.fixed([batch.samples])))
         for kind, batch in batches.items()
     }
 

@@ -9,14 +9,14 @@ import torch
 
 from gspo.core.files import strict_json, write_whole
 from gspo.core.tables import as_text, cells, table
-from gspo.core.timing import Clock
+from gspo.core.timing import STEP, Clock
 
 _COLUMNS = ("phase", "calls", "ms", "share")
 
 
 def step_clock() -> Clock:
     """A clock of the spans inside `step`. If there is a GPU, it is waited for at each edge."""
-    return Clock("step", sync=torch.cuda.synchronize if torch.cuda.is_available() else None)
+    return Clock(torch.cuda.synchronize if torch.cuda.is_available() else None)
 
 
 def make_report(clock: Clock) -> dict[str, Any]:
@@ -27,9 +27,9 @@ def make_report(clock: Clock) -> dict[str, Any]:
         over all steps, `seconds` without those of the phases inside it, their `share`, and `calls`.
     """
     total, seconds, calls = sum(clock.seconds.values()), dict(clock.seconds), dict(clock.calls)
-    steps = calls.pop(clock.root, 0)
+    steps = calls.pop(STEP, 0)
     if steps:
-        seconds["other"], calls["other"] = seconds[clock.root], steps
+        seconds["other"], calls["other"] = seconds[STEP], steps
     phases = [
         {"name": name, "seconds": seconds[name], "share": seconds[name] / total, "calls": count}
         for name, count in calls.items()

@@ -11,6 +11,7 @@ import json
 import os
 import string
 import tempfile
+import tomllib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -32,28 +33,11 @@ from gspo.tasks import Task, load_task
 PREFIX = "embedded:"
 SPECIAL = ("<|pad|>", "<|unk|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 _VOCABULARY = (*SPECIAL, *(c for c in string.printable if c not in "\r\x0b\x0c"))
-CHAT_TEMPLATE = (
-    "{% for t in tools or [] %}{{ ('<|system|>' if loop.first else ' ') + t.function.name }}"
-    "({{ ((t.function.parameters or {}).properties or {}) | join(',') }}){% endfor %}"
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
-    "{% for c in m.tool_calls or [] %}"
-    """<tool_call>{"name": "{{ c.function.name }}", "arguments": """
-    "{{ c.function.arguments | tojson }}}</tool_call>{% endfor %}"
-    "{% if m['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
-"""A tool is shown by its name and its arguments' names: each character is a token."""
-
-
-RECIPES: dict[str, dict[str, Any]] = {
-    "sort": {"steps": 95, "batch": 64, "learning_rate": 6e-3},
-    "reverse": {"steps": 380, "batch": 64, "learning_rate": 3e-3},
-    "add": {"steps": 620, "batch": 32, "learning_rate": 4e-3},
-    "chain": {"steps": 300, "batch": 16, "learning_rate": 4e-3},
-    "climb": {"steps": 400, "batch": 16, "learning_rate": 4e-3},
-    "lookup": {"steps": 400, "batch": 16, "learning_rate": 4e-3, "context": 2048},
-}
-"""How each warm start is trained: so short that there is something left to learn."""
+_TABLES = tomllib.loads(Path(__file__).with_name("embedded.toml").read_text(encoding="utf-8"))
+CHAT_TEMPLATE: str = _TABLES["chat_template"]
+_CONFIG: dict[str, Any] = _TABLES["config"]
+RECIPES: dict[str, dict[str, Any]] = _TABLES["recipes"]
+"""How each warm start is trained."""
 
 
 def cache_folder() -> Path:
@@ -113,25 +97,6 @@ def embedded_folder(name: str) -> Path:
         with suppress(OSError):  # another process was faster
             os.rename(building, folder)
     return folder
-
-
-_CONFIG: dict[str, Any] = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 64,
-    "intermediate_size": 128,
-    "norm_topk_prob": True,
-    "max_position_embeddings": 512,
-    # Short texts: slow rotations would leave positions indistinguishable.
-    "rope_parameters": {"rope_type": "default", "rope_theta": 30.0},
-    "tie_word_embeddings": True,
-    "router_aux_loss_coef": 0.0,
-}
 
 
 def build_tokenizer() -> PreTrainedTokenizerBase:

@@ -27,45 +27,11 @@ from gspo.train.old_logprobs import rescored, with_trainer_logprobs
 from gspo.train.settings import Settings
 
 
-def check_expert_options(
-    policy: Policy, trajectories: Sequence[TrajectorySamples], settings: Settings
-) -> None:
-    """Refuse what cannot be done, before any work.
-
-    Raises:
-        ConfigError: an option of MoE models on a dense one, or a replay of rollouts without expert
-            choices.
-        DataError: expert choices that are not of this model.
-    """
-    for name in ("routing_replay", "router_aux_loss_coef", "measure_routing"):
-        if (value := getattr(settings, name)) not in ("none", 0):
-            policy.routers.require(f"{name}={value!r}")
-    layers, experts = len(policy.routers.modules), policy.routers.experts
-    for sample in flat(trajectories):
-        where = f"group {sample.group_id}, trajectory {sample.trajectory_id}"
-        chosen = sample.expert_choices
-        shape = (0, layers) if chosen is None else chosen.shape
-        missing = len(sample) - 1 - shape[0]
-        if missing > 0 and settings.routing_replay == "rollout":
-            raise ConfigError(
-                f"routing_replay='rollout', but {where} carries no expert choices of the engine "
-                f"for {missing} of its tokens: roll out with extra_body={{'return_routes': True}}, "
-                "or use 'old_policy'"
-            )
-        largest = -1 if chosen is None or chosen.size == 0 else int(chosen.max())
-        fits = layers == 0 or (shape[1] == layers and largest < experts)
-        if missing < -1 or (missing <= 0 and not fits):
-            raise DataError(
-                f"{where}: expert choices of shape {list(shape)}, up to expert {largest}, for "
-                f"{len(sample)} tokens and a model of {layers} MoE layers of {experts} experts"
-            )
-
-
 class ExpertReplay:
     """What one call of `train` does with the expert choices; nothing in a dense model.
 
-    `start` before the first update; for each optimizer step `begin`, `watch` and `record` each of
-    its microbatches, `end`; `finish` after the last update.
+    `check`, and `fixed` before the first update; for each optimizer step `begin`, `watch` and
+    `record` each of its microbatches, `end`; `finish` after the last update.
 
     Args:
         policy: it must not be updated before `start` has returned.
@@ -83,6 +49,37 @@ class ExpertReplay:
         self._weights: Tensor | None = None
         self._loads: list[Tensor] = []
 
+    def check(self, trajectories: Sequence[TrajectorySamples]) -> None:
+        """Refuse what cannot be done, before any work.
+
+        Raises:
+            ConfigError: an option of MoE models on a dense one, or a replay of rollouts without
+                expert choices.
+            DataError: expert choices that are not of this model.
+        """
+        for name in ("routing_replay", "router_aux_loss_coef", "measure_routing"):
+            if (value := getattr(self.settings, name)) not in ("none", 0):
+                self.policy.routers.require(f"{name}={value!r}")
+        layers, experts = len(self.policy.routers.modules), self.policy.routers.experts
+        for sample in flat(trajectories):
+            where = f"group {sample.group_id}, trajectory {sample.trajectory_id}"
+            chosen = sample.expert_choices
+            shape = (0, layers) if chosen is None else chosen.shape
+            missing = len(sample) - 1 - shape[0]
+            if missing > 0 and self.settings.routing_replay == "rollout":
+                raise ConfigError(
+                    f"routing_replay='rollout', but {where} carries no expert choices of the "
+                    f"engine for {missing} of its tokens: roll out with "
+                    "extra_body={'return_routes': True}, or use 'old_policy'"
+                )
+            largest = -1 if chosen is None or chosen.size == 0 else int(chosen.max())
+            fits = layers == 0 or (shape[1] == layers and largest < experts)
+            if missing < -1 or (missing <= 0 and not fits):
+                raise DataError(
+                    f"{where}: expert choices of shape {list(shape)}, up to expert {largest}, for "
+                    f"{len(sample)} tokens and a model of {layers} MoE layers of {experts} experts"
+                )
+
     def start(
         self, minibatches: Sequence[Sequence[TrajectorySamples]]
     ) -> dict[int, TrajectorySamples]:
@@ -97,7 +94,7 @@ class ExpertReplay:
         """
         by_trainer = self.settings.routing_replay == "old_policy"
         if by_trainer or self.settings.measure_routing:
-            self._before = [self._preferred(minibatch) for minibatch in minibatches]
+            self._before = [self.preferred(minibatch) for minibatch in minibatches]
         if not by_trainer:
             return {}
         recorded = list(chain(*self._before))
@@ -107,6 +104,19 @@ class ExpertReplay:
                 engine = torch.from_numpy(sample.expert_choices.astype(np.int16))
                 record_agreement(self.metrics, engine, _choices([(preferred,)])[: len(engine)])
         return {samples[0].trajectory_id: samples for samples in recorded}
+
+    def fixed(self, minibatches: Sequence[Sequence[TrajectorySamples]]) -> list[TrajectorySamples]:
+        """The trajectories of one epoch, with what stays as it was before the first update.
+
+        That is pi_old where the trainer computes it (`old_logprobs="trainer"`), and with R2 the
+        expert choices that are replayed.
+        """
+        objective = self.settings.objective
+        recorded = self.start([with_gradient(m, objective) for m in minibatches])
+        fixed = [recorded.get(samples[0].trajectory_id, samples) for samples in chain(*minibatches)]
+        if self.settings.old_logprobs == "trainer":
+            return with_trainer_logprobs(self.policy, fixed, self.settings)
+        return fixed
 
     def begin(self, microbatches: Sequence[Microbatch], *, on_policy: bool) -> None:
         """Count the loads of the whole step, which the load-balancing loss needs beforehand.
@@ -164,7 +174,7 @@ class ExpertReplay:
             return
         name, mean = "moe/experts_changed", self.metrics.mean
         for minibatch in filter(None, self._before):
-            before, after = _choices(minibatch), _choices(self._preferred(minibatch))
+            before, after = _choices(minibatch), _choices(self.preferred(minibatch))
             tokens, layers, k = before.shape
             changed = changed_slots(before, after)
             mean(name, int(changed.sum()), tokens * layers * k)
@@ -172,37 +182,15 @@ class ExpertReplay:
                 mean(f"{name}_layer_{layer}", count, tokens * k)
             mean("moe/tokens_changed", int((changed > 0).any(-1).sum()), tokens)
 
-    def _preferred(self, minibatch: Sequence[TrajectorySamples]) -> list[TrajectorySamples]:
-        return with_preferred_experts(self.policy, minibatch, self.settings)
+    def preferred(self, trajectories: Sequence[TrajectorySamples]) -> list[TrajectorySamples]:
+        """The same samples with the experts [L, N, K] that the routers prefer now."""
 
+        def score(microbatch: Microbatch, samples: Sequence[Sample]) -> np.ndarray:
+            with self.policy.routers.watch() as choices:
+                self.policy.logprobs(microbatch)
+            return choices.preferred().cpu().numpy()[microbatch.index.numpy()]
 
-def fix_before_updates(
-    experts: ExpertReplay, minibatches: Sequence[Sequence[TrajectorySamples]]
-) -> list[TrajectorySamples]:
-    """The trajectories of one epoch, with what stays as it was before the first update.
-
-    That is pi_old where the trainer computes it (`old_logprobs="trainer"`), and with R2 the expert
-    choices that are replayed.
-    """
-    policy, settings = experts.policy, experts.settings
-    recorded = experts.start([with_gradient(m, settings.objective) for m in minibatches])
-    fixed = [recorded.get(samples[0].trajectory_id, samples) for samples in chain(*minibatches)]
-    if settings.old_logprobs == "trainer":
-        return with_trainer_logprobs(policy, fixed, settings)
-    return fixed
-
-
-def with_preferred_experts(
-    policy: Policy, trajectories: Sequence[TrajectorySamples], settings: Settings
-) -> list[TrajectorySamples]:
-    """The same samples with the experts that the routers prefer now, for each token: [L, N, K]."""
-
-    def score(microbatch: Microbatch, samples: Sequence[Sample]) -> np.ndarray:
-        with policy.routers.watch() as choices:
-            policy.logprobs(microbatch)
-        return choices.preferred().cpu().numpy()[microbatch.index.numpy()]
-
-    return rescored(policy, trajectories, settings, "expert_choices", score)
+        return rescored(self.policy, trajectories, self.settings, "expert_choices", score)
 
 
 def record_agreement(

@@ -175,9 +175,8 @@ def _record_loss(metrics: Metrics, scored: Scored) -> None:
     """Loss and entropy of all that is trained on."""
     metrics.mean("loss/policy", scored.out.policy.item(), 0)
     metrics.mean("loss/kl", scored.out.kl.item(), 0)
-    trained = scored.microbatch.loss_mask
-    count = int(trained.sum())
-    metrics.mean("loss/entropy", scored.entropy[trained].double().sum().item(), count)
+    count = len(scored.entropy)
+    metrics.mean("loss/entropy", scored.entropy.double().sum().item(), count)
     metrics.add("tokens/trained", count)
 
 

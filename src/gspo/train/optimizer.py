@@ -59,12 +59,8 @@ class Optimizer:
         masters: these, as they are after the last step.
     """
 
-    def __init__(
-        self,
-        parameters: Mapping[str, torch.nn.Parameter],
-        masters: Mapping[str, Tensor] | None = None,
-    ):
-        self._parameters, self.masters = dict(parameters), dict(masters or {})
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], masters: Mapping[str, Tensor]):
+        self._parameters, self.masters = dict(parameters), dict(masters)
         self._updated = {**self._parameters, **self.masters}
         fused = all(p.device.type in _FUSED for p in self._parameters.values())
         meshes: dict[Any, list[Tensor]] = {}  # torch takes those of one mesh at a time

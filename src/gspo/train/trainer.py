@@ -12,7 +12,7 @@ For each minibatch (GSPO, Zheng et al., arXiv 2507.18071; the objective is in ob
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from itertools import chain
@@ -36,7 +36,7 @@ from gspo.train.batch_metrics import warn_of_altered, warn_of_unread
 from gspo.train.bit_equality import check_exact
 from gspo.train.defaults import with_defaults
 from gspo.train.epsilon import EpsilonController
-from gspo.train.expert_replay import ExpertReplay, check_expert_options, fix_before_updates
+from gspo.train.expert_replay import ExpertReplay
 from gspo.train.observe import Observer, Scored, Trace
 from gspo.train.optimizer import Optimizer, learning_rate
 from gspo.train.settings import Settings
@@ -102,7 +102,7 @@ class Trainer:
         Raises:
             NumericsError: a loss, a gradient or a router logit that is not finite. The weights are
                 those before that optimizer step.
-            ConfigError, DataError: see `check_expert_options`.
+            ConfigError, DataError: see `ExpertReplay.check`.
         """
         self.policy.use_threads()
         call = self._begin(batch, settings)  # refuses what cannot be done, then fixes pi_old
@@ -128,7 +128,7 @@ class Trainer:
             return False
         # N and T: trajectories without a gradient count too.
         n = sum(unit_count(samples, settings.sequence_unit) for samples in minibatch)
-        t = sum(int(sample.loss_mask.sum()) for sample in flat(minibatch))
+        t = sum(sample.sampled for sample in flat(minibatch))
         on_policy = observer.on_policy(trained)
         microbatches = plan.microbatches(self.policy, trained, settings, replay=experts.replays)
         experts.begin(microbatches, on_policy=on_policy)
@@ -180,7 +180,6 @@ class Trainer:
             objective,
             token_advantages=of_tokens,
             ratio_mask=parts.holds(microbatch.sources, microbatch.token_count),
-            loss_mask=microbatch.loss_mask,
             total_sequences=total_sequences,
             total_tokens=total_tokens,
             sampling_logprobs=microbatch.sampling_logprobs if objective.correction else None,
@@ -197,11 +196,8 @@ class Trainer:
     def reference(self, microbatch: Microbatch, settings: Settings) -> Float[Tensor, " M"]:
         """Log-probs of the frozen model that the KL term is against."""
         frozen = self._frozen(settings.kl_reference)
-        with torch.no_grad():
-            if frozen is not None:
-                return frozen.logprobs(microbatch).logprobs
-            with self.policy.reference():
-                return self.policy.logprobs(microbatch).logprobs
+        with torch.no_grad(), nullcontext() if frozen else self.policy.reference():
+            return (frozen or self.policy).logprobs(microbatch).logprobs
 
     def _frozen(self, name: str | None) -> Policy | None:
         """The reference of this name. None: the base model; with LoRA the policy itself is it."""
@@ -213,13 +209,13 @@ class Trainer:
     def _begin(self, batch: plan.RolloutBatch, settings: Settings) -> Call:
         """Fix what stays the same over all updates: settings, minibatches, experts and pi_old."""
         settings = with_defaults(settings, self.policy)
-        check_expert_options(self.policy, batch.samples, settings)
         if settings.epsilon == "auto":
             settings = settings.with_objective(self.epsilon.apply(settings.objective))
         observer = Observer(self.policy, batch)
+        experts = ExpertReplay(self.policy, settings, observer.metrics)
+        experts.check(batch.samples)
         warn_of_altered(batch, self._warned)
         warn_of_unread(batch, settings, self._warned)
-        experts = ExpertReplay(self.policy, settings, observer.metrics)
         if settings.objective.kl_coef > 0:
             self._frozen(settings.kl_reference)  # loaded before any work
         self.policy.lm.eval()  # train mode is dropout and noise under any name: never wanted
@@ -227,7 +223,7 @@ class Trainer:
             batch = batch.with_signal()
         seeds = [_mix(settings.seed, self.step, epoch) for epoch in range(settings.epochs)]
         epochs = [plan.minibatches(batch, settings.minibatches, seed) for seed in seeds]
-        fixed = fix_before_updates(experts, epochs[0])
+        fixed = experts.fixed(epochs[0])
         by_id = {samples[0].trajectory_id: samples for samples in fixed}
         minibatches = [[by_id[s[0].trajectory_id] for s in m] for m in chain(*epochs)]
         return Call(settings, minibatches, experts, observer)

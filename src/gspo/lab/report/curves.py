@@ -41,10 +41,9 @@ def reward_histogram(runs: Sequence[SavedRun]) -> go.Figure:
     figure = go.Figure()
     for run in runs:
         batches = run.batches
-        ends = (
-            dict.fromkeys([*batches][:1] + [*batches][-1:]) if len(runs) == 1 else [*batches][-1:]
-        )
-        for step in ends:
+        steps = [*batches]
+        first = steps[:1] if len(runs) == 1 else []
+        for step in dict.fromkeys(first + steps[-1:]):
             rewards = pq.read_table(batches[step], columns=["reward"])["reward"].to_pylist()
             name = f"step {step}" if len(runs) == 1 else f"{escape(run.label)}, step {step}"
             figure.add_histogram(x=rewards, name=name, nbinsx=_BARS, opacity=0.7)
