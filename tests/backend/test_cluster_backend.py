@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -115,7 +116,7 @@ def test_what_is_not_built_or_contradicts_itself_is_refused(monkeypatch, tmp_pat
     with pytest.raises(ConfigError, match="nproc"):
         ClusterBackend(tmp_path, nproc=0)
     for name in ("cp_size", "ep_size"):
-        with pytest.raises(ConfigError, match=f"{name}=3 does not divide 4 ranks"):
+        with pytest.raises(ConfigError, match=f"{name}=3 does not divide 4, .*torchrun"):
             ClusterBackend(tmp_path, nproc=4, **cast(Any, {name: 3}))
         with pytest.raises(ConfigError, match=name):
             ClusterBackend(tmp_path, nproc=2, **cast(Any, {name: 4}))
@@ -249,6 +250,40 @@ def gspo(folder: Path, *arguments: str, ranks: int = 0) -> None:
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "number"),
+    [("rank 1", signal.SIGTERM), ("all", signal.SIGINT), ("all", signal.SIGTERM)],
+)
+def test_a_signal_to_any_rank_ends_all_in_order_and_the_same_command_goes_on(
+    target, number, tmp_path
+):
+    """`all`: as Ctrl-C on a terminal does, or a batch system."""
+    (tmp_path / "run.toml").write_text(RUN.split("[load]")[0])
+    more = ["--set", "nproc=2", "--set", "checkpoint_every=3"]
+    command = [sys.executable, "-m", "gspo.cli", "train", "run.toml", *more, "--set", "steps=500"]
+    env, run = os.environ | {"OMP_NUM_THREADS": "1"}, tmp_path / "runs/gspo/m"
+    kind = {"start_new_session": True, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path, env=env, **kind) as process:
+        limit = time.monotonic() + 120
+        while not steps_saved(run / "checkpoints") and time.monotonic() < limit:
+            time.sleep(0.05)
+        if target == "all":
+            os.killpg(process.pid, number)
+        else:
+            (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(child), number)
+        errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 128 + number, errors
+    done = steps_saved(run / "checkpoints")[-1]
+    assert f"stopped by {number.name}: {done} of 500 steps" in errors and "Traceback" not in errors
+    assert (f"rank 1 ({socket.gethostname()}) was told" in errors) == (target != "all")
+    for name in ("m", "whole"):
+        gspo(tmp_path, *command[3:7], "--set", f"steps={done + 1}", "--set", f"name={name}")
+    files = [f"{n}/checkpoints/{done + 1:04d}/model.safetensors" for n in ("m", "whole")]
+    assert len({(run.parent / file).read_bytes() for file in files}) == 1
 
 
 @pytest.mark.slow

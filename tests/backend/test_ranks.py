@@ -1,25 +1,33 @@
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
+from torch import distributed as dist
 
 from gspo.backend import ranks
-from gspo.backend.ranks import Ranks, _check_shared
+from gspo.backend.ranks import Ranks, _check_shared, _passed_on
 from gspo.core.errors import ConfigError, RunError
 
 
 class OneRank:
-    """A mesh of one, or of two of which the other doesn't see the folder."""
+    """A mesh of one, or of the first rank and another that says something else."""
 
     rank, hosts, broken = 0, ("a", "b"), ""
 
-    def __init__(self, seen=(True,)):
-        self.seen, self.closed = seen, False
+    def __init__(self, *others):
+        self.others, self.closed = others, False
 
     def share(self, value):
         return value
 
     def gather(self, value):
-        return list(self.seen)
+        return [value, *self.others]
 
     def together(self, work):
         return work()
@@ -58,6 +66,70 @@ def test_a_rank_that_follows_leaves_by_its_status_alone(fault, monkeypatch, caps
 
 
 def test_a_folder_that_a_rank_cannot_see_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"rank 1 \(b\) can't see"):
-        _check_shared(OneRank((True, False)), tmp_path)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ConfigError, match=r"^rank 1 \(b\): No such file\. .*machines share"):
+        _check_shared(OneRank("No such file"), tmp_path)  # pyright: ignore[reportArgumentType]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_the_first_rank_cannot_write_is_told_to_all(tmp_path, monkeypatch):
+    """It would be alone with an error of its own, and the others wait for it."""
+    monkeypatch.setattr(ranks, "GRACE", 0.1)
+    mesh, shared = OneRank("No such file"), []
+    monkeypatch.setattr(mesh, "share", lambda value: shared.append(value) or value)
+    told = r"rank 0 \(a\): \[Errno 2\] No such file .*; rank 1 \(b\): No such file\. Rank 0"
+    with pytest.raises(ConfigError, match=told):
+        _check_shared(mesh, tmp_path / "none")  # pyright: ignore[reportArgumentType]
+    assert len(shared) == 1
+
+
+FOLLOWS = """
+import sys
+from datetime import timedelta
+from torch.distributed import TCPStore
+from gspo.backend import ranks
+
+class Mesh:
+    rank, hosts = 1, "ab"
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def await_work(self):
+        print("waits", flush=True)
+        self.store.wait(["work"], timedelta(seconds=60))
+
+def passed_on(mesh, number):
+    print("passed on", number, flush=True)
+    return sys.argv[2] == "lives"
+
+ranks.GRACE, ranks._passed_on = float(sys.argv[1]), passed_on
+ranks.follow(Mesh())
+"""
+
+
+@pytest.mark.parametrize(("grace", "first"), [("0.05", "lives"), ("0.05", "ended"), ("60", "")])
+def test_a_signal_is_passed_on_to_the_first_rank_and_a_second_one_ends_this(grace, first):
+    """Though it waits inside torch, where Python answers no signal. Without a first rank it ends
+    by the first signal."""
+    command = [sys.executable, "-c", FOLLOWS, grace, first]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "waits\n"
+        process.send_signal(signal.SIGINT)
+        if grace == "60":
+            time.sleep(0.2)  # two that are pending would be taken in the order of their numbers
+        else:
+            assert process.stdout.readline() == f"passed on {int(signal.SIGINT)}\n"
+        if first != "ended":
+            process.send_signal(signal.SIGTERM)
+        last = signal.SIGINT if first == "ended" else signal.SIGTERM
+        assert process.wait(30) == 128 + last
+        assert process.stdout.read() == ""
+
+
+def test_a_first_rank_that_has_ended_gets_no_signal(monkeypatch):
+    monkeypatch.setattr(ranks, "GRACE", 0.05)
+    made: Any = dist
+    store = made.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    mesh: Any = SimpleNamespace(rank=1, other_store=lambda: store)
+    assert not _passed_on(mesh, signal.SIGTERM)
+    store.set("lives-signal-0", "")
+    assert _passed_on(mesh, signal.SIGTERM)

@@ -50,6 +50,22 @@ async def test_the_demo_learns(tmp_path: Path):
     )
 
 
+async def test_ranks_get_the_whole_run_file_to_compare(monkeypatch: pytest.MonkeyPatch):
+    """Each rank reads a file of its own, and only the first one's counts."""
+    spec = Spec(task="sort", steps=7, train=art.dev.TrainConfig(epsilon=0.2), nproc=2)
+    told: dict[str, object] = {}
+
+    def made(path: str, **options: object) -> None:
+        told.update(options)
+        raise ConfigError("seen")
+
+    monkeypatch.setattr(art, "ClusterBackend", made)
+    with pytest.raises(ConfigError, match="seen"):
+        await run_experiment(spec, Silent())
+    given = {"task": "sort", "steps": 7, "train": {"epsilon": 0.2}, "nproc": 2}
+    assert told["config"] == given | {"model": "embedded:sort"}  # which the task names
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # a minute on an idle core, more beside other work
 async def test_the_whole_demo_learns_what_the_readme_says(tmp_path: Path):

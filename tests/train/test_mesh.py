@@ -3,12 +3,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import gspo as art
+from gspo.backend.ranks import _passed_on
 from gspo.core.errors import ConfigError, MissingDependencyError, NumericsError, RunError
 from gspo.data.sample import flat
 from gspo.kernels.token_parts import TokenParts
@@ -291,6 +295,26 @@ def test_a_rank_that_does_not_come_is_named(alone, monkeypatch):
     monkeypatch.setattr(module, "rendezvous", lambda *_, **__: iter([(store, 1, 3)]))
     with pytest.raises(ConfigError, match=r"waited up to 5 s at 127.*for the other ranks.*rank 2"):
         Mesh(5)
+
+
+@pytest.mark.parametrize("closing", [False, True])
+def test_a_signal_of_another_rank_reaches_the_first_one_unless_it_closes(
+    closing, alone, monkeypatch, caplog
+):
+    got = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: got.append(number))
+    alone.closing, alone.hosts = closing, ["a", "b"]
+    other: Any = SimpleNamespace(rank=1, other_store=alone.other_store)
+    try:
+        assert _passed_on(other, signal.SIGUSR1)
+        limit = time.monotonic() + (1 if closing else 20)
+        while not got and time.monotonic() < limit:
+            time.sleep(0.01)
+        time.sleep(3 * module._PAUSE)  # it gets it once
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert got == ([] if closing else [signal.SIGUSR1])
+    assert ("rank 1 (b) was told to end by SIGUSR1" in caplog.text) is not closing
 
 
 def test_half_of_torchruns_variables_are_refused(monkeypatch):

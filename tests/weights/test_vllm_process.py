@@ -116,7 +116,17 @@ def test_a_parent_that_is_killed_as_it_starts_a_server_leaves_none(folder: Path)
 
 @pytest.mark.parametrize(
     "entry",
-    ["", "no-such-python", "ftp://host", "/nowhere/bin/python -x", 5, "http://", "http://a:port"],
+    [
+        "",
+        "no-such-python",
+        "ftp://host",
+        "/nowhere/bin/python -x",
+        5,
+        "http://",
+        "http://a:port",
+        "python3 --port 8000",  # gspo would ask another one for 15 minutes
+        "python3 --port=8000",
+    ],
 )
 def test_what_is_no_server_is_refused(entry: Any):
     with pytest.raises(ConfigError, match=r"engines: .*give each server's URL"):

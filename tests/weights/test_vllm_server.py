@@ -6,9 +6,12 @@ import asyncio
 import json
 import os
 import signal
+import socket
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +19,7 @@ import torch
 
 from gspo.core.errors import RequestError, ServeError
 from gspo.policy.load import Policy, load_policy, save_weights
-from gspo.weights import vllm_server
+from gspo.weights import vllm_process, vllm_server
 from gspo.weights.receipt import Probe, score
 from gspo.weights.vllm_server import Publication, ServerFault, VllmServer
 from vllm_stand_in import PARAMS, StandIn
@@ -283,6 +286,27 @@ def test_a_server_that_dies_is_started_again_and_still_reloads(tmp_path: Path):
                 gone(starts(tmp_path)[-1][:1])
 
     assert own(tmp_path, "", versions) == 3  # of the reload; and of the kill
+
+
+def test_a_port_that_somebody_took_meanwhile_costs_another_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """At the very first start too, which is not tried again for another reason."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        chosen = [nullcontext(taken)]
+
+        def create_server(address: tuple[str, int]) -> Any:
+            return chosen.pop() if chosen else socket.create_server(address)
+
+        replaced = SimpleNamespace(create_server=create_server)
+        monkeypatch.setattr(vllm_process, "socket", replaced)
+
+        async def version(server: VllmServer) -> None:
+            await server.bring(told(tmp_path, 0, -1.0, -2.0))
+            assert server.publication is not None
+
+        assert own(tmp_path, "", version) == 2
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ class ClusterBackend(LocalBackend):
         **options: Any,
     ):
         own, more = (inspect.signature(kind).parameters for kind in (ClusterBackend, LocalBackend))
-        known = [*more, *(name for name in own if name != "options")]
+        known = {*own, *more} - {"options"}
         check_names("ClusterBackend", options, known, absent.of_options("LocalBackend"))
         super().__init__(path, **options)  # first: a rank that is started must not be for nothing
         self._sizes = {"cp_size": cp_size, "ep_size": ep_size}
@@ -99,25 +99,24 @@ class ClusterBackend(LocalBackend):
             stack.callback(self._end_children, 10.0)
             stack.push_async_callback(super().close)
             if ranks is not None:
+                ranks.mesh.closing = True
                 stack.push_async_callback(self._compute.run, ranks.close)
             for service in self._services.values():  # all ranks write their part of a checkpoint
                 stack.push_async_callback(asyncio.to_thread, service.settle)
 
     def _start(self, nproc: int, timeout: float) -> None:
         """Start the other ranks, and set this one's variables."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
+        with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(nproc)}
-        threads = {"OMP_NUM_THREADS": str(max(1, free_cores() // nproc))}
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(nproc)}
+        os.environ.update(where | {"RANK": "0", "LOCAL_RANK": "0"})
+        given = {"OMP_NUM_THREADS": str(max(1, free_cores() // nproc)), **os.environ}
         work = f"from gspo.backend.ranks import *; follow(Mesh({timeout!r}))"
         command = [sys.executable, "-c", work]
         atexit.register(self._end_children, 0.0)
         for rank in range(1, nproc):
-            number = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            environment = {**threads, **os.environ, **own, **number}
+            environment = given | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             self._children.append(subprocess.Popen(command, env=environment))
-        os.environ.update(own | {"RANK": "0", "LOCAL_RANK": "0"})
 
     def _end_children(self, seconds: float) -> None:
         for child in self._children:
@@ -154,7 +153,7 @@ class ShardedService(Service):
         check_divided(config, self._sizes["ep_size"])
         self._copied = source or "", config, checkpoint
         shared = self.run.folder, *self._sizes.values()
-        return self._ranks.call(load_on_ranks, self._ranks.mesh, *self._copied, *shared)
+        return self._ranks.call(load_on_ranks, self._ranks.mesh, self._copied, *shared)
 
     def _proved(self, config: InternalModelConfig, **options: Any) -> Proved:
         gather = partial(self._everywhere, _weights_of, self.trainer)
@@ -185,14 +184,12 @@ def check_ranks(nproc: int | None, sizes: Mapping[str, int], engines: Sequence[s
         raise ConfigError(f"nproc={nproc}, but torchrun has started {started}: leave nproc out")
     size = started or nproc or 1
     for name, value in sizes.items():
-        if value > size:
-            raise ConfigError(
-                f"{name}={value}, but {size} process{'es train' if size > 1 else ' trains'}: give "
-                "nproc, or start more by torchrun"
-            )
-        check_whole(name, value, 1, size)
+        check_whole(name, value, 1, 1024)
         if size % value:
-            raise ConfigError(f"{name}={value} does not divide {size} ranks")
+            raise ConfigError(
+                f"{name}={value} does not divide {size}, the number of processes that train: give "
+                "another nproc, or start more by torchrun"
+            )
     if engines and size > 1:
         raise ConfigError(
             "engines= is not built for more than one process: leave it out, or train with "

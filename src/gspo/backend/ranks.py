@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import wait
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
+from threading import Timer, current_thread, main_thread
 from typing import Any, NoReturn, TypeVar
 
 from gspo.backend.loading import load_trainer
-from gspo.core.compute import leave
+from gspo.core.compute import Threads, leave
 from gspo.core.errors import ConfigError, GspoError
-from gspo.dev import InternalModelConfig
 from gspo.train.checkpoint_writer import CheckpointWriter
 from gspo.train.mesh import GRACE, Mesh
 from gspo.train.trainer import Trainer
@@ -79,18 +82,11 @@ def _end() -> None:
     """The last work."""
 
 
-def load_on_ranks(
-    mesh: Mesh,
-    base_model: str,
-    config: InternalModelConfig,
-    checkpoint: Path | None,
-    folder: Path,
-    cp_size: int,
-    ep_size: int,
-) -> Trainer:
+def load_on_ranks(mesh: Mesh, what: Any, folder: Path, cp_size: int, ep_size: int) -> Trainer:
     """Load a model on every rank, a part of it each.
 
     Args:
+        what: base model, configuration and checkpoint, as `load_trainer` takes them.
         folder: of the run, which all ranks must see.
         cp_size, ep_size: see `Mesh.divide`.
 
@@ -100,27 +96,29 @@ def load_on_ranks(
     """
     _check_shared(mesh, folder)
     mesh.divide(cp_size, ep_size)
-    trainer = load_trainer(base_model, config, checkpoint, mesh)
+    trainer = load_trainer(*what, mesh=mesh)
     packing = trainer.policy.packing, trainer.policy.shares_prompts
     mesh.agree("how samples are packed", packing, "use machines of one kind")
     return trainer
 
 
 def _check_shared(mesh: Mesh, folder: Path) -> None:
-    mark = folder / f".shared-{uuid.uuid4().hex}"
-    if mesh.rank == 0:
-        mark.touch()
-    mark = mesh.share(mark)
+    mark, fault = mesh.share(folder / f".shared-{uuid.uuid4().hex}"), "not asked"
     end = time.monotonic() + GRACE  # a network's file system may show it late
-    while not (seen := mark.exists()) and time.monotonic() < end:
-        time.sleep(0.05)
-    who = [f"rank {r} ({mesh.hosts[r]})" for r, one in enumerate(mesh.gather(seen)) if not one]
-    if mesh.rank == 0:
+    while fault and time.monotonic() < end:
+        try:
+            mark.open("w" if mesh.rank == 0 else "r").close()
+            fault = ""
+        except OSError as error:
+            fault = str(error)
+            time.sleep(0.05)
+    told = [f"rank {r} ({mesh.hosts[r]}): {one}" for r, one in enumerate(mesh.gather(fault)) if one]
+    if mesh.rank == 0 and not fault:
         mark.unlink()
-    if who:
+    if told:
         raise ConfigError(
-            f"{', '.join(who)} can't see {folder}, which rank 0 ({mesh.hosts[0]}) writes: give "
-            "ClusterBackend(path=) a folder that all machines share"
+            f"{'; '.join(told)}. Rank 0 ({mesh.hosts[0]}) writes {folder}, and all must see it: "
+            "give ClusterBackend(path=) a folder that all machines share"
         )
 
 
@@ -130,9 +128,42 @@ def follow(mesh: Mesh) -> NoReturn:
     Not by an exception: what surrounds the constructor in the script is the first rank's work. The
     others learn of an error by the closed connection: no library may delay that.
     """
+    if current_thread() is main_thread():  # the only one that may set handlers
+        _pass_on_signals(mesh)
     try:
-        Ranks(mesh).follow()
+        # In another thread: inside torch, this one would answer no signal.
+        job = Threads(1, "gspo-rank").submit(Ranks(mesh).follow)
+        while not wait([job], 1.0).done:
+            continue  # a signal that comes just before the wait is answered after it
+        job.result()
     except Exception as error:
         print(f"rank {mesh.rank} ({mesh.hosts[mesh.rank]}) ends: {error}", file=sys.stderr)
         leave(1)
     leave(0)
+
+
+def _pass_on_signals(mesh: Mesh) -> None:
+    """Let SIGINT and SIGTERM reach the first rank, whose script ends all ranks in order, unless it
+    ends within `GRACE`, since it got the same, or has ended. A second one ends this process."""
+    arrived: list[int] = []
+
+    def on_signal(number: int, _: object) -> None:
+        if arrived:
+            leave(128 + number)
+        arrived.append(number)
+        Timer(GRACE, lambda: _passed_on(mesh, number) or leave(128 + number)).start()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, on_signal)
+
+
+def _passed_on(mesh: Mesh, number: int) -> bool:
+    """Let the first rank get a signal, unless its script ends already; whether that rank lives."""
+    with suppress(RuntimeError):
+        store = mesh.other_store()
+        store.set("signal", f"{mesh.rank} {number}")
+        store.set("asked", "signal")
+        store.wait(["lives-signal-0"], timedelta(seconds=4 * GRACE))
+        return True
+    return False

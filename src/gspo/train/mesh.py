@@ -15,6 +15,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from gspo.core.errors import ConfigError, MissingDependencyError, RunError
+from gspo.core.log import log
 from gspo.kernels.sharded import reshard
 from gspo.kernels.token_parts import TokenParts
 from gspo.policy.workers import Workers
@@ -76,6 +78,7 @@ class Mesh(Workers):
         hosts: the name of each rank's machine.
         limit: seconds that one rank waits for another inside a step.
         broken: why the ranks cannot go on; empty if they can.
+        closing: whether the first rank's script ends already, so that it needs no signal.
 
     Args:
         limit: see below.
@@ -129,9 +132,8 @@ class Mesh(Workers):
         distributed_c10d.default_pg_nccl_timeout = wait  # pyright: ignore[reportPrivateImportUsage]
         self.checkpoint_group = dist.new_group(backend="gloo", timeout=wait)
         self.count, self.limit, self._calls = self.size, limit, 0
-        self._counts, self.broken = True, ""
-        own: Any = self._store  # a copy: one that waits for work is locked for other threads
-        Thread(target=self._answer, args=[own.clone()]).start()
+        self._counts, self.broken, self.closing = True, "", False
+        Thread(target=self._answer, args=[self.other_store()]).start()
 
     def divide(self, cp_size: int, ep_size: int) -> None:
         """Let so many neighbouring ranks compute a microbatch together, each a part of its length,
@@ -251,6 +253,10 @@ class Mesh(Workers):
             raise failed
         return result
 
+    def other_store(self) -> Any:
+        """What the ranks tell one another, for another thread: while one waits, it is locked."""
+        return self._store.clone()  # pyright: ignore[reportAttributeAccessIssue]
+
     def close(self) -> None:
         """Leave the group."""
         if dist.is_initialized():
@@ -282,12 +288,18 @@ class Mesh(Workers):
         return self._ends(gone or raised or silent or others)
 
     def _answer(self, store: Any) -> None:
-        """Tell ranks that have an error that this process lives, if it waits or not."""
+        """Say that this process lives, even if it waits; the first rank takes others' signals."""
         with suppress(RuntimeError):  # the store has ended with the first rank
             # A thread that is still inside torch when Python ends would abort the process.
             while main_thread().is_alive() and dist.is_initialized():
                 if store.check(["asked"]):
                     store.set(f"lives-{store.get('asked').decode()}-{self.rank}", "")
+                if self.rank == 0 and not self.closing and store.check(["signal"]):
+                    self.closing = True
+                    rank, number = map(int, store.get("signal").split())
+                    told = rank, self.hosts[rank], signal.Signals(number).name
+                    log.warning("rank %d (%s) was told to end by %s, so all ranks end", *told)
+                    signal.pthread_kill(main_thread().ident or 0, number)  # wakes that thread
                 time.sleep(_PAUSE)
 
     def _ends(self, faults: Mapping[int, str]) -> str:

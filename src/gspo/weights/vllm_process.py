@@ -51,13 +51,14 @@ def check_entries(engines: Any) -> tuple[str, ...]:
             if entry.startswith(("http://", "https://")):
                 fine = httpx.URL(entry).host and urls.count(server_url(entry)) == 1
             else:
-                fine = shutil.which(shlex.split(entry)[0])
+                fine = shutil.which(shlex.split(entry)[0]) and "--port" not in entry
         except (AttributeError, IndexError, ValueError, httpx.InvalidURL):
             fine = False
         if not fine:
             raise ConfigError(
                 f"engines: {shown(entry)}: give each server's URL once, http://host:port, or the "
-                "path of the Python of an environment with vLLM, /path/to/venv/bin/python"
+                "path of the Python of an environment with vLLM, /path/to/venv/bin/python, without "
+                "--port: gspo takes a free one"
             )
     return entries
 

@@ -133,7 +133,7 @@ class VllmServer:
                 self.publication = given
                 return
         fresh = self._own is not None and not (self._reloads and self._own.runs)
-        for last in (fresh or self._own is None, True):
+        for last in (False, True):
             # A label for each try: where several servers answer at one URL, one of them may have
             # got the label of a former try, and never its weights.
             new = replace(new, label=f"{new.label}-{uuid.uuid4().hex[:8]}")
@@ -143,7 +143,9 @@ class VllmServer:
                 return
             except ServeError as error:
                 self.fault = str(error)
-                if last:
+                # vLLM binds seconds after the port was chosen: somebody else may have it by then.
+                taken = fresh and "Address already in use" in self.fault
+                if last or self._own is None or (fresh and not taken):
                     raise
                 log.warning("%s: it is started again", error)
                 # Else this vLLM doesn't reload this model rightly.
