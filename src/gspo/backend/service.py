@@ -166,10 +166,7 @@ class Service:
     ) -> TrainResult:
         """Check the conversations, then update on all their batches, publish, log, save."""
         trainer, engine, last = self.trainer, self.engine, config.assistant_turns == "last"
-        context = trainer.policy.context
-        samples = sft_samples(
-            trajectories, engine.chat, engine.tokenizer.encode, context, last=last
-        )
+        samples = sft_samples(trajectories, engine, trainer.policy.context, last=last)
         plan = plan_sft(len(samples), config, trainer.policy)
         metrics, published = self._updated(train_sft, trainer, samples, plan)
         self.run.trackers.configure("sft", config.model_dump(mode="json"))
