@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gspo.backend.base import ModelLike, TrainResult, completion_lengths, group_means
-from gspo.backend.engines import Engines, Proved, proved_engine, remote_engine
+from gspo.backend.engines import Engines, proved_engine, remote_engine
 from gspo.backend.loading import load_trainer
 from gspo.backend.run import Run
 from gspo.backend.sft_samples import sft_samples
@@ -24,6 +24,7 @@ from gspo.core.timing import timed
 from gspo.data.check import plain_groups
 from gspo.data.sample import SPLIT_REASONS, flat, split_counts
 from gspo.dev import InternalModelConfig
+from gspo.serve.engine import Engine
 from gspo.serve.server import Serving
 from gspo.train.checkpoint import checkpoint_name, steps_saved
 from gspo.train.checkpoint_writer import CheckpointWriter
@@ -49,10 +50,8 @@ class Service:
 
     Attributes:
         trainer: has the weights that are trained.
-
-        engine: samples.
-        receipts: gives the engine the weights after each step, and proves it before anything is
-            sampled.
+        engine: samples. Its receipts give it the weights after each step, and prove it before
+            anything is sampled.
         engines: finds the engine of a saved step too.
         checkpoints: writes them; a large one while training goes on.
         serving: answers for the engine, once it is started.
@@ -89,10 +88,9 @@ class Service:
         sockets, current = listener is not None, seed_of(seed, self.trainer.step)
         if servers:
             folder, policy = run.folder / "published", self.trainer.policy
-            proved = remote_engine(policy, config, servers, folder, seed=current)
+            self.engine = remote_engine(policy, config, servers, folder, seed=current)
         else:
-            proved = self._proved(config, compute=compute, seed=current, sockets=sockets)
-        self.engine, self.receipts = proved
+            self.engine = self._proved(config, compute=compute, seed=current, sockets=sockets)
         self.engines = Engines(run, model, self.engine, compute, seed=seed, sockets=sockets)
         self.serving = Serving(self.engine, self.engines.names, listener, self.engines.find)
 
@@ -104,7 +102,7 @@ class Service:
         assert model.source is not None
         return load_trainer(model.source, model.internal_config, checkpoint)
 
-    def _proved(self, config: InternalModelConfig, **options: Any) -> Proved:
+    def _proved(self, config: InternalModelConfig, **options: Any) -> Engine:
         return proved_engine(self.trainer.policy, config, **options)
 
     def check_same(self, model: ModelLike) -> None:
@@ -272,8 +270,9 @@ class Service:
         Raises:
             ServeError: the engine doesn't compute with these weights.
         """
-        started = time.perf_counter()
-        proved = self.receipts.publish(self.engine)
+        started, receipts = time.perf_counter(), self.engine.receipts
+        assert receipts is not None
+        proved = receipts.publish(self.engine)
         return proved | {"time/publish": time.perf_counter() - started}
 
 

@@ -95,9 +95,8 @@ class Serving:
         listener: socket.socket | None = None,
         find: Find | None = None,
     ):
-        self._engine: Engine | None = engine
-        self._finds = find or one_engine(engine, names)
-        self.app = create_app(self._find, names)
+        self._engine = engine
+        self.app = create_app(find or one_engine(engine, names), names)
         self.client = in_process_client(self.app)
         self.url = str(self.client.base_url)
         self._listener = listener
@@ -108,11 +107,6 @@ class Serving:
             self._thread = threading.Thread(
                 target=self._server.run, args=([listener],), name="gspo-server", daemon=True
             )
-
-    async def _find(self, name: str) -> Engine:
-        if self._engine is None:
-            raise ServeError("the backend that served this model is closed")
-        return await self._finds(name)
 
     async def start(self) -> None:
         """Return once requests are answered. A failure stops all of it.
@@ -161,8 +155,6 @@ class Serving:
                 await asyncio.to_thread(self._thread.join, STOP_SECONDS + FLUSH_SECONDS + 5)
             self._listener.close()
         await self.client.close()
-        engine, self._engine = self._engine, None  # a client may still hold the app
-        if engine is not None:
-            engine.close()
+        self._engine.close()
         self.app.state.engines.clear()
         await asyncio.sleep(0)  # those that waited are told
