@@ -135,7 +135,7 @@ class DatasetTask(Task):
     ) -> list[tuple[float, dict[str, float]]]:
         prompt = _asked(problem)
         prompt = prompt if isinstance(prompt, str) else self.messages(problem)
-        return await grade(self.rewards, problem.where, problem.entry, prompt, completions)
+        return await grade(self.rewards, problem, prompt, completions)
 
 
 def load_dataset(
