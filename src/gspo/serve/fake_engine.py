@@ -32,16 +32,8 @@ class FakeTokenizer:
     eos_token = chr(END)
     added_tokens_decoder: Mapping[int, Any] = {END: AddedToken(chr(END), special=True)}
 
-    def apply_chat_template(
-        self,
-        conversation: Sequence[dict],
-        /,
-        *,
-        tools: Sequence[dict] = (),
-        add_generation_prompt: bool = False,
-        continue_final_message: bool = False,
-        **options: Any,
-    ) -> str:
+    def apply_chat_template(self, conversation: Sequence[dict], /, **options: Any) -> str:
+        tools = options.get("tools")
         text = f"<tools>{json.dumps(tools)}\n" if tools else ""
         for message in conversation:
             text += f"<{message['role']}>{message['content']}"
@@ -49,7 +41,9 @@ class FakeTokenizer:
                 text += f"<tool_call>{json.dumps(call['function'])}</tool_call>"
             # A turn of the model ends as it did when it was sampled: the next prompt extends it.
             text += chr(END) if message["role"] == "assistant" else "\n"
-        return text[:-1] if continue_final_message else text + "<assistant>" * add_generation_prompt
+        if options.get("continue_final_message"):
+            return text[:-1]
+        return text + "<assistant>" * options.get("add_generation_prompt", False)
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         return [ord(character) for character in text]
