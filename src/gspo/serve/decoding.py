@@ -154,8 +154,8 @@ class Running:
             logits,
             state["temperature"],
             self._random.draw(),
-            None if changed is None else (self._rules.rows, changed),
             self._parts,
+            None if changed is None else (self._rules.rows, changed),
         )
         if self._top:
             self._note_top(logits, softmax)
