@@ -106,8 +106,7 @@ class ClusterBackend(LocalBackend):
 
     def _start(self, nproc: int, timeout: float) -> None:
         """Start the other ranks, and set this one's variables."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
+        with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(nproc)}
         threads = {"OMP_NUM_THREADS": str(max(1, free_cores() // nproc))}

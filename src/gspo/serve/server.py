@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import threading
 import time
@@ -36,21 +37,17 @@ def bind(host: str, port: int, api_key: str | None = None) -> socket.socket:
             "that requests must bring (GSPO_API_KEY, or --api-key), or listen on 127.0.0.1"
         )
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
         raise ServeError(f"cannot listen on {host}: {error.strerror}") from None
-    listener = socket.socket(family, kind)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    both = family == socket.AF_INET6  # "::" takes IPv4 too
     try:
-        listener.bind(address)
-        listener.listen()
+        return socket.create_server(address, family=family, dualstack_ipv6=both)
     except OSError as error:
-        listener.close()
         raise ServeError(
-            f"cannot listen on {host}:{port}: {error.strerror}. "
+            f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}. "
             "Choose another port, or 0 for a free one."
         ) from None
-    return listener
 
 
 def address(listener: socket.socket) -> str:
