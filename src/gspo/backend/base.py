@@ -124,9 +124,10 @@ class Backend(Protocol):
         """Write trajectories and their mean metrics to the run."""
         ...
 
-    async def delete_checkpoints(self, model: ModelLike, best_checkpoint_metric: str) -> None:
-        """Delete all checkpoints but the latest and the best."""
-        ...
+    async def delete_checkpoints(
+        self, model: ModelLike, best_checkpoint_metric: str = "val/reward"
+    ) -> None:
+        """Delete all checkpoints but the latest and the best, if the backend keeps any."""
 
     async def close(self) -> None:
         """Release what the backend holds."""
