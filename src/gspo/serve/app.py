@@ -171,7 +171,7 @@ async def _conversation(
         ),
         tools=tools,
         reads=reads,
-        calls=calls is not None,
+        calls=calls,
         logprobs=bool(body.logprobs),
         tokens=body.return_token_ids is not False,
         episode=episode,

@@ -27,7 +27,7 @@ class Conversation(Asked):
         tools: what was offered to the model.
         reads: whether the answer is read for calls and channels. Its text then has the special
             tokens, which the message leaves out.
-        calls: whether the model may call the tools; else what looks like a call is text.
+        calls: those of the tools that it may call; without any, what looks like a call is text.
         memory: of the episode or the rollout, which remembers the answer.
     """
 
@@ -35,7 +35,7 @@ class Conversation(Asked):
     begun: str = ""
     tools: Sequence[dict[str, Any]] | None = None
     reads: bool = False
-    calls: bool = False
+    calls: Sequence[dict[str, Any]] | None = None
     memory: TokenMemory | None = None
     kinds = ("chatcmpl", "chat.completion", "chat.completion.chunk")
 
@@ -62,9 +62,8 @@ class GrowingMessage:
         self._calls = 0
         self._before: tuple[int, ...] = ()
         self._begun = False
-        tools = asked.tools if asked.calls else None
         key = completion_key(prompt, index) if asked.reads else ""
-        self._parser = asked.engine.chat.parser(tools, key) if asked.reads else None
+        self._parser = asked.engine.chat.parser(asked.calls, key) if asked.reads else None
 
     def read(self, piece: Piece) -> list[Delta]:
         """What a piece adds to the message."""
