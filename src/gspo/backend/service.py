@@ -71,7 +71,6 @@ class Service:
         listener: socket.socket | None,
         servers: Sequence[str] = (),
     ):
-        assert model.source is not None
         config = model.internal_config
         self.run, self.seed = run, seed
         self._told: set[str] = set()  # reasons of splits
