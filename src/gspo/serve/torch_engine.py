@@ -62,11 +62,11 @@ class TorchEngine:
         )
         """How keys and values are kept; `check_engine` goes on to the next if one isn't exact."""
         self.tokenizer = ModelTokenizer(policy.tokenizer, policy.context)
-        self.chat = chat_format(policy, self.tokenizer)
         self._seed = seed
         self._drawn: Counter[int] = Counter()
         self._ends = end_tokens(policy)
         ends = self._ends.nonzero().flatten().tolist()
+        self.chat = chat_format(policy, self.tokenizer, ends)
         self._grammars = Grammars(policy.tokenizer, policy.head.size, ends)
         self._scheduler = Scheduler(self, compute or ComputeThread(), sockets=sockets)
 

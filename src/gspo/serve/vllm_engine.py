@@ -38,8 +38,8 @@ class VllmEngine:
 
     def __init__(self, policy: Policy, servers: VllmServers, *, seed: int = 0):
         self.tokenizer = ModelTokenizer(policy.tokenizer, policy.context)
-        self.chat = chat_format(policy, self.tokenizer)
         self._ends = end_tokens(policy).nonzero().flatten().tolist()
+        self.chat = chat_format(policy, self.tokenizer, self._ends)
         self.receipts: Receipts | None = None
         self._policy = policy
         self._size = policy.entries or policy.head.size
