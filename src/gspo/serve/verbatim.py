@@ -29,13 +29,7 @@ class _Sampled:
 
     tokens: array[int]
     text: Callable[[], str]
-    ends: Sequence[str]
     ids: frozenset[str]
-
-    @property
-    def end(self) -> str:
-        """The end token's text; "": none."""
-        return next((end for end in self.ends if self.text().endswith(end)), "")
 
 
 @dataclass
@@ -113,7 +107,7 @@ class TokenMemory:
             asked = self._asked.get(array("i", prompt).tobytes())
             if asked is None:
                 return
-            sampled = _Sampled(array("i", tokens), cache(text), asked.chat.ends, frozenset(ids))
+            sampled = _Sampled(array("i", tokens), cache(text), frozenset(ids))
             asked.sampled.append(sampled)
             if ids and (reasoning := asked.chat.parse(text(), tools=asked.tools).reasoning):
                 self._reasoning |= dict.fromkeys(ids, reasoning)
@@ -156,15 +150,15 @@ def _said(
     exact = sampled.text()
     if text.startswith(exact):
         return len(exact)
-    parsed = chat.parse(exact, tools=tools)
-    ends = [sampled.end] if sampled.end and not parsed.tool_calls else chat.ends
+    parsed, own = chat.parse(exact, tools=tools), [e for e in chat.ends if exact.endswith(e)]
+    ends = own[:1] if own and not parsed.tool_calls else chat.ends
     places = [(size, end) for end in ends if (size := text.find(end)) >= 0]
     if not places:
         return None
     size, end = min(places)
     if _message(chat.parse(text[:size] + end, tools=tools)) != _message(parsed):
         return None
-    return size + len(end) if sampled.end else size
+    return size + len(end) if own else size
 
 
 def _message(parsed: Parsed) -> tuple[object, ...]:
