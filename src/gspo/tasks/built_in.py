@@ -25,11 +25,10 @@ class Sort(Task):
     """
 
     max_tokens = 16
-    digits = 12
 
     def draw(self, key: int) -> Problem:
         rng = random.Random(key)
-        prompt = "".join(rng.choice("0123456789") for _ in range(self.digits))
+        prompt = "".join(rng.choice("0123456789") for _ in range(12))
         return Problem(prompt, "".join(sorted(prompt)))
 
 
@@ -37,11 +36,10 @@ class Reverse(Task):
     """Reverse 12 letters."""
 
     max_tokens = 16
-    letters = 12
 
     def draw(self, key: int) -> Problem:
         rng = random.Random(key)
-        prompt = "".join(rng.choice("abcdefghij") for _ in range(self.letters))
+        prompt = "".join(rng.choice("abcdefghij") for _ in range(12))
         return Problem(prompt, prompt[::-1])
 
 
