@@ -215,9 +215,8 @@ class Running:
             elif completion.params.stop and (text := self._cut(i, counts[i])) is not None:
                 completion.finish, completion.text = "stop", text
             elif done[i]:
-                completion.finish = "length"
-                if completion.matcher is not None and completion.matcher.finish is not None:
-                    completion.finish = completion.matcher.finish
+                said = completion.matcher and completion.matcher.finish
+                completion.finish = said or "length"
             if completion.finish is not None:
                 ended.append(i)
         if ended:
