@@ -22,7 +22,7 @@ from gspo.core.errors import DataError, GspoError, RolloutError, RolloutTimeoutE
 from gspo.core.plain import plain_reward, plain_values
 from gspo.environments.environment import Action, Call, Environment, Step
 from gspo.model import TrainableModel
-from gspo.tasks.task import Split, held_out
+from gspo.tasks.task import Split, conversation, held_out
 from gspo.trajectories import Trajectory
 
 _TRIES = 1000
@@ -66,15 +66,13 @@ async def play(
             opening = await place.call(environment.reset, seed)
             if not isinstance(opening, str):
                 raise DataError(f"{place}: reset returned {shown(opening)}; it must return a text")
-            system, tools = environment.system_prompt, environment.tools
-            create = model.openai_client().chat.completions.create
+            tools, create = environment.tools, model.openai_client().chat.completions.create
             options: dict[str, Any] = {
                 "model": model.inference_name,
                 "max_tokens": max_tokens or environment.max_tokens,
                 "temperature": temperature,
             } | ({"tools": tools} if tools else {})
-            messages: list[Any] = [{"role": "user", "content": opening}]
-            messages[:0] = [{"role": "system", "content": system}] if system else []
+            messages: list[Any] = conversation(environment.system_prompt, opening)
             most = max_turns or environment.max_turns
             while not step.done and len(rewards) < most:
                 place.turn = len(rewards) + 1
