@@ -124,7 +124,7 @@ class TorchEngine:
         with self.computing():
             while line or batch.busy:
                 batch.step(line.take(batch.busy))
-        return [self.closed(group) for group in groups]
+        return [[*map(self.whole, group.completions)] for group in groups]
 
     def line(self) -> Line:
         """Make the line in which completions wait."""
@@ -160,10 +160,6 @@ class TorchEngine:
             for completion in opened:
                 completion.matcher = self._grammars.start(request.params.grammar)
         return opened
-
-    def closed(self, group: Group) -> list[Completion]:
-        """What became of a request's completions; all have ended."""
-        return [self.whole(completion) for completion in group.completions]
 
     def _keys(self, request: Request) -> list[tuple[int, int]]:
         """Return the keys of the random numbers of the request's completions."""
