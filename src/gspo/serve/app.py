@@ -19,7 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from gspo.core.errors import RequestError
 from gspo.serve import episodes
 from gspo.serve.answers import Asked, TextCompletion
-from gspo.serve.constraint import answer_grammar, answer_schema, required_call
+from gspo.serve.constraint import answer_grammar
 from gspo.serve.conversation import Conversation
 from gspo.serve.engine import Completion, Engine, Piece, Request
 from gspo.serve.episode_routes import include_episodes
@@ -145,13 +145,7 @@ async def _conversation(
             "are no part of the message",
             "skip_special_tokens",
         )
-    grammar = answer_grammar(
-        engine.chat,
-        calls,
-        must_call=required_call(body.tool_choice, tools),
-        parallel=body.parallel_tool_calls is not False,
-        schema=answer_schema(body.response_format),
-    )
+    grammar = answer_grammar(engine.chat, body)
     options = {
         "tools": tools,
         "template_kwargs": body.template_kwargs(engine.chat),
