@@ -28,12 +28,10 @@ class ModelLike(Protocol):
     """What a backend needs to know of a model. `gspo.model` stands above it, and has the class."""
 
     trainable: ClassVar[bool]
+    name: str
+    project: str
     config: Any
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def project(self) -> str: ...
     @property
     def source(self) -> str | None: ...
     @property
