@@ -79,7 +79,7 @@ def answer_grammar(chat: ChatFormat, body: ChatBody) -> str:
     """
     must_call = required_call(body.tool_choice, body.tools)
     schema, parallel = answer_schema(body.response_format), body.parallel_tool_calls is not False
-    offered = tools_of(body.tools or ()) if body.tool_choice != "none" else {}
+    offered = tools_of(body.calls() or ())
     if isinstance(must_call, str):
         offered = {must_call: offered[must_call]}
     if not offered:
