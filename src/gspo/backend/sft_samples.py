@@ -20,9 +20,6 @@ from gspo.serve.verbatim import encoded_after
 from gspo.trajectories import Trajectory
 from gspo.utils.sft import check_conversation
 
-ROW = "row"
-"""Metadata of a trajectory that says where it was read; errors name it."""
-
 
 def sft_samples(
     trajectories: Sequence[Any], engine: Engine, context: int, *, last: bool
@@ -44,7 +41,8 @@ def sft_samples(
     for number, trajectory in enumerate(trajectories):
         if not isinstance(trajectory, Trajectory):
             raise DataError(f"trajectory {number} is {shown(trajectory)}; give art.Trajectory")
-        where = str(trajectory.metadata.get(ROW, f"trajectory {number}"))
+        # Those that were read from a file say where, and errors name it.
+        where = str(trajectory.metadata.get("row", f"trajectory {number}"))
         for history in trajectory.histories():
             messages: list[Any] = list(history.messages())
             check_conversation(messages, where)
