@@ -22,7 +22,9 @@ def parts_of(temperatures: list[float]) -> Parts:
 def many(logits: torch.Tensor, draws: int = 4000, **params):
     each = SamplingParams(**params)
     rows = logits.expand(draws, -1)
-    uniform = RandomStreams([(0, i) for i in range(draws)], DEVICE).draw()
+    streams = RandomStreams(DEVICE)
+    streams.add([(0, i) for i in range(draws)])
+    uniform = streams.draw()
     parts = Parts([each] * draws, DEVICE)
     temperature = torch.full((draws,), each.temperature)
     return sample(rows, temperature, uniform, parts)[:2]
