@@ -40,7 +40,8 @@ def bind(host: str, port: int, api_key: str | None = None) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
         raise ServeError(f"cannot listen on {host}: {error.strerror}") from None
-    both = family == socket.AF_INET6  # "::" takes IPv4 too
+    # "::" takes IPv4 too.
+    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
     try:
         return socket.create_server(address, family=family, dualstack_ipv6=both)
     except OSError as error:
