@@ -6,7 +6,7 @@ import asyncio
 import functools
 import inspect
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any, ParamSpec, TypeVar
 
@@ -17,10 +17,6 @@ from gspo.trajectories import Rolled, Trajectory, TrajectoryGroup, settled
 P = ParamSpec("P")
 T = TypeVar("T")
 AfterEach = Callable[[TrajectoryGroup], Awaitable[TrajectoryGroup | list[TrajectoryGroup] | None]]
-_KNOWN = (
-    *("pbar_desc", "pbar_total_completion_tokens", "max_exceptions", "max_metrics"),
-    *("rollout_timeout", "timeout"),
-)
 _MARGIN = LET_GO_SECONDS + 1.0
 """Seconds that a group has after its rollouts' time is over."""
 
@@ -59,8 +55,8 @@ async def gather_trajectory_groups(
         RolloutTimeoutError: no rollout came to its end in time, or a group's own coroutine or
             `after_each` did not.
     """
-    title, pending = "gather_trajectory_groups", list(groups)
-    with _refusing(title, pending, (*_KNOWN, "after_each"), unknown, max_metrics):
+    pending = list(groups)
+    with _refusing(gather_trajectory_groups, pending, unknown, max_metrics):
         total = sum(g.size if isinstance(g, TrajectoryGroup) else 1 for g in pending)
         gather = Gather(total, max_exceptions, rollout_timeout=rollout_timeout, timeout=timeout)
     if not pending:
@@ -106,7 +102,7 @@ async def gather_trajectories(
         RolloutTimeoutError: no rollout came to its end in time.
     """
     pending = list(trajectories)
-    with _refusing("gather_trajectories", pending, _KNOWN, unknown, max_metrics):
+    with _refusing(gather_trajectories, pending, unknown, max_metrics):
         total = len(pending)
         gather = Gather(total, max_exceptions, rollout_timeout=rollout_timeout, timeout=timeout)
     with _shown(gather, pbar_desc, max_metrics, tokens=pbar_total_completion_tokens):
@@ -147,7 +143,7 @@ async def trajectory_group_batches(
         Exception: what `gather_trajectory_groups` raises for a batch; the others are cancelled.
     """
     unstarted = list(groups)
-    with _refusing("trajectory_group_batches", unstarted):
+    with _refusing(trajectory_group_batches, unstarted):
         check_whole("batch_size", batch_size, 1)
         check_whole("max_concurrent_batches", max_concurrent_batches, 1)
         check_whole("skip_batches", skip_batches, 0)
@@ -173,16 +169,16 @@ async def trajectory_group_batches(
 
 @contextmanager
 def _refusing(
-    title: str,
+    function: Callable[..., Any],
     pending: list[Any],
-    names: Sequence[str] = (),
     unknown: Iterable[str] = (),
     max_metrics: int | None = None,
 ) -> Iterator[None]:
     """Refuse what cannot be run. What was given is closed then, and if the block refuses it: else
     Python warns that nobody has awaited it."""
+    title, (_, *names) = function.__name__, inspect.signature(function).parameters
     try:
-        check_names(title, unknown, names, {})
+        check_names(title, unknown, names[:-1], {})
         if max_metrics is not None:
             check_whole("max_metrics", max_metrics, 0)
         for item in pending:  # a function that nobody has called is a common mistake

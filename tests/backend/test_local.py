@@ -33,6 +33,7 @@ from gspo.core.errors import (
     SampleTooLongError,
     ServeError,
 )
+from gspo.serve.engine import Request
 from gspo.serve.server import Serving
 from gspo.train import checkpoint_writer
 from models import folder
@@ -448,7 +449,9 @@ async def test_a_register_whose_server_fails_stops_all_it_began(
     with pytest.raises(ServeError, match="no start"):
         await make().register(backend)
     assert not in_use(tmp_path / "p" / "m")
-    assert stopped[0]._engine is None and not stopped[0].app.state.engines
+    with pytest.raises(ServeError, match="closed"):
+        await stopped[0]._engine.complete(Request((1, 2)))
+    assert not stopped[0].app.state.engines
     assert stopped[0].client.is_closed()
     await backend.close()
     assert len(stopped) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from gspo.backend.sft_samples import sft_samples
 from gspo.core.errors import DataError, SampleTooLongError
 from gspo.policy.embedded import build_tokenizer
 from gspo.serve.chat import ChatFormat
+from gspo.serve.tokens import ModelTokenizer
 
 TOOL = {
     "type": "function",
@@ -46,17 +48,19 @@ MARKED = (
 )
 
 
+def engine_of(spelling: Any) -> Any:
+    """What reading asks of an engine."""
+    return SimpleNamespace(
+        chat=ChatFormat(spelling, "this model"), tokenizer=ModelTokenizer(spelling, 999)
+    )
+
+
 def read(spelling: Any, *rows: Any, last: bool = False, context: int = 999):
-    chat = ChatFormat(spelling, "this model")
-
-    def encode(text: str) -> list[int]:
-        return spelling(text, add_special_tokens=False)["input_ids"]
-
     trajectories = [
         art.Trajectory(messages_and_choices=row, tools=[TOOL] if row is WITH_CALL else None)
         for row in rows
     ]
-    return sft_samples(trajectories, chat, encode, context, last=last)
+    return sft_samples(trajectories, engine_of(spelling), context, last=last)
 
 
 def spelled(spelling: Any, sample: Any) -> tuple[str, list[str]]:
@@ -104,9 +108,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_unless_it_marks_answe
 def test_each_history_is_a_sample():
     history = art.History(messages_and_choices=[*TALK[:2]])
     both = art.Trajectory(messages_and_choices=[*TALK], additional_histories=[history])
-    spelling = build_tokenizer()
-    chat = ChatFormat(spelling)
-    found = sft_samples([both], chat, lambda text: spelling(text)["input_ids"], 99, last=False)
+    found = sft_samples([both], engine_of(build_tokenizer()), 99, last=False)
     assert [sample.sampled for sample in found] == [5, 3]
     assert [sample.trajectory_id for sample in found] == [0, 1]
 
@@ -128,12 +130,12 @@ def test_bad_rows(row: Any, told: str):
 
 
 def test_bad_calls():
-    chat, encode = ChatFormat(build_tokenizer()), lambda text: []
+    engine = engine_of(build_tokenizer())
     with pytest.raises(DataError, match="got no trajectories"):
-        sft_samples([], chat, encode, 9, last=False)
+        sft_samples([], engine, 9, last=False)
     with pytest.raises(DataError, match=r"trajectory 0 is .*; give art.Trajectory"):
-        sft_samples([{"messages": TALK}], chat, encode, 9, last=False)
+        sft_samples([{"messages": TALK}], engine, 9, last=False)
     tools = [{"type": "function", "function": {}}]
     broken = art.Trajectory(messages_and_choices=[*TALK], tools=tools, metadata={"row": "x, row 3"})
     with pytest.raises(DataError, match=r"^x, row 3: "):
-        sft_samples([broken], chat, encode, 9, last=False)
+        sft_samples([broken], engine, 9, last=False)

@@ -9,6 +9,7 @@ import pytest
 from gspo.core.errors import RequestError
 from gspo.serve.chat import ChatFormat
 from gspo.serve.constraint import answer_grammar
+from gspo.serve.schemas import ChatBody
 
 llguidance = pytest.importorskip("llguidance")
 
@@ -56,6 +57,26 @@ FORMS = {
 TOKENIZER = llguidance.LLTokenizer("byte")
 
 
+def grammar_of(
+    chat: ChatFormat,
+    tools: Any,
+    must_call: str | bool = False,
+    parallel: bool = True,
+    schema: Any = None,
+) -> str:
+    """The grammar of a request that asks for this."""
+    named = {"type": "function", "function": {"name": must_call}}
+    body = ChatBody(
+        model="m",
+        messages=[{"role": "user", "content": "?"}],
+        tools=tools,
+        tool_choice=named if isinstance(must_call, str) else "required" if must_call else None,
+        parallel_tool_calls=parallel,
+        response_format=schema and {"type": "json_schema", "json_schema": {"schema": schema}},
+    )
+    return answer_grammar(chat, body)
+
+
 def fits(grammar: str, text: str) -> bool:
     """Whether the grammar lets this text through, and may end after it."""
     matcher = llguidance.LLMatcher
@@ -73,37 +94,37 @@ def test_what_must_be_a_call(form: str):
     assert chat.form is not None and chat.form.name == form
     assert [c.name for c in chat.parse(call, tools=TOOLS).tool_calls] == ["add"]
     for must_call in (True, "add"):
-        grammar = answer_grammar(chat, TOOLS, must_call=must_call)
+        grammar = grammar_of(chat, TOOLS, must_call=must_call)
         assert fits(grammar, call)
         assert not fits(grammar, "Sure. " + call) and not fits(grammar, "No.")
         assert fits(grammar, f"<think>\nhm\n</think>\n\n{call}")
-    assert not fits(answer_grammar(chat, TOOLS, must_call="now"), call)
-    assert not fits(answer_grammar(chat, TOOLS, must_call=True), call.replace("add", "sub"))
+    assert not fits(grammar_of(chat, TOOLS, must_call="now"), call)
+    assert not fits(grammar_of(chat, TOOLS, must_call=True), call.replace("add", "sub"))
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_one_call_at_most(form: str):
     template, call = FORMS[form]
-    grammar = answer_grammar(ChatFormat(Template(template)), TOOLS, parallel=False)
+    grammar = grammar_of(ChatFormat(Template(template)), TOOLS, parallel=False)
     assert fits(grammar, call) and fits(grammar, "No.") and fits(grammar, "")
     assert not fits(grammar, f"{call}\n{call}")
     if form != "llama3":  # its calls have no mark, and begin the answer
         assert fits(grammar, f"Sure. {call}")
-    one = answer_grammar(ChatFormat(Template(template)), TOOLS, must_call=True, parallel=False)
+    one = grammar_of(ChatFormat(Template(template)), TOOLS, must_call=True, parallel=False)
     assert fits(one, call) and not fits(one, f"{call}\n{call}")
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_calls_or_an_answer_in_a_schema(form: str):
     template, call = FORMS[form]
-    grammar = answer_grammar(ChatFormat(Template(template)), TOOLS, schema=SCHEMA)
+    grammar = grammar_of(ChatFormat(Template(template)), TOOLS, schema=SCHEMA)
     assert fits(grammar, call) and fits(grammar, '{"z": 1}')
     assert not fits(grammar, "No.") and not fits(grammar, '{"y": 1}')
 
 
 def test_any_text_has_no_grammar():
     chat = ChatFormat(Template("<tool_call> arguments"))
-    assert answer_grammar(chat, TOOLS) == answer_grammar(chat, None) == ""
-    assert fits(answer_grammar(chat, None, schema=SCHEMA), '{"z": 1}')
+    assert grammar_of(chat, TOOLS) == grammar_of(chat, None) == ""
+    assert fits(grammar_of(chat, None, schema=SCHEMA), '{"z": 1}')
     with pytest.raises(RequestError, match="is not known here"):
-        answer_grammar(ChatFormat(Template("none")), TOOLS, must_call=True)
+        grammar_of(ChatFormat(Template("none")), TOOLS, must_call=True)

@@ -32,11 +32,17 @@ def test_carries_between_the_halves_of_a_product():
         assert np.array_equal(philox(keys, np.zeros(1, dtype=np.uint64), 4000)[:, 0], expected)
 
 
+def streams_of(keys: list[tuple[int, int]]) -> RandomStreams:
+    streams = RandomStreams(DEVICE)
+    streams.add(keys)
+    return streams
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.one_of(st.integers(1, 40), st.just("add"), st.just("keep")), max_size=12))
 def test_a_stream_goes_on_whoever_comes_and_goes(events: list[int | str]):
     """Each draw is the next number of `Generator.random`, rounded to float32."""
-    streams, keys, drawn = RandomStreams([(7, 3)], DEVICE), [(7, 3)], [0]
+    streams, keys, drawn = streams_of([(7, 3)]), [(7, 3)], [0]
     expected = {}
     for event in events:
         if event == "add":
@@ -60,10 +66,10 @@ def test_a_stream_goes_on_whoever_comes_and_goes(events: list[int | str]):
 
 
 def test_negative_and_large_seeds_have_streams_of_their_own():
-    numbers = RandomStreams([(0, 0), (-1, 0), (0, -1), (2**63, 0), (2**63 - 1, 5)], DEVICE).draw()
+    numbers = streams_of([(0, 0), (-1, 0), (0, -1), (2**63, 0), (2**63 - 1, 5)]).draw()
     assert len(set(numbers.tolist())) == 5
 
 
 def test_no_number_rounds_up_to_one():
-    numbers = RandomStreams([(0, i) for i in range(64)], DEVICE)
+    numbers = streams_of([(0, i) for i in range(64)])
     assert max(numbers.draw().max().item() for _ in range(64)) <= 1 - 2**-23

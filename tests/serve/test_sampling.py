@@ -14,13 +14,20 @@ from gspo.serve.sampling import Parts, sample
 DEVICE = torch.device("cpu")
 
 
+def parts_of(temperatures: list[float]) -> Parts:
+    """Of completions that sample from all tokens."""
+    return Parts([SamplingParams(temperature=t) for t in temperatures], DEVICE)
+
+
 def many(logits: torch.Tensor, draws: int = 4000, **params):
     each = SamplingParams(**params)
     rows = logits.expand(draws, -1)
-    uniform = RandomStreams([(0, i) for i in range(draws)], DEVICE).draw()
+    streams = RandomStreams(DEVICE)
+    streams.add([(0, i) for i in range(draws)])
+    uniform = streams.draw()
     parts = Parts([each] * draws, DEVICE)
     temperature = torch.full((draws,), each.temperature)
-    return sample(rows, temperature, uniform, parts=parts)[:2]
+    return sample(rows, temperature, uniform, parts)[:2]
 
 
 def part(logits: torch.Tensor, params: SamplingParams) -> dict[int, float]:
@@ -88,7 +95,10 @@ def test_top_k_keeps_all_that_are_as_likely_as_the_last():
 
 def test_greedy_and_sampled_rows_mix():
     logits = torch.tensor([[0.0, 3.0], [0.0, 3.0]])
-    tokens, logprobs, _ = sample(logits, torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.0]))
+    temperatures = [0.0, 1.0]
+    tokens, logprobs, _ = sample(
+        logits, torch.tensor(temperatures), torch.zeros(2), parts_of(temperatures)
+    )
     assert tokens.tolist() == [1, 0]
     torch.testing.assert_close(logprobs, logits[0].log_softmax(-1)[torch.tensor([1, 0])])
 
@@ -96,7 +106,8 @@ def test_greedy_and_sampled_rows_mix():
 def test_the_largest_number_never_picks_an_impossible_token():
     logits = torch.full((1, 50_000), -torch.inf)
     logits[0, :7] = 0.0
-    tokens, logprobs, _ = sample(logits, torch.ones(1), torch.tensor([1.0 - 2.0**-23]))
+    largest = torch.tensor([1.0 - 2.0**-23])
+    tokens, logprobs, _ = sample(logits, torch.ones(1), largest, parts_of([1.0]))
     assert tokens.item() < 7
     assert torch.isfinite(logprobs).all()
 
@@ -130,8 +141,8 @@ def test_a_draw_does_not_depend_on_its_neighbours(vocabulary: int, kinds: list[i
             logits[chosen],
             temperature[chosen],
             uniform[chosen],
-            (changed, new[chosen[changed]]) if len(changed) else None,
             Parts([params[row] for row in rows], DEVICE),
+            (changed, new[chosen[changed]]) if len(changed) else None,
         )
         return list(zip(tokens.tolist(), logprobs.tolist(), strict=True))
 
@@ -142,7 +153,8 @@ def test_a_draw_does_not_depend_on_its_neighbours(vocabulary: int, kinds: list[i
 def test_several_log_probs_have_the_bits_of_the_drawn_ones():
     logits = torch.randn(9, 3000, generator=torch.Generator().manual_seed(0)) * 4
     temperature = torch.linspace(0.3, 2.0, 9)
-    tokens, logprobs, softmax = sample(logits, temperature, torch.full((9,), 0.5))
+    parts = parts_of(temperature.tolist())
+    tokens, logprobs, softmax = sample(logits, temperature, torch.full((9,), 0.5), parts)
     rows = torch.tensor([1, 4, 8])
     same = logits[rows].gather(1, tokens[rows, None])
     assert torch.equal(softmax.logprobs(same, rows).squeeze(1), logprobs[rows])
@@ -154,7 +166,7 @@ def test_a_barred_token_far_above_the_others_leaves_their_distribution():
     changed = torch.tensor([0]), logits.masked_fill(logits == 9, -torch.inf)
     for top_p in (1.0, 0.9):
         parts = Parts([SamplingParams(top_p=top_p)], DEVICE)
-        given = (torch.tensor([0.02]), torch.tensor([0.5]), changed, parts)
+        given = (torch.tensor([0.02]), torch.tensor([0.5]), parts, changed)
         token, logprob, _ = sample(logits, *given)
         assert token.tolist() == [0]
         assert logprob.item() == pytest.approx(-200, rel=1e-4)  # of the whole distribution

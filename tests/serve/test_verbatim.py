@@ -341,15 +341,15 @@ def test_another_models_tokens_are_not_used():
 def test_a_text_prompt_goes_on_from_sampled_tokens():
     engine, memory = FakeEngine(), TokenMemory()
     encode = engine.tokenizer.encode
-    prompt = memory.prompt(engine.chat, "once", encode)
+    prompt = memory.prompt(engine, "once", None, ())
     memory.remember(prompt, [-1, -2], lambda: "upon")  # tokens that no text is encoded as
-    assert memory.prompt(engine.chat, "onceupon a", encode) == [
+    assert memory.prompt(engine, "onceupon a", None, ()) == [
         *prompt,
         -1,
         -2,
         32,
         97,
     ]
-    assert memory.prompt(engine.chat, "onceup", encode) == encode("onceup")
+    assert memory.prompt(engine, "onceup", None, ()) == encode("onceup")
     memory.remember([7], [8], lambda: "x")  # nobody asked for it
-    assert memory.prompt(engine.chat, "x", encode) == encode("x")
+    assert memory.prompt(engine, "x", None, ()) == encode("x")

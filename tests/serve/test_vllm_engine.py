@@ -57,7 +57,7 @@ def shared(stand_in: StandIn, tmp_path_factory: pytest.TempPathFactory) -> Itera
     policy = load_policy("embedded:sort", config)
     with ExitStack() as stack:
         url = stack.enter_context(stand_in.listening())
-        engine = remote_engine(policy, config, [url], folder, seed=3).engine
+        engine = remote_engine(policy, config, [url], folder, seed=3)
         stack.callback(engine.close)
         assert isinstance(engine, VllmEngine)
         yield engine

@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from gspo.core.errors import ConfigError, DataError, RolloutTimeoutError
 from gspo.tasks import scoring
 from gspo.tasks.scoring import grade, load_rewards
+from gspo.tasks.task import Problem
 
 ROW = {"prompt": "312", "answer": "123", "level": 2}
 
 
 def graded(*functions: Any, prompt: Any = "312", said: Any = ("123", ""), weights: Any = None):
     rewards = load_rewards(functions, weights)
-    return asyncio.run(grade(rewards, "data.jsonl, row 7", ROW, prompt, said))
+    return asyncio.run(grade(rewards, Problem("", "", ROW, "data.jsonl, row 7"), prompt, said))
 
 
 def exact(completions, answer, **columns):

@@ -24,6 +24,8 @@ from gspo.data.packing import Microbatch, pack
 from gspo.data.sample import trajectory_samples
 from gspo.kernels.logprob import Head, TokenLogprobs, token_logprobs
 from gspo.objective import Segments, sequence_log_ratio, token_log_ratio
+from gspo.serve.params import SamplingParams
+from gspo.serve.sampling import Parts
 from gspo.serve.sampling import sample as draw
 from gspo.train.minibatches import prepare
 from support import choice, embedded, random_groups, trajectory
@@ -60,9 +62,9 @@ def test_l_is_within_1e_6_of_float64(length: int):
     hidden = torch.randn(length, WIDTH, generator=generator(length))
     old = torch.randn(VOCABULARY, WIDTH, generator=generator(1)) * 0.5
     new = old + 0.01 * torch.randn(VOCABULARY, WIDTH, generator=generator(2))
-    ones = torch.ones(length)
+    parts = Parts([SamplingParams()] * length, hidden.device)
     uniform = torch.rand(length, generator=generator(3)).clamp(max=1 - 1e-6)
-    tokens, logprobs, _ = draw(hidden @ old.t(), ones, uniform)
+    tokens, logprobs, _ = draw(hidden @ old.t(), torch.ones(length), uniform, parts)
 
     own = trajectory(1.0, over_the_wire(tokens, logprobs.tolist(), [1]))
     (microbatch,) = pack(trajectory_samples(own), budget=length + 1)
@@ -80,9 +82,9 @@ def test_storing_log_probs_in_bfloat16_costs_the_clip_range():
     length, sequences = 64, 400
     hidden = torch.randn(sequences * length, WIDTH, generator=generator(0))
     head = torch.randn(VOCABULARY, WIDTH, generator=generator(1)) * 0.5
-    ones = torch.ones(len(hidden))
+    parts = Parts([SamplingParams()] * len(hidden), hidden.device)
     uniform = torch.rand(len(hidden), generator=generator(3)).clamp(max=1 - 1e-6)
-    _, logprobs, _ = draw(hidden @ head.t(), ones, uniform)
+    _, logprobs, _ = draw(hidden @ head.t(), torch.ones(len(hidden)), uniform, parts)
 
     def rms(stored: torch.Tensor) -> float:
         error = (logprobs.double() - stored.double()).view(sequences, length).mean(-1)

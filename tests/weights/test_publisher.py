@@ -90,7 +90,8 @@ async def test_without_it_the_engine_shares_the_weights(tmp_path: Path):
     service = backend._service(model)
     assert isinstance(service.engine, TorchEngine)
     assert service.engine.policy is service.trainer.policy
-    assert isinstance(service.receipts._publisher, SharedMemory)
+    receipts = service.engine.receipts
+    assert receipts is not None and isinstance(receipts._publisher, SharedMemory)
     await backend.close()
 
 

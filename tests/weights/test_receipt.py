@@ -214,8 +214,8 @@ async def test_a_step_whose_publication_is_wrong_is_refused(tmp_path: Path):
     )
     async with art.LocalBackend(tmp_path) as backend:
         await model.register(backend)
-        service = backend._service(model)
-        publisher: Any = service.receipts._publisher
+        receipts: Any = backend._service(model).engine.receipts
+        publisher: Any = receipts._publisher
         honest = publisher.publish
 
         def wrong(policy: Any) -> int:
@@ -225,7 +225,7 @@ async def test_a_step_whose_publication_is_wrong_is_refused(tmp_path: Path):
             return version
 
         publisher.publish = wrong
-        groups = random_groups(service.trainer.policy)
+        groups = random_groups(backend.policy(model))
         with pytest.raises(ServeError, match=r"TorchEngine .* version 1 .*model\.norm\.weight"):
             await backend.train(model, groups, learning_rate=1e-3)
         with pytest.raises(Exception, match="no receipt for version 1"):

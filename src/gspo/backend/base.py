@@ -28,12 +28,10 @@ class ModelLike(Protocol):
     """What a backend needs to know of a model. `gspo.model` stands above it, and has the class."""
 
     trainable: ClassVar[bool]
+    name: str
+    project: str
     config: Any
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def project(self) -> str: ...
     @property
     def source(self) -> str | None: ...
     @property
@@ -124,9 +122,10 @@ class Backend(Protocol):
         """Write trajectories and their mean metrics to the run."""
         ...
 
-    async def delete_checkpoints(self, model: ModelLike, best_checkpoint_metric: str) -> None:
-        """Delete all checkpoints but the latest and the best."""
-        ...
+    async def delete_checkpoints(
+        self, model: ModelLike, best_checkpoint_metric: str = "val/reward"
+    ) -> None:
+        """Delete all checkpoints but the latest and the best, if the backend keeps any."""
 
     async def close(self) -> None:
         """Release what the backend holds."""
@@ -160,16 +159,6 @@ def merged(kind: type[Kind], title: str, given: Any, options: Mapping[str, Any])
     return kind(**{**(given or {}), **options})
 
 
-def check_split(split: Any) -> None:
-    """Refuse the name of a split that cannot name a folder too.
-
-    Raises:
-        ConfigError: it cannot name one, as `..` and `a/b`.
-    """
-    if not names_a_folder(split):
-        raise ConfigError(f"split = {shown(split)}: give a plain name, such as 'val'")
-
-
 def user_metrics(metrics: Any, split: str, line: Mapping[str, float]) -> dict[str, float]:
     """Return the metrics that a user logs, under names that replace none of gspo's.
 
@@ -181,9 +170,10 @@ def user_metrics(metrics: Any, split: str, line: Mapping[str, float]) -> dict[st
 
     Raises:
         DataError: not a dict of numbers.
-        ConfigError: see `check_split`.
+        ConfigError: a split that cannot name a folder too, as `..` and `a/b`.
     """
-    check_split(split)
+    if not names_a_folder(split):
+        raise ConfigError(f"split = {shown(split)}: give a plain name, such as 'val'")
     values = {}
     for name, value in plain_values({} if metrics is None else metrics, "metrics").items():
         logged = line.get(name if "/" in name else f"{split}/{name}")
@@ -220,7 +210,7 @@ def completion_lengths(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
     lengths: list[int] = []
     cut = 0
     for trajectory in (t for group in groups for t in group):
-        choices = [choice for history in trajectory.histories() for choice in history.choices()]
+        choices = trajectory.sampled_turns()
         lengths.append(sum(len(getattr(choice, "token_ids", None) or ()) for choice in choices))
         cut += any(choice.finish_reason == "length" for choice in choices)
     if not lengths:

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from gspo import absent
 from gspo.backend.base import ModelLike
-from gspo.backend.engines import Proved, proved_engine
+from gspo.backend.engines import proved_engine
 from gspo.backend.loading import load_step
 from gspo.backend.local import LocalBackend
 from gspo.backend.ranks import Ranks, follow, load_on_ranks
@@ -31,6 +31,7 @@ from gspo.core.compute import free_cores
 from gspo.core.errors import ConfigError, RunError, check_names, check_whole
 from gspo.core.log import log
 from gspo.dev import InternalModelConfig
+from gspo.serve.engine import Engine
 from gspo.train.mesh import LIMIT, Mesh, started_ranks
 from gspo.train.trainer import Trainer
 from gspo.weights.gathered_copy import GatheredCopy, whole_weights
@@ -155,7 +156,7 @@ class ShardedService(Service):
         shared = self.run.folder, *self._sizes.values()
         return self._ranks.call(load_on_ranks, self._ranks.mesh, self._copied, *shared)
 
-    def _proved(self, config: InternalModelConfig, **options: Any) -> Proved:
+    def _proved(self, config: InternalModelConfig, **options: Any) -> Engine:
         gather = partial(self._everywhere, _weights_of, self.trainer)
         copy = GatheredCopy(load_step(*self._copied), gather)
         copy.policy.version = self.trainer.policy.version

@@ -6,7 +6,6 @@ import gc
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -30,18 +29,6 @@ KEPT = 2
 """Engines of saved steps that are held at once, beside the current one."""
 
 
-class Proved(NamedTuple):
-    """An engine that was proved to compute with a policy's weights.
-
-    Attributes:
-        engine: samples.
-        receipts: publishes the policy's weights to it.
-    """
-
-    engine: Engine
-    receipts: Receipts
-
-
 def proved_engine(
     policy: Policy,
     config: InternalModelConfig,
@@ -50,8 +37,8 @@ def proved_engine(
     seed: int,
     sockets: bool,
     copied: tuple[Policy, Publisher] | None = None,
-) -> Proved:
-    """Make the engine of a policy, and prove it.
+) -> Engine:
+    """Make the engine of a policy, and prove it. Its receipts publish the policy's weights to it.
 
     Args:
         copied: what it samples from and how that is published, if `config` doesn't say that.
@@ -66,7 +53,7 @@ def proved_engine(
     receipts = Receipts(policy, sampling, publisher)
     receipts.prove(engine, policy.version)
     engine.receipts = receipts
-    return Proved(engine, receipts)
+    return engine
 
 
 def dtype_of_servers(config: InternalModelConfig) -> torch.dtype:
@@ -87,8 +74,8 @@ def dtype_of_servers(config: InternalModelConfig) -> torch.dtype:
 
 def remote_engine(
     policy: Policy, config: InternalModelConfig, entries: Sequence[str], folder: Path, *, seed: int
-) -> Proved:
-    """Make the engine of a policy that vLLM servers sample, and prove each of them.
+) -> Engine:
+    """As `proved_engine`, of servers of vLLM, each of which is proved.
 
     Args:
         policy: the trainer's.
@@ -112,7 +99,7 @@ def remote_engine(
     except BaseException:
         engine.close()
         raise
-    return Proved(engine, receipts)
+    return engine
 
 
 class Engines:
@@ -210,5 +197,5 @@ class Engines:
         policy.lm.requires_grad_(False)
         seed = seed_of(self._seed, step)  # as the current engine's was at this step
         made = proved_engine(policy, self._config, self._compute, seed=seed, sockets=self._sockets)
-        self._alive.add(made.engine)
-        return made.engine
+        self._alive.add(made)
+        return made

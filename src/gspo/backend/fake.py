@@ -90,10 +90,5 @@ class FakeBackend(Backend):
         user_metrics(metrics, split, {})
         self.logged.append((split, groups))
 
-    async def delete_checkpoints(
-        self, model: ModelLike, best_checkpoint_metric: str = "val/reward"
-    ) -> None:
-        """Nothing is kept, so nothing is deleted."""
-
     async def close(self) -> None:
         await self._serving.stop()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gspo.backend.base import ModelLike, TrainResult, completion_lengths, group_means
-from gspo.backend.engines import Engines, Proved, proved_engine, remote_engine
+from gspo.backend.engines import Engines, proved_engine, remote_engine
 from gspo.backend.loading import load_trainer
 from gspo.backend.run import Run
 from gspo.backend.sft_samples import sft_samples
@@ -24,6 +24,7 @@ from gspo.core.timing import timed
 from gspo.data.check import plain_groups
 from gspo.data.sample import SPLIT_REASONS, flat, split_counts
 from gspo.dev import InternalModelConfig
+from gspo.serve.engine import Engine
 from gspo.serve.server import Serving
 from gspo.train.checkpoint import checkpoint_name, steps_saved
 from gspo.train.checkpoint_writer import CheckpointWriter
@@ -49,10 +50,8 @@ class Service:
 
     Attributes:
         trainer: has the weights that are trained.
-
-        engine: samples.
-        receipts: gives the engine the weights after each step, and proves it before anything is
-            sampled.
+        engine: samples. Its receipts give it the weights after each step, and prove it before
+            anything is sampled.
         engines: finds the engine of a saved step too.
         checkpoints: writes them; a large one while training goes on.
         serving: answers for the engine, once it is started.
@@ -72,7 +71,6 @@ class Service:
         listener: socket.socket | None,
         servers: Sequence[str] = (),
     ):
-        assert model.source is not None
         config = model.internal_config
         self.run, self.seed = run, seed
         self._told: set[str] = set()  # reasons of splits
@@ -89,10 +87,9 @@ class Service:
         sockets, current = listener is not None, seed_of(seed, self.trainer.step)
         if servers:
             folder, policy = run.folder / "published", self.trainer.policy
-            proved = remote_engine(policy, config, servers, folder, seed=current)
+            self.engine = remote_engine(policy, config, servers, folder, seed=current)
         else:
-            proved = self._proved(config, compute=compute, seed=current, sockets=sockets)
-        self.engine, self.receipts = proved
+            self.engine = self._proved(config, compute=compute, seed=current, sockets=sockets)
         self.engines = Engines(run, model, self.engine, compute, seed=seed, sockets=sockets)
         self.serving = Serving(self.engine, self.engines.names, listener, self.engines.find)
 
@@ -104,7 +101,7 @@ class Service:
         assert model.source is not None
         return load_trainer(model.source, model.internal_config, checkpoint)
 
-    def _proved(self, config: InternalModelConfig, **options: Any) -> Proved:
+    def _proved(self, config: InternalModelConfig, **options: Any) -> Engine:
         return proved_engine(self.trainer.policy, config, **options)
 
     def check_same(self, model: ModelLike) -> None:
@@ -166,10 +163,7 @@ class Service:
     ) -> TrainResult:
         """Check the conversations, then update on all their batches, publish, log, save."""
         trainer, engine, last = self.trainer, self.engine, config.assistant_turns == "last"
-        context = trainer.policy.context
-        samples = sft_samples(
-            trajectories, engine.chat, engine.tokenizer.encode, context, last=last
-        )
+        samples = sft_samples(trajectories, engine, trainer.policy.context, last=last)
         plan = plan_sft(len(samples), config, trainer.policy)
         metrics, published = self._updated(train_sft, trainer, samples, plan)
         self.run.trackers.configure("sft", config.model_dump(mode="json"))
@@ -275,8 +269,9 @@ class Service:
         Raises:
             ServeError: the engine doesn't compute with these weights.
         """
-        started = time.perf_counter()
-        proved = self.receipts.publish(self.engine)
+        started, receipts = time.perf_counter(), self.engine.receipts
+        assert receipts is not None
+        proved = receipts.publish(self.engine)
         return proved | {"time/publish": time.perf_counter() - started}
 
 

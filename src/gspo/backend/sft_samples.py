@@ -7,7 +7,7 @@ are those that the engine is given and samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -15,24 +15,20 @@ from gspo.core.errors import DataError, RequestError, SampleTooLongError, shown
 from gspo.data.sample import Sample, sample_of
 from gspo.data.turn import Turn
 from gspo.serve.chat import ChatFormat
+from gspo.serve.engine import Engine
 from gspo.serve.verbatim import encoded_after
 from gspo.trajectories import Trajectory
 from gspo.utils.sft import check_conversation
 
-Encode = Callable[[str], list[int]]
-ROW = "row"
-"""Metadata of a trajectory that says where it was read; errors name it."""
-
 
 def sft_samples(
-    trajectories: Sequence[Any], chat: ChatFormat, encode: Encode, context: int, *, last: bool
+    trajectories: Sequence[Any], engine: Engine, context: int, *, last: bool
 ) -> list[Sample]:
     """One sample for each conversation: a trajectory's own, and its additional histories.
 
     Args:
         trajectories: their rewards mean nothing here.
-        chat: the model's format.
-        encode: text -> token ids.
+        engine: of the model, for its chat format and its tokens.
         context: the most tokens of a sample.
         last: only the last answer of each is trained on.
 
@@ -45,12 +41,13 @@ def sft_samples(
     for number, trajectory in enumerate(trajectories):
         if not isinstance(trajectory, Trajectory):
             raise DataError(f"trajectory {number} is {shown(trajectory)}; give art.Trajectory")
-        where = str(trajectory.metadata.get(ROW, f"trajectory {number}"))
+        # Those that were read from a file say where, and errors name it.
+        where = str(trajectory.metadata.get("row", f"trajectory {number}"))
         for history in trajectory.histories():
             messages: list[Any] = list(history.messages())
             check_conversation(messages, where)
             try:
-                turns = _turns(chat, encode, messages, history.tools, where)
+                turns = _turns(engine, messages, history.tools, where)
             except RequestError as error:
                 raise DataError(f"{where}: {error}") from None
             if last:
@@ -67,10 +64,9 @@ def sft_samples(
     return samples
 
 
-def _turns(
-    chat: ChatFormat, encode: Encode, messages: list[Any], tools: Any, where: str
-) -> list[Turn]:
+def _turns(engine: Engine, messages: list[Any], tools: Any, where: str) -> list[Turn]:
     """Each answer as the engine would have been asked for it, and would have sampled it."""
+    chat = engine.chat
     whole = chat.render(messages, tools=tools, ask=False)
     turns: list[Turn] = []
     ids: list[int] = []
@@ -86,8 +82,8 @@ def _turns(
         ends = [place + len(end) for end in chat.ends if (place := answer.rfind(end)) >= 0]
         answer = answer[: max(ends, default=len(answer))]  # what follows is never sampled
         between = whole[done : len(asked)]
-        ids += encoded_after(chat, between, encode) if done else encode(between)
-        turns.append(_turn(ids, encoded_after(chat, answer, encode)))
+        ids += encoded_after(engine, between) if done else engine.tokenizer.encode(between)
+        turns.append(_turn(ids, encoded_after(engine, answer)))
         ids, done = [*ids, *turns[-1].tokens], len(asked) + len(answer)
     return turns
 

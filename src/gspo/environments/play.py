@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import ctypes
 import hashlib
 import inspect
 import json
-import math
 import threading
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextvars import copy_context
 from typing import Any
 
 from openai import BadRequestError
 
 from gspo.capture import trajectory
+from gspo.core.compute import Threads
 from gspo.core.draws import seed_of
 from gspo.core.errors import DataError, GspoError, RolloutError, RolloutTimeoutError, shown
-from gspo.core.plain import plain_number, plain_values
+from gspo.core.plain import plain_reward, plain_values
 from gspo.environments.environment import Action, Call, Environment, Step
 from gspo.model import TrainableModel
-from gspo.tasks.task import Split, held_out
+from gspo.tasks.task import Split, conversation, held_out
 from gspo.trajectories import Trajectory
 
 _TRIES = 1000
@@ -67,15 +66,13 @@ async def play(
             opening = await place.call(environment.reset, seed)
             if not isinstance(opening, str):
                 raise DataError(f"{place}: reset returned {shown(opening)}; it must return a text")
-            system, tools = environment.system_prompt, environment.tools
-            create = model.openai_client().chat.completions.create
+            tools, create = environment.tools, model.openai_client().chat.completions.create
             options: dict[str, Any] = {
                 "model": model.inference_name,
                 "max_tokens": max_tokens or environment.max_tokens,
                 "temperature": temperature,
             } | ({"tools": tools} if tools else {})
-            messages: list[Any] = [{"role": "user", "content": opening}]
-            messages[:0] = [{"role": "system", "content": system}] if system else []
+            messages: list[Any] = conversation(environment.system_prompt, opening)
             most = max_turns or environment.max_turns
             while not step.done and len(rewards) < most:
                 place.turn = len(rewards) + 1
@@ -169,13 +166,15 @@ class _Place:
                 goes on until the process ends.
             RolloutError: it raised.
         """
-        limit, running = asyncio.timeout(self.seconds), None
+        limit, thread, running = asyncio.timeout(self.seconds), None, None
         try:
             async with limit:
                 if inspect.iscoroutinefunction(function):
                     return await function(*arguments)
-                running = _Running(function, *arguments)
-                result, error = await running.outcome
+                context, threads = copy_context(), Threads(1, "gspo-environment")
+                job = threads.submit(lambda: context.run(_outcome, function, *arguments))
+                thread, running = threads.each[0], asyncio.wrap_future(job)
+                result, error = await running
                 if error is not None:
                     raise error
                 return await result if inspect.isawaitable(result) else result
@@ -193,9 +192,9 @@ class _Place:
                 f"({last.filename}, line {last.lineno})"
             ) from error
         finally:
-            if running is not None and running.outcome.cancelled():
+            if thread is not None and running is not None and running.cancelled():
                 self.hangs = True
-                running.end()
+                _end(thread)
 
     def reward_of(self, step: Any) -> float:
         """The reward of a step, checked.
@@ -205,36 +204,20 @@ class _Place:
         """
         if not isinstance(step, Step):
             raise DataError(f"{self}: step returned {shown(step)}; it must return a Step")
-        reward = plain_number(step.reward)
-        if reward is None or not math.isfinite(reward):
-            raise DataError(
-                f"{self}: the reward is {shown(step.reward)}; it must be a finite number"
-            )
+        reward = plain_reward(step.reward, f"{self}: the reward", "it must be a finite number")
         plain_values(step.metrics, f"{self}: metrics")
-        return float(reward)
+        return reward
 
 
-class _Running:
-    """A function in a thread that nobody has to wait for. `outcome` is its result and its error."""
+def _outcome(function: Callable[..., Any], *arguments: Any) -> tuple[Any, BaseException | None]:
+    """A function's result, or its error, as a value: no future can carry a StopIteration."""
+    try:
+        return function(*arguments), None
+    except BaseException as error:
+        return None, error
 
-    def __init__(self, function: Callable[..., Any], *arguments: Any):
-        loop = asyncio.get_running_loop()
-        self.outcome: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
 
-        def work() -> None:
-            try:
-                outcome = function(*arguments), None
-            except BaseException as error:
-                outcome = None, error
-            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                settle = self.outcome.set_result
-                loop.call_soon_threadsafe(lambda: self.outcome.done() or settle(outcome))
-
-        run = contextvars.copy_context().run
-        self._thread = threading.Thread(target=run, args=(work,), daemon=True)
-        self._thread.start()
-
-    def end(self) -> None:
-        """End it, as soon as it runs Python code."""
-        ident, error = ctypes.c_ulong(self._thread.ident or 0), ctypes.py_object(SystemExit)
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, error)
+def _end(thread: threading.Thread) -> None:
+    """End a thread, as soon as it runs Python code."""
+    ident, error = ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, error)

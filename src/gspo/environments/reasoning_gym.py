@@ -18,15 +18,14 @@ class ReasoningGym(Environment):
     max_tokens = GymTask.max_tokens
 
     def __init__(self, dataset: str, **options: Any):
-        self._named = dataset, json.dumps(options)
-        _task(*self._named)
+        self._task = _task(dataset, json.dumps(options))
 
     def reset(self, seed: int) -> str:
-        self._problem = _problem(*self._named, seed)
+        self._problem = _problem(self._task, seed)
         return self._problem.prompt
 
     def step(self, action: Action) -> Step:
-        return Step(reward=_task(*self._named).score(self._problem, action.text), done=True)
+        return Step(reward=self._task.score(self._problem, action.text), done=True)
 
 
 @functools.lru_cache(maxsize=64)
@@ -36,5 +35,5 @@ def _task(dataset: str, options: str) -> GymTask:
 
 
 @functools.lru_cache(maxsize=100_000)
-def _problem(dataset: str, options: str, seed: int) -> Problem:
-    return _task(dataset, options).draw(seed)
+def _problem(task: GymTask, seed: int) -> Problem:
+    return task.draw(seed)

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -105,10 +105,8 @@ def export(what: Export, to: Path | None, push_to: str | None) -> tuple[Path | N
     if to is not None and (to.is_file() or (to.is_dir() and any(to.iterdir()))):
         raise RunError(f"{to} is not an empty folder: give another one to --to, or empty it")
     url = None if push_to is None else make_repository(push_to)  # a refusal costs no work
-    with ExitStack() as stack:
-        folder = to
-        if folder is None:
-            folder = Path(stack.enter_context(TemporaryDirectory())) / "export"
+    with TemporaryDirectory() as spare:
+        folder = to or Path(spare) / "export"
         write_folder(what, folder)
         if push_to is not None:
             with _of_the_hub(push_to):

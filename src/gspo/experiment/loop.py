@@ -167,9 +167,8 @@ async def _evaluate(
     spec, model = rollouts.spec, rollouts.model
     if spec.eval_prompts == 0:
         return None
-    for record in backend.run(model).metrics():
-        if record["step"] == step and "val/reward" in record:
-            return Estimate.logged(record)
+    if "val/reward" in (logged := backend.run(model).line(step)):
+        return Estimate.logged(logged)
     if await model.get_step() != step:  # an older run, started without an evaluation
         return None
     sizes = rollouts.task.sizes if rollouts.task else None

@@ -23,6 +23,7 @@ from gspo.serve.local_client import LocalClient
 from gspo.serve.selfcheck import make_engine
 from gspo.serve.server import Serving, address, bind, serve
 from gspo.tasks import Problem, Task, load_task
+from gspo.tasks.task import conversation
 
 MODEL = "model"
 
@@ -55,7 +56,7 @@ async def sample(
     """
     # Conversations to answer, and the task's problem that each is of, if it is one.
     asked: list[tuple[list[dict[str, Any]], Problem | None]] = []
-    asked += [(_conversation(system, prompt), None) for prompt in prompts]
+    asked += [(conversation(system, prompt), None) for prompt in prompts]
     found: list[dict[str, Any]] = []
     request: dict[str, Any] = {"model": MODEL, "n": completions, **options}
     policy, run = load_named(name, step, path)
@@ -99,10 +100,10 @@ async def chat(
         raise ConfigError(f"{name!r} has no chat template: use gspo sample, with whole prompts")
     async with client_of(policy) as client:
         print("/new begins a new conversation, /quit or Ctrl-D ends", file=sys.stderr)
-        history = _conversation(system)
+        history = conversation(system)
         while (text := _read_line()) != "/quit":
             if text == "/new":
-                history = _conversation(system)
+                history = conversation(system)
             elif text:
                 history.append({"role": "user", "content": text})
                 try:
@@ -163,11 +164,6 @@ def _task_of(name: str, run: SavedRun | None) -> Task:
     if run is None and name.startswith(PREFIX):
         return load_task(name.removeprefix(PREFIX))
     raise ConfigError(f"{name!r} has no task with prompts of its own: give a prompt")
-
-
-def _conversation(system: str, prompt: str | None = None) -> list[dict[str, Any]]:
-    begin = [{"role": "system", "content": system}] if system else []
-    return [*begin, *([{"role": "user", "content": prompt}] if prompt is not None else [])]
 
 
 def serve_model(

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Protocol
 from gspo.data.expert_choices import encode_expert_choices
 from gspo.serve.engine import Completion, Engine, Piece, Request, SamplingParams
 from gspo.serve.episodes import Episode
+from gspo.serve.schemas import ChatBody, CompletionBody
 from gspo.serve.streaming import GrowingText
 
 _TOKENS = {"prompt_token_ids", "token_ids", "token_logprobs"}
@@ -44,27 +45,28 @@ class Asked:
 
     Attributes:
         engine: what samples.
-        model: its name in the request.
+        body: of the request.
         prompts: token ids of each prompt.
         params: how they are continued.
-        logprobs: whether choices carry log-probs in OpenAI's form.
-        tokens: whether they carry token ids.
         episode: what records the choices.
         kinds: of the id, of an answer and of a chunk.
     """
 
     engine: Engine
-    model: str
+    body: ChatBody | CompletionBody
     prompts: Sequence[tuple[int, ...]]
     params: SamplingParams
-    logprobs: bool = False
-    tokens: bool = True
-    episode: Episode | None = None
+    episode: Episode | None
     kinds: ClassVar[tuple[str, str, str]]
 
     def begin(self, index: int, prompt: Sequence[int]) -> GrowingChoice:
         """Begin the choice of this number."""
         raise NotImplementedError
+
+    @property
+    def logprobs(self) -> bool:
+        """Whether choices carry log-probs in OpenAI's form."""
+        return self.body.logprobs is not None and self.body.logprobs is not False
 
     @property
     def requests(self) -> list[Request]:
@@ -100,13 +102,14 @@ class Asked:
             "id": f"{self.kinds[0]}-{next(_numbers)}",
             "object": kind,
             "created": int(time.time()),
-            "model": self.model,
+            "model": self.body.model,
             "choices": [self.shown(choice) for choice in choices],
         }
 
     def shown(self, choice: dict[str, Any]) -> dict[str, Any]:
         """A choice without token ids, if nobody wants them."""
-        return {k: value for k, value in choice.items() if self.tokens or k not in _TOKENS}
+        left_out = _TOKENS if self.body.return_token_ids is False else ()
+        return {k: value for k, value in choice.items() if k not in left_out}
 
     def _usage(self, sampled: int) -> dict[str, int]:
         asked = sum(map(len, self.prompts))

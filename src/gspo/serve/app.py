@@ -19,7 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from gspo.core.errors import RequestError
 from gspo.serve import episodes
 from gspo.serve.answers import Asked, TextCompletion
-from gspo.serve.constraint import answer_grammar, answer_schema, required_call
+from gspo.serve.constraint import answer_grammar
 from gspo.serve.conversation import Conversation
 from gspo.serve.engine import Completion, Engine, Piece, Request
 from gspo.serve.episode_routes import include_episodes
@@ -108,7 +108,7 @@ async def model(http: fastapi.Request, model: str) -> dict[str, Any]:
 
 @v1.post("/chat/completions", responses=_answers(ChatCompletion))
 async def chat(http: fastapi.Request, body: ChatBody) -> Response:
-    return await _reply(http, _conversation(http.app, body, http), body)
+    return await _reply(http, _conversation(http.app, body, http))
 
 
 async def chat_answer(app: fastapi.FastAPI, body: ChatBody) -> dict[str, Any]:
@@ -117,13 +117,11 @@ async def chat_answer(app: fastapi.FastAPI, body: ChatBody) -> dict[str, Any]:
     return call.answer(await _sample(app, call))
 
 
-async def _reply(
-    http: fastapi.Request, asked: Coroutine[Any, Any, Asked], body: ChatBody | CompletionBody
-) -> Response:
+async def _reply(http: fastapi.Request, asked: Coroutine[Any, Any, Asked]) -> Response:
     """Answer in the shape that is asked for, whole or as a stream of chunks."""
     call = await unless_gone(http, asked)
-    if body.stream:
-        events = call.chunks(_pieces(http, call), body.usage_asked())
+    if call.body.stream:
+        events = call.chunks(_pieces(http, call), call.body.usage_asked())
         return EventStream(await unless_gone(http, begun(events)))
     # Sent as it is: validating our own answer again would cost more than sampling it.
     return JSONResponse(call.answer(await unless_gone(http, _sample(http.app, call))))
@@ -137,21 +135,14 @@ async def _conversation(
     memory = episode.memory if episode else rollout_memory()
     messages, tools = text_messages(body.messages), body.tools or None
     continues = bool(body.continue_final_message)
-    calls = tools if body.tool_choice != "none" else None
-    reads = engine.chat.wants_special(calls)
+    reads = engine.chat.wants_special(body.calls())
     if reads and body.skip_special_tokens is False:
         raise RequestError(
             "skip_special_tokens = false: calls of tools are read from the special tokens, which "
             "are no part of the message",
             "skip_special_tokens",
         )
-    grammar = answer_grammar(
-        engine.chat,
-        calls,
-        must_call=required_call(body.tool_choice, tools),
-        parallel=body.parallel_tool_calls is not False,
-        schema=answer_schema(body.response_format),
-    )
+    grammar = answer_grammar(engine.chat, body)
     options = {
         "tools": tools,
         "template_kwargs": body.template_kwargs(engine.chat),
@@ -162,18 +153,13 @@ async def _conversation(
     prompt = await tokenized(http, engine, texts, lambda: chat_tokens(engine, messages, **options))
     call = Conversation(
         engine=engine,
-        model=body.model,
+        body=body,
         messages=body.messages[: len(messages) - continues],
         begun=messages[-1]["content"] if continues else "",
         prompts=[tuple(prompt)],
         params=replace(
             params, grammar=grammar, skip_special_tokens=params.skip_special_tokens and not reads
         ),
-        tools=tools,
-        reads=reads,
-        calls=calls is not None,
-        logprobs=bool(body.logprobs),
-        tokens=body.return_token_ids is not False,
         episode=episode,
         memory=memory,
     )
@@ -195,7 +181,7 @@ async def responses(http: fastapi.Request, body: ResponsesBody) -> Response:
 
 @v1.post("/completions", responses=_answers(TextAnswer))
 async def completions(http: fastapi.Request, body: CompletionBody) -> Response:
-    return await _reply(http, _text_completion(http, body), body)
+    return await _reply(http, _text_completion(http, body))
 
 
 async def _text_completion(http: fastapi.Request, body: CompletionBody) -> TextCompletion:
@@ -217,11 +203,9 @@ async def _text_completion(http: fastapi.Request, body: CompletionBody) -> TextC
     prompts = await tokenized(http, engine, [p for p in given if isinstance(p, str)], encode)
     return TextCompletion(
         engine=engine,
-        model=body.model,
+        body=body,
         prompts=prompts,
         params=params,
-        logprobs=body.logprobs is not None,
-        tokens=body.return_token_ids is not False,
         episode=episodes.current(http.app),
     )
 

@@ -210,10 +210,10 @@ class Batch:
         completions = [joining.completions[i] for i in alive]
         cache, hidden = joining.reading.opened(owner, max(c.limit for c in completions))
         if self._running is None:
-            self._cache, self._running = cache, Running(completions, self._ends, self._decode)
+            self._cache, self._running = cache, Running(self._ends, self._decode)
         else:
             assert isinstance(self._cache, SharedPrompts) and isinstance(cache, SharedPrompts)
             self._cache.join(cache)
-            self._running.add(completions)
+        self._running.add(completions)
         logits = full_logits(hidden, self._policy.head)
         return logits[torch.from_numpy(owner).to(logits.device)]

@@ -11,6 +11,7 @@ from typing import Any
 from gspo.core.errors import RequestError, shown
 from gspo.serve.chat import ChatFormat
 from gspo.serve.messages import tools_of
+from gspo.serve.schemas import ChatBody
 
 _ANY = "/(?s:.*)/"
 
@@ -65,27 +66,20 @@ def answer_schema(response_format: dict[str, Any] | None) -> Any:
     )
 
 
-def answer_grammar(
-    chat: ChatFormat,
-    tools: Sequence[dict] | None,
-    *,
-    must_call: str | bool = False,
-    parallel: bool = True,
-    schema: Any = None,
-) -> str:
+def answer_grammar(chat: ChatFormat, body: ChatBody) -> str:
     """Return the grammar for `SamplingParams.grammar`; "" if any text will do.
 
     Args:
         chat: how the model writes calls.
-        tools: those that may be called.
-        must_call: the answer must be calls: of this tool, or of any if True.
-        parallel: whether there may be several.
-        schema: of the answer's JSON, if it is no call; None: it is any text.
+        body: its tools, its `tool_choice`, its `parallel_tool_calls` and its `response_format`.
 
     Raises:
-        RequestError: a model whose calls are of an unknown form.
+        RequestError: a model whose calls are of an unknown form; see `required_call` and
+            `answer_schema`.
     """
-    offered = tools_of(tools or ())
+    must_call = required_call(body.tool_choice, body.tools)
+    schema, parallel = answer_schema(body.response_format), body.parallel_tool_calls is not False
+    offered = tools_of(body.calls() or ())
     if isinstance(must_call, str):
         offered = {must_call: offered[must_call]}
     if not offered:

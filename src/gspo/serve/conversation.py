@@ -12,6 +12,7 @@ from typing import Any
 
 from gspo.serve.answers import Asked, chat_logprobs, token_fields, training_fields
 from gspo.serve.engine import Completion, Piece
+from gspo.serve.schemas import ChatBody
 from gspo.serve.streaming import GrowingText
 from gspo.serve.tool_calls import Delta, completion_key, joined
 from gspo.serve.verbatim import TokenMemory
@@ -24,19 +25,13 @@ class Conversation(Asked):
     Attributes:
         messages: as they were asked, but for one that the answer goes on with.
         begun: the text of that one.
-        tools: what was offered to the model.
-        reads: whether the answer is read for calls and channels. Its text then has the special
-            tokens, which the message leaves out.
-        calls: whether the model may call the tools; else what looks like a call is text.
         memory: of the episode or the rollout, which remembers the answer.
     """
 
-    messages: Sequence[dict[str, Any]] = ()
-    begun: str = ""
-    tools: Sequence[dict[str, Any]] | None = None
-    reads: bool = False
-    calls: bool = False
-    memory: TokenMemory | None = None
+    body: ChatBody
+    messages: Sequence[dict[str, Any]]
+    begun: str
+    memory: TokenMemory | None
     kinds = ("chatcmpl", "chat.completion", "chat.completion.chunk")
 
     def begin(self, index: int, prompt: Sequence[int]) -> GrowingMessage:
@@ -62,9 +57,9 @@ class GrowingMessage:
         self._calls = 0
         self._before: tuple[int, ...] = ()
         self._begun = False
-        tools = asked.tools if asked.calls else None
-        key = completion_key(prompt, index) if asked.reads else ""
-        self._parser = asked.engine.chat.parser(tools, key) if asked.reads else None
+        chat, calls, self._parser = asked.engine.chat, asked.body.calls(), None
+        if chat.wants_special(calls):
+            self._parser = chat.parser(calls, completion_key(prompt, index))
 
     def read(self, piece: Piece) -> list[Delta]:
         """What a piece adds to the message."""
@@ -121,7 +116,7 @@ class GrowingMessage:
             whole = choice["message"]
             if asked.begun:  # a client sends both back as one message
                 whole = whole | {"content": asked.begun + (whole["content"] or "")}
-            asked.episode.record(asked.messages, asked.tools, choice | {"message": whole})
+            asked.episode.record(asked.messages, asked.body.tools, choice | {"message": whole})
         return choice
 
     def _wire(self, delta: Delta) -> dict[str, Any]:

@@ -88,26 +88,19 @@ class Running:
     """What R completions have sampled. A finished one is carried along until `keep`.
 
     Args:
-        completions: all of them at their first token.
         ends: [V] True at end tokens.
         decode: `Engine.decode`, for stop texts.
     """
 
-    def __init__(
-        self,
-        completions: Sequence[OpenCompletion],
-        ends: Bool[Tensor, " V"],
-        decode: Callable[..., str],
-    ):
+    def __init__(self, ends: Bool[Tensor, " V"], decode: Callable[..., str]):
         self.device, self._ends, self._decode = ends.device, ends, decode
         self.completions: list[OpenCompletion] = []
         self.alive = 0
         self._versions: list[int] = []  # of the weights, in each step
-        self._random = RandomStreams([], self.device)
+        self._random = RandomStreams(self.device)
         # What each completion has: [R] its settings and count, [R, columns] what it has sampled.
         self._state: dict[str, Tensor] = {}
         self._counts = np.empty(0, dtype=np.int64)  # as in the state, so that no device is asked
-        self.add(completions)
 
     def add(self, completions: Sequence[OpenCompletion]) -> None:
         """Add completions that begin now."""
@@ -154,8 +147,8 @@ class Running:
             logits,
             state["temperature"],
             self._random.draw(),
-            None if changed is None else (self._rules.rows, changed),
             self._parts,
+            None if changed is None else (self._rules.rows, changed),
         )
         if self._top:
             self._note_top(logits, softmax)
@@ -215,9 +208,8 @@ class Running:
             elif completion.params.stop and (text := self._cut(i, counts[i])) is not None:
                 completion.finish, completion.text = "stop", text
             elif done[i]:
-                completion.finish = "length"
-                if completion.matcher is not None and completion.matcher.finish is not None:
-                    completion.finish = completion.matcher.finish
+                said = completion.matcher and completion.matcher.finish
+                completion.finish = said or "length"
             if completion.finish is not None:
                 ended.append(i)
         if ended:

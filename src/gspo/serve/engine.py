@@ -101,8 +101,7 @@ class TokenizerView(Protocol):
         most_characters: a text of more characters has more tokens than the model's context.
     """
 
-    @property
-    def most_characters(self) -> int: ...
+    most_characters: int
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of a text; `special` adds what the tokenizer puts around one (a BOS)."""

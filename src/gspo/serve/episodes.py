@@ -56,6 +56,7 @@ class Episode:
         server: the one server whose answers are recorded: the first that is asked. What another
             model says inside the block is none of this model's samples.
         ended: nothing more is recorded.
+        used: when it was last asked for, by the monotonic clock.
         tokens: of all prompts and answers recorded.
     """
 
@@ -72,7 +73,7 @@ class Episode:
         self.memory = TokenMemory()
         self.server: Episodes | None = None
         self.ended = False
-        self.tokens = 0
+        self.tokens, self.used = 0, 0.0
         self._conversations = Conversations(self.trajectory)
         self._lock = threading.Lock()
 
@@ -164,7 +165,7 @@ class Episodes:
     """The episodes of one server, by id."""
 
     def __init__(self) -> None:
-        self._episodes: dict[str, tuple[Episode, float]] = {}  # in the order of their last use
+        self._episodes: dict[str, Episode] = {}
         self._lock = threading.Lock()
 
     def find(self, id: str) -> Episode:
@@ -175,7 +176,7 @@ class Episodes:
         """
         with self._lock:
             self._forget_idle()
-            if (episode := self._used(id)) is None:
+            if (episode := self._episodes.get(id)) is None:
                 raise Refusal(
                     404,
                     f"there is no episode {id!r} here: it made no request yet, was deleted, or was "
@@ -183,7 +184,7 @@ class Episodes:
                     "not_found",
                     "episode",
                 )
-            return episode
+            return self._put(episode)
 
     def open(self, id: str) -> Episode:
         """The episode of this id, a new one if there is none.
@@ -194,7 +195,7 @@ class Episodes:
         """
         with self._lock:
             self._forget_idle()
-            tokens = sum(episode.tokens for episode, _ in self._episodes.values())
+            tokens = sum(episode.tokens for episode in self._episodes.values())
             if tokens > MOST_TOKENS or (
                 id not in self._episodes and len(self._episodes) >= MOST_EPISODES
             ):
@@ -203,8 +204,8 @@ class Episodes:
                     f"most {MOST_EPISODES} with {MOST_TOKENS}: DELETE /episodes/<id> those that "
                     "you have read"
                 )
-            if (episode := self._used(id)) is not None:
-                return episode
+            if id in self._episodes:
+                return self._put(self._episodes[id])
             if id.startswith(_BLOCK):
                 message = f"the art.trajectory() block of the episode {id!r} has ended"
                 raise RequestError(message, param="episode")
@@ -226,15 +227,11 @@ class Episodes:
         with self._lock:
             self._episodes.pop(id, None)
 
-    def _used(self, id: str) -> Episode | None:
-        entry = self._episodes.pop(id, None)
-        return None if entry is None else self._put(entry[0])
-
     def _put(self, episode: Episode) -> Episode:
-        self._episodes[episode.id] = episode, time.monotonic()
+        episode.used = time.monotonic()
+        self._episodes[episode.id] = episode
         return episode
 
     def _forget_idle(self) -> None:
         limit = time.monotonic() - IDLE_SECONDS
-        for id in [id for id, (_, used) in self._episodes.items() if used < limit]:
-            del self._episodes[id]
+        self._episodes = {id: e for id, e in self._episodes.items() if e.used >= limit}

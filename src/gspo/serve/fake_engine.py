@@ -32,16 +32,8 @@ class FakeTokenizer:
     eos_token = chr(END)
     added_tokens_decoder: Mapping[int, Any] = {END: AddedToken(chr(END), special=True)}
 
-    def apply_chat_template(
-        self,
-        conversation: Sequence[dict],
-        /,
-        *,
-        tools: Sequence[dict] = (),
-        add_generation_prompt: bool = False,
-        continue_final_message: bool = False,
-        **options: Any,
-    ) -> str:
+    def apply_chat_template(self, conversation: Sequence[dict], /, **options: Any) -> str:
+        tools = options.get("tools")
         text = f"<tools>{json.dumps(tools)}\n" if tools else ""
         for message in conversation:
             text += f"<{message['role']}>{message['content']}"
@@ -49,7 +41,9 @@ class FakeTokenizer:
                 text += f"<tool_call>{json.dumps(call['function'])}</tool_call>"
             # A turn of the model ends as it did when it was sampled: the next prompt extends it.
             text += chr(END) if message["role"] == "assistant" else "\n"
-        return text[:-1] if continue_final_message else text + "<assistant>" * add_generation_prompt
+        if options.get("continue_final_message"):
+            return text[:-1]
+        return text + "<assistant>" * options.get("add_generation_prompt", False)
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         return [ord(character) for character in text]
@@ -139,18 +133,16 @@ class FakeEngine:
         limit = check_fits(request, self.context, self.vocabulary)
         special = not params.skip_special_tokens
         tokens = tokens[: min(first_end + 1, limit)]
-        for count in range(1, len(tokens) + 1) if params.stop else ():
-            out = self.tokenizer.decode(tokens[:count], special=special)
-            if any(stop in out for stop in params.stop):
-                tokens = tokens[:count]
-                break
         out = self.tokenizer.decode(tokens, special=special)
-        cuts = [out.find(stop) for stop in params.stop if stop in out]
+        # A token is a character: where a stop text ends, and where it begins.
+        stops = [(at + len(s), at) for s in params.stop if (at := out.find(s)) >= 0]
+        size, cut = min(stops, default=(len(tokens), len(out)))
+        tokens = tokens[:size]
         return Completion(
             token_ids=tuple(tokens),
             logprobs=(self.logprob,) * len(tokens),
-            text=out[: min(cuts)] if cuts else out,
-            finish_reason="stop" if tokens[-1] in ends or cuts else "length",
+            text=out[:cut],
+            finish_reason="stop" if tokens[-1] in ends or stops else "length",
             policy_versions=(self.policy_version,) * len(tokens),
             temperature=params.temperature or 1.0,
             top_logprobs=tuple(((token, self.logprob),) for token in tokens)

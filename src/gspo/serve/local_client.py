@@ -32,6 +32,8 @@ STREAM_MESSAGES = 16
 """Messages of an answer that may wait for their reader; then what makes them waits too."""
 _LATE = "the answer took too long"
 _CHAT = "/chat/completions"
+_OF_CHAT = {"cast_to", "body", "options", "stream_cls"}
+"""Arguments of a post that leave it a plain one: no stream, no files."""
 _PLAIN = {"extra_json", "timeout", "security"}
 """Options of a request that leave it a plain one: headers or a query of its own don't."""
 
@@ -77,7 +79,7 @@ class LocalClient(AsyncOpenAI):
     with_options = copy
 
     async def post(self, path: str, **call: Any) -> Any:
-        app, body = self._app, self._chat_body(path, **call)
+        app, body = self._app, self._chat_body(path, call)
         if app is None or body is None:
             return await super().post(path, **call)
         seconds = call.get("options", {}).get("timeout", self.timeout)
@@ -95,19 +97,12 @@ class LocalClient(AsyncOpenAI):
             raise ServeError("this client was closed, by itself or with the backend that made it")
         return await super().request(*args, **options)
 
-    def _chat_body(
-        self,
-        path: str,
-        *,
-        cast_to: Any = None,
-        body: Any = None,
-        options: Mapping[str, Any] = {},
-        stream: bool = False,
-        stream_cls: Any = None,
-        **rest: Any,
-    ) -> ChatBody | None:
+    def _chat_body(self, path: str, call: Mapping[str, Any]) -> ChatBody | None:
         """The body that the app would be sent; None if that is not a plain, right chat."""
-        if path != _CHAT or cast_to is not ChatCompletion or stream or any(rest.values()):
+        body, options = call.get("body"), call.get("options", {})
+        if path != _CHAT or call.get("cast_to") is not ChatCompletion:
+            return None
+        if any(value for name, value in call.items() if name not in _OF_CHAT):
             return None
         if not isinstance(body, dict) or options.keys() - _PLAIN or self.is_closed():
             return None

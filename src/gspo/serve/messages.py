@@ -64,21 +64,31 @@ def _with_plain_text(message: Mapping[str, Any], index: int) -> dict[str, Any]:
             raise RequestError(f"messages[{index}].{name} is not supported: {instead}", "messages")
     content = message.get("content")
     if isinstance(content, list):
-        for part in content:
-            fine = isinstance(part, dict) and part.get("type") == "text"
-            if not fine or not isinstance(part.get("text"), str):
-                raise RequestError(
-                    f"messages[{index}]: only text parts are supported, "
-                    f'{{"type": "text", "text": "..."}}, not {shown(part)}',
-                    param="messages",
-                )
-        content = "".join(part["text"] for part in content)
+        only = 'only text parts are supported, {"type": "text", "text": "..."}'
+        content = joined_texts(content, ("text",), f"messages[{index}]: {only}", "messages")
     if content is not None and not isinstance(content, str):
         raise RequestError(
             f"messages[{index}].content = {shown(content)}: must be text, or a list of text parts",
             param="messages",
         )
     return {**message, "content": content or ""}
+
+
+def joined_texts(parts: Sequence[Any], kinds: Sequence[str], only: str, param: str) -> str:
+    """The text of the parts of a message.
+
+    Args:
+        kinds: types of parts that are text.
+        only: what else is refused with.
+
+    Raises:
+        RequestError: a part of another type.
+    """
+    for part in parts:
+        fine = isinstance(part, Mapping) and part.get("type") in kinds
+        if not fine or not isinstance(part.get("text"), str):
+            raise RequestError(f"{only}, not {shown(part)}", param)
+    return "".join(part["text"] for part in parts)
 
 
 def tools_of(tools: Sequence[dict]) -> Tools:

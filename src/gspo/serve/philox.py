@@ -26,12 +26,11 @@ class RandomStreams:
     happens to be decoded beside it.
     """
 
-    def __init__(self, keys: Sequence[tuple[int, int]], device: torch.device):
+    def __init__(self, device: torch.device):
         self._keys = np.empty((2, 0), dtype=np.uint64)
         self._computed = np.empty(0, dtype=np.uint64)  # numbers of each stream so far
         self._block = torch.empty(0, 0, device=device)
         self._next = 0
-        self.add(keys)
 
     def add(self, keys: Sequence[tuple[int, int]]) -> None:
         """Add streams; their first numbers come with the next draw."""

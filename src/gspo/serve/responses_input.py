@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from gspo.core.errors import RequestError, shown, suggestion
-from gspo.serve.messages import check_whole_characters, texts_in
+from gspo.serve.messages import check_whole_characters, joined_texts, texts_in
 from gspo.serve.schemas import AnsweredBody, ChatBody, Dicts, ranged
 
 Included = Literal["message.output_text.logprobs"]
@@ -114,13 +114,8 @@ def _add(messages: list[dict[str, Any]], item: Mapping[str, Any], where: str) ->
 def _text(content: Any, where: str) -> str:
     if isinstance(content, str):
         return content
-    texts = []
-    for part in content if isinstance(content, list) else [content]:
-        fine = isinstance(part, Mapping) and part.get("type") in _TEXTS
-        if not fine or not isinstance(part.get("text"), str):
-            raise RequestError(f"{where}: only text is supported, not {shown(part)}", "input")
-        texts.append(part["text"])
-    return "".join(texts)
+    parts = content if isinstance(content, list) else [content]
+    return joined_texts(parts, _TEXTS, f"{where}: only text is supported", "input")
 
 
 def _tool(tool: Mapping[str, Any], number: int) -> dict[str, Any]:

@@ -74,8 +74,8 @@ def sample(
     logits: Float[Tensor, "R V"],
     temperature: Float[Tensor, " R"],
     uniform: Float[Tensor, " R"],
+    parts: Parts,
     changed: tuple[Int[Tensor, " K"], Float[Tensor, "K V"]] | None = None,
-    parts: Parts | None = None,
 ) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"], RunningSoftmax]:
     """Draw tokens.
 
@@ -83,15 +83,16 @@ def sample(
         logits: of the model.
         temperature: 0 takes the likeliest token, whose log-prob is at temperature 1.
         uniform: random numbers in [0, 1).
-        changed: places, and the logits that these draw from in place of `logits`.
         parts: what each samples from.
+        changed: places, and the logits that these draw from in place of `logits`.
 
     Returns:
         The tokens; their float32 log-probs under softmax(logits / temperature), whatever `changed`
         and `parts` are; and that softmax.
 
-    >>> logits = torch.tensor([[0.0, 0.0], [0.0, 5.0]])
-    >>> sample(logits, torch.tensor([1.0, 0.0]), torch.tensor([0.2, 0.9]))[0].tolist()
+    >>> logits, cpu = torch.tensor([[0.0, 0.0], [0.0, 5.0]]), torch.device("cpu")
+    >>> parts = Parts([SamplingParams(), SamplingParams(temperature=0)], cpu)
+    >>> sample(logits, torch.tensor([1.0, 0.0]), torch.tensor([0.2, 0.9]), parts)[0].tolist()
     [0, 1]
     """
     greedy = temperature == 0
@@ -101,7 +102,7 @@ def sample(
         rows, drawn = changed
         # Relative to the likeliest that may be drawn: others may be far above it.
         probabilities[rows], _ = softmax_of(drawn, scale[rows])
-    some, every = (bool(greedy.any()), bool(greedy.all())) if parts is None else parts.greedy
+    some, every = parts.greedy
     likeliest = None
     if some:
         likeliest = logits.argmax(-1)
@@ -110,8 +111,7 @@ def sample(
     if likeliest is not None and every:
         tokens = likeliest
     else:
-        if parts is not None:
-            parts.narrow_(probabilities)
+        parts.narrow_(probabilities)
         cumulative = probabilities.cumsum(-1)
         # Scaled by the last value: rounding leaves the sum slightly off 1.
         threshold = uniform * cumulative[:, -1]

@@ -204,7 +204,7 @@ class Scheduler:
             active, self._active = self._active, []
             for ticket in active:
                 if all(completion.finish for completion in ticket.completions):
-                    made.append((ticket, self._engine.closed(ticket)))
+                    made.append((ticket, [*map(self._engine.whole, ticket.completions)]))
                 else:
                     self._active.append(ticket)
         return made

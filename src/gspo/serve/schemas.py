@@ -206,6 +206,10 @@ class ChatBody(AnsweredBody):
             )
         return self.sampling(next(iter(limits), None), self.top_logprobs or 0)
 
+    def calls(self) -> list[dict[str, Any]] | None:
+        """Those of the tools that may be called; None: what looks like a call is text."""
+        return self.tools or None if self.tool_choice != "none" else None
+
     def template_kwargs(self, chat: ChatFormat) -> dict[str, Any]:
         """Variables of the chat template.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import threading
 import time
@@ -36,21 +37,18 @@ def bind(host: str, port: int, api_key: str | None = None) -> socket.socket:
             "that requests must bring (GSPO_API_KEY, or --api-key), or listen on 127.0.0.1"
         )
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
         raise ServeError(f"cannot listen on {host}: {error.strerror}") from None
-    listener = socket.socket(family, kind)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # "::" takes IPv4 too.
+    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
     try:
-        listener.bind(address)
-        listener.listen()
+        return socket.create_server(address, family=family, dualstack_ipv6=both)
     except OSError as error:
-        listener.close()
         raise ServeError(
-            f"cannot listen on {host}:{port}: {error.strerror}. "
+            f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}. "
             "Choose another port, or 0 for a free one."
         ) from None
-    return listener
 
 
 def address(listener: socket.socket) -> str:
@@ -95,9 +93,8 @@ class Serving:
         listener: socket.socket | None = None,
         find: Find | None = None,
     ):
-        self._engine: Engine | None = engine
-        self._finds = find or one_engine(engine, names)
-        self.app = create_app(self._find, names)
+        self._engine = engine
+        self.app = create_app(find or one_engine(engine, names), names)
         self.client = in_process_client(self.app)
         self.url = str(self.client.base_url)
         self._listener = listener
@@ -108,11 +105,6 @@ class Serving:
             self._thread = threading.Thread(
                 target=self._server.run, args=([listener],), name="gspo-server", daemon=True
             )
-
-    async def _find(self, name: str) -> Engine:
-        if self._engine is None:
-            raise ServeError("the backend that served this model is closed")
-        return await self._finds(name)
 
     async def start(self) -> None:
         """Return once requests are answered. A failure stops all of it.
@@ -161,8 +153,6 @@ class Serving:
                 await asyncio.to_thread(self._thread.join, STOP_SECONDS + FLUSH_SECONDS + 5)
             self._listener.close()
         await self.client.close()
-        engine, self._engine = self._engine, None  # a client may still hold the app
-        if engine is not None:
-            engine.close()
+        self._engine.close()
         self.app.state.engines.clear()
         await asyncio.sleep(0)  # those that waited are told

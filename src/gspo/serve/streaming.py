@@ -131,22 +131,20 @@ async def _wire(
     try:
         async with aclosing(events):
             async for event in events:
-                yield _event(event, event["type"] if named else None)
+                yield _event(event, named=named)
     except Exception as error:
         if not isinstance(error, GspoError):
             log.exception("a stream failed")
         detail = refusal(error)[1]["error"]
-        if named:  # the shape of its own error events
-            yield _event({**detail, "type": "error"}, "error")
-        else:
-            yield _event({"error": detail}, None)
+        # Named events have a shape of their own for errors.
+        yield _event({**detail, "type": "error"} if named else {"error": detail}, named=named)
         return
     if not named:
         yield b"data: [DONE]\n\n"
 
 
-def _event(body: dict[str, Any], name: str | None) -> bytes:
-    head = f"event: {name}\n" if name else ""
+def _event(body: dict[str, Any], *, named: bool) -> bytes:
+    head = f"event: {body['type']}\n" if named else ""
     text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
     return f"{head}data: {text}\n\n".encode(errors="backslashreplace")
 

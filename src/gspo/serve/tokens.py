@@ -114,9 +114,8 @@ class ModelTokenizer:
         return parts
 
 
-def chat_format(policy: Policy, tokenizer: ModelTokenizer) -> ChatFormat:
-    """How the conversations of a policy's engine are written: its answers end in its end tokens."""
-    ends = end_tokens(policy).nonzero().flatten().tolist()
+def chat_format(policy: Policy, tokenizer: ModelTokenizer, ends: Sequence[int]) -> ChatFormat:
+    """How the conversations of a policy's engine are written: its answers end in `ends`."""
     texts = [tokenizer.decode([token], special=True) for token in ends]
     return ChatFormat(policy.tokenizer, str(policy.source), texts)
 

@@ -62,11 +62,11 @@ class TorchEngine:
         )
         """How keys and values are kept; `check_engine` goes on to the next if one isn't exact."""
         self.tokenizer = ModelTokenizer(policy.tokenizer, policy.context)
-        self.chat = chat_format(policy, self.tokenizer)
         self._seed = seed
         self._drawn: Counter[int] = Counter()
         self._ends = end_tokens(policy)
         ends = self._ends.nonzero().flatten().tolist()
+        self.chat = chat_format(policy, self.tokenizer, ends)
         self._grammars = Grammars(policy.tokenizer, policy.head.size, ends)
         self._scheduler = Scheduler(self, compute or ComputeThread(), sockets=sockets)
 
@@ -124,7 +124,7 @@ class TorchEngine:
         with self.computing():
             while line or batch.busy:
                 batch.step(line.take(batch.busy))
-        return [self.closed(group) for group in groups]
+        return [[*map(self.whole, group.completions)] for group in groups]
 
     def line(self) -> Line:
         """Make the line in which completions wait."""
@@ -160,10 +160,6 @@ class TorchEngine:
             for completion in opened:
                 completion.matcher = self._grammars.start(request.params.grammar)
         return opened
-
-    def closed(self, group: Group) -> list[Completion]:
-        """What became of a request's completions; all have ended."""
-        return [self.whole(completion) for completion in group.completions]
 
     def _keys(self, request: Request) -> list[tuple[int, int]]:
         """Return the keys of the random numbers of the request's completions."""

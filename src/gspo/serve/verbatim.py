@@ -29,13 +29,7 @@ class _Sampled:
 
     tokens: array[int]
     text: Callable[[], str]
-    ends: Sequence[str]
     ids: frozenset[str]
-
-    @property
-    def end(self) -> str:
-        """The end token's text; "": none."""
-        return next((end for end in self.ends if self.text().endswith(end)), "")
 
 
 @dataclass
@@ -64,13 +58,7 @@ class TokenMemory:
         self._lock = threading.Lock()
 
     def prompt(
-        self,
-        chat: ChatFormat,
-        text: str,
-        encode: Callable[[str], list[int]],
-        *,
-        tools: Sequence[dict] | None = None,
-        ids: Collection[str] = (),
+        self, engine: Engine, text: str, tools: Sequence[dict] | None, ids: Collection[str]
     ) -> list[int]:
         """The tokens of a rendered conversation: what was sampled verbatim, the rest encoded.
 
@@ -78,16 +66,16 @@ class TokenMemory:
         sampled then, gives the tokens.
 
         Args:
-            chat: what rendered it.
+            engine: whose chat format rendered it, and whose tokens they are.
             text: the whole of it.
-            encode: makes tokens of a text.
             tools: those of the request.
             ids: of the tool calls in the conversation: which of several like answers it contains.
         """
         with self._lock:
-            tokens = self._extended(chat, text, encode, tools, ids) or encode(text)
+            extended = self._extended(engine, text, tools, ids)
+            tokens = extended or engine.tokenizer.encode(text)
             packed = array("i", tokens)
-            self._asked.setdefault(packed.tobytes(), _Asked(chat, text, packed, tools, []))
+            self._asked.setdefault(packed.tobytes(), _Asked(engine.chat, text, packed, tools, []))
         return tokens
 
     def with_reasoning(self, messages: Sequence[dict]) -> list[dict]:
@@ -119,19 +107,15 @@ class TokenMemory:
             asked = self._asked.get(array("i", prompt).tobytes())
             if asked is None:
                 return
-            sampled = _Sampled(array("i", tokens), cache(text), asked.chat.ends, frozenset(ids))
+            sampled = _Sampled(array("i", tokens), cache(text), frozenset(ids))
             asked.sampled.append(sampled)
             if ids and (reasoning := asked.chat.parse(text(), tools=asked.tools).reasoning):
                 self._reasoning |= dict.fromkeys(ids, reasoning)
 
     def _extended(
-        self,
-        chat: ChatFormat,
-        text: str,
-        encode: Callable[[str], list[int]],
-        tools: Sequence[dict] | None,
-        ids: Collection[str],
+        self, engine: Engine, text: str, tools: Sequence[dict] | None, ids: Collection[str]
     ) -> list[int] | None:
+        chat = engine.chat
         begun = [a for a in self._asked.values() if a.chat is chat and text.startswith(a.text)]
         for asked in sorted(begun, key=lambda asked: -len(asked.text)):
             following = text[len(asked.text) :]
@@ -144,7 +128,7 @@ class TokenMemory:
             ]
             if ranked:
                 _, size, number = max(ranked)
-                rest = encoded_after(chat, following[size:], encode)
+                rest = encoded_after(engine, following[size:])
                 return [*asked.tokens, *asked.sampled[number].tokens, *rest]
         return None
 
@@ -166,15 +150,15 @@ def _said(
     exact = sampled.text()
     if text.startswith(exact):
         return len(exact)
-    parsed = chat.parse(exact, tools=tools)
-    ends = [sampled.end] if sampled.end and not parsed.tool_calls else chat.ends
+    parsed, own = chat.parse(exact, tools=tools), [e for e in chat.ends if exact.endswith(e)]
+    ends = own[:1] if own and not parsed.tool_calls else chat.ends
     places = [(size, end) for end in ends if (size := text.find(end)) >= 0]
     if not places:
         return None
     size, end = min(places)
     if _message(chat.parse(text[:size] + end, tools=tools)) != _message(parsed):
         return None
-    return size + len(end) if sampled.end else size
+    return size + len(end) if own else size
 
 
 def _message(parsed: Parsed) -> tuple[object, ...]:
@@ -186,9 +170,10 @@ def _message(parsed: Parsed) -> tuple[object, ...]:
     return (parsed.content or "").split(), calls, (parsed.reasoning or "").split()
 
 
-def encoded_after(chat: ChatFormat, text: str, encode: Callable[[str], list[int]]) -> list[int]:
+def encoded_after(engine: Engine, text: str) -> list[int]:
     """Tokens of a text that follows others: sentencepiece would begin it with a space."""
-    for end in chat.ends:
+    encode = engine.tokenizer.encode
+    for end in engine.chat.ends:
         if len(encode(end)) == 1:
             return encode(end + text)[1:] if text else []
     return encode(text) if text else []
@@ -224,4 +209,4 @@ def chat_tokens(
         return engine.tokenizer.encode(text)
     calls = [call for message in messages for call in message.get("tool_calls") or ()]
     ids = {str(call.get("id")) for call in calls}
-    return memory.prompt(engine.chat, text, engine.tokenizer.encode, tools=tools, ids=ids)
+    return memory.prompt(engine, text, tools, ids)

@@ -38,11 +38,10 @@ class VllmEngine:
 
     def __init__(self, policy: Policy, servers: VllmServers, *, seed: int = 0):
         self.tokenizer = ModelTokenizer(policy.tokenizer, policy.context)
-        self.chat = chat_format(policy, self.tokenizer)
         self._ends = end_tokens(policy).nonzero().flatten().tolist()
-        self._policy_tokenizer = policy.tokenizer
+        self.chat = chat_format(policy, self.tokenizer, self._ends)
         self.receipts: Receipts | None = None
-        self._context = policy.context
+        self._policy = policy
         self._size = policy.entries or policy.head.size
         self._servers, self._seed = servers, seed
         self._drawn: Counter[int] = Counter()
@@ -95,7 +94,7 @@ class VllmEngine:
             RequestError: see `Engine.check`; or what changes the distribution, since vLLM's
                 log-probs would be those of the changed one.
         """
-        limit = check_fits(request, self._context, self._size)
+        limit = check_fits(request, self._policy.context, self._size)
         params = request.params
         altering = {*params.altered_by} - {"temperature"}
         for name in (*sorted(altering), *["return_routes"] * params.expert_choices):
@@ -107,7 +106,7 @@ class VllmEngine:
         if params.temperature and not 0.01 <= params.temperature <= 2:  # it raises what is lower
             told = f"temperature = {params.temperature:g}: vLLM samples at 0, and at 0.01 to 2"
             raise RequestError(told, param="temperature")
-        ends = ends_of(params, self._policy_tokenizer, self._size)
+        ends = ends_of(params, self._policy.tokenizer, self._size)
         return _PLAIN | {
             "n": params.n if params.temperature else 1,  # else vLLM refuses: all are the same
             "max_tokens": limit,

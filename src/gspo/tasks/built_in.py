@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping
+from itertools import takewhile
 from typing import Any, ClassVar
 
 from gspo.core.errors import check_whole
@@ -25,11 +26,10 @@ class Sort(Task):
     """
 
     max_tokens = 16
-    digits = 12
 
     def draw(self, key: int) -> Problem:
         rng = random.Random(key)
-        prompt = "".join(rng.choice("0123456789") for _ in range(self.digits))
+        prompt = "".join(rng.choice("0123456789") for _ in range(12))
         return Problem(prompt, "".join(sorted(prompt)))
 
 
@@ -37,11 +37,10 @@ class Reverse(Task):
     """Reverse 12 letters."""
 
     max_tokens = 16
-    letters = 12
 
     def draw(self, key: int) -> Problem:
         rng = random.Random(key)
-        prompt = "".join(rng.choice("abcdefghij") for _ in range(self.letters))
+        prompt = "".join(rng.choice("abcdefghij") for _ in range(12))
         return Problem(prompt, prompt[::-1])
 
 
@@ -102,11 +101,8 @@ class Chain(Task):
         return Problem(text[:6], text[6:])
 
     def score(self, problem: Problem, completion: str) -> float:
-        right = 0
-        for written, wanted in zip(completion, problem.answer, strict=False):
-            if written != wanted:
-                break
-            right += 1
+        pairs = zip(completion, problem.answer, strict=False)
+        right = len([*takewhile(lambda pair: pair[0] == pair[1], pairs)])
         return right / self.length if len(completion) <= self.length else 0.0
 
 

@@ -124,18 +124,15 @@ class DatasetTask(Task):
         return problems[place]
 
     def messages(self, problem: Problem) -> list[dict[str, Any]]:
-        prompt = _asked(problem)
-        if isinstance(prompt, str):
-            return super().messages(problem)
-        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
-        return [*system, *prompt]
+        prompt, told = _asked(problem), super().messages(problem)
+        return told if isinstance(prompt, str) else [*told[:-1], *prompt]
 
     async def grade(
         self, problem: Problem, completions: Sequence[str]
     ) -> list[tuple[float, dict[str, float]]]:
         prompt = _asked(problem)
         prompt = prompt if isinstance(prompt, str) else self.messages(problem)
-        return await grade(self.rewards, problem.where, problem.entry, prompt, completions)
+        return await grade(self.rewards, problem, prompt, completions)
 
 
 def load_dataset(

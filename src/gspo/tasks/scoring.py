@@ -24,6 +24,7 @@ from gspo.core.byname import load_object
 from gspo.core.errors import ConfigError, DataError, RolloutTimeoutError, shown
 from gspo.core.plain import plain_reward
 from gspo.core.progress import all_or_cancel
+from gspo.tasks.task import Problem
 
 LIMIT_SECONDS = 600.0
 """How long an `async` reward function may take for one prompt."""
@@ -106,23 +107,19 @@ def load_rewards(given: Sequence[Any], weights: Sequence[float] | None = None) -
 
 
 async def grade(
-    rewards: Sequence[Reward],
-    where: str,
-    row: Mapping[str, Any],
-    prompt: Any,
-    completions: Sequence[str],
+    rewards: Sequence[Reward], problem: Problem, prompt: Any, completions: Sequence[str]
 ) -> list[tuple[float, dict[str, float]]]:
     """The weighted sum of all rewards, and each by name, of each completion.
 
     Args:
-        where: of the row, for errors.
+        problem: a row of the dataset.
         prompt: its text, or its messages.
 
     Raises:
         DataError: a reward that is no finite number, or not as many as completions.
         RolloutTimeoutError: an `async` one took longer than `LIMIT_SECONDS`.
     """
-    values = await all_or_cancel([_values(r, where, row, prompt, completions) for r in rewards])
+    values = await all_or_cancel([_values(r, problem, prompt, completions) for r in rewards])
     return [
         (
             sum(reward.weight * value for reward, value in zip(rewards, of_one, strict=True)),
@@ -133,10 +130,11 @@ async def grade(
 
 
 async def _values(
-    reward: Reward, where: str, row: Mapping[str, Any], prompt: Any, completions: Sequence[str]
+    reward: Reward, problem: Problem, prompt: Any, completions: Sequence[str]
 ) -> list[float]:
-    columns, size = reward.columns(row, where), len(completions)
-    told = f"the reward {reward.name!r} of {where}"
+    row, size = problem.entry, len(completions)
+    columns = reward.columns(row, problem.where)
+    told = f"the reward {reward.name!r} of {problem.where}"
     if not reward.batched:
         calls = [_called(reward, told, text, dict(row)) for text in completions]
         return _numbers(told, await all_or_cancel(calls), size)

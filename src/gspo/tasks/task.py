@@ -21,6 +21,16 @@ def held_out(text: str) -> bool:
     return hashlib.sha256(text.encode()).digest()[0] % 10 == 0
 
 
+def conversation(system: str | None, prompt: str | None = None) -> list[dict[str, Any]]:
+    """A system turn and a user turn, if there are such.
+
+    >>> conversation("Sort.", "312")
+    [{'role': 'system', 'content': 'Sort.'}, {'role': 'user', 'content': '312'}]
+    """
+    begin = [{"role": "system", "content": system}] if system else []
+    return [*begin, *([{"role": "user", "content": prompt}] if prompt is not None else [])]
+
+
 @dataclass(frozen=True)
 class Problem:
     """A prompt for the user turn, the reference answer, and what the scorer needs besides.
@@ -100,8 +110,7 @@ class Task(ABC):
 
     def messages(self, problem: Problem) -> list[dict[str, Any]]:
         """The conversation that asks for a completion."""
-        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
-        return [*system, {"role": "user", "content": problem.prompt}]
+        return conversation(self.system_prompt, problem.prompt)
 
     def lessons(self, problem: Problem) -> list[tuple[list[dict[str, Any]], str]]:
         """What an embedded model is warm-started on: conversations, and what is said next."""
