@@ -83,7 +83,7 @@ def test_a_folder_that_the_first_rank_cannot_write_is_told_to_all(tmp_path, monk
 
 
 FOLLOWS = """
-import sys
+import signal, sys
 from datetime import timedelta
 from torch.distributed import TCPStore
 from gspo.backend import ranks
@@ -100,6 +100,7 @@ def passed_on(mesh, number):
     print("passed on", number, flush=True)
     return sys.argv[2] == "lives"
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
 ranks.GRACE, ranks._passed_on = float(sys.argv[1]), passed_on
 ranks.follow(Mesh())
 """

@@ -115,7 +115,7 @@ def exchanged_columns(on: Publication) -> None:
 
 def columns_first(on: Publication) -> None:
     """A matrix that was read in the order of another layout of memory."""
-    weight, _ = on.pick("_proj")
+    weight = on.rng.choice(on.matrices("_proj"))  # not a bias
     weight.copy_(weight.mT.clone().reshape(weight.shape))
 
 
