@@ -34,9 +34,10 @@ node: $(if $(shell command -v npm),$(NODE)/node_modules/.package-lock.json)
 $(NODE)/node_modules/.package-lock.json: $(NODE)/package-lock.json
 	-cd $(NODE) && npm ci --silent --ignore-scripts --no-audit --no-fund
 
-# Two processes of one thread each; more threads than cores would wait for one another.
+# Three processes of one thread each for two cores: a quarter of the time a test waits for what it
+# has started. More threads than cores would wait for one another.
 test: $(VENV)/.installed node
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
 
 slow: $(VENV)/.bench
 	$(BIN)/python -m pytest -m slow
