@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from gspo.core.compute import ComputeThread
-from gspo.core.timing import Clock, beside, span, timed, timing
+from gspo.core.timing import Clock, beside, span, timing
 
 
 def ticking() -> Clock:
@@ -18,7 +18,7 @@ def ticking() -> Clock:
     return Clock(now=lambda: float(next(at)))
 
 
-@timed("inner")
+@span("inner")
 def inner(value: int, *, twice: bool = False) -> int:
     """Documented."""
     return value * (2 if twice else 1)

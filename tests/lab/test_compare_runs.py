@@ -267,7 +267,11 @@ def test_an_interrupt_ends_in_order_and_leaves_what_can_go_on(tmp_path: Path):
     spec = write_spec(tmp_path, steps=30)
     folder = make_cells(read_compare_spec(spec))[0].folder
     process = subprocess.Popen(
-        command(spec, "--workers", "1"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command(spec, "--workers", "1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # Tests that run in the background ignore it, and what they start would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_until(lambda: (folder / "checkpoints" / "0002").exists(), process)
     workers = at_work(process.pid)

@@ -20,7 +20,7 @@ from gspo.core.compute import ComputeThread
 from gspo.core.draws import seed_of
 from gspo.core.errors import RunError
 from gspo.core.log import log
-from gspo.core.timing import timed
+from gspo.core.timing import span
 from gspo.data.check import plain_groups
 from gspo.data.sample import SPLIT_REASONS, flat, split_counts
 from gspo.dev import InternalModelConfig
@@ -262,7 +262,7 @@ class Service:
             )
         return metrics
 
-    @timed("publish")
+    @span("publish")
     def _publish(self) -> dict[str, float]:
         """Give the engine the trainer's weights and prove it; the metrics of it.
 

@@ -24,7 +24,7 @@ from gspo import dev
 from gspo.config import TrainConfig
 from gspo.core.errors import RunError
 from gspo.core.files import explained, replacing, strict_json
-from gspo.core.timing import timed
+from gspo.core.timing import span
 from gspo.train.algorithms import BUILT_IN, find_algorithm
 from gspo.train.observe import Trace
 from gspo.train.settings import Settings, resolve
@@ -129,7 +129,7 @@ class StoredBatch(NamedTuple):
     record: UpdateRecord
 
 
-@timed("checkpoint")
+@span("checkpoint")
 def write_batch(
     path: Path,
     groups: Sequence[TrajectoryGroup],

@@ -1,6 +1,6 @@
 """Where the time goes: spans, which cost next to nothing unless there is a clock.
 
-@timed("forward")                 # or: with span("backward"): ...
+@span("forward")                  # or: with span("backward"): ...
 def policy.logprobs(batch): ...
 
 with timing(Clock()) as clock:
@@ -132,11 +132,8 @@ def beside(function: Callable[P, T]) -> Callable[P, T]:
 
 @contextmanager
 def span(name: str) -> Iterator[None]:
-    """A span of the clock around it (see `Clock.span`); nothing if there is none."""
+    """A span of the clock around it (see `Clock.span`); nothing if there is none. As a decorator it
+    makes each call of a function one."""
     clock = _current.get()
     with nullcontext() if clock is None else clock.span(name):
         yield
-
-
-timed = span
-"""`span` as a decorator: each call of the function is a span."""

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gspo.core.errors import DataError
-from gspo.core.timing import timed
+from gspo.core.timing import span
 from gspo.data.best_fit import plan_microbatches
 from gspo.data.expert_choices import padded_expert_choices
 from gspo.data.sample import Sample
@@ -123,7 +123,7 @@ class Microbatch:
         return replayed
 
 
-@timed("packing")
+@span("packing")
 def pack(
     samples: Sequence[Sample],
     budget: int,

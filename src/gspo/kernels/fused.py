@@ -45,8 +45,8 @@ def shorten(lm: nn.Module) -> None:
             norm.gspo_epsilon, norm.forward = _epsilon(norm), MethodType(_short_norm, norm)
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
-    return bool((found - expected).abs().max() <= 1e-5 * expected.abs().max())
+def _close(output: Tensor, usual: Tensor) -> bool:
+    return bool((output - usual).abs().max() <= 1e-5 * usual.abs().max())
 
 
 def _short_norm(self: Any, hidden_states: Tensor) -> Tensor:

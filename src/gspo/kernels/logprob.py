@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gspo.core.errors import DataError
-from gspo.core.timing import timed
+from gspo.core.timing import span
 from gspo.kernels.projection import Blocks, ChunkedLogprobs, capped_, entry_slices, project
 from gspo.kernels.running_softmax import LN_2, RunningSoftmax
 from gspo.kernels.split_projection import SplitLogprobs, split_product
@@ -79,7 +79,7 @@ class TokenLogprobs:
             raise TypeError(f"log-probs are {self.logprobs.dtype}: l_i needs float32")
 
 
-@timed("head")
+@span("head")
 def token_logprobs(
     hidden: Float[Tensor, "M D"],
     head: Head,
@@ -148,17 +148,17 @@ def softmax_of(
     # A device has no bits to match, and one block is fewer launches.
     entries = CPU_BLOCK[0] if logits.device.type == "cpu" else logits.shape[1]
     everyone, tops = slice(0, len(logits)), []
-    spans = entry_slices(logits.shape[1], entries)
-    for span in spans:
-        x = logits[:, span].clone(memory_format=torch.contiguous_format)
-        first, out = span.start == 0, powers if len(spans) == 1 else None
+    parts = entry_slices(logits.shape[1], entries)
+    for part in parts:
+        x = logits[:, part].clone(memory_format=torch.contiguous_format)
+        first, out = part.start == 0, powers if len(parts) == 1 else None
         power, top, _ = softmax.add(everyone, x, first=first, out=out, spread=False)
         if out is None:
-            powers[:, span] = power
+            powers[:, part] = power
         tops.append(top)
-    for span, top in zip(spans[:-1], tops, strict=False):  # relative to the largest logit of all
+    for part, top in zip(parts[:-1], tops, strict=False):  # relative to the largest logit of all
         # Not exp2, whose last numbers differ.
-        powers[:, span] *= ((top - softmax.max) * softmax.scale * LN_2).exp_()[:, None]
+        powers[:, part] *= ((top - softmax.max) * softmax.scale * LN_2).exp_()[:, None]
     return powers, softmax
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gspo.core.errors import ModelError
-from gspo.core.timing import timed
+from gspo.core.timing import span
 from gspo.data.packing import Microbatch
 from gspo.kernels import hf
 from gspo.kernels.flex import FlexAttention
@@ -157,7 +157,7 @@ class Policy:
                 weight.grad_dtype = torch.float32
         return masters
 
-    @timed("forward")
+    @span("forward")
     def logprobs(
         self, microbatch: Microbatch, chunk: int | None = None, *, part_only: bool = False
     ) -> TokenLogprobs:

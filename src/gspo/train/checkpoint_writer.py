@@ -14,7 +14,7 @@ from pathlib import Path
 from gspo.core.compute import Threads
 from gspo.core.errors import GspoError, RunError
 from gspo.core.log import log
-from gspo.core.timing import timed
+from gspo.core.timing import span
 from gspo.train.checkpoint import begin_checkpoint
 from gspo.train.trainer import Trainer
 
@@ -36,7 +36,7 @@ class CheckpointWriter:
         self._last: tuple[Path, Future[None]] | None = None
         _living.add(self)
 
-    @timed("checkpoint")
+    @span("checkpoint")
     def save(self, folder: Path, trainer: Trainer) -> Path:
         """Write `folder/<step>`: it is there whole when `wait` returns, or not at all.
 

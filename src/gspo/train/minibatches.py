@@ -14,7 +14,7 @@ import torch
 
 from gspo import dev
 from gspo.core.errors import DataError, SampleTooLongError
-from gspo.core.timing import timed
+from gspo.core.timing import span
 from gspo.data.check import check_groups
 from gspo.data.packing import Microbatch, pack
 from gspo.data.sample import TrajectorySamples, flat, trajectory_samples
@@ -84,7 +84,7 @@ def why_no_update(trajectories: int, too_long: int, stale: int = 0) -> str:
     return "all advantages are 0: each group has equal rewards or a single trajectory"
 
 
-@timed("packing")
+@span("packing")
 def prepare(
     groups: Sequence[TrajectoryGroup],
     settings: Settings | None = None,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gspo.core.errors import CheckpointError, NumericsError
-from gspo.core.timing import timed
+from gspo.core.timing import span
 from gspo.dev import TrainConfig
 from gspo.kernels.sharded import full
 
@@ -69,7 +69,7 @@ class Optimizer:
         groups = [{"params": tensors} for tensors in meshes.values()]
         self._adam = torch.optim.AdamW(groups, lr=0.0, fused=fused)
 
-    @timed("optimizer")
+    @span("optimizer")
     def step(self, rate: float, options: TrainConfig) -> float:
         """Clip the gradient, update, and clear it. Returns the norm before clipping.
 
