@@ -34,7 +34,7 @@ class ExpertReplay:
     `record` each of its microbatches, `end`; `finish` after the last update.
 
     Args:
-        policy: it must not be updated before `fixed` has returned.
+        policy: it must not be updated before `start` has returned.
         settings: which replay, and which metrics.
         metrics: of the call.
     """
@@ -80,7 +80,7 @@ class ExpertReplay:
                     f"{len(sample)} tokens and a model of {layers} MoE layers of {experts} experts"
                 )
 
-    def _start(
+    def start(
         self, minibatches: Sequence[Sequence[TrajectorySamples]]
     ) -> dict[int, TrajectorySamples]:
         """Record the trainer's choices before the first update, if the settings need them.
@@ -112,7 +112,7 @@ class ExpertReplay:
         expert choices that are replayed.
         """
         objective = self.settings.objective
-        recorded = self._start([with_gradient(m, objective) for m in minibatches])
+        recorded = self.start([with_gradient(m, objective) for m in minibatches])
         fixed = [recorded.get(samples[0].trajectory_id, samples) for samples in chain(*minibatches)]
         if self.settings.old_logprobs == "trainer":
             return with_trainer_logprobs(self.policy, fixed, self.settings)
