@@ -75,7 +75,7 @@ def test_every_name_is_checked():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"cp_size": 2}, "cp_size=2 does not divide 1, .*: give another nproc"),
+        ({"cp_size": 2}, "cp_size=2 does not divide 1, .*: give another cp_size or nproc"),
         ({"nproc": 4, "ep_size": 3}, "ep_size=3 does not divide 4, "),
         ({"nproc": 2, "engines": ["http://localhost:1"]}, "engines= is not built for more"),
         ({"nproc": 2, "load": {"exact": True}}, "exact=True and rollout_dtype are not built"),

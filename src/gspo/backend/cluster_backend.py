@@ -189,7 +189,7 @@ def check_ranks(nproc: int | None, sizes: Mapping[str, int], engines: Sequence[s
         if size % value:
             raise ConfigError(
                 f"{name}={value} does not divide {size}, the number of processes that train: give "
-                "another nproc, or start more by torchrun"
+                f"another {name} or nproc, or start more by torchrun"
             )
     if engines and size > 1:
         raise ConfigError(
