@@ -121,6 +121,8 @@ async def test_metrics_can_be_logged_alone():
         await model.log(metrics={"x": 1.0})
         with pytest.raises(DataError, match=r"metrics\['x'\] is None"):
             await model.log(metrics={"x": None})  # pyright: ignore[reportArgumentType]
+        with pytest.raises(DataError, match=r"log: give metrics by name, as metrics=\{'x': 1.0\}"):
+            await model.log({"x": 1.0})  # pyright: ignore[reportArgumentType]
 
 
 async def test_a_prompted_model_has_no_steps_and_a_dump_no_config():

@@ -82,7 +82,7 @@ async def test_turn_rewards_are_checked_as_soon_as_a_rollout_returns():
 
 
 def test_group_refuses_other_things():
-    with pytest.raises(DataError, match="got a int"):
+    with pytest.raises(DataError, match=r"got \d+ \(int\); it takes trajectories"):
         art.TrajectoryGroup([3])  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, field_validator
 from gspo import absent, dev
 from gspo.backend.base import Backend, TrainResult
 from gspo.config import TrainConfig, TrainSFTConfig
-from gspo.core.errors import ConfigError, RunError, check_whole, shown
+from gspo.core.errors import ConfigError, DataError, RunError, check_whole, shown
 from gspo.core.options import Options
 from gspo.data.check import listed
 from gspo.metrics import MetricsBuilder
@@ -168,6 +168,8 @@ class Model(Options, Generic[UserConfig]):
         Raises:
             GspoError: see `LocalBackend.log`.
         """
+        if isinstance(trajectories, Mapping):
+            raise DataError(f"log: give metrics by name, as metrics={shown(trajectories)}")
         items = listed(() if trajectories is None else trajectories)
         grouped = all(isinstance(item, TrajectoryGroup) for item in items)
         groups = items if grouped else [TrajectoryGroup(items)]

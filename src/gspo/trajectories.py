@@ -224,15 +224,14 @@ class TrajectoryGroup(_Record):
     def _add(self, item: Any) -> None:
         if isinstance(item, Trajectory):
             self.trajectories.append(item)
-        elif isinstance(item, BaseException):
-            self.exceptions.append(ExceptionRecord.of(item))
-        elif isinstance(item, ExceptionRecord):
-            self.exceptions.append(item)
+        elif isinstance(item, BaseException | ExceptionRecord):
+            failed = item if isinstance(item, ExceptionRecord) else ExceptionRecord.of(item)
+            self.exceptions.append(failed)
         elif isinstance(item, Awaitable):
             self._pending.append(item)
         else:
             raise DataError(
-                f"TrajectoryGroup got a {type(item).__name__}; "
+                f"TrajectoryGroup got {shown(item)}; "
                 "it takes trajectories, exceptions and coroutines that return a Trajectory"
             )
 

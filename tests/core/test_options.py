@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pytest
 from pydantic import Field
@@ -13,11 +13,13 @@ from gspo.core.options import Options
 
 class Soup(Options):
     refused: ClassVar = {"fork": "take a spoon."}
-    fixed: ClassVar = {"hot": "cold soup is another dish"}
+    fixed: ClassVar = {"hot": "cold soup is another dish", "salt": "two numbers"}
 
     kind: Literal["tomato", "onion"] = "tomato"
     litres: float = 1.0
     hot: Literal[True] = True
+    stirs: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    salt: tuple[float, float] = (0.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -29,6 +31,9 @@ class Soup(Options):
         ),
         ({"kind": "tomat"}, r"kind = 'tomat': .* Did you mean 'tomato'\?"),
         ({"litres": True}, "litres = True: must be a number"),
+        ({"stirs": True}, "stirs = True: must be a number"),
+        ({"salt": (0.5,)}, r"salt = \(0\.5,\): two numbers"),
+        ({"salt": (0.5, "x")}, r"salt = \(0\.5, 'x'\): two numbers"),
         ({"litres": float("nan")}, "litres = nan: .*finite"),
         ({"fork": 1}, "'fork' is not supported: take a spoon"),
         ({"hot": False}, "cold soup is another dish"),

@@ -61,7 +61,7 @@ def test_any_rows_come_back_from_jsonl(tmp_path_factory: Any, rows: list[dict]):
         ("x.jsonl", b"", r"x\.jsonl is empty"),
         ("x.jsonl", b"\xff\xfe{", "is not text in UTF-8"),
         ("x.csv", b"", r"x\.csv is empty"),
-        ("x.csv", b"prompt,answer\n", r"x\.csv is empty"),
+        ("x.csv", b"prompt,answer\n", r"x\.csv is empty: give a row for each prompt"),
         ("x.csv", b"prompt,answer\na,1\nb, c,2\n", r"x\.csv, row 2 has 3 values for 2 columns"),
         ("x.csv", b"prompt,prompt\na,1\n", "two columns have one name: prompt, prompt"),
         ("x.csv", b'prompt\n"a\n', "is not CSV in UTF-8: unexpected end of data"),

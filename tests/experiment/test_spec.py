@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,10 +19,11 @@ from support import choice
     ("fields", "message"),
     [
         ({"task": "sortt"}, r"Did you mean 'sort'\?$"),
-        ({"task": "sort", "name": ""}, "the run: name = '': .*empty"),
+        ({"task": "sort", "name": ""}, "the run: name = '': .*1 to 255 bytes"),
         ({"task": "sort", "path": "a\0b"}, "path = .*NUL"),
-        ({"task": "sort", "name": "a/b"}, "name = 'a/b': it names one folder"),
-        ({"task": "sort", "project": ".."}, "project = .*leave dots"),
+        ({"task": "sort", "name": "a/b"}, "name = 'a/b': one folder's name"),
+        ({"task": "sort", "project": ".."}, r"project = .*no .*'\.\.'"),
+        ({"task": "sort", "name": "x" * 256}, "name = 'x.*1 to 255 bytes"),
         (
             {"task": "sort", "pipeline": True, "train": {"max_staleness": 0}},
             "max_staleness = 0 trains on nothing that was: leave one",
@@ -31,6 +33,12 @@ from support import choice
 def test_what_names_nothing_is_refused(fields: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
         Spec(**fields)
+
+
+def test_the_home_folder_is_meant_in_a_path_alone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    spec = Spec(task="sort", name="~", project="~", path="~/runs")
+    assert spec.folder == Path("/home/me/runs/~/~")
 
 
 def test_half_a_character_is_no_name():

@@ -303,6 +303,6 @@ class LocalBackend(Backend):
         service = self._services.get((model.project, model.name))
         if service is None:
             raise RunError(
-                f"model {model.name!r} is not registered: await model.register(backend) first"
+                f"model {model.name!r} is not registered, or closed: await model.register(backend)"
             )
         return service

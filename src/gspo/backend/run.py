@@ -55,14 +55,9 @@ class Run:
         self.folder = path / project / name
         self.checkpoints = self.folder / "checkpoints"
         self._config = self.folder / "config.json"
-        try:
+        with explained(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = locked(self.folder / ".lock")
-        except OSError as error:
-            raise RunError(
-                f"cannot write to the run folder {self.folder}: {error.strerror}. "
-                "Choose another path"
-            ) from None
         try:
             self._check_identity()
             # What a killed process had begun to write; pictures and reports may be another's.

@@ -19,14 +19,14 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def names_a_folder(text: Any) -> bool:
-    """Whether a value can be the name of a folder.
+    """Whether a value can be the name of a folder: no path, no half character, not too long.
 
     >>> names_a_folder("val"), names_a_folder("a/b"), names_a_folder("..")
     (True, False, False)
     """
     if not isinstance(text, str) or text in ("", ".", "..") or set(text) & set("/\\\0"):
         return False
-    return not any("\ud800" <= character <= "\udfff" for character in text)  # half of one
+    return not any(0xD800 <= ord(letter) < 0xE000 for letter in text) and len(text.encode()) < 256
 
 
 def strict_json(

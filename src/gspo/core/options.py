@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gspo.core.errors import ConfigError, check_names, suggestion
 
-_NUMBERS = (int, float, int | None, float | None)
 LARGEST_COUNT = 10**9
 """The largest count of steps or tokens; a larger one is a typing error."""
 
@@ -34,11 +33,15 @@ class Options(BaseModel):
     def __init__(self, **data: Any) -> None:
         names = sorted(type(self).model_fields)
         check_names(title_of(type(self)), data, names, self.refused, "option")
-        _refuse_switches(type(self), data)
+        for name in (name for name, value in data.items() if isinstance(value, bool)):
+            types = _types(type(self).model_fields[name].annotation)
+            if bool not in types and (int in types or float in types):  # Python counts with them
+                title = title_of(type(self))
+                raise ConfigError(f"{title}: {name} = {data[name]}: must be a number.")
         try:
             super().__init__(**data)
         except ValidationError as error:
-            raise ConfigError(_explain(type(self), error)) from None
+            raise ConfigError(_explain(type(self), error, data)) from None
 
     def _differs(self, name: str) -> bool:
         """Whether an option has another value than its default."""
@@ -46,11 +49,9 @@ class Options(BaseModel):
         return getattr(self, name) != field.get_default(call_default_factory=True)
 
 
-def _refuse_switches(cls: type[Options], data: Mapping[str, Any]) -> None:
-    """Refuse True and False as numbers, though Python counts with them."""
-    for name, value in data.items():
-        if isinstance(value, bool) and cls.model_fields[name].annotation in _NUMBERS:
-            raise ConfigError(f"{title_of(cls)}: {name} = {value}: must be a number.")
+def _types(annotation: Any) -> list[Any]:
+    """An annotation and all that it is made of, such as the float of `float | None`."""
+    return [annotation, *(inner for part in get_args(annotation) for inner in _types(part))]
 
 
 def title_of(cls: type[Options]) -> str:
@@ -58,21 +59,21 @@ def title_of(cls: type[Options]) -> str:
     return cls.model_config.get("title") or "dev." * (cls.__module__ == "gspo.dev") + cls.__name__
 
 
-def _explain(cls: type[Options], error: ValidationError) -> str:
+def _explain(cls: type[Options], error: ValidationError, data: Mapping[str, Any]) -> str:
     """One line per field; if a union has several complaints, the one with a suggestion."""
     lines: dict[str, str] = {}
     for problem in error.errors():
         option = str(problem["loc"][0]) if problem["loc"] else ""
         value = problem.get("input")
         message = problem["msg"].removeprefix("Value error, ")
-        near = ""
-        if problem["type"] == "literal_error" and isinstance(value, str):
-            near = suggestion(value, re.findall(r"'([^']+)'", message))
-        message = cls.fixed.get(option, message)
+        misspelt = problem["type"] == "literal_error" and isinstance(value, str)
+        near = suggestion(value, re.findall(r"'([^']+)'", message)) if misspelt else ""
+        if option in cls.fixed:  # it speaks of the whole value, pydantic of a part of it
+            message, value = cls.fixed[option], data.get(option)
         line = f"{option} = {value!r}: {message}" if option else message
-        if problem["type"] == "missing":
+        if problem["type"] == "missing" and len(problem["loc"]) == 1:
             line = f"give {option}=..."
         if near or option not in lines:
-            stop = "" if line.endswith("?") else "."  # the check itself has made a suggestion
-            lines[option] = f"{title_of(cls)}: {line}{stop}{near}"
+            # A check that has made a suggestion itself ends in a question mark.
+            lines[option] = f"{title_of(cls)}: {line}{'' if line.endswith('?') else '.'}{near}"
     return "\n".join(lines.values())

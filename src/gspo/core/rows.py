@@ -52,7 +52,7 @@ def read_rows(source: Any, split: str = "train", subset: str | None = None) -> R
             raise DataError(f"{where} is {shown(row)}; give an object: a value for each column")
         found[where] = dict(row)
     if not found:
-        raise DataError(f"{name} is empty: it needs a row of JSON for each conversation or prompt")
+        raise DataError(f"{name} is empty: give a row for each prompt or conversation")
     return found
 
 

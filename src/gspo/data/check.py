@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from openai.types.chat.chat_completion import Choice
@@ -21,7 +21,7 @@ def listed(groups: Any) -> list[Any]:
     Raises:
         DataError: it is not iterable.
     """
-    if not isinstance(groups, Iterable):
+    if isinstance(groups, str | Mapping) or not isinstance(groups, Iterable):
         raise DataError(f"the trajectory groups are {shown(groups)}; give a list of them")
     return list(groups)
 
@@ -64,7 +64,8 @@ def plain_groups(groups: Any) -> list[TrajectoryGroup]:
     for g, group in enumerate(listed(groups)):
         where = f"group {g}"
         if not isinstance(group, TrajectoryGroup):
-            raise DataError(f"{where} is a {type(group).__name__}, not a TrajectoryGroup")
+            told = f"{where} is {shown(group)}, not a TrajectoryGroup: the rollouts of one prompt"
+            raise DataError(told)
         for name in ("trajectories", "exceptions"):
             if not isinstance(values := getattr(group, name), list):
                 raise DataError(f"{where}: {name} is {shown(values)}; it must be a list")

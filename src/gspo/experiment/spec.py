@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from os.path import expanduser
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from gspo import absent, dev
 from gspo.backend.trackers import TrackerName
 from gspo.config import TrainConfig
 from gspo.core.errors import ConfigError, suggestion
+from gspo.core.files import names_a_folder
 from gspo.core.options import LARGEST_COUNT, TEMPERATURES, Options
 from gspo.tasks import Task, load_task, task_names
 from gspo.tasks.dataset import Data, load_dataset
@@ -30,6 +31,32 @@ class SFT(Options, title="[sft]"):
     learning_rate: float | None = Field(default=None, gt=0, le=1)
     """Peak; it rises over the first tenth of the batches, then falls to 0. None: by the model's
     size."""
+
+
+def folder_name(text: str) -> str:
+    """A name that a folder can have; `~` is a name like any other.
+
+    Raises:
+        ValueError: nothing, a path, a NUL, half a character (a lone surrogate), or too long.
+    """
+    if not names_a_folder(text):
+        raise ValueError("one folder's name: no '/', '\\', '..', half a character; 1 to 255 bytes")
+    return text
+
+
+def folder_path(text: str) -> str:
+    """A path of a folder, with `~` as the home folder.
+
+    Raises:
+        ValueError: nothing, a NUL, or half a character (a lone surrogate): no file name has these.
+    """
+    if not text or "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError("no file name is empty, or has a NUL or half a character")
+    return expanduser(text)
+
+
+FolderName = Annotated[str, AfterValidator(folder_name)]
+FolderPath = Annotated[str, AfterValidator(folder_path)]
 
 
 class Spec(Options, title="the run"):
@@ -50,10 +77,10 @@ class Spec(Options, title="the run"):
                 raise ConfigError(f"the run: unknown option {name!r}.{near} in {tables}?")
         super().__init__(**data)
 
-    name: str = "run"
+    name: FolderName = "run"
     """Names the run folder `<path>/<project>/<name>`."""
-    project: str = "gspo"
-    path: str = ".gspo"
+    project: FolderName = "gspo"
+    path: FolderPath = ".gspo"
     model: str = ""
     """`embedded:<task>`, a folder, or a hub id. Default: the task's embedded model."""
     task: str | None = None
@@ -129,13 +156,6 @@ class Spec(Options, title="the run"):
     """Supervised fine-tuning as the run's first step."""
     load: dev.InternalModelConfig = Field(default_factory=dev.InternalModelConfig)
     """The fields of `dev.InternalModelConfig`: dtype, lora, activation_checkpointing, ..."""
-
-    @field_validator("name", "project", "path")
-    @classmethod
-    def _names_a_folder(cls, value: str, info: ValidationInfo) -> str:
-        if info.field_name != "path" and (value in (".", "..") or set(value) & set("/\\")):
-            raise ValueError("it names one folder: leave dots, '/' and '\\' out")
-        return folder_name(value)
 
     @field_validator("reward", mode="before")
     @classmethod
@@ -265,14 +285,3 @@ class Spec(Options, title="the run"):
 
 TABLES = {"train": dev.TrainConfig, "sft": SFT, "load": dev.InternalModelConfig, "data": Data}
 """The tables of a run's file."""
-
-
-def folder_name(text: str) -> str:
-    """A name or path of a folder, with `~` as the home folder.
-
-    Raises:
-        ValueError: nothing, a NUL, or half a character (a lone surrogate): no file name has these.
-    """
-    if not text or "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ValueError("no file name is empty, or has a NUL or half a character")
-    return expanduser(text)

@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from gspo import dev
 from gspo.core.errors import ConfigError, check_names, suggestion
 from gspo.core.options import Options
 from gspo.experiment.run_file import flat, full_keys, named_beside, override, read_toml
-from gspo.experiment.spec import TABLES, Spec, folder_name
+from gspo.experiment.spec import TABLES, FolderName, FolderPath, Spec
 
 QUICK = Path(__file__).with_name("quick.toml")
 """The comparison of `gspo compare --quick`."""
@@ -31,9 +31,9 @@ class CompareSpec(Options, title="gspo compare"):
     (0, 1, 2)
     """
 
-    name: Annotated[str, AfterValidator(folder_name)] = "comparison"
+    name: FolderName = "comparison"
     """Names the folder `<path>/<name>`."""
-    path: Annotated[str, AfterValidator(folder_name)] = ".gspo/compare"
+    path: FolderPath = ".gspo/compare"
     """Runs lie in `<path>/cells`: comparisons of one path share the cells that they have in
     common."""
     base: dict[str, Any] = Field(default_factory=dict)
@@ -68,8 +68,8 @@ class CompareSpec(Options, title="gspo compare"):
         for arm in self.arms:
             if not isinstance(arm.get("label"), str) or not arm["label"]:
                 raise ValueError(f"[[arms]] {arm}: give it a label")
-        if self.name in ("cells", ".", "..") or set(self.name) & set("/\\"):
-            raise ValueError(f"name = {self.name!r} cannot be the comparison's folder")
+        if self.name == "cells":
+            raise ValueError("name = 'cells': that folder has the runs; give another name")
         return self
 
     @property
