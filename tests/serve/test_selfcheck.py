@@ -15,11 +15,12 @@ from gspo.core.errors import ModelError
 from gspo.data.packing import pack
 from gspo.data.sample import sample_of
 from gspo.data.turn import Turn
-from gspo.dev import LoraConfig
+from gspo.dev import InternalModelConfig, LoraConfig
 from gspo.policy.load import load_policy
 from gspo.policy.lora import add_lora
 from gspo.policy.policy import Policy
 from gspo.policy.probe import choose_packing
+from gspo.serve import selfcheck
 from gspo.serve.engine import Completion, Request, SamplingParams
 from gspo.serve.selfcheck import check_engine, make_exact
 from gspo.serve.torch_engine import TorchEngine
@@ -78,6 +79,60 @@ def test_every_token_is_the_plain_forward_pass(kind: str, tmp_path: Path):
             expected = plain(policy, tokens, len(request.prompt))
             got = torch.tensor(completion.logprobs)
             torch.testing.assert_close(got, expected, atol=5e-4, rtol=0)
+
+
+def test_a_fault_does_not_hide_behind_the_rounding_of_bfloat16(monkeypatch: pytest.MonkeyPatch):
+    """What is compared is computed in float32; that the model computes in its own type too."""
+    policy = embedded(dtype="bfloat16")
+    choose_packing(policy)
+    policy.round_weights()
+    before = {name: tensor.clone() for name, tensor in policy.tensors.items()}
+    seen = list[torch.dtype]()
+
+    def off_by(gap: float):
+        def measured(engine: TorchEngine) -> float:
+            seen.append(engine.policy.lm.dtype)
+            return gap if seen[-1] == torch.float32 else 0.5
+
+        return measured
+
+    monkeypatch.setattr(selfcheck, "_gap", off_by(0.005))
+    check_engine(TorchEngine(policy))
+    assert seen == [torch.float32, torch.bfloat16]
+    monkeypatch.setattr(selfcheck, "_gap", off_by(0.02))
+    with pytest.raises(ModelError, match=r"shared: off by 0\.02 nats"):
+        check_engine(TorchEngine(policy))
+    for name, tensor in policy.tensors.items():
+        assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name]), name
+
+
+def test_an_error_in_the_models_own_type_is_found_at_load(monkeypatch: pytest.MonkeyPatch):
+    policy = embedded(dtype="bfloat16")
+    policy.round_weights()
+
+    def measured(engine: TorchEngine) -> float:
+        if engine.policy.lm.dtype == torch.float32:
+            return 0.0
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(selfcheck, "_gap", measured)
+    with pytest.raises(ModelError, match=r"cannot sample from .*no such kernel"):
+        check_engine(TorchEngine(policy))
+
+
+def test_llama4_computes_in_bfloat16(tmp_path: Path):
+    """Its scores multiply what the experts are given, and nothing casts them back."""
+    policy = load_policy(folder(tmp_path, "llama4"), InternalModelConfig(dtype="bfloat16"))
+    choose_packing(policy)
+    policy.round_weights()
+    engine = TorchEngine(policy)
+    check_engine(engine)
+    params = SamplingParams(n=2, max_tokens=4, seed=0, ignore_eos=True, expert_choices=True)
+    for completion in engine.generate([Request((5, 6, 7), params)])[0]:
+        tokens = torch.tensor([5, 6, 7, *completion.token_ids]).numpy()
+        got = torch.tensor(completion.logprobs)
+        torch.testing.assert_close(got, plain(policy, tokens, 3), atol=0.5, rtol=0)
+        assert completion.expert_choices is not None
 
 
 def test_a_state_inside_the_modules_is_refused_in_words(tmp_path: Path):

@@ -110,6 +110,16 @@ def test_weights_that_are_not_finite_are_no_fault_of_the_publication():
     assert street.publish()["publish/probe_max_diff"] == 0
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_another_attention_of_the_engine_is_seen(dtype: dev.RolloutDtype):
+    """It would decode otherwise than it scores: by 7 nats, when this was found."""
+    street = Street(dense(), dtype)
+    street.publish()
+    street.engine.policy.lm.set_attn_implementation("sdpa")
+    with pytest.raises(ServeError, match="its attention is 'sdpa', not 'gspo_packed'"):
+        street.publish()
+
+
 def test_an_honest_publication_after_a_fault_is_proved():
     street = Street(dense(), "float32")
     with pytest.raises(ServeError, match=r"version 1 .*: tensors that are not the .* \(off by"):

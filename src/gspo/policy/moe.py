@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Integer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
@@ -125,14 +125,16 @@ class Routers:
         given = (*args, *kwargs.values(), *router.parameters())
         half = any(isinstance(x, Tensor) and x.dtype in _HALF for x in given)
         choices = self.watched
-        with _Float32Products() if half else nullcontext():
-            if choices is None:
-                return forward(*args, **kwargs)
+        if choices is not None:
             choices.layer, choices.columns = layer, _count(router) or self.experts
             choices.calls = 0
-            with choices:
-                output = forward(*args, **kwargs)
-        choices.note(output[index] if isinstance(output, tuple) else output)
+        with _Float32Products() if half else nullcontext(), choices or nullcontext():
+            output = forward(*args, **kwargs)
+        if choices is not None:
+            choices.note(output[index] if isinstance(output, tuple) else output)
+        if half and isinstance(router, nn.Linear) and isinstance(output, tuple):
+            # Llama 4 multiplies what its experts are given by these scores, and casts nothing.
+            output = tuple(value.to(args[0].dtype) for value in output)
         return output
 
 

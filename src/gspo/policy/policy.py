@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -156,6 +157,20 @@ class Policy:
             if weight.requires_grad:
                 weight.grad_dtype = torch.float32
         return masters
+
+    @contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Inside the block the weights compute in float32, with the numbers that they have: whether
+        two ways compute the same shows only where rounding doesn't blur it."""
+        half = torch.bfloat16, torch.float16
+        narrow = {t: t.dtype for t in self.tensors.values() if t.dtype in half}
+        for tensor in narrow:
+            tensor.data = tensor.data.float()
+        try:
+            yield
+        finally:  # to the bit: each number is one of the narrow type
+            for tensor, dtype in narrow.items():
+                tensor.data = tensor.data.to(dtype)
 
     @span("forward")
     def logprobs(

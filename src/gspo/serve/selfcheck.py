@@ -23,6 +23,8 @@ from gspo.policy.probe import FAILURES, plain_logprobs
 from gspo.serve.engine import Completion, Request, SamplingParams
 from gspo.serve.torch_engine import TorchEngine
 
+_TOLERANCE = 1e-2  # nats, in float32
+
 
 def make_engine(
     policy: Policy,
@@ -187,16 +189,18 @@ def check_engine(engine: TorchEngine) -> None:
         ModelError: the architecture's cache is not one that the engine can decode with.
     """
     source, kind = engine.policy.source, type(engine.policy.lm).__name__
-    limit = 1e-2 if engine.policy.lm.dtype == torch.float32 else 1.0
     reasons = []
     for layout in LAYOUTS[LAYOUTS.index(engine.layout) :]:
         engine.layout = layout
         try:
-            gap = _gap(engine)
+            with engine.policy.in_float32():
+                gap = _gap(engine)
+            if engine.policy.lm.dtype != torch.float32:
+                _gap(engine)  # it must compute; how far rounding takes it is no fault
         except FAILURES as error:
             reasons.append(f"{layout}: {error}")
             continue
-        if gap <= limit:
+        if gap <= _TOLERANCE:
             if layout != "shared":
                 log.info("%s: decoded by %r, which is slower than 'shared'", source, layout)
             return

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gspo.core.errors import ServeError
+from gspo.kernels import hf
 from gspo.kernels.logprob import full_logits
 from gspo.policy.lora import merged_weights
 from gspo.policy.policy import Policy
@@ -74,6 +75,7 @@ class Receipts:
         self.version = -1
         self._policy, self._sampling, self._publisher = policy, sampling, publisher
         self._probe = probe or probe_for(sampling)
+        self._attention = hf.attention_implementation(sampling.lm)
         self._fault = "they were not proved yet"
 
     def publish(self, engine: Scorer) -> dict[str, float]:
@@ -105,6 +107,8 @@ class Receipts:
             allowed = max(allowed, _noise(wanted, self._sampling.lm.dtype))
         if weights:
             faults += _wrong_tensors(self._sampling.tensors, weights)
+        if (attention := hf.attention_implementation(self._sampling.lm)) != self._attention:
+            faults.append(f"its attention is {attention!r}, not {self._attention!r}")
         if not difference <= allowed:
             faults.append(
                 f"its log-probs of the probe are off by {difference:.3g} nats "
