@@ -163,7 +163,6 @@ def _passed_on(mesh: Mesh, number: int) -> bool:
     with suppress(RuntimeError):
         store = mesh.other_store()
         store.set("signal", f"{mesh.rank} {number}")
-        store.set("asked", "signal")
-        store.wait(["lives-signal-0"], timedelta(seconds=4 * GRACE))
+        store.wait(["lives-signal"], timedelta(seconds=4 * GRACE))
         return True
     return False
