@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from gspo.backend.cluster_backend import ClusterBackend
+from gspo.backend.cluster_backend import ClusterBackend, ShardedService
 from gspo.core.errors import ConfigError
+from gspo.dev import InternalModelConfig
 from gspo.policy.load import load_policy
 from gspo.train.checkpoint import steps_saved
 
@@ -152,6 +154,18 @@ def test_ranks_compare_what_each_was_told(monkeypatch, tmp_path):
 def test_one_process_starts_nothing(tmp_path):
     backend = ClusterBackend(tmp_path, nproc=1)
     assert backend._ranks is None and not backend._children
+
+
+def test_why_ranks_are_not_equal_to_the_bit_is_what_holds_for_them(monkeypatch):
+    """`exact=False` cannot be the reason: `exact=True` is refused."""
+    for name in ("load_step", "GatheredCopy", "proved_engine"):
+        made = SimpleNamespace(policy=SimpleNamespace())
+        monkeypatch.setattr(f"gspo.backend.cluster_backend.{name}", lambda *_, m=made, **__: m)
+    service: Any = ShardedService.__new__(ShardedService)
+    service._copied = "base", InternalModelConfig(), None
+    service.trainer = SimpleNamespace(policy=SimpleNamespace(version=0))
+    service._proved(InternalModelConfig())
+    assert service.trainer.policy.not_exact.startswith("several ranks train")
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from torch import distributed as dist
 from gspo.backend import ranks
 from gspo.backend.ranks import Ranks, _check_shared, _passed_on
 from gspo.core.errors import ConfigError, RunError
+from gspo.train.trainer import Trainer
 
 
 class OneRank:
@@ -63,6 +64,22 @@ def test_a_rank_that_follows_leaves_by_its_status_alone(fault, monkeypatch, caps
     with pytest.raises(KeyboardInterrupt, match=str(int(bool(fault)))):
         ranks.follow(mesh)  # pyright: ignore[reportArgumentType]
     assert fault in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_rank_whose_only_model_was_refused_fails_too(loaded, monkeypatch, capsys):
+    """After a 0, torchrun waits minutes at its exit for the machine whose rank has failed."""
+    mesh, works = OneRank(), [(refused, []), (ranks._end, [])]
+    monkeypatch.setattr(mesh, "await_work", lambda: None, raising=False)
+    monkeypatch.setattr(mesh, "share", lambda _: works.pop(0))
+    follower = Ranks(mesh)  # pyright: ignore[reportArgumentType]
+    follower._known += [Trainer.__new__(Trainer)] * loaded
+    assert follower.follow() == int(not loaded)
+    assert "rank 0: ConfigError: other files" in capsys.readouterr().err
+
+
+def refused() -> None:
+    raise ConfigError("other files")
 
 
 def test_a_folder_that_a_rank_cannot_see_is_refused(tmp_path):
@@ -132,5 +149,5 @@ def test_a_first_rank_that_has_ended_gets_no_signal(monkeypatch):
     store = made.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     mesh: Any = SimpleNamespace(rank=1, other_store=lambda: store)
     assert not _passed_on(mesh, signal.SIGTERM)
-    store.set("lives-signal-0", "")
+    store.set("lives-signal", "")
     assert _passed_on(mesh, signal.SIGTERM)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -226,3 +227,14 @@ def test_what_a_rank_could_not_write_is_said(
     monkeypatch.setattr(checkpoint.state_dict_saver, "save", save)
     with pytest.raises(RunError, match=said):
         checkpoint._write_shards(tmp_path / "optimizer", {}, None)
+
+
+def test_one_process_reads_what_ranks_wrote_without_a_warning(tmp_path: Path):
+    """torch warns that it assumes a single process, which is what is meant."""
+    trainer = Trainer(embedded())
+    moments = {n: torch.rand_like(t) for n, t in trainer.optimizer.empty_state().items()}
+    with warnings.catch_warnings(action="ignore"):
+        checkpoint._write_shards(tmp_path, moments, None)
+    with warnings.catch_warnings(action="error"):
+        read = checkpoint._read_shards(tmp_path, trainer)
+    assert read.keys() == moments.keys() and all(torch.equal(read[n], moments[n]) for n in read)

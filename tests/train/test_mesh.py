@@ -243,7 +243,7 @@ def test_the_first_rank_is_named_if_the_store_has_ended_with_it(alone, monkeypat
 
     store = type("Store", (), {"set": gone})
     monkeypatch.setattr(alone, "_store", store)
-    with pytest.raises(RunError, match=r"^rank 0 \(a\): ended, or hangs\. "):
+    with pytest.raises(RunError, match=r"^rank 0 \(a\): ended, or its torchrun has\. "):
         alone.together(lambda: 1)
 
 
@@ -317,6 +317,29 @@ def test_a_signal_of_another_rank_reaches_the_first_one_unless_it_closes(
     assert ("rank 1 (b) was told to end by SIGUSR1" in caplog.text) is not closing
 
 
+@pytest.mark.parametrize("error_first", [True, False])
+def test_a_signal_and_an_error_at_once_are_both_answered(error_first, alone):
+    """In one look of the first rank, which is neither named as ended nor left without the signal.
+    It closes already, so the signal itself is not given to it."""
+    store, alone.closing = alone.other_store(), True
+
+    def asked() -> None:
+        alone._store.set("asked", "7")
+
+    class Store:  # what the other rank tells in passing on its signal
+        def set(self, key: str, value: str) -> None:
+            _ = error_first and asked()
+            store.set(key, value)
+            _ = error_first or asked()
+
+        def wait(self, *args: Any) -> None:
+            store.wait(*args)
+
+    other: Any = SimpleNamespace(rank=1, other_store=Store)
+    assert _passed_on(other, signal.SIGUSR1)
+    alone._store.wait(["lives-7-0"], timedelta(seconds=20))
+
+
 def test_half_of_torchruns_variables_are_refused(monkeypatch):
     assert started_ranks() is None
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -325,6 +348,7 @@ def test_half_of_torchruns_variables_are_refused(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2000)  # 4 ranks on two busy cores take more than the usual ten minutes
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_train_as_one_process_does(ranks, tmp_path):
     """Weights, loss, norm and every metric, for each case of many_ranks.py."""

@@ -160,6 +160,7 @@ class ShardedService(Service):
         gather = partial(self._everywhere, _weights_of, self.trainer)
         copy = GatheredCopy(load_step(*self._copied), gather)
         copy.policy.version = self.trainer.policy.version
+        self.trainer.policy.not_exact = "several ranks train, and the engine samples from a copy"
         return proved_engine(self.trainer.policy, config, copied=(copy.policy, copy), **options)
 
 

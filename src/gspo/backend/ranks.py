@@ -42,12 +42,17 @@ class Ranks:
         told = [(n := numbers.get(id(a)), a if n is None else None) for a in args]
         return self.mesh.together(lambda: self._work(self.mesh.share((function, told))))
 
-    def follow(self) -> None:
+    def follow(self) -> int:
         """Do what the first rank says, until it closes.
+
+        Returns:
+            The status to end with: 1 if models were refused and none was loaded. After a 0, the
+            torchrun of this machine would wait 300 s for that of the first rank, which has failed.
 
         Raises:
             RunError: a rank failed or ended, or there is no work; see `Mesh`.
         """
+        failed = False
         while True:
             self.mesh.await_work()
             try:
@@ -56,12 +61,14 @@ class Ranks:
             except Exception as error:  # the first rank raises the same, and its user decides
                 if self.mesh.broken:
                     raise
+                failed = True
                 print(f"rank {self.mesh.rank}: {type(error).__name__}: {error}", file=sys.stderr)
         for writer in self._known:  # the first rank knows already what became of a checkpoint
             if isinstance(writer, CheckpointWriter):
                 with suppress(GspoError):
                     writer.wait()
         self.mesh.close()
+        return int(failed and not any(isinstance(known, Trainer) for known in self._known))
 
     def close(self) -> None:
         """End all ranks."""
@@ -135,11 +142,10 @@ def follow(mesh: Mesh) -> NoReturn:
         job = Threads(1, "gspo-rank").submit(Ranks(mesh).follow)
         while not wait([job], 1.0).done:
             continue  # a signal that comes just before the wait is answered after it
-        job.result()
+        leave(job.result())
     except Exception as error:
         print(f"rank {mesh.rank} ({mesh.hosts[mesh.rank]}) ends: {error}", file=sys.stderr)
         leave(1)
-    leave(0)
 
 
 def _pass_on_signals(mesh: Mesh) -> None:
@@ -163,7 +169,6 @@ def _passed_on(mesh: Mesh, number: int) -> bool:
     with suppress(RuntimeError):
         store = mesh.other_store()
         store.set("signal", f"{mesh.rank} {number}")
-        store.set("asked", "signal")
-        store.wait(["lives-signal-0"], timedelta(seconds=4 * GRACE))
+        store.wait(["lives-signal"], timedelta(seconds=4 * GRACE))
         return True
     return False

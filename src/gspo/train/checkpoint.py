@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -204,8 +205,7 @@ def _finish(
 ) -> None:
     """Write the state, and the manifest of all files; `proofs` are known already."""
     (folder / _STATE).write_text(strict_json(state))
-    written = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    names = {str(path.relative_to(folder)): path for path in written}
+    names = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
     files = {name: proofs.get(name) or proof_of(path) for name, path in names.items()}
     manifest = {"format": FORMAT, "base_model": base_model, "files": files}
     (folder / "manifest.json").write_text(strict_json(manifest, indent=1))
@@ -235,5 +235,8 @@ def _read_shards(folder: Path, trainer: Trainer) -> dict[str, Tensor]:
     reader = hf_storage.HuggingFaceStorageReader(str(folder))
     stored = reader.read_metadata().state_dict_metadata
     tensors = {n: t for n, t in trainer.optimizer.empty_state().items() if n in stored}
-    state_dict_loader.load(tensors, storage_reader=reader, no_dist=trainer.policy.workers.size == 1)
+    alone = trainer.policy.workers.size == 1
+    with warnings.catch_warnings():  # that one process reads what several ranks wrote
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        state_dict_loader.load(tensors, storage_reader=reader, no_dist=alone)
     return tensors

@@ -45,8 +45,7 @@ class CheckpointWriter:
                 ranks alike: what the first one, which writes most of it, has found.
         """
         failed = self._failure()
-        size = sum(12 * weight.numel() for weight in trainer.policy.trainable.values())
-        large = size >= BACKGROUND_BYTES
+        large = 12 * sum(w.numel() for w in trainer.policy.trainable.values()) >= BACKGROUND_BYTES
         target, write = begin_checkpoint(folder, trainer, copied=large)
         self._last = target, self._thread.submit(write)
         if not large:

@@ -30,7 +30,6 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed import distributed_c10d
-from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
@@ -116,7 +115,7 @@ class Mesh(Workers):
                     )
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-                store=PrefixStore("gspo-group", self._store),
+                store=distributed_c10d.PrefixStore("gspo-group", self._store),
                 rank=self.rank,
                 world_size=self.size,
                 timeout=wait,
@@ -210,7 +209,7 @@ class Mesh(Workers):
         except RuntimeError as error:
             raise RunError(
                 f"rank {self.rank} ({self.hosts[self.rank]}) waited for work from rank 0 "
-                f"({self.hosts[0]}), which has ended or gave none in {IDLE:.0f} s: {error}"
+                f"({self.hosts[0]}): it or its torchrun ended or gave none in {IDLE:.0f} s: {error}"
             ) from None
 
     def together(self, work: Callable[[], B]) -> B:
@@ -245,8 +244,8 @@ class Mesh(Workers):
                 # Whoever knows first says it: that one ends, and others may find only that.
                 told = self._whose_fault(number, notes)
                 self.broken = self._store.compare_set("broken", "", told).decode()
-        except RuntimeError:  # the store has ended with the first rank
-            self.broken = self._ends({0: "ended, or hangs"})
+        except RuntimeError:  # the store has ended with whoever has it
+            self.broken = self._ends({0: "ended, or its torchrun has"})
         if self.broken:
             raise RunError(self.broken) from failed
         if failed is not None:
@@ -265,41 +264,40 @@ class Mesh(Workers):
     def _notes(self, number: int, seconds: float) -> dict[int, list[str]]:
         """What each rank says of a call's end; those that say nothing for so long are left out."""
         notes: dict[int, list[str]] = {}
-        end = time.monotonic() + seconds
-        while len(notes) < self.size:
+        store, end = self._store, time.monotonic() + seconds
+        while len(notes) < self.size and time.monotonic() < end and not store.check(["broken"]):
             for rank in range(self.size):
-                if rank not in notes and self._store.check([f"{number}-{rank}"]):
-                    notes[rank] = json.loads(self._store.get(f"{number}-{rank}"))
+                if rank not in notes and store.check([f"{number}-{rank}"]):
+                    notes[rank] = json.loads(store.get(f"{number}-{rank}"))
                     if notes[rank][0]:  # an error: whoever has none yet waits no longer
                         end = min(end, time.monotonic() + GRACE)
-            if time.monotonic() > end or self._store.check(["broken"]):
-                break
             time.sleep(0.002)
         return notes
 
     def _whose_fault(self, number: int, notes: dict[int, list[str]]) -> str:
         raised = {r: f"{k}: {text}" for r, (k, text) in notes.items() if k not in ("", "lost")}
-        silent = [r for r in range(self.size) if r not in notes]
+        silent = {r: "ended, or hangs" for r in range(self.size) if r not in notes}
         # Whoever answers and is silent waits for one that doesn't: not all see at once who ended.
         # What others raise then may be no more than that they have lost it.
-        gone = [r for r in silent if not self._store.check([f"lives-{number}-{r}"])]
+        gone = {r: t for r, t in silent.items() if not self._store.check([f"lives-{number}-{r}"])}
         others = {r: text for r, (kind, text) in notes.items() if kind == "lost"}
-        gone, silent = (dict.fromkeys(ranks, "ended, or hangs") for ranks in (gone, silent))
         return self._ends(gone or raised or silent or others)
 
     def _answer(self, store: Any) -> None:
         """Say that this process lives, even if it waits; the first rank takes others' signals."""
-        with suppress(RuntimeError):  # the store has ended with the first rank
+        with suppress(RuntimeError):  # the store has ended with the first rank, or its torchrun
             # A thread that is still inside torch when Python ends would abort the process.
             while main_thread().is_alive() and dist.is_initialized():
                 if store.check(["asked"]):
                     store.set(f"lives-{store.get('asked').decode()}-{self.rank}", "")
-                if self.rank == 0 and not self.closing and store.check(["signal"]):
-                    self.closing = True
-                    rank, number = map(int, store.get("signal").split())
-                    told = rank, self.hosts[rank], signal.Signals(number).name
-                    log.warning("rank %d (%s) was told to end by %s, so all ranks end", *told)
-                    signal.pthread_kill(main_thread().ident or 0, number)  # wakes that thread
+                if self.rank == 0 and store.check(["signal"]):
+                    store.set("lives-signal", "")
+                    if not self.closing:
+                        self.closing = True
+                        rank, number = map(int, store.get("signal").split())
+                        told = rank, self.hosts[rank], signal.Signals(number).name
+                        log.warning("rank %d (%s) was told to end by %s, so all ranks end", *told)
+                        signal.pthread_kill(main_thread().ident or 0, number)  # wakes that thread
                 time.sleep(_PAUSE)
 
     def _ends(self, faults: Mapping[int, str]) -> str:
