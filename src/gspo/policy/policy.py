@@ -164,9 +164,9 @@ class Policy:
         two ways compute the same shows only where rounding doesn't blur it."""
         half = torch.bfloat16, torch.float16
         narrow = {t: t.dtype for t in self.tensors.values() if t.dtype in half}
-        for tensor in narrow:
-            tensor.data = tensor.data.float()
         try:
+            for tensor in narrow:
+                tensor.data = tensor.data.float()
             yield
         finally:  # to the bit: each number is one of the narrow type
             for tensor, dtype in narrow.items():
