@@ -14,7 +14,8 @@ from typing import Any, cast
 
 import pytest
 
-from gspo.backend.cluster_backend import ClusterBackend, ShardedService
+import gspo as art
+from gspo.backend.cluster_backend import ClusterBackend, ShardedService, check_divided
 from gspo.core.errors import ConfigError
 from gspo.dev import InternalModelConfig
 from gspo.policy.load import load_policy
@@ -113,8 +114,6 @@ def losses(path: Path) -> list[float]:
 
 
 def test_what_is_not_built_or_contradicts_itself_is_refused(monkeypatch, tmp_path):
-    with pytest.raises(ConfigError, match="engines"):  # sampling by servers is not built
-        ClusterBackend(tmp_path, nproc=2, engines=["http://localhost:1"])
     with pytest.raises(ConfigError, match="nproc"):
         ClusterBackend(tmp_path, nproc=0)
     for name in ("cp_size", "ep_size"):
@@ -149,6 +148,14 @@ def test_ranks_compare_what_each_was_told(monkeypatch, tmp_path):
         ClusterBackend(tmp_path, cp_size=2, seed=3, config={"dtype": "bfloat16"})
     own = {"path": str(tmp_path), "cp_size": "2", "ep_size": "1", "seed": "3", "dtype": "bfloat16"}
     assert json.loads(str(told.value)) == {"timeout": "600.0", **own}
+
+
+def test_a_precision_of_its_own_is_for_servers():
+    """Ranks' own engine computes in float32."""
+    rounded = InternalModelConfig(rollout_dtype="bfloat16")
+    with pytest.raises(ConfigError, match=r"rollout_dtype are not built .*engines="):
+        check_divided(rounded, 1, [])
+    check_divided(rounded, 1, ["http://localhost:1"])
 
 
 def test_one_process_starts_nothing(tmp_path):
@@ -329,3 +336,40 @@ def test_a_run_with_sft_is_that_of_one_process_and_is_exported(divided, load, tm
         assert many and many == pytest.approx(one, rel=1e-4, abs=1e-5), name
     gspo(tmp_path, "export", "m", "--path", "runs", "--to", "out", *["--merge"] * ("lora" in load))
     load_policy(str(tmp_path / "out"))
+
+
+STAND_IN = Path(__file__).parents[1] / "vllm_stand_in.py"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("more", "load"),
+    [
+        ([], "dtype = 'float32'"),
+        (["cp_size=2"], "lora = {r = 4}"),
+        (["ep_size=2"], "rollout_dtype = 'float32'"),
+    ],
+)
+def test_servers_sample_for_ranks_as_for_one_process(more, load, tmp_path):
+    """Whole weights reach them, and prove it; the same tokens are trained on."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} {STAND_IN} "$@"\n')
+    python.chmod(0o755)
+    source = os.pathsep.join(map(str, (Path(art.__file__).parents[1], STAND_IN.parent)))
+    engines = f'engines = ["env PYTHONPATH={source} {python}"]\n[load]\n{load}\n'
+    (tmp_path / "run.toml").write_text(RUN.split("[load]")[0] + engines)
+    told = [word for setting in ("nproc=2", *more) for word in ("--set", setting)]
+    gspo(tmp_path, "train", "run.toml", *told)
+    gspo(tmp_path, "train", "run.toml", "--set", "name=one")
+    many, one = (
+        [
+            json.loads(line)
+            for line in (tmp_path / "runs/gspo" / name / "metrics.jsonl").read_text().splitlines()
+        ]
+        for name in ("m", "one")
+    )
+    assert len(many) == len(one) == 2
+    for name in ("loss/policy", "train/reward", "optim/grad_norm", "tokens/completion"):
+        told = [[line[name] for line in lines] for lines in (many, one)]
+        assert told[0] == pytest.approx(told[1], rel=1e-3), name
+    assert all(line["publish/probe_max_diff"] < 1e-4 for line in many)

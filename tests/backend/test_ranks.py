@@ -16,6 +16,17 @@ from gspo.core.errors import ConfigError, RunError
 from gspo.train.trainer import Trainer
 
 
+class Told:
+    """Notes what is sent to the other ranks."""
+
+    def __init__(self, send):
+        self.send, self.values = send, []
+
+    def __call__(self, value):
+        self.values.append(value)
+        return self.send(value)
+
+
 class OneRank:
     """A mesh of one, or of the first rank and another that says something else."""
 
@@ -41,8 +52,19 @@ def test_the_mesh_is_each_ranks_own_and_results_come_back():
     mesh = OneRank()
     first = Ranks(mesh)  # pyright: ignore[reportArgumentType]
     assert first.call(lambda own, other: (own is mesh, other), mesh, 3) == (True, 3)
+    assert first.mesh.everywhere == first.call
     first.close()
     assert mesh.closed
+
+
+def test_a_trainers_policy_is_each_ranks_own_too():
+    """So that what publishes weights may be called with the policy, which no rank could send."""
+    trainer, ranks = Trainer.__new__(Trainer), Ranks(OneRank())  # pyright: ignore[reportArgumentType]
+    trainer.policy = object()  # pyright: ignore[reportAttributeAccessIssue]
+    assert ranks.call(lambda: trainer) is trainer
+    told = ranks.mesh.share = Told(ranks.mesh.share)
+    assert ranks.call(lambda policy: policy, trainer.policy) is trainer.policy
+    assert told.values[0][1] == [(2, None)]
 
 
 @pytest.mark.parametrize("fault", ["", "the first rank has ended"])

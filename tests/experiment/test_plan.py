@@ -77,7 +77,7 @@ def test_every_name_is_checked():
     [
         ({"cp_size": 2}, "cp_size=2 does not divide 1, .*: give another cp_size or nproc"),
         ({"nproc": 4, "ep_size": 3}, "ep_size=3 does not divide 4, "),
-        ({"nproc": 2, "engines": ["http://localhost:1"]}, "engines= is not built for more"),
+        ({"nproc": 2, "load": {"rollout_dtype": "bfloat16"}}, "or let vLLM servers sample"),
         ({"nproc": 2, "load": {"exact": True}}, "exact=True and rollout_dtype are not built"),
         ({"nproc": 2, "ep_size": 2, "load": {"lora": {}}}, "ep_size and lora"),
     ],
@@ -88,7 +88,8 @@ def test_what_several_processes_cannot_do_is_refused_before_they_start(fields, m
 
 
 def test_the_number_of_processes_is_told():
-    assert "trained by 2 processes" in make_plan(Spec(task="sort", nproc=2))
+    told = make_plan(Spec(task="sort", nproc=2, engines=["http://localhost:1"]))
+    assert "trained by 2 processes" in told and "sampled by vLLM in float32" in told
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,10 @@ def test_one_worker_or_one_item_stays_in_the_callers_thread(count: int, items: l
     assert Workers(count).map(lambda _: threading.current_thread(), items) == [caller] * len(items)
 
 
+def test_one_process_is_everywhere():
+    assert Workers().everywhere(divmod, 7, 2) == (3, 1)
+
+
 def test_the_first_error_is_raised_once_all_have_ended():
     ended = []
 

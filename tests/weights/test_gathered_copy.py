@@ -17,7 +17,7 @@ from support import embedded
 def parts(**config):
     """A trainer's policy, the copy's publisher, an engine of the copy, and their receipts."""
     trained, copied = embedded(**config), embedded(**config)
-    copy = GatheredCopy(copied, lambda frozen: whole_weights(trained, frozen=frozen))
+    copy = GatheredCopy(copied, lambda frozen: whole_weights(trained, frozen))
     compute = ComputeThread()
     engine = TorchEngine(copied, compute)
     compute.close()

@@ -75,6 +75,19 @@ def test_it_ends_with_all_that_it_has_started(
     process.stop()
 
 
+def test_a_server_knows_nothing_of_the_ranks_that_train(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With torchrun's variables, torch in another process waits for a store that is not there."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "7")
+    process = started(folder)
+    known = Path(f"/proc/{starts(folder)[0][0]}/environ").read_text()
+    assert "VLLM_SERVER_DEV_MODE=1" in known and "RANK=" not in known
+    assert not {"WORLD_SIZE=7", "MASTER_PORT=7", "TORCHELASTIC_RUN_ID=7"} & {*known.split("\0")}
+    process.stop()
+
+
 def test_each_start_has_a_port_of_its_own(folder: Path):
     process = VllmProcess(entry(folder, "deaf"), folder / "log")
     ports = [process.start("m", *SETTINGS), (process.stop(), process.start("m", *SETTINGS))[1]]

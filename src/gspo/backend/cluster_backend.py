@@ -26,6 +26,7 @@ from gspo.backend.engines import proved_engine
 from gspo.backend.loading import load_step
 from gspo.backend.local import LocalBackend
 from gspo.backend.ranks import Ranks, follow, load_on_ranks
+from gspo.backend.run import Run
 from gspo.backend.service import Service
 from gspo.core.compute import free_cores
 from gspo.core.errors import ConfigError, RunError, check_names, check_whole
@@ -40,7 +41,8 @@ T = TypeVar("T")
 
 
 class ClusterBackend(LocalBackend):
-    """Trains with FSDP2 on several ranks and samples on the first one, from an unsharded copy.
+    """Trains with FSDP2 on several ranks. vLLM servers sample (`engines`), or the first rank does,
+    from an unsharded copy.
 
     Args:
         path: as `LocalBackend`'s; all ranks must see it.
@@ -76,7 +78,7 @@ class ClusterBackend(LocalBackend):
         check_names("ClusterBackend", options, known, absent.of_options("LocalBackend"))
         super().__init__(path, **options)  # first: a rank that is started must not be for nothing
         self._sizes = {"cp_size": cp_size, "ep_size": ep_size}
-        size = check_ranks(nproc, self._sizes, self.engines)
+        size = check_ranks(nproc, self._sizes)
         self._children: list[subprocess.Popen[bytes]] = []
         self._ranks: Ranks | None = None
         given = {"path": path, "timeout": timeout, **self._sizes, **options, **(config or {})}
@@ -89,9 +91,11 @@ class ClusterBackend(LocalBackend):
                 follow(mesh)
             self._ranks = Ranks(mesh)
 
-    def _service_of(self, *parts: Any) -> Service:
+    def _service_of(self, run: Run, model: ModelLike, *more: Any) -> Service:
+        parts = run, model, *more
         if self._ranks is None:
             return Service(*parts)
+        check_divided(model.internal_config, self._sizes["ep_size"], self.engines)
         return ShardedService(*parts, ranks=self._ranks, sizes=self._sizes)
 
     async def close(self) -> None:
@@ -150,34 +154,27 @@ class ShardedService(Service):
             log.warning("%s", error)  # why the ranks end was raised before
 
     def _load(self, model: ModelLike, checkpoint: Path | None) -> Trainer:
-        config, source = model.internal_config, model.source
-        check_divided(config, self._sizes["ep_size"])
-        self._copied = source or "", config, checkpoint
+        self._copied = model.source or "", model.internal_config, checkpoint
         shared = self.run.folder, *self._sizes.values()
         return self._ranks.call(load_on_ranks, self._ranks.mesh, self._copied, *shared)
 
     def _proved(self, config: InternalModelConfig, **options: Any) -> Engine:
-        gather = partial(self._everywhere, _weights_of, self.trainer)
+        gather = partial(self._everywhere, whole_weights, self.trainer.policy)
         copy = GatheredCopy(load_step(*self._copied), gather)
         copy.policy.version = self.trainer.policy.version
         self.trainer.policy.not_exact = "several ranks train, and the engine samples from a copy"
         return proved_engine(self.trainer.policy, config, copied=(copy.policy, copy), **options)
 
 
-def _weights_of(trainer: Trainer, frozen: bool) -> Any:
-    return whole_weights(trainer.policy, frozen=frozen)
-
-
-def check_ranks(nproc: int | None, sizes: Mapping[str, int], engines: Sequence[str]) -> int:
+def check_ranks(nproc: int | None, sizes: Mapping[str, int]) -> int:
     """Return how many ranks will train, or refuse what doesn't fit them.
 
     Args:
-        nproc, engines: as of `ClusterBackend`.
+        nproc: as of `ClusterBackend`.
         sizes: its `cp_size` and `ep_size`, by name.
 
     Raises:
-        ConfigError: `nproc` under torchrun, sizes that don't divide the ranks, or servers beside
-            several ranks.
+        ConfigError: `nproc` under torchrun, or sizes that don't divide the ranks.
     """
     if nproc is not None:
         check_whole("nproc", nproc, 1, 1024)
@@ -192,25 +189,21 @@ def check_ranks(nproc: int | None, sizes: Mapping[str, int], engines: Sequence[s
                 f"{name}={value} does not divide {size}, the number of processes that train: give "
                 f"another {name} or nproc, or start more by torchrun"
             )
-    if engines and size > 1:
-        raise ConfigError(
-            "engines= is not built for more than one process: leave it out, or train with "
-            "LocalBackend(engines=...)"
-        )
     return size
 
 
-def check_divided(config: InternalModelConfig, ep_size: int) -> None:
+def check_divided(config: InternalModelConfig, ep_size: int, engines: Sequence[str]) -> None:
     """Refuse how a model is to be loaded, if several ranks can't.
 
     Raises:
-        ConfigError: an engine of its own precision or to the bit, or adapters of experts beside
-            `ep_size`.
+        ConfigError: an engine to the bit, or of its own precision if no server samples, or adapters
+            of experts beside `ep_size`.
     """
-    if config.exact or config.rollout_dtype is not None:
+    if not engines and (config.exact or config.rollout_dtype is not None):
         raise ConfigError(
             "exact=True and rollout_dtype are not built for more than one process: the engine "
-            "samples from an unsharded float32 copy. Leave them out"
+            "samples from an unsharded float32 copy. Leave them out, or let vLLM servers sample "
+            "(engines=), which take a rollout_dtype"
         )
     if config.lora is not None and config.lora.target_modules == "all-linear" and ep_size > 1:
         raise ConfigError(

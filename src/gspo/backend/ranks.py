@@ -28,7 +28,7 @@ class Ranks:
     """The ranks of this process's group. `call` on the first one, `follow` on all others."""
 
     def __init__(self, mesh: Mesh):
-        self.mesh = mesh
+        self.mesh, mesh.everywhere = mesh, self.call
         self._known: list[Any] = [mesh]  # what each has of its own: trainers, writers
 
     def call(self, function: Callable[..., T], *args: Any) -> T:
@@ -81,7 +81,7 @@ class Ranks:
         args = [given if n is None else self._known[n] for n, given in told]
         result = function(*args)
         if isinstance(result, Trainer | CheckpointWriter):
-            self._known.append(result)
+            self._known += [result, result.policy] if isinstance(result, Trainer) else [result]
         return _end if function is _end else result
 
 

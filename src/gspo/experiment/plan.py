@@ -106,9 +106,9 @@ def _check_names(spec: Spec) -> int:
     if spec.rollout:
         find_module(spec.rollout, "rollout")
     sizes = {"cp_size": spec.cp_size, "ep_size": spec.ep_size}
-    ranks = check_ranks(spec.nproc, sizes, spec.engines)
+    ranks = check_ranks(spec.nproc, sizes)
     if ranks > 1:
-        check_divided(spec.load, spec.ep_size)
+        check_divided(spec.load, spec.ep_size, spec.engines)
     return ranks
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -55,6 +55,25 @@ def inside_forward(lm: PreTrainedModel, run: Callable[[], Any]) -> Any:
 def full(tensor: Tensor) -> Tensor:
     """The whole of a tensor that several processes hold a part of each; all of them call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def on_host(
+    tensors: Mapping[str, Tensor], *, copied: bool, whole: bool = False, kept: bool = True
+) -> dict[str, Tensor]:
+    """Tensors in host memory; tied ones stay tied.
+
+    Args:
+        copied: those that are there already, too.
+        whole: all of each, not this process's part; all processes call it together.
+        kept: else they are empty.
+    """
+    copies: dict[int, Tensor] = {}
+    for tensor in tensors.values():
+        if id(tensor) not in copies:
+            own = full(tensor) if whole else tensor
+            own = own if kept else own.new_empty(0)
+            copies[id(tensor)] = own.detach().to("cpu", copy=copied)
+    return {name: copies[id(tensor)] for name, tensor in tensors.items()}
 
 
 def reshard(lm: torch.nn.Module) -> None:

@@ -71,6 +71,15 @@ class Workers:
     def finish(self, lm: torch.nn.Module) -> None:
         """After the last backward pass of an optimizer step: `.grad` is the whole step's."""
 
+    def everywhere(self, function: Callable[..., A], *args: Any) -> A:
+        """Call a function of a module in every process that trains, with what each has of its own
+        in place of `args`: a trainer, its policy. Only the first process asks for it.
+
+        Returns:
+            What it returned here.
+        """
+        return function(*args)
+
     def share(self, value: A) -> A:
         """The value that the first process gives."""
         return value

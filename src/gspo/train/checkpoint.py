@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from gspo.core.errors import CheckpointError, GspoError, RunError
 from gspo.core.files import explained, replacing, strict_json
 from gspo.kernels import hf
-from gspo.kernels.sharded import full
+from gspo.kernels.sharded import on_host
 from gspo.policy.load import save_weights, weights_to_store
 from gspo.policy.workers import Workers
 from gspo.train.tensor_file import Proof, proof_of, write_tensors
@@ -68,17 +68,9 @@ def begin_checkpoint(
     policy, workers = trainer.policy, trainer.policy.workers
     first, target = workers.rank == 0, folder / checkpoint_name(trainer.step)
 
-    def taken(tensors: Mapping[str, Tensor], whole: bool) -> dict[str, Tensor]:
-        copies: dict[int, Tensor] = {}
-        for tensor in tensors.values():
-            if id(tensor) not in copies:  # tied ones stay tied
-                complete = full(tensor) if whole else tensor
-                kept = complete if first or not whole else complete.new_empty(0)
-                copies[id(tensor)] = kept.detach().to("cpu", copy=copied)
-        return {name: copies[id(tensor)] for name, tensor in tensors.items()}
-
-    weights = taken(weights_to_store(policy, trainer.optimizer.masters), whole=True)
-    moments = taken(trainer.optimizer.state(), whole=False)
+    stored = weights_to_store(policy, trainer.optimizer.masters)
+    weights = on_host(stored, copied=copied, whole=True, kept=first)
+    moments = on_host(trainer.optimizer.state(), copied=copied)
     epsilon = trainer.epsilon.epsilon_low
     state = {"step": trainer.step, "policy_version": policy.version, "epsilon_low": epsilon}
     with ExitStack() as begun:

@@ -14,7 +14,7 @@ from gspo.weights.rollout_copy import overwrite, without_weights
 
 
 @torch.no_grad()
-def whole_weights(policy: Policy, *, frozen: bool) -> dict[str, Tensor]:
+def whole_weights(policy: Policy, frozen: bool) -> dict[str, Tensor]:
     """The whole weights by name, on the first rank; {} on the others. All ranks call it together.
 
     Args:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from gspo.core.errors import ServeError
 from gspo.kernels import hf
 from gspo.kernels.logprob import full_logits
+from gspo.kernels.sharded import inside_forward, reshard
 from gspo.policy.lora import merged_weights
 from gspo.policy.policy import Policy
 from gspo.weights.publisher import Publisher
@@ -160,14 +161,23 @@ def probe_for(policy: Policy) -> Probe:
 
 @torch.no_grad()
 def score(policy: Policy, probe: Probe) -> Float[Tensor, " T-1"]:
-    """Compute the log-prob of each token of the probe but the first, without a cache."""
+    """Compute the log-prob of each token of the probe but the first, without a cache. Ranks that
+    have a part of the weights each call it together."""
     tokens = probe.tokens.to(policy.device)
-    with ExitStack() as stack:
-        if probe.expert_choices is not None:
-            stack.enter_context(policy.routers.watch(probe.expert_choices))
-        hidden = policy.backbone(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
-    logprobs = full_logits(hidden[:-1], policy.head).log_softmax(-1)
-    return logprobs.gather(-1, tokens[1:, None]).squeeze(-1).cpu()
+
+    def run() -> Tensor:
+        with ExitStack() as stack:
+            if probe.expert_choices is not None:
+                stack.enter_context(policy.routers.watch(probe.expert_choices))
+            hidden = policy.backbone(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
+        logprobs = full_logits(hidden[:-1], policy.head).log_softmax(-1)
+        return logprobs.gather(-1, tokens[1:, None]).squeeze(-1).cpu()
+
+    if policy.workers.size == 1:
+        return run()
+    scores = inside_forward(policy.lm, run)
+    reshard(policy.lm)
+    return scores
 
 
 class _Scoring(nn.Module):
@@ -184,7 +194,7 @@ class _Scoring(nn.Module):
 def _scored_with(weights: Mapping[str, Tensor], policy: Policy, probe: Probe) -> Tensor:
     """Score the probe with these weights in the policy's model; without any, with the model's."""
     if not weights:
-        return score(policy, probe)
+        return policy.workers.everywhere(score, policy, probe)
     named = {f"lm.{name}": weight for name, weight in weights.items()}
     return torch.func.functional_call(_Scoring(policy, probe), named, ())
 

@@ -18,12 +18,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from gspo.core.errors import ServeError
 from gspo.core.files import remove, replacing, write_whole
 from gspo.core.log import log
 from gspo.core.progress import cancelled
-from gspo.policy.load import save_weights
+from gspo.kernels import hf
+from gspo.kernels.sharded import on_host
+from gspo.policy.load import save_weights, weights_to_store
 from gspo.policy.policy import Policy
 from gspo.weights.receipt import NOISE, Probe, score
 from gspo.weights.vllm_http import ServerFault
@@ -241,7 +246,7 @@ class VllmPublisher:
         length = min(_PROBE_TOKENS, policy.context - 1)
         self.probe = Probe(torch.from_numpy(rng.integers(0, policy.entries, length)), None)
         self.tolerance = float("inf")
-        self._servers, self._dtype = servers, dtype
+        self._servers, self._dtype, self._everywhere = servers, dtype, policy.workers.everywhere
         self._first: float | None = None
 
     def publish(self, policy: Policy) -> int:
@@ -252,31 +257,32 @@ class VllmPublisher:
         self._first = share if self._first is None else self._first
         return policy.version
 
-    @torch.no_grad()
     def _rehearse(self, policy: Policy) -> None:
         """Give the servers other weights first. So the first publication shows whether they reload
         all tensors rightly: what a step changes may be less than bfloat16 can show.
         """
-        matrices = [weight for weight in policy.lm.parameters() if weight.dim() > 1]
-        for weight in matrices:
-            weight.mul_(0.5)
+        self._everywhere(_multiply_matrices, policy, 0.5)
         try:
             self._give(policy, "rehearsal")
         finally:
-            for weight in matrices:
-                weight.mul_(2.0)  # a power of 2: the same to the bit
+            self._everywhere(_multiply_matrices, policy, 2.0)
 
     def _give(self, policy: Policy, name: str) -> float:
         """Publish; how far the farthest server is, in shares of the largest log-prob."""
-        scores = score(policy, self.probe)
+        scores = self._everywhere(score, policy, self.probe)
         largest = max(1.0, scores.abs().max().item())
         known = NOISE[self._dtype] if self._first is None else _MARGIN * self._first
         self.tolerance = max(_FLOOR, min(NOISE[self._dtype], known) * largest)
         label = f"{self._servers.run}-{name}"
+        weights = self._everywhere(_whole_weights, policy)
         target = self._servers.folder / label
         with replacing(target) as building:
             building.mkdir(parents=True)
-            save_weights(policy, building)
+            save_weights(policy, building, weights if policy.peft else {})
+            if policy.peft is None:
+                stored = hf.stored_tensors(policy.lm, weights)
+                named = {name: weight.contiguous() for name, weight in stored.items()}
+                save_file(named, building / "model.safetensors", {"format": "pt"})
         write_whole(target / "READY", label)
         probed = self.probe.tokens.tolist(), scores.tolist(), self.tolerance
         dtype, lora = str(self._dtype).removeprefix("torch."), ("", 0)
@@ -290,3 +296,22 @@ class VllmPublisher:
     def expected(self, policy: Policy) -> tuple[Policy, dict[str, torch.Tensor]]:
         """The trainer's own scores are what a server must reproduce; see `Publisher`."""
         return policy, {}
+
+
+@torch.no_grad()
+def _multiply_matrices(policy: Policy, factor: float) -> None:
+    """Change the weights by a power of 2: twice that and back gives the same bits."""
+    for weight in policy.lm.parameters():
+        if weight.dim() > 1:
+            weight.mul_(factor)
+
+
+def _whole_weights(policy: Policy) -> dict[str, Tensor]:
+    """The weights that a folder holds, in the model's type, in host memory of the first rank. All
+    ranks call it together."""
+    stored, rounded = weights_to_store(policy, {}), dict[int, Tensor]()
+    for name, weight in stored.items():
+        narrow = isinstance(weight, DTensor) and not hf.stays_float32(policy.lm, name)
+        rounded.setdefault(id(weight), weight.to(policy.dtype) if narrow else weight)
+    held = {name: rounded[id(weight)] for name, weight in stored.items()}
+    return on_host(held, copied=False, whole=True, kept=policy.workers.rank == 0)
