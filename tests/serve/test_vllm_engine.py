@@ -319,13 +319,13 @@ def gain(run: Path, steps: int) -> tuple[float, float, float]:
 @real
 @pytest.mark.slow
 @pytest.mark.timeout(3600)  # 3 minutes on cores that are half free
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_twenty_steps_on_vllm_learn(seed: int, tmp_path: Path):
+@pytest.mark.parametrize(("seed", "nproc"), [(0, 1), (1, 1), (2, 1), (1, 2)])
+def test_twenty_steps_on_vllm_learn(seed: int, nproc: int, tmp_path: Path):
     """`gspo train run.toml`, GSPO with the paper's clip range and four minibatches."""
     base = tiny(tmp_path / "model", "dense", 130)
     file = tmp_path / "run.toml"
     file.write_text(RUN.format(path=tmp_path, model=base, engine=REAL, seed=seed))
-    done = gspo("train", str(file))
+    done = gspo("train", str(file), "--set", f"nproc={nproc}")
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "p/r"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
