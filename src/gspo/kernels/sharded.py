@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
@@ -14,6 +15,8 @@ from transformers import PreTrainedModel
 
 from gspo.core.errors import ModelError
 
+# That an exchange along two dimensions takes two steps: nothing that a user could mend.
+logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 _state_of: Any = fully_shard.state  # pyright: ignore[reportFunctionMemberAccess]
 
 

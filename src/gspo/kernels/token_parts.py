@@ -16,6 +16,10 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional
 
+# Torch 2.13 has new names for them, and warns of the former ones.
+_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_scatter_sum: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @dataclass(frozen=True)
 class TokenParts:
@@ -85,11 +89,11 @@ class _Join(torch.autograd.Function):
     def forward(ctx: Any, values, parts):
         ctx.parts = parts
         whole = values.new_empty(len(values) * parts.size, *values.shape[1:])
-        dist.all_gather_into_tensor(whole, values.contiguous(), group=parts.group)
+        _gather(whole, values.contiguous(), group=parts.group)
         return whole
 
     @staticmethod
     def backward(ctx: Any, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         part = grad.new_empty(len(grad) // ctx.parts.size, *grad.shape[1:])
-        dist.reduce_scatter_tensor(part, grad.contiguous(), group=ctx.parts.group)
+        _scatter_sum(part, grad.contiguous(), group=ctx.parts.group)
         return part, None
