@@ -46,8 +46,8 @@ def met(monkeypatch: pytest.MonkeyPatch) -> None:
         part.copy_(group.meeting.add(group.part, whole).chunk(group.meeting.size)[group.part])
 
     monkeypatch.setattr(token_parts.dist, "all_reduce", all_reduce)
-    monkeypatch.setattr(token_parts.dist, "all_gather_into_tensor", all_gather)
-    monkeypatch.setattr(token_parts.dist, "reduce_scatter_tensor", reduce_scatter)
+    monkeypatch.setattr(token_parts, "_gather", all_gather)
+    monkeypatch.setattr(token_parts, "_scatter_sum", reduce_scatter)
 
 
 @given(tokens=st.integers(1, 40), size=st.integers(1, 9))
