@@ -88,13 +88,6 @@ def test_a_folder_that_a_rank_cannot_see_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_killed_start_left_in_the_folder_goes_with_the_next_one(tmp_path):
-    (tmp_path / ".shared-0123456789abcdef").touch()
-    (tmp_path / "metrics.jsonl").touch()
-    _check_shared(OneRank(""), tmp_path)  # pyright: ignore[reportArgumentType]
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
 def test_a_folder_that_the_first_rank_cannot_write_is_told_to_all(tmp_path, monkeypatch):
     """It would be alone with an error of its own, and the others wait for it."""
     monkeypatch.setattr(ranks, "GRACE", 0.1)

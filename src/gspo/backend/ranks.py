@@ -120,9 +120,8 @@ def _check_shared(mesh: Mesh, folder: Path) -> None:
             fault = str(error)
             time.sleep(0.05)
     told = [f"rank {r} ({mesh.hosts[r]}): {one}" for r, one in enumerate(mesh.gather(fault)) if one]
-    # With those of earlier starts whose first rank was killed here; the run is locked for others.
-    for left in folder.glob(".shared-*") if mesh.rank == 0 and not fault else ():
-        left.unlink()
+    if mesh.rank == 0 and not fault:
+        mark.unlink()
     if told:
         raise ConfigError(
             f"{'; '.join(told)}. Rank 0 ({mesh.hosts[0]}) writes {folder}, and all must see it: "
