@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 
+import pytest
+from torch import distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from gspo.policy import embedded as module
 from gspo.policy.embedded import build_tokenizer, embedded_folder
 from gspo.policy.load import load_policy
 from gspo.tasks import load_task
@@ -20,6 +25,23 @@ def test_embedded_model_is_an_ordinary_folder():
     assert (config["num_local_experts"], config["num_experts_per_tok"]) == (8, 2)
     policy = load_policy(str(folder))
     assert 150_000 < sum(p.numel() for p in policy.lm.parameters()) < 300_000
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_builds_the_whole_folder(rank, tmp_path, monkeypatch):
+    """Ranks of one machine build it at the same time in a new cache, and other machines have caches
+    of their own. A folder of a tokenizer alone would stay, and fail each later start."""
+    monkeypatch.setenv("GSPO_CACHE", str(tmp_path))
+    monkeypatch.setitem(module.RECIPES, "sort", module.RECIPES["sort"] | {"steps": 2})
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=2)
+    try:
+        folder = embedded_folder("embedded:sort")
+    finally:
+        dist.destroy_process_group()
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        path.name for path in folder.iterdir()
+    }
+    assert load_policy("embedded:sort").source == str(folder)
 
 
 def test_embedded_tokenizer_has_one_token_a_character():

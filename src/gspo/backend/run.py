@@ -61,8 +61,8 @@ class Run:
         try:
             self._check_identity()
             # What a killed process had begun to write; pictures and reports may be another's.
-            for pattern in (".*.json*.tmp", "checkpoints/.*.tmp", "trajectories/*/.*.tmp"):
-                for leftover in self.folder.glob(pattern):
+            for kind in (".*.json*.tmp", ".shared*", "checkpoints/.*.tmp", "trajectories/*/.*.tmp"):
+                for leftover in self.folder.glob(kind):
                     remove(leftover)
             self._lines = MetricsFile(self.folder / "metrics.jsonl")
         except BaseException as error:

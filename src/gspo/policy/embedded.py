@@ -92,6 +92,8 @@ def embedded_folder(name: str) -> Path:
         warm_start(model, tokenizer, load_task(task_name), recipe)
         torch.set_num_threads(threads)
         model.generation_config.eos_token_id = tokenizer.eos_token_id
+        # transformers writes the model on the first rank alone, but each may have its own cache.
+        model.should_save_on_this_rank = lambda is_main_process: True
         model.save_pretrained(building)
         tokenizer.save_pretrained(building)
         with suppress(OSError):  # another process was faster
@@ -123,9 +125,8 @@ def build_model(context: int | None = None) -> Qwen3MoeForCausalLM:
         pad_token_id=SPECIAL.index("<|pad|>"),
         eos_token_id=SPECIAL.index("<|end|>"),
         bos_token_id=None,
-        **_CONFIG,
+        **_CONFIG | cast(Any, {"max_position_embeddings": context} if context else {}),
     )
-    config.max_position_embeddings = context or config.max_position_embeddings
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return Qwen3MoeForCausalLM(config)
