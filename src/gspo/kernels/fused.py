@@ -81,7 +81,7 @@ def _gives_the_same(
     forward: Callable[..., Tensor],
     alike: Callable[[Tensor, Tensor], bool] = _close,
 ) -> bool:
-    """Whether it does on three tokens; where the weights are divided among processes, with others."""
+    """Whether it does on three tokens; with other weights, if its own are divided among ranks."""
     divided = [p for p in module.parameters() if isinstance(p, DTensor)]
     if isinstance(module, FSDPModule) or any(p.device_mesh.ndim > 1 for p in divided):
         return False  # it cannot be copied, or has this process's experts
