@@ -3,7 +3,8 @@
     python examples/cluster/scaling.py Qwen/Qwen3-30B-A3B
     python examples/cluster/scaling.py Qwen/Qwen3-8B --completions 4096 --gpu h200
 
-A simulation, not a measurement: what it assumes is what `gspo plan` prints. `fails first` says what
+A simulation, not a measurement: what it assumes is what `gspo plan` prints. `speedup` is against
+one GPU, or, where one has no room, against a share of the fewest that have. `fails first` says what
 stops a row from being better: memory (nothing fits), the longest completion (rollouts that more
 servers make no shorter), or the trainer.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 
-from gspo.core.errors import ConfigError
+from gspo.core.errors import ConfigError, GspoError
 from gspo.sizing.cluster import GPUS, Rates, Rollouts, fits, layouts
 from gspo.sizing.model_size import read_size
 
@@ -26,8 +27,11 @@ def main() -> None:
     parser.add_argument("--mean", type=int, default=2048)
     parser.add_argument("--longest", type=int, default=8192)
     options = parser.parse_args()
-    size, gpu = read_size(options.model), GPUS[options.gpu]
-    wanted = Rollouts(options.completions, 512, options.mean, options.longest)
+    try:
+        size, gpu = read_size(options.model), GPUS[options.gpu]
+        wanted = Rollouts(options.completions, 512, options.mean, options.longest)
+    except GspoError as error:
+        parser.error(str(error))
     print(f"{'GPUs':>5} {'train':>6} {'roll out':>8} {'seconds':>8} {'speedup':>8}  fails first")
     first = None
     for gpus in (2**power for power in range(11)):

@@ -18,10 +18,11 @@ from support import choice
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"task": "sort", "epsilon": 1}, r"'epsilon' in train, as \[train\] or train=\{...\}\?$"),
         ({"task": "sortt"}, r"Did you mean 'sort'\?$"),
         ({"task": "sort", "name": ""}, "the run: name = '': .*1 to 255 bytes"),
         ({"task": "sort", "path": "a\0b"}, "path = .*NUL"),
-        ({"task": "sort", "name": "a/b"}, "name = 'a/b': one folder's name"),
+        ({"task": "sort", "name": "a/b"}, "name = 'a/b': must name a folder"),
         ({"task": "sort", "project": ".."}, r"project = .*no .*'\.\.'"),
         ({"task": "sort", "name": "x" * 256}, "name = 'x.*1 to 255 bytes"),
         (

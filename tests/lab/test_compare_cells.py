@@ -115,7 +115,7 @@ def test_what_a_preset_refuses_is_told_before_anything_runs():
         ({"stress": {"a": [{"steps": 2}], "b": [{"steps": 3}]}}, "both set steps"),
         ({"seeds": 0}, "at least one seed"),
         ({"seeds": [1, 1]}, "given twice"),
-        ({"name": "a/b"}, "name = 'a/b': one folder's name"),
+        ({"name": "a/b"}, "name = 'a/b': must name a folder"),
         ({"name": "cells"}, "name = 'cells': .*another"),
         ({"baseline": "gsop"}, "Did you mean 'gspo'"),
         ({"arms": [{"algorithm": "dapo"}]}, "give it a label"),

@@ -370,7 +370,8 @@ def test_what_the_batch_was_stands_first():
 
 def test_a_row_per_method():
     text = render(inspection(2))
-    assert "weights after the step (checkpoint 0003); l_i 0.5 [-0.12, 0.036]" in text
+    assert "weights after the step (checkpoint 0003); log-ratios of sequences" in text
+    assert ", median [1 %, 99 %]: 0.5 [-0.12, 0.036]" in text
     row = next(line.split() for line in text.splitlines() if line.startswith("  m1"))
     assert row == ["m1", "0.0003/0.0004", "-0.5", "0.25", "0.5", "0.125", "-"]
 

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from gspo import dev
+from gspo.core.errors import ModelError
 from gspo.data.packing import pack
 from gspo.kernels import attention
 from gspo.policy.embedded import build_tokenizer
@@ -151,8 +152,6 @@ def test_probe_refuses_a_head_that_it_does_not_know(policy: Policy):
         return out
 
     broken.lm.forward = doubled  # pyright: ignore[reportAttributeAccessIssue]
-    from gspo.core.errors import ModelError
-
     with pytest.raises(ModelError, match="not supported"):
         choose_packing(broken)
 
@@ -236,3 +235,8 @@ def test_no_weight_is_cast_in_a_step_but_routers_and_the_cpus_head(lora):
         policy.logprobs(microbatch).logprobs.sum().backward()
     assert all(".mlp.gate." in name or name == "model.embed_tokens.weight" for name in cast), cast
     assert len(cast) <= 2 * len(policy.routers.modules) + 2
+
+
+def test_a_head_with_an_adapter_is_refused_by_its_class_and_with_the_remedy():
+    with pytest.raises(ModelError, match=r"head is .*peft\..*Linear.*leave lm_head out"):
+        embedded(lora=dev.LoraConfig(r=2, target_modules=["lm_head"]))

@@ -132,6 +132,19 @@ def test_layouts_use_the_gpus_that_there_are_and_come_in_order():
         assert one.seconds == pytest.approx(expected)
 
 
+def test_no_more_gpus_train_than_there_are_completions():
+    size, few = read_size("Qwen/Qwen3-8B"), Rollouts(4, 512, 2048, 8192)
+    four, more = (training_seconds(size, Training(), few, H100, n, Rates()) for n in (4, 64))
+    assert four == more
+
+
+def test_rollouts_that_contradict_themselves_are_refused():
+    with pytest.raises(ConfigError, match="longest = 10 is less than the mean length 20"):
+        Rollouts(1, 1, 20, 10)
+    with pytest.raises(ConfigError, match="completions = 0"):
+        Rollouts(0, 1, 10, 20)
+
+
 def test_no_room_is_an_error_that_says_what_a_server_needs():
     size = read_size("Qwen/Qwen3-235B-A22B")
     with pytest.raises(ConfigError, match="rollout server, which needs 16 GPUs of 80 GB"):

@@ -68,6 +68,25 @@ def test_embedded_model_is_counted_as_it_is():
 def test_unknown_model_names_the_shipped_ones():
     with pytest.raises(ModelError, match=r"Configs that gspo knows: .*Qwen/Qwen3-30B-A3B"):
         read_size("./no-such-folder")
+    with pytest.raises(ModelError, match="unknown model 'embedded:nonsense'"):
+        read_size("embedded:nonsense")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "falcon", "mpt", "gpt_neox", "llama", "mixtral"])
+def test_layers_are_found_whatever_they_are_called(kind: str, tmp_path: Path):
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    size = read_size(str(tmp_path))
+    others = size.expert - size.expert * size.experts_per_token // max(size.experts, 1)
+    heads = size.head * (1 if size.tied else 2)
+    assert size.active + others + heads == pytest.approx(size.parameters, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["t5", "mamba", "clip"])
+def test_what_is_no_causal_model_with_attention_is_refused_by_name(kind: str, tmp_path: Path):
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="is no causal language model with attention") as caught:
+        read_size(str(tmp_path))
+    assert len(str(caught.value)) < 500  # transformers names all that it knows
 
 
 @pytest.mark.parametrize(

@@ -52,5 +52,12 @@ def test_what_does_not_fit_says_what_would():
 def test_wrong_words_are_named():
     with pytest.raises(ConfigError, match=r"unknown gpu 'h10'\. Did you mean 'h100'"):
         make_report("Qwen/Qwen3-8B", "h10", 8, Rollouts(1, 1, 1, 1), 16, None)
-    with pytest.raises(ConfigError, match="longest = 10 is less than the mean length 20"):
-        make_report("Qwen/Qwen3-8B", "h100", 8, Rollouts(1, 1, 20, 10), 16, None)
+    assert "8 x h100" in make_report("embedded:sort", "H100", 8, Rollouts(1, 1, 1, 1), 16, None)[0]
+
+
+def test_a_sample_longer_than_the_context_is_said():
+    text, told = make_report("Qwen/Qwen3-8B", "h100", 8, Rollouts(8, 1, 8, 40_960), 16, None)
+    assert told["model"]["context"] == 40_960
+    assert "40,961 tokens, is longer than the model's context of 40,960" in text
+    text, _ = make_report("Qwen/Qwen3-8B", "h100", 8, Rollouts(8, 0, 8, 40_960), 16, None)
+    assert "longer than the model's context" not in text

@@ -27,8 +27,10 @@ def cells(names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> list[list[
 def text(value: Any) -> str:
     """A value as text: numbers to three digits, a mean with its interval, `-` if it is unknown.
 
-    >>> text(0.12345), text(None), text([3e-4, 4e-4]), text({"mean": 0.5, "low": 0.25, "high": 1.0})
-    ('0.123', '-', '0.0003/0.0004', '0.5 [0.25, 1]')
+    >>> text(-0.12345), text(-0.0), text(None), text([3e-4, 4e-4])
+    ('-0.123', '0', '-', '0.0003/0.0004')
+    >>> text({"mean": 0.5, "low": 0.25, "high": 1.0})
+    '0.5 [0.25, 1]'
     """
     if value is None:
         return "-"
@@ -38,7 +40,8 @@ def text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "/".join(map(text, value))
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+        # + 0.0: a mean of nothing but zeros may be -0.0
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value + 0.0:.3g}"
     return str(value)
 
 

@@ -40,7 +40,7 @@ def folder_name(text: str) -> str:
         ValueError: nothing, a path, a NUL, half a character (a lone surrogate), or too long.
     """
     if not names_a_folder(text):
-        raise ValueError("one folder's name: no '/', '\\', '..', half a character; 1 to 255 bytes")
+        raise ValueError("must name a folder: no '/', '\\', '..', half a character; 1 to 255 bytes")
     return text
 
 
@@ -73,8 +73,8 @@ class Spec(Options, title="the run"):
             within = [t for t, kind in TABLES.items() if suggestion(name, kind.model_fields, 0.8)]
             if within and not suggestion(name, type(self).model_fields, 0.8):
                 near = suggestion(name, TABLES[within[0]].model_fields).rstrip("?")
-                tables = " or ".join(within)
-                raise ConfigError(f"the run: unknown option {name!r}.{near} in {tables}?")
+                where = f"{' or '.join(within)}, as [{within[0]}] or {within[0]}={{...}}?"
+                raise ConfigError(f"the run: unknown option {name!r}.{near} in {where}")
         super().__init__(**data)
 
     name: FolderName = "run"

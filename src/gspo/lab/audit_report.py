@@ -20,12 +20,8 @@ FINE = 0.5
 """Noise up to this share of the clip range leaves room for the update itself."""
 
 # Not int8 -> bfloat16: weights of 8 bits and a scale lose less than activations of 8 bits do.
-_QUIETER = {
-    "int4": "int8",
-    "int8": "float32",
-    "bfloat16": "float16 or float32",
-    "float16": "float32",
-}
+_QUIETER = {"int4": "int8", "int8": "float32", "bfloat16": "float16 or float32"}
+_QUIETER |= {"float16": "float32"}
 _SUMMARY = ("mean", "std", "p01", "p50", "p99")
 _BY_TOKEN = ("length", "tokens", *_SUMMARY, "kl", "kl_k3")
 _BY_SEQUENCE = ("length", "sequences", *_SUMMARY, "clipped_positive", "clipped_negative")

@@ -247,7 +247,8 @@ def render(inspection: Mapping[str, Any], *, matrix: bool = False) -> str:
         when = f"weights {at['weights']} the step"
         heading = f"\n{when} ({at['source']})"
         if at["log_ratio"] is not None:
-            heading += "; l_i {p50:.2g} [{p01:.2g}, {p99:.2g}]".format(**at["log_ratio"])
+            told = "; log-ratios of sequences, median [1 %, 99 %]: {p50:.2g} [{p01:.2g}, {p99:.2g}]"
+            heading += told.format(**at["log_ratio"])
         parts += [heading, table(cells(_COLUMNS, at["methods"]))]
         if matrix or len(names) <= FEW:
             pairs = zip(names, at["cosines"], strict=True)

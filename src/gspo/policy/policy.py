@@ -108,7 +108,7 @@ class Policy:
         module = self.lm.get_output_embeddings()
         if not isinstance(module, torch.nn.Linear):
             raise ModelError(
-                f"{self.source}: the output head is a {type(module).__name__}; gspo computes "
+                f"{self.source}: the output head is {type(module)}; gspo computes "
                 "log-probs from a plain linear head (with LoRA, leave lm_head out)"
             )
         scale = 1.0 if self.logit_scale is None else self.logit_scale

@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-from gspo.core.errors import ConfigError
+from gspo.core.errors import ConfigError, check_whole
 from gspo.sizing.model_size import ModelSize, Training, most_tokens, training_bytes
 
 USABLE = 0.92
@@ -83,12 +83,23 @@ class Rollouts:
         prompt: tokens of a prompt.
         mean: tokens of a completion.
         longest: tokens of the longest completion.
+
+    Raises:
+        ConfigError: no completion, or lengths that contradict one another.
     """
 
     completions: int
     prompt: int
     mean: float
     longest: int
+
+    def __post_init__(self) -> None:
+        check_whole("completions", self.completions, 1)
+        if self.longest < self.mean:
+            raise ConfigError(
+                f"longest = {self.longest} is less than the mean length {self.mean:.0f}: give the "
+                "longest completion, max_tokens, that a run allows"
+            )
 
     @property
     def tokens(self) -> float:
@@ -113,8 +124,10 @@ def pass_flops(size: ModelSize, rollouts: Rollouts) -> float:
 def training_seconds(
     size: ModelSize, how: Training, rollouts: Rollouts, gpu: Gpu, gpus: int, rates: Rates
 ) -> dict[str, float]:
-    """Seconds of scoring (old log-probs) and of training. LoRA needs no gradient of the base."""
-    forward = pass_flops(size, rollouts) / (gpus * gpu.flops * rates.training(size))
+    """Seconds of scoring (old log-probs) and of training. LoRA needs no gradient of the base.
+    A sample is never cut, so no more GPUs have work than there are completions."""
+    busy = min(gpus, rollouts.completions)
+    forward = pass_flops(size, rollouts) / (busy * gpu.flops * rates.training(size))
     passes = (3 if how.lora is None else 2) + how.checkpointing
     return {"scoring": forward, "training": passes * forward}
 
@@ -231,8 +244,8 @@ def layouts(
         trained = parts["scoring"] + parts["training"]
         together = max(parts["rollouts"], trained) if apart else parts["rollouts"] + trained
         parts["publication"] = publish_seconds(size, per_server, rates)
-        seconds = together + parts["publication"]
-        made.append(Layout(training, rolling, per_server, apart, parts, seconds))
+        together += parts["publication"]
+        made.append(Layout(training, rolling, per_server, apart, parts, together))
     if not made:
         raise ConfigError(
             f"gpus = {gpus}: no room for {how.about()} and a rollout server, which needs "

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gspo.core.errors import ModelError, suggestion
-from gspo.policy.embedded import PREFIX, build_model
+from gspo.policy.embedded import PREFIX, RECIPES, build_model, embedded_task
 from gspo.policy.source import read_config, resolve
 
 SHIPPED = Path(__file__).with_name("configs.json")
@@ -47,6 +47,7 @@ class ModelSize:
         query_width: query heads times their size, of a layer with attention.
         kv_width: numbers that a token leaves in the KV cache of a layer with attention.
         attention_layers: layers whose cost grows with the length of the sequence.
+        context: tokens that a sequence may have; 0: the config names no limit.
     """
 
     parameters: int
@@ -64,6 +65,7 @@ class ModelSize:
     query_width: int
     kv_width: int
     attention_layers: int
+    context: int
 
 
 def read_size(model: str) -> ModelSize:
@@ -73,23 +75,24 @@ def read_size(model: str) -> ModelSize:
         ModelError: there is no such model, or its config has no causal language model.
     """
     if model.startswith(PREFIX):
-        lm = build_model()
+        lm = build_model(RECIPES[embedded_task(model)].get("context"))
         return count(lm, lm.config)
     shipped = json.loads(SHIPPED.read_text())
     if model in shipped:
-        fields = dict(shipped[model])
-        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        config = AutoConfig.for_model(**shipped[model])
     else:
         try:
             config = read_config(resolve(model))
         except ModelError as error:
-            near = suggestion(model, list(shipped))
-            raise ModelError(
-                f"{error}{near} Configs that gspo knows: {', '.join(shipped)}"
-            ) from None
+            near, known = suggestion(model, shipped), ", ".join(shipped)
+            raise ModelError(f"{error}{near} Configs that gspo knows: {known}") from None
     text = config.get_text_config()
-    with torch.device("meta"):
-        return count(AutoModelForCausalLM.from_config(text), text)
+    try:
+        with torch.device("meta"):
+            return count(AutoModelForCausalLM.from_config(text), text)
+    except (AttributeError, TypeError, ValueError) as error:  # transformers lists all it knows
+        told = str(error).splitlines()[0]
+        raise ModelError(f"{model!r} is no causal language model with attention: {told}") from None
 
 
 def count(lm: Any, config: Any) -> ModelSize:
@@ -99,7 +102,8 @@ def count(lm: Any, config: Any) -> ModelSize:
     active = expert = lora = 0
     outputs = 0.0
     for name, weight in lm.named_parameters():
-        if ".layers." not in name or weight.dim() < 2:
+        # A layer is one of several with numbers: layers.0, h.0 or blocks.0.
+        if not any(map(str.isdecimal, name.split("."))) or weight.dim() < 2:
             continue
         shape = tuple(weight.shape)
         if ".experts." not in name:
@@ -136,7 +140,8 @@ def count(lm: Any, config: Any) -> ModelSize:
         kv_width=latent + config.qk_rope_head_dim
         if latent
         else 2 * size * (getattr(config, "num_key_value_heads", None) or heads),
-        attention_layers=sum(1 for kind in kinds if "linear" not in kind),
+        attention_layers=sum("linear" not in kind for kind in kinds),
+        context=_first(config, "max_position_embeddings"),
     )
 
 

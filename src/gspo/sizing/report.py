@@ -14,11 +14,8 @@ from gspo.sizing.cluster import GPUS, Fit, Gpu, Layout, Rates, Rollouts, fits, l
 from gspo.sizing.model_size import HEAD_TOKENS, ModelSize, Training, read_size
 
 _SHOWN_LAYOUTS = 5
-_TEXT = Template(
-    Path(__file__).with_name("plan.txt").read_text(encoding="utf-8"),
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
+_SOURCE = Path(__file__).with_name("plan.txt").read_text(encoding="utf-8")
+_TEXT = Template(_SOURCE, trim_blocks=True, lstrip_blocks=True)
 
 
 def make_report(
@@ -27,17 +24,13 @@ def make_report(
     """Plan a run: the text for a person, and the same as an object.
 
     Raises:
-        ConfigError: an unknown GPU, or lengths that contradict one another.
+        ConfigError: an unknown GPU.
         ModelError: no such model.
     """
+    gpu = gpu.lower()
     if gpu not in GPUS:
         raise ConfigError(
             f"unknown gpu {gpu!r}.{suggestion(gpu, list(GPUS))} Known: {', '.join(GPUS)}"
-        )
-    if rollouts.longest < rollouts.mean:
-        raise ConfigError(
-            f"longest = {rollouts.longest} is less than the mean length {rollouts.mean:.0f}: give "
-            "the longest completion, max_tokens, that a run allows"
         )
     card, size = GPUS[gpu], read_size(model)
     rates = replace(Rates(), mfu=mfu)
@@ -83,8 +76,9 @@ def _remedy(size: ModelSize, rollouts: Rollouts, card: Gpu, gpus: int, lora: int
             return f"Nothing fits on {gpus}: {fit.how.about()} fits on {more}."
     longest = rollouts.prompt + rollouts.longest
     return (
-        f"Nothing fits on any number of these GPUs: one sample of {longest:,} tokens is more than "
-        "a GPU takes: shorten the longest completion or take a GPU with more memory."
+        f"Nothing fits on any number of these GPUs: one sample of {longest:,} tokens, beside the "
+        "gathered layers, is more than one takes: shorten the longest completion, take a GPU with "
+        "more memory, or divide samples by cp_size, which isn't counted here."
     )
 
 
