@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -114,8 +116,9 @@ def losses(path: Path) -> list[float]:
 
 
 def test_what_is_not_built_or_contradicts_itself_is_refused(monkeypatch, tmp_path):
-    with pytest.raises(ConfigError, match="nproc"):
-        ClusterBackend(tmp_path, nproc=0)
+    for nproc in (0, 1000):  # of which the second would start 999 more processes here
+        with pytest.raises(ConfigError, match="nproc"):
+            ClusterBackend(tmp_path, nproc=nproc)
     for name in ("cp_size", "ep_size"):
         with pytest.raises(ConfigError, match=f"{name}=3 does not divide 4, .*torchrun"):
             ClusterBackend(tmp_path, nproc=4, **cast(Any, {name: 3}))
@@ -161,6 +164,26 @@ def test_a_precision_of_its_own_is_for_servers():
 def test_one_process_starts_nothing(tmp_path):
     backend = ClusterBackend(tmp_path, nproc=1)
     assert backend._ranks is None and not backend._children
+
+
+@pytest.mark.parametrize(
+    ("error", "failed"),
+    [(None, False), (ValueError(), True), (SystemExit(0), False), (SystemExit(7), True)],
+)
+def test_the_other_ranks_fail_with_the_script_of_the_first(error, failed, tmp_path):
+    """Else the torchrun of another machine reports success."""
+    told: list[bool] = []
+
+    async def script() -> None:
+        backend = ClusterBackend(tmp_path)
+        backend._ranks = cast(Any, SimpleNamespace(mesh=SimpleNamespace(), close=told.append))
+        with suppress(BaseException):
+            async with backend:
+                if error is not None:
+                    raise error
+
+    asyncio.run(script())
+    assert told == [failed]
 
 
 def test_why_ranks_are_not_equal_to_the_bit_is_what_holds_for_them(monkeypatch):

@@ -13,7 +13,6 @@ from torch import distributed as dist
 from gspo.backend import ranks
 from gspo.backend.ranks import Ranks, _check_shared, _passed_on
 from gspo.core.errors import ConfigError, RunError
-from gspo.train.trainer import Trainer
 
 
 class Told:
@@ -81,22 +80,25 @@ def test_a_rank_that_follows_leaves_by_its_status_alone(fault, monkeypatch, caps
             raise RunError(fault)
 
     monkeypatch.setattr(mesh, "await_work", await_work, raising=False)
-    monkeypatch.setattr(mesh, "share", lambda _: (ranks._end, []))
+    monkeypatch.setattr(mesh, "share", lambda _: (ranks.Status, []))
     monkeypatch.setattr(ranks, "leave", leave)
     with pytest.raises(KeyboardInterrupt, match=str(int(bool(fault)))):
         ranks.follow(mesh)  # pyright: ignore[reportArgumentType]
     assert fault in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("loaded", [False, True])
-def test_a_rank_whose_only_model_was_refused_fails_too(loaded, monkeypatch, capsys):
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_rank_ends_as_the_first_ones_script_whatever_was_refused_before(
+    failed, monkeypatch, capsys
+):
     """After a 0, torchrun waits minutes at its exit for the machine whose rank has failed."""
-    mesh, works = OneRank(), [(refused, []), (ranks._end, [])]
+    mesh, works = OneRank(), [(refused, [])]
     monkeypatch.setattr(mesh, "await_work", lambda: None, raising=False)
+    first, other = (Ranks(mesh) for _ in range(2))  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(mesh, "share", lambda work: works.append(work) or work)
+    first.close(failed)
     monkeypatch.setattr(mesh, "share", lambda _: works.pop(0))
-    follower = Ranks(mesh)  # pyright: ignore[reportArgumentType]
-    follower._known += [Trainer.__new__(Trainer)] * loaded
-    assert follower.follow() == int(not loaded)
+    assert other.follow() == int(failed)
     assert "rank 0: ConfigError: other files" in capsys.readouterr().err
 
 

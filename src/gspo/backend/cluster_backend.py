@@ -105,7 +105,9 @@ class ClusterBackend(LocalBackend):
             stack.push_async_callback(super().close)
             if ranks is not None:
                 ranks.mesh.closing = True
-                stack.push_async_callback(self._compute.run, ranks.close)
+                error = sys.exc_info()[1]  # of the script, in an `async with` or a `finally`
+                failed = error.code if isinstance(error, SystemExit) else error
+                stack.push_async_callback(self._compute.run, partial(ranks.close, bool(failed)))
             for service in self._services.values():  # all ranks write their part of a checkpoint
                 stack.push_async_callback(asyncio.to_thread, service.settle)
 
@@ -177,7 +179,8 @@ def check_ranks(nproc: int | None, sizes: Mapping[str, int]) -> int:
         ConfigError: `nproc` under torchrun, or sizes that don't divide the ranks.
     """
     if nproc is not None:
-        check_whole("nproc", nproc, 1, 1024)
+        # On this machine: a number that is meant for a cluster would start as many here.
+        check_whole("nproc", nproc, 1, max(64, 4 * (os.cpu_count() or 1)))
     started = started_ranks()
     if started is not None and nproc not in (None, started):
         raise ConfigError(f"nproc={nproc}, but torchrun has started {started}: leave nproc out")

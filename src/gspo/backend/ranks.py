@@ -46,34 +46,32 @@ class Ranks:
         """Do what the first rank says, until it closes.
 
         Returns:
-            The status to end with: 1 if models were refused and none was loaded. After a 0, the
-            torchrun of this machine would wait 300 s for that of the first rank, which has failed.
+            The status to end with: 1 if the first rank's script has failed. After a 0, the torchrun
+            of this machine would wait 300 s for that of the first rank, and report success.
 
         Raises:
             RunError: a rank failed or ended, or there is no work; see `Mesh`.
         """
-        failed = False
-        while True:
+        done = None
+        while not isinstance(done, Status):
             self.mesh.await_work()
             try:
-                if self.mesh.together(lambda: self._work(self.mesh.share(None))) is _end:
-                    break
+                done = self.mesh.together(lambda: self._work(self.mesh.share(None)))
             except Exception as error:  # the first rank raises the same, and its user decides
                 if self.mesh.broken:
                     raise
-                failed = True
                 print(f"rank {self.mesh.rank}: {type(error).__name__}: {error}", file=sys.stderr)
         for writer in self._known:  # the first rank knows already what became of a checkpoint
             if isinstance(writer, CheckpointWriter):
                 with suppress(GspoError):
                     writer.wait()
         self.mesh.close()
-        return int(failed and not any(isinstance(known, Trainer) for known in self._known))
+        return int(done)
 
-    def close(self) -> None:
-        """End all ranks."""
+    def close(self, failed: bool = False) -> None:
+        """End all ranks; the others by status 1 if the first one's script has failed."""
         if not self.mesh.broken:
-            self.call(_end)
+            self.call(Status, failed)
         self.mesh.close()
 
     def _work(self, work: Any) -> Any:
@@ -82,11 +80,11 @@ class Ranks:
         result = function(*args)
         if isinstance(result, Trainer | CheckpointWriter):
             self._known += [result, result.policy] if isinstance(result, Trainer) else [result]
-        return _end if function is _end else result
+        return result
 
 
-def _end() -> None:
-    """The last work."""
+class Status(int):
+    """The last work: with it the other ranks end."""
 
 
 def load_on_ranks(mesh: Mesh, what: Any, folder: Path, cp_size: int, ep_size: int) -> Trainer:
