@@ -13,6 +13,7 @@ from torch import distributed as dist
 from gspo.backend import ranks
 from gspo.backend.ranks import Ranks, _check_shared, _passed_on
 from gspo.core.errors import ConfigError, RunError
+from gspo.train.trainer import Trainer
 
 
 class Told:
