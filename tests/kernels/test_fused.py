@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -43,14 +40,6 @@ def test_norms_and_gates_are_changed_if_they_give_the_same(kind: str, changed: i
     assert changed_in(lm) == changed
     for one, other in zip(outputs(lm), expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
-
-
-@pytest.fixture
-def group(tmp_path: Path) -> Iterator[DeviceMesh]:
-    """A group of this process alone."""
-    dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(("kind", "changed"), [("llama", 12), ("cohere", 4), ("qwen3_next", 8)])

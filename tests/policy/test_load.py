@@ -8,11 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
 from gspo import dev
 from gspo.core.errors import ModelError
 from gspo.kernels import attention
-from gspo.policy.load import _threads, caps_or_sinks, load_policy, resolve, save_weights
+from gspo.policy.load import (
+    _threads,
+    caps_or_sinks,
+    load_policy,
+    resolve,
+    save_weights,
+    whole_weights_to_store,
+)
 from models import model
 from support import embedded
 
@@ -96,3 +105,15 @@ def test_soft_caps_are_taken_over_only_if_the_logits_stay(monkeypatch: pytest.Mo
     monkeypatch.setattr(attention, "_with_whole_scores", lambda *a: whole(*a).flip(-1))
     assert not caps_or_sinks(lm)
     assert lm.config._attn_implementation == "eager"
+
+
+def test_divided_weights_are_whole_and_rounded_for_a_publication(group: DeviceMesh):
+    """Those of one process are what `save_weights` would write; tied ones are one tensor."""
+    policy = embedded(dtype="bfloat16")
+    plain = {name: weight.clone() for name, weight in whole_weights_to_store(policy).items()}
+    fully_shard(policy.lm, mesh=group)
+    whole = whole_weights_to_store(policy)
+    assert whole["lm_head.weight"] is whole["model.embed_tokens.weight"]
+    for name, weight in policy.lm.state_dict().items():
+        assert torch.equal(plain[name], weight.full_tensor()) and plain[name].dtype == torch.float32
+        assert torch.equal(whole[name], plain[name].bfloat16())

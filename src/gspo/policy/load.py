@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from gspo.core.compute import free_cores
@@ -18,7 +19,7 @@ from gspo.dev import InternalModelConfig
 from gspo.kernels import hf
 from gspo.kernels.attention import PACKED
 from gspo.kernels.fused import fuse, shorten
-from gspo.kernels.sharded import reshard
+from gspo.kernels.sharded import on_host, reshard
 from gspo.policy.context import settle_context
 from gspo.policy.lora import add_lora, merge_adapter, quiet_peft
 from gspo.policy.policy import Policy
@@ -162,6 +163,17 @@ def weights_to_store(policy: Policy, masters: Mapping[str, Tensor]) -> dict[str,
     state: dict[str, Tensor] = (policy.peft or policy.lm).state_dict(keep_vars=True)
     stored = [n for n, t in state.items() if policy.peft is None or t.requires_grad]
     return {name: whole.get(id(state[name]), state[name]) for name in stored}
+
+
+def whole_weights_to_store(policy: Policy) -> dict[str, Tensor]:
+    """Those of `weights_to_store` in the model's type, in host memory of the first rank. All ranks
+    call it together; on the others the tensors are empty."""
+    stored, rounded = weights_to_store(policy, {}), dict[int, Tensor]()
+    for name, weight in stored.items():
+        narrow = isinstance(weight, DTensor) and not hf.stays_float32(policy.lm, name)
+        rounded.setdefault(id(weight), weight.to(policy.dtype) if narrow else weight)
+    held = {name: rounded[id(weight)] for name, weight in stored.items()}
+    return on_host(held, copied=False, whole=True, kept=policy.workers.rank == 0)
 
 
 def save_weights(policy: Policy, folder: Path, weights: dict[str, Tensor] | None = None) -> None:

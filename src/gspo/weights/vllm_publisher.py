@@ -19,16 +19,13 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from gspo.core.errors import ServeError
 from gspo.core.files import remove, replacing, write_whole
 from gspo.core.log import log
 from gspo.core.progress import cancelled
 from gspo.kernels import hf
-from gspo.kernels.sharded import on_host
-from gspo.policy.load import save_weights, weights_to_store
+from gspo.policy.load import save_weights, whole_weights_to_store
 from gspo.policy.policy import Policy
 from gspo.weights.receipt import NOISE, Probe, score
 from gspo.weights.vllm_http import ServerFault
@@ -274,7 +271,7 @@ class VllmPublisher:
         known = NOISE[self._dtype] if self._first is None else _MARGIN * self._first
         self.tolerance = max(_FLOOR, min(NOISE[self._dtype], known) * largest)
         label = f"{self._servers.run}-{name}"
-        weights = self._everywhere(_whole_weights, policy)
+        weights = self._everywhere(whole_weights_to_store, policy)
         target = self._servers.folder / label
         with replacing(target) as building:
             building.mkdir(parents=True)
@@ -304,14 +301,3 @@ def _multiply_matrices(policy: Policy, factor: float) -> None:
     for weight in policy.lm.parameters():
         if weight.dim() > 1:
             weight.mul_(factor)
-
-
-def _whole_weights(policy: Policy) -> dict[str, Tensor]:
-    """The weights that a folder holds, in the model's type, in host memory of the first rank. All
-    ranks call it together."""
-    stored, rounded = weights_to_store(policy, {}), dict[int, Tensor]()
-    for name, weight in stored.items():
-        narrow = isinstance(weight, DTensor) and not hf.stays_float32(policy.lm, name)
-        rounded.setdefault(id(weight), weight.to(policy.dtype) if narrow else weight)
-    held = {name: rounded[id(weight)] for name, weight in stored.items()}
-    return on_host(held, copied=False, whole=True, kept=policy.workers.rank == 0)
