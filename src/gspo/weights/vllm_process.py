@@ -59,7 +59,7 @@ def check_entries(engines: Any) -> tuple[str, ...]:
         if not fine:
             raise ConfigError(
                 f"engines: {shown(entry)}: give each server's URL once, http://host:port, or the "
-                "path of the Python of an environment with vLLM, /path/to/venv/bin/python, without "
+                "path of a Python that is there and has vLLM, /path/to/venv/bin/python, without "
                 "--port: gspo takes a free one"
             )
     return entries
