@@ -233,7 +233,7 @@ def test_an_error_of_torch_that_comes_of_no_other_rank_is_this_ones_own(alone, m
     Thread(target=other._answer, args=[alone._store.clone()]).start()
 
     def failed():
-        torch.ones(2) @ torch.ones(3)
+        return torch.ones(2) @ torch.ones(3)
 
     with pytest.raises(RunError, match=r"^rank 0 \(a\): RuntimeError: .*size.* The ranks"):
         alone.together(failed)
