@@ -396,3 +396,32 @@ def test_servers_sample_for_ranks_as_for_one_process(more, load, tmp_path):
         told = [[line[name] for line in lines] for lines in (many, one)]
         assert told[0] == pytest.approx(told[1], rel=1e-3), name
     assert all(line["publish/probe_max_diff"] < 1e-4 for line in many)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [False, True])
+def test_ctrl_c_ends_ranks_while_a_server_is_awaited(stopped, tmp_path):
+    """One that never comes, when the model is registered; or that hangs, when a step is trained."""
+    python = tmp_path / "python"
+    serve = f'shift 2\nexec {sys.executable} {STAND_IN} "$@"\n' if stopped else "exec sleep 300"
+    python.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\n{serve}")
+    python.chmod(0o755)
+    source = os.pathsep.join(map(str, (Path(art.__file__).parents[1], STAND_IN.parent)))
+    engines = f'engines = ["env PYTHONPATH={source} {python}"]\n'
+    (tmp_path / "run.toml").write_text(RUN.split("[load]")[0] + engines)
+    more = ["run.toml", "--set", "nproc=2", "--set", "steps=500"]
+    command = [sys.executable, "-m", "gspo.cli", "train", *more]
+    env, limit = os.environ | {"OMP_NUM_THREADS": "1"}, time.monotonic() + 120
+    log = tmp_path / "runs/gspo/m/metrics.jsonl"
+    awaited = log if stopped else tmp_path / "pid"
+    with subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE) as process:
+        while not (awaited.exists() and awaited.stat().st_size) and time.monotonic() < limit:
+            time.sleep(0.05)
+        if stopped:
+            os.kill(int((tmp_path / "pid").read_text()), signal.SIGSTOP)
+            time.sleep(5)  # the next publication, or what is sampled for it, waits for the server
+        process.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        errors = process.communicate(timeout=200)[1].decode()
+    assert time.monotonic() - started < 55, errors[-2000:]  # the server has 20 s to end
+    assert process.returncode == 128 + signal.SIGINT, errors[-2000:]

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -51,13 +52,18 @@ def stand_in() -> StandIn:
     return StandIn("embedded:sort")
 
 
+def run_in(folder: Path) -> Any:
+    """What an engine needs of a run."""
+    return SimpleNamespace(folder=folder)
+
+
 @pytest.fixture(scope="module")
 def shared(stand_in: StandIn, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
     config, folder = art.dev.InternalModelConfig(), tmp_path_factory.mktemp("published")
     policy = load_policy("embedded:sort", config)
     with ExitStack() as stack:
         url = stack.enter_context(stand_in.listening())
-        engine = remote_engine(policy, config, [url], folder, seed=3)
+        engine = remote_engine(policy, config, [url], run_in(folder), seed=3)
         stack.callback(engine.close)
         assert isinstance(engine, VllmEngine)
         yield engine
@@ -167,15 +173,14 @@ def test_a_stream_gives_each_completion_whole(engine: VllmEngine):
 def test_options_that_vllm_cannot_keep_are_refused(options: dict[str, Any], tmp_path: Path):
     config = art.dev.InternalModelConfig(**options)
     with pytest.raises(ConfigError, match=r"with engines=.*Leave them out"):
-        remote_engine(
-            load_policy("embedded:sort"), config, ["http://127.0.0.1:9"], tmp_path, seed=0
-        )
+        policy = load_policy("embedded:sort")
+        remote_engine(policy, config, ["http://127.0.0.1:9"], run_in(tmp_path), seed=0)
 
 
 def test_servers_that_cannot_be_used_leave_no_weights(tmp_path: Path):
     policy, config = load_policy("embedded:sort"), art.dev.InternalModelConfig()
     with pytest.raises(ServeError, match="nothing answers at"):
-        remote_engine(policy, config, ["http://127.0.0.1:9"], tmp_path / "published", seed=0)
+        remote_engine(policy, config, ["http://127.0.0.1:9"], run_in(tmp_path), seed=0)
     assert not list((tmp_path / "published").iterdir())
 
 

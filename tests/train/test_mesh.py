@@ -224,6 +224,34 @@ def test_a_rank_that_lives_is_not_blamed_for_the_error_of_another(alone, monkeyp
         alone.together(failed)
 
 
+def test_an_error_of_torch_that_comes_of_no_other_rank_is_this_ones_own(alone, monkeypatch):
+    """Most of torch's errors are of the class that a lost connection has, too."""
+    alone.hosts, alone.size = ["a", "b"], 2
+    monkeypatch.setattr(module, "GRACE", 0.5)
+    other = Mesh.__new__(Mesh)
+    other.rank = 1
+    Thread(target=other._answer, args=[alone._store.clone()]).start()
+
+    def failed():
+        return torch.ones(2) @ torch.ones(3)
+
+    with pytest.raises(RunError, match=r"^rank 0 \(a\): RuntimeError: .*size.* The ranks"):
+        alone.together(failed)
+
+
+def test_a_rank_that_ends_in_work_that_exchanges_nothing_is_lost_at_once(alone, monkeypatch):
+    """Else the others would wait for its note until the limit."""
+    alone.hosts, alone.size, alone.limit = ["a", "b"], 2, 600
+    monkeypatch.setattr(module, "GRACE", 0.1)
+
+    def closed():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+
+    monkeypatch.setattr(module.dist, "barrier", closed)
+    with pytest.raises(RunError, match=r"^rank 1 \(b\): ended, or hangs"):
+        alone.together(lambda: 7)
+
+
 def test_what_the_first_to_know_says_is_said_by_all(alone, monkeypatch):
     """Whoever comes later finds the ones that have ended since, too."""
     alone.hosts, alone.size = ["a", "b"], 2

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -92,11 +92,10 @@ class ClusterBackend(LocalBackend):
             self._ranks = Ranks(mesh)
 
     def _service_of(self, run: Run, model: ModelLike, *more: Any) -> Service:
-        parts = run, model, *more
         if self._ranks is None:
-            return Service(*parts)
+            return Service(run, model, *more)
         check_divided(model.internal_config, self._sizes["ep_size"], self.engines)
-        return ShardedService(*parts, ranks=self._ranks, sizes=self._sizes)
+        return ShardedService(run, model, *more, ranks=self._ranks, sizes=self._sizes)
 
     async def close(self) -> None:
         ranks, self._ranks = self._ranks, None
@@ -108,8 +107,10 @@ class ClusterBackend(LocalBackend):
                 error = sys.exc_info()[1]  # of the script, in an `async with` or a `finally`
                 failed = error.code if isinstance(error, SystemExit) else error
                 stack.push_async_callback(self._compute.run, partial(ranks.close, bool(failed)))
-            for service in self._services.values():  # all ranks write their part of a checkpoint
-                stack.push_async_callback(asyncio.to_thread, service.settle)
+            for service in self._services.values():
+                # A publication that waits for a server would keep the ranks from ending.
+                stack.callback(service.engines.close)
+                stack.push_async_callback(asyncio.to_thread, service.settle)  # on all ranks
 
     def _start(self, nproc: int, timeout: float) -> None:
         """Start the other ranks, and set this one's variables."""
@@ -127,10 +128,9 @@ class ClusterBackend(LocalBackend):
 
     def _end_children(self, seconds: float) -> None:
         for child in self._children:
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 child.wait(seconds)
-            except subprocess.TimeoutExpired:
-                child.kill()
+            child.kill()  # nothing, if it has ended
         if self._children:
             for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
                 os.environ.pop(name, None)

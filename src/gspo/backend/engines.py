@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -73,7 +72,7 @@ def dtype_of_servers(config: InternalModelConfig) -> torch.dtype:
 
 
 def remote_engine(
-    policy: Policy, config: InternalModelConfig, entries: Sequence[str], folder: Path, *, seed: int
+    policy: Policy, config: InternalModelConfig, entries: Sequence[str], run: Run, *, seed: int
 ) -> Engine:
     """As `proved_engine`, of servers of vLLM, each of which is proved.
 
@@ -81,7 +80,8 @@ def remote_engine(
         policy: the trainer's.
         config: its `rollout_dtype` is the precision of the servers; None: `dtype`.
         entries: see `VllmServer`.
-        folder: where the servers find the weights.
+        run: in whose folder the servers find the weights. Its `close` ends them, also while they
+            are still awaited.
         seed: of requests that have none.
 
     Raises:
@@ -90,7 +90,8 @@ def remote_engine(
     """
     dtype = dtype_of_servers(config)
     policy.not_exact = "vLLM samples"
-    servers = VllmServers(entries, folder)
+    servers = VllmServers(entries, run.folder / "published")
+    run.unblock = servers.close
     engine = VllmEngine(policy, servers, seed=seed)
     try:
         publisher = VllmPublisher(servers, policy, dtype)

@@ -74,6 +74,8 @@ class Run:
         self.trackers = Trackers((), self, None, {})
         self.settle: Callable[[], None] = lambda: None
         """Waits for what is still being written beside, which `close` does first."""
+        self.unblock: Callable[[], None] = lambda: None
+        """Ends the servers that what computes may wait for; called by `close`."""
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -182,6 +184,7 @@ class Run:
         Raises:
             RunError: another thread's writing does not end.
         """
+        self.unblock()
         with self._alone():
             try:
                 if not self._closed:

@@ -86,8 +86,7 @@ class Service:
         run.forget_after(self.trainer.step)
         sockets, current = listener is not None, seed_of(seed, self.trainer.step)
         if servers:
-            folder, policy = run.folder / "published", self.trainer.policy
-            self.engine = remote_engine(policy, config, servers, folder, seed=current)
+            self.engine = remote_engine(self.trainer.policy, config, servers, run, seed=current)
         else:
             self.engine = self._proved(config, compute=compute, seed=current, sockets=sockets)
         self.engines = Engines(run, model, self.engine, compute, seed=seed, sockets=sockets)
@@ -271,8 +270,7 @@ class Service:
         """
         started, receipts = time.perf_counter(), self.engine.receipts
         assert receipts is not None
-        proved = receipts.publish(self.engine)
-        return proved | {"time/publish": time.perf_counter() - started}
+        return receipts.publish(self.engine) | {"time/publish": time.perf_counter() - started}
 
 
 def _identity(model: ModelLike) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -50,6 +51,8 @@ GRACE = 5.0
 """Seconds after an error in which the other ranks may say that they had one too."""
 _PAUSE = 0.2
 """Seconds between two looks whether a rank was lost."""
+_OF_OTHERS = re.compile("gloo|NCCL|[Cc]onnection|[Tt]ime(d |)out|Broken pipe|to (recv|send)")
+"""What torch's errors say that come of another rank; any other RuntimeError is this one's own."""
 _SAME = ("gspo", "torch", "transformers", "peft")
 """What has one version on all ranks, or is missing on all."""
 _STARTED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -163,8 +166,7 @@ class Mesh(Workers):
         """Free the gathered weights, so that the optimizer and whoever reads sees each rank's part;
         add up gradients of weights that are whole on each rank, such as adapters."""
         reshard(lm)
-        own = (p.grad for p in lm.parameters())
-        whole = [g for g in own if g is not None and not isinstance(g, DTensor)]
+        whole = [p.grad for p in lm.parameters() if not isinstance(p.grad, DTensor | None)]
         if whole:
             together = torch.cat([gradient.flatten() for gradient in whole])
             dist.all_reduce(together)
@@ -184,8 +186,7 @@ class Mesh(Workers):
         texts: list[Any] = [None] * self.size
         dist.all_gather_object(texts, written.getvalue())
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        # Our own ranks wrote it: no file is read.
-        return [torch.load(io.BytesIO(t), device, weights_only=False) for t in texts]
+        return [torch.load(io.BytesIO(t), device, weights_only=False) for t in texts]  # our own
 
     def agree(self, name: str, value: object, remedy: str) -> None:
         """Refuse to go on, on every rank, unless all have the same value.
@@ -230,9 +231,10 @@ class Mesh(Workers):
         try:
             self._store.set(f"call-{number}", "")
             result = work()
+            dist.barrier()  # else the end of one in work that exchanges nothing shows at the limit
         except Exception as error:
             failed = error
-        lost = isinstance(failed, RuntimeError) and not isinstance(failed, torch.OutOfMemoryError)
+        lost = isinstance(failed, RuntimeError) and bool(_OF_OTHERS.search(str(failed)))
         kind = "" if failed is None else "lost" if lost else type(failed).__name__
         try:
             if failed is not None:

@@ -121,8 +121,7 @@ class Receipts:
         if faults:
             self.require(version, engine)
         self.version = version
-        seconds = time.perf_counter() - started
-        return {"publish/probe_max_diff": difference, "time/receipt": seconds}
+        return {"publish/probe_max_diff": difference, "time/receipt": time.perf_counter() - started}
 
     def require(self, version: int, engine: Scorer) -> None:
         """Refuse to sample with a version of the weights that has no receipt.

@@ -277,8 +277,8 @@ class VllmPublisher:
             building.mkdir(parents=True)
             save_weights(policy, building, weights if policy.peft else {})
             if policy.peft is None:
-                stored = hf.stored_tensors(policy.lm, weights)
-                named = {name: weight.contiguous() for name, weight in stored.items()}
+                stored = hf.stored_tensors(policy.lm, weights).items()
+                named = {name: weight.contiguous() for name, weight in stored}
                 save_file(named, building / "model.safetensors", {"format": "pt"})
         write_whole(target / "READY", label)
         probed = self.probe.tokens.tolist(), scores.tolist(), self.tolerance
