@@ -4,10 +4,12 @@ import signal
 import subprocess
 import sys
 import time
+from threading import current_thread
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import distributed as dist
 
 from gspo.backend import ranks
@@ -86,6 +88,22 @@ def test_a_rank_that_follows_leaves_by_its_status_alone(fault, monkeypatch, caps
     with pytest.raises(KeyboardInterrupt, match=str(int(bool(fault)))):
         ranks.follow(mesh)  # pyright: ignore[reportArgumentType]
     assert fault in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_the_thread_that_works_has_the_gpu_of_its_rank(there, monkeypatch):
+    """CUDA gives each new thread the machine's first one: all ranks would load their part there."""
+    mesh, gpus = OneRank(), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda gpu: gpus.append((current_thread().name, gpu))
+    )
+    monkeypatch.setattr(mesh, "await_work", lambda: None, raising=False)
+    monkeypatch.setattr(mesh, "share", lambda _: (ranks.Status, []))
+    monkeypatch.setattr(ranks, "leave", lambda _: None)
+    ranks.follow(mesh)  # pyright: ignore[reportArgumentType]
+    assert gpus == [("gspo-rank-0", 3 if there else -1)]
 
 
 @pytest.mark.parametrize("failed", [False, True])

@@ -10,9 +10,12 @@ from collections.abc import Callable
 from concurrent.futures import wait
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from threading import Timer, current_thread, main_thread
 from typing import Any, NoReturn, TypeVar
+
+import torch
 
 from gspo.backend.loading import load_trainer
 from gspo.core.compute import Threads, leave
@@ -136,8 +139,11 @@ def follow(mesh: Mesh) -> NoReturn:
     if current_thread() is main_thread():  # the only one that may set handlers
         _pass_on_signals(mesh)
     try:
-        # In another thread: inside torch, this one would answer no signal.
-        job = Threads(1, "gspo-rank").submit(Ranks(mesh).follow)
+        # In another thread: inside torch, this one would answer no signal. Each thread has a
+        # current GPU of its own, at first the machine's first; -1: as it is.
+        gpu = torch.cuda.current_device() if torch.cuda.is_available() else -1
+        thread = Threads(1, "gspo-rank", partial(torch.cuda.set_device, gpu))
+        job = thread.submit(Ranks(mesh).follow)
         while not wait([job], 1.0).done:
             continue  # a signal that comes just before the wait is answered after it
         leave(job.result())

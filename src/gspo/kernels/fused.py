@@ -86,9 +86,15 @@ def _gives_the_same(
     if isinstance(module, FSDPModule) or any(p.device_mesh.ndim > 1 for p in divided):
         return False  # it cannot be copied, or has this process's experts
     if divided:
-        whole = (torch.arange(p.numel(), device=p.device).sin().view(p.shape) for p in divided)
-        others = {id(p): nn.Parameter(w) for p, w in zip(divided, whole, strict=True)}
+        experts, others = usual_experts(module), dict[int, nn.Parameter]()
+        for n, p in enumerate(divided):  # n: a gate that is exchanged with its factor is seen
+            # Two experts: all of a large model have no room beside it.
+            shape = torch.Size((2 if experts else len(p), *p.shape[1:]))
+            numbers = torch.arange(n, n + shape.numel(), device=p.device)
+            others[id(p)] = nn.Parameter(numbers.sin().view(shape))
         module = copy.deepcopy(module, others)
+        if experts:
+            module.num_experts = 2
     weight = next(module.parameters())
     x = torch.randn(3, weight.shape[-1], generator=torch.Generator().manual_seed(0)) * 3
     given = [x.to(weight)]
