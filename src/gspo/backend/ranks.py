@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -146,7 +147,10 @@ def follow(mesh: Mesh) -> NoReturn:
         job = thread.submit(Ranks(mesh).follow)
         while not wait([job], 1.0).done:
             continue  # a signal that comes just before the wait is answered after it
-        leave(job.result())
+        mesh.closing, status = True, job.result()
+        if status and "TORCHELASTIC_RUN_ID" in os.environ:
+            time.sleep(6 * GRACE)  # else torchrun ends the first rank before its script says why
+        leave(status)
     except Exception as error:
         print(f"rank {mesh.rank} ({mesh.hosts[mesh.rank]}) ends: {error}", file=sys.stderr)
         leave(1)
@@ -154,11 +158,12 @@ def follow(mesh: Mesh) -> NoReturn:
 
 def _pass_on_signals(mesh: Mesh) -> None:
     """Let SIGINT and SIGTERM reach the first rank, whose script ends all ranks in order, unless it
-    ends within `GRACE`, since it got the same, or has ended. A second one ends this process."""
+    ends within `GRACE`, since it got the same, or has ended. A second one ends this process, and so
+    does the first one if the work has ended."""
     arrived: list[int] = []
 
     def on_signal(number: int, _: object) -> None:
-        if arrived:
+        if arrived or mesh.closing:
             leave(128 + number)
         arrived.append(number)
         Timer(GRACE, lambda: _passed_on(mesh, number) or leave(128 + number)).start()
