@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "gspo"
-LIMIT, LAB_LIMIT = 21_555, 1_809
+LIMIT, LAB_LIMIT = 21_554, 1_809
 """Most lines of all of src, and of lab/; tests/test_size.py holds both."""
 _NO_CODE = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,

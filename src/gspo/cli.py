@@ -175,7 +175,7 @@ def plan(
     completions: Annotated[int, typer.Option(min=1, help="Of a step.")] = 512,
     prompt_tokens: Annotated[int, typer.Option(min=0, help="Of a prompt.")] = 512,
     mean_tokens: Annotated[int, typer.Option(min=1, help="Of a completion, on average.")] = 2048,
-    longest: Annotated[int | None, typer.Option(min=1, help="Completion. Else 4 x mean.")] = None,
+    longest: Annotated[int | None, typer.Option(min=1, help="Default: 4 x mean-tokens.")] = None,
     lora: Annotated[int, typer.Option(min=1, help="Rank, where LoRA is considered.")] = 16,
     mfu: Annotated[float | None, typer.Option(min=0.001, max=1, help="Share of FLOP/s.")] = None,
     as_json: JsonOption = False,

@@ -17,7 +17,7 @@ from typing import Any, cast
 import pytest
 
 import gspo as art
-from gspo.backend.cluster_backend import ClusterBackend, ShardedService, check_divided
+from gspo.backend.cluster_backend import ClusterBackend, ShardedService, check_divided, check_ranks
 from gspo.core.errors import ConfigError
 from gspo.dev import InternalModelConfig
 from gspo.policy.load import load_policy
@@ -118,7 +118,7 @@ def losses(path: Path) -> list[float]:
 def test_what_is_not_built_or_contradicts_itself_is_refused(monkeypatch, tmp_path):
     for nproc in (0, 1000):  # of which the second would start 999 more processes here
         with pytest.raises(ConfigError, match="nproc"):
-            ClusterBackend(tmp_path, nproc=nproc)
+            check_ranks(nproc, {})
     for name in ("cp_size", "ep_size"):
         with pytest.raises(ConfigError, match=f"{name}=3 does not divide 4, .*torchrun"):
             ClusterBackend(tmp_path, nproc=4, **cast(Any, {name: 3}))
@@ -135,6 +135,8 @@ def test_what_is_not_built_or_contradicts_itself_is_refused(monkeypatch, tmp_pat
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="nproc=4, but torchrun has started 2"):
         ClusterBackend(tmp_path, nproc=4)
+    monkeypatch.setenv("WORLD_SIZE", "1024")  # on many machines
+    assert check_ranks(1024, {}) == 1024
 
 
 def test_ranks_compare_what_each_was_told(monkeypatch, tmp_path):

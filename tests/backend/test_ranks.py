@@ -4,10 +4,12 @@ import signal
 import subprocess
 import sys
 import time
+from threading import current_thread
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import distributed as dist
 
 from gspo.backend import ranks
@@ -88,6 +90,48 @@ def test_a_rank_that_follows_leaves_by_its_status_alone(fault, monkeypatch, caps
     assert fault in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_the_thread_that_works_has_the_gpu_of_its_rank(there, monkeypatch):
+    """CUDA gives each new thread the machine's first one: all ranks would load their part there."""
+    mesh, gpus = OneRank(), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda gpu: gpus.append((current_thread().name, gpu))
+    )
+    monkeypatch.setattr(mesh, "await_work", lambda: None, raising=False)
+    monkeypatch.setattr(mesh, "share", lambda _: (ranks.Status, []))
+    monkeypatch.setattr(ranks, "leave", lambda _: None)
+    ranks.follow(mesh)  # pyright: ignore[reportArgumentType]
+    assert gpus == [("gspo-rank-0", 3 if there else -1)]
+
+
+@pytest.mark.parametrize(("failed", "torchrun"), [(True, True), (True, False), (False, True)])
+def test_under_torchrun_a_script_that_fails_can_say_why(failed, torchrun, monkeypatch):
+    """With the first status that is not 0, torchrun ends all ranks of its machine."""
+    mesh, happened = OneRank(), []
+    monkeypatch.setattr(mesh, "await_work", lambda: None, raising=False)
+    monkeypatch.setattr(mesh, "share", lambda _: (ranks.Status, [(None, failed)]))
+    monkeypatch.setattr(ranks, "leave", happened.append)
+    monkeypatch.setattr(ranks.time, "sleep", lambda seconds: happened.append(("waits", seconds)))
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    ranks.follow(mesh)  # pyright: ignore[reportArgumentType]
+    assert happened == [("waits", 30.0)] * (failed and torchrun) + [int(failed)]
+
+
+@pytest.mark.parametrize("closing", [False, True])
+def test_a_rank_whose_work_has_ended_ends_by_the_first_signal(closing, monkeypatch):
+    """It has nobody to pass it on to."""
+    mesh, happened, handlers = SimpleNamespace(closing=closing), [], {}
+    monkeypatch.setattr(ranks.signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(ranks, "leave", happened.append)
+    monkeypatch.setattr(ranks, "Timer", lambda *_: SimpleNamespace(start=lambda: None))
+    ranks._pass_on_signals(mesh)  # pyright: ignore[reportArgumentType]
+    handlers[signal.SIGTERM](signal.SIGTERM, None)
+    assert happened == [143] * closing
+
+
 @pytest.mark.parametrize("failed", [False, True])
 def test_a_rank_ends_as_the_first_ones_script_whatever_was_refused_before(
     failed, monkeypatch, capsys
@@ -131,7 +175,7 @@ from torch.distributed import TCPStore
 from gspo.backend import ranks
 
 class Mesh:
-    rank, hosts = 1, "ab"
+    rank, hosts, closing = 1, "ab", False
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def await_work(self):

@@ -56,6 +56,43 @@ def test_so_are_those_whose_weights_are_divided(kind: str, changed: int, group: 
         torch.testing.assert_close(whole, other, atol=1e-5, rtol=1e-4)
 
 
+class Exchanged(torch.nn.Module):
+    """Its gate is what others call the factor."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (torch.nn.Linear(8, 8) for _ in range(3))
+        self.act_fn = torch.nn.SiLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_a_gate_that_is_exchanged_with_its_factor_stays(divided: bool, group: DeviceMesh):
+    layer = torch.nn.Sequential(Exchanged())
+    if divided:
+        fully_shard(layer, mesh=group)
+    fuse(layer)
+    assert changed_in(layer[0]) == 0
+
+
+def test_a_trial_of_divided_experts_makes_few(group: DeviceMesh, monkeypatch: pytest.MonkeyPatch):
+    """All of a large model would have no room beside it."""
+    lm, made = model("qwen3_next"), []
+    whole = max(p.numel() for p in lm.parameters() if p.dim() == 3)
+    fully_shard(lm, mesh=group)
+    real = torch.arange
+
+    def arange(*given: Any, **options: Any) -> torch.Tensor:
+        made.append(real(*given, **options))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "arange", arange)
+    fuse(lm)
+    assert changed_in(lm) == 8 and max(map(len, made)) < whole
+
+
 @pytest.mark.parametrize(("kind", "changed"), [("llama", 9), ("cohere", 0), ("gemma2", 0)])
 def test_short_norms_give_the_same_bits_and_gradients(kind: str, changed: int):
     lm = model(kind)

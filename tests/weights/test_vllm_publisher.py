@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from gspo.core.errors import RequestError, ServeError
 from gspo.policy.embedded import build_tokenizer
-from gspo.policy.load import Policy, load_policy
+from gspo.policy.load import Policy, load_policy, whole_weights_to_store
 from gspo.weights import vllm_http, vllm_publisher, vllm_server
 from gspo.weights.vllm_publisher import VllmPublisher, VllmServers
 from vllm_stand_in import PARAMS, StandIn
@@ -141,6 +142,27 @@ def test_load_is_even_and_folders_are_let_go_of(street: Street, pair: list[Stand
     assert street.publisher.tolerance == pytest.approx(1e-4)
     street.servers.close()
     assert not list(street.folder.iterdir())
+
+
+def test_whole_weights_are_let_go_of_before_servers_read(
+    street: Street, monkeypatch: pytest.MonkeyPatch
+):
+    """A machine that has both needs its memory for the servers then."""
+    made, held, publish = [], [], street.servers.publish
+
+    def copied(policy: Policy) -> dict[str, torch.Tensor]:
+        whole = {name: weight.clone() for name, weight in whole_weights_to_store(policy).items()}
+        made.extend(weakref.ref(weight) for weight in whole.values())
+        return whole
+
+    def published(new: Any) -> Any:
+        held.extend(ref() for ref in made)
+        return publish(new)
+
+    monkeypatch.setattr(vllm_publisher, "whole_weights_to_store", copied)
+    monkeypatch.setattr(street.servers, "publish", published)
+    street.publish()
+    assert len(held) > len(made) > 0 == sum(weight is not None for weight in held)
 
 
 def test_what_a_killed_run_has_left_is_removed(street: Street):

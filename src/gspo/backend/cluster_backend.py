@@ -14,11 +14,11 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from gspo import absent
 from gspo.backend.base import ModelLike
@@ -36,8 +36,6 @@ from gspo.serve.engine import Engine
 from gspo.train.mesh import LIMIT, Mesh, started_ranks
 from gspo.train.trainer import Trainer
 from gspo.weights.gathered_copy import GatheredCopy, whole_weights
-
-T = TypeVar("T")
 
 
 class ClusterBackend(LocalBackend):
@@ -141,11 +139,8 @@ class ShardedService(Service):
     """A model whose weights are divided among the ranks."""
 
     def __init__(self, *parts: Any, ranks: Ranks, sizes: Mapping[str, int]):
-        self._ranks, self._sizes = ranks, sizes
+        self._ranks, self._sizes, self._everywhere = ranks, sizes, ranks.call
         super().__init__(*parts)
-
-    def _everywhere(self, function: Callable[..., T], *args: Any) -> T:
-        return self._ranks.call(function, *args)
 
     def settle(self) -> None:
         try:
@@ -178,10 +173,10 @@ def check_ranks(nproc: int | None, sizes: Mapping[str, int]) -> int:
     Raises:
         ConfigError: `nproc` under torchrun, or sizes that don't divide the ranks.
     """
+    started = started_ranks()
     if nproc is not None:
         # On this machine: a number that is meant for a cluster would start as many here.
-        check_whole("nproc", nproc, 1, max(64, 4 * (os.cpu_count() or 1)))
-    started = started_ranks()
+        check_whole("nproc", nproc, 1, max(64, started or 0, 4 * (os.cpu_count() or 1)))
     if started is not None and nproc not in (None, started):
         raise ConfigError(f"nproc={nproc}, but torchrun has started {started}: leave nproc out")
     size = started or nproc or 1

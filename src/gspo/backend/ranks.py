@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -10,9 +11,12 @@ from collections.abc import Callable
 from concurrent.futures import wait
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from threading import Timer, current_thread, main_thread
 from typing import Any, NoReturn, TypeVar
+
+import torch
 
 from gspo.backend.loading import load_trainer
 from gspo.core.compute import Threads, leave
@@ -136,11 +140,17 @@ def follow(mesh: Mesh) -> NoReturn:
     if current_thread() is main_thread():  # the only one that may set handlers
         _pass_on_signals(mesh)
     try:
-        # In another thread: inside torch, this one would answer no signal.
-        job = Threads(1, "gspo-rank").submit(Ranks(mesh).follow)
+        # In another thread: inside torch, this one would answer no signal. Each thread has a
+        # current GPU of its own, at first the machine's first; -1: as it is.
+        gpu = torch.cuda.current_device() if torch.cuda.is_available() else -1
+        thread = Threads(1, "gspo-rank", partial(torch.cuda.set_device, gpu))
+        job = thread.submit(Ranks(mesh).follow)
         while not wait([job], 1.0).done:
             continue  # a signal that comes just before the wait is answered after it
-        leave(job.result())
+        mesh.closing, status = True, job.result()
+        if status and "TORCHELASTIC_RUN_ID" in os.environ:
+            time.sleep(6 * GRACE)  # else torchrun ends the first rank before its script says why
+        leave(status)
     except Exception as error:
         print(f"rank {mesh.rank} ({mesh.hosts[mesh.rank]}) ends: {error}", file=sys.stderr)
         leave(1)
@@ -148,11 +158,12 @@ def follow(mesh: Mesh) -> NoReturn:
 
 def _pass_on_signals(mesh: Mesh) -> None:
     """Let SIGINT and SIGTERM reach the first rank, whose script ends all ranks in order, unless it
-    ends within `GRACE`, since it got the same, or has ended. A second one ends this process."""
+    ends within `GRACE`, since it got the same, or has ended. A second one ends this process, and so
+    does the first one if the work has ended."""
     arrived: list[int] = []
 
     def on_signal(number: int, _: object) -> None:
-        if arrived:
+        if arrived or mesh.closing:
             leave(128 + number)
         arrived.append(number)
         Timer(GRACE, lambda: _passed_on(mesh, number) or leave(128 + number)).start()

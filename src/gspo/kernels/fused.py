@@ -86,9 +86,14 @@ def _gives_the_same(
     if isinstance(module, FSDPModule) or any(p.device_mesh.ndim > 1 for p in divided):
         return False  # it cannot be copied, or has this process's experts
     if divided:
-        whole = (torch.arange(p.numel(), device=p.device).sin().view(p.shape) for p in divided)
-        others = {id(p): nn.Parameter(w) for p, w in zip(divided, whole, strict=True)}
-        module = copy.deepcopy(module, others)
+        # Two experts: all of a large model have no room beside it. From n on: a gate that is
+        # exchanged with its factor has other numbers.
+        few, device = 2 if usual_experts(module) else 0, divided[0].device
+        shapes = [torch.Size((few or len(p), *p.shape[1:])) for p in divided]
+        made = (torch.arange(n, n + s.numel(), device=device) for n, s in enumerate(shapes))
+        whole = (nn.Parameter(w.sin().view(s)) for w, s in zip(made, shapes, strict=True))
+        module = copy.deepcopy(module, dict(zip(map(id, divided), whole, strict=True)))
+        module.num_experts = few
     weight = next(module.parameters())
     x = torch.randn(3, weight.shape[-1], generator=torch.Generator().manual_seed(0)) * 3
     given = [x.to(weight)]

@@ -157,7 +157,7 @@ def weights_to_store(policy: Policy, masters: Mapping[str, Tensor]) -> dict[str,
     """The weights by the names that `save_weights` takes (with LoRA: the adapter's).
 
     Args:
-        masters: by name in the model, float32 numbers that stand for the rounded ones.
+        masters: by name in the model, numbers that stand for its own.
     """
     whole = {id(p): masters[n] for n, p in policy.lm.named_parameters() if n in masters}
     state: dict[str, Tensor] = (policy.peft or policy.lm).state_dict(keep_vars=True)
@@ -168,12 +168,10 @@ def weights_to_store(policy: Policy, masters: Mapping[str, Tensor]) -> dict[str,
 def whole_weights_to_store(policy: Policy) -> dict[str, Tensor]:
     """Those of `weights_to_store` in the model's type, in host memory of the first rank. All ranks
     call it together; on the others the tensors are empty."""
-    stored, rounded = weights_to_store(policy, {}), dict[int, Tensor]()
-    for name, weight in stored.items():
-        narrow = isinstance(weight, DTensor) and not hf.stays_float32(policy.lm, name)
-        rounded.setdefault(id(weight), weight.to(policy.dtype) if narrow else weight)
-    held = {name: rounded[id(weight)] for name, weight in stored.items()}
-    return on_host(held, copied=False, whole=True, kept=policy.workers.rank == 0)
+    lm, own = policy.lm, policy.trainable.items()
+    divided = {n: p for n, p in own if isinstance(p, DTensor) and not hf.stays_float32(lm, n)}
+    stored = weights_to_store(policy, {n: p.to(policy.dtype) for n, p in divided.items()})
+    return on_host(stored, copied=False, whole=True, kept=policy.workers.rank == 0)
 
 
 def save_weights(policy: Policy, folder: Path, weights: dict[str, Tensor] | None = None) -> None:

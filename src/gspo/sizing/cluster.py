@@ -242,10 +242,9 @@ def layouts(
         parts = {"rollouts": rollout_seconds(size, rollouts, gpu, rolling, per_server, rates)}
         parts |= training_seconds(size, how, rollouts, gpu, training, rates)
         trained = parts["scoring"] + parts["training"]
-        together = max(parts["rollouts"], trained) if apart else parts["rollouts"] + trained
-        parts["publication"] = publish_seconds(size, per_server, rates)
-        together += parts["publication"]
-        made.append(Layout(training, rolling, per_server, apart, parts, together))
+        seconds = parts["publication"] = publish_seconds(size, per_server, rates)
+        seconds += max(parts["rollouts"], trained) if apart else parts["rollouts"] + trained
+        made.append(Layout(training, rolling, per_server, apart, parts, seconds))
     if not made:
         raise ConfigError(
             f"gpus = {gpus}: no room for {how.about()} and a rollout server, which needs "

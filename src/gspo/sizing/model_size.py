@@ -91,7 +91,7 @@ def read_size(model: str) -> ModelSize:
         with torch.device("meta"):
             return count(AutoModelForCausalLM.from_config(text), text)
     except (AttributeError, TypeError, ValueError) as error:  # transformers lists all it knows
-        told = str(error).splitlines()[0]
+        told = str(error).partition("\n")[0]
         raise ModelError(f"{model!r} is no causal language model with attention: {told}") from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -22,8 +23,8 @@ END_SECONDS = 20.0
 ENV = "VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
 FLAGS = "-m vllm.entrypoints.openai.api_server --enable-scale-out"
 FLAGS += " --logprobs-mode processed_logprobs"
-_OF_RANKS = "TORCHELASTIC_", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_"
-"""How the variables begin that torchrun sets: vLLM's own processes would look for our ranks."""
+_OF_RANKS = re.compile("TORCHELASTIC_|MASTER_|((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)$")
+"""Variables that torchrun sets: vLLM's own processes would look for our ranks."""
 _BOUND = """
 exec 3<&0 </dev/null
 (trap "" TERM; cat <&3; kill -TERM 0; sleep "$0"; kill -KILL 0) >/dev/null &
@@ -103,7 +104,7 @@ class VllmProcess:
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 ["sh", "-c", _BOUND, f"{END_SECONDS:g}", *self._command],
-                env={n: value for n, value in os.environ.items() if not n.startswith(_OF_RANKS)},
+                env={n: value for n, value in os.environ.items() if not _OF_RANKS.match(n)},
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,

@@ -18,13 +18,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from gspo.core.errors import ServeError
 from gspo.core.files import remove, replacing, write_whole
 from gspo.core.log import log
 from gspo.core.progress import cancelled
-from gspo.kernels import hf
 from gspo.policy.load import save_weights, whole_weights_to_store
 from gspo.policy.policy import Policy
 from gspo.weights.receipt import NOISE, Probe, score
@@ -271,15 +269,11 @@ class VllmPublisher:
         known = NOISE[self._dtype] if self._first is None else _MARGIN * self._first
         self.tolerance = max(_FLOOR, min(NOISE[self._dtype], known) * largest)
         label = f"{self._servers.run}-{name}"
-        weights = self._everywhere(whole_weights_to_store, policy)
         target = self._servers.folder / label
         with replacing(target) as building:
             building.mkdir(parents=True)
-            save_weights(policy, building, weights if policy.peft else {})
-            if policy.peft is None:
-                stored = hf.stored_tensors(policy.lm, weights).items()
-                named = {name: weight.contiguous() for name, weight in stored}
-                save_file(named, building / "model.safetensors", {"format": "pt"})
+            # No name for them: while servers read, the host's memory is theirs.
+            save_weights(policy, building, self._everywhere(whole_weights_to_store, policy))
         write_whole(target / "READY", label)
         probed = self.probe.tokens.tolist(), scores.tolist(), self.tolerance
         dtype, lora = str(self._dtype).removeprefix("torch."), ("", 0)
@@ -297,7 +291,7 @@ class VllmPublisher:
 
 @torch.no_grad()
 def _multiply_matrices(policy: Policy, factor: float) -> None:
-    """Change the weights by a power of 2: twice that and back gives the same bits."""
+    """Multiply all weights but vectors. By a power of 2: dividing again gives the same bits."""
     for weight in policy.lm.parameters():
         if weight.dim() > 1:
             weight.mul_(factor)
