@@ -175,9 +175,9 @@ def plan(
     completions: Annotated[int, typer.Option(min=1, help="Of a step.")] = 512,
     prompt_tokens: Annotated[int, typer.Option(min=0, help="Of a prompt.")] = 512,
     mean_tokens: Annotated[int, typer.Option(min=1, help="Of a completion, on average.")] = 2048,
-    longest: Annotated[int | None, typer.Option(min=1, help="Default: 4 x mean-tokens.")] = None,
+    longest: Annotated[int | None, typer.Option(min=1, help="Completion; else 4 x mean.")] = None,
     lora: Annotated[int, typer.Option(min=1, help="Rank, where LoRA is considered.")] = 16,
-    mfu: Annotated[float | None, typer.Option(min=0.001, max=1, help="Share of FLOP/s.")] = None,
+    mfu: Annotated[float | None, typer.Option(min=0.001, max=1, help="Of peak FLOP/s.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Estimate memory, seconds of a step and the balance of GPUs, before you pay for them."""

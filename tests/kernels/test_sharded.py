@@ -21,13 +21,15 @@ def test_inside_forward_runs_in_the_place_of_the_models_forward_pass():
     assert lm(input_ids=torch.ones(1, 2, dtype=torch.long)).logits.shape[:2] == (1, 2)
 
 
-@pytest.mark.parametrize("kept", [False, True])
-def test_tensors_in_host_memory_stay_tied_and_may_be_copies(kept: bool):
+@pytest.mark.parametrize("receiver", [False, True])
+def test_tensors_in_host_memory_stay_tied_and_may_be_copies(receiver: bool):
     one, two = torch.ones(2), torch.zeros(3)
-    held = sharded.on_host({"a": one, "b": two, "tied": one}, copied=True, whole=True, kept=kept)
+    held = sharded.on_host(
+        {"a": one, "b": two, "tied": one}, copied=True, whole=True, receiver=receiver
+    )
     assert held["a"] is held["tied"] and held["a"] is not one
     assert [t.tolist() for t in held.values()] == (
-        [[1, 1], [0, 0, 0], [1, 1]] if kept else [[]] * 3
+        [[1, 1], [0, 0, 0], [1, 1]] if receiver else [[]] * 3
     )
     assert sharded.on_host({"a": one}, copied=False)["a"].data_ptr() == one.data_ptr()
 

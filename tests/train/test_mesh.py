@@ -209,34 +209,28 @@ def test_an_error_that_comes_of_a_lost_rank_does_not_hide_it(alone, monkeypatch)
         alone.together(failed)
 
 
-def test_a_rank_that_lives_is_not_blamed_for_the_error_of_another(alone, monkeypatch):
+def bad_number():
+    raise ValueError("a bad number")
+
+
+def bad_sizes():
+    """Most of torch's errors are of the class that a lost connection has, too."""
+    return torch.ones(2) @ torch.ones(3)
+
+
+@pytest.mark.parametrize(
+    ("work", "told"),
+    [(bad_number, "ValueError: a bad number"), (bad_sizes, "RuntimeError: .*size.*")],
+)
+def test_a_rank_that_lives_is_not_blamed_for_the_error_of_another(work, told, alone, monkeypatch):
     """It waits in an exchange that the other one left by its error."""
     alone.hosts, alone.size = ["a", "b"], 2
     monkeypatch.setattr(module, "GRACE", 0.5)
     other = Mesh.__new__(Mesh)
     other.rank = 1
     Thread(target=other._answer, args=[alone._store.clone()]).start()
-
-    def failed():
-        raise ValueError("a bad number")
-
-    with pytest.raises(RunError, match=r"^rank 0 \(a\): ValueError: a bad number\. The ranks"):
-        alone.together(failed)
-
-
-def test_an_error_of_torch_that_comes_of_no_other_rank_is_this_ones_own(alone, monkeypatch):
-    """Most of torch's errors are of the class that a lost connection has, too."""
-    alone.hosts, alone.size = ["a", "b"], 2
-    monkeypatch.setattr(module, "GRACE", 0.5)
-    other = Mesh.__new__(Mesh)
-    other.rank = 1
-    Thread(target=other._answer, args=[alone._store.clone()]).start()
-
-    def failed():
-        return torch.ones(2) @ torch.ones(3)
-
-    with pytest.raises(RunError, match=r"^rank 0 \(a\): RuntimeError: .*size.* The ranks"):
-        alone.together(failed)
+    with pytest.raises(RunError, match=rf"^rank 0 \(a\): {told}\. The ranks"):
+        alone.together(work)
 
 
 def test_a_rank_that_ends_in_work_that_exchanges_nothing_is_lost_at_once(alone, monkeypatch):

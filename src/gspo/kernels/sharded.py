@@ -61,20 +61,20 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def on_host(
-    tensors: Mapping[str, Tensor], *, copied: bool, whole: bool = False, kept: bool = True
+    tensors: Mapping[str, Tensor], *, copied: bool, whole: bool = False, receiver: bool = True
 ) -> dict[str, Tensor]:
     """Tensors in host memory; tied ones stay tied.
 
     Args:
         copied: those that are there already, too.
         whole: all of each, not this process's part; all processes call it together.
-        kept: else they are empty.
+        receiver: whether this process gets the numbers; if not, the tensors are empty.
     """
     copies: dict[int, Tensor] = {}
     for tensor in tensors.values():
         if id(tensor) not in copies:
             own = full(tensor) if whole else tensor
-            own = own if kept else own.new_empty(0)
+            own = own if receiver else own.new_empty(0)
             copies[id(tensor)] = own.detach().to("cpu", copy=copied)
     return {name: copies[id(tensor)] for name, tensor in tensors.items()}
 

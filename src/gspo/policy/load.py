@@ -171,7 +171,7 @@ def whole_weights_to_store(policy: Policy) -> dict[str, Tensor]:
     lm, own = policy.lm, policy.trainable.items()
     divided = {n: p for n, p in own if isinstance(p, DTensor) and not hf.stays_float32(lm, n)}
     stored = weights_to_store(policy, {n: p.to(policy.dtype) for n, p in divided.items()})
-    return on_host(stored, copied=False, whole=True, kept=policy.workers.rank == 0)
+    return on_host(stored, copied=False, whole=True, receiver=policy.workers.rank == 0)
 
 
 def save_weights(policy: Policy, folder: Path, weights: dict[str, Tensor] | None = None) -> None:

@@ -69,7 +69,7 @@ def begin_checkpoint(
     first, target = workers.rank == 0, folder / checkpoint_name(trainer.step)
 
     stored = weights_to_store(policy, trainer.optimizer.masters)
-    weights = on_host(stored, copied=copied, whole=True, kept=first)
+    weights = on_host(stored, copied=copied, whole=True, receiver=first)
     moments = on_host(trainer.optimizer.state(), copied=copied)
     epsilon = trainer.epsilon.epsilon_low
     state = {"step": trainer.step, "policy_version": policy.version, "epsilon_low": epsilon}
